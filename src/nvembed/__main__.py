@@ -1,0 +1,5 @@
+"""``python -m nvembed``."""
+
+from nvembed.cli.main import main
+
+main()

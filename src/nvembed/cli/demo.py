@@ -1,0 +1,35 @@
+"""``nvembed demo``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def demo(
+    minutes: Annotated[
+        float, typer.Option(min=0.5, help="Time to take on 2 CPU cores; more trains longer.")
+    ] = 10.0,
+    backbone: Annotated[
+        str | None,
+        typer.Option(help="Decoder to start from: folder or hub id. Default: the project's own."),
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/demo"),
+) -> None:
+    """Run the whole recipe on the documentation of the Python packages on this machine.
+
+    Builds the data set, trains stage 1, mines hard negatives, trains stage 2, evaluates on modules
+    that were held out, searches. No download, no GPU.
+
+    Examples:
+
+    \b
+      nvembed demo
+      nvembed demo --minutes 3 --output runs/short
+      nvembed demo --backbone HuggingFaceTB/SmolLM2-135M --minutes 60
+    """
+    from nvembed.demo.run import run_demo
+
+    run_demo(minutes, backbone, output)

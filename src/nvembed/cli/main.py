@@ -1,0 +1,102 @@
+"""The ``nvembed`` command: collects the commands and turns errors into one line and an exit code.
+
+Exit codes: 0 done, 2 something in the input is wrong (one line on stderr), 130 stopped by Ctrl-C.
+A traceback is a bug. Only typer is imported here; each command imports what it needs when it runs.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+from typer.exceptions import Abort, TyperException
+
+import nvembed
+from nvembed.cli.demo import demo
+from nvembed.cli.encode import encode
+from nvembed.cli.evaluate import evaluate
+from nvembed.cli.mine import mine
+from nvembed.cli.search import search
+from nvembed.cli.train import train
+from nvembed.core.errors import UserError
+
+# Which extra brings a library that the base install lacks.
+_EXTRAS = {
+    "matplotlib": "plots",
+    "mteb": "eval",
+    "pyarrow": "data",
+    "scipy": "eval",
+    "sklearn": "eval",
+}
+
+app = typer.Typer(
+    name="nvembed",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for _command in (demo, train, mine, evaluate, encode, search):
+    app.command()(_command)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"nvembed {nvembed.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None:
+    """Train, mine, evaluate and search with text-embedding models made from language models.
+
+    Start with: nvembed demo
+    """
+
+
+def main() -> None:
+    """Run the command of ``sys.argv`` and exit."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command and return its exit code."""
+    # Load reports of the model libraries would bury our own lines; the user's own setting wins.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        result = app(list(arguments) or ["--help"], prog_name="nvembed", standalone_mode=False)
+    except UserError as error:
+        return _fail(str(error), error.exit_code)
+    except TyperException as error:
+        return _fail(f"{error.format_message()} See nvembed --help", 2)
+    except (KeyboardInterrupt, Abort):
+        return _fail("stopped by Ctrl-C", 130)
+    except ModuleNotFoundError as error:
+        extra = _EXTRAS.get((error.name or "").partition(".")[0])
+        if extra is None:
+            raise
+        return _fail(
+            f"this needs {error.name}, which is not installed. "
+            f"Install it with: pip install 'nvembed[{extra}]'",
+            2,
+        )
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        place = f"{error.filename}: " if error.filename else ""
+        return _fail(f"{place}no space left on the disk. Free some and run the command again", 2)
+    # Typer itself turns Ctrl-C into this exit code, without a word.
+    return _fail("stopped by Ctrl-C", 130) if result == 130 else int(result or 0)
+
+
+def _fail(message: str, code: int) -> int:
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    return code

@@ -1,0 +1,45 @@
+"""``nvembed search``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+# Enough of a hit to judge it by, on one or two lines of a terminal.
+SHOWN_CHARS = 160
+
+
+def search(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="Folder or hub id of any sentence-transformers model.", show_default=False
+        ),
+    ],
+    query: Annotated[str, typer.Argument(help="What to look for.", show_default=False)],
+    *,
+    documents: Annotated[
+        Path,
+        typer.Option(help='JSONL or JSONL.gz of {"text"}, or BEIR documents.', show_default=False),
+    ],
+    task: Annotated[str | None, typer.Option(help="Instruction for the query.")] = None,
+    top_k: Annotated[int, typer.Option(min=1, help="Number of hits.")] = 10,
+) -> None:
+    """Find the texts of a file that are nearest to a query.
+
+    Examples:
+
+    \b
+      nvembed search runs/demo/model "sort a list in place" --documents docs.jsonl
+      nvembed search runs/demo/model "sort a list in place" --documents docs.jsonl --top-k 3 \\
+        --task "Given a question about Python, retrieve documentation that answers it"
+    """
+    from nvembed.inference.search import search_file
+
+    for hit in search_file(model, documents, query, task=task, top_k=top_k):
+        text = " ".join(hit.text.split())
+        shown = text if len(text) <= SHOWN_CHARS else text[: SHOWN_CHARS - 1] + "…"
+        name = f"  [{hit.id}]" if hit.id is not None else ""
+        typer.echo(f"{hit.rank:>3}  {hit.score:.4f}{name}  {shown}")

@@ -1,0 +1,1 @@
+"""Errors, configuration, run folders, seeds and files: what every other package may use."""

@@ -1,0 +1,66 @@
+"""The error tree.
+
+    NVEmbedError            base of everything this package raises on purpose
+    └── UserError           a mistake in what the user gave: one line, exit code 2
+        ├── ConfigError     recipe, key=value override or command line option
+        ├── DataError       a record, a training file or an evaluation task
+        ├── ModelError      a model folder or backbone that cannot be used
+        └── TrainingError   a run that had to stop (non-finite loss, no disk)
+
+A user error names what was wrong, where (``file:line`` or the config key), what was expected and what
+to do. Anything else that reaches the command line is a bug and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+
+class NVEmbedError(Exception):
+    """Base of all errors raised on purpose."""
+
+
+class UserError(NVEmbedError):
+    """A mistake in the input, explained in one line.
+
+    Args:
+        message: what was wrong, with the offending value.
+        where: ``file:line`` or config key.
+        expected: what would have been right.
+        hint: what to do about it.
+    """
+
+    exit_code = 2
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        where: str | None = None,
+        expected: str | None = None,
+        hint: str | None = None,
+    ) -> None:
+        self.message = message
+        self.where = where
+        self.expected = expected
+        self.hint = hint
+        text = f"{where}: {message}" if where else message
+        if expected:
+            text += f"; expected {expected}"
+        if hint:
+            text += f". {hint}"
+        super().__init__(text)
+
+
+class ConfigError(UserError):
+    """A recipe, override or option that cannot be used."""
+
+
+class DataError(UserError):
+    """A record, file or evaluation task that cannot be used."""
+
+
+class ModelError(UserError):
+    """A model folder or backbone that cannot be used."""
+
+
+class TrainingError(UserError):
+    """A run that had to stop before harm was done."""

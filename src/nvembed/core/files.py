@@ -1,0 +1,158 @@
+"""Files: strict JSONL in, atomic writes out.
+
+Everything that is written goes to a temporary name beside its target and is moved into place, so a
+killed process or a full disk never leaves half a file under the real name.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import os
+import shutil
+import tempfile
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from nvembed.core.errors import DataError, UserError
+
+
+@contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """Give a temporary path beside ``path`` and move it into place when the block ends well."""
+    target = Path(path)
+    temporary: Path | None = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+        os.close(handle)
+        temporary = Path(name)
+        yield temporary
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, target)
+    except OSError as error:
+        raise UserError(
+            f"cannot write: {error.strerror or error}",
+            where=str(target),
+            hint="Free space on the disk or choose another place; the previous file is untouched",
+        ) from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: str | Path) -> Iterator[Path]:
+    """Give a temporary folder beside ``path``; when the block ends well it replaces ``path``."""
+    target = Path(path)
+    temporary: Path | None = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        yield temporary
+        os.chmod(temporary, 0o755)
+        if target.exists():
+            old = target.with_name(f".{target.name}.old")
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(target, old)
+            os.replace(temporary, target)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.replace(temporary, target)
+    except OSError as error:
+        raise UserError(
+            f"cannot write: {error.strerror or error}",
+            where=str(target),
+            hint="Free space on the disk or choose another place; the previous folder is untouched",
+        ) from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write UTF-8 text atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write indented JSON atomically."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_jsonl(path: str | Path, rows: Iterable[dict[str, Any]]) -> int:
+    """Write one JSON object per line (gzip when the name ends in ``.gz``); return the count."""
+    count = 0
+    with (
+        atomic_path(path) as temporary,
+        open(temporary, "wb") as raw,
+        _text_writer(raw, gzipped=str(path).endswith(".gz")) as out,
+    ):
+        for row in rows:
+            out.write(json.dumps(row, ensure_ascii=False) + "\n")
+            count += 1
+    return count
+
+
+@contextmanager
+def _text_writer(raw: io.BufferedWriter, *, gzipped: bool) -> Iterator[io.TextIOWrapper]:
+    # No time and no (temporary) name in the header: two writes of the same rows are byte-identical.
+    binary: Any = gzip.GzipFile("", fileobj=raw, mode="wb", mtime=0) if gzipped else raw
+    out = io.TextIOWrapper(binary, encoding="utf-8", newline="\n")
+    try:
+        yield out
+    finally:
+        out.close()
+
+
+def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield ``(line number from 1, object)`` from JSONL or JSONL.gz, skipping blank lines.
+
+    Lines end at ``\\n`` only: texts may hold U+2028, on which ``str.splitlines`` splits too.
+
+    Raises:
+        DataError: the file is missing, is not UTF-8 or gzip, or a line is not a JSON object.
+    """
+    source = Path(path)
+    if not source.is_file():
+        raise DataError(
+            "no such file", where=str(source), hint="Check the path; relative paths start here"
+        )
+    number = 0
+    try:
+        with gzip.open(source, "rb") if source.suffix == ".gz" else open(source, "rb") as lines:
+            # Binary files split on the newline byte only, and decoding line by line names the line.
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    yield number, _parse_line(line, f"{source}:{number}")
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise DataError(
+            f"broken gzip file ({error})", where=str(source), hint="Copy or download it again"
+        ) from error
+    except OSError as error:
+        raise DataError(f"cannot read: {error.strerror or error}", where=str(source)) from error
+
+
+def _parse_line(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        value = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise DataError("not UTF-8 text", where=where, expected="UTF-8 JSONL") from error
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"not valid JSON ({error.msg} at column {error.colno})",
+            where=where,
+            expected="one JSON object per line",
+        ) from error
+    if not isinstance(value, dict):
+        raise DataError(
+            f"a line holds {type(value).__name__}",
+            where=where,
+            expected="one JSON object per line",
+        )
+    return value

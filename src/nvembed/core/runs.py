@@ -1,0 +1,213 @@
+"""The run folder: one place for everything a training run leaves behind.
+
+config.yaml      the resolved configuration
+env.json         versions, machine, git commit, command line
+metrics.jsonl    one row per logged step
+train.log        what was printed
+checkpoints/     state to resume from
+model/           the finished model, an ordinary sentence-transformers folder
+eval/            evaluation results
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from nvembed.core.errors import ConfigError, UserError
+from nvembed.core.files import write_json, write_text
+
+# The libraries whose version can change a result.
+RECORDED_PACKAGES = (
+    "nvembed",
+    "torch",
+    "transformers",
+    "sentence-transformers",
+    "tokenizers",
+    "peft",
+    "accelerate",
+    "numpy",
+    "mteb",
+)
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths of one run, and the few writes that every run does."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The resolved configuration."""
+        return self.path / "config.yaml"
+
+    @property
+    def env(self) -> Path:
+        """Versions and machine."""
+        return self.path / "env.json"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON row per logged step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def log(self) -> Path:
+        """The text log."""
+        return self.path / "train.log"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the states to resume from."""
+        return self.path / "checkpoints"
+
+    @property
+    def model(self) -> Path:
+        """Folder of the finished model."""
+        return self.path / "model"
+
+    @property
+    def eval(self) -> Path:
+        """Folder of evaluation results."""
+        return self.path / "eval"
+
+    @property
+    def exists(self) -> bool:
+        """Whether a run was started here."""
+        return self.config.is_file()
+
+    def create(self, config_yaml: str, *, replace: bool = False) -> None:
+        """Start a run here: write ``config.yaml`` and ``env.json``, make ``checkpoints/``.
+
+        Args:
+            config_yaml: the resolved configuration.
+            replace: delete the earlier run of this folder (only the names listed above).
+
+        Raises:
+            ConfigError: the folder holds a run already and ``replace`` is off.
+        """
+        if self.exists and not replace:
+            raise ConfigError(
+                "the folder holds a run already",
+                where=str(self.path),
+                hint="Resume it, start over, or choose another output folder",
+            )
+        try:
+            if replace:
+                self._clear()
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"cannot make the run folder: {error.strerror or error}", where=str(self.path)
+            ) from error
+        write_json(self.env, describe_environment())
+        write_text(self.config, config_yaml)
+
+    def _clear(self) -> None:
+        # config.yaml goes first: without it the folder no longer counts as a run.
+        for file in (self.config, self.env, self.metrics, self.log):
+            file.unlink(missing_ok=True)
+        for folder in (self.checkpoints, self.model, self.eval):
+            if folder.exists():
+                shutil.rmtree(folder)
+
+    def append_metrics(self, row: dict[str, Any]) -> None:
+        """Append one row to ``metrics.jsonl``; nan and inf, which JSON lacks, become null."""
+        line = json.dumps({key: _finite(value) for key, value in row.items()}, ensure_ascii=False)
+        try:
+            with open(self.metrics, "a", encoding="utf-8", newline="\n") as out:
+                out.write(line + "\n")
+        except OSError as error:
+            raise UserError(
+                f"cannot write: {error.strerror or error}",
+                where=str(self.metrics),
+                hint="Free space on the disk, then resume from the last checkpoint",
+            ) from error
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """Read all rows; a last line that a killed process left half written is dropped."""
+        if not self.metrics.is_file():
+            return []
+        lines = self.metrics.read_text(encoding="utf-8").split("\n")
+        # Whole lines end with a line break, so what follows the last one is a torn line or nothing.
+        return [json.loads(line) for line in lines[:-1] if line]
+
+    def trim_metrics(self, last_step: int) -> None:
+        """Forget the rows after ``last_step``, so that a resumed run does not log a step twice."""
+        rows = [row for row in self.read_metrics() if row.get("step", 0) <= last_step]
+        write_text(
+            self.metrics, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        )
+
+
+def describe_environment() -> dict[str, Any]:
+    """Say what a result was made with: versions, machine, accelerator, git state, command."""
+    return {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cpus": os.cpu_count(),
+        "accelerators": _accelerators(),
+        "packages": {name: _version(name) for name in RECORDED_PACKAGES},
+        "git": _git_state(Path(__file__).parent),
+    }
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _accelerators() -> list[str]:
+    # Asked only of a torch that is loaded already: importing it here would cost seconds.
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
+        return []
+    return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+
+
+def _git_state(folder: Path) -> dict[str, Any] | None:
+    """Commit and whether files differ from it; None outside a git checkout."""
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(
+            ["git", "-C", str(folder), *arguments],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+        return done.stdout.strip()
+
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain"))}
+    except (OSError, subprocess.SubprocessError):
+        return None

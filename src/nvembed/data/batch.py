@@ -1,0 +1,137 @@
+"""The contrastive batch: examples as unique texts and index matrices.
+
+Examples enter, texts without repetition and three index arrays leave. The model embeds every text
+once, the loss sees embeddings and indices and never a text. Which document may stand against which
+query is decided here and only here. Next files: ``text/template.py``, then
+``losses/contrastive.py``.
+
+Shapes: B queries, N unique documents, U unique texts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nvembed.data.convert import Example
+from nvembed.text.template import query_prompt
+
+PromptedText = tuple[str, str]
+KeyT = TypeVar("KeyT")
+
+
+@dataclass(frozen=True, slots=True)
+class ContrastiveBatch:
+    """One step's texts and who stands against whom.
+
+    Args:
+        texts: U different (prompt, text) pairs; a query and a document may share a row.
+        query_B: row of each query in ``texts``.
+        document_N: row of each document in ``texts``, without repetition.
+        positive_B: column of each query's positive in ``document_N``.
+        negative_BN: True where document n is a negative of query b.
+    """
+
+    texts: tuple[PromptedText, ...]
+    query_B: NDArray[np.int64]
+    document_N: NDArray[np.int64]
+    positive_B: NDArray[np.int64]
+    negative_BN: NDArray[np.bool_]
+
+
+def build_batch(
+    examples: Sequence[Example], *, in_batch_negatives: bool, same_source_only: bool = False
+) -> ContrastiveBatch:
+    """De-duplicate the texts of the examples and decide the negatives of every query.
+
+    A query's own negatives stand against it; with ``in_batch_negatives`` all documents of the batch
+    do. Taken out in either case are documents whose text is the query's own, its positive's or that
+    of a known positive (whatever their prompt), and documents of the query's class in the same data
+    set.
+
+    Args:
+        examples: the queries of one step.
+        in_batch_negatives: use the documents of the other queries as well.
+        same_source_only: of those, only documents that an example of the same data set brought in.
+    """
+    assert examples
+    rows: dict[PromptedText, int] = {}
+    query_B = np.array([_add(rows, _query(example)) for example in examples], dtype=np.int64)
+    columns: dict[int, int] = {}
+    index = _DocumentIndex()
+    documents_of: list[list[int]] = []  # per query: column of the positive, then of its negatives
+    for example in examples:
+        own = []
+        for text, label in _documents(example):
+            column = _add(columns, _add(rows, (_document_prompt(example), text)))
+            index.note(column, text, label, example.dataset)
+            own.append(column)
+        documents_of.append(own)
+    negative_BN = np.zeros((len(examples), len(columns)), dtype=np.bool_)
+    for example, allowed_N, own in zip(examples, negative_BN, documents_of, strict=True):
+        if in_batch_negatives and same_source_only:
+            allowed_N[list(index.by_dataset[example.dataset])] = True
+        elif in_batch_negatives:
+            allowed_N[:] = True
+        allowed_N[own[1:]] = True
+        allowed_N[index.never_against(example)] = False
+    return ContrastiveBatch(
+        texts=tuple(rows),
+        query_B=query_B,
+        document_N=np.fromiter(columns, dtype=np.int64, count=len(columns)),
+        positive_B=np.array([own[0] for own in documents_of], dtype=np.int64),
+        negative_BN=negative_BN,
+    )
+
+
+def effective_negatives(batch: ContrastiveBatch) -> float:
+    """Mean number of negatives per query that the masks leave."""
+    return float(batch.negative_BN.sum(axis=1).mean())
+
+
+class _DocumentIndex:
+    """Where the documents of a batch are found by text, by class and by data set."""
+
+    def __init__(self) -> None:
+        self._by_text: dict[str, set[int]] = {}
+        self._by_label: dict[tuple[str, str], set[int]] = {}
+        self.by_dataset: dict[str, set[int]] = {}
+
+    def note(self, column: int, text: str, label: str | None, dataset: str) -> None:
+        self._by_text.setdefault(text, set()).add(column)
+        self.by_dataset.setdefault(dataset, set()).add(column)
+        if label is not None:
+            self._by_label.setdefault((dataset, label), set()).add(column)
+
+    def never_against(self, example: Example) -> list[int]:
+        """Columns of all documents that may answer the query."""
+        found: set[int] = set()
+        for text in (example.query, example.positive, *example.known_positives):
+            found |= self._by_text.get(text, set())
+        if example.label is not None:
+            found |= self._by_label.get((example.dataset, example.label), set())
+        return list(found)
+
+
+def _query(example: Example) -> PromptedText:
+    return query_prompt(example.instruction), example.query
+
+
+def _document_prompt(example: Example) -> str:
+    return query_prompt(example.instruction) if example.symmetric else ""
+
+
+def _documents(example: Example) -> Iterable[tuple[str, str | None]]:
+    """The positive, then the negatives, each with its class."""
+    labels = example.negative_labels or (None,) * len(example.negatives)
+    yield example.positive, example.label
+    yield from zip(example.negatives, labels, strict=True)
+
+
+def _add(numbers: dict[KeyT, int], key: KeyT) -> int:
+    """Return the number of ``key``, the next free one where it is new."""
+    return numbers.setdefault(key, len(numbers))

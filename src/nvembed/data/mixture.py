@@ -1,0 +1,174 @@
+"""Mixtures: which query comes when, as a pure function of the seed.
+
+Several sources and their weights enter; an order of (source, query) pairs leaves, blended so that
+every stretch of it holds the sources in their proportions (NV-Embed trains on well-blended batches,
+not on task-homogeneous ones; paper s4). Nothing is stored between steps: the place in the order is
+the whole state of the data, so a run can stop and go on anywhere. Next file: ``data/batch.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, model_validator
+
+from nvembed.core.config import StrictModel
+from nvembed.core.errors import DataError
+from nvembed.core.seeding import derive_seed
+from nvembed.data.convert import Example, ExampleSource, make_source
+from nvembed.data.records import Conversion, Kind, read_records
+
+# The additive sequence of the golden ratio covers [0, 1) more evenly than any other of its sort.
+GOLDEN_RATIO = (5**0.5 - 1) / 2
+
+
+class DatasetConfig(StrictModel):
+    """One training set of a recipe.
+
+    Args:
+        name: unique name in the recipe; part of the seeds, so renaming reshuffles the set.
+        path: JSONL, JSONL.gz or Parquet file; relative paths start at the folder of the recipe.
+        kind: what the records are (layouts in ``data/records.py``).
+        instruction: task in plain words, put before the queries; None for none.
+        weight: share of the mixture relative to the other sets; None takes the number of queries,
+        so
+            that all sets finish their epochs together.
+        max_records: use at most this many queries of the set.
+        stages: numbers of the training stages that use the set, from 1.
+        conversion: ``example`` or ``label``, for classification and clustering.
+    """
+
+    name: str = Field(min_length=1)
+    path: str = Field(min_length=1)
+    kind: Kind
+    instruction: str | None
+    weight: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    max_records: int | None = Field(default=None, ge=1)
+    stages: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(1, 2), min_length=1)
+    conversion: Conversion = "example"
+
+    @model_validator(mode="after")
+    def _check_conversion(self) -> DatasetConfig:
+        if self.conversion == "label" and self.kind not in ("classification", "clustering"):
+            raise ValueError(
+                f"conversion is label, but records of kind {self.kind} have no labels; "
+                "expected kind classification or clustering, or no conversion"
+            )
+        return self
+
+
+def load_source(config: DatasetConfig, *, base_dir: Path) -> ExampleSource:
+    """Read the file of a data set and make its source.
+
+    Raises:
+        DataError: the file cannot be used; names the lines.
+    """
+    path = base_dir / config.path
+    return make_source(
+        read_records(path, config.kind, conversion=config.conversion),
+        config.kind,
+        name=config.name,
+        instruction=config.instruction,
+        conversion=config.conversion,
+        max_records=config.max_records,
+    )
+
+
+def load_mixture(datasets: Sequence[DatasetConfig], *, stage: int, base_dir: Path) -> Mixture:
+    """Load the data sets of one stage.
+
+    Args:
+        datasets: all data sets of the recipe.
+        stage: number of the stage, from 1.
+        base_dir: folder of the recipe.
+
+    Raises:
+        DataError: naming every file that cannot be used.
+    """
+    chosen = [config for config in datasets if stage in config.stages]
+    sources: list[ExampleSource] = []
+    errors: list[DataError] = []
+    for config in chosen:
+        try:
+            sources.append(load_source(config, base_dir=base_dir))
+        except DataError as error:
+            errors.append(error)
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        raise DataError(
+            f"{len(errors)} data sets cannot be used: " + " | ".join(str(error) for error in errors)
+        )
+    weights = [
+        float(len(source)) if config.weight is None else config.weight
+        for config, source in zip(chosen, sources, strict=True)
+    ]
+    return Mixture(sources, weights)
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Sources, each with a name of its own, and their relative weights."""
+
+    sources: Sequence[ExampleSource]
+    weights: Sequence[float]
+
+    def __post_init__(self) -> None:
+        assert len(self.sources) == len(self.weights) > 0
+        assert len({source.name for source in self.sources}) == len(self.sources)
+        assert all(weight > 0 for weight in self.weights)
+
+    def order(self, seed: int, num_examples: int) -> NDArray[np.int64]:
+        """Plan which query comes in which slot.
+
+        The source of slot t is where ``offset + t * golden ratio`` (mod 1) falls among the shares
+        of the sources laid end to end: after any n slots each source is within a few of n times its
+        share, where independent draws would be off by the square root of n. Each source is walked
+        in freshly shuffled epochs: no query comes again before all others of its source have come.
+
+        The order of fewer slots is the beginning of the order of more.
+
+        Args:
+            seed: decides everything; the caller derives one per stage.
+            num_examples: number of slots, steps times queries per step.
+
+        Returns:
+            shape (num_examples, 2): index of the source, index of the query in it.
+        """
+        shares = np.cumsum(np.asarray(self.weights, dtype=np.float64))
+        offset = np.random.default_rng(derive_seed(seed, "blend")).random()
+        points = (offset + np.arange(num_examples) * GOLDEN_RATIO) % 1.0
+        order = np.empty((num_examples, 2), dtype=np.int64)
+        # Dividing before the comparison would let a point of 0.999… fall behind the last share.
+        order[:, 0] = np.searchsorted(shares[:-1], points * shares[-1], side="right")
+        for number, source in enumerate(self.sources):
+            slots = np.flatnonzero(order[:, 0] == number)
+            rng = np.random.default_rng(derive_seed(seed, "walk", source.name))
+            order[slots, 1] = _walk(len(source), len(slots), rng)
+        return order
+
+    def examples(
+        self, order: NDArray[np.int64], start: int, stop: int, *, seed: int, num_negatives: int
+    ) -> list[Example]:
+        """Make the examples of the slots ``start`` to ``stop`` of an order.
+
+        What a slot draws depends on ``seed`` and the slot alone, not on the slots before it.
+        """
+        return [
+            self.sources[source].example(
+                index, np.random.default_rng(derive_seed(seed, "draw", slot)), num_negatives
+            )
+            for slot, (source, index) in enumerate(order[start:stop].tolist(), start)
+        ]
+
+
+def _walk(num_queries: int, num_slots: int, rng: np.random.Generator) -> NDArray[np.int64]:
+    """Return ``num_slots`` indices: whole shuffled epochs, the last one cut."""
+    num_epochs = -(-num_slots // num_queries)
+    epochs = np.tile(np.arange(num_queries, dtype=np.int64), (num_epochs, 1))
+    return rng.permuted(epochs, axis=1).reshape(-1)[:num_slots]

@@ -1,0 +1,266 @@
+"""Scores a local task with mteb: its metrics and protocols, on data that is already here.
+
+The only file that imports mteb. In: a ``LocalTask`` and an ``Encoder``; out: the scores of mteb's task of
+that type. mteb's settings are kept but for two, both noted at ``_SETTINGS``.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import datasets
+import mteb
+import numpy as np
+from datasets import Dataset, DatasetDict
+from mteb.abstasks import (
+    AbsTask,
+    AbsTaskClassification,
+    AbsTaskClustering,
+    AbsTaskPairClassification,
+    AbsTaskRetrieval,
+    AbsTaskSTS,
+    AbsTaskSummarization,
+)
+from mteb.abstasks.retrieval_dataset_loaders import RetrievalSplitData
+from mteb.abstasks.task_metadata import TaskMetadata
+from mteb.models import ModelMeta
+from mteb.models.abs_encoder import AbsEncoder
+from mteb.types import PromptType
+from numpy.typing import NDArray
+
+from nvembed.core.errors import ModelError
+from nvembed.core.seeding import capture_rng, restore_rng
+from nvembed.evaluation.task_files import (
+    ClassificationData,
+    LabelledTexts,
+    PairData,
+    RerankingData,
+    RetrievalData,
+    SummarizationData,
+)
+from nvembed.evaluation.tasks import LocalTask, TaskType
+from nvembed.inference.protocol import Encoder
+
+# Reranking is retrieval from each query's own candidates, as in mteb's current tasks of that type.
+_CLASSES: dict[TaskType, type[AbsTask]] = {
+    "Retrieval": AbsTaskRetrieval,
+    "Reranking": AbsTaskRetrieval,
+    "Clustering": AbsTaskClustering,
+    "PairClassification": AbsTaskPairClassification,
+    "Classification": AbsTaskClassification,
+    "STS": AbsTaskSTS,
+    "Summarization": AbsTaskSummarization,
+}
+
+_SETTINGS: dict[TaskType, dict[str, Any]] = {
+    # mteb's default is a sample of 4 % of the texts, meant for collections of a million; its own tasks
+    # set the size they need. Here all texts take part.
+    "Clustering": {"max_fraction_of_documents_to_embed": None},
+    "PairClassification": {"label_column_name": "label"},
+    # mteb has no default for these; correlations do not depend on them.
+    "Summarization": {"min_score": 1, "max_score": 5},
+}
+
+_MTEB_NAMES = {"map": "map_at_1000", "mrr": "mrr_at_1000"}
+
+
+def score(task: LocalTask, encoder: Encoder) -> dict[str, float | None]:
+    """Evaluate ``encoder`` on ``task``.
+
+    Returns:
+        mteb's scores by name, with ``task.main_score`` among them; ``None`` where a score is undefined
+        (a correlation with vectors that are all alike).
+
+    Raises:
+        ModelError: the encoder returns vectors that are not finite or not one per text.
+    """
+    rng = capture_rng()  # mteb seeds the global generators; a training run must not notice
+    try:
+        with _quiet():
+            result = mteb.evaluate(
+                _TaskEncoder(task, encoder),
+                _mteb_task(task),
+                cache=None,
+                co2_tracker=False,
+                show_progress_bar=False,
+                encode_kwargs={"batch_size": 512, "show_progress_bar": False},
+            )
+    finally:
+        restore_rng(rng)
+    found = result.task_results[0].scores["test"][0]
+    scores = {name: _finite(value) for name, value in found.items() if isinstance(value, float)}
+    scores[task.main_score] = scores[_MTEB_NAMES.get(task.main_score, task.main_score)]
+    return scores
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
+class _TaskEncoder(AbsEncoder):
+    """mteb's encoder protocol over ours, for one task.
+
+    Documents are encoded bare, everything else with the instruction of the task: the queries of
+    retrieval and reranking, and all texts of the other types, which are symmetric or have one side.
+    mteb asks for some texts several times; each is encoded once per side.
+    """
+
+    def __init__(self, task: LocalTask, encoder: Encoder) -> None:
+        self.mteb_model_meta = ModelMeta.create_empty()
+        self._task = task
+        self._encoder = encoder
+        self._known: dict[tuple[bool, str], NDArray[np.float32]] = {}
+
+    def encode(
+        self, inputs: Any, *, prompt_type: PromptType | None = None, **_: Any
+    ) -> NDArray[np.float32]:
+        """Encode the texts of a dataloader, one row each."""
+        is_document = prompt_type == PromptType.document
+        texts = [text for batch in inputs for text in batch["text"]]
+        new = [text for text in dict.fromkeys(texts) if (is_document, text) not in self._known]
+        if new:
+            if is_document:
+                vectors = self._encoder.encode_document(new)
+            else:
+                vectors = self._encoder.encode_query(new, task=self._task.instruction)
+            self._check(vectors, len(new))
+            self._known.update(((is_document, t), v) for t, v in zip(new, vectors, strict=True))
+        return np.stack([self._known[is_document, text] for text in texts])
+
+    def _check(self, vectors: NDArray[np.float32], num_texts: int) -> None:
+        if vectors.ndim != 2 or len(vectors) != num_texts:
+            raise ModelError(
+                f"the model gives vectors of shape {vectors.shape} for {num_texts} texts",
+                where=f"task {self._task.name}",
+                expected="one vector per text",
+            )
+        if not np.isfinite(vectors).all():
+            raise ModelError(
+                "the model gives vectors with NaN or infinity",
+                where=f"task {self._task.name}",
+                expected="finite vectors",
+            )
+
+
+def _mteb_task(task: LocalTask) -> AbsTask:
+    attributes = {"metadata": _metadata(task), **_SETTINGS.get(task.type, {})}
+    made = type(f"Local{task.type}", (_CLASSES[task.type],), attributes)()
+    made.dataset = _mteb_data(task)
+    made.data_loaded = True
+    return made
+
+
+def _metadata(task: LocalTask) -> TaskMetadata:
+    return TaskMetadata(
+        name=task.name,
+        description=f"Local task in {task.folder.name}",
+        dataset={"path": str(task.folder), "revision": "local"},
+        type=task.type,
+        category="t2c" if task.type in ("Classification", "Clustering") else "t2t",
+        modalities=["text"],
+        eval_splits=["test"],
+        eval_langs=["eng-Latn"],
+        main_score=_MTEB_NAMES.get(task.main_score, task.main_score),
+        prompt=task.instruction,
+    )
+
+
+def _mteb_data(task: LocalTask) -> Mapping[str, Any]:
+    match task.data:
+        case RetrievalData() as data:
+            corpus = {"id": data.document_ids, "text": data.documents}
+            queries = {"id": data.query_ids, "text": data.queries}
+            return _retrieval_data(corpus, queries, data.judgements, None)
+        case RerankingData() as data:
+            return _reranking_data(data)
+        case PairData(first, second, values):
+            key = "score" if task.type == "STS" else "label"
+            gold = values if task.type == "STS" else [int(value) for value in values]
+            return _splits({"sentence1": first, "sentence2": second, key: gold})
+        case LabelledTexts(texts, labels):
+            codes = _codes(labels)
+            return _splits({"sentences": texts, "labels": [codes[label] for label in labels]})
+        case ClassificationData(train, test):
+            codes = _codes(train.labels)
+            return DatasetDict(
+                {
+                    split: Dataset.from_dict(
+                        {"text": part.texts, "label": [codes[label] for label in part.labels]}
+                    )
+                    for split, part in (("train", train), ("test", test))
+                }
+            )
+        case SummarizationData(articles, human, machine, relevance):
+            return _splits(
+                {
+                    "text": articles,
+                    "human_summaries": human,
+                    "machine_summaries": machine,
+                    "relevance": relevance,
+                }
+            )
+
+
+def _splits(columns: dict[str, Any]) -> DatasetDict:
+    return DatasetDict({"test": Dataset.from_dict(columns)})
+
+
+def _codes(labels: Sequence[str]) -> dict[str, int]:
+    # mteb's average precision of two classes needs numbers.
+    return {label: code for code, label in enumerate(sorted(set(labels)))}
+
+
+def _reranking_data(data: RerankingData) -> dict[str, Any]:
+    ids: list[str] = []
+    texts: list[str] = []
+    judgements: dict[str, dict[str, int]] = {}
+    candidates: dict[str, list[str]] = {}
+    for number, (positives, negatives) in enumerate(
+        zip(data.positives, data.negatives, strict=True)
+    ):
+        # mteb breaks ties by id, last first: "n" after "a" lets a tie count against the model.
+        own = {f"{number}-a{i}": 1 for i in range(len(positives))}
+        own |= {f"{number}-n{i}": 0 for i in range(len(negatives))}
+        judgements[str(number)], candidates[str(number)] = own, list(own)
+        ids += own
+        texts += [*positives, *negatives]
+    queries = {"id": list(judgements), "text": data.queries}
+    return _retrieval_data({"id": ids, "text": texts}, queries, judgements, candidates)
+
+
+def _retrieval_data(
+    corpus: dict[str, Any],
+    queries: dict[str, Any],
+    judgements: Mapping[str, Mapping[str, int]],
+    candidates: dict[str, list[str]] | None,
+) -> dict[str, Any]:
+    split = RetrievalSplitData(
+        corpus=Dataset.from_dict(corpus),
+        queries=Dataset.from_dict(queries),
+        relevant_docs={query: dict(grades) for query, grades in judgements.items()},
+        top_ranked=candidates,
+    )
+    return {"default": {"test": split}}
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep mteb's log lines, warnings and progress bars from the terminal."""
+    logger = logging.getLogger("mteb")
+    level = logger.level
+    bars = datasets.are_progress_bars_disabled()
+    logger.setLevel(logging.CRITICAL)
+    datasets.disable_progress_bars()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"(mteb|sklearn|scipy|datasets)\b")
+            yield
+    finally:
+        logger.setLevel(level)
+        if not bars:
+            datasets.enable_progress_bars()

@@ -1,0 +1,1 @@
+"""Using a trained model: the encoder protocol, encoding files, search."""

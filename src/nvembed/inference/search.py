@@ -1,0 +1,134 @@
+"""Search a file of documents with one query: exact, no index to build.
+
+In: a model, a file of texts, a query; out: the nearest texts. The document vectors are kept in a
+cache folder, under the contents of the file and the state of the model, so that the next query over
+the same file costs one short encode.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+import nvembed
+from nvembed.core.errors import ConfigError, DataError, UserError
+from nvembed.core.files import atomic_path
+from nvembed.inference.encoding import encode_texts, encode_window
+from nvembed.inference.files import TextRow, read_texts
+from nvembed.inference.load import load_encoder
+from nvembed.inference.protocol import Encoder
+
+CACHE_FOLDER = Path("~/.cache/nvembed/search")
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """One result: rank from 1, cosine, the line's id where it has one, the text with its title."""
+
+    rank: int
+    score: float
+    id: str | None
+    text: str
+
+
+def search_file(
+    model: str | Encoder,
+    documents: Path,
+    query: str,
+    *,
+    task: str | None,
+    top_k: int,
+    cache: Path | None = CACHE_FOLDER,
+) -> list[Hit]:
+    """Find the texts of a file that are nearest to a query.
+
+    Args:
+        model: folder or hub id, or an encoder that is loaded already (whose vectors are not cached,
+            since nothing tells two encoders apart).
+        documents: JSONL or JSONL.gz; see ``nvembed.inference.files.read_texts``.
+        query: what to look for.
+        task: the query's instruction; ``None`` is no instruction.
+        top_k: number of hits, at least 1; fewer come back from a smaller file.
+        cache: folder of the cached vectors, ``None`` keeps none. Nothing is ever removed from it.
+
+    Returns:
+        Hits by falling score, equal scores in file order.
+
+    Raises:
+        ConfigError: the query is empty or ``top_k`` below 1.
+        DataError: a line of the file cannot be used, or it has none.
+        ModelError: the model cannot be loaded or gives vectors that are no numbers.
+    """
+    if not query.strip():
+        raise ConfigError("the query is empty", where="query", expected="a text")
+    if top_k < 1:
+        raise ConfigError(f"{top_k} hits asked for", where="top_k", expected="at least 1")
+    rows = list(read_texts(documents))
+    if not rows:
+        raise DataError("the file holds no texts", where=str(documents))
+    encoder = load_encoder(model) if isinstance(model, str) else model
+    cached = None
+    if cache is not None and isinstance(model, str):
+        cached = cache.expanduser() / f"{_cache_key(model, documents)}.npy"
+    vectors = _document_vectors(encoder, rows, cached)
+    query_vector = encode_window(encoder, [query], side="query", task=task)[0]
+    scores = vectors @ query_vector
+    order = np.argsort(-scores, kind="stable")[:top_k]
+    return [
+        Hit(rank, float(scores[row]), rows[row].id, rows[row].text)
+        for rank, row in enumerate(order.tolist(), start=1)
+    ]
+
+
+def _document_vectors(
+    encoder: Encoder, rows: list[TextRow], cached: Path | None
+) -> NDArray[np.float32]:
+    shape = (len(rows), encoder.dimension)
+    if cached is not None:
+        known = _read_cached(cached)
+        if known is not None and known.shape == shape and known.dtype == np.float32:
+            return known
+    vectors = encode_texts(encoder, [row.text for row in rows], side="document")
+    if cached is not None:
+        _write_cached(cached, vectors)
+    return vectors
+
+
+def _read_cached(path: Path) -> NDArray[np.float32] | None:
+    try:
+        vectors: NDArray[np.float32] = np.load(path)
+    except (OSError, ValueError, EOFError):
+        return None  # not there, or damaged: then it is computed and written again
+    return vectors
+
+
+def _write_cached(path: Path, vectors: NDArray[np.float32]) -> None:
+    try:
+        with atomic_path(path) as temporary, open(temporary, "wb") as file:
+            np.save(file, vectors)
+    except (OSError, UserError):
+        return  # a home folder that cannot be written must not stop a search
+
+
+def _cache_key(model: str, documents: Path) -> str:
+    """Name the vectors of a file: by the file's contents and by what the model folder holds.
+
+    Weights are told apart by name, size and time of change, since reading gigabytes would cost more
+    than encoding a small file. A hub id stands for itself.
+    """
+    digest = hashlib.sha256(nvembed.__version__.encode())
+    folder = Path(model)
+    digest.update(str(folder.resolve() if folder.is_dir() else model).encode())
+    files = sorted(folder.rglob("*")) if folder.is_dir() else []
+    for path in files:
+        if path.is_file():
+            status = path.stat()
+            name = path.relative_to(folder)
+            digest.update(f"\n{name} {status.st_size} {status.st_mtime_ns}".encode())
+    with open(documents, "rb") as file:
+        digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""Hard negatives: exact search, positive-aware filters, and the miner that puts them together."""

@@ -1,0 +1,1 @@
+"""The model: bidirectional backbone on flat batches, pooling, and ``NVEmbed`` around both."""

@@ -1,0 +1,27 @@
+"""LoRA on the backbone (peft); the pooling head is always trained in full."""
+
+from __future__ import annotations
+
+from peft import LoraConfig, PeftModel, get_peft_model
+
+from nvembed.model.backbone import Backbone
+from nvembed.model.settings import LoraSettings
+
+
+def add_lora(backbone: Backbone, settings: LoraSettings) -> None:
+    """Freeze the backbone and put fresh adapters on it, in place."""
+    targets = settings.targets if isinstance(settings.targets, str) else list(settings.targets)
+    config = LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=targets,
+        bias="none",
+    )
+    backbone.model = get_peft_model(backbone.model, config)
+
+
+def merge_lora(backbone: Backbone) -> None:
+    """Add the adapters into the weights and drop them, in place; does nothing without adapters."""
+    if isinstance(backbone.model, PeftModel):
+        backbone.model = backbone.model.merge_and_unload()

@@ -1,0 +1,278 @@
+"""The backbone: a Hugging Face model run on flat batches, bidirectional by proof.
+
+Loads any decoder (or encoder) without its language-model head, puts it behind our flat attention, switches
+the cache off, and checks by a probe that attention really goes the way that was asked for. Model families
+ignore flags silently, so a model that stays causal is an error here, not a warning. Next: ``model/pooling.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from sentence_transformers.base.modules import InputModule
+from torch import Tensor
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
+
+from nvembed.core.errors import ModelError
+from nvembed.model.attention import FLAT_ATTENTION
+from nvembed.model.settings import AttentionDirection
+from nvembed.text.packing import FlatBatch, flatten
+from nvembed.text.tokens import TextStyle, TextTokenizer, TokenizedText
+
+
+class Backbone(InputModule):
+    """Text to token states, nothing padded.
+
+    Args:
+        model: a transformers base model (no head) that runs with ``nvembed_flat`` attention.
+        tokenizer: its fast tokenizer.
+        attention: ``bidirectional``, or ``causal`` for ablations.
+        max_tokens: longest sequence, with BOS, prompt and EOS; longer texts are cut.
+        text_style: token rules, see :mod:`nvembed.text.tokens`.
+        add_bos: put the BOS token in front where there is one.
+        add_eos: put the EOS token at the end.
+    """
+
+    config_file_name = "nvembed_config.json"
+    config_keys = ["attention", "max_tokens", "text_style", "add_bos", "add_eos"]
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: Any,
+        *,
+        attention: AttentionDirection = "bidirectional",
+        max_tokens: int = 512,
+        text_style: TextStyle = "nvembed",
+        add_bos: bool = True,
+        add_eos: bool = True,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.tokenizer = tokenizer
+        self.attention: AttentionDirection = attention
+        self.text_style: TextStyle = text_style
+        self.add_bos = add_bos
+        self.add_eos = add_eos
+        self._text = TextTokenizer(
+            tokenizer, max_tokens=max_tokens, style=text_style, add_bos=add_bos, add_eos=add_eos
+        )
+        # Saved with the model: stock transformers then builds the right mask too.
+        model.config.is_causal = attention == "causal"
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str,
+        *,
+        dtype: torch.dtype | str | None = None,
+        revision: str | None = None,
+        token: bool | str | None = None,
+        cache_folder: str | None = None,
+        local_files_only: bool = False,
+        trust_remote_code: bool = False,
+        attention: AttentionDirection = "bidirectional",
+        max_tokens: int = 512,
+        text_style: TextStyle = "nvembed",
+        add_bos: bool = True,
+        add_eos: bool = True,
+    ) -> Self:
+        """Load a decoder or encoder from a folder or the hub, and prove its direction.
+
+        Args:
+            name_or_path: local folder or hub id.
+            dtype: of the weights; ``None`` means float32, ``"auto"`` the dtype they were saved in.
+
+        Raises:
+            ModelError: nothing loadable there, the family cannot run on flat batches, or its attention
+                does not go the way that was asked for.
+        """
+        where = {
+            "revision": revision,
+            "token": token,
+            "cache_dir": cache_folder,
+            "local_files_only": local_files_only,
+            "trust_remote_code": trust_remote_code,
+        }
+        try:
+            config = AutoConfig.from_pretrained(name_or_path, **where)
+            config.use_cache = False
+            model = AutoModel.from_pretrained(
+                name_or_path,
+                config=config,
+                attn_implementation=FLAT_ATTENTION,
+                dtype=dtype or torch.float32,
+                **where,
+            )
+            tokenizer = AutoTokenizer.from_pretrained(name_or_path, **where)
+        except (OSError, ValueError, KeyError) as error:
+            raise ModelError(
+                " ".join(str(error).split())[:300],
+                where=str(name_or_path),
+                expected="a Hugging Face model folder or hub id with config, weights and tokenizer",
+            ) from error
+        if getattr(model, "pooler", None) is not None:
+            model.pooler = None  # BERT's; unused, and unused weights only cost memory
+        backbone = cls(
+            model,
+            tokenizer,
+            attention=attention,
+            max_tokens=max_tokens,
+            text_style=text_style,
+            add_bos=add_bos,
+            add_eos=add_eos,
+        )
+        prove_direction(backbone, name=str(name_or_path))
+        return backbone
+
+    @property
+    def max_tokens(self) -> int:
+        """Longest sequence, with BOS, prompt and EOS."""
+        return self._text.max_tokens
+
+    @max_tokens.setter
+    def max_tokens(self, value: int) -> None:
+        self._text.max_tokens = value
+
+    # The name sentence-transformers uses for the same number.
+    @property
+    def max_seq_length(self) -> int:
+        """Same as ``max_tokens``."""
+        return self.max_tokens
+
+    @max_seq_length.setter
+    def max_seq_length(self, value: int) -> None:
+        self.max_tokens = value
+
+    @property
+    def width(self) -> int:
+        """Hidden size."""
+        return int(self.model.config.get_text_config().hidden_size)
+
+    def get_embedding_dimension(self) -> int:
+        """Hidden size, by the name sentence-transformers asks for."""
+        return self.width
+
+    def tokenize_texts(self, texts: Sequence[str], prompt: str = "") -> list[TokenizedText]:
+        """Ids and pool starts of texts that share a prompt: the one path from text to tokens."""
+        return self._text(texts, prompt)
+
+    def preprocess(
+        self, inputs: Sequence[Any], prompt: str | None = None, **_: Any
+    ) -> dict[str, Any]:
+        """Tokenise and flatten, as sentence-transformers calls it."""
+        return {"flat": flatten(self.tokenize_texts(list(inputs), prompt or ""))}
+
+    def forward(self, features: dict[str, Any], **_: Any) -> dict[str, Any]:
+        """Add ``token_embeddings`` ``(T, D)`` for the flat batch under ``flat``."""
+        device = next(self.model.parameters()).device
+        features["flat"] = features["flat"].to(device)
+        features["token_embeddings"] = self.hidden(features["flat"])
+        return features
+
+    def hidden(self, flat: FlatBatch) -> Tensor:
+        """Last hidden states ``(T, D)`` of a flat batch on the model's device."""
+        output = self.model(
+            input_ids=flat.token_ids_T[None],
+            position_ids=flat.position_ids_T[None],
+            attention_mask=None,
+            segments=flat.segments,
+            causal=self.attention == "causal",
+        )
+        hidden_TD: Tensor = output.last_hidden_state[0]
+        return hidden_TD
+
+    def save(
+        self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any
+    ) -> None:
+        """Write weights (safetensors), configuration and tokenizer."""
+        self.model.save_pretrained(output_path, safe_serialization=True)
+        self.save_tokenizer(output_path)
+        self.save_config(output_path)
+
+    @classmethod
+    def load(
+        cls,
+        model_name_or_path: str,
+        subfolder: str = "",
+        token: bool | str | None = None,
+        cache_folder: str | None = None,
+        revision: str | None = None,
+        local_files_only: bool = False,
+        model_kwargs: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> Self:
+        """Load from a saved model, as sentence-transformers calls it."""
+        path = str(Path(model_name_or_path) / subfolder) if subfolder else model_name_or_path
+        config = cls.load_config(
+            model_name_or_path,
+            subfolder=subfolder,
+            token=token,
+            cache_folder=cache_folder,
+            revision=revision,
+            local_files_only=local_files_only,
+        )
+        wanted = (model_kwargs or {}).get("dtype") or (model_kwargs or {}).get("torch_dtype")
+        return cls.from_pretrained(
+            path,
+            dtype=wanted or "auto",
+            revision=revision,
+            token=token,
+            cache_folder=cache_folder,
+            local_files_only=local_files_only,
+            **config,
+        )
+
+
+@torch.no_grad()
+def prove_direction(backbone: Backbone, *, name: str) -> None:
+    """Change the last token of a sequence and see whether the first state moves.
+
+    Also proves that texts packed together do not see each other.
+
+    Raises:
+        ModelError: the model is causal although bidirectional attention was asked for (or the reverse),
+            or a neighbour in the pack changes a text.
+    """
+    model = backbone.model
+    parameter = next(model.parameters())
+    if parameter.is_meta:
+        return
+    was_training = model.training
+    model.eval()
+    vocabulary = int(model.config.get_text_config().vocab_size)
+    ids = [(7 * i + 11) % vocabulary for i in range(8)]
+    changed = [*ids[:-1], (ids[-1] + vocabulary // 2) % vocabulary]
+    try:
+        first, moved, packed = (
+            backbone.hidden(
+                flatten([TokenizedText(tuple(x), 0) for x in rows]).to(parameter.device)
+            )
+            for rows in ([ids], [changed], [ids, changed[1:]])
+        )
+    except (TypeError, RuntimeError) as error:
+        raise ModelError(
+            f"the {model.config.model_type} family does not run on flat batches ({error})",
+            where=name,
+            hint="Choose another backbone (Mistral, Llama, Qwen, Gemma, Phi, BERT and ModernBERT work)",
+        ) from error
+    finally:
+        model.train(was_training)
+    scale = float(first.float().std()) or 1.0
+    seen = float((first[0] - moved[0]).float().abs().max()) / scale > 1e-6
+    if seen != (backbone.attention == "bidirectional"):
+        raise ModelError(
+            f"attention is {'bidirectional' if seen else 'causal'}",
+            where=name,
+            expected=f"{backbone.attention} attention (a probe changes the last token and watches the first)",
+            hint="This model family needs support in nvembed/model/attention.py",
+        )
+    # Kernels round differently for other shapes; in 16 bit by up to some per cent of the spread.
+    tolerance = 1e-3 if first.dtype == torch.float32 else 0.1
+    if float((first[:8] - packed[:8]).float().abs().max()) / scale > tolerance:
+        raise ModelError(
+            "texts packed together see each other", where=name, hint="Choose another backbone"
+        )

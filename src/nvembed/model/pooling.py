@@ -1,0 +1,233 @@
+"""Poolings: from token states to one vector per text. Each is a sentence-transformers ``Module``.
+
+    mean              average of the pooled tokens
+    last              state of the last token (the EOS)
+    latent            latent attention layer on the pooled tokens, then the average (NV-Embed)
+    self_attention    one self-attention layer over the text, then the average (the paper's other baseline)
+
+They work on the flat batch of our :class:`~nvembed.model.backbone.Backbone` and equally behind the padded
+``Transformer`` of an existing sentence-transformers model, whose states are flattened on entry; so latent
+attention can be put on any model. Next file: ``model/embedder.py``.
+
+Letters: T tokens of the pack, N texts, D width, B × L a padded batch.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+import torch
+from sentence_transformers.base.modules import Module
+from torch import Tensor, nn
+
+from nvembed.core.errors import ModelError
+from nvembed.model.attention import flat_attention
+from nvembed.model.latent_attention import GegluFeedForward, LatentAttention
+from nvembed.model.settings import PoolingKind
+from nvembed.text.packing import Segments
+
+
+def pooled_mean(hidden_PD: Tensor, pool_mask_T: Tensor, segments: Segments) -> Tensor:
+    """Average of the pooled tokens of every segment, accumulated in float32.
+
+    Args:
+        hidden_PD: states of the pooled tokens only, in order.
+        pool_mask_T: which of the T tokens of the pack those are.
+        segments: boundaries of the pack.
+
+    Returns:
+        ``(N, D)`` float32.
+    """
+    lengths_N = segments.cu_seqlens.diff()
+    rows_N = torch.arange(len(segments.lengths), device=hidden_PD.device)
+    segment_P = rows_N.repeat_interleave(lengths_N, output_size=pool_mask_T.shape[0])[pool_mask_T]
+    sums_ND = hidden_PD.new_zeros(
+        (len(segments.lengths), hidden_PD.shape[1]), dtype=torch.float32
+    ).index_add(0, segment_P, hidden_PD.float())
+    counts_N = torch.bincount(segment_P, minlength=len(segments.lengths))
+    return sums_ND / counts_N[:, None]
+
+
+def last_token(hidden_TD: Tensor, segments: Segments) -> Tensor:
+    """State of the last token of every segment, ``(N, D)`` float32."""
+    return hidden_TD[segments.cu_seqlens[1:].long() - 1].float()
+
+
+class Pooling(Module):
+    """What all poolings share: reading the features, restoring the order of the texts, saving.
+
+    Subclasses implement :meth:`pool` over a flat batch.
+    """
+
+    config_keys = ["width"]
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+
+    def pool(self, hidden_TD: Tensor, pool_mask_T: Tensor, segments: Segments) -> Tensor:
+        """Pool ``(T, D)`` token states to ``(N, D)`` float32."""
+        raise NotImplementedError
+
+    def forward(self, features: dict[str, Any], **_: Any) -> dict[str, Any]:
+        """Add ``sentence_embedding`` ``(N, D)``, rows in the order of the texts."""
+        if "flat" in features:
+            flat = features["flat"]
+            pooled_ND = self.pool(features["token_embeddings"], flat.pool_mask_T, flat.segments)
+            order_N = torch.tensor(flat.order, device=pooled_ND.device)
+            features["sentence_embedding"] = torch.empty_like(pooled_ND).index_copy(
+                0, order_N, pooled_ND
+            )
+        else:
+            hidden_TD, pool_mask_T, segments = _flatten_padded(features)
+            features["sentence_embedding"] = self.pool(hidden_TD, pool_mask_T, segments)
+        return features
+
+    def get_embedding_dimension(self) -> int:
+        """Width of the embeddings."""
+        return self.width
+
+    def save(
+        self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any
+    ) -> None:
+        """Write ``config.json`` and, where there are any, the weights."""
+        self.save_config(output_path)
+        if any(True for _ in self.parameters()):
+            self.save_torch_weights(output_path, safe_serialization=True)
+
+    @classmethod
+    def load(
+        cls,
+        model_name_or_path: str,
+        subfolder: str = "",
+        token: bool | str | None = None,
+        cache_folder: str | None = None,
+        revision: str | None = None,
+        local_files_only: bool = False,
+        **_: Any,
+    ) -> Self:
+        """Load from a folder of a saved model."""
+        where = {
+            "subfolder": subfolder,
+            "token": token,
+            "cache_folder": cache_folder,
+            "revision": revision,
+            "local_files_only": local_files_only,
+        }
+        pooling = cls(**cls.load_config(model_name_or_path, **where))
+        if any(True for _ in pooling.parameters()):
+            cls.load_torch_weights(model_name_or_path, **where, model=pooling)
+        return pooling
+
+
+class MeanPooling(Pooling):
+    """Average of the pooled tokens."""
+
+    def pool(self, hidden_TD: Tensor, pool_mask_T: Tensor, segments: Segments) -> Tensor:
+        """See the base class."""
+        return pooled_mean(hidden_TD[pool_mask_T], pool_mask_T, segments)
+
+
+class LastTokenPooling(Pooling):
+    """State of the last token, which is the EOS unless an official checkpoint lost it."""
+
+    def pool(self, hidden_TD: Tensor, pool_mask_T: Tensor, segments: Segments) -> Tensor:
+        """See the base class."""
+        return last_token(hidden_TD, segments)
+
+
+class LatentAttentionPooling(Pooling):
+    """Latent attention on the pooled tokens, then their average (paper s3.2).
+
+    Args:
+        width: hidden size of the backbone.
+        num_latents: size of the trained array (paper: 512).
+        num_heads: attention heads (paper: 8).
+        head_width: width of a head; ``None`` means ``width``, as in the released weights.
+    """
+
+    config_keys = ["width", "num_latents", "num_heads", "head_width"]
+
+    def __init__(
+        self, width: int, num_latents: int = 512, num_heads: int = 8, head_width: int | None = None
+    ) -> None:
+        super().__init__(width)
+        self.num_latents = num_latents
+        self.num_heads = num_heads
+        self.head_width = head_width
+        self.layer = LatentAttention(width, num_latents, num_heads, head_width)
+
+    def pool(self, hidden_TD: Tensor, pool_mask_T: Tensor, segments: Segments) -> Tensor:
+        """See the base class."""
+        hidden_PD = hidden_TD[pool_mask_T].to(self.layer.latents_RD.dtype)
+        return pooled_mean(self.layer(hidden_PD), pool_mask_T, segments)
+
+
+class SelfAttentionPooling(Pooling):
+    """One bidirectional self-attention layer with MLP over each text, then the average.
+
+    Same pre-norms, residuals and MLP as latent attention, so the two differ in keys and values only.
+    Starts as mean pooling too (zero output projections).
+    """
+
+    config_keys = ["width", "num_heads"]
+
+    def __init__(self, width: int, num_heads: int = 8) -> None:
+        super().__init__(width)
+        if width % num_heads:
+            raise ModelError(
+                f"{num_heads} heads do not divide the width {width}",
+                where="model.pooling.num_heads",
+                expected=f"a divisor of {width}",
+            )
+        self.num_heads = num_heads
+        self.norm_attention = nn.LayerNorm(width)
+        self.to_query_key_value = nn.Linear(width, 3 * width, bias=False)
+        self.to_out = nn.Linear(width, width, bias=False)
+        self.norm_feed_forward = nn.LayerNorm(width)
+        self.feed_forward = GegluFeedForward(width)
+        nn.init.zeros_(self.to_out.weight)
+        nn.init.zeros_(self.feed_forward.down.weight)
+        nn.init.zeros_(self.feed_forward.down.bias)
+
+    def pool(self, hidden_TD: Tensor, pool_mask_T: Tensor, segments: Segments) -> Tensor:
+        """See the base class."""
+        hidden_TD = hidden_TD.to(self.to_out.weight.dtype)
+        projected_TI = self.to_query_key_value(self.norm_attention(hidden_TD))
+        query, key, value = (
+            x_TD.unflatten(1, (self.num_heads, -1)).transpose(0, 1)[None]
+            for x_TD in projected_TI.chunk(3, dim=-1)
+        )
+        attended, _ = flat_attention(self, query, key, value, None, segments=segments, causal=False)
+        mixed_PD = (hidden_TD + self.to_out(attended[0].flatten(1)))[pool_mask_T]
+        mixed_PD = mixed_PD + self.feed_forward(self.norm_feed_forward(mixed_PD))
+        return pooled_mean(mixed_PD, pool_mask_T, segments)
+
+
+def _flatten_padded(features: dict[str, Any]) -> tuple[Tensor, Tensor, Segments]:
+    """Padded states of a stock ``Transformer`` (any padding side) as a flat batch."""
+    hidden_BLD: Tensor = features["token_embeddings"]
+    mask_BL = features["attention_mask"].bool()
+    pool_BL = mask_BL.clone()
+    prompt_length = features.get("prompt_length")
+    if prompt_length is not None:
+        # Counted from the first real token, so that left padding is right too.
+        pool_BL &= mask_BL.cumsum(1) > int(torch.as_tensor(prompt_length).flatten()[0])
+    lengths = mask_BL.sum(1).tolist()
+    segments = Segments.of_lengths(lengths, device=hidden_BLD.device)
+    return hidden_BLD[mask_BL], pool_BL[mask_BL], segments
+
+
+def build_pooling(
+    kind: PoolingKind, width: int, *, num_latents: int = 512, num_heads: int = 8
+) -> Pooling:
+    """Make a fresh pooling for a hidden size."""
+    match kind:
+        case "mean":
+            return MeanPooling(width)
+        case "last":
+            return LastTokenPooling(width)
+        case "latent":
+            return LatentAttentionPooling(width, num_latents, num_heads)
+        case "self_attention":
+            return SelfAttentionPooling(width, num_heads)

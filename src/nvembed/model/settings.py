@@ -1,0 +1,63 @@
+"""What a recipe says about the model. Free of torch, so that recipes can be read and checked quickly."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from nvembed.core.config import StrictModel
+
+AttentionDirection = Literal["bidirectional", "causal"]
+PoolingKind = Literal["mean", "last", "latent", "self_attention"]
+
+
+class PoolingSettings(StrictModel):
+    """From token states to one vector.
+
+    Args:
+        kind: ``mean``, ``last`` (EOS), ``latent`` (NV-Embed) or ``self_attention``.
+        num_latents: of latent attention (paper: 512).
+        num_heads: of latent or self attention (paper: 8).
+    """
+
+    kind: PoolingKind = "latent"
+    num_latents: int = Field(default=512, ge=1)
+    num_heads: int = Field(default=8, ge=1)
+
+
+class ModelSettings(StrictModel):
+    """What training starts from.
+
+    Args:
+        backbone: folder (relative to the recipe) or hub id of a decoder LM, an encoder, or an embedding
+            model saved by nvembed, which then is tuned further.
+        attention: ``bidirectional`` (default), or ``causal`` for ablations; a saved embedding model has
+            its own, so leave it out then.
+        pooling: latent attention by default; leave it out for a saved embedding model.
+        max_tokens: longest sequence with BOS, prompt and EOS; longer texts are cut.
+        dtype: of the backbone's weights; float32 by default, a saved embedding model keeps its own.
+    """
+
+    backbone: str = Field(min_length=1)
+    attention: AttentionDirection | None = None
+    pooling: PoolingSettings | None = None
+    max_tokens: int = Field(default=512, ge=8)
+    dtype: Literal["float32", "bfloat16"] | None = None
+
+
+class LoraSettings(StrictModel):
+    """Low-rank adapters on the backbone; the defaults are the paper's.
+
+    Args:
+        rank: of the adapter matrices.
+        alpha: the update is scaled by ``alpha / rank``.
+        dropout: on the adapter's input.
+        targets: names of linear layers; ``all-linear`` means every one of the backbone (the paper does
+            not say which it took).
+    """
+
+    rank: int = Field(default=16, ge=1)
+    alpha: int = Field(default=32, ge=1)
+    dropout: float = Field(default=0.1, ge=0, lt=1)
+    targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"

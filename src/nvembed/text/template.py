@@ -1,0 +1,22 @@
+"""The template: what a query looks like before it is tokenised.
+
+``Instruct: {instruction}\\nQuery: {text}`` for queries, the bare text for documents (paper s4; symmetric
+tasks such as STS carry the instruction on both sides). The rendered part before the text is called the
+*prompt*; it is what sentence-transformers calls so too, and everything downstream takes a prompt.
+Next file: ``text/tokens.py``.
+"""
+
+from __future__ import annotations
+
+QUERY_PROMPT = "Instruct: {instruction}\nQuery: "
+
+
+def query_prompt(instruction: str | None) -> str:
+    """Render the prompt of an instruction; no instruction gives the empty prompt.
+
+    >>> query_prompt("Given a question, retrieve passages that answer the question")
+    'Instruct: Given a question, retrieve passages that answer the question\\nQuery: '
+    """
+    if instruction is None or not instruction.strip():
+        return ""
+    return QUERY_PROMPT.replace("{instruction}", instruction.strip())

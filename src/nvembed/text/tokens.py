@@ -1,0 +1,150 @@
+"""Tokenise: (prompt, text) to token ids and the place where pooling starts.
+
+One function serves training, mining, evaluation, encoding and serving, so that no two of them can
+disagree. Tokens of the prompt take part in attention but are never pooled. Next file: ``text/packing.py``.
+
+Two styles exist because the released NV-Embed checkpoints were made with rules that we would not choose:
+
+``nvembed``
+    prompt + text is tokenised as one string; a token is pooled when it holds a character of the text (so
+    a space that belongs to the prompt is not pooled). Truncation cuts the text only: the prompt and the
+    EOS always survive.
+``official``
+    the rules of NVIDIA's code (nv-embed.md 1.7): the first ``n`` positions are left out, ``n`` being the
+    number of pieces of the prompt tokenised alone; the EOS is part of the text when it is truncated, so
+    over-long texts lose it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from nvembed.core.errors import DataError, ModelError
+
+TextStyle = Literal["nvembed", "official"]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizedText:
+    """Token ids of one text; positions from ``pool_start`` on are pooled."""
+
+    ids: tuple[int, ...]
+    pool_start: int
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+class TextTokenizer:
+    """Turns texts into ids and pool starts with a Hugging Face fast tokenizer.
+
+    Args:
+        tokenizer: a ``PreTrainedTokenizerFast``.
+        max_tokens: upper limit of a sequence, with BOS, prompt and EOS.
+        style: see the module docstring.
+        add_bos: put the BOS (or CLS) token in front where the tokenizer has one.
+        add_eos: put the EOS (or SEP) token at the end.
+
+    Raises:
+        ModelError: the tokenizer has no offsets (slow) or no EOS token although one is wanted.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        max_tokens: int = 512,
+        style: TextStyle = "nvembed",
+        add_bos: bool = True,
+        add_eos: bool = True,
+    ) -> None:
+        if not getattr(tokenizer, "is_fast", False):
+            raise ModelError(
+                f"{type(tokenizer).__name__} is a slow tokenizer",
+                expected="a fast tokenizer (tokenizer.json), which knows character offsets",
+                hint="Save the tokenizer of the model again with a current transformers",
+            )
+        self.tokenizer = tokenizer
+        self.max_tokens = max_tokens
+        self.style: TextStyle = style
+        bos = _first(tokenizer.bos_token_id, tokenizer.cls_token_id)
+        eos = _first(tokenizer.eos_token_id, tokenizer.sep_token_id)
+        if add_eos and eos is None:
+            raise ModelError(
+                "the tokenizer has no EOS token", hint="Set add_eos=false or give it an eos_token"
+            )
+        self._head = (bos,) if add_bos and bos is not None else ()
+        self._tail = (eos,) if add_eos and eos is not None else ()
+
+    def __call__(self, texts: Sequence[str], prompt: str = "") -> list[TokenizedText]:
+        """Tokenise texts that share a prompt.
+
+        Args:
+            texts: the bare texts.
+            prompt: what stands in front of each of them ("" for documents).
+
+        Raises:
+            DataError: something other than a string was given, or the prompt alone fills ``max_tokens``.
+        """
+        for row, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise DataError(
+                    f"got {type(text).__name__}", where=f"text {row}", expected="a string"
+                )
+        if not texts:
+            return []
+        if self.style == "official":
+            return self._official(texts, prompt)
+        encoded = self.tokenizer(
+            [prompt + text for text in texts],
+            add_special_tokens=False,
+            return_offsets_mapping=bool(prompt),
+            return_attention_mask=False,
+            verbose=False,
+        )
+        if not prompt:
+            return [self._finish(ids, 0, 0) for ids in encoded["input_ids"]]
+        rows = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+        return [self._finish(ids, _text_start(offsets, len(prompt)), 1) for ids, offsets in rows]
+
+    def _finish(self, ids: list[int], text_start: int, skip_head: int) -> TokenizedText:
+        """Add BOS and EOS, cut the text (never prompt or EOS), and place the start of pooling."""
+        room = self.max_tokens - len(self._head) - len(self._tail)
+        if len(ids) > room:
+            if text_start >= room:
+                raise DataError(
+                    f"the instruction takes {text_start} tokens and leaves no room for the text",
+                    where=f"max_tokens={self.max_tokens}",
+                    hint="Shorten the instruction or raise max_tokens",
+                )
+            ids = ids[:room]
+        pool_start = text_start + len(self._head) if skip_head else 0
+        return TokenizedText((*self._head, *ids, *self._tail), pool_start)
+
+    def _official(self, texts: Sequence[str], prompt: str) -> list[TokenizedText]:
+        # Exactly the released code: the EOS string is part of the text before truncation, BOS comes from
+        # the tokenizer's own settings, and the masked length is counted on the prompt alone.
+        tail = self.tokenizer.eos_token
+        encoded = self.tokenizer(
+            [prompt + text + tail for text in texts],
+            truncation=True,
+            max_length=self.max_tokens,
+            return_attention_mask=False,
+            verbose=False,
+        )
+        masked = len(self.tokenizer.tokenize(prompt)) if prompt else 0
+        return [TokenizedText(tuple(ids), masked) for ids in encoded["input_ids"]]
+
+
+def _first(*ids: int | None) -> int | None:
+    return next((value for value in ids if value is not None), None)
+
+
+def _text_start(offsets: Sequence[tuple[int, int]], prompt_length: int) -> int:
+    """First token that holds a character of the text; the number of tokens when none does."""
+    for position, (_, end) in enumerate(offsets):
+        if end > prompt_length:
+            return position
+    return len(offsets)

@@ -1,0 +1,1 @@
+"""Training: stages, the contrastive step, checkpoints and the loop."""

@@ -1,0 +1,114 @@
+"""The configuration of a training run, as a recipe gives it.
+
+Counts carry their unit: steps are optimizer updates, batch sizes are queries per step, lengths are tokens.
+``None`` means off.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from nvembed.core.config import StrictModel
+from nvembed.data.mixture import DatasetConfig
+from nvembed.mining.config import MiningConfig
+from nvembed.model.settings import LoraSettings, ModelSettings
+
+
+class OptimizerConfig(StrictModel):
+    """AdamW; the weight decay of the paper is 0.03 (recalled, medium certainty)."""
+
+    weight_decay: float = Field(default=0.03, ge=0)
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.999, ge=0, lt=1)
+    max_grad_norm: float | None = Field(default=1.0, gt=0)
+
+
+class StageConfig(StrictModel):
+    """One stage of contrastive training.
+
+    Args:
+        name: part of file names and metrics.
+        steps: optimizer updates.
+        batch_size: queries per step.
+        learning_rate: of adapters (or of all weights without LoRA) at the end of the warm-up.
+        head_learning_rate: of the pooling head; ``None`` means the same (as NVIDIA says it did).
+        warmup_steps: linear rise; a linear fall to zero follows.
+        in_batch_negatives: use the documents of the other queries of the step as negatives (paper: on in
+            stage 1, off in stage 2).
+        num_negatives: most own negatives drawn per query (paper: 7).
+        temperature: of the softmax (not published; 0.01–0.05 is usual).
+        mine: mine hard negatives for the retrieval and NLI sets before the stage, with the model as it
+            is by then; ``None`` uses the negatives that the files hold.
+    """
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")
+    steps: int = Field(ge=1)
+    batch_size: int = Field(default=128, ge=2)
+    learning_rate: float = Field(default=2e-5, gt=0)
+    head_learning_rate: float | None = Field(default=None, gt=0)
+    warmup_steps: int = Field(default=50, ge=0)
+    in_batch_negatives: bool
+    num_negatives: int = Field(default=7, ge=0)
+    temperature: float = Field(default=0.02, gt=0)
+    mine: MiningConfig | None = None
+
+    @model_validator(mode="after")
+    def _has_negatives(self) -> Self:
+        if not self.in_batch_negatives and self.num_negatives == 0:
+            raise ValueError(
+                "in_batch_negatives is off and num_negatives is 0: nothing to contrast with"
+            )
+        return self
+
+
+class TrainConfig(StrictModel):
+    """A complete run.
+
+    Args:
+        output: run folder; relative to the working directory.
+        seed: every random choice derives from it.
+        model: what to start from.
+        lora: adapters on the backbone; ``None`` trains all weights.
+        datasets: the training data; paths are relative to the recipe.
+        stages: in order.
+        optimizer: shared by the stages; each stage starts it afresh.
+        precision: ``bfloat16`` computes under autocast, weights stay as loaded.
+        pack_tokens: tokens per forward pass.
+        log_every: steps between two rows of ``metrics.jsonl``.
+        checkpoint_every: steps between two checkpoints.
+        keep_checkpoints: how many of the latest to keep.
+    """
+
+    output: str = Field(min_length=1)
+    seed: int = Field(default=0, ge=0)
+    model: ModelSettings
+    lora: LoraSettings | None = LoraSettings()
+    datasets: tuple[DatasetConfig, ...] = Field(min_length=1)
+    stages: tuple[StageConfig, ...] = Field(min_length=1)
+    optimizer: OptimizerConfig = OptimizerConfig()
+    precision: Literal["float32", "bfloat16"] = "float32"
+    pack_tokens: int = Field(default=4096, ge=16)
+    log_every: int = Field(default=1, ge=1)
+    checkpoint_every: int = Field(default=200, ge=1)
+    keep_checkpoints: int = Field(default=2, ge=1)
+
+    @model_validator(mode="after")
+    def _names_and_stages(self) -> Self:
+        for what, names in (
+            ("datasets", [dataset.name for dataset in self.datasets]),
+            ("stages", [stage.name for stage in self.stages]),
+        ):
+            repeated = sorted({name for name in names if names.count(name) > 1})
+            if repeated:
+                raise ValueError(f"{what} share the name {', '.join(repeated)}; names must differ")
+        used = {number for dataset in self.datasets for number in dataset.stages}
+        known = set(range(1, len(self.stages) + 1))
+        if not known <= used:
+            missing = ", ".join(str(number) for number in sorted(known - used))
+            raise ValueError(f"no data set is used in stage {missing}")
+        if not used <= known:
+            extra = ", ".join(str(number) for number in sorted(used - known))
+            raise ValueError(f"data sets name stage {extra}, but there are {len(known)} stages")
+        return self

@@ -1,0 +1,86 @@
+"""What happens before a stage: its data are read, and hard negatives mined where the recipe says so."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import cast
+
+from nvembed.core.files import write_json, write_jsonl
+from nvembed.data.mixture import DatasetConfig, Mixture, load_mixture
+from nvembed.data.records import PairRecord, StsRecord, read_records
+from nvembed.inference.protocol import Encoder
+from nvembed.mining.config import MiningConfig
+from nvembed.mining.miner import mine_negatives, mine_sts_negatives
+from nvembed.training.config import TrainConfig
+
+MINED_KINDS = ("retrieval", "nli", "sts")
+
+
+def prepare_mixture(
+    config: TrainConfig,
+    stage: int,
+    *,
+    base_dir: Path,
+    mined_dir: Path,
+    teacher: Encoder,
+    log: Callable[[str], None],
+) -> Mixture:
+    """Load the data of a stage.
+
+    Mined files are kept in ``mined_dir``; those that are there already (a resumed run) are used as they
+    are, so mining never happens twice.
+
+    Args:
+        config: the run.
+        stage: index of the stage, from 0.
+        base_dir: folder of the recipe.
+        mined_dir: where this stage's mined files go.
+        teacher: model that scores the candidates: the one in training, as it is now.
+        log: told one line per mined set.
+    """
+    settings = config.stages[stage].mine
+    datasets = [dataset for dataset in config.datasets if stage + 1 in dataset.stages]
+    if settings is not None:
+        datasets = [
+            _mined(dataset, settings, base_dir=base_dir, folder=mined_dir, teacher=teacher, log=log)
+            if dataset.kind in MINED_KINDS
+            else dataset
+            for dataset in datasets
+        ]
+    return load_mixture(datasets, stage=stage + 1, base_dir=base_dir)
+
+
+def _mined(
+    dataset: DatasetConfig,
+    settings: MiningConfig,
+    *,
+    base_dir: Path,
+    folder: Path,
+    teacher: Encoder,
+    log: Callable[[str], None],
+) -> DatasetConfig:
+    """The data set with its mined file in place of its own, which is made where it is missing."""
+    target = folder.absolute() / f"{dataset.name}.jsonl"
+    if not target.is_file():
+        log(f"mining {settings.num_negatives} negatives per query of {dataset.name}")
+        records = read_records(base_dir / dataset.path, dataset.kind)
+        if dataset.kind == "sts":
+            mined, report = mine_sts_negatives(
+                cast(list[StsRecord], records),
+                None,
+                teacher,
+                settings,
+                instruction=dataset.instruction,
+            )
+        else:
+            mined, report = mine_negatives(
+                cast(list[PairRecord], records),
+                None,
+                teacher,
+                settings,
+                instruction=dataset.instruction,
+            )
+        write_json(folder / f"{dataset.name}.report.json", report.to_json())
+        write_jsonl(target, (record.to_json() for record in mined))
+    return dataset.model_copy(update={"path": str(target)})

@@ -1,0 +1,135 @@
+"""What every test has: no network, one thread, fixed seeds, a tiny tokenizer and a tiny decoder."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Before torch and the Hugging Face libraries are imported, and passed on to child processes.
+for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ.setdefault(_name, "1")
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_OFFLINE"] = "1"
+os.environ["PYTHONPATH"] = str(ROOT / "src")
+os.environ.pop("NVEMBED_PROGRESS", None)
+
+import random
+import socket
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+SHARED = Path(os.environ.get("NVEMBED_SHARED", ROOT.parent / "shared"))
+
+
+class NetworkBlockedError(AssertionError):
+    """A test tried to leave this machine."""
+
+
+def _is_local(address: Any) -> bool:
+    # A unix socket's address is a path.
+    return not isinstance(address, tuple) or str(address[0]) in ("localhost", "127.0.0.1", "::1")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_network() -> Any:
+    """Let no test open a connection to another machine."""
+    patch = pytest.MonkeyPatch()
+    connect, connect_ex = socket.socket.connect, socket.socket.connect_ex
+
+    def guarded(original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(self: socket.socket, address: Any) -> Any:
+            if not _is_local(address):
+                raise NetworkBlockedError(f"network is blocked in tests: {address}")
+            return original(self, address)
+
+        return call
+
+    patch.setattr(socket.socket, "connect", guarded(connect))
+    patch.setattr(socket.socket, "connect_ex", guarded(connect_ex))
+    yield
+    patch.undo()
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seeds() -> None:
+    """Start every test from the same global random state."""
+    random.seed(0)
+    np.random.seed(0)
+    # torch takes seconds to import: tests that do not use it should not pay for it.
+    import sys
+
+    if (torch := sys.modules.get("torch")) is not None:
+        torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Callable[[str], Path]:
+    """Find a path of the shared folder beside the checkout (or of ``$NVEMBED_SHARED``), or skip."""
+
+    def find(relative: str) -> Path:
+        path = SHARED / relative
+        if not path.exists():
+            pytest.skip(f"needs {path} (set NVEMBED_SHARED to the folder that holds {relative})")
+        return path
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer, one token per byte, with ``<unk> <s> </s>`` as ids 0, 1, 2."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<unk>", "<s>", "</s>"]
+    vocabulary = special + sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(
+        models.BPE(vocab={token: i for i, token in enumerate(vocabulary)}, merges=[])
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in special])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_decoder_dir(
+    tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerFast
+) -> Path:
+    """Folder of a random Mistral (2 layers, width 32) with its tokenizer."""
+    import torch
+    from transformers import MistralConfig, MistralForCausalLM
+
+    path = tmp_path_factory.mktemp("tiny-decoder")
+    config = MistralConfig(
+        vocab_size=len(tiny_tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        sliding_window=None,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=None,
+        initializer_range=0.1,  # the default 0.02 leaves states of this width almost alike
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = MistralForCausalLM(config)
+    model.save_pretrained(path)
+    tiny_tokenizer.save_pretrained(path)
+    return path

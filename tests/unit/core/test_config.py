@@ -1,0 +1,242 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import Field, ValidationError
+
+from nvembed.core.config import StrictModel, dump_config, load_config
+from nvembed.core.errors import ConfigError
+
+
+class Adapter(StrictModel):
+    rank: int = 16
+    dropout: float | None = 0.1
+
+
+class Stage(StrictModel):
+    steps: int
+    name: str = "stage"
+    learning_rate: float = 1e-4
+    in_batch_negatives: bool = True
+    adapter: Adapter | None = None
+
+
+class Recipe(StrictModel):
+    seed: int = 0
+    output: Path = Path("runs/x")
+    pooling: Literal["mean", "latent"] = "mean"
+    stages: tuple[Stage, ...] = ()
+    adapter: Adapter = Adapter()
+    named: dict[str, Adapter] = Field(default_factory=dict)
+
+
+@pytest.fixture
+def recipe(tmp_path: Path):
+    def write(text: str) -> Path:
+        path = tmp_path / "recipe.yaml"
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write
+
+
+def message_of(path: Path, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(Recipe, path, overrides)
+    text = str(caught.value)
+    assert "\n" not in text
+    return text.replace(str(path), "recipe.yaml")
+
+
+def test_values_of_file_and_defaults(recipe):
+    path = recipe("seed: 7\npooling: latent\nstages:\n  - {steps: 3, learning_rate: 2e-5}\n")
+    config = load_config(Recipe, path)
+    assert config.seed == 7
+    assert config.pooling == "latent"
+    assert config.output == Path("runs/x")
+    assert config.stages == (Stage(steps=3, learning_rate=2e-5),)
+
+
+def test_empty_file_gives_the_defaults(recipe):
+    assert load_config(Recipe, recipe("# nothing\n")) == Recipe()
+
+
+def test_frozen():
+    with pytest.raises(ValidationError, match="frozen"):
+        Recipe().seed = 3
+
+
+def test_all_problems_at_once_with_key_line_and_near_match(recipe):
+    path = recipe(
+        "sede: 1\n"
+        "seed: '1'\n"
+        "stages:\n"
+        "  - steps: 3\n"
+        "    lerning_rate: 1e-4\n"
+        "  - name: b\n"
+        "    in_batch_negatives: 1\n"
+        "pooling: max\n"
+        "named:\n"
+        "  a: {rnk: 3}\n"
+    )
+    text = message_of(path)
+    assert text.startswith("recipe.yaml: 7 problems: ")
+    for part in (
+        "sede (line 1): unknown key, did you mean seed?",
+        'seed (line 2): "1" given, expected a valid integer',
+        "stages.0.lerning_rate (line 5): unknown key, did you mean learning_rate?",
+        "stages.1.steps (line 6): missing, and it has no default",
+        "stages.1.in_batch_negatives (line 7): 1 given, expected a valid boolean",
+        "pooling (line 8): \"max\" given, expected 'mean' or 'latent'",
+        "named.a.rnk (line 10): unknown key, did you mean rank?",
+    ):
+        assert part in text
+
+
+def test_unknown_key_without_near_match_lists_the_known_ones(recipe):
+    text = message_of(recipe("adapter:\n  zzz: 1\n"))
+    assert text == "recipe.yaml: adapter.zzz (line 2): unknown key, known here: dropout, rank"
+
+
+def test_key_given_twice_is_an_error(recipe):
+    text = message_of(
+        recipe("seed: 1\nstages:\n  - steps: 1\n    steps: 2\n    steps: 3\nseed: 2\n")
+    )
+    assert "seed (line 6): given twice, first on line 1" in text
+    assert "stages.0.steps (line 4): given twice, first on line 3" in text
+    assert "stages.0.steps (line 5): given twice, first on line 3" in text
+
+
+@pytest.mark.parametrize(
+    ("text", "where"),
+    [("seed: [1\nname: 3\n", "recipe.yaml:2: "), ("a: 1\n\tb: 2\n", "recipe.yaml:2: ")],
+)
+def test_broken_yaml_names_the_line(recipe, text, where):
+    message = message_of(recipe(text))
+    assert message.startswith(where + "not valid YAML (")
+
+
+def test_not_a_mapping(recipe):
+    assert "the file holds a list; expected key: value lines" in message_of(recipe("- 1\n"))
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(ConfigError, match=r"no-such\.yaml: no such file; expected a YAML recipe"):
+        load_config(Recipe, tmp_path / "no-such.yaml")
+
+
+def test_not_utf8(tmp_path):
+    (tmp_path / "bad.yaml").write_bytes(b"name: \xff\xfe\n")
+    with pytest.raises(ConfigError, match="not UTF-8"):
+        load_config(Recipe, tmp_path / "bad.yaml")
+
+
+@pytest.mark.parametrize("text", ["1e-5", "1E-5", "0.00001", "1.0e-5"])
+def test_floats_in_scientific_notation(recipe, text):
+    config = load_config(Recipe, recipe(f"stages: [{{steps: 1, learning_rate: {text}}}]\n"))
+    assert config.stages[0].learning_rate == 1e-5
+
+
+def test_words_that_are_no_booleans_stay_words(recipe):
+    config = load_config(Recipe, recipe("stages: [{steps: 010, name: no}]\n"))
+    assert config.stages[0].name == "no"
+    assert config.stages[0].steps == 10
+
+
+def test_date_is_a_text(recipe):
+    config = load_config(Recipe, recipe("stages: [{steps: 1, name: 2024-01-01}]\n"))
+    assert config.stages[0].name == "2024-01-01"
+
+
+# --- overrides ------------------------------------------------------------------------------------
+
+TWO_STAGES = "stages:\n  - {steps: 1}\n  - {steps: 2, adapter: null}\n"
+
+
+def test_overrides_set_scalars_list_members_and_nested_keys(recipe):
+    config = load_config(
+        Recipe,
+        recipe(TWO_STAGES),
+        [
+            "seed=3",
+            "stages.1.steps=20",
+            "stages.1.adapter.rank=4",  # null becomes a mapping
+            "adapter.dropout=null",  # not in the file: made
+            "stages.0.name=a=b",
+            "output=here",
+        ],
+    )
+    assert config.seed == 3
+    assert config.output == Path("here")
+    assert config.stages[0] == Stage(steps=1, name="a=b")
+    assert config.stages[1] == Stage(steps=20, adapter=Adapter(rank=4))
+    assert config.adapter == Adapter(dropout=None)
+
+
+def test_last_override_wins_and_whole_lists_can_be_set(recipe):
+    path = recipe(TWO_STAGES)
+    config = load_config(Recipe, path, ["stages=[{steps: 5}]", "stages.0.steps=6"])
+    assert config.stages == (Stage(steps=6),)
+
+
+@pytest.mark.parametrize(
+    ("override", "part"),
+    [
+        ("seed", "override 'seed': expected key.path=value"),
+        ("=3", "override '=3': expected key.path=value"),
+        ("stages..steps=3", "override 'stages..steps=3': expected key.path=value"),
+        ("seed=[1", "override 'seed=[1': the value is not valid YAML"),
+        ("stages.2.steps=3", "stages is a list, expected an index (0 to 1) instead of '2'"),
+        ("stages.steps=3", "stages is a list, expected an index (0 to 1) instead of 'steps'"),
+        ("stages.0.steps.x=3", "stages.0.steps is a number (1), it has no key 'x'"),
+        (
+            "stages.0.stepps=3",
+            "stages.0.stepps (override 'stages.0.stepps=3'): unknown key, did you mean steps",
+        ),
+        (
+            "optimizer.lr=1",
+            "optimizer (override 'optimizer.lr=1'): unknown key, known here: adapter, named",
+        ),
+        ("seed=x", "seed (override 'seed=x'): \"x\" given, expected a valid integer"),
+    ],
+)
+def test_bad_overrides(recipe, override, part):
+    assert part in message_of(recipe(TWO_STAGES), override)
+
+
+def test_problems_of_file_and_overrides_come_together(recipe):
+    text = message_of(recipe("sede: 1\n"), "stages.0.steps=1", "seed=x")
+    assert "3 problems" in text
+    assert "sede (line 1)" in text
+    assert "override 'stages.0.steps=1'" in text
+    assert "seed (override 'seed=x')" in text
+
+
+# --- dump -----------------------------------------------------------------------------------------
+
+
+@given(
+    name=st.text(st.characters(blacklist_categories=("Cs", "Cc")), max_size=20)
+    | st.sampled_from(["1e-4", "no", "null", "~", "0x1F", "2024-01-01", "1_000", "<<", "=", " a "]),
+    rate=st.floats(allow_nan=False),
+    steps=st.integers(-(10**20), 10**20),
+)
+def test_dump_and_load_round_trip(tmp_path_factory, name, rate, steps):
+    config = Recipe(
+        stages=(Stage(steps=steps, name=name, learning_rate=rate),),
+        named={"a": Adapter(dropout=None)},
+    )
+    path = tmp_path_factory.mktemp("dump") / "config.yaml"
+    path.write_text(dump_config(config), encoding="utf-8")
+    assert load_config(Recipe, path) == config
+
+
+def test_dump_is_readable_yaml_in_field_order():
+    text = dump_config(Recipe(stages=(Stage(steps=1, learning_rate=1e-4),)))
+    assert list(yaml.safe_load(text)) == list(Recipe.model_fields)
+    assert "learning_rate: 0.0001" in text

@@ -5,10 +5,10 @@ more than a given part of their word shingles. Copied documentation (the ``fit``
 of every estimator) would otherwise be on both sides of the split and have many right answers.
 
 Two texts are near-duplicates when the Jaccard similarity of their sets of word 3-grams reaches the
-threshold t. The search is exact (prefix filter of AllPairs, Bayardo et al. 2007): if J(x, y) >= t, the
-two share at least ceil(t |x|) shingles, so one of the |x| - ceil(t |x|) + 1 rarest shingles of x is
-among the rarest of y as well, and only texts that meet there are compared. MinHash would be an
-approximation of the same and is not needed below some hundred thousand texts.
+threshold t. The search is exact (prefix filter of AllPairs, Bayardo et al. 2007): if J(x, y) >= t,
+the two share at least ceil(t |x|) shingles, so one of the |x| - ceil(t |x|) + 1 rarest shingles of
+x is among the rarest of y as well, and only texts that meet there are compared. MinHash would be
+an approximation of the same and is not needed below some hundred thousand texts.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The documentation of the installed Python packages, read from their source files.
 
 Enters: folders of ``.py`` files (the standard library, site-packages, or one's own project).
-Leaves: one `DocEntry` per documented public function, method and class. Files are parsed with `ast`,
-never imported, so nothing of them runs. The result is cached per set of installed versions.
+Leaves: one `DocEntry` per documented public function, method and class. Files are parsed with
+`ast`, never imported, so nothing of them runs. The result is cached per set of installed versions.
 `dataset.py` turns the entries into training data and tasks.
 """
 
@@ -76,7 +76,7 @@ def harvest(*, cache: Path | None = None, processes: int = 2) -> list[DocEntry]:
     """Return the documentation of everything installed beside the running interpreter.
 
     Looks at the standard library and site-packages. About 14,000 files take 20 seconds on two
-    cores; with `cache` the next call on the same set of packages reads one file instead.
+    free cores; with `cache` the next call on the same set of packages reads one file instead.
 
     Args:
         cache: Folder for the result, one JSONL file per set of installed versions; None for none.

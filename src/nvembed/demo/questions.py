@@ -171,20 +171,22 @@ VERBS: dict[str, tuple[str, ...]] = {
 
 # Further verbs, for which people have no other word at hand.
 _PLAIN_VERBS = frozenset(
-    "acquire activate align allocate allow analyze approximate attach backpropagate binarize bind "
-    "broadcast cache cancel capture choose classify collapse compile complete compress connect "
-    "coerce consume convolve crop deactivate declare decrease delegate detach dequantize "
-    "deserialize differentiate disable dispatch divide downsample dump embed emit enable encrypt "
-    "enqueue enter enumerate escape exit extend factor fetch flatten flush force forward freeze "
-    "fuse gather hash help hide hold identify implement import increase indicate infer inspect "
-    "install instantiate integrate intersect invoke iterate keep launch learn link locate lock "
-    "look lookup manage mask match maximize measure migrate minimize move notify optimize order "
-    "override pad partition patch permute pick place pop post-process postprocess preprocess "
-    "project prune publish put quantize query rank rebuild recompute reconstruct record recover "
-    "redirect refine release reload reorder report request rescale restore rewrite roll schedule "
-    "segment serve simulate skip slice smooth stack standardize strip submit substitute suppress "
-    "swap switch synchronize tile trace track transpose traverse try tune uninstall unregister "
-    "unwrap upsample visit visualize walk warn watch".split()
+    """
+    acquire activate align allocate allow analyze approximate attach backpropagate binarize bind
+    broadcast cache cancel capture choose classify collapse compile complete compress connect
+    coerce consume convolve crop deactivate declare decrease delegate detach dequantize
+    deserialize differentiate disable dispatch divide downsample dump embed emit enable encrypt
+    enqueue enter enumerate escape exit extend factor fetch flatten flush force forward freeze
+    fuse gather hash help hide hold identify implement import increase indicate infer inspect
+    install instantiate integrate intersect invoke iterate keep launch learn link locate lock
+    look lookup manage mask match maximize measure migrate minimize move notify optimize order
+    override pad partition patch permute pick place pop post-process postprocess preprocess
+    project prune publish put quantize query rank rebuild recompute reconstruct record recover
+    redirect refine release reload reorder report request rescale restore rewrite roll schedule
+    segment serve simulate skip slice smooth stack standardize strip submit substitute suppress
+    swap switch synchronize tile trace track transpose traverse try tune uninstall unregister
+    unwrap upsample visit visualize walk warn watch
+    """.split()  # noqa: SIM905 - a word list reads best as text
 )
 
 _ACTION_TEMPLATES = (
@@ -212,12 +214,14 @@ _THING_TEMPLATES = (
     "Which {kind} gives me {object}?",
 )
 _STOP_WORDS = frozenset(
-    "a an and any are as at be been being but by can could do does done each either else every for "
-    "from given had has have here how i if in instead into is it its itself just may might must no "
-    "not of on one only onto or other others otherwise own per rather same shall should so some "
-    "such than that the their them then there these they this those through to too under until "
-    "upon use used uses using very via was we were what when where whether which while who will "
-    "with within without would you your also return returns".split()
+    """
+    a an and any are as at be been being but by can could do does done each either else every for
+    from given had has have here how i if in instead into is it its itself just may might must no
+    not of on one only onto or other others otherwise own per rather same shall should so some
+    such than that the their them then there these they this those through to too under until
+    upon use used uses using very via was we were what when where whether which while who will
+    with within without would you your also return returns
+    """.split()  # noqa: SIM905 - a word list reads best as text
 )
 _TRUTH = re.compile(
     r"^(?:return|check|test|determine)s?\s+(?:true\s+)?(?:if|whether)\b\s*", re.IGNORECASE
@@ -290,7 +294,7 @@ def keywords(summary: str, rng: random.Random) -> str:
 
 
 def split_verb(text: str) -> tuple[str | None, str]:
-    """Split "Lazily computes the sum" into ("compute", "the sum lazily"); the verb may be missing."""
+    """Split "Lazily computes the sum" into ("compute", "the sum lazily"), or (None, ...)."""
     first, _, rest = text.partition(" ")
     if first.lower().endswith("ly"):
         second, _, remainder = rest.partition(" ")

@@ -1,7 +1,7 @@
 """Scores a local task with mteb: its metrics and protocols, on data that is already here.
 
-The only file that imports mteb. In: a ``LocalTask`` and an ``Encoder``; out: the scores of mteb's task of
-that type. mteb's settings are kept but for two, both noted at ``_SETTINGS``.
+The only file that imports mteb. In: a ``LocalTask`` and an ``Encoder``; out: the scores of mteb's
+task of that type. mteb's settings are kept but for one of clustering, noted at ``_SETTINGS``.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ _CLASSES: dict[TaskType, type[AbsTask]] = {
 }
 
 _SETTINGS: dict[TaskType, dict[str, Any]] = {
-    # mteb's default is a sample of 4 % of the texts, meant for collections of a million; its own tasks
-    # set the size they need. Here all texts take part.
+    # mteb's default is a sample of 4 % of the texts, for collections of a million; its own tasks set
+    # the number they need. Here all texts take part.
     "Clustering": {"max_fraction_of_documents_to_embed": None},
     "PairClassification": {"label_column_name": "label"},
     # mteb has no default for these; correlations do not depend on them.
@@ -75,8 +75,8 @@ def score(task: LocalTask, encoder: Encoder) -> dict[str, float | None]:
     """Evaluate ``encoder`` on ``task``.
 
     Returns:
-        mteb's scores by name, with ``task.main_score`` among them; ``None`` where a score is undefined
-        (a correlation with vectors that are all alike).
+        mteb's scores by name, with ``task.main_score`` among them; ``None`` where a score is
+        undefined (a correlation with vectors that are all alike).
 
     Raises:
         ModelError: the encoder returns vectors that are not finite or not one per text.
@@ -111,6 +111,8 @@ class _TaskEncoder(AbsEncoder):
     retrieval and reranking, and all texts of the other types, which are symmetric or have one side.
     mteb asks for some texts several times; each is encoded once per side.
     """
+
+    mteb_model_meta: ModelMeta
 
     def __init__(self, task: LocalTask, encoder: Encoder) -> None:
         self.mteb_model_meta = ModelMeta.create_empty()
@@ -207,8 +209,8 @@ def _mteb_data(task: LocalTask) -> Mapping[str, Any]:
 class _Columns:
     """What mteb's classification uses of a ``Dataset``, in plain lists.
 
-    It walks the labels about a hundred times per experiment, and a column of a ``Dataset`` decodes every
-    row anew each time: 8 minutes instead of one for the 8 classification tasks of the data folder.
+    mteb walks the labels dozens of times per experiment, and a column of a ``Dataset`` decodes each
+    row anew each time: with 4,999 test texts that took 41 s where this takes 1 s.
     """
 
     def __init__(self, **columns: Sequence[Any]) -> None:
@@ -274,7 +276,7 @@ def _quiet() -> Iterator[None]:
     level = logger.level
     bars = datasets.are_progress_bars_disabled()
     # This one evaluator shows its bar whatever show_progress_bar says.
-    summarization = sys.modules[AbsTaskSummarization.evaluator.__module__]
+    summarization: Any = sys.modules[AbsTaskSummarization.evaluator.__module__]
     bar = summarization.tqdm
     logger.setLevel(logging.CRITICAL)
     datasets.disable_progress_bars()

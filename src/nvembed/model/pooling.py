@@ -36,7 +36,7 @@ def pooled_mean(hidden_PD: Tensor, pool_mask_T: Tensor, segments: Segments) -> T
         segments: boundaries of the pack.
 
     Returns:
-        ``(N, D)`` float32.
+        ``(N, D)`` float32; zeros for a segment without pooled tokens.
     """
     lengths_N = segments.cu_seqlens.diff()
     rows_N = torch.arange(len(segments.lengths), device=hidden_PD.device)
@@ -45,7 +45,7 @@ def pooled_mean(hidden_PD: Tensor, pool_mask_T: Tensor, segments: Segments) -> T
         (len(segments.lengths), hidden_PD.shape[1]), dtype=torch.float32
     ).index_add(0, segment_P, hidden_PD.float())
     counts_N = torch.bincount(segment_P, minlength=len(segments.lengths))
-    return sums_ND / counts_N[:, None]
+    return sums_ND / counts_N.clamp(min=1)[:, None]
 
 
 def last_token(hidden_TD: Tensor, segments: Segments) -> Tensor:

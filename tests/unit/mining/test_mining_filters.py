@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import mining as oracle
 
 from nvembed.core.errors import ConfigError
 from nvembed.mining.filters import (
@@ -13,6 +12,7 @@ from nvembed.mining.filters import (
     margin_below_positive,
     percent_of_positive,
 )
+from oracles import mining as oracle
 
 SEEDS = st.integers(0, 10_000)
 
@@ -28,8 +28,14 @@ def _scores(seed: int) -> tuple[np.ndarray, np.ndarray]:
 @given(seed=SEEDS)
 @pytest.mark.parametrize(
     ("strategy", "threshold"),
-    [("percent_of_positive", 0.95), ("percent_of_positive", 0.6), ("margin", 0.05)]
-    + [("margin", 0.0), ("absolute", 0.7), ("absolute", -0.3)],
+    [
+        ("percent_of_positive", 0.95),
+        ("percent_of_positive", 0.6),
+        ("margin", 0.05),
+        ("margin", 0.0),
+        ("absolute", 0.7),
+        ("absolute", -0.3),
+    ],
 )
 def test_rules_equal_loops(strategy: str, threshold: float, seed: int) -> None:
     positive, scores = _scores(seed)

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import mining as oracle
 
 from nvembed.mining.search import top_k
+from oracles import mining as oracle
 
 
 @settings(max_examples=150, deadline=None)

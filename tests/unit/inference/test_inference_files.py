@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+import errno
+import gzip
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from nvembed.core.errors import ConfigError, DataError, ModelError, UserError
+from nvembed.core.files import write_jsonl
+from nvembed.inference import files
+from nvembed.inference.fake import HashEncoder
+from nvembed.inference.files import encode_file, read_texts
+
+ROWS: list[dict[str, Any]] = [
+    {"_id": "d1", "title": "Lists", "text": "sort in place"},
+    {"_id": 2, "title": "", "text": "open a file"},
+    {"_id": "d3", "text": "sum\u2028of numbers"},
+]
+TEXTS = ["Lists sort in place", "open a file", "sum\u2028of numbers"]
+
+
+class CountingEncoder(HashEncoder):
+    """Notes the side, the task and the number of texts of every call."""
+
+    def __init__(self) -> None:
+        super().__init__(32)
+        self.calls: list[tuple[str, str | None, int]] = []
+
+    def encode_query(self, texts: Sequence[str], *, task: str | None = None) -> NDArray[np.float32]:
+        self.calls.append(("query", task, len(texts)))
+        return super().encode_query(texts, task=task)
+
+    def encode_document(
+        self, texts: Sequence[str], *, task: str | None = None
+    ) -> NDArray[np.float32]:
+        self.calls.append(("document", task, len(texts)))
+        return super().encode_document(texts, task=task)
+
+
+@pytest.mark.parametrize("name", ["in.jsonl", "in.jsonl.gz"])
+def test_rows_come_out_in_order_with_their_ids(tmp_path: Path, name: str) -> None:
+    write_jsonl(tmp_path / name, ROWS)
+    output = tmp_path / "new" / "out.npy"
+    done = encode_file(HashEncoder(), tmp_path / name, output, task=None)
+    vectors = np.load(output)
+    assert vectors.dtype == np.float32
+    assert np.array_equal(vectors, HashEncoder().encode_document(TEXTS))
+    assert (done.rows, done.dimension, done.output) == (3, 256, output)
+    assert done.ids == output.with_name("out.npy.ids.json")
+    assert json.loads(done.ids.read_text(encoding="utf-8")) == ["d1", "2", "d3"]
+    assert np.load(output, mmap_mode="r").shape == (3, 256)
+
+
+def test_windows_change_nothing_and_a_task_makes_queries(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"question": f"text number {i}", "text": "no", "title": "no"} for i in range(10)]
+    write_jsonl(tmp_path / "in.jsonl", rows)
+    monkeypatch.setattr(files, "WINDOW_TEXTS", 4)
+    encoder = CountingEncoder()
+    output = tmp_path / "out.npy"
+    done = encode_file(encoder, tmp_path / "in.jsonl", output, task="Find it", field="question")
+    assert encoder.calls == [("query", "Find it", n) for n in (4, 4, 2)]
+    texts = [row["question"] for row in rows]
+    assert np.array_equal(np.load(output), HashEncoder(32).encode_query(texts, task="Find it"))
+    assert done.ids is None
+
+
+def test_ids_of_an_earlier_run_do_not_stay(tmp_path: Path) -> None:
+    output = tmp_path / "out.npy"
+    write_jsonl(tmp_path / "with.jsonl", ROWS)
+    encode_file(HashEncoder(), tmp_path / "with.jsonl", output, task=None)
+    write_jsonl(tmp_path / "without.jsonl", [{"text": "a"}])
+    encode_file(HashEncoder(), tmp_path / "without.jsonl", output, task=None)
+    assert not (tmp_path / "out.npy.ids.json").exists()
+    assert np.load(output).shape == (1, 256)
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (['{"text": "a"}', '{"txt": "b"}'], r':2: no key "text"; expected \{"text": text\}'),
+        (['{"text": "a"}', "", '{"text": " "}'], r':3: "text" is empty'),
+        (['{"text": 3}'], r':1: "text" is not a text'),
+        (['{"text": "\\ud800"}'], r":1: .*lone surrogate"),
+        (['{"text": "a"}', '{"text": "b", "id": 1}'], r":2: only some lines have an id"),
+        (['{"_id": "x", "text": "a"}', '{"text": "b"}'], r":2: this line has no id"),
+        (['{"_id": [1], "text": "a"}'], r":1: the id is neither"),
+        (['{"text": "a"', ""], r":1: not valid JSON"),
+        ([""], r"in\.jsonl: the file holds no texts"),
+    ],
+)
+def test_bad_lines_stop_before_the_model_is_loaded(
+    tmp_path: Path, lines: list[str], message: str
+) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_text("\n".join(lines), encoding="utf-8")
+    with pytest.raises(DataError, match=message):
+        encode_file("./no-such-model", source, tmp_path / "out.npy", task=None)
+    assert list(tmp_path.iterdir()) == [source]
+
+
+def test_missing_files_and_models_are_user_errors(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no such file"):
+        encode_file(HashEncoder(), tmp_path / "none.jsonl", tmp_path / "out.npy", task=None)
+    write_jsonl(tmp_path / "in.jsonl", ROWS)
+    with pytest.raises(ModelError, match="no such model folder"):
+        encode_file("./no-such-model", tmp_path / "in.jsonl", tmp_path / "out.npy", task=None)
+    with pytest.raises(ConfigError, match="same file"):
+        encode_file(HashEncoder(), tmp_path / "in.jsonl", tmp_path / "in.jsonl", task=None)
+
+
+def test_a_failing_run_leaves_the_earlier_output(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_jsonl(tmp_path / "in.jsonl", ROWS)
+    output = tmp_path / "out.npy"
+    encode_file(HashEncoder(), tmp_path / "in.jsonl", output, task=None)
+    before = output.read_bytes()
+    names = sorted(path.name for path in tmp_path.iterdir())
+    monkeypatch.setattr(files, "WINDOW_TEXTS", 2)
+
+    class FailingEncoder(HashEncoder):
+        def encode_document(
+            self, texts: Sequence[str], *, task: str | None = None
+        ) -> NDArray[np.float32]:
+            vectors = super().encode_document(texts, task=task)
+            return vectors * np.float32(np.nan) if len(texts) == 1 else vectors
+
+    with pytest.raises(ModelError, match="NaN or infinity"):
+        encode_file(FailingEncoder(), tmp_path / "in.jsonl", output, task=None)
+
+    class FullDisk(HashEncoder):
+        def encode_document(
+            self, texts: Sequence[str], *, task: str | None = None
+        ) -> NDArray[np.float32]:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(UserError, match="No space left"):
+        encode_file(FullDisk(), tmp_path / "in.jsonl", output, task=None)
+    assert output.read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+
+
+def test_gzip_cut_short(tmp_path: Path) -> None:
+    whole = gzip.compress(b'{"text": "a"}\n' * 1000)
+    (tmp_path / "in.jsonl.gz").write_bytes(whole[:-9])
+    with pytest.raises(DataError, match="broken gzip"):
+        list(read_texts(tmp_path / "in.jsonl.gz"))

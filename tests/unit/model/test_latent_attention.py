@@ -1,0 +1,82 @@
+"""Latent attention against the loop oracle; folded equals plain in value and gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from oracles.padded import latent_attention
+
+from nvembed.model.latent_attention import LatentAttention
+
+
+def random_layer(width=12, num_latents=7, num_heads=3, head_width=None) -> LatentAttention:
+    """A layer with no zero weights, so that every part matters."""
+    layer = LatentAttention(width, num_latents, num_heads, head_width)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.normal_(0.0, 0.5)
+    return layer.double()
+
+
+@pytest.mark.parametrize("head_width", [None, 5])
+def test_equals_the_oracle(head_width: int | None) -> None:
+    layer = random_layer(head_width=head_width)
+    hidden_TD = torch.randn(9, 12, dtype=torch.float64)
+    torch.testing.assert_close(layer(hidden_TD), latent_attention(layer, hidden_TD))
+
+
+def test_folded_equals_plain_in_value_and_every_gradient() -> None:
+    layer = random_layer()
+    hidden_TD = torch.randn(9, 12, dtype=torch.float64, requires_grad=True)
+    upstream = torch.randn(9, 12, dtype=torch.float64)
+    used = [
+        p
+        for name, p in layer.named_parameters()
+        if not name.startswith(("feed_forward", "norm_feed_forward"))
+    ]
+    results = []
+    for attend in (layer.attend_plain, layer.attend_folded):
+        out = attend(hidden_TD)
+        results.append((out, torch.autograd.grad((out * upstream).sum(), [hidden_TD, *used])))
+    (plain, plain_gradients), (folded, folded_gradients) = results
+    torch.testing.assert_close(plain, folded)
+    assert len(plain_gradients) == 1 + 8
+    for one, other in zip(plain_gradients, folded_gradients, strict=True):
+        assert one.abs().max() > 0
+        torch.testing.assert_close(one, other)
+
+
+def test_the_cheaper_form_is_chosen_and_both_are_reachable() -> None:
+    layer = LatentAttention(16, num_latents=8, num_heads=2)
+    assert not layer.folding_pays(1)
+    assert layer.folding_pays(10_000)
+
+
+def test_a_kept_fold_follows_the_weights() -> None:
+    layer = random_layer()
+    hidden_TD = torch.randn(400, 12, dtype=torch.float64)
+    with torch.no_grad():
+        before = layer.attend_folded(hidden_TD)
+        assert layer.fold() is layer.fold()
+        layer.to_query.weight.mul_(-1.0)
+        after = layer.attend_folded(hidden_TD)
+    assert (before - after).abs().max() > 1e-3
+    torch.testing.assert_close(after, layer.attend_plain(hidden_TD))
+
+
+def test_a_new_layer_returns_its_input() -> None:
+    hidden_TD = torch.randn(5, 16)
+    torch.testing.assert_close(LatentAttention(16, 8, 2)(hidden_TD), hidden_TD)
+
+
+def test_shapes_are_those_of_the_release() -> None:
+    with torch.device("meta"):
+        layer = LatentAttention(4096)
+    shapes = {name: tuple(p.shape) for name, p in layer.named_parameters()}
+    assert shapes["latents_RD"] == (512, 4096)
+    assert shapes["to_query.weight"] == (32768, 4096)
+    assert shapes["to_key_value.weight"] == (65536, 4096)
+    assert shapes["to_out.weight"] == (4096, 32768)
+    assert shapes["feed_forward.up.weight"] == (32768, 4096)
+    assert shapes["feed_forward.down.weight"] == (4096, 16384)
+    assert sum(p.numel() for p in layer.parameters()) == 740_356_096  # nv-embed.md 1.4

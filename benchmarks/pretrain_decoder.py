@@ -100,7 +100,9 @@ def build_corpus(work: Path, documents: list[Document], vocab_size: int) -> None
         ]
         write_json(folder / "manifest.json", manifest)
     for entry in manifest:
-        print(f"{entry['tokens']:>10,}  {entry['kind']:<6}  {entry['source']}  ({entry['license']})")
+        print(
+            f"{entry['tokens']:>10,}  {entry['kind']:<6}  {entry['source']}  ({entry['license']})"
+        )
     print(f"{sum(tokens.values()):>10,}  tokens in {len(rows):,} documents", flush=True)
 
 

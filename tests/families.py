@@ -22,7 +22,10 @@ WINDOW = {"sliding_window": 4}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("MistralConfig", {**GROUPED, **WINDOW}),
     "llama": ("LlamaConfig", GROUPED),
-    "qwen2": ("Qwen2Config", {**GROUPED, **WINDOW, "use_sliding_window": True, "max_window_layers": 1}),
+    "qwen2": (
+        "Qwen2Config",
+        {**GROUPED, **WINDOW, "use_sliding_window": True, "max_window_layers": 1},
+    ),
     "qwen3": ("Qwen3Config", {**GROUPED, "head_dim": 8}),
     "gemma2": ("Gemma2Config", {**GROUPED, **WINDOW, "head_dim": 8, "query_pre_attn_scalar": 8}),
     "gemma3_text": ("Gemma3TextConfig", {**GROUPED, **WINDOW, "head_dim": 8}),

@@ -79,7 +79,9 @@ def latent_attention(layer: LatentAttention, hidden_LD: Tensor) -> Tensor:
     value = latents @ layer.to_key_value.weight[inner:].T
     rows = []
     for x in hidden_LD:
-        query = layer.to_query.weight @ layer_norm(x, layer.norm_query.weight, layer.norm_query.bias)
+        query = layer.to_query.weight @ layer_norm(
+            x, layer.norm_query.weight, layer.norm_query.bias
+        )
         heads = []
         for head in range(layer.num_heads):
             part = slice(head * layer.head_width, (head + 1) * layer.head_width)

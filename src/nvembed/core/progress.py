@@ -42,9 +42,7 @@ class ProgressBar:
 
 
 @contextmanager
-def progress(
-    total: int | None, description: str, *, shown: bool = True
-) -> Iterator[ProgressBar]:
+def progress(total: int | None, description: str, *, shown: bool = True) -> Iterator[ProgressBar]:
     """Show progress towards ``total`` (None: unknown) while the block runs, if ``shown``."""
     if not (shown and _is_shown()):
         yield ProgressBar(None, None)

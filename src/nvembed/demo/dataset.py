@@ -59,13 +59,13 @@ class DatasetLimits:
         max_training_texts: texts of a class in the training records.
     """
 
-    document_chars: int = 800
+    document_chars: int = 600
     label_text_chars: int = 200
     duplicate_threshold: float = 0.6
     held_out_documents: int = 2000
     queries_per_document: int = 2
     max_positives: int = 3
-    packages: int = 15
+    packages: int = 20
     topics: int = 20
     min_test_texts: int = 25
     max_test_texts: int = 60
@@ -127,8 +127,12 @@ def build_dataset(
             "queries": len(queries),
             "queries_by_style": dict(Counter(query.style for query in queries)),
         },
-        "pydocs_classification": packages.counts(),
-        "pydocs_clustering": topics.counts(),
+        "pydocs_classification": {
+            "train": len(packages.train),
+            "test": len(packages.test),
+            "labels": packages.labels,
+        },
+        "pydocs_clustering": {"test": len(topics.test), "labels": topics.labels},
         "records": {
             "retrieval": len(records),
             "classification": len(packages.records),
@@ -233,7 +237,7 @@ def _distinct_split(
     return held, training, removed
 
 
-# --- Classes ---------------------------------------------------------------------------------------
+# --- Classes --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -244,9 +248,6 @@ class _ClassTexts:
     train: list[dict[str, str]]
     test: list[dict[str, str]]
     records: list[dict[str, str]]
-
-    def counts(self) -> dict[str, Any]:
-        return {"train": len(self.train), "test": len(self.test), "labels": self.labels}
 
 
 def _class_texts(
@@ -320,7 +321,7 @@ def _normal(text: str) -> str:
     return " ".join(re.findall(r"\w+", text.lower()))
 
 
-# --- Files -----------------------------------------------------------------------------------------
+# --- Files ----------------------------------------------------------------------------------------
 
 
 def _write_retrieval(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from nvembed.model.backbone import Backbone
@@ -18,7 +20,12 @@ def add_lora(backbone: Backbone, settings: LoraSettings) -> None:
         target_modules=targets,
         bias="none",
     )
-    backbone.model = get_peft_model(backbone.model, config)
+    with warnings.catch_warnings():
+        # peft reads a property that transformers 5 has renamed; nothing a user could do about.
+        warnings.filterwarnings(
+            "ignore", message=".*is_gradient_checkpointing", category=FutureWarning
+        )
+        backbone.model = get_peft_model(backbone.model, config)
 
 
 def merge_lora(backbone: Backbone) -> None:

@@ -264,7 +264,10 @@ class NVEmbed(SentenceTransformer):
         budget = CUDA_PACK_TOKENS if target.type == "cuda" else CPU_PACK_TOKENS
         packs = plan_packs(lengths, budget)
         rows: list[Tensor] = []
-        with progress(sum(lengths), "encode", shown=show_progress_bar) as bar:
+        with (
+            self.pooling.fixed_weights(),
+            progress(sum(lengths), "encode", shown=show_progress_bar) as bar,
+        ):
             for pack in packs:
                 embedding_ND = embed_pack(self, [texts[row] for row in pack])
                 if truncate_dim is not None:

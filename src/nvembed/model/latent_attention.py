@@ -18,6 +18,8 @@ Letters: T tokens, D width, R latents, H heads, E head width, S = H · R folded 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -84,7 +86,7 @@ class LatentAttention(nn.Module):
         nn.init.zeros_(self.to_out.weight)
         nn.init.zeros_(self.feed_forward.down.weight)
         nn.init.zeros_(self.feed_forward.down.bias)
-        self._kept: tuple[tuple[object, ...], Folded] | None = None
+        self._kept: Folded | None = None
 
     def forward(self, hidden_TD: Tensor) -> Tensor:
         """Transform token states ``(T, D)``; chooses the cheaper of the two equal forms."""
@@ -98,6 +100,8 @@ class LatentAttention(nn.Module):
 
     def folding_pays(self, num_tokens: int) -> bool:
         """Whether the folded form needs fewer multiplications for this many tokens."""
+        if self._kept is not None:
+            return True
         num_latents, width = self.latents_RD.shape
         inner = self.num_heads * self.head_width
         plain = num_tokens * 2 * inner * (width + num_latents)
@@ -119,18 +123,19 @@ class LatentAttention(nn.Module):
         weight_THR = score_TS.unflatten(1, (self.num_heads, -1)).softmax(-1)
         return weight_THR.flatten(1) @ folded.value_SD
 
-    def fold(self) -> Folded:
-        """Fold the projections into the latents; kept between calls while no gradient is wanted."""
-        if torch.is_grad_enabled():
+    @contextmanager
+    def fixed_weights(self) -> Iterator[None]:
+        """Fold once for the whole block, in which no weight may change."""
+        self._kept = self.fold()
+        try:
+            yield
+        finally:
             self._kept = None
-            return self._fold()
-        parameters = list(self.parameters())
-        state = tuple((p.data_ptr(), p._version, p.dtype) for p in parameters)
-        if self._kept is None or self._kept[0] != state:
-            self._kept = (state, self._fold())
-        return self._kept[1]
 
-    def _fold(self) -> Folded:
+    def fold(self) -> Folded:
+        """Fold the projections into the latents; differentiable."""
+        if self._kept is not None:
+            return self._kept
         key_HRE, value_HRE = self._keys_values()
         query_HED = self.to_query.weight.unflatten(0, (self.num_heads, self.head_width))
         out_HED = self.to_out.weight.T.unflatten(0, (self.num_heads, self.head_width))

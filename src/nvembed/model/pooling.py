@@ -14,6 +14,7 @@ Letters: T tokens of the pack, N texts, D width, B × L a padded batch.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Self
 
 import torch
@@ -68,6 +69,10 @@ class Pooling(Module):
     def pool(self, hidden_TD: Tensor, pool_mask_T: Tensor, segments: Segments) -> Tensor:
         """Pool ``(T, D)`` token states to ``(N, D)`` float32."""
         raise NotImplementedError
+
+    def fixed_weights(self) -> AbstractContextManager[None]:
+        """A block in which no weight changes, so that work on weights alone is done once."""
+        return nullcontext()
 
     def forward(self, features: dict[str, Any], **_: Any) -> dict[str, Any]:
         """Add ``sentence_embedding`` ``(N, D)``, rows in the order of the texts."""
@@ -156,6 +161,10 @@ class LatentAttentionPooling(Pooling):
         self.num_heads = num_heads
         self.head_width = head_width
         self.layer = LatentAttention(width, num_latents, num_heads, head_width)
+
+    def fixed_weights(self) -> AbstractContextManager[None]:
+        """See the base class."""
+        return self.layer.fixed_weights()
 
     def pool(self, hidden_TD: Tensor, pool_mask_T: Tensor, segments: Segments) -> Tensor:
         """See the base class."""

@@ -121,9 +121,7 @@ def restore_weights(checkpoint: Path, model: nn.Module) -> None:
             parameters[name].copy_(value)
 
 
-def restore_optimizer(
-    checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer
-) -> None:
+def restore_optimizer(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Put the moments and the random generators back, after the optimizer was built."""
     parameters = dict(trained_parameters(model))
     state: dict[nn.Parameter, dict[str, Tensor]] = {}
@@ -131,7 +129,9 @@ def restore_optimizer(
         name, _, key = entry.rpartition("|")
         parameter = parameters[name]
         # AdamW keeps its step counters on the CPU.
-        state.setdefault(parameter, {})[key] = value if key == "step" else value.to(parameter.device)
+        state.setdefault(parameter, {})[key] = (
+            value if key == "step" else value.to(parameter.device)
+        )
     optimizer.state.clear()
     optimizer.state.update(state)
     generators = load_file(checkpoint / "rng.safetensors")

@@ -272,9 +272,7 @@ def build_model(config: TrainConfig, base_dir: Path, *, device: str | None = Non
     return model
 
 
-def save_model(
-    model: NVEmbed, config: TrainConfig, folder: Path, *, final: bool = False
-) -> None:
+def save_model(model: NVEmbed, config: TrainConfig, folder: Path, *, final: bool = False) -> None:
     """Write an ordinary sentence-transformers folder with adapters merged and prompts set.
 
     Args:

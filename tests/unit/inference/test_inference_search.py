@@ -63,8 +63,7 @@ def test_the_task_moves_the_query_only(documents: Path) -> None:
 
     without = search_file(Strong(), documents, "place", task=None, top_k=1)
     steered = search_file(Strong(), documents, "place", task="open a file and read it", top_k=1)
-    assert (without[0].id, steered[0].id) != ("b", "b")
-    assert steered[0].id == "b"
+    assert (without[0].id, steered[0].id) == ("c", "b")
 
 
 def test_vectors_are_cached_by_contents(
@@ -83,7 +82,7 @@ def test_vectors_are_cached_by_contents(
     first = find()
     assert loads.encoded == 4
     assert find() == first
-    assert find("open a file") == ["b", "a"] or loads.encoded == 4
+    assert find("open a file and read it")[0] == "b"
     assert loads.encoded == 4
     # A copy under another name has the same contents.
     copy = tmp_path / "copy.jsonl"

@@ -52,16 +52,18 @@ def test_the_cheaper_form_is_chosen_and_both_are_reachable() -> None:
     assert layer.folding_pays(10_000)
 
 
-def test_a_kept_fold_follows_the_weights() -> None:
+def test_weights_are_folded_once_inside_a_block_and_afresh_outside() -> None:
     layer = random_layer()
-    hidden_TD = torch.randn(400, 12, dtype=torch.float64)
+    hidden_TD = torch.randn(3, 12, dtype=torch.float64)
     with torch.no_grad():
-        before = layer.attend_folded(hidden_TD)
-        assert layer.fold() is layer.fold()
-        layer.to_query.weight.mul_(-1.0)
-        after = layer.attend_folded(hidden_TD)
+        before = layer(hidden_TD)
+        with layer.fixed_weights():
+            assert layer.fold() is layer.fold()
+            torch.testing.assert_close(layer(hidden_TD), before)
+        layer.to_query.weight.data.mul_(-1.0)
+        after = layer(hidden_TD)
     assert (before - after).abs().max() > 1e-3
-    torch.testing.assert_close(after, layer.attend_plain(hidden_TD))
+    torch.testing.assert_close(after, latent_attention(layer, hidden_TD))
 
 
 def test_a_new_layer_returns_its_input() -> None:

@@ -22,7 +22,10 @@ from nvembed.training.optim import schedule
 from nvembed.training.trainer import train
 
 WORDS = "red blue green fox owl cat tree lake hill sun moon star rain snow wind fire".split()
-PAIRS = [{"query": f"{word} {i}", "positive": f"{i * 7 % 16} of {word[::-1]}"} for i, word in enumerate(WORDS)]
+PAIRS = [
+    {"query": f"{word} {i}", "positive": f"{i * 7 % 16} of {word[::-1]}"}
+    for i, word in enumerate(WORDS)
+]
 CLASSES = [{"text": f"{word} {kind}", "label": kind} for word in WORDS for kind in ("a", "b", "c")]
 
 
@@ -53,13 +56,30 @@ def recipe(folder: Path, decoder: Path, **changes) -> TrainConfig:
 
 
 def stage(name: str, **changes) -> dict:
-    common = {"steps": 5, "batch_size": 8, "learning_rate": 1e-3, "warmup_steps": 1, "temperature": 0.1}
+    common = {
+        "steps": 5,
+        "batch_size": 8,
+        "learning_rate": 1e-3,
+        "warmup_steps": 1,
+        "temperature": 0.1,
+    }
     return {"name": name, "num_negatives": 2, **common, **changes}
 
 
 def one_stage(**changes) -> dict:
-    datasets = [{"name": "pairs", "path": "pairs.jsonl", "kind": "retrieval", "instruction": "find", "stages": [1]}]
-    return {"datasets": datasets, "stages": [stage("one", in_batch_negatives=True, **changes)]}
+    datasets = [
+        {
+            "name": "pairs",
+            "path": "pairs.jsonl",
+            "kind": "retrieval",
+            "instruction": "find",
+            "stages": [1],
+        }
+    ]
+    return {
+        "datasets": datasets,
+        "stages": [stage("one", **{"in_batch_negatives": True, **changes})],
+    }
 
 
 def rows(run: Path) -> list[dict]:
@@ -197,7 +217,9 @@ def test_the_frozen_base_is_not_in_checkpoints(tmp_path: Path, tiny_decoder_dir:
 def test_mining_before_a_stage_gives_negatives(tmp_path: Path, tiny_decoder_dir: Path) -> None:
     stages = [
         stage("one", in_batch_negatives=True, steps=1),
-        stage("two", in_batch_negatives=False, steps=1, mine={"strategy": "top_k", "num_negatives": 3}),
+        stage(
+            "two", in_batch_negatives=False, steps=1, mine={"strategy": "top_k", "num_negatives": 3}
+        ),
     ]
     config = recipe(tmp_path, tiny_decoder_dir, stages=stages)
     train(config, base_dir=tmp_path)

@@ -1,0 +1,50 @@
+# Two commands do everything on a fresh machine with Python (3.11 or newer) and make:
+#   make demo    make test
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+MINUTES ?= 10
+ARGS ?=
+# Without an NVIDIA GPU this exact version has a CPU-only build; a range would drag in CUDA.
+TORCH := $(if $(shell command -v nvidia-smi 2>/dev/null),torch>=2.11,torch==2.13.0)
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+
+.PHONY: help setup demo test test-all check format clean
+.DEFAULT_GOAL := help
+
+help: ## show this list
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@echo "  variables: PYTHON=$(PYTHON)  VENV=$(VENV)  MINUTES=$(MINUTES)  ARGS=  (more options of nvembed demo)"
+
+setup: $(VENV)/.installed ## create the virtual environment and install
+
+$(VENV)/.installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "error: $(PYTHON) is older than Python 3.11; run make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)" >&2; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV) (torch first) ..."
+	@$(PIP) '$(TORCH)'
+	@$(PIP) -e '.[dev]'
+	@touch $@
+
+demo: setup ## build an embedding model from the documentation on this machine (MINUTES=10)
+	$(BIN)/nvembed demo --minutes $(MINUTES) $(ARGS)
+
+test: setup ## run the default tests (no network, no GPU)
+	$(BIN)/python -m pytest -q -n 2 $(ARGS)
+
+test-all: setup ## run the slow tests too
+	$(BIN)/python -m pytest -q -n 2 -m "not gpu" $(ARGS)
+
+check: setup ## lint, format, types, import direction
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_house.py
+
+format: setup ## format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove the virtual environment and caches
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

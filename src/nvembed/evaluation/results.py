@@ -1,0 +1,65 @@
+"""What an evaluation leaves behind: ``results.json``, one entry per finished task.
+
+No model, mteb or torch is needed to read it: ``summary`` makes tables of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nvembed.core.errors import DataError
+from nvembed.core.files import write_json
+from nvembed.evaluation.tasks import TASK_TYPES, TaskType
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """The scores of one model on one task.
+
+    Attributes:
+        type: of the task.
+        main_score_name: as in its task.json.
+        main_score: mostly 0 to 1, higher is better; ``None`` where undefined (constant vectors).
+        seconds: wall time, encoding included.
+        scores: all scores, the main one among them.
+    """
+
+    type: TaskType
+    main_score_name: str
+    main_score: float | None
+    seconds: float
+    scores: Mapping[str, float | None]
+
+
+def write_results(path: str | Path, results: Mapping[str, TaskResult]) -> None:
+    """Write task name → result as JSON, atomically."""
+    write_json(path, {name: dataclasses.asdict(result) for name, result in results.items()})
+
+
+def read_results(path: str | Path) -> dict[str, TaskResult]:
+    """Read a file of ``write_results``.
+
+    Raises:
+        DataError: the file is missing or holds something else.
+    """
+    expected = "a results.json of `nvembed evaluate`"
+    try:
+        values: Any = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(
+            f"cannot read: {error.strerror}", where=str(path), expected=expected
+        ) from error
+    except ValueError as error:
+        raise DataError("not valid JSON", where=str(path), expected=expected) from error
+    try:
+        results = {name: TaskResult(**entry) for name, entry in values.items()}
+        if any(result.type not in TASK_TYPES for result in results.values()):
+            raise ValueError
+    except (AttributeError, TypeError, ValueError) as error:
+        raise DataError("not evaluation results", where=str(path), expected=expected) from error
+    return results

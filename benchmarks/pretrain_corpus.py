@@ -38,8 +38,27 @@ from nvembed.demo.split import held_out, module_name
 PERMISSIVE = re.compile(r"\b(0?BSD|MIT|Apache|PSF|Python Software Foundation|ISC|HPND)\b", re.I)
 RESTRICTED = re.compile(r"\b(A?L?GPL|MPL|Mozilla|EUPL|CC-BY-NC|proprietary)", re.I)
 SKIPPED_FOLDERS = frozenset(
-    "tests test testing _vendor vendor vendored _vendored externals extern third_party idlelib "
-    "site-packages lib2to3 __pycache__ node_modules locale turtledemo ensurepip licenses".split()
+    [
+        "tests",
+        "test",
+        "testing",
+        "_vendor",
+        "vendor",
+        "vendored",
+        "_vendored",
+        "externals",
+        "extern",
+        "third_party",
+        "idlelib",
+        "site-packages",
+        "lib2to3",
+        "__pycache__",
+        "node_modules",
+        "locale",
+        "turtledemo",
+        "ensurepip",
+        "licenses",
+    ]
 )
 MIN_DOC_CHARACTERS = 60
 MIN_PARAGRAPH_CHARACTERS = 60

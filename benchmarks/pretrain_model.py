@@ -1,7 +1,8 @@
 """The decoder that is pretrained: Mistral's equations in plain torch, fast on CPU and GPU.
 
-The weights are float32 and used in the dtype that is fastest on the machine; the logits of the vocabulary exist for a part of the
-tokens at a time only. `export_folder` writes what transformers loads as `MistralForCausalLM`.
+The weights are float32 and used in the dtype that is fastest on the machine; the logits of the
+vocabulary exist for a part of the tokens at a time only. `export_folder` writes what transformers
+loads as `MistralForCausalLM`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The house rules: dependencies point one way, public names are exact, help is quick, versions agree."""
+"""House rules: dependencies point one way, public names are exact, help is quick."""
 
 from __future__ import annotations
 

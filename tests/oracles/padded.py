@@ -1,4 +1,4 @@
-"""Slow restatements of the model: padded batches, loops over texts, latent attention as in the paper."""
+"""Slow restatements of the model: padded batches, loops over texts and heads."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ def padded_hidden(
 ) -> list[Tensor]:
     """States of each text from a padded batch through the family's own eager attention.
 
-    The 4-D additive mask is built here, so neither our attention nor transformers' mask code is used.
+    The 4-D additive mask is built here, so neither our attention nor transformers' mask code is
+    used.
     """
     model = AutoModel.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32)
     model.config.use_cache = False

@@ -20,8 +20,8 @@ def demo(
 ) -> None:
     """Run the whole recipe on the documentation of the Python packages on this machine.
 
-    Builds the data set, trains stage 1, mines hard negatives, trains stage 2, evaluates on modules
-    that were held out, searches. No download, no GPU.
+    It builds the data set, trains stage 1, mines hard negatives, trains stage 2,
+    evaluates on held-out modules and searches. No download, no GPU.
 
     Examples:
 

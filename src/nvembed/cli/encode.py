@@ -37,8 +37,8 @@ def encode(
 
     \b
       nvembed encode runs/demo/model --input docs.jsonl --output docs.npy
-      nvembed encode runs/demo/model --input questions.jsonl --output questions.npy \\
-        --task "Given a question, retrieve passages that answer it" --field question
+      nvembed encode runs/demo/model --input questions.jsonl --output q.npy \\
+        --task "Given a question, retrieve the answer" --field question
     """
     from nvembed.inference.files import encode_file
 

@@ -15,7 +15,10 @@ def evaluate(
             help="Folder or hub id of any sentence-transformers model.", show_default=False
         ),
     ],
-    more: Annotated[list[Path] | None, typer.Argument(hidden=True)] = None,
+    more: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="[FOLDER]...", help="More task folders.", show_default=False),
+    ] = None,
     *,
     tasks: Annotated[
         list[Path],
@@ -33,7 +36,7 @@ def evaluate(
 
     \b
       nvembed evaluate runs/demo/model --tasks runs/demo/tasks
-      nvembed evaluate runs/demo/model --tasks tasks/stsb tasks/nfcorpus --output scores.json
+      nvembed evaluate runs/demo/model --tasks tasks/stsb tasks/nfcorpus
       nvembed evaluate sentence-transformers/all-MiniLM-L6-v2 --tasks tasks/*
     """
     from nvembed.evaluation.run import evaluate_folders
@@ -41,5 +44,5 @@ def evaluate(
 
     # An option takes one value, so the other folders of `--tasks a b c` arrive as arguments.
     results = evaluate_folders(model, [*tasks, *(more or ())], output)
-    typer.echo(format_table(results))
+    typer.echo(format_table({model: results}))
     typer.echo(f"written: {output}")

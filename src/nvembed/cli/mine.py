@@ -51,10 +51,11 @@ def mine(
     Examples:
 
     \b
-      nvembed mine train.jsonl mined.jsonl --teacher runs/demo/model
-      nvembed mine train.jsonl mined.jsonl --teacher intfloat/e5-base-v2 num_negatives=15
-      nvembed mine train.jsonl mined.jsonl --teacher runs/demo/model --documents docs.jsonl \\
-        --instruction "Given a question, retrieve passages that answer it" threshold=0.9
+      nvembed mine pairs.jsonl mined.jsonl --teacher runs/demo/model
+      nvembed mine pairs.jsonl mined.jsonl --teacher intfloat/e5-base-v2 \\
+        --documents docs.jsonl --instruction "Find the answer"
+      nvembed mine pairs.jsonl mined.jsonl --teacher runs/demo/model \\
+        num_negatives=15 threshold=0.9
     """
     from nvembed.core.config import load_config
     from nvembed.mining.config import MiningConfig

@@ -32,9 +32,9 @@ def search(
     Examples:
 
     \b
-      nvembed search runs/demo/model "sort a list in place" --documents docs.jsonl
-      nvembed search runs/demo/model "sort a list in place" --documents docs.jsonl --top-k 3 \\
-        --task "Given a question about Python, retrieve documentation that answers it"
+      nvembed search runs/demo/model "sort a list" --documents docs.jsonl
+      nvembed search runs/demo/model "sort a list" --documents docs.jsonl --top-k 3 \\
+        --task "Given a question about Python, retrieve its documentation"
     """
     from nvembed.inference.search import search_file
 

@@ -26,7 +26,7 @@ def train(
     \b
       nvembed train recipes/small.yaml
       nvembed train recipes/small.yaml seed=1 output=runs/seed-1
-      nvembed train recipes/small.yaml stages.0.steps=100 stages.0.learning_rate=2e-5
+      nvembed train recipes/small.yaml stages.0.steps=100
     """
     from nvembed.core.config import load_config
     from nvembed.training.config import TrainConfig

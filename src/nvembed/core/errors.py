@@ -7,8 +7,8 @@
         ├── ModelError      a model folder or backbone that cannot be used
         └── TrainingError   a run that had to stop (non-finite loss, no disk)
 
-A user error names what was wrong, where (``file:line`` or the config key), what was expected and what
-to do. Anything else that reaches the command line is a bug and keeps its traceback.
+A user error names what was wrong, where (``file:line`` or the config key), what was expected and
+what to do. Anything else that reaches the command line is a bug and keeps its traceback.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""The embedded default: train and evaluate on the documentation of the installed Python packages."""
+"""The embedded default: the recipe on the documentation of installed Python packages."""

@@ -169,6 +169,8 @@ def _kept_lines(lines: list[str]) -> list[str]:
             continue
         if dropped_indent is not None and (not line.strip() or indent > dropped_indent):
             continue
+        if dropped_indent is not None:
+            kept.append("")
         dropped_indent = None
         heading = _GOOGLE_HEADING.match(line)
         if _CODE_BLOCK.match(line) or (

@@ -285,7 +285,8 @@ def keywords(summary: str, rng: random.Random) -> str:
     if len(words) > MIN_KEYWORDS + 1 and base_verb(words[0]) and rng.random() < 0.5:
         words = words[1:]
     lower = [word.lower() for word in words]
-    kept = list(dict.fromkeys(w for w in lower if len(w) > 1 and w not in _STOP_WORDS))
+    meant = (w for w in lower if (len(w) > 1 or w.isdigit()) and w not in _STOP_WORDS)
+    kept = list(dict.fromkeys(meant))
     if len(kept) < MIN_KEYWORDS:
         return " ".join(lower)
     while len(kept) > MAX_KEYWORDS:

@@ -35,7 +35,6 @@ from mteb.models.abs_encoder import AbsEncoder
 from mteb.types import PromptType
 from numpy.typing import NDArray
 
-from nvembed.core.errors import ModelError
 from nvembed.core.seeding import capture_rng, restore_rng
 from nvembed.evaluation.task_files import (
     ClassificationData,
@@ -46,6 +45,7 @@ from nvembed.evaluation.task_files import (
     SummarizationData,
 )
 from nvembed.evaluation.tasks import LocalTask, TaskType
+from nvembed.inference.encoding import encode_texts
 from nvembed.inference.protocol import Encoder
 
 # Reranking is retrieval from each query's own candidates, as in mteb's current tasks of that type.
@@ -60,8 +60,8 @@ _CLASSES: dict[TaskType, type[AbsTask]] = {
 }
 
 _SETTINGS: dict[TaskType, dict[str, Any]] = {
-    # mteb's default is a sample of 4 % of the texts, for collections of a million; its own tasks set
-    # the number they need. Here all texts take part.
+    # mteb's default is a sample of 4 % of the texts, for collections of a million; its own tasks
+    # set the number they need. Here all texts take part.
     "Clustering": {"max_fraction_of_documents_to_embed": None},
     "PairClassification": {"label_column_name": "label"},
     # mteb has no default for these; correlations do not depend on them.
@@ -79,7 +79,7 @@ def score(task: LocalTask, encoder: Encoder) -> dict[str, float | None]:
         undefined (a correlation with vectors that are all alike).
 
     Raises:
-        ModelError: the encoder returns vectors that are not finite or not one per text.
+        ModelError: the encoder gives vectors of another shape or that are not finite.
     """
     rng = capture_rng()  # mteb seeds the global generators; a training run must not notice
     try:
@@ -128,27 +128,15 @@ class _TaskEncoder(AbsEncoder):
         texts = [text for batch in inputs for text in batch["text"]]
         new = [text for text in dict.fromkeys(texts) if (is_document, text) not in self._known]
         if new:
-            if is_document:
-                vectors = self._encoder.encode_document(new)
-            else:
-                vectors = self._encoder.encode_query(new, task=self._task.instruction)
-            self._check(vectors, len(new))
+            vectors = encode_texts(
+                self._encoder,
+                new,
+                side="document" if is_document else "query",
+                task=None if is_document else self._task.instruction,
+                description=self._task.name,
+            )
             self._known.update(((is_document, t), v) for t, v in zip(new, vectors, strict=True))
         return np.stack([self._known[is_document, text] for text in texts])
-
-    def _check(self, vectors: NDArray[np.float32], num_texts: int) -> None:
-        if vectors.ndim != 2 or len(vectors) != num_texts:
-            raise ModelError(
-                f"the model gives vectors of shape {vectors.shape} for {num_texts} texts",
-                where=f"task {self._task.name}",
-                expected="one vector per text",
-            )
-        if not np.isfinite(vectors).all():
-            raise ModelError(
-                "the model gives vectors with NaN or infinity",
-                where=f"task {self._task.name}",
-                expected="finite vectors",
-            )
 
 
 def _mteb_task(task: LocalTask) -> AbsTask:

@@ -6,15 +6,13 @@ No model, mteb or torch is needed to read it: ``summary`` makes tables of it.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from nvembed.core.errors import DataError
 from nvembed.core.files import write_json
-from nvembed.evaluation.tasks import TASK_TYPES, TaskType
+from nvembed.evaluation.tasks import TASK_TYPES, TaskType, read_json_object
 
 
 @dataclass(frozen=True)
@@ -48,18 +46,11 @@ def read_results(path: str | Path) -> dict[str, TaskResult]:
         DataError: the file is missing or holds something else.
     """
     expected = "a results.json of `nvembed evaluate`"
-    try:
-        values: Any = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(
-            f"cannot read: {error.strerror}", where=str(path), expected=expected
-        ) from error
-    except ValueError as error:
-        raise DataError("not valid JSON", where=str(path), expected=expected) from error
+    values = read_json_object(Path(path), expected)
     try:
         results = {name: TaskResult(**entry) for name, entry in values.items()}
         if any(result.type not in TASK_TYPES for result in results.values()):
             raise ValueError
-    except (AttributeError, TypeError, ValueError) as error:
+    except (TypeError, ValueError) as error:
         raise DataError("not evaluation results", where=str(path), expected=expected) from error
     return results

@@ -172,7 +172,7 @@ class _Header:
 def _read_header(folder: Path) -> _Header:
     path = folder / "task.json"
     where = str(path)
-    values = _read_json_object(path)
+    values = read_json_object(path, "name, type, instruction and main_score")
     problems = Problems(folder)
     name = problems.text(values, "name", where)
     kind = problems.text(values, "type", where)
@@ -192,18 +192,24 @@ def _read_header(folder: Path) -> _Header:
     return _Header(str(name), cast(TaskType, kind), instruction, str(main_score))
 
 
-def _read_json_object(path: Path) -> dict[str, Any]:
-    expected = "a JSON object with name, type, instruction, main_score"
+def read_json_object(path: Path, expected: str) -> dict[str, Any]:
+    """Read a JSON file that holds an object.
+
+    Raises:
+        DataError: there is no such file or it holds something else; ``expected`` says what.
+    """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise DataError("no such file", where=str(path), expected=expected) from error
+    except UnicodeDecodeError as error:
+        raise DataError("not UTF-8 text", where=str(path), expected=expected) from error
     except json.JSONDecodeError as error:
         raise DataError(
             f"not valid JSON ({error.msg})", where=f"{path}:{error.lineno}", expected=expected
         ) from error
-    except UnicodeDecodeError as error:
-        raise DataError("not UTF-8 text", where=str(path), expected=expected) from error
+    except OSError as error:
+        raise DataError(
+            f"cannot read: {error.strerror}", where=str(path), expected=expected
+        ) from error
     if not isinstance(values, dict):
         raise DataError(
             f"the file holds {type(values).__name__}", where=str(path), expected=expected

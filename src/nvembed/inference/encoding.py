@@ -18,9 +18,8 @@ from nvembed.inference.protocol import Encoder
 
 Side = Literal["query", "document"]
 
-# Texts per call of the encoder: enough for it to sort by length, few enough to hold and to show
-# progress.
-WINDOW_TEXTS = 4096
+# Texts per call of the encoder: enough for it to sort by length, few enough to show progress.
+WINDOW_TEXTS = 1024
 
 
 def encode_texts(

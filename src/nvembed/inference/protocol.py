@@ -22,7 +22,9 @@ class Encoder(Protocol):
         """Width of the vectors."""
         ...
 
-    def encode_query(self, texts: Sequence[str], *, task: str | None = None) -> NDArray[np.float32]:
+    def encode_query(
+        self, texts: Sequence[str], /, *, task: str | None = None
+    ) -> NDArray[np.float32]:
         """Embed queries.
 
         Args:
@@ -35,7 +37,7 @@ class Encoder(Protocol):
         ...
 
     def encode_document(
-        self, texts: Sequence[str], *, task: str | None = None
+        self, texts: Sequence[str], /, *, task: str | None = None
     ) -> NDArray[np.float32]:
         """Embed documents.
 

@@ -175,7 +175,7 @@ def mine_file(
     write_jsonl(output, _output_rows(input, mined))
     origin = {
         "input": str(input),
-        "documents": None if documents is None else str(documents),
+        "corpus": None if documents is None else str(documents),
         "teacher": teacher if isinstance(teacher, str) else type(teacher).__name__,
         "kind": kind,
         "instruction": instruction,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
 
@@ -25,10 +26,12 @@ def add_lora(backbone: Backbone, settings: LoraSettings) -> None:
         warnings.filterwarnings(
             "ignore", message=".*is_gradient_checkpointing", category=FutureWarning
         )
-        backbone.model = get_peft_model(backbone.model, config)
+        adapted: Any = get_peft_model(backbone.model, config)
+    backbone.model = adapted
 
 
 def merge_lora(backbone: Backbone) -> None:
     """Add the adapters into the weights and drop them, in place; does nothing without adapters."""
-    if isinstance(backbone.model, PeftModel):
-        backbone.model = backbone.model.merge_and_unload()
+    model: Any = backbone.model
+    if isinstance(model, PeftModel):
+        backbone.model = model.merge_and_unload()

@@ -1,11 +1,14 @@
 """Attention over the segments of a flat batch, behind transformers' ``AttentionInterface``.
 
-Every backbone runs with ``attn_implementation="nvembed_flat"``. transformers then builds no mask at all and
-hands queries, keys and values of the whole pack to :func:`flat_attention`, which lets a token see its own
-segment only: all of it (bidirectional) or what came before (causal). Sliding windows are ignored on purpose:
+Every backbone runs with ``attn_implementation="nvembed_flat"``. transformers then builds no mask at
+all and hands queries, keys and values of the whole pack to :func:`flat_attention`, which lets a
+token see its own segment only: all of it (bidirectional) or what came before (causal). Sliding
+windows are ignored on
+    purpose:
 an embedding needs the whole text (NV-Embed never applies Mistral's, nv-embed.md 1.2).
 
-Two kernels: ``varlen_attn`` on CUDA in 16 bit, grouped SDPA elsewhere (segments of equal length stand side
+Two kernels: ``varlen_attn`` on CUDA in 16 bit, grouped SDPA elsewhere (segments of equal length
+    stand side
 by side and form one dense call; nothing is padded).
 
 Letters: T tokens of the pack, H heads, E head width, G segments of one group, L their length.
@@ -16,8 +19,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from nvembed.core.errors import ModelError
@@ -25,12 +27,16 @@ from nvembed.text.packing import Segments
 
 FLAT_ATTENTION = "nvembed_flat"
 
+OTHER_BACKBONE = (
+    "Choose another backbone (Mistral, Llama, Qwen, Gemma, Phi, BERT and ModernBERT work)"
+)
+
 # Arguments that change what attention computes and that this backend does not implement.
 _UNSUPPORTED = ("s_aux", "position_bias", "sinks")
 
 
 def flat_attention(
-    module: torch.nn.Module,
+    module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -45,11 +51,12 @@ def flat_attention(
 ) -> tuple[Tensor, None]:
     """The function transformers calls in every layer.
 
-    Shapes: query ``(1, H, T, E)``, key and value ``(1, H or fewer, T, E)``; returns ``(1, T, H, E)``.
+    Shapes: query ``(1, H, T, E)``, key and value ``(1, H or fewer, T, E)``; returns ``(1, T, H,
+        E)``.
 
     Raises:
-        ModelError: the backbone asks for something that would silently be left out (attention sinks,
-            position biases, a mask of its own).
+        ModelError: the backbone asks for something that would silently be left out (attention
+            sinks, position biases, a mask of its own).
     """
     asked = [name for name in _UNSUPPORTED if others.get(name) is not None]
     if attention_mask is not None:
@@ -58,7 +65,7 @@ def flat_attention(
         raise ModelError(
             f"{type(module).__name__} needs {', '.join(asked)} in attention",
             expected="a backbone whose attention is a plain softmax over keys",
-            hint="Choose another backbone (Mistral, Llama, Qwen, Gemma, Phi, BERT and ModernBERT work)",
+            hint=OTHER_BACKBONE,
         )
     if (
         query.is_cuda
@@ -85,7 +92,7 @@ def _varlen(
     from torch.nn.attention.varlen import varlen_attn  # absent from CPU-only builds of torch
 
     grouped = key_HTE.shape[0] != query_HTE.shape[0]
-    out: Tensor = varlen_attn(
+    out = varlen_attn(
         query_HTE.transpose(0, 1).contiguous(),
         key_HTE.transpose(0, 1).contiguous(),
         value_HTE.transpose(0, 1).contiguous(),
@@ -97,6 +104,7 @@ def _varlen(
         window_size=(-1, 0) if causal else (-1, -1),
         enable_gqa=grouped,
     )
+    assert isinstance(out, Tensor)
     return out
 
 
@@ -124,7 +132,7 @@ def _grouped(
         if softcap:
             out_GHLE = _capped(q, k, v, causal, scaling, dropout, softcap)
         else:
-            out_GHLE = F.scaled_dot_product_attention(
+            out_GHLE = nn.functional.scaled_dot_product_attention(
                 q, k, v, dropout_p=dropout, is_causal=causal, scale=scaling
             )
         outputs.append(out_GHLE.transpose(1, 2).flatten(0, 1))
@@ -148,4 +156,4 @@ def _capped(
         later_LL = torch.ones(score_GHLL.shape[-2:], dtype=torch.bool, device=score_GHLL.device)
         score_GHLL = score_GHLL.masked_fill(later_LL.triu(1), float("-inf"))
     weight_GHLL = score_GHLL.float().softmax(-1).to(query_GHLE.dtype)
-    return F.dropout(weight_GHLL, dropout) @ value_GHLE
+    return nn.functional.dropout(weight_GHLL, dropout) @ value_GHLE

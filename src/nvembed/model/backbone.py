@@ -1,8 +1,10 @@
 """The backbone: a Hugging Face model run on flat batches, bidirectional by proof.
 
-Loads any decoder (or encoder) without its language-model head, puts it behind our flat attention, switches
-the cache off, and checks by a probe that attention really goes the way that was asked for. Model families
-ignore flags silently, so a model that stays causal is an error here, not a warning. Next: ``model/pooling.py``.
+Loads any decoder (or encoder) without its language-model head, puts it behind our flat attention,
+switches the cache off, and checks by a probe that attention really goes the way that was asked for.
+Model families ignore flags silently, so a model that stays causal is an error here, not a warning.
+Next:
+``model/pooling.py``.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
 
 from nvembed.core.errors import ModelError
-from nvembed.model.attention import FLAT_ATTENTION
+from nvembed.model.attention import FLAT_ATTENTION, OTHER_BACKBONE
 from nvembed.model.settings import AttentionDirection
 from nvembed.text.packing import FlatBatch, flatten
 from nvembed.text.tokens import TextStyle, TextTokenizer, TokenizedText
@@ -37,7 +39,13 @@ class Backbone(InputModule):
     """
 
     config_file_name = "nvembed_config.json"
-    config_keys = ["attention", "max_tokens", "text_style", "add_bos", "add_eos"]
+    config_keys = [
+        "attention",
+        "max_tokens",
+        "text_style",
+        "add_bos",
+        "add_eos",
+    ]
 
     def __init__(
         self,
@@ -85,10 +93,20 @@ class Backbone(InputModule):
         Args:
             name_or_path: local folder or hub id.
             dtype: of the weights; ``None`` means float32, ``"auto"`` the dtype they were saved in.
+            revision: commit, tag or branch on the hub.
+            token: of the hub, for gated models.
+            cache_folder: where downloads are kept.
+            local_files_only: never ask the hub.
+            trust_remote_code: run code that comes with the model; off, and rarely needed.
+            attention: see the class.
+            max_tokens: see the class.
+            text_style: see the class.
+            add_bos: see the class.
+            add_eos: see the class.
 
         Raises:
-            ModelError: nothing loadable there, the family cannot run on flat batches, or its attention
-                does not go the way that was asked for.
+            ModelError: nothing loadable there, the family cannot run on flat batches, or its
+                attention does not go the way that was asked for.
         """
         where = {
             "revision": revision,
@@ -194,7 +212,7 @@ class Backbone(InputModule):
         self.save_config(output_path)
 
     @classmethod
-    def load(
+    def load(  # type: ignore[override]  # options of other modules are ignored
         cls,
         model_name_or_path: str,
         subfolder: str = "",
@@ -234,8 +252,8 @@ def prove_direction(backbone: Backbone, *, name: str) -> None:
     Also proves that texts packed together do not see each other.
 
     Raises:
-        ModelError: the model is causal although bidirectional attention was asked for (or the reverse),
-            or a neighbour in the pack changes a text.
+        ModelError: the model is causal although bidirectional attention was asked for (or the
+            reverse), or a neighbour in the pack changes a text.
     """
     model = backbone.model
     parameter = next(model.parameters())
@@ -257,7 +275,7 @@ def prove_direction(backbone: Backbone, *, name: str) -> None:
         raise ModelError(
             f"the {model.config.model_type} family does not run on flat batches ({error})",
             where=name,
-            hint="Choose another backbone (Mistral, Llama, Qwen, Gemma, Phi, BERT and ModernBERT work)",
+            hint=OTHER_BACKBONE,
         ) from error
     finally:
         model.train(was_training)
@@ -267,7 +285,8 @@ def prove_direction(backbone: Backbone, *, name: str) -> None:
         raise ModelError(
             f"attention is {'bidirectional' if seen else 'causal'}",
             where=name,
-            expected=f"{backbone.attention} attention (a probe changes the last token and watches the first)",
+            expected=f"{backbone.attention} attention (a probe changes the last token and watches "
+            "the first)",
             hint="This model family needs support in nvembed/model/attention.py",
         )
     # Kernels round differently for other shapes; in 16 bit by up to some per cent of the spread.

@@ -1,8 +1,8 @@
 """``NVEmbed``: backbone, pooling and normalisation as one sentence-transformers model.
 
-Saving, prompts, similarity, truncated and quantised outputs come from ``SentenceTransformer``. What is ours:
-loading without remote code, instructions (``task=``), and encoding in packs of a token budget instead of
-padded batches. Next file in the tour: ``losses/contrastive.py``.
+Saving, prompts, similarity, truncated and quantised outputs come from ``SentenceTransformer``. What
+is ours: loading without remote code, instructions (``task=``), and encoding in packs of a token
+budget instead of padded batches. Next file in the tour: ``losses/contrastive.py``.
 """
 
 from __future__ import annotations
@@ -78,8 +78,8 @@ class NVEmbed(SentenceTransformer):
         """Load a saved embedding model, or start one from any decoder or encoder.
 
         Args:
-            name_or_path: folder or hub id. With a ``modules.json`` it is an embedding model and is loaded
-                as saved; otherwise it is a language model to start from.
+            name_or_path: folder or hub id. With a ``modules.json`` it is an embedding model and is
+                loaded as saved; otherwise it is a language model to start from.
             pooling: for a new model (default ``mean``, which needs no training).
             num_latents: for a new latent pooling (default 512).
             num_heads: for a new latent or self-attention pooling (default 8).
@@ -87,9 +87,14 @@ class NVEmbed(SentenceTransformer):
             max_tokens: longest sequence; ``None`` keeps the saved limit (512 for a new model).
             device: ``None`` picks the best there is.
             dtype: ``None`` keeps the saved dtype (float32 for a new model).
+            revision: commit, tag or branch on the hub.
+            token: of the hub, for gated models.
+            cache_folder: where downloads are kept.
+            local_files_only: never ask the hub.
 
         Raises:
-            ModelError: nothing there that can be loaded, or options that a saved model fixes already.
+            ModelError: nothing there that can be loaded, or options that a saved model fixes
+                already.
         """
         source = str(name_or_path)
         hub: dict[str, Any] = {
@@ -134,7 +139,7 @@ class NVEmbed(SentenceTransformer):
         max_tokens: int | None,
         hub: dict[str, Any],
     ) -> Self:
-        modules = []
+        modules: list[torch.nn.Module] = []
         for entry in json.loads(Path(modules_json).read_text(encoding="utf-8")):
             module_class = _OWN_MODULES.get(entry["type"])
             if module_class is None:
@@ -186,7 +191,7 @@ class NVEmbed(SentenceTransformer):
         """Width of the embeddings."""
         return self.pooling.width
 
-    def encode_query(
+    def encode_query(  # type: ignore[override]  # one signature for the overloads
         self,
         inputs: Any,
         prompt_name: str | None = None,
@@ -201,16 +206,17 @@ class NVEmbed(SentenceTransformer):
             inputs: one text or a sequence of texts.
             prompt_name: name of a prompt saved with the model.
             prompt: the prompt itself; wins over ``prompt_name``.
-            task: the instruction, e.g. "Given a question, retrieve passages that answer the question";
-                rendered by the template and wins over both. Without any of them the model's ``query``
-                prompt is used if it has one.
+            task: the instruction, e.g. "Given a question, retrieve passages that answer the
+                question"; rendered by the template and wins over both. Without any of them the
+                model's
+                ``query`` prompt is used if it has one.
             **options: those of ``SentenceTransformer.encode``.
         """
         if task is not None:
             prompt, prompt_name = query_prompt(task), None
         return super().encode_query(inputs, prompt_name=prompt_name, prompt=prompt, **options)
 
-    def encode_document(
+    def encode_document(  # type: ignore[override]
         self,
         inputs: Any,
         prompt_name: str | None = None,
@@ -219,13 +225,13 @@ class NVEmbed(SentenceTransformer):
         task: str | None = None,
         **options: Any,
     ) -> Any:
-        """Embed documents: bare texts. ``task`` is for symmetric tasks, where both sides carry it."""
+        """Embed documents: bare texts; in symmetric tasks both sides carry ``task``."""
         if task is not None:
             prompt, prompt_name = query_prompt(task), None
         return super().encode_document(inputs, prompt_name=prompt_name, prompt=prompt, **options)
 
     @torch.inference_mode()
-    def _inference(
+    def _inference(  # type: ignore[override]  # as SentenceTransformer declares it
         self,
         inputs: list[Any],
         *,
@@ -239,10 +245,10 @@ class NVEmbed(SentenceTransformer):
         device: Any = None,
         **options: Any,
     ) -> Any:
-        """Encode in packs of a token budget, longest first; called by ``SentenceTransformer.encode``.
+        """Encode in packs of a token budget, longest first; ``encode`` calls it.
 
-        ``batch_size`` has no meaning without padding and is ignored; so are the sizes of the batches
-        that the caller cuts, since vectors do not depend on their neighbours.
+        ``batch_size`` has no meaning without padding and is ignored; so are the sizes of the
+        batches that the caller cuts, since vectors do not depend on their neighbours.
         """
         if output_value != "sentence_embedding":
             return super()._inference(
@@ -284,7 +290,11 @@ class NVEmbed(SentenceTransformer):
 
 
 def embed_pack(model: torch.nn.Module, texts: Sequence[TokenizedText]) -> Tensor:
-    """The only forward: training calls it (with a model that accelerate may have wrapped), encoding too.
+    """The only forward of training and encoding.
+
+    Args:
+        model: an ``NVEmbed``, or one that accelerate has wrapped.
+        texts: one pack.
 
     Returns:
         ``(N, D)`` embeddings, L2-normalised, rows in the order of ``texts``.

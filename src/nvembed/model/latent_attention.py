@@ -1,17 +1,18 @@
 """The latent attention layer of NV-Embed (paper s3.2; exact form of the released code).
 
 The hidden states are the queries, a trained array of latents gives keys and values, and a GEGLU MLP
-follows; both sub-layers have a pre-norm and a residual. The layer is position-wise: a token's result depends
-on no other token, so it runs on flat tokens and only on those that are pooled.
+follows; both sub-layers have a pre-norm and a residual. The layer is position-wise: a token's
+result depends on no other token, so it runs on flat tokens and only on those that are pooled.
 
     Xn = LayerNorm(X)    Zn = LayerNorm(latents)
     q = Wq Xn            k, v = split(Wkv Zn)
     Y = X + Wo · concat over heads of softmax(q kᵀ / √E) v
     H = Y + FF(LayerNorm(Y)),   FF(y) = W2 (a · gelu(b)) + c2,   [a, b] = W1 y + c1
 
-Keys and values depend on weights alone, so per head ``q kᵀ = Xn (k Wq)ᵀ`` and ``P v Woᵀ = P (v Woᵀ)``:
-the *folded* form needs two matrices of ``(heads · latents, width)`` instead of the two wide projections.
-It is exact up to rounding and gradients flow through the folding, so it serves training too.
+Keys and values depend on weights alone, so per head ``q kᵀ = Xn (k Wq)ᵀ`` and ``P v Woᵀ = P (v
+Woᵀ)``: the *folded* form needs two matrices of ``(heads · latents, width)`` instead of the two wide
+projections. It is exact up to rounding and gradients flow through the folding, so it serves
+training too.
 
 Letters: T tokens, D width, R latents, H heads, E head width, S = H · R folded rows.
 """
@@ -23,7 +24,6 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -50,7 +50,7 @@ class GegluFeedForward(nn.Module):
     def forward(self, hidden_TD: Tensor) -> Tensor:
         """Apply to ``(T, D)``."""
         value, gate = self.up(hidden_TD).chunk(2, dim=-1)
-        out: Tensor = self.down(value * F.gelu(gate))
+        out: Tensor = self.down(value * nn.functional.gelu(gate))
         return out
 
 
@@ -63,9 +63,9 @@ class LatentAttention(nn.Module):
         num_heads: H (paper: 8).
         head_width: E; ``None`` means D, as in the released weights.
 
-    Both output projections start at zero, so an untrained layer returns its input and the model starts as
-    plain mean pooling. (The released code keeps PyTorch's default; with little data that start has to be
-    unlearned first, see docs/log.md.)
+    Both output projections start at zero, so an untrained layer returns its input and the model
+    starts as plain mean pooling. (The released code keeps PyTorch's default; with little data that
+    start has to be unlearned first, see docs/log.md.)
     """
 
     def __init__(
@@ -109,10 +109,10 @@ class LatentAttention(nn.Module):
         return folded + 2 * num_latents * inner * width < plain
 
     def attend_plain(self, hidden_TD: Tensor) -> Tensor:
-        """Cross attention as written in the paper's code; returns ``(T, D)`` without the residual."""
+        """Cross attention as in the released code; returns ``(T, D)`` without the residual."""
         query_HTE = self._heads(self.to_query(self.norm_query(hidden_TD)))
         key_HRE, value_HRE = self._keys_values()
-        out_HTE = F.scaled_dot_product_attention(query_HTE, key_HRE, value_HRE)
+        out_HTE = nn.functional.scaled_dot_product_attention(query_HTE, key_HRE, value_HRE)
         out: Tensor = self.to_out(out_HTE.transpose(0, 1).flatten(1))
         return out
 

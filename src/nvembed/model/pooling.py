@@ -3,11 +3,12 @@
     mean              average of the pooled tokens
     last              state of the last token (the EOS)
     latent            latent attention layer on the pooled tokens, then the average (NV-Embed)
-    self_attention    one self-attention layer over the text, then the average (the paper's other baseline)
+    self_attention    one self-attention layer over the text, then the average (a baseline)
 
-They work on the flat batch of our :class:`~nvembed.model.backbone.Backbone` and equally behind the padded
-``Transformer`` of an existing sentence-transformers model, whose states are flattened on entry; so latent
-attention can be put on any model. Next file: ``model/embedder.py``.
+They work on the flat batch of our :class:`~nvembed.model.backbone.Backbone` and equally behind the
+padded
+``Transformer`` of an existing sentence-transformers model, whose states are flattened on entry; so
+latent attention can be put on any model. Next file: ``model/embedder.py``.
 
 Letters: T tokens of the pack, N texts, D width, B × L a padded batch.
 """
@@ -101,7 +102,7 @@ class Pooling(Module):
             self.save_torch_weights(output_path, safe_serialization=True)
 
     @classmethod
-    def load(
+    def load(  # type: ignore[override]  # options of other modules are ignored
         cls,
         model_name_or_path: str,
         subfolder: str = "",
@@ -112,7 +113,7 @@ class Pooling(Module):
         **_: Any,
     ) -> Self:
         """Load from a folder of a saved model."""
-        where = {
+        where: dict[str, Any] = {
             "subfolder": subfolder,
             "token": token,
             "cache_folder": cache_folder,
@@ -175,8 +176,8 @@ class LatentAttentionPooling(Pooling):
 class SelfAttentionPooling(Pooling):
     """One bidirectional self-attention layer with MLP over each text, then the average.
 
-    Same pre-norms, residuals and MLP as latent attention, so the two differ in keys and values only.
-    Starts as mean pooling too (zero output projections).
+    Same pre-norms, residuals and MLP as latent attention, so the two differ in keys and values
+    only. Starts as mean pooling too (zero output projections).
     """
 
     config_keys = ["width", "num_heads"]

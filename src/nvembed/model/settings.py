@@ -1,4 +1,4 @@
-"""What a recipe says about the model. Free of torch, so that recipes can be read and checked quickly."""
+"""What a recipe says about the model; free of torch, so that recipes are checked quickly."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ class ModelSettings(StrictModel):
     """What training starts from.
 
     Args:
-        backbone: folder (relative to the recipe) or hub id of a decoder LM, an encoder, or an embedding
-            model saved by nvembed, which then is tuned further.
-        attention: ``bidirectional`` (default), or ``causal`` for ablations; a saved embedding model has
-            its own, so leave it out then.
+        backbone: folder (relative to the recipe) or hub id of a decoder LM, an encoder, or an
+            embedding model saved by nvembed, which then is tuned further.
+        attention: ``bidirectional`` (default), or ``causal`` for ablations; a saved embedding model
+            has its own, so leave it out then.
         pooling: latent attention by default; leave it out for a saved embedding model.
         max_tokens: longest sequence with BOS, prompt and EOS; longer texts are cut.
         dtype: of the backbone's weights; float32 by default, a saved embedding model keeps its own.
@@ -53,8 +53,8 @@ class LoraSettings(StrictModel):
         rank: of the adapter matrices.
         alpha: the update is scaled by ``alpha / rank``.
         dropout: on the adapter's input.
-        targets: names of linear layers; ``all-linear`` means every one of the backbone (the paper does
-            not say which it took).
+        targets: names of linear layers; ``all-linear`` means every one of the backbone (the paper
+            does not say which it took).
     """
 
     rank: int = Field(default=16, ge=1)

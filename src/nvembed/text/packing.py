@@ -5,9 +5,9 @@
     b b                      ---->   cu_seqlens     0     3     6   8
     c c c                            position_ids_T 0 1 2 0 1 2 0 1
 
-Segments of a pack are ordered by falling length, so that equal lengths stand side by side and attention
-can treat each run of them as one dense block. ``order`` remembers which text each segment was.
-Next file: ``model/embedder.py``.
+Segments of a pack are ordered by falling length, so that equal lengths stand side by side and
+attention can treat each run of them as one dense block. ``order`` remembers which text each segment
+was. Next file: ``model/embedder.py``.
 
 Letters: T tokens of the pack, N segments (texts) of the pack.
 """
@@ -38,10 +38,11 @@ class Segments:
 
     @property
     def max_length(self) -> int:
+        """Tokens of the longest segment."""
         return max(self.lengths)
 
     def runs(self) -> list[tuple[int, int, int]]:
-        """Neighbouring segments of equal length as ``(first token, number of segments, length)``."""
+        """Neighbours of equal length as ``(first token, number of segments, length)``."""
         runs: list[tuple[int, int, int]] = []
         start = 0
         for length in self.lengths:
@@ -119,8 +120,10 @@ def flatten(texts: Sequence[TokenizedText]) -> FlatBatch:
 def plan_packs(lengths: Sequence[int], budget: int) -> list[list[int]]:
     """Share texts out to packs of at most ``budget`` tokens, filling with neighbours in length.
 
-    Texts are walked from long to short, so a pack holds texts of similar length: attention then runs on
-    few dense blocks, and nothing is padded in any case. A text longer than the budget gets its own pack.
+    Texts are walked from long to short, so a pack holds texts of similar length: attention then
+        runs on
+    few dense blocks, and nothing is padded in any case. A text longer than the budget gets its own
+    pack.
 
     Args:
         lengths: tokens of each text.

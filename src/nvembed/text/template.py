@@ -1,7 +1,8 @@
 """The template: what a query looks like before it is tokenised.
 
-``Instruct: {instruction}\\nQuery: {text}`` for queries, the bare text for documents (paper s4; symmetric
-tasks such as STS carry the instruction on both sides). The rendered part before the text is called the
+``Instruct: {instruction}\\nQuery: {text}`` for queries, the bare text for documents (paper s4;
+symmetric tasks such as STS carry the instruction on both sides). The rendered part before the text
+is called the
 *prompt*; it is what sentence-transformers calls so too, and everything downstream takes a prompt.
 Next file: ``text/tokens.py``.
 """

@@ -1,18 +1,20 @@
 """Tokenise: (prompt, text) to token ids and the place where pooling starts.
 
 One function serves training, mining, evaluation, encoding and serving, so that no two of them can
-disagree. Tokens of the prompt take part in attention but are never pooled. Next file: ``text/packing.py``.
+disagree. Tokens of the prompt take part in attention but are never pooled. Next file:
+``text/packing.py``.
 
-Two styles exist because the released NV-Embed checkpoints were made with rules that we would not choose:
+Two styles exist because the released NV-Embed checkpoints were made with rules that we would not
+choose:
 
 ``nvembed``
-    prompt + text is tokenised as one string; a token is pooled when it holds a character of the text (so
-    a space that belongs to the prompt is not pooled). Truncation cuts the text only: the prompt and the
-    EOS always survive.
+    prompt + text is tokenised as one string; a token is pooled when it holds a character of the
+    text (so a space that belongs to the prompt is not pooled). Truncation cuts the text only: the
+    prompt and the EOS always survive.
 ``official``
-    the rules of NVIDIA's code (nv-embed.md 1.7): the first ``n`` positions are left out, ``n`` being the
-    number of pieces of the prompt tokenised alone; the EOS is part of the text when it is truncated, so
-    over-long texts lose it.
+    the rules of NVIDIA's code (nv-embed.md 1.7): the first ``n`` positions are left out, ``n``
+    being the number of pieces of the prompt tokenised alone; the EOS is part of the text when it is
+    truncated, so over-long texts lose it.
 """
 
 from __future__ import annotations
@@ -86,7 +88,8 @@ class TextTokenizer:
             prompt: what stands in front of each of them ("" for documents).
 
         Raises:
-            DataError: something other than a string was given, or the prompt alone fills ``max_tokens``.
+            DataError: something other than a string was given, or the prompt alone fills
+                ``max_tokens``.
         """
         for row, text in enumerate(texts):
             if not isinstance(text, str):
@@ -124,8 +127,8 @@ class TextTokenizer:
         return TokenizedText((*self._head, *ids, *self._tail), pool_start)
 
     def _official(self, texts: Sequence[str], prompt: str) -> list[TokenizedText]:
-        # Exactly the released code: the EOS string is part of the text before truncation, BOS comes from
-        # the tokenizer's own settings, and the masked length is counted on the prompt alone.
+        # Exactly the released code: the EOS string is part of the text before truncation, BOS comes
+        # from the tokenizer's own settings, and the masked length is counted on the prompt alone.
         tail = self.tokenizer.eos_token
         encoded = self.tokenizer(
             [prompt + text + tail for text in texts],

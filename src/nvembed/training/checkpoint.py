@@ -1,12 +1,12 @@
 """Checkpoints: everything a run needs to go on as if it had never stopped, and nothing else.
 
     checkpoints/step-0000000400/
-      weights.safetensors     trained parameters (adapters and head, or all of them); never a frozen base
-      optimizer.safetensors   moments, by parameter name
-      rng.safetensors         generator states of torch
-      state.json              step, stage, and the other generator states
+      weights.safetensors     trained parameters (adapters and head, or all of them); never a frozen
+      base optimizer.safetensors   moments, by parameter name rng.safetensors         generator
+      states of torch state.json              step, stage, and the other generator states
 
-A checkpoint is written under another name and moved into place, so one that is there is complete. No pickle.
+A checkpoint is written under another name and moved into place, so one that is there is complete.
+No pickle.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def restore_weights(checkpoint: Path, model: nn.Module) -> None:
 def restore_optimizer(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Put the moments and the random generators back, after the optimizer was built."""
     parameters = dict(trained_parameters(model))
-    state: dict[nn.Parameter, dict[str, Tensor]] = {}
+    state: dict[Tensor, dict[str, Tensor]] = {}
     for entry, value in load_file(checkpoint / "optimizer.safetensors").items():
         name, _, key = entry.rpartition("|")
         parameter = parameters[name]

@@ -1,6 +1,7 @@
 """The configuration of a training run, as a recipe gives it.
 
-Counts carry their unit: steps are optimizer updates, batch sizes are queries per step, lengths are tokens.
+Counts carry their unit: steps are optimizer updates, batch sizes are queries per step, lengths are
+    tokens.
 ``None`` means off.
 """
 
@@ -35,12 +36,12 @@ class StageConfig(StrictModel):
         learning_rate: of adapters (or of all weights without LoRA) at the end of the warm-up.
         head_learning_rate: of the pooling head; ``None`` means the same (as NVIDIA says it did).
         warmup_steps: linear rise; a linear fall to zero follows.
-        in_batch_negatives: use the documents of the other queries of the step as negatives (paper: on in
-            stage 1, off in stage 2).
+        in_batch_negatives: use the documents of the other queries of the step as negatives (paper:
+            on in stage 1, off in stage 2).
         num_negatives: most own negatives drawn per query (paper: 7).
         temperature: of the softmax (not published; 0.01–0.05 is usual).
-        mine: mine hard negatives for the retrieval and NLI sets before the stage, with the model as it
-            is by then; ``None`` uses the negatives that the files hold.
+        mine: mine hard negatives for the retrieval and NLI sets before the stage, with the model as
+            it is by then; ``None`` uses the negatives that the files hold.
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")

@@ -11,8 +11,8 @@ from nvembed.training.config import OptimizerConfig, StageConfig
 def schedule(step: int, *, steps: int, warmup_steps: int) -> float:
     """Share of the peak learning rate at an update, counted from 0.
 
-    Linear rise over the warm-up, linear fall to zero after it (paper: linear decay). The last update
-    still moves: the line reaches zero at ``steps``, which is no update any more.
+    Linear rise over the warm-up, linear fall to zero after it (paper: linear decay). The last
+    update still moves: the line reaches zero at ``steps``, which is no update any more.
     """
     warmup_steps = min(warmup_steps, steps)
     if step < warmup_steps:

@@ -1,8 +1,8 @@
-"""What happens before a stage: its data are read, and hard negatives mined where the recipe says so."""
+"""Before a stage: its data are read, and hard negatives mined where the recipe says so."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -28,8 +28,8 @@ def prepare_mixture(
 ) -> Mixture:
     """Load the data of a stage.
 
-    Mined files are kept in ``mined_dir``; those that are there already (a resumed run) are used as they
-    are, so mining never happens twice.
+    Mined files are kept in ``mined_dir``; those that are there already (a resumed run) are used as
+    they are, so mining never happens twice.
 
     Args:
         config: the run.
@@ -65,6 +65,7 @@ def _mined(
     if not target.is_file():
         log(f"mining {settings.num_negatives} negatives per query of {dataset.name}")
         records = read_records(base_dir / dataset.path, dataset.kind)
+        mined: Sequence[PairRecord | StsRecord]
         if dataset.kind == "sts":
             mined, report = mine_sts_negatives(
                 cast(list[StsRecord], records),

@@ -1,8 +1,9 @@
-"""The training loop: stages in order, one contrastive step after the other, nothing lost on the way.
+"""The training loop: stages in order, one contrastive step after the other.
 
-Every batch is a pure function of (seed, stage, step), so the place in the run is the whole state of the
-data. A run folder holds ``config.yaml``, ``env.json``, ``metrics.jsonl``, ``train.log``, ``checkpoints/``,
-``mined/<stage>/``, a model per finished stage (``model-<stage>/``) and the last one as ``model/``.
+Every batch is a pure function of (seed, stage, step), so the place in the run is the whole state of
+the data. A run folder holds ``config.yaml``, ``env.json``, ``metrics.jsonl``, ``train.log``,
+``checkpoints/``, ``mined/<stage>/``, a model per finished stage (``model-<stage>/``) and the last
+one as ``model/``.
 """
 
 from __future__ import annotations
@@ -180,7 +181,7 @@ class _Run:
         optimizer: Any,
         batch: ContrastiveBatch,
     ) -> dict[str, Any]:
-        """One update; returns the row of metrics. Nothing is changed when a number is not finite."""
+        """One update; returns its metrics. A number that is not finite changes nothing."""
         started = time.perf_counter()
         share = schedule(stage_step, steps=stage.steps, warmup_steps=stage.warmup_steps)
         set_learning_rate(optimizer, share)
@@ -210,7 +211,8 @@ class _Run:
         if not math.isfinite(value):
             last = latest_checkpoint(self.run.checkpoints)
             raise TrainingError(
-                f"the {what} of step {step} ({stage.name}) is {value}; the weights were not changed",
+                f"the {what} of step {step} ({stage.name}) is {value}; "
+                "the weights were not changed",
                 where=str(self.run.path),
                 expected="finite numbers",
                 hint=f"Lower the learning rate or raise the temperature; last checkpoint: "
@@ -300,7 +302,7 @@ def save_model(model: NVEmbed, config: TrainConfig, folder: Path, *, final: bool
         raise TrainingError(
             f"the model could not be written ({error})",
             where=str(folder),
-            hint="Free space on the disk and run the same command again: the checkpoint is complete",
+            hint="Free space on the disk and run the same command again; the checkpoint is there",
         ) from error
 
 

@@ -46,7 +46,8 @@ def test_rows_keep_their_keys_and_get_negatives(tmp_path: Path) -> None:
     saved = json.loads((tmp_path / "out.jsonl.gz.report.json").read_text(encoding="utf-8"))
     assert saved["records"] == report.records == 3
     assert saved["config"]["threshold"] == 0.95
-    assert saved["teacher"] == "HashEncoder"
+    assert (saved["teacher"], saved["documents"]) == ("HashEncoder", 5)
+    assert saved["corpus"].endswith("docs.jsonl")
     assert saved["samples"][0]["query"] == "sort a list"
 
 

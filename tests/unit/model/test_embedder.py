@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from oracles.golden import load_official
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 
@@ -14,6 +13,7 @@ from nvembed.core.errors import ModelError
 from nvembed.model import embedder
 from nvembed.model.embedder import NVEmbed
 from nvembed.model.pooling import LatentAttentionPooling
+from oracles.golden import load_official
 
 TEXTS = ["one", "two words", "rather a longer text, with commas", "one", "short", ""]
 TASK = "find it"

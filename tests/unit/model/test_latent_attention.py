@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from oracles.padded import latent_attention
 
 from nvembed.model.latent_attention import LatentAttention
+from oracles.padded import latent_attention
 
 
 def random_layer(width=12, num_latents=7, num_heads=3, head_width=None) -> LatentAttention:

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from oracles.padded import latent_attention, mean
 
 from nvembed.core.errors import ModelError
 from nvembed.model.pooling import (
@@ -14,6 +13,7 @@ from nvembed.model.pooling import (
 )
 from nvembed.text.packing import flatten
 from nvembed.text.tokens import TokenizedText
+from oracles.padded import latent_attention, mean
 
 KINDS = ("mean", "last", "latent", "self_attention")
 WIDTH = 16

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given
@@ -24,7 +26,7 @@ def test_packs_hold_every_row_once_within_the_budget(lengths: list[int], budget:
 @given(lengths_lists, st.integers(60, 200))
 def test_neighbouring_packs_could_not_be_joined(lengths: list[int], budget: int) -> None:
     packs = plan_packs(lengths, budget)
-    for first, second in zip(packs, packs[1:], strict=False):
+    for first, second in pairwise(packs):
         assert sum(lengths[row] for row in first) + lengths[second[0]] > budget
 
 
@@ -57,7 +59,7 @@ def test_runs_cover_the_pack(lengths: list[int]) -> None:
         assert first == position
         position += count * length
     neighbours = [length for _, _, length in segments.runs()]
-    assert all(a != b for a, b in zip(neighbours, neighbours[1:], strict=False))
+    assert all(a != b for a, b in pairwise(neighbours))
 
 
 def test_nothing_to_flatten_is_refused() -> None:

@@ -21,7 +21,8 @@ from nvembed.training.config import TrainConfig
 from nvembed.training.optim import schedule
 from nvembed.training.trainer import train
 
-WORDS = "red blue green fox owl cat tree lake hill sun moon star rain snow wind fire".split()
+COLOURS = ["red", "blue", "green", "fox", "owl", "cat", "tree", "lake"]
+WORDS = [*COLOURS, "hill", "sun", "moon", "star", "rain", "snow", "wind", "fire"]
 PAIRS = [
     {"query": f"{word} {i}", "positive": f"{i * 7 % 16} of {word[::-1]}"}
     for i, word in enumerate(WORDS)

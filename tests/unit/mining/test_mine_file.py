@@ -94,6 +94,13 @@ def test_bad_input_leaves_the_old_output(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
 
 
+def test_old_negatives_go_where_no_new_ones_are_found(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "in.jsonl", ROWS)
+    nothing_passes = MiningConfig(strategy="absolute", threshold=-1.0, given="replace")
+    mine_file(tmp_path / "in.jsonl", tmp_path / "out.jsonl", HashEncoder(), nothing_passes)
+    assert all("negative" not in row for _, row in read_jsonl(tmp_path / "out.jsonl"))
+
+
 def test_a_mined_file_can_be_mined_again(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "0.jsonl", ROWS)
     again = CONFIG.model_copy(update={"given": "replace"})

@@ -209,6 +209,9 @@ def test_random_sampling_is_seeded_per_record() -> None:
     assert first == again
     other, _ = mine_negatives(records, corpus, HashEncoder(), MiningConfig(**options, seed=2))
     assert first != other
+    # Records with the same candidates draw each for itself.
+    twins, _ = mine_negatives([records[0]] * 3, corpus, HashEncoder(), one)
+    assert len({record.negatives for record in twins}) > 1
     top = MiningConfig(strategy="top_k", num_negatives=6)
     nearest, _ = mine_negatives(records, corpus, HashEncoder(), top)
     narrow, _ = mine_negatives(

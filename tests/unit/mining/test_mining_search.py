@@ -55,8 +55,9 @@ def test_real_vectors_score_as_in_float64() -> None:
 
 
 def test_zero_and_minus_zero_tie() -> None:
-    queries = np.array([[1.0]], dtype=np.float32)
-    documents = np.array([[-0.0], [0.0], [-1.0], [-0.0]], dtype=np.float32)
+    # The first product is too small for a float32 and becomes -0.0.
+    queries = np.array([[1e-30]], dtype=np.float32)
+    documents = np.array([[-1e-30], [1e-30], [-1.0], [-1e-30]], dtype=np.float32)
     _, indices = top_k(queries, documents, 4)
     assert indices.tolist() == [[0, 1, 3, 2]]
 

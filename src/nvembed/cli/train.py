@@ -18,8 +18,13 @@ def train(
             show_default=False,
         ),
     ] = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Delete the earlier run in the output folder.")
+    ] = False,
 ) -> None:
     """Train an embedding model by a recipe.
+
+    An interrupted run goes on from its last checkpoint when started again.
 
     Examples:
 
@@ -33,5 +38,5 @@ def train(
     from nvembed.training.trainer import train as run_training
 
     config = load_config(TrainConfig, recipe, overrides or ())
-    model = run_training(config, base_dir=recipe.parent)
+    model = run_training(config, base_dir=recipe.parent, fresh=fresh)
     typer.echo(f"model: {model}")

@@ -34,14 +34,14 @@ def test_real_tasks_with_bags_of_words(shared: Callable[[str], Path]) -> None:
     names = ["cisi", "trecqa", "stsb", "rqe", "emotion"]
     tasks = load_tasks([shared("data/tasks")], names)
     results = evaluate(HashEncoder(1024), tasks)
-    scores = {name: result.main_score or 0.0 for name, result in results.items()}
-    # Measured 2026: words in common are worth this much; a mix-up of sides, labels or judgements
-    # would bring them down to chance (0.03, 0.27, 0, 0.5, 0.25).
-    assert scores["cisi"] > 0.15
-    assert scores["trecqa"] > 0.5
-    assert scores["stsb"] > 0.45
-    assert scores["rqe"] > 0.52
-    assert scores["emotion"] > 0.27
+    # Measured with mteb 2.26. A mix-up of sides, labels or judgements would bring them to chance.
+    assert {name: result.main_score for name, result in results.items()} == {
+        "cisi": pytest.approx(0.166, abs=0.005),
+        "trecqa": pytest.approx(0.576, abs=0.005),
+        "stsb": pytest.approx(0.492, abs=0.005),
+        "rqe": pytest.approx(0.548, abs=0.005),
+        "emotion": pytest.approx(0.278, abs=0.02),
+    }
 
 
 @pytest.mark.slow
@@ -51,5 +51,5 @@ def test_every_real_task(shared: Callable[[str], Path]) -> None:
     results = evaluate(HashEncoder(512), tasks)
     assert len(results) == 32
     assert all(result.main_score is not None for result in results.values())
-    # What mteb itself takes; a real model adds its encoding. 65 s on two slow cores.
+    # What mteb itself takes, 38 s on two slow cores; a real model adds its encoding.
     assert sum(result.seconds for result in results.values()) < 300

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -30,6 +31,8 @@ def demo(
       nvembed demo --minutes 3 --output runs/short
       nvembed demo --backbone HuggingFaceTB/SmolLM2-135M --minutes 60
     """
+    # Its models load in a moment; the libraries' bars for that would only get between the lines.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     from nvembed.demo.run import run_demo
 
     run_demo(minutes, backbone, output)

@@ -17,7 +17,7 @@ def evaluate(
     ],
     more: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="[FOLDER]...", help="More task folders.", show_default=False),
+        typer.Argument(metavar="FOLDER", help="More task folders.", show_default=False),
     ] = None,
     *,
     tasks: Annotated[

@@ -69,14 +69,19 @@ def main() -> None:
 
 def run(arguments: Sequence[str]) -> int:
     """Run one command and return its exit code."""
-    # Load reports of the model libraries would bury our own lines; the user's own setting wins.
+    # Reports and bars of the model libraries would bury our own lines; the user's setting wins.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         result = app(list(arguments) or ["--help"], prog_name="nvembed", standalone_mode=False)
     except UserError as error:
         return _fail(str(error), error.exit_code)
     except TyperException as error:
-        return _fail(f"{error.format_message()} See nvembed --help", 2)
+        message = error.format_message().replace("Value error, ", "")
+        return _fail(f"{message} See nvembed --help", 2)
     except (KeyboardInterrupt, Abort):
         return _fail("stopped by Ctrl-C", 130)
     except ModuleNotFoundError as error:

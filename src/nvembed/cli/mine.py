@@ -33,7 +33,7 @@ def mine(
         ),
     ],
     kind: Annotated[
-        Literal["retrieval", "nli"], typer.Option(help="What the records are.")
+        Literal["retrieval", "nli", "sts"], typer.Option(help="What the records are.")
     ] = "retrieval",
     instruction: Annotated[
         str | None, typer.Option(help="Task that is put before the queries.")

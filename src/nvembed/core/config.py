@@ -221,14 +221,15 @@ class _Source:
         where = f"{_dotted(path)}{self.origin(path)}"
         kind, value = item["type"], item["input"]
         if kind == "extra_forbidden":
-            return f"{where}: unknown key{_near(str(path[-1]), known_keys(cls, path[:-1]))}"
+            return f"{where}: unknown key{_near(str(path[-1]), _known_keys(cls, path[:-1]))}"
         if kind == "missing":
             return f"{where}: missing, and it has no default"
         message = str(item["msg"]).removeprefix("Value error, ").removeprefix("Assertion failed, ")
         if kind in ("value_error", "assertion_error"):
             return f"{where}: {message}" if path else message
-        expected = message.removeprefix("Input should be ")
-        return f"{where}: {_shown(value)} given, expected {expected}"
+        if (expected := message.removeprefix("Input should be ")) != message:
+            return f"{where}: {_shown(value)} given, expected {expected}"
+        return f"{where}: {_shown(value)} given; {message[:1].lower()}{message[1:]}"
 
 
 def _step(here: Any, part: str, path: str) -> str | int:
@@ -247,7 +248,15 @@ def _step(here: Any, part: str, path: str) -> str | int:
 
 
 def _readable(error: ValidationError) -> Iterator[dict[str, Any]]:
-    for item in error.errors(include_url=False, include_context=False):
+    """Yield the errors as plain dictionaries, without those that only follow from others."""
+    items = error.errors(include_url=False, include_context=False)
+    for item in items:
+        # A list whose members are wrong counts as empty, and so as too short as well.
+        inside = (other["loc"] for other in items if len(other["loc"]) > len(item["loc"]))
+        if item["type"] == "too_short" and any(
+            loc[: len(item["loc"])] == item["loc"] for loc in inside
+        ):
+            continue
         yield dict(item)
 
 
@@ -270,7 +279,7 @@ def _path_in(data: Any, loc: Sequence[str | int]) -> KeyPath:
     return tuple(path)
 
 
-def known_keys(cls: type[BaseModel], path: KeyPath) -> list[str]:
+def _known_keys(cls: type[BaseModel], path: KeyPath) -> list[str]:
     """List the keys that ``cls`` knows at ``path`` (of all members, where the type is a union)."""
     models = [cls]
     for part in path:

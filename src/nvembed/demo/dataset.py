@@ -47,6 +47,7 @@ class DatasetLimits:
     Args:
         document_chars: longest document; longer ones are cut at a sentence or word end.
         label_text_chars: longest text to classify or cluster.
+        min_rest_words: documentation beside the summary that a definition needs to be a document.
         duplicate_threshold: Jaccard similarity of word 3-grams from which texts are duplicates.
         held_out_documents: most documents of the retrieval task.
         queries_per_document: training queries made from one summary, of different styles.
@@ -61,6 +62,7 @@ class DatasetLimits:
 
     document_chars: int = 600
     label_text_chars: int = 200
+    min_rest_words: int = 15
     duplicate_threshold: float = 0.6
     held_out_documents: int = 2000
     queries_per_document: int = 2
@@ -101,7 +103,8 @@ def build_dataset(
         DataError: there is too little documentation to train and evaluate on.
     """
     limits = limits or DatasetLimits()
-    held, training, duplicates = _distinct_split(entries, limits)
+    documented = [e for e in entries if len(e.rest.split()) >= limits.min_rest_words]
+    held, training, duplicates = _distinct_split(documented, limits)
     corpus = _sample(held, limits.held_out_documents, seed, "corpus")
     queries = evaluation_queries(corpus, {_normal(entry.summary) for entry in training}, seed)
     records = training_records(training, limits, seed)
@@ -109,13 +112,14 @@ def build_dataset(
     topics = _class_texts(held, training, _topic, limits.topics, limits, seed)
     if not queries or not records or min(len(packages.labels), len(topics.labels)) < 2:
         raise DataError(
-            f"found {len(entries):,} documented functions and classes, too few for a data set",
+            f"found {len(documented):,} documented functions and classes, too few for a data set",
             where="the packages of this Python",
             expected="some thousands, as numpy, torch and scikit-learn bring",
             hint="Run the demo in the environment where this package is installed with its extras",
         )
     stats = {
         "entries": len(entries),
+        "with_enough_text": len(documented),
         "near_duplicates_removed": duplicates,
         "documents": {"training": len(training), "held_out": len(held)},
         "modules": {

@@ -31,7 +31,6 @@ HARVEST_VERSION = 1
 """Part of the cache key: raise it when the harvest changes, so that old caches are not used."""
 
 MIN_SUMMARY_WORDS = 3
-MIN_REST_WORDS = 15
 MAX_FILE_BYTES = 2_000_000
 MAX_SIGNATURE_CHARS = 200
 MAX_DEFAULT_CHARS = 25
@@ -60,7 +59,7 @@ class DocEntry:
 
     `name` is what a user would type (``scipy.stats.norm.fit``: private modules on the way are left
     out), `module` is where it is defined, which decides the split. `summary` is the first sentence,
-    `rest` all else, without the summary.
+    `rest` all else, without the summary; it may be empty.
     """
 
     name: str
@@ -237,11 +236,9 @@ def _definitions(
 def _entry(
     node: Definition, owner: ast.ClassDef | None, docstring: str, module: str, public_name: str
 ) -> DocEntry | None:
-    """Make an entry of one definition, or None where its documentation is too thin to search in."""
+    """Make an entry of one definition, or None where nothing says what it does."""
     description = describe(docstring)
     if description is None or len(description.summary.split()) < MIN_SUMMARY_WORDS:
-        return None
-    if len(description.rest.split()) < MIN_REST_WORDS:
         return None
     local = f"{owner.name}.{node.name}" if owner else node.name
     kind: Literal["function", "method", "class"] = "method" if owner else "function"

@@ -7,10 +7,10 @@ In: an encoder or its name, and task folders. Out: ``TaskResult`` by task name, 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from nvembed.core.errors import ConfigError, UserError
+from nvembed.core.errors import ConfigError, DataError, UserError
 from nvembed.core.files import write_json
 from nvembed.core.runs import describe_environment
 from nvembed.evaluation.results import TaskResult, read_results, write_results
@@ -62,8 +62,7 @@ def evaluate_bm25(
         assert isinstance(task.data, RetrievalData)
         return {task.main_score: bm25_ndcg(task.data)}
 
-    fitting = [t for t in tasks if t.type == "Retrieval" and t.main_score == "ndcg_at_10"]
-    return _run(fitting, score, on_result)
+    return _run(filter(_fits_bm25, tasks), score, on_result)
 
 
 def evaluate_folders(
@@ -95,24 +94,37 @@ def evaluate_folders(
     if path.is_dir():
         raise ConfigError("is a folder", where=str(path), expected="a file name for the results")
     tasks = load_tasks(folders, names)
-    results = _earlier_results(path, model) if resume else {}
+    instructions = {task.name: task.instruction for task in tasks}
+    results: dict[str, TaskResult] = {}
+    if resume and path.exists():
+        results = read_results(path)
+        instructions = _earlier_instructions(path, model) | instructions
     todo = [task for task in tasks if task.name not in results]
 
     def keep(name: str, result: TaskResult) -> None:
         results[name] = result
         write_results(path, results)
 
+    if model == BM25_NAME and not any(map(_fits_bm25, tasks)):
+        raise DataError(
+            "BM25 has no score for any of these tasks",
+            expected="a Retrieval task with the main score ndcg_at_10",
+        )
     if model == BM25_NAME:
-        _write_run(path, model, tasks)
+        _write_run(path, model, instructions)
         evaluate_bm25(todo, on_result=keep)
     elif todo:
         from nvembed.inference.load import load_encoder
 
         encoder = load_encoder(model)
-        _write_run(path, model, tasks)
+        _write_run(path, model, instructions)
         evaluate(encoder, todo, on_result=keep)
     write_results(path, results)
     return results
+
+
+def _fits_bm25(task: LocalTask) -> bool:
+    return task.type == "Retrieval" and task.main_score == "ndcg_at_10"
 
 
 def _run(
@@ -140,27 +152,29 @@ def _run_file(path: Path) -> Path:
     return path.with_name(f"{path.stem}.run.json")
 
 
-def _write_run(path: Path, model: str, tasks: Sequence[LocalTask]) -> None:
+def _write_run(path: Path, model: str, instructions: Mapping[str, str | None]) -> None:
     """Note what the results come from: nobody can repeat a score without versions and prompts."""
-    run = {
-        "model": model,
-        "instructions": {task.name: task.instruction for task in tasks},
-        "environment": describe_environment(),
-    }
-    write_json(_run_file(path), run)
+    environment = describe_environment()
+    write_json(
+        _run_file(path),
+        {"model": model, "instructions": instructions, "environment": environment},
+    )
 
 
-def _earlier_results(path: Path, model: str) -> dict[str, TaskResult]:
-    if not path.exists():
-        return {}
-    earlier = read_json_object(_run_file(path), "the record of the run to resume").get("model")
+def _earlier_instructions(path: Path, model: str) -> dict[str, str | None]:
+    """Read what ``_write_run`` wrote, refusing to mix the results of two models."""
+    file = _run_file(path)
+    record = read_json_object(file, "the record of the run to resume")
+    earlier, instructions = record.get("model"), record.get("instructions")
     if earlier != model:
         raise ConfigError(
             f"holds results of {earlier!r}, not of {model!r}",
             where=str(path),
             hint="Choose another output file, or do not resume",
         )
-    return read_results(path)
+    if not isinstance(instructions, dict):
+        raise DataError("'instructions' is missing", where=str(file), expected="task: instruction")
+    return instructions
 
 
 def _missing_extra(error: ModuleNotFoundError) -> UserError:

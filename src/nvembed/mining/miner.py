@@ -150,18 +150,7 @@ def mine_file(
         DataError: a line of an input cannot be used.
         ModelError: the teacher cannot be loaded or used.
     """
-    if kind in ("classification", "clustering"):
-        raise ConfigError(
-            f"kind {kind} has no negatives to mine",
-            where="kind",
-            expected="retrieval, nli or sts",
-            hint="Sets of classes take their negatives from the other classes in training",
-        )
-    sources = [path.resolve() for path in (input, documents) if path is not None]
-    if output.resolve() in sources:
-        raise ConfigError("output and input are the same file", where=str(output))
-    if output.suffix == ".parquet":
-        raise ConfigError("output is written as JSONL", where=str(output), expected=".jsonl[.gz]")
+    _check_request(input, output, kind, documents)
     records = read_records(input, kind)
     corpus = None if documents is None else [row.text for row in read_texts(documents)]
     encoder = load_encoder(teacher) if isinstance(teacher, str) else teacher
@@ -183,6 +172,21 @@ def mine_file(
     }
     write_json(output.with_name(output.name + ".report.json"), {**origin, **report.to_json()})
     return report
+
+
+def _check_request(input: Path, output: Path, kind: Kind, documents: Path | None) -> None:
+    if kind in ("classification", "clustering"):
+        raise ConfigError(
+            f"kind {kind} has no negatives to mine",
+            where="kind",
+            expected="retrieval, nli or sts",
+            hint="Sets of classes take their negatives from the other classes in training",
+        )
+    sources = [path.resolve() for path in (input, documents) if path is not None]
+    if output.resolve() in sources:
+        raise ConfigError("output and input are the same file", where=str(output))
+    if output.suffix == ".parquet":
+        raise ConfigError("output is written as JSONL", where=str(output), expected=".jsonl[.gz]")
 
 
 def _output_rows(input: Path, mined: Sequence[PairRecord | StsRecord]) -> Iterator[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Before a stage: its data are read, and hard negatives mined where the recipe says so."""
+"""Before a stage that wants it: hard negatives are mined for its pairs."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ from nvembed.training.config import TrainConfig
 MINED_KINDS = ("retrieval", "nli", "sts")
 
 
-def prepare_mixture(
+def mine_mixture(
     config: TrainConfig,
     stage: int,
+    settings: MiningConfig,
     *,
     base_dir: Path,
     mined_dir: Path,
     teacher: Encoder,
     log: Callable[[str], None],
 ) -> Mixture:
-    """Load the data of a stage.
+    """Load the data of a stage with negatives mined for its pairs.
 
     Mined files are kept in ``mined_dir``; those that are there already (a resumed run) are used as
     they are, so mining never happens twice.
@@ -34,20 +35,19 @@ def prepare_mixture(
     Args:
         config: the run.
         stage: index of the stage, from 0.
+        settings: how to mine.
         base_dir: folder of the recipe.
         mined_dir: where this stage's mined files go.
         teacher: model that scores the candidates: the one in training, as it is now.
         log: told one line per mined set.
     """
-    settings = config.stages[stage].mine
-    datasets = [dataset for dataset in config.datasets if stage + 1 in dataset.stages]
-    if settings is not None:
-        datasets = [
-            _mined(dataset, settings, base_dir=base_dir, folder=mined_dir, teacher=teacher, log=log)
-            if dataset.kind in MINED_KINDS
-            else dataset
-            for dataset in datasets
-        ]
+    datasets = [
+        _mined(dataset, settings, base_dir=base_dir, folder=mined_dir, teacher=teacher, log=log)
+        if dataset.kind in MINED_KINDS
+        else dataset
+        for dataset in config.datasets
+        if stage + 1 in dataset.stages
+    ]
     return load_mixture(datasets, stage=stage + 1, base_dir=base_dir)
 
 

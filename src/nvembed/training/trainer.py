@@ -29,7 +29,7 @@ from nvembed.core.progress import progress
 from nvembed.core.runs import RunFolder
 from nvembed.core.seeding import derive_seed, seed_everything
 from nvembed.data.batch import ContrastiveBatch, build_batch, effective_negatives
-from nvembed.data.mixture import Mixture
+from nvembed.data.mixture import Mixture, load_mixture
 from nvembed.model.adapters import add_lora, merge_lora
 from nvembed.model.embedder import NVEmbed
 from nvembed.model.settings import PoolingSettings
@@ -44,7 +44,7 @@ from nvembed.training.checkpoint import (
 )
 from nvembed.training.config import StageConfig, TrainConfig
 from nvembed.training.optim import build_optimizer, schedule, set_learning_rate
-from nvembed.training.stages import prepare_mixture
+from nvembed.training.stages import mine_mixture
 from nvembed.training.step import StepResult, contrastive_step
 
 
@@ -87,6 +87,11 @@ class _Run:
         self.config = config
         self.run = run
         self.base_dir = base_dir
+        # All data are read first: a bad line is told before a large model is loaded.
+        self.mixtures = [
+            load_mixture(config.datasets, stage=number, base_dir=base_dir)
+            for number in range(1, len(config.stages) + 1)
+        ]
         self.accelerator = Accelerator(
             mixed_precision="bf16" if config.precision == "bfloat16" else "no"
         )
@@ -116,14 +121,17 @@ class _Run:
 
     def _stage(self, number: int, stopping: Callable[[], bool]) -> None:
         stage = self.config.stages[number]
-        mixture = prepare_mixture(
-            self.config,
-            number,
-            base_dir=self.base_dir,
-            mined_dir=self.run.path / "mined" / stage.name,
-            teacher=self.embedder,
-            log=self.log,
-        )
+        mixture = self.mixtures[number]
+        if stage.mine is not None:
+            mixture = mine_mixture(
+                self.config,
+                number,
+                stage.mine,
+                base_dir=self.base_dir,
+                mined_dir=self.run.path / "mined" / stage.name,
+                teacher=self.embedder,
+                log=self.log,
+            )
         seed_everything(derive_seed(self.config.seed, "stage", stage.name))
         optimizer = build_optimizer(
             self.embedder.pooling, self.embedder, stage, self.config.optimizer

@@ -153,6 +153,27 @@ def test_date_is_a_text(recipe):
     assert config.stages[0].name == "2024-01-01"
 
 
+class Limits(StrictModel):
+    stages: tuple[Stage, ...] = Field(min_length=1)
+    name: str = Field(default="x", min_length=1)
+
+
+def test_wrong_members_do_not_make_a_list_too_short(recipe):
+    with pytest.raises(ConfigError) as caught:
+        load_config(Limits, recipe("stages: [{steps: x}]\n"))
+    assert str(caught.value).endswith(
+        'recipe.yaml: stages.0.steps (line 1): "x" given, expected a valid integer'
+    )
+
+
+def test_values_outside_their_limits(recipe):
+    with pytest.raises(ConfigError) as caught:
+        load_config(Limits, recipe("stages: []\nname: ''\n"))
+    text = str(caught.value)
+    assert "stages (line 1): a list given; tuple should have at least 1 item" in text
+    assert 'name (line 2): "" given; string should have at least 1 character' in text
+
+
 # --- overrides ------------------------------------------------------------------------------------
 
 TWO_STAGES = "stages:\n  - {steps: 1}\n  - {steps: 2, adapter: null}\n"

@@ -167,7 +167,7 @@ def test_all_broken_files_are_reported_together(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"name": ""},
+        {"path": ""},
         {"kind": "pairs"},
         {"weight": 0},
         {"weight": float("inf")},

@@ -100,6 +100,7 @@ def test_tasks_and_records_load(built: DemoData) -> None:
     stats = json.loads((data / "stats.json").read_text(encoding="utf-8"))
     assert stats == built.stats
     assert stats["entries"] == 1320
+    assert stats["with_enough_text"] == 1320
     # Of the 120 copies one is left, on the held-out side.
     assert sum(stats["near_duplicates_removed"].values()) == 119
     assert sum(stats["documents"].values()) == 1201

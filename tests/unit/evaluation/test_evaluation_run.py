@@ -58,6 +58,8 @@ def test_bm25_by_name_needs_no_model(tasks: Path, tmp_path: Path) -> None:
     results = run.evaluate_folders("bm25", [tasks], output)
     assert read_results(output) == results
     assert json.loads((tmp_path / "bm25.run.json").read_text())["model"] == "bm25"
+    with pytest.raises(DataError, match="BM25 has no score for any of these tasks"):
+        run.evaluate_folders("bm25", [tasks], tmp_path / "none.json", names=["similar"])
 
 
 def test_results_and_what_they_were_made_with(
@@ -118,6 +120,16 @@ def test_resume_keeps_models_apart(tasks: Path, tmp_path: Path, scored: list[str
     with pytest.raises(ConfigError, match="holds results of 'first', not of 'second'"):
         run.evaluate_folders("second", [tasks], output, resume=True)
     assert scored == ["find"]
+    run.evaluate_folders("first", [tasks], output, names=["order"], resume=True)
+    assert list(read_results(output)) == ["find", "order"]
+    made = json.loads((tmp_path / "results.run.json").read_text())
+    assert made["instructions"] == {"find": "Find what fits", "order": None}
+    (tmp_path / "results.run.json").write_text("{}")
+    with pytest.raises(ConfigError, match="holds results of None"):
+        run.evaluate_folders("first", [tasks], output, resume=True)
+    (tmp_path / "results.run.json").unlink()
+    with pytest.raises(DataError, match=r"results\.run\.json: cannot read"):
+        run.evaluate_folders("first", [tasks], output, resume=True)
 
 
 def test_bad_input_is_told_before_any_model_is_loaded(tasks: Path, tmp_path: Path) -> None:

@@ -1,0 +1,101 @@
+"""What the documents promise: snippets run, links lead somewhere, recipes are valid."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from nvembed.cli.main import run
+from nvembed.core.config import load_config
+from nvembed.core.files import write_jsonl
+from nvembed.training.config import TrainConfig
+from task_folders import write_task
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+def command_lines() -> list[list[str]]:
+    text = "\n".join(blocks("bash")).replace("\\\n", " ")
+    return [words for line in text.split("\n") if (words := shlex.split(line, comments=True))]
+
+
+@pytest.fixture
+def place(tmp_path: Path, tiny_decoder_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with what the README takes for granted, at tiny size."""
+    shutil.copytree(tiny_decoder_dir, tmp_path / "assets" / "decoder-8m")
+    shutil.copytree(tiny_decoder_dir, tmp_path / "MODEL")
+    write_task(tmp_path / "FOLDER", "STS")
+    write_jsonl(tmp_path / "texts.jsonl", [{"text": f"text {i}"} for i in range(4)])
+    pairs = [{"query": f"q{i}", "positive": f"text {i}"} for i in range(4)]
+    write_jsonl(tmp_path / "recipes" / "pairs.jsonl", pairs)
+    dataset = {"name": "pairs", "path": "pairs.jsonl", "kind": "retrieval", "instruction": "find"}
+    recipe = {
+        "output": "runs/small",
+        "model": {"backbone": "../MODEL", "max_tokens": 64, "pooling": {"kind": "mean"}},
+        "datasets": [{**dataset, "stages": [1]}],
+        "stages": [{"name": "one", "steps": 1, "batch_size": 4, "in_batch_negatives": True}],
+    }
+    (tmp_path / "recipes" / "small.yaml").write_text(yaml.safe_dump(recipe))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_readme_commands_run(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    commands = [words[1:] for words in command_lines() if words[0] == "nvembed"]
+    assert {words[0] for words in commands} >= {"train", "mine", "evaluate", "encode", "search"}
+    for words in commands:
+        assert run(words) == 0, f"{words}: {capsys.readouterr().err}"
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_readme_make_targets_exist() -> None:
+    targets = {words[1] for words in command_lines() if words[0] == "make"}
+    assert {"demo", "test"} <= targets
+    for target in targets:
+        command = ["make", "--dry-run", "--directory", str(ROOT), target]
+        subprocess.run(command, check=True, capture_output=True)
+
+
+def test_readme_holds_no_other_commands() -> None:
+    # Otherwise the tests above would pass over them.
+    assert {words[0] for words in command_lines()} <= {"nvembed", "make"}
+
+
+def test_readme_python_runs(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    snippets = blocks("python")
+    assert snippets
+    for snippet in snippets:
+        exec(compile(snippet, "README.md", "exec"), {})
+    assert capsys.readouterr().out.startswith("tensor([[")
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_to_files(document: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", document.read_text(encoding="utf-8")):
+        if not target.startswith(("http:", "https:", "mailto:")):
+            assert (document.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
+def test_recipes_are_valid(path: Path) -> None:
+    load_config(TrainConfig, path)
+    first = path.read_text(encoding="utf-8").split("\n")[0]
+    assert first == f"# nvembed train recipes/{path.name}"
+
+
+def test_there_are_recipes() -> None:
+    assert RECIPES

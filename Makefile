@@ -21,7 +21,8 @@ setup: $(VENV)/.installed ## create the virtual environment and install
 $(VENV)/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "error: $(PYTHON) is older than Python 3.11; run make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)" >&2; exit 2; }
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) || \
+		{ rm -rf $(VENV); echo "error: $(PYTHON) -m venv failed; install its venv module (Debian: apt install python3-venv)" >&2; exit 2; }
 	@echo "installing into $(VENV) (torch first) ..."
 	@$(PIP) '$(TORCH)'
 	@$(PIP) -e '.[dev]'

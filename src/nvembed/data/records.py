@@ -13,7 +13,6 @@ bad lines is refused with the place and the reason. Next file: ``data/convert.py
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -268,7 +267,7 @@ def _negatives(row: dict[str, Any]) -> tuple[str, ...]:
 def _score(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise _LineError(f'"score" is {_shown(value)}, expected a number from 0 to 5')
-    if not (math.isfinite(value) and 0.0 <= value <= MAX_SCORE):
+    if not 0.0 <= value <= MAX_SCORE:  # NaN compares false as well
         raise _LineError(f'"score" is {value}, expected a number from 0 to 5')
     return float(value)
 

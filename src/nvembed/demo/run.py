@@ -17,7 +17,7 @@ from nvembed.core.config import load_config
 from nvembed.core.errors import ConfigError, ModelError, UserError
 from nvembed.core.files import write_json
 from nvembed.core.runs import RunFolder
-from nvembed.demo.budget import SAVING_SECONDS, plan_steps, rehearse, training_seconds
+from nvembed.demo.budget import plan_steps, rehearse, training_seconds
 from nvembed.demo.dataset import TASK_NAMES, DemoData, build_dataset
 from nvembed.demo.harvest import harvest
 from nvembed.demo.plots import plot_losses, plot_scores
@@ -88,7 +88,7 @@ def default_backbone() -> str:
         raise ModelError(
             "the project's own decoder is not here",
             where=str(folder),
-            expected="a checkout of the repository: the decoder is not part of the installed package",
+            expected="a checkout of the repository, as the decoder is not part of the package",
             hint="Run it in a checkout, or name a decoder with --backbone",
         )
     return str(folder)

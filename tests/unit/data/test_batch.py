@@ -41,7 +41,7 @@ def examples(draw: st.DrawFn) -> Example:
         query=draw(text),
         positive=positive,
         negatives=own,
-        known_positives=(positive, *draw(st.lists(text, max_size=2))),
+        known_positives=tuple(draw(st.lists(text, max_size=2))),
         label=label,
         instruction=draw(st.sampled_from([None, "find it"])),
         symmetric=draw(st.booleans()),

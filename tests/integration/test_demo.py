@@ -1,0 +1,95 @@
+"""The demo from end to end, on invented documentation and a random decoder."""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from nvembed.core.errors import ConfigError, ModelError
+from nvembed.core.runs import RunFolder
+from nvembed.demo import budget
+from nvembed.demo import run as demo
+from nvembed.demo.harvest import DocEntry
+
+VERBS = ["Compute", "Return", "Draw", "Sort", "Remove", "Parse", "Merge", "Check"]
+NOUNS = ["matrix", "graph", "tensor", "window", "socket", "queue", "archive", "colour", "date"]
+
+
+def invented_entries() -> list[DocEntry]:
+    """Four packages of 75 modules each; words of a package occur nowhere else."""
+    rng = random.Random(0)
+    entries = []
+    for number in range(1200):
+        package = f"pack{number % 4}"
+        module = f"{package}.part.module{number % 300}"
+        noun, other = rng.sample(NOUNS, 2)
+        own = [f"{package}{n}" for n in range(40)]
+        entries.append(
+            DocEntry(
+                name=f"{module}.f{number}",
+                module=module,
+                package=package,
+                kind="function",
+                signature=f"f{number}({noun})",
+                summary=f"{rng.choice(VERBS)} the {noun} number {number} of the {other}.",
+                rest=" ".join(rng.choices([*NOUNS, *own], k=30)),
+            )
+        )
+    return entries
+
+
+@pytest.fixture
+def invented(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Documentation instead of what is installed, and as few steps as show that all is there."""
+    monkeypatch.setattr(demo, "harvest", lambda *, cache: invented_entries())
+    monkeypatch.setattr(budget, "MIN_STEPS", 3)
+    monkeypatch.setattr(budget, "REHEARSAL_STEPS", 2)
+    monkeypatch.setattr(budget, "REHEARSAL_RECORDS", 64)
+
+
+@pytest.mark.usefixtures("invented")
+def test_everything_is_made_and_reported(tiny_decoder_dir: Path, tmp_path: Path) -> None:
+    output, printed = tmp_path / "run", io.StringIO()
+    results = demo.run_demo(
+        0.01,
+        str(tiny_decoder_dir),
+        output,
+        cache=None,
+        console=Console(file=printed, width=120),
+    )
+    tasks = {"pydocs_retrieval", "pydocs_classification", "pydocs_clustering"}
+    assert list(results) == ["BM25", "base, mean pooling", "after stage 1", "after stage 2"]
+    assert set(results["BM25"]) == {"pydocs_retrieval"}
+    assert all(set(results[model]) == tasks for model in list(results)[1:])
+    scores = json.loads((output / "eval" / "scores.json").read_text(encoding="utf-8"))
+    assert scores["after stage 2"][0] == results["after stage 2"]["pydocs_retrieval"].main_score
+    # Three steps each, on one metrics file; the stages really changed the model.
+    stages = [row["stage"] for row in RunFolder(output).read_metrics()]
+    assert stages == ["stage1"] * 3 + ["stage2"] * 3
+    assert len({tuple(row) for row in scores.values()}) == 4
+    for name in ("losses.png", "scores.png"):
+        assert (output / name).read_bytes().startswith(b"\x89PNG")
+    mined = (output / "mined" / "stage2" / "pydocs-mined.jsonl").read_text(encoding="utf-8")
+    assert '"negative"' in mined
+    text = printed.getvalue()
+    for score in (s for row in scores.values() for s in row if s is not None):
+        assert f"{score:.3f}" in text
+    for expected in ("turn a picture", f"nvembed search {output}/model", "nvembed.demo.own"):
+        assert expected in text
+
+
+@pytest.mark.parametrize("minutes", [0, -1])
+def test_time_that_is_none(minutes: float, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="expected more than 0"):
+        demo.run_demo(minutes, "anything", tmp_path)
+
+
+def test_no_decoder_outside_of_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "DEFAULT_BACKBONE", Path("nowhere"))
+    with pytest.raises(ModelError, match="name a decoder with --backbone"):
+        demo.run_demo(1, None, tmp_path)

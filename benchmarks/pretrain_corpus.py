@@ -11,8 +11,8 @@ Three kinds of documents are read, all under permissive licences:
 - `source`: a sample of the raw source files, comments included.
 
 Modules that `nvembed.demo.split.held_out` holds out are never read into the corpus, and no
-paragraph of theirs that another module repeats is kept. Paragraphs and files are de-duplicated
-exactly.
+docstring paragraph of theirs (from 60 characters on) that another module repeats is kept; a source
+file that repeats one is left out. Paragraphs and files are de-duplicated exactly.
 """
 
 from __future__ import annotations
@@ -263,16 +263,33 @@ def record_texts(record: dict[str, object]) -> Iterator[str]:
             yield from (item for item in value if isinstance(item, str))
 
 
-def deduplicate(documents: Iterable[Document], seen: set[bytes]) -> Iterator[Document]:
+def repeats_any(source: str, avoided: frozenset[bytes]) -> bool:
+    """Return whether raw source holds one of the paragraphs, in a docstring or elsewhere.
+
+    A docstring's first and last paragraph touch code and quotes, so the text between triple quotes
+    is looked at on its own.
+    """
+    pieces = [source, *re.split(r"\"{3}|'{3}", source)]
+    return any(key in avoided for piece in pieces for _, key in paragraph_keys(piece))
+
+
+def deduplicate(
+    documents: Iterable[Document], avoided: frozenset[bytes] = frozenset()
+) -> Iterator[Document]:
     """Yield the documents without the paragraphs that came before; nearly empty ones vanish.
 
     Source files count as one paragraph. The first line of a `doc` is its signature and always
     stays.
+
+    Args:
+        documents: All documents, in the order in which the first of two equal ones is kept.
+        avoided: Keys of held-out paragraphs: they are dropped, as is a source file with one.
     """
+    seen = set(avoided)
     for document in documents:
         if document.kind == "source":
             key = hashlib.blake2b(document.text.encode("utf-8"), digest_size=12).digest()
-            if key not in seen:
+            if key not in seen and not repeats_any(document.text, avoided):
                 seen.add(key)
                 yield document
             continue
@@ -351,8 +368,8 @@ def collect(
     documents = [document for item in read for document in item.documents]
     if train_folder is not None:
         documents += class_a_documents(train_folder)
-    seen = {key for item in read for key in item.held_out_paragraphs}
+    avoided = frozenset(key for item in read for key in item.held_out_paragraphs)
     random.Random(seed).shuffle(documents)
-    kept = limit_shares(list(deduplicate(documents, seen)), source_share)
+    kept = limit_shares(list(deduplicate(documents, avoided)), source_share)
     random.Random(seed + 1).shuffle(kept)
     return kept

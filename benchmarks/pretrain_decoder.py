@@ -238,8 +238,8 @@ def train(options: Options, shape: DecoderShape, device: torch.device) -> Pretra
         if time.monotonic() - saved_at > options.checkpoint_seconds:
             save(options.work, model, chosen, progress)
             saved_at = time.monotonic()
-    final = {**asdict(progress), "final": True,
-             "validation_loss": validation_loss(model, validation, options.length, device)}  # fmt: skip
+    left = validation_loss(model, validation, options.length, device)
+    final = {**asdict(progress), "final": True, "validation_loss": left}
     print(json.dumps(final), file=metrics, flush=True)
     print(final, flush=True)
     metrics.close()

@@ -5,6 +5,8 @@ env.json         versions, machine, git commit, command line
 metrics.jsonl    one row per logged step
 train.log        what was printed
 checkpoints/     state to resume from
+mined/<stage>/   training files with mined negatives
+model-<stage>/   the model after a stage that was not the last
 model/           the finished model, an ordinary sentence-transformers folder
 eval/            evaluation results
 """
@@ -73,6 +75,11 @@ class RunFolder:
         return self.path / "checkpoints"
 
     @property
+    def mined(self) -> Path:
+        """Folder of mined training files, one subfolder per stage."""
+        return self.path / "mined"
+
+    @property
     def model(self) -> Path:
         """Folder of the finished model."""
         return self.path / "model"
@@ -118,8 +125,9 @@ class RunFolder:
         # config.yaml goes first: without it the folder no longer counts as a run.
         for file in (self.config, self.env, self.metrics, self.log):
             file.unlink(missing_ok=True)
-        for folder in (self.checkpoints, self.model, self.eval):
-            if folder.exists():
+        made = (self.checkpoints, self.mined, self.model, self.eval, *self.path.glob("model-*"))
+        for folder in made:
+            if folder.is_dir():
                 shutil.rmtree(folder)
 
     def append_metrics(self, row: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ from statistics import median
 from nvembed.core.runs import RunFolder
 from nvembed.demo.recipe import STAGES, Steps, demo_config
 
-STAGE1_SHARE = 0.7
+STAGE1_SHARE = 0.8
 """Of the training time."""
 
 MIN_STEPS = 10

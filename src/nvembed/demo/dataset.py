@@ -70,8 +70,8 @@ class DatasetLimits:
     packages: int = 20
     topics: int = 20
     min_test_texts: int = 25
-    max_test_texts: int = 60
-    max_train_texts: int = 60
+    max_test_texts: int = 40
+    max_train_texts: int = 32
     max_training_texts: int = 300
 
 

@@ -20,7 +20,7 @@ from nvembed.model.settings import ModelSettings, PoolingSettings
 from nvembed.training.config import OptimizerConfig, StageConfig, TrainConfig
 
 STAGES = ("stage1", "stage2")
-MAX_TOKENS = 128
+MAX_TOKENS = 80
 """Signature, first paragraph and the first arguments; the text beyond costs more than it gives."""
 
 MINED_QUERIES = 4000
@@ -75,7 +75,7 @@ def demo_config(
                 name=STAGES[0],
                 steps=steps.stage1,
                 batch_size=64,
-                learning_rate=1e-3,
+                learning_rate=2e-3,
                 warmup_steps=min(30, max(1, steps.stage1 // 10)),
                 in_batch_negatives=True,
                 num_negatives=0,
@@ -85,7 +85,7 @@ def demo_config(
                 name=STAGES[1],
                 steps=steps.stage2,
                 batch_size=32,
-                learning_rate=4e-4,
+                learning_rate=5e-4,
                 warmup_steps=min(15, max(1, steps.stage2 // 10)),
                 in_batch_negatives=False,
                 num_negatives=4,

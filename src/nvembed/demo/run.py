@@ -227,7 +227,9 @@ class _Demo:
 
     def _say(self, line: str) -> None:
         minutes, seconds = divmod(int(self._elapsed()), 60)
-        self.console.print(f"[dim]{minutes:2d}:{seconds:02d}[/dim]  {line}", highlight=False)
+        self.console.print(
+            f"[dim]{minutes:2d}:{seconds:02d}[/dim]  {line}", highlight=False, soft_wrap=True
+        )
 
 
 def _absolute(backbone: str) -> str:

@@ -122,13 +122,15 @@ def _grouped(
     if repeats > 1:
         key_HTE = key_HTE.repeat_interleave(repeats, dim=0)
         value_HTE = value_HTE.repeat_interleave(repeats, dim=0)
+    runs = segments.runs()
+    # One split and not a slice per run: the gradient of a split is one concatenation, that of a
+    # slice fills the whole pack with zeros, once for every run.
+    sizes = [count * length for _, count, length in runs]
     outputs = []
-    for first, count, length in segments.runs():
-        last = first + count * length
-        q, k, v = (
-            x_HTE[:, first:last].unflatten(1, (count, length)).transpose(0, 1)
-            for x_HTE in (query_HTE, key_HTE, value_HTE)
-        )
+    for (_, count, length), *parts in zip(
+        runs, *(x_HTE.split(sizes, dim=1) for x_HTE in (query_HTE, key_HTE, value_HTE)), strict=True
+    ):
+        q, k, v = (x_HTE.unflatten(1, (count, length)).transpose(0, 1) for x_HTE in parts)
         if softcap:
             out_GHLE = _capped(q, k, v, causal, scaling, dropout, softcap)
         else:

@@ -8,7 +8,7 @@ from typing import cast
 
 from nvembed.core.files import write_json, write_jsonl
 from nvembed.data.mixture import DatasetConfig, Mixture, load_mixture
-from nvembed.data.records import PairRecord, StsRecord, read_records
+from nvembed.data.records import PairRecord, Record, StsRecord, read_records
 from nvembed.inference.protocol import Encoder
 from nvembed.mining.config import MiningConfig
 from nvembed.mining.miner import mine_negatives, mine_sts_negatives
@@ -62,9 +62,11 @@ def _mined(
 ) -> DatasetConfig:
     """The data set with its mined file in place of its own, which is made where it is missing."""
     target = folder.absolute() / f"{dataset.name}.jsonl"
+    # Of sts, the limit counts directions of pairs scored 4 or more, so all records are needed.
+    most = None if dataset.kind == "sts" else dataset.max_records
     if not target.is_file():
         log(f"mining {settings.num_negatives} negatives per query of {dataset.name}")
-        records = read_records(base_dir / dataset.path, dataset.kind)
+        records = _used(read_records(base_dir / dataset.path, dataset.kind), most)
         mined: Sequence[PairRecord | StsRecord]
         if dataset.kind == "sts":
             mined, report = mine_sts_negatives(
@@ -84,4 +86,12 @@ def _mined(
             )
         write_json(folder / f"{dataset.name}.report.json", report.to_json())
         write_jsonl(target, (record.to_json() for record in mined))
-    return dataset.model_copy(update={"path": str(target)})
+    limit = dataset.max_records if most is None else None
+    return dataset.model_copy(update={"path": str(target), "max_records": limit})
+
+
+def _used(records: Sequence[Record], most: int | None) -> list[Record]:
+    """The records that training will see: mining the others would be work for nothing."""
+    if most is None or most >= len(records):
+        return list(records)
+    return [records[number * len(records) // most] for number in range(most)]

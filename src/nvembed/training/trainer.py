@@ -99,15 +99,14 @@ class _Run:
         self.embedder = build_model(config, base_dir, device=str(self.accelerator.device))
         self.checkpoint = latest_checkpoint(run.checkpoints)
         self.position = read_position(self.checkpoint) if self.checkpoint else Position()
+        run.trim_metrics(self.position.step)
         if self.checkpoint:
             restore_weights(self.checkpoint, self.embedder)
-            run.trim_metrics(self.position.step)
             self.log(f"going on after step {self.position.step} ({self.checkpoint.name})")
 
     def train(self) -> Path:
-        with _stop_signals() as stopping:
-            for number in range(self.position.stage, len(self.config.stages)):
-                self._stage(number, stopping)
+        for number in range(self.position.stage, len(self.config.stages)):
+            self._stage(number)
         save_model(self.embedder, self.config, self.run.model, final=True)
         self.log(f"model written to {self.run.model}")
         return self.run.model
@@ -119,7 +118,7 @@ class _Run:
             with open(self.run.log, "a", encoding="utf-8") as out:
                 out.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {line}\n")
 
-    def _stage(self, number: int, stopping: Callable[[], bool]) -> None:
+    def _stage(self, number: int) -> None:
         stage = self.config.stages[number]
         mixture = self.mixtures[number]
         if stage.mine is not None:
@@ -128,7 +127,7 @@ class _Run:
                 number,
                 stage.mine,
                 base_dir=self.base_dir,
-                mined_dir=self.run.path / "mined" / stage.name,
+                mined_dir=self.run.mined / stage.name,
                 teacher=self.embedder,
                 log=self.log,
             )
@@ -143,7 +142,7 @@ class _Run:
         batches = self._batches(stage, mixture)
         self.log(self._describe(stage, mixture, batches(0)))
         left = stage.steps - self.position.stage_step
-        with progress(left, stage.name) as bar:
+        with progress(left, stage.name) as bar, _stop_signals() as stopping:
             for stage_step in range(self.position.stage_step, stage.steps):
                 row = self._step(stage, stage_step, model, prepared, batches(stage_step))
                 bar.advance(1, loss=row["loss"], tokens_per_s=row["tokens_per_second"])
@@ -346,7 +345,8 @@ def _metrics(
 def _stop_signals() -> Iterator[Callable[[], bool]]:
     """Turn Ctrl-C and SIGTERM into a flag that the loop looks at after each step.
 
-    A second Ctrl-C stops at once.
+    Outside the loop (loading, mining) they stop at once: nothing there is lost by it. So does a
+    second Ctrl-C inside.
     """
     asked: list[int] = []
 

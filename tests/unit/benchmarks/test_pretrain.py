@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
@@ -36,10 +35,17 @@ SHAPE = DecoderShape(
 
 
 def make_documents(count: int) -> list[corpus.Document]:
-    words = "return the value of a tensor along given axis when shape is known".split()
+    words = ["return", "the", "value", "of", "a", "tensor", "along", "given", "axis"]
     rng = random.Random(0)
     texts = (" ".join(rng.choices(words, k=30)) for _ in range(count))
     return [corpus.Document("made up", "MIT", "doc", text) for text in texts]
+
+
+class ConstantRate:
+    """A schedule that does not look at the clock."""
+
+    def factor(self, progress: float) -> float:
+        return 1.0
 
 
 def options(work: Path, **changes: object) -> script.Options:
@@ -50,7 +56,9 @@ def options(work: Path, **changes: object) -> script.Options:
 
 
 @pytest.fixture
-def work(tmp_path: Path) -> Path:
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A tiny corpus, and a constant learning rate where the script's follows the clock."""
+    monkeypatch.setattr(script, "Schedule", ConstantRate)
     script.build_corpus(tmp_path, make_documents(400), SHAPE.vocab_size)
     return tmp_path
 
@@ -92,9 +100,7 @@ def test_training_lowers_the_loss_and_exports_what_transformers_loads(
         assert torch.allclose(loaded(row).logits, expected, atol=1e-4)
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one(work: Path, monkeypatch) -> None:
-    # The learning rate follows the clock; a constant one makes the two runs comparable.
-    monkeypatch.setattr(script.Schedule, "factor", lambda self, progress: 1.0)
+def test_a_resumed_run_equals_an_uninterrupted_one(work: Path) -> None:
     script.train(options(work, max_steps=4), SHAPE, CPU)
     resumed = script.train(options(work, max_steps=8), SHAPE, CPU)
     (work / "checkpoint.pt").unlink()
@@ -126,7 +132,7 @@ def test_chunked_cross_entropy_equals_torch_in_value_and_gradients() -> None:
     states = torch.randn(1100, 16, requires_grad=True)  # more than two chunks
     table = torch.randn(50, 16, requires_grad=True)
     targets = torch.randint(0, 50, (1100,))
-    expected = F.cross_entropy(states @ table.T, targets)
+    expected = torch.nn.functional.cross_entropy(states @ table.T, targets)
     wanted = torch.autograd.grad(3 * expected, (states, table))
     loss = ChunkedCrossEntropy.apply(states, table, targets)
     got = torch.autograd.grad(3 * loss, (states, table))
@@ -216,6 +222,27 @@ def test_no_text_of_a_held_out_module_is_read(tmp_path: Path, monkeypatch) -> No
         f"{open_names[1]}.C.h(self, y=1)\n{public}",
     )
     assert (kept.source, kept.license, kept.kind) == ("pkg", "MIT", "doc")
+
+
+def test_a_source_file_that_repeats_a_held_out_paragraph_is_left_out(
+    tmp_path: Path, monkeypatch
+) -> None:
+    names = [f"pkg.part{i}" for i in range(40)]
+    hidden = next(name for name in names if held_out(name))
+    open_names = [name for name in names if not held_out(name)][:2]
+    secret = "The secret paragraph of a module that is held out for the evaluation."
+    code = "".join(f"value_{i} = {i}\n" for i in range(60))  # long enough to be read as source
+    modules = {
+        hidden: f'def f(x):\n    """{secret}"""\n',
+        open_names[0]: f'def g(x):\n    """{secret}"""\n\n\n{code}',
+        open_names[1]: f"def h(x):\n    return x\n\n\n{code}",
+    }
+    write_package(tmp_path, modules, "MIT")
+    # Source is weighed against documentation, of which nothing is left here.
+    monkeypatch.setattr(corpus, "limit_shares", lambda documents, source_share: documents)
+    (kept,) = package_documents(tmp_path, monkeypatch)
+    assert kept.kind == "source"
+    assert kept.text.startswith("def h(x)")
 
 
 def test_a_restricted_package_is_not_read(tmp_path: Path, monkeypatch) -> None:

@@ -228,6 +228,11 @@ def test_mining_before_a_stage_gives_negatives(tmp_path: Path, tiny_decoder_dir:
     assert all(len(json.loads(line)["negative"]) == 3 for line in mined)
     assert rows(tmp_path / "run")[1]["effective_negatives"] == 2.0
     assert (tmp_path / "run" / "model-one" / "modules.json").is_file()
+    # Starting over must not use what an earlier model mined.
+    for path in (tmp_path / "run" / "mined" / "two").iterdir():
+        path.write_text("stale")
+    train(config, base_dir=tmp_path, fresh=True)
+    assert (tmp_path / "run" / "mined" / "two" / "pairs.jsonl").read_text().splitlines() == mined
 
 
 def test_the_same_folder_with_other_settings_is_refused(

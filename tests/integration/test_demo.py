@@ -12,7 +12,7 @@ from rich.console import Console
 
 from nvembed.core.errors import ConfigError, ModelError
 from nvembed.core.runs import RunFolder
-from nvembed.demo import budget
+from nvembed.demo import budget, recipe
 from nvembed.demo import run as demo
 from nvembed.demo.harvest import DocEntry
 
@@ -47,6 +47,8 @@ def invented_entries() -> list[DocEntry]:
 def invented(monkeypatch: pytest.MonkeyPatch) -> None:
     """Documentation instead of what is installed, and as few steps as show that all is there."""
     monkeypatch.setattr(demo, "harvest", lambda *, cache: invented_entries())
+    for module in (recipe, demo):  # the tiny tokenizer has one token per byte
+        monkeypatch.setattr(module, "MAX_TOKENS", 160)
     monkeypatch.setattr(budget, "MIN_STEPS", 3)
     monkeypatch.setattr(budget, "REHEARSAL_STEPS", 2)
     monkeypatch.setattr(budget, "REHEARSAL_RECORDS", 64)

@@ -21,12 +21,12 @@ NOUNS = ["matrix", "graph", "tensor", "window", "socket", "queue", "archive", "c
 
 
 def invented_entries() -> list[DocEntry]:
-    """Four packages of 75 modules each; words of a package occur nowhere else."""
+    """Two packages of 80 modules each; words of a package occur nowhere else."""
     rng = random.Random(0)
     entries = []
-    for number in range(1200):
-        package = f"pack{number % 4}"
-        module = f"{package}.part.module{number % 300}"
+    for number in range(640):
+        package = f"pack{number % 2}"
+        module = f"{package}.part.module{number % 160}"
         noun, other = rng.sample(NOUNS, 2)
         own = [f"{package}{n}" for n in range(40)]
         entries.append(

@@ -149,6 +149,10 @@ def _parse_line(line: bytes, where: str) -> dict[str, Any]:
             where=where,
             expected="one JSON object per line",
         ) from error
+    except (ValueError, RecursionError) as error:  # integers of thousands of digits, deep nesting
+        raise DataError(
+            "numbers too long or nesting too deep", where=where, expected="one JSON object per line"
+        ) from error
     if not isinstance(value, dict):
         raise DataError(
             f"a line holds {type(value).__name__}",

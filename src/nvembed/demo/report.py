@@ -28,7 +28,7 @@ EXAMPLE_QUERIES = (
     "keep low frequencies of a signal",
 )
 
-SHOWN_CHARS = 72
+SHOWN_CHARS = 66
 
 
 def main_scores(results: Results) -> dict[str, list[float | None]]:
@@ -76,7 +76,12 @@ def show_hits(console: Console, query: str, hits: Sequence[Hit]) -> None:
             no_wrap=True,
             overflow="ellipsis",
         )
-        console.print(f"            [dim]{escape(shown)}[/dim]", highlight=False)
+        console.print(
+            f"            [dim]{escape(shown)}[/dim]",
+            highlight=False,
+            no_wrap=True,
+            overflow="ellipsis",
+        )
 
 
 def next_commands(output: Path) -> list[tuple[str, str]]:

@@ -156,3 +156,11 @@ def test_place_that_cannot_be_made_is_a_user_error(tmp_path, opener):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write"), opener(tmp_path / "file" / "x"):
         pass
+
+
+@pytest.mark.parametrize("line", ['{"a": ' + "9" * 5000 + "}", "[" * 100_000])
+def test_json_that_the_parser_gives_up_on_is_told_by_line(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"a": 1}\n' + line + "\n")
+    with pytest.raises(DataError, match=r"x\.jsonl:2: "):
+        list(read_jsonl(path))

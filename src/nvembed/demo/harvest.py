@@ -74,7 +74,7 @@ class DocEntry:
 def harvest(*, cache: Path | None = None, processes: int = 2) -> list[DocEntry]:
     """Return the documentation of everything installed beside the running interpreter.
 
-    Looks at the standard library and site-packages. About 14,000 files take 20 seconds on two
+    Looks at the standard library and site-packages. About 14,000 files take 35 seconds on two
     free cores; with `cache` the next call on the same set of packages reads one file instead.
 
     Args:

@@ -15,6 +15,7 @@ Letters: T tokens of the pack, N texts, D width, B × L a padded batch.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Self
 
@@ -67,9 +68,9 @@ class Pooling(Module):
         super().__init__()
         self.width = width
 
+    @abstractmethod
     def pool(self, hidden_TD: Tensor, pool_mask_T: Tensor, segments: Segments) -> Tensor:
         """Pool ``(T, D)`` token states to ``(N, D)`` float32."""
-        raise NotImplementedError
 
     def fixed_weights(self) -> AbstractContextManager[None]:
         """A block in which no weight changes, so that work on weights alone is done once."""

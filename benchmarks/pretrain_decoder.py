@@ -1,16 +1,16 @@
-"""Pretrain the project's own small causal decoder (`assets/decoder-8m`).
+"""Pretrain the project's own small causal decoder (`assets/decoder-6m`).
 
-    python benchmarks/pretrain_decoder.py --minutes 90 --out assets/decoder-8m
+    python benchmarks/pretrain_decoder.py --tokens 24e6 --out assets/decoder-6m
 
 reads the documentation and source of the standard library and of the permissively licensed
 packages installed beside this Python (and `shared/data/train`, class A, where `--train-texts`
-names it), trains a byte-level BPE of 8192 tokens and a Mistral decoder of 8.0 M parameters, and
-writes a Hugging Face folder of about 17 MB. See `pretrain_corpus.py` for what is read.
+names it), trains a byte-level BPE of 8192 tokens and a Mistral decoder of 6.0 M parameters, and
+writes a Hugging Face folder of about 13 MB. See `pretrain_corpus.py` for what is read.
 
-It stops after `--minutes` of training on whatever machine it runs (building the corpus takes two
-more): the learning rate follows the elapsed training time, which a checkpoint keeps. The same
-command goes on where the last one stopped; the newest weights also lie in `WORK/latest`, and
-`WORK/metrics.jsonl` holds the losses. CPU or GPU, one process.
+The learning rate follows the tokens read, so the same command gives the same run on a slow machine
+and on a fast one, only later. An interrupted run goes on from its checkpoint when started again;
+the newest weights also lie in `WORK/latest`, and `WORK/metrics.jsonl` holds the losses. CPU or
+GPU, one process, in the floating-point type that the machine is fastest in.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from pretrain_muon import StackedMuon
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from nvembed.core.files import atomic_folder, atomic_path, write_json
+from nvembed.model.precision import Precision, fastest_precision
 
 BOS, EOS = 1, 2
 TOKENIZER_CHARACTERS = 40_000_000
@@ -41,13 +42,13 @@ VALIDATION_SHARE = 0.006
 
 @dataclass(frozen=True)
 class Schedule:
-    """Learning-rate factor over the elapsed share of the budget: warm up, hold, decay to 0."""
+    """Learning-rate factor over the share of the tokens read: warm up, hold, decay to 0."""
 
     warmup: float = 0.015
     decay: float = 0.4
 
     def factor(self, progress: float) -> float:
-        """Return the factor in (0, 1] at an elapsed share of the budget in [0, 1]."""
+        """Return the factor in (0, 1] at a share of the tokens in [0, 1]."""
         warm = min(1.0, (progress + 1e-3) / self.warmup)
         cool = max(0.02, min(1.0, (1.0 - progress) / self.decay))
         return min(warm, cool)
@@ -133,7 +134,7 @@ def optimizers(
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
     return [
-        StackedMuon(matrices, lr=muon_rate, weight_decay=0.02),
+        StackedMuon(matrices, lr=muon_rate, weight_decay=0.02, dtype=model.dtype),
         torch.optim.AdamW(others, lr=adam_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
     ]
 
@@ -169,7 +170,7 @@ class Options:
     """What a run is started with."""
 
     work: Path
-    minutes: float
+    tokens: int
     batch: int = 24
     length: int = 256
     muon_rate: float = 0.02
@@ -178,15 +179,16 @@ class Options:
     seed: int = 0
     compile: bool = False
     max_steps: int | None = None
+    precision: Precision | None = None
 
 
 def train(options: Options, shape: DecoderShape, device: torch.device) -> PretrainDecoder:
-    """Train until the budget is spent, from the newest checkpoint if there is one."""
+    """Train until the tokens are read, from the newest checkpoint if there is one."""
     corpus = options.work / "corpus"
     tokens = np.memmap(corpus / "train.bin", dtype=np.uint16, mode="r")
     validation = np.memmap(corpus / "validation.bin", dtype=np.uint16, mode="r")
     torch.manual_seed(options.seed)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = getattr(torch, options.precision or fastest_precision(device.type))
     model = PretrainDecoder(shape, dtype).to(device)
     chosen = optimizers(model, options.muon_rate, options.adam_rate)
     progress = Progress()
@@ -200,12 +202,11 @@ def train(options: Options, shape: DecoderShape, device: torch.device) -> Pretra
         print(f"resumed at step {progress.step}, {progress.seconds / 60:.1f} minutes", flush=True)
     step_loss = torch.compile(model.loss) if options.compile else model.loss
     schedule = Schedule()
-    budget = options.minutes * 60
     base_rates = [options.muon_rate, options.adam_rate]
     metrics = (options.work / "metrics.jsonl").open("a", encoding="utf-8")
     last, saved_at, recent = time.monotonic(), time.monotonic(), []
-    while progress.seconds < budget and progress.step != options.max_steps:
-        factor = schedule.factor(progress.seconds / budget)
+    while progress.tokens < options.tokens and progress.step != options.max_steps:
+        factor = schedule.factor(progress.tokens / options.tokens)
         for optimizer, rate in zip(chosen, base_rates, strict=True):
             optimizer.param_groups[0]["lr"] = rate * factor
         inputs, targets, epochs = batch_at(
@@ -266,7 +267,7 @@ def save(
 def main() -> None:
     """Build the corpus where missing, train, export."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--minutes", type=float, default=90.0, help="training time in all")
+    parser.add_argument("--tokens", type=float, default=24e6, help="tokens to read in all")
     parser.add_argument("--out", type=Path, required=True, help="folder of the finished decoder")
     parser.add_argument("--work", type=Path, default=Path.home() / ".cache/nvembed/pretrain")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
@@ -290,7 +291,7 @@ def main() -> None:
         build_corpus(arguments.work, documents, shape.vocab_size)
     options = Options(
         work=arguments.work,
-        minutes=arguments.minutes,
+        tokens=int(arguments.tokens),
         batch=arguments.batch,
         compile=arguments.compile,
         max_steps=arguments.max_steps,

@@ -23,12 +23,12 @@ from nvembed.core.files import atomic_folder
 
 @dataclass(frozen=True)
 class DecoderShape:
-    """Sizes of the decoder; the defaults are those of `assets/decoder-8m`."""
+    """Sizes of the decoder; the defaults are those of `assets/decoder-6m`."""
 
     vocab_size: int = 8192
     hidden_size: int = 256
-    intermediate_size: int = 704
-    num_hidden_layers: int = 8
+    intermediate_size: int = 1024
+    num_hidden_layers: int = 4
     num_attention_heads: int = 4
     num_key_value_heads: int = 2
     head_dim: int = 64

@@ -33,7 +33,8 @@ from pretrain_muon import StackedMuon
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from nvembed.core.files import atomic_folder, atomic_path, write_json
-from nvembed.model.precision import Precision, fastest_precision
+from nvembed.model.precision import fastest_precision
+from nvembed.model.settings import Precision
 
 BOS, EOS = 1, 2
 TOKENIZER_CHARACTERS = 40_000_000

@@ -1,4 +1,4 @@
-"""Muon with Newton-Schulz iterations over stacks of equal matrices, in a type of the caller's choice.
+"""Muon with Newton-Schulz iterations over stacks of equal matrices, in any floating-point type.
 
 `torch.optim.Muon` iterates in bfloat16, one matrix at a time. On CPUs where bfloat16 products are
 slower than float32 ones that took as long as the rest of a small step, and on the others the

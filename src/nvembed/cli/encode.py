@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from nvembed.cli.options import DtypeOption
+
 
 def encode(
     model: Annotated[
@@ -30,6 +32,7 @@ def encode(
     field: Annotated[
         str | None, typer.Option(help='Key of the text. Default: "text", after "title".')
     ] = None,
+    dtype: DtypeOption = "auto",
 ) -> None:
     """Turn a file of texts into a file of vectors.
 
@@ -42,7 +45,7 @@ def encode(
     """
     from nvembed.inference.files import encode_file
 
-    done = encode_file(model, input, output, task=task, field=field)
+    done = encode_file(model, input, output, task=task, field=field, dtype=dtype)
     typer.echo(f"{done.rows} vectors of width {done.dimension}: {done.output}")
     if done.ids is not None:
         typer.echo(f"their ids: {done.ids}")

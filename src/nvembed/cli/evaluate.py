@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from nvembed.cli.options import DtypeOption
+
 
 def evaluate(
     model: Annotated[
@@ -29,6 +31,7 @@ def evaluate(
         ),
     ],
     output: Annotated[Path, typer.Option(help="Where the scores go.")] = Path("results.json"),
+    dtype: DtypeOption = "auto",
 ) -> None:
     """Score a model on local tasks; print a table and write the scores as JSON.
 
@@ -43,6 +46,6 @@ def evaluate(
     from nvembed.evaluation.summary import format_table
 
     # An option takes one value, so the other folders of `--tasks a b c` arrive as arguments.
-    results = evaluate_folders(model, [*tasks, *(more or ())], output)
+    results = evaluate_folders(model, [*tasks, *(more or ())], output, dtype=dtype)
     typer.echo(format_table({model: results}))
     typer.echo(f"written: {output}")

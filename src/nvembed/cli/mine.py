@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from nvembed.cli.options import DtypeOption
+
 
 def mine(
     input: Annotated[
@@ -45,6 +47,7 @@ def mine(
             show_default=False,
         ),
     ] = None,
+    dtype: DtypeOption = "auto",
 ) -> None:
     """Find hard negatives: near the query, yet clearly below its positive.
 
@@ -70,6 +73,7 @@ def mine(
         kind=kind,
         instruction=instruction,
         documents=documents,
+        dtype=dtype,
     )
     typer.echo(
         f"{report.records} records, {report.negatives} negatives among {report.documents} documents"

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from nvembed.cli.options import DtypeOption
+
 # Enough of a hit to judge it by, on one or two lines of a terminal.
 SHOWN_CHARS = 160
 
@@ -26,6 +28,7 @@ def search(
     ],
     task: Annotated[str | None, typer.Option(help="Instruction for the query.")] = None,
     top_k: Annotated[int, typer.Option(min=1, help="Number of hits.")] = 10,
+    dtype: DtypeOption = "auto",
 ) -> None:
     """Find the texts of a file that are nearest to a query.
 
@@ -38,7 +41,7 @@ def search(
     """
     from nvembed.inference.search import search_file
 
-    for hit in search_file(model, documents, query, task=task, top_k=top_k):
+    for hit in search_file(model, documents, query, task=task, top_k=top_k, dtype=dtype):
         text = " ".join(hit.text.split())
         shown = text if len(text) <= SHOWN_CHARS else text[: SHOWN_CHARS - 1] + "…"
         name = f"  [{hit.id}]" if hit.id is not None else ""

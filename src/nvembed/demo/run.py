@@ -145,8 +145,11 @@ class _Demo:
 
     def _load_base(self) -> Encoder:
         from nvembed.model.embedder import NVEmbed
+        from nvembed.model.precision import settle_precision
 
-        return NVEmbed.from_pretrained(self.backbone, pooling="mean", max_tokens=MAX_TOKENS)
+        return NVEmbed.from_pretrained(
+            self.backbone, pooling="mean", max_tokens=MAX_TOKENS, dtype=settle_precision("auto")
+        )
 
     def _train(self, data: DemoData, base: dict[str, TaskResult]) -> Path:
         from nvembed.training.trainer import train
@@ -190,7 +193,8 @@ class _Demo:
         if len(found.stages) != len(STAGES):
             return None
         steps = Steps(*(stage.steps for stage in found.stages))
-        return found if found == self._config(steps) else None
+        asked = self._config(steps).model_copy(update={"precision": found.precision})
+        return found if found == asked else None
 
     def _save(self, results: Results) -> None:
         run = RunFolder(self.output)
@@ -213,7 +217,9 @@ class _Demo:
             show_hits(
                 self.console,
                 query,
-                search_file(str(model), corpus, query, task=None, top_k=3, cache=self.cache),
+                search_file(
+                    str(model), corpus, query, task=None, top_k=3, dtype="auto", cache=self.cache
+                ),
             )
         self.console.print(f"\nplots: {self.output}/losses.png, {self.output}/scores.png")
         self.console.print(f"took {self._elapsed() / 60:.1f} minutes\n")
@@ -240,4 +246,4 @@ def _absolute(backbone: str) -> str:
 def _evaluate_model(folder: Path, tasks: list[LocalTask]) -> dict[str, TaskResult]:
     from nvembed.inference.load import load_encoder
 
-    return evaluate(load_encoder(str(folder)), tasks)
+    return evaluate(load_encoder(str(folder), "auto"), tasks)

@@ -17,6 +17,7 @@ from nvembed.evaluation.results import TaskResult, read_results, write_results
 from nvembed.evaluation.task_files import RetrievalData
 from nvembed.evaluation.tasks import LocalTask, load_tasks, read_json_object
 from nvembed.inference.protocol import Encoder
+from nvembed.model.settings import PrecisionChoice
 
 BM25_NAME = "bm25"
 """The name under which BM25 is evaluated like a model."""
@@ -72,6 +73,7 @@ def evaluate_folders(
     *,
     names: Sequence[str] | None = None,
     resume: bool = False,
+    dtype: PrecisionChoice | None = None,
 ) -> dict[str, TaskResult]:
     """Evaluate a model by name on task folders, writing the results as they come.
 
@@ -84,6 +86,7 @@ def evaluate_folders(
         output: the file for the results.
         names: only the tasks of these names; ``None`` is all.
         resume: keep the results of ``output`` and do the missing tasks only.
+        dtype: of the model's weights, see ``load_encoder``.
 
     Raises:
         DataError: a task cannot be used, or ``output`` holds no results to resume.
@@ -116,7 +119,7 @@ def evaluate_folders(
     elif todo:
         from nvembed.inference.load import load_encoder
 
-        encoder = load_encoder(model)
+        encoder = load_encoder(model, dtype)
         _write_run(path, model, instructions)
         evaluate(encoder, todo, on_result=keep)
     write_results(path, results)

@@ -21,6 +21,7 @@ from nvembed.core.progress import progress
 from nvembed.inference.encoding import WINDOW_TEXTS, Side, encode_window
 from nvembed.inference.load import load_encoder
 from nvembed.inference.protocol import Encoder
+from nvembed.model.settings import PrecisionChoice
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +70,13 @@ def read_texts(path: str | Path, field: str | None = None) -> Iterator[TextRow]:
 
 
 def encode_file(
-    model: str | Encoder, input: Path, output: Path, *, task: str | None, field: str | None = None
+    model: str | Encoder,
+    input: Path,
+    output: Path,
+    *,
+    task: str | None,
+    field: str | None = None,
+    dtype: PrecisionChoice | None = None,
 ) -> EncodedFile:
     """Embed every text of a file.
 
@@ -82,6 +89,7 @@ def encode_file(
         output: the ``.npy`` file; ids go to ``<output>.ids.json``, a list in row order.
         task: with an instruction the texts are queries, without they are documents.
         field: key of the text; ``None`` is ``text`` with the title in front.
+        dtype: of the model's weights, see ``load_encoder``; the vectors are float32 in any case.
 
     Raises:
         DataError: a line cannot be used, or the file has none.
@@ -95,7 +103,7 @@ def encode_file(
     ids = [row.id for row in read_texts(input, field)]
     if not ids:
         raise DataError("the file holds no texts", where=str(input), expected=_expected(field))
-    encoder = load_encoder(model) if isinstance(model, str) else model
+    encoder = load_encoder(model, dtype) if isinstance(model, str) else model
     _write_vectors(encoder, input, output, len(ids), task=task, field=field)
     ids_path = output.with_name(output.name + ".ids.json")
     if ids[0] is None:

@@ -15,18 +15,24 @@ from numpy.typing import NDArray
 
 from nvembed.core.errors import ModelError, UserError
 from nvembed.inference.protocol import Encoder
+from nvembed.model.settings import PrecisionChoice
 from nvembed.text.template import query_prompt
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 
-def load_encoder(name: str) -> Encoder:
+def load_encoder(name: str, dtype: PrecisionChoice | None = None) -> Encoder:
     """Load an embedding model by folder or hub id.
 
     A folder saved by this package (``modules.json`` names ``nvembed`` classes) and a bare language
     model (no ``modules.json``) become an ``NVEmbed``; anything else is a plain
     sentence-transformers model.
+
+    Args:
+        name: folder or hub id.
+        dtype: of the weights; ``auto`` is what this machine is fastest in, ``None`` keeps what was
+            saved.
 
     Raises:
         ModelError: there is nothing of that name that can be loaded.
@@ -41,11 +47,14 @@ def load_encoder(name: str) -> Encoder:
     from sentence_transformers import SentenceTransformer
 
     from nvembed.model.embedder import NVEmbed
+    from nvembed.model.precision import settle_precision
 
+    settled = None if dtype is None else settle_precision(dtype)
     try:
         if _is_foreign(name):
-            return SentenceTransformerEncoder(SentenceTransformer(name))
-        return cast(Encoder, NVEmbed.from_pretrained(name))
+            options = {} if settled is None else {"dtype": settled}
+            return SentenceTransformerEncoder(SentenceTransformer(name, model_kwargs=options))
+        return cast(Encoder, NVEmbed.from_pretrained(name, dtype=settled))
     except UserError:
         raise
     except (OSError, ValueError, KeyError, ImportError) as error:

@@ -21,6 +21,7 @@ from nvembed.inference.encoding import encode_texts, encode_window
 from nvembed.inference.files import TextRow, read_texts
 from nvembed.inference.load import load_encoder
 from nvembed.inference.protocol import Encoder
+from nvembed.model.settings import PrecisionChoice
 
 CACHE_FOLDER = Path("~/.cache/nvembed/search")
 
@@ -42,6 +43,7 @@ def search_file(
     *,
     task: str | None,
     top_k: int,
+    dtype: PrecisionChoice | None = None,
     cache: Path | None = CACHE_FOLDER,
 ) -> list[Hit]:
     """Find the texts of a file that are nearest to a query.
@@ -53,6 +55,7 @@ def search_file(
         query: what to look for.
         task: the query's instruction; ``None`` is no instruction.
         top_k: number of hits, at least 1; fewer come back from a smaller file.
+        dtype: of the weights, see ``load_encoder``.
         cache: folder of the cached vectors, ``None`` keeps none. Nothing is ever removed from it.
 
     Returns:
@@ -70,10 +73,10 @@ def search_file(
     rows = list(read_texts(documents))
     if not rows:
         raise DataError("the file holds no texts", where=str(documents))
-    encoder = load_encoder(model) if isinstance(model, str) else model
+    encoder = load_encoder(model, dtype) if isinstance(model, str) else model
     cached = None
     if cache is not None and isinstance(model, str):
-        cached = cache.expanduser() / f"{_cache_key(model, documents)}.npy"
+        cached = cache.expanduser() / f"{_cache_key(model, dtype, documents)}.npy"
     vectors = _document_vectors(encoder, rows, cached)
     query_vector = encode_window(encoder, [query], side="query", task=task)[0]
     scores = vectors @ query_vector
@@ -114,13 +117,13 @@ def _write_cached(path: Path, vectors: NDArray[np.float32]) -> None:
         return  # a home folder that cannot be written must not stop a search
 
 
-def _cache_key(model: str, documents: Path) -> str:
+def _cache_key(model: str, dtype: PrecisionChoice | None, documents: Path) -> str:
     """Name the vectors of a file: by the file's contents and by what the model folder holds.
 
     Weights are told apart by name, size and time of change, since reading gigabytes would cost more
     than encoding a small file. A hub id stands for itself.
     """
-    digest = hashlib.sha256(nvembed.__version__.encode())
+    digest = hashlib.sha256(f"{nvembed.__version__} {dtype}".encode())
     folder = Path(model)
     digest.update(str(folder.resolve() if folder.is_dir() else model).encode())
     files = sorted(folder.rglob("*")) if folder.is_dir() else []

@@ -30,6 +30,7 @@ from nvembed.mining.pool import DocumentPool, text_key
 from nvembed.mining.report import MiningReport
 from nvembed.mining.search import top_k
 from nvembed.mining.selection import Case, Neighbours, Selector
+from nvembed.model.settings import PrecisionChoice
 
 __all__ = ["MiningConfig", "MiningReport", "mine_file", "mine_negatives", "mine_sts_negatives"]
 
@@ -130,6 +131,7 @@ def mine_file(
     kind: Kind = "retrieval",
     instruction: str | None = None,
     documents: Path | None = None,
+    dtype: PrecisionChoice | None = None,
 ) -> MiningReport:
     """Mine negatives for a file of records.
 
@@ -144,6 +146,7 @@ def mine_file(
         kind: ``retrieval``, ``nli`` or ``sts``.
         instruction: of the queries (``sts``: of both sides).
         documents: JSONL of further texts to mine from; see ``nvembed.inference.files.read_texts``.
+        dtype: of the teacher's weights, see ``load_encoder``.
 
     Raises:
         ConfigError: the kind has no negatives to mine, or the output is an input.
@@ -153,7 +156,7 @@ def mine_file(
     _check_request(input, output, kind, documents)
     records = read_records(input, kind)
     corpus = None if documents is None else [row.text for row in read_texts(documents)]
-    encoder = load_encoder(teacher) if isinstance(teacher, str) else teacher
+    encoder = load_encoder(teacher, dtype) if isinstance(teacher, str) else teacher
     mined: Sequence[PairRecord | StsRecord]
     if kind == "sts":
         pairs = [record for record in records if isinstance(record, StsRecord)]

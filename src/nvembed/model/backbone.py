@@ -166,6 +166,11 @@ class Backbone(InputModule):
         self.max_tokens = value
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights."""
+        return next(self.model.parameters()).dtype
+
+    @property
     def width(self) -> int:
         """Hidden size."""
         return int(self.model.config.get_text_config().hidden_size)

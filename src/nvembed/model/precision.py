@@ -8,17 +8,23 @@ from __future__ import annotations
 
 import time
 from functools import cache
-from typing import Literal
 
 import torch
 
-Precision = Literal["float32", "bfloat16"]
+from nvembed.model.settings import Precision, PrecisionChoice
 
 MIN_GAIN = 1.5
 """How much faster products in bfloat16 must be: everything around them gains nothing."""
 
 _ROWS, _INNER, _COLUMNS = 1024, 256, 704
 _REPEATS = 9
+
+
+def settle_precision(choice: PrecisionChoice) -> Precision:
+    """Return the choice, ``auto`` replaced by what this machine's default device is fastest in."""
+    if choice != "auto":
+        return choice
+    return fastest_precision("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @cache

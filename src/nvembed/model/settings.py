@@ -10,6 +10,9 @@ from nvembed.core.config import StrictModel
 
 AttentionDirection = Literal["bidirectional", "causal"]
 PoolingKind = Literal["mean", "last", "latent", "self_attention"]
+Precision = Literal["float32", "bfloat16"]
+PrecisionChoice = Literal["auto", "float32", "bfloat16"]
+"""``auto`` is what the machine computes fastest in, see ``model/precision.py``."""
 
 
 class PoolingSettings(StrictModel):
@@ -43,7 +46,7 @@ class ModelSettings(StrictModel):
     attention: AttentionDirection | None = None
     pooling: PoolingSettings | None = None
     max_tokens: int = Field(default=512, ge=8)
-    dtype: Literal["float32", "bfloat16"] | None = None
+    dtype: Precision | None = None
 
 
 class LoraSettings(StrictModel):

@@ -7,14 +7,14 @@ Counts carry their unit: steps are optimizer updates, batch sizes are queries pe
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Self
 
 from pydantic import Field, model_validator
 
 from nvembed.core.config import StrictModel
 from nvembed.data.mixture import DatasetConfig
 from nvembed.mining.config import MiningConfig
-from nvembed.model.settings import LoraSettings, ModelSettings
+from nvembed.model.settings import LoraSettings, ModelSettings, PrecisionChoice
 
 
 class OptimizerConfig(StrictModel):
@@ -75,7 +75,8 @@ class TrainConfig(StrictModel):
         datasets: the training data; paths are relative to the recipe.
         stages: in order.
         optimizer: shared by the stages; each stage starts it afresh.
-        precision: ``bfloat16`` computes under autocast, weights stay as loaded.
+        precision: ``bfloat16`` computes under autocast, weights stay as loaded; ``auto`` takes what
+            the machine is fastest in, measured when the run starts and kept to its end.
         pack_tokens: tokens per forward pass.
         log_every: steps between two rows of ``metrics.jsonl``.
         checkpoint_every: steps between two checkpoints.
@@ -89,7 +90,7 @@ class TrainConfig(StrictModel):
     datasets: tuple[DatasetConfig, ...] = Field(min_length=1)
     stages: tuple[StageConfig, ...] = Field(min_length=1)
     optimizer: OptimizerConfig = OptimizerConfig()
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: PrecisionChoice = "auto"
     pack_tokens: int = Field(default=4096, ge=16)
     log_every: int = Field(default=1, ge=1)
     checkpoint_every: int = Field(default=200, ge=1)

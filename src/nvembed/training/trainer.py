@@ -13,7 +13,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -22,7 +22,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from nvembed.core.config import dump_config
+from nvembed.core.config import dump_config, load_config
 from nvembed.core.errors import TrainingError, UserError
 from nvembed.core.files import atomic_folder
 from nvembed.core.progress import progress
@@ -32,6 +32,7 @@ from nvembed.data.batch import ContrastiveBatch, build_batch, effective_negative
 from nvembed.data.mixture import Mixture, load_mixture
 from nvembed.model.adapters import add_lora, merge_lora
 from nvembed.model.embedder import NVEmbed
+from nvembed.model.precision import settle_precision
 from nvembed.model.settings import PoolingSettings
 from nvembed.text.template import query_prompt
 from nvembed.training.checkpoint import (
@@ -66,6 +67,7 @@ def train(config: TrainConfig, *, base_dir: Path, fresh: bool = False) -> Path:
         UserError: data, model or output folder cannot be used; the loss is not finite; interrupted.
     """
     run = RunFolder(Path(config.output))
+    config = _with_settled_precision(config, run, fresh=fresh)
     resolved = dump_config(config)
     if fresh or not run.exists:
         run.create(resolved, replace=fresh)
@@ -80,6 +82,15 @@ def train(config: TrainConfig, *, base_dir: Path, fresh: bool = False) -> Path:
     return _Run(config, run, base_dir).train()
 
 
+def _with_settled_precision(config: TrainConfig, run: RunFolder, *, fresh: bool) -> TrainConfig:
+    """Replace ``auto``: by what the run was started with, which must not change half-way."""
+    precision = config.precision
+    if precision == "auto" and run.exists and not fresh:
+        with suppress(UserError):  # not readable: the comparison of configurations refuses it
+            precision = load_config(TrainConfig, run.config).precision
+    return config.model_copy(update={"precision": settle_precision(precision)})
+
+
 class _Run:
     """A run in progress: configuration, model, and where it stands."""
 
@@ -92,9 +103,7 @@ class _Run:
             load_mixture(config.datasets, stage=number, base_dir=base_dir)
             for number in range(1, len(config.stages) + 1)
         ]
-        self.accelerator = Accelerator(
-            mixed_precision="bf16" if config.precision == "bfloat16" else "no"
-        )
+        self.accelerator = Accelerator()
         seed_everything(derive_seed(config.seed, "weights"))
         self.embedder = build_model(config, base_dir, device=str(self.accelerator.device))
         self.checkpoint = latest_checkpoint(run.checkpoints)
@@ -111,6 +120,15 @@ class _Run:
         self.log(f"model written to {self.run.model}")
         return self.run.model
 
+    def _autocast(self) -> torch.autocast:
+        """Computation in the run's precision.
+
+        One block for all packs of a step, in which every weight is cast once; accelerate's own
+        mixed precision casts them again for every pack.
+        """
+        device = self.accelerator.device.type
+        return torch.autocast(device, torch.bfloat16, enabled=self.config.precision == "bfloat16")
+
     def log(self, line: str) -> None:
         """One line to the terminal and to ``train.log``."""
         if self.accelerator.is_main_process:
@@ -122,15 +140,16 @@ class _Run:
         stage = self.config.stages[number]
         mixture = self.mixtures[number]
         if stage.mine is not None:
-            mixture = mine_mixture(
-                self.config,
-                number,
-                stage.mine,
-                base_dir=self.base_dir,
-                mined_dir=self.run.mined / stage.name,
-                teacher=self.embedder,
-                log=self.log,
-            )
+            with self._autocast():
+                mixture = mine_mixture(
+                    self.config,
+                    number,
+                    stage.mine,
+                    base_dir=self.base_dir,
+                    mined_dir=self.run.mined / stage.name,
+                    teacher=self.embedder,
+                    log=self.log,
+                )
         seed_everything(derive_seed(self.config.seed, "stage", stage.name))
         optimizer = build_optimizer(
             self.embedder.pooling, self.embedder, stage, self.config.optimizer
@@ -193,13 +212,14 @@ class _Run:
         share = schedule(stage_step, steps=stage.steps, warmup_steps=stage.warmup_steps)
         set_learning_rate(optimizer, share)
         model.train()
-        result = contrastive_step(
-            model,
-            self.embedder.backbone,
-            batch,
-            temperature=stage.temperature,
-            pack_tokens=self.config.pack_tokens,
-        )
+        with self._autocast():
+            result = contrastive_step(
+                model,
+                self.embedder.backbone,
+                batch,
+                temperature=stage.temperature,
+                pack_tokens=self.config.pack_tokens,
+            )
         loss = float(result.loss.detach())
         step = self.position.step + 1
         self._require_finite(loss, "loss", stage, step)

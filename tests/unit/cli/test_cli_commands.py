@@ -29,6 +29,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_encode(place, tiny_decoder_dir, capsys):
     command = ["encode", str(tiny_decoder_dir), "--input", "docs.jsonl", "--output", "v.npy"]
+    command += ["--dtype", "float32"]
     assert run(command) == 0
     model = NVEmbed.from_pretrained(tiny_decoder_dir)
     expected = model.encode_document(DOCUMENTS)
@@ -46,6 +47,7 @@ def test_search(place, tiny_decoder_dir, capsys, monkeypatch):
     monkeypatch.setenv("HOME", str(place))  # where the cache of document vectors goes
     query, task = "what does the moon do", "Find it"
     command = ["search", str(tiny_decoder_dir), query, "--documents", "docs.jsonl"]
+    command += ["--dtype", "float32"]
     assert run([*command, "--task", task, "--top-k", "2"]) == 0
     lines = capsys.readouterr().out.splitlines()
     model = NVEmbed.from_pretrained(tiny_decoder_dir)

@@ -38,7 +38,7 @@ def scored(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     module = type(run)("nvembed.evaluation.mteb_adapter")
     module.score = score  # type: ignore[attr-defined]
     monkeypatch.setitem(__import__("sys").modules, "nvembed.evaluation.mteb_adapter", module)
-    monkeypatch.setattr("nvembed.inference.load.load_encoder", lambda name: HashEncoder(8))
+    monkeypatch.setattr("nvembed.inference.load.load_encoder", lambda name, dtype: HashEncoder(8))
     return names
 
 

@@ -55,6 +55,29 @@ def test_a_bare_decoder_and_a_saved_model_are_ours(tiny_decoder_dir: Path, tmp_p
     assert not np.allclose(bare.encode_document(TEXTS), bare.encode_query(TEXTS, task=TASK))
 
 
+def test_weights_in_sixteen_bit_give_nearly_the_same_vectors(
+    tiny_decoder_dir: Path, plain_model: SentenceTransformer, tmp_path: Path
+) -> None:
+    import torch
+
+    from nvembed import NVEmbed
+
+    model = NVEmbed.from_pretrained(tiny_decoder_dir, pooling="latent", num_latents=8, num_heads=2)
+    for parameter in model.pooling.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    folder = str(tmp_path / "model")
+    model.save_pretrained(folder)
+    half = load_encoder(folder, "bfloat16")
+    assert isinstance(half, NVEmbed)
+    assert half.backbone.dtype == torch.bfloat16
+    full = load_encoder(folder, "float32").encode_query(TEXTS, task=TASK)
+    vectors = half.encode_query(TEXTS, task=TASK)
+    assert vectors.dtype == np.float32
+    cosines = (vectors * full).sum(axis=1)
+    assert 0.999 < cosines.min() < 1 - 1e-7
+    load_encoder(folder, "auto")
+
+
 def test_any_other_model_is_wrapped_and_normalised(
     plain_model: SentenceTransformer, tmp_path: Path
 ) -> None:

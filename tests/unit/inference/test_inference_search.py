@@ -33,7 +33,7 @@ class Loads:
     def __init__(self) -> None:
         self.encoded = 0
 
-    def __call__(self, name: str) -> HashEncoder:
+    def __call__(self, name: str, dtype: str | None) -> HashEncoder:
         counter = self
 
         class Counting(HashEncoder):

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from nvembed.core.errors import TrainingError
 from nvembed.core.files import write_jsonl
+from nvembed.model import precision
 from nvembed.model.embedder import NVEmbed
 from nvembed.training import trainer
 from nvembed.training.checkpoint import latest_checkpoint
@@ -52,6 +53,7 @@ def recipe(folder: Path, decoder: Path, **changes) -> TrainConfig:
         ],
         "stages": [stage("one", in_batch_negatives=True), stage("two", in_batch_negatives=False)],
         "checkpoint_every": 3,
+        "precision": "float32",  # the same numbers on every machine
     }
     return TrainConfig.model_validate({**data, **changes})
 
@@ -233,6 +235,29 @@ def test_mining_before_a_stage_gives_negatives(tmp_path: Path, tiny_decoder_dir:
         path.write_text("stale")
     train(config, base_dir=tmp_path, fresh=True)
     assert (tmp_path / "run" / "mined" / "two" / "pairs.jsonl").read_text().splitlines() == mined
+
+
+def test_the_precision_measured_at_the_start_is_kept(
+    tmp_path: Path, tiny_decoder_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine that measures something else after a restart must not refuse or change the run."""
+    config = recipe(tmp_path, tiny_decoder_dir, precision="auto", **one_stage(steps=6))
+    measured: list[str] = ["bfloat16"]
+    monkeypatch.setattr(precision, "fastest_precision", lambda device: measured[-1])
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_after(patch, 4)
+        with pytest.raises(TrainingError, match="interrupted"):
+            train(config, base_dir=tmp_path)
+    measured.append("float32")
+    train(config, base_dir=tmp_path)
+    run = Path(config.output)
+    assert "precision: bfloat16" in (run / "config.yaml").read_text()
+    half = rows(run)
+    train(config.model_copy(update={"precision": "float32"}), base_dir=tmp_path, fresh=True)
+    full = rows(run)
+    assert len(half) == len(full) == 6
+    differences = [abs(a["loss"] - b["loss"]) for a, b in zip(half, full, strict=True)]
+    assert 0 < max(differences) < 0.1  # really another arithmetic, and a harmless one
 
 
 def test_the_same_folder_with_other_settings_is_refused(

@@ -39,7 +39,8 @@ def padded_hidden(
     mask_B1LL.masked_fill_(~seen_BLL[:, None], torch.finfo(torch.float32).min)
     layer_types = getattr(model.config, "layer_types", None)
     mask: object = mask_B1LL
-    if layer_types and model.config.model_type in ("gemma2", "gemma3_text", "qwen2", "qwen3"):
+    by_kind = ("gemma2", "gemma3_text", "qwen2", "qwen3", "modernbert")
+    if layer_types and model.config.model_type in by_kind:
         # These take one mask per kind of layer; ours is full attention in all of them.
         mask = dict.fromkeys(set(layer_types) | {"full_attention", "sliding_attention"}, mask_B1LL)
     with torch.no_grad():

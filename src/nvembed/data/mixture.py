@@ -36,8 +36,7 @@ class DatasetConfig(StrictModel):
         kind: what the records are (layouts in ``data/records.py``).
         instruction: task in plain words, put before the queries; None for none.
         weight: share of the mixture relative to the other sets; None takes the number of queries,
-        so
-            that all sets finish their epochs together.
+            so that all sets finish their epochs together.
         max_records: use at most this many queries of the set.
         stages: numbers of the training stages that use the set, from 1.
         conversion: ``example`` or ``label``, for classification and clustering.

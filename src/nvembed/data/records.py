@@ -107,8 +107,8 @@ def read_records(path: str | Path, kind: Kind, *, conversion: Conversion = "exam
         path: ``.jsonl``, ``.jsonl.gz`` or ``.parquet`` (rows count as lines, from 1).
         kind: what the file holds; decides the keys that are expected.
         conversion: what classes will be turned into (see ``data/convert.py``). A class with a
-        single
-            text gives no positive by example, a class called "7" says nothing as a label text.
+            single text gives no positive by example, a class called "7" says nothing as a label
+            text.
 
     Raises:
         DataError: the file is missing, unreadable or empty; or naming up to five bad lines (missing

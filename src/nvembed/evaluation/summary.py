@@ -1,8 +1,7 @@
 """Tables of evaluation results: tasks by type, an average per type, and one over all tasks.
 
 In: results by model (of ``evaluate`` or ``read_results``). Out: text for a terminal or Markdown.
-    Needs
-neither torch nor mteb.
+Needs neither torch nor mteb.
 """
 
 from __future__ import annotations

@@ -209,8 +209,7 @@ class NVEmbed(SentenceTransformer):
             prompt: the prompt itself; wins over ``prompt_name``.
             task: the instruction, e.g. "Given a question, retrieve passages that answer the
                 question"; rendered by the template and wins over both. Without any of them the
-                model's
-                ``query`` prompt is used if it has one.
+                model's ``query`` prompt is used if it has one.
             **options: those of ``SentenceTransformer.encode``.
         """
         if task is not None:

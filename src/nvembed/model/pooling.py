@@ -6,9 +6,8 @@
     self_attention    one self-attention layer over the text, then the average (a baseline)
 
 They work on the flat batch of our :class:`~nvembed.model.backbone.Backbone` and equally behind the
-padded
-``Transformer`` of an existing sentence-transformers model, whose states are flattened on entry; so
-latent attention can be put on any model. Next file: ``model/embedder.py``.
+padded ``Transformer`` of an existing sentence-transformers model, whose states are flattened on
+entry; so latent attention can be put on any model. Next file: ``model/embedder.py``.
 
 Letters: T tokens of the pack, N texts, D width, B × L a padded batch.
 """

@@ -121,9 +121,8 @@ def plan_packs(lengths: Sequence[int], budget: int) -> list[list[int]]:
     """Share texts out to packs of at most ``budget`` tokens, filling with neighbours in length.
 
     Texts are walked from long to short, so a pack holds texts of similar length: attention then
-        runs on
-    few dense blocks, and nothing is padded in any case. A text longer than the budget gets its own
-    pack.
+    runs on few dense blocks, and nothing is padded in any case. A text longer than the budget gets
+    its own pack.
 
     Args:
         lengths: tokens of each text.

@@ -2,9 +2,8 @@
 
 ``Instruct: {instruction}\\nQuery: {text}`` for queries, the bare text for documents (paper s4;
 symmetric tasks such as STS carry the instruction on both sides). The rendered part before the text
-is called the
-*prompt*; it is what sentence-transformers calls so too, and everything downstream takes a prompt.
-Next file: ``text/tokens.py``.
+is called the *prompt*; it is what sentence-transformers calls so too, and everything downstream
+takes a prompt. Next file: ``text/tokens.py``.
 """
 
 from __future__ import annotations

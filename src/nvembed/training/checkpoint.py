@@ -1,9 +1,10 @@
 """Checkpoints: everything a run needs to go on as if it had never stopped, and nothing else.
 
     checkpoints/step-0000000400/
-      weights.safetensors     trained parameters (adapters and head, or all of them); never a frozen
-      base optimizer.safetensors   moments, by parameter name rng.safetensors         generator
-      states of torch state.json              step, stage, and the other generator states
+      weights.safetensors     trained parameters (adapters and head, or all); never a frozen base
+      optimizer.safetensors   moments, by parameter name
+      rng.safetensors         generator states of torch
+      state.json              step, stage, and the other generator states
 
 A checkpoint is written under another name and moved into place, so one that is there is complete.
 No pickle.

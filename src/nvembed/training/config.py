@@ -1,8 +1,7 @@
 """The configuration of a training run, as a recipe gives it.
 
 Counts carry their unit: steps are optimizer updates, batch sizes are queries per step, lengths are
-    tokens.
-``None`` means off.
+tokens. ``None`` means off.
 """
 
 from __future__ import annotations

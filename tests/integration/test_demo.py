@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from nvembed.core.errors import ConfigError, ModelError
+from interruption import interrupt_after
+from nvembed.core.errors import ConfigError, ModelError, TrainingError
 from nvembed.core.runs import RunFolder
 from nvembed.demo import budget, recipe
 from nvembed.demo import run as demo
@@ -83,6 +84,23 @@ def test_everything_is_made_and_reported(tiny_decoder_dir: Path, tmp_path: Path)
         assert f"{score:.3f}" in text
     for expected in ("turn a picture", f"nvembed search {output}/model", "nvembed.demo.own"):
         assert expected in text
+
+
+@pytest.mark.usefixtures("invented")
+def test_an_interrupted_demo_goes_on(tiny_decoder_dir: Path, tmp_path: Path) -> None:
+    def start() -> str:
+        printed = io.StringIO()
+        console = Console(file=printed, width=120)
+        demo.run_demo(0.01, str(tiny_decoder_dir), tmp_path / "run", cache=None, console=console)
+        return printed.getvalue()
+
+    rehearsed, first_stage = 4, 3
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_after(patch, rehearsed + first_stage + 2)
+        with pytest.raises(TrainingError, match="interrupted after step 5"):
+            start()
+    assert "going on with the interrupted run" in start()
+    assert [row["step"] for row in RunFolder(tmp_path / "run").read_metrics()] == [1, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.parametrize("minutes", [0, -1])

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from interruption import interrupt_after
 from nvembed.core.errors import TrainingError
 from nvembed.core.files import write_jsonl
 from nvembed.model import precision
@@ -141,20 +140,6 @@ def test_resumed_equals_uninterrupted_exactly(
         for name, value in first.items()
         if "layers" in name and "pooling" not in name.lower()
     )
-
-
-def interrupt_after(patch, step: int) -> None:
-    """Send SIGINT to this process while the given step runs."""
-    original = trainer.contrastive_step
-    calls = []
-
-    def noted(*arguments, **options):
-        calls.append(1)
-        if len(calls) == step:
-            os.kill(os.getpid(), signal.SIGINT)
-        return original(*arguments, **options)
-
-    patch.setattr(trainer, "contrastive_step", noted)
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_weights_move(

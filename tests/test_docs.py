@@ -35,7 +35,7 @@ def command_lines() -> list[list[str]]:
 @pytest.fixture
 def place(tmp_path: Path, tiny_decoder_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working folder with what the README takes for granted, at tiny size."""
-    shutil.copytree(tiny_decoder_dir, tmp_path / "assets" / "decoder-8m")
+    shutil.copytree(tiny_decoder_dir, tmp_path / "assets" / "decoder-6m")
     shutil.copytree(tiny_decoder_dir, tmp_path / "MODEL")
     write_task(tmp_path / "FOLDER", "STS")
     write_jsonl(tmp_path / "texts.jsonl", [{"text": f"text {i}"} for i in range(4)])

@@ -28,7 +28,7 @@ TRUST = 0.8
 and 36 steps planned for 456 seconds took 532."""
 
 SAVING_SECONDS = 12.0
-"""Loading, checkpoints, models and plots, as measured on two cores for 8 M parameters."""
+"""Loading, checkpoints, models and plots, as measured on two cores for 6 M parameters."""
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from nvembed.training.config import TrainConfig
 
 CACHE_FOLDER = Path("~/.cache/nvembed/demo")
-DEFAULT_BACKBONE = Path("assets") / "decoder-8m"
+DEFAULT_BACKBONE = Path("assets") / "decoder-6m"
 BM25, BASE, STAGE1, STAGE2 = "BM25", "base, mean pooling", "after stage 1", "after stage 2"
 
 Results = dict[str, dict[str, TaskResult]]

@@ -1,4 +1,4 @@
-"""LoRA on the backbone (peft); the pooling head is always trained in full."""
+"""LoRA on the backbone (peft); the pooling head is trained in full or not at all."""
 
 from __future__ import annotations
 

@@ -31,12 +31,13 @@ class ModelSettings(StrictModel):
 
     Args:
         backbone: folder (relative to the recipe) or hub id of a decoder LM, an encoder, or an
-            embedding model saved by nvembed, which then is tuned further.
+            embedding model that is tuned further: one saved by nvembed, or NVIDIA's.
         attention: ``bidirectional`` (default), or ``causal`` for ablations; a saved embedding model
             has its own, so leave it out then.
-        pooling: latent attention by default; leave it out for a saved embedding model.
+        pooling: latent attention by default; leave it out for an embedding model.
         max_tokens: longest sequence with BOS, prompt and EOS; longer texts are cut.
-        dtype: of the backbone's weights; float32 by default, a saved embedding model keeps its own.
+        dtype: of the backbone's weights; float32 by default, a saved embedding model keeps its own,
+            NVIDIA's gets bfloat16 on CUDA.
     """
 
     backbone: str = Field(min_length=1)

@@ -31,8 +31,9 @@ from nvembed.core.seeding import derive_seed, seed_everything
 from nvembed.data.batch import ContrastiveBatch, build_batch, effective_negatives
 from nvembed.data.mixture import Mixture, load_mixture
 from nvembed.model.adapters import add_lora, merge_lora
-from nvembed.model.embedder import NVEmbed
+from nvembed.model.embedder import NVEmbed, model_kind
 from nvembed.model.settings import PoolingSettings
+from nvembed.model.source import ModelSource
 from nvembed.text.template import query_prompt
 from nvembed.training.checkpoint import (
     Position,
@@ -263,8 +264,7 @@ def build_model(config: TrainConfig, base_dir: Path, *, device: str | None = Non
     local = base_dir / settings.backbone
     source = str(local) if local.is_dir() else settings.backbone
     pooling = settings.pooling
-    is_saved_model = (Path(source) / "modules.json").is_file()
-    if pooling is None and not is_saved_model:
+    if pooling is None and model_kind(ModelSource(source)) == "language_model":
         pooling = PoolingSettings()
     model = NVEmbed.from_pretrained(
         source,
@@ -278,6 +278,11 @@ def build_model(config: TrainConfig, base_dir: Path, *, device: str | None = Non
     )
     if config.lora is not None:
         add_lora(model.backbone, config.lora)
+    if config.pooling_head == "train":
+        # In 16 bit, an update of a usual learning rate would round to nothing.
+        model.pooling.float()
+    else:
+        model.pooling.requires_grad_(False)
     return model
 
 

@@ -73,6 +73,7 @@ class NVEmbed(SentenceTransformer):
         attention: AttentionDirection | None = None,
         max_tokens: int | None = None,
         device: str | None = None,
+        device_map: object = None,
         dtype: torch.dtype | str | None = None,
         revision: str | None = None,
         token: bool | str | None = None,
@@ -92,6 +93,7 @@ class NVEmbed(SentenceTransformer):
             attention: for a new model (default ``bidirectional``).
             max_tokens: longest sequence; ``None`` keeps the saved limit (512 for a new model).
             device: ``None`` picks the best there is.
+            device_map: not supported: a model lies on one device.
             dtype: ``None`` keeps the saved dtype (float32 for a new model; for an official one
                 bfloat16 on CUDA and float32 elsewhere); ``"auto"`` is the stored dtype.
             revision: commit, tag or branch on the hub.
@@ -105,6 +107,13 @@ class NVEmbed(SentenceTransformer):
         """
         source = ModelSource(str(name_or_path), revision, token, cache_folder, local_files_only)
         source.check()
+        if device_map is not None:
+            raise ModelError(
+                "device_map is not supported",
+                where=source.name,
+                expected="device=..., one device for the whole model",
+                hint="If it does not fit, ask for dtype='bfloat16'",
+            )
         new = {
             "pooling": pooling,
             "num_latents": num_latents,

@@ -56,9 +56,11 @@ class LoraSettings(StrictModel):
         dropout: on the adapter's input.
         targets: names of linear layers; ``all-linear`` means every one of the backbone (the paper
             does not say which it took).
+        save_adapter: write them unmerged too, as a peft folder ``adapter/`` in the run folder.
     """
 
     rank: int = Field(default=16, ge=1)
     alpha: int = Field(default=32, ge=1)
     dropout: float = Field(default=0.1, ge=0, lt=1)
     targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    save_adapter: bool = False

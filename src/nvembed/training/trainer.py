@@ -30,7 +30,7 @@ from nvembed.core.runs import RunFolder
 from nvembed.core.seeding import derive_seed, seed_everything
 from nvembed.data.batch import ContrastiveBatch, build_batch, effective_negatives
 from nvembed.data.mixture import Mixture, load_mixture
-from nvembed.model.adapters import add_lora, merge_lora
+from nvembed.model.adapters import add_lora, merge_lora, save_adapter
 from nvembed.model.embedder import NVEmbed, model_kind
 from nvembed.model.settings import PoolingSettings
 from nvembed.model.source import ModelSource
@@ -108,6 +108,8 @@ class _Run:
     def train(self) -> Path:
         for number in range(self.position.stage, len(self.config.stages)):
             self._stage(number)
+        if self.config.lora is not None and self.config.lora.save_adapter:
+            save_adapter(self.embedder.backbone, self.run.adapter)
         save_model(self.embedder, self.config, self.run.model, final=True)
         self.log(f"model written to {self.run.model}")
         return self.run.model

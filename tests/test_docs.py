@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import huggingface_hub.constants
 import pytest
 import yaml
 
@@ -15,6 +16,7 @@ from nvembed.cli.main import run
 from nvembed.core.config import load_config
 from nvembed.core.files import write_jsonl
 from nvembed.training.config import TrainConfig
+from official_folders import write_official
 from task_folders import write_task
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,8 +35,16 @@ def command_lines() -> list[list[str]]:
 
 
 @pytest.fixture
-def place(tmp_path: Path, tiny_decoder_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def place(
+    tmp_path: Path, tiny_decoder_dir: Path, tiny_tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> Path:
     """A working folder with what the README takes for granted, at tiny size."""
+    # nvidia/NV-Embed-v2 as it lies in the cache after a download, with other weights
+    repository, commit = tmp_path / "hub" / "models--nvidia--NV-Embed-v2", "c" * 40
+    write_official(repository / "snapshots" / commit, tiny_tokenizer)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     shutil.copytree(tiny_decoder_dir, tmp_path / "assets" / "decoder-6m")
     shutil.copytree(tiny_decoder_dir, tmp_path / "MODEL")
     write_task(tmp_path / "FOLDER", "STS")
@@ -56,7 +66,8 @@ def place(tmp_path: Path, tiny_decoder_dir: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_readme_commands_run(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     commands = [words[1:] for words in command_lines() if words[0] == "nvembed"]
-    assert {words[0] for words in commands} >= {"train", "mine", "evaluate", "encode", "search"}
+    expected = {"train", "mine", "evaluate", "encode", "search", "export"}
+    assert {words[0] for words in commands} >= expected
     for words in commands:
         assert run(words) == 0, f"{words}: {capsys.readouterr().err}"
 
@@ -80,7 +91,20 @@ def test_readme_python_runs(place: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert snippets
     for snippet in snippets:
         exec(compile(snippet, "README.md", "exec"), {})
-    assert capsys.readouterr().out.startswith("tensor([[")
+    out = capsys.readouterr().out
+    assert out.startswith("tensor([[")
+    assert out.endswith("(1, 32)\n")
+
+
+def test_readme_recipes_run(place: Path) -> None:
+    recipe = yaml.safe_load((place / "recipes" / "small.yaml").read_text())
+    fragments = [yaml.safe_load(block) for block in blocks("yaml")]
+    assert fragments
+    for number, fragment in enumerate(fragments):
+        whole = {**recipe, **fragment, "output": f"runs/{number}"}
+        (place / "recipes" / "fragment.yaml").write_text(yaml.safe_dump(whole))
+        assert run(["train", "recipes/fragment.yaml"]) == 0
+        assert (place / "runs" / str(number) / "adapter" / "adapter_config.json").is_file()
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)

@@ -19,6 +19,7 @@ import nvembed
 from nvembed.cli.demo import demo
 from nvembed.cli.encode import encode
 from nvembed.cli.evaluate import evaluate
+from nvembed.cli.export import export
 from nvembed.cli.mine import mine
 from nvembed.cli.search import search
 from nvembed.cli.train import train
@@ -39,7 +40,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (demo, train, mine, evaluate, encode, search):
+for _command in (demo, train, mine, evaluate, encode, search, export):
     app.command()(_command)
 
 

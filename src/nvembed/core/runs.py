@@ -8,6 +8,7 @@ checkpoints/     state to resume from
 mined/<stage>/   training files with mined negatives
 model-<stage>/   the model after a stage that was not the last
 model/           the finished model, an ordinary sentence-transformers folder
+adapter/         its adapters alone, where the recipe asks for them
 eval/            evaluation results
 """
 
@@ -85,6 +86,11 @@ class RunFolder:
         return self.path / "model"
 
     @property
+    def adapter(self) -> Path:
+        """Folder of the unmerged adapters."""
+        return self.path / "adapter"
+
+    @property
     def eval(self) -> Path:
         """Folder of evaluation results."""
         return self.path / "eval"
@@ -125,7 +131,10 @@ class RunFolder:
         # config.yaml goes first: without it the folder no longer counts as a run.
         for file in (self.config, self.env, self.metrics, self.log):
             file.unlink(missing_ok=True)
-        made = (self.checkpoints, self.mined, self.model, self.eval, *self.path.glob("model-*"))
+        made = (
+            *(self.checkpoints, self.mined, self.model, self.adapter, self.eval),
+            *self.path.glob("model-*"),
+        )
         for folder in made:
             if folder.is_dir():
                 shutil.rmtree(folder)

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 def load_encoder(name: str, dtype: PrecisionChoice | None = None) -> Encoder:
     """Load an embedding model by folder or hub id.
 
-    A folder saved by this package (``modules.json`` names ``nvembed`` classes) and a bare language
-    model (no ``modules.json``) become an ``NVEmbed``; anything else is a plain
+    NVIDIA's releases, a folder saved by this package (``modules.json`` names ``nvembed`` classes)
+    and a bare language model (no ``modules.json``) become an ``NVEmbed``; anything else is a plain
     sentence-transformers model.
 
     Args:
@@ -116,15 +116,17 @@ def _is_path(name: str) -> bool:
 
 def _is_foreign(name: str) -> bool:
     """Tell a sentence-transformers model that has none of our modules."""
-    from sentence_transformers.util import load_file_path
+    from nvembed.model.embedder import model_kind
+    from nvembed.model.source import ModelSource
 
-    listing = load_file_path(name, "modules.json")
-    if listing is None:
+    source = ModelSource(name)
+    if model_kind(source) != "saved":
         return False
+    listing = source.require("modules.json")
     try:
-        types = [str(entry["type"]) for entry in json.loads(Path(listing).read_text("utf-8"))]
+        types = [str(entry["type"]) for entry in json.loads(listing.read_text("utf-8"))]
     except (ValueError, KeyError, TypeError) as error:
         raise ModelError(
-            "not a list of modules", where=listing, expected='[{"type": "...", "path": "..."}]'
+            "not a list of modules", where=str(listing), expected='[{"type": "...", "path": "..."}]'
         ) from error
     return not any(name.startswith("nvembed.") for name in types)

@@ -1,12 +1,14 @@
-"""LoRA on the backbone (peft); the pooling head is always trained in full."""
+"""LoRA on the backbone (peft); the pooling head is trained in full or not at all."""
 
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
 
+from nvembed.core.files import atomic_folder
 from nvembed.model.backbone import Backbone
 from nvembed.model.settings import LoraSettings
 
@@ -28,6 +30,14 @@ def add_lora(backbone: Backbone, settings: LoraSettings) -> None:
         )
         adapted: Any = get_peft_model(backbone.model, config)
     backbone.model = adapted
+
+
+def save_adapter(backbone: Backbone, folder: Path) -> None:
+    """Write the adapters alone as a peft folder, which must happen before they are merged."""
+    model: Any = backbone.model
+    with atomic_folder(folder) as temporary:
+        # "auto" would ask the hub whether the vocabulary was changed; it never is.
+        model.save_pretrained(str(temporary), save_embedding_layers=False)
 
 
 def merge_lora(backbone: Backbone) -> None:

@@ -8,20 +8,23 @@ budget instead of padded batches. Next file in the tour: ``losses/contrastive.py
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Module, Normalize
-from sentence_transformers.util import import_from_string, load_file_path, truncate_embeddings
+from sentence_transformers.util import get_device_name, import_from_string, truncate_embeddings
 from torch import Tensor
+from transformers import CONFIG_MAPPING
 
 from nvembed.core.errors import ModelError
 from nvembed.core.progress import progress
 from nvembed.model.backbone import Backbone
+from nvembed.model.official import MODEL_TYPE, is_official
+from nvembed.model.official_load import load_official
 from nvembed.model.pooling import (
     LastTokenPooling,
     LatentAttentionPooling,
@@ -31,6 +34,7 @@ from nvembed.model.pooling import (
     build_pooling,
 )
 from nvembed.model.settings import AttentionDirection, PoolingKind
+from nvembed.model.source import ModelSource
 from nvembed.text.packing import flatten, plan_packs
 from nvembed.text.template import query_prompt
 from nvembed.text.tokens import TokenizedText
@@ -70,24 +74,29 @@ class NVEmbed(SentenceTransformer):
         attention: AttentionDirection | None = None,
         max_tokens: int | None = None,
         device: str | None = None,
+        device_map: object = None,
         dtype: torch.dtype | str | None = None,
         revision: str | None = None,
         token: bool | str | None = None,
         cache_folder: str | None = None,
         local_files_only: bool = False,
     ) -> Self:
-        """Load a saved embedding model, or start one from any decoder or encoder.
+        """Load an embedding model, or start one from any decoder or encoder.
 
         Args:
-            name_or_path: folder or hub id. With a ``modules.json`` it is an embedding model and is
-                loaded as saved; otherwise it is a language model to start from.
+            name_or_path: folder or hub id. ``nvidia/NV-Embed-v2``, ``-v1`` and folders in their
+                layout (``model_type: nvembed``) are read without their code; another one with a
+                ``modules.json`` is loaded as saved; anything else is a language model to start
+                from.
             pooling: for a new model (default ``mean``, which needs no training).
             num_latents: for a new latent pooling (default 512).
             num_heads: for a new latent or self-attention pooling (default 8).
             attention: for a new model (default ``bidirectional``).
             max_tokens: longest sequence; ``None`` keeps the saved limit (512 for a new model).
             device: ``None`` picks the best there is.
-            dtype: ``None`` keeps the saved dtype (float32 for a new model).
+            device_map: not supported: a model lies on one device.
+            dtype: ``None`` keeps the saved dtype (float32 for a new model; for an official one
+                bfloat16 on CUDA and float32 elsewhere); ``"auto"`` is the stored dtype.
             revision: commit, tag or branch on the hub.
             token: of the hub, for gated models.
             cache_folder: where downloads are kept.
@@ -97,30 +106,34 @@ class NVEmbed(SentenceTransformer):
             ModelError: nothing there that can be loaded, or options that a saved model fixes
                 already.
         """
-        source = str(name_or_path)
-        hub: dict[str, Any] = {
-            "revision": revision,
-            "token": token,
-            "cache_folder": cache_folder,
-            "local_files_only": local_files_only,
+        source = ModelSource(str(name_or_path), revision, token, cache_folder, local_files_only)
+        source.check()
+        if device_map is not None:
+            raise ModelError(
+                "device_map is not supported",
+                where=source.name,
+                expected="device=..., one device for the whole model",
+                hint="If it does not fit, ask for dtype='bfloat16'",
+            )
+        new = {
+            "pooling": pooling,
+            "num_latents": num_latents,
+            "num_heads": num_heads,
+            "attention": attention,
         }
-        if Path(source).is_file() or (source.count("/") > 1 and not Path(source).is_dir()):
-            raise ModelError("no such model folder", where=source, hint="Check the path")
-        modules_json = load_file_path(source, "modules.json", **hub)
-        if modules_json is not None:
-            if any(x is not None for x in (pooling, num_latents, num_heads, attention)):
-                raise ModelError(
-                    "pooling and attention are fixed in a saved model",
-                    where=source,
-                    hint="Leave these options out, or start from the language model",
-                )
-            return cls._load_saved(source, modules_json, device, dtype, max_tokens, hub)
+        match model_kind(source):
+            case "official":
+                _refuse_new(new, source)
+                return cls._load_official(source, device, dtype, max_tokens)
+            case "saved":
+                _refuse_new(new, source)
+                return cls._load_saved(source, device, dtype, max_tokens)
         backbone = Backbone.from_pretrained(
-            source,
+            source.name,
             dtype=dtype,
             attention=attention or "bidirectional",
             max_tokens=max_tokens or 512,
-            **hub,
+            **source.options(),
         )
         head = build_pooling(
             pooling or "mean",
@@ -131,23 +144,36 @@ class NVEmbed(SentenceTransformer):
         return cls(modules=[backbone, head, Normalize()], device=device)
 
     @classmethod
-    def _load_saved(
+    def _load_official(
         cls,
-        source: str,
-        modules_json: str,
+        source: ModelSource,
         device: str | None,
         dtype: torch.dtype | str | None,
         max_tokens: int | None,
-        hub: dict[str, Any],
     ) -> Self:
+        place = device or get_device_name()
+        backbone, pooling = load_official(source, device=place, dtype=dtype, max_tokens=max_tokens)
+        model = cls(modules=[backbone, pooling, Normalize()], device=place)
+        model._read_settings(source)
+        return model
+
+    @classmethod
+    def _load_saved(
+        cls,
+        source: ModelSource,
+        device: str | None,
+        dtype: torch.dtype | str | None,
+        max_tokens: int | None,
+    ) -> Self:
+        modules_json = source.require("modules.json")
         modules: list[torch.nn.Module] = []
-        for entry in json.loads(Path(modules_json).read_text(encoding="utf-8")):
+        for entry in json.loads(modules_json.read_text(encoding="utf-8")):
             module_class = _OWN_MODULES.get(entry["type"])
             if module_class is None:
                 if not entry["type"].startswith("sentence_transformers."):
                     raise ModelError(
                         f"module class {entry['type']} is not part of nvembed",
-                        where=modules_json,
+                        where=str(modules_json),
                         expected=", ".join(sorted(_OWN_MODULES)),
                         hint="Load it with SentenceTransformer(..., trust_remote_code=True)",
                     )
@@ -155,23 +181,25 @@ class NVEmbed(SentenceTransformer):
             model_kwargs = {"dtype": dtype} if dtype is not None else {}
             modules.append(
                 module_class.load(
-                    source,
+                    source.name,
                     subfolder=entry["path"],
                     model_kwargs=model_kwargs,
                     trust_remote_code=False,
-                    **hub,
+                    **source.options(),
                 )
             )
         model = cls(modules=modules, device=device)
-        settings = load_file_path(source, "config_sentence_transformers.json", **hub)
-        if settings is not None:
-            saved = json.loads(Path(settings).read_text(encoding="utf-8"))
-            model.prompts.update(saved.get("prompts") or {})
-            model.default_prompt_name = saved.get("default_prompt_name")
-            model.similarity_fn_name = saved.get("similarity_fn_name")
+        model._read_settings(source)
         if max_tokens is not None:
             model.max_seq_length = max_tokens
         return model
+
+    def _read_settings(self, source: ModelSource) -> None:
+        """Take over the prompts that were saved with the model."""
+        saved = source.read_json("config_sentence_transformers.json") or {}
+        self.prompts.update(saved.get("prompts") or {})
+        self.default_prompt_name = saved.get("default_prompt_name")
+        self.similarity_fn_name = saved.get("similarity_fn_name")
 
     @property
     def backbone(self) -> Backbone:
@@ -297,6 +325,40 @@ def _head_autocast(device_type: str, dtype: torch.dtype) -> AbstractContextManag
     autocast of the caller (training mines under one) holds.
     """
     return nullcontext() if dtype == torch.float32 else torch.autocast(device_type, dtype)
+
+
+def model_kind(source: ModelSource) -> Literal["official", "saved", "language_model"]:
+    """Tell what a name stands for; what ``config.json`` says goes before ``modules.json``.
+
+    Raises:
+        ModelError: there is nothing of that name, or its model type is unknown.
+    """
+    config = source.read_json("config.json")
+    if is_official(config):
+        return "official"
+    if source.find("modules.json") is not None:
+        return "saved"
+    if config is None:
+        source.require("config.json")
+    model_type = (config or {}).get("model_type")
+    if model_type is not None and model_type not in CONFIG_MAPPING:
+        raise ModelError(
+            f"unknown model_type {model_type!r} in config.json",
+            where=source.name,
+            expected=f"{MODEL_TYPE} or a type that the installed transformers knows",
+            hint="Upgrade transformers, or check that this is the right folder",
+        )
+    return "language_model"
+
+
+def _refuse_new(options: Mapping[str, object], source: ModelSource) -> None:
+    given = [name for name, value in options.items() if value is not None]
+    if given:
+        raise ModelError(
+            f"{', '.join(given)}: pooling and attention are fixed in a saved model",
+            where=source.name,
+            hint="Leave these options out, or start from the language model",
+        )
 
 
 def embed_pack(model: torch.nn.Module, texts: Sequence[TokenizedText]) -> Tensor:

@@ -34,12 +34,13 @@ class ModelSettings(StrictModel):
 
     Args:
         backbone: folder (relative to the recipe) or hub id of a decoder LM, an encoder, or an
-            embedding model saved by nvembed, which then is tuned further.
+            embedding model that is tuned further: one saved by nvembed, or NVIDIA's.
         attention: ``bidirectional`` (default), or ``causal`` for ablations; a saved embedding model
             has its own, so leave it out then.
-        pooling: latent attention by default; leave it out for a saved embedding model.
+        pooling: latent attention by default; leave it out for an embedding model.
         max_tokens: longest sequence with BOS, prompt and EOS; longer texts are cut.
-        dtype: of the backbone's weights; float32 by default, a saved embedding model keeps its own.
+        dtype: of the backbone's weights; float32 by default, a saved embedding model keeps its own,
+            NVIDIA's gets bfloat16 on CUDA.
     """
 
     backbone: str = Field(min_length=1)
@@ -58,9 +59,11 @@ class LoraSettings(StrictModel):
         dropout: on the adapter's input.
         targets: names of linear layers; ``all-linear`` means every one of the backbone (the paper
             does not say which it took).
+        save_adapter: write them unmerged too, as a peft folder ``adapter/`` in the run folder.
     """
 
     rank: int = Field(default=16, ge=1)
     alpha: int = Field(default=32, ge=1)
     dropout: float = Field(default=0.1, ge=0, lt=1)
     targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    save_adapter: bool = False

@@ -6,7 +6,7 @@ tokens. ``None`` means off.
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -71,6 +71,8 @@ class TrainConfig(StrictModel):
         seed: every random choice derives from it.
         model: what to start from.
         lora: adapters on the backbone; ``None`` trains all weights.
+        pooling_head: ``train`` tunes all weights of the pooling head, in float32; ``freeze`` leaves
+            them as they were loaded, without gradient and out of the checkpoints.
         datasets: the training data; paths are relative to the recipe.
         stages: in order.
         optimizer: shared by the stages; each stage starts it afresh.
@@ -86,6 +88,7 @@ class TrainConfig(StrictModel):
     seed: int = Field(default=0, ge=0)
     model: ModelSettings
     lora: LoraSettings | None = LoraSettings()
+    pooling_head: Literal["train", "freeze"] = "train"
     datasets: tuple[DatasetConfig, ...] = Field(min_length=1)
     stages: tuple[StageConfig, ...] = Field(min_length=1)
     optimizer: OptimizerConfig = OptimizerConfig()

@@ -30,10 +30,11 @@ from nvembed.core.runs import RunFolder
 from nvembed.core.seeding import derive_seed, seed_everything
 from nvembed.data.batch import ContrastiveBatch, build_batch, effective_negatives
 from nvembed.data.mixture import Mixture, load_mixture
-from nvembed.model.adapters import add_lora, merge_lora
-from nvembed.model.embedder import NVEmbed
+from nvembed.model.adapters import add_lora, merge_lora, save_adapter
+from nvembed.model.embedder import NVEmbed, model_kind
 from nvembed.model.precision import settle_precision
 from nvembed.model.settings import PoolingSettings
+from nvembed.model.source import ModelSource
 from nvembed.text.template import query_prompt
 from nvembed.training.checkpoint import (
     Position,
@@ -116,6 +117,8 @@ class _Run:
     def train(self) -> Path:
         for number in range(self.position.stage, len(self.config.stages)):
             self._stage(number)
+        if self.config.lora is not None and self.config.lora.save_adapter:
+            save_adapter(self.embedder.backbone, self.run.adapter)
         save_model(self.embedder, self.config, self.run.model, final=True)
         self.log(f"model written to {self.run.model}")
         return self.run.model
@@ -283,8 +286,7 @@ def build_model(config: TrainConfig, base_dir: Path, *, device: str | None = Non
     local = base_dir / settings.backbone
     source = str(local) if local.is_dir() else settings.backbone
     pooling = settings.pooling
-    is_saved_model = (Path(source) / "modules.json").is_file()
-    if pooling is None and not is_saved_model:
+    if pooling is None and model_kind(ModelSource(source)) == "language_model":
         pooling = PoolingSettings()
     model = NVEmbed.from_pretrained(
         source,
@@ -298,6 +300,11 @@ def build_model(config: TrainConfig, base_dir: Path, *, device: str | None = Non
     )
     if config.lora is not None:
         add_lora(model.backbone, config.lora)
+    if config.pooling_head == "train":
+        # In 16 bit, an update of a usual learning rate would round to nothing.
+        model.pooling.float()
+    else:
+        model.pooling.requires_grad_(False)
     return model
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
 
 from interruption import interrupt_after
@@ -15,11 +17,13 @@ from nvembed.core.errors import TrainingError
 from nvembed.core.files import write_jsonl
 from nvembed.model import precision
 from nvembed.model.embedder import NVEmbed
+from nvembed.model.export import export_folder
 from nvembed.training import trainer
 from nvembed.training.checkpoint import latest_checkpoint
 from nvembed.training.config import TrainConfig
 from nvembed.training.optim import schedule
 from nvembed.training.trainer import train
+from official_folders import write_official
 
 COLOURS = ["red", "blue", "green", "fox", "owl", "cat", "tree", "lake"]
 WORDS = [*COLOURS, "hill", "sun", "moon", "star", "rain", "snow", "wind", "fire"]
@@ -200,6 +204,90 @@ def test_the_frozen_base_is_not_in_checkpoints(tmp_path: Path, tiny_decoder_dir:
     assert any("lora" in name for name in saved)
     assert any("latents" in name for name in saved)
     assert not list((tmp_path / "run").rglob("*.pt"))
+
+
+@pytest.mark.parametrize("head", ["train", "freeze"])
+def test_fine_tuning_of_an_official_checkpoint(
+    tmp_path: Path, tiny_tokenizer, head: str, monkeypatch
+) -> None:
+    official = write_official(tmp_path / "official", tiny_tokenizer)
+    config = recipe(
+        tmp_path,
+        official,
+        model={"backbone": "official", "max_tokens": 64},
+        lora={"rank": 2, "alpha": 4, "save_adapter": True},
+        pooling_head=head,
+        **one_stage(steps=4),
+    )
+    gradients = {}
+    original = torch.optim.AdamW.step
+
+    def noted(self, *arguments):
+        names = {id(p): name for name, p in built[0].named_parameters()}
+        for group in self.param_groups:
+            gradients.update({names[id(p)]: p.grad is not None for p in group["params"]})
+        return original(self, *arguments)
+
+    built = []
+    make = trainer.build_model
+
+    def build(*arguments, **options):
+        built.append(make(*arguments, **options))
+        return built[-1]
+
+    monkeypatch.setattr(trainer, "build_model", build)
+    monkeypatch.setattr(torch.optim.AdamW, "step", noted)
+    folder = train(config, base_dir=tmp_path)
+    assert all(gradients.values())
+    stored = load_file(latest_checkpoint(tmp_path / "run" / "checkpoints") / "weights.safetensors")
+    assert stored.keys() == gradients.keys()
+    in_head = {name for name in stored if name.startswith("1.")}
+    assert {name for name in stored if "lora_" in name} == stored.keys() - in_head
+    assert len(in_head) == (0 if head == "freeze" else 14)
+
+    before = NVEmbed.from_pretrained(official, device="cpu", max_tokens=64)
+    after = NVEmbed.from_pretrained(folder, device="cpu")
+    assert after.backbone.text_style == "official"
+    assert after.max_seq_length == 64
+    start, end = before.state_dict(), after.state_dict()
+    moved = {name for name in start if not torch.equal(start[name], end[name])}
+    assert any(name.startswith("1.") for name in moved) == (head == "train")
+    assert any("q_proj" in name for name in moved)
+    assert not any("norm" in name and name.startswith("0.") for name in moved)
+
+    # The adapters alone, put on the checkpoint that training started from, give the same model.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        adapted = PeftModel.from_pretrained(before.backbone.model, tmp_path / "run" / "adapter")
+    merged = adapted.merge_and_unload().state_dict()
+    for name, value in merged.items():
+        torch.testing.assert_close(value, end[f"0.model.{name}"], atol=1e-6, rtol=0)
+
+
+def test_a_tuned_official_checkpoint_goes_back_to_the_official_layout(
+    tmp_path: Path, tiny_tokenizer
+) -> None:
+    write_official(tmp_path / "official", tiny_tokenizer)
+    config = recipe(
+        tmp_path,
+        tmp_path / "official",
+        model={"backbone": str(tmp_path / "official"), "max_tokens": 64},
+        **one_stage(steps=2),
+    )
+    folder = train(config, base_dir=tmp_path)
+    export_folder(str(folder), tmp_path / "out", "nv-embed")
+    texts = [pair["query"] for pair in PAIRS]
+    expected = NVEmbed.from_pretrained(folder, device="cpu").encode_query(texts)
+    back = NVEmbed.from_pretrained(tmp_path / "out", device="cpu")
+    np.testing.assert_allclose(back.encode_query(texts), expected, atol=1e-6)
+    card = (tmp_path / "out" / "README.md").read_text()
+    for part in (
+        "cc-by-nc-4.0",
+        "LoRA of rank 16",
+        "| one | 2 | 8 |",
+        "| pairs | retrieval | find",
+    ):
+        assert part in card
 
 
 def test_mining_before_a_stage_gives_negatives(tmp_path: Path, tiny_decoder_dir: Path) -> None:

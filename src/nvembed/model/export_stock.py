@@ -1,0 +1,175 @@
+"""A mean-pooled model as stock sentence-transformers modules, proven equal before it is kept.
+
+The folder holds ``Transformer``, ``Pooling`` and ``Normalize`` of sentence-transformers and nothing
+of ours. What our backbone does by itself must then be said by files: attention in both directions
+(``is_causal``, which transformers 5 reads in every causal mask), no sliding window, BOS and EOS
+from the tokenizer, and a prompt that is left out of pooling.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from sentence_transformers import SentenceTransformer
+from tokenizers import Regex, Tokenizer, normalizers
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
+
+from nvembed.core.errors import ModelError
+from nvembed.core.files import write_json
+from nvembed.model.backbone import Backbone
+from nvembed.model.embedder import NVEmbed
+from nvembed.model.pooling import MeanPooling
+from nvembed.text.template import query_prompt
+
+_TASK = "Find it"  # short: it must leave room for text in a model of short texts
+_TEXTS = ("how do I sort a list?", "x", "A longer passage, " * 6 + "cut or not.")
+_HINT = "Use --format nvembed"
+
+
+def write_stock(model: NVEmbed, folder: Path, *, name: str) -> None:
+    """Write the files.
+
+    Raises:
+        ModelError: the pooling has no stock counterpart, or the tokens cannot be had from a stock
+            tokenizer.
+    """
+    backbone = model.backbone
+    if not isinstance(model.pooling, MeanPooling) or backbone.text_style != "nvembed":
+        raise ModelError(
+            f"{type(model.pooling).__name__} with {backbone.text_style} token rules",
+            where=name,
+            expected="MeanPooling with nvembed token rules; sentence-transformers has no other "
+            "that would give the same vectors",
+            hint=f"{_HINT}; plain sentence-transformers loads that with trust_remote_code=True",
+        )
+    backbone.model.save_pretrained(folder)
+    _open_attention(folder / "config.json", backbone)
+    _stock_tokenizer(backbone, name).save_pretrained(folder)
+    write_modules(model, folder)
+
+
+def write_modules(model: NVEmbed, folder: Path) -> None:
+    """Write what makes a folder one of sentence-transformers: stock modules, limit and prompts."""
+    path = "sentence_transformers.models"
+    modules = (("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize"))
+    write_json(
+        folder / "modules.json",
+        [
+            {"idx": index, "name": str(index), "path": place, "type": f"{path}.{kind}"}
+            for index, (place, kind) in enumerate(modules)
+        ],
+    )
+    # The keys of earlier versions, which later ones read too.
+    write_json(
+        folder / "1_Pooling" / "config.json",
+        {
+            "word_embedding_dimension": model.dimension,
+            "pooling_mode_mean_tokens": True,
+            "include_prompt": False,
+        },
+    )
+    write_json(
+        folder / "sentence_bert_config.json",
+        {"max_seq_length": model.backbone.max_tokens, "do_lower_case": False},
+    )
+    write_json(
+        folder / "config_sentence_transformers.json",
+        {
+            "prompts": model.prompts,
+            "default_prompt_name": model.default_prompt_name,
+            "similarity_fn_name": "cosine",
+        },
+    )
+
+
+def prove_stock(model: NVEmbed, folder: Path, *, name: str) -> None:
+    """Load the folder in plain sentence-transformers and compare vectors, alone and in a batch.
+
+    Raises:
+        ModelError: they differ: the family does not do what its configuration says.
+    """
+    for prompt in ("", query_prompt(_TASK)):
+        options: dict[str, Any] = {"prompt": prompt, "show_progress_bar": False}
+        expected = model.encode(list(_TEXTS), **options)
+        try:
+            plain = SentenceTransformer(str(folder), device="cpu", local_files_only=True)
+            together = plain.encode(list(_TEXTS), **options)
+            alone = np.stack([plain.encode(text, **options) for text in _TEXTS])
+        except (LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise _differs(model, name, f"stock modules do not run it ({error})") from error
+        difference = max(float(np.abs(x - expected).max()) for x in (together, alone))
+        # float32 of two implementations, or 16 bit rounded at other places
+        if not difference <= (1e-5 if model.dtype == torch.float32 else 2e-2):
+            what = "queries with a prompt" if prompt else "texts"
+            message = f"stock modules give other vectors for {what} (by up to {difference:.1e})"
+            raise _differs(model, name, message)
+
+
+def _differs(model: NVEmbed, name: str, message: str) -> ModelError:
+    return ModelError(
+        message,
+        where=name,
+        expected="the same vectors as ours; transformers reads the "
+        f"{model.backbone.model.config.model_type} family's files, or its tokenizer, its own way",
+        hint=_HINT,
+    )
+
+
+def _open_attention(config_path: Path, backbone: Backbone) -> None:
+    """Say by configuration what our attention does by itself."""
+    config = json.loads(config_path.read_text(encoding="utf-8"))
+    bidirectional = backbone.attention == "bidirectional"
+    config["is_causal"] = not bidirectional
+    config["use_bidirectional_attention"] = bidirectional
+    if config.get("sliding_window"):
+        # Wider than any text. Removing it breaks families that still build the windowed mask, and
+        # some halve the number when they read use_bidirectional_attention.
+        config["sliding_window"] = 4 * int(config["max_position_embeddings"])
+    write_json(config_path, config)
+
+
+def _stock_tokenizer(backbone: Backbone, name: str) -> PreTrainedTokenizerFast:
+    """The model's tokenizer with BOS and EOS, and a prompt that is counted as we pool it."""
+    tokenizer: Any = backbone.tokenizer
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.no_truncation()
+    backend.no_padding()
+    ids = backbone.tokenize_texts(["x"])[0].ids
+    inner = tokenizer("x", add_special_tokens=False)["input_ids"]
+    head, tail = ids[: ids.index(inner[0])], ids[ids.index(inner[0]) + len(inner) :]
+    special = [(tokenizer.convert_ids_to_tokens(i), i) for i in (*head, *tail)]
+    names = [token for token, _ in special]
+    parts = [*names[: len(head)], "$A", *names[len(head) :]]
+    backend.post_processor = TemplateProcessing(
+        single=" ".join(parts), special_tokens=list(dict.fromkeys(special))
+    )
+    prompt = query_prompt(_TASK)
+    ours = backbone.tokenize_texts(["how"], prompt)[0].pool_start
+    if len(backend.encode(prompt).ids) - len(tail) == ours + 1:
+        # Alone, the prompt ends in a token for its last space, which joins the text otherwise;
+        # sentence-transformers counts it alone. Only a string that ends so is changed.
+        bare = normalizers.Replace(Regex(r"\nQuery: \z"), "\nQuery:")
+        own = [backend.normalizer] if backend.normalizer is not None else []
+        backend.normalizer = normalizers.Sequence([bare, *own])
+    if len(backend.encode(prompt).ids) - len(tail) != ours:
+        raise ModelError(
+            "the length of a prompt cannot be expressed in a stock tokenizer",
+            where=name,
+            hint=_HINT,
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        **{
+            key: getattr(tokenizer, key)
+            for key in ("bos_token", "eos_token", "unk_token", "cls_token", "sep_token")
+            if getattr(tokenizer, key) is not None
+        },
+        pad_token=tokenizer.pad_token or tokenizer.eos_token,
+        padding_side="right",
+        model_max_length=backbone.max_tokens,
+    )

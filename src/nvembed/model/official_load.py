@@ -1,0 +1,185 @@
+"""Load ``nvidia/NV-Embed-v1``, ``-v2`` or a folder in their layout, without their code.
+
+Both modules are built without memory (on the meta device), every tensor is checked against them by
+name and shape, and only then read: one at a time, straight into the wanted dtype on the wanted
+device. So the peak is the model plus its largest tensor. Next file: ``model/embedder.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModel, MistralConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+from nvembed.core.errors import ModelError
+from nvembed.model.attention import FLAT_ATTENTION
+from nvembed.model.backbone import Backbone, prove_direction
+from nvembed.model.official import LatentShape, official_name, own_name, read_config
+from nvembed.model.pooling import LatentAttentionPooling
+from nvembed.model.shards import StoredTensor, read_tensor, stored_tensors
+from nvembed.model.source import ModelSource
+
+# The official default of encode(); used where the folder does not say.
+DEFAULT_MAX_TOKENS = 4096
+
+
+def load_official(
+    source: ModelSource,
+    *,
+    device: str,
+    dtype: torch.dtype | str | None = None,
+    max_tokens: int | None = None,
+) -> tuple[Backbone, LatentAttentionPooling]:
+    """Load an official checkpoint into our modules, with the official token rules.
+
+    Args:
+        source: folder or hub id; its ``config.json`` is official.
+        device: where the weights go.
+        dtype: of the weights; ``None`` means bfloat16 on CUDA and float32 elsewhere, ``"auto"`` the
+            stored dtype.
+        max_tokens: longest sequence; ``None`` takes the folder's limit.
+
+    Raises:
+        ModelError: a file, a tensor or a setting is missing, of the wrong shape or unknown.
+    """
+    config_path = source.require("config.json")
+    source = source.pinned(config_path)
+    config = source.read_json("config.json")
+    assert config is not None
+    decoder_config, latent = read_config(config, where=str(config_path))
+    wanted = _resolve_dtype(dtype, device)
+    tokenizer = _load_tokenizer(source)
+    decoder, pooling = empty_modules(decoder_config, latent)
+    stored = stored_tensors(source)
+    check_tensors(official_shapes(decoder, pooling), stored, where=source.name)
+    weights = {
+        own_name(name): read_tensor(name, place, torch.device(device), wanted)
+        for name, place in stored.items()
+    }
+    for prefix, module in (("0.model.", decoder), ("1.", pooling)):
+        own = {
+            name.removeprefix(prefix): weights[name]
+            for name in weights
+            if name is not None and name.startswith(prefix)
+        }
+        module.load_state_dict(own, assign=True)
+    # Its buffers are computed, not stored, so building without memory left them empty.
+    decoder.rotary_emb = type(decoder.rotary_emb)(decoder_config).to(device)
+    backbone = Backbone(
+        decoder.eval(),
+        tokenizer,
+        max_tokens=max_tokens or _saved_max_tokens(source),
+        text_style="official",
+    )
+    prove_direction(backbone, name=source.name)
+    return backbone, pooling.eval()
+
+
+def empty_modules(
+    decoder_config: MistralConfig, latent: LatentShape
+) -> tuple[PreTrainedModel, LatentAttentionPooling]:
+    """Backbone and latent pooling of an official checkpoint, without memory for their weights."""
+    with torch.device("meta"):
+        decoder = AutoModel.from_config(decoder_config, attn_implementation=FLAT_ATTENTION)
+        pooling = LatentAttentionPooling(
+            decoder_config.hidden_size, latent.num_latents, latent.num_heads, latent.head_width
+        )
+    return decoder, pooling
+
+
+def official_shapes(
+    decoder: PreTrainedModel, pooling: LatentAttentionPooling
+) -> dict[str, tuple[int, ...]]:
+    """Shapes of all weights by their official names."""
+    named: dict[str, Tensor] = {
+        **{f"0.model.{name}": value for name, value in decoder.state_dict().items()},
+        **{f"1.{name}": value for name, value in pooling.state_dict().items()},
+    }
+    shapes = {}
+    for name, value in named.items():
+        official = official_name(name)
+        assert official is not None, name
+        shapes[official] = tuple(value.shape)
+    return shapes
+
+
+def check_tensors(
+    expected: Mapping[str, tuple[int, ...]], stored: Mapping[str, StoredTensor], *, where: str
+) -> None:
+    """Compare what is stored with what the configuration asks for, before anything is read.
+
+    Raises:
+        ModelError: naming the first tensor that is missing, unexpected or of another shape.
+    """
+    missing = [name for name in expected if name not in stored]
+    unexpected = [name for name in stored if name not in expected]
+    if missing:
+        raise ModelError(
+            f"tensor {missing[0]} is missing ({len(missing)} of {len(expected)} are)",
+            where=where,
+            expected="the weights of config.json in the layout of nvidia/NV-Embed-v2",
+            hint="Download the folder again, completely",
+        )
+    if unexpected:
+        raise ModelError(
+            f"unexpected tensor {unexpected[0]} ({len(unexpected)} such)",
+            where=str(stored[unexpected[0]].file),
+            expected=f"the {len(expected)} tensors of the layout of nvidia/NV-Embed-v2",
+            hint="The weights do not belong to this config.json, or are not an NV-Embed model",
+        )
+    for name, shape in expected.items():
+        if stored[name].shape != shape:
+            raise ModelError(
+                f"tensor {name} has shape {list(stored[name].shape)}",
+                where=str(stored[name].file),
+                expected=f"{list(shape)} by config.json",
+                hint="The weights do not belong to this config.json",
+            )
+
+
+def _resolve_dtype(dtype: torch.dtype | str | None, device: str) -> torch.dtype | None:
+    """The dtype to load in; ``None`` for the stored one."""
+    if dtype is None:
+        return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+    if dtype == "auto":
+        return None
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ModelError(f"unknown dtype {dtype!r}", expected="float32, bfloat16, float16 or auto")
+    return found
+
+
+def _load_tokenizer(source: ModelSource) -> PreTrainedTokenizerFast:
+    """The tokenizer file as it is.
+
+    AutoTokenizer would ask about the remote code that ``auto_map`` names, and transformers 5
+    rebuilds the pre-tokenizer of a LlamaTokenizer (docs/log.md).
+    """
+    path = source.require("tokenizer.json", hint="The tokenizer comes with the model")
+    settings = source.read_json("tokenizer_config.json") or {}
+    special = {}
+    for key, default in (
+        ("bos_token", "<s>"),
+        ("eos_token", "</s>"),
+        ("unk_token", "<unk>"),
+        ("pad_token", "</s>"),
+    ):
+        value: Any = settings.get(key) or default
+        special[key] = str(value["content"] if isinstance(value, dict) else value)
+    try:
+        return PreTrainedTokenizerFast(tokenizer_file=str(path), **special)
+    except Exception as error:  # the tokenizers library raises bare Exception
+        raise ModelError(
+            f"not a tokenizer ({' '.join(str(error).split())[:200]})",
+            where=str(path),
+            hint="Download the folder again, completely",
+        ) from error
+
+
+def _saved_max_tokens(source: ModelSource) -> int:
+    settings = source.read_json("sentence_bert_config.json") or {}
+    limit = settings.get("max_seq_length")
+    return limit if isinstance(limit, int) and limit > 0 else DEFAULT_MAX_TOKENS

@@ -1,0 +1,174 @@
+"""Where a model's files are: a folder, or a repository on the hub.
+
+Everything that can go wrong on the way to a file is a :class:`ModelError` of one line.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from nvembed.core.errors import ModelError
+
+
+class _UnreachableError(ModelError):
+    """A file is not in the cache, and the hub did not answer (or was not to be asked)."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """A model by folder or hub id.
+
+    Attributes:
+        name: the folder, or ``owner/name`` on the hub.
+        revision: commit, tag or branch on the hub.
+        token: of the hub, for gated models.
+        cache_folder: where downloads are kept.
+        local_files_only: never ask the hub.
+    """
+
+    name: str
+    revision: str | None = None
+    token: bool | str | None = None
+    cache_folder: str | None = None
+    local_files_only: bool = False
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether it is a folder of this machine."""
+        return Path(self.name).is_dir()
+
+    def options(self) -> dict[str, Any]:
+        """Everything but the name, as the modules of sentence-transformers take it."""
+        return {
+            "revision": self.revision,
+            "token": self.token,
+            "cache_folder": self.cache_folder,
+            "local_files_only": self.local_files_only,
+        }
+
+    def check(self) -> None:
+        """Refuse a name that is a file or a path to nothing.
+
+        Raises:
+            ModelError: as said.
+        """
+        if Path(self.name).is_file() or (self.name.count("/") > 1 and not self.is_folder):
+            raise ModelError("no such model folder", where=self.name, hint="Check the path")
+
+    def find(self, filename: str) -> Path | None:
+        """Path of a file, downloaded where needed; ``None`` where the model has no such file.
+
+        Raises:
+            ModelError: the repository is gated, private or does not exist, or the revision does
+                not.
+        """
+        if self.is_folder:
+            path = Path(self.name) / filename
+            return path if path.is_file() else None
+        try:
+            return self._download(filename)
+        except _UnreachableError:
+            return None
+
+    def require(self, filename: str, *, hint: str | None = None) -> Path:
+        """Path of a file that must be there.
+
+        Raises:
+            ModelError: it is not, or cannot be had.
+        """
+        path = self.find(filename) if self.is_folder else self._download(filename)
+        if path is None:
+            raise ModelError(f"{filename} is missing", where=self.name, hint=hint)
+        return path
+
+    def read_json(self, filename: str) -> dict[str, Any] | None:
+        """Content of a JSON object file; ``None`` where there is none.
+
+        Raises:
+            ModelError: the file holds something else.
+        """
+        path = self.find(filename)
+        if path is None:
+            return None
+        try:
+            value = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ModelError(f"cannot be read as JSON ({error})", where=str(path)) from error
+        if not isinstance(value, dict):
+            raise ModelError("does not hold a JSON object", where=str(path))
+        return value
+
+    def pinned(self, file: Path) -> ModelSource:
+        """The same source at the commit that ``file`` was found in, for all further files."""
+        if self.is_folder or file.parent.parent.name != "snapshots":
+            return self
+        return replace(self, revision=file.parent.name)
+
+    def _download(self, filename: str) -> Path | None:
+        try:
+            return Path(
+                hf_hub_download(
+                    self.name,
+                    filename,
+                    revision=self.revision,
+                    token=self.token,
+                    cache_dir=self.cache_folder,
+                    local_files_only=self.local_files_only,
+                    library_name="nvembed",
+                )
+            )
+        except LocalEntryNotFoundError as error:
+            raise _UnreachableError(
+                f"{filename} is not in the local cache and the hub cannot be reached",
+                where=self._place,
+                expected="a network connection, an earlier download or a local folder",
+            ) from error
+        except EntryNotFoundError:
+            return None
+        except HFValidationError as error:
+            raise ModelError(
+                "neither a folder nor a hub id", where=self.name, hint="Check the path"
+            ) from error
+        except (HfHubHTTPError, OSError) as error:
+            raise self._refused(error) from error
+
+    @property
+    def _place(self) -> str:
+        return f"{self.name} (revision {self.revision})" if self.revision else self.name
+
+    def _refused(self, error: Exception) -> ModelError:
+        if isinstance(error, GatedRepoError):
+            return ModelError(
+                "the repository is gated and this machine has no access",
+                where=self._place,
+                expected="the token of an account that has accepted its licence",
+                hint="Accept the licence on the model's hub page, then `hf auth login` or set "
+                "HF_TOKEN",
+            )
+        if isinstance(error, RepositoryNotFoundError):
+            return ModelError(
+                "no such folder here and no such repository on the hub (or a private one)",
+                where=self._place,
+                hint="Check the name; a private repository needs a token",
+            )
+        if isinstance(error, RevisionNotFoundError):
+            return ModelError("the repository has no such revision", where=self._place)
+        reason = str(error).strip().splitlines()
+        return ModelError(
+            f"cannot be downloaded ({reason[0] if reason else type(error).__name__})",
+            where=self._place,
+        )

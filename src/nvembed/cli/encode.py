@@ -25,7 +25,10 @@ def encode(
     ],
     task: Annotated[
         str | None,
-        typer.Option(help="Instruction: the texts are queries. Without: documents."),
+        typer.Option(
+            help="Instruction, or an MTEB task whose instruction is known (FiQA2018): the texts "
+            "are queries. Without: documents."
+        ),
     ] = None,
     field: Annotated[
         str | None, typer.Option(help='Key of the text. Default: "text", after "title".')
@@ -39,10 +42,13 @@ def encode(
       nvembed encode runs/demo/model --input docs.jsonl --output docs.npy
       nvembed encode runs/demo/model --input questions.jsonl --output q.npy \\
         --task "Given a question, retrieve the answer" --field question
+      nvembed encode runs/demo/model --input questions.jsonl --output q.npy \\
+        --task FiQA2018
     """
     from nvembed.inference.files import encode_file
+    from nvembed.text.instructions import read_task
 
-    done = encode_file(model, input, output, task=task, field=field)
+    done = encode_file(model, input, output, task=read_task(task), field=field)
     typer.echo(f"{done.rows} vectors of width {done.dimension}: {done.output}")
     if done.ids is not None:
         typer.echo(f"their ids: {done.ids}")

@@ -79,7 +79,7 @@ def test_public_names_are_exact_and_sorted() -> None:
         _ = nvembed.missing
 
 
-COMMANDS = ["demo", "train", "mine", "evaluate", "encode", "search"]
+COMMANDS = ["demo", "train", "mine", "evaluate", "encode", "search", "doctor"]
 
 
 @pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])

@@ -4,8 +4,8 @@
     attention   T · (3 D + 5 Q + 2 K)    embedding, residual, normed input; queries, keys and values
                                          repeated to all heads, output and its copy; keys and values
     MLP         T · (4 D + 3 I)          the same and the attention's output; gate, up and product
-    pooling     T · 4 · (2 H R + 4 D) or T · 4 · 20 D bytes, whichever is more (latent attention in
-                float32: scores and softmax, or its GEGLU); T · 3 D elements for the others
+    pooling     T · (2 H R + 4 D) or T · 20 D, whichever is more (latent attention: scores and
+                softmax, or its GEGLU); T · 3 D for the others
     activations = the largest of the three; no score matrix, as SDPA and varlen_attn keep none
 
 D hidden width, Q query heads · head width, K key heads · head width, I width of the MLP, H and R
@@ -64,9 +64,9 @@ class MemoryForecast:
     """Bytes that encoding needs in a dtype, Python and its libraries left out.
 
     Attributes:
-        dtype: of the backbone.
+        dtype: of all modules.
         tokens: of one forward.
-        weights: of all modules.
+        weights: of all modules, with the folded latents.
         activations: at the fullest point of one forward.
     """
 
@@ -85,34 +85,30 @@ def activation_bytes(shape: Shape, tokens: int, bytes_per_element: int) -> int:
     """Forecast the fullest point of one forward without gradients; see the module docstring."""
     attention = 3 * shape.width + 5 * shape.query_width + 2 * shape.key_width
     mlp = 4 * shape.width + 3 * shape.mlp_width
-    backbone = max(attention, mlp) * bytes_per_element
     if shape.pooling_latents:
         scores = 2 * shape.pooling_heads * shape.pooling_latents + 4 * shape.width
-        pooling = 4 * max(scores, 20 * shape.width)
+        pooling = max(scores, 20 * shape.width)
     else:
-        pooling = 3 * shape.width * bytes_per_element
-    return tokens * max(backbone, pooling)
+        pooling = 3 * shape.width
+    return tokens * max(attention, mlp, pooling) * bytes_per_element
 
 
-def folded_bytes(shape: Shape) -> int:
-    """Bytes of the folded latents that ``encode`` keeps (float32)."""
-    return 2 * shape.pooling_heads * shape.pooling_latents * shape.width * 4
+def folded_elements(shape: Shape) -> int:
+    """Elements of the folded latents that ``encode`` keeps."""
+    return 2 * shape.pooling_heads * shape.pooling_latents * shape.width
 
 
-def forecast(
-    shape: Shape, dtype: str, tokens: int, *, backbone_elements: int, other_bytes: int
-) -> MemoryForecast:
+def forecast(shape: Shape, dtype: str, tokens: int, elements: int) -> MemoryForecast:
     """Forecast encoding.
 
     Args:
         shape: of the model.
-        dtype: of the backbone, a key of ``BYTES``.
+        dtype: a key of ``BYTES``; sentence-transformers gives all modules that of the first.
         tokens: of one forward.
-        backbone_elements: number of backbone weights.
-        other_bytes: bytes of the other modules, which keep their dtype.
+        elements: number of weights of all modules.
     """
     size = BYTES[dtype]
-    weights = backbone_elements * size + other_bytes + folded_bytes(shape)
+    weights = (elements + folded_elements(shape)) * size
     return MemoryForecast(dtype, tokens, weights, activation_bytes(shape, tokens, size))
 
 

@@ -13,7 +13,7 @@ from transformers import AutoModel, MistralConfig
 from nvembed.model.attention import FLAT_ATTENTION
 from nvembed.model.backbone import Backbone
 from nvembed.model.embedder import NVEmbed, embed_pack
-from nvembed.model.memory import Shape, activation_bytes, folded_bytes, forecast, weight_bytes
+from nvembed.model.memory import Shape, activation_bytes, folded_elements, forecast, weight_bytes
 from nvembed.model.pooling import build_pooling
 from nvembed.text.tokens import TokenizedText
 
@@ -79,7 +79,7 @@ CASES = {
 def test_the_forecast_is_within_15_percent_of_what_is_counted(tiny_tokenizer, case, dtype) -> None:
     pooling, changes = CASES[case]
     model = build(tiny_tokenizer, pooling, **changes)
-    model.backbone.model.to(dtype)
+    model.to(dtype)
     texts = [TokenizedText(tuple(range(3, 67)), 4)] * 16
     with torch.no_grad(), model.pooling.fixed_weights(), PeakBytes() as counted:
         embed_pack(model, texts)
@@ -94,13 +94,13 @@ def test_the_forecast_is_within_15_percent_of_what_is_counted(tiny_tokenizer, ca
 def test_weights_are_counted_exactly(tiny_tokenizer) -> None:
     model = build(tiny_tokenizer, "latent")
     elements = sum(p.numel() for p in model.backbone.parameters())
-    head = sum(p.numel() for p in model.pooling.parameters()) * 4
-    assert weight_bytes(model.pooling) == {("cpu", "float32"): head}
+    head = sum(p.numel() for p in model.pooling.parameters())
+    assert weight_bytes(model.pooling) == {("cpu", "float32"): 4 * head}
     shape = Shape.of_config(model.backbone.model.config, pooling_heads=8, pooling_latents=64)
     folded = model.pooling.layer.fold()
-    assert folded_bytes(shape) == sum(x.numel() * x.element_size() for x in folded)
-    done = forecast(shape, "bfloat16", 10, backbone_elements=elements, other_bytes=head)
-    assert done.weights == 2 * elements + head + folded_bytes(shape)
+    assert folded_elements(shape) == sum(x.numel() for x in folded)
+    done = forecast(shape, "bfloat16", 10, elements + head)
+    assert done.weights == 2 * (elements + head + folded_elements(shape))
     assert done.total == done.weights + activation_bytes(shape, 10, 2)
     model.backbone.model.to(torch.bfloat16)
     buffers = sum(b.numel() * b.element_size() for b in model.backbone.buffers())

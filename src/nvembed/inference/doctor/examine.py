@@ -149,12 +149,8 @@ def _memory(subject: Subject, options: DoctorOptions) -> tuple[Memory, ...]:
     shape = Shape.of_config(
         transformer.config.get_text_config(), pooling_heads=heads, pooling_latents=latents
     )
-    elements = sum(parameter.numel() for parameter in transformer.parameters())
-    other = sum(sum(weight_bytes(module).values()) for module in list(subject.model)[1:])
-    found = (
-        forecast(shape, dtype, tokens, backbone_elements=elements, other_bytes=other)
-        for dtype in BYTES
-    )
+    elements = sum(parameter.numel() for parameter in subject.model.parameters())
+    found = (forecast(shape, dtype, tokens, elements) for dtype in BYTES)
     return tuple(Memory(**asdict(each), total=each.total) for each in found)
 
 
@@ -173,9 +169,8 @@ def _drift(subject: Subject, task: str) -> tuple[dict[str, float] | None, str]:
     expected = _vectors(plain, task)
     with torch.autocast(subject.device.type, torch.bfloat16):
         autocast = _vectors(plain, task)
-    # The head keeps its dtype, as with NVEmbed.from_pretrained(dtype="bfloat16").
-    backbone: torch.nn.Module = plain.transformer or plain.model
-    backbone.to(torch.bfloat16)
+    # The head too: sentence-transformers gives all modules the dtype of the first.
+    plain.model.to(torch.bfloat16)
     halved = _vectors(plain, task)
     return {
         "bfloat16 weights": _smallest_cosine(expected, halved),

@@ -79,7 +79,7 @@ def test_public_names_are_exact_and_sorted() -> None:
         _ = nvembed.missing
 
 
-COMMANDS = ["demo", "train", "mine", "evaluate", "encode", "search", "export"]
+COMMANDS = ["demo", "train", "mine", "evaluate", "encode", "search", "doctor", "export"]
 
 
 @pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])

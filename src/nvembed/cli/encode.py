@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -23,16 +23,27 @@ def encode(
         typer.Option(help='JSONL or JSONL.gz of {"text"}, or BEIR documents.', show_default=False),
     ],
     output: Annotated[
-        Path, typer.Option(help="The .npy file: one float32 row per line.", show_default=False)
+        Path, typer.Option(help="The .npy file: one row per line.", show_default=False)
     ],
     task: Annotated[
         str | None,
-        typer.Option(help="Instruction: the texts are queries. Without: documents."),
+        typer.Option(
+            help="Instruction, or an MTEB task whose instruction is known (FiQA2018): the texts "
+            "are queries. Without: documents."
+        ),
     ] = None,
     field: Annotated[
         str | None, typer.Option(help='Key of the text. Default: "text", after "title".')
     ] = None,
     dtype: DtypeOption = "auto",
+    truncate_dim: Annotated[
+        int | None,
+        typer.Option(min=1, help="Keep the first dimensions only, at length 1, such as 256."),
+    ] = None,
+    precision: Annotated[
+        Literal["float32", "int8", "uint8", "binary"],
+        typer.Option(help="Of the numbers, as in sentence-transformers; binary keeps the sign."),
+    ] = "float32",
 ) -> None:
     """Turn a file of texts into a file of vectors.
 
@@ -42,10 +53,20 @@ def encode(
       nvembed encode runs/demo/model --input docs.jsonl --output docs.npy
       nvembed encode runs/demo/model --input questions.jsonl --output q.npy \\
         --task "Given a question, retrieve the answer" --field question
+      nvembed encode runs/demo/model --input questions.jsonl --output q.npy --task FiQA2018
+      nvembed encode runs/demo/model --input docs.jsonl --output docs.npy \\
+        --truncate-dim 128 --precision int8
     """
     from nvembed.inference.files import encode_file
+    from nvembed.inference.outputs import OutputFormat
+    from nvembed.text.instructions import read_task
 
-    done = encode_file(model, input, output, task=task, field=field, dtype=dtype)
+    form = OutputFormat(truncate_dim, precision)
+    done = encode_file(
+        model, input, output, task=read_task(task), field=field, form=form, dtype=dtype
+    )
     typer.echo(f"{done.rows} vectors of width {done.dimension}: {done.output}")
     if done.ids is not None:
         typer.echo(f"their ids: {done.ids}")
+    if done.ranges is not None:
+        typer.echo(f"the ranges of their {precision} numbers: {done.ranges}")

@@ -1,7 +1,8 @@
 """The ``nvembed`` command: collects the commands and turns errors into one line and an exit code.
 
-Exit codes: 0 done, 2 something in the input is wrong (one line on stderr), 130 stopped by Ctrl-C.
-A traceback is a bug. Only typer is imported here; each command imports what it needs when it runs.
+Exit codes: 0 done, 1 the doctor found a problem, 2 something in the input is wrong (one line on
+stderr), 130 stopped by Ctrl-C. A traceback is a bug. Only typer is imported here; each command
+imports what it needs when it runs.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typer.exceptions import Abort, TyperException
 
 import nvembed
 from nvembed.cli.demo import demo
+from nvembed.cli.doctor import doctor
 from nvembed.cli.encode import encode
 from nvembed.cli.evaluate import evaluate
 from nvembed.cli.export import export
@@ -40,7 +42,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (demo, train, mine, evaluate, encode, search, export):
+for _command in (demo, train, mine, evaluate, encode, search, doctor, export):
     app.command()(_command)
 
 

@@ -26,7 +26,10 @@ def search(
         Path,
         typer.Option(help='JSONL or JSONL.gz of {"text"}, or BEIR documents.', show_default=False),
     ],
-    task: Annotated[str | None, typer.Option(help="Instruction for the query.")] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(help="Instruction for the query, or an MTEB task that has one (FiQA2018)."),
+    ] = None,
     top_k: Annotated[int, typer.Option(min=1, help="Number of hits.")] = 10,
     dtype: DtypeOption = "auto",
 ) -> None:
@@ -40,7 +43,9 @@ def search(
         --task "Given a question about Python, retrieve its documentation"
     """
     from nvembed.inference.search import search_file
+    from nvembed.text.instructions import read_task
 
+    task = read_task(task)
     for hit in search_file(model, documents, query, task=task, top_k=top_k, dtype=dtype):
         text = " ".join(hit.text.split())
         shown = text if len(text) <= SHOWN_CHARS else text[: SHOWN_CHARS - 1] + "…"

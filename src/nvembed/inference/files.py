@@ -1,7 +1,8 @@
 """Files of texts to files of vectors.
 
 In: JSONL or JSONL.gz with a text per line; out: a float32 ``.npy`` matrix, one row per line in the
-same order, and beside it the ids where the lines have them. Memory is bounded by a window of texts,
+same order (or fewer dimensions, 8 bits or 1 bit: ``inference/outputs.py``), and beside it the ids
+where the lines have them. Memory is bounded by a window of texts,
 not by the file. Next file: ``inference/search.py``.
 """
 
@@ -11,15 +12,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from nvembed.core.errors import ConfigError, DataError
 from nvembed.core.files import atomic_path, read_jsonl, write_json
 from nvembed.core.progress import progress
 from nvembed.inference.encoding import WINDOW_TEXTS, Side, encode_window
 from nvembed.inference.load import load_encoder
+from nvembed.inference.outputs import OutputFormat, OutputPrecision, quantize_file, shorten
 from nvembed.inference.protocol import Encoder
 from nvembed.model.settings import PrecisionChoice
 
@@ -35,12 +39,21 @@ class TextRow:
 
 @dataclass(frozen=True, slots=True)
 class EncodedFile:
-    """What ``encode_file`` wrote; ``ids`` is the file of ids where the lines had them."""
+    """What ``encode_file`` wrote.
+
+    Attributes:
+        output: the vectors.
+        ids: file of the ids where the lines had them.
+        rows: number of vectors.
+        dimension: of a vector, before bits are packed.
+        ranges: file of the ranges of ``int8`` and ``uint8``.
+    """
 
     output: Path
     ids: Path | None
     rows: int
     dimension: int
+    ranges: Path | None = None
 
 
 def read_texts(path: str | Path, field: str | None = None) -> Iterator[TextRow]:
@@ -77,6 +90,7 @@ def encode_file(
     task: str | None,
     field: str | None = None,
     dtype: PrecisionChoice | None = None,
+    form: OutputFormat | None = None,
 ) -> EncodedFile:
     """Embed every text of a file.
 
@@ -89,11 +103,13 @@ def encode_file(
         output: the ``.npy`` file; ids go to ``<output>.ids.json``, a list in row order.
         task: with an instruction the texts are queries, without they are documents.
         field: key of the text; ``None`` is ``text`` with the title in front.
-        dtype: of the model's weights, see ``load_encoder``; the vectors are float32 in any case.
+        dtype: of the model's weights, see ``load_encoder``.
+        form: of the vectors; ``None`` is all dimensions in float32. The ranges of 8-bit numbers go
+            to ``<output>.ranges.npy``.
 
     Raises:
         DataError: a line cannot be used, or the file has none.
-        ConfigError: the output is the input.
+        ConfigError: the output is the input, or the vectors have fewer dimensions than asked for.
         ModelError: the model cannot be loaded or gives vectors that are no numbers.
         UserError: the output cannot be written (no space, no permission).
     """
@@ -104,37 +120,88 @@ def encode_file(
     if not ids:
         raise DataError("the file holds no texts", where=str(input), expected=_expected(field))
     encoder = load_encoder(model, dtype) if isinstance(model, str) else model
-    _write_vectors(encoder, input, output, len(ids), task=task, field=field)
-    ids_path = output.with_name(output.name + ".ids.json")
-    if ids[0] is None:
-        # One of an earlier run would belong to other vectors.
-        ids_path.unlink(missing_ok=True)
-        return EncodedFile(output, None, len(ids), encoder.dimension)
-    write_json(ids_path, ids)
-    return EncodedFile(output, ids_path, len(ids), encoder.dimension)
+    form = form or OutputFormat()
+    dimension = _dimension(encoder, form)
+    job = _Job(encoder, input, task, field, len(ids), dimension)
+    ids_path, ranges_path = (output.with_name(output.name + end) for end in _BESIDE)
+    ranges = _write_output(job, output, form.precision)
+    # Files of an earlier run would belong to other vectors.
+    ids_path.unlink(missing_ok=True)
+    ranges_path.unlink(missing_ok=True)
+    if ids[0] is not None:
+        write_json(ids_path, ids)
+    if ranges is not None:
+        np.save(ranges_path, ranges)
+    return EncodedFile(
+        output=output,
+        ids=None if ids[0] is None else ids_path,
+        rows=len(ids),
+        dimension=dimension,
+        ranges=None if ranges is None else ranges_path,
+    )
 
 
-def _write_vectors(
-    encoder: Encoder, input: Path, output: Path, rows: int, *, task: str | None, field: str | None
-) -> None:
-    texts = (row.text for row in read_texts(input, field))
-    header = {"descr": "<f4", "fortran_order": False, "shape": (rows, encoder.dimension)}
-    side: Side = "document" if task is None else "query"
+_BESIDE = (".ids.json", ".ranges.npy")
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """What is encoded; ``rows`` and ``dimension`` are the shape of the matrix."""
+
+    encoder: Encoder
+    input: Path
+    task: str | None
+    field: str | None
+    rows: int
+    dimension: int
+
+
+def _dimension(encoder: Encoder, form: OutputFormat) -> int:
+    width = encoder.dimension
+    wanted = width if form.truncate_dim is None else form.truncate_dim
+    if not 1 <= wanted <= width:
+        raise ConfigError(
+            f"{wanted} dimensions asked for",
+            where="truncate_dim",
+            expected=f"1 to {width}, the width of the model",
+        )
+    return wanted
+
+
+def _write_output(
+    job: _Job, output: Path, precision: OutputPrecision
+) -> NDArray[np.float32] | None:
+    """Write the vectors, quantised by way of a temporary file; returns the ranges if any."""
+    with atomic_path(output) as temporary:
+        if precision == "float32":
+            _write_vectors(job, temporary)
+            return None
+        with NamedTemporaryFile(dir=output.parent, prefix=f".{output.name}.") as full:
+            _write_vectors(job, Path(full.name))
+            return quantize_file(Path(full.name), temporary, precision)
+
+
+def _write_vectors(job: _Job, path: Path) -> None:
+    texts = (row.text for row in read_texts(job.input, job.field))
+    header = {"descr": "<f4", "fortran_order": False, "shape": (job.rows, job.dimension)}
+    side: Side = "document" if job.task is None else "query"
     written = 0
-    with atomic_path(output) as temporary, progress(rows, "encode") as bar:
-        # Written in sequence and not through a memory map, in which a full disk kills the process.
-        with open(temporary, "wb") as file:
-            np.lib.format.write_array_header_1_0(file, header)
-            while window := list(islice(texts, WINDOW_TEXTS)):
-                vectors = encode_window(encoder, window, side=side, task=task)
-                file.write(vectors.astype("<f4", order="C", copy=False).tobytes())
-                written += len(window)
-                bar.advance(len(window))
-        if written != rows:
-            raise DataError(
-                f"the file changed while it was read ({rows} texts, then {written})",
-                where=str(input),
+    # Written in sequence and not through a memory map, in which a full disk kills the process.
+    with open(path, "wb") as file, progress(job.rows, "encode") as bar:
+        np.lib.format.write_array_header_1_0(file, header)
+        while window := list(islice(texts, WINDOW_TEXTS)):
+            vectors = encode_window(job.encoder, window, side=side, task=job.task)
+            short = (
+                vectors if job.dimension == vectors.shape[1] else shorten(vectors, job.dimension)
             )
+            file.write(short.astype("<f4", order="C", copy=False).tobytes())
+            written += len(window)
+            bar.advance(len(window))
+    if written != job.rows:
+        raise DataError(
+            f"the file changed while it was read ({job.rows} texts, then {written})",
+            where=str(job.input),
+        )
 
 
 def _row_text(row: dict[str, Any], field: str | None, where: str) -> str:

@@ -79,7 +79,12 @@ class SentenceTransformerEncoder:
     def __init__(self, model: SentenceTransformer) -> None:
         self._model = model
         prompts = (model.prompts or {}).values()
-        self._follows_instructions = any(p.strip().startswith("Instruct") for p in prompts if p)
+        self.follows_instructions = any(p.strip().startswith("Instruct") for p in prompts if p)
+
+    @property
+    def model(self) -> SentenceTransformer:
+        """The wrapped model."""
+        return self._model
 
     @property
     def dimension(self) -> int:
@@ -102,7 +107,7 @@ class SentenceTransformerEncoder:
     def _encode(self, encode: Any, texts: Sequence[str], task: str | None) -> NDArray[np.float32]:
         if not texts:
             return np.empty((0, self.dimension), dtype=np.float32)
-        prompt = query_prompt(task) if self._follows_instructions and task is not None else None
+        prompt = query_prompt(task) if self.follows_instructions and task is not None else None
         vectors = encode(
             list(texts), prompt=prompt, normalize_embeddings=True, show_progress_bar=False
         )

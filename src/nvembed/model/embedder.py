@@ -217,8 +217,9 @@ class NVEmbed(SentenceTransformer):
 
     @property
     def dimension(self) -> int:
-        """Width of the embeddings."""
-        return self.pooling.width
+        """Width of the embeddings, after truncation where ``truncate_dim`` is set."""
+        width = self.pooling.width
+        return width if self.truncate_dim is None else min(width, self.truncate_dim)
 
     def encode_query(  # type: ignore[override]  # one signature for the overloads
         self,
@@ -312,7 +313,8 @@ class NVEmbed(SentenceTransformer):
                 rows.append(embedding_ND.cpu() if save_to_cpu else embedding_ND)
                 bar.advance(sum(lengths[row] for row in pack))
         if not rows:
-            return torch.empty((0, truncate_dim or self.dimension), device=target)
+            width = min(truncate_dim or self.dimension, self.pooling.width)
+            return torch.empty((0, width), device=target)
         stacked = torch.cat(rows)
         order = torch.tensor([row for pack in packs for row in pack], device=stacked.device)
         return torch.empty_like(stacked).index_copy_(0, order, stacked)

@@ -35,6 +35,7 @@ from nvembed.model.embedder import NVEmbed, model_kind
 from nvembed.model.precision import settle_precision
 from nvembed.model.settings import PoolingSettings
 from nvembed.model.source import ModelSource
+from nvembed.text.instructions import task_prompts
 from nvembed.text.template import query_prompt
 from nvembed.training.checkpoint import (
     Position,
@@ -313,7 +314,8 @@ def save_model(model: NVEmbed, config: TrainConfig, folder: Path, *, final: bool
 
     Args:
         model: the model in training; left as it is unless ``final``.
-        config: for the prompts: one per data set, and ``query`` where all retrieval sets share one.
+        config: for the prompts: one per data set, and ``query`` where all retrieval sets share one;
+            besides them those of the MTEB tasks.
         folder: written beside and moved into place.
         final: merge in place, which needs no second copy of the weights.
 
@@ -326,7 +328,7 @@ def save_model(model: NVEmbed, config: TrainConfig, folder: Path, *, final: bool
     retrieval = {prompts[d.name] for d in config.datasets if d.kind == "retrieval"}
     if len(retrieval) == 1:
         prompts["query"] = retrieval.pop()
-    saved.prompts = {"document": "", **prompts}
+    saved.prompts = {"document": "", **task_prompts(), **prompts}
     try:
         with atomic_folder(folder) as temporary:
             saved.save_pretrained(str(temporary), create_model_card=False)

@@ -42,6 +42,15 @@ def test_encode(place, tiny_decoder_dir, capsys):
     np.testing.assert_allclose(np.load("v.npy"), as_queries, atol=1e-6)
     assert not np.allclose(as_queries, expected, atol=1e-3)
 
+    assert run([*command, "--task", "FiQA2018"]) == 0  # the name of an MTEB task
+    task = "Given a financial question, retrieve relevant passages that answer the query"
+    np.testing.assert_allclose(
+        np.load("v.npy"), model.encode_query(DOCUMENTS, task=task), atol=1e-6
+    )
+    capsys.readouterr()
+    assert run([*command, "--task", "FiQA2019"]) == 2
+    assert "perhaps FiQA2018" in capsys.readouterr().err
+
 
 def test_search(place, tiny_decoder_dir, capsys, monkeypatch):
     monkeypatch.setenv("HOME", str(place))  # where the cache of document vectors goes

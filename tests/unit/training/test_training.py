@@ -302,7 +302,10 @@ def test_mining_before_a_stage_gives_negatives(tmp_path: Path, tiny_decoder_dir:
     mined = (tmp_path / "run" / "mined" / "two" / "pairs.jsonl").read_text().splitlines()
     assert all(len(json.loads(line)["negative"]) == 3 for line in mined)
     assert rows(tmp_path / "run")[1]["effective_negatives"] == 2.0
-    assert (tmp_path / "run" / "model-one" / "modules.json").is_file()
+    settings = tmp_path / "run" / "model-one" / "config_sentence_transformers.json"
+    prompts = json.loads(settings.read_text())["prompts"]
+    assert prompts["SciFact"].startswith("Instruct: Given a scientific claim, retrieve")
+    assert prompts["query"] == prompts["pairs"] != prompts["SciFact"]
     # Starting over must not use what an earlier model mined.
     for path in (tmp_path / "run" / "mined" / "two").iterdir():
         path.write_text("stale")

@@ -1,0 +1,1 @@
+"""``nvembed doctor``: what a model folder does, found by running it."""

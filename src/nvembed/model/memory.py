@@ -1,0 +1,135 @@
+"""How much memory encoding takes: counted weights, and a forecast of one forward pass.
+
+    one forward of T tokens, at its fullest point, in elements of the compute dtype:
+    attention   T · (3 D + 5 Q + 2 K)    embedding, residual, normed input; queries, keys and values
+                                         repeated to all heads, output and its copy; keys and values
+    MLP         T · (4 D + 3 I)          the same and the attention's output; gate, up and product
+    pooling     T · (2 H R + 4 D) or T · 20 D, whichever is more (latent attention: scores and
+                softmax, or its GEGLU); T · 3 D for the others
+    activations = the largest of the three; no score matrix, as SDPA and varlen_attn keep none
+
+D hidden width, Q query heads · head width, K key heads · head width, I width of the MLP, H and R
+heads and latents of latent attention. Checked against counted tensors in
+``tests/unit/model/test_memory.py`` (within 15 %).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+BYTES = {"float32": 4, "bfloat16": 2}
+
+FORMULA = (
+    "weights + the fullest point of one forward: "
+    "T · max(3 D + 5 Q + 2 K, 4 D + 3 I) · bytes, or the pooling if that needs more"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """The numbers of a backbone that memory depends on; see the module docstring."""
+
+    width: int
+    query_width: int
+    key_width: int
+    mlp_width: int
+    pooling_heads: int = 0
+    pooling_latents: int = 0
+
+    @classmethod
+    def of_config(cls, config: Any, *, pooling_heads: int = 0, pooling_latents: int = 0) -> Shape:
+        """Read them from a transformers config; unusual families fall back to common ratios."""
+        width = int(config.hidden_size)
+        heads = int(getattr(config, "num_attention_heads", None) or 1)
+        head_width = int(getattr(config, "head_dim", None) or width // heads)
+        key_heads = int(getattr(config, "num_key_value_heads", None) or heads)
+        mlp_width = int(getattr(config, "intermediate_size", None) or 4 * width)
+        return cls(
+            width,
+            heads * head_width,
+            key_heads * head_width,
+            mlp_width,
+            pooling_heads,
+            pooling_latents,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryForecast:
+    """Bytes that encoding needs in a dtype, Python and its libraries left out.
+
+    Attributes:
+        dtype: of all modules.
+        tokens: of one forward.
+        weights: of all modules, with the folded latents.
+        activations: at the fullest point of one forward.
+    """
+
+    dtype: str
+    tokens: int
+    weights: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """Weights and activations."""
+        return self.weights + self.activations
+
+
+def activation_bytes(shape: Shape, tokens: int, bytes_per_element: int) -> int:
+    """Forecast the fullest point of one forward without gradients; see the module docstring."""
+    attention = 3 * shape.width + 5 * shape.query_width + 2 * shape.key_width
+    mlp = 4 * shape.width + 3 * shape.mlp_width
+    if shape.pooling_latents:
+        scores = 2 * shape.pooling_heads * shape.pooling_latents + 4 * shape.width
+        pooling = max(scores, 20 * shape.width)
+    else:
+        pooling = 3 * shape.width
+    return tokens * max(attention, mlp, pooling) * bytes_per_element
+
+
+def folded_elements(shape: Shape) -> int:
+    """Elements of the folded latents that ``encode`` keeps."""
+    return 2 * shape.pooling_heads * shape.pooling_latents * shape.width
+
+
+def forecast(shape: Shape, dtype: str, tokens: int, elements: int) -> MemoryForecast:
+    """Forecast encoding.
+
+    Args:
+        shape: of the model.
+        dtype: a key of ``BYTES``; sentence-transformers gives all modules that of the first.
+        tokens: of one forward.
+        elements: number of weights of all modules.
+    """
+    size = BYTES[dtype]
+    weights = (elements + folded_elements(shape)) * size
+    return MemoryForecast(dtype, tokens, weights, activation_bytes(shape, tokens, size))
+
+
+def weight_bytes(module: nn.Module) -> dict[tuple[str, str], int]:
+    """Count the bytes of parameters and buffers by (device, dtype); shared ones once.
+
+    Quantised weights count what they hold, under the dtype of their integers.
+    """
+    found: Counter[tuple[str, str]] = Counter()
+    for tensor in [*module.parameters(), *module.buffers()]:
+        for part in inner_tensors(tensor):
+            key = (str(part.device), str(part.dtype).removeprefix("torch."))
+            found[key] += part.numel() * part.element_size()
+    return dict(found)
+
+
+def inner_tensors(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """List the plain tensors that a tensor holds: itself, or those of a quantised subclass."""
+    flatten = getattr(tensor, "__tensor_flatten__", None)
+    if flatten is None:
+        state = getattr(tensor, "quant_state", None)  # 4-bit weights keep their scales beside them
+        scales = [] if state is None else [state.absmax, state.code]
+        return [tensor, *scales]
+    return [part for name in flatten()[0] for part in inner_tensors(getattr(tensor, name))]

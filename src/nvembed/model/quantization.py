@@ -1,0 +1,92 @@
+"""Weight-only quantisation of the backbone: 8 or 4 bits per weight, computation as before.
+
+    int8  8 bits, one scale per output row                        (torchao)
+    fp8   8 bits, E4M3 floating point, one scale per output row   (torchao)
+    nf4   4 bits, quantiles of a normal, one scale per 64 weights (bitsandbytes)
+
+Only the linear layers of the backbone are quantised: embeddings, norms and the pooling head stay as
+they are. A quantised model encodes; it is neither trained nor saved. What each kind costs in
+accuracy is in docs/results.md, made by ``benchmarks/quantization.py``.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import nn
+
+from nvembed.core.errors import ModelError
+
+if TYPE_CHECKING:
+    from nvembed.model.embedder import NVEmbed
+
+Quantization = Literal["int8", "fp8", "nf4"]
+
+# What bitsandbytes' layout for CPUs with AVX512-BF16 needs; others would take any width.
+_BLOCK, _ROWS = 64, 32
+
+
+@torch.no_grad()
+def quantize_backbone(model: NVEmbed, kind: Quantization) -> None:
+    """Quantise the linear layers of the backbone, in place.
+
+    Args:
+        model: a loaded model, its adapters merged.
+        kind: see the module docstring.
+
+    Raises:
+        ModelError: the library for this kind is not installed, the backbone has adapters, is
+            quantised already, or has widths that ``nf4`` cannot take.
+    """
+    backbone = model.backbone.model
+    if hasattr(backbone, "peft_config"):
+        raise ModelError("the backbone has adapters", hint="Merge them first (merge_lora)")
+    linear = [(name, m) for name, m in backbone.named_modules() if isinstance(m, nn.Linear)]
+    if not linear or any(type(m.weight) is not nn.Parameter for _, m in linear):
+        raise ModelError("the backbone is quantised already", hint="Load it again")
+    try:
+        if kind == "nf4":
+            _four_bit(backbone, linear)
+        else:
+            _eight_bit(backbone, kind)
+    except ModuleNotFoundError as error:
+        raise ModelError(
+            f"{kind} needs the package {error.name!r}",
+            hint="Install it with: pip install 'nvembed[quantization]'",
+        ) from error
+
+
+def _eight_bit(backbone: nn.Module, kind: Literal["int8", "fp8"]) -> None:
+    from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
+
+    config = Int8WeightOnlyConfig() if kind == "int8" else Float8WeightOnlyConfig()
+    quantize_(backbone, config)
+
+
+def _four_bit(backbone: nn.Module, linear: list[tuple[str, nn.Linear]]) -> None:
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    for name, layer in linear:
+        if layer.in_features % _BLOCK or layer.out_features % _ROWS:
+            raise ModelError(
+                f"nf4 cannot take {name} of {layer.out_features} × {layer.in_features}",
+                expected=f"rows in multiples of {_ROWS}, columns of {_BLOCK}",
+                hint="Use int8",
+            )
+    for name, layer in linear:
+        weight = layer.weight
+        made: Any = Linear4bit(
+            layer.in_features,
+            layer.out_features,
+            bias=layer.bias is not None,
+            compute_dtype=weight.dtype,
+            quant_type="nf4",
+            device="meta",
+        )
+        # Quantised by the move to a device, on a CPU too.
+        made.weight = Params4bit(weight.data, requires_grad=False, quant_type="nf4").to(
+            weight.device
+        )
+        made.bias = layer.bias
+        backbone.set_submodule(name, made)

@@ -1,0 +1,107 @@
+"""The memory forecast against tensors that are counted while they live."""
+
+from __future__ import annotations
+
+import weakref
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoModel, MistralConfig
+
+from nvembed.model.attention import FLAT_ATTENTION
+from nvembed.model.backbone import Backbone
+from nvembed.model.embedder import NVEmbed, embed_pack
+from nvembed.model.memory import Shape, activation_bytes, folded_elements, forecast, weight_bytes
+from nvembed.model.pooling import build_pooling
+from nvembed.text.tokens import TokenizedText
+
+
+class PeakBytes(TorchDispatchMode):
+    """Counts the storages that operators return, for as long as somebody holds them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        given = {
+            leaf.untyped_storage()._cdata
+            for leaf in tree_leaves((args, kwargs))
+            if isinstance(leaf, torch.Tensor)
+        }
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                storage = leaf.untyped_storage()
+                key = storage._cdata
+                if key not in given and key not in self._known:
+                    self._known.add(key)
+                    self.live += storage.nbytes()
+                    self.peak = max(self.peak, self.live)
+                    weakref.finalize(storage, self._freed, key, storage.nbytes())
+        return result
+
+    def _freed(self, key: int, nbytes: int) -> None:
+        self._known.discard(key)
+        self.live -= nbytes
+
+
+def build(tokenizer, pooling: str, **changes) -> NVEmbed:
+    settings = {
+        "hidden_size": 64,
+        "intermediate_size": 224,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        **changes,
+    }
+    config = MistralConfig(vocab_size=len(tokenizer), use_cache=False, **settings)
+    model = AutoModel.from_config(config, attn_implementation=FLAT_ATTENTION)
+    head = build_pooling(pooling, config.hidden_size, num_latents=64, num_heads=8)
+    return NVEmbed(modules=[Backbone(model, tokenizer), head], device="cpu").eval()
+
+
+CASES = {
+    "wide MLP": ("mean", {}),
+    "narrow MLP": ("mean", {"intermediate_size": 64}),
+    "wide heads": ("last", {"head_dim": 48}),
+    "latent scores": ("latent", {}),
+    "latent MLP": ("latent", {"hidden_size": 128, "head_dim": 32, "intermediate_size": 128}),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("case", CASES)
+def test_the_forecast_is_within_15_percent_of_what_is_counted(tiny_tokenizer, case, dtype) -> None:
+    pooling, changes = CASES[case]
+    model = build(tiny_tokenizer, pooling, **changes)
+    model.to(dtype)
+    texts = [TokenizedText(tuple(range(3, 67)), 4)] * 16
+    with torch.no_grad(), model.pooling.fixed_weights(), PeakBytes() as counted:
+        embed_pack(model, texts)
+    latents = 64 if pooling == "latent" else 0
+    shape = Shape.of_config(
+        model.backbone.model.config, pooling_heads=8 if latents else 0, pooling_latents=latents
+    )
+    expected = activation_bytes(shape, 16 * 64, dtype.itemsize)
+    assert expected == pytest.approx(counted.peak, rel=0.15), expected / counted.peak
+
+
+def test_weights_are_counted_exactly(tiny_tokenizer) -> None:
+    model = build(tiny_tokenizer, "latent")
+    elements = sum(p.numel() for p in model.backbone.parameters())
+    head = sum(p.numel() for p in model.pooling.parameters())
+    assert weight_bytes(model.pooling) == {("cpu", "float32"): 4 * head}
+    shape = Shape.of_config(model.backbone.model.config, pooling_heads=8, pooling_latents=64)
+    folded = model.pooling.layer.fold()
+    assert folded_elements(shape) == sum(x.numel() for x in folded)
+    done = forecast(shape, "bfloat16", 10, elements + head)
+    assert done.weights == 2 * (elements + head + folded_elements(shape))
+    assert done.total == done.weights + activation_bytes(shape, 10, 2)
+    model.backbone.model.to(torch.bfloat16)
+    buffers = sum(b.numel() * b.element_size() for b in model.backbone.buffers())
+    assert weight_bytes(model.backbone) == {("cpu", "bfloat16"): 2 * elements + buffers}

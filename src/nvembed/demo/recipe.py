@@ -74,7 +74,7 @@ def demo_config(
             StageConfig(
                 name=STAGES[0],
                 steps=steps.stage1,
-                batch_size=64,
+                batch_size=128,
                 learning_rate=2e-3,
                 warmup_steps=min(30, max(1, steps.stage1 // 10)),
                 in_batch_negatives=True,
@@ -85,7 +85,7 @@ def demo_config(
                 name=STAGES[1],
                 steps=steps.stage2,
                 batch_size=32,
-                learning_rate=5e-4,
+                learning_rate=1e-4,
                 warmup_steps=min(15, max(1, steps.stage2 // 10)),
                 in_batch_negatives=False,
                 num_negatives=4,

@@ -221,7 +221,9 @@ class _Demo:
                     str(model), corpus, query, task=None, top_k=3, dtype="auto", cache=self.cache
                 ),
             )
-        self.console.print(f"\nplots: {self.output}/losses.png, {self.output}/scores.png")
+        self.console.print(
+            f"\nplots: {self.output}/losses.png, {self.output}/scores.png", soft_wrap=True
+        )
         self.console.print(f"took {self._elapsed() / 60:.1f} minutes\n")
         for purpose, command in next_commands(self.output):
             self.console.print(f"[bold]{purpose}[/bold]")

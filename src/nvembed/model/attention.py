@@ -36,7 +36,7 @@ _UNSUPPORTED = ("s_aux", "position_bias", "sinks")
 # On a CPU, up to this length two batched products with a softmax between are faster than SDPA's
 # fused kernel, whose backward pass is slow for many short rows: 50 segments of 80 tokens, forward
 # and backward in bfloat16, 7.1 against 27.3 ms; 1,024 tokens, 15.4 against 16.2 (docs/log.md).
-_SHORT_TOKENS = 256
+SHORT_TOKENS = 256
 
 
 def flat_attention(
@@ -95,12 +95,13 @@ def _varlen(
     from torch.nn.attention.varlen import varlen_attn  # absent from CPU-only builds of torch
 
     grouped = key_HTE.shape[0] != query_HTE.shape[0]
+    starts = segments.cu_seqlens.to(query_HTE.device)  # elsewhere where layers lie on several GPUs
     out = varlen_attn(
         query_HTE.transpose(0, 1).contiguous(),
         key_HTE.transpose(0, 1).contiguous(),
         value_HTE.transpose(0, 1).contiguous(),
-        segments.cu_seqlens,
-        segments.cu_seqlens,
+        starts,
+        starts,
         segments.max_length,
         segments.max_length,
         scale=scaling,
@@ -132,7 +133,7 @@ def _grouped(
         strict=True,
     ):
         q, k, v = (x_HTE.unflatten(1, (count, length)).transpose(0, 1) for x_HTE in parts)
-        if softcap or (q.device.type == "cpu" and length <= _SHORT_TOKENS):
+        if softcap or (q.device.type == "cpu" and length <= SHORT_TOKENS):
             out_GHLE = _block_attention(q, k, v, causal, scaling, dropout, softcap)
         else:
             out_GHLE = nn.functional.scaled_dot_product_attention(

@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
 
 from nvembed.core.errors import ModelError
 from nvembed.model.attention import FLAT_ATTENTION, OTHER_BACKBONE
+from nvembed.model.placement import DeviceMap, main_device
 from nvembed.model.probe import probe_direction
 from nvembed.model.settings import AttentionDirection
 from nvembed.text.packing import FlatBatch, flatten
@@ -83,6 +84,7 @@ class Backbone(InputModule):
         cache_folder: str | None = None,
         local_files_only: bool = False,
         trust_remote_code: bool = False,
+        device_map: DeviceMap | None = None,
         attention: AttentionDirection = "bidirectional",
         max_tokens: int = 512,
         text_style: TextStyle = "nvembed",
@@ -99,6 +101,7 @@ class Backbone(InputModule):
             cache_folder: where downloads are kept.
             local_files_only: never ask the hub.
             trust_remote_code: run code that comes with the model; off, and rarely needed.
+            device_map: spread the layers over devices, see ``model/placement.py``.
             attention: see the class.
             max_tokens: see the class.
             text_style: see the class.
@@ -124,6 +127,7 @@ class Backbone(InputModule):
                 config=config,
                 attn_implementation=FLAT_ATTENTION,
                 dtype=dtype or torch.float32,
+                device_map=device_map,
                 **where,
             )
             tokenizer = AutoTokenizer.from_pretrained(name_or_path, **where)
@@ -167,6 +171,17 @@ class Backbone(InputModule):
         self.max_tokens = value
 
     @property
+    def device(self) -> torch.device:
+        """Where flat batches go."""
+        return main_device(self.model)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        # ``to(device)`` of the whole model must not gather what device_map has spread.
+        if getattr(self.model, "hf_device_map", None):
+            return self
+        return super()._apply(fn, recurse)
+
+    @property
     def dtype(self) -> torch.dtype:
         """Type of the weights."""
         return next(self.model.parameters()).dtype
@@ -192,8 +207,7 @@ class Backbone(InputModule):
 
     def forward(self, features: dict[str, Any], **_: Any) -> dict[str, Any]:
         """Add ``token_embeddings`` ``(T, D)`` for the flat batch under ``flat``."""
-        device = next(self.model.parameters()).device
-        features["flat"] = features["flat"].to(device)
+        features["flat"] = features["flat"].to(self.device)
         features["token_embeddings"] = self.hidden(features["flat"])
         return features
 
@@ -212,7 +226,7 @@ class Backbone(InputModule):
     def states(self, rows: Sequence[Sequence[int]]) -> Tensor:
         """Last hidden states ``(T, D)`` of rows of token ids, the longest row first."""
         flat = flatten([TokenizedText(tuple(row), 0) for row in rows])
-        return self.hidden(flat.to(next(self.model.parameters()).device))
+        return self.hidden(flat.to(self.device))
 
     def save(
         self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any
@@ -244,10 +258,12 @@ class Backbone(InputModule):
             revision=revision,
             local_files_only=local_files_only,
         )
-        wanted = (model_kwargs or {}).get("dtype") or (model_kwargs or {}).get("torch_dtype")
+        given = model_kwargs or {}
+        wanted = given.get("dtype") or given.get("torch_dtype")
         return cls.from_pretrained(
             path,
             dtype=wanted or "auto",
+            device_map=given.get("device_map"),
             revision=revision,
             token=token,
             cache_folder=cache_folder,
@@ -264,8 +280,7 @@ def prove_direction(backbone: Backbone, *, name: str) -> None:
             reverse), a neighbour in the pack changes a text, or the family does not run at all.
     """
     model = backbone.model
-    parameter = next(model.parameters())
-    if parameter.is_meta:
+    if main_device(model).type == "meta":
         return
     was_training = model.training
     model.eval()

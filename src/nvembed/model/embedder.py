@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -25,6 +26,7 @@ from nvembed.core.progress import progress
 from nvembed.model.backbone import Backbone
 from nvembed.model.official import MODEL_TYPE, is_official
 from nvembed.model.official_load import load_official
+from nvembed.model.placement import DeviceMap
 from nvembed.model.pooling import (
     LastTokenPooling,
     LatentAttentionPooling,
@@ -57,6 +59,15 @@ CPU_PACK_TOKENS = 2048
 CUDA_PACK_TOKENS = 16384
 
 
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where and in which type the weights of a model are wanted; see ``from_pretrained``."""
+
+    device: str | None
+    device_map: DeviceMap | None
+    dtype: torch.dtype | str | None
+
+
 class NVEmbed(SentenceTransformer):
     """A text-embedding model made from a decoder LM by the NV-Embed recipe.
 
@@ -74,7 +85,7 @@ class NVEmbed(SentenceTransformer):
         attention: AttentionDirection | None = None,
         max_tokens: int | None = None,
         device: str | None = None,
-        device_map: object = None,
+        device_map: DeviceMap | None = None,
         dtype: torch.dtype | str | None = None,
         revision: str | None = None,
         token: bool | str | None = None,
@@ -94,7 +105,7 @@ class NVEmbed(SentenceTransformer):
             attention: for a new model (default ``bidirectional``).
             max_tokens: longest sequence; ``None`` keeps the saved limit (512 for a new model).
             device: ``None`` picks the best there is.
-            device_map: not supported: a model lies on one device.
+            device_map: spread the backbone over devices: ``"auto"``, or module name → device.
             dtype: ``None`` keeps the saved dtype (float32 for a new model; for an official one
                 bfloat16 on CUDA and float32 elsewhere); ``"auto"`` is the stored dtype.
             revision: commit, tag or branch on the hub.
@@ -108,13 +119,7 @@ class NVEmbed(SentenceTransformer):
         """
         source = ModelSource(str(name_or_path), revision, token, cache_folder, local_files_only)
         source.check()
-        if device_map is not None:
-            raise ModelError(
-                "device_map is not supported",
-                where=source.name,
-                expected="device=..., one device for the whole model",
-                hint="If it does not fit, ask for dtype='bfloat16'",
-            )
+        place = _Place(device, device_map, dtype)
         new = {
             "pooling": pooling,
             "num_latents": num_latents,
@@ -124,13 +129,14 @@ class NVEmbed(SentenceTransformer):
         match model_kind(source):
             case "official":
                 _refuse_new(new, source)
-                return cls._load_official(source, device, dtype, max_tokens)
+                return cls._load_official(source, place, max_tokens)
             case "saved":
                 _refuse_new(new, source)
-                return cls._load_saved(source, device, dtype, max_tokens)
+                return cls._load_saved(source, place, max_tokens)
         backbone = Backbone.from_pretrained(
             source.name,
             dtype=dtype,
+            device_map=device_map,
             attention=attention or "bidirectional",
             max_tokens=max_tokens or 512,
             **source.options(),
@@ -144,27 +150,21 @@ class NVEmbed(SentenceTransformer):
         return cls(modules=[backbone, head, Normalize()], device=device)
 
     @classmethod
-    def _load_official(
-        cls,
-        source: ModelSource,
-        device: str | None,
-        dtype: torch.dtype | str | None,
-        max_tokens: int | None,
-    ) -> Self:
-        place = device or get_device_name()
-        backbone, pooling = load_official(source, device=place, dtype=dtype, max_tokens=max_tokens)
-        model = cls(modules=[backbone, pooling, Normalize()], device=place)
+    def _load_official(cls, source: ModelSource, place: _Place, max_tokens: int | None) -> Self:
+        device = place.device or get_device_name()
+        backbone, pooling = load_official(
+            source,
+            device=device,
+            device_map=place.device_map,
+            dtype=place.dtype,
+            max_tokens=max_tokens,
+        )
+        model = cls(modules=[backbone, pooling, Normalize()], device=device)
         model._read_settings(source)
         return model
 
     @classmethod
-    def _load_saved(
-        cls,
-        source: ModelSource,
-        device: str | None,
-        dtype: torch.dtype | str | None,
-        max_tokens: int | None,
-    ) -> Self:
+    def _load_saved(cls, source: ModelSource, place: _Place, max_tokens: int | None) -> Self:
         modules_json = source.require("modules.json")
         modules: list[torch.nn.Module] = []
         for entry in json.loads(modules_json.read_text(encoding="utf-8")):
@@ -178,7 +178,8 @@ class NVEmbed(SentenceTransformer):
                         hint="Load it with SentenceTransformer(..., trust_remote_code=True)",
                     )
                 module_class = import_from_string(entry["type"])
-            model_kwargs = {"dtype": dtype} if dtype is not None else {}
+            wanted = {"dtype": place.dtype, "device_map": place.device_map}
+            model_kwargs = {key: value for key, value in wanted.items() if value is not None}
             modules.append(
                 module_class.load(
                     source.name,
@@ -188,7 +189,7 @@ class NVEmbed(SentenceTransformer):
                     **source.options(),
                 )
             )
-        model = cls(modules=modules, device=device)
+        model = cls(modules=modules, device=place.device)
         model._read_settings(source)
         if max_tokens is not None:
             model.max_seq_length = max_tokens

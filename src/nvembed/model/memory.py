@@ -1,14 +1,16 @@
 """How much memory encoding takes: counted weights, and a forecast of one forward pass.
 
     one forward of T tokens, at its fullest point, in elements of the compute dtype:
-    attention   T · (3 D + 5 Q + 2 K)    embedding, residual, normed input; queries, keys and values
-                                         repeated to all heads, output and its copy; keys and values
+    attention   T · (3 D + 4 Q + 2 K + max(Q, 2 N L))
+                                         embedding, residual, normed input; queries, their copies,
+                                         output; keys and values; scores and softmax where attention
+                                         is plain products (a CPU, texts of L tokens up to 256)
     MLP         T · (4 D + 3 I)          the same and the attention's output; gate, up and product
     pooling     T · (2 H R + 4 D) or T · 20 D, whichever is more (latent attention: scores and
                 softmax, or its GEGLU); T · 3 D for the others
-    activations = the largest of the three; no score matrix, as SDPA and varlen_attn keep none
+    activations = the largest of the three
 
-D hidden width, Q query heads · head width, K key heads · head width, I width of the MLP, H and R
+D hidden width, N query heads, Q and K query and key heads · head width, I width of the MLP, H and R
 heads and latents of latent attention. Checked against counted tensors in
 ``tests/unit/model/test_memory.py`` (within 15 %).
 """
@@ -26,7 +28,7 @@ BYTES = {"float32": 4, "bfloat16": 2}
 
 FORMULA = (
     "weights + the fullest point of one forward: "
-    "T · max(3 D + 5 Q + 2 K, 4 D + 3 I) · bytes, or the pooling if that needs more"
+    "T · max(3 D + 4 Q + 2 K + max(Q, 2 N L), 4 D + 3 I) · bytes, or the pooling if that needs more"
 )
 
 
@@ -35,6 +37,7 @@ class Shape:
     """The numbers of a backbone that memory depends on; see the module docstring."""
 
     width: int
+    num_heads: int
     query_width: int
     key_width: int
     mlp_width: int
@@ -51,6 +54,7 @@ class Shape:
         mlp_width = int(getattr(config, "intermediate_size", None) or 4 * width)
         return cls(
             width,
+            heads,
             heads * head_width,
             key_heads * head_width,
             mlp_width,
@@ -81,13 +85,23 @@ class MemoryForecast:
         return self.weights + self.activations
 
 
-def activation_bytes(shape: Shape, tokens: int, bytes_per_element: int) -> int:
-    """Forecast the fullest point of one forward without gradients; see the module docstring."""
-    attention = 3 * shape.width + 5 * shape.query_width + 2 * shape.key_width
+def activation_bytes(
+    shape: Shape, tokens: int, bytes_per_element: int, *, score_tokens: int
+) -> int:
+    """Forecast the fullest point of one forward without gradients; see the module docstring.
+
+    Args:
+        shape: of the model.
+        tokens: of the forward.
+        bytes_per_element: of the compute dtype.
+        score_tokens: length of the texts whose scores are held, 0 where kernels hold none.
+    """
+    scores = max(shape.query_width, 2 * shape.num_heads * score_tokens)
+    attention = 3 * shape.width + 4 * shape.query_width + 2 * shape.key_width + scores
     mlp = 4 * shape.width + 3 * shape.mlp_width
     if shape.pooling_latents:
-        scores = 2 * shape.pooling_heads * shape.pooling_latents + 4 * shape.width
-        pooling = max(scores, 20 * shape.width)
+        latent_scores = 2 * shape.pooling_heads * shape.pooling_latents + 4 * shape.width
+        pooling = max(latent_scores, 20 * shape.width)
     else:
         pooling = 3 * shape.width
     return tokens * max(attention, mlp, pooling) * bytes_per_element
@@ -98,7 +112,9 @@ def folded_elements(shape: Shape) -> int:
     return 2 * shape.pooling_heads * shape.pooling_latents * shape.width
 
 
-def forecast(shape: Shape, dtype: str, tokens: int, elements: int) -> MemoryForecast:
+def forecast(
+    shape: Shape, dtype: str, tokens: int, elements: int, *, score_tokens: int
+) -> MemoryForecast:
     """Forecast encoding.
 
     Args:
@@ -106,10 +122,12 @@ def forecast(shape: Shape, dtype: str, tokens: int, elements: int) -> MemoryFore
         dtype: a key of ``BYTES``; sentence-transformers gives all modules that of the first.
         tokens: of one forward.
         elements: number of weights of all modules.
+        score_tokens: see ``activation_bytes``.
     """
     size = BYTES[dtype]
     weights = (elements + folded_elements(shape)) * size
-    return MemoryForecast(dtype, tokens, weights, activation_bytes(shape, tokens, size))
+    activations = activation_bytes(shape, tokens, size, score_tokens=score_tokens)
+    return MemoryForecast(dtype, tokens, weights, activations)
 
 
 def weight_bytes(module: nn.Module) -> dict[tuple[str, str], int]:

@@ -18,6 +18,7 @@ from nvembed.core.errors import ModelError
 from nvembed.model.attention import FLAT_ATTENTION
 from nvembed.model.backbone import Backbone, prove_direction
 from nvembed.model.official import LatentShape, official_name, own_name, read_config
+from nvembed.model.placement import DeviceMap, place_of, plan_places, spread
 from nvembed.model.pooling import LatentAttentionPooling
 from nvembed.model.shards import StoredTensor, read_tensor, stored_tensors
 from nvembed.model.source import ModelSource
@@ -30,6 +31,7 @@ def load_official(
     source: ModelSource,
     *,
     device: str,
+    device_map: DeviceMap | None = None,
     dtype: torch.dtype | str | None = None,
     max_tokens: int | None = None,
 ) -> tuple[Backbone, LatentAttentionPooling]:
@@ -37,7 +39,8 @@ def load_official(
 
     Args:
         source: folder or hub id; its ``config.json`` is official.
-        device: where the weights go.
+        device: where the weights go; with ``device_map`` those of the pooling.
+        device_map: spread the backbone over devices, see ``model/placement.py``.
         dtype: of the weights; ``None`` means bfloat16 on CUDA and float32 elsewhere, ``"auto"`` the
             stored dtype.
         max_tokens: longest sequence; ``None`` takes the folder's limit.
@@ -55,19 +58,25 @@ def load_official(
     decoder, pooling = empty_modules(decoder_config, latent)
     stored = stored_tensors(source)
     check_tensors(official_shapes(decoder, pooling), stored, where=source.name)
-    weights = {
-        own_name(name): read_tensor(name, place, torch.device(device), wanted)
-        for name, place in stored.items()
-    }
+    main = torch.device(device)
+    places = None if device_map is None else plan_places(decoder, device_map, wanted)
+    weights = {}
+    for name, tensor in stored.items():
+        own_key = own_name(name)
+        assert own_key is not None, name
+        inner = own_key.removeprefix("0.model.")
+        place = place_of(inner, places) if places and inner != own_key else main
+        weights[own_key] = read_tensor(name, tensor, place, wanted)
     for prefix, module in (("0.model.", decoder), ("1.", pooling)):
         own = {
-            name.removeprefix(prefix): weights[name]
-            for name in weights
-            if name is not None and name.startswith(prefix)
+            name.removeprefix(prefix): weights[name] for name in weights if name.startswith(prefix)
         }
         module.load_state_dict(own, assign=True)
     # Its buffers are computed, not stored, so building without memory left them empty.
-    decoder.rotary_emb = type(decoder.rotary_emb)(decoder_config).to(device)
+    rotary_place = place_of("rotary_emb", places) if places else main
+    decoder.rotary_emb = type(decoder.rotary_emb)(decoder_config).to(rotary_place)
+    if places:
+        spread(decoder, places)
     backbone = Backbone(
         decoder.eval(),
         tokenizer,

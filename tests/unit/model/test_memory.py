@@ -87,7 +87,7 @@ def test_the_forecast_is_within_15_percent_of_what_is_counted(tiny_tokenizer, ca
     shape = Shape.of_config(
         model.backbone.model.config, pooling_heads=8 if latents else 0, pooling_latents=latents
     )
-    expected = activation_bytes(shape, 16 * 64, dtype.itemsize)
+    expected = activation_bytes(shape, 16 * 64, dtype.itemsize, score_tokens=64)
     assert expected == pytest.approx(counted.peak, rel=0.15), expected / counted.peak
 
 
@@ -99,9 +99,9 @@ def test_weights_are_counted_exactly(tiny_tokenizer) -> None:
     shape = Shape.of_config(model.backbone.model.config, pooling_heads=8, pooling_latents=64)
     folded = model.pooling.layer.fold()
     assert folded_elements(shape) == sum(x.numel() for x in folded)
-    done = forecast(shape, "bfloat16", 10, elements + head)
+    done = forecast(shape, "bfloat16", 10, elements + head, score_tokens=5)
     assert done.weights == 2 * (elements + head + folded_elements(shape))
-    assert done.total == done.weights + activation_bytes(shape, 10, 2)
+    assert done.total == done.weights + activation_bytes(shape, 10, 2, score_tokens=5)
     model.backbone.model.to(torch.bfloat16)
     buffers = sum(b.numel() * b.element_size() for b in model.backbone.buffers())
     assert weight_bytes(model.backbone) == {("cpu", "bfloat16"): 2 * elements + buffers}

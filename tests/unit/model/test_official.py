@@ -290,8 +290,6 @@ def test_shards(official: Path, tmp_path: Path, tiny_tokenizer) -> None:
 def test_options_of_an_official_model_are_refused(official: Path) -> None:
     with pytest.raises(ModelError, match="pooling: pooling and attention are fixed"):
         NVEmbed.from_pretrained(official, pooling="mean")
-    with pytest.raises(ModelError, match="device_map"):
-        NVEmbed.from_pretrained(official, device_map="auto")
 
 
 def hub_cache(folder: Path, cache: Path, commit: str, repository: str) -> Path:

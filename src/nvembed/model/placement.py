@@ -1,0 +1,94 @@
+"""Where the layers of a backbone lie when one device is too small for them (``device_map``).
+
+accelerate plans the places and moves the states between them; layers placed on the CPU beside a GPU
+wait there and are copied over for every forward. The pooling lies on the main device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from accelerate import dispatch_model, infer_auto_device_map
+from accelerate.utils import get_balanced_memory
+from transformers import PreTrainedModel
+
+from nvembed.core.errors import ModelError
+
+DeviceMap = str | Mapping[str, int | str | torch.device]
+"""``"auto"``, or module of the backbone → device, ``""`` standing for all that is not named."""
+
+
+def plan_places(
+    decoder: PreTrainedModel, device_map: DeviceMap, dtype: torch.dtype | None
+) -> dict[str, torch.device]:
+    """Settle where every module of a backbone goes.
+
+    Args:
+        decoder: may lie on the meta device.
+        device_map: see ``DeviceMap``.
+        dtype: of the weights to come; ``None`` is that of the decoder.
+
+    Raises:
+        ModelError: a module is given no place, or the places of ``"auto"`` do not suffice.
+    """
+    if isinstance(device_map, str):
+        if device_map != "auto":
+            raise ModelError(
+                f"unknown device_map {device_map!r}",
+                expected='"auto", or a mapping from module names to devices',
+            )
+        whole = list(decoder._no_split_modules or ())
+        memory = get_balanced_memory(decoder, dtype=dtype, no_split_module_classes=whole)
+        asked: Mapping[str, int | str | torch.device] = infer_auto_device_map(
+            decoder, max_memory=memory, dtype=dtype, no_split_module_classes=whole
+        )
+    else:
+        asked = device_map
+    if "disk" in asked.values():
+        raise ModelError(
+            "the model does not fit into the memory of all devices together",
+            where="device_map",
+            expected="places other than disk, which no forward could wait for",
+            hint="Ask for dtype='bfloat16', or quantise it",
+        )
+    places = {name: torch.device(place) for name, place in asked.items()}
+    for name, _ in decoder.named_parameters():
+        place_of(name, places)
+    return places
+
+
+def place_of(parameter: str, places: Mapping[str, torch.device]) -> torch.device:
+    """Return the device of a parameter of the backbone: that of the longest name that covers it.
+
+    Raises:
+        ModelError: no name does.
+    """
+    parts = parameter.split(".")
+    for length in range(len(parts), -1, -1):
+        if (found := places.get(".".join(parts[:length]))) is not None:
+            return found
+    raise ModelError(
+        f"no device for {parameter}",
+        where="device_map",
+        expected="a place for every module of the backbone, such as {'': 'cuda:0'}",
+    )
+
+
+def spread(decoder: PreTrainedModel, places: Mapping[str, torch.device]) -> None:
+    """Let the states of a loaded backbone travel between its places, in place."""
+    on_accelerators: dict[str, Any] = {
+        name: place.index if place.index is not None else str(place)
+        for name, place in places.items()
+    }
+    dispatch_model(decoder, device_map=on_accelerators, force_hooks=True)
+
+
+def main_device(decoder: torch.nn.Module) -> torch.device:
+    """Where inputs go: of a spread backbone the first place that is not the CPU beside a GPU."""
+    spread_over = getattr(decoder, "hf_device_map", None)
+    if not spread_over:
+        return next(decoder.parameters()).device
+    places = [torch.device(place) for place in spread_over.values()]
+    return next((place for place in places if place.type != "cpu"), torch.device("cpu"))

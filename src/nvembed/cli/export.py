@@ -18,10 +18,10 @@ def export(
     *,
     to: Annotated[Path, typer.Option(help="The new folder.", show_default=False)],
     format: Annotated[
-        Literal["nv-embed", "nvembed", "sentence-transformers"],
+        Literal["nv-embed", "nvembed", "sentence-transformers", "onnx"],
         typer.Option(
-            help="NVIDIA's layout, our own folder, or stock sentence-transformers modules "
-            "(mean pooling only).",
+            help="NVIDIA's layout, our own folder, stock sentence-transformers modules "
+            "(mean pooling only), or an ONNX graph.",
             show_default=False,
         ),
     ],
@@ -38,6 +38,7 @@ def export(
       nvembed export runs/mine/model --to out --format nv-embed --dtype float16
       nvembed export nvidia/NV-Embed-v2 --to v2 --format nvembed --dtype bfloat16
       nvembed export runs/mean/model --to plain --format sentence-transformers
+      nvembed export runs/mine/model --to graph --format onnx
     """
     from nvembed.model.export import export_folder
 

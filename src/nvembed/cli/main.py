@@ -30,6 +30,9 @@ from nvembed.core.errors import UserError
 # Which extra brings a library that the base install lacks.
 _EXTRAS = {
     "matplotlib": "plots",
+    "onnx": "onnx",
+    "onnxruntime": "onnx",
+    "onnxscript": "onnx",
     "mteb": "eval",
     "pyarrow": "data",
     "scipy": "eval",

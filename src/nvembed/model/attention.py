@@ -134,7 +134,9 @@ def _grouped(
     ):
         q, k, v = (x_HTE.unflatten(1, (count, length)).transpose(0, 1) for x_HTE in parts)
         if softcap or (q.device.type == "cpu" and length <= SHORT_TOKENS):
-            out_GHLE = _block_attention(q, k, v, causal, scaling, dropout, softcap)
+            out_GHLE = block_attention(
+                q, k, v, causal=causal, scaling=scaling, dropout=dropout, softcap=softcap
+            )
         else:
             out_GHLE = nn.functional.scaled_dot_product_attention(
                 q,
@@ -149,19 +151,31 @@ def _grouped(
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
-def _block_attention(
+def block_attention(
     query_GHLE: Tensor,
     key_GKLE: Tensor,
     value_GKLE: Tensor,
+    *,
     causal: bool,
-    scaling: float | None,
-    dropout: float,
-    softcap: float | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    seen_GL: Tensor | None = None,
 ) -> Tensor:
-    """Plain attention of one block; also has Gemma 2's ``cap * tanh(score / cap)``.
+    """Plain attention of one block of texts of equal length.
 
     Query heads that share a key head are laid end to end as more rows of it, so that keys and
     values are never repeated.
+
+    Args:
+        query_GHLE: queries.
+        key_GKLE: keys, K a divisor of H.
+        value_GKLE: values.
+        causal: a token sees what came before it only.
+        scaling: of the scores; ``None`` is one over the root of E.
+        dropout: on the weights.
+        softcap: Gemma 2's ``cap * tanh(score / cap)``, which SDPA does not have.
+        seen_GL: False for padding (of an exported graph; there is none elsewhere).
     """
     num_heads, length, width = query_GHLE.shape[1:]
     num_key_heads = key_GKLE.shape[1]
@@ -170,6 +184,8 @@ def _block_attention(
     score_GKRL = (query_GKRE * scale) @ key_GKLE.transpose(-1, -2)
     if softcap:
         score_GKRL = softcap * torch.tanh(score_GKRL / softcap)
+    if seen_GL is not None:
+        score_GKRL = score_GKRL.masked_fill(~seen_GL[:, None, None], float("-inf"))
     if causal:
         later_LL = torch.ones(length, length, dtype=torch.bool, device=score_GKRL.device).triu(1)
         later_RL = later_LL.repeat(num_heads // num_key_heads, 1)

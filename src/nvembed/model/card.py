@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from nvembed.core.runs import RunFolder
+from nvembed.text.instructions import task_prompts
 
 if TYPE_CHECKING:
     from nvembed.model.embedder import NVEmbed
@@ -22,6 +23,7 @@ _USE = {
     "nvembed": "NVEmbed.from_pretrained(FOLDER), or SentenceTransformer(FOLDER, "
     "trust_remote_code=True) with nvembed installed",
     "sentence-transformers": "SentenceTransformer(FOLDER)",
+    "onnx": "onnxruntime.InferenceSession(FOLDER/model.onnx); nvembed_onnx.json names its inputs",
 }
 
 
@@ -58,7 +60,14 @@ def model_card(model: NVEmbed, kind: str, name: str) -> str:
             "- token rules: those of NVIDIA's code. Weights that stem from NVIDIA's release keep "
             "its licence, CC-BY-NC-4.0.",
         ]
-    lines += [f"- prompt `{key}`: {json.dumps(text)}" for key, text in model.prompts.items()]
+    of_tasks = task_prompts()
+    lines += [
+        f"- prompt `{key}`: {json.dumps(text)}"
+        for key, text in model.prompts.items()
+        if key not in of_tasks
+    ]
+    if any(key in of_tasks for key in model.prompts):
+        lines += ['- prompts of the MTEB tasks by name, such as `prompt_name="FiQA2018"`']
     run = RunFolder(Path(name).parent)
     lines += ["", "## Training", ""]
     lines += _training(run) if run.exists else ["Not recorded: the model lay in no run folder."]

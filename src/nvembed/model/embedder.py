@@ -37,6 +37,7 @@ from nvembed.model.pooling import (
 )
 from nvembed.model.settings import AttentionDirection, PoolingKind
 from nvembed.model.source import ModelSource
+from nvembed.text.instructions import task_prompts
 from nvembed.text.packing import flatten, plan_packs
 from nvembed.text.template import query_prompt
 from nvembed.text.tokens import TokenizedText
@@ -160,6 +161,7 @@ class NVEmbed(SentenceTransformer):
             max_tokens=max_tokens,
         )
         model = cls(modules=[backbone, pooling, Normalize()], device=device)
+        model.prompts.update(task_prompts())
         model._read_settings(source)
         return model
 

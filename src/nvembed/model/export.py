@@ -3,6 +3,7 @@
 nv-embed                config.json and tensor names that the official code reads
 nvembed                 our own folder in another dtype, or an official checkpoint as one
 sentence-transformers   stock modules, no code of ours (``model/export_stock.py``)
+onnx                    one graph over padded rows (``model/export_onnx.py``)
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from nvembed.model.source import ModelSource
 from nvembed.text.template import query_prompt
 from nvembed.text.tokens import TextTokenizer
 
-ExportFormat = Literal["nv-embed", "nvembed", "sentence-transformers"]
+ExportFormat = Literal["nv-embed", "nvembed", "sentence-transformers", "onnx"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 # In NVIDIA's code the same texts must become the same tokens, with the same ones pooled.
@@ -48,7 +49,7 @@ def export_folder(
         name: folder or hub id of a model that was saved here or has the official layout.
         to: the new folder; it appears when it is complete.
         kind: see the module.
-        dtype: of the weights; ``None`` keeps the stored one.
+        dtype: of the weights; ``None`` keeps the stored one (float32 for a graph).
         max_shard_bytes: size of a weight file of the official layout.
 
     Raises:
@@ -68,7 +69,8 @@ def export_folder(
             expected="a folder that nvembed saved, or the layout of nvidia/NV-Embed-v2",
             hint="Train it first: nvembed train",
         )
-    model = NVEmbed.from_pretrained(name, device="cpu", dtype=dtype or "auto")
+    stored = "float32" if kind == "onnx" else "auto"
+    model = NVEmbed.from_pretrained(name, device="cpu", dtype=dtype or stored)
     if not isinstance(model[0], Backbone):
         raise ModelError(
             f"its first module is a {type(model[0]).__name__}",
@@ -109,6 +111,10 @@ def export_model(
             case "sentence-transformers":
                 write_stock(model, temporary, name=name)
                 prove_stock(model, temporary, name=name)
+            case "onnx":
+                from nvembed.model.export_onnx import write_onnx  # needs the extra onnx
+
+                write_onnx(model, temporary, name=name)
         write_text(temporary / "README.md", model_card(model, kind, name))
 
 

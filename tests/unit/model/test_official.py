@@ -26,6 +26,7 @@ from nvembed.model.export import export_folder
 from nvembed.model.official import NAMES, official_name, own_name, read_config
 from nvembed.model.official_load import empty_modules, official_shapes
 from nvembed.model.pooling import LatentAttentionPooling
+from nvembed.text.instructions import task_instruction
 from official_folders import FULL, official_config, official_tensors, write_official
 from oracles.golden import load_official
 
@@ -285,6 +286,14 @@ def test_shards(official: Path, tmp_path: Path, tiny_tokenizer) -> None:
     (folder / "model.safetensors.index.json").write_text("[]")
     with pytest.raises(ModelError, match="not an index of shards"):
         NVEmbed.from_pretrained(folder, device="cpu")
+
+
+def test_the_instructions_of_the_tasks_are_prompts(official: Path) -> None:
+    model = NVEmbed.from_pretrained(official, device="cpu")
+    instruction = task_instruction("FiQA2018")
+    by_name = model.encode(TEXTS, prompt_name="FiQA2018")
+    np.testing.assert_array_equal(by_name, model.encode_query(TEXTS, task=instruction))
+    assert np.abs(by_name - model.encode(TEXTS)).max() > 1e-3
 
 
 def test_options_of_an_official_model_are_refused(official: Path) -> None:

@@ -290,7 +290,7 @@ def test_shards(official: Path, tmp_path: Path, tiny_tokenizer) -> None:
 
 def test_the_instructions_of_the_tasks_are_prompts(official: Path) -> None:
     model = NVEmbed.from_pretrained(official, device="cpu")
-    instruction = task_instruction("FiQA2018")
+    instruction = task_instruction("FiQA2018").instruction
     by_name = model.encode(TEXTS, prompt_name="FiQA2018")
     np.testing.assert_array_equal(by_name, model.encode_query(TEXTS, task=instruction))
     assert np.abs(by_name - model.encode(TEXTS)).max() > 1e-3

@@ -77,8 +77,7 @@ def run(arguments: Sequence[str]) -> int:
     """Run one command and return its exit code."""
     # Reports and bars of the model libraries would bury our own lines; the user's setting wins.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    if not sys.stderr.isatty():
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:

@@ -14,8 +14,10 @@ Letters: B texts, L tokens of the longest, H heads, K key/value heads, E head wi
 
 from __future__ import annotations
 
+import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -167,9 +169,7 @@ def _write_graph(model: NVEmbed, path: Path, example: Sequence[TokenizedText]) -
     inputs = tuple(torch.from_numpy(array) for array in padded_inputs(example).values())
     size = {0: torch.export.Dim("texts", min=1), 1: torch.export.Dim("tokens", min=1)}
     size_in_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
-    with model.pooling.fixed_weights(), torch.no_grad(), warnings.catch_warnings():
-        # Of the exporter's own parts, which a user can do nothing about.
-        warnings.simplefilter("ignore")
+    with model.pooling.fixed_weights(), torch.no_grad(), _quiet():
         torch.onnx.export(
             PaddedEmbedder(model),
             inputs,
@@ -181,6 +181,19 @@ def _write_graph(model: NVEmbed, path: Path, example: Sequence[TokenizedText]) -
             external_data=size_in_bytes > _MAX_INLINE_BYTES,
             verbose=False,
         )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hold back what the exporter says of its own parts, which a user can do nothing about."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
 
 
 def _prove(

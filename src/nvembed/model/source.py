@@ -28,6 +28,11 @@ class _UnreachableError(ModelError):
     """A file is not in the cache, and the hub did not answer (or was not to be asked)."""
 
 
+# Models for which the hub could not be reached in this process: each further file would cost half
+# a minute of retries again.
+_gave_no_answer: set[str] = set()
+
+
 @dataclass(frozen=True, slots=True)
 class ModelSource:
     """A model by folder or hub id.
@@ -127,11 +132,12 @@ class ModelSource:
                     revision=self.revision,
                     token=self.token,
                     cache_dir=self.cache_folder,
-                    local_files_only=self.local_files_only,
+                    local_files_only=self.local_files_only or self.name in _gave_no_answer,
                     library_name="nvembed",
                 )
             )
         except LocalEntryNotFoundError as error:
+            _gave_no_answer.add(self.name)
             raise _UnreachableError(
                 f"{filename} is not in the local cache and the hub cannot be reached",
                 where=self._place,

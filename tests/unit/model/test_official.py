@@ -21,6 +21,7 @@ from sentence_transformers import SentenceTransformer
 from nvembed.cli.main import run
 from nvembed.core.errors import ModelError
 from nvembed.inference.load import load_encoder
+from nvembed.model import source
 from nvembed.model.embedder import NVEmbed
 from nvembed.model.export import export_folder
 from nvembed.model.official import NAMES, official_name, own_name, read_config
@@ -32,6 +33,11 @@ from oracles.golden import load_official
 
 TEXTS = ["one", "two words", "rather a longer text, with commas and a </s> in it", ""]
 PROMPT = "Instruct: find it\nQuery: "
+
+
+@pytest.fixture(autouse=True)
+def _hub_never_failed_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(source, "_gave_no_answer", set())
 
 
 @pytest.fixture(scope="module")

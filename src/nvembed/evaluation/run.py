@@ -17,7 +17,7 @@ from nvembed.evaluation.results import TaskResult, read_results, write_results
 from nvembed.evaluation.task_files import RetrievalData
 from nvembed.evaluation.tasks import LocalTask, load_tasks, read_json_object
 from nvembed.inference.protocol import Encoder
-from nvembed.model.settings import PrecisionChoice
+from nvembed.model.settings import Precision, PrecisionChoice
 
 BM25_NAME = "bm25"
 """The name under which BM25 is evaluated like a model."""
@@ -118,9 +118,11 @@ def evaluate_folders(
         evaluate_bm25(todo, on_result=keep)
     elif todo:
         from nvembed.inference.load import load_encoder
+        from nvembed.model.precision import settle_precision
 
-        encoder = load_encoder(model, dtype)
-        _write_run(path, model, instructions)
+        settled = settle_precision(dtype)
+        encoder = load_encoder(model, settled)
+        _write_run(path, model, instructions, settled)
         evaluate(encoder, todo, on_result=keep)
     write_results(path, results)
     return results
@@ -155,12 +157,25 @@ def _run_file(path: Path) -> Path:
     return path.with_name(f"{path.stem}.run.json")
 
 
-def _write_run(path: Path, model: str, instructions: Mapping[str, str | None]) -> None:
-    """Note what the results come from: nobody can repeat a score without versions and prompts."""
+def _write_run(
+    path: Path,
+    model: str,
+    instructions: Mapping[str, str | None],
+    dtype: Precision | None = None,
+) -> None:
+    """Note what the results come from: nobody can repeat a score without versions and prompts.
+
+    ``dtype`` is that of the weights where it is another than the saved one.
+    """
     environment = describe_environment()
     write_json(
         _run_file(path),
-        {"model": model, "instructions": instructions, "environment": environment},
+        {
+            "model": model,
+            "dtype": dtype,
+            "instructions": instructions,
+            "environment": environment,
+        },
     )
 
 

@@ -2,8 +2,8 @@
 
 In: JSONL or JSONL.gz with a text per line; out: a float32 ``.npy`` matrix, one row per line in the
 same order (or fewer dimensions, 8 bits or 1 bit: ``inference/outputs.py``), and beside it the ids
-where the lines have them. Memory is bounded by a window of texts,
-not by the file. Next file: ``inference/search.py``.
+where the lines have them. Memory is bounded by a window of texts, not by the file. Next file:
+``inference/search.py``.
 """
 
 from __future__ import annotations

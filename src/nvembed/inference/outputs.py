@@ -13,6 +13,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from nvembed.inference.protocol import unit_rows
+
 OutputPrecision = Literal["float32", "int8", "uint8", "binary"]
 
 _WINDOW_ROWS = 4096
@@ -34,9 +36,7 @@ class OutputFormat:
 
 def shorten(vectors: NDArray[np.float32], dimension: int) -> NDArray[np.float32]:
     """Keep the first dimensions of unit vectors ``(N, D)`` and bring them back to length 1."""
-    cut = vectors[:, :dimension]
-    lengths = np.linalg.norm(cut, axis=1, keepdims=True)
-    return cut / np.maximum(lengths, np.finfo(np.float32).tiny)
+    return unit_rows(vectors[:, :dimension])
 
 
 def quantize_file(

@@ -9,6 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 
+def unit_rows(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Bring the rows of ``(N, D)`` to length 1; rows of zeros stay."""
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return vectors / np.maximum(lengths, np.finfo(np.float32).tiny)
+
+
 class Encoder(Protocol):
     """Turns texts into unit vectors, one side at a time.
 

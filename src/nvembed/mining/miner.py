@@ -156,7 +156,10 @@ def mine_file(
     _check_request(input, output, kind, documents)
     records = read_records(input, kind)
     corpus = None if documents is None else [row.text for row in read_texts(documents)]
-    encoder = load_encoder(teacher, dtype) if isinstance(teacher, str) else teacher
+    from nvembed.model.precision import settle_precision  # torch, after the inputs are checked
+
+    settled = settle_precision(dtype)
+    encoder = load_encoder(teacher, settled) if isinstance(teacher, str) else teacher
     mined: Sequence[PairRecord | StsRecord]
     if kind == "sts":
         pairs = [record for record in records if isinstance(record, StsRecord)]
@@ -169,6 +172,7 @@ def mine_file(
         "input": str(input),
         "corpus": None if documents is None else str(documents),
         "teacher": teacher if isinstance(teacher, str) else type(teacher).__name__,
+        "dtype": settled,
         "kind": kind,
         "instruction": instruction,
         "config": {**config.model_dump(mode="json"), "threshold": config.limit},

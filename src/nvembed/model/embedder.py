@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -304,7 +303,6 @@ class NVEmbed(SentenceTransformer):
         rows: list[Tensor] = []
         with (
             self.pooling.fixed_weights(),
-            _head_autocast(target.type, self.backbone.dtype),
             progress(sum(lengths), "encode", shown=show_progress_bar) as bar,
         ):
             for pack in packs:
@@ -321,15 +319,6 @@ class NVEmbed(SentenceTransformer):
         stacked = torch.cat(rows)
         order = torch.tensor([row for pack in packs for row in pack], device=stacked.device)
         return torch.empty_like(stacked).index_copy_(0, order, stacked)
-
-
-def _head_autocast(device_type: str, dtype: torch.dtype) -> AbstractContextManager[object]:
-    """Compute the head in the type of a 16-bit backbone.
-
-    The head keeps float32 weights, which would cost more than the backbone itself. In float32 an
-    autocast of the caller (training mines under one) holds.
-    """
-    return nullcontext() if dtype == torch.float32 else torch.autocast(device_type, dtype)
 
 
 def model_kind(source: ModelSource) -> Literal["official", "saved", "language_model"]:

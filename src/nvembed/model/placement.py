@@ -7,7 +7,6 @@ wait there and are copied over for every forward. The pooling lies on the main d
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from accelerate import dispatch_model, infer_auto_device_map
@@ -78,11 +77,9 @@ def place_of(parameter: str, places: Mapping[str, torch.device]) -> torch.device
 
 def spread(decoder: PreTrainedModel, places: Mapping[str, torch.device]) -> None:
     """Let the states of a loaded backbone travel between its places, in place."""
-    on_accelerators: dict[str, Any] = {
-        name: place.index if place.index is not None else str(place)
-        for name, place in places.items()
-    }
-    dispatch_model(decoder, device_map=on_accelerators, force_hooks=True)
+    # accelerate knows the CPU by "cpu" alone: "cpu:0" would count as another device.
+    named = {name: "cpu" if place.type == "cpu" else str(place) for name, place in places.items()}
+    dispatch_model(decoder, device_map=named, force_hooks=True)
 
 
 def main_device(decoder: torch.nn.Module) -> torch.device:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from functools import cache
+from typing import overload
 
 import torch
 
@@ -20,7 +21,11 @@ _ROWS, _INNER, _COLUMNS = 1024, 256, 704
 _REPEATS = 9
 
 
-def settle_precision(choice: PrecisionChoice) -> Precision:
+@overload
+def settle_precision(choice: PrecisionChoice) -> Precision: ...
+@overload
+def settle_precision(choice: PrecisionChoice | None) -> Precision | None: ...
+def settle_precision(choice: PrecisionChoice | None) -> Precision | None:
     """Return the choice, ``auto`` replaced by what this machine's default device is fastest in."""
     if choice != "auto":
         return choice

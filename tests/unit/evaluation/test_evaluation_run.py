@@ -66,7 +66,7 @@ def test_results_and_what_they_were_made_with(
     tasks: Path, tmp_path: Path, scored: list[str]
 ) -> None:
     output = tmp_path / "out" / "results.json"
-    results = run.evaluate_folders("some-model", [tasks], output)
+    results = run.evaluate_folders("some-model", [tasks], output, dtype="bfloat16")
     assert scored == ["find", "order", "similar"]
     written = json.loads(output.read_text())
     assert written["order"] == {
@@ -78,6 +78,7 @@ def test_results_and_what_they_were_made_with(
     }
     made = json.loads((tmp_path / "out" / "results.run.json").read_text())
     assert made["model"] == "some-model"
+    assert made["dtype"] == "bfloat16"
     assert made["instructions"] == {
         "find": "Find what fits",
         "order": None,

@@ -96,6 +96,15 @@ def test_any_other_model_is_wrapped_and_normalised(
     assert encoder.encode_query([]).shape == (0, 12)
 
 
+def test_rows_that_16_bit_left_too_short_get_length_one(plain_model: SentenceTransformer) -> None:
+    expected = SentenceTransformerEncoder(plain_model).encode_document(TEXTS)
+    original = plain_model.encode_document
+    plain_model.encode_document = lambda *a, **o: 0.998 * original(*a, **o)  # type: ignore[method-assign]
+    rows = SentenceTransformerEncoder(plain_model).encode_document(TEXTS)
+    np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1.0, atol=1e-6)
+    np.testing.assert_allclose(rows, expected, atol=1e-6)
+
+
 def test_own_prompts_of_a_model_hold(plain_model: SentenceTransformer) -> None:
     plain_model.prompts = {"query": "query: ", "passage": "passage: "}
     encoder = SentenceTransformerEncoder(plain_model)

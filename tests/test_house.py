@@ -20,8 +20,8 @@ SOURCE = ROOT / "src" / "nvembed"
 LEVELS = [
     {"cli"},
     {"demo"},
-    {"evaluation"},
     {"training"},
+    {"evaluation"},
     {"mining"},
     {"inference"},
     {"model", "data", "losses"},

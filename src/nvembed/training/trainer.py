@@ -8,7 +8,6 @@ one as ``model/``.
 
 from __future__ import annotations
 
-import copy
 import math
 import signal
 import time
@@ -24,19 +23,13 @@ from torch import nn
 
 from nvembed.core.config import dump_config, load_config
 from nvembed.core.errors import TrainingError, UserError
-from nvembed.core.files import atomic_folder
 from nvembed.core.progress import progress
 from nvembed.core.runs import RunFolder
 from nvembed.core.seeding import derive_seed, seed_everything
 from nvembed.data.batch import ContrastiveBatch, build_batch, effective_negatives
 from nvembed.data.mixture import Mixture, load_mixture
-from nvembed.model.adapters import add_lora, merge_lora, save_adapter
-from nvembed.model.embedder import NVEmbed, model_kind
+from nvembed.model.adapters import save_adapter
 from nvembed.model.precision import settle_precision
-from nvembed.model.settings import PoolingSettings
-from nvembed.model.source import ModelSource
-from nvembed.text.instructions import task_prompts
-from nvembed.text.template import query_prompt
 from nvembed.training.checkpoint import (
     Position,
     latest_checkpoint,
@@ -46,6 +39,7 @@ from nvembed.training.checkpoint import (
     save_checkpoint,
 )
 from nvembed.training.config import StageConfig, TrainConfig
+from nvembed.training.model import build_model, save_model
 from nvembed.training.optim import build_optimizer, schedule, set_learning_rate
 from nvembed.training.stages import mine_mixture
 from nvembed.training.step import StepResult, contrastive_step
@@ -279,67 +273,6 @@ class _Run:
         self.position = Position(self.position.step, number + 1, 0, self.position.seconds)
         self._checkpoint(optimizer)
         self.log(f"{stage.name} finished after step {self.position.step}")
-
-
-def build_model(config: TrainConfig, base_dir: Path, *, device: str | None = None) -> NVEmbed:
-    """The model a run starts from, with adapters where the recipe wants them."""
-    settings = config.model
-    local = base_dir / settings.backbone
-    source = str(local) if local.is_dir() else settings.backbone
-    pooling = settings.pooling
-    if pooling is None and model_kind(ModelSource(source)) == "language_model":
-        pooling = PoolingSettings()
-    model = NVEmbed.from_pretrained(
-        source,
-        pooling=pooling.kind if pooling else None,
-        num_latents=pooling.num_latents if pooling else None,
-        num_heads=pooling.num_heads if pooling else None,
-        attention=settings.attention,
-        max_tokens=settings.max_tokens,
-        dtype=settings.dtype,
-        device=device,
-    )
-    if config.lora is not None:
-        add_lora(model.backbone, config.lora)
-    if config.pooling_head == "train":
-        # In 16 bit, an update of a usual learning rate would round to nothing.
-        model.pooling.float()
-    else:
-        model.pooling.requires_grad_(False)
-    return model
-
-
-def save_model(model: NVEmbed, config: TrainConfig, folder: Path, *, final: bool = False) -> None:
-    """Write an ordinary sentence-transformers folder with adapters merged and prompts set.
-
-    Args:
-        model: the model in training; left as it is unless ``final``.
-        config: for the prompts: one per data set, and ``query`` where all retrieval sets share one;
-            besides them those of the MTEB tasks.
-        folder: written beside and moved into place.
-        final: merge in place, which needs no second copy of the weights.
-
-    Raises:
-        TrainingError: it could not be written; the checkpoint is there.
-    """
-    saved = model if final else copy.deepcopy(model)
-    merge_lora(saved.backbone)
-    prompts = {dataset.name: query_prompt(dataset.instruction) for dataset in config.datasets}
-    retrieval = {prompts[d.name] for d in config.datasets if d.kind == "retrieval"}
-    if len(retrieval) == 1:
-        prompts["query"] = retrieval.pop()
-    saved.prompts = {"document": "", **task_prompts(), **prompts}
-    try:
-        with atomic_folder(folder) as temporary:
-            saved.save_pretrained(str(temporary), create_model_card=False)
-    except UserError:
-        raise
-    except Exception as error:  # safetensors and tokenizers raise their own types on a full disk
-        raise TrainingError(
-            f"the model could not be written ({error})",
-            where=str(folder),
-            hint="Free space on the disk and run the same command again; the checkpoint is there",
-        ) from error
 
 
 def _metrics(

@@ -1,0 +1,77 @@
+"""The model of a run: what it starts from, and the folder it ends as."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+from nvembed.core.errors import TrainingError, UserError
+from nvembed.core.files import atomic_folder
+from nvembed.model.adapters import add_lora, merge_lora
+from nvembed.model.embedder import NVEmbed, model_kind
+from nvembed.model.settings import PoolingSettings
+from nvembed.model.source import ModelSource
+from nvembed.text.instructions import task_prompts
+from nvembed.text.template import query_prompt
+from nvembed.training.config import TrainConfig
+
+
+def build_model(config: TrainConfig, base_dir: Path, *, device: str | None = None) -> NVEmbed:
+    """The model a run starts from, with adapters where the recipe wants them."""
+    settings = config.model
+    local = base_dir / settings.backbone
+    source = str(local) if local.is_dir() else settings.backbone
+    pooling = settings.pooling
+    if pooling is None and model_kind(ModelSource(source)) == "language_model":
+        pooling = PoolingSettings()
+    model = NVEmbed.from_pretrained(
+        source,
+        pooling=pooling.kind if pooling else None,
+        num_latents=pooling.num_latents if pooling else None,
+        num_heads=pooling.num_heads if pooling else None,
+        attention=settings.attention,
+        max_tokens=settings.max_tokens,
+        dtype=settings.dtype,
+        device=device,
+    )
+    if config.lora is not None:
+        add_lora(model.backbone, config.lora)
+    if config.pooling_head == "train":
+        # In 16 bit, an update of a usual learning rate would round to nothing.
+        model.pooling.float()
+    else:
+        model.pooling.requires_grad_(False)
+    return model
+
+
+def save_model(model: NVEmbed, config: TrainConfig, folder: Path, *, final: bool = False) -> None:
+    """Write an ordinary sentence-transformers folder with adapters merged and prompts set.
+
+    Args:
+        model: the model in training; left as it is unless ``final``.
+        config: for the prompts: one per data set, and ``query`` where all retrieval sets share one;
+            besides them those of the MTEB tasks.
+        folder: written beside and moved into place.
+        final: merge in place, which needs no second copy of the weights.
+
+    Raises:
+        TrainingError: it could not be written; the checkpoint is there.
+    """
+    saved = model if final else copy.deepcopy(model)
+    merge_lora(saved.backbone)
+    prompts = {dataset.name: query_prompt(dataset.instruction) for dataset in config.datasets}
+    retrieval = {prompts[d.name] for d in config.datasets if d.kind == "retrieval"}
+    if len(retrieval) == 1:
+        prompts["query"] = retrieval.pop()
+    saved.prompts = {"document": "", **task_prompts(), **prompts}
+    try:
+        with atomic_folder(folder) as temporary:
+            saved.save_pretrained(str(temporary), create_model_card=False)
+    except UserError:
+        raise
+    except Exception as error:  # safetensors and tokenizers raise their own types on a full disk
+        raise TrainingError(
+            f"the model could not be written ({error})",
+            where=str(folder),
+            hint="Free space on the disk and run the same command again; the checkpoint is there",
+        ) from error

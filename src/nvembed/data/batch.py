@@ -18,9 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nvembed.data.convert import Example
-from nvembed.text.template import query_prompt
+from nvembed.text.template import PromptedText, query_prompt
 
-PromptedText = tuple[str, str]
 KeyT = TypeVar("KeyT")
 
 

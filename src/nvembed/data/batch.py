@@ -108,7 +108,7 @@ def build_batch(
     )
 
 
-def needed_texts(batch: ContrastiveBatch) -> list[NDArray[np.int64]]:
+def needed_texts(batch: ContrastiveBatch) -> list[list[int]]:
     """Rows of ``texts`` that each query's loss depends on: itself and all its candidates."""
     return [
         np.unique(

@@ -25,6 +25,19 @@ KeyT = TypeVar("KeyT")
 
 
 @dataclass(frozen=True, slots=True)
+class TeacherScores:
+    """A teacher's scores of the candidates that an example brought along.
+
+    Args:
+        column_BK: columns of the candidates, the positive first; -1 where there are fewer than K.
+        score_BK: their scores; nan where the record has none.
+    """
+
+    column_BK: NDArray[np.int64]
+    score_BK: NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
 class ContrastiveBatch:
     """One step's texts and who stands against whom.
 
@@ -34,6 +47,9 @@ class ContrastiveBatch:
         document_N: row of each document in ``texts``, without repetition.
         positive_B: column of each query's positive in ``document_N``.
         negative_BN: True where document n is a negative of query b.
+        weight_B: weights of the rows in the mean.
+        mentioned: texts before repeated ones were joined.
+        teacher: a teacher's scores of own candidates, where there are any.
     """
 
     texts: tuple[PromptedText, ...]
@@ -41,6 +57,9 @@ class ContrastiveBatch:
     document_N: NDArray[np.int64]
     positive_B: NDArray[np.int64]
     negative_BN: NDArray[np.bool_]
+    weight_B: NDArray[np.float32]
+    mentioned: int
+    teacher: TeacherScores | None = None
 
 
 def build_batch(
@@ -85,7 +104,66 @@ def build_batch(
         document_N=np.fromiter(columns, dtype=np.int64, count=len(columns)),
         positive_B=np.array([own[0] for own in documents_of], dtype=np.int64),
         negative_BN=negative_BN,
+        weight_B=np.ones(len(examples), dtype=np.float32),
+        mentioned=len(examples) + sum(len(own) for own in documents_of),
     )
+
+
+def needed_texts(batch: ContrastiveBatch) -> list[NDArray[np.int64]]:
+    """Rows of ``texts`` that each query's loss depends on: itself and all its candidates."""
+    return [
+        np.unique(
+            np.append(batch.document_N[_candidates(batch, np.array([row]))], batch.query_B[row])
+        )
+        for row in range(len(batch.query_B))
+    ]
+
+
+def select_queries(
+    batch: ContrastiveBatch, rows: Sequence[int]
+) -> tuple[ContrastiveBatch, NDArray[np.int64]]:
+    """Cut a batch down to some of its queries and what they need.
+
+    The losses of parts that hold every query once add up to that of the whole batch.
+
+    Args:
+        batch: the whole.
+        rows: which queries.
+
+    Returns:
+        The part, and which rows of the whole batch's ``texts`` its own texts are.
+    """
+    chosen = np.asarray(rows, dtype=np.int64)
+    columns = _candidates(batch, chosen)
+    new_column_N = np.full(len(batch.document_N), -1, dtype=np.int64)
+    new_column_N[columns] = np.arange(len(columns))
+    kept = np.unique(np.concatenate([batch.query_B[chosen], batch.document_N[columns]]))
+    teacher = batch.teacher
+    if teacher is not None:
+        column_BK = teacher.column_BK[chosen]
+        moved_BK = np.where(column_BK < 0, -1, new_column_N[column_BK])
+        teacher = TeacherScores(moved_BK, teacher.score_BK[chosen])
+    part = ContrastiveBatch(
+        texts=tuple(batch.texts[row] for row in kept),
+        query_B=np.searchsorted(kept, batch.query_B[chosen]),
+        document_N=np.searchsorted(kept, batch.document_N[columns]),
+        positive_B=new_column_N[batch.positive_B[chosen]],
+        negative_BN=batch.negative_BN[np.ix_(chosen, columns)],
+        weight_B=batch.weight_B[chosen],
+        mentioned=len(kept),
+        teacher=teacher,
+    )
+    return part, kept
+
+
+def _candidates(batch: ContrastiveBatch, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Columns that any of the queries is held against, in order."""
+    used_N: NDArray[np.bool_] = np.any(batch.negative_BN[rows], axis=0)
+    used_N[batch.positive_B[rows]] = True
+    if batch.teacher is not None:
+        own = batch.teacher.column_BK[rows]
+        used_N[own[own >= 0]] = True
+    return np.flatnonzero(used_N)
 
 
 def effective_negatives(batch: ContrastiveBatch) -> float:

@@ -142,3 +142,26 @@ def plan_packs(lengths: Sequence[int], budget: int) -> list[list[int]]:
         packs[-1].append(row)
         room -= lengths[row]
     return packs
+
+
+def share_packs(lengths, budget, num_processes):
+    order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
+    shares = []
+    for rank in range(num_processes):
+        rows = order[rank::num_processes]
+        shares.append(
+            [[rows[i] for i in pack] for pack in plan_packs([lengths[r] for r in rows], budget)]
+        )
+    return shares
+
+
+def plan_groups(needed, lengths, budget):
+    groups, texts = [], set()
+    for query, rows in enumerate(needed):
+        more = texts | set(rows)
+        if not groups or sum(lengths[r] for r in more) > budget:
+            groups.append([])
+            more = set(rows)
+        groups[-1].append(query)
+        texts = more
+    return groups

@@ -15,10 +15,24 @@ from nvembed.data.mixture import DatasetConfig
 from nvembed.mining.config import MiningConfig
 from nvembed.model.settings import LoraSettings, ModelSettings, PrecisionChoice
 
+ScheduleKind = Literal["linear", "cosine", "constant"]
+OptimizerKind = Literal["adamw", "adamw_8bit", "schedule_free"]
+
 
 class OptimizerConfig(StrictModel):
-    """AdamW; the weight decay of the paper is 0.03 (recalled, medium certainty)."""
+    """How weights are updated.
 
+    Args:
+        kind: ``adamw``; ``adamw_8bit``, with moments in 8 bits (bitsandbytes); or
+            ``schedule_free``, which averages its steps instead of lowering the rate (schedulefree).
+        weight_decay: the paper's is 0.03 (recalled, medium certainty).
+        beta1: decay of the mean of gradients; of ``schedule_free``, how near to the average
+            gradients are taken.
+        beta2: decay of the mean of their squares.
+        max_grad_norm: longer gradients are scaled down to it; ``None`` is off.
+    """
+
+    kind: OptimizerKind = "adamw"
     weight_decay: float = Field(default=0.03, ge=0)
     beta1: float = Field(default=0.9, ge=0, lt=1)
     beta2: float = Field(default=0.999, ge=0, lt=1)
@@ -34,7 +48,9 @@ class StageConfig(StrictModel):
         batch_size: queries per step.
         learning_rate: of adapters (or of all weights without LoRA) at the end of the warm-up.
         head_learning_rate: of the pooling head; ``None`` means the same (as NVIDIA says it did).
-        warmup_steps: linear rise; a linear fall to zero follows.
+        warmup_steps: linear rise.
+        schedule: after the warm-up: a ``linear`` or ``cosine`` fall to zero, or ``constant``.
+            ``None`` is linear, and constant under the optimizer ``schedule_free``.
         in_batch_negatives: use the documents of the other queries of the step as negatives (paper:
             on in stage 1, off in stage 2).
         num_negatives: most own negatives drawn per query (paper: 7).
@@ -49,6 +65,7 @@ class StageConfig(StrictModel):
     learning_rate: float = Field(default=2e-5, gt=0)
     head_learning_rate: float | None = Field(default=None, gt=0)
     warmup_steps: int = Field(default=50, ge=0)
+    schedule: ScheduleKind | None = None
     in_batch_negatives: bool
     num_negatives: int = Field(default=7, ge=0)
     temperature: float = Field(default=0.02, gt=0)
@@ -97,6 +114,17 @@ class TrainConfig(StrictModel):
     log_every: int = Field(default=1, ge=1)
     checkpoint_every: int = Field(default=200, ge=1)
     keep_checkpoints: int = Field(default=2, ge=1)
+
+    @model_validator(mode="after")
+    def _schedules_fit(self) -> Self:
+        if self.optimizer.kind == "schedule_free":
+            for stage in self.stages:
+                if stage.schedule not in (None, "constant"):
+                    raise ValueError(
+                        f"stage {stage.name}: the optimizer schedule_free has no use for a "
+                        f"{stage.schedule} schedule; leave schedule out, or say constant"
+                    )
+        return self
 
     @model_validator(mode="after")
     def _names_and_stages(self) -> Self:

@@ -116,6 +116,15 @@ class TrainConfig(StrictModel):
     keep_checkpoints: int = Field(default=2, ge=1)
 
     @model_validator(mode="after")
+    def _quantized_base_is_frozen(self) -> Self:
+        if self.model.quantization is not None and self.lora is None:
+            raise ValueError(
+                f"model.quantization is {self.model.quantization} and lora is off: quantised "
+                "weights cannot be trained; give lora, or leave quantization out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _schedules_fit(self) -> Self:
         if self.optimizer.kind == "schedule_free":
             for stage in self.stages:

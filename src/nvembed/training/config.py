@@ -17,6 +17,7 @@ from nvembed.model.settings import LoraSettings, ModelSettings, PrecisionChoice
 
 ScheduleKind = Literal["linear", "cosine", "constant"]
 OptimizerKind = Literal["adamw", "adamw_8bit", "schedule_free"]
+TrackerKind = Literal["tensorboard", "trackio", "wandb"]
 
 
 class OptimizerConfig(StrictModel):
@@ -99,6 +100,7 @@ class TrainConfig(StrictModel):
         log_every: steps between two rows of ``metrics.jsonl``.
         checkpoint_every: steps between two checkpoints.
         keep_checkpoints: how many of the latest to keep.
+        trackers: where the numbers of ``metrics.jsonl`` go besides.
     """
 
     output: str = Field(min_length=1)
@@ -114,6 +116,7 @@ class TrainConfig(StrictModel):
     log_every: int = Field(default=1, ge=1)
     checkpoint_every: int = Field(default=200, ge=1)
     keep_checkpoints: int = Field(default=2, ge=1)
+    trackers: tuple[TrackerKind, ...] = ()
 
     @model_validator(mode="after")
     def _quantized_base_is_frozen(self) -> Self:

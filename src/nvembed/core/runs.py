@@ -4,6 +4,7 @@ config.yaml      the resolved configuration
 env.json         versions, machine, git commit, command line
 metrics.jsonl    one row per logged step
 train.log        what was printed
+graph-memory.json  how many tokens' graphs a step holds at once
 checkpoints/     state to resume from
 mined/<stage>/   training files with mined negatives
 model-<stage>/   the model after a stage that was not the last
@@ -76,6 +77,11 @@ class RunFolder:
         return self.path / "checkpoints"
 
     @property
+    def graph_memory(self) -> Path:
+        """How many tokens' graphs a step holds at once."""
+        return self.path / "graph-memory.json"
+
+    @property
     def mined(self) -> Path:
         """Folder of mined training files, one subfolder per stage."""
         return self.path / "mined"
@@ -129,7 +135,7 @@ class RunFolder:
 
     def _clear(self) -> None:
         # config.yaml goes first: without it the folder no longer counts as a run.
-        for file in (self.config, self.env, self.metrics, self.log):
+        for file in (self.config, self.env, self.metrics, self.log, self.graph_memory):
             file.unlink(missing_ok=True)
         made = (
             *(self.checkpoints, self.mined, self.model, self.adapter, self.eval),

@@ -52,7 +52,8 @@ class ContrastiveBatch:
         positive_B: column of each query's positive in ``document_N``.
         negative_BN: True where document n is a negative of query b.
         weight_B: float32 weight of each row in the mean of the loss: 1 / P.
-        teacher: None where no example has scores.
+        mentioned: texts before repeated ones were joined.
+        teacher: a teacher's scores of own candidates; None where no example has any.
     """
 
     texts: tuple[PromptedText, ...]
@@ -61,6 +62,7 @@ class ContrastiveBatch:
     positive_B: NDArray[np.int64]
     negative_BN: NDArray[np.bool_]
     weight_B: NDArray[np.float32]
+    mentioned: int
     teacher: TeacherScores | None = None
 
 
@@ -109,8 +111,66 @@ def build_batch(
         positive_B=np.array(positives, dtype=np.int64),
         negative_BN=negative_QN.repeat(counts_Q, axis=0),
         weight_B=(1.0 / counts_Q).astype(np.float32).repeat(counts_Q),
+        mentioned=len(examples) + sum(map(len, documents_of)),
         teacher=_teacher_scores(examples, documents_of, negative_QN),
     )
+
+
+def needed_texts(batch: ContrastiveBatch) -> list[list[int]]:
+    """Rows of ``texts`` that each query's loss depends on: itself and all its candidates."""
+    return [
+        np.unique(
+            np.append(batch.document_N[_candidates(batch, np.array([row]))], batch.query_B[row])
+        )
+        for row in range(len(batch.query_B))
+    ]
+
+
+def select_queries(
+    batch: ContrastiveBatch, rows: Sequence[int]
+) -> tuple[ContrastiveBatch, NDArray[np.int64]]:
+    """Cut a batch down to some of its queries and what they need.
+
+    The losses of parts that hold every query once add up to that of the whole batch.
+
+    Args:
+        batch: the whole.
+        rows: which queries.
+
+    Returns:
+        The part, and which rows of the whole batch's ``texts`` its own texts are.
+    """
+    chosen = np.asarray(rows, dtype=np.int64)
+    columns = _candidates(batch, chosen)
+    new_column_N = np.full(len(batch.document_N), -1, dtype=np.int64)
+    new_column_N[columns] = np.arange(len(columns))
+    kept = np.unique(np.concatenate([batch.query_B[chosen], batch.document_N[columns]]))
+    teacher = batch.teacher
+    if teacher is not None:
+        column_BK = teacher.column_BK[chosen]
+        moved_BK = np.where(column_BK < 0, -1, new_column_N[column_BK])
+        teacher = TeacherScores(moved_BK, teacher.score_BK[chosen])
+    part = ContrastiveBatch(
+        texts=tuple(batch.texts[row] for row in kept),
+        query_B=np.searchsorted(kept, batch.query_B[chosen]),
+        document_N=np.searchsorted(kept, batch.document_N[columns]),
+        positive_B=new_column_N[batch.positive_B[chosen]],
+        negative_BN=batch.negative_BN[np.ix_(chosen, columns)],
+        weight_B=batch.weight_B[chosen],
+        mentioned=len(kept),
+        teacher=teacher,
+    )
+    return part, kept
+
+
+def _candidates(batch: ContrastiveBatch, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Columns that any of the queries is held against, in order."""
+    used_N: NDArray[np.bool_] = np.any(batch.negative_BN[rows], axis=0)
+    used_N[batch.positive_B[rows]] = True
+    if batch.teacher is not None:
+        own = batch.teacher.column_BK[rows]
+        used_N[own[own >= 0]] = True
+    return np.flatnonzero(used_N)
 
 
 def effective_negatives(batch: ContrastiveBatch) -> float:
@@ -124,6 +184,9 @@ class _Documents:
 
     positives: list[int]
     negatives: list[int]
+
+    def __len__(self) -> int:
+        return len(self.positives) + len(self.negatives)
 
 
 def _teacher_scores(

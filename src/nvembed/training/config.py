@@ -6,7 +6,7 @@ tokens. ``None`` means off.
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -23,6 +23,19 @@ class OptimizerConfig(StrictModel):
     beta1: float = Field(default=0.9, ge=0, lt=1)
     beta2: float = Field(default=0.999, ge=0, lt=1)
     max_grad_norm: float | None = Field(default=1.0, gt=0)
+
+
+class DistillationConfig(StrictModel):
+    """Learning from a teacher's scores.
+
+    Args:
+        weight: of the distillation loss, which is added to the contrastive one.
+        teacher_temperature: the teacher's scores are divided by it before the softmax: about 1 for
+            logits of a reranker, about the stage's temperature for cosines.
+    """
+
+    weight: float = Field(default=1.0, gt=0)
+    teacher_temperature: float = Field(default=1.0, gt=0)
 
 
 class StageConfig(StrictModel):
@@ -46,6 +59,14 @@ class StageConfig(StrictModel):
         mixture_temperature: T of the weights of data sets without a weight of their own, which are
             in proportion to ``size ** (1 / T)``; 1 is by size, more is more even.
         temperature: of the softmax (not published; 0.01–0.05 is usual).
+        learn_temperature: tune the temperature with the weights, from ``temperature`` on and never
+            below 0.005.
+        hardness: harder negatives count more: a negative's share in the sum is multiplied by
+            exp(hardness · cosine); ``None`` is off.
+        matryoshka: widths; the loss is the mean over embeddings cut to each of them, so that short
+            embeddings are good too. Name the full width as well; ``None`` is the full width alone.
+        distillation: draw the ranking of a query's own candidates to the teacher's scores that the
+            records hold; ``None`` is off.
         mine: mine hard negatives for the retrieval and NLI sets before the stage, with the model as
             it is by then; ``None`` uses the negatives that the files hold.
     """
@@ -62,6 +83,10 @@ class StageConfig(StrictModel):
     batches: Literal["mixed", "homogeneous"] = "mixed"
     mixture_temperature: float = Field(default=1.0, ge=1, allow_inf_nan=False)
     temperature: float = Field(default=0.02, gt=0)
+    learn_temperature: bool = False
+    hardness: float | None = Field(default=None, gt=0)
+    matryoshka: tuple[Annotated[int, Field(ge=1)], ...] | None = Field(default=None, min_length=1)
+    distillation: DistillationConfig | None = None
     mine: MiningConfig | None = None
 
     @model_validator(mode="after")
@@ -89,6 +114,10 @@ class TrainConfig(StrictModel):
         precision: ``bfloat16`` computes under autocast, weights stay as loaded; ``auto`` takes what
             the machine is fastest in, measured when the run starts and kept to its end.
         pack_tokens: tokens per forward pass.
+        memory_gb: memory (10⁹ bytes per process) for what a step keeps between forward and
+            backward; texts beyond are embedded twice in a stage with in-batch negatives, and go
+            group by group in one without. The loss and the gradients are the same. ``None`` takes
+            half of what is free when the run starts.
         log_every: steps between two rows of ``metrics.jsonl``.
         checkpoint_every: steps between two checkpoints.
         keep_checkpoints: how many of the latest to keep.
@@ -104,6 +133,7 @@ class TrainConfig(StrictModel):
     optimizer: OptimizerConfig = OptimizerConfig()
     precision: PrecisionChoice = "auto"
     pack_tokens: int = Field(default=4096, ge=16)
+    memory_gb: float | None = Field(default=None, gt=0)
     log_every: int = Field(default=1, ge=1)
     checkpoint_every: int = Field(default=200, ge=1)
     keep_checkpoints: int = Field(default=2, ge=1)

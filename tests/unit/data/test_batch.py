@@ -80,6 +80,8 @@ def test_equals_the_loop_oracle(
     assert [documents[column] for column in batch.positive_B] == plain.positives
     got = [{documents[n] for n in np.flatnonzero(row)} for row in batch.negative_BN]
     assert got == plain.negatives
+    mentioned = sum(2 + len(e.further_positives) + len(e.negatives) for e in batch_examples)
+    assert batch.mentioned == mentioned
     assert batch.weight_B.dtype == np.float32
     assert batch.weight_B.tolist() == [np.float32(weight) for weight in plain.weights]
     mean = sum(len(row) * w for row, w in zip(got, plain.weights, strict=True))

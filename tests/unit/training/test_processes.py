@@ -21,7 +21,9 @@ from nvembed.model.settings import LoraSettings
 from nvembed.text.tokens import TokenizedText
 from nvembed.training import processes as module
 from nvembed.training.processes import Processes, dead_peer_is_an_error
-from nvembed.training.sharding import FILLER, shard_backbone, share_of, whole
+from nvembed.training.sharding import FILLER, shard_backbone
+from nvembed.training.tensor_files import full as whole
+from nvembed.training.tensor_files import spread as share_of
 
 
 def parameter(values: list[float], gradient: list[float] | None = None, **kind) -> nn.Parameter:

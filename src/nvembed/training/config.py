@@ -68,6 +68,13 @@ class StageConfig(StrictModel):
         in_batch_negatives: use the documents of the other queries of the step as negatives (paper:
             on in stage 1, off in stage 2).
         num_negatives: most own negatives drawn per query (paper: 7).
+        num_positives: most positives drawn per query; each gives a row of the loss of its own, and
+            the rows of a query together weigh as much as one. Only retrieval and NLI records list
+            several positives.
+        batches: ``mixed`` blends the data sets in every step (paper), ``homogeneous`` takes all
+            queries of a step from one set; over the stage the shares are the same.
+        mixture_temperature: T of the weights of data sets without a weight of their own, which are
+            in proportion to ``size ** (1 / T)``; 1 is by size, more is more even.
         temperature: of the softmax (not published; 0.01–0.05 is usual).
         learn_temperature: tune the temperature with the weights, from ``temperature`` on and never
             below 0.005.
@@ -90,6 +97,9 @@ class StageConfig(StrictModel):
     schedule: ScheduleKind | None = None
     in_batch_negatives: bool
     num_negatives: int = Field(default=7, ge=0)
+    num_positives: int = Field(default=1, ge=1)
+    batches: Literal["mixed", "homogeneous"] = "mixed"
+    mixture_temperature: float = Field(default=1.0, ge=1, allow_inf_nan=False)
     temperature: float = Field(default=0.02, gt=0)
     learn_temperature: bool = False
     hardness: float | None = Field(default=None, gt=0)

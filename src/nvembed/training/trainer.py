@@ -119,7 +119,12 @@ class _Run:
         self.processes = processes
         # All data are read first: a bad line is told before a large model is loaded.
         self.mixtures = [
-            load_mixture(config.datasets, stage=number, base_dir=base_dir)
+            load_mixture(
+                config.datasets,
+                stage=number,
+                base_dir=base_dir,
+                temperature=config.stages[number - 1].mixture_temperature,
+            )
             for number in range(1, len(config.stages) + 1)
         ]
         seed_everything(derive_seed(config.seed, "weights"))

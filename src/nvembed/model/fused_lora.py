@@ -42,7 +42,7 @@ class FusedLoraLinear(LoraLinear):
         base = self.get_base_layer()
         dropout = self.lora_dropout[name]
         # Dropout that does nothing must not cost the sum of two gradients.
-        dropped = dropout(x) if self.training and getattr(dropout, "p", 0) else None
+        dropped = dropout(x) if self.training and not isinstance(dropout, nn.Identity) else None
         output: Tensor = _Product.apply(
             x,
             dropped,

@@ -116,6 +116,23 @@ class StageConfig(StrictModel):
         return self
 
 
+class EvaluationConfig(StrictModel):
+    """Evaluation during training.
+
+    Args:
+        tasks: folders of local tasks, or of several; relative to the recipe.
+        every: steps of a stage between two evaluations; the last step is evaluated in any case.
+        patience: a stage ends after so many evaluations in a row that were not better than its
+            best; ``None`` is never.
+        keep_best: a stage ends with the weights of its best evaluation, by the mean of main scores.
+    """
+
+    tasks: tuple[str, ...] = Field(min_length=1)
+    every: int = Field(ge=1)
+    patience: int | None = Field(default=None, ge=1)
+    keep_best: bool = True
+
+
 class TrainConfig(StrictModel):
     """A complete run.
 
@@ -142,6 +159,7 @@ class TrainConfig(StrictModel):
         log_every: steps between two rows of ``metrics.jsonl``.
         checkpoint_every: steps between two checkpoints.
         keep_checkpoints: how many of the latest to keep.
+        evaluation: on local tasks, with early stopping; ``None`` is off.
         trackers: where the numbers of ``metrics.jsonl`` go besides.
     """
 
@@ -160,6 +178,7 @@ class TrainConfig(StrictModel):
     log_every: int = Field(default=1, ge=1)
     checkpoint_every: int = Field(default=200, ge=1)
     keep_checkpoints: int = Field(default=2, ge=1)
+    evaluation: EvaluationConfig | None = None
     trackers: tuple[TrackerKind, ...] = ()
 
     @model_validator(mode="after")

@@ -34,6 +34,7 @@ from nvembed.model.pooling import (
     SelfAttentionPooling,
     build_pooling,
 )
+from nvembed.model.products import fast_products
 from nvembed.model.settings import AttentionDirection, PoolingKind
 from nvembed.model.source import ModelSource
 from nvembed.text.instructions import task_prompts
@@ -73,6 +74,10 @@ class NVEmbed(SentenceTransformer):
 
     Use :meth:`from_pretrained`; the constructor is that of ``SentenceTransformer``.
     """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        fast_products(self)
 
     @classmethod
     def from_pretrained(

@@ -22,11 +22,15 @@ import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
+from nvembed.model.products import FastLinear, product, times_transposed, transposed_times
+
+_BASES = (nn.Linear, FastLinear)
+
 
 def fuse_lora(backbone: nn.Module) -> None:
     """Let the adapters on plain linear layers compute as above, in place."""
     for module in backbone.modules():
-        if type(module) is LoraLinear and type(module.get_base_layer()) is nn.Linear:
+        if type(module) is LoraLinear and type(module.get_base_layer()) in _BASES:
             # The class alone decides how it computes: nothing to copy, and peft's merging works.
             module.__class__ = FusedLoraLinear
 
@@ -72,9 +76,9 @@ class _Product(torch.autograd.Function):
         with torch.autocast(device, enabled=False):
             x_TI = x.flatten(0, -2).to(dtype)
             seen_TI = x_TI if dropped is None else dropped.flatten(0, -2).to(dtype)
-            hidden_Tr = (seen_TI @ a_rI.to(dtype).T).mul_(scaling)
+            hidden_Tr = times_transposed(seen_TI, a_rI.to(dtype)).mul_(scaling)
             bias = None if bias_O is None else bias_O.to(dtype)
-            y_TO = nn.functional.linear(x_TI, weight_OI.to(dtype), bias)
+            y_TO = product(x_TI, weight_OI.to(dtype), bias)
             y_TO.addmm_(hidden_Tr, b_Or.to(dtype).T)
         # The frozen weight is cast again on the way back: a cast copy per graph would cost more.
         ctx.save_for_backward(seen_TI, hidden_Tr, weight_OI, a_rI, b_Or)
@@ -88,14 +92,18 @@ class _Product(torch.autograd.Function):
         dy_TO = gradients[0].flatten(0, -2).to(hidden_Tr.dtype)
         with torch.autocast(dy_TO.device.type, enabled=False):
             dtype = dy_TO.dtype
-            db_Or = (hidden_Tr.T @ dy_TO).T.to(b_Or.dtype)
-            dh_Tr = (dy_TO @ b_Or.to(dtype)).mul_(ctx.scaling)
-            da_rI = (dh_Tr.T @ seen_TI).to(a_rI.dtype)
+            db_Or = transposed_times(dy_TO, hidden_Tr).to(b_Or.dtype)
+            dh_Tr = times_transposed(dy_TO, b_Or.to(dtype).T).mul_(ctx.scaling)
+            da_rI = transposed_times(dh_Tr, seen_TI).to(a_rI.dtype)
             dx = dseen = None
             if ctx.has_input_gradient:
-                dx_TI = dy_TO @ weight_OI.to(dtype)
+                dx_TI = times_transposed(dy_TO, weight_OI.to(dtype).T)
                 if ctx.dropped:
-                    dseen = (dh_Tr @ a_rI.to(dtype)).view(ctx.shape).to(ctx.input_dtype)
+                    dseen = (
+                        times_transposed(dh_Tr, a_rI.to(dtype).T)
+                        .view(ctx.shape)
+                        .to(ctx.input_dtype)
+                    )
                 else:
                     dx_TI.addmm_(dh_Tr, a_rI.to(dtype))
                 dx = dx_TI.view(ctx.shape).to(ctx.input_dtype)

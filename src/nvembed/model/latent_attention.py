@@ -26,6 +26,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from nvembed.model.products import product
+
 
 class Folded(NamedTuple):
     """Latent cross attention with the projections folded into the latents.
@@ -119,9 +121,9 @@ class LatentAttention(nn.Module):
     def attend_folded(self, hidden_TD: Tensor) -> Tensor:
         """The same from folded weights; returns ``(T, D)`` without the residual."""
         folded = self.fold()
-        score_TS = self.norm_query(hidden_TD) @ folded.score_SD.T
+        score_TS = product(self.norm_query(hidden_TD), folded.score_SD)
         weight_THR = score_TS.unflatten(1, (self.num_heads, -1)).softmax(-1)
-        return weight_THR.flatten(1) @ folded.value_SD
+        return product(weight_THR.flatten(1), folded.value_SD.T)
 
     @contextmanager
     def fixed_weights(self) -> Iterator[None]:

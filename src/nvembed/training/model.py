@@ -11,7 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from nvembed.core.errors import TrainingError, UserError
 from nvembed.core.files import atomic_folder
-from nvembed.model.adapters import add_lora, merge_lora
+from nvembed.model.adapters import add_lora, hold_frozen, merge_lora
 from nvembed.model.embedder import NVEmbed, model_kind
 from nvembed.model.quantization import quantize_frozen
 from nvembed.model.settings import PoolingSettings
@@ -45,6 +45,8 @@ def build_model(config: TrainConfig, base_dir: Path, *, device: str | None = Non
         quantize_frozen(model, settings.quantization)
     if config.lora is not None:
         add_lora(model.backbone, config.lora)
+        if config.precision == "bfloat16":
+            hold_frozen(model.backbone, torch.bfloat16)
     if config.pooling_head == "train":
         # In 16 bit, an update of a usual learning rate would round to nothing.
         model.pooling.float()
@@ -69,14 +71,15 @@ def save_model(
         config: for the prompts: one per data set, and ``query`` where all retrieval sets share one;
             besides them those of the MTEB tasks.
         folder: written beside and moved into place.
-        base_dir: folder of the recipe, to find the base again where it was quantised or sharded.
+        base_dir: folder of the recipe, to find the base again where it was rounded or sharded.
         final: merge in place, which needs no second copy of the weights.
         write: in one process; all of them call, because weights may be shared out.
 
     Raises:
         TrainingError: it could not be written; the checkpoint is there.
     """
-    if config.model.quantization is not None or isinstance(model.backbone.model, FSDPModule):
+    lossy = config.model.quantization or (config.lora and config.precision == "bfloat16")
+    if lossy or isinstance(model.backbone.model, FSDPModule):
         saved = _rebuilt(model, config, base_dir, build=write)
     else:
         saved = model if final or not write else copy.deepcopy(model)
@@ -103,15 +106,16 @@ def save_model(
 
 @torch.no_grad()
 def _rebuilt(model: NVEmbed, config: TrainConfig, base_dir: Path, *, build: bool) -> NVEmbed:
-    """What was trained, on the base as it was before it was quantised or sharded; on the CPU.
+    """What was trained, on the base as it was before it was rounded or sharded; on the CPU.
 
     All processes give their shares; the one that does not ``build`` gets its own model back.
     """
-    plain = config.model.model_copy(update={"quantization": None})
+    settings = config.model.model_copy(update={"quantization": None})
+    plain = config.model_copy(update={"model": settings, "precision": "float32"})
     into: dict[str, Tensor] = {}
     if build:
         with torch.random.fork_rng():
-            fresh = build_model(config.model_copy(update={"model": plain}), base_dir, device="cpu")
+            fresh = build_model(plain, base_dir, device="cpu")
         into = dict(trained_parameters(fresh))
     for name, parameter in trained_parameters(model).items():
         value = full(parameter)

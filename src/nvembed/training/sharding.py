@@ -18,10 +18,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from nvembed.core.errors import TrainingError
 from nvembed.model.embedder import NVEmbed, embed_pack
@@ -42,7 +41,7 @@ def shard_backbone(
     """Shard the backbone over the processes, in place, and move the rest to the device.
 
     The model may still lie on the CPU: only the shares go to the device. A sharded model cannot be
-    copied or saved; see :func:`whole`.
+    copied or saved: the trained weights are put into a fresh one.
 
     Args:
         model: loaded, with its adapters, equal on all processes.
@@ -80,20 +79,6 @@ def shard_backbone(
     with torch.no_grad():
         # FSDP allocates at the first use; that must not be a forward in inference mode.
         embed_pack(model, [FILLER])
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """The full value of a parameter or moment; all processes must ask for it in the same order."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def share_of(value: Tensor, parameter: Tensor) -> Tensor:
-    """What :func:`whole` gave, as this process holds it for a parameter; no communication."""
-    if not isinstance(parameter, DTensor):
-        return value.to(parameter.device)
-    return distribute_tensor(
-        value.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None
-    )
 
 
 def _layers(decoder: nn.Module) -> list[nn.Module]:

@@ -18,9 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nvembed.data.convert import Example
-from nvembed.text.template import query_prompt
+from nvembed.text.template import PromptedText, query_prompt
 
-PromptedText = tuple[str, str]
 KeyT = TypeVar("KeyT")
 
 
@@ -109,7 +108,7 @@ def build_batch(
     )
 
 
-def needed_texts(batch: ContrastiveBatch) -> list[NDArray[np.int64]]:
+def needed_texts(batch: ContrastiveBatch) -> list[list[int]]:
     """Rows of ``texts`` that each query's loss depends on: itself and all its candidates."""
     return [
         np.unique(

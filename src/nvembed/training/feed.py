@@ -17,6 +17,9 @@ from nvembed.text.token_cache import TokenCache
 from nvembed.text.tokens import TokenizedText
 from nvembed.training.config import StageConfig
 
+# New tokens wait in memory until they are written; this bounds how many, and what a kill costs.
+FLUSH_STEPS = 200
+
 Fed = tuple[ContrastiveBatch, Sequence[TokenizedText]]
 
 
@@ -75,4 +78,6 @@ class Feed:
             ready = coming.result()
             more = step + 1 < self.stage.steps
             coming = pool.submit(self.step, step + 1) if more else None
+            if (step + 1) % FLUSH_STEPS == 0:
+                pool.submit(self.tokens.flush)
             yield ready

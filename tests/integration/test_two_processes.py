@@ -219,8 +219,7 @@ def test_killed_processes_lose_nothing(
     else:
         kind, message = first
         assert kind == "result"
-        assert message.startswith("error: another process died")
-        assert f"last checkpoint: step-{STEPS:010d}" in message
+        assert f"{config.output}/checkpoints: another process died" in message
         assert "\n" not in message
     assert not (tmp_path / "parts" / "model").exists()
     on_two(config, tmp_path)

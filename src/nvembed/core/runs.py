@@ -11,6 +11,7 @@ model-<stage>/   the model after a stage that was not the last
 model/           the finished model, an ordinary sentence-transformers folder
 adapter/         its adapters alone, where the recipe asks for them
 eval/            evaluation results
+tensorboard/     the metrics once more, where the recipe asks for them
 """
 
 from __future__ import annotations
@@ -139,6 +140,7 @@ class RunFolder:
             file.unlink(missing_ok=True)
         made = (
             *(self.checkpoints, self.mined, self.model, self.adapter, self.eval),
+            self.path / "tensorboard",
             *self.path.glob("model-*"),
         )
         for folder in made:

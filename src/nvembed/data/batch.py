@@ -110,12 +110,11 @@ def build_batch(
 
 def needed_texts(batch: ContrastiveBatch) -> list[list[int]]:
     """Rows of ``texts`` that each query's loss depends on: itself and all its candidates."""
-    return [
-        np.unique(
-            np.append(batch.document_N[_candidates(batch, np.array([row]))], batch.query_B[row])
-        )
-        for row in range(len(batch.query_B))
-    ]
+    needed: list[list[int]] = []
+    for row, query in enumerate(batch.query_B):
+        documents = batch.document_N[_candidates(batch, np.array([row]))]
+        needed.append(np.unique(np.append(documents, query)).tolist())
+    return needed
 
 
 def select_queries(

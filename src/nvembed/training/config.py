@@ -15,10 +15,25 @@ from nvembed.data.mixture import DatasetConfig
 from nvembed.mining.config import MiningConfig
 from nvembed.model.settings import LoraSettings, ModelSettings, PrecisionChoice
 
+ScheduleKind = Literal["linear", "cosine", "constant"]
+OptimizerKind = Literal["adamw", "adamw_8bit", "schedule_free"]
+TrackerKind = Literal["tensorboard", "trackio", "wandb"]
+
 
 class OptimizerConfig(StrictModel):
-    """AdamW; the weight decay of the paper is 0.03 (recalled, medium certainty)."""
+    """How weights are updated.
 
+    Args:
+        kind: ``adamw``; ``adamw_8bit``, with moments in 8 bits (bitsandbytes); or
+            ``schedule_free``, which averages its steps instead of lowering the rate (schedulefree).
+        weight_decay: the paper's is 0.03 (recalled, medium certainty).
+        beta1: decay of the mean of gradients; of ``schedule_free``, how near to the average
+            gradients are taken.
+        beta2: decay of the mean of their squares.
+        max_grad_norm: longer gradients are scaled down to it; ``None`` is off.
+    """
+
+    kind: OptimizerKind = "adamw"
     weight_decay: float = Field(default=0.03, ge=0)
     beta1: float = Field(default=0.9, ge=0, lt=1)
     beta2: float = Field(default=0.999, ge=0, lt=1)
@@ -47,7 +62,9 @@ class StageConfig(StrictModel):
         batch_size: queries per step.
         learning_rate: of adapters (or of all weights without LoRA) at the end of the warm-up.
         head_learning_rate: of the pooling head; ``None`` means the same (as NVIDIA says it did).
-        warmup_steps: linear rise; a linear fall to zero follows.
+        warmup_steps: linear rise.
+        schedule: after the warm-up: a ``linear`` or ``cosine`` fall to zero, or ``constant``.
+            ``None`` is linear, and constant under the optimizer ``schedule_free``.
         in_batch_negatives: use the documents of the other queries of the step as negatives (paper:
             on in stage 1, off in stage 2).
         num_negatives: most own negatives drawn per query (paper: 7).
@@ -70,6 +87,7 @@ class StageConfig(StrictModel):
     learning_rate: float = Field(default=2e-5, gt=0)
     head_learning_rate: float | None = Field(default=None, gt=0)
     warmup_steps: int = Field(default=50, ge=0)
+    schedule: ScheduleKind | None = None
     in_batch_negatives: bool
     num_negatives: int = Field(default=7, ge=0)
     temperature: float = Field(default=0.02, gt=0)
@@ -101,6 +119,9 @@ class TrainConfig(StrictModel):
         datasets: the training data; paths are relative to the recipe.
         stages: in order.
         optimizer: shared by the stages; each stage starts it afresh.
+        shard: the backbone's weights are shared out over the processes (FSDP2), for a model that
+            one device cannot hold; ``accelerate launch --use_fsdp --fsdp_version 2`` asks for it
+            too.
         precision: ``bfloat16`` computes under autocast, weights stay as loaded; ``auto`` takes what
             the machine is fastest in, measured when the run starts and kept to its end.
         pack_tokens: tokens per forward pass.
@@ -115,6 +136,7 @@ class TrainConfig(StrictModel):
         log_every: steps between two rows of ``metrics.jsonl``.
         checkpoint_every: steps between two checkpoints.
         keep_checkpoints: how many of the latest to keep.
+        trackers: where the numbers of ``metrics.jsonl`` go besides.
     """
 
     output: str = Field(min_length=1)
@@ -125,6 +147,7 @@ class TrainConfig(StrictModel):
     datasets: tuple[DatasetConfig, ...] = Field(min_length=1)
     stages: tuple[StageConfig, ...] = Field(min_length=1)
     optimizer: OptimizerConfig = OptimizerConfig()
+    shard: bool = False
     precision: PrecisionChoice = "auto"
     pack_tokens: int = Field(default=4096, ge=16)
     memory_gb: float | None = Field(default=None, gt=0)
@@ -133,6 +156,27 @@ class TrainConfig(StrictModel):
     log_every: int = Field(default=1, ge=1)
     checkpoint_every: int = Field(default=200, ge=1)
     keep_checkpoints: int = Field(default=2, ge=1)
+    trackers: tuple[TrackerKind, ...] = ()
+
+    @model_validator(mode="after")
+    def _quantized_base_is_frozen(self) -> Self:
+        if self.model.quantization is not None and self.lora is None:
+            raise ValueError(
+                f"model.quantization is {self.model.quantization} and lora is off: quantised "
+                "weights cannot be trained; give lora, or leave quantization out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _schedules_fit(self) -> Self:
+        if self.optimizer.kind == "schedule_free":
+            for stage in self.stages:
+                if stage.schedule not in (None, "constant"):
+                    raise ValueError(
+                        f"stage {stage.name}: the optimizer schedule_free has no use for a "
+                        f"{stage.schedule} schedule; leave schedule out, or say constant"
+                    )
+        return self
 
     @model_validator(mode="after")
     def _names_and_stages(self) -> Self:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from nvembed.core.files import write_json
 from nvembed.model.embedder import NVEmbed, embed_pack
@@ -87,11 +88,18 @@ def counted_graph(model: torch.nn.Module) -> Iterator[dict[int, int]]:
         Bytes by address of the storage.
     """
     held: dict[int, int] = {}
-    own = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
+    sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+    def addresses() -> set[int]:
+        weights = (*model.parameters(), *model.buffers())
+        return {w.untyped_storage().data_ptr() for w in weights if not isinstance(w, DTensor)}
+
+    own = addresses()
 
     def note(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
+        # Sharded weights are whole, and in the place of the shares, while their layer runs.
+        if storage.data_ptr() not in (addresses() if sharded else own):
             held[storage.data_ptr()] = storage.nbytes()
         return tensor
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -207,11 +207,11 @@ class Processes:
 
 
 @contextmanager
-def dead_peer_is_an_error(last_checkpoint: Callable[[], str]) -> Iterator[None]:
+def dead_peer_is_an_error(checkpoints: str) -> Iterator[None]:
     """Turn a broken connection into one line.
 
     Args:
-        last_checkpoint: gives the name of the one that the run can go on from.
+        checkpoints: the folder of those that the run can go on from.
 
     Raises:
         TrainingError: another process died, or did not answer in time.
@@ -223,8 +223,8 @@ def dead_peer_is_an_error(last_checkpoint: Callable[[], str]) -> Iterator[None]:
             raise
         raise TrainingError(
             f"another process died or did not answer ({' '.join(str(error).split())[:120]})",
-            hint="Its own error is above; the same command goes on from the last checkpoint: "
-            f"{last_checkpoint()}",
+            where=checkpoints,
+            hint="Its own error says why; the same command goes on from the last checkpoint there",
         ) from error
 
 

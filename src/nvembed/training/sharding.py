@@ -41,7 +41,7 @@ def shard_backbone(
     """Shard the backbone over the processes, in place, and move the rest to the device.
 
     The model may still lie on the CPU: only the shares go to the device. A sharded model cannot be
-    copied or saved: the trained weights are put into a fresh one.
+    copied or saved as it is: ``training/tensor_files.py`` gathers tensor by tensor.
 
     Args:
         model: loaded, with its adapters, equal on all processes.

@@ -34,6 +34,7 @@ from nvembed.text.packing import plan_groups, share_packs
 from nvembed.text.tokens import TokenizedText
 from nvembed.training.objective import Objective, evaluate_objective
 from nvembed.training.processes import Processes
+from nvembed.training.sharding import FILLER
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,7 +212,9 @@ class _Pass:
     def _pack(self, index: int) -> Tensor:
         """Embed one pack; its dropout is the same every time."""
         torch.manual_seed(derive_seed(self.seed, index))
-        return embed_pack(self.model, [self.texts[row] for row in self.packs[index]])
+        texts = [self.texts[row] for row in self.packs[index]]
+        # An empty pack runs too: sharded weights want equally many forwards in all processes.
+        return embed_pack(self.model, texts or [FILLER])[: len(texts)]
 
     def _require_room(
         self, lengths: Sequence[int], sizes: Sequence[int], graph_tokens: int

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,34 +18,43 @@ from typing import Any
 import torch
 from torch import nn
 
-from nvembed.core.config import dump_config, load_config
-from nvembed.core.errors import TrainingError, UserError
+from nvembed.core.errors import TrainingError
 from nvembed.core.progress import progress
 from nvembed.core.runs import RunFolder
 from nvembed.core.seeding import derive_seed, seed_everything
-from nvembed.data.batch import effective_negatives
 from nvembed.data.mixture import Mixture, load_mixture
 from nvembed.model.adapters import save_adapter
-from nvembed.model.precision import settle_precision
 from nvembed.text.token_cache import TokenCache, default_cache_folder
 from nvembed.training.checkpoint import (
     Position,
+    check_recipe,
     latest_checkpoint,
     read_position,
     restore_optimizer,
     restore_weights,
     save_checkpoint,
+    trained_parameters,
 )
 from nvembed.training.config import StageConfig, TrainConfig
 from nvembed.training.feed import Fed, Feed
+from nvembed.training.folder import prepare_folder, with_settled_precision
 from nvembed.training.graph_memory import settle_graph_memory
+from nvembed.training.metrics import describe, metrics_row
 from nvembed.training.model import build_model, save_model
 from nvembed.training.objective import stage_objective
-from nvembed.training.optim import build_optimizer, schedule, set_learning_rate
-from nvembed.training.processes import Processes
+from nvembed.training.optim import (
+    averaged_weights,
+    build_optimizer,
+    set_learning_rate,
+    stage_schedule,
+    training_weights,
+)
+from nvembed.training.processes import Processes, dead_peer_is_an_error
+from nvembed.training.sharding import shard_backbone
 from nvembed.training.signals import stop_signals
 from nvembed.training.stages import mine_mixture
-from nvembed.training.step import StepResult, StepSettings, contrastive_step
+from nvembed.training.step import StepSettings, contrastive_step
+from nvembed.training.temperature import bounded, new_temperature
 
 
 def train(config: TrainConfig, *, base_dir: Path, fresh: bool = False) -> Path:
@@ -67,29 +75,15 @@ def train(config: TrainConfig, *, base_dir: Path, fresh: bool = False) -> Path:
         UserError: data, model or output folder cannot be used; the loss is not finite; interrupted.
     """
     run = RunFolder(Path(config.output))
-    processes = Processes.of_environment()
-    config = _with_settled_precision(config, run, fresh=fresh)
-    resolved = dump_config(config)
-    if fresh or not run.exists:
-        run.create(resolved, replace=fresh)
-    elif run.config.read_text(encoding="utf-8") != resolved:
-        raise TrainingError(
-            "the folder holds a run with another configuration",
-            where=str(run.config),
-            hint="Choose another output folder, or start over with --fresh",
-        )
+    processes = Processes.of_environment(shard=config.shard)
+    config = with_settled_precision(config, run, fresh=fresh)
+    if processes.is_main:
+        prepare_folder(run, config, fresh=fresh)
+    processes.barrier()
     if (run.model / "modules.json").is_file():
         return run.model
-    return _Run(config, run, base_dir, processes).train()
-
-
-def _with_settled_precision(config: TrainConfig, run: RunFolder, *, fresh: bool) -> TrainConfig:
-    """Replace ``auto``: by what the run was started with, which must not change half-way."""
-    precision = config.precision
-    if precision == "auto" and run.exists and not fresh:
-        with suppress(UserError):  # not readable: the comparison of configurations refuses it
-            precision = load_config(TrainConfig, run.config).precision
-    return config.model_copy(update={"precision": settle_precision(precision)})
+    with dead_peer_is_an_error(str(run.checkpoints)):
+        return _Run(config, run, base_dir, processes).train()
 
 
 @dataclass
@@ -101,16 +95,16 @@ class _Stage:
         config: its settings.
         feed: its batches.
         settings: of its steps.
-        optimizer: of everything that is trained.
-        log_temperature: log τ where it is learned.
+        trained: parameters by name.
+        optimizer: of all of them.
     """
 
     number: int
     config: StageConfig
     feed: Feed
     settings: StepSettings
+    trained: dict[str, nn.Parameter]
     optimizer: torch.optim.Optimizer
-    log_temperature: nn.Parameter | None
 
 
 class _Run:
@@ -131,12 +125,25 @@ class _Run:
         seed_everything(derive_seed(config.seed, "weights"))
         self.embedder = build_model(config, base_dir, device=str(processes.device))
         self.tokens = TokenCache(default_cache_folder(), self.embedder.backbone.text_tokenizer)
-        self.checkpoint = latest_checkpoint(run.checkpoints)
+        self.recipe = config.model_dump(mode="json")
+        self.checkpoint = latest_checkpoint(run.checkpoints, log=self.log)
         self.position = read_position(self.checkpoint) if self.checkpoint else Position()
-        run.trim_metrics(self.position.step)
-        if self.checkpoint:
-            restore_weights(self.checkpoint, self.embedder)
+        stage = config.stages[self.position.stage] if self.position.stage_step else None
+        self.log_temperature = new_temperature(stage, processes.device)
+        if processes.is_main:
+            run.trim_metrics(self.position.step)
+        if self.checkpoint is None:
+            # All start from the same numbers, whatever the machines make of a seed.
+            processes.broadcast_parameters(trained_parameters(self.embedder).values())
+        else:
+            note = check_recipe(self.checkpoint, self.recipe, processes.count)
+            restore_weights(self.checkpoint, self._trained())
             self.log(f"going on after step {self.position.step} ({self.checkpoint.name})")
+            if note:
+                self.log(note)
+        if processes.sharded:
+            half = torch.bfloat16 if config.precision == "bfloat16" else None
+            shard_backbone(self.embedder, processes, compute_dtype=half)
 
     def train(self) -> Path:
         with self._autocast():
@@ -156,9 +163,26 @@ class _Run:
             self._stage(number)
         if self.config.lora is not None and self.config.lora.save_adapter:
             save_adapter(self.embedder.backbone, self.run.adapter)
-        save_model(self.embedder, self.config, self.run.model, final=True)
+        self._save_model(self.run.model, final=True)
         self.log(f"model written to {self.run.model}")
         return self.run.model
+
+    def _trained(self) -> dict[str, nn.Parameter]:
+        """What is tuned now, by name."""
+        temperature = self.log_temperature
+        extra = {} if temperature is None else {"log_temperature": temperature}
+        return trained_parameters(self.embedder, **extra)
+
+    def _save_model(self, folder: Path, *, final: bool) -> None:
+        save_model(
+            self.embedder,
+            self.config,
+            folder,
+            base_dir=self.base_dir,
+            final=final,
+            write=self.processes.is_main,
+        )
+        self.processes.barrier()
 
     def _autocast(self) -> torch.autocast:
         """Computation in the run's precision.
@@ -179,7 +203,7 @@ class _Run:
     def _stage(self, number: int) -> None:
         config = self.config.stages[number]
         stage = self._start(number, self._mixture(number))
-        self.log(_describe(config, stage.feed))
+        self.log(describe(config, stage.feed))
         start = self.position.stage_step
         with (
             progress(config.steps - start, config.name, shown=self.processes.is_main) as bar,
@@ -192,7 +216,7 @@ class _Run:
                 self.position = Position(
                     row["step"], number, stage_step + 1, self.position.seconds + row["seconds"]
                 )
-                if row["step"] % self.config.log_every == 0:
+                if row["step"] % self.config.log_every == 0 and self.processes.is_main:
                     self.run.append_metrics(row)
                 self._maybe_checkpoint(stage, stopping)
         self._finish_stage(stage)
@@ -215,12 +239,14 @@ class _Run:
 
     def _start(self, number: int, mixture: Mixture) -> _Stage:
         config = self.config.stages[number]
-        optimizer = build_optimizer(
-            self.embedder.pooling, self.embedder, config, self.config.optimizer
-        )
+        if not self.position.stage_step:
+            self.log_temperature = new_temperature(config, self.processes.device)
+        trained = self._trained()
+        optimizer = build_optimizer(trained, self.embedder.pooling, config, self.config.optimizer)
         if self.position.stage_step:
             assert self.checkpoint is not None
-            restore_optimizer(self.checkpoint, self.embedder, optimizer)
+            restore_optimizer(self.checkpoint, trained, optimizer)
+        training_weights(optimizer)
         settings = StepSettings(
             objective=stage_objective(config),
             coupled=config.in_batch_negatives,
@@ -228,13 +254,13 @@ class _Run:
             graph_tokens=self.memory.tokens,
         )
         feed = Feed(mixture, config, seed=self.config.seed, tokens=self.tokens)
-        return _Stage(number, config, feed, settings, optimizer, None)
+        return _Stage(number, config, feed, settings, trained, optimizer)
 
     def _step(self, stage: _Stage, stage_step: int, fed: Fed) -> dict[str, Any]:
         """One update; returns its metrics. A number that is not finite changes nothing."""
         started = time.perf_counter()
         config = stage.config
-        share = schedule(stage_step, steps=config.steps, warmup_steps=config.warmup_steps)
+        share = stage_schedule(stage_step, config, self.config.optimizer)
         set_learning_rate(stage.optimizer, share)
         self.embedder.train()
         step = self.position.step + 1
@@ -248,22 +274,26 @@ class _Run:
                     stage.settings,
                     self.processes,
                     seed=derive_seed(self.config.seed, "dropout", config.name, stage_step),
-                    log_temperature=stage.log_temperature,
+                    log_temperature=self.log_temperature,
                 )
         except FloatingPointError as error:
             raise self._not_finite(error.args[0], "loss", config, step) from error
-        norm = self._clipped_norm()
+        norm = self._summed_norm(stage)
         if not math.isfinite(norm):
             raise self._not_finite(norm, "gradient norm", config, step)
         stage.optimizer.step()
         stage.optimizer.zero_grad()
+        temperature = bounded(self.log_temperature) or config.temperature
         seconds = time.perf_counter() - started
-        return _metrics(config, step, norm, share, result, seconds)
+        return metrics_row(config, step, norm, share, temperature, result, seconds)
 
-    def _clipped_norm(self) -> float:
-        trained = [p for p in self.embedder.parameters() if p.requires_grad]
-        self.processes.sum_gradients(trained)
-        return self.processes.clip_gradients(trained, self.config.optimizer.max_grad_norm)
+    def _summed_norm(self, stage: _Stage) -> float:
+        """Sum the gradients over the processes, clip them, return their norm."""
+        shared = [p for p in stage.trained.values() if p is not self.log_temperature]
+        # The temperature's gradient is whole already: every process computes the whole loss.
+        self.processes.sum_gradients(shared)
+        limit = self.config.optimizer.max_grad_norm
+        return self.processes.clip_gradients(stage.trained.values(), limit)
 
     def _not_finite(self, value: float, what: str, stage: StageConfig, step: int) -> TrainingError:
         last = latest_checkpoint(self.run.checkpoints)
@@ -276,9 +306,9 @@ class _Run:
         )
 
     def _maybe_checkpoint(self, stage: _Stage, stopping: Callable[[], bool]) -> None:
-        stop = stopping()
+        stop = self.processes.agree(stopping())
         if stop or self.position.step % self.config.checkpoint_every == 0:
-            self._checkpoint(stage.optimizer)
+            self._checkpoint(stage, stage.trained)
         if stop:
             raise TrainingError(
                 f"interrupted after step {self.position.step}; a checkpoint was written",
@@ -286,58 +316,23 @@ class _Run:
                 hint="The same command goes on from there",
             )
 
-    def _checkpoint(self, optimizer: torch.optim.Optimizer) -> None:
+    def _checkpoint(self, stage: _Stage, trained: Mapping[str, nn.Parameter]) -> None:
         self.checkpoint = save_checkpoint(
             self.run.checkpoints,
             self.position,
-            self.embedder,
-            optimizer,
+            trained,
+            stage.optimizer,
+            recipe=self.recipe,
+            processes=self.processes.count,
             keep=self.config.keep_checkpoints,
+            write=self.processes.is_main,
         )
 
     def _finish_stage(self, stage: _Stage) -> None:
+        # What the next stage, and the model, start from.
+        averaged_weights(stage.optimizer)
         if stage.number + 1 < len(self.config.stages):
-            folder = self.run.path / f"model-{stage.config.name}"
-            save_model(self.embedder, self.config, folder)
+            self._save_model(self.run.path / f"model-{stage.config.name}", final=False)
         self.position = Position(self.position.step, stage.number + 1, 0, self.position.seconds)
-        self._checkpoint(stage.optimizer)
+        self._checkpoint(stage, trained_parameters(self.embedder))
         self.log(f"{stage.config.name} finished after step {self.position.step}")
-
-
-def _describe(stage: StageConfig, feed: Feed) -> str:
-    sizes = ", ".join(f"{source.name} {len(source):,}" for source in feed.mixture.sources)
-    return (
-        f"{stage.name}: {stage.steps:,} steps of {stage.batch_size} queries; "
-        f"in-batch negatives {'on' if stage.in_batch_negatives else 'off'}; "
-        f"effective negatives per query {effective_negatives(feed.batch(0)):.1f}; data: {sizes}"
-    )
-
-
-def _metrics(
-    stage: StageConfig,
-    step: int,
-    norm: float,
-    share: float,
-    result: StepResult,
-    seconds: float,
-) -> dict[str, Any]:
-    statistics = result.statistics
-    return {
-        "step": step,
-        "stage": stage.name,
-        "loss": result.loss,
-        "learning_rate": stage.learning_rate * share,
-        "grad_norm": norm,
-        "temperature": stage.temperature,
-        "positive_similarity": statistics.positive_similarity,
-        "margin": statistics.margin,
-        "accuracy": statistics.accuracy,
-        "effective_negatives": result.effective_negatives,
-        "texts": result.num_texts,
-        "tokens": result.num_tokens,
-        "padding": 0.0,
-        "duplicates": result.duplicates,
-        "recomputed": result.recomputed,
-        "seconds": seconds,
-        "tokens_per_second": result.num_tokens / seconds,
-    }

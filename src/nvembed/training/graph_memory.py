@@ -17,12 +17,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, UntypedStorage
 from torch.distributed.tensor import DTensor
 
 from nvembed.core.files import write_json
 from nvembed.model.embedder import NVEmbed, embed_pack
 from nvembed.text.tokens import TokenizedText
+from nvembed.training.processes import Processes
 
 # Of what is free when a run starts: graphs are not all that a step needs (one layer's work in
 # progress, gradients, moments, the loss), and others may want memory too.
@@ -48,24 +49,29 @@ class GraphMemory:
 
 
 def settle_graph_memory(
-    file: Path, model: NVEmbed, *, memory_gb: float | None, pack_tokens: int, write: bool
+    file: Path,
+    model: NVEmbed,
+    processes: Processes,
+    *,
+    memory_gb: float | None,
+    pack_tokens: int,
 ) -> GraphMemory:
-    """Read what the run settled on, or measure and write it.
+    """Read what the run settled on, or measure and write it; the same for all processes.
 
     Args:
         file: of the run folder.
         model: on its device, in training mode, in the block of the run's precision.
+        processes: of the run; the first one's budget counts.
         memory_gb: for graphs, in 10⁹ bytes; ``None`` takes half of what is free now.
         pack_tokens: of one forward.
-        write: whether this process writes the file.
     """
-    if file.is_file():
-        return GraphMemory(**json.loads(file.read_text(encoding="utf-8")))
-    budget = int(memory_gb * 1e9) if memory_gb else int(free_bytes(model.device) * FREE_SHARE)
-    memory = GraphMemory(graph_bytes_per_token(model, pack_tokens), budget)
-    if write:
-        write_json(file, asdict(memory))
-    return memory
+    if processes.agree(not file.is_file()):
+        budget = int(memory_gb * 1e9) if memory_gb else int(free_bytes(model.device) * FREE_SHARE)
+        memory = GraphMemory(graph_bytes_per_token(model, pack_tokens), budget)
+        if processes.is_main:
+            write_json(file, asdict(memory))
+        processes.barrier()
+    return GraphMemory(**json.loads(file.read_text(encoding="utf-8")))
 
 
 def graph_bytes_per_token(model: NVEmbed, pack_tokens: int) -> float:
@@ -77,34 +83,33 @@ def graph_bytes_per_token(model: NVEmbed, pack_tokens: int) -> float:
     ids_NL = torch.randint(vocabulary, (count, length), generator=generator).tolist()
     with counted_graph(model) as held:
         embed_pack(model, [TokenizedText(tuple(ids), 0) for ids in ids_NL])
-    return sum(held.values()) / (count * length)
+    return sum(storage.nbytes() for storage in held.values()) / (count * length)
 
 
 @contextmanager
-def counted_graph(model: torch.nn.Module) -> Iterator[dict[int, int]]:
-    """Count the bytes of all storages that graphs made in the block save, parameters left out.
+def counted_graph(model: torch.nn.Module) -> Iterator[dict[int, UntypedStorage]]:
+    """Collect all storages that graphs made in the block save, parameters left out.
 
     Yields:
-        Bytes by address of the storage.
+        Storages by identity. Weights that were gathered for a layer and are given up after it have
+        no bytes by the end of the block.
     """
-    held: dict[int, int] = {}
-    sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
-
-    def addresses() -> set[int]:
-        weights = (*model.parameters(), *model.buffers())
-        return {w.untyped_storage().data_ptr() for w in weights if not isinstance(w, DTensor)}
-
-    own = addresses()
+    held: dict[int, UntypedStorage] = {}
+    own = {_storage(tensor)._cdata for tensor in (*model.parameters(), *model.buffers())}
 
     def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        # Sharded weights are whole, and in the place of the shares, while their layer runs.
-        if storage.data_ptr() not in (addresses() if sharded else own):
-            held[storage.data_ptr()] = storage.nbytes()
+        storage = _storage(tensor)
+        if storage._cdata not in own:
+            held[storage._cdata] = storage
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         yield held
+
+
+def _storage(tensor: Tensor) -> UntypedStorage:
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return local.untyped_storage()
 
 
 def free_bytes(device: torch.device) -> int:

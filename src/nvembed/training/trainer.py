@@ -123,7 +123,9 @@ class _Run:
             for number in range(1, len(config.stages) + 1)
         ]
         seed_everything(derive_seed(config.seed, "weights"))
-        self.embedder = build_model(config, base_dir, device=str(processes.device))
+        # Of a model that is to be sharded only the shares go to the device.
+        device = "cpu" if processes.sharded else str(processes.device)
+        self.embedder = build_model(config, base_dir, device=device)
         self.tokens = TokenCache(default_cache_folder(), self.embedder.backbone.text_tokenizer)
         self.recipe = config.model_dump(mode="json")
         self.checkpoint = latest_checkpoint(run.checkpoints, log=self.log)
@@ -151,9 +153,9 @@ class _Run:
             self.memory = settle_graph_memory(
                 self.run.graph_memory,
                 self.embedder,
+                self.processes,
                 memory_gb=self.config.memory_gb,
                 pack_tokens=self.config.pack_tokens,
-                write=self.processes.is_main,
             )
         self.log(
             f"memory for graphs {self.memory.budget_bytes / 1e9:.2f} GB: {self.memory.tokens:,} "

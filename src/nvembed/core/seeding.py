@@ -2,7 +2,7 @@
 
 Every random choice draws from a generator seeded by ``derive_seed(run seed, what, which step)``, so
 no choice depends on how many others came before it. What still uses the global generators (dropout,
-libraries) is captured and restored around checkpoints.
+libraries) is seeded before every pack; around evaluations it is captured and restored.
 """
 
 from __future__ import annotations

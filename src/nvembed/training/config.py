@@ -68,6 +68,13 @@ class StageConfig(StrictModel):
         in_batch_negatives: use the documents of the other queries of the step as negatives (paper:
             on in stage 1, off in stage 2).
         num_negatives: most own negatives drawn per query (paper: 7).
+        num_positives: most positives drawn per query; each gives a row of the loss of its own, and
+            the rows of a query together weigh as much as one. Only retrieval and NLI records list
+            several positives.
+        batches: ``mixed`` blends the data sets in every step (paper), ``homogeneous`` takes all
+            queries of a step from one set; over the stage the shares are the same.
+        mixture_temperature: T of the weights of data sets without a weight of their own, which are
+            in proportion to ``size ** (1 / T)``; 1 is by size, more is more even.
         temperature: of the softmax (not published; 0.01–0.05 is usual).
         learn_temperature: tune the temperature with the weights, from ``temperature`` on and never
             below 0.005.
@@ -90,6 +97,9 @@ class StageConfig(StrictModel):
     schedule: ScheduleKind | None = None
     in_batch_negatives: bool
     num_negatives: int = Field(default=7, ge=0)
+    num_positives: int = Field(default=1, ge=1)
+    batches: Literal["mixed", "homogeneous"] = "mixed"
+    mixture_temperature: float = Field(default=1.0, ge=1, allow_inf_nan=False)
     temperature: float = Field(default=0.02, gt=0)
     learn_temperature: bool = False
     hardness: float | None = Field(default=None, gt=0)
@@ -104,6 +114,23 @@ class StageConfig(StrictModel):
                 "in_batch_negatives is off and num_negatives is 0: nothing to contrast with"
             )
         return self
+
+
+class EvaluationConfig(StrictModel):
+    """Evaluation during training.
+
+    Args:
+        tasks: folders of local tasks, or of several; relative to the recipe.
+        every: steps of a stage between two evaluations; the last step is evaluated in any case.
+        patience: a stage ends after so many evaluations in a row that were not better than its
+            best; ``None`` is never.
+        keep_best: a stage ends with the weights of its best evaluation, by the mean of main scores.
+    """
+
+    tasks: tuple[str, ...] = Field(min_length=1)
+    every: int = Field(ge=1)
+    patience: int | None = Field(default=None, ge=1)
+    keep_best: bool = True
 
 
 class TrainConfig(StrictModel):
@@ -134,6 +161,7 @@ class TrainConfig(StrictModel):
         log_every: steps between two rows of ``metrics.jsonl``.
         checkpoint_every: steps between two checkpoints.
         keep_checkpoints: how many of the latest to keep.
+        evaluation: on local tasks, with early stopping; ``None`` is off.
         trackers: where the numbers of ``metrics.jsonl`` go besides.
     """
 
@@ -153,6 +181,7 @@ class TrainConfig(StrictModel):
     log_every: int = Field(default=1, ge=1)
     checkpoint_every: int = Field(default=200, ge=1)
     keep_checkpoints: int = Field(default=2, ge=1)
+    evaluation: EvaluationConfig | None = None
     trackers: tuple[TrackerKind, ...] = ()
 
     @model_validator(mode="after")

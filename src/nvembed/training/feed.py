@@ -40,7 +40,11 @@ class Feed:
         self.stage = stage
         self.tokens = tokens
         self._seed = derive_seed(seed, "data", stage.name)
-        self._order = mixture.order(self._seed, stage.steps * stage.batch_size)
+        self._order = mixture.order(
+            self._seed,
+            stage.steps * stage.batch_size,
+            run_length=stage.batch_size if stage.batches == "homogeneous" else 1,
+        )
 
     def batch(self, step: int) -> ContrastiveBatch:
         """The batch of a step of the stage, counted from 0."""
@@ -51,6 +55,7 @@ class Feed:
             first + self.stage.batch_size,
             seed=self._seed,
             num_negatives=self.stage.num_negatives,
+            num_positives=self.stage.num_positives,
         )
         return build_batch(examples, in_batch_negatives=self.stage.in_batch_negatives)
 

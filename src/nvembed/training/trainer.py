@@ -11,11 +11,12 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import nn
 
 from nvembed.core.errors import TrainingError
@@ -30,31 +31,37 @@ from nvembed.training.checkpoint import (
     check_recipe,
     latest_checkpoint,
     read_position,
-    restore_optimizer,
     restore_weights,
     save_checkpoint,
     trained_parameters,
 )
 from nvembed.training.config import StageConfig, TrainConfig
+from nvembed.training.evaluating import (
+    Best,
+    evaluate_step,
+    evaluation_is_due,
+    load_evaluation_tasks,
+    put_back_best,
+    should_stop,
+)
 from nvembed.training.feed import Fed, Feed
 from nvembed.training.folder import prepare_folder, with_settled_precision
 from nvembed.training.graph_memory import settle_graph_memory
 from nvembed.training.metrics import describe, metrics_row
 from nvembed.training.model import build_model, save_model
-from nvembed.training.objective import stage_objective
 from nvembed.training.optim import (
     averaged_weights,
-    build_optimizer,
     set_learning_rate,
     stage_schedule,
-    training_weights,
 )
 from nvembed.training.processes import Processes, dead_peer_is_an_error
 from nvembed.training.sharding import shard_backbone
 from nvembed.training.signals import stop_signals
+from nvembed.training.stage import StageAtWork, start_stage
 from nvembed.training.stages import mine_mixture
-from nvembed.training.step import StepSettings, contrastive_step
+from nvembed.training.step import contrastive_step
 from nvembed.training.temperature import bounded, new_temperature
+from nvembed.training.tracking import start_trackers, track, tracker_options
 
 
 def train(config: TrainConfig, *, base_dir: Path, fresh: bool = False) -> Path:
@@ -86,27 +93,6 @@ def train(config: TrainConfig, *, base_dir: Path, fresh: bool = False) -> Path:
         return _Run(config, run, base_dir, processes).train()
 
 
-@dataclass
-class _Stage:
-    """A stage at work.
-
-    Args:
-        number: from 0.
-        config: its settings.
-        feed: its batches.
-        settings: of its steps.
-        trained: parameters by name.
-        optimizer: of all of them.
-    """
-
-    number: int
-    config: StageConfig
-    feed: Feed
-    settings: StepSettings
-    trained: dict[str, nn.Parameter]
-    optimizer: torch.optim.Optimizer
-
-
 class _Run:
     """A run in progress: configuration, model, and where it stands."""
 
@@ -119,9 +105,16 @@ class _Run:
         self.processes = processes
         # All data are read first: a bad line is told before a large model is loaded.
         self.mixtures = [
-            load_mixture(config.datasets, stage=number, base_dir=base_dir)
+            load_mixture(
+                config.datasets,
+                stage=number,
+                base_dir=base_dir,
+                temperature=config.stages[number - 1].mixture_temperature,
+            )
             for number in range(1, len(config.stages) + 1)
         ]
+        self.tasks = load_evaluation_tasks(config.evaluation, base_dir) if config.evaluation else []
+        self.accelerator = Accelerator(**tracker_options(config.trackers, run))
         seed_everything(derive_seed(config.seed, "weights"))
         # Of a model that is to be sharded only the shares go to the device.
         device = "cpu" if processes.sharded else str(processes.device)
@@ -130,6 +123,7 @@ class _Run:
         self.recipe = config.model_dump(mode="json")
         self.checkpoint = latest_checkpoint(run.checkpoints, log=self.log)
         self.position = read_position(self.checkpoint) if self.checkpoint else Position()
+        self.best = Best.from_json(self.position.extra.get("best"))
         stage = config.stages[self.position.stage] if self.position.stage_step else None
         self.log_temperature = new_temperature(stage, processes.device)
         if processes.is_main:
@@ -161,8 +155,11 @@ class _Run:
             f"memory for graphs {self.memory.budget_bytes / 1e9:.2f} GB: {self.memory.tokens:,} "
             f"tokens ({self.memory.bytes_per_token / 1e3:,.0f} kB each)"
         )
+        if self.processes.is_main:
+            start_trackers(self.accelerator, self.run, self.recipe, step=self.position.step)
         for number in range(self.position.stage, len(self.config.stages)):
             self._stage(number)
+        self.accelerator.end_training()
         if self.config.lora is not None and self.config.lora.save_adapter:
             save_adapter(self.embedder.backbone, self.run.adapter)
         self._save_model(self.run.model, final=True)
@@ -213,15 +210,50 @@ class _Run:
             stage.feed.ahead(start) as fed,
         ):
             for stage_step, batch in enumerate(fed, start):
+                if self.config.evaluation and should_stop(self.config.evaluation, self.best):
+                    self.log(f"{config.name}: no better in {self.best.since} evaluations")
+                    break
                 row = self._step(stage, stage_step, batch)
                 bar.advance(1, loss=row["loss"], tokens_per_s=row["tokens_per_second"])
                 self.position = Position(
-                    row["step"], number, stage_step + 1, self.position.seconds + row["seconds"]
+                    row["step"],
+                    number,
+                    stage_step + 1,
+                    self.position.seconds + row["seconds"],
+                    {"best": self.best.to_json()},
                 )
-                if row["step"] % self.config.log_every == 0 and self.processes.is_main:
-                    self.run.append_metrics(row)
+                if row["step"] % self.config.log_every == 0:
+                    self._report(row)
+                self._maybe_evaluate(stage)
                 self._maybe_checkpoint(stage, stopping)
         self._finish_stage(stage)
+
+    def _report(self, row: dict[str, Any]) -> None:
+        if self.processes.is_main:
+            self.run.append_metrics(row)
+        track(self.accelerator, row)
+
+    def _maybe_evaluate(self, stage: StageAtWork) -> None:
+        """Score the model on the recipe's tasks when it is time, and keep the best weights."""
+        evaluation, position = self.config.evaluation, self.position
+        if evaluation is None or not evaluation_is_due(
+            evaluation, position.stage_step, stage.config.steps
+        ):
+            return
+        with self._autocast():
+            self.best, scores = evaluate_step(
+                self.embedder,
+                stage.trained,
+                stage.optimizer,
+                self.tasks,
+                evaluation,
+                self.best,
+                step=position.step,
+                folder=self.run.checkpoints,
+                write=self.processes.is_main,
+            )
+        self._report({"step": position.step, "stage": stage.config.name, "evaluation": scores})
+        self.position = replace(position, extra={"best": self.best.to_json()})
 
     def _mixture(self, number: int) -> Mixture:
         """The data of a stage, with negatives mined by the model as it is now where asked for."""
@@ -239,26 +271,22 @@ class _Run:
                 log=self.log,
             )
 
-    def _start(self, number: int, mixture: Mixture) -> _Stage:
+    def _start(self, number: int, mixture: Mixture) -> StageAtWork:
         config = self.config.stages[number]
-        if not self.position.stage_step:
+        going_on = self.position.stage_step > 0
+        if not going_on:
             self.log_temperature = new_temperature(config, self.processes.device)
-        trained = self._trained()
-        optimizer = build_optimizer(trained, self.embedder.pooling, config, self.config.optimizer)
-        if self.position.stage_step:
-            assert self.checkpoint is not None
-            restore_optimizer(self.checkpoint, trained, optimizer)
-        training_weights(optimizer)
-        settings = StepSettings(
-            objective=stage_objective(config),
-            coupled=config.in_batch_negatives,
-            pack_tokens=self.config.pack_tokens,
+        return start_stage(
+            self.config,
+            number,
+            Feed(mixture, config, seed=self.config.seed, tokens=self.tokens),
+            self._trained(),
+            head=self.embedder.pooling,
             graph_tokens=self.memory.tokens,
+            checkpoint=self.checkpoint if going_on else None,
         )
-        feed = Feed(mixture, config, seed=self.config.seed, tokens=self.tokens)
-        return _Stage(number, config, feed, settings, trained, optimizer)
 
-    def _step(self, stage: _Stage, stage_step: int, fed: Fed) -> dict[str, Any]:
+    def _step(self, stage: StageAtWork, stage_step: int, fed: Fed) -> dict[str, Any]:
         """One update; returns its metrics. A number that is not finite changes nothing."""
         started = time.perf_counter()
         config = stage.config
@@ -289,7 +317,7 @@ class _Run:
         seconds = time.perf_counter() - started
         return metrics_row(config, step, norm, share, temperature, result, seconds)
 
-    def _summed_norm(self, stage: _Stage) -> float:
+    def _summed_norm(self, stage: StageAtWork) -> float:
         """Sum the gradients over the processes, clip them, return their norm."""
         shared = [p for p in stage.trained.values() if p is not self.log_temperature]
         # The temperature's gradient is whole already: every process computes the whole loss.
@@ -307,7 +335,7 @@ class _Run:
             f"{last.name if last else 'none'}",
         )
 
-    def _maybe_checkpoint(self, stage: _Stage, stopping: Callable[[], bool]) -> None:
+    def _maybe_checkpoint(self, stage: StageAtWork, stopping: Callable[[], bool]) -> None:
         stop = self.processes.agree(stopping())
         if stop or self.position.step % self.config.checkpoint_every == 0:
             self._checkpoint(stage, stage.trained)
@@ -318,7 +346,7 @@ class _Run:
                 hint="The same command goes on from there",
             )
 
-    def _checkpoint(self, stage: _Stage, trained: Mapping[str, nn.Parameter]) -> None:
+    def _checkpoint(self, stage: StageAtWork, trained: Mapping[str, nn.Parameter]) -> None:
         self.checkpoint = save_checkpoint(
             self.run.checkpoints,
             self.position,
@@ -330,9 +358,18 @@ class _Run:
             write=self.processes.is_main,
         )
 
-    def _finish_stage(self, stage: _Stage) -> None:
+    def _finish_stage(self, stage: StageAtWork) -> None:
         # What the next stage, and the model, start from.
         averaged_weights(stage.optimizer)
+        if self.config.evaluation and put_back_best(
+            stage.trained,
+            self.config.evaluation,
+            self.best,
+            step=self.position.step,
+            folder=self.run.checkpoints,
+        ):
+            self.log(f"{stage.config.name}: back to the weights of step {self.best.step}")
+        self.best = Best()
         if stage.number + 1 < len(self.config.stages):
             self._save_model(self.run.path / f"model-{stage.config.name}", final=False)
         self.position = Position(self.position.step, stage.number + 1, 0, self.position.seconds)

@@ -1,0 +1,196 @@
+"""Evaluation during training: scores on local tasks, early stopping, the best weights kept.
+
+A stage is evaluated every so many updates and after its last one. What is compared is the mean of
+the main scores; the best is that of the stage, and its weights are put back when the stage ends.
+The state (``Best``) is plain data and goes into ``Position.extra`` of every checkpoint.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+from nvembed.core.errors import UserError
+from nvembed.core.seeding import capture_rng, restore_rng
+from nvembed.evaluation.run import evaluate
+from nvembed.evaluation.tasks import LocalTask, load_tasks
+from nvembed.model.embedder import NVEmbed
+from nvembed.training.checkpoint import Parameters, restore_weights, save_weights
+from nvembed.training.config import EvaluationConfig
+from nvembed.training.optim import evaluation_weights
+
+BEST = "best"
+"""Folder of the best weights beside the checkpoints."""
+
+
+@dataclass(frozen=True)
+class Best:
+    """What the evaluations of a stage have come to.
+
+    Attributes:
+        score: highest mean so far; ``None`` before the first.
+        step: update of the run after which it was reached.
+        since: evaluations after that one, none of them better.
+    """
+
+    score: float | None = None
+    step: int | None = None
+    since: int = 0
+
+    def after(self, score: float | None, step: int) -> Self:
+        """With one more evaluation; an equal or undefined score is no improvement."""
+        if score is not None and (self.score is None or score > self.score):
+            return type(self)(score, step, 0)
+        return type(self)(self.score, self.step, self.since + 1)
+
+    def to_json(self) -> dict[str, Any]:
+        """For ``Position.extra``."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any] | None) -> Self:
+        """Back from there; ``None`` is the start of a stage."""
+        return cls(**values) if values else cls()
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Main scores by task; ``mean`` is undefined where one of them is."""
+
+    tasks: Mapping[str, float | None]
+
+    @property
+    def mean(self) -> float | None:
+        """Of all tasks, each counting the same."""
+        defined = [score for score in self.tasks.values() if score is not None]
+        return math.fsum(defined) / len(defined) if len(defined) == len(self.tasks) else None
+
+
+def load_evaluation_tasks(config: EvaluationConfig, base_dir: Path) -> list[LocalTask]:
+    """Read the tasks of a recipe, before a model is loaded.
+
+    Args:
+        config: names the folders.
+        base_dir: folder of the recipe.
+
+    Raises:
+        DataError: a folder is missing or a task cannot be used.
+        UserError: mteb is not installed.
+    """
+    if find_spec("mteb") is None:
+        raise UserError(
+            "evaluation during training needs the package 'mteb'",
+            where="evaluation",
+            hint="Install it with: pip install 'nvembed[eval]'",
+        )
+    return load_tasks([base_dir / folder for folder in config.tasks])
+
+
+def evaluation_is_due(config: EvaluationConfig, stage_step: int, steps: int) -> bool:
+    """Whether to evaluate after so many updates of a stage."""
+    return stage_step % config.every == 0 or stage_step == steps
+
+
+def should_stop(config: EvaluationConfig, best: Best) -> bool:
+    """Whether the stage ends here; asked before each update, also of a run that goes on."""
+    return config.patience is not None and best.since >= config.patience
+
+
+def evaluate_model(model: NVEmbed, tasks: Sequence[LocalTask]) -> Scores:
+    """Scores of a model in training, which goes on as if nothing had been asked.
+
+    All processes call it, and have the scores of the first one.
+
+    Args:
+        model: as it computes in training: under the autocast of the caller.
+        tasks: to score it on.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    rng = capture_rng()  # the first evaluation imports mteb, which draws random numbers
+    try:
+        results = evaluate(model, tasks)
+    finally:
+        restore_rng(rng)
+        _restore_modes(modes)
+    return Scores(_of_first({name: r.main_score for name, r in results.items()}, model.device))
+
+
+def evaluate_step(
+    model: NVEmbed,
+    trained: Parameters,
+    optimizer: torch.optim.Optimizer,
+    tasks: Sequence[LocalTask],
+    config: EvaluationConfig,
+    best: Best,
+    *,
+    step: int,
+    folder: Path,
+    write: bool = True,
+) -> tuple[Best, dict[str, Any]]:
+    """Evaluate after an update, and keep the weights where they are the best so far.
+
+    Args:
+        model: in training.
+        trained: its trained parameters, see ``trained_parameters``.
+        optimizer: whose averaged weights are evaluated where it has them.
+        tasks: from ``load_evaluation_tasks``.
+        config: of the run.
+        best: of the stage so far.
+        step: updates done in the run.
+        folder: of the checkpoints.
+        write: in one process.
+
+    Returns:
+        The new best, and the ``evaluation`` of a row of metrics.
+    """
+    with evaluation_weights(optimizer):
+        scores = evaluate_model(model, tasks)
+        best = best.after(scores.mean, step)
+        if config.keep_best and best.step == step:
+            save_weights(folder / BEST, trained, write=write)
+    row = {
+        "tasks": dict(scores.tasks),
+        "mean": scores.mean,
+        "best": best.score,
+        "best_step": best.step,
+    }
+    return best, row
+
+
+def put_back_best(
+    trained: Parameters, config: EvaluationConfig, best: Best, *, step: int, folder: Path
+) -> bool:
+    """Give the model the best weights of the stage that ends; tell whether they were others.
+
+    The parameters must be where the optimizer evaluates them (``averaged_weights``).
+    """
+    if not config.keep_best or best.step in (None, step):
+        return False
+    restore_weights(folder / BEST, trained)
+    return True
+
+
+def _restore_modes(modes: Sequence[tuple[nn.Module, bool]]) -> None:
+    for module, training in modes:
+        module.training = training
+
+
+def _of_first(
+    scores: Mapping[str, float | None], device: torch.device
+) -> Mapping[str, float | None]:
+    """The scores of the first process: a last bit must not make processes decide differently."""
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return scores
+    numbers = [math.nan if score is None else score for score in scores.values()]
+    shared = torch.tensor(numbers, dtype=torch.float64, device=device)
+    distributed.broadcast(shared, src=0)
+    agreed = [None if math.isnan(number) else number for number in shared.tolist()]
+    return dict(zip(scores, agreed, strict=True))

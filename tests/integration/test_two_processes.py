@@ -170,6 +170,30 @@ def test_two_processes_train_as_one(
         torch.testing.assert_close(second[name], value, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("shard", [False, True], ids=["replicated", "sharded"])
+def test_two_processes_mine_as_one(tmp_path: Path, tiny_decoder_dir: Path, shard: bool) -> None:
+    stage = {"name": "one", "steps": 2, "batch_size": 4, "in_batch_negatives": True}
+    mining = {"strategy": "top_k", "num_negatives": 2, "given": "replace"}
+    dataset = {"name": "pairs", "path": "pairs.jsonl", "kind": "retrieval", "instruction": "find"}
+    found = []
+    for name in ("alone", "two"):
+        config = recipe(
+            tmp_path,
+            tiny_decoder_dir,
+            name,
+            stages=[{**stage, "mine": mining}],
+            datasets=[{**dataset, "stages": [1]}],
+            shard=shard,
+        )
+        if name == "alone":
+            train(config, base_dir=tmp_path)
+        else:
+            on_two(config, tmp_path)
+        found.append((tmp_path / name / "mined" / "one" / "pairs.jsonl").read_text())
+    assert found[0] == found[1]
+    assert found[0] != (tmp_path / "pairs.jsonl").read_text()
+
+
 def die_in_step(step: int) -> None:
     """Both processes die in step 4, after a checkpoint of step 2 and of the stage's end."""
     if step == STEPS + 1:
@@ -229,6 +253,25 @@ def test_killed_processes_lose_nothing(
     assert [row["loss"] for row in rows(config)] == [
         row["loss"] for row in rows(uninterrupted[shard])
     ]
+
+
+@pytest.mark.parametrize("changes", [{}, {**FULL, "shard": True}], ids=["lora", "full-shard"])
+def test_one_process_goes_on_where_two_were_killed(
+    tmp_path: Path, tiny_decoder_dir: Path, alone: dict[str, Any], changes: dict
+) -> None:
+    config = recipe(tmp_path, tiny_decoder_dir, "fewer", **changes)
+    outcomes = outcomes_in_processes(run, config, tmp_path, die_before_the_last_step)
+    assert outcomes == [("error", "died")] * 2
+    train(config, base_dir=tmp_path)
+    first, second = weights(alone["full" if "lora" in changes else "lora"]), weights(config)
+    for name, value in first.items():
+        torch.testing.assert_close(second[name], value, rtol=1e-4, atol=1e-4)
+
+
+def die_before_the_last_step(step: int) -> None:
+    """In the middle of the second stage, after the checkpoint of step 4."""
+    if step == 2 * STEPS:
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def stop_the_second(step: int) -> None:

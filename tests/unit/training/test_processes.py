@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +17,18 @@ from torch.distributed.tensor import DTensor
 
 from forked import in_processes, outcomes_in_processes
 from nvembed.core.errors import TrainingError
+from nvembed.data.batch import ContrastiveBatch, build_batch
+from nvembed.data.convert import Example
 from nvembed.model.adapters import add_lora
 from nvembed.model.embedder import NVEmbed, embed_pack
 from nvembed.model.settings import LoraSettings
+from nvembed.text.packing import share_packs
 from nvembed.text.tokens import TokenizedText
 from nvembed.training import processes as module
+from nvembed.training.objective import Objective
 from nvembed.training.processes import Processes, dead_peer_is_an_error
 from nvembed.training.sharding import FILLER, shard_backbone
+from nvembed.training.step import StepSettings, contrastive_step
 from nvembed.training.tensor_files import full as whole
 
 
@@ -322,3 +329,53 @@ def test_a_dead_process_is_one_line_in_the_others() -> None:
 def test_other_errors_pass_through() -> None:
     with pytest.raises(RuntimeError, match="shape"), dead_peer_is_an_error("run/checkpoints"):
         raise RuntimeError("shape")
+
+
+def step_with_graphs_of(folder: Path, graph_tokens: int, shard: bool) -> tuple[float, float]:
+    here = Processes.of_environment(shard=shard)
+    model = small_model(folder, lora=True)
+    if here.sharded:
+        shard_backbone(model, here)
+    batch, texts = batch_and_texts(model)
+    settings = StepSettings(Objective(0.1), True, 100, graph_tokens)
+    result = contrastive_step(model, batch, texts, settings, here, seed=1)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    here.sum_gradients(trained)
+    return result.loss, here.clip_gradients(trained, None)
+
+
+def batch_and_texts(model: NVEmbed) -> tuple[ContrastiveBatch, Sequence[TokenizedText]]:
+    examples = [
+        Example(
+            query=f"what is {'so ' * (i % 4)}{i}",
+            positive=f"{i} times {'very ' * (i % 3)}much",
+            negatives=(f"{i}",),
+            known_positives=(f"{i} times {'very ' * (i % 3)}much",),
+            label=None,
+            instruction="find",
+            symmetric=False,
+            dataset="d",
+        )
+        for i in range(7)
+    ]
+    batch = build_batch(examples, in_batch_negatives=True)
+    tokenize = model.backbone.tokenize_texts
+    return batch, [tokenize([text], prompt)[0] for prompt, text in batch.texts]
+
+
+@pytest.mark.parametrize("shard", [False, True], ids=["replicated", "sharded"])
+def test_a_budget_that_ends_in_other_packs_of_other_processes(
+    tiny_decoder_dir: Path, shard: bool
+) -> None:
+    _, texts = batch_and_texts(small_model(tiny_decoder_dir, lora=True))
+    lengths = [len(text) for text in texts]
+    first, second = (
+        list(accumulate(sum(lengths[row] for row in pack) for pack in share))
+        for share in share_packs(lengths, 100, 2)
+    )
+    # Memory that would keep another number of graphs in one process than in the other.
+    graph_tokens = next(max(a, b) - 1 for a, b in zip(first, second, strict=True) if a != b)
+    assert graph_tokens >= 100
+    alone = step_with_graphs_of(tiny_decoder_dir, 10**6, shard)
+    for result in in_processes(step_with_graphs_of, tiny_decoder_dir, graph_tokens, shard):
+        assert result == pytest.approx(alone, rel=1e-5)

@@ -47,7 +47,16 @@ _WEIGHTS, _OPTIMIZER, _STATE = "weights.safetensors", "optimizer.safetensors", "
 # Of a parameter group: how this machine computes, which is not part of the run's state.
 _MACHINE = {"params", "fused", "foreach", "capturable"}
 
-FREE_KEYS = frozenset({"output", "log_every", "checkpoint_every", "keep_checkpoints", "trackers"})
+FREE_KEYS = frozenset(
+    {
+        "output",
+        "log_every",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "trackers",
+        "peer_timeout_minutes",
+    }
+)
 """Keys of a recipe that may change while a run is stopped: no weight depends on them."""
 
 Parameters = Mapping[str, nn.Parameter]
@@ -275,7 +284,11 @@ def restore_optimizer(
         state.setdefault(parameter, {})[key] = restored
     optimizer.state.clear()
     optimizer.state.update(state)
-    for group, saved in zip(optimizer.param_groups, numbers["groups"], strict=True):
+    # By rate and decay: sharded parameters have groups of their own, and a run may go on without
+    # sharding.
+    groups = {(group["peak"], group["weight_decay"]): group for group in numbers["groups"]}
+    for group in optimizer.param_groups:
+        saved = groups[group["peak"], group["weight_decay"]]
         for key, value in saved.items():
             group[key] = tuple(value) if isinstance(group.get(key), tuple) else value
 

@@ -156,6 +156,8 @@ class TrainConfig(StrictModel):
             backward; texts beyond are embedded twice in a stage with in-batch negatives, and go
             group by group in one without. The loss and the gradients are the same. ``None`` takes
             half of what is free when the run starts.
+        peer_timeout_minutes: how long a process waits for another within a step before it gives up;
+            one that died is noticed at once.
         log_every: steps between two rows of ``metrics.jsonl``.
         checkpoint_every: steps between two checkpoints.
         keep_checkpoints: how many of the latest to keep.
@@ -175,6 +177,7 @@ class TrainConfig(StrictModel):
     precision: PrecisionChoice = "auto"
     pack_tokens: int = Field(default=4096, ge=16)
     memory_gb: float | None = Field(default=None, gt=0)
+    peer_timeout_minutes: float = Field(default=30, gt=0)
     log_every: int = Field(default=1, ge=1)
     checkpoint_every: int = Field(default=200, ge=1)
     keep_checkpoints: int = Field(default=2, ge=1)

@@ -15,6 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from nvembed.core.errors import ConfigError
 from nvembed.training.config import OptimizerConfig, ScheduleKind, StageConfig
@@ -77,14 +78,16 @@ def build_optimizer(
     """
     in_head = {id(parameter) for parameter in head.parameters()}
     head_rate = stage.head_learning_rate or stage.learning_rate
-    split: dict[tuple[float, float], list[nn.Parameter]] = {}
+    split: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
     for name, parameter in trained.items():
         rate = head_rate if id(parameter) in in_head else stage.learning_rate
         decays = parameter.ndim > 1 and "latents" not in name and "embed_tokens" not in name
-        split.setdefault((rate, config.weight_decay if decays else 0.0), []).append(parameter)
+        # No kernel takes sharded and other parameters together.
+        kind = (rate, config.weight_decay if decays else 0.0, isinstance(parameter, DTensor))
+        split.setdefault(kind, []).append(parameter)
     groups: list[dict[str, Any]] = [
         {"params": parameters, "lr": rate, "peak": rate, "weight_decay": decay}
-        for (rate, decay), parameters in split.items()
+        for (rate, decay, _), parameters in split.items()
     ]
     devices = {parameter.device.type for parameter in trained.values()}
     betas = (config.beta1, config.beta2)

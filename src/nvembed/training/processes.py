@@ -10,13 +10,14 @@ With one process everything here does nothing.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Self
+from typing import Any, Self, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -27,6 +28,8 @@ from torch.distributed.tensor import DTensor
 
 from nvembed.core.errors import TrainingError
 from nvembed.model.embedder import NVEmbed
+
+Json = TypeVar("Json", bound=Any)
 
 # Bytes of one all-reduce: large enough for full bandwidth, small beside the gradients.
 BUCKET_BYTES = 64 * 2**20
@@ -176,6 +179,20 @@ class Processes:
         dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.control)
         return bool(flags)
 
+    def of_main(self, value: Json) -> Json:
+        """What the first process has: measurements on which all must act alike."""
+        if self.count == 1:
+            return value
+        text = json.dumps(value).encode()
+        length = torch.tensor(len(text))
+        dist.broadcast(length, src=0, group=self.control)
+        data = torch.zeros(int(length), dtype=torch.uint8)
+        if self.is_main:
+            data = torch.tensor(list(text), dtype=torch.uint8)
+        dist.broadcast(data, src=0, group=self.control)
+        got: Json = json.loads(bytes(data.tolist()))
+        return got
+
     def barrier(self) -> None:
         """Wait until every process is here, however long that takes."""
         if self.count > 1:
@@ -190,11 +207,11 @@ class Processes:
 
 
 @contextmanager
-def dead_peer_is_an_error(last_checkpoint: str | None) -> Iterator[None]:
+def dead_peer_is_an_error(checkpoints: str) -> Iterator[None]:
     """Turn a broken connection into one line.
 
     Args:
-        last_checkpoint: where the run can go on from.
+        checkpoints: the folder of those that the run can go on from.
 
     Raises:
         TrainingError: another process died, or did not answer in time.
@@ -206,8 +223,8 @@ def dead_peer_is_an_error(last_checkpoint: str | None) -> Iterator[None]:
             raise
         raise TrainingError(
             f"another process died or did not answer ({' '.join(str(error).split())[:120]})",
-            hint=f"Its own error is above; the same command goes on from the last checkpoint: "
-            f"{last_checkpoint or 'none'}",
+            where=checkpoints,
+            hint="Its own error says why; the same command goes on from the last checkpoint there",
         ) from error
 
 

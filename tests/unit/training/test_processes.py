@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +17,19 @@ from torch.distributed.tensor import DTensor
 
 from forked import in_processes, outcomes_in_processes
 from nvembed.core.errors import TrainingError
+from nvembed.data.batch import ContrastiveBatch, build_batch
+from nvembed.data.convert import Example
 from nvembed.model.adapters import add_lora
 from nvembed.model.embedder import NVEmbed, embed_pack
 from nvembed.model.settings import LoraSettings
+from nvembed.text.packing import share_packs
 from nvembed.text.tokens import TokenizedText
 from nvembed.training import processes as module
+from nvembed.training.objective import Objective
 from nvembed.training.processes import Processes, dead_peer_is_an_error
 from nvembed.training.sharding import FILLER, shard_backbone
+from nvembed.training.step import StepSettings, contrastive_step
 from nvembed.training.tensor_files import full as whole
-from nvembed.training.tensor_files import spread as share_of
 
 
 def parameter(values: list[float], gradient: list[float] | None = None, **kind) -> nn.Parameter:
@@ -59,6 +65,7 @@ def plain_collectives() -> dict[str, Any]:
         "norm": norm,
         "frozen": frozen.grad,
         "fresh": fresh.data,
+        "of_main": here.of_main({"é": [here.rank, 0.1]}),
         "agreed": [here.agree(False), here.agree(True), here.agree(first), here.agree(not first)],
     }
 
@@ -82,6 +89,7 @@ def test_collectives_of_two_processes(monkeypatch: pytest.MonkeyPatch) -> None:
                 torch.testing.assert_close(got.float(), clipped, rtol=4e-3, atol=0)
         assert result["frozen"].tolist() == [rank]
         assert result["fresh"].tolist() == [0.0, 0.0]
+        assert result["of_main"] == {"é": [0, 0.1]}
         assert result["agreed"] == [False, True, True, True]
     assert results[0]["norm"] == results[1]["norm"]
 
@@ -99,6 +107,7 @@ def test_one_process_is_alone() -> None:
     expected = parameter([0.0, 0.0], [3.0, 4.0])
     nn.utils.clip_grad_norm_([expected], 1.0)
     torch.testing.assert_close(weight.grad, expected.grad, rtol=0, atol=0)
+    assert alone.of_main(3) == 3
     assert alone.agree(True)
     assert not alone.agree(False)
     alone.barrier()
@@ -268,27 +277,6 @@ def test_a_16_bit_base_under_float32_adapters_is_sharded(tiny_decoder_dir: Path)
         assert torch.cosine_similarity(flat, wanted, dim=0) > 0.99
 
 
-def roundtrip(folder: Path) -> list[bool]:
-    here = Processes.of_environment(shard=True)
-    model = small_model(folder, lora=False)
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    shard_backbone(model, here)
-    same = []
-    for name, p in model.named_parameters():
-        full = whole(p).detach()
-        same.append(torch.equal(full, before[name]))
-        with torch.no_grad():
-            p.copy_(share_of(full + 1, p))
-        same.append(torch.equal(whole(p), before[name] + 1))
-    return same
-
-
-def test_sharded_weights_are_read_and_set_whole(tiny_decoder_dir: Path) -> None:
-    for same in in_processes(roundtrip, tiny_decoder_dir):
-        assert same
-        assert all(same)
-
-
 def refusals(folder: Path) -> list[str]:
     here = Processes.of_environment(shard=True)
     messages = []
@@ -322,7 +310,7 @@ def lose_a_process() -> str:
         os.kill(os.getpid(), signal.SIGKILL)
     started = time.monotonic()
     try:
-        with dead_peer_is_an_error("step-0000000004"):
+        with dead_peer_is_an_error("run/checkpoints"):
             here.gather_rows(torch.ones(1, 1), [1, 1])
     except TrainingError as error:
         assert time.monotonic() - started < 5
@@ -334,11 +322,60 @@ def test_a_dead_process_is_one_line_in_the_others() -> None:
     (kind, message), dead = outcomes_in_processes(lose_a_process)
     assert dead == ("error", "died")
     assert kind == "result", message
-    assert "another process died" in message
-    assert "last checkpoint: step-0000000004" in message
+    assert message.startswith("run/checkpoints: another process died")
     assert "\n" not in message
 
 
 def test_other_errors_pass_through() -> None:
-    with pytest.raises(RuntimeError, match="shape"), dead_peer_is_an_error(None):
+    with pytest.raises(RuntimeError, match="shape"), dead_peer_is_an_error("run/checkpoints"):
         raise RuntimeError("shape")
+
+
+def step_with_graphs_of(folder: Path, graph_tokens: int, shard: bool) -> tuple[float, float]:
+    here = Processes.of_environment(shard=shard)
+    model = small_model(folder, lora=True)
+    if here.sharded:
+        shard_backbone(model, here)
+    batch, texts = batch_and_texts(model)
+    settings = StepSettings(Objective(0.1), True, 100, graph_tokens)
+    result = contrastive_step(model, batch, texts, settings, here, seed=1)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    here.sum_gradients(trained)
+    return result.loss, here.clip_gradients(trained, None)
+
+
+def batch_and_texts(model: NVEmbed) -> tuple[ContrastiveBatch, Sequence[TokenizedText]]:
+    examples = [
+        Example(
+            query=f"what is {'so ' * (i % 4)}{i}",
+            positive=f"{i} times {'very ' * (i % 3)}much",
+            negatives=(f"{i}",),
+            known_positives=(f"{i} times {'very ' * (i % 3)}much",),
+            label=None,
+            instruction="find",
+            symmetric=False,
+            dataset="d",
+        )
+        for i in range(7)
+    ]
+    batch = build_batch(examples, in_batch_negatives=True)
+    tokenize = model.backbone.tokenize_texts
+    return batch, [tokenize([text], prompt)[0] for prompt, text in batch.texts]
+
+
+@pytest.mark.parametrize("shard", [False, True], ids=["replicated", "sharded"])
+def test_a_budget_that_ends_in_other_packs_of_other_processes(
+    tiny_decoder_dir: Path, shard: bool
+) -> None:
+    _, texts = batch_and_texts(small_model(tiny_decoder_dir, lora=True))
+    lengths = [len(text) for text in texts]
+    first, second = (
+        list(accumulate(sum(lengths[row] for row in pack) for pack in share))
+        for share in share_packs(lengths, 100, 2)
+    )
+    # Memory that would keep another number of graphs in one process than in the other.
+    graph_tokens = next(max(a, b) - 1 for a, b in zip(first, second, strict=True) if a != b)
+    assert graph_tokens >= 100
+    alone = step_with_graphs_of(tiny_decoder_dir, 10**6, shard)
+    for result in in_processes(step_with_graphs_of, tiny_decoder_dir, graph_tokens, shard):
+        assert result == pytest.approx(alone, rel=1e-5)

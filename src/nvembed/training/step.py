@@ -170,9 +170,14 @@ class _Pass:
         lengths = [len(text) for text in texts]
         self.shares = share_packs(lengths, settings.pack_tokens, processes.count)
         self.packs = self.shares[processes.rank]
+        room = settings.graph_tokens
         sizes = [sum(lengths[row] for row in pack) for pack in self.packs]
         self.tokens = sum(sizes)
-        self.kept = _first_that_fit(sizes, settings.graph_tokens)
+        # As many in all processes: sharded weights are gathered by all of them together.
+        self.kept = min(
+            _first_that_fit([sum(lengths[row] for row in pack) for pack in share], room)
+            for share in self.shares
+        )
         self.recomputed_tokens = sum(sizes[self.kept :])
         self._graphs: list[Tensor] = []
         self._require_room(lengths, sizes, settings.graph_tokens)

@@ -82,14 +82,17 @@ def train(config: TrainConfig, *, base_dir: Path, fresh: bool = False) -> Path:
         UserError: data, model or output folder cannot be used; the loss is not finite; interrupted.
     """
     run = RunFolder(Path(config.output))
-    processes = Processes.of_environment(shard=config.shard)
-    config = with_settled_precision(config, run, fresh=fresh)
-    if processes.is_main:
-        prepare_folder(run, config, fresh=fresh)
-    processes.barrier()
-    if (run.model / "modules.json").is_file():
-        return run.model
+    processes = Processes.of_environment(
+        shard=config.shard, timeout_minutes=config.peer_timeout_minutes
+    )
     with dead_peer_is_an_error(str(run.checkpoints)):
+        settled = with_settled_precision(config, run, fresh=fresh).precision
+        config = config.model_copy(update={"precision": processes.of_main(settled)})
+        if processes.is_main:
+            prepare_folder(run, config, fresh=fresh)
+        processes.barrier()
+        if (run.model / "modules.json").is_file():
+            return run.model
         return _Run(config, run, base_dir, processes).train()
 
 
@@ -159,11 +162,12 @@ class _Run:
             start_trackers(self.accelerator, self.run, self.recipe, step=self.position.step)
         for number in range(self.position.stage, len(self.config.stages)):
             self._stage(number)
-        self.accelerator.end_training()
-        if self.config.lora is not None and self.config.lora.save_adapter:
+        lora = self.config.lora
+        if lora is not None and lora.save_adapter and self.processes.is_main:
             save_adapter(self.embedder.backbone, self.run.adapter)
         self._save_model(self.run.model, final=True)
         self.log(f"model written to {self.run.model}")
+        self.accelerator.end_training()  # parts with the other processes
         return self.run.model
 
     def _trained(self) -> dict[str, nn.Parameter]:
@@ -260,8 +264,12 @@ class _Run:
         config = self.config.stages[number]
         if config.mine is None:
             return self.mixtures[number]
+        # One process mines and the others read its files; with sharded weights all mine together,
+        # forward by forward, and write the same files.
+        if not (self.processes.is_main or self.processes.sharded):
+            self.processes.barrier()
         with self._autocast():
-            return mine_mixture(
+            mixture = mine_mixture(
                 self.config,
                 number,
                 config.mine,
@@ -270,6 +278,9 @@ class _Run:
                 teacher=self.embedder,
                 log=self.log,
             )
+        if self.processes.is_main or self.processes.sharded:
+            self.processes.barrier()
+        return mixture
 
     def _start(self, number: int, mixture: Mixture) -> StageAtWork:
         config = self.config.stages[number]

@@ -63,6 +63,15 @@ def _no_network() -> Any:
     patch.undo()
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Keep what tests cache out of the home folder, child processes included."""
+    patch = pytest.MonkeyPatch()
+    patch.setenv("NVEMBED_CACHE", str(tmp_path_factory.mktemp("nvembed-cache")))
+    yield
+    patch.undo()
+
+
 @pytest.fixture(autouse=True)
 def _fixed_seeds() -> None:
     """Start every test from the same global random state."""

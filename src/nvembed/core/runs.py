@@ -4,12 +4,14 @@ config.yaml      the resolved configuration
 env.json         versions, machine, git commit, command line
 metrics.jsonl    one row per logged step
 train.log        what was printed
+graph-memory.json  how many tokens' graphs a step holds at once
 checkpoints/     state to resume from
 mined/<stage>/   training files with mined negatives
 model-<stage>/   the model after a stage that was not the last
 model/           the finished model, an ordinary sentence-transformers folder
 adapter/         its adapters alone, where the recipe asks for them
 eval/            evaluation results
+tensorboard/     the metrics once more, where the recipe asks for them
 """
 
 from __future__ import annotations
@@ -76,6 +78,11 @@ class RunFolder:
         return self.path / "checkpoints"
 
     @property
+    def graph_memory(self) -> Path:
+        """How many tokens' graphs a step holds at once."""
+        return self.path / "graph-memory.json"
+
+    @property
     def mined(self) -> Path:
         """Folder of mined training files, one subfolder per stage."""
         return self.path / "mined"
@@ -129,10 +136,11 @@ class RunFolder:
 
     def _clear(self) -> None:
         # config.yaml goes first: without it the folder no longer counts as a run.
-        for file in (self.config, self.env, self.metrics, self.log):
+        for file in (self.config, self.env, self.metrics, self.log, self.graph_memory):
             file.unlink(missing_ok=True)
         made = (
             *(self.checkpoints, self.mined, self.model, self.adapter, self.eval),
+            self.path / "tensorboard",
             *self.path.glob("model-*"),
         )
         for folder in made:

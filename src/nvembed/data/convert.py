@@ -1,6 +1,7 @@
 """Conversion: records of any kind become (query, positive, negatives) examples.
 
-    retrieval, nli      one of the positives, negatives drawn from the record's own
+    retrieval, nli      one of the positives (or several, each in a row of the loss of its own),
+                        negatives drawn from the record's own
     sts                 every pair scored 4 or more gives (a, b) and (b, a); negatives are the mined
                         ones of the record, else other sentences of the set
     classification,     ``example`` (default): the positive is another text of the class, negatives
@@ -18,14 +19,15 @@ the instruction when they are classified or clustered later. Next file: ``data/m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Protocol, TypeVar, cast
+from collections.abc import Sequence
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nvembed.core.errors import DataError
+from nvembed.data.classes import ClassSource, LabelTextSource
+from nvembed.data.examples import Example, ExampleSource, sample, sample_where
 from nvembed.data.records import (
     LABEL_HINTS,
     Conversion,
@@ -35,56 +37,9 @@ from nvembed.data.records import (
     Records,
     StsRecord,
     label_problems,
-    label_text,
 )
 
 POSITIVE_SCORE = 4.0  # paper s4.2: "relevance score greater than or equal to 4"
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class Example:
-    """One query with what it is trained on.
-
-    Args:
-        query: the query text, without instruction.
-        positive: the document that answers it.
-        negatives: documents that do not; fewer than asked for where the data has no more.
-        known_positives: all texts known to answer the query; never used against it.
-        label: class of query and positive, where there is one.
-        instruction: goes before the query, and before the documents if ``symmetric``.
-        symmetric: query and documents are texts of one sort.
-        dataset: name of the source.
-        negative_labels: class of each negative, in their order, where there are classes.
-    """
-
-    query: str
-    positive: str
-    negatives: tuple[str, ...]
-    known_positives: tuple[str, ...]
-    label: str | None
-    instruction: str | None
-    symmetric: bool
-    dataset: str
-    negative_labels: tuple[str, ...] = ()
-
-
-class ExampleSource(Protocol):
-    """A data set as a sequence of queries, each giving another example with another generator."""
-
-    @property
-    def name(self) -> str:
-        """Name of the data set in errors, masks and seeds."""
-        ...
-
-    def __len__(self) -> int:
-        """Count the queries."""
-        ...
-
-    def example(self, index: int, rng: np.random.Generator, num_negatives: int) -> Example:
-        """Make the example of query ``index``; ``rng`` alone decides what is drawn."""
-        ...
 
 
 def make_source(
@@ -147,16 +102,30 @@ class PairSource:
     def __len__(self) -> int:
         return len(self._records)
 
-    def example(self, index: int, rng: np.random.Generator, num_negatives: int) -> Example:
-        """Draw one of the record's positives and up to ``num_negatives`` of its negatives."""
+    def example(
+        self, index: int, rng: np.random.Generator, num_negatives: int, num_positives: int = 1
+    ) -> Example:
+        """Draw positives of the record and up to ``num_negatives`` of its negatives."""
         record = self._records[index]
         known = self._known[record.query]
-        candidates = [n for n in record.negatives if n != record.query and n not in known]
+        first = int(rng.integers(len(record.positives)))
+        candidates = [
+            place
+            for place, text in enumerate(record.negatives)
+            if text != record.query and text not in known
+        ]
+        negatives = sample(candidates, num_negatives, rng)
+        others = [place for place in range(len(record.positives)) if place != first]
+        further = sample(others, num_positives - 1, rng) if num_positives > 1 else ()
+        scored = bool(record.positive_scores)
         return Example(
             query=record.query,
-            positive=record.positives[int(rng.integers(len(record.positives)))],
-            negatives=_sample(candidates, num_negatives, rng),
+            positive=record.positives[first],
+            negatives=tuple(record.negatives[place] for place in negatives),
             known_positives=known,
+            further_positives=tuple(record.positives[place] for place in further),
+            positive_scores=tuple(record.positive_scores[p] for p in (first, *further) if scored),
+            negative_scores=tuple(record.negative_scores[p] for p in negatives if scored),
             label=None,
             instruction=self._instruction,
             symmetric=False,
@@ -194,15 +163,17 @@ class StsSource:
     def __len__(self) -> int:
         return len(self._directions)
 
-    def example(self, index: int, rng: np.random.Generator, num_negatives: int) -> Example:
+    def example(
+        self, index: int, rng: np.random.Generator, num_negatives: int, num_positives: int = 1
+    ) -> Example:
         """Take the pair; draw mined negatives, or sentences that are no positives of the query."""
         query, positive, mined = self._directions[index]
         known = self._known[query]
         candidates = [text for text in mined if text != query and text not in known]
         if candidates:
-            negatives = _sample(candidates, num_negatives, rng)
+            negatives = sample(candidates, num_negatives, rng)
         else:
-            negatives = _sample_where(
+            negatives = sample_where(
                 lambda text: text != query and text not in known,
                 self._pool,
                 num_negatives,
@@ -221,116 +192,6 @@ class StsSource:
         )
 
 
-class ClassSource:
-    """Example-based conversion: a text, another text of its class, texts of other classes.
-
-    Texts that carry several labels are never negatives of each other where they share one.
-    """
-
-    def __init__(self, records: Sequence[LabelRecord], name: str, instruction: str | None) -> None:
-        self.name = name
-        self._records = records
-        self._instruction = instruction
-        members: dict[str, dict[str, None]] = {}
-        for record in records:
-            members.setdefault(record.label, {})[record.text] = None
-        # All classes in one list, each a contiguous block: "not of this class" is an index shift.
-        self._members = [(text, label) for label, texts in members.items() for text in texts]
-        self._classes = members
-        self._blocks: dict[str, tuple[int, int]] = {}
-        self._positions: dict[tuple[str, str], int] = {}
-        for position, member in enumerate(self._members):
-            start, _ = self._blocks.get(member[1], (position, position))
-            self._blocks[member[1]] = (start, position + 1)
-            self._positions[member] = position
-        self._num_surplus = len(self._members) - len({text for text, _ in self._members})
-
-    def __len__(self) -> int:
-        return len(self._records)
-
-    def example(self, index: int, rng: np.random.Generator, num_negatives: int) -> Example:
-        """Draw the positive from the class of the text and the negatives from all other classes."""
-        record = self._records[index]
-        start, stop = self._blocks[record.label]
-        own = self._positions[(record.text, record.label)]
-        position = start + int(rng.integers(stop - start - 1))
-        positive, _ = self._members[position + (position >= own)]
-        negatives = self._draw_negatives(record, num_negatives, rng)
-        return Example(
-            query=record.text,
-            positive=positive,
-            negatives=tuple(negatives),
-            known_positives=(positive,),
-            label=record.label,
-            instruction=self._instruction,
-            symmetric=True,
-            dataset=self.name,
-            negative_labels=tuple(negatives.values()),
-        )
-
-    def _draw_negatives(
-        self, record: LabelRecord, count: int, rng: np.random.Generator
-    ) -> dict[str, str]:
-        """Return text → label of up to ``count`` different texts outside the class."""
-        start, stop = self._blocks[record.label]
-        num_outside = len(self._members) - (stop - start)
-        # A text with m labels fills m places, of which at least m - 1 are repeats or in the class.
-        size = min(num_outside, count + self._num_surplus) if count else 0
-        places = rng.choice(num_outside, size=size, replace=False)
-        places = np.where(places >= start, places + (stop - start), places)
-        found: dict[str, str] = {}
-        own_class = self._classes[record.label]
-        for place in places.tolist():
-            text, label = self._members[place]
-            if text not in own_class:
-                found.setdefault(text, label)
-            if len(found) == count:
-                break
-        return found
-
-
-class LabelTextSource:
-    """Label-text conversion: the positive is the name of the class, negatives are other names.
-
-    Query and document are different sorts of text here, so only the query carries the instruction.
-    """
-
-    def __init__(self, records: Sequence[LabelRecord], name: str, instruction: str | None) -> None:
-        self.name = name
-        self._records = records
-        self._instruction = instruction
-        self._labels = list(dict.fromkeys(record.label for record in records))
-        self._labels_of: dict[str, dict[str, None]] = {}
-        for record in records:
-            self._labels_of.setdefault(record.text, {})[record.label] = None
-
-    def __len__(self) -> int:
-        return len(self._records)
-
-    def example(self, index: int, rng: np.random.Generator, num_negatives: int) -> Example:
-        """Take the name of the class and draw names of classes the text does not belong to."""
-        record = self._records[index]
-        own = self._labels_of[record.text]
-        others = _sample_where(
-            lambda label: label not in own,
-            self._labels,
-            num_negatives,
-            num_refused=len(own),
-            rng=rng,
-        )
-        return Example(
-            query=record.text,
-            positive=label_text(record.label),
-            negatives=tuple(label_text(label) for label in others),
-            known_positives=tuple(label_text(label) for label in own),
-            label=record.label,
-            instruction=self._instruction,
-            symmetric=False,
-            dataset=self.name,
-            negative_labels=others,
-        )
-
-
 class _Subset:
     """Some queries of a source."""
 
@@ -342,8 +203,10 @@ class _Subset:
     def __len__(self) -> int:
         return len(self._indices)
 
-    def example(self, index: int, rng: np.random.Generator, num_negatives: int) -> Example:
-        return self._source.example(int(self._indices[index]), rng, num_negatives)
+    def example(
+        self, index: int, rng: np.random.Generator, num_negatives: int, num_positives: int = 1
+    ) -> Example:
+        return self._source.example(int(self._indices[index]), rng, num_negatives, num_positives)
 
 
 def _check_labels(records: Sequence[LabelRecord], name: str, conversion: Conversion) -> None:
@@ -351,25 +214,3 @@ def _check_labels(records: Sequence[LabelRecord], name: str, conversion: Convers
     problems = [text for _, text in label_problems(records, conversion)]
     if problems:
         raise DataError("; ".join(problems[:5]), where=name, hint=LABEL_HINTS[conversion])
-
-
-def _sample(candidates: Sequence[T], count: int, rng: np.random.Generator) -> tuple[T, ...]:
-    """Draw up to ``count`` different places of ``candidates`` in random order."""
-    size = min(count, len(candidates))
-    return tuple(candidates[place] for place in rng.choice(len(candidates), size, replace=False))
-
-
-def _sample_where(
-    accept: Callable[[T], bool],
-    pool: Sequence[T],
-    count: int,
-    *,
-    num_refused: int,
-    rng: np.random.Generator,
-) -> tuple[T, ...]:
-    """Draw up to ``count`` accepted items without walking the pool.
-
-    At most ``num_refused`` items are not accepted; with so many drawn in addition, enough are left.
-    """
-    drawn = _sample(pool, count + num_refused, rng)
-    return tuple(item for item in drawn if accept(item))[:count]

@@ -2,8 +2,9 @@
 
 Several sources and their weights enter; an order of (source, query) pairs leaves, blended so that
 every stretch of it holds the sources in their proportions (NV-Embed trains on well-blended batches,
-not on task-homogeneous ones; paper s4). Nothing is stored between steps: the place in the order is
-the whole state of the data, so a run can stop and go on anywhere. Next file: ``data/batch.py``.
+not on task-homogeneous ones; paper s4; the latter are an option). Nothing is stored between steps:
+the place in the order is the whole state of the data, so a run can stop and go on anywhere. Next
+file: ``data/batch.py``.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from pydantic import Field, model_validator
 from nvembed.core.config import StrictModel
 from nvembed.core.errors import DataError
 from nvembed.core.seeding import derive_seed
-from nvembed.data.convert import Example, ExampleSource, make_source
+from nvembed.data.convert import make_source
+from nvembed.data.examples import Example, ExampleSource
 from nvembed.data.records import Conversion, Kind, read_records
 
 # The additive sequence of the golden ratio covers [0, 1) more evenly than any other of its sort.
@@ -36,7 +38,8 @@ class DatasetConfig(StrictModel):
         kind: what the records are (layouts in ``data/records.py``).
         instruction: task in plain words, put before the queries; None for none.
         weight: share of the mixture relative to the other sets; None takes the number of queries,
-            so that all sets finish their epochs together.
+            so that all sets finish their epochs together (see ``tempered_weights`` for more even
+            shares).
         max_records: use at most this many queries of the set.
         stages: numbers of the training stages that use the set, from 1.
         conversion: ``example`` or ``label``, for classification and clustering.
@@ -78,13 +81,16 @@ def load_source(config: DatasetConfig, *, base_dir: Path) -> ExampleSource:
     )
 
 
-def load_mixture(datasets: Sequence[DatasetConfig], *, stage: int, base_dir: Path) -> Mixture:
+def load_mixture(
+    datasets: Sequence[DatasetConfig], *, stage: int, base_dir: Path, temperature: float = 1.0
+) -> Mixture:
     """Load the data sets of one stage.
 
     Args:
         datasets: all data sets of the recipe.
         stage: number of the stage, from 1.
         base_dir: folder of the recipe.
+        temperature: evens out the sets without a weight of their own; see ``tempered_weights``.
 
     Raises:
         DataError: naming every file that cannot be used.
@@ -103,11 +109,38 @@ def load_mixture(datasets: Sequence[DatasetConfig], *, stage: int, base_dir: Pat
         raise DataError(
             f"{len(errors)} data sets cannot be used: " + " | ".join(str(error) for error in errors)
         )
-    weights = [
-        float(len(source)) if config.weight is None else config.weight
-        for config, source in zip(chosen, sources, strict=True)
-    ]
+    weights = tempered_weights(
+        [len(source) for source in sources], [config.weight for config in chosen], temperature
+    )
     return Mixture(sources, weights)
+
+
+def tempered_weights(
+    sizes: Sequence[int], weights: Sequence[float | None], temperature: float
+) -> list[float]:
+    """Weights of sets by their sizes, those that are given left as they are.
+
+    Sets without a weight share the sum of their sizes in proportion to ``size ** (1 / T)``. At 1
+    these are the sizes themselves; a higher temperature moves queries from large sets to small
+    ones, and neither to nor from the sets whose weight is given.
+
+    Args:
+        sizes: number of queries of each set.
+        weights: given weights; None for by size.
+        temperature: T, at least 1.
+    """
+    assert temperature >= 1
+    by_size = [size for size, weight in zip(sizes, weights, strict=True) if weight is None]
+    scale = sum(by_size) / sum(size ** (1 / temperature) for size in by_size) if by_size else 1.0
+    return [
+        weight
+        if weight is not None
+        # Exactly the size at 1: runs of old keep their data.
+        else float(size)
+        if temperature == 1
+        else scale * size ** (1 / temperature)
+        for size, weight in zip(sizes, weights, strict=True)
+    ]
 
 
 @dataclass(frozen=True)
@@ -122,7 +155,7 @@ class Mixture:
         assert len({source.name for source in self.sources}) == len(self.sources)
         assert all(weight > 0 for weight in self.weights)
 
-    def order(self, seed: int, num_examples: int) -> NDArray[np.int64]:
+    def order(self, seed: int, num_examples: int, *, run_length: int = 1) -> NDArray[np.int64]:
         """Plan which query comes in which slot.
 
         The source of slot t is where ``offset + t * golden ratio`` (mod 1) falls among the shares
@@ -132,16 +165,20 @@ class Mixture:
 
         The order of fewer slots is the beginning of the order of more.
 
+        With a ``run_length`` the rule holds for runs of slots instead: each run takes its queries
+        from one source. The batch size as run length gives homogeneous batches.
+
         Args:
             seed: decides everything; the caller derives one per stage.
             num_examples: number of slots, steps times queries per step.
+            run_length: slots in a row that share a source.
 
         Returns:
             shape (num_examples, 2): index of the source, index of the query in it.
         """
         shares = np.cumsum(np.asarray(self.weights, dtype=np.float64))
         offset = np.random.default_rng(derive_seed(seed, "blend")).random()
-        points = (offset + np.arange(num_examples) * GOLDEN_RATIO) % 1.0
+        points = (offset + np.arange(num_examples) // run_length * GOLDEN_RATIO) % 1.0
         order = np.empty((num_examples, 2), dtype=np.int64)
         # Dividing before the comparison would let a point of 0.999… fall behind the last share.
         order[:, 0] = np.searchsorted(shares[:-1], points * shares[-1], side="right")
@@ -152,7 +189,14 @@ class Mixture:
         return order
 
     def examples(
-        self, order: NDArray[np.int64], start: int, stop: int, *, seed: int, num_negatives: int
+        self,
+        order: NDArray[np.int64],
+        start: int,
+        stop: int,
+        *,
+        seed: int,
+        num_negatives: int,
+        num_positives: int = 1,
     ) -> list[Example]:
         """Make the examples of the slots ``start`` to ``stop`` of an order.
 
@@ -160,7 +204,10 @@ class Mixture:
         """
         return [
             self.sources[source].example(
-                index, np.random.default_rng(derive_seed(seed, "draw", slot)), num_negatives
+                index,
+                np.random.default_rng(derive_seed(seed, "draw", slot)),
+                num_negatives,
+                num_positives,
             )
             for slot, (source, index) in enumerate(order[start:stop].tolist(), start)
         ]

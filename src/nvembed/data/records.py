@@ -2,7 +2,8 @@
 
 A file of one of five kinds enters (JSONL, JSONL.gz or Parquet), a list of records leaves:
 
-    retrieval, nli         {"query": str, "positive": str | [str], "negative": [str]?}
+    retrieval, nli         {"query": str, "positive": str | [str], "negative": [str]?,
+                            "positive_scores": float | [float]?, "negative_scores": [float]?}
     sts                    {"sentence1": str, "sentence2": str, "score": 0 to 5, "negative": [str]?}
     classification,        {"text": str, "label": str | int}
     clustering
@@ -13,34 +14,49 @@ bad lines is refused with the place and the reason. Next file: ``data/convert.py
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NoReturn, overload
+from typing import Any, Literal, overload
 
 from nvembed.core.errors import DataError
-from nvembed.core.files import read_jsonl
+from nvembed.data.record_files import read_rows, refuse_lines
 
 Kind = Literal["retrieval", "nli", "sts", "classification", "clustering"]
 Conversion = Literal["example", "label"]
 
 MAX_SCORE = 5.0  # STS scores are on the SemEval scale, 0 (unrelated) to 5 (the same meaning)
-MAX_PROBLEMS_SHOWN = 5
 
 
 @dataclass(frozen=True, slots=True)
 class PairRecord:
-    """A query with documents that answer it and, where given or mined, documents that do not."""
+    """A query with documents that answer it and, where given or mined, documents that do not.
+
+    Args:
+        query: the query text.
+        positives: different documents that answer it, at least one.
+        negatives: different documents that do not.
+        positive_scores: what a teacher gives each positive for the query, on a scale of its own;
+            empty where there is no teacher.
+        negative_scores: the same of the negatives; there with ``positive_scores`` or not at all.
+    """
 
     query: str
     positives: tuple[str, ...]
     negatives: tuple[str, ...] = ()
+    positive_scores: tuple[float, ...] = ()
+    negative_scores: tuple[float, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return the object that ``read_records`` reads back to an equal record."""
         row: dict[str, Any] = {"query": self.query, "positive": list(self.positives)}
         if self.negatives:
             row["negative"] = list(self.negatives)
+        if self.positive_scores:
+            row["positive_scores"] = list(self.positive_scores)
+        if self.negative_scores:
+            row["negative_scores"] = list(self.negative_scores)
         return row
 
 
@@ -120,7 +136,7 @@ def read_records(path: str | Path, kind: Kind, *, conversion: Conversion = "exam
     problems: list[tuple[int, str]] = []
     stopped: DataError | None = None
     try:
-        for line, row in _rows(Path(path)):
+        for line, row in read_rows(Path(path)):
             try:
                 records.append(_parse(row, kind))
                 lines.append(line)
@@ -133,12 +149,12 @@ def read_records(path: str | Path, kind: Kind, *, conversion: Conversion = "exam
     if not problems and not records:
         raise DataError("the file holds no records", where=str(path), expected=_EXPECTED[kind])
     if problems:
-        _refuse(path, problems, stopped, expected=_EXPECTED[kind])
+        refuse_lines(path, problems, stopped, expected=_EXPECTED[kind])
     if kind in ("classification", "clustering"):
         found = label_problems(records, conversion)
         if found:
             hint = LABEL_HINTS[conversion]
-            _refuse(path, [(lines[index], text) for index, text in found], None, hint=hint)
+            refuse_lines(path, [(lines[index], text) for index, text in found], None, hint=hint)
     return records
 
 
@@ -192,9 +208,13 @@ def label_text(label: str) -> str:
 
 # --- One line -------------------------------------------------------------------------------------
 
+_EXPECTED_PAIR = (
+    '{"query": text, "positive": text or [texts], "negative": [texts], optional; '
+    '"positive_scores" and "negative_scores": [numbers], optional}'
+)
 _EXPECTED: dict[Kind, str] = {
-    "retrieval": '{"query": text, "positive": text or [texts], "negative": [texts], optional}',
-    "nli": '{"query": text, "positive": text or [texts], "negative": [texts], optional}',
+    "retrieval": _EXPECTED_PAIR,
+    "nli": _EXPECTED_PAIR,
     "sts": '{"sentence1": text, "sentence2": text, "score": 0 to 5, "negative": [texts], optional}',
     "classification": '{"text": text, "label": text or integer}',
     "clustering": '{"text": text, "label": text or integer}',
@@ -218,11 +238,7 @@ def _parse(row: dict[str, Any], kind: Kind) -> Record:
         raise _LineError("missing " + " and ".join(f'"{key}"' for key in missing))
     match kind:
         case "retrieval" | "nli":
-            return PairRecord(
-                _text(row["query"], "query"),
-                _texts(row["positive"], "positive", at_least_one=True),
-                _negatives(row),
-            )
+            return _pair(row)
         case "sts":
             return StsRecord(
                 _text(row["sentence1"], "sentence1"),
@@ -232,6 +248,55 @@ def _parse(row: dict[str, Any], kind: Kind) -> Record:
             )
         case "classification" | "clustering":
             return LabelRecord(_text(row["text"], "text"), _label(row["label"]))
+
+
+def _pair(row: dict[str, Any]) -> PairRecord:
+    record = PairRecord(
+        _text(row["query"], "query"),
+        _texts(row["positive"], "positive", at_least_one=True),
+        _negatives(row),
+        _teacher_scores(row, "positive"),
+        _teacher_scores(row, "negative"),
+    )
+    if record.negative_scores and not record.positive_scores:
+        raise _LineError('"negative_scores" is there and "positive_scores" is missing')
+    if record.positive_scores and len(record.negative_scores) < len(record.negatives):
+        raise _LineError('"positive_scores" is there and "negative_scores" is missing')
+    return record
+
+
+def _teacher_scores(row: dict[str, Any], side: str) -> tuple[float, ...]:
+    """One score for each different text of ``row[side]``, which is known to be well formed."""
+    key, texts, scores = f"{side}_scores", row.get(side), row.get(f"{side}_scores")
+    if scores is None:
+        return ()
+    if isinstance(texts, str):
+        texts = [texts]
+        scores = scores if isinstance(scores, list) else [scores]
+    if not isinstance(scores, list):
+        raise _LineError(f'"{key}" is {_shown(scores)}, expected a list of numbers')
+    if len(scores) != len(texts or ()):
+        raise _LineError(
+            f'"{key}" and "{side}" differ in length: {len(scores)}, {len(texts or ())}'
+        )
+    score_of: dict[str, float] = {}
+    for index, (text, value) in enumerate(zip(texts or (), scores, strict=True)):
+        score = _finite(value, f"{key}[{index}]")
+        if score_of.setdefault(text, score) != score:
+            raise _LineError(f'"{key}[{index}]" is another score of the same text')
+    return tuple(score_of.values())
+
+
+def _finite(value: Any, key: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise _LineError(f'"{key}" is {_shown(value)}, expected a number')
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise _LineError(f'"{key}" is {number}, expected a finite number')
+    return number
 
 
 def _text(value: Any, key: str) -> str:
@@ -285,53 +350,3 @@ def _shown(value: Any) -> str:
     if value is None:
         return "null"
     return names.get(type(value)) or str(value).lower()
-
-
-# --- The file -------------------------------------------------------------------------------------
-
-
-def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    return _parquet_rows(path) if path.suffix == ".parquet" else read_jsonl(path)
-
-
-def _parquet_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    if not path.is_file():
-        raise DataError("no such file", where=str(path), expected="a Parquet file")
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise DataError(
-            "reading Parquet needs pyarrow",
-            where=str(path),
-            hint="Run `pip install pyarrow`, or convert the file to JSONL",
-        ) from error
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            number = 0
-            for batch in file.iter_batches():
-                for row in batch.to_pylist():
-                    number += 1
-                    yield number, row
-    except (pyarrow.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise DataError(f"not a readable Parquet file ({reason})", where=str(path)) from error
-
-
-def _refuse(
-    path: str | Path,
-    problems: list[tuple[int, str]],
-    stopped: DataError | None,
-    *,
-    expected: str | None = None,
-    hint: str | None = None,
-) -> NoReturn:
-    """Raise one error for all bad lines of a file."""
-    first, *others = problems[:MAX_PROBLEMS_SHOWN]
-    message = first[1] + "".join(f"; line {line}: {text}" for line, text in others)
-    beyond = len(problems) - MAX_PROBLEMS_SHOWN
-    if beyond > 0:
-        message += f"; and {beyond} more bad line{'s' if beyond > 1 else ''}"
-    if stopped is not None:
-        message += f"; then reading stopped ({stopped})"
-    raise DataError(message, where=f"{path}:{first[0]}", expected=expected, hint=hint)

@@ -1,8 +1,9 @@
 """The contrastive loss (InfoNCE) over explicit index matrices.
 
 Embeddings and the indices of a ``ContrastiveBatch`` enter, one number leaves. In-batch negatives,
-mined negatives and all masks are entries of ``negative_BN``; there is no other kind of loss in this
-package. Next file: ``training/trainer.py``.
+mined negatives and all masks are entries of ``negative_BN``; there is no other contrastive loss in
+this package. ``training/objective.py`` evaluates it piece by piece. Next file:
+``training/trainer.py``.
 
 Shapes: B queries, N unique documents, D width.
 """
@@ -23,7 +24,9 @@ def info_nce(
     positive_B: Tensor,
     negative_BN: Tensor,
     *,
-    temperature: float,
+    temperature: float | Tensor,
+    hardness: float | None = None,
+    weight_B: Tensor | None = None,
 ) -> Tensor:
     """Mean over queries of the cross entropy of the positive among positive and negatives.
 
@@ -41,7 +44,9 @@ def info_nce(
         document_ND: embeddings of the documents.
         positive_B: column of each query's positive.
         negative_BN: bool, True where document n is a negative of query b; False elsewhere.
-        temperature: τ, above 0.
+        temperature: τ, above 0; a scalar tensor where it is learned.
+        hardness: see ``info_nce_of_scores``.
+        weight_B: see ``info_nce_of_scores``.
 
     Returns:
         Scalar, float32 (float64 for float64 embeddings).
@@ -51,13 +56,59 @@ def info_nce(
 
     Source: NV-Embed s2.2 and s3.3. The paper gives no temperature; 0.01 to 0.05 is usual.
     """
-    if not temperature > 0:
+    return info_nce_of_scores(
+        scores(query_BD, document_ND),
+        positive_B,
+        negative_BN,
+        temperature=temperature,
+        hardness=hardness,
+        weight_B=weight_B,
+    )
+
+
+def info_nce_of_scores(
+    score_BN: Tensor,
+    positive_B: Tensor,
+    negative_BN: Tensor,
+    *,
+    temperature: float | Tensor,
+    hardness: float | None = None,
+    weight_B: Tensor | None = None,
+) -> Tensor:
+    """``info_nce`` from the scores of all queries and documents.
+
+    Args:
+        score_BN: q·d, in float32 or float64.
+        positive_B: column of each query's positive.
+        negative_BN: True where document n is a negative of query b.
+        temperature: τ, above 0.
+        hardness: α, multiplies a negative's share in the sum by ``exp(α · score)``, the score taken
+            as a constant: harder negatives count more (LLaVE, arXiv 2503.04812 s3). ``None`` is
+            off.
+        weight_B: the result is the sum of the losses times these weights; ``None`` is the mean.
+
+    Raises:
+        ConfigError: ``temperature`` is not above 0.
+    """
+    if not isinstance(temperature, Tensor) and not temperature > 0:
         raise ConfigError(f"the temperature is {temperature}", expected="a number above 0")
-    score_BN = _scores(query_BD, document_ND) / temperature
+    logit_BN = score_BN / temperature
+    if hardness is not None:
+        logit_BN = logit_BN + (hardness * score_BN.detach()).masked_fill(~negative_BN, 0.0)
     candidate_BN = negative_BN.scatter(1, positive_B[:, None], True)
     # Every row keeps its positive, so no row is all -inf and the softmax never divides 0 by 0.
-    score_BN = score_BN.masked_fill(~candidate_BN, float("-inf"))
-    return torch.nn.functional.cross_entropy(score_BN, positive_B)
+    logit_BN = logit_BN.masked_fill(~candidate_BN, float("-inf"))
+    if weight_B is None:
+        return torch.nn.functional.cross_entropy(logit_BN, positive_B)
+    loss_B = torch.nn.functional.cross_entropy(logit_BN, positive_B, reduction="none")
+    return (loss_B * weight_B).sum()
+
+
+def scores(query_BD: Tensor, document_ND: Tensor) -> Tensor:
+    """Dot products ``(B, N)`` in at least float32, whatever autocast says."""
+    dtype = torch.promote_types(query_BD.dtype, torch.float32)
+    with torch.autocast(query_BD.device.type, enabled=False):
+        return query_BD.to(dtype) @ document_ND.to(dtype).T
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,29 +131,68 @@ class ContrastiveStatistics:
     accuracy: float | None
 
 
-@torch.no_grad()
+@dataclass(frozen=True, slots=True)
+class ScoreSums:
+    """What the statistics of a batch are made of; sums of parts add up.
+
+    Args:
+        queries: rows seen.
+        contrasted: those that have negatives.
+        positive: sum of the positives' scores.
+        hardest: sum of the highest negative scores.
+        margin: sum of positive minus hardest negative.
+        hits: rows whose positive is strictly above all negatives.
+    """
+
+    queries: int = 0
+    contrasted: int = 0
+    positive: float = 0.0
+    hardest: float = 0.0
+    margin: float = 0.0
+    hits: int = 0
+
+    @classmethod
+    @torch.no_grad()
+    def of_scores(cls, score_BN: Tensor, positive_B: Tensor, negative_BN: Tensor) -> ScoreSums:
+        """Sum over the rows of a score matrix."""
+        positive_score_B = score_BN.gather(1, positive_B[:, None])[:, 0]
+        contrasted_B = negative_BN.any(dim=1)
+        hardest_B = score_BN.masked_fill(~negative_BN, float("-inf")).amax(dim=1)[contrasted_B]
+        margin_B = positive_score_B[contrasted_B] - hardest_B
+        return cls(
+            queries=len(score_BN),
+            contrasted=int(contrasted_B.sum()),
+            positive=float(positive_score_B.sum()),
+            hardest=float(hardest_B.sum()),
+            margin=float(margin_B.sum()),
+            hits=int((margin_B > 0).sum()),
+        )
+
+    def __add__(self, other: ScoreSums) -> ScoreSums:
+        return ScoreSums(
+            self.queries + other.queries,
+            self.contrasted + other.contrasted,
+            self.positive + other.positive,
+            self.hardest + other.hardest,
+            self.margin + other.margin,
+            self.hits + other.hits,
+        )
+
+    def means(self) -> ContrastiveStatistics:
+        """The statistics; at least one row must have been seen."""
+        positive = self.positive / self.queries
+        if not self.contrasted:
+            return ContrastiveStatistics(positive, None, None, None)
+        count = self.contrasted
+        return ContrastiveStatistics(
+            positive, self.hardest / count, self.margin / count, self.hits / count
+        )
+
+
 def contrastive_statistics(
     query_BD: Tensor, document_ND: Tensor, positive_B: Tensor, negative_BN: Tensor
 ) -> ContrastiveStatistics:
-    """Measure a batch for the metrics; arguments as in ``info_nce``, nothing is differentiated."""
-    score_BN = _scores(query_BD, document_ND)
-    positive_score_B = score_BN.gather(1, positive_B[:, None])[:, 0]
-    positive_similarity = float(positive_score_B.mean())
-    has_negative_B = negative_BN.any(dim=1)
-    if not has_negative_B.any():
-        return ContrastiveStatistics(positive_similarity, None, None, None)
-    hardest_B = score_BN.masked_fill(~negative_BN, float("-inf")).amax(dim=1)[has_negative_B]
-    margin_B = positive_score_B[has_negative_B] - hardest_B
-    return ContrastiveStatistics(
-        positive_similarity=positive_similarity,
-        hardest_negative_similarity=float(hardest_B.mean()),
-        margin=float(margin_B.mean()),
-        accuracy=float((margin_B > 0).float().mean()),
-    )
-
-
-def _scores(query_BD: Tensor, document_ND: Tensor) -> Tensor:
-    """Dot products in at least float32, whatever autocast says."""
-    dtype = torch.promote_types(query_BD.dtype, torch.float32)
-    with torch.autocast(query_BD.device.type, enabled=False):
-        return query_BD.to(dtype) @ document_ND.to(dtype).T
+    """Measure a batch; arguments as in ``info_nce``, nothing is differentiated."""
+    with torch.no_grad():
+        score_BN = scores(query_BD, document_ND)
+    return ScoreSums.of_scores(score_BN, positive_B, negative_BN).means()

@@ -40,6 +40,9 @@ class MiningConfig(StrictModel):
             union) with a known positive or the query is refused; ``None`` refuses equal texts only.
         given: whether a record's own negatives stay, in front of the mined ones, or make way for
             them.
+        write_scores: give pair records (retrieval, NLI) the teacher's cosines of their positives
+            and negatives, for distillation; False also takes scores away that a record had, since
+            they belong to its old negatives.
     """
 
     strategy: Strategy = "percent_of_positive"
@@ -52,6 +55,7 @@ class MiningConfig(StrictModel):
     seed: int = 0
     near_duplicate: Annotated[float, Field(gt=0.0, le=1.0)] | None = 0.9
     given: Literal["keep", "replace"] = "keep"
+    write_scores: bool = False
 
     @model_validator(mode="after")
     def _fields_agree(self) -> Self:

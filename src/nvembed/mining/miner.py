@@ -9,7 +9,7 @@ everything that is or may be a positive, are its negatives. The choice itself is
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,8 @@ def mine_negatives(
         instruction: of the queries; documents are encoded without one.
 
     Returns:
-        The records in order, with new ``negatives``, and the report.
+        The records in order, with new ``negatives`` (and scores, if they are to be written), and
+        the report.
 
     Raises:
         DataError: there are no records.
@@ -72,11 +73,16 @@ def mine_negatives(
         for record in records
     ]
     chosen, report = _mine(cases, documents or (), encoder, config, query_task=instruction)
-    mined = [
-        replace(record, negatives=negatives)
-        for record, negatives in zip(records, chosen, strict=True)
+    with_negatives = [
+        replace(
+            record,
+            negatives=mined.negatives,
+            positive_scores=mined.positive_scores,
+            negative_scores=mined.negative_scores,
+        )
+        for record, mined in zip(records, chosen, strict=True)
     ]
-    return mined, report
+    return with_negatives, report
 
 
 def mine_sts_negatives(
@@ -116,10 +122,10 @@ def mine_sts_negatives(
         query_task=instruction,
         document_task=instruction,
     )
-    mined = list(records)
-    for row, negatives in zip(mined_rows, chosen, strict=True):
-        mined[row] = replace(records[row], negatives=negatives)
-    return mined, report
+    with_negatives = list(records)
+    for row, mined in zip(mined_rows, chosen, strict=True):
+        with_negatives[row] = replace(records[row], negatives=mined.negatives)
+    return with_negatives, report
 
 
 def mine_file(
@@ -153,7 +159,7 @@ def mine_file(
         DataError: a line of an input cannot be used.
         ModelError: the teacher cannot be loaded or used.
     """
-    _check_request(input, output, kind, documents)
+    _check_request(input, output, kind, documents, config)
     records = read_records(input, kind)
     corpus = None if documents is None else [row.text for row in read_texts(documents)]
     from nvembed.model.precision import settle_precision  # torch, after the inputs are checked
@@ -181,13 +187,21 @@ def mine_file(
     return report
 
 
-def _check_request(input: Path, output: Path, kind: Kind, documents: Path | None) -> None:
+def _check_request(
+    input: Path, output: Path, kind: Kind, documents: Path | None, config: MiningConfig
+) -> None:
     if kind in ("classification", "clustering"):
         raise ConfigError(
             f"kind {kind} has no negatives to mine",
             where="kind",
             expected="retrieval, nli or sts",
             hint="Sets of classes take their negatives from the other classes in training",
+        )
+    if kind == "sts" and config.write_scores:
+        raise ConfigError(
+            "records of kind sts carry no scores of a teacher",
+            where="write_scores",
+            expected="kind retrieval or nli",
         )
     sources = [path.resolve() for path in (input, documents) if path is not None]
     if output.resolve() in sources:
@@ -201,8 +215,36 @@ def _output_rows(input: Path, mined: Sequence[PairRecord | StsRecord]) -> Iterat
         yield from (record.to_json() for record in mined)
         return
     for (_, row), record in zip(read_jsonl(input), mined, strict=True):
-        row.pop("negative", None)
-        yield row | ({"negative": list(record.negatives)} if record.negatives else {})
+        for key in ("negative", "positive_scores", "negative_scores"):
+            row.pop(key, None)
+        new = record.to_json()
+        if "positive_scores" not in new:
+            new = {key: new[key] for key in ("negative",) if key in new}
+        yield row | new
+
+
+@dataclass(frozen=True, slots=True)
+class _Mined:
+    """The negatives of a case and, where they are wanted, the teacher's cosines."""
+
+    negatives: tuple[str, ...]
+    positive_scores: tuple[float, ...] = ()
+    negative_scores: tuple[float, ...] = ()
+
+
+def _with_scores(
+    mined: _Mined,
+    case: Case,
+    query_SD: NDArray[np.float32],
+    document_ND: NDArray[np.float32],
+    pool: DocumentPool,
+) -> _Mined:
+    """Add the scores for the first side, the only one of a pair record."""
+    _, positives = case.sides[0]
+    rows = [pool.add(text) for text in (*positives, *mined.negatives)]  # all are there already
+    scores = (document_ND[rows] @ query_SD[0]).tolist()
+    split = len(positives)
+    return _Mined(mined.negatives, tuple(scores[:split]), tuple(scores[split:]))
 
 
 def _mine(
@@ -213,7 +255,7 @@ def _mine(
     *,
     query_task: str | None,
     document_task: str | None = None,
-) -> tuple[list[tuple[str, ...]], MiningReport]:
+) -> tuple[list[_Mined], MiningReport]:
     """Choose the negatives of every case; given ones first."""
     if not cases:
         raise DataError(
@@ -241,17 +283,17 @@ def _mine(
         encoder, pool.texts, side="document", task=document_task, description="documents"
     )
     selector = Selector(config, pool, _known_positives(cases, pool), len(cases))
-    chosen: list[tuple[str, ...]] = []
+    chosen: list[_Mined] = []
     with progress(len(cases), "mine") as bar:
         for start in range(0, len(cases), BLOCK_RECORDS):
             block = cases[start : start + BLOCK_RECORDS]
             query_CSD = query_QD[[[query_rows[q] for q, _ in case.sides] for case in block]]
-            for case, near in zip(
-                block,
-                _neighbours(block, query_CSD, document_ND, pool, config.search_depth),
-                strict=True,
-            ):
-                chosen.append(selector.choose(case, near))
+            near_C = _neighbours(block, query_CSD, document_ND, pool, config.search_depth)
+            for case, near, query_SD in zip(block, near_C, query_CSD, strict=True):
+                mined = _Mined(selector.choose(case, near))
+                if config.write_scores:
+                    mined = _with_scores(mined, case, query_SD, document_ND, pool)
+                chosen.append(mined)
             bar.advance(len(block))
     return chosen, selector.report()
 

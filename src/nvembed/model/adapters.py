@@ -28,6 +28,8 @@ def add_lora(backbone: Backbone, settings: LoraSettings) -> None:
         warnings.filterwarnings(
             "ignore", message=".*is_gradient_checkpointing", category=FutureWarning
         )
+        # Of an int8 base: that adapters could not be merged into it, which nobody does.
+        warnings.filterwarnings("ignore", message=".*get_apply_tensor_subclass")
         adapted: Any = get_peft_model(backbone.model, config)
     backbone.model = adapted
 

@@ -195,8 +195,13 @@ class Backbone(InputModule):
         """Hidden size, by the name sentence-transformers asks for."""
         return self.width
 
+    @property
+    def text_tokenizer(self) -> TextTokenizer:
+        """The one path from text to tokens, as an object that a cache can stand in front of."""
+        return self._text
+
     def tokenize_texts(self, texts: Sequence[str], prompt: str = "") -> list[TokenizedText]:
-        """Ids and pool starts of texts that share a prompt: the one path from text to tokens."""
+        """Ids and pool starts of texts that share a prompt."""
         return self._text(texts, prompt)
 
     def preprocess(

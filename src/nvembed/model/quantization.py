@@ -5,8 +5,9 @@
     nf4   4 bits, quantiles of a normal, one scale per 64 weights (bitsandbytes)
 
 Only the linear layers of the backbone are quantised: embeddings, norms and the pooling head stay as
-they are. A quantised model encodes; it is neither trained nor saved. What each kind costs in
-accuracy is in docs/results.md, made by ``benchmarks/quantization.py``.
+they are. A quantised model encodes (``quantize_backbone``) or carries adapters that are trained
+(``quantize_frozen``); it is not saved. What each kind costs in accuracy is in docs/results.md, made
+by ``benchmarks/quantization.py``.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nvembed.core.errors import ModelError
 
@@ -55,6 +56,72 @@ def quantize_backbone(model: NVEmbed, kind: Quantization) -> None:
             f"{kind} needs the package {error.name!r}",
             hint="Install it with: pip install 'nvembed[quantization]'",
         ) from error
+
+
+@torch.no_grad()
+def quantize_frozen(model: NVEmbed, kind: Literal["int8", "nf4"]) -> None:
+    """Quantise the linear layers of the backbone to be the frozen base of adapters, in place.
+
+    The layers of the libraries are made for encoding: torchao's keeps a whole copy of its weight
+    for the way back, bitsandbytes' computes in the dtype the weight had (also under autocast) and
+    on some CPUs turns it into a layout that gradients do not pass.
+
+    Args:
+        model: a loaded model without adapters.
+        kind: see the module docstring.
+
+    Raises:
+        ModelError: as in ``quantize_backbone``.
+    """
+    quantize_backbone(model, kind)
+    backbone = model.backbone.model
+    for name, layer in list(backbone.named_modules()):
+        if isinstance(layer, nn.Linear):
+            backbone.set_submodule(name, FrozenLinear(layer))
+
+
+class FrozenLinear(nn.Linear):
+    """A linear layer of a quantised weight that gradients pass through to its input.
+
+    The weight is made whole for a product and forgotten after it, on the way back as well.
+    """
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__(layer.in_features, layer.out_features, bias=False, device="meta")
+        self.weight = layer.weight
+        self.bias = layer.bias
+        self.requires_grad_(False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``(…, in_features)`` → ``(…, out_features)``."""
+        output: Tensor = _FrozenProduct.apply(input, self.weight, self.bias)
+        return output
+
+
+class _FrozenProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.weight, ctx.dtype = weight, x.dtype
+        # Under autocast the product is taken in its dtype, otherwise in that of the input.
+        return nn.functional.linear(x, dequantized(weight).to(x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = gradients
+        product = gradient @ dequantized(ctx.weight).to(gradient.dtype)
+        return product.to(ctx.dtype), None, None
+
+
+def dequantized(weight: Any) -> Tensor:
+    """The whole weight ``(out_features, in_features)``, in the dtype it had, of a layer here."""
+    state = getattr(weight, "quant_state", None)
+    if state is not None:
+        from bitsandbytes.functional import dequantize_4bit
+
+        whole: Tensor = dequantize_4bit(weight.data, state)
+        return whole
+    restored: Tensor = weight.dequantize()
+    return restored
 
 
 def _eight_bit(backbone: nn.Module, kind: Literal["int8", "fp8"]) -> None:

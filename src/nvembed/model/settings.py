@@ -41,6 +41,8 @@ class ModelSettings(StrictModel):
         max_tokens: longest sequence with BOS, prompt and EOS; longer texts are cut.
         dtype: of the backbone's weights; float32 by default, a saved embedding model keeps its own,
             NVIDIA's gets bfloat16 on CUDA.
+        quantization: of the frozen base during training, to save memory: ``nf4`` (4 bits, as QLoRA)
+            or ``int8``. The model is saved in ``dtype``, adapters merged into the base as it was.
     """
 
     backbone: str = Field(min_length=1)
@@ -48,6 +50,7 @@ class ModelSettings(StrictModel):
     pooling: PoolingSettings | None = None
     max_tokens: int = Field(default=512, ge=8)
     dtype: Precision | None = None
+    quantization: Literal["nf4", "int8"] | None = None
 
 
 class LoraSettings(StrictModel):

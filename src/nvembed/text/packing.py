@@ -14,6 +14,8 @@ Letters: T tokens of the pack, N segments (texts) of the pack.
 
 from __future__ import annotations
 
+import heapq
+from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
@@ -118,27 +120,129 @@ def flatten(texts: Sequence[TokenizedText]) -> FlatBatch:
 
 
 def plan_packs(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Share texts out to packs of at most ``budget`` tokens, filling with neighbours in length.
+    """Share texts out to packs of at most ``budget`` tokens: best fit decreasing.
 
-    Texts are walked from long to short, so a pack holds texts of similar length: attention then
-    runs on few dense blocks, and nothing is padded in any case. A text longer than the budget gets
-    its own pack.
+    Texts are walked from long to short, and each goes to the fullest pack that still has room for
+    it (of equally full ones, to the one begun first). That never takes more packs than filling one
+    after the other. A text longer than the budget gets its own pack. Takes ``n log n`` steps.
 
     Args:
         lengths: tokens of each text.
         budget: tokens a pack may hold.
 
     Returns:
-        Row numbers per pack; every row exactly once.
+        Row numbers per pack, from long texts to short ones; every row exactly once.
     """
     if budget < 1:
         raise ValueError(f"a pack needs a budget of at least one token, got {budget}")
     packs: list[list[int]] = []
-    room = 0
-    for row in sorted(range(len(lengths)), key=lambda row: (-lengths[row], row)):
-        if not packs or lengths[row] > room:
+    # Packs by the room they have. There are at most ``budget`` different rooms, however many packs.
+    with_room: dict[int, list[int]] = {}
+    rooms: list[int] = []
+    for row in _long_to_short(lengths):
+        place = bisect_left(rooms, lengths[row])
+        if place == len(rooms):
             packs.append([])
-            room = budget
-        packs[-1].append(row)
+            room, pack = budget, len(packs) - 1
+        else:
+            room = rooms[place]
+            pack = heapq.heappop(with_room[room])
+            if not with_room[room]:
+                del with_room[room], rooms[place]
+        packs[pack].append(row)
         room -= lengths[row]
+        if room <= 0:
+            continue
+        if room not in with_room:
+            insort(rooms, room)
+        heapq.heappush(with_room.setdefault(room, []), pack)
+    return packs
+
+
+def share_packs(lengths: Sequence[int], budget: int, num_processes: int) -> list[list[list[int]]]:
+    """Plan packs for several processes: even in tokens, equal in number.
+
+    Texts are dealt out from long to short, each to the process with the fewest tokens so far, and
+    each process packs its own. Where one has fewer packs than another, its largest are split in two
+    until the numbers agree, since processes that share weights must run equally many forwards; if
+    its texts are too few for that, it gets empty packs.
+
+    Args:
+        lengths: tokens of each text.
+        budget: tokens a pack may hold.
+        num_processes: how many share the texts.
+
+    Returns:
+        Per process its packs of row numbers, as ``plan_packs`` gives them; every row exactly once.
+    """
+    if num_processes < 1:
+        raise ValueError(f"texts need at least one process, got {num_processes}")
+    rows_of: list[list[int]] = [[] for _ in range(num_processes)]
+    loads = [(0, process) for process in range(num_processes)]  # equal loads: the first process
+    for row in _long_to_short(lengths):
+        tokens, process = loads[0]
+        rows_of[process].append(row)
+        heapq.heapreplace(loads, (tokens + lengths[row], process))
+    shares = [
+        [[rows[place] for place in pack] for pack in plan_packs([lengths[r] for r in rows], budget)]
+        for rows in rows_of
+    ]
+    most = max(map(len, shares))
+    return [_split_packs(packs, lengths, most) for packs in shares]
+
+
+def plan_groups(
+    rows_of_query: Sequence[Sequence[int]], lengths: Sequence[int], budget: int
+) -> list[list[int]]:
+    """Cut the queries of a step, in their order, into groups whose texts fit a budget.
+
+    For losses that decompose by query: a group can be embedded, contrasted and sent back before the
+    next one is begun. A text that several queries of a group need counts once. A query that needs
+    more than the budget alone is a group of its own.
+
+    Args:
+        rows_of_query: for each query, the texts it needs: itself, its positive, its negatives.
+        lengths: tokens of each text.
+        budget: tokens that the different texts of a group may have together.
+
+    Returns:
+        Query numbers per group: runs of neighbours that cover all queries.
+    """
+    if budget < 1:
+        raise ValueError(f"a group needs a budget of at least one token, got {budget}")
+    groups: list[list[int]] = []
+    held: set[int] = set()
+    tokens = 0
+    for query, rows in enumerate(rows_of_query):
+        added = sum(lengths[row] for row in set(rows) - held)
+        if not groups or tokens + added > budget:
+            groups.append([])
+            held, tokens = set(), 0
+            added = sum(lengths[row] for row in set(rows))
+        groups[-1].append(query)
+        held.update(rows)
+        tokens += added
+    return groups
+
+
+def _long_to_short(lengths: Sequence[int]) -> list[int]:
+    return sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
+
+
+def _split_packs(packs: list[list[int]], lengths: Sequence[int], count: int) -> list[list[int]]:
+    """Split the largest packs that can be split until there are ``count``; fill up with none."""
+    packs = list(packs)
+    while len(packs) < count:
+        sizes = [sum(lengths[row] for row in pack) if len(pack) > 1 else 0 for pack in packs]
+        if not any(sizes):
+            packs.append([])
+            continue
+        largest = sizes.index(max(sizes))
+        halves: tuple[list[int], list[int]] = ([], [])
+        tokens = [0, 0]
+        for row in packs[largest]:
+            half = tokens.index(min(tokens))
+            halves[half].append(row)
+            tokens[half] += lengths[row]
+        packs[largest : largest + 1] = halves
     return packs

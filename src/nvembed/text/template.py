@@ -8,6 +8,8 @@ takes a prompt. Next file: ``text/tokens.py``.
 
 from __future__ import annotations
 
+PromptedText = tuple[str, str]  # (prompt, text)
+
 QUERY_PROMPT = "Instruct: {instruction}\nQuery: "
 
 

@@ -19,9 +19,14 @@ choose:
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
+
+import tokenizers
 
 from nvembed.core.errors import DataError, ModelError
 
@@ -112,6 +117,22 @@ class TextTokenizer:
         rows = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
         return [self._finish(ids, _text_start(offsets, len(prompt)), 1) for ids, offsets in rows]
 
+    @property
+    def fingerprint(self) -> str:
+        """32 hex digits of all that decides the ids: vocabulary, rules, special tokens, limits."""
+        settings = [self._backend_digest, self.style, self.max_tokens, self._head, self._tail]
+        return _digest(json.dumps(settings))
+
+    @cached_property
+    def _backend_digest(self) -> str:
+        backend = json.loads(self.tokenizer.backend_tokenizer.to_str())
+        # What the last call happened to set; every call of ours sets its own.
+        backend.pop("truncation", None)
+        backend.pop("padding", None)
+        special = {name: str(token) for name, token in self.tokenizer.special_tokens_map.items()}
+        split = bool(getattr(self.tokenizer, "split_special_tokens", False))
+        return _digest(json.dumps([backend, special, split, tokenizers.__version__]))
+
     def _finish(self, ids: list[int], text_start: int, skip_head: int) -> TokenizedText:
         """Add BOS and EOS, cut the text (never prompt or EOS), and place the start of pooling."""
         room = self.max_tokens - len(self._head) - len(self._tail)
@@ -139,6 +160,10 @@ class TextTokenizer:
         )
         masked = len(self.tokenizer.tokenize(prompt)) if prompt else 0
         return [TokenizedText(tuple(ids), masked) for ids in encoded["input_ids"]]
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def _first(*ids: int | None) -> int | None:

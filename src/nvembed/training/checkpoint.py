@@ -1,34 +1,56 @@
 """Checkpoints: everything a run needs to go on as if it had never stopped, and nothing else.
 
-    checkpoints/step-0000000400/
+    checkpoints/step-0000000400/       after an update; ``step-…-end`` is the end of a stage
       weights.safetensors     trained parameters (adapters and head, or all); never a frozen base
-      optimizer.safetensors   moments, by parameter name
-      rng.safetensors         generator states of torch
-      state.json              step, stage, and the other generator states
+      optimizer.safetensors   the optimizer's tensors, by parameter name
+      state.json              where the run stands, the optimizer's numbers, recipe, processes
 
-A checkpoint is written under another name and moved into place, so one that is there is complete.
-No pickle.
+No generator state: every random choice derives from (seed, stage, step, pack). A checkpoint is
+written under another name, brought to the disk and moved into place, so one that is there is
+complete; where the disk lost one nevertheless, the one before it is taken. No pickle.
+
+With several processes all of them call these functions; parameters that are spread over them are
+gathered one at a time, and one process writes.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from nvembed.core.errors import TrainingError
+from nvembed.core.errors import TrainingError, UserError
 from nvembed.core.files import atomic_folder
-from nvembed.core.seeding import capture_rng, restore_rng
+from nvembed.training.tensor_files import (
+    file_order,
+    full,
+    read_tensors,
+    spread,
+    sync_folder,
+    tensor_shapes,
+    write_tensors,
+)
 
-_NAME = re.compile(r"step-(\d{10})")
+_NAME = re.compile(r"step-\d{10}(-end)?")
+_WEIGHTS, _OPTIMIZER, _STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
+
+# Of a parameter group: how this machine computes, which is not part of the run's state.
+_MACHINE = {"params", "fused", "foreach", "capturable"}
+
+FREE_KEYS = frozenset({"output", "log_every", "checkpoint_every", "keep_checkpoints", "trackers"})
+"""Keys of a recipe that may change while a run is stopped: no weight depends on them."""
+
+Parameters = Mapping[str, nn.Parameter]
 
 
 @dataclass(frozen=True)
@@ -40,75 +62,182 @@ class Position:
         stage: index of the current stage, from 0.
         stage_step: updates done in it.
         seconds: training time so far.
+        extra: state of other parts of the run, such as early stopping; JSON.
     """
 
     step: int = 0
     stage: int = 0
     stage_step: int = 0
     seconds: float = 0.0
+    extra: Mapping[str, Any] = field(default_factory=dict)
 
 
-def trained_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Named parameters that receive gradients."""
-    return ((name, p) for name, p in model.named_parameters() if p.requires_grad)
+def trained_parameters(model: nn.Module, **others: nn.Parameter) -> dict[str, nn.Parameter]:
+    """Parameters that receive gradients, by name: those of the model, and ``others``.
+
+    To be asked again after the model was prepared for several processes, which may replace them.
+    """
+    return {name: p for name, p in model.named_parameters() if p.requires_grad} | others
 
 
 def save_checkpoint(
     folder: Path,
     position: Position,
-    model: nn.Module,
+    trained: Parameters,
     optimizer: torch.optim.Optimizer,
     *,
+    recipe: Mapping[str, Any],
+    processes: int = 1,
     keep: int,
+    write: bool = True,
 ) -> Path:
     """Write ``folder/step-…`` and drop all but the latest ``keep`` checkpoints.
 
+    Args:
+        folder: of all checkpoints.
+        position: where the run stands.
+        trained: by name, see ``trained_parameters``.
+        optimizer: of the current stage.
+        recipe: the configuration as plain data, see ``check_recipe``.
+        processes: how many train together.
+        keep: checkpoints to keep.
+        write: in one process; the others only give their shares.
+
     Raises:
-        UserError: it could not be written (disk full); older checkpoints are untouched.
+        UserError: it could not be written (disk full), in every process; older checkpoints are
+            untouched.
     """
-    target = folder / f"step-{position.step:010d}"
-    names = {id(parameter): name for name, parameter in trained_parameters(model)}
-    moments = {
-        f"{names[id(parameter)]}|{key}": value.detach().contiguous()
-        for parameter, values in optimizer.state.items()
-        for key, value in values.items()
+    ended = "-end" if position.stage and not position.stage_step else ""
+    target = folder / f"step-{position.step:010d}{ended}"
+    weights = file_order(trained)
+    moments, numbers = _optimizer_state(trained, optimizer)
+    state = {
+        "position": asdict(position),
+        "optimizer": numbers,
+        "recipe": recipe,
+        "processes": processes,
     }
-    weights = {name: p.detach().contiguous() for name, p in trained_parameters(model)}
-    rng = capture_rng()
-    generators = {"torch": rng.pop("torch")}
-    generators |= {f"cuda.{index}": state for index, state in enumerate(rng.pop("cuda"))}
-    with atomic_folder(target) as temporary:
-        (temporary / "weights.safetensors").write_bytes(save(weights))
-        (temporary / "optimizer.safetensors").write_bytes(save(moments))
-        (temporary / "rng.safetensors").write_bytes(save(generators))
-        (temporary / "state.json").write_text(json.dumps({**vars(position), "rng": rng}))
-    for old in _checkpoints(folder)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+
+    def fill(temporary: Path, values: Iterator[Tensor]) -> None:
+        write_tensors(temporary / _WEIGHTS, weights, values)
+        write_tensors(temporary / _OPTIMIZER, moments, values)
+        _write_state(temporary / _STATE, state)
+
+    _write_together(target, [*weights.values(), *moments.values()], fill, write=write)
+    if write:
+        remove_leftovers(folder)
+        found = _checkpoints(folder)
+        # What lies behind this one is of a future that did not come: a broken checkpoint, whose
+        # steps are being repeated.
+        number = found.index(target) + 1
+        for old in (*found[: max(0, number - keep)], *found[number:]):
+            shutil.rmtree(old, ignore_errors=True)
     return target
 
 
-def latest_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint, or ``None``."""
+def save_weights(target: Path, trained: Parameters, *, write: bool = True) -> None:
+    """Write the folder ``target`` with the trained parameters alone, for ``restore_weights``.
+
+    Raises:
+        UserError: it could not be written, in every process; the folder is as it was.
+    """
+    weights = file_order(trained)
+
+    def fill(temporary: Path, values: Iterator[Tensor]) -> None:
+        write_tensors(temporary / _WEIGHTS, weights, values)
+
+    _write_together(target, list(weights.values()), fill, write=write)
+
+
+def latest_checkpoint(folder: Path, *, log: Callable[[str], None] | None = None) -> Path | None:
+    """The newest checkpoint that can be read, or ``None`` where there are none.
+
+    Args:
+        folder: of all checkpoints.
+        log: told one line for every newer one that cannot be read.
+
+    Raises:
+        TrainingError: there are checkpoints and none can be read.
+    """
     found = _checkpoints(folder)
-    return found[-1] if found else None
+    problem = ""
+    for path in reversed(found):
+        try:
+            tensor_shapes(path / _WEIGHTS)
+            tensor_shapes(path / _OPTIMIZER)
+            _read_state(path)
+        except (OSError, ValueError, SafetensorError) as error:
+            problem = " ".join(str(error).split())[:200]
+            if log is not None:
+                log(f"checkpoint {path.name} cannot be read ({problem}): taking the one before it")
+        else:
+            return path
+    if found:
+        raise TrainingError(
+            f"none of the {len(found)} checkpoints can be read ({problem})",
+            where=str(folder),
+            hint="Copy the folder back if it was copied, or start over with --fresh",
+        )
+    return None
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what killed writes left behind; only where nothing is being written."""
+    for pattern in (".step-*", ".best.*"):
+        for path in folder.glob(pattern):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def read_position(checkpoint: Path) -> Position:
     """Where the run stood when the checkpoint was written."""
+    return Position(**_read_state(checkpoint)["position"])
+
+
+def check_recipe(checkpoint: Path, recipe: Mapping[str, Any], processes: int = 1) -> str | None:
+    """Make sure that a run may go on from a checkpoint.
+
+    Returns:
+        A line to log where the number of processes is another, which is allowed.
+
+    Raises:
+        TrainingError: the checkpoint is of another recipe; names the keys.
+    """
     state = _read_state(checkpoint)
-    return Position(state["step"], state["stage"], state["stage_step"], state["seconds"])
+    if different := recipe_differences(state["recipe"], recipe):
+        raise TrainingError(
+            f"the checkpoint is of another recipe: {'; '.join(different)}",
+            where=str(checkpoint),
+            hint="Train with the old values, choose another output folder, or use --fresh",
+        )
+    if state["processes"] == processes:
+        return None
+    return (
+        f"the checkpoint was written by {state['processes']} processes and {processes} go on: the "
+        "batches are the same, but sums are taken in another order and differ in their last bits"
+    )
 
 
-def restore_weights(checkpoint: Path, model: nn.Module) -> None:
+def recipe_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """``key: old → new`` for every key that differs and is not one of ``FREE_KEYS``."""
+    before, after = dict(_leaves(old)), dict(_leaves(new))
+    keys = [key for key in {**before, **after} if key.split(".")[0] not in FREE_KEYS]
+    return [
+        f"{key}: {_shown(before, key)} → {_shown(after, key)}"
+        for key in keys
+        if _shown(before, key) != _shown(after, key)
+    ]
+
+
+def restore_weights(checkpoint: Path, trained: Parameters) -> None:
     """Put the trained parameters back.
 
     Raises:
         TrainingError: the checkpoint belongs to another model.
     """
-    weights = load_file(checkpoint / "weights.safetensors")
-    parameters = dict(trained_parameters(model))
-    different = sorted(set(weights) ^ set(parameters)) or sorted(
-        name for name, value in weights.items() if value.shape != parameters[name].shape
+    file = checkpoint / _WEIGHTS
+    shapes = tensor_shapes(file)
+    different = sorted(set(shapes) ^ set(trained)) or sorted(
+        name for name, shape in shapes.items() if shape != tuple(trained[name].shape)
     )
     if different:
         raise TrainingError(
@@ -118,27 +247,90 @@ def restore_weights(checkpoint: Path, model: nn.Module) -> None:
             hint="Train with the configuration the run was started with, or with --fresh",
         )
     with torch.no_grad():
-        for name, value in weights.items():
-            parameters[name].copy_(value)
+        for name, value in read_tensors(file):
+            trained[name].copy_(spread(value, trained[name]))
 
 
-def restore_optimizer(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Put the moments and the random generators back, after the optimizer was built."""
-    parameters = dict(trained_parameters(model))
-    state: dict[Tensor, dict[str, Tensor]] = {}
-    for entry, value in load_file(checkpoint / "optimizer.safetensors").items():
+def restore_optimizer(
+    checkpoint: Path, trained: Parameters, optimizer: torch.optim.Optimizer
+) -> None:
+    """Put the state of the optimizer back, after it was built for the same stage."""
+    numbers = _read_state(checkpoint)["optimizer"]
+    machine = {
+        id(parameter): group for group in optimizer.param_groups for parameter in group["params"]
+    }
+    state: dict[Tensor, dict[str, Any]] = {
+        trained[name]: dict(values) for name, values in numbers["parameters"].items()
+    }
+    for entry, value in read_tensors(checkpoint / _OPTIMIZER):
         name, _, key = entry.rpartition("|")
-        parameter = parameters[name]
-        # AdamW keeps its step counters on the CPU.
-        state.setdefault(parameter, {})[key] = (
-            value if key == "step" else value.to(parameter.device)
-        )
+        parameter = trained[name]
+        group = machine[id(parameter)]
+        if value.shape == parameter.shape:
+            restored = spread(value, parameter)
+        elif key == "step" and not (group.get("fused") or group.get("capturable")):
+            restored = value.clone()  # torch's loops count on the CPU, its kernels on the device
+        else:
+            restored = value.to(parameter.device, copy=True)
+        state.setdefault(parameter, {})[key] = restored
     optimizer.state.clear()
     optimizer.state.update(state)
-    generators = load_file(checkpoint / "rng.safetensors")
-    rng: dict[str, Any] = _read_state(checkpoint)["rng"]
-    cuda = [generators[f"cuda.{index}"] for index in range(len(generators) - 1)]
-    restore_rng({**rng, "torch": generators["torch"], "cuda": cuda})
+    for group, saved in zip(optimizer.param_groups, numbers["groups"], strict=True):
+        for key, value in saved.items():
+            group[key] = tuple(value) if isinstance(group.get(key), tuple) else value
+
+
+def _optimizer_state(
+    trained: Parameters, optimizer: torch.optim.Optimizer
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors by ``parameter|key`` in file order, and everything else as plain data."""
+    tensors: dict[str, Tensor] = {}
+    parameters: dict[str, dict[str, Any]] = {}
+    for name, parameter in trained.items():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor):
+                tensors[f"{name}|{key}"] = value
+            else:
+                parameters.setdefault(name, {})[key] = value
+    groups = [
+        {key: value for key, value in group.items() if key not in _MACHINE}
+        for group in optimizer.param_groups
+    ]
+    return file_order(tensors), {"parameters": parameters, "groups": groups}
+
+
+def _write_together(
+    target: Path,
+    tensors: list[Tensor],
+    fill: Callable[[Path, Iterator[Tensor]], None],
+    *,
+    write: bool,
+) -> None:
+    """Let one process fill the folder ``target`` while all give their shares of the tensors."""
+    values = (full(tensor) for tensor in tensors)
+    error: UserError | None = None
+    if write:
+        try:
+            with atomic_folder(target) as temporary:
+                fill(temporary, values)
+                sync_folder(temporary)
+            sync_folder(target.parent)
+        except UserError as caught:
+            error = caught
+    # The rest: of a process that does not write, all of them; of one that could not, those that
+    # the others are still going to gather.
+    deque(values, maxlen=0)
+    if _failed_anywhere(error is not None, tensors):
+        raise error or UserError("the process that writes could not", where=str(target))
+
+
+def _failed_anywhere(failed: bool, tensors: list[Tensor]) -> bool:
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return failed
+    flag = torch.tensor([float(failed)], device=tensors[0].device if tensors else None)
+    distributed.all_reduce(flag)
+    return bool(flag.item())
 
 
 def _checkpoints(folder: Path) -> list[Path]:
@@ -147,13 +339,31 @@ def _checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name))
 
 
+def _write_state(path: Path, state: dict[str, Any]) -> None:
+    with open(path, "w", encoding="utf-8") as out:
+        json.dump(state, out)
+        out.flush()
+        os.fsync(out.fileno())
+
+
 def _read_state(checkpoint: Path) -> dict[str, Any]:
-    try:
-        state: dict[str, Any] = json.loads((checkpoint / "state.json").read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise TrainingError(
-            f"the checkpoint cannot be read ({error})",
-            where=str(checkpoint),
-            hint="Delete this folder to go on from the one before it",
-        ) from error
+    state: dict[str, Any] = json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))
     return state
+
+
+def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Values of nested data by dotted path."""
+    inside: Iterator[tuple[Any, Any]] | None = None
+    if isinstance(value, Mapping):
+        inside = iter(value.items())
+    elif isinstance(value, list | tuple):
+        inside = iter(enumerate(value))
+    if inside is None:
+        yield path, value
+        return
+    for key, item in inside:
+        yield from _leaves(item, f"{path}.{key}" if path else str(key))
+
+
+def _shown(values: Mapping[str, Any], key: str) -> str:
+    return json.dumps(values[key], ensure_ascii=False) if key in values else "not there"

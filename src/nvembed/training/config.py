@@ -6,7 +6,7 @@ tokens. ``None`` means off.
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -15,14 +15,42 @@ from nvembed.data.mixture import DatasetConfig
 from nvembed.mining.config import MiningConfig
 from nvembed.model.settings import LoraSettings, ModelSettings, PrecisionChoice
 
+ScheduleKind = Literal["linear", "cosine", "constant"]
+OptimizerKind = Literal["adamw", "adamw_8bit", "schedule_free"]
+TrackerKind = Literal["tensorboard", "trackio", "wandb"]
+
 
 class OptimizerConfig(StrictModel):
-    """AdamW; the weight decay of the paper is 0.03 (recalled, medium certainty)."""
+    """How weights are updated.
 
+    Args:
+        kind: ``adamw``; ``adamw_8bit``, with moments in 8 bits (bitsandbytes); or
+            ``schedule_free``, which averages its steps instead of lowering the rate (schedulefree).
+        weight_decay: the paper's is 0.03 (recalled, medium certainty).
+        beta1: decay of the mean of gradients; of ``schedule_free``, how near to the average
+            gradients are taken.
+        beta2: decay of the mean of their squares.
+        max_grad_norm: longer gradients are scaled down to it; ``None`` is off.
+    """
+
+    kind: OptimizerKind = "adamw"
     weight_decay: float = Field(default=0.03, ge=0)
     beta1: float = Field(default=0.9, ge=0, lt=1)
     beta2: float = Field(default=0.999, ge=0, lt=1)
     max_grad_norm: float | None = Field(default=1.0, gt=0)
+
+
+class DistillationConfig(StrictModel):
+    """Learning from a teacher's scores.
+
+    Args:
+        weight: of the distillation loss, which is added to the contrastive one.
+        teacher_temperature: the teacher's scores are divided by it before the softmax: about 1 for
+            logits of a reranker, about the stage's temperature for cosines.
+    """
+
+    weight: float = Field(default=1.0, gt=0)
+    teacher_temperature: float = Field(default=1.0, gt=0)
 
 
 class StageConfig(StrictModel):
@@ -34,11 +62,28 @@ class StageConfig(StrictModel):
         batch_size: queries per step.
         learning_rate: of adapters (or of all weights without LoRA) at the end of the warm-up.
         head_learning_rate: of the pooling head; ``None`` means the same (as NVIDIA says it did).
-        warmup_steps: linear rise; a linear fall to zero follows.
+        warmup_steps: linear rise.
+        schedule: after the warm-up: a ``linear`` or ``cosine`` fall to zero, or ``constant``.
+            ``None`` is linear, and constant under the optimizer ``schedule_free``.
         in_batch_negatives: use the documents of the other queries of the step as negatives (paper:
             on in stage 1, off in stage 2).
         num_negatives: most own negatives drawn per query (paper: 7).
+        num_positives: most positives drawn per query; each gives a row of the loss of its own, and
+            the rows of a query together weigh as much as one. Only retrieval and NLI records list
+            several positives.
+        batches: ``mixed`` blends the data sets in every step (paper), ``homogeneous`` takes all
+            queries of a step from one set; over the stage the shares are the same.
+        mixture_temperature: T of the weights of data sets without a weight of their own, which are
+            in proportion to ``size ** (1 / T)``; 1 is by size, more is more even.
         temperature: of the softmax (not published; 0.01–0.05 is usual).
+        learn_temperature: tune the temperature with the weights, from ``temperature`` on and never
+            below 0.005.
+        hardness: harder negatives count more: a negative's share in the sum is multiplied by
+            exp(hardness · cosine); ``None`` is off.
+        matryoshka: widths; the loss is the mean over embeddings cut to each of them, so that short
+            embeddings are good too. Name the full width as well; ``None`` is the full width alone.
+        distillation: draw the ranking of a query's own candidates to the teacher's scores that the
+            records hold; ``None`` is off.
         mine: mine hard negatives for the retrieval and NLI sets before the stage, with the model as
             it is by then; ``None`` uses the negatives that the files hold.
     """
@@ -49,9 +94,17 @@ class StageConfig(StrictModel):
     learning_rate: float = Field(default=2e-5, gt=0)
     head_learning_rate: float | None = Field(default=None, gt=0)
     warmup_steps: int = Field(default=50, ge=0)
+    schedule: ScheduleKind | None = None
     in_batch_negatives: bool
     num_negatives: int = Field(default=7, ge=0)
+    num_positives: int = Field(default=1, ge=1)
+    batches: Literal["mixed", "homogeneous"] = "mixed"
+    mixture_temperature: float = Field(default=1.0, ge=1, allow_inf_nan=False)
     temperature: float = Field(default=0.02, gt=0)
+    learn_temperature: bool = False
+    hardness: float | None = Field(default=None, gt=0)
+    matryoshka: tuple[Annotated[int, Field(ge=1)], ...] | None = Field(default=None, min_length=1)
+    distillation: DistillationConfig | None = None
     mine: MiningConfig | None = None
 
     @model_validator(mode="after")
@@ -76,12 +129,20 @@ class TrainConfig(StrictModel):
         datasets: the training data; paths are relative to the recipe.
         stages: in order.
         optimizer: shared by the stages; each stage starts it afresh.
+        shard: the backbone's weights are shared out over the processes (FSDP2), for a model that
+            one device cannot hold; ``accelerate launch --use_fsdp --fsdp_version 2`` asks for it
+            too.
         precision: ``bfloat16`` computes under autocast, weights stay as loaded; ``auto`` takes what
             the machine is fastest in, measured when the run starts and kept to its end.
         pack_tokens: tokens per forward pass.
+        memory_gb: memory (10⁹ bytes per process) for what a step keeps between forward and
+            backward; texts beyond are embedded twice in a stage with in-batch negatives, and go
+            group by group in one without. The loss and the gradients are the same. ``None`` takes
+            half of what is free when the run starts.
         log_every: steps between two rows of ``metrics.jsonl``.
         checkpoint_every: steps between two checkpoints.
         keep_checkpoints: how many of the latest to keep.
+        trackers: where the numbers of ``metrics.jsonl`` go besides.
     """
 
     output: str = Field(min_length=1)
@@ -92,11 +153,34 @@ class TrainConfig(StrictModel):
     datasets: tuple[DatasetConfig, ...] = Field(min_length=1)
     stages: tuple[StageConfig, ...] = Field(min_length=1)
     optimizer: OptimizerConfig = OptimizerConfig()
+    shard: bool = False
     precision: PrecisionChoice = "auto"
     pack_tokens: int = Field(default=4096, ge=16)
+    memory_gb: float | None = Field(default=None, gt=0)
     log_every: int = Field(default=1, ge=1)
     checkpoint_every: int = Field(default=200, ge=1)
     keep_checkpoints: int = Field(default=2, ge=1)
+    trackers: tuple[TrackerKind, ...] = ()
+
+    @model_validator(mode="after")
+    def _quantized_base_is_frozen(self) -> Self:
+        if self.model.quantization is not None and self.lora is None:
+            raise ValueError(
+                f"model.quantization is {self.model.quantization} and lora is off: quantised "
+                "weights cannot be trained; give lora, or leave quantization out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _schedules_fit(self) -> Self:
+        if self.optimizer.kind == "schedule_free":
+            for stage in self.stages:
+                if stage.schedule not in (None, "constant"):
+                    raise ValueError(
+                        f"stage {stage.name}: the optimizer schedule_free has no use for a "
+                        f"{stage.schedule} schedule; leave schedule out, or say constant"
+                    )
+        return self
 
     @model_validator(mode="after")
     def _names_and_stages(self) -> Self:

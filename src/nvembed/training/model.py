@@ -5,15 +5,22 @@ from __future__ import annotations
 import copy
 from pathlib import Path
 
+import torch
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+
 from nvembed.core.errors import TrainingError, UserError
 from nvembed.core.files import atomic_folder
 from nvembed.model.adapters import add_lora, merge_lora
 from nvembed.model.embedder import NVEmbed, model_kind
+from nvembed.model.quantization import quantize_frozen
 from nvembed.model.settings import PoolingSettings
 from nvembed.model.source import ModelSource
 from nvembed.text.instructions import task_prompts
 from nvembed.text.template import query_prompt
+from nvembed.training.checkpoint import trained_parameters
 from nvembed.training.config import TrainConfig
+from nvembed.training.tensor_files import full
 
 
 def build_model(config: TrainConfig, base_dir: Path, *, device: str | None = None) -> NVEmbed:
@@ -34,6 +41,8 @@ def build_model(config: TrainConfig, base_dir: Path, *, device: str | None = Non
         dtype=settings.dtype,
         device=device,
     )
+    if settings.quantization is not None:
+        quantize_frozen(model, settings.quantization)
     if config.lora is not None:
         add_lora(model.backbone, config.lora)
     if config.pooling_head == "train":
@@ -44,7 +53,15 @@ def build_model(config: TrainConfig, base_dir: Path, *, device: str | None = Non
     return model
 
 
-def save_model(model: NVEmbed, config: TrainConfig, folder: Path, *, final: bool = False) -> None:
+def save_model(
+    model: NVEmbed,
+    config: TrainConfig,
+    folder: Path,
+    *,
+    base_dir: Path,
+    final: bool = False,
+    write: bool = True,
+) -> None:
     """Write an ordinary sentence-transformers folder with adapters merged and prompts set.
 
     Args:
@@ -52,12 +69,19 @@ def save_model(model: NVEmbed, config: TrainConfig, folder: Path, *, final: bool
         config: for the prompts: one per data set, and ``query`` where all retrieval sets share one;
             besides them those of the MTEB tasks.
         folder: written beside and moved into place.
+        base_dir: folder of the recipe, to find the base again where it was quantised or sharded.
         final: merge in place, which needs no second copy of the weights.
+        write: in one process; all of them call, because weights may be shared out.
 
     Raises:
         TrainingError: it could not be written; the checkpoint is there.
     """
-    saved = model if final else copy.deepcopy(model)
+    if config.model.quantization is not None or isinstance(model.backbone.model, FSDPModule):
+        saved = _rebuilt(model, config, base_dir, build=write)
+    else:
+        saved = model if final or not write else copy.deepcopy(model)
+    if not write:
+        return
     merge_lora(saved.backbone)
     prompts = {dataset.name: query_prompt(dataset.instruction) for dataset in config.datasets}
     retrieval = {prompts[d.name] for d in config.datasets if d.kind == "retrieval"}
@@ -75,3 +99,22 @@ def save_model(model: NVEmbed, config: TrainConfig, folder: Path, *, final: bool
             where=str(folder),
             hint="Free space on the disk and run the same command again; the checkpoint is there",
         ) from error
+
+
+@torch.no_grad()
+def _rebuilt(model: NVEmbed, config: TrainConfig, base_dir: Path, *, build: bool) -> NVEmbed:
+    """What was trained, on the base as it was before it was quantised or sharded; on the CPU.
+
+    All processes give their shares; the one that does not ``build`` gets its own model back.
+    """
+    plain = config.model.model_copy(update={"quantization": None})
+    into: dict[str, Tensor] = {}
+    if build:
+        with torch.random.fork_rng():
+            fresh = build_model(config.model_copy(update={"model": plain}), base_dir, device="cpu")
+        into = dict(trained_parameters(fresh))
+    for name, parameter in trained_parameters(model).items():
+        value = full(parameter)
+        if build:
+            into[name].copy_(value)
+    return fresh if build else model

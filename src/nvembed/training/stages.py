@@ -48,7 +48,8 @@ def mine_mixture(
         for dataset in config.datasets
         if stage + 1 in dataset.stages
     ]
-    return load_mixture(datasets, stage=stage + 1, base_dir=base_dir)
+    temperature = config.stages[stage].mixture_temperature
+    return load_mixture(datasets, stage=stage + 1, base_dir=base_dir, temperature=temperature)
 
 
 def _mined(

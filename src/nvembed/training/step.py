@@ -1,82 +1,236 @@
-"""One training step up to the gradient: examples → batch → packs → embeddings → loss.
+"""One training step up to the gradients: packs → embeddings → loss → back through the packs.
 
-Letters: U unique texts, B queries, N documents, D width.
+The loss sees embeddings and no graph. Every pack is embedded, with its graph for as many tokens as
+memory allows and without one beyond; the objective gives the gradient of the embeddings; each pack
+takes its rows of it backward, the kept ones at once, the others after they were embedded again with
+the same dropout. So a batch of any size has the loss and the gradients of one big graph (GradCache,
+arXiv 2101.06983, with as little recomputed as possible). Without in-batch negatives queries do not
+touch each other: the step then goes in groups of whole queries and recomputes nothing.
+
+With several processes each embeds its share of the packs; the embeddings are gathered, and all
+compute the same loss. Parameter gradients are then partial sums, to be added up over the processes
+once per step (not averaged: the loss is that of the whole batch already).
+
+Letters: U unique texts, N texts of a pack, D width.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from nvembed.data.batch import ContrastiveBatch, effective_negatives
-from nvembed.losses.contrastive import ContrastiveStatistics, contrastive_statistics, info_nce
-from nvembed.model.backbone import Backbone
-from nvembed.model.embedder import embed_pack
-from nvembed.text.packing import plan_packs
+from nvembed.core.errors import TrainingError
+from nvembed.core.seeding import derive_seed
+from nvembed.data.batch import ContrastiveBatch, effective_negatives, needed_texts, select_queries
+from nvembed.losses.contrastive import ContrastiveStatistics, ScoreSums
+from nvembed.model.embedder import NVEmbed, embed_pack
+from nvembed.text.packing import plan_groups, share_packs
 from nvembed.text.tokens import TokenizedText
+from nvembed.training.objective import Objective, evaluate_objective
+from nvembed.training.processes import Processes
+from nvembed.training.sharding import FILLER
+
+
+@dataclass(frozen=True, slots=True)
+class StepSettings:
+    """What is the same in all steps of a stage.
+
+    Args:
+        objective: the loss.
+        coupled: in-batch negatives make every query depend on all documents.
+        pack_tokens: tokens per forward.
+        graph_tokens: tokens whose graphs a process holds at once.
+    """
+
+    objective: Objective
+    coupled: bool
+    pack_tokens: int
+    graph_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """Loss with its graph, and what the metrics want to know."""
+    """What a step found; the gradients lie in the parameters.
 
-    loss: Tensor
+    Args:
+        loss: of the whole batch.
+        statistics: of its scores.
+        effective_negatives: mean number of negatives per query.
+        num_tokens: tokens of all texts of the step, on all processes.
+        num_texts: the texts.
+        duplicates: share of the texts that stood in the batch more than once and were embedded
+            once.
+        recomputed: share of this process's tokens that were embedded twice.
+    """
+
+    loss: float
     statistics: ContrastiveStatistics
     effective_negatives: float
     num_tokens: int
     num_texts: int
+    duplicates: float
+    recomputed: float
 
 
 def contrastive_step(
-    model: nn.Module,
-    backbone: Backbone,
+    model: NVEmbed,
     batch: ContrastiveBatch,
+    texts: Sequence[TokenizedText],
+    settings: StepSettings,
+    processes: Processes,
     *,
-    temperature: float,
-    pack_tokens: int,
+    seed: int,
+    log_temperature: Tensor | None = None,
 ) -> StepResult:
-    """Embed every text of the batch once and contrast.
+    """Add this process's part of the batch's gradient to the ``.grad`` of the parameters.
 
     Args:
-        model: the embedding model, as prepared by accelerate.
-        backbone: its first module, for tokens.
-        batch: unique texts and index matrices.
-        temperature: of the softmax.
-        pack_tokens: tokens per forward.
+        model: in training mode.
+        batch: unique texts and index matrices; the same on all processes.
+        texts: tokens of the batch's texts.
+        settings: of the stage.
+        processes: those that share the step.
+        seed: of dropout; one per step.
+        log_temperature: learned log τ, if it is.
+
+    Raises:
+        FloatingPointError: the loss is not finite; it was not sent back.
+        TrainingError: a text needs more memory than there is.
     """
-    texts = tokenize_batch(backbone, batch)
-    packs = plan_packs([len(text) for text in texts], pack_tokens)
-    embedded = [embed_pack(model, [texts[row] for row in pack]) for pack in packs]
-    order = torch.tensor([row for pack in packs for row in pack], device=embedded[0].device)
-    stacked_UD = torch.cat(embedded)
-    embedding_UD = torch.empty_like(stacked_UD).index_copy(0, order, stacked_UD)
-
-    def on_device(values: object) -> Tensor:
-        return torch.as_tensor(values, device=embedding_UD.device)
-
-    query_BD = embedding_UD[on_device(batch.query_B)]
-    document_ND = embedding_UD[on_device(batch.document_N)]
-    positive_B = on_device(batch.positive_B)
-    negative_BN = on_device(batch.negative_BN)
+    lengths = [len(text) for text in texts]
+    total_weight = float(batch.weight_B.sum())
+    loss, sums, recomputed, embedded = 0.0, ScoreSums(), 0, 0
+    groups = _groups(batch, lengths, settings, processes)
+    for number, (part, rows) in enumerate(groups):
+        pass_ = _Pass(model, [texts[row] for row in rows], settings, processes, seed, number)
+        embedding_UD = pass_.embed()
+        evaluated = evaluate_objective(
+            settings.objective,
+            embedding_UD,
+            part,
+            total_weight=total_weight,
+            log_temperature=log_temperature,
+        )
+        if not math.isfinite(evaluated.loss):
+            raise FloatingPointError(evaluated.loss)
+        gradient_UD = evaluated.gradient_UD.to(embedding_UD.dtype)
+        pass_.backward(gradient_UD, last=number == len(groups) - 1)
+        loss += evaluated.loss
+        sums += evaluated.sums
+        recomputed += pass_.recomputed_tokens
+        embedded += pass_.tokens
     return StepResult(
-        loss=info_nce(query_BD, document_ND, positive_B, negative_BN, temperature=temperature),
-        statistics=contrastive_statistics(query_BD, document_ND, positive_B, negative_BN),
+        loss=loss,
+        statistics=sums.means(),
         effective_negatives=effective_negatives(batch),
-        num_tokens=sum(len(text) for text in texts),
+        num_tokens=sum(lengths),
         num_texts=len(texts),
+        duplicates=1 - len(texts) / batch.mentioned,
+        recomputed=recomputed / max(1, embedded),
     )
 
 
-def tokenize_batch(backbone: Backbone, batch: ContrastiveBatch) -> Sequence[TokenizedText]:
-    """Tokens of the batch's texts in their order; one tokenizer call per prompt."""
-    rows_by_prompt: dict[str, list[int]] = {}
-    for row, (prompt, _) in enumerate(batch.texts):
-        rows_by_prompt.setdefault(prompt, []).append(row)
-    tokens: dict[int, TokenizedText] = {}
-    for prompt, rows in rows_by_prompt.items():
-        encoded = backbone.tokenize_texts([batch.texts[row][1] for row in rows], prompt)
-        tokens.update(zip(rows, encoded, strict=True))
-    return [tokens[row] for row in range(len(batch.texts))]
+def _groups(
+    batch: ContrastiveBatch,
+    lengths: Sequence[int],
+    settings: StepSettings,
+    processes: Processes,
+) -> list[tuple[ContrastiveBatch, Sequence[int]]]:
+    """The parts that are embedded, contrasted and sent back one after the other."""
+    room = settings.graph_tokens * processes.count
+    if settings.coupled or sum(lengths) <= room:
+        return [(batch, range(len(lengths)))]
+    # Texts that groups share are embedded once in each; that is cheaper than everything twice.
+    groups = plan_groups(needed_texts(batch), lengths, room)
+    return [(part, rows.tolist()) for part, rows in (select_queries(batch, g) for g in groups)]
+
+
+class _Pass:
+    """Texts on their way through the model: forward in packs, then backward in packs."""
+
+    def __init__(
+        self,
+        model: NVEmbed,
+        texts: Sequence[TokenizedText],
+        settings: StepSettings,
+        processes: Processes,
+        seed: int,
+        number: int,
+    ) -> None:
+        self.model = model
+        self.texts = texts
+        self.processes = processes
+        self.seed = derive_seed(seed, number, processes.rank)
+        lengths = [len(text) for text in texts]
+        self.shares = share_packs(lengths, settings.pack_tokens, processes.count)
+        self.packs = self.shares[processes.rank]
+        sizes = [sum(lengths[row] for row in pack) for pack in self.packs]
+        self.tokens = sum(sizes)
+        self.kept = _first_that_fit(sizes, settings.graph_tokens)
+        self.recomputed_tokens = sum(sizes[self.kept :])
+        self._graphs: list[Tensor] = []
+        self._require_room(lengths, sizes, settings.graph_tokens)
+
+    def embed(self) -> Tensor:
+        """Embeddings ``(U, D)`` of all texts, on every process, without graph."""
+        found = []
+        for index in range(len(self.packs)):
+            with nullcontext() if index < self.kept else torch.no_grad():
+                embedding_ND = self._pack(index)
+            if index < self.kept:
+                self._graphs.append(embedding_ND)
+            found.append(embedding_ND.detach())
+        counts = [sum(len(pack) for pack in share) for share in self.shares]
+        stacked_UD = self.processes.gather_rows(torch.cat(found), counts)
+        order = [row for share in self.shares for pack in share for row in pack]
+        return torch.empty_like(stacked_UD).index_copy_(
+            0, torch.tensor(order, device=stacked_UD.device), stacked_UD
+        )
+
+    def backward(self, gradient_UD: Tensor, *, last: bool) -> None:
+        """Send the gradient of the embeddings back; after the ``last`` pass nothing follows."""
+        if not self.kept:
+            # Weights that autocast has cast without a graph would hide the parameters from the one
+            # that comes now.
+            torch.clear_autocast_cache()
+        for index, pack in enumerate(self.packs):
+            if index < self.kept:
+                embedding_ND, self._graphs[index] = self._graphs[index], torch.empty(0)
+            else:
+                embedding_ND = self._pack(index)
+            rows = torch.tensor(pack, dtype=torch.int64, device=gradient_UD.device)
+            final = last and index == len(self.packs) - 1
+            with self.processes.syncing(self.model, last=final):
+                torch.autograd.backward(embedding_ND, gradient_UD[rows])
+
+    def _pack(self, index: int) -> Tensor:
+        """Embed one pack; its dropout is the same every time."""
+        torch.manual_seed(derive_seed(self.seed, index))
+        texts = [self.texts[row] for row in self.packs[index]]
+        # An empty pack runs too: sharded weights want equally many forwards in all processes.
+        return embed_pack(self.model, texts or [FILLER])[: len(texts)]
+
+    def _require_room(
+        self, lengths: Sequence[int], sizes: Sequence[int], graph_tokens: int
+    ) -> None:
+        for pack, size in zip(self.packs, sizes, strict=True):
+            if size > graph_tokens:
+                longest = max(pack, key=lambda row: lengths[row])
+                raise TrainingError(
+                    f"a pack of {size:,} tokens does not fit: its longest text has "
+                    f"{lengths[longest]:,} tokens, and memory holds the graph of {graph_tokens:,}",
+                    where="memory_gb, pack_tokens",
+                    hint="Lower pack_tokens or model.max_tokens, raise memory_gb, or set "
+                    "activation_checkpointing=true",
+                )
+
+
+def _first_that_fit(sizes: Sequence[int], room: int) -> int:
+    """How many packs, from the first on, fit together."""
+    return int(np.searchsorted(np.cumsum(sizes), room, side="right"))

@@ -1,48 +1,60 @@
 """The training loop: stages in order, one contrastive step after the other.
 
-Every batch is a pure function of (seed, stage, step), so the place in the run is the whole state of
-the data. A run folder holds ``config.yaml``, ``env.json``, ``metrics.jsonl``, ``train.log``,
-``checkpoints/``, ``mined/<stage>/``, a model per finished stage (``model-<stage>/``) and the last
-one as ``model/``.
+Every batch and all dropout are pure functions of (seed, stage, step), so the place in the run is
+the whole state of data and randomness. A run folder holds ``config.yaml``, ``env.json``,
+``metrics.jsonl``, ``train.log``, ``checkpoints/``, ``mined/<stage>/``, a model per finished stage
+(``model-<stage>/``) and the last one as ``model/``.
 """
 
 from __future__ import annotations
 
 import math
-import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import nn
 
-from nvembed.core.config import dump_config, load_config
-from nvembed.core.errors import TrainingError, UserError
+from nvembed.core.errors import TrainingError
 from nvembed.core.progress import progress
 from nvembed.core.runs import RunFolder
 from nvembed.core.seeding import derive_seed, seed_everything
-from nvembed.data.batch import ContrastiveBatch, build_batch, effective_negatives
 from nvembed.data.mixture import Mixture, load_mixture
 from nvembed.model.adapters import save_adapter
-from nvembed.model.precision import settle_precision
+from nvembed.text.token_cache import TokenCache, default_cache_folder
 from nvembed.training.checkpoint import (
     Position,
+    check_recipe,
     latest_checkpoint,
     read_position,
     restore_optimizer,
     restore_weights,
     save_checkpoint,
+    trained_parameters,
 )
 from nvembed.training.config import StageConfig, TrainConfig
+from nvembed.training.feed import Fed, Feed
+from nvembed.training.folder import prepare_folder, with_settled_precision
+from nvembed.training.graph_memory import settle_graph_memory
+from nvembed.training.metrics import describe, metrics_row
 from nvembed.training.model import build_model, save_model
-from nvembed.training.optim import build_optimizer, schedule, set_learning_rate
+from nvembed.training.objective import stage_objective
+from nvembed.training.optim import (
+    averaged_weights,
+    build_optimizer,
+    set_learning_rate,
+    stage_schedule,
+    training_weights,
+)
+from nvembed.training.processes import Processes, dead_peer_is_an_error
+from nvembed.training.sharding import shard_backbone
+from nvembed.training.signals import stop_signals
 from nvembed.training.stages import mine_mixture
-from nvembed.training.step import StepResult, contrastive_step
+from nvembed.training.step import StepSettings, contrastive_step
+from nvembed.training.temperature import bounded, new_temperature
 
 
 def train(config: TrainConfig, *, base_dir: Path, fresh: bool = False) -> Path:
@@ -63,60 +75,116 @@ def train(config: TrainConfig, *, base_dir: Path, fresh: bool = False) -> Path:
         UserError: data, model or output folder cannot be used; the loss is not finite; interrupted.
     """
     run = RunFolder(Path(config.output))
-    config = _with_settled_precision(config, run, fresh=fresh)
-    resolved = dump_config(config)
-    if fresh or not run.exists:
-        run.create(resolved, replace=fresh)
-    elif run.config.read_text(encoding="utf-8") != resolved:
-        raise TrainingError(
-            "the folder holds a run with another configuration",
-            where=str(run.config),
-            hint="Choose another output folder, or start over with --fresh",
-        )
+    processes = Processes.of_environment(shard=config.shard)
+    config = with_settled_precision(config, run, fresh=fresh)
+    if processes.is_main:
+        prepare_folder(run, config, fresh=fresh)
+    processes.barrier()
     if (run.model / "modules.json").is_file():
         return run.model
-    return _Run(config, run, base_dir).train()
+    with dead_peer_is_an_error(str(run.checkpoints)):
+        return _Run(config, run, base_dir, processes).train()
 
 
-def _with_settled_precision(config: TrainConfig, run: RunFolder, *, fresh: bool) -> TrainConfig:
-    """Replace ``auto``: by what the run was started with, which must not change half-way."""
-    precision = config.precision
-    if precision == "auto" and run.exists and not fresh:
-        with suppress(UserError):  # not readable: the comparison of configurations refuses it
-            precision = load_config(TrainConfig, run.config).precision
-    return config.model_copy(update={"precision": settle_precision(precision)})
+@dataclass
+class _Stage:
+    """A stage at work.
+
+    Args:
+        number: from 0.
+        config: its settings.
+        feed: its batches.
+        settings: of its steps.
+        trained: parameters by name.
+        optimizer: of all of them.
+    """
+
+    number: int
+    config: StageConfig
+    feed: Feed
+    settings: StepSettings
+    trained: dict[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer
 
 
 class _Run:
     """A run in progress: configuration, model, and where it stands."""
 
-    def __init__(self, config: TrainConfig, run: RunFolder, base_dir: Path) -> None:
+    def __init__(
+        self, config: TrainConfig, run: RunFolder, base_dir: Path, processes: Processes
+    ) -> None:
         self.config = config
         self.run = run
         self.base_dir = base_dir
+        self.processes = processes
         # All data are read first: a bad line is told before a large model is loaded.
         self.mixtures = [
             load_mixture(config.datasets, stage=number, base_dir=base_dir)
             for number in range(1, len(config.stages) + 1)
         ]
-        self.accelerator = Accelerator()
         seed_everything(derive_seed(config.seed, "weights"))
-        self.embedder = build_model(config, base_dir, device=str(self.accelerator.device))
-        self.checkpoint = latest_checkpoint(run.checkpoints)
+        # Of a model that is to be sharded only the shares go to the device.
+        device = "cpu" if processes.sharded else str(processes.device)
+        self.embedder = build_model(config, base_dir, device=device)
+        self.tokens = TokenCache(default_cache_folder(), self.embedder.backbone.text_tokenizer)
+        self.recipe = config.model_dump(mode="json")
+        self.checkpoint = latest_checkpoint(run.checkpoints, log=self.log)
         self.position = read_position(self.checkpoint) if self.checkpoint else Position()
-        run.trim_metrics(self.position.step)
-        if self.checkpoint:
-            restore_weights(self.checkpoint, self.embedder)
+        stage = config.stages[self.position.stage] if self.position.stage_step else None
+        self.log_temperature = new_temperature(stage, processes.device)
+        if processes.is_main:
+            run.trim_metrics(self.position.step)
+        if self.checkpoint is None:
+            # All start from the same numbers, whatever the machines make of a seed.
+            processes.broadcast_parameters(trained_parameters(self.embedder).values())
+        else:
+            note = check_recipe(self.checkpoint, self.recipe, processes.count)
+            restore_weights(self.checkpoint, self._trained())
             self.log(f"going on after step {self.position.step} ({self.checkpoint.name})")
+            if note:
+                self.log(note)
+        if processes.sharded:
+            half = torch.bfloat16 if config.precision == "bfloat16" else None
+            shard_backbone(self.embedder, processes, compute_dtype=half)
 
     def train(self) -> Path:
+        with self._autocast():
+            self.embedder.train()
+            self.memory = settle_graph_memory(
+                self.run.graph_memory,
+                self.embedder,
+                self.processes,
+                memory_gb=self.config.memory_gb,
+                pack_tokens=self.config.pack_tokens,
+            )
+        self.log(
+            f"memory for graphs {self.memory.budget_bytes / 1e9:.2f} GB: {self.memory.tokens:,} "
+            f"tokens ({self.memory.bytes_per_token / 1e3:,.0f} kB each)"
+        )
         for number in range(self.position.stage, len(self.config.stages)):
             self._stage(number)
         if self.config.lora is not None and self.config.lora.save_adapter:
             save_adapter(self.embedder.backbone, self.run.adapter)
-        save_model(self.embedder, self.config, self.run.model, final=True)
+        self._save_model(self.run.model, final=True)
         self.log(f"model written to {self.run.model}")
         return self.run.model
+
+    def _trained(self) -> dict[str, nn.Parameter]:
+        """What is tuned now, by name."""
+        temperature = self.log_temperature
+        extra = {} if temperature is None else {"log_temperature": temperature}
+        return trained_parameters(self.embedder, **extra)
+
+    def _save_model(self, folder: Path, *, final: bool) -> None:
+        save_model(
+            self.embedder,
+            self.config,
+            folder,
+            base_dir=self.base_dir,
+            final=final,
+            write=self.processes.is_main,
+        )
+        self.processes.barrier()
 
     def _autocast(self) -> torch.autocast:
         """Computation in the run's precision.
@@ -124,132 +192,125 @@ class _Run:
         One block for all packs of a step, in which every weight is cast once; accelerate's own
         mixed precision casts them again for every pack.
         """
-        device = self.accelerator.device.type
+        device = self.processes.device.type
         return torch.autocast(device, torch.bfloat16, enabled=self.config.precision == "bfloat16")
 
     def log(self, line: str) -> None:
         """One line to the terminal and to ``train.log``."""
-        if self.accelerator.is_main_process:
-            self.accelerator.print(line)
+        if self.processes.is_main:
+            print(line, flush=True)
             with open(self.run.log, "a", encoding="utf-8") as out:
                 out.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {line}\n")
 
     def _stage(self, number: int) -> None:
-        stage = self.config.stages[number]
-        mixture = self.mixtures[number]
-        if stage.mine is not None:
-            with self._autocast():
-                mixture = mine_mixture(
-                    self.config,
-                    number,
-                    stage.mine,
-                    base_dir=self.base_dir,
-                    mined_dir=self.run.mined / stage.name,
-                    teacher=self.embedder,
-                    log=self.log,
-                )
-        seed_everything(derive_seed(self.config.seed, "stage", stage.name))
-        optimizer = build_optimizer(
-            self.embedder.pooling, self.embedder, stage, self.config.optimizer
-        )
-        model, prepared = self.accelerator.prepare(self.embedder, optimizer)
-        if self.position.stage_step:
-            assert self.checkpoint is not None
-            restore_optimizer(self.checkpoint, self.embedder, optimizer)
-        batches = self._batches(stage, mixture)
-        self.log(self._describe(stage, mixture, batches(0)))
-        left = stage.steps - self.position.stage_step
-        with progress(left, stage.name) as bar, _stop_signals() as stopping:
-            for stage_step in range(self.position.stage_step, stage.steps):
-                row = self._step(stage, stage_step, model, prepared, batches(stage_step))
+        config = self.config.stages[number]
+        stage = self._start(number, self._mixture(number))
+        self.log(describe(config, stage.feed))
+        start = self.position.stage_step
+        with (
+            progress(config.steps - start, config.name, shown=self.processes.is_main) as bar,
+            stop_signals() as stopping,
+            stage.feed.ahead(start) as fed,
+        ):
+            for stage_step, batch in enumerate(fed, start):
+                row = self._step(stage, stage_step, batch)
                 bar.advance(1, loss=row["loss"], tokens_per_s=row["tokens_per_second"])
                 self.position = Position(
                     row["step"], number, stage_step + 1, self.position.seconds + row["seconds"]
                 )
-                if row["step"] % self.config.log_every == 0:
+                if row["step"] % self.config.log_every == 0 and self.processes.is_main:
                     self.run.append_metrics(row)
-                self._maybe_checkpoint(optimizer, stopping)
-        self._finish_stage(number, optimizer)
+                self._maybe_checkpoint(stage, stopping)
+        self._finish_stage(stage)
 
-    def _batches(self, stage: StageConfig, mixture: Mixture) -> Callable[[int], ContrastiveBatch]:
-        """The batch of a step, as a pure function of seed, stage and step."""
-        seed = derive_seed(self.config.seed, "data", stage.name)
-        order = mixture.order(seed, stage.steps * stage.batch_size)
-
-        def batch(step: int) -> ContrastiveBatch:
-            first = step * stage.batch_size
-            examples = mixture.examples(
-                order,
-                first,
-                first + stage.batch_size,
-                seed=seed,
-                num_negatives=stage.num_negatives,
+    def _mixture(self, number: int) -> Mixture:
+        """The data of a stage, with negatives mined by the model as it is now where asked for."""
+        config = self.config.stages[number]
+        if config.mine is None:
+            return self.mixtures[number]
+        with self._autocast():
+            return mine_mixture(
+                self.config,
+                number,
+                config.mine,
+                base_dir=self.base_dir,
+                mined_dir=self.run.mined / config.name,
+                teacher=self.embedder,
+                log=self.log,
             )
-            return build_batch(examples, in_batch_negatives=stage.in_batch_negatives)
 
-        return batch
-
-    def _describe(self, stage: StageConfig, mixture: Mixture, first: ContrastiveBatch) -> str:
-        sizes = ", ".join(f"{source.name} {len(source):,}" for source in mixture.sources)
-        return (
-            f"{stage.name}: {stage.steps:,} steps of {stage.batch_size} queries; "
-            f"in-batch negatives {'on' if stage.in_batch_negatives else 'off'}; "
-            f"effective negatives per query {effective_negatives(first):.1f}; data: {sizes}"
+    def _start(self, number: int, mixture: Mixture) -> _Stage:
+        config = self.config.stages[number]
+        if not self.position.stage_step:
+            self.log_temperature = new_temperature(config, self.processes.device)
+        trained = self._trained()
+        optimizer = build_optimizer(trained, self.embedder.pooling, config, self.config.optimizer)
+        if self.position.stage_step:
+            assert self.checkpoint is not None
+            restore_optimizer(self.checkpoint, trained, optimizer)
+        training_weights(optimizer)
+        settings = StepSettings(
+            objective=stage_objective(config),
+            coupled=config.in_batch_negatives,
+            pack_tokens=self.config.pack_tokens,
+            graph_tokens=self.memory.tokens,
         )
+        feed = Feed(mixture, config, seed=self.config.seed, tokens=self.tokens)
+        return _Stage(number, config, feed, settings, trained, optimizer)
 
-    def _step(
-        self,
-        stage: StageConfig,
-        stage_step: int,
-        model: nn.Module,
-        optimizer: Any,
-        batch: ContrastiveBatch,
-    ) -> dict[str, Any]:
+    def _step(self, stage: _Stage, stage_step: int, fed: Fed) -> dict[str, Any]:
         """One update; returns its metrics. A number that is not finite changes nothing."""
         started = time.perf_counter()
-        share = schedule(stage_step, steps=stage.steps, warmup_steps=stage.warmup_steps)
-        set_learning_rate(optimizer, share)
-        model.train()
-        with self._autocast():
-            result = contrastive_step(
-                model,
-                self.embedder.backbone,
-                batch,
-                temperature=stage.temperature,
-                pack_tokens=self.config.pack_tokens,
-            )
-        loss = float(result.loss.detach())
+        config = stage.config
+        share = stage_schedule(stage_step, config, self.config.optimizer)
+        set_learning_rate(stage.optimizer, share)
+        self.embedder.train()
         step = self.position.step + 1
-        self._require_finite(loss, "loss", stage, step)
-        self.accelerator.backward(result.loss)
-        limit = self.config.optimizer.max_grad_norm
-        norm = self.accelerator.clip_grad_norm_(
-            self.embedder.parameters(), math.inf if limit is None else limit
-        )
-        self._require_finite(float(norm), "gradient norm", stage, step)
-        optimizer.step()
-        optimizer.zero_grad()
+        batch, texts = fed
+        try:
+            with self._autocast():
+                result = contrastive_step(
+                    self.embedder,
+                    batch,
+                    texts,
+                    stage.settings,
+                    self.processes,
+                    seed=derive_seed(self.config.seed, "dropout", config.name, stage_step),
+                    log_temperature=self.log_temperature,
+                )
+        except FloatingPointError as error:
+            raise self._not_finite(error.args[0], "loss", config, step) from error
+        norm = self._summed_norm(stage)
+        if not math.isfinite(norm):
+            raise self._not_finite(norm, "gradient norm", config, step)
+        stage.optimizer.step()
+        stage.optimizer.zero_grad()
+        temperature = bounded(self.log_temperature) or config.temperature
         seconds = time.perf_counter() - started
-        return _metrics(stage, step, loss, float(norm), share, result, seconds)
+        return metrics_row(config, step, norm, share, temperature, result, seconds)
 
-    def _require_finite(self, value: float, what: str, stage: StageConfig, step: int) -> None:
-        if not math.isfinite(value):
-            last = latest_checkpoint(self.run.checkpoints)
-            raise TrainingError(
-                f"the {what} of step {step} ({stage.name}) is {value}; "
-                "the weights were not changed",
-                where=str(self.run.path),
-                expected="finite numbers",
-                hint=f"Lower the learning rate or raise the temperature; last checkpoint: "
-                f"{last.name if last else 'none'}",
-            )
+    def _summed_norm(self, stage: _Stage) -> float:
+        """Sum the gradients over the processes, clip them, return their norm."""
+        shared = [p for p in stage.trained.values() if p is not self.log_temperature]
+        # The temperature's gradient is whole already: every process computes the whole loss.
+        self.processes.sum_gradients(shared)
+        limit = self.config.optimizer.max_grad_norm
+        return self.processes.clip_gradients(stage.trained.values(), limit)
 
-    def _maybe_checkpoint(
-        self, optimizer: torch.optim.Optimizer, stopping: Callable[[], bool]
-    ) -> None:
-        stop = stopping()
+    def _not_finite(self, value: float, what: str, stage: StageConfig, step: int) -> TrainingError:
+        last = latest_checkpoint(self.run.checkpoints)
+        return TrainingError(
+            f"the {what} of step {step} ({stage.name}) is {value}; the weights were not changed",
+            where=str(self.run.path),
+            expected="finite numbers",
+            hint=f"Lower the learning rate or raise the temperature; last checkpoint: "
+            f"{last.name if last else 'none'}",
+        )
+
+    def _maybe_checkpoint(self, stage: _Stage, stopping: Callable[[], bool]) -> None:
+        stop = self.processes.agree(stopping())
         if stop or self.position.step % self.config.checkpoint_every == 0:
-            self._checkpoint(optimizer)
+            self._checkpoint(stage, stage.trained)
         if stop:
             raise TrainingError(
                 f"interrupted after step {self.position.step}; a checkpoint was written",
@@ -257,69 +318,23 @@ class _Run:
                 hint="The same command goes on from there",
             )
 
-    def _checkpoint(self, optimizer: torch.optim.Optimizer) -> None:
+    def _checkpoint(self, stage: _Stage, trained: Mapping[str, nn.Parameter]) -> None:
         self.checkpoint = save_checkpoint(
             self.run.checkpoints,
             self.position,
-            self.embedder,
-            optimizer,
+            trained,
+            stage.optimizer,
+            recipe=self.recipe,
+            processes=self.processes.count,
             keep=self.config.keep_checkpoints,
+            write=self.processes.is_main,
         )
 
-    def _finish_stage(self, number: int, optimizer: torch.optim.Optimizer) -> None:
-        stage = self.config.stages[number]
-        if number + 1 < len(self.config.stages):
-            save_model(self.embedder, self.config, self.run.path / f"model-{stage.name}")
-        self.position = Position(self.position.step, number + 1, 0, self.position.seconds)
-        self._checkpoint(optimizer)
-        self.log(f"{stage.name} finished after step {self.position.step}")
-
-
-def _metrics(
-    stage: StageConfig,
-    step: int,
-    loss: float,
-    norm: float,
-    share: float,
-    result: StepResult,
-    seconds: float,
-) -> dict[str, Any]:
-    statistics = result.statistics
-    return {
-        "step": step,
-        "stage": stage.name,
-        "loss": loss,
-        "learning_rate": stage.learning_rate * share,
-        "grad_norm": norm,
-        "temperature": stage.temperature,
-        "positive_similarity": statistics.positive_similarity,
-        "margin": statistics.margin,
-        "accuracy": statistics.accuracy,
-        "effective_negatives": result.effective_negatives,
-        "texts": result.num_texts,
-        "tokens": result.num_tokens,
-        "seconds": seconds,
-        "tokens_per_second": result.num_tokens / seconds,
-    }
-
-
-@contextmanager
-def _stop_signals() -> Iterator[Callable[[], bool]]:
-    """Turn Ctrl-C and SIGTERM into a flag that the loop looks at after each step.
-
-    Outside the loop (loading, mining) they stop at once: nothing there is lost by it. So does a
-    second Ctrl-C inside.
-    """
-    asked: list[int] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        if asked:
-            raise KeyboardInterrupt
-        asked.append(number)
-
-    old = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: bool(asked)
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
+    def _finish_stage(self, stage: _Stage) -> None:
+        # What the next stage, and the model, start from.
+        averaged_weights(stage.optimizer)
+        if stage.number + 1 < len(self.config.stages):
+            self._save_model(self.run.path / f"model-{stage.config.name}", final=False)
+        self.position = Position(self.position.step, stage.number + 1, 0, self.position.seconds)
+        self._checkpoint(stage, trained_parameters(self.embedder))
+        self.log(f"{stage.config.name} finished after step {self.position.step}")

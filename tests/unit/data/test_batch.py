@@ -1,15 +1,17 @@
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from typing import Any
 
 import hypothesis.strategies as st
 import numpy as np
+import pytest
 from hypothesis import given, settings
 
 from nvembed.data.batch import ContrastiveBatch, build_batch, effective_negatives
-from nvembed.data.convert import Example
+from nvembed.data.examples import Example
 from oracles.batch import plain_batch
 
 
@@ -37,6 +39,12 @@ def examples(draw: st.DrawFn) -> Example:
     positive = draw(text)
     label = draw(st.none() | st.sampled_from(["x", "y"]))
     labels = st.lists(st.sampled_from("xyz"), min_size=len(own), max_size=len(own))
+    further = tuple(draw(st.lists(text.filter(lambda t: t != positive), max_size=2, unique=True)))
+    scored = draw(st.booleans())
+
+    def scores(count: int) -> tuple[float, ...]:
+        return tuple(draw(st.lists(st.floats(-1, 1, width=32), min_size=count, max_size=count)))
+
     return Example(
         query=draw(text),
         positive=positive,
@@ -47,6 +55,9 @@ def examples(draw: st.DrawFn) -> Example:
         symmetric=draw(st.booleans()),
         dataset=draw(st.sampled_from(["one", "two"])),
         negative_labels=() if label is None else tuple(draw(labels)),
+        further_positives=further,
+        positive_scores=scores(1 + len(further)) if scored else (),
+        negative_scores=scores(len(own)) if scored else (),
     )
 
 
@@ -69,7 +80,74 @@ def test_equals_the_loop_oracle(
     assert [documents[column] for column in batch.positive_B] == plain.positives
     got = [{documents[n] for n in np.flatnonzero(row)} for row in batch.negative_BN]
     assert got == plain.negatives
-    assert effective_negatives(batch) == sum(map(len, got)) / len(got)
+    mentioned = sum(2 + len(e.further_positives) + len(e.negatives) for e in batch_examples)
+    assert batch.mentioned == mentioned
+    assert batch.weight_B.dtype == np.float32
+    assert batch.weight_B.tolist() == [np.float32(weight) for weight in plain.weights]
+    mean = sum(len(row) * w for row, w in zip(got, plain.weights, strict=True))
+    assert effective_negatives(batch) == pytest.approx(mean / sum(plain.weights))
+    if not any(example.positive_scores for example in batch_examples):
+        assert batch.teacher is None
+        return
+    assert batch.teacher is not None
+    assert batch.teacher.column_BK.dtype == np.int64
+    assert batch.teacher.score_BK.dtype == np.float32
+    assert batch.teacher.column_BK.shape == (len(got), max(map(len, plain.candidates)))
+    for columns, scores, expected in zip(
+        batch.teacher.column_BK.tolist(), batch.teacher.score_BK, plain.candidates, strict=True
+    ):
+        assert [documents[n] for n in columns if n >= 0] == [document for document, _ in expected]
+        assert columns[len(expected) :] == [-1] * (len(columns) - len(expected))
+        given_ = [math.nan if score is None else score for _, score in expected]
+        np.testing.assert_array_equal(scores[: len(expected)], np.float32(given_))
+        assert np.isnan(scores[len(expected) :]).all()
+
+
+def test_every_positive_of_a_query_has_a_row_and_the_query_counts_once() -> None:
+    batch = build_batch(
+        [
+            example("q1", "p1", "n1", further_positives=("p2", "p3"), known_positives=()),
+            example("q2", "p4"),
+        ],
+        in_batch_negatives=True,
+    )
+    assert [batch.texts[row][1] for row in batch.query_B] == ["q1", "q1", "q1", "q2"]
+    documents = [batch.texts[row][1] for row in batch.document_N]
+    assert documents == ["p1", "p2", "p3", "n1", "p4"]
+    assert [documents[column] for column in batch.positive_B] == ["p1", "p2", "p3", "p4"]
+    assert batch.weight_B.tolist() == [np.float32(1 / 3)] * 3 + [1.0]
+    # No positive of the query stands against it, in none of its rows.
+    assert [negatives(batch, b) for b in range(3)] == [{"n1", "p4"}] * 3
+    assert negatives(batch, 3) == {"p1", "p2", "p3", "n1"}
+    assert effective_negatives(batch) == pytest.approx((2 + 4) / 2)
+
+
+def test_scores_of_a_teacher_stand_beside_the_own_documents() -> None:
+    batch = build_batch(
+        [
+            example(
+                "q1",
+                "p1",
+                "n1",
+                "p2",
+                "n2",
+                known_positives=("p1", "p2"),
+                positive_scores=(0.75,),
+                negative_scores=(0.5, 0.625, -0.25),
+            ),
+            example("q2", "n1", "p1"),
+        ],
+        in_batch_negatives=True,
+    )
+    assert batch.teacher is not None
+    documents = [batch.texts[row][1] for row in batch.document_N]
+    names = [[documents[n] if n >= 0 else None for n in row] for row in batch.teacher.column_BK]
+    # What is a positive in truth is no candidate; other queries' documents are none either.
+    assert names == [["p1", "n1", "n2"], ["n1", "p1", None]]
+    np.testing.assert_array_equal(
+        batch.teacher.score_BK, [[0.75, 0.5, -0.25], [math.nan, math.nan, math.nan]]
+    )
+    assert build_batch([example("q", "p")], in_batch_negatives=True).teacher is None
 
 
 def test_shapes_and_types() -> None:

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import assume, given, settings
 
 from nvembed.core.errors import DataError
-from nvembed.data.convert import Example, ExampleSource, make_source
+from nvembed.data.convert import make_source
+from nvembed.data.examples import Example, ExampleSource
 from nvembed.data.records import Kind, LabelRecord, PairRecord, StsRecord
 
 
@@ -55,6 +56,48 @@ def test_pairs_draw_one_positive_and_different_negatives() -> None:
             symmetric=False,
             dataset="set",
         )
+
+
+def test_pairs_draw_several_positives_beside_what_they_drew_before() -> None:
+    records = [PairRecord("q", ("p1", "p2", "p3"), ("n1", "n2", "n3", "n4"))]
+    of = source(records, "retrieval")
+    seen: Counter[tuple[str, ...]] = Counter()
+    for seed in range(300):
+        one, two, many = (of.example(0, np.random.default_rng(seed), 2, n) for n in (1, 2, 5))
+        assert one == of.example(0, np.random.default_rng(seed), 2)
+        assert one.further_positives == ()
+        assert (one.positive, one.negatives) == (two.positive, two.negatives)
+        assert (one.positive, one.negatives) == (many.positive, many.negatives)
+        assert len(two.further_positives) == 1
+        seen[(two.positive, *two.further_positives)] += 1
+        assert {many.positive, *many.further_positives} == {"p1", "p2", "p3"}
+        assert len(many.further_positives) == 2
+    assert len(seen) == 6
+    assert min(seen.values()) > 25
+    only = source([PairRecord("q", ("p",))], "nli").example(0, np.random.default_rng(0), 2, 3)
+    assert only.further_positives == ()
+
+
+def test_one_positive_draws_what_earlier_versions_drew() -> None:
+    # Values of the version before there were several: runs keep their data.
+    records = [PairRecord("q", tuple("abcde"), tuple("uvwxyz"))]
+    of = source(records, "retrieval")
+    drawn = [of.example(0, np.random.default_rng(seed), 3) for seed in range(4)]
+    assert ["".join((e.positive, *e.negatives)) for e in drawn] == ["eyvw", "cxzw", "evzu", "evyu"]
+
+
+def test_scores_follow_the_texts_that_are_drawn() -> None:
+    record = PairRecord("q", ("p1", "p2"), ("n1", "q", "n2", "p2"), (0.1, 0.2), (1, 2, 3, 4))
+    score_of = {"p1": 0.1, "p2": 0.2, "n1": 1, "n2": 3}
+    of = source([record], "nli")
+    for seed in range(20):
+        got = of.example(0, np.random.default_rng(seed), 2, 2)
+        assert set(got.negatives) == {"n1", "n2"}
+        assert got.negative_scores == tuple(score_of[text] for text in got.negatives)
+        positives = (got.positive, *got.further_positives)
+        assert got.positive_scores == tuple(score_of[text] for text in positives)
+    bare = source([PairRecord("q", ("p",), ("n",))], "nli").example(0, np.random.default_rng(0), 1)
+    assert (bare.positive_scores, bare.negative_scores) == ((), ())
 
 
 @pytest.mark.parametrize(("asked", "given_"), [(0, 0), (1, 1), (2, 2), (9, 2)])

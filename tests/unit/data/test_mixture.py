@@ -12,8 +12,15 @@ from pydantic import ValidationError
 
 from nvembed.core.errors import DataError
 from nvembed.core.files import write_jsonl
-from nvembed.data.convert import Example, make_source
-from nvembed.data.mixture import DatasetConfig, Mixture, load_mixture, load_source
+from nvembed.data.convert import make_source
+from nvembed.data.examples import Example
+from nvembed.data.mixture import (
+    DatasetConfig,
+    Mixture,
+    load_mixture,
+    load_source,
+    tempered_weights,
+)
 from nvembed.data.records import PairRecord
 
 
@@ -107,6 +114,80 @@ def test_examples_depend_on_seed_and_slot_alone() -> None:
     assert len(drawn) > 1  # the next epoch draws anew
 
 
+@settings(max_examples=50, deadline=None)
+@given(mixtures, seeds, st.integers(0, 300), st.integers(1, 12))
+def test_homogeneous_runs(
+    sets: list[tuple[int, float]], seed: int, num_runs: int, run_length: int
+) -> None:
+    sizes, weights = [size for size, _ in sets], [weight for _, weight in sets]
+    of = mixture(sizes, weights)
+    order = of.order(seed, num_runs * run_length, run_length=run_length)
+    sources = order[:, 0].reshape(num_runs, run_length)
+    assert (sources == sources[:, :1]).all()
+    # The runs come as the slots of a mixed order do.
+    np.testing.assert_array_equal(sources[:, 0], of.order(seed, num_runs)[:, 0])
+    np.testing.assert_array_equal(
+        of.order(seed, len(order) // 3, run_length=run_length), order[: len(order) // 3]
+    )
+    # Each source is walked in the same epochs, whatever the runs.
+    mixed = of.order(seed, num_runs * run_length)
+    for number, size in enumerate(sizes):
+        walks = [found[found[:, 0] == number, 1] for found in (order, mixed)]
+        shorter = min(map(len, walks))
+        same = walks[0][: shorter // size * size], walks[1][: shorter // size * size]
+        np.testing.assert_array_equal(*same)
+
+
+def test_homogeneous_runs_keep_the_shares_and_walk_whole_epochs() -> None:
+    order = mixture([6, 3], [2, 1]).order(0, 900, run_length=3)
+    runs = order.reshape(300, 3, 2)
+    assert abs((runs[:, 0, 0] == 0).sum() - 200) <= 3
+    for source, per_epoch in ((0, 2), (1, 1)):
+        walked = runs[runs[:, 0, 0] == source, :, 1]
+        for start in range(0, len(walked) - per_epoch, per_epoch):
+            epoch = walked[start : start + per_epoch].ravel().tolist()
+            assert sorted(epoch) == list(range(3 * per_epoch))
+
+
+def test_the_order_and_the_draws_are_those_of_earlier_versions() -> None:
+    of = mixture([5, 9])
+    order = of.order(3, 12)
+    assert order[:, 0].tolist() == [1, 1, 1, 0, 1, 1, 0, 1, 0, 1, 1, 0]
+    assert order[:, 1].tolist() == [3, 8, 2, 2, 0, 1, 0, 7, 1, 6, 4, 4]
+    drawn = of.examples(order, 0, 4, seed=3, num_negatives=2)
+    assert [" ".join((e.positive, *e.negatives)) for e in drawn] == [
+        "p2 n2 n1",
+        "p2 n3 n2",
+        "p1 n3 n2",
+        "p2 n2 n3",
+    ]
+
+
+def test_several_positives_reach_the_examples() -> None:
+    of = mixture([5, 5])
+    order = of.order(0, 20)
+    one = of.examples(order, 0, 20, seed=1, num_negatives=2)
+    two = of.examples(order, 0, 20, seed=1, num_negatives=2, num_positives=2)
+    assert [e.negatives for e in one] == [e.negatives for e in two]
+    for single, double in zip(one, two, strict=True):
+        assert single.further_positives == ()
+        assert {double.positive, *double.further_positives} == {"p1", "p2"}
+        assert double.positive == single.positive
+
+
+def test_temperature_evens_out_the_sets_without_a_weight() -> None:
+    assert tempered_weights([1, 100, 899], [None] * 3, 1.0) == [1.0, 100.0, 899.0]
+    # Square roots 1, 10 and 30, scaled to the same sum.
+    assert tempered_weights([1, 100, 900], [None] * 3, 2.0) == pytest.approx(
+        [1001 / 41, 10010 / 41, 30030 / 41]
+    )
+    # A given weight keeps its share: 500 of 1000 before and after.
+    weights = tempered_weights([100, 7, 400], [None, 500.0, None], 2.0)
+    assert weights == pytest.approx([500 / 3, 500.0, 1000 / 3])
+    assert tempered_weights([3], [2.0], 4.0) == [2.0]
+    assert tempered_weights([3, 700], [None, None], 1e9) == pytest.approx([351.5, 351.5])
+
+
 def test_an_order_of_many_slots_is_quick() -> None:
     of = mixture([3, 1000, 20_000])
     order = of.order(0, 500_000)
@@ -137,6 +218,8 @@ def test_loads_the_sets_of_a_stage_relative_to_the_recipe(tmp_path: Path) -> Non
     of = load_mixture([pairs, labels], stage=2, base_dir=tmp_path)
     assert [len(source) for source in of.sources] == [6, 4]
     assert of.weights == [2.5, 4.0]
+    hot = load_mixture([pairs, labels], stage=2, base_dir=tmp_path, temperature=3.0)
+    assert hot.weights == pytest.approx([2.5, 4.0])  # one set alone has nothing to even out
     assert of.sources[0].example(2, np.random.default_rng(0), 3) == Example(
         "q2", "p2", (), ("p2",), None, "find", False, "pairs"
     )

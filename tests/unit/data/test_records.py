@@ -19,6 +19,8 @@ from nvembed.data.records import (
 )
 
 PAIR = {"query": "q", "positive": "p"}
+SCORED = {"query": "q", "positive": ["p", "o"], "positive_scores": [0.5, 0.1]}
+SCORED |= {"negative": ["n", "m"], "negative_scores": [-1, 0.3]}
 STS = {"sentence1": "a", "sentence2": "b", "score": 3}
 LABELS = [{"text": str(n), "label": label} for n, label in enumerate(["x", "y", "x", "y"])]
 
@@ -42,6 +44,28 @@ def test_reads_pairs(tmp_path: Path) -> None:
     path = write(tmp_path / "x.jsonl", rows)
     assert read_records(path, "retrieval") == expected
     assert read_records(str(path), "nli") == expected
+
+
+def test_reads_the_scores_of_a_teacher(tmp_path: Path) -> None:
+    rows = [
+        {"query": "q", "positive": "p", "positive_scores": 0.5},
+        {"query": "q", "positive": "p", "positive_scores": [1], "negative": []},
+        {
+            "query": "q",
+            "positive": ["p", "o", "p"],
+            "positive_scores": [0.5, 7, 0.5],
+            "negative": ["n", "m"],
+            "negative_scores": [-1.5, 0.25],
+        },
+        {"query": "q", "positive": "p", "negative": "n"}
+        | {"positive_scores": None, "negative_scores": None},
+    ]
+    assert read_records(write(tmp_path / "x.jsonl", rows), "retrieval") == [
+        PairRecord("q", ("p",), (), (0.5,)),
+        PairRecord("q", ("p",), (), (1.0,)),
+        PairRecord("q", ("p", "o"), ("n", "m"), (0.5, 7.0), (-1.5, 0.25)),
+        PairRecord("q", ("p",), ("n",)),
+    ]
 
 
 def test_reads_sts_and_labels(tmp_path: Path) -> None:
@@ -69,6 +93,7 @@ def test_lines_end_at_line_feeds_only(tmp_path: Path) -> None:
     ("kind", "rows"),
     [
         ("retrieval", [PAIR, {"query": "q", "positive": ["a", "b"], "negative": ["c"]}]),
+        ("nli", [PAIR | {"positive_scores": 0.25}, SCORED]),
         ("sts", [STS, STS | {"negative": ["é\u2028"]}]),
         ("clustering", LABELS),
     ],
@@ -102,6 +127,45 @@ def test_json_round_trip_and_parquet(tmp_path: Path, kind: Kind, rows: list[Any]
         ("retrieval", {"query": "q", "positive": ["p", ""]}, '"positive[1]" is empty'),
         ("retrieval", PAIR | {"negative": ["n", False]}, '"negative[1]" is false'),
         ("retrieval", {"query": "q\ud800", "positive": "p"}, '"query" holds half a character'),
+        (
+            "retrieval",
+            SCORED | {"positive_scores": [0.5]},
+            '"positive_scores" and "positive" differ in length: 1, 2',
+        ),
+        (
+            "retrieval",
+            SCORED | {"negative_scores": [1, 2, 3]},
+            '"negative_scores" and "negative" differ in length: 3, 2',
+        ),
+        ("nli", PAIR | {"negative_scores": [1]}, '"negative_scores" and "negative" differ'),
+        (
+            "nli",
+            SCORED | {"negative_scores": None},
+            '"positive_scores" is there and "negative_scores" is missing',
+        ),
+        (
+            "nli",
+            SCORED | {"positive_scores": None},
+            '"negative_scores" is there and "positive_scores" is missing',
+        ),
+        ("nli", SCORED | {"positive_scores": 0.5}, '"positive_scores" is 0.5, expected a list'),
+        (
+            "nli",
+            SCORED | {"positive_scores": [0.5, "1"]},
+            '"positive_scores[1]" is a text, expected a number',
+        ),
+        ("nli", SCORED | {"positive_scores": [True, 1]}, '"positive_scores[0]" is true'),
+        (
+            "nli",
+            SCORED | {"negative_scores": [0, float("nan")]},
+            '"negative_scores[1]" is nan, expected a finite number',
+        ),
+        ("nli", SCORED | {"negative_scores": [10**400, 0]}, '"negative_scores[0]" is inf'),
+        (
+            "nli",
+            SCORED | {"negative": ["n", "n"]},
+            '"negative_scores[1]" is another score of the same text',
+        ),
         ("sts", {"sentence1": "a", "score": 1}, 'missing "sentence2"'),
         ("sts", STS | {"sentence2": ""}, '"sentence2" is empty'),
         ("sts", STS | {"score": "4"}, '"score" is a text, expected a number from 0 to 5'),

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from nvembed.core.errors import ConfigError, DataError
@@ -49,6 +50,29 @@ def test_rows_keep_their_keys_and_get_negatives(tmp_path: Path) -> None:
     assert (saved["teacher"], saved["documents"]) == ("HashEncoder", 5)
     assert saved["corpus"].endswith("docs.jsonl")
     assert saved["samples"][0]["query"] == "sort a list"
+
+
+def test_scores_are_the_cosines_of_the_teacher(tmp_path: Path) -> None:
+    rows = [ROWS[0], ROWS[1] | {"positive": ["open a file to read it", "read"]}, ROWS[2]]
+    write_jsonl(tmp_path / "in.jsonl", rows)
+    config = MiningConfig(num_negatives=2, write_scores=True)
+    teacher = HashEncoder()
+    mine_file(tmp_path / "in.jsonl", tmp_path / "out.jsonl", teacher, config, instruction="Find")
+    records = read_records(tmp_path / "out.jsonl", "retrieval")
+    assert any(record.negatives for record in records)
+    for record in records:
+        (query_D,) = teacher.encode_query([record.query], task="Find")
+        texts = (*record.positives, *record.negatives)
+        cosines = teacher.encode_document(list(texts)) @ query_D
+        got = (*record.positive_scores, *record.negative_scores)
+        assert len(record.positive_scores) == len(record.positives)
+        np.testing.assert_allclose(got, cosines, atol=1e-6)
+    # The same negatives as without, and mining without takes the scores away.
+    mine_file(tmp_path / "out.jsonl", tmp_path / "again.jsonl", teacher, CONFIG)
+    bare = [row for _, row in read_jsonl(tmp_path / "again.jsonl")]
+    assert all(not key.endswith("_scores") for row in bare for key in row)
+    with pytest.raises(ConfigError, match="write_scores: records of kind sts"):
+        mine_file(tmp_path / "in.jsonl", tmp_path / "o.jsonl", teacher, config, kind="sts")
 
 
 def test_sts_pairs(tmp_path: Path) -> None:

@@ -1,0 +1,72 @@
+"""Files of records: rows with their line numbers, and one error for all bad lines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+from nvembed.core.errors import DataError
+from nvembed.core.files import read_jsonl
+
+MAX_PROBLEMS_SHOWN = 5
+
+
+def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (line number from 1, object) of a JSONL, JSONL.gz or Parquet file.
+
+    Raises:
+        DataError: the file cannot be read; see ``read_jsonl``.
+    """
+    return _parquet_rows(path) if path.suffix == ".parquet" else read_jsonl(path)
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    if not path.is_file():
+        raise DataError("no such file", where=str(path), expected="a Parquet file")
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise DataError(
+            "reading Parquet needs pyarrow",
+            where=str(path),
+            hint="Run `pip install pyarrow`, or convert the file to JSONL",
+        ) from error
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            number = 0
+            for batch in file.iter_batches():
+                for row in batch.to_pylist():
+                    number += 1
+                    yield number, row
+    except (pyarrow.ArrowException, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise DataError(f"not a readable Parquet file ({reason})", where=str(path)) from error
+
+
+def refuse_lines(
+    path: str | Path,
+    problems: list[tuple[int, str]],
+    stopped: DataError | None,
+    *,
+    expected: str | None = None,
+    hint: str | None = None,
+) -> NoReturn:
+    """Raise one error for all bad lines of a file.
+
+    Args:
+        path: the file.
+        problems: (line, what is wrong with it), in file order, at least one.
+        stopped: why reading ended before the end of the file, if it did.
+        expected: what a good line looks like.
+        hint: what to do about it.
+    """
+    first, *others = problems[:MAX_PROBLEMS_SHOWN]
+    message = first[1] + "".join(f"; line {line}: {text}" for line, text in others)
+    beyond = len(problems) - MAX_PROBLEMS_SHOWN
+    if beyond > 0:
+        message += f"; and {beyond} more bad line{'s' if beyond > 1 else ''}"
+    if stopped is not None:
+        message += f"; then reading stopped ({stopped})"
+    raise DataError(message, where=f"{path}:{first[0]}", expected=expected, hint=hint)

@@ -1,0 +1,88 @@
+"""The feed of a stage: batch after batch with its tokens, prepared one step ahead.
+
+A batch is a pure function of (seed, stage, step); the thread that prepares the next one while the
+model works on this one changes nothing but the time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+
+from nvembed.core.seeding import derive_seed
+from nvembed.data.batch import ContrastiveBatch, build_batch
+from nvembed.data.mixture import Mixture
+from nvembed.text.token_cache import TokenCache
+from nvembed.text.tokens import TokenizedText
+from nvembed.training.config import StageConfig
+
+# New tokens wait in memory until they are written; this bounds how many, and what a kill costs.
+FLUSH_STEPS = 200
+
+Fed = tuple[ContrastiveBatch, Sequence[TokenizedText]]
+
+
+class Feed:
+    """Batches of a stage.
+
+    Args:
+        mixture: the data of the stage.
+        stage: batch size and what a batch holds.
+        seed: of the run.
+        tokens: from text to ids, computed once.
+    """
+
+    def __init__(
+        self, mixture: Mixture, stage: StageConfig, *, seed: int, tokens: TokenCache
+    ) -> None:
+        self.mixture = mixture
+        self.stage = stage
+        self.tokens = tokens
+        self._seed = derive_seed(seed, "data", stage.name)
+        self._order = mixture.order(
+            self._seed,
+            stage.steps * stage.batch_size,
+            run_length=stage.batch_size if stage.batches == "homogeneous" else 1,
+        )
+
+    def batch(self, step: int) -> ContrastiveBatch:
+        """The batch of a step of the stage, counted from 0."""
+        first = step * self.stage.batch_size
+        examples = self.mixture.examples(
+            self._order,
+            first,
+            first + self.stage.batch_size,
+            seed=self._seed,
+            num_negatives=self.stage.num_negatives,
+            num_positives=self.stage.num_positives,
+        )
+        return build_batch(examples, in_batch_negatives=self.stage.in_batch_negatives)
+
+    def step(self, step: int) -> Fed:
+        """The batch of a step and the tokens of its texts."""
+        batch = self.batch(step)
+        return batch, self.tokens(batch.texts)
+
+    @contextmanager
+    def ahead(self, start: int) -> Iterator[Iterator[Fed]]:
+        """Give an iterator over the steps from ``start`` to the last, one prepared ahead.
+
+        New tokens are kept for the next run when the block ends, however it ends.
+        """
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="feed") as pool:
+            try:
+                yield self._steps(pool, start)
+            finally:
+                pool.submit(self.tokens.flush).result()
+
+    def _steps(self, pool: ThreadPoolExecutor, start: int) -> Iterator[Fed]:
+        coming: Future[Fed] | None = None
+        for step in range(start, self.stage.steps):
+            coming = coming or pool.submit(self.step, step)
+            ready = coming.result()
+            more = step + 1 < self.stage.steps
+            coming = pool.submit(self.step, step + 1) if more else None
+            if (step + 1) % FLUSH_STEPS == 0:
+                pool.submit(self.tokens.flush)
+            yield ready

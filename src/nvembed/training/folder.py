@@ -1,0 +1,47 @@
+"""The folder of a run: started, or found to be of this run."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+from nvembed.core.config import dump_config, load_config
+from nvembed.core.errors import TrainingError, UserError
+from nvembed.core.files import write_text
+from nvembed.core.runs import RunFolder
+from nvembed.model.precision import settle_precision
+from nvembed.training.checkpoint import recipe_differences, remove_leftovers
+from nvembed.training.config import TrainConfig
+
+
+def prepare_folder(run: RunFolder, config: TrainConfig, *, fresh: bool) -> None:
+    """Start the run's folder, or make sure that it is of this run."""
+    resolved = dump_config(config)
+    if fresh or not run.exists:
+        run.create(resolved, replace=fresh)
+        return
+    remove_leftovers(run.checkpoints)
+    if run.config.read_text(encoding="utf-8") == resolved:
+        return
+    try:
+        different = recipe_differences(
+            load_config(TrainConfig, run.config).model_dump(mode="json"),
+            config.model_dump(mode="json"),
+        )
+    except UserError:
+        different = ["the recipe of the run cannot be read"]
+    if different:
+        raise TrainingError(
+            f"the folder holds a run with another configuration: {'; '.join(different)}",
+            where=str(run.config),
+            hint="Choose another output folder, or start over with --fresh",
+        )
+    write_text(run.config, resolved)
+
+
+def with_settled_precision(config: TrainConfig, run: RunFolder, *, fresh: bool) -> TrainConfig:
+    """Replace ``auto``: by what the run was started with, which must not change half-way."""
+    precision = config.precision
+    if precision == "auto" and run.exists and not fresh:
+        with suppress(UserError):  # not readable: the comparison of configurations refuses it
+            precision = load_config(TrainConfig, run.config).precision
+    return config.model_copy(update={"precision": settle_precision(precision)})

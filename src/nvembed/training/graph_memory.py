@@ -1,0 +1,134 @@
+"""How many tokens' graphs fit into memory: measured once at the start of a run, and kept.
+
+What a graph holds between forward and backward is counted by hooks on the tensors that autograd
+saves, on one pack of texts of the full length (attention of longer texts holds more per token, so
+shorter ones need less). The number is written into the run folder, because in a stage without
+in-batch negatives it decides which queries are sent back together, and a resumed run must add up
+floats in the same order.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, UntypedStorage
+from torch.distributed.tensor import DTensor
+
+from nvembed.core.files import write_json
+from nvembed.model.embedder import NVEmbed, embed_pack
+from nvembed.text.tokens import TokenizedText
+from nvembed.training.processes import Processes
+
+# Of what is free when a run starts: graphs are not all that a step needs (one layer's work in
+# progress, gradients, moments, the loss), and others may want memory too.
+FREE_SHARE = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class GraphMemory:
+    """What was found.
+
+    Args:
+        bytes_per_token: a graph holds per token, for texts of the full length.
+        budget_bytes: for graphs.
+    """
+
+    bytes_per_token: float
+    budget_bytes: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens whose graphs fit."""
+        return int(self.budget_bytes / self.bytes_per_token)
+
+
+def settle_graph_memory(
+    file: Path,
+    model: NVEmbed,
+    processes: Processes,
+    *,
+    memory_gb: float | None,
+    pack_tokens: int,
+) -> GraphMemory:
+    """Read what the run settled on, or measure and write it; the same for all processes.
+
+    Args:
+        file: of the run folder.
+        model: on its device, in training mode, in the block of the run's precision.
+        processes: of the run; the first one's budget counts.
+        memory_gb: for graphs, in 10⁹ bytes; ``None`` takes half of what is free now.
+        pack_tokens: of one forward.
+    """
+    if processes.agree(not file.is_file()):
+        budget = int(memory_gb * 1e9) if memory_gb else int(free_bytes(model.device) * FREE_SHARE)
+        memory = GraphMemory(graph_bytes_per_token(model, pack_tokens), budget)
+        if processes.is_main:
+            write_json(file, asdict(memory))
+        processes.barrier()
+    return GraphMemory(**json.loads(file.read_text(encoding="utf-8")))
+
+
+def graph_bytes_per_token(model: NVEmbed, pack_tokens: int) -> float:
+    """Run one pack of texts of the full length and count what its graph holds."""
+    length = min(model.backbone.max_tokens, pack_tokens)
+    count = max(1, pack_tokens // length)
+    vocabulary = int(model.backbone.model.config.get_text_config().vocab_size)
+    generator = torch.Generator().manual_seed(0)
+    ids_NL = torch.randint(vocabulary, (count, length), generator=generator).tolist()
+    with counted_graph(model) as held:
+        embed_pack(model, [TokenizedText(tuple(ids), 0) for ids in ids_NL])
+    return sum(storage.nbytes() for storage in held.values()) / (count * length)
+
+
+@contextmanager
+def counted_graph(model: torch.nn.Module) -> Iterator[dict[int, UntypedStorage]]:
+    """Collect all storages that graphs made in the block save, parameters left out.
+
+    Yields:
+        Storages by identity. Weights that were gathered for a layer and are given up after it have
+        no bytes by the end of the block.
+    """
+    held: dict[int, UntypedStorage] = {}
+    own = {_storage(tensor)._cdata for tensor in (*model.parameters(), *model.buffers())}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = _storage(tensor)
+        if storage._cdata not in own:
+            held[storage._cdata] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        yield held
+
+
+def _storage(tensor: Tensor) -> UntypedStorage:
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return local.untyped_storage()
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that is free on a device; on a CPU what the machine or the container has left."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for line in _lines(Path("/proc/meminfo")):
+        if line.startswith("MemAvailable:"):
+            free = int(line.split()[1]) * 1024
+    limit = "".join(_lines(Path("/sys/fs/cgroup/memory.max")))
+    used = "".join(_lines(Path("/sys/fs/cgroup/memory.current")))
+    if limit.isdigit() and used.isdigit():
+        free = min(free, int(limit) - int(used))
+    return free
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []

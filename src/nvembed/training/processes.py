@@ -1,0 +1,261 @@
+"""The other processes of a run: rows gathered, gradients summed, flags agreed on.
+
+A step needs no wrapper around the model. Its backward passes start from given gradients of the
+embeddings, so the gradient of a step is the sum over packs, wherever a pack was computed, and one
+sum over the processes at its end is all there is to exchange. Sums, never averages: the loss of a
+step already divides by its queries. Weights that are sharded: ``training/sharding.py``.
+
+With one process everything here does nothing.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Self
+
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from nvembed.core.errors import TrainingError
+from nvembed.model.embedder import NVEmbed
+
+# Bytes of one all-reduce: large enough for full bandwidth, small beside the gradients.
+BUCKET_BYTES = 64 * 2**20
+
+# One process may work alone for long (mining, writing the model) while the others wait for it. One
+# that dies closes its connection, which is noticed at once.
+_PATIENCE = timedelta(days=30)
+
+
+@dataclass(frozen=True)
+class Processes:
+    """What a run has to know of its other processes.
+
+    Attributes:
+        rank: number of this process, from 0.
+        count: of all processes, on all machines.
+        device: of this process.
+        sharded: backbone weights are to be sharded over the processes.
+        control: group for messages between the CPUs; ``None`` with one process.
+    """
+
+    rank: int = 0
+    count: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    sharded: bool = False
+    control: dist.ProcessGroup | None = None
+
+    @classmethod
+    def of_environment(cls, *, shard: bool = False, timeout_minutes: float = 30) -> Self:
+        """Join the processes that ``accelerate launch`` or ``torchrun`` started, or be alone.
+
+        Must run before anything else of accelerate, which would not join on a CPU.
+
+        Args:
+            shard: shard the weights even where the launcher does not ask for it.
+            timeout_minutes: how long a process may wait for another within a step.
+
+        Raises:
+            TrainingError: the launcher asks for something that training does not do.
+        """
+        launched = int(os.environ.get("WORLD_SIZE", "1"))
+        shard = _launcher_shards() or shard
+        on_cpu = _flag("ACCELERATE_USE_CPU") or (launched > 1 and not torch.cuda.is_available())
+        options = {"timeout": timedelta(minutes=timeout_minutes)} if launched > 1 else {}
+        state = PartialState(cpu=on_cpu, **options)
+        if state.num_processes != launched:
+            raise TrainingError(
+                f"{launched} processes were started, but they do not see each other",
+                expected="CUDA devices, or CPUs",
+                hint="Start one process",
+            )
+        if launched == 1:
+            return cls(device=state.device)
+        device = torch.device("cpu") if state.device.type == "cpu" else state.device  # not cpu:0
+        control = dist.new_group(backend="gloo", timeout=_PATIENCE)
+        return cls(state.process_index, launched, device, shard, control)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes the files."""
+        return self.rank == 0
+
+    def gather_rows(self, rows_ND: Tensor, counts: Sequence[int]) -> Tensor:
+        """Values of the rows of all processes, without gradient.
+
+        Args:
+            rows_ND: ``(N, D)``, the rows of this process.
+            counts: N of every process, known without asking.
+
+        Returns:
+            ``(sum of counts, D)`` in the order of the processes, the same on all of them.
+        """
+        rows_ND = rows_ND.detach()
+        if self.count == 1:
+            return rows_ND
+        # Pieces of one size, because gloo knows no others.
+        padded_MD = rows_ND.new_zeros((max(counts), *rows_ND.shape[1:]))
+        padded_MD[: len(rows_ND)] = rows_ND
+        pieces = [torch.empty_like(padded_MD) for _ in counts]
+        dist.all_gather(pieces, padded_MD)
+        return torch.cat([piece[:count] for piece, count in zip(pieces, counts, strict=True)])
+
+    @contextmanager
+    def syncing(self, model: NVEmbed, *, last: bool) -> Iterator[None]:
+        """Around the backward pass of a pack; ``last`` tells that it is the step's last one here.
+
+        With sharded weights FSDP then waits for the sums that are still on their way.
+        """
+        decoder = model.backbone.model
+        if isinstance(decoder, FSDPModule):
+            decoder.set_is_last_backward(last)
+        yield
+
+    @torch.no_grad()
+    def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Sum the gradients of replicated parameters over the processes, once per step.
+
+        A parameter without gradient counts as zero, unless none of the processes has one. Those
+        that are sharded are left alone: FSDP has summed them.
+        """
+        if self.count == 1:
+            return
+        replicated = [p for p in parameters if p.requires_grad and not isinstance(p, DTensor)]
+        used = torch.tensor([p.grad is not None for p in replicated], dtype=torch.uint8)
+        dist.all_reduce(used, dist.ReduceOp.MAX, group=self.control)
+        gradients = []
+        for parameter, is_used in zip(replicated, used.tolist(), strict=True):
+            if is_used:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                gradients.append(parameter.grad)
+        for bucket in _buckets(gradients):
+            flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
+            dist.all_reduce(flat)
+            parts = flat.split([gradient.numel() for gradient in bucket])
+            for gradient, part in zip(bucket, parts, strict=True):
+                gradient.copy_(part.view_as(gradient))
+
+    @torch.no_grad()
+    def clip_gradients(self, parameters: Iterable[nn.Parameter], max_norm: float | None) -> float:
+        """Scale gradients down to a norm and return what it was, equal on all processes.
+
+        Args:
+            parameters: all trained ones, replicated and sharded, after ``sum_gradients``.
+            max_norm: of all gradients together; ``None`` only measures.
+        """
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        sharded = [g.to_local() for g in gradients if isinstance(g, DTensor)]
+        replicated = [g for g in gradients if not isinstance(g, DTensor)]
+        # Replicated ones are counted by the first process alone: the sum is then equal everywhere.
+        square = _square(sharded) + (_square(replicated) if self.is_main else 0.0)
+        if self.count > 1:
+            total = torch.tensor(square, dtype=torch.float64)
+            dist.all_reduce(total, group=self.control)
+            square = float(total)
+        norm = math.sqrt(square)
+        if max_norm is not None and (scale := max_norm / (norm + 1e-6)) < 1:  # as torch does
+            for gradient in (*sharded, *replicated):
+                gradient.mul_(scale)
+        return norm
+
+    def agree(self, flag: bool) -> bool:
+        """Whether the flag is set on any process."""
+        if self.count == 1:
+            return flag
+        flags = torch.tensor(flag, dtype=torch.uint8)
+        dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.control)
+        return bool(flags)
+
+    def barrier(self) -> None:
+        """Wait until every process is here, however long that takes."""
+        if self.count > 1:
+            dist.barrier(group=self.control)
+
+    @torch.no_grad()
+    def broadcast_parameters(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Give all processes the values of the first; before sharding."""
+        if self.count > 1:
+            for parameter in parameters:
+                dist.broadcast(parameter.data, src=0)
+
+
+@contextmanager
+def dead_peer_is_an_error(last_checkpoint: str | None) -> Iterator[None]:
+    """Turn a broken connection into one line.
+
+    Args:
+        last_checkpoint: where the run can go on from.
+
+    Raises:
+        TrainingError: another process died, or did not answer in time.
+    """
+    try:
+        yield
+    except RuntimeError as error:  # gloo raises nothing more exact
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        raise TrainingError(
+            f"another process died or did not answer ({' '.join(str(error).split())[:120]})",
+            hint=f"Its own error is above; the same command goes on from the last checkpoint: "
+            f"{last_checkpoint or 'none'}",
+        ) from error
+
+
+def _buckets(gradients: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Gradients of one type and device, up to ``BUCKET_BYTES`` together."""
+    by_kind: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for gradient in gradients:
+        bucket = by_kind.setdefault((gradient.dtype, gradient.device), [])
+        if bucket and sum(g.nbytes for g in bucket) + gradient.nbytes > BUCKET_BYTES:
+            yield list(bucket)
+            bucket.clear()
+        bucket.append(gradient)
+    yield from by_kind.values()
+
+
+def _square(gradients: Sequence[Tensor]) -> float:
+    """Sum of squares, in float32 whatever the type of the gradients."""
+    if not gradients:
+        return 0.0
+    norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients]
+    return float(torch.stack(norms).double().square().sum())
+
+
+def _flag(name: str) -> bool:
+    return os.environ.get(name, "").lower() in ("1", "true", "yes")
+
+
+def _launcher_shards() -> bool:
+    """Whether ``accelerate launch`` asks for FSDP2.
+
+    Raises:
+        TrainingError: it asks for another way of sharding.
+    """
+    if _flag("ACCELERATE_USE_DEEPSPEED"):
+        raise TrainingError(
+            "training does not run on DeepSpeed",
+            expected="DDP, or FSDP2, which shards the same weights as ZeRO-3",
+            hint="Start with: accelerate launch --use_fsdp --fsdp_version 2",
+        )
+    if not _flag("ACCELERATE_USE_FSDP"):
+        return False
+    version = os.environ.get("FSDP_VERSION", "1")
+    if version != "2":
+        raise TrainingError(
+            f"training does not run on FSDP version {version}",
+            expected="version 2",
+            hint="Start with: accelerate launch --use_fsdp --fsdp_version 2",
+        )
+    if _flag("FSDP_OFFLOAD_PARAMS"):
+        raise TrainingError("training does not offload weights", hint="Unset fsdp_offload_params")
+    return True

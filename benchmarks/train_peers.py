@@ -10,8 +10,8 @@ layers, B = 0, no dropout) in float32, see the same texts in the same order, and
 AdamW, schedule and clipping. Every run is a process of its own, the sides take turns, and tokens
 are those of all texts of a step without padding: the same number for every side.
 
-Parts: ``equal`` compares embeddings; ``tune`` finds the peers' best options; ``uncached`` and
-``cached`` measure; ``curve`` compares losses over many steps.
+Parts: ``equal`` compares embeddings; ``tune_…`` find the peers' best options; ``uncached``
+and ``cached`` measure; ``curve`` compares losses over many steps.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from peers.report import header, keep, median, rate, say, table
 from peers.setup import Comparison, prepare
 
 ROOT = Path(__file__).parents[1]
-PARTS = ("equal", "tune", "uncached", "cached", "curve")
+PARTS = ("equal", "tune_uncached", "tune_cached", "tune_flag", "uncached", "cached", "curve")
 OURS, SENTENCE, FLAG = "nvembed", "sentence-transformers", "FlagEmbedding"
 FLAG_PYTHON = Path("runs/bench/flag-venv/bin/python")
 FLAG_INSTALL = (
@@ -38,15 +38,13 @@ FLAG_INSTALL = (
     "torch==2.13.0 transformers==5.6.0 FlagEmbedding==1.4.2"
 )
 FILES = ("squad_train.jsonl.gz", "medquad.jsonl.gz")
-# What `tune` tries for the peers; the first is the default of the library.
+# What is tried for the peers; the first is the default of the library.
 UNCACHED_OPTIONS: tuple[dict[str, Any], ...] = tuple(
     {"attention": attention, "merge": merge}
     for attention, merge in product(("sdpa", "eager"), (True, False))
 )
 CACHED_SIZES = (32, 4, 8, 16, 64)
 FLAG_SIZES = (None, 4, 8, 16, 32)
-# Nothing fits: every pack is recomputed, as the peers' gradient cache does.
-SMALL_MEMORY_GB = 0.001
 
 
 class Bench:
@@ -92,10 +90,10 @@ class Bench:
         python = self.arguments.flag_python if job.side == FLAG else sys.executable
         return run_job(job, Path(python).absolute())
 
-    def best(self, key: str, default: dict[str, Any]) -> dict[str, Any]:
-        """What ``tune`` found in this or an earlier run."""
+    def best(self, part: str, default: dict[str, Any]) -> dict[str, Any]:
+        """The options that tuning found in this or an earlier run."""
         kept = json.loads(self.results.read_text()) if self.results.exists() else {}
-        found: dict[str, Any] = kept.get("tune", {}).get(key, default)
+        found: dict[str, Any] = kept.get(part, {}).get("best", default)
         return found
 
 
@@ -129,31 +127,41 @@ def equal(bench: Bench) -> None:
     keep(bench.results, "equal", {"embeddings": differences, "losses": first}, bench.about)
 
 
-def tune(bench: Bench) -> None:
-    """The peers' best options, by a few steps of each."""
-    small = bench.comparison(16, bench.arguments.tune_steps)
-    found: dict[str, Any] = {"tried": {}}
+def fastest(bench: Bench, part: str, made: Comparison, jobs: list[Job]) -> None:
+    """Try the jobs for a few steps each and keep the best one's options."""
+    rates = []
+    for job in jobs:
+        rates.append(rate(made.step_tokens, bench.run(job).step_seconds, 1))
+        say(f"  {job.side} {job.options}: {rates[-1]:,.0f} tokens/s")
+    best = jobs[int(np.argmax(rates))].options
+    tried = [[job.options, value] for job, value in zip(jobs, rates, strict=True)]
+    keep(bench.results, part, {"best": best, "tried": tried}, bench.about)
 
-    def fastest(key: str, made: Comparison, jobs: list[Job]) -> None:
-        rates = []
-        for job in jobs:
-            rates.append(rate(made.step_tokens, bench.run(job).step_seconds, 1))
-            say(f"  {job.side} {job.options}: {rates[-1]:,.0f} tokens/s")
-        found[key] = jobs[int(np.argmax(rates))].options
-        found["tried"][key] = [[job.options, value] for job, value in zip(jobs, rates, strict=True)]
 
-    fastest(SENTENCE, small, [small.job.of(SENTENCE, **options) for options in UNCACHED_OPTIONS])
-    attention = found[SENTENCE]["attention"]
-    large = bench.comparison(64, 2)
-    cached = [
-        large.job.of(SENTENCE, cached=True, attention=attention, mini_batch_size=size)
+def tune_uncached(bench: Bench) -> None:
+    """sentence-transformers: kind of attention, one forward for all documents or one per column."""
+    made = bench.comparison(16, bench.arguments.tune_steps)
+    jobs = [made.job.of(SENTENCE, **options) for options in UNCACHED_OPTIONS]
+    fastest(bench, "tune_uncached", made, jobs)
+
+
+def tune_cached(bench: Bench) -> None:
+    """sentence-transformers: texts per mini-batch of its gradient cache."""
+    made = bench.comparison(32, 2)
+    attention = bench.best("tune_uncached", UNCACHED_OPTIONS[0])["attention"]
+    jobs = [
+        made.job.of(SENTENCE, cached=True, attention=attention, mini_batch_size=size)
         for size in CACHED_SIZES
     ]
-    fastest(f"{SENTENCE} cached", large, cached)
+    fastest(bench, "tune_cached", made, jobs)
+
+
+def tune_flag(bench: Bench) -> None:
+    """FlagEmbedding: texts per forward."""
     if bench.has_flag:
-        flags = [small.job.of(FLAG, sub_batch_size=size) for size in FLAG_SIZES]
-        fastest(FLAG, small, flags)
-    keep(bench.results, "tune", found, bench.about)
+        made = bench.comparison(16, bench.arguments.tune_steps)
+        jobs = [made.job.of(FLAG, sub_batch_size=size) for size in FLAG_SIZES]
+        fastest(bench, "tune_flag", made, jobs)
 
 
 def measure(bench: Bench, part: str, made: Comparison, jobs: dict[str, Job], skip: int) -> None:
@@ -196,24 +204,20 @@ def uncached(bench: Bench) -> None:
     arguments = bench.arguments
     made = bench.comparison(16, arguments.steps)
     jobs = {OURS: made.job}
-    jobs[SENTENCE] = made.job.of(SENTENCE, **bench.best(SENTENCE, UNCACHED_OPTIONS[0]))
+    jobs[SENTENCE] = made.job.of(SENTENCE, **bench.best("tune_uncached", UNCACHED_OPTIONS[0]))
     if bench.has_flag:
-        jobs[FLAG] = made.job.of(FLAG, **bench.best(FLAG, {"sub_batch_size": 8}))
+        jobs[FLAG] = made.job.of(FLAG, **bench.best("tune_flag", {"sub_batch_size": 8}))
     measure(bench, "uncached", made, jobs, min(arguments.skip, arguments.steps - 1))
 
 
 def cached(bench: Bench) -> None:
     """Many queries a step: gradient cache on both sides, and ours within its memory budget."""
-    from nvembed.training.config import TrainConfig
-
     arguments = bench.arguments
     made = bench.comparison(arguments.cached_queries, arguments.cached_steps)
-    jobs = {OURS: made.job}
-    if "memory_gb" in TrainConfig.model_fields:
-        small = bench.ours(memory_gb=SMALL_MEMORY_GB)
-        jobs = {f"{OURS}, all recomputed": made.job.of(OURS, **small), **jobs}
+    small = bench.ours(memory_gb=arguments.small_memory_gb)
+    jobs = {f"{OURS}, {arguments.small_memory_gb} GB": made.job.of(OURS, **small), OURS: made.job}
     default = {"cached": True, "mini_batch_size": 8}
-    jobs[SENTENCE] = made.job.of(SENTENCE, **bench.best(f"{SENTENCE} cached", default))
+    jobs[SENTENCE] = made.job.of(SENTENCE, **bench.best("tune_cached", default))
     measure(bench, "cached", made, jobs, 1)
 
 
@@ -248,17 +252,20 @@ def main() -> None:
     add("--output", type=Path, default=Path("runs/bench"))
     add("--flag-python", type=Path, default=FLAG_PYTHON, help="interpreter that has FlagEmbedding")
     add("--threads", type=int, default=2)
-    add("--pack-tokens", type=int, default=4096, help="of our side")
+    add("--pack-tokens", type=int, default=2048, help="of our side")
+    small = "for our graphs in `cached`; should hold one pack, so that all others are recomputed"
+    add("--small-memory-gb", type=float, default=1.0, help=small)
     add("--steps", type=int, default=30, help="of a run of `uncached`")
     add("--skip", type=int, default=10, help="steps at the beginning that are not timed")
     add("--repeats", type=int, default=3)
-    add("--tune-steps", type=int, default=4)
+    add("--tune-steps", type=int, default=3)
     add("--cached-queries", type=int, default=128)
     add("--cached-steps", type=int, default=3, help="the first is not timed")
     add("--curve-steps", type=int, default=100)
     arguments = parser.parse_args()
     bench = Bench(arguments)
-    programs = {f.__name__: f for f in (equal, tune, uncached, cached, curve)}
+    tuning = (tune_uncached, tune_cached, tune_flag)
+    programs = {f.__name__: f for f in (equal, *tuning, uncached, cached, curve)}
     for part in arguments.parts:
         say(f"== {part}")
         try:

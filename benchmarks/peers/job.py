@@ -43,7 +43,8 @@ class Job:
         instruction: of the queries.
         prompt: the instruction as it stands before a query.
         prompt_tokens: tokens (with BOS) that pooling leaves out on the query's side.
-        threads: of torch.
+        threads: of torch, in each process.
+        processes: that share the run, by torchrun; our side only.
         options: what differs between variants of one side.
     """
 
@@ -60,6 +61,7 @@ class Job:
     prompt: str = ""
     prompt_tokens: int = 0
     threads: int = 2
+    processes: int = 1
     options: dict[str, Any] = field(default_factory=dict)
 
     def of(self, side: str, **options: Any) -> Job:
@@ -112,8 +114,13 @@ def run_job(job: Job, python: str | Path = sys.executable) -> Outcome:
     with tempfile.TemporaryDirectory(prefix="nvembed-bench-") as folder:
         given, result = Path(folder, "job.json"), Path(folder, "result.json")
         given.write_text(json.dumps(asdict(job)))
+        # Tokens are computed anew in every run, as the peers do.
+        environment["NVEMBED_CACHE"] = str(Path(folder, "cache"))
         started = time.perf_counter()
         command = [str(python), "-m", PROGRAMS[job.side], str(given), str(result)]
+        if job.processes > 1:
+            launcher = ["-m", "torch.distributed.run", "--standalone"]
+            command[1:1] = [*launcher, f"--nproc-per-node={job.processes}"]
         done = subprocess.run(
             command, env=environment, cwd=folder, capture_output=True, text=True, check=False
         )
@@ -132,6 +139,8 @@ def child_main(run: Any) -> None:
     """Entry of a program: read the job, run it, write the outcome."""
     given, result = Path(sys.argv[1]), Path(sys.argv[2])
     outcome = run(Job(**json.loads(given.read_text())))
+    if os.environ.get("RANK", "0") != "0":
+        return
     outcome.peak_bytes = memory_bytes("VmHWM")
     result.write_text(json.dumps(asdict(outcome)))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,8 @@ def run(job: Job) -> Outcome:
 
     RunFolder.append_metrics = stamped  # type: ignore[method-assign]
     train(config, base_dir=Path(job.work), fresh=True)
+    if os.environ.get("RANK", "0") != "0":
+        return Outcome([], [])
     losses = [row["loss"] for row in RunFolder(Path(config.output)).read_metrics()]
     return Outcome(losses, [after - before for before, after in itertools.pairwise(stamps)])
 

@@ -43,7 +43,7 @@ UNCACHED_OPTIONS: tuple[dict[str, Any], ...] = tuple(
     {"attention": attention, "merge": merge}
     for attention, merge in product(("sdpa", "eager"), (True, False))
 )
-CACHED_SIZES = (32, 4, 8, 16, 64)
+CACHED_SIZES = (4, 8, 16, 32, 64)
 FLAG_SIZES = (None, 4, 8, 16, 32)
 
 
@@ -147,11 +147,11 @@ def tune_uncached(bench: Bench) -> None:
 
 def tune_cached(bench: Bench) -> None:
     """sentence-transformers: texts per mini-batch of its gradient cache."""
-    made = bench.comparison(32, 2)
+    made = bench.comparison(64, 2)
     attention = bench.best("tune_uncached", UNCACHED_OPTIONS[0])["attention"]
     jobs = [
         made.job.of(SENTENCE, cached=True, attention=attention, mini_batch_size=size)
-        for size in CACHED_SIZES
+        for size in bench.arguments.cached_sizes
     ]
     fastest(bench, "tune_cached", made, jobs)
 
@@ -259,6 +259,9 @@ def main() -> None:
     add("--skip", type=int, default=10, help="steps at the beginning that are not timed")
     add("--repeats", type=int, default=3)
     add("--tune-steps", type=int, default=3)
+    add(
+        "--cached-sizes", type=int, nargs="+", default=list(CACHED_SIZES), help="mini-batches tried"
+    )
     add("--cached-queries", type=int, default=128)
     add("--cached-steps", type=int, default=3, help="the first is not timed")
     add("--curve-steps", type=int, default=100)

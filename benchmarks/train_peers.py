@@ -168,12 +168,14 @@ def measure(bench: Bench, part: str, made: Comparison, jobs: dict[str, Job], ski
     """Repeat all jobs in turn; medians of tokens/s and of the ratio within a repeat."""
     rates: dict[str, list[float]] = {name: [] for name in jobs}
     walls: dict[str, list[float]] = {name: [] for name in jobs}
+    others: dict[str, list[float]] = {name: [] for name in jobs}
     losses: dict[str, list[float]] = {}
     for repeat in range(bench.arguments.repeats):
         for name, job in jobs.items():
             outcome = bench.run(job)
             rates[name].append(rate(made.step_tokens, outcome.step_seconds, skip))
             walls[name].append(outcome.wall_seconds)
+            others[name].append(outcome.others_share)
             losses[name] = outcome.losses
             say(f"  run {repeat + 1}: {name} {rates[name][-1]:,.0f} tokens/s")
     first = next(iter(jobs))
@@ -196,6 +198,7 @@ def measure(bench: Bench, part: str, made: Comparison, jobs: dict[str, Job], ski
     head = (part, "tokens/s, median", "range", f"{first} is faster by", "loss differs by (mean)")
     table((*head, "whole process, s", "options"), rows)
     value = {"rates": rates, "ratios": ratios, "walls": walls, "losses": losses, "skipped": skip}
+    value["others_share"] = others
     keep(bench.results, part, value, bench.about)
 
 

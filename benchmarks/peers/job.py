@@ -83,6 +83,8 @@ class Outcome:
         step_seconds: from the end of the step before to the end of the step; that of the first step
             counts from the start of training.
         wall_seconds: of the whole process, loading included.
+        others_share: share of the machine's CPU time that went to others meanwhile, or was taken by
+            the machine's host; timings with more than a few percent are worth nothing.
         loaded_bytes: resident memory when the model and its data were loaded (0: not measured).
         peak_bytes: highest resident memory.
     """
@@ -92,6 +94,7 @@ class Outcome:
     loaded_bytes: int = 0
     peak_bytes: int = 0
     wall_seconds: float = 0.0
+    others_share: float = 0.0
 
 
 class JobError(RuntimeError):
@@ -116,7 +119,7 @@ def run_job(job: Job, python: str | Path = sys.executable) -> Outcome:
         given.write_text(json.dumps(asdict(job)))
         # Tokens are computed anew in every run, as the peers do.
         environment["NVEMBED_CACHE"] = str(Path(folder, "cache"))
-        started = time.perf_counter()
+        started, taken = time.perf_counter(), _cpu_seconds()
         command = [str(python), "-m", PROGRAMS[job.side], str(given), str(result)]
         if job.processes > 1:
             launcher = ["-m", "torch.distributed.run", "--standalone"]
@@ -125,14 +128,26 @@ def run_job(job: Job, python: str | Path = sys.executable) -> Outcome:
             command, env=environment, cwd=folder, capture_output=True, text=True, check=False
         )
         seconds = time.perf_counter() - started
+        others = max(0.0, _cpu_seconds() - taken) / (seconds * (os.cpu_count() or 1))
         if done.returncode or not result.exists():
             tail = "\n".join((done.stdout + done.stderr).splitlines()[-25:])
             raise JobError(f"{job.side} {job.options} ended with {done.returncode}\n{tail}")
         if "--verbose" in sys.argv:
             print(done.stdout)
         outcome = Outcome(**json.loads(result.read_text()))
-    outcome.wall_seconds = seconds
+    outcome.wall_seconds, outcome.others_share = seconds, others
+    if others > 0.05:
+        print(f"  the machine was busy: others took {others:.0%} of its CPU time", flush=True)
     return outcome
+
+
+def _cpu_seconds() -> float:
+    """CPU time of the machine that was neither idle nor used by our children or this process."""
+    fields = Path("/proc/stat").read_text().splitlines()[0].split()[1:]
+    user, nice, system, _, _, interrupts, soft, stolen = (int(value) for value in fields[:8])
+    busy = (user + nice + system + interrupts + soft + stolen) / os.sysconf("SC_CLK_TCK")
+    own = os.times()
+    return busy - own.user - own.system - own.children_user - own.children_system
 
 
 def child_main(run: Any) -> None:

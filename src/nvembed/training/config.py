@@ -158,6 +158,8 @@ class TrainConfig(StrictModel):
             half of what is free when the run starts.
         peer_timeout_minutes: how long a process waits for another within a step before it gives up;
             one that died is noticed at once.
+        compile: fuse norms and gated activations with ``torch.compile`` (a few per cent on a CPU,
+            which needs a C++ compiler there).
         log_every: steps between two rows of ``metrics.jsonl``.
         checkpoint_every: steps between two checkpoints.
         keep_checkpoints: how many of the latest to keep.
@@ -178,6 +180,7 @@ class TrainConfig(StrictModel):
     pack_tokens: int = Field(default=4096, ge=16)
     memory_gb: float | None = Field(default=None, gt=0)
     peer_timeout_minutes: float = Field(default=30, gt=0)
+    compile: bool = False
     log_every: int = Field(default=1, ge=1)
     checkpoint_every: int = Field(default=200, ge=1)
     keep_checkpoints: int = Field(default=2, ge=1)

@@ -12,6 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from nvembed.core.errors import TrainingError, UserError
 from nvembed.core.files import atomic_folder
 from nvembed.model.adapters import add_lora, hold_frozen, merge_lora
+from nvembed.model.compiled import compile_elementwise
 from nvembed.model.embedder import NVEmbed, model_kind
 from nvembed.model.quantization import quantize_frozen
 from nvembed.model.settings import PoolingSettings
@@ -47,6 +48,8 @@ def build_model(config: TrainConfig, base_dir: Path, *, device: str | None = Non
         add_lora(model.backbone, config.lora)
         if config.precision == "bfloat16":
             hold_frozen(model.backbone, torch.bfloat16)
+    if config.compile:
+        compile_elementwise(model.backbone.model)
     if config.pooling_head == "train":
         # In 16 bit, an update of a usual learning rate would round to nothing.
         model.pooling.float()
@@ -111,7 +114,7 @@ def _rebuilt(model: NVEmbed, config: TrainConfig, base_dir: Path, *, build: bool
     All processes give their shares; the one that does not ``build`` gets its own model back.
     """
     settings = config.model.model_copy(update={"quantization": None})
-    plain = config.model_copy(update={"model": settings, "precision": "float32"})
+    plain = config.model_copy(update={"model": settings, "precision": "float32", "compile": False})
     into: dict[str, Tensor] = {}
     if build:
         with torch.random.fork_rng():

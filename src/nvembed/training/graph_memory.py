@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import json
 import os
+import resource
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -137,6 +139,14 @@ def free_bytes(device: torch.device) -> int:
     if limit.isdigit() and used.isdigit():
         free = min(free, int(limit) - int(used))
     return free
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Most memory that this process has held on a device so far; on a CPU all of the process's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _lines(path: Path) -> list[str]:

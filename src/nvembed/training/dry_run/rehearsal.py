@@ -38,6 +38,7 @@ from nvembed.training.graph_memory import (
     GraphMemory,
     free_bytes,
     measure_graph_memory,
+    peak_bytes,
     read_graph_memory,
 )
 from nvembed.training.model import computing, starting_model
@@ -79,6 +80,7 @@ class Rehearsal:
         self.processes = processes
         self.fresh = fresh
         self.free = free_bytes(processes.device)
+        self.peak_before = peak_bytes(processes.device)
         self.embedder = starting_model(self.config, base_dir, device=str(processes.device))
         self.tokens = TokenCache(default_cache_folder(), self.embedder.backbone.text_tokenizer)
 
@@ -105,6 +107,7 @@ class Rehearsal:
             kept_tokens=max((stage.batches.most_kept for stage in stages), default=0),
             pack_tokens=max((stage.batches.most_pack for stage in stages), default=0),
             scores=max((stage.batches.most_scores for stage in stages), default=0),
+            measured=peak_bytes(self.processes.device) - self.peak_before,
             free=self.free,
         )
         return replace(self.found, stages=stages, memory=memory)

@@ -125,28 +125,30 @@ def _coupled(stage: StageForecast) -> bool:
 
 def _memory(memory: TrainingMemory) -> Table:
     table = _table()
-    table.add_column("memory", no_wrap=True)
+    table.add_column("memory at most", no_wrap=True)
     table.add_column("", justify="right", no_wrap=True)
     table.add_column("", ratio=1)
     graph = memory.graph
     share = memory.trained / memory.elements
     rows = [
         ("weights", memory.weights, f"{_count(memory.elements)} parameters"),
-        ("gradients", memory.gradients, f"{_count(memory.trained)} are trained, {share:.1%}"),
+        ("gradients", memory.gradients, f"{_count(memory.trained)} are trained: {share:.1%}"),
         ("optimizer", memory.optimizer, ""),
         (
             "graphs",
             memory.graphs,
-            f"at most; {graph.bytes_per_token / 1e3:,.0f} kB per token, and the budget of "
+            f"{graph.bytes_per_token / 1e3:,.0f} kB per token; the budget of "
             f"{_size(graph.budget_bytes)} holds {graph.tokens:,} tokens",
         ),
-        ("one pack", memory.pack, "work in progress, forecast"),
+        ("one pack", memory.pack, "while it is computed"),
         ("loss", memory.loss, ""),
     ]
     for name, size, remark in rows:
         table.add_row(name, _size(size), Text(remark, style="dim"))
     table.add_section()
-    table.add_row("at most", _size(memory.peak), Text(f"{_size(memory.free)} are free"))
+    taken = "taken by the steps of this dry run, which had no optimizer"
+    table.add_row("sum", _size(memory.counted), "")
+    table.add_row("measured", _size(memory.measured), Text(taken, style="dim"))
     return table
 
 
@@ -179,7 +181,7 @@ def _verdict(found: DryRun) -> Text:
     assert found.memory is not None
     without = ", evaluation not counted" if any(s.evaluations for s in found.stages) else ""
     fits = found.memory.peak <= found.memory.free
-    size = f"{_size(found.memory.peak)} of {_size(found.memory.free)} free"
+    size = f"at most {_size(found.memory.peak)} of {_size(found.memory.free)} free"
     line = f"about {duration(found.seconds)}{without}; {size}"
     return Text(f"✓ {line}", "bold green") if fits else Text(f"✗ {line}", "bold red")
 

@@ -11,6 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from nvembed.core.errors import TrainingError, UserError
 from nvembed.core.files import atomic_folder
+from nvembed.core.seeding import derive_seed, seed_everything
 from nvembed.model.adapters import add_lora, hold_frozen, merge_lora
 from nvembed.model.compiled import compile_elementwise
 from nvembed.model.embedder import NVEmbed, model_kind
@@ -22,6 +23,21 @@ from nvembed.text.template import query_prompt
 from nvembed.training.checkpoint import trained_parameters
 from nvembed.training.config import TrainConfig
 from nvembed.training.tensor_files import full
+
+
+def starting_model(config: TrainConfig, base_dir: Path, *, device: str) -> NVEmbed:
+    """``build_model`` with new weights that the seed of the run decides."""
+    seed_everything(derive_seed(config.seed, "weights"))
+    return build_model(config, base_dir, device=device)
+
+
+def computing(config: TrainConfig, device: torch.device) -> torch.autocast:
+    """The block in which a run computes in its precision.
+
+    One block for all packs of a step, in which every weight is cast once; accelerate's own mixed
+    precision casts them again for every pack.
+    """
+    return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16")
 
 
 def build_model(config: TrainConfig, base_dir: Path, *, device: str | None = None) -> NVEmbed:

@@ -16,6 +16,7 @@ from nvembed.core.files import atomic_folder
 from nvembed.model.adapters import add_lora, hold_frozen, merge_lora, save_adapter
 from nvembed.model.embedder import NVEmbed, model_kind
 from nvembed.model.quantization import quantize_frozen
+from nvembed.model.recompute import recompute_layers
 from nvembed.model.settings import PoolingSettings
 from nvembed.model.source import ModelSource
 from nvembed.text.instructions import task_prompts
@@ -49,6 +50,8 @@ def build_model(config: TrainConfig, base_dir: Path, *, device: str | None = Non
         add_lora(model.backbone, config.lora)
         if config.precision == "bfloat16":
             hold_frozen(model.backbone, torch.bfloat16)
+    if config.activation_checkpointing:
+        recompute_layers(model.backbone)
     if config.pooling_head == "train":
         # In 16 bit, an update of a usual learning rate would round to nothing.
         model.pooling.float()

@@ -44,6 +44,7 @@ from nvembed.training.evaluating import (
     should_stop,
 )
 from nvembed.training.feed import Fed, Feed
+from nvembed.training.fitting import check_distillation, check_widths
 from nvembed.training.folder import prepare_folder, with_settled_precision
 from nvembed.training.graph_memory import settle_graph_memory
 from nvembed.training.metrics import describe, metrics_row
@@ -115,12 +116,14 @@ class _Run:
             )
             for number in range(1, len(config.stages) + 1)
         ]
+        check_distillation(config, self.mixtures)
         self.tasks = load_evaluation_tasks(config.evaluation, base_dir) if config.evaluation else []
         self.accelerator = Accelerator(**tracker_options(config.trackers, run))
         seed_everything(derive_seed(config.seed, "weights"))
         # Of a model that is to be sharded only the shares go to the device.
         device = "cpu" if processes.sharded else str(processes.device)
         self.embedder = build_model(config, base_dir, device=device)
+        check_widths(config, self.embedder.dimension)
         self.tokens = TokenCache(default_cache_folder(), self.embedder.backbone.text_tokenizer)
         self.recipe = config.model_dump(mode="json")
         self.checkpoint = latest_checkpoint(run.checkpoints, log=self.log)

@@ -82,6 +82,7 @@ def recipe(folder: Path, decoder: Path, name: str, **changes: Any) -> TrainConfi
 
 # Graphs of about one pack of 128 tokens: the rest of a step is recomputed, or goes in groups.
 LITTLE = {"memory_gb": 0.0016}
+AGAIN = {"activation_checkpointing": True}
 FULL = {"lora": None}
 DROPOUT = {"rank": 4, "dropout": 0.1}
 
@@ -144,6 +145,8 @@ def alone(tmp_path_factory: pytest.TempPathFactory, tiny_decoder_dir: Path) -> d
         ("lora", LITTLE),
         ("lora", {"shard": True}),
         ("full", {**FULL, "shard": True, **LITTLE}),
+        ("lora", {"shard": True, **AGAIN}),
+        pytest.param("full", {**FULL, "shard": True, **AGAIN}, marks=pytest.mark.slow),
         pytest.param("lora", {"shard": True, **LITTLE}, marks=pytest.mark.slow),
         pytest.param("full", FULL, marks=pytest.mark.slow),
         pytest.param("full", {**FULL, **LITTLE}, marks=pytest.mark.slow),

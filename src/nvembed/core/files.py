@@ -6,11 +6,14 @@ killed process or a full disk never leaves half a file under the real name.
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import gzip
 import io
 import json
 import os
 import shutil
+import sys
 import tempfile
 import zlib
 from collections.abc import Iterable, Iterator
@@ -19,6 +22,12 @@ from pathlib import Path
 from typing import Any
 
 from nvembed.core.errors import DataError, UserError
+
+# Of the folder that is being replaced, where two names cannot be exchanged in one step.
+_OLD = ".old"
+# RENAME_EXCHANGE of Linux, RENAME_SWAP of macOS: both are 2.
+_EXCHANGE = 2
+_AT_FDCWD = -100
 
 
 @contextmanager
@@ -47,7 +56,11 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """Give a temporary folder beside ``path``; when the block ends well it replaces ``path``."""
+    """Give a temporary folder beside ``path``; when the block ends well it replaces ``path``.
+
+    Where the system can exchange two names in one step, one of the two folders is there at any
+    moment. Elsewhere a process may die between two renames, and ``tidy`` brings the old one back.
+    """
     target = Path(path)
     temporary: Path | None = None
     try:
@@ -55,14 +68,14 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
         yield temporary
         os.chmod(temporary, 0o755)
-        if target.exists():
-            old = target.with_name(f".{target.name}.old")
+        if not target.exists():
+            os.replace(temporary, target)
+        elif not _exchange(temporary, target):
+            old = target.with_name(f".{target.name}{_OLD}")
             shutil.rmtree(old, ignore_errors=True)
             os.replace(target, old)
             os.replace(temporary, target)
             shutil.rmtree(old, ignore_errors=True)
-        else:
-            os.replace(temporary, target)
     except OSError as error:
         raise UserError(
             f"cannot write: {error.strerror or error}",
@@ -72,6 +85,42 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def tidy(folder: Path, names: str) -> None:
+    """Clear up after a process that was killed while it wrote; nothing else may be writing there.
+
+    What was written half is deleted, and a folder that was to be replaced goes back to its place
+    where that is empty.
+
+    Args:
+        folder: in which ``atomic_path`` and ``atomic_folder`` wrote.
+        names: of their targets, as a pattern such as ``model*``.
+    """
+    for path in folder.glob(f".{names}.*"):
+        target = path.with_name(path.name[1:].rpartition(".")[0])
+        if path.name.endswith(_OLD) and not target.exists():
+            os.replace(path, target)
+        elif path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Exchange two names in one step; False where system or file system cannot."""
+    name = {"linux": "renameat2", "darwin": "renamex_np"}.get(sys.platform)
+    call: Any = getattr(ctypes.CDLL(None, use_errno=True), name, None) if name else None
+    if call is None:
+        return False
+    here = [ctypes.c_int(_AT_FDCWD)] if name == "renameat2" else []
+    one, other = os.fsencode(first), os.fsencode(second)
+    if call(*here, one, *here, other, ctypes.c_uint(_EXCHANGE)) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+        return False
+    raise OSError(code, os.strerror(code), os.fspath(second))
 
 
 def write_text(path: str | Path, text: str) -> None:

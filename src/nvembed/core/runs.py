@@ -23,6 +23,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -30,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from nvembed.core.errors import ConfigError, UserError
-from nvembed.core.files import write_json, write_text
+from nvembed.core.files import tidy, write_json, write_text
 
 # The libraries whose version can change a result.
 RECORDED_PACKAGES = (
@@ -135,9 +136,9 @@ class RunFolder:
         write_text(self.config, config_yaml)
 
     def _clear(self) -> None:
-        # config.yaml goes first: without it the folder no longer counts as a run.
-        for file in (self.config, self.env, self.metrics, self.log, self.graph_memory):
-            file.unlink(missing_ok=True)
+        # config.yaml goes last, and says until then that this is no run to go on with.
+        if self.exists:
+            write_text(self.config, "# Being deleted to start over.\n")
         made = (
             *(self.checkpoints, self.mined, self.model, self.adapter, self.eval),
             self.path / "tensorboard",
@@ -146,17 +147,35 @@ class RunFolder:
         for folder in made:
             if folder.is_dir():
                 shutil.rmtree(folder)
+        for file in (self.env, self.metrics, self.log, self.graph_memory, self.config):
+            file.unlink(missing_ok=True)
+
+    def tidy(self) -> None:
+        """Clear up after a process that was killed while it wrote; see ``files.tidy``."""
+        files = (self.config, self.env, self.metrics, self.graph_memory)
+        for name in (*(file.name for file in files), "model*", "adapter"):
+            tidy(self.path, name)
+        for folder in self.mined.glob("*"):
+            tidy(folder, "*")
 
     def append_metrics(self, row: dict[str, Any]) -> None:
         """Append one row to ``metrics.jsonl``; nan and inf, which JSON lacks, become null."""
         line = json.dumps({key: _finite(value) for key, value in row.items()}, ensure_ascii=False)
+        self._append(self.metrics, line)
+
+    def append_log(self, line: str) -> None:
+        """Append one line to ``train.log``, with the time."""
+        self._append(self.log, f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {line}")
+
+    @staticmethod
+    def _append(file: Path, line: str) -> None:
         try:
-            with open(self.metrics, "a", encoding="utf-8", newline="\n") as out:
+            with open(file, "a", encoding="utf-8", newline="\n") as out:
                 out.write(line + "\n")
         except OSError as error:
             raise UserError(
                 f"cannot write: {error.strerror or error}",
-                where=str(self.metrics),
+                where=str(file),
                 hint="Free space on the disk, then resume from the last checkpoint",
             ) from error
 
@@ -164,8 +183,9 @@ class RunFolder:
         """Read all rows; a last line that a killed process left half written is dropped."""
         if not self.metrics.is_file():
             return []
-        lines = self.metrics.read_text(encoding="utf-8").split("\n")
         # Whole lines end with a line break, so what follows the last one is a torn line or nothing.
+        # It may end within a character, so lines are split before they are decoded.
+        lines = self.metrics.read_bytes().split(b"\n")
         return [json.loads(line) for line in lines[:-1] if line]
 
     def trim_metrics(self, last_step: int) -> None:

@@ -16,6 +16,8 @@ class ClassSource:
     Texts that carry several labels are never negatives of each other where they share one.
     """
 
+    scored = False
+
     def __init__(self, records: Sequence[LabelRecord], name: str, instruction: str | None) -> None:
         self.name = name
         self._records = records
@@ -85,6 +87,8 @@ class LabelTextSource:
 
     Query and document are different sorts of text here, so only the query carries the instruction.
     """
+
+    scored = False
 
     def __init__(self, records: Sequence[LabelRecord], name: str, instruction: str | None) -> None:
         self.name = name

@@ -94,6 +94,7 @@ class PairSource:
         self.name = name
         self._records = records
         self._instruction = instruction
+        self.scored = any(record.positive_scores for record in records)
         self._known: dict[str, tuple[str, ...]] = {}
         for record in records:
             known = (*self._known.get(record.query, ()), *record.positives)
@@ -138,6 +139,8 @@ class StsSource:
 
     A pair of one sentence with itself teaches nothing and is left out.
     """
+
+    scored = False
 
     def __init__(self, records: Sequence[StsRecord], name: str, instruction: str | None) -> None:
         self.name = name
@@ -197,6 +200,7 @@ class _Subset:
 
     def __init__(self, source: ExampleSource, indices: NDArray[np.int64]) -> None:
         self.name = source.name
+        self.scored = source.scored
         self._source = source
         self._indices = indices
 

@@ -53,6 +53,11 @@ class ExampleSource(Protocol):
         """Name of the data set in errors, masks and seeds."""
         ...
 
+    @property
+    def scored(self) -> bool:
+        """Whether any query has a teacher's scores."""
+        ...
+
     def __len__(self) -> int:
         """Count the queries."""
         ...

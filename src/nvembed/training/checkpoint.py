@@ -30,7 +30,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from nvembed.core.errors import TrainingError, UserError
-from nvembed.core.files import atomic_folder
+from nvembed.core.files import atomic_folder, tidy
 from nvembed.training.tensor_files import (
     file_order,
     full,
@@ -191,10 +191,9 @@ def latest_checkpoint(folder: Path, *, log: Callable[[str], None] | None = None)
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete what killed writes left behind; only where nothing is being written."""
-    for pattern in (".step-*", ".best.*"):
-        for path in folder.glob(pattern):
-            shutil.rmtree(path, ignore_errors=True)
+    """Clear up after killed writes; only where nothing is being written."""
+    for names in ("step-*", "best"):
+        tidy(folder, names)
 
 
 def read_position(checkpoint: Path) -> Position:

@@ -156,6 +156,9 @@ class TrainConfig(StrictModel):
             backward; texts beyond are embedded twice in a stage with in-batch negatives, and go
             group by group in one without. The loss and the gradients are the same. ``None`` takes
             half of what is free when the run starts.
+        activation_checkpointing: keep only the inputs of layers for the backward pass and compute
+            the rest again: several times as many tokens fit into memory, for a third more time. The
+            gradients are the same.
         peer_timeout_minutes: how long a process waits for another within a step before it gives up;
             one that died is noticed at once.
         compile: fuse norms and gated activations with ``torch.compile`` (a few per cent on a CPU,
@@ -179,6 +182,7 @@ class TrainConfig(StrictModel):
     precision: PrecisionChoice = "auto"
     pack_tokens: int = Field(default=4096, ge=16)
     memory_gb: float | None = Field(default=None, gt=0)
+    activation_checkpointing: bool = False
     peer_timeout_minutes: float = Field(default=30, gt=0)
     compile: bool = False
     log_every: int = Field(default=1, ge=1)

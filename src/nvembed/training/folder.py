@@ -17,6 +17,7 @@ from nvembed.training.config import TrainConfig
 def prepare_folder(run: RunFolder, config: TrainConfig, *, fresh: bool) -> None:
     """Start the run's folder, or make sure that it is of this run."""
     resolved = dump_config(config)
+    run.tidy()
     if fresh or not run.exists:
         run.create(resolved, replace=fresh)
         return

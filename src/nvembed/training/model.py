@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -12,10 +14,11 @@ from torch.distributed.fsdp import FSDPModule
 from nvembed.core.errors import TrainingError, UserError
 from nvembed.core.files import atomic_folder
 from nvembed.core.seeding import derive_seed, seed_everything
-from nvembed.model.adapters import add_lora, hold_frozen, merge_lora
+from nvembed.model.adapters import add_lora, hold_frozen, merge_lora, save_adapter
 from nvembed.model.compiled import compile_elementwise
 from nvembed.model.embedder import NVEmbed, model_kind
 from nvembed.model.quantization import quantize_frozen
+from nvembed.model.recompute import recompute_layers
 from nvembed.model.settings import PoolingSettings
 from nvembed.model.source import ModelSource
 from nvembed.text.instructions import task_prompts
@@ -66,6 +69,8 @@ def build_model(config: TrainConfig, base_dir: Path, *, device: str | None = Non
             hold_frozen(model.backbone, torch.bfloat16)
     if config.compile:
         compile_elementwise(model.backbone.model)
+    if config.activation_checkpointing:
+        recompute_layers(model.backbone)
     if config.pooling_head == "train":
         # In 16 bit, an update of a usual learning rate would round to nothing.
         model.pooling.float()
@@ -110,9 +115,24 @@ def save_model(
     if len(retrieval) == 1:
         prompts["query"] = retrieval.pop()
     saved.prompts = {"document": "", **task_prompts(), **prompts}
+    with _unwritten_is_an_error(folder), atomic_folder(folder) as temporary:
+        saved.save_pretrained(str(temporary), create_model_card=False)
+
+
+def save_adapters(model: NVEmbed, folder: Path) -> None:
+    """Write the adapters alone, before ``save_model`` merges them.
+
+    Raises:
+        TrainingError: they could not be written; the checkpoint is there.
+    """
+    with _unwritten_is_an_error(folder):
+        save_adapter(model.backbone, folder)
+
+
+@contextmanager
+def _unwritten_is_an_error(folder: Path) -> Iterator[None]:
     try:
-        with atomic_folder(folder) as temporary:
-            saved.save_pretrained(str(temporary), create_model_card=False)
+        yield
     except UserError:
         raise
     except Exception as error:  # safetensors and tokenizers raise their own types on a full disk

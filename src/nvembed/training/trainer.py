@@ -24,7 +24,6 @@ from nvembed.core.progress import progress
 from nvembed.core.runs import RunFolder
 from nvembed.core.seeding import derive_seed
 from nvembed.data.mixture import Mixture
-from nvembed.model.adapters import save_adapter
 from nvembed.text.token_cache import TokenCache, default_cache_folder
 from nvembed.training.checkpoint import (
     Position,
@@ -45,10 +44,11 @@ from nvembed.training.evaluating import (
     should_stop,
 )
 from nvembed.training.feed import Fed, Feed
+from nvembed.training.fitting import check_distillation, check_widths
 from nvembed.training.folder import prepare_folder, with_settled_precision
 from nvembed.training.graph_memory import settle_graph_memory
 from nvembed.training.metrics import describe, metrics_row
-from nvembed.training.model import computing, save_model, starting_model
+from nvembed.training.model import computing, save_adapters, save_model, starting_model
 from nvembed.training.optim import (
     averaged_weights,
     set_learning_rate,
@@ -56,7 +56,7 @@ from nvembed.training.optim import (
 )
 from nvembed.training.processes import Processes, dead_peer_is_an_error
 from nvembed.training.sharding import shard_backbone
-from nvembed.training.signals import stop_signals
+from nvembed.training.signals import sigterm_is_an_error, stop_signals
 from nvembed.training.stage import StageAtWork, start_stage
 from nvembed.training.stages import load_mixtures, mine_mixture
 from nvembed.training.step import contrastive_step
@@ -85,7 +85,7 @@ def train(config: TrainConfig, *, base_dir: Path, fresh: bool = False) -> Path:
     processes = Processes.of_environment(
         shard=config.shard, timeout_minutes=config.peer_timeout_minutes
     )
-    with dead_peer_is_an_error(str(run.checkpoints)):
+    with dead_peer_is_an_error(str(run.checkpoints)), sigterm_is_an_error(str(run.path)):
         settled = with_settled_precision(config, run, fresh=fresh).precision
         config = config.model_copy(update={"precision": processes.of_main(settled)})
         if processes.is_main:
@@ -108,11 +108,13 @@ class _Run:
         self.processes = processes
         # All data are read first: a bad line is told before a large model is loaded.
         self.mixtures = load_mixtures(config, base_dir)
+        check_distillation(config, self.mixtures)
         self.tasks = load_evaluation_tasks(config.evaluation, base_dir) if config.evaluation else []
         self.accelerator = Accelerator(**tracker_options(config.trackers, run))
         # Of a model that is to be sharded only the shares go to the device.
         device = "cpu" if processes.sharded else str(processes.device)
         self.embedder = starting_model(config, base_dir, device=device)
+        check_widths(config, self.embedder.dimension)
         self.tokens = TokenCache(default_cache_folder(), self.embedder.backbone.text_tokenizer)
         self.recipe = config.model_dump(mode="json")
         self.checkpoint = latest_checkpoint(run.checkpoints, log=self.log)
@@ -155,7 +157,7 @@ class _Run:
             self._stage(number)
         lora = self.config.lora
         if lora is not None and lora.save_adapter and self.processes.is_main:
-            save_adapter(self.embedder.backbone, self.run.adapter)
+            save_adapters(self.embedder, self.run.adapter)
         self._save_model(self.run.model, final=True)
         self.log(f"model written to {self.run.model}")
         self.accelerator.end_training()  # parts with the other processes
@@ -185,37 +187,38 @@ class _Run:
         """One line to the terminal and to ``train.log``."""
         if self.processes.is_main:
             print(line, flush=True)
-            with open(self.run.log, "a", encoding="utf-8") as out:
-                out.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {line}\n")
+            self.run.append_log(line)
 
     def _stage(self, number: int) -> None:
         config = self.config.stages[number]
         stage = self._start(number, self._mixture(number))
         self.log(describe(config, stage.feed))
         start = self.position.stage_step
-        with (
-            progress(config.steps - start, config.name, shown=self.processes.is_main) as bar,
-            stop_signals() as stopping,
-            stage.feed.steps(start, ahead=self.processes.device.type != "cpu") as fed,
-        ):
-            for stage_step, batch in enumerate(fed, start):
-                if self.config.evaluation and should_stop(self.config.evaluation, self.best):
-                    self.log(f"{config.name}: no better in {self.best.since} evaluations")
-                    break
-                row = self._step(stage, stage_step, batch)
-                bar.advance(1, loss=row["loss"], tokens_per_s=row["tokens_per_second"])
-                self.position = Position(
-                    row["step"],
-                    number,
-                    stage_step + 1,
-                    self.position.seconds + row["seconds"],
-                    {"best": self.best.to_json()},
-                )
-                if row["step"] % self.config.log_every == 0:
-                    self._report(row)
-                self._maybe_evaluate(stage)
-                self._maybe_checkpoint(stage, stopping)
-        self._finish_stage(stage)
+        with stop_signals() as stopping:
+            with (
+                progress(config.steps - start, config.name, shown=self.processes.is_main) as bar,
+                stage.feed.steps(start, ahead=self.processes.device.type != "cpu") as fed,
+            ):
+                for stage_step, batch in enumerate(fed, start):
+                    if self.config.evaluation and should_stop(self.config.evaluation, self.best):
+                        self.log(f"{config.name}: no better in {self.best.since} evaluations")
+                        break
+                    row = self._step(stage, stage_step, batch)
+                    bar.advance(1, loss=row["loss"], tokens_per_s=row["tokens_per_second"])
+                    self.position = Position(
+                        row["step"],
+                        number,
+                        stage_step + 1,
+                        self.position.seconds + row["seconds"],
+                        {"best": self.best.to_json()},
+                    )
+                    if row["step"] % self.config.log_every == 0:
+                        self._report(row)
+                    self._maybe_evaluate(stage)
+                    self._maybe_checkpoint(stage, stopping)
+            self._finish_stage(stage)
+            if self.processes.agree(stopping()):
+                raise self._interrupted()
 
     def _report(self, row: dict[str, Any]) -> None:
         if self.processes.is_main:
@@ -345,11 +348,14 @@ class _Run:
         if stop or self.position.step % self.config.checkpoint_every == 0:
             self._checkpoint(stage, stage.trained)
         if stop:
-            raise TrainingError(
-                f"interrupted after step {self.position.step}; a checkpoint was written",
-                where=str(self.run.checkpoints),
-                hint="The same command goes on from there",
-            )
+            raise self._interrupted()
+
+    def _interrupted(self) -> TrainingError:
+        return TrainingError(
+            f"interrupted after step {self.position.step}; a checkpoint was written",
+            where=str(self.run.checkpoints),
+            hint="The same command goes on from there",
+        )
 
     def _checkpoint(self, stage: StageAtWork, trained: Mapping[str, nn.Parameter]) -> None:
         self.checkpoint = save_checkpoint(

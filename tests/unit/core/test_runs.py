@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import platform
+import shutil
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,57 @@ def test_torn_last_line_is_dropped(run):
     with open(run.metrics, "a") as out:
         out.write('{"step": 2, "lo')
     assert run.read_metrics() == [{"step": 1}]
+
+
+def test_a_line_that_is_torn_within_a_character_is_dropped(run):
+    run.append_metrics({"step": 1, "task": "ü"})
+    with open(run.metrics, "ab") as out:
+        out.write('{"step": 2, "task": "ü'.encode()[:-1])
+    assert run.read_metrics() == [{"step": 1, "task": "ü"}]
+
+
+def test_a_run_that_is_half_deleted_is_neither_used_nor_taken_for_a_new_one(run, monkeypatch):
+    run.model.mkdir()
+    run.tidy()
+
+    def killed(path, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run.create("seed: 2\n", replace=True)
+    assert run.model.is_dir()
+    with pytest.raises(ConfigError, match="holds a run already"):
+        run.create("seed: 2\n")
+    assert "seed" not in run.config.read_text()
+    run.create("seed: 2\n", replace=True)
+    assert run.config.read_text() == "seed: 2\n"
+    assert not run.model.exists()
+
+
+def test_what_killed_writes_left_is_tidied_up_and_nothing_else(run):
+    leftovers = [".model.a1b2c3d4", ".model-one.a1b2c3d4", ".adapter.old", "mined/one"]
+    for name in leftovers:
+        (run.path / name).mkdir(parents=True)
+    (run.path / ".metrics.jsonl.a1b2c3d4").write_text("half")
+    (run.path / "mined/one/.pairs.jsonl.a1b2c3d4").write_text("half")
+    (run.path / "mined/one/pairs.jsonl").write_text("whole")
+    (run.path / ".git").mkdir()
+    (run.path / ".old").mkdir()
+    (run.path / ".model").mkdir()
+    run.tidy()
+    assert sorted(path.name for path in run.path.iterdir()) == [
+        ".git",
+        ".model",
+        ".old",
+        "adapter",  # it was to be replaced, and its place was empty
+        "checkpoints",
+        "config.yaml",
+        "env.json",
+        "mined",
+    ]
+    assert [path.name for path in (run.path / "mined/one").iterdir()] == ["pairs.jsonl"]
 
 
 def test_trim_forgets_later_steps_and_the_torn_line(run):

@@ -17,9 +17,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
-from nvembed.model.attention import SHORT_TOKENS
+from nvembed.model.attention import short_tokens
 from nvembed.model.embedder import NVEmbed
 from nvembed.model.memory import BYTES, Shape, activation_bytes, weight_bytes
 from nvembed.training.config import OptimizerKind, TrainConfig
@@ -135,5 +136,6 @@ def _pack_bytes(config: TrainConfig, model: NVEmbed, tokens: int) -> int:
     )
     each = BYTES["bfloat16" if config.precision == "bfloat16" else "float32"]
     on_cpu = model.device.type == "cpu"
-    score_tokens = min(model.backbone.max_tokens, SHORT_TOKENS) if on_cpu else 0
+    kernel = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
+    score_tokens = min(model.backbone.max_tokens, short_tokens(kernel)) if on_cpu else 0
     return 2 * activation_bytes(shape, tokens, each, score_tokens=score_tokens)

@@ -151,8 +151,8 @@ def test_data_are_counted(tmp_path: Path, tiny_decoder_dir: Path) -> None:
     assert sum(row.used for row in two.data) == 32
     found = dry_run(config, base_dir=tmp_path)
     assert found.warnings == (
-        "two: 25% of the queries of pairs have no negatives, and teach nothing without in-batch "
-        "negatives",
+        "two: there are queries without negatives, which teach nothing without in-batch "
+        "negatives: pairs (25%)",
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -169,14 +170,15 @@ class DryRun:
 def _stage_warnings(stage: StageForecast, memory: TrainingMemory | None) -> list[str]:
     name, batches = stage.config.name, stage.batches
     found = []
-    for row in stage.data:
-        if row.used and row.without and not stage.config.in_batch_negatives:
-            found.append(
-                f"{name}: {row.without:.0%} of the queries of {row.name} have no negatives, and "
-                "teach nothing without in-batch negatives"
-            )
+    idle = [row for row in stage.data if row.used and row.without]
+    if idle and not stage.config.in_batch_negatives:
+        sets = ", ".join(f"{row.name} ({row.without:.0%})" for row in idle)
+        found.append(
+            f"{name}: there are queries without negatives, which teach nothing without in-batch "
+            f"negatives: {sets}"
+        )
     if memory is not None and batches.recomputed:
-        whole = batches.most_tokens * memory.graph.bytes_per_token / 1e9
+        whole = math.ceil(batches.most_tokens * memory.graph.bytes_per_token / 1e8) / 10
         found.append(
             f"{name}: {batches.recomputed:.0%} of the tokens are embedded twice; with "
             f"memory_gb={whole:.1f} none would be"

@@ -134,8 +134,8 @@ def _pack_bytes(config: TrainConfig, model: NVEmbed, tokens: int) -> int:
         pooling_heads=int(getattr(model.pooling, "num_heads", 0)),
         pooling_latents=int(getattr(model.pooling, "num_latents", 0)),
     )
-    each = BYTES["bfloat16" if config.precision == "bfloat16" else "float32"]
-    on_cpu = model.device.type == "cpu"
-    kernel = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
-    score_tokens = min(model.backbone.max_tokens, short_tokens(kernel)) if on_cpu else 0
-    return 2 * activation_bytes(shape, tokens, each, score_tokens=score_tokens)
+    name = "bfloat16" if config.precision == "bfloat16" else "float32"
+    scored = 0
+    if model.device.type == "cpu":
+        scored = min(model.backbone.max_tokens, short_tokens(getattr(torch, name)))
+    return 2 * activation_bytes(shape, tokens, BYTES[name], score_tokens=scored)

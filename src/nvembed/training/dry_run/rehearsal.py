@@ -197,9 +197,10 @@ class Rehearsal:
         log_temperature: torch.nn.Parameter | None,
         bar: ProgressBar,
     ) -> float:
-        """Compute a few steps up to the gradients, which are thrown away."""
+        """Compute a few steps up to the gradients, which are thrown away; the median of them."""
         timed = list(itertools.islice(itertools.cycle(sampled), TIMED_STEPS))
-        spent, seen, began = 0.0, 0, time.perf_counter()
+        found: list[float] = []
+        began = time.perf_counter()
         for number, (batch, texts) in enumerate(timed):
             started = time.perf_counter()
             try:
@@ -227,13 +228,12 @@ class Rehearsal:
                 ) from error
             self.processes.clip_gradients(stage.trained.values(), None)  # waits for the device
             if number:
-                spent += time.perf_counter() - started
-                seen += result.num_tokens
+                found.append((time.perf_counter() - started) / result.num_tokens)
             stage.optimizer.zero_grad()
             bar.advance(1)
-            if seen and time.perf_counter() - began > _MOST_SECONDS:
+            if found and time.perf_counter() - began > _MOST_SECONDS:
                 break
-        return spent / seen
+        return statistics.median(found)
 
     def _mining(self, planned: PlannedMining) -> MiningForecast:
         """Embed a sample of the texts, and take the others to need as much per character."""

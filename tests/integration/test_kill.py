@@ -112,7 +112,7 @@ def signalled(folder: Path, module: Any, name: str) -> tuple[int, str, str]:
 
 
 STOPPED_AT: list[tuple[Any, str, str, str | None]] = [
-    (trainer, "build_model", "run: stopped by SIGTERM. The same command goes on", None),
+    (trainer, "starting_model", "run: stopped by SIGTERM. The same command goes on", None),
     (trainer, "evaluate_step", "interrupted after step 2; a checkpoint", "step-0000000002"),
     # Steps since the last checkpoint are not lost for it.
     (trainer, "put_back_best", "interrupted after step 5; a checkpoint", "step-0000000005-end"),

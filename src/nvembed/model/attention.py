@@ -34,9 +34,11 @@ OTHER_BACKBONE = (
 _UNSUPPORTED = ("s_aux", "position_bias", "sinks")
 
 # On a CPU, up to this length two batched products with a softmax between are faster than SDPA's
-# fused kernel, whose backward pass is slow for many short rows: 50 segments of 80 tokens, forward
-# and backward in bfloat16, 7.1 against 27.3 ms; 1,024 tokens, 15.4 against 16.2 (docs/log.md).
-SHORT_TOKENS = 256
+# fused kernel, whose products are slow in bfloat16: 4,096 tokens in texts of 256, forward and
+# backward, 13 against 37 ms; of 512, 22 against 55. In float32 it is the other way round: 57
+# against 33 and 134 against 64; at 128, 24 against 25 (docs/log.md).
+SHORT_TOKENS = {torch.bfloat16: 1024, torch.float16: 1024}
+SHORT_TOKENS_FLOAT32 = 128
 
 
 def flat_attention(
@@ -82,6 +84,11 @@ def flat_attention(
 
 
 AttentionInterface.register(FLAT_ATTENTION, flat_attention)
+
+
+def short_tokens(dtype: torch.dtype) -> int:
+    """Longest text that is attended to by plain products on a CPU."""
+    return SHORT_TOKENS.get(dtype, SHORT_TOKENS_FLOAT32)
 
 
 def _varlen(
@@ -133,7 +140,7 @@ def _grouped(
         strict=True,
     ):
         q, k, v = (x_HTE.unflatten(1, (count, length)).transpose(0, 1) for x_HTE in parts)
-        if softcap or (q.device.type == "cpu" and length <= SHORT_TOKENS):
+        if softcap or (q.device.type == "cpu" and length <= short_tokens(q.dtype)):
             out_GHLE = block_attention(
                 q, k, v, causal=causal, scaling=scaling, dropout=dropout, softcap=softcap
             )

@@ -4,7 +4,7 @@
     attention   T · (3 D + 4 Q + 2 K + max(Q, 2 N L))
                                          embedding, residual, normed input; queries, their copies,
                                          output; keys and values; scores and softmax where attention
-                                         is plain products (a CPU, texts of L tokens up to 256)
+                                         is plain products (a CPU, texts of L tokens, not too long)
     MLP         T · (4 D + 3 I)          the same and the attention's output; gate, up and product
     pooling     T · (2 H R + 4 D) or T · 20 D, whichever is more (latent attention: scores and
                 softmax, or its GEGLU); T · 3 D for the others

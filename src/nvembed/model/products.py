@@ -32,6 +32,8 @@ def product(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Te
     """``x Wᵀ + b``, differentiable in all three, for two-dimensional x."""
     if not _in_float32_on_cpu(x_TI, weight_OI) or not onednn_pays():
         return nn.functional.linear(x_TI, weight_OI, bias_O)
+    if not torch.is_grad_enabled():
+        return _onednn(x_TI, weight_OI, bias_O)
     out_TO: Tensor = _Linear.apply(x_TI, weight_OI, bias_O)
     return out_TO
 
@@ -67,6 +69,7 @@ class FastLinear(nn.Linear):
 
 def fast_products(model: nn.Module) -> None:
     """Let the linear layers of a model multiply by this module, in place."""
+    onednn_pays()  # measured now and not in the middle of something that is measured itself
     for module in model.modules():
         if type(module) is nn.Linear:
             # The class alone decides how it computes: weights, names and copies stay as they are.

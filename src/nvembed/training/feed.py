@@ -10,6 +10,8 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 
+import numpy as np
+
 from nvembed.core.seeding import derive_seed
 from nvembed.data.batch import ContrastiveBatch, build_batch
 from nvembed.data.mixture import Mixture
@@ -45,6 +47,11 @@ class Feed:
             stage.steps * stage.batch_size,
             run_length=stage.batch_size if stage.batches == "homogeneous" else 1,
         )
+
+    def queries_used(self) -> list[int]:
+        """How many slots of the stage each source fills, in the order of the mixture."""
+        counts = np.bincount(self._order[:, 0], minlength=len(self.mixture.sources))
+        return [int(count) for count in counts]
 
     def batch(self, step: int) -> ContrastiveBatch:
         """The batch of a step of the stage, counted from 0."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import suppress
 
 from nvembed.core.config import dump_config, load_config
@@ -21,7 +22,18 @@ def prepare_folder(run: RunFolder, config: TrainConfig, *, fresh: bool) -> None:
         run.create(resolved, replace=fresh)
         return
     remove_leftovers(run.checkpoints)
-    if run.config.read_text(encoding="utf-8") == resolved:
+    check_folder(run, config)
+    if run.config.read_text(encoding="utf-8") != resolved:
+        write_text(run.config, resolved)
+
+
+def check_folder(run: RunFolder, config: TrainConfig) -> None:
+    """Make sure that the run of a folder is this one.
+
+    Raises:
+        TrainingError: it is another one; names the keys.
+    """
+    if run.config.read_text(encoding="utf-8") == dump_config(config):
         return
     try:
         different = recipe_differences(
@@ -36,7 +48,24 @@ def prepare_folder(run: RunFolder, config: TrainConfig, *, fresh: bool) -> None:
             where=str(run.config),
             hint="Choose another output folder, or start over with --fresh",
         )
-    write_text(run.config, resolved)
+
+
+def check_writable(run: RunFolder) -> None:
+    """Make sure that the run's folder can be made, without making it.
+
+    Raises:
+        UserError: the place is taken by a file or may not be written to.
+    """
+    place = run.path.absolute()
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise UserError(
+            "cannot make the run folder: "
+            + ("not allowed to write there" if place.is_dir() else "that is a file"),
+            where=str(place),
+            hint="Choose another output folder",
+        )
 
 
 def with_settled_precision(config: TrainConfig, run: RunFolder, *, fresh: bool) -> TrainConfig:

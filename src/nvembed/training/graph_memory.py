@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import json
 import os
+import resource
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -66,12 +68,24 @@ def settle_graph_memory(
         pack_tokens: of one forward.
     """
     if processes.agree(not file.is_file()):
-        budget = int(memory_gb * 1e9) if memory_gb else int(free_bytes(model.device) * FREE_SHARE)
-        memory = GraphMemory(graph_bytes_per_token(model, pack_tokens), budget)
+        memory = measure_graph_memory(model, memory_gb=memory_gb, pack_tokens=pack_tokens)
         if processes.is_main:
             write_json(file, asdict(memory))
         processes.barrier()
+    return read_graph_memory(file)
+
+
+def read_graph_memory(file: Path) -> GraphMemory:
+    """Read what a run settled on."""
     return GraphMemory(**json.loads(file.read_text(encoding="utf-8")))
+
+
+def measure_graph_memory(
+    model: NVEmbed, *, memory_gb: float | None, pack_tokens: int
+) -> GraphMemory:
+    """What a run that started now would settle on; arguments as for ``settle_graph_memory``."""
+    budget = int(memory_gb * 1e9) if memory_gb else int(free_bytes(model.device) * FREE_SHARE)
+    return GraphMemory(graph_bytes_per_token(model, pack_tokens), budget)
 
 
 def graph_bytes_per_token(model: NVEmbed, pack_tokens: int) -> float:
@@ -125,6 +139,14 @@ def free_bytes(device: torch.device) -> int:
     if limit.isdigit() and used.isdigit():
         free = min(free, int(limit) - int(used))
     return free
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Most memory that this process has held on a device so far; on a CPU all of the process's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _lines(path: Path) -> list[str]:

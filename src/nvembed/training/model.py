@@ -13,7 +13,9 @@ from torch.distributed.fsdp import FSDPModule
 
 from nvembed.core.errors import TrainingError, UserError
 from nvembed.core.files import atomic_folder
+from nvembed.core.seeding import derive_seed, seed_everything
 from nvembed.model.adapters import add_lora, hold_frozen, merge_lora, save_adapter
+from nvembed.model.compiled import compile_elementwise
 from nvembed.model.embedder import NVEmbed, model_kind
 from nvembed.model.quantization import quantize_frozen
 from nvembed.model.recompute import recompute_layers
@@ -23,7 +25,29 @@ from nvembed.text.instructions import task_prompts
 from nvembed.text.template import query_prompt
 from nvembed.training.checkpoint import trained_parameters
 from nvembed.training.config import TrainConfig
+from nvembed.training.fitting import check_widths
 from nvembed.training.tensor_files import full
+
+
+def starting_model(config: TrainConfig, base_dir: Path, *, device: str) -> NVEmbed:
+    """``build_model`` with new weights that the seed of the run decides.
+
+    Raises:
+        ConfigError: the recipe asks for more than the model has.
+    """
+    seed_everything(derive_seed(config.seed, "weights"))
+    model = build_model(config, base_dir, device=device)
+    check_widths(config, model.dimension)
+    return model
+
+
+def computing(config: TrainConfig, device: torch.device) -> torch.autocast:
+    """The block in which a run computes in its precision.
+
+    One block for all packs of a step, in which every weight is cast once; accelerate's own mixed
+    precision casts them again for every pack.
+    """
+    return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16")
 
 
 def build_model(config: TrainConfig, base_dir: Path, *, device: str | None = None) -> NVEmbed:
@@ -50,6 +74,8 @@ def build_model(config: TrainConfig, base_dir: Path, *, device: str | None = Non
         add_lora(model.backbone, config.lora)
         if config.precision == "bfloat16":
             hold_frozen(model.backbone, torch.bfloat16)
+    if config.compile:
+        compile_elementwise(model.backbone.model)
     if config.activation_checkpointing:
         recompute_layers(model.backbone)
     if config.pooling_head == "train":
@@ -131,7 +157,7 @@ def _rebuilt(model: NVEmbed, config: TrainConfig, base_dir: Path, *, build: bool
     All processes give their shares; the one that does not ``build`` gets its own model back.
     """
     settings = config.model.model_copy(update={"quantization": None})
-    plain = config.model_copy(update={"model": settings, "precision": "float32"})
+    plain = config.model_copy(update={"model": settings, "precision": "float32", "compile": False})
     into: dict[str, Tensor] = {}
     if build:
         with torch.random.fork_rng():

@@ -13,7 +13,7 @@ from nvembed.training.config import StageConfig, TrainConfig
 from nvembed.training.feed import Feed
 from nvembed.training.objective import stage_objective
 from nvembed.training.optim import build_optimizer, training_weights
-from nvembed.training.step import StepSettings
+from nvembed.training.plan import StepSettings
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Before a stage that wants it: hard negatives are mined for its pairs."""
+"""The data of the stages; before one that wants it, hard negatives are mined for its pairs."""
 
 from __future__ import annotations
 
@@ -13,8 +13,29 @@ from nvembed.inference.protocol import Encoder
 from nvembed.mining.config import MiningConfig
 from nvembed.mining.miner import mine_negatives, mine_sts_negatives
 from nvembed.training.config import TrainConfig
+from nvembed.training.fitting import check_distillation
 
 MINED_KINDS = ("retrieval", "nli", "sts")
+
+
+def load_mixtures(config: TrainConfig, base_dir: Path) -> list[Mixture]:
+    """Read the data of all stages as the files hold them.
+
+    Raises:
+        DataError: a file cannot be used.
+        ConfigError: they lack what an option of the recipe needs.
+    """
+    mixtures = [
+        load_mixture(
+            config.datasets,
+            stage=number,
+            base_dir=base_dir,
+            temperature=stage.mixture_temperature,
+        )
+        for number, stage in enumerate(config.stages, start=1)
+    ]
+    check_distillation(config, mixtures)
+    return mixtures
 
 
 def mine_mixture(
@@ -62,12 +83,10 @@ def _mined(
     log: Callable[[str], None],
 ) -> DatasetConfig:
     """The data set with its mined file in place of its own, which is made where it is missing."""
-    target = folder.absolute() / f"{dataset.name}.jsonl"
-    # Of sts, the limit counts directions of pairs scored 4 or more, so all records are needed.
-    most = None if dataset.kind == "sts" else dataset.max_records
+    target = mined_file(dataset, folder)
     if not target.is_file():
         log(f"mining {settings.num_negatives} negatives per query of {dataset.name}")
-        records = _used(read_records(base_dir / dataset.path, dataset.kind), most)
+        records = records_to_mine(dataset, base_dir)
         mined: Sequence[PairRecord | StsRecord]
         if dataset.kind == "sts":
             mined, report = mine_sts_negatives(
@@ -87,8 +106,29 @@ def _mined(
             )
         write_json(folder / f"{dataset.name}.report.json", report.to_json())
         write_jsonl(target, (record.to_json() for record in mined))
-    limit = dataset.max_records if most is None else None
-    return dataset.model_copy(update={"path": str(target), "max_records": limit})
+    return mined_dataset(dataset, folder)
+
+
+def mined_file(dataset: DatasetConfig, folder: Path) -> Path:
+    """Where the mined records of a data set lie in the folder of a stage."""
+    return folder.absolute() / f"{dataset.name}.jsonl"
+
+
+def mined_dataset(dataset: DatasetConfig, folder: Path) -> DatasetConfig:
+    """The data set with its mined file in place of its own."""
+    limit = dataset.max_records if _record_limit(dataset) is None else None
+    path = str(mined_file(dataset, folder))
+    return dataset.model_copy(update={"path": path, "max_records": limit})
+
+
+def records_to_mine(dataset: DatasetConfig, base_dir: Path) -> list[Record]:
+    """The records that negatives are mined for, as the file holds them."""
+    return _used(read_records(base_dir / dataset.path, dataset.kind), _record_limit(dataset))
+
+
+def _record_limit(dataset: DatasetConfig) -> int | None:
+    # Of sts, the limit counts directions of pairs scored 4 or more, so all records are needed.
+    return None if dataset.kind == "sts" else dataset.max_records
 
 
 def _used(records: Sequence[Record], most: int | None) -> list[Record]:

@@ -21,37 +21,18 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from nvembed.core.errors import TrainingError
 from nvembed.core.seeding import derive_seed
-from nvembed.data.batch import ContrastiveBatch, effective_negatives, needed_texts, select_queries
+from nvembed.data.batch import ContrastiveBatch, effective_negatives
 from nvembed.losses.contrastive import ContrastiveStatistics, ScoreSums
 from nvembed.model.embedder import NVEmbed, embed_pack
-from nvembed.text.packing import plan_groups, share_packs
 from nvembed.text.tokens import TokenizedText
-from nvembed.training.objective import Objective, evaluate_objective
+from nvembed.training.objective import evaluate_objective
+from nvembed.training.plan import PassPlan, StepSettings, plan_step, recomputed_share
 from nvembed.training.processes import Processes
 from nvembed.training.sharding import FILLER
-
-
-@dataclass(frozen=True, slots=True)
-class StepSettings:
-    """What is the same in all steps of a stage.
-
-    Args:
-        objective: the loss.
-        coupled: in-batch negatives make every query depend on all documents.
-        pack_tokens: tokens per forward.
-        graph_tokens: tokens whose graphs a process holds at once.
-    """
-
-    objective: Objective
-    coupled: bool
-    pack_tokens: int
-    graph_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,26 +86,24 @@ def contrastive_step(
     """
     lengths = [len(text) for text in texts]
     total_weight = float(batch.weight_B.sum())
-    loss, sums, recomputed, embedded = 0.0, ScoreSums(), 0, 0
-    groups = _groups(batch, lengths, settings, processes)
-    for number, (part, rows) in enumerate(groups):
-        pass_ = _Pass(model, [texts[row] for row in rows], settings, processes, seed, number)
+    loss, sums = 0.0, ScoreSums()
+    plans = plan_step(batch, lengths, settings, processes.count)
+    for number, plan in enumerate(plans):
+        pass_ = _Pass(model, [texts[row] for row in plan.rows], plan, processes, seed, number)
         embedding_UD = pass_.embed()
         evaluated = evaluate_objective(
             settings.objective,
             embedding_UD,
-            part,
+            plan.part,
             total_weight=total_weight,
             log_temperature=log_temperature,
         )
         if not math.isfinite(evaluated.loss):
             raise FloatingPointError(evaluated.loss)
         gradient_UD = evaluated.gradient_UD.to(embedding_UD.dtype)
-        pass_.backward(gradient_UD, last=number == len(groups) - 1)
+        pass_.backward(gradient_UD, last=number == len(plans) - 1)
         loss += evaluated.loss
         sums += evaluated.sums
-        recomputed += pass_.recomputed_tokens
-        embedded += pass_.tokens
     return StepResult(
         loss=loss,
         statistics=sums.means(),
@@ -132,23 +111,8 @@ def contrastive_step(
         num_tokens=sum(lengths),
         num_texts=len(texts),
         duplicates=1 - len(texts) / batch.mentioned,
-        recomputed=recomputed / max(1, embedded),
+        recomputed=recomputed_share(plans, processes.rank),
     )
-
-
-def _groups(
-    batch: ContrastiveBatch,
-    lengths: Sequence[int],
-    settings: StepSettings,
-    processes: Processes,
-) -> list[tuple[ContrastiveBatch, Sequence[int]]]:
-    """The parts that are embedded, contrasted and sent back one after the other."""
-    room = settings.graph_tokens * processes.count
-    if settings.coupled or sum(lengths) <= room:
-        return [(batch, range(len(lengths)))]
-    # Texts that groups share are embedded once in each; that is cheaper than everything twice.
-    groups = plan_groups(needed_texts(batch), lengths, room)
-    return [(part, rows.tolist()) for part, rows in (select_queries(batch, g) for g in groups)]
 
 
 class _Pass:
@@ -158,7 +122,7 @@ class _Pass:
         self,
         model: NVEmbed,
         texts: Sequence[TokenizedText],
-        settings: StepSettings,
+        plan: PassPlan,
         processes: Processes,
         seed: int,
         number: int,
@@ -167,20 +131,10 @@ class _Pass:
         self.texts = texts
         self.processes = processes
         self.seed = derive_seed(seed, number, processes.rank)
-        lengths = [len(text) for text in texts]
-        self.shares = share_packs(lengths, settings.pack_tokens, processes.count)
-        self.packs = self.shares[processes.rank]
-        room = settings.graph_tokens
-        sizes = [sum(lengths[row] for row in pack) for pack in self.packs]
-        self.tokens = sum(sizes)
-        # As many in all processes: sharded weights are gathered by all of them together.
-        self.kept = min(
-            _first_that_fit([sum(lengths[row] for row in pack) for pack in share], room)
-            for share in self.shares
-        )
-        self.recomputed_tokens = sum(sizes[self.kept :])
+        self.shares = plan.shares
+        self.packs = plan.shares[processes.rank]
+        self.kept = plan.kept
         self._graphs: list[Tensor] = []
-        self._require_room(lengths, sizes, settings.graph_tokens)
 
     def embed(self) -> Tensor:
         """Embeddings ``(U, D)`` of all texts, on every process, without graph."""
@@ -220,22 +174,3 @@ class _Pass:
         texts = [self.texts[row] for row in self.packs[index]]
         # An empty pack runs too: sharded weights want equally many forwards in all processes.
         return embed_pack(self.model, texts or [FILLER])[: len(texts)]
-
-    def _require_room(
-        self, lengths: Sequence[int], sizes: Sequence[int], graph_tokens: int
-    ) -> None:
-        for pack, size in zip(self.packs, sizes, strict=True):
-            if size > graph_tokens:
-                longest = max(pack, key=lambda row: lengths[row])
-                raise TrainingError(
-                    f"a pack of {size:,} tokens does not fit: its longest text has "
-                    f"{lengths[longest]:,} tokens, and memory holds the graph of {graph_tokens:,}",
-                    where="memory_gb, pack_tokens",
-                    hint="Lower pack_tokens or model.max_tokens, raise memory_gb, or set "
-                    "activation_checkpointing=true",
-                )
-
-
-def _first_that_fit(sizes: Sequence[int], room: int) -> int:
-    """How many packs, from the first on, fit together."""
-    return int(np.searchsorted(np.cumsum(sizes), room, side="right"))

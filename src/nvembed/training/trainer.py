@@ -22,8 +22,8 @@ from torch import nn
 from nvembed.core.errors import TrainingError
 from nvembed.core.progress import progress
 from nvembed.core.runs import RunFolder
-from nvembed.core.seeding import derive_seed, seed_everything
-from nvembed.data.mixture import Mixture, load_mixture
+from nvembed.core.seeding import derive_seed
+from nvembed.data.mixture import Mixture
 from nvembed.text.token_cache import TokenCache, default_cache_folder
 from nvembed.training.checkpoint import (
     Position,
@@ -44,11 +44,10 @@ from nvembed.training.evaluating import (
     should_stop,
 )
 from nvembed.training.feed import Fed, Feed
-from nvembed.training.fitting import check_distillation, check_widths
 from nvembed.training.folder import prepare_folder, with_settled_precision
 from nvembed.training.graph_memory import settle_graph_memory
 from nvembed.training.metrics import describe, metrics_row
-from nvembed.training.model import build_model, save_adapters, save_model
+from nvembed.training.model import computing, save_adapters, save_model, starting_model
 from nvembed.training.optim import (
     averaged_weights,
     set_learning_rate,
@@ -58,7 +57,7 @@ from nvembed.training.processes import Processes, dead_peer_is_an_error
 from nvembed.training.sharding import shard_backbone
 from nvembed.training.signals import sigterm_is_an_error, stop_signals
 from nvembed.training.stage import StageAtWork, start_stage
-from nvembed.training.stages import mine_mixture
+from nvembed.training.stages import load_mixtures, mine_mixture
 from nvembed.training.step import contrastive_step
 from nvembed.training.temperature import bounded, new_temperature
 from nvembed.training.tracking import start_trackers, track, tracker_options
@@ -107,23 +106,12 @@ class _Run:
         self.base_dir = base_dir
         self.processes = processes
         # All data are read first: a bad line is told before a large model is loaded.
-        self.mixtures = [
-            load_mixture(
-                config.datasets,
-                stage=number,
-                base_dir=base_dir,
-                temperature=config.stages[number - 1].mixture_temperature,
-            )
-            for number in range(1, len(config.stages) + 1)
-        ]
-        check_distillation(config, self.mixtures)
+        self.mixtures = load_mixtures(config, base_dir)
         self.tasks = load_evaluation_tasks(config.evaluation, base_dir) if config.evaluation else []
         self.accelerator = Accelerator(**tracker_options(config.trackers, run))
-        seed_everything(derive_seed(config.seed, "weights"))
         # Of a model that is to be sharded only the shares go to the device.
         device = "cpu" if processes.sharded else str(processes.device)
-        self.embedder = build_model(config, base_dir, device=device)
-        check_widths(config, self.embedder.dimension)
+        self.embedder = starting_model(config, base_dir, device=device)
         self.tokens = TokenCache(default_cache_folder(), self.embedder.backbone.text_tokenizer)
         self.recipe = config.model_dump(mode="json")
         self.checkpoint = latest_checkpoint(run.checkpoints, log=self.log)
@@ -190,13 +178,7 @@ class _Run:
         self.processes.barrier()
 
     def _autocast(self) -> torch.autocast:
-        """Computation in the run's precision.
-
-        One block for all packs of a step, in which every weight is cast once; accelerate's own
-        mixed precision casts them again for every pack.
-        """
-        device = self.processes.device.type
-        return torch.autocast(device, torch.bfloat16, enabled=self.config.precision == "bfloat16")
+        return computing(self.config, self.processes.device)
 
     def log(self, line: str) -> None:
         """One line to the terminal and to ``train.log``."""

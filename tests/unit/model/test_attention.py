@@ -37,7 +37,7 @@ def plain(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], causal:
 def test_values_and_gradients_equal_plain_attention(
     causal: bool, short_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention, "SHORT_TOKENS", short_tokens)
+    monkeypatch.setattr(attention, "SHORT_TOKENS_FLOAT32", short_tokens)
     lengths = [9, 6, 6, 1]
     shapes = [(1, heads, sum(lengths), WIDTH) for heads in (HEADS, KEY_HEADS, KEY_HEADS)]
     query, key, value = (torch.randn(shape, requires_grad=True) for shape in shapes)

@@ -26,9 +26,10 @@ from nvembed.text.packing import share_packs
 from nvembed.text.tokens import TokenizedText
 from nvembed.training import processes as module
 from nvembed.training.objective import Objective
+from nvembed.training.plan import StepSettings
 from nvembed.training.processes import Processes, dead_peer_is_an_error
 from nvembed.training.sharding import FILLER, shard_backbone
-from nvembed.training.step import StepSettings, contrastive_step
+from nvembed.training.step import contrastive_step
 from nvembed.training.tensor_files import full as whole
 
 

@@ -18,8 +18,9 @@ from nvembed.model.settings import LoraSettings
 from nvembed.text.token_cache import TokenCache
 from nvembed.training.graph_memory import counted_graph, graph_bytes_per_token
 from nvembed.training.objective import Objective
+from nvembed.training.plan import StepSettings
 from nvembed.training.processes import Processes
-from nvembed.training.step import StepResult, StepSettings, contrastive_step
+from nvembed.training.step import StepResult, contrastive_step
 
 EVERYTHING = 10**9
 PACK = 120

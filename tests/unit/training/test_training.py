@@ -226,13 +226,13 @@ def test_fine_tuning_of_an_official_checkpoint(
         return original(self, *arguments)
 
     built = []
-    make = trainer.build_model
+    make = trainer.starting_model
 
     def build(*arguments, **options):
         built.append(make(*arguments, **options))
         return built[-1]
 
-    monkeypatch.setattr(trainer, "build_model", build)
+    monkeypatch.setattr(trainer, "starting_model", build)
     monkeypatch.setattr(torch.optim.AdamW, "step", noted)
     folder = train(config, base_dir=tmp_path)
     assert all(gradients.values())

@@ -20,7 +20,7 @@ from nvembed.inference.doctor.findings import Diagnosis, Memory, Placement, Samp
 from nvembed.inference.doctor.subject import Subject
 from nvembed.inference.load import SentenceTransformerEncoder, load_encoder
 from nvembed.inference.protocol import Encoder
-from nvembed.model.attention import SHORT_TOKENS
+from nvembed.model.attention import short_tokens
 from nvembed.model.embedder import CPU_PACK_TOKENS, CUDA_PACK_TOKENS, NVEmbed
 from nvembed.model.memory import BYTES, FORMULA, Shape, forecast, weight_bytes
 from nvembed.text.instructions import task_instruction
@@ -139,10 +139,12 @@ def _memory(subject: Subject, options: DoctorOptions) -> tuple[Memory, ...]:
         return ()
     each = options.max_tokens or subject.model.max_seq_length or 512
     tokens = options.batch * each
-    heads = latents = score_tokens = 0
+    heads = latents = 0
+    longest_scored = dict.fromkeys(BYTES, 0)
     if subject.nvembed is not None:
         on_gpu = subject.device.type == "cuda"
-        score_tokens = 0 if on_gpu else min(each, SHORT_TOKENS)
+        if not on_gpu:
+            longest_scored = {name: short_tokens(getattr(torch, name)) for name in BYTES}
         budget = CUDA_PACK_TOKENS if on_gpu else CPU_PACK_TOKENS
         # encode packs: a forward has no more than its budget, or one longer text.
         tokens = min(tokens, max(budget, each))
@@ -152,7 +154,10 @@ def _memory(subject: Subject, options: DoctorOptions) -> tuple[Memory, ...]:
         transformer.config.get_text_config(), pooling_heads=heads, pooling_latents=latents
     )
     elements = sum(parameter.numel() for parameter in subject.model.parameters())
-    found = (forecast(shape, dtype, tokens, elements, score_tokens=score_tokens) for dtype in BYTES)
+    found = (
+        forecast(shape, name, tokens, elements, score_tokens=min(each, longest))
+        for name, longest in longest_scored.items()
+    )
     return tuple(Memory(**asdict(each), total=each.total) for each in found)
 
 

@@ -226,7 +226,7 @@ def cached(bench: Bench) -> None:
 
 def curve(bench: Bench) -> None:
     """Losses of many steps; nothing is timed, so other work on the machine does no harm."""
-    made = bench.comparison(16, bench.arguments.curve_steps)
+    made = bench.comparison(bench.arguments.curve_queries, bench.arguments.curve_steps)
     losses = {OURS: bench.run(made.job).losses}
     losses[SENTENCE] = bench.run(made.job.of(SENTENCE)).losses
     if bench.has_flag:
@@ -268,6 +268,7 @@ def main() -> None:
     add("--cached-queries", type=int, default=128)
     add("--cached-steps", type=int, default=3, help="the first is not timed")
     add("--curve-steps", type=int, default=100)
+    add("--curve-queries", type=int, default=16, help="a step of `curve`")
     arguments = parser.parse_args()
     bench = Bench(arguments)
     tuning = (tune_uncached, tune_cached, tune_flag)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -40,6 +41,7 @@ def train(
       nvembed train recipes/small.yaml seed=1 output=runs/seed-1
       nvembed train recipes/small.yaml stages.0.steps=100
       nvembed train recipes/small.yaml --dry-run
+      torchrun --nproc-per-node 8 -m nvembed train recipes/small.yaml
     """
     from nvembed.core.config import load_config
     from nvembed.training.config import TrainConfig
@@ -51,7 +53,8 @@ def train(
     from nvembed.training.trainer import train as run_training
 
     model = run_training(config, base_dir=recipe.parent, fresh=fresh)
-    typer.echo(f"model: {model}")
+    if os.environ.get("RANK", "0") == "0":
+        typer.echo(f"model: {model}")
 
 
 def _dry_run(config: TrainConfig, base_dir: Path, *, fresh: bool) -> None:

@@ -1,4 +1,4 @@
-"""The feed of a stage: batch after batch with its tokens, prepared one step ahead.
+"""The feed of a stage: batch after batch with its tokens, on a device prepared one step ahead.
 
 A batch is a pure function of (seed, stage, step); the thread that prepares the next one while the
 model works on this one changes nothing but the time.
@@ -72,24 +72,37 @@ class Feed:
         return batch, self.tokens(batch.texts)
 
     @contextmanager
-    def ahead(self, start: int) -> Iterator[Iterator[Fed]]:
-        """Give an iterator over the steps from ``start`` to the last, one prepared ahead.
+    def steps(self, start: int, *, ahead: bool) -> Iterator[Iterator[Fed]]:
+        """Give an iterator over the steps from ``start`` to the last.
 
         New tokens are kept for the next run when the block ends, however it ends.
-        """
-        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="feed") as pool:
-            try:
-                yield self._steps(pool, start)
-            finally:
-                pool.submit(self.tokens.flush).result()
 
-    def _steps(self, pool: ThreadPoolExecutor, start: int) -> Iterator[Fed]:
-        coming: Future[Fed] | None = None
+        Args:
+            start: first step.
+            ahead: prepare a step while the one before it is computed. On a CPU that takes cores
+                away from threads which wait for each other.
+        """
+        try:
+            yield self._ahead(start) if ahead else self._one_by_one(start)
+        finally:
+            self.tokens.flush()
+
+    def _one_by_one(self, start: int) -> Iterator[Fed]:
         for step in range(start, self.stage.steps):
-            coming = coming or pool.submit(self.step, step)
-            ready = coming.result()
-            more = step + 1 < self.stage.steps
-            coming = pool.submit(self.step, step + 1) if more else None
-            if (step + 1) % FLUSH_STEPS == 0:
-                pool.submit(self.tokens.flush)
-            yield ready
+            yield self._prepared(step)
+
+    def _ahead(self, start: int) -> Iterator[Fed]:
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="feed") as pool:
+            coming: Future[Fed] | None = None
+            for step in range(start, self.stage.steps):
+                coming = coming or pool.submit(self._prepared, step)
+                ready = coming.result()
+                more = step + 1 < self.stage.steps
+                coming = pool.submit(self._prepared, step + 1) if more else None
+                yield ready
+
+    def _prepared(self, step: int) -> Fed:
+        fed = self.step(step)
+        if (step + 1) % FLUSH_STEPS == 0:
+            self.tokens.flush()
+        return fed

@@ -194,7 +194,7 @@ class _Run:
         with stop_signals() as stopping:
             with (
                 progress(config.steps - start, config.name, shown=self.processes.is_main) as bar,
-                stage.feed.ahead(start) as fed,
+                stage.feed.steps(start, ahead=self.processes.device.type != "cpu") as fed,
             ):
                 for stage_step, batch in enumerate(fed, start):
                     if self.config.evaluation and should_stop(self.config.evaluation, self.best):
@@ -304,6 +304,15 @@ class _Run:
                 )
         except FloatingPointError as error:
             raise self._not_finite(error.args[0], "loss", config, step) from error
+        except torch.OutOfMemoryError as error:
+            longest = max(len(text) for text in texts)
+            raise TrainingError(
+                f"the device ran out of memory in step {step} ({config.name}): packs of "
+                f"{self.config.pack_tokens:,} tokens, longest text {longest:,}",
+                where="memory_gb, pack_tokens",
+                hint="Lower pack_tokens, memory_gb or model.max_tokens, or set "
+                "activation_checkpointing=true; the run goes on from its last checkpoint",
+            ) from error
         norm = self._summed_norm(stage)
         if not math.isfinite(norm):
             raise self._not_finite(norm, "gradient norm", config, step)

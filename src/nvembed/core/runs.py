@@ -108,6 +108,12 @@ class RunFolder:
         """Whether a run was started here."""
         return self.config.is_file()
 
+    @property
+    def has_results(self) -> bool:
+        """Whether anything here cost training time: a step, a checkpoint, a model."""
+        made = (self.checkpoints.glob("step-*"), self.mined.glob("*"), self.path.glob("model*"))
+        return bool(self.read_metrics()) or any(True for paths in made for _ in paths)
+
     def create(self, config_yaml: str, *, replace: bool = False) -> None:
         """Start a run here: write ``config.yaml`` and ``env.json``, make ``checkpoints/``.
 

@@ -23,17 +23,21 @@ def prepare_folder(run: RunFolder, config: TrainConfig, *, fresh: bool) -> None:
         return
     remove_leftovers(run.checkpoints)
     check_folder(run, config)
-    if run.config.read_text(encoding="utf-8") != resolved:
+    if run.config.read_text(encoding="utf-8") == resolved:
+        return
+    if run.has_results:
         write_text(run.config, resolved)
+    else:
+        run.create(resolved, replace=True)
 
 
 def check_folder(run: RunFolder, config: TrainConfig) -> None:
-    """Make sure that the run of a folder is this one.
+    """Make sure that the run of a folder is this one, or came to nothing.
 
     Raises:
         TrainingError: it is another one; names the keys.
     """
-    if run.config.read_text(encoding="utf-8") == dump_config(config):
+    if run.config.read_text(encoding="utf-8") == dump_config(config) or not run.has_results:
         return
     try:
         different = recipe_differences(

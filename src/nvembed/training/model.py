@@ -25,13 +25,20 @@ from nvembed.text.instructions import task_prompts
 from nvembed.text.template import query_prompt
 from nvembed.training.checkpoint import trained_parameters
 from nvembed.training.config import TrainConfig
+from nvembed.training.fitting import check_widths
 from nvembed.training.tensor_files import full
 
 
 def starting_model(config: TrainConfig, base_dir: Path, *, device: str) -> NVEmbed:
-    """``build_model`` with new weights that the seed of the run decides."""
+    """``build_model`` with new weights that the seed of the run decides.
+
+    Raises:
+        ConfigError: the recipe asks for more than the model has.
+    """
     seed_everything(derive_seed(config.seed, "weights"))
-    return build_model(config, base_dir, device=device)
+    model = build_model(config, base_dir, device=device)
+    check_widths(config, model.dimension)
+    return model
 
 
 def computing(config: TrainConfig, device: torch.device) -> torch.autocast:

@@ -110,7 +110,7 @@ def _plan_pass(
 ) -> PassPlan:
     shares = share_packs(lengths, settings.pack_tokens, num_processes)
     sizes = [[sum(lengths[row] for row in pack) for pack in share] for share in shares]
-    _require_room(shares, sizes, lengths, settings.graph_tokens)
+    _require_room(part, shares, sizes, lengths, settings.graph_tokens)
     kept = min(_first_that_fit(own, settings.graph_tokens) for own in sizes)
     return PassPlan(part, rows, shares, sizes, kept)
 
@@ -121,6 +121,7 @@ def _first_that_fit(sizes: Sequence[int], room: int) -> int:
 
 
 def _require_room(
+    part: ContrastiveBatch,
     shares: Sequence[Sequence[Sequence[int]]],
     sizes: Sequence[Sequence[int]],
     lengths: Sequence[int],
@@ -129,10 +130,11 @@ def _require_room(
     for share, own in zip(shares, sizes, strict=True):
         for pack, size in zip(share, own, strict=True):
             if size > graph_tokens:
+                longest = max(pack, key=lambda row: lengths[row])
                 raise TrainingError(
                     f"a pack of {size:,} tokens does not fit: its longest text has "
-                    f"{max(lengths[row] for row in pack):,} tokens, and memory holds the graph of "
-                    f"{graph_tokens:,}",
+                    f"{lengths[longest]:,} tokens ({part.texts[longest][1][:40]!r}), and memory "
+                    f"holds the graph of {graph_tokens:,}",
                     where="memory_gb, pack_tokens",
                     hint="Lower pack_tokens or model.max_tokens, raise memory_gb, or set "
                     "activation_checkpointing=true",

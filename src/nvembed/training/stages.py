@@ -13,6 +13,7 @@ from nvembed.inference.protocol import Encoder
 from nvembed.mining.config import MiningConfig
 from nvembed.mining.miner import mine_negatives, mine_sts_negatives
 from nvembed.training.config import TrainConfig
+from nvembed.training.fitting import check_distillation
 
 MINED_KINDS = ("retrieval", "nli", "sts")
 
@@ -22,8 +23,9 @@ def load_mixtures(config: TrainConfig, base_dir: Path) -> list[Mixture]:
 
     Raises:
         DataError: a file cannot be used.
+        ConfigError: they lack what an option of the recipe needs.
     """
-    return [
+    mixtures = [
         load_mixture(
             config.datasets,
             stage=number,
@@ -32,6 +34,8 @@ def load_mixtures(config: TrainConfig, base_dir: Path) -> list[Mixture]:
         )
         for number, stage in enumerate(config.stages, start=1)
     ]
+    check_distillation(config, mixtures)
+    return mixtures
 
 
 def mine_mixture(

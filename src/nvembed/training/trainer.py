@@ -44,7 +44,6 @@ from nvembed.training.evaluating import (
     should_stop,
 )
 from nvembed.training.feed import Fed, Feed
-from nvembed.training.fitting import check_distillation, check_widths
 from nvembed.training.folder import prepare_folder, with_settled_precision
 from nvembed.training.graph_memory import settle_graph_memory
 from nvembed.training.metrics import describe, metrics_row
@@ -108,13 +107,11 @@ class _Run:
         self.processes = processes
         # All data are read first: a bad line is told before a large model is loaded.
         self.mixtures = load_mixtures(config, base_dir)
-        check_distillation(config, self.mixtures)
         self.tasks = load_evaluation_tasks(config.evaluation, base_dir) if config.evaluation else []
         self.accelerator = Accelerator(**tracker_options(config.trackers, run))
         # Of a model that is to be sharded only the shares go to the device.
         device = "cpu" if processes.sharded else str(processes.device)
         self.embedder = starting_model(config, base_dir, device=device)
-        check_widths(config, self.embedder.dimension)
         self.tokens = TokenCache(default_cache_folder(), self.embedder.backbone.text_tokenizer)
         self.recipe = config.model_dump(mode="json")
         self.checkpoint = latest_checkpoint(run.checkpoints, log=self.log)

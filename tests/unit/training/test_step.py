@@ -158,7 +158,7 @@ def test_duplicates_are_counted(tiny_decoder_dir: Path) -> None:
 def test_a_text_that_does_not_fit_is_named(tiny_decoder_dir: Path) -> None:
     made = model(tiny_decoder_dir)
     with pytest.raises(
-        TrainingError, match=r"pack of .* longest text has \d+ tokens, .*graph of 30"
+        TrainingError, match=r"pack of .* longest text has \d+ tokens \('what is .*graph of 30"
     ):
         run(made, coupled=True, graph_tokens=30)
 

@@ -344,6 +344,21 @@ def test_the_same_folder_with_other_settings_is_refused(
     assert len(rows(tmp_path / "run")) == 2
 
 
+def test_a_run_that_came_to_nothing_may_be_changed_as_its_error_says(
+    tmp_path: Path, tiny_decoder_dir: Path
+) -> None:
+    little = recipe(tmp_path, tiny_decoder_dir, memory_gb=0.0001, **one_stage(steps=1))
+    text = r"longest text has \d+ tokens \('.*(of|fox|owl|cat|tree|lake|hill|wind|fire).*'\)"
+    with pytest.raises(TrainingError, match=rf"does not fit: its {text}.*raise memory_gb"):
+        train(little, base_dir=tmp_path)
+    train(
+        recipe(tmp_path, tiny_decoder_dir, memory_gb=1.0, **one_stage(steps=1)), base_dir=tmp_path
+    )
+    assert json.loads((tmp_path / "run" / "graph-memory.json").read_text())["budget_bytes"] == 10**9
+    with pytest.raises(TrainingError, match="another configuration: memory_gb"):
+        train(little, base_dir=tmp_path)
+
+
 def test_contradictions_of_a_recipe_are_named(tmp_path: Path, tiny_decoder_dir: Path) -> None:
     with pytest.raises(ValueError, match="nothing to contrast with"):
         recipe(tmp_path, tiny_decoder_dir, **one_stage(in_batch_negatives=False, num_negatives=0))

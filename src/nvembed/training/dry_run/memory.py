@@ -22,7 +22,7 @@ from torch import nn
 
 from nvembed.model.attention import short_tokens
 from nvembed.model.embedder import NVEmbed
-from nvembed.model.memory import BYTES, Shape, activation_bytes, weight_bytes
+from nvembed.model.memory import Shape, activation_bytes, weight_bytes
 from nvembed.training.config import OptimizerKind, TrainConfig
 from nvembed.training.graph_memory import GraphMemory
 from nvembed.training.objective import PIECE_SCORES
@@ -138,4 +138,4 @@ def _pack_bytes(config: TrainConfig, model: NVEmbed, tokens: int) -> int:
     scored = 0
     if model.device.type == "cpu":
         scored = min(model.backbone.max_tokens, short_tokens(getattr(torch, name)))
-    return 2 * activation_bytes(shape, tokens, BYTES[name], score_tokens=scored)
+    return 2 * activation_bytes(shape, tokens, getattr(torch, name).itemsize, score_tokens=scored)

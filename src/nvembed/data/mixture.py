@@ -133,12 +133,7 @@ def tempered_weights(
     by_size = [size for size, weight in zip(sizes, weights, strict=True) if weight is None]
     scale = sum(by_size) / sum(size ** (1 / temperature) for size in by_size) if by_size else 1.0
     return [
-        weight
-        if weight is not None
-        # Exactly the size at 1: runs of old keep their data.
-        else float(size)
-        if temperature == 1
-        else scale * size ** (1 / temperature)
+        weight if weight is not None else scale * size ** (1 / temperature)
         for size, weight in zip(sizes, weights, strict=True)
     ]
 

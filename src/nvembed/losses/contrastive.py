@@ -19,8 +19,7 @@ from nvembed.core.errors import ConfigError
 
 
 def info_nce(
-    query_BD: Tensor,
-    document_ND: Tensor,
+    score_BN: Tensor,
     positive_B: Tensor,
     negative_BN: Tensor,
     *,
@@ -33,62 +32,27 @@ def info_nce(
         −log( exp(q·d⁺/τ) / (exp(q·d⁺/τ) + Σ_{n negative of q} exp(q·dₙ/τ)) )
 
     A query without negatives has the loss 0 and the gradient 0, and counts in the mean: its
-    positive is certain among one candidate. Embeddings are expected to have length 1. Scores are
-    computed in at least float32, also under autocast: at τ = 0.02 a bfloat16 score is off by up to
-    0.2 in the exponent.
+    positive is certain among one candidate.
 
-    Shapes: B queries, N documents, D width.
+    Shapes: B queries, N documents.
 
     Args:
-        query_BD: embeddings of the queries.
-        document_ND: embeddings of the documents.
+        score_BN: q·d of all queries and documents, from ``scores``.
         positive_B: column of each query's positive.
         negative_BN: bool, True where document n is a negative of query b; False elsewhere.
         temperature: τ, above 0; a scalar tensor where it is learned.
-        hardness: see ``info_nce_of_scores``.
-        weight_B: see ``info_nce_of_scores``.
-
-    Returns:
-        Scalar, float32 (float64 for float64 embeddings).
-
-    Raises:
-        ConfigError: ``temperature`` is not above 0.
-
-    Source: NV-Embed s2.2 and s3.3. The paper gives no temperature; 0.01 to 0.05 is usual.
-    """
-    return info_nce_of_scores(
-        scores(query_BD, document_ND),
-        positive_B,
-        negative_BN,
-        temperature=temperature,
-        hardness=hardness,
-        weight_B=weight_B,
-    )
-
-
-def info_nce_of_scores(
-    score_BN: Tensor,
-    positive_B: Tensor,
-    negative_BN: Tensor,
-    *,
-    temperature: float | Tensor,
-    hardness: float | None = None,
-    weight_B: Tensor | None = None,
-) -> Tensor:
-    """``info_nce`` from the scores of all queries and documents.
-
-    Args:
-        score_BN: q·d, in float32 or float64.
-        positive_B: column of each query's positive.
-        negative_BN: True where document n is a negative of query b.
-        temperature: τ, above 0.
         hardness: α, multiplies a negative's share in the sum by ``exp(α · score)``, the score taken
             as a constant: harder negatives count more (LLaVE, arXiv 2503.04812 s3). ``None`` is
             off.
         weight_B: the result is the sum of the losses times these weights; ``None`` is the mean.
 
+    Returns:
+        Scalar, in the type of the scores.
+
     Raises:
         ConfigError: ``temperature`` is not above 0.
+
+    Source: NV-Embed s2.2 and s3.3. The paper gives no temperature; 0.01 to 0.05 is usual.
     """
     if not isinstance(temperature, Tensor) and not temperature > 0:
         raise ConfigError(f"the temperature is {temperature}", expected="a number above 0")
@@ -105,7 +69,10 @@ def info_nce_of_scores(
 
 
 def scores(query_BD: Tensor, document_ND: Tensor) -> Tensor:
-    """Dot products ``(B, N)`` in at least float32, whatever autocast says."""
+    """Dot products ``(B, N)`` of embeddings of length 1, in at least float32, also under autocast.
+
+    At τ = 0.02 a bfloat16 score is off by up to 0.2 in the exponent.
+    """
     dtype = torch.promote_types(query_BD.dtype, torch.float32)
     with torch.autocast(query_BD.device.type, enabled=False):
         return query_BD.to(dtype) @ document_ND.to(dtype).T
@@ -187,12 +154,3 @@ class ScoreSums:
         return ContrastiveStatistics(
             positive, self.hardest / count, self.margin / count, self.hits / count
         )
-
-
-def contrastive_statistics(
-    query_BD: Tensor, document_ND: Tensor, positive_B: Tensor, negative_BN: Tensor
-) -> ContrastiveStatistics:
-    """Measure a batch; arguments as in ``info_nce``, nothing is differentiated."""
-    with torch.no_grad():
-        score_BN = scores(query_BD, document_ND)
-    return ScoreSums.of_scores(score_BN, positive_B, negative_BN).means()

@@ -19,12 +19,16 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import nn
 
 BYTES = {"float32": 4, "bfloat16": 2}
+
+_CGROUP = ("max", "current")
 
 FORMULA = (
     "weights + the fullest point of one forward: "
@@ -141,6 +145,18 @@ def weight_bytes(module: nn.Module) -> dict[tuple[str, str], int]:
             key = (str(part.device), str(part.dtype).removeprefix("torch."))
             found[key] += part.numel() * part.element_size()
     return dict(found)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that is free on a device; on a CPU what the machine or the container has left."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    free = int(psutil.virtual_memory().available)
+    try:
+        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text() for name in _CGROUP)
+        return min(free, int(limit) - int(used))
+    except (OSError, ValueError):  # no container, or one without a limit ("max")
+        return free
 
 
 def inner_tensors(tensor: torch.Tensor) -> list[torch.Tensor]:

@@ -6,20 +6,18 @@ others bfloat16 is emulated and slower, and no flag says which it will be (docs/
 
 from __future__ import annotations
 
-import time
 from functools import cache
 from typing import overload
 
 import torch
 
-from nvembed.model.products import product
+from nvembed.model.products import fastest_seconds, product
 from nvembed.model.settings import Precision, PrecisionChoice
 
 MIN_GAIN = 1.5
 """How much faster products in bfloat16 must be: everything around them gains nothing."""
 
 _ROWS, _INNER, _COLUMNS = 1024, 256, 704
-_REPEATS = 9
 
 
 @overload
@@ -55,9 +53,4 @@ def _product_seconds(dtype: torch.dtype) -> float:
     """Seconds of one product, the fastest of a few: whatever else runs only adds."""
     left = torch.ones(_ROWS, _INNER, dtype=dtype)
     right = torch.ones(_COLUMNS, _INNER, dtype=dtype)
-    seconds = []
-    for _ in range(_REPEATS):
-        started = time.perf_counter()
-        product(left, right)
-        seconds.append(time.perf_counter() - started)
-    return min(seconds)
+    return fastest_seconds(lambda: product(left, right))

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from nvembed.core.errors import TrainingError, UserError
 from nvembed.core.files import atomic_folder, tidy
+from nvembed.training.processes import Processes
 from nvembed.training.tensor_files import (
     file_order,
     full,
@@ -96,9 +97,8 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     *,
     recipe: Mapping[str, Any],
-    processes: int = 1,
+    processes: Processes,
     keep: int,
-    write: bool = True,
 ) -> Path:
     """Write ``folder/step-…`` and drop all but the latest ``keep`` checkpoints.
 
@@ -108,9 +108,8 @@ def save_checkpoint(
         trained: by name, see ``trained_parameters``.
         optimizer: of the current stage.
         recipe: the configuration as plain data, see ``check_recipe``.
-        processes: how many train together.
+        processes: those that train together; the first one writes, the others give their shares.
         keep: checkpoints to keep.
-        write: in one process; the others only give their shares.
 
     Raises:
         UserError: it could not be written (disk full), in every process; older checkpoints are
@@ -124,7 +123,7 @@ def save_checkpoint(
         "position": asdict(position),
         "optimizer": numbers,
         "recipe": recipe,
-        "processes": processes,
+        "processes": processes.count,
     }
 
     def fill(temporary: Path, values: Iterator[Tensor]) -> None:
@@ -132,8 +131,8 @@ def save_checkpoint(
         write_tensors(temporary / _OPTIMIZER, moments, values)
         _write_state(temporary / _STATE, state)
 
-    _write_together(target, [*weights.values(), *moments.values()], fill, write=write)
-    if write:
+    _write_together(target, [*weights.values(), *moments.values()], fill, processes)
+    if processes.is_main:
         remove_leftovers(folder)
         found = _checkpoints(folder)
         # What lies behind this one is of a future that did not come: a broken checkpoint, whose
@@ -144,7 +143,7 @@ def save_checkpoint(
     return target
 
 
-def save_weights(target: Path, trained: Parameters, *, write: bool = True) -> None:
+def save_weights(target: Path, trained: Parameters, processes: Processes) -> None:
     """Write the folder ``target`` with the trained parameters alone, for ``restore_weights``.
 
     Raises:
@@ -155,7 +154,7 @@ def save_weights(target: Path, trained: Parameters, *, write: bool = True) -> No
     def fill(temporary: Path, values: Iterator[Tensor]) -> None:
         write_tensors(temporary / _WEIGHTS, weights, values)
 
-    _write_together(target, list(weights.values()), fill, write=write)
+    _write_together(target, list(weights.values()), fill, processes)
 
 
 def latest_checkpoint(folder: Path, *, log: Callable[[str], None] | None = None) -> Path | None:
@@ -315,13 +314,12 @@ def _write_together(
     target: Path,
     tensors: list[Tensor],
     fill: Callable[[Path, Iterator[Tensor]], None],
-    *,
-    write: bool,
+    processes: Processes,
 ) -> None:
     """Let one process fill the folder ``target`` while all give their shares of the tensors."""
     values = (full(tensor) for tensor in tensors)
     error: UserError | None = None
-    if write:
+    if processes.is_main:
         try:
             with atomic_folder(target) as temporary:
                 fill(temporary, values)
@@ -332,17 +330,8 @@ def _write_together(
     # The rest: of a process that does not write, all of them; of one that could not, those that
     # the others are still going to gather.
     deque(values, maxlen=0)
-    if _failed_anywhere(error is not None, tensors):
+    if processes.agree(error is not None):
         raise error or UserError("the process that writes could not", where=str(target))
-
-
-def _failed_anywhere(failed: bool, tensors: list[Tensor]) -> bool:
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return failed
-    flag = torch.tensor([float(failed)], device=tensors[0].device if tensors else None)
-    distributed.all_reduce(flag)
-    return bool(flag.item())
 
 
 def _checkpoints(folder: Path) -> list[Path]:

@@ -25,6 +25,7 @@ from nvembed.model.embedder import NVEmbed
 from nvembed.training.checkpoint import Parameters, restore_weights, save_weights
 from nvembed.training.config import EvaluationConfig
 from nvembed.training.optim import evaluation_weights
+from nvembed.training.processes import Processes
 
 BEST = "best"
 """Folder of the best weights beside the checkpoints."""
@@ -103,7 +104,7 @@ def should_stop(config: EvaluationConfig, best: Best) -> bool:
     return config.patience is not None and best.since >= config.patience
 
 
-def evaluate_model(model: NVEmbed, tasks: Sequence[LocalTask]) -> Scores:
+def evaluate_model(model: NVEmbed, tasks: Sequence[LocalTask], processes: Processes) -> Scores:
     """Scores of a model in training, which goes on as if nothing had been asked.
 
     All processes call it, and have the scores of the first one.
@@ -111,6 +112,7 @@ def evaluate_model(model: NVEmbed, tasks: Sequence[LocalTask]) -> Scores:
     Args:
         model: as it computes in training: under the autocast of the caller.
         tasks: to score it on.
+        processes: of the run.
     """
     modes = [(module, module.training) for module in model.modules()]
     rng = capture_rng()  # the first evaluation imports mteb, which draws random numbers
@@ -119,7 +121,8 @@ def evaluate_model(model: NVEmbed, tasks: Sequence[LocalTask]) -> Scores:
     finally:
         restore_rng(rng)
         _restore_modes(modes)
-    return Scores(_of_first({name: r.main_score for name, r in results.items()}, model.device))
+    # Of the first process: a last bit must not make processes decide differently.
+    return Scores(processes.of_main({name: each.main_score for name, each in results.items()}))
 
 
 def evaluate_step(
@@ -132,7 +135,7 @@ def evaluate_step(
     *,
     step: int,
     folder: Path,
-    write: bool = True,
+    processes: Processes,
 ) -> tuple[Best, dict[str, Any]]:
     """Evaluate after an update, and keep the weights where they are the best so far.
 
@@ -145,16 +148,16 @@ def evaluate_step(
         best: of the stage so far.
         step: updates done in the run.
         folder: of the checkpoints.
-        write: in one process.
+        processes: of the run.
 
     Returns:
         The new best, and the ``evaluation`` of a row of metrics.
     """
     with evaluation_weights(optimizer):
-        scores = evaluate_model(model, tasks)
+        scores = evaluate_model(model, tasks, processes)
         best = best.after(scores.mean, step)
         if config.keep_best and best.step == step:
-            save_weights(folder / BEST, trained, write=write)
+            save_weights(folder / BEST, trained, processes)
     row = {
         "tasks": dict(scores.tasks),
         "mean": scores.mean,
@@ -180,17 +183,3 @@ def put_back_best(
 def _restore_modes(modes: Sequence[tuple[nn.Module, bool]]) -> None:
     for module, training in modes:
         module.training = training
-
-
-def _of_first(
-    scores: Mapping[str, float | None], device: torch.device
-) -> Mapping[str, float | None]:
-    """The scores of the first process: a last bit must not make processes decide differently."""
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return scores
-    numbers = [math.nan if score is None else score for score in scores.values()]
-    shared = torch.tensor(numbers, dtype=torch.float64, device=device)
-    distributed.broadcast(shared, src=0)
-    agreed = [None if math.isnan(number) else number for number in shared.tolist()]
-    return dict(zip(scores, agreed, strict=True))

@@ -6,7 +6,7 @@ model works on this one changes nothing but the time.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 
@@ -82,16 +82,18 @@ class Feed:
             ahead: prepare a step while the one before it is computed. On a CPU that takes cores
                 away from threads which wait for each other.
         """
+        fed = self._ahead(start) if ahead else self._one_by_one(start)
         try:
-            yield self._ahead(start) if ahead else self._one_by_one(start)
+            yield fed
         finally:
+            fed.close()  # where the block ends early, a step may still be in preparation
             self.tokens.flush()
 
-    def _one_by_one(self, start: int) -> Iterator[Fed]:
+    def _one_by_one(self, start: int) -> Generator[Fed]:
         for step in range(start, self.stage.steps):
             yield self._prepared(step)
 
-    def _ahead(self, start: int) -> Iterator[Fed]:
+    def _ahead(self, start: int) -> Generator[Fed]:
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="feed") as pool:
             coming: Future[Fed] | None = None
             for step in range(start, self.stage.steps):

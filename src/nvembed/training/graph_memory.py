@@ -10,8 +10,6 @@ floats in the same order.
 from __future__ import annotations
 
 import json
-import os
-import resource
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from nvembed.core.files import write_json
 from nvembed.model.embedder import NVEmbed, embed_pack
+from nvembed.model.memory import free_bytes
 from nvembed.text.tokens import TokenizedText
 from nvembed.training.processes import Processes
 
@@ -126,31 +125,11 @@ def _storage(tensor: Tensor) -> UntypedStorage:
     return local.untyped_storage()
 
 
-def free_bytes(device: torch.device) -> int:
-    """Memory that is free on a device; on a CPU what the machine or the container has left."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    for line in _lines(Path("/proc/meminfo")):
-        if line.startswith("MemAvailable:"):
-            free = int(line.split()[1]) * 1024
-    limit = "".join(_lines(Path("/sys/fs/cgroup/memory.max")))
-    used = "".join(_lines(Path("/sys/fs/cgroup/memory.current")))
-    if limit.isdigit() and used.isdigit():
-        free = min(free, int(limit) - int(used))
-    return free
-
-
 def peak_bytes(device: torch.device) -> int:
     """Most memory that this process has held on a device so far; on a CPU all of the process's."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device)
+    import resource  # not on Windows, where only the dry run needs it
+
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return []

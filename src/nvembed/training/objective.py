@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from nvembed.data.batch import ContrastiveBatch
-from nvembed.losses.contrastive import ScoreSums, info_nce_of_scores, scores
+from nvembed.losses.contrastive import ScoreSums, info_nce, scores
 from nvembed.losses.distillation import distillation
 from nvembed.training.config import StageConfig
 
@@ -31,7 +31,7 @@ class Objective:
 
     Args:
         temperature: τ of the softmax.
-        hardness: weight of hard negatives, see ``info_nce_of_scores``; ``None`` is off.
+        hardness: weight of hard negatives, see ``info_nce``; ``None`` is off.
         dimensions: Matryoshka: the mean of the losses of the embeddings cut to these widths (and
             set to length 1 again); ``None`` is the full width alone (arXiv 2205.13147).
         distillation_weight: of the distillation loss, added to the contrastive one; ``None`` is
@@ -152,7 +152,7 @@ def _part_loss(
     total = full_bN.new_zeros(())
     for cut in widths:
         score_bN = full_bN if cut >= width else scores(_cut(query_bD, cut), _cut(document_ND, cut))
-        total = total + info_nce_of_scores(
+        total = total + info_nce(
             score_bN,
             part.positive_b,
             part.negative_bN,

@@ -196,11 +196,12 @@ class _Run:
                 progress(config.steps - start, config.name, shown=self.processes.is_main) as bar,
                 stage.feed.steps(start, ahead=self.processes.device.type != "cpu") as fed,
             ):
+                started = time.perf_counter()
                 for stage_step, batch in enumerate(fed, start):
                     if self.config.evaluation and should_stop(self.config.evaluation, self.best):
                         self.log(f"{config.name}: no better in {self.best.since} evaluations")
                         break
-                    row = self._step(stage, stage_step, batch)
+                    row = self._step(stage, stage_step, batch, started)
                     bar.advance(1, loss=row["loss"], tokens_per_s=row["tokens_per_second"])
                     self.position = Position(
                         row["step"],
@@ -213,6 +214,7 @@ class _Run:
                         self._report(row)
                     self._maybe_evaluate(stage)
                     self._maybe_checkpoint(stage, stopping)
+                    started = time.perf_counter()
             self._finish_stage(stage)
             if self.processes.agree(stopping()):
                 raise self._interrupted()
@@ -239,7 +241,7 @@ class _Run:
                 self.best,
                 step=position.step,
                 folder=self.run.checkpoints,
-                write=self.processes.is_main,
+                processes=self.processes,
             )
         self._report({"step": position.step, "stage": stage.config.name, "evaluation": scores})
         self.position = replace(position, extra={"best": self.best.to_json()})
@@ -282,9 +284,13 @@ class _Run:
             checkpoint=self.checkpoint if going_on else None,
         )
 
-    def _step(self, stage: StageAtWork, stage_step: int, fed: Fed) -> dict[str, Any]:
-        """One update; returns its metrics. A number that is not finite changes nothing."""
-        started = time.perf_counter()
+    def _step(
+        self, stage: StageAtWork, stage_step: int, fed: Fed, started: float
+    ) -> dict[str, Any]:
+        """One update; returns its metrics. A number that is not finite changes nothing.
+
+        Its time counts from ``started``, so that waiting for the batch is part of it.
+        """
         config = stage.config
         share = stage_schedule(stage_step, config, self.config.optimizer)
         set_learning_rate(stage.optimizer, share)
@@ -361,9 +367,8 @@ class _Run:
             trained,
             stage.optimizer,
             recipe=self.recipe,
-            processes=self.processes.count,
+            processes=self.processes,
             keep=self.config.keep_checkpoints,
-            write=self.processes.is_main,
         )
 
     def _finish_stage(self, stage: StageAtWork) -> None:

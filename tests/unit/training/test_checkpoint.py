@@ -31,6 +31,7 @@ from nvembed.training.checkpoint import (
 )
 from nvembed.training.config import OptimizerConfig, StageConfig
 from nvembed.training.optim import build_optimizer, set_learning_rate, training_weights
+from nvembed.training.processes import Processes
 from nvembed.training.tensor_files import file_order, read_tensors, write_tensors
 
 STAGE = StageConfig(name="one", steps=6, in_batch_negatives=True, learning_rate=0.01)
@@ -47,6 +48,13 @@ class Toy(nn.Module):
         self.coarse = nn.Parameter(torch.randn(5, 3).bfloat16())
         self.head = nn.Linear(4, 3)
         self.base = nn.Linear(100, 100).requires_grad_(False)
+
+
+class Counted(Processes):
+    """The first of several processes, of which the others are not there."""
+
+    def agree(self, flag: bool) -> bool:
+        return flag
 
 
 class Run:
@@ -74,6 +82,7 @@ class Run:
 
     def save(self, folder: Path, step: int, *, keep: int = 2, **options) -> Path:
         position = options.pop("position", Position(step, 0, step, 0.1 * step))
+        options.setdefault("processes", Processes())
         return save_checkpoint(
             folder, position, self.trained, self.optimizer, recipe=RECIPE, keep=keep, **options
         )
@@ -133,7 +142,7 @@ def test_what_a_checkpoint_holds(tmp_path: Path) -> None:
     run = Run()
     run.steps(0, 1)
     position = Position(7, 1, 2, 0.1 + 0.2, {"best": {"score": 1 / 3, "step": 5}})
-    path = run.save(tmp_path, 7, position=position, processes=4)
+    path = run.save(tmp_path, 7, position=position, processes=Counted(count=4))
     assert sorted(file.name for file in path.iterdir()) == [
         "optimizer.safetensors",
         "state.json",
@@ -215,7 +224,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path, request) -> None
         file.name: file.read_bytes() for file in (tmp_path / "step-0000000001").iterdir()
     }
     with pytest.raises(UserError, match="best: cannot write"):
-        save_weights(tmp_path / "best", run.trained)
+        save_weights(tmp_path / "best", run.trained, Processes())
     assert [path.name for path in tmp_path.iterdir()] == ["step-0000000001"]
 
 
@@ -247,7 +256,7 @@ def test_a_broken_checkpoint_is_passed_over(tmp_path: Path, file: str, damage: s
 
 
 def test_another_recipe_is_refused_by_its_keys(tmp_path: Path) -> None:
-    path = Run().save(tmp_path, 0, processes=2)
+    path = Run().save(tmp_path, 0, processes=Counted(count=2))
     assert check_recipe(path, RECIPE, 2) is None
     assert check_recipe(path, {**RECIPE, "log_every": 5}, 2) is None
     note = check_recipe(path, RECIPE, 1)
@@ -283,7 +292,7 @@ def test_the_best_weights_alone(tmp_path: Path) -> None:
     run.steps(0, 2)
     for number in range(2):
         run.steps(2 + number, 3 + number)
-        save_weights(tmp_path / "best", run.trained)
+        save_weights(tmp_path / "best", run.trained, Processes())
     restore_weights(tmp_path / "best", other.trained)
     assert all(torch.equal(p, other.trained[name]) for name, p in run.trained.items())
 
@@ -341,5 +350,5 @@ def test_spread_parameters_are_written_whole_and_spread_again(tmp_path: Path) ->
 @pytest.mark.usefixtures("one_process")
 def test_a_process_that_does_not_write_leaves_no_trace(tmp_path: Path) -> None:
     run = Run()
-    run.save(tmp_path / "c", 1, write=False)
+    run.save(tmp_path / "c", 1, processes=Processes(rank=1))
     assert not (tmp_path / "c").exists()

@@ -31,6 +31,7 @@ from nvembed.training.evaluating import (
     should_stop,
 )
 from nvembed.training.optim import averaged_weights, build_optimizer, training_weights
+from nvembed.training.processes import Processes
 from task_folders import write_task
 
 STAGE = StageConfig(name="one", steps=9, in_batch_negatives=True, learning_rate=0.01)
@@ -108,7 +109,7 @@ def test_training_goes_on_as_if_nothing_had_been_asked(tmp_path: Path, model: NV
     modes = [module.training for module in model.modules()]
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     generators = (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state())
-    scores = evaluate_model(model, tasks)
+    scores = evaluate_model(model, tasks, Processes())
     assert [module.training for module in model.modules()] == modes
     assert len(set(modes)) == 2
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
@@ -157,7 +158,15 @@ def test_the_best_weights_are_kept_and_put_back(
         optimizer.step()
         before = watched.detach().clone()
         best, row = evaluate_step(
-            model, trained, optimizer, [], config, best, step=step, folder=tmp_path
+            model,
+            trained,
+            optimizer,
+            [],
+            config,
+            best,
+            step=step,
+            folder=tmp_path,
+            processes=Processes(),
         )
         assert torch.equal(watched, before)
         assert torch.equal(evaluated[-1], before) == (kind == "adamw" or step == 1)
@@ -178,12 +187,28 @@ def test_nothing_is_put_back_where_the_last_is_the_best_or_none_is_kept(
     optimizer = build_optimizer(trained, model.pooling, STAGE, OptimizerConfig())
     scored(monkeypatch, [0.5, math.nextafter(0.5, 1)])
     best, _ = evaluate_step(
-        model, trained, optimizer, [], evaluation(), Best(), step=1, folder=tmp_path / "kept"
+        model,
+        trained,
+        optimizer,
+        [],
+        evaluation(),
+        Best(),
+        step=1,
+        folder=tmp_path / "kept",
+        processes=Processes(),
     )
     assert not put_back_best(trained, evaluation(), best, step=1, folder=tmp_path / "kept")
     off = evaluation(keep_best=False)
     best, _ = evaluate_step(
-        model, trained, optimizer, [], off, best, step=2, folder=tmp_path / "off"
+        model,
+        trained,
+        optimizer,
+        [],
+        off,
+        best,
+        step=2,
+        folder=tmp_path / "off",
+        processes=Processes(),
     )
     assert best.step == 2
     assert not (tmp_path / "off").exists()

@@ -54,3 +54,24 @@ def test_queries_of_a_step_count_once_each(tiny_tokenizer: Any) -> None:
         assert double.weight_B.sum() == single.weight_B.sum() == 4
         assert len(double.texts) == 3 * len(set(queries))  # each with two positives
         np.testing.assert_array_equal(double.weight_B, np.full(8, 0.5, dtype=np.float32))
+
+
+def test_prepared_ahead_is_the_same_and_ends_early_in_order(tiny_tokenizer: Any, tmp_path) -> None:
+    of = feed(tiny_tokenizer)
+    with of.steps(3, ahead=False) as fed:
+        expected = list(fed)
+    assert len(expected) == 17
+    with of.steps(3, ahead=True) as fed:
+        for (batch, tokens), (other, others) in zip(fed, expected, strict=True):
+            assert batch.texts == other.texts
+            np.testing.assert_array_equal(batch.negative_BN, other.negative_BN)
+            assert tokens == others
+    # Left after one step while the next is in preparation: both steps' tokens are written.
+    early = feed(tiny_tokenizer)
+    early.tokens = TokenCache(tmp_path, TextTokenizer(tiny_tokenizer))
+    with early.steps(0, ahead=True) as fed:
+        next(iter(fed))
+    again = TokenCache(tmp_path, TextTokenizer(tiny_tokenizer))
+    for step in range(2):
+        again(early.batch(step).texts)
+    assert again.misses == 0

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nvembed.data.batch import ContrastiveBatch, TeacherScores
-from nvembed.losses.contrastive import info_nce
+from nvembed.losses.contrastive import info_nce, scores
 from nvembed.losses.distillation import distillation
 from nvembed.training.objective import Objective, evaluate_objective
 
@@ -159,8 +159,7 @@ def test_the_temperature_can_be_learned(piece_scores: int) -> None:
 def test_hardness_of_zero_is_info_nce() -> None:
     embedding_UD, batch = case()
     arguments = (
-        embedding_UD[batch.query_B],
-        embedding_UD[batch.document_N],
+        scores(embedding_UD[batch.query_B], embedding_UD[batch.document_N]),
         torch.from_numpy(batch.positive_B),
         torch.from_numpy(batch.negative_BN),
     )

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import MistralConfig, MistralForCausalLM
 
 from nvembed.core.errors import ModelError
 from nvembed.model.embedder import NVEmbed, embed_pack
@@ -23,25 +22,6 @@ LIBRARIES = {"int8": "torchao", "nf4": "bitsandbytes"}
 TEXTS = ["a cat sleeps on the mat", "the moon turns around the earth", "bread and soup"]
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the libraries, about other devices
-
-
-@pytest.fixture(scope="module")
-def wide_decoder_dir(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer) -> Path:
-    """A random Mistral whose widths are multiples of 64."""
-    path = tmp_path_factory.mktemp("wide")
-    config = MistralConfig(
-        vocab_size=len(tiny_tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.1,
-    )
-    torch.manual_seed(0)
-    MistralForCausalLM(config).save_pretrained(path)
-    tiny_tokenizer.save_pretrained(path)
-    return path
 
 
 def recipe(decoder: Path, quantization: str | None, **changes) -> TrainConfig:

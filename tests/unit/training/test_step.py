@@ -11,7 +11,7 @@ import torch
 from nvembed.core.errors import TrainingError
 from nvembed.data.batch import build_batch
 from nvembed.data.convert import Example
-from nvembed.losses.contrastive import info_nce
+from nvembed.losses.contrastive import info_nce, scores
 from nvembed.model.adapters import add_lora
 from nvembed.model.embedder import NVEmbed, embed_pack
 from nvembed.model.settings import LoraSettings
@@ -77,8 +77,7 @@ def one_graph(made: NVEmbed, *, coupled: bool) -> tuple[float, dict[str, torch.T
     texts = [made.backbone.tokenize_texts([text], prompt)[0] for prompt, text in batch.texts]
     embedding_UD = torch.cat([embed_pack(made, [text]) for text in texts])
     loss = info_nce(
-        embedding_UD[batch.query_B],
-        embedding_UD[batch.document_N],
+        scores(embedding_UD[batch.query_B], embedding_UD[batch.document_N]),
         torch.from_numpy(batch.positive_B),
         torch.from_numpy(batch.negative_BN),
         temperature=0.1,

@@ -22,7 +22,7 @@ from nvembed.inference.load import SentenceTransformerEncoder, load_encoder
 from nvembed.inference.protocol import Encoder
 from nvembed.model.attention import short_tokens
 from nvembed.model.embedder import CPU_PACK_TOKENS, CUDA_PACK_TOKENS, NVEmbed
-from nvembed.model.memory import BYTES, FORMULA, Shape, forecast, weight_bytes
+from nvembed.model.memory import BYTES, FORMULA, Shape, forecast, free_bytes, weight_bytes
 from nvembed.text.instructions import task_instruction
 from nvembed.text.template import query_prompt
 
@@ -168,8 +168,8 @@ def _drift(subject: Subject, task: str) -> tuple[dict[str, float] | None, str]:
         the smallest cosine over the built-in texts by name, or ``None`` and the reason.
     """
     needed = 6 * sum(parameter.numel() for parameter in subject.model.parameters())
-    free = _free_bytes(subject.device)
-    if free is not None and needed > free:
+    free = free_bytes(subject.device)
+    if needed > free:
         return None, f"copies need {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
     plain = Subject(copy.deepcopy(subject.encoder), subject.prompt, "", "")
     plain.model.float()
@@ -193,15 +193,3 @@ def _vectors(subject: Subject, task: str) -> NDArray[np.float64]:
 def _smallest_cosine(first: NDArray[np.float64], second: NDArray[np.float64]) -> float:
     lengths = np.linalg.norm(first, axis=1) * np.linalg.norm(second, axis=1)
     return float(((first * second).sum(1) / lengths).min())
-
-
-def _free_bytes(device: torch.device) -> int | None:
-    """Memory that is free on the device; ``None`` where it cannot be told."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        line = next(line for line in lines if line.startswith("MemAvailable:"))
-        return int(line.split()[1]) * 1024
-    except (OSError, StopIteration, ValueError):
-        return None

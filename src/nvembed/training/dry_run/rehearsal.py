@@ -21,6 +21,7 @@ from nvembed.data.examples import ExampleSource
 from nvembed.data.mixture import Mixture
 from nvembed.inference.encoding import encode_texts
 from nvembed.model.embedder import NVEmbed
+from nvembed.model.memory import free_bytes
 from nvembed.text.token_cache import TokenCache, default_cache_folder
 from nvembed.training.checkpoint import trained_parameters
 from nvembed.training.dry_run.findings import (
@@ -36,7 +37,6 @@ from nvembed.training.evaluating import evaluation_is_due
 from nvembed.training.feed import Fed, Feed
 from nvembed.training.graph_memory import (
     GraphMemory,
-    free_bytes,
     measure_graph_memory,
     peak_bytes,
     read_graph_memory,

@@ -21,9 +21,11 @@ import hashlib
 import logging
 import os
 import shutil
+import time
 import zlib
 from array import array
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,7 @@ from nvembed.text.tokens import TextTokenizer, TokenizedText
 
 FORMAT = 1
 MAX_SHARDS = 16
+ABANDONED_SECONDS = 24 * 3600  # no shard takes a day to write
 
 _ENTRY = np.dtype(
     [("low", "<u8"), ("start", "<i8"), ("length", "<u4"), ("pool_start", "<u4"), ("check", "<u4")]
@@ -272,6 +275,7 @@ def _write(content: _Content, place: Path) -> Path:
     target = place / hashlib.blake2b(hashes, digest_size=16).hexdigest()
     if target.exists():
         return target
+    _remove_abandoned(place)
     try:
         with atomic_folder(target) as temporary:
             np.save(temporary / "high.npy", content.high_N)
@@ -281,3 +285,11 @@ def _write(content: _Content, place: Path) -> Path:
         if not target.exists():  # else the other process was quicker by a moment
             raise
     return target
+
+
+def _remove_abandoned(place: Path) -> None:
+    """Delete what killed processes wrote half; other processes may be writing, so only if old."""
+    for path in place.glob(".*"):
+        with suppress(OSError):
+            if time.time() - path.stat().st_mtime > ABANDONED_SECONDS:
+                shutil.rmtree(path, ignore_errors=True)

@@ -8,9 +8,9 @@ tensor, and the adapter's part is added by the product itself:
     dh = s · dy B           dx = dy W + dh A        dA = dhᵀ x      dB = dyᵀ h
 
 In float32 and with more tokens than the layer is wide, the sum W + s · B A is made first, which
-costs less than the passes over y and dx; 16 bit would round the adapter away. With dropout, x in ``h`` and in ``dA`` is the dropped-out one and ``dh A`` is its gradient. The
-parameters stay peft's, so that adapters are saved, loaded and merged by it. What it gains is in
-docs/results.md.
+costs less than the passes over y and dx; 16 bit would round the adapter away. With dropout, x in
+``h`` and in ``dA`` is the dropped-out one and ``dh A`` is its gradient. The parameters stay peft's,
+so that adapters are saved, loaded and merged by it. What it gains is in docs/results.md.
 
 Letters: T tokens, I and O widths of input and output, r rank.
 """

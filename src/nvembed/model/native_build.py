@@ -2,7 +2,7 @@
 
     <cache>/native/varlen_attention-<key>.so
 
-The key is a hash of the source, the options, the compiler's name and version and the instructions
+The key is a hash of the sources, the options, the compiler's name and version and the instructions
 of this CPU, so that a folder shared by several machines holds one library for each kind. Without a
 compiler (or where anything else goes wrong) there is no library, and callers take torch's own code.
 """
@@ -29,7 +29,7 @@ COMPILERS = ("g++", "c++", "clang++")
 # Not -ffast-math: not-a-number must stay what it is, and sums must keep their order.
 OPTIONS = ("-std=c++17", "-O3", "-fPIC", "-fno-math-errno", "-ffp-contract=fast")
 _THIS_CPU = ("-march=native", "-mcpu=native")  # the latter of compilers for ARM
-_SOURCE = Path(__file__).parent / "native" / "varlen_attention.cpp"
+_SOURCES = Path(__file__).parent / "native"
 _SECONDS = 120
 _log = logging.getLogger(__name__)
 
@@ -42,9 +42,19 @@ class NativeError(Exception):
 def attention_library() -> ctypes.CDLL | None:
     """The attention kernel, or None where it cannot be had; compiled or loaded once."""
     try:
-        return load(_SOURCE)
+        return load(_SOURCES / "varlen_attention.cpp")
     except NativeError as error:
         _log.info("attention is torch's own: %s", error)
+        return None
+
+
+@cache
+def elementwise_library() -> ctypes.CDLL | None:
+    """Norms and gates, or None where they cannot be had; compiled or loaded once."""
+    try:
+        return load(_SOURCES / "elementwise.cpp")
+    except NativeError as error:
+        _log.info("norms and gates are torch's own: %s", error)
         return None
 
 
@@ -81,7 +91,15 @@ def _compiler() -> str:
 
 
 def _key(source: Path, compiler: str) -> str:
-    parts = (source.read_text(), compiler, _run(compiler, "--version"), repr(OPTIONS), _cpu())
+    headers = (path.read_text() for path in sorted(source.parent.glob("*.h")))
+    parts = (
+        source.read_text(),
+        *headers,
+        compiler,
+        _run(compiler, "--version"),
+        repr(OPTIONS),
+        _cpu(),
+    )
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
 
 

@@ -6,8 +6,9 @@ token see its own segment only: all of it (bidirectional) or what came before (c
 windows are ignored on purpose: an embedding needs the whole text (NV-Embed never applies Mistral's,
 nv-embed.md 1.2).
 
-Two kernels: ``varlen_attn`` on CUDA in 16 bit, dense blocks elsewhere (segments of equal length
-stand side by side and form one block; nothing is padded).
+Three kernels: ``varlen_attn`` on CUDA in 16 bit, our own on a CPU in float32 and both directions
+(``model/native_attention.py``), dense blocks elsewhere (segments of equal length stand side by side
+and form one block; nothing is padded).
 
 Letters: T tokens of the pack, H heads, K key/value heads, E head width, G segments of one block, L
 their length.
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from nvembed.core.errors import ModelError
+from nvembed.model.native_attention import native_attention, takes
 from nvembed.text.packing import Segments
 
 FLAT_ATTENTION = "nvembed_flat"
@@ -78,6 +80,8 @@ def flat_attention(
         and not (softcap or dropout)
     ):
         out_THE = _varlen(query[0], key[0], value[0], segments, causal, scaling)
+    elif not (causal or softcap or dropout) and takes(query[0], key[0], value[0]):
+        out_THE = native_attention(query[0], key[0], value[0], segments, scaling)
     else:
         out_THE = _grouped(query[0], key[0], value[0], segments, causal, scaling, dropout, softcap)
     return out_THE[None], None

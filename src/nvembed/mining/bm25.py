@@ -79,9 +79,7 @@ class BM25:
                 indices[row], scores[row] = best, all_scores[best]
         return scores, indices
 
-    def scores(
-        self, queries: Sequence[str], indices: NDArray[np.int64]
-    ) -> NDArray[np.float64]:
+    def scores(self, queries: Sequence[str], indices: NDArray[np.int64]) -> NDArray[np.float64]:
         """Score each query for one document, ``(len(queries),)``."""
         products = self._query_counts(queries).multiply(self._weights[indices])
         return np.asarray(products.sum(axis=1)).ravel()

@@ -43,8 +43,8 @@ def top_k(
     """Find the ``k`` documents with the largest inner product, best first, ties by the lower row.
 
     Nothing is approximated. Memory beside the inputs and results is that of ``GROUP_QUERIES``
-    queries, each with ``k + max(k, block_documents)`` integers of 8 bytes, and of one tile, whatever
-    N is.
+    queries, each with ``k + max(k, block_documents)`` integers of 8 bytes, and of a few tiles,
+    whatever N is.
 
     Equal documents tie only as far as the matrix product gives them equal scores: the columns of
     different tiles may be rounded differently, by one unit in the last place.
@@ -79,7 +79,7 @@ def top_k(
     indices_QK = np.empty((0, 0), dtype=np.int64)
     with _threads() as run_all:
         for start in range(0, max(len(queries_QD), 1), GROUP_QUERIES):
-            group_BD = np.require(queries_QD[start : start + GROUP_QUERIES], np.float32, "CW")
+            group_BD = np.require(queries_QD[start : start + GROUP_QUERIES], np.float32, ["C", "W"])
             best = _search_group(group_BD, parts, k, block_queries, block_documents, run_all)
             scores_BK, indices_BK = best.results()
             if not start:  # now it is known how many documents there are
@@ -226,7 +226,7 @@ def _slabs(
             raise ValueError(f"widths differ: {width} and {part.shape[1]}")
         for start in range(0, len(part), size):
             # Of a memory-mapped matrix a copy, since torch takes nothing that cannot be written.
-            yield np.require(part[start : start + size], dtype=np.float32, requirements="CW")
+            yield np.require(part[start : start + size], dtype=np.float32, requirements=["C", "W"])
 
 
 def _product(queries_BD: NDArray[np.float32], tile_MD: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -67,9 +67,9 @@ def test_groups_slabs_and_parts_do_not_show(monkeypatch: pytest.MonkeyPatch, k: 
     order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
     monkeypatch.setattr(search, "GROUP_QUERIES", 64)
     parts = np.split(documents, [1, 3, 700, 701, 1500])
-    for given in (documents, parts, np.sort(documents, axis=0)[:0]):
-        found, indices = top_k(queries, given, k, block_queries=16, block_documents=64)
-        wanted = order if len(given) else order[:, :0]
+    for searched in (documents, parts, np.sort(documents, axis=0)[:0]):
+        found, indices = top_k(queries, searched, k, block_queries=16, block_documents=64)
+        wanted = order if len(searched) else order[:, :0]
         assert np.array_equal(indices, wanted)
         assert np.array_equal(found, np.take_along_axis(scores, wanted, 1))
 

@@ -29,19 +29,24 @@ Open = Callable[[], IO[bytes]]
 
 
 def open_file(
-    path: Path, *, header: Sequence[str] | None = None, quotes: bool | None = None
+    path: Path,
+    *,
+    name: str | None = None,
+    header: Sequence[str] | None = None,
+    quotes: bool | None = None,
 ) -> Table:
     """Open a file of rows.
 
     Args:
-        path: the file; its ending says the format.
+        path: the file.
+        name: what places and errors call it; its ending says the format. None is the path.
         header: columns of a CSV or TSV file that does not name them in its first line.
         quotes: whether its fields may be in quotes; None is yes for CSV, no for TSV.
 
     Raises:
         SourceError: no such file, an unknown ending, or a file that is not what its ending says.
     """
-    name = str(path)
+    name = str(path) if name is None else name
     form = _format(name, header, quotes)
     if not path.is_file():
         raise SourceError(
@@ -53,7 +58,7 @@ def open_file(
                 columns = tuple(file.schema_arrow.names)
         except DataError as error:
             raise _as_source_error(error) from error
-        return Table(name, _parquet(path), columns)
+        return Table(name, _parquet(path, name), columns)
     return open_stream(lambda: open(path, "rb"), name, header=header, quotes=quotes)
 
 
@@ -123,10 +128,10 @@ def _as_source_error(error: DataError) -> SourceError:
     return SourceError(error.message, where=error.where, expected=error.expected, hint=error.hint)
 
 
-def _parquet(path: Path) -> Rows:
+def _parquet(path: Path, name: str) -> Rows:
     try:
         for number, values in parquet_rows(path):
-            yield Row(f"{path}:{number}", values)
+            yield Row(f"{name}:{number}", values)
     except DataError as error:
         raise _as_source_error(error) from error
 

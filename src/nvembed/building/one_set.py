@@ -72,12 +72,18 @@ class SetJob:
 
 
 def finished_manifest(job: SetJob) -> dict[str, Any] | None:
-    """The manifest of a set that is built already from the same settings and inputs."""
+    """The manifest of a set that is built already from the same settings and inputs.
+
+    What a killed process left half written is deleted.
+    """
     tidy(job.folder, job.dataset.name)
     manifest = read_manifest(job.target)
     if manifest is None or manifest["settings"] != job.settings:
         return None
-    return manifest if manifest["inputs"] == job.inputs else None
+    if manifest["inputs"] != job.inputs:
+        return None
+    _clear(job)
+    return manifest
 
 
 def build_set(job: SetJob, tools: Tools) -> dict[str, Any]:
@@ -96,7 +102,7 @@ def build_set(job: SetJob, tools: Tools) -> dict[str, Any]:
         "distinct": name_of("distinct", *source),
         "decontaminate": name_of("decontaminate", *compared),
     }
-    steps = Steps(job.folder / ".steps" / job.dataset.name, job.dataset.kind)
+    steps = _steps(job)
     steps.tidy(list(names.values()))
     read = steps.run(names["read"], lambda folder: _read(job, folder))
     last = steps.run(names["distinct"], lambda folder: _distinct(job, read, folder))
@@ -108,9 +114,23 @@ def build_set(job: SetJob, tools: Tools) -> dict[str, Any]:
         )
         done.append(last)
     manifest = _finish(job, tools, done)
-    steps.remove()
-    (job.folder / f"{job.dataset.name}.{REFUSED}").unlink(missing_ok=True)
+    _clear(job)
     return manifest
+
+
+def _steps(job: SetJob) -> Steps:
+    return Steps(job.folder / ".steps" / job.dataset.name, job.dataset.kind)
+
+
+def _clear(job: SetJob) -> None:
+    """Delete what is of no use once the set is done."""
+    _steps(job).remove()
+    _refused_file(job).unlink(missing_ok=True)
+
+
+def _refused_file(job: SetJob) -> Path:
+    """Where the bad rows are listed of a set that has too many of them."""
+    return job.folder / f"{job.dataset.name}.{REFUSED}"
 
 
 # --- The steps ------------------------------------------------------------------------------------
@@ -124,7 +144,7 @@ def _read(job: SetJob, folder: Path) -> dict[str, Any]:
         out = _write_step(folder, _shown(rows, f"{name}: read", None), job)
     read = out + notes.count
     if out == 0 or notes.count > job.build.max_refused * read:
-        kept = job.folder / f"{name}.{REFUSED}"
+        kept = _refused_file(job)
         os.replace(folder / REFUSED, kept)
         first = notes.first or {"place": "", "problem": "the source holds no row"}
         raise DataError(

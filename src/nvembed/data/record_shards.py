@@ -75,7 +75,7 @@ def read_shards(folder: Path, kind: Kind) -> Iterator[Placed]:
 
     for path in shard_files(folder):
         with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=READ_ROWS):
+            for batch in file.iter_batches(batch_size=READ_ROWS, use_threads=False):
                 for row in batch.to_pylist():
                     yield Placed(record_of(row, kind), row.get("place") or "")
 

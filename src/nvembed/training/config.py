@@ -11,7 +11,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from nvembed.core.config import StrictModel
-from nvembed.data.mixture import DatasetConfig
+from nvembed.data.sources import DatasetConfig
 from nvembed.mining.config import MiningConfig
 from nvembed.model.settings import LoraSettings, ModelSettings, PrecisionChoice
 from nvembed.training.build_config import BuildConfig

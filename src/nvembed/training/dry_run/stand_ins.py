@@ -17,8 +17,9 @@ import numpy as np
 from nvembed.core.seeding import derive_seed
 from nvembed.data.convert import POSITIVE_SCORE, make_source
 from nvembed.data.examples import ExampleSource, sample_where
-from nvembed.data.mixture import DatasetConfig, Mixture, load_source
+from nvembed.data.mixture import Mixture, load_source
 from nvembed.data.records import PairRecord, Record, StsRecord
+from nvembed.data.sources import DatasetConfig
 from nvembed.mining.config import MiningConfig
 from nvembed.mining.pool import DocumentPool
 from nvembed.training.built import MINED_KINDS, training_datasets

@@ -7,14 +7,14 @@ import pytest
 
 from nvembed.building import distinct as module
 from nvembed.building.distinct import Repeats, distinct
-from nvembed.data.record_shards import Placed
 from nvembed.data.records import LabelRecord, PairRecord, Record, StsRecord
+from nvembed.data.sources import Converted
 
 WORDS = ["Red", "red", "blue ", " blue", "fox", "FOX", "owl\n"]
 
 
 def run(records: list[Record], tmp_path: Path) -> tuple[list[Record], Repeats]:
-    rows = [Placed(record, str(number)) for number, record in enumerate(records)]
+    rows = [Converted(record, str(number)) for number, record in enumerate(records)]
     repeats = Repeats()
     kept = list(distinct(lambda: iter(rows), tmp_path / "spilled", repeats))
     assert not (tmp_path / "spilled").exists()

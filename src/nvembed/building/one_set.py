@@ -139,7 +139,7 @@ def _read(job: SetJob, folder: Path) -> dict[str, Any]:
     name = job.dataset.name
     opened = open_dataset(job.dataset, base_dir=job.base_dir)
     with Notes(folder / REFUSED) as notes:
-        rows = usable(opened.rows, notes)
+        rows = usable(opened.rows, notes, base_dir=job.base_dir)
         out = _write_step(folder, _shown(rows, f"{name}: read", None), job)
     read = out + notes.count
     if out == 0 or notes.count > job.build.max_refused * read:

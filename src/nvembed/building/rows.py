@@ -52,21 +52,25 @@ class Notes:
         self.first = self.first or note
 
 
-def usable(rows: Iterable[Converted | BadRow], notes: Notes) -> Iterator[Converted]:
-    """Yield the records among the rows.
+def usable(
+    rows: Iterable[Converted | BadRow], notes: Notes, *, base_dir: Path
+) -> Iterator[Converted]:
+    """Yield the records among the rows; places are given relative to ``base_dir``.
 
     Refused are bad rows, and queries with no positive but themselves. A positive that is its own
     query is left out where there are others.
     """
+    root = f"{base_dir}/"
     for row in rows:
+        place = row.place.removeprefix(root)  # the same on every machine
         if isinstance(row, BadRow):
-            notes.add(place=row.place, problem=row.problem)
+            notes.add(place=place, problem=row.problem)
             continue
         record = _without_query(row.record)
         if record is None:
-            notes.add(place=row.place, problem="the only positive is the query itself")
+            notes.add(place=place, problem="the only positive is the query itself")
         else:
-            yield Converted(record, row.place)
+            yield Converted(record, place)
 
 
 def _without_query(record: Record) -> Record | None:

@@ -123,8 +123,8 @@ class Steps:
         """Delete all steps."""
         if self._folder.is_dir():
             shutil.rmtree(self._folder)
-            with suppress(OSError):  # other sets are not done yet
-                self._folder.parent.rmdir()
+        with suppress(OSError):  # there is none, or other sets are not done yet
+            self._folder.parent.rmdir()
 
 
 def name_of(step: str, *key: Any) -> str:

@@ -8,11 +8,17 @@ process and on every machine. Case, punctuation and white space do not count. Ne
 from __future__ import annotations
 
 import re
-from hashlib import blake2b
+from zlib import crc32
+
+import numpy as np
+from numpy.typing import NDArray
 
 from nvembed.mining.pool import text_key
 
 _WORD = re.compile(r"\w+")
+# Odd, so that multiplying loses nothing; the fraction of the golden ratio in 64 bits.
+_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
+_HALF = np.uint64(32)
 
 
 def word_list(text: str) -> list[str]:
@@ -23,27 +29,32 @@ def word_list(text: str) -> list[str]:
     return _WORD.findall(text.casefold()) or [text_key(text)]
 
 
-def shingles(text: str, num_words: int) -> frozenset[int]:
+def shingles(text: str, num_words: int) -> NDArray[np.uint64]:
     """Return the runs of ``num_words`` words of a text, hashed; a shorter text is one run.
+
+    Two different runs get the same number with a chance of about 2**-32.
 
     Args:
         text: any text.
         num_words: words in a run, at least 1.
 
     Returns:
-        at least one number in [0, 2**64).
+        shape (different runs,), at least one, ascending and without repeats.
     """
     words = word_list(text)
-    last = max(1, len(words) - num_words + 1)
-    return frozenset(_hash(" ".join(words[start : start + num_words])) for start in range(last))
+    size = min(num_words, len(words))
+    numbers = np.fromiter(
+        [crc32(word.encode("utf-8", "surrogatepass")) for word in words], np.uint64, len(words)
+    )
+    # Not 0, so that the order of words and their number count: "a b" is neither "b a" nor "a b b".
+    runs = np.full(len(words) - size + 1, size, dtype=np.uint64)
+    for place in range(size):
+        runs = (runs + numbers[place : place + len(runs)]) * _MULTIPLIER
+        runs ^= runs >> _HALF
+    return np.unique(runs)
 
 
-def jaccard(first: frozenset[int], second: frozenset[int]) -> float:
+def jaccard(first: NDArray[np.uint64], second: NDArray[np.uint64]) -> float:
     """Return intersection over union of two sets of shingles, neither of them empty."""
-    shared = len(first & second)
+    shared = len(np.intersect1d(first, second, assume_unique=True))
     return shared / (len(first) + len(second) - shared)
-
-
-def _hash(run: str) -> int:
-    digest = blake2b(run.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "little")

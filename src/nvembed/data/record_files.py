@@ -16,10 +16,25 @@ _ROWS_AT_ONCE = 1024  # of Parquet: texts may be long
 def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (line number from 1, object) of a JSONL, JSONL.gz or Parquet file.
 
+    The shards of a folder (``data/record_shards.py``) are one file, their rows counted on.
+
     Raises:
         DataError: the file cannot be read; see ``read_jsonl``.
     """
+    if path.is_dir():
+        shards = shard_files(path)
+        if not shards:
+            raise DataError(
+                "no training file here", where=str(path), expected="part-00000.parquet and so on"
+            )
+        rows = (row for shard in shards for _, row in parquet_rows(shard))
+        return enumerate(rows, start=1)
     return parquet_rows(path) if path.suffix == ".parquet" else read_jsonl(path)
+
+
+def shard_files(folder: Path) -> list[Path]:
+    """The Parquet files of a built set, in order."""
+    return sorted(folder.glob("part-*.parquet"))
 
 
 def parquet_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -13,10 +13,9 @@ from nvembed.data.sources import DatasetConfig, load_records
 from nvembed.inference.protocol import Encoder
 from nvembed.mining.config import MiningConfig
 from nvembed.mining.miner import mine_negatives, mine_sts_negatives
+from nvembed.training.built import MINED_KINDS, training_datasets
 from nvembed.training.config import TrainConfig
 from nvembed.training.fitting import check_distillation
-
-MINED_KINDS = ("retrieval", "nli", "sts")
 
 
 def load_mixtures(config: TrainConfig, base_dir: Path) -> list[Mixture]:
@@ -26,9 +25,10 @@ def load_mixtures(config: TrainConfig, base_dir: Path) -> list[Mixture]:
         DataError: a file cannot be used.
         ConfigError: they lack what an option of the recipe needs.
     """
+    datasets = training_datasets(config, base_dir)
     mixtures = [
         load_mixture(
-            config.datasets,
+            datasets,
             stage=number,
             base_dir=base_dir,
             temperature=stage.mixture_temperature,
@@ -67,7 +67,7 @@ def mine_mixture(
         _mined(dataset, settings, base_dir=base_dir, folder=mined_dir, teacher=teacher, log=log)
         if dataset.kind in MINED_KINDS
         else dataset
-        for dataset in config.datasets
+        for dataset in training_datasets(config, base_dir)
         if stage + 1 in dataset.stages
     ]
     temperature = config.stages[stage].mixture_temperature

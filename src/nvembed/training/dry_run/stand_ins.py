@@ -22,8 +22,9 @@ from nvembed.data.records import PairRecord, Record, StsRecord
 from nvembed.data.sources import DatasetConfig
 from nvembed.mining.config import MiningConfig
 from nvembed.mining.pool import DocumentPool
+from nvembed.training.built import MINED_KINDS, training_datasets
 from nvembed.training.config import TrainConfig
-from nvembed.training.stages import MINED_KINDS, mined_dataset, mined_file, records_to_mine
+from nvembed.training.stages import mined_dataset, mined_file, records_to_mine
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +66,7 @@ def plan_mining(
     Returns:
         The mixture, whose queries come in the order of the run, and what is left to be mined.
     """
-    datasets = {dataset.name: dataset for dataset in config.datasets}
+    datasets = {dataset.name: dataset for dataset in training_datasets(config, base_dir)}
     sources: list[ExampleSource] = []
     planned: list[PlannedMining] = []
     for source in mixture.sources:

@@ -24,8 +24,8 @@ from nvembed.data.sources.rows import Values
 Convert = Callable[[Values], Iterator[Values]]
 
 _OPTIONAL: dict[Kind, tuple[str, ...]] = {
-    "retrieval": ("negative", "positive_scores", "negative_scores"),
-    "nli": ("negative", "positive_scores", "negative_scores"),
+    "retrieval": ("negative", "positive_scores", "negative_scores", "instruction"),
+    "nli": ("negative", "positive_scores", "negative_scores", "instruction"),
     "sts": ("negative",),
     "classification": (),
     "clustering": (),

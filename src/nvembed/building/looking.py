@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from nvembed.building.build import default_folder
 from nvembed.core.config import load_config
 from nvembed.core.errors import ConfigError, DataError
 from nvembed.data.record_shards import read_shards
@@ -27,23 +28,24 @@ class OpenSet:
     rows: Iterable[Converted | BadRow]
 
 
-def open_sets(path: Path, given: DatasetConfig | None, default_folder: str) -> Iterator[OpenSet]:
+def open_sets(path: Path, given: DatasetConfig | None) -> Iterator[OpenSet]:
     """Find the sets at a path.
 
     Args:
         path: a recipe, whose sets are taken as built where they are, else from their sources; the
             folder of a built set, or of several; or a file of records.
         given: how to read a file; None where its kind was not said.
-        default_folder: where the sets of a recipe without a ``build`` section are built.
 
     Raises:
         DataError: there is nothing of that sort, or a source cannot be opened.
         ConfigError: a file whose kind was not said.
     """
     if path.suffix in _RECIPE:
-        yield from _of_recipe(path, default_folder)
+        yield from _of_recipe(path)
     elif path.is_dir():
-        folders = [path] if (path / MANIFEST).is_file() else sorted(p.parent for p in path.glob(f"*/{MANIFEST}"))
+        folders = sorted(file.parent for file in path.glob(f"*/{MANIFEST}"))
+        if (path / MANIFEST).is_file():
+            folders = [path]
         if not folders:
             raise DataError("no built data set here", where=str(path), expected=f"a {MANIFEST}")
         for folder in folders:
@@ -53,26 +55,30 @@ def open_sets(path: Path, given: DatasetConfig | None, default_folder: str) -> I
             yield OpenSet(manifest["name"], manifest["kind"], read_shards(folder, manifest["kind"]))
     elif given is None:
         raise ConfigError(
-            "the kind of the records is missing", where="--kind", expected="retrieval, nli, sts, classification or clustering"
+            "the kind of the records is missing",
+            where="--kind",
+            expected="retrieval, nli, sts, classification or clustering",
         )
     else:
         yield OpenSet(given.name, given.kind, open_dataset(given, base_dir=Path()).rows)
 
 
-def _of_recipe(path: Path, default_folder: str) -> Iterator[OpenSet]:
+def _of_recipe(path: Path) -> Iterator[OpenSet]:
     config = load_config(TrainConfig, path)
-    built = path.parent / (config.build.folder if config.build else default_folder)
+    built = path.parent / (config.build.folder if config.build else default_folder(path))
     for dataset in config.datasets:
         folder = built / dataset.name
         manifest = read_manifest(folder)
         if manifest is not None and manifest["kind"] == dataset.kind:
-            yield OpenSet(f"{dataset.name} (built)", dataset.kind, read_shards(folder, dataset.kind))
+            yield OpenSet(
+                f"{dataset.name} (built)", dataset.kind, read_shards(folder, dataset.kind)
+            )
         else:
             rows = open_dataset(dataset, base_dir=path.parent).rows
             yield OpenSet(dataset.name, dataset.kind, rows)
 
 
-def bad_rows(config: DatasetConfig) -> Iterator[BadRow | Converted]:
+def checked_rows(config: DatasetConfig) -> Iterator[BadRow | Converted]:
     """Read a file to its end: all rows, then a bad row for each class that cannot be converted.
 
     Raises:

@@ -23,7 +23,7 @@ _FIRST_ROWS = 1000
 Join = Callable[[Rows], Iterator[Joined | BadRow]]
 
 
-def open_dataset(config: DatasetConfig, *, base_dir: Path) -> OpenedDataset:
+def open_dataset(config: DatasetConfig, *, base_dir: Path, give_up: bool = True) -> OpenedDataset:
     """Open the source of a data set and look whether it has the expected form.
 
     ``max_records`` is not applied: what is done with the records in between decides which are used.
@@ -31,6 +31,7 @@ def open_dataset(config: DatasetConfig, *, base_dir: Path) -> OpenedDataset:
     Args:
         config: the data set.
         base_dir: folder that relative paths start at.
+        give_up: raise an error where the first thousand rows are bad for the same reason.
 
     Raises:
         SourceError: the source is not there, cannot be reached, may not be read, or has other
@@ -42,7 +43,8 @@ def open_dataset(config: DatasetConfig, *, base_dir: Path) -> OpenedDataset:
     join = _join(config, columns, table, base_dir)
     opened = OpenedDataset(table.revision, iter(()))
     joined = join(_chosen(opened.counting(table.rows), config.where, columns))
-    opened.rows = _hopeless((_finished(row, config) for row in joined), table)
+    finished = (_finished(row, config) for row in joined)
+    opened.rows = _hopeless(finished, table) if give_up else finished
     return opened
 
 

@@ -51,6 +51,8 @@ def place(
     write_jsonl(tmp_path / "texts.jsonl", [{"text": f"text {i}"} for i in range(4)])
     pairs = [{"query": f"q{i}", "positive": f"text {i}"} for i in range(4)]
     write_jsonl(tmp_path / "recipes" / "pairs.jsonl", pairs)
+    rows = "".join(f"q{i},text {i}\n" for i in range(4))
+    (tmp_path / "recipes" / "pairs.csv").write_text("question,answer\n" + rows)
     dataset = {"name": "pairs", "path": "pairs.jsonl", "kind": "retrieval", "instruction": "find"}
     recipe = {
         "output": "runs/small",

@@ -20,6 +20,8 @@ SOURCE = ROOT / "src" / "nvembed"
 LEVELS = [
     {"cli"},
     {"demo"},
+    {"synthesis"},
+    {"building"},
     {"training"},
     {"evaluation"},
     {"mining"},

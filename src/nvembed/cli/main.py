@@ -17,6 +17,7 @@ import typer
 from typer.exceptions import Abort, TyperException
 
 import nvembed
+from nvembed.cli.data import data
 from nvembed.cli.demo import demo
 from nvembed.cli.doctor import doctor
 from nvembed.cli.encode import encode
@@ -47,6 +48,7 @@ app = typer.Typer(
 )
 for _command in (demo, train, mine, evaluate, encode, search, doctor, export):
     app.command()(_command)
+app.add_typer(data, name="data")
 
 
 def _show_version(wanted: bool) -> None:

@@ -4,6 +4,7 @@
     └── UserError           a mistake in what the user gave: one line, exit code 2
         ├── ConfigError     recipe, key=value override or command line option
         ├── DataError       a record, a training file or an evaluation task
+        │   └── SourceError a source of training data: out of reach, or of another form
         ├── ModelError      a model folder or backbone that cannot be used
         └── TrainingError   a run that had to stop (non-finite loss, no disk)
 
@@ -56,6 +57,10 @@ class ConfigError(UserError):
 
 class DataError(UserError):
     """A record, file or evaluation task that cannot be used."""
+
+
+class SourceError(DataError):
+    """A source of training data that is out of reach, or that has another form than was said."""
 
 
 class ModelError(UserError):

@@ -193,9 +193,18 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise DataError(f"cannot read: {error.strerror or error}", where=str(source)) from error
 
 
-def _parse_line(line: bytes, where: str) -> dict[str, Any]:
+def parse_json(line: bytes, where: str) -> Any:
+    """Read one JSON value.
+
+    Args:
+        line: its UTF-8 bytes.
+        where: place of the line, for the error.
+
+    Raises:
+        DataError: it is not UTF-8 or not JSON.
+    """
     try:
-        value = json.loads(line.decode("utf-8"))
+        return json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise DataError("not UTF-8 text", where=where, expected="UTF-8 JSONL") from error
     except json.JSONDecodeError as error:
@@ -208,6 +217,10 @@ def _parse_line(line: bytes, where: str) -> dict[str, Any]:
         raise DataError(
             "numbers too long or nesting too deep", where=where, expected="one JSON object per line"
         ) from error
+
+
+def _parse_line(line: bytes, where: str) -> dict[str, Any]:
+    value = parse_json(line, where)
     if not isinstance(value, dict):
         raise DataError(
             f"a line holds {type(value).__name__}",

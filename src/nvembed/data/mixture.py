@@ -12,67 +12,28 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, model_validator
 
-from nvembed.core.config import StrictModel
 from nvembed.core.errors import DataError
 from nvembed.core.seeding import derive_seed
 from nvembed.data.convert import make_source
 from nvembed.data.examples import Example, ExampleSource
-from nvembed.data.records import Conversion, Kind, read_records
+from nvembed.data.sources import DatasetConfig, load_records
 
 # The additive sequence of the golden ratio covers [0, 1) more evenly than any other of its sort.
 GOLDEN_RATIO = (5**0.5 - 1) / 2
 
 
-class DatasetConfig(StrictModel):
-    """One training set of a recipe.
-
-    Args:
-        name: unique name in the recipe; part of the seeds, so renaming reshuffles the set.
-        path: JSONL, JSONL.gz or Parquet file; relative paths start at the folder of the recipe.
-        kind: what the records are (layouts in ``data/records.py``).
-        instruction: task in plain words, put before the queries; None for none.
-        weight: share of the mixture relative to the other sets; None takes the number of queries,
-            so that all sets finish their epochs together (see ``tempered_weights`` for more even
-            shares).
-        max_records: use at most this many queries of the set.
-        stages: numbers of the training stages that use the set, from 1.
-        conversion: ``example`` or ``label``, for classification and clustering.
-    """
-
-    name: str = Field(min_length=1)
-    path: str = Field(min_length=1)
-    kind: Kind
-    instruction: str | None
-    weight: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    max_records: int | None = Field(default=None, ge=1)
-    stages: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(1, 2), min_length=1)
-    conversion: Conversion = "example"
-
-    @model_validator(mode="after")
-    def _check_conversion(self) -> DatasetConfig:
-        if self.conversion == "label" and self.kind not in ("classification", "clustering"):
-            raise ValueError(
-                f"conversion is label, but records of kind {self.kind} have no labels; "
-                "expected kind classification or clustering, or no conversion"
-            )
-        return self
-
-
 def load_source(config: DatasetConfig, *, base_dir: Path) -> ExampleSource:
-    """Read the file of a data set and make its source.
+    """Read the records of a data set and make its source.
 
     Raises:
-        DataError: the file cannot be used; names the lines.
+        DataError: the data cannot be used; names the lines.
     """
-    path = base_dir / config.path
     return make_source(
-        read_records(path, config.kind, conversion=config.conversion),
+        load_records(config, base_dir=base_dir),
         config.kind,
         name=config.name,
         instruction=config.instruction,

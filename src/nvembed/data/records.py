@@ -138,18 +138,18 @@ def read_records(path: str | Path, kind: Kind, *, conversion: Conversion = "exam
     try:
         for line, row in read_rows(Path(path)):
             try:
-                records.append(_parse(row, kind))
+                records.append(parse_record(row, kind))
                 lines.append(line)
-            except _LineError as bad:
+            except RowError as bad:
                 problems.append((line, str(bad)))
     except DataError as error:
         if not problems:
             raise
         stopped = error  # the lines before it were bad as well: report both
     if not problems and not records:
-        raise DataError("the file holds no records", where=str(path), expected=_EXPECTED[kind])
+        raise DataError("the file holds no records", where=str(path), expected=EXPECTED[kind])
     if problems:
-        refuse_lines(path, problems, stopped, expected=_EXPECTED[kind])
+        refuse_lines(path, problems, stopped, expected=EXPECTED[kind])
     if kind in ("classification", "clustering"):
         found = label_problems(records, conversion)
         if found:
@@ -212,14 +212,14 @@ _EXPECTED_PAIR = (
     '{"query": text, "positive": text or [texts], "negative": [texts], optional; '
     '"positive_scores" and "negative_scores": [numbers], optional}'
 )
-_EXPECTED: dict[Kind, str] = {
+EXPECTED: dict[Kind, str] = {
     "retrieval": _EXPECTED_PAIR,
     "nli": _EXPECTED_PAIR,
     "sts": '{"sentence1": text, "sentence2": text, "score": 0 to 5, "negative": [texts], optional}',
     "classification": '{"text": text, "label": text or integer}',
     "clustering": '{"text": text, "label": text or integer}',
 }
-_REQUIRED: dict[Kind, tuple[str, ...]] = {
+REQUIRED: dict[Kind, tuple[str, ...]] = {
     "retrieval": ("query", "positive"),
     "nli": ("query", "positive"),
     "sts": ("sentence1", "sentence2", "score"),
@@ -228,14 +228,23 @@ _REQUIRED: dict[Kind, tuple[str, ...]] = {
 }
 
 
-class _LineError(Exception):
-    """What is wrong with one line; becomes part of a DataError."""
+class RowError(Exception):
+    """What is wrong with one row; becomes part of a DataError."""
 
 
-def _parse(row: dict[str, Any], kind: Kind) -> Record:
-    missing = [key for key in _REQUIRED[kind] if key not in row]
+def parse_record(row: dict[str, Any], kind: Kind) -> Record:
+    """Check one row and make its record.
+
+    Args:
+        row: keys as at the top of this file; others are not read.
+        kind: what it holds.
+
+    Raises:
+        RowError: what is wrong with it.
+    """
+    missing = [key for key in REQUIRED[kind] if key not in row]
     if missing:
-        raise _LineError("missing " + " and ".join(f'"{key}"' for key in missing))
+        raise RowError("missing " + " and ".join(f'"{key}"' for key in missing))
     match kind:
         case "retrieval" | "nli":
             return _pair(row)
@@ -259,9 +268,9 @@ def _pair(row: dict[str, Any]) -> PairRecord:
         _teacher_scores(row, "negative"),
     )
     if record.negative_scores and not record.positive_scores:
-        raise _LineError('"negative_scores" is there and "positive_scores" is missing')
+        raise RowError('"negative_scores" is there and "positive_scores" is missing')
     if record.positive_scores and len(record.negative_scores) < len(record.negatives):
-        raise _LineError('"positive_scores" is there and "negative_scores" is missing')
+        raise RowError('"positive_scores" is there and "negative_scores" is missing')
     return record
 
 
@@ -274,42 +283,40 @@ def _teacher_scores(row: dict[str, Any], side: str) -> tuple[float, ...]:
         texts = [texts]
         scores = scores if isinstance(scores, list) else [scores]
     if not isinstance(scores, list):
-        raise _LineError(f'"{key}" is {_shown(scores)}, expected a list of numbers')
+        raise RowError(f'"{key}" is {_shown(scores)}, expected a list of numbers')
     if len(scores) != len(texts or ()):
-        raise _LineError(
-            f'"{key}" and "{side}" differ in length: {len(scores)}, {len(texts or ())}'
-        )
+        raise RowError(f'"{key}" and "{side}" differ in length: {len(scores)}, {len(texts or ())}')
     score_of: dict[str, float] = {}
     for index, (text, value) in enumerate(zip(texts or (), scores, strict=True)):
         score = _finite(value, f"{key}[{index}]")
         if score_of.setdefault(text, score) != score:
-            raise _LineError(f'"{key}[{index}]" is another score of the same text')
+            raise RowError(f'"{key}[{index}]" is another score of the same text')
     return tuple(score_of.values())
 
 
 def _finite(value: Any, key: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise _LineError(f'"{key}" is {_shown(value)}, expected a number')
+        raise RowError(f'"{key}" is {_shown(value)}, expected a number')
     try:
         number = float(value)
     except OverflowError:
         number = math.inf
     if not math.isfinite(number):
-        raise _LineError(f'"{key}" is {number}, expected a finite number')
+        raise RowError(f'"{key}" is {number}, expected a finite number')
     return number
 
 
 def _text(value: Any, key: str) -> str:
     if not isinstance(value, str):
-        raise _LineError(f'"{key}" is {_shown(value)}, expected a text')
+        raise RowError(f'"{key}" is {_shown(value)}, expected a text')
     if not value.strip():
-        raise _LineError(f'"{key}" is empty, expected a text')
+        raise RowError(f'"{key}" is empty, expected a text')
     if not value.isascii():
         try:
             value.encode("utf-8")
         except UnicodeEncodeError:
             # JSON can spell half a surrogate pair; no tokenizer takes it.
-            raise _LineError(f'"{key}" holds half a character (a lone surrogate)') from None
+            raise RowError(f'"{key}" holds half a character (a lone surrogate)') from None
     return value
 
 
@@ -317,9 +324,9 @@ def _texts(value: Any, key: str, *, at_least_one: bool) -> tuple[str, ...]:
     if isinstance(value, str):
         return (_text(value, key),)
     if not isinstance(value, list):
-        raise _LineError(f'"{key}" is {_shown(value)}, expected a text or a list of texts')
+        raise RowError(f'"{key}" is {_shown(value)}, expected a text or a list of texts')
     if at_least_one and not value:
-        raise _LineError(f'"{key}" is an empty list, expected at least one text')
+        raise RowError(f'"{key}" is an empty list, expected at least one text')
     texts = [_text(item, f"{key}[{index}]") for index, item in enumerate(value)]
     return tuple(dict.fromkeys(texts))
 
@@ -331,9 +338,9 @@ def _negatives(row: dict[str, Any]) -> tuple[str, ...]:
 
 def _score(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise _LineError(f'"score" is {_shown(value)}, expected a number from 0 to 5')
+        raise RowError(f'"score" is {_shown(value)}, expected a number from 0 to 5')
     if not 0.0 <= value <= MAX_SCORE:  # NaN compares false as well
-        raise _LineError(f'"score" is {value}, expected a number from 0 to 5')
+        raise RowError(f'"score" is {value}, expected a number from 0 to 5')
     return float(value)
 
 
@@ -341,7 +348,7 @@ def _label(value: Any) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     if not isinstance(value, str):
-        raise _LineError(f'"label" is {_shown(value)}, expected a text or an integer')
+        raise RowError(f'"label" is {_shown(value)}, expected a text or an integer')
     return _text(value, "label")
 
 

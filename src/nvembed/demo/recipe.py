@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nvembed.data.mixture import DatasetConfig
+from nvembed.data.sources import DatasetConfig
 from nvembed.demo.dataset import (
     CLASSIFICATION_INSTRUCTION,
     CLUSTERING_INSTRUCTION,

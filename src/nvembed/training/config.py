@@ -11,9 +11,10 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from nvembed.core.config import StrictModel
-from nvembed.data.mixture import DatasetConfig
+from nvembed.data.sources import DatasetConfig
 from nvembed.mining.config import MiningConfig
 from nvembed.model.settings import LoraSettings, ModelSettings, PrecisionChoice
+from nvembed.training.build_config import BuildConfig
 
 ScheduleKind = Literal["linear", "cosine", "constant"]
 OptimizerKind = Literal["adamw", "adamw_8bit", "schedule_free"]
@@ -144,6 +145,8 @@ class TrainConfig(StrictModel):
         pooling_head: ``train`` tunes all weights of the pooling head, in float32; ``freeze`` leaves
             them as they were loaded, without gradient and out of the checkpoints.
         datasets: the training data; paths are relative to the recipe.
+        build: how ``nvembed data build`` makes them into training files, which the run then reads;
+            ``None`` reads the files of the sets as they are.
         stages: in order.
         optimizer: shared by the stages; each stage starts it afresh.
         shard: the backbone's weights are shared out over the processes (FSDP2), for a model that
@@ -176,6 +179,7 @@ class TrainConfig(StrictModel):
     lora: LoraSettings | None = LoraSettings()
     pooling_head: Literal["train", "freeze"] = "train"
     datasets: tuple[DatasetConfig, ...] = Field(min_length=1)
+    build: BuildConfig | None = None
     stages: tuple[StageConfig, ...] = Field(min_length=1)
     optimizer: OptimizerConfig = OptimizerConfig()
     shard: bool = False
@@ -220,6 +224,8 @@ class TrainConfig(StrictModel):
             repeated = sorted({name for name in names if names.count(name) > 1})
             if repeated:
                 raise ValueError(f"{what} share the name {', '.join(repeated)}; names must differ")
+        if self.build is not None:
+            self._check_build(self.build)
         used = {number for dataset in self.datasets for number in dataset.stages}
         known = set(range(1, len(self.stages) + 1))
         if not known <= used:
@@ -229,3 +235,12 @@ class TrainConfig(StrictModel):
             extra = ", ".join(str(number) for number in sorted(used - known))
             raise ValueError(f"data sets name stage {extra}, but there are {len(known)} stages")
         return self
+
+    def _check_build(self, build: BuildConfig) -> None:
+        names = {dataset.name for dataset in self.datasets}
+        mined = () if build.mine is None else build.mine.datasets or ()
+        for key, named in (("build.bm25", build.bm25), ("build.mine.datasets", mined)):
+            if unknown := sorted(set(named) - names):
+                raise ValueError(f"{key} names {', '.join(unknown)}, which is no data set")
+        if build.bm25 and not build.tasks:
+            raise ValueError("build.bm25 is given without build.tasks to compare with")

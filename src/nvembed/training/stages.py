@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import cast
 
 from nvembed.core.files import write_json, write_jsonl
-from nvembed.data.mixture import DatasetConfig, Mixture, load_mixture
-from nvembed.data.records import PairRecord, Record, StsRecord, read_records
+from nvembed.data.mixture import Mixture, load_mixture
+from nvembed.data.records import PairRecord, Record, StsRecord
+from nvembed.data.sources import DatasetConfig, load_records
 from nvembed.inference.protocol import Encoder
 from nvembed.mining.config import MiningConfig
 from nvembed.mining.miner import mine_negatives, mine_sts_negatives
+from nvembed.training.built import MINED_KINDS, training_datasets
 from nvembed.training.config import TrainConfig
 from nvembed.training.fitting import check_distillation
-
-MINED_KINDS = ("retrieval", "nli", "sts")
 
 
 def load_mixtures(config: TrainConfig, base_dir: Path) -> list[Mixture]:
@@ -25,9 +25,10 @@ def load_mixtures(config: TrainConfig, base_dir: Path) -> list[Mixture]:
         DataError: a file cannot be used.
         ConfigError: they lack what an option of the recipe needs.
     """
+    datasets = training_datasets(config, base_dir)
     mixtures = [
         load_mixture(
-            config.datasets,
+            datasets,
             stage=number,
             base_dir=base_dir,
             temperature=stage.mixture_temperature,
@@ -66,7 +67,7 @@ def mine_mixture(
         _mined(dataset, settings, base_dir=base_dir, folder=mined_dir, teacher=teacher, log=log)
         if dataset.kind in MINED_KINDS
         else dataset
-        for dataset in config.datasets
+        for dataset in training_datasets(config, base_dir)
         if stage + 1 in dataset.stages
     ]
     temperature = config.stages[stage].mixture_temperature
@@ -117,13 +118,12 @@ def mined_file(dataset: DatasetConfig, folder: Path) -> Path:
 def mined_dataset(dataset: DatasetConfig, folder: Path) -> DatasetConfig:
     """The data set with its mined file in place of its own."""
     limit = dataset.max_records if _record_limit(dataset) is None else None
-    path = str(mined_file(dataset, folder))
-    return dataset.model_copy(update={"path": path, "max_records": limit})
+    return dataset.with_file(mined_file(dataset, folder)).model_copy(update={"max_records": limit})
 
 
 def records_to_mine(dataset: DatasetConfig, base_dir: Path) -> list[Record]:
     """The records that negatives are mined for, as the file holds them."""
-    return _used(read_records(base_dir / dataset.path, dataset.kind), _record_limit(dataset))
+    return _used(load_records(dataset, base_dir=base_dir), _record_limit(dataset))
 
 
 def _record_limit(dataset: DatasetConfig) -> int | None:

@@ -15,13 +15,13 @@ from nvembed.core.files import write_jsonl
 from nvembed.data.convert import make_source
 from nvembed.data.examples import Example
 from nvembed.data.mixture import (
-    DatasetConfig,
     Mixture,
     load_mixture,
     load_source,
     tempered_weights,
 )
 from nvembed.data.records import PairRecord
+from nvembed.data.sources import DatasetConfig
 
 
 def mixture(sizes: list[int], weights: list[float] | None = None) -> Mixture:

@@ -17,12 +17,14 @@ import numpy as np
 from nvembed.core.seeding import derive_seed
 from nvembed.data.convert import POSITIVE_SCORE, make_source
 from nvembed.data.examples import ExampleSource, sample_where
-from nvembed.data.mixture import DatasetConfig, Mixture, load_source
+from nvembed.data.mixture import Mixture, load_source
 from nvembed.data.records import PairRecord, Record, StsRecord
+from nvembed.data.sources import DatasetConfig
 from nvembed.mining.config import MiningConfig
 from nvembed.mining.pool import DocumentPool
+from nvembed.training.built import MINED_KINDS, training_datasets
 from nvembed.training.config import TrainConfig
-from nvembed.training.stages import MINED_KINDS, mined_dataset, mined_file, records_to_mine
+from nvembed.training.stages import mined_dataset, mined_file, records_to_mine
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +66,7 @@ def plan_mining(
     Returns:
         The mixture, whose queries come in the order of the run, and what is left to be mined.
     """
-    datasets = {dataset.name: dataset for dataset in config.datasets}
+    datasets = {dataset.name: dataset for dataset in training_datasets(config, base_dir)}
     sources: list[ExampleSource] = []
     planned: list[PlannedMining] = []
     for source in mixture.sources:

@@ -1,0 +1,1 @@
+"""Building: from raw sources to training sets without duplicates and without evaluation texts."""

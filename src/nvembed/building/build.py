@@ -1,0 +1,145 @@
+"""All data sets of a recipe, one after the other: ``nvembed data build``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from nvembed.building.one_set import SetJob, build_set, finished_manifest
+from nvembed.building.steps import content_hash, fingerprint
+from nvembed.building.tools import Tools, teacher_name
+from nvembed.core.errors import ConfigError, UserError
+from nvembed.data.sources import DatasetConfig
+from nvembed.training.build_config import BuildConfig
+from nvembed.training.built import mining_of
+from nvembed.training.config import TrainConfig
+
+_FOLDER_NAME = re.compile(r"\w[\w .+-]*")
+
+
+@dataclass(frozen=True, slots=True)
+class SetOutcome:
+    """What became of a set.
+
+    Args:
+        name: of the set.
+        state: ``unchanged`` was built before from the same settings and inputs.
+        manifest: what it holds; None where it failed.
+        error: why it failed.
+    """
+
+    name: str
+    state: Literal["built", "unchanged", "failed"]
+    manifest: dict[str, Any] | None
+    error: UserError | None = None
+
+
+def default_folder(recipe: Path) -> str:
+    """Where the sets of a recipe without a ``build`` section go, relative to the recipe."""
+    return f"data/{recipe.stem}"
+
+
+def build_recipe(
+    config: TrainConfig,
+    *,
+    base_dir: Path,
+    folder: str,
+    keep_going: bool = False,
+    log: Callable[[str], None] = lambda line: None,
+) -> list[SetOutcome]:
+    """Build the sets that are not built yet, or from something else.
+
+    A build that was stopped, at any moment, goes on when started again, to the same bytes.
+
+    Args:
+        config: the recipe.
+        base_dir: its folder.
+        folder: where sets go if the recipe has no ``build`` section; relative to ``base_dir``.
+        keep_going: go on with the next set where one fails.
+        log: told one line per set.
+
+    Returns:
+        The outcome of every set, in order. There are failed ones only with ``keep_going``.
+
+    Raises:
+        ConfigError: a set has a name that no folder can have.
+        UserError: a set cannot be built.
+    """
+    build = config.build or BuildConfig(folder=folder)
+    for dataset in config.datasets:
+        if _FOLDER_NAME.fullmatch(dataset.name) is None:
+            raise ConfigError(
+                f"the data set {dataset.name!r} cannot be a folder",
+                where="datasets.name",
+                expected="letters, digits, _, -, +, . and blanks",
+            )
+    tools = Tools(build, base_dir)
+    shared = _SharedInputs(build, base_dir)
+    outcomes: list[SetOutcome] = []
+    for number, dataset in enumerate(config.datasets, start=1):
+        label = f"[{number}/{len(config.datasets)}] {dataset.name}"
+        try:
+            inputs = shared.of_set(dataset)
+            job = SetJob(dataset, build, (base_dir / build.folder).absolute(), base_dir, inputs)
+            manifest = finished_manifest(job)
+            if manifest is not None:
+                outcomes.append(SetOutcome(dataset.name, "unchanged", manifest))
+                continue
+            log(label)
+            outcomes.append(SetOutcome(dataset.name, "built", build_set(job, tools)))
+        except UserError as error:
+            if not keep_going:
+                raise
+            log(f"{label}: failed: {error}")
+            outcomes.append(SetOutcome(dataset.name, "failed", None, error))
+    return outcomes
+
+
+def local_sources(dataset: DatasetConfig, base_dir: Path) -> list[Path]:
+    """Files and folders that a set is read from; none where all of it is on the hub."""
+    found: list[Path] = []
+    for table in (dataset.table, dataset.corpus, dataset.queries):
+        if table is None:
+            continue
+        if table.path is not None:
+            found.append(base_dir / table.path)
+        elif table.hub is not None and (folder := base_dir / table.hub.id).is_dir():
+            found.append(folder)
+    return found
+
+
+class _SharedInputs:
+    """Hashes of what is read; those of tasks and teacher are taken once."""
+
+    def __init__(self, build: BuildConfig, base_dir: Path) -> None:
+        self._build = build
+        self._base_dir = base_dir
+        self._known: dict[str, str | None] = {}
+
+    def of_set(self, dataset: DatasetConfig) -> dict[str, str | None]:
+        files = local_sources(dataset, self._base_dir)
+        return {
+            "source": content_hash(*map(fingerprint, files)) if files else None,
+            "tasks": self._once("tasks", self._tasks),
+            "teacher": self._once("teacher", self._teacher)
+            if mining_of(dataset, self._build)
+            else None,
+        }
+
+    def _once(self, name: str, make: Callable[[], str | None]) -> str | None:
+        if name not in self._known:
+            self._known[name] = make()
+        return self._known[name]
+
+    def _tasks(self) -> str | None:
+        folders = [fingerprint(self._base_dir / name) for name in self._build.tasks]
+        return content_hash(*folders) if folders else None
+
+    def _teacher(self) -> str | None:
+        assert self._build.mine is not None
+        folder = Path(teacher_name(self._build.mine.teacher, self._base_dir))
+        # Weights may be many gigabytes: their ends tell models apart.
+        return fingerprint(folder, whole=False) if folder.is_dir() else None

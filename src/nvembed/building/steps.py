@@ -1,0 +1,132 @@
+"""Steps of a build: each is finished as a whole or not at all, and is not repeated.
+
+A step is a folder named after the step and a key: a hash of everything that decides its contents,
+the key of the step before it included. So what is there is right, and what a killed process left
+half written has another name and is deleted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nvembed.core.errors import DataError
+from nvembed.core.files import atomic_folder, tidy, write_json
+from nvembed.data.record_shards import read_shards
+from nvembed.data.records import Kind
+from nvembed.data.sources import Converted
+
+# Of the intermediate files; the files of the set itself are as long as the recipe says.
+STEP_ROWS = 250_000
+COUNTS = "counts.json"
+# Files beyond this size are compared by their ends where ``whole`` is off.
+_LARGE_BYTES = 64_000_000
+_END_BYTES = 1_000_000
+
+
+def content_hash(*values: Any) -> str:
+    """SHA-256 of plain data."""
+    text = json.dumps(values, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def fingerprint(path: Path, *, whole: bool = True) -> str:
+    """SHA-256 of the contents of a file, or of all files of a folder with their names.
+
+    Args:
+        path: file or folder.
+        whole: read large files (weights of a model) from end to end, and not their ends alone.
+
+    Raises:
+        DataError: there is no such file, or it cannot be read.
+    """
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    hashed = hashlib.sha256()
+    try:
+        for file in files:
+            name = file.relative_to(path).as_posix()
+            hashed.update(json.dumps([name, _file_hash(file, whole=whole)]).encode())
+    except FileNotFoundError as error:
+        raise DataError(
+            "no such file", where=str(path), hint="Check the path; it starts at the recipe's folder"
+        ) from error
+    except OSError as error:
+        raise DataError(f"cannot read: {error.strerror or error}", where=str(path)) from error
+    return hashed.hexdigest()
+
+
+def _file_hash(file: Path, *, whole: bool) -> str:
+    with open(file, "rb") as content:
+        size = file.stat().st_size
+        if whole or size <= _LARGE_BYTES:
+            return hashlib.file_digest(content, "sha256").hexdigest()
+        first = content.read(_END_BYTES)
+        content.seek(-_END_BYTES, 2)
+        return hashlib.sha256(str(size).encode() + first + content.read()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A finished step: its folder, with shards of records and other files, and what it counted."""
+
+    folder: Path
+    kind: Kind
+    counts: dict[str, Any]
+
+    def __call__(self) -> Iterator[Converted]:
+        """Walk the records."""
+        return read_shards(self.folder, self.kind)
+
+
+class Steps:
+    """The folder in which the steps of one set lie until the set is done.
+
+    Args:
+        folder: of this set alone.
+        kind: of its records.
+    """
+
+    def __init__(self, folder: Path, kind: Kind) -> None:
+        self._folder = folder
+        self._kind: Kind = kind
+
+    def tidy(self, names: Sequence[str]) -> None:
+        """Delete what was half written, and all steps but those named (as by ``name_of``)."""
+        if not self._folder.is_dir():
+            return
+        tidy(self._folder, "*")
+        for path in self._folder.iterdir():
+            if path.name not in names:
+                shutil.rmtree(path)
+
+    def run(self, name: str, make: Callable[[Path], dict[str, Any]]) -> Finished:
+        """Do a step, unless it is done.
+
+        Args:
+            name: of the step, as by ``name_of``.
+            make: fills the folder that it is given and returns its counts.
+        """
+        target = self._folder / name
+        if not target.is_dir():
+            with atomic_folder(target) as temporary:
+                write_json(temporary / COUNTS, make(temporary))
+        counts = json.loads((target / COUNTS).read_text(encoding="utf-8"))
+        return Finished(target, self._kind, counts)
+
+    def remove(self) -> None:
+        """Delete all steps."""
+        if self._folder.is_dir():
+            shutil.rmtree(self._folder)
+        with suppress(OSError):  # there is none, or other sets are not done yet
+            self._folder.parent.rmdir()
+
+
+def name_of(step: str, *key: Any) -> str:
+    """Name of the folder of a step."""
+    return f"{step}-{content_hash(*key)[:16]}"

@@ -1,0 +1,229 @@
+"""``nvembed data``: training files from sources, and a look into them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from nvembed.data.records import Conversion, Kind
+    from nvembed.data.sources import DatasetConfig
+
+data = typer.Typer(
+    help="Build training data from files and hub data sets, look into it, check it.",
+    no_args_is_help=True,
+)
+
+
+@data.command()
+def build(
+    recipe: Annotated[Path, typer.Argument(help="YAML file; see recipes/.", show_default=False)],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="KEY=VALUE",
+            help="Changes to the recipe: a key path such as build.max_refused=0.1.",
+            show_default=False,
+        ),
+    ] = None,
+    keep_going: Annotated[
+        bool, typer.Option("--keep-going", help="Go on with the other sets where one fails.")
+    ] = False,
+) -> None:
+    """Build the data sets of a recipe: read, check, de-duplicate, decontaminate, mine, write.
+
+    Parquet files and a manifest per set go to the folder `build.folder` of the recipe, else to
+    data/<recipe> beside it. What is built already from the same settings and inputs is left alone;
+    a build that was stopped goes on.
+
+    Examples:
+
+    \b
+      nvembed data build recipes/small-built.yaml
+      nvembed data build recipes/small-built.yaml --keep-going
+      nvembed data build recipes/small-built.yaml build.mine=null
+    """
+    from nvembed.building.build import build_recipe, default_folder
+    from nvembed.building.report import print_outcomes
+    from nvembed.core.config import load_config
+    from nvembed.core.errors import DataError
+    from nvembed.training.config import TrainConfig
+
+    config = load_config(TrainConfig, recipe, overrides or ())
+    folder = default_folder(recipe)
+    outcomes = build_recipe(
+        config,
+        base_dir=recipe.parent,
+        folder=folder,
+        keep_going=keep_going,
+        log=lambda line: typer.echo(line, err=True),
+    )
+    print_outcomes(outcomes, _console())
+    failed = [outcome for outcome in outcomes if outcome.state == "failed"]
+    if failed:
+        raise DataError(
+            f"{len(failed)} of {len(outcomes)} data sets failed: "
+            + " | ".join(f"{outcome.name}: {outcome.error}" for outcome in failed),
+            where=str(recipe),
+        )
+    place = recipe.parent / (config.build.folder if config.build else folder)
+    if all(outcome.state == "unchanged" for outcome in outcomes):
+        typer.echo(f"nothing to do: all sets were built before, in {place}")
+        return
+    typer.echo(f"written: {place}")
+    if config.build is None:
+        typer.echo(f"for training on it, add to the recipe: build: {{folder: {folder}}}")
+
+
+KindOption = Annotated[
+    Literal["retrieval", "nli", "sts", "classification", "clustering"] | None,
+    typer.Option(help="What the records of the file are.", show_default=False),
+]
+LayoutOption = Annotated[
+    str, typer.Option(help="How its rows become records; see data/sources/layouts.py.")
+]
+ColumnsOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--column",
+        metavar="NAME=COLUMN",
+        help="A column that is called differently, such as query=question. May be repeated.",
+        show_default=False,
+    ),
+]
+
+
+@data.command()
+def inspect(
+    path: Annotated[
+        Path,
+        typer.Argument(
+            help="A recipe, a built set, a folder of them, or a file.", show_default=False
+        ),
+    ],
+    kind: KindOption = None,
+    layout: LayoutOption = "records",
+    columns: ColumnsOption = None,
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(help="Model folder whose tokens are counted too.", show_default=False),
+    ] = None,
+    samples: Annotated[int, typer.Option(min=0, help="Records to show of each set.")] = 2,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")] = False,
+) -> None:
+    """Look into training data: samples, lengths, classes, duplicates, negatives.
+
+    The sets of a recipe are taken as built where they are, else from their sources.
+
+    Examples:
+
+    \b
+      nvembed data inspect recipes/small-built.yaml
+      nvembed data inspect pairs.jsonl --kind retrieval --tokenizer MODEL
+      nvembed data inspect built/squad --json
+    """
+    import json
+
+    from nvembed.building.inspection import inspect as look
+    from nvembed.building.inspection import load_token_counter
+    from nvembed.building.inspection_report import print_inspection
+    from nvembed.building.looking import open_sets
+
+    given = None if kind is None else _file_config(path, kind, layout, columns)
+    counter = None if tokenizer is None else load_token_counter(tokenizer)
+    found = []
+    for opened in open_sets(path, given):
+        rows = opened.rows
+        found.append(
+            look(opened.name, opened.kind, rows, num_samples=samples, count_tokens=counter)
+        )
+        if not as_json:
+            print_inspection(found[-1], _console())
+    if as_json:
+        rows_of_json = [inspection.to_json() for inspection in found]
+        typer.echo(json.dumps(rows_of_json, indent=2, ensure_ascii=False))
+
+
+@data.command()
+def check(
+    file: Annotated[Path, typer.Argument(help="The file.", show_default=False)],
+    kind: Annotated[
+        Literal["retrieval", "nli", "sts", "classification", "clustering"],
+        typer.Option(help="What its records are.", show_default=False),
+    ],
+    layout: LayoutOption = "records",
+    columns: ColumnsOption = None,
+    conversion: Annotated[
+        Literal["example", "label"], typer.Option(help="What classes are turned into.")
+    ] = "example",
+) -> None:
+    """Check a file of training data to its end; name every bad line. Exit code 2 if there is one.
+
+    Examples:
+
+    \b
+      nvembed data check pairs.jsonl --kind retrieval
+      nvembed data check intents.csv --kind classification --column label=intent
+    """
+    from nvembed.building.looking import checked_rows
+    from nvembed.core.errors import DataError
+    from nvembed.data.sources import BadRow
+
+    config = _file_config(file, kind, layout, columns, conversion)
+    good = bad = 0
+    for row in checked_rows(config):
+        if isinstance(row, BadRow):
+            bad += 1
+            typer.echo(f"{row.place}: {row.problem}")
+        else:
+            good += 1
+    if bad or not good:
+        problem = f"{bad:,} problems, {good:,} good records" if bad else "the file holds no records"
+        raise DataError(problem, where=str(file))
+    typer.echo(f"{file}: {good:,} records, all good")
+
+
+def _file_config(
+    path: Path,
+    kind: Kind,
+    layout: str,
+    columns: list[str] | None,
+    conversion: Conversion = "example",
+) -> DatasetConfig:
+    """The entry that a file of the command line would have in a recipe."""
+    from pydantic import ValidationError
+
+    from nvembed.core.errors import ConfigError
+    from nvembed.data.sources import DatasetConfig
+
+    names: dict[str, str] = {}
+    for given in columns or ():
+        name, equals, column = given.partition("=")
+        if not (name and equals and column):
+            raise ConfigError(f"{given!r}", where="--column", expected="NAME=COLUMN")
+        names[name] = column
+    values: dict[str, object] = {
+        "name": path.name,
+        "path": str(path),
+        "kind": kind,
+        "instruction": None,
+    }
+    values |= {"layout": layout, "columns": names, "conversion": conversion}
+    try:
+        return DatasetConfig.model_validate(values)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = "--" + str(problem["loc"][0]) if problem["loc"] else None
+        raise ConfigError(str(problem["msg"]).removeprefix("Value error, "), where=where) from error
+
+
+def _console() -> Console:
+    """Stdout, with room for a table where it is no terminal."""
+    from rich.console import Console
+
+    console = Console()
+    return console if console.is_terminal else Console(width=120)

@@ -1,0 +1,236 @@
+"""The data sets of a recipe: where their rows come from and how rows become records."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from nvembed.core.config import StrictModel
+from nvembed.data.records import Conversion, Kind
+
+Layout = Literal[
+    "records",
+    "tuples",
+    "lists",
+    "passages",
+    "beir",
+    "references",
+    "scored",
+    "entailment",
+    "clusters",
+]
+# A column, a place inside one (``answers.text.0``), or several that are joined by a space.
+Column = str | tuple[str, ...]
+
+LABEL_KINDS = ("classification", "clustering")
+PAIR_KINDS = ("retrieval", "nli")
+
+
+# The further tables that layouts know.
+_TABLES: dict[str, tuple[str, ...]] = {
+    "beir": ("corpus", "queries"),
+    "scored": ("corpus", "queries"),
+    "references": ("corpus",),
+}
+# What is said of a set whatever its source.
+_KEPT = (
+    "name",
+    "kind",
+    "instruction",
+    "weight",
+    "max_records",
+    "stages",
+    "conversion",
+    "licence",
+    "note",
+)
+
+
+class HubLocation(StrictModel):
+    """Rows on the Hugging Face hub, or in a local folder laid out like a data set of the hub.
+
+    Args:
+        id: ``organisation/name``, or a folder; a relative one starts at the folder of the recipe.
+        config: name of the configuration; None for the only one.
+        split: name of the split.
+        revision: commit, branch or tag; None takes what is current, and says which that was.
+        files: data files in the repository that are read as they are, without the configuration and
+            split of its card (for sets that come with a script, and for single files of large
+            ones); JSONL, JSON, CSV, TSV (each also ``.gz``) or Parquet.
+        streaming: read over the network row by row instead of downloading everything first.
+        take: use so many rows, drawn at random (of a stream through a buffer of
+            ``shuffle_buffer`` rows); None uses all, in their order.
+        shuffle_buffer: rows held in memory for that.
+    """
+
+    id: str = Field(min_length=1)
+    config: str | None = None
+    split: str = Field(default="train", min_length=1)
+    revision: str | None = None
+    files: tuple[str, ...] | None = Field(default=None, min_length=1)
+    streaming: bool = False
+    take: int | None = Field(default=None, ge=1)
+    shuffle_buffer: int = Field(default=100_000, ge=1)
+
+    @model_validator(mode="after")
+    def _files_have_no_config(self) -> Self:
+        if self.files is not None and self.config is not None:
+            raise ValueError("files are read as they are, so config has no meaning beside them")
+        return self
+
+
+class TableConfig(StrictModel):
+    """One table of rows: a file, or a set on the hub.
+
+    Args:
+        path: JSONL, JSON, CSV, TSV (each also ``.gz``) or Parquet; relative paths start at the
+            folder of the recipe.
+        hub: instead of ``path``.
+        columns: columns of the table by the names that the layout knows (see
+            ``data/sources/layouts.py``), where they are called differently.
+        header: names of the columns of a CSV or TSV file whose first line is a row already.
+        quotes: whether quotes enclose fields of such a file; None is yes for CSV, no for TSV.
+    """
+
+    path: str | None = Field(default=None, min_length=1)
+    hub: HubLocation | None = None
+    columns: dict[str, Column] = Field(default_factory=dict)
+    header: tuple[str, ...] | None = Field(default=None, min_length=1)
+    quotes: bool | None = None
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Self:
+        _check_one_place(self.path, self.hub)
+        return self
+
+
+class DatasetConfig(StrictModel):
+    """One training set of a recipe.
+
+    Args:
+        name: unique name in the recipe; part of the seeds, so renaming reshuffles the set.
+        path: JSONL, JSON, CSV, TSV (each also ``.gz``) or Parquet file, or the folder of a set in
+            BEIR's layout; relative paths start at the folder of the recipe.
+        hub: instead of ``path``: a set on the hub, which ``nvembed data build`` fetches.
+        kind: what the records are (``data/records.py``).
+        instruction: task in plain words, put before the queries; None for none.
+        layout: how rows become records (``data/sources/layouts.py``).
+        columns: columns of the source by the names that the layout knows, where they are called
+            differently: ``{query: question, positive: answer}``. ``answers.text.0`` is a place
+            inside a column (of a list the item, of a text the word), ``[title, text]`` joins two.
+        header: names of the columns of a CSV or TSV file whose first line is a row already.
+        quotes: whether quotes enclose fields of such a file; None is yes for CSV, no for TSV.
+        where: use only rows with one of these values, written as texts, in these columns:
+            ``{lang: [en]}``.
+        corpus: the table of documents, of layouts that look documents up by their id.
+        queries: the table of queries, of such layouts.
+        split: which judgements of a BEIR folder are used: ``qrels/<split>.tsv``.
+        one_record_per: of ``beir``: a record per ``query`` with all its positives, or one per
+            ``positive``.
+        max_positives: use so many positives of a record at most, those that are judged best.
+        max_negatives: use so many negatives of a record at most, the first ones.
+        percent_of_positive: of ``scored``: negatives are documents that score less than this share
+            of what the positive does.
+        judged_negatives: of ``beir``: documents judged 0 are negatives of the query.
+        max_score: top of the scale of ``sts`` scores, which become 0 to 5; a score above it is
+            refused. None is 5, unchanged.
+        label_names: names of integer labels, from 0.
+        max_characters: longest text; a row with a longer one is bad.
+        weight: share of the mixture relative to the other sets; None takes the number of queries,
+            so that all sets finish their epochs together (see ``tempered_weights`` for more even
+            shares).
+        max_records: use at most this many queries of the set.
+        stages: numbers of the training stages that use the set, from 1.
+        conversion: ``example`` or ``label``, for classification and clustering.
+        licence: under which the set is published; goes into the manifest of a built set.
+        note: what a reader should know, such as how certain a number is.
+    """
+
+    name: str = Field(min_length=1)
+    path: str | None = Field(default=None, min_length=1)
+    hub: HubLocation | None = None
+    kind: Kind
+    instruction: str | None
+    layout: Layout = "records"
+    columns: dict[str, Column] = Field(default_factory=dict)
+    header: tuple[str, ...] | None = Field(default=None, min_length=1)
+    quotes: bool | None = None
+    where: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+    corpus: TableConfig | None = None
+    queries: TableConfig | None = None
+    split: str = Field(default="train", min_length=1)
+    one_record_per: Literal["query", "positive"] = "query"
+    max_positives: int | None = Field(default=None, ge=1)
+    max_negatives: int | None = Field(default=None, ge=0)
+    percent_of_positive: float = Field(default=0.95, gt=0, le=1)
+    judged_negatives: bool = False
+    max_score: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    label_names: tuple[str, ...] | None = Field(default=None, min_length=1)
+    max_characters: int = Field(default=1_000_000, ge=1)
+    weight: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    max_records: int | None = Field(default=None, ge=1)
+    stages: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(1, 2), min_length=1)
+    conversion: Conversion = "example"
+    licence: str | None = None
+    note: str | None = None
+
+    @property
+    def table(self) -> TableConfig:
+        """The rows of the set itself, beside those that ``corpus`` and ``queries`` name."""
+        return TableConfig(
+            path=self.path,
+            hub=self.hub,
+            columns=self.columns,
+            header=self.header,
+            quotes=self.quotes,
+        )
+
+    def with_file(self, path: Path) -> DatasetConfig:
+        """The set with a file of plain records in place of its source."""
+        kept = {name: getattr(self, name) for name in _KEPT}
+        return DatasetConfig(path=str(path), **kept)
+
+    @model_validator(mode="after")
+    def _place(self) -> Self:
+        _check_one_place(self.path, self.hub)
+        return self
+
+    @model_validator(mode="after")
+    def _check_conversion(self) -> Self:
+        if self.conversion == "label" and self.kind not in LABEL_KINDS:
+            raise ValueError(
+                f"conversion is label, but records of kind {self.kind} have no labels; "
+                "expected kind classification or clustering, or no conversion"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _layout_fits_kind(self) -> Self:
+        kinds: tuple[str, ...] = PAIR_KINDS
+        if self.layout == "clusters":
+            kinds = LABEL_KINDS
+        if self.layout != "records" and self.kind not in kinds:
+            raise ValueError(
+                f"layout {self.layout} gives records of kind {' or '.join(kinds)}, not {self.kind}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _tables_fit_layout(self) -> Self:
+        known = _TABLES.get(self.layout, ())
+        for name, table in (("corpus", self.corpus), ("queries", self.queries)):
+            if table is not None and name not in known:
+                raise ValueError(f"layout {self.layout} has no use for {name}")
+        if self.layout == "references" and self.corpus is None:
+            raise ValueError("layout references needs corpus, the table of the documents")
+        if self.layout == "scored" and self.hub is None and not (self.corpus and self.queries):
+            raise ValueError("layout scored needs corpus and queries, the tables of texts")
+        return self
+
+
+def _check_one_place(path: str | None, hub: HubLocation | None) -> None:
+    if (path is None) == (hub is None):
+        given = "both path and hub are" if path is not None else "neither path nor hub is"
+        raise ValueError(f"{given} given, expected exactly one of them")

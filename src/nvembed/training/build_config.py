@@ -1,0 +1,51 @@
+"""What ``nvembed data build`` can be told: the key ``build`` of a recipe."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from nvembed.core.config import StrictModel
+from nvembed.mining.config import MiningConfig
+from nvembed.model.settings import PrecisionChoice
+
+
+class BuildMining(MiningConfig):
+    """Hard negatives for the retrieval, NLI and STS sets; the other keys are those of mining.
+
+    Args:
+        teacher: folder (relative to the recipe) or hub id of the model that scores the candidates.
+        dtype: of the teacher's weights, see ``nvembed.inference.load.load_encoder``.
+        datasets: names of the sets to mine; None is all of these kinds.
+    """
+
+    teacher: str = Field(min_length=1)
+    dtype: PrecisionChoice = "auto"
+    datasets: tuple[str, ...] | None = Field(default=None, min_length=1)
+
+
+class BuildConfig(StrictModel):
+    """How the data sets of a recipe are made into training files.
+
+    Args:
+        folder: where they go, one folder per set; relative to the recipe.
+        max_refused: share of the rows of a set that may be bad; above it the set is refused.
+        tasks: folders of local evaluation tasks, or of several, whose texts must not be trained on;
+            relative to the recipe.
+        near: Jaccard similarity of word shingles from which a training text counts as one of an
+            evaluation task; None compares equal texts only.
+        bm25: name of a set → share in (0, 1] of what an evaluation text scores for itself, from
+            which a text of the set counts as it (the paper did this for Emotion and
+            AmazonCounterfactual).
+        mine: hard negatives; None leaves the sets with the negatives that they have.
+        rows_per_shard: records in a Parquet file.
+    """
+
+    folder: str = Field(min_length=1)
+    max_refused: float = Field(default=0.01, ge=0, le=1)
+    tasks: tuple[str, ...] = ()
+    near: float | None = Field(default=0.8, gt=0, le=1)
+    bm25: dict[str, Annotated[float, Field(gt=0, le=1)]] = Field(default={})
+    mine: BuildMining | None = None
+    rows_per_shard: int = Field(default=100_000, ge=1)

@@ -1,0 +1,33 @@
+"""Cleaning in plain Python: sets of strings, and every text compared with every other."""
+
+from __future__ import annotations
+
+import math
+import re
+
+
+def plain_jaccard(first: str, second: str, size: int) -> float:
+    one, other = _runs(first, size), _runs(second, size)
+    return len(one & other) / len(one | other)
+
+
+def _runs(text: str, size: int) -> set[tuple[str, ...]]:
+    words = re.findall(r"\w+", text.lower())
+    return {tuple(words[at : at + size]) for at in range(max(1, len(words) - size + 1))}
+
+
+def bm25_share(query: str, document: str, documents: list[str]) -> float:
+    """Of what a document scores for itself, every different word of the query counted once."""
+    return _bm25(query, document, documents) / _bm25(document, document, documents)
+
+
+def _bm25(query: str, document: str, documents: list[str]) -> float:
+    words = document.split()
+    mean = sum(len(other.split()) for other in documents) / len(documents)
+    total = 0.0
+    for word in set(query.split()):
+        found_in = sum(word in other.split() for other in documents)
+        idf = math.log(1 + (len(documents) - found_in + 0.5) / (found_in + 0.5))
+        count = words.count(word)
+        total += idf * count * 1.9 / (count + 0.9 * (0.6 + 0.4 * len(words) / mean))
+    return total

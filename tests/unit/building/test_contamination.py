@@ -1,0 +1,153 @@
+"""Contamination: evaluation texts in training records."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nvembed.building.contamination import Contamination, EvaluationText, Match
+from nvembed.building.contamination_report import ContaminationReport
+from nvembed.building.similar_texts import Bm25Index, ShingleIndex
+from nvembed.data.records import LabelRecord, PairRecord, StsRecord
+from nvembed.evaluation.bm25 import BM25
+from oracles.cleaning import bm25_share, plain_jaccard
+
+ITEMS = [
+    EvaluationText(("What is my  Balance?",), "banking", "text"),
+    EvaluationText(("A man sleeps.", "A woman runs."), "sts", "pair"),
+]
+few_texts = st.lists(
+    st.lists(st.sampled_from("abcdefg"), min_size=1, max_size=9).map(" ".join),
+    min_size=2,
+    max_size=25,
+)
+thresholds = st.sampled_from([0.2, 1 / 3, 0.5, 0.6, 0.75, 0.9, 1.0])
+
+
+def test_records_are_compared_by_what_they_bring() -> None:
+    check = Contamination(ITEMS, near=None).check_record
+    match = check(LabelRecord("what is my balance?", "balance"))
+    assert match is not None
+    assert (match.rule, match.score, match.found) == ("exact", 1.0, ITEMS[0])
+    assert match.texts == ("what is my balance?",)
+    assert check(LabelRecord("what is my name?", "balance")) is None
+    # Documents alone are shared by design, a query is not.
+    assert check(PairRecord("q", ("What is my balance?",))) is None
+    assert check(PairRecord("what is MY balance?", ("d",))) is not None
+    # Pairs match in either order, and only as pairs.
+    assert check(StsRecord("a woman runs.", "a man sleeps.", 0.0)) is not None
+    assert check(StsRecord("a woman runs.", "a man walks.", 0.0)) is None
+    assert check(StsRecord("a woman runs.", "a woman runs.", 0.0)) is None
+    assert check(PairRecord("a man sleeps.", ("no", "a woman runs."))) is not None
+
+
+@settings(max_examples=50, deadline=None)
+@given(few_texts, thresholds, st.integers(1, 3))
+def test_shingle_search_equals_comparing_with_all(
+    texts: list[str], threshold: float, size: int
+) -> None:
+    query, *documents = texts
+    expected = {
+        row: similarity
+        for row, document in enumerate(documents)
+        if (similarity := plain_jaccard(query, document, size)) >= threshold
+    }
+    assert ShingleIndex(documents, threshold, size).search(query) == expected
+
+
+@settings(max_examples=50, deadline=None)
+@given(few_texts, thresholds)
+def test_bm25_search_equals_comparing_with_all(texts: list[str], threshold: float) -> None:
+    query, *documents = texts
+    shares = {row: bm25_share(query, text, documents) for row, text in enumerate(documents)}
+    found = Bm25Index(documents, threshold).search(query)
+    assert found == {
+        row: pytest.approx(share) for row, share in shares.items() if share >= threshold - 1e-9
+    }
+
+
+def test_bm25_shares_are_those_of_the_evaluation() -> None:
+    documents = ["one two three four", "two three", "five six seven", "one five"]
+    query = "three one six"
+    scores, rows = BM25(documents).top_k([query], 4)
+    own = {row: BM25(documents).top_k([text], 4) for row, text in enumerate(documents)}
+    for score, row in zip(scores[0], rows[0], strict=True):
+        itself = own[row][0][0][list(own[row][1][0]).index(row)]
+        share = Bm25Index(documents, 0.01).search(query)[int(row)]
+        assert share == pytest.approx(score / itself)
+
+
+def test_near_and_bm25_rules_take_their_turn_and_pairs_need_both_sides() -> None:
+    long = "the quick brown fox jumps over the lazy dog at noon"
+    other = "several small birds sing in the old oak tree every morning"
+    items = [EvaluationText((long,), "t"), EvaluationText((long, other), "s", "pair")]
+    check = Contamination(items, near=0.6, bm25=0.8)
+    edited, longer = long.replace("noon", "night"), " ".join([long, *map(str, range(20))])
+    match = check.check(edited)
+    # 10 pairs of words each, 9 shared.
+    assert match == Match("near", pytest.approx(9 / 11), items[0], (edited,))
+    match = check.check(longer)
+    assert match is not None
+    assert match.rule == "bm25"
+    assert Contamination(items, near=0.6).check(longer) is None
+    match = check.check_pair(other.replace("every", "each"), edited)
+    assert match is not None
+    assert (match.rule, match.found) == ("near", items[1])
+    assert match.score == pytest.approx(8 / 12)  # of the side that is less similar
+    assert check.check_pair(edited, "something else") is None
+    assert Contamination([items[1]], near=0.6, bm25=0.8).check(long) is None
+
+
+def planted(rng: random.Random, vocabulary: list[str]) -> str:
+    return " ".join(rng.choice(vocabulary) for _ in range(rng.randrange(10, 30)))
+
+
+def lightly_edited(rng: random.Random, text: str) -> str:
+    words = text.split()
+    place = rng.randrange(len(words))
+    match rng.randrange(4):
+        case 0:
+            words.insert(place, "really")
+        case 1:
+            del words[place]
+        case 2:
+            words[place] = words[place][:-1] + "e"
+        case _:
+            return text.upper().replace(" ", ", ") + "!"
+    return " ".join(words)
+
+
+def test_planted_texts_are_found_and_nothing_else() -> None:
+    rng = random.Random(0)
+    vocabulary = ["w" + "".join(rng.choice("aeioklmnrst") for _ in range(5)) for _ in range(3000)]
+    tests = [planted(rng, vocabulary) for _ in range(1000)]
+    check = Contamination([EvaluationText((text,), "task") for text in tests]).check
+    exact = [check("  ".join(text.upper().split())) for text in tests[:50]]
+    assert [match and match.rule for match in exact] == ["exact"] * 50
+    assert [match.found.texts[0] for match in exact if match] == tests[:50]
+    edited = [check(lightly_edited(rng, text)) for text in tests[50:100]]
+    found = [match.found.texts[0] for match in edited if match]
+    assert len(found) >= 48
+    assert set(found) <= set(tests[50:100])
+    assert not any(check(planted(rng, vocabulary)) for _ in range(2000))
+
+
+def test_report_counts_all_and_shows_some() -> None:
+    report = ContaminationReport(num_samples=2)
+    match = Match("near", 0.8123456, ITEMS[0], ("x" * 1000,))
+    for line in range(5):
+        report.add("set", f"set.jsonl:{line}", match)
+    report.add("other", "other.jsonl:1", Match("exact", 1.0, ITEMS[1], ("a", "b")))
+    value = json.loads(json.dumps(report.to_json()))
+    assert value["dropped"] == 6
+    assert [row["dataset"] for row in value["by"]] == ["other", "set"]
+    row = value["by"][1]
+    assert (row["task"], row["rule"], row["dropped"]) == ("banking", "near", 5)
+    assert [sample["place"] for sample in row["samples"]] == ["set.jsonl:0", "set.jsonl:1"]
+    assert row["samples"][0]["evaluation"] == ["What is my  Balance?"]
+    assert row["samples"][0]["score"] == 0.8123
+    assert len(row["samples"][0]["training"][0]) == 300

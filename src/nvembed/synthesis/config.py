@@ -1,0 +1,81 @@
+"""What a synthesis makes and how it asks. Next file: ``prompts.py``."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal, get_args
+from urllib.parse import urlsplit
+
+from pydantic import Field, field_validator
+
+from nvembed.core.config import StrictModel
+
+ExampleKind = Literal["short-long", "long-short", "short-short"]
+EXAMPLE_KINDS: tuple[ExampleKind, ...] = get_args(ExampleKind)
+
+DEFAULT_KEY_VARIABLE = "OPENAI_API_KEY"
+
+
+class SynthesisConfig(StrictModel):
+    """Settings of a synthesis.
+
+    NV-Embed v2 used 60,000 tasks of the three kinds and 120,000 examples, 40,000 of each kind,
+    written by Mixtral-8x22B-Instruct (paper s4.3).
+
+    Args:
+        endpoint: base URL of an OpenAI-compatible API, such as ``http://localhost:8000/v1``.
+        model: name of the model there.
+        kinds: lengths of query and document.
+        tasks: different tasks of each kind.
+        examples_per_task: examples asked for per task.
+        tasks_per_request: tasks asked for at once; more of them are less alike.
+        seed: decides what every request asks.
+        temperature: of the model; low ones give the same tasks again and again.
+        max_answer_tokens: where an answer is cut.
+        attempts: times that a request is asked again whose answer is no valid JSON.
+        key_variable: environment variable with the key of the endpoint; without a value, no key is
+            sent.
+        concurrency: requests in flight.
+        requests_per_minute: None for no limit of our own.
+        timeout: seconds that an answer may take.
+        retries: times that a request is sent again after a timeout, a lost connection, an overload
+            (429) or an error of the server (5xx).
+        retry_delay: seconds before the first of them; it doubles from one to the next, up to a
+            minute. What the endpoint asks for (Retry-After) goes before.
+    """
+
+    endpoint: str
+    model: str = Field(min_length=1)
+    kinds: tuple[ExampleKind, ...] = Field(default=EXAMPLE_KINDS, min_length=1)
+    tasks: int = Field(default=100, ge=1)
+    examples_per_task: int = Field(default=2, ge=1)
+    tasks_per_request: int = Field(default=20, ge=1, le=100)
+    seed: int = Field(default=0, ge=0)
+    temperature: float = Field(default=1.0, ge=0, le=2)
+    max_answer_tokens: int = Field(default=2048, ge=16)
+    attempts: int = Field(default=3, ge=1)
+    key_variable: str = DEFAULT_KEY_VARIABLE
+    concurrency: int = Field(default=16, ge=1, le=1024)
+    requests_per_minute: Annotated[float, Field(gt=0)] | None = None
+    timeout: float = Field(default=120.0, gt=0)
+    retries: int = Field(default=6, ge=0)
+    retry_delay: float = Field(default=1.0, ge=0)
+
+    @field_validator("endpoint")
+    @classmethod
+    def _check_endpoint(cls, value: str) -> str:
+        parts = urlsplit(value)
+        # Not shown: what stands before the @ may be a secret.
+        if parts.username is not None or parts.password is not None or parts.query:
+            raise ValueError("holds a name, password or query; the key comes from key_variable")
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError(f"is {value!r}, expected a URL such as http://localhost:8000/v1")
+        return value.rstrip("/").removesuffix("/chat/completions")
+
+    @field_validator("key_variable")
+    @classmethod
+    def _check_key_variable(cls, value: str) -> str:
+        # Not shown: whoever confuses the two puts the key itself here.
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", value):
+            raise ValueError("is no name of an environment variable")
+        return value

@@ -12,8 +12,7 @@ from nvembed.building.one_set import SetJob, build_set, finished_manifest
 from nvembed.building.steps import content_hash, fingerprint
 from nvembed.building.tools import Tools, teacher_name
 from nvembed.core.errors import ConfigError, UserError
-from nvembed.data.mixture import DatasetConfig
-from nvembed.data.sources import local_files
+from nvembed.data.sources import DatasetConfig
 from nvembed.training.build_config import BuildConfig
 from nvembed.training.built import mining_of
 from nvembed.training.config import TrainConfig
@@ -99,6 +98,19 @@ def build_recipe(
     return outcomes
 
 
+def local_sources(dataset: DatasetConfig, base_dir: Path) -> list[Path]:
+    """Files and folders that a set is read from; none where all of it is on the hub."""
+    found: list[Path] = []
+    for table in (dataset.table, dataset.corpus, dataset.queries):
+        if table is None:
+            continue
+        if table.path is not None:
+            found.append(base_dir / table.path)
+        elif table.hub is not None and (folder := base_dir / table.hub.id).is_dir():
+            found.append(folder)
+    return found
+
+
 class _SharedInputs:
     """Hashes of what is read; those of tasks and teacher are taken once."""
 
@@ -108,7 +120,7 @@ class _SharedInputs:
         self._known: dict[str, str | None] = {}
 
     def of_set(self, dataset: DatasetConfig) -> dict[str, str | None]:
-        files = local_files(dataset, base_dir=self._base_dir)
+        files = local_sources(dataset, self._base_dir)
         return {
             "source": content_hash(*map(fingerprint, files)) if files else None,
             "tasks": self._once("tasks", self._tasks),

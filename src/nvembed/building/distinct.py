@@ -25,8 +25,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from nvembed.data.record_shards import Placed, Rows, record_of
+from nvembed.data.record_shards import Rows, record_of
 from nvembed.data.records import PairRecord, Record, StsRecord
+from nvembed.data.sources import Converted
 from nvembed.mining.pool import text_key
 
 # Records that share a query and are held in memory at once.
@@ -75,7 +76,7 @@ def identity(record: Record) -> tuple[str, ...]:
     return record.text, record.label
 
 
-def distinct(rows: Rows, scratch: Path, repeats: Repeats) -> Iterator[Placed]:
+def distinct(rows: Rows, scratch: Path, repeats: Repeats) -> Iterator[Converted]:
     """Yield the records without repetition, in the order of their first places.
 
     Args:
@@ -102,7 +103,7 @@ def distinct(rows: Rows, scratch: Path, repeats: Repeats) -> Iterator[Placed]:
 
 def _merged(
     rows: Rows, first_N: NDArray[np.int64], scratch: Path, repeats: Repeats
-) -> Iterator[Placed]:
+) -> Iterator[Converted]:
     size_N = np.bincount(first_N, minlength=len(first_N))
     # Groups in the order of their first records, cut where a bucket is full.
     members_N = np.where(size_N > 1, size_N, 0)
@@ -118,7 +119,7 @@ def _merged(
         if bucket != bucket_N[number]:
             bucket = int(bucket_N[number])
             groups = _read_spilled(_bucket_file(scratch, bucket))
-        yield Placed(merge(groups[number], repeats), row.place)
+        yield Converted(merge(groups[number], repeats), row.place)
     shutil.rmtree(scratch, ignore_errors=True)
 
 

@@ -6,16 +6,16 @@ from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 from nvembed.building.tools import Tools
-from nvembed.data.mixture import DatasetConfig
-from nvembed.data.record_shards import Placed, Rows
+from nvembed.data.record_shards import Rows
 from nvembed.data.records import PairRecord, Record, StsRecord
+from nvembed.data.sources import Converted, DatasetConfig
 from nvembed.mining.miner import mine_negatives, mine_sts_negatives
 from nvembed.training.build_config import BuildMining
 
 
 def mined(
     dataset: DatasetConfig, config: BuildMining, rows: Rows, pool: Rows, tools: Tools
-) -> tuple[Iterator[Placed], dict[str, Any]]:
+) -> tuple[Iterator[Converted], dict[str, Any]]:
     """Give records negatives from all documents of their set.
 
     Args:
@@ -48,7 +48,7 @@ def mined(
             instruction=dataset.instruction,
         )
     pairs = zip(cast(Sequence[Record], found), placed, strict=True)
-    return (Placed(record, row.place) for record, row in pairs), report.to_json()
+    return (Converted(record, row.place) for record, row in pairs), report.to_json()
 
 
 def _documents(rows: Rows) -> Iterator[str]:

@@ -28,10 +28,9 @@ from nvembed.building.tools import Tools
 from nvembed.core.errors import DataError
 from nvembed.core.files import atomic_folder, tidy, write_json
 from nvembed.core.progress import progress
-from nvembed.data.mixture import DatasetConfig
-from nvembed.data.record_shards import Placed, Rows, write_shards
+from nvembed.data.record_shards import Rows, write_shards
 from nvembed.data.records import LabelRecord
-from nvembed.data.sources import open_dataset
+from nvembed.data.sources import Converted, DatasetConfig, open_dataset
 from nvembed.training.build_config import BuildConfig
 from nvembed.training.built import FORMAT, MANIFEST, mining_of, read_manifest, set_settings
 
@@ -95,7 +94,7 @@ def build_set(job: SetJob, tools: Tools) -> dict[str, Any]:
     """
     settings, inputs = job.settings, job.inputs
     source = [FORMAT, nvembed.__version__, settings["source"], inputs["source"]]
-    source += [settings["max_refused"], settings["max_characters"]]
+    source += [settings["max_refused"]]
     compared = [*source, settings["decontaminate"], inputs["tasks"]]
     names = {
         "read": name_of("read", *source),
@@ -140,7 +139,7 @@ def _read(job: SetJob, folder: Path) -> dict[str, Any]:
     name = job.dataset.name
     opened = open_dataset(job.dataset, base_dir=job.base_dir)
     with Notes(folder / REFUSED) as notes:
-        rows = usable(opened.rows, job.build.max_characters, notes)
+        rows = usable(opened.rows, notes, base_dir=job.base_dir)
         out = _write_step(folder, _shown(rows, f"{name}: read", None), job)
     read = out + notes.count
     if out == 0 or notes.count > job.build.max_refused * read:
@@ -154,7 +153,13 @@ def _read(job: SetJob, folder: Path) -> dict[str, Any]:
             expected=f"at most {job.build.max_refused:.2%} (build.max_refused)",
             hint=f"All of them are listed in {kept}",
         )
-    return {"in": read, "out": out, "refused": notes.count, "revision": opened.revision}
+    return {
+        "in": read,
+        "out": out,
+        "refused": notes.count,
+        "source_rows": opened.rows_read,
+        "revision": opened.revision,
+    }
 
 
 def _distinct(job: SetJob, before: Finished, folder: Path) -> dict[str, Any]:
@@ -170,7 +175,7 @@ def _decontaminate(job: SetJob, before: Finished, tools: Tools, folder: Path) ->
     rules: Counter[str] = Counter()
     tasks: Counter[str] = Counter()
 
-    def clean(rows: Iterable[Placed], notes: Notes) -> Iterator[Placed]:
+    def clean(rows: Iterable[Converted], notes: Notes) -> Iterator[Converted]:
         for row in rows:
             if (match := contamination.check_record(row.record)) is None:
                 yield row
@@ -216,7 +221,7 @@ def _finish(job: SetJob, tools: Tools, done: list[Finished]) -> dict[str, Any]:
         kept: Rows = lambda: capped(usable_rows, total, dataset)  # noqa: E731
         mining = mining_of(dataset, job.build)
         report: dict[str, Any] | None = None
-        rows: Iterable[Placed]
+        rows: Iterable[Converted]
         if mining is None:
             rows = _shown(kept(), f"{dataset.name}: write", None)
         else:
@@ -241,7 +246,7 @@ def _finish(job: SetJob, tools: Tools, done: list[Finished]) -> dict[str, Any]:
             "tool": f"nvembed {nvembed.__version__}",
             "name": dataset.name,
             "kind": dataset.kind,
-            "licence": getattr(dataset, "licence", None),
+            "licence": dataset.licence,
             "revision": steps["read"].pop("revision"),
             "hash": content_hash(job.settings, job.inputs),
             "settings": job.settings,
@@ -262,7 +267,7 @@ def _of_usable_classes(job: SetJob, rows: Rows, refused: Path) -> tuple[Rows, in
     if not problems:
         return rows, 0
 
-    def problem(row: Placed) -> str | None:
+    def problem(row: Converted) -> str | None:
         assert isinstance(row.record, LabelRecord)
         return problems.get(row.record.label)
 
@@ -279,12 +284,12 @@ def _losses(done: list[Finished]) -> str:
     return f"some of them to pass all steps ({', '.join(counts)})"
 
 
-def _write_step(folder: Path, rows: Iterable[Placed], job: SetJob) -> int:
+def _write_step(folder: Path, rows: Iterable[Converted], job: SetJob) -> int:
     shards = write_shards(folder, rows, job.dataset.kind, rows_per_shard=STEP_ROWS, places=True)
     return sum(shard.rows for shard in shards)
 
 
-def _shown(rows: Iterable[Placed], description: str, total: int | None) -> Iterator[Placed]:
+def _shown(rows: Iterable[Converted], description: str, total: int | None) -> Iterator[Converted]:
     """Yield the rows with a progress bar."""
     with progress(total, description) as bar:
         for number, row in enumerate(rows, start=1):

@@ -14,8 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
-from nvembed.data.mixture import DatasetConfig
-from nvembed.data.record_shards import Placed, Rows, texts_of
+from nvembed.data.record_shards import Rows
 from nvembed.data.records import (
     Conversion,
     LabelRecord,
@@ -23,7 +22,7 @@ from nvembed.data.records import (
     Record,
     label_problems,
 )
-from nvembed.data.sources import BadRow, Converted
+from nvembed.data.sources import BadRow, Converted, DatasetConfig
 from nvembed.mining.pool import text_key
 
 
@@ -53,26 +52,25 @@ class Notes:
         self.first = self.first or note
 
 
-def usable(rows: Iterable[Converted | BadRow], most: int, notes: Notes) -> Iterator[Placed]:
-    """Yield the records among the rows.
+def usable(
+    rows: Iterable[Converted | BadRow], notes: Notes, *, base_dir: Path
+) -> Iterator[Converted]:
+    """Yield the records among the rows; places are given relative to ``base_dir``.
 
-    Refused are bad rows, those with a text longer than ``most`` characters, and queries with no
-    positive but themselves. A positive that is its own query is left out where there are others.
+    Refused are bad rows, and queries with no positive but themselves. A positive that is its own
+    query is left out where there are others.
     """
+    root = f"{base_dir}/"
     for row in rows:
+        place = row.place.removeprefix(root)  # the same on every machine
         if isinstance(row, BadRow):
-            notes.add(place=row.place, problem=row.problem)
-            continue
-        longest = max(map(len, texts_of(row.record)))
-        if longest > most:
-            problem = f"a text of {longest:,} characters, expected at most {most:,}"
-            notes.add(place=row.place, problem=problem)
+            notes.add(place=place, problem=row.problem)
             continue
         record = _without_query(row.record)
         if record is None:
-            notes.add(place=row.place, problem="the only positive is the query itself")
-            continue
-        yield Placed(record, row.place)
+            notes.add(place=place, problem="the only positive is the query itself")
+        else:
+            yield Converted(record, place)
 
 
 def _without_query(record: Record) -> Record | None:
@@ -108,7 +106,7 @@ def class_problems(rows: Rows, conversion: Conversion) -> dict[str, str]:
     return {samples[index].label: text for index, text in label_problems(samples, conversion)}
 
 
-def capped(rows: Rows, total: int, dataset: DatasetConfig) -> Iterator[Placed]:
+def capped(rows: Rows, total: int, dataset: DatasetConfig) -> Iterator[Converted]:
     """Yield at most ``max_records`` records, spread evenly over the set.
 
     Of classes each gives its share, at least two texts (so that a few more may come). STS sets are

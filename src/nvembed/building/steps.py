@@ -18,8 +18,9 @@ from typing import Any
 
 from nvembed.core.errors import DataError
 from nvembed.core.files import atomic_folder, tidy, write_json
-from nvembed.data.record_shards import Placed, read_shards
+from nvembed.data.record_shards import read_shards
 from nvembed.data.records import Kind
+from nvembed.data.sources import Converted
 
 # Of the intermediate files; the files of the set itself are as long as the recipe says.
 STEP_ROWS = 250_000
@@ -78,7 +79,7 @@ class Finished:
     kind: Kind
     counts: dict[str, Any]
 
-    def __call__(self) -> Iterator[Placed]:
+    def __call__(self) -> Iterator[Converted]:
         """Walk the records."""
         return read_shards(self.folder, self.kind)
 
@@ -122,8 +123,8 @@ class Steps:
         """Delete all steps."""
         if self._folder.is_dir():
             shutil.rmtree(self._folder)
-            with suppress(OSError):  # other sets are not done yet
-                self._folder.parent.rmdir()
+        with suppress(OSError):  # there is none, or other sets are not done yet
+            self._folder.parent.rmdir()
 
 
 def name_of(step: str, *key: Any) -> str:

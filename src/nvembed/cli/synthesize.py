@@ -8,8 +8,6 @@ from typing import Annotated
 
 import typer
 
-from nvembed.synthesis.config import DEFAULT_KEY_VARIABLE
-
 
 def synthesize(
     output: Annotated[Path, typer.Argument(help="Folder for the examples.", show_default=False)],
@@ -32,7 +30,7 @@ def synthesize(
     model: Annotated[str, typer.Option(help="Name of the model there.", show_default=False)],
     key_variable: Annotated[
         str, typer.Option(help="Environment variable that holds the key, if one is needed.")
-    ] = DEFAULT_KEY_VARIABLE,
+    ] = "OPENAI_API_KEY",
 ) -> None:
     """Let a language model write training examples: first tasks, then examples of each.
 
@@ -48,15 +46,16 @@ def synthesize(
       nvembed data synthesize data/synthetic --endpoint https://api.example.com/v1 \\
         --model large --key-variable EXAMPLE_KEY requests_per_minute=60
       nvembed data synthesize data/labels --endpoint http://localhost:8000/v1 \\
-        --model local 'kinds=[long-short]' tasks=50 examples_per_task=4
+        --model local 'kinds=["long-short"]' tasks=50 examples_per_task=4
     """
     from rich.console import Console
 
     from nvembed.core.config import load_config
-    from nvembed.synthesis.config import SynthesisConfig
+    from nvembed.synthesis.config import SynthesisConfig, check_secrets
     from nvembed.synthesis.report import print_summary
     from nvembed.synthesis.run import synthesize as run
 
+    check_secrets(endpoint, key_variable)
     given = {"endpoint": endpoint, "model": model, "key_variable": key_variable}
     settings = [f"{name}={json.dumps(value)}" for name, value in given.items()]
     config = load_config(SynthesisConfig, None, [*settings, *(overrides or ())])

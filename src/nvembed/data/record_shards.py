@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from nvembed.data.record_files import shard_files
 from nvembed.data.records import Kind, LabelRecord, PairRecord, Record, StsRecord
+from nvembed.data.sources import Converted
 
 # A row group ends at whichever comes first, so that gigantic texts do not fill the memory.
 GROUP_ROWS = 8192
@@ -21,18 +22,10 @@ GROUP_CHARACTERS = 32_000_000
 READ_ROWS = 1024
 
 
-@dataclass(frozen=True, slots=True)
-class Placed:
-    """A record and where it came from (``file.jsonl:17``)."""
-
-    record: Record
-    place: str
-
-
 class Rows(Protocol):
     """A sequence of records that can be walked several times."""
 
-    def __call__(self) -> Iterator[Placed]:
+    def __call__(self) -> Iterator[Converted]:
         """Start at the first record."""
         ...
 
@@ -48,7 +41,12 @@ class Shard:
 
 
 def write_shards(
-    folder: Path, rows: Iterable[Placed], kind: Kind, *, rows_per_shard: int, places: bool = False
+    folder: Path,
+    rows: Iterable[Converted],
+    kind: Kind,
+    *,
+    rows_per_shard: int,
+    places: bool = False,
 ) -> list[Shard]:
     """Write records into a folder of their own.
 
@@ -69,7 +67,7 @@ def write_shards(
     return writer.shards
 
 
-def read_shards(folder: Path, kind: Kind) -> Iterator[Placed]:
+def read_shards(folder: Path, kind: Kind) -> Iterator[Converted]:
     """Read what ``write_shards`` wrote; the records are trusted, not checked again."""
     import pyarrow.parquet
 
@@ -77,7 +75,7 @@ def read_shards(folder: Path, kind: Kind) -> Iterator[Placed]:
         with pyarrow.parquet.ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=READ_ROWS, use_threads=False):
                 for row in batch.to_pylist():
-                    yield Placed(record_of(row, kind), row.get("place") or "")
+                    yield Converted(record_of(row, kind), row.get("place") or "")
 
 
 def record_of(row: dict[str, Any], kind: Kind) -> Record:
@@ -127,7 +125,7 @@ class _Writer:
         self._raw: Any = None
         self._file: Any = None
 
-    def add(self, row: Placed) -> None:
+    def add(self, row: Converted) -> None:
         values = row.record.to_json()
         if self._places:
             values["place"] = row.place

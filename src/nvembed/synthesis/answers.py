@@ -21,24 +21,19 @@ class AnswerError(Exception):
     """What is wrong with an answer, in a few words."""
 
 
-def _whole(text: str) -> str:
-    stripped = text.strip()
-    if not stripped:
+def _not_blank(text: str) -> str:
+    if not text.strip():
         raise ValueError("is empty")
-    try:
-        stripped.encode("utf-8")
-    except UnicodeEncodeError:
-        raise ValueError("holds half a character (a lone surrogate)") from None
-    return stripped
+    return text.strip()
 
 
 def _one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-Text = Annotated[str, Field(max_length=_LONGEST_TEXT), AfterValidator(_whole)]
+Text = Annotated[str, Field(max_length=_LONGEST_TEXT), AfterValidator(_not_blank)]
 Task = Annotated[
-    str, Field(max_length=_LONGEST_TASK), AfterValidator(_whole), AfterValidator(_one_line)
+    str, Field(max_length=_LONGEST_TASK), AfterValidator(_not_blank), AfterValidator(_one_line)
 ]
 
 

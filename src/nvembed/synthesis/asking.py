@@ -50,7 +50,9 @@ class Asker:
         self, endpoint: ChatEndpoint, journal: Journal, config: SynthesisConfig, bar: ProgressBar
     ) -> None:
         self.unanswered = 0
+        self._answered = 0
         self._in_a_row = 0
+        self._problem = ""
         self._endpoint = endpoint
         self._journal = journal
         self._config = config
@@ -77,6 +79,8 @@ class Asker:
         except ExceptionGroup as errors:
             # All workers meet the same error; one of them tells it.
             raise errors.exceptions[0] from None
+        if self.unanswered and not self._answered:
+            raise self._gone()
 
     async def _ask(self, request: Request) -> None:
         attempts = prompt_tokens = answer_tokens = uncounted = 0
@@ -90,6 +94,7 @@ class Asker:
                 self._count_unanswered(str(error))
                 return
             self._in_a_row = 0
+            self._answered += 1
             prompt_tokens += answered.prompt_tokens or 0
             answer_tokens += answered.answer_tokens or 0
             uncounted += answered.prompt_tokens is None or answered.answer_tokens is None
@@ -113,9 +118,13 @@ class Asker:
     def _count_unanswered(self, problem: str) -> None:
         self.unanswered += 1
         self._in_a_row += 1
+        self._problem = problem
         if self._in_a_row >= _GONE_AFTER:
-            raise EndpointError(
-                f"{self._in_a_row} requests in a row came to nothing; the last: {problem}",
-                where=self._config.endpoint,
-                hint="What was answered is kept: run the same command again to go on",
-            )
+            raise self._gone()
+
+    def _gone(self) -> EndpointError:
+        return EndpointError(
+            f"{self._in_a_row} requests in a row came to nothing; the last: {self._problem}",
+            where=self._config.endpoint,
+            hint="What was answered is kept: run the same command again to go on",
+        )

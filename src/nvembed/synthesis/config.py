@@ -9,11 +9,10 @@ from urllib.parse import urlsplit
 from pydantic import Field, field_validator
 
 from nvembed.core.config import StrictModel
+from nvembed.core.errors import ConfigError
 
 ExampleKind = Literal["short-long", "long-short", "short-short"]
 EXAMPLE_KINDS: tuple[ExampleKind, ...] = get_args(ExampleKind)
-
-DEFAULT_KEY_VARIABLE = "OPENAI_API_KEY"
 
 
 class SynthesisConfig(StrictModel):
@@ -54,7 +53,7 @@ class SynthesisConfig(StrictModel):
     temperature: float = Field(default=1.0, ge=0, le=2)
     max_answer_tokens: int = Field(default=2048, ge=16)
     attempts: int = Field(default=3, ge=1)
-    key_variable: str = DEFAULT_KEY_VARIABLE
+    key_variable: str = "OPENAI_API_KEY"
     concurrency: int = Field(default=16, ge=1, le=1024)
     requests_per_minute: Annotated[float, Field(gt=0)] | None = None
     timeout: float = Field(default=120.0, gt=0)
@@ -64,18 +63,42 @@ class SynthesisConfig(StrictModel):
     @field_validator("endpoint")
     @classmethod
     def _check_endpoint(cls, value: str) -> str:
-        parts = urlsplit(value)
-        # Not shown: what stands before the @ may be a secret.
-        if parts.username is not None or parts.password is not None or parts.query:
-            raise ValueError("holds a name, password or query; the key comes from key_variable")
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"is {value!r}, expected a URL such as http://localhost:8000/v1")
+        if problem := endpoint_problem(value):
+            raise ValueError(problem)
         return value.rstrip("/").removesuffix("/chat/completions")
 
     @field_validator("key_variable")
     @classmethod
     def _check_key_variable(cls, value: str) -> str:
-        # Not shown: whoever confuses the two puts the key itself here.
-        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", value):
-            raise ValueError("is no name of an environment variable")
+        if problem := key_variable_problem(value):
+            raise ValueError(problem)
         return value
+
+
+def endpoint_problem(value: str) -> str | None:
+    """Say what is wrong with an address, without showing it: it may hold a secret."""
+    parts = urlsplit(value)
+    if parts.username is not None or parts.password is not None or parts.query:
+        return "holds a name, a password or a query; the key comes from the environment"
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        return "is no address such as http://localhost:8000/v1"
+    return None
+
+
+def key_variable_problem(value: str) -> str | None:
+    """Say what is wrong with the name of a variable, without showing it: it may be the key."""
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", value):
+        return "is no name of an environment variable"
+    return None
+
+
+def check_secrets(endpoint: str, key_variable: str) -> None:
+    """Refuse options that may hold a secret in the wrong place, before they are shown anywhere.
+
+    Raises:
+        ConfigError: says which option, and does not show it.
+    """
+    if problem := endpoint_problem(endpoint):
+        raise ConfigError(problem, where="--endpoint")
+    if problem := key_variable_problem(key_variable):
+        raise ConfigError(problem, where="--key-variable")

@@ -31,11 +31,13 @@ class Journal:
         self._path = path
         self._places: dict[str, int] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file: BinaryIO = open(path, "a+b")
+        # Unbuffered: a write that fails leaves nothing behind that closing would write again.
+        self._out = open(path, "ab", buffering=0)
+        self._in: BinaryIO = open(path, "rb")
         try:
             self._open(run)
         except BaseException:
-            self._file.close()
+            self._close()
             raise
 
     def __enter__(self) -> Journal:
@@ -47,7 +49,7 @@ class Journal:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._file.close()
+        self._close()
 
     def __contains__(self, name: str) -> bool:
         return name in self._places
@@ -65,8 +67,8 @@ class Journal:
         place = self._places.get(name)
         if place is None:
             return None
-        self._file.seek(place)
-        row: dict[str, Any] = json.loads(self._file.readline())
+        self._in.seek(place)
+        row: dict[str, Any] = json.loads(self._in.readline())
         return row
 
     def names(self) -> list[str]:
@@ -75,22 +77,28 @@ class Journal:
 
     def _append(self, row: dict[str, Any]) -> int:
         line = json.dumps(row, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
+        place = self._out.seek(0, 2)
         try:
-            place = self._file.seek(0, 2)
-            self._file.write(line)
-            self._file.flush()
+            written = self._out.write(line)
+            if written == len(line):
+                return place
+            problem = "no space left"
         except OSError as error:
-            raise UserError(
-                f"cannot write: {error.strerror or error}",
-                where=str(self._path),
-                hint="What was written is kept; free space and run the command again",
-            ) from error
-        return place
+            problem = error.strerror or str(error)
+        self._out.truncate(place)  # half a line in the midst would spoil those after it
+        raise UserError(
+            f"cannot write: {problem}",
+            where=str(self._path),
+            hint="What was written is kept; free space and run the command again",
+        )
+
+    def _close(self) -> None:
+        self._in.close()
+        self._out.close()
 
     def _open(self, run: dict[str, Any]) -> None:
         place = 0
-        self._file.seek(0)
-        for number, line in enumerate(self._file, start=1):
+        for number, line in enumerate(self._in, start=1):
             try:
                 row = json.loads(line) if line.endswith(b"\n") else None
             except ValueError as error:
@@ -106,7 +114,7 @@ class Journal:
             else:
                 self._places[row["id"]] = place
             place += len(line)
-        self._file.truncate(place)
+        self._out.truncate(place)
         if place == 0:
             self._append({"run": run})
 

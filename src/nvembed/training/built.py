@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from nvembed.core.errors import DataError
-from nvembed.data.mixture import DatasetConfig
+from nvembed.data.sources import DatasetConfig
 from nvembed.training.build_config import BuildConfig, BuildMining
 from nvembed.training.config import TrainConfig
 
@@ -51,7 +51,6 @@ def set_settings(dataset: DatasetConfig, build: BuildConfig) -> dict[str, Any]:
         "format": FORMAT,
         "source": dataset.model_dump(mode="json", exclude=left_out),
         "max_refused": build.max_refused,
-        "max_characters": build.max_characters,
         "decontaminate": against if build.tasks else None,
         "mine": mine and mine.model_dump(mode="json", exclude={"datasets"}),
         "rows_per_shard": build.rows_per_shard,
@@ -105,7 +104,7 @@ def training_datasets(config: TrainConfig, base_dir: Path) -> tuple[DatasetConfi
         elif keys := different_keys(manifest["settings"], set_settings(dataset, config.build)):
             problems.append(f"{dataset.name} was built with another {', '.join(keys)}")
         else:
-            found.append(_built(dataset, folder / dataset.name))
+            found.append(dataset.with_file(folder / dataset.name))
     if problems:
         raise DataError(
             "; ".join(problems),
@@ -114,16 +113,3 @@ def training_datasets(config: TrainConfig, base_dir: Path) -> tuple[DatasetConfi
             hint="Run `nvembed data build RECIPE`, with the same key=value changes",
         )
     return tuple(found)
-
-
-def _built(dataset: DatasetConfig, folder: Path) -> DatasetConfig:
-    return DatasetConfig(
-        name=dataset.name,
-        path=str(folder),
-        kind=dataset.kind,
-        instruction=dataset.instruction,
-        weight=dataset.weight,
-        max_records=dataset.max_records,
-        stages=dataset.stages,
-        conversion=dataset.conversion,
-    )

@@ -7,14 +7,15 @@ import pytest
 
 from nvembed.building import distinct as module
 from nvembed.building.distinct import Repeats, distinct
-from nvembed.data.record_shards import Placed, read_shards, write_shards
+from nvembed.data.record_shards import read_shards, write_shards
 from nvembed.data.records import LabelRecord, PairRecord, Record, StsRecord
+from nvembed.data.sources import Converted
 
 WORDS = ["Red", "red", "blue ", " blue", "fox", "FOX", "owl\n"]
 
 
 def run(records: list[Record], tmp_path: Path) -> tuple[list[Record], Repeats]:
-    rows = [Placed(record, str(number)) for number, record in enumerate(records)]
+    rows = [Converted(record, str(number)) for number, record in enumerate(records)]
     repeats = Repeats()
     kept = list(distinct(lambda: iter(rows), tmp_path / "spilled", repeats))
     assert not (tmp_path / "spilled").exists()
@@ -119,5 +120,7 @@ def test_instructions_stay_and_a_query_with_another_one_is_another_query(tmp_pat
     kept, _ = run(records, tmp_path)
     expected = [PairRecord("q", ("a", "c"), instruction="one"), PairRecord("q", ("b",))]
     assert kept == expected
-    write_shards(tmp_path, [Placed(r, "") for r in kept], "retrieval", rows_per_shard=9)
+    write_shards(
+        tmp_path, [Converted(record, "") for record in kept], "retrieval", rows_per_shard=9
+    )
     assert [row.record for row in read_shards(tmp_path, "retrieval")] == expected

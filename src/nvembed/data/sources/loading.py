@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from nvembed.core.errors import DataError, SourceError
-from nvembed.data.record_files import MAX_PROBLEMS_SHOWN
+from nvembed.data.record_files import MAX_PROBLEMS_SHOWN, shard_files
 from nvembed.data.records import EXPECTED, LABEL_HINTS, Records, label_problems, read_records
 from nvembed.data.sources.config import LABEL_KINDS, DatasetConfig
 from nvembed.data.sources.opening import open_dataset
@@ -36,7 +36,7 @@ def load_records(config: DatasetConfig, *, base_dir: Path) -> Records:
             where=config.name,
             hint="Run `nvembed data build` with the recipe first",
         )
-    if _is_plain(config):
+    if _is_plain(config, base_dir):
         return read_records(base_dir / config.path, config.kind, conversion=config.conversion)
     records: list[Any] = []
     places: list[str] = []
@@ -60,12 +60,13 @@ def load_records(config: DatasetConfig, *, base_dir: Path) -> Records:
     return records
 
 
-def _is_plain(config: DatasetConfig) -> bool:
-    """Whether ``data/records.py`` reads the file as it is, which is quicker."""
+def _is_plain(config: DatasetConfig, base_dir: Path) -> bool:
+    """Whether ``data/records.py`` reads the file, or the built set, as it is, which is quicker."""
     source = config.with_file(Path(config.path or "")).model_copy(
         update={"path": config.path, "max_characters": config.max_characters}
     )
-    return source == config and str(config.path).endswith(_PLAIN)
+    path = str(config.path)
+    return source == config and (path.endswith(_PLAIN) or bool(shard_files(base_dir / path)))
 
 
 def _refuse(

@@ -1,0 +1,324 @@
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet
+import pytest
+import yaml
+
+import nvembed.building.tools
+from nvembed.building import one_set
+from nvembed.cli.main import run
+from nvembed.core.config import load_config
+from nvembed.core.errors import DataError
+from nvembed.core.files import read_jsonl, write_jsonl
+from nvembed.data.records import LabelRecord, PairRecord, read_records
+from nvembed.inference.fake import HashEncoder
+from nvembed.mining.config import MiningConfig
+from nvembed.mining.miner import mine_negatives
+from nvembed.training.built import training_datasets
+from nvembed.training.config import TrainConfig
+from nvembed.training.stages import load_mixtures
+from tiny_build import CLASSES, KINDS, PAIRS, STS, contents, write_inputs
+
+
+@pytest.fixture(autouse=True)
+def _hashed_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nvembed.building.tools, "load_encoder", lambda name, dtype: HashEncoder())
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    return write_inputs(tmp_path)
+
+
+def build(recipe: Path, *arguments: str) -> int:
+    return run(["data", "build", str(recipe), *arguments])
+
+
+def manifest(recipe: Path, name: str) -> dict[str, Any]:
+    return json.loads((recipe.parent / "built" / name / "manifest.json").read_text())
+
+
+def same(text: str) -> str:
+    return " ".join(text.lower().split())
+
+
+def plain_pairs() -> list[PairRecord]:
+    """What the pairs must become before mining, in plain loops."""
+    found: dict[str, list[str]] = {}
+    spelled: dict[str, str] = {}
+    for row in PAIRS:
+        query, positive = row["query"], row["positive"]
+        if not positive or same(positive) == same(query) or same(query) == "what is asked":
+            continue
+        spelled.setdefault(same(query), query)
+        texts = found.setdefault(same(query), [])
+        if same(positive) not in map(same, texts):
+            texts.append(positive)
+    return [PairRecord(spelled[key], tuple(texts)) for key, texts in found.items()]
+
+
+def test_pairs_are_those_of_plain_loops(recipe: Path) -> None:
+    assert build(recipe) == 0
+    whole = plain_pairs()
+    kept = [whole[i] for i in sorted({-(-i * len(whole) // 30) for i in range(30)})]
+    documents = [text for record in whole for text in record.positives]
+    config = MiningConfig(num_negatives=2, strategy="top_k")
+    expected, report = mine_negatives(kept, documents, HashEncoder(), config, instruction="find")
+    folder = recipe.parent / "built" / "pairs"
+    assert read_records(folder, "retrieval") == expected
+    assert all(len(record.negatives) == 2 for record in expected)
+    found = manifest(recipe, "pairs")
+    assert found["steps"]["read"] == {
+        "in": len(PAIRS),
+        "out": len(PAIRS) - 2,
+        "refused": 2,
+        "source_rows": len(PAIRS),
+    }
+    assert found["steps"]["distinct"] == {
+        "in": len(PAIRS) - 2,
+        "out": len(PAIRS) - 4,
+        "equal": 1,
+        "merged": 1,
+    }
+    assert found["steps"]["decontaminate"] == {
+        "in": len(PAIRS) - 4,
+        "out": len(whole),
+        "rules": {"exact": 1},
+        "tasks": {"task": 1},
+    }
+    assert found["steps"]["select"]["beyond_cap"] == len(whole) - 30
+    assert found["steps"]["mine"]["negatives"] == report.negatives == 60
+    refused = [row for _, row in read_jsonl(folder / "refused.jsonl")]
+    assert [row["place"].rpartition(":")[2] for row in refused] == ["6", "10"]
+    assert "empty list" in refused[0]["problem"]
+    assert "query itself" in refused[1]["problem"]
+    (dropped,) = [row for _, row in read_jsonl(folder / "contaminated.jsonl")]
+    assert dropped["place"].endswith(f"pairs.jsonl:{len(PAIRS)}")
+    assert dropped["found"] == ["What is  asked"]
+
+
+def test_shards_have_a_fixed_length_and_the_checksums_of_the_manifest(recipe: Path) -> None:
+    assert build(recipe) == 0
+    found = manifest(recipe, "pairs")
+    assert [shard["rows"] for shard in found["shards"]] == [12, 12, 6]
+    for shard in found["shards"]:
+        path = recipe.parent / "built" / "pairs" / shard["file"]
+        assert hashlib.sha256(path.read_bytes()).hexdigest() == shard["sha256"]
+        assert pyarrow.parquet.read_metadata(path).num_rows == shard["rows"]
+    assert found["rows"] == 30
+    assert found["licence"] is None
+    assert manifest(recipe, "sts")["licence"] == "CC0-1.0"
+
+
+def test_classes_with_one_text_go(recipe: Path) -> None:
+    assert build(recipe) == 0
+    folder = recipe.parent / "built" / "classes"
+    assert read_records(folder, "classification") == [
+        LabelRecord(row["text"], row["label"]) for row in CLASSES if row["label"] != "single"
+    ]
+    assert manifest(recipe, "classes")["steps"]["select"]["unusable_classes"] == 1
+    ((_, refused),) = read_jsonl(folder / "refused.jsonl")
+    assert "'single' has one text only" in refused["problem"]
+    assert refused["place"].endswith(f":{len(CLASSES)}")
+
+
+def test_a_second_build_does_nothing(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert build(recipe) == 0
+    table = capsys.readouterr().out
+    assert "nothing to do" not in table
+    cells = next(line for line in table.splitlines() if line.strip().startswith("pairs")).split()
+    assert cells == ["pairs", str(len(PAIRS)), "2", "2", "1", "16", "60", "30", "built"]
+    before = {path: path.stat().st_mtime_ns for path in recipe.parent.rglob("*")}
+    assert build(recipe) == 0
+    assert "nothing to do" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in recipe.parent.rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    ("change", "rebuilt"),
+    [
+        ("build.rows_per_shard=13", set(KINDS)),
+        ("build.mine.num_negatives=1", {"pairs", "sts"}),
+        ("datasets.2.licence=MIT", {"classes"}),
+        ("datasets.0.instruction=look", {"pairs"}),
+        ("datasets.2.instruction=look", set()),
+        ("datasets.0.weight=2", set()),
+        ("seed=1", set()),
+    ],
+)
+def test_what_a_change_of_the_recipe_builds_again(
+    recipe: Path, change: str, rebuilt: set[str]
+) -> None:
+    assert build(recipe) == 0
+    before = {name: (recipe.parent / "built" / name).stat().st_ino for name in KINDS}
+    assert build(recipe, change) == 0
+    after = {name: (recipe.parent / "built" / name).stat().st_ino for name in KINDS}
+    assert {name for name in KINDS if before[name] != after[name]} == rebuilt
+
+
+def test_changed_inputs_are_seen(recipe: Path) -> None:
+    assert build(recipe) == 0
+    write_jsonl(recipe.parent / "sts.jsonl", STS[:-2])
+    assert build(recipe) == 0
+    assert manifest(recipe, "sts")["rows"] == len(STS) - 2
+    queries = recipe.parent / "task" / "queries.jsonl"
+    queries.write_text(queries.read_text().replace("What is  asked", "Red Red"))
+    before = manifest(recipe, "pairs")
+    assert build(recipe) == 0
+    assert manifest(recipe, "pairs")["inputs"]["tasks"] != before["inputs"]["tasks"]
+    texts = {record.query for record in read_records(recipe.parent / "built" / "pairs", "nli")}
+    assert "red red" not in texts
+
+
+def test_too_many_bad_rows(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert build(recipe, "build.max_refused=0.01") == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert f"pairs: 2 of {len(PAIRS)} rows are bad; the first, " in error
+    assert "pairs.jsonl:6" in error
+    assert "at most 1.00%" in error
+    kept = recipe.parent / "built" / "pairs.refused.jsonl"
+    assert str(kept) in error
+    assert len(list(read_jsonl(kept))) == 2
+    assert not (recipe.parent / "built" / "pairs").exists()
+    assert build(recipe) == 0
+    assert not kept.exists()
+
+
+def write_bytes(content: bytes) -> Any:
+    return lambda path: path.write_bytes(content)
+
+
+BROKEN = {
+    "missing": (lambda path: path.unlink(), "no such file"),
+    "folder": (lambda path: (path.unlink(), path.mkdir()), "pairs.jsonl"),
+    "empty": (write_bytes(b""), "holds no row"),
+    "utf8": (write_bytes(b'{"query": "\xff\xfe", "positive": "b"}\n'), "not UTF-8"),
+    "no positives": (write_bytes(b'{"query": "a", "positive": []}\n'), "at least one"),
+    "json": (write_bytes(b'{"query": "a", "posit'), "not valid JSON"),
+    "gigantic": (
+        lambda path: write_jsonl(path, [{"query": "a", "positive": "b" * 1_000_001}]),
+        "a text of 1,000,001 characters",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_input_that_cannot_be_used_leaves_no_half_set(
+    recipe: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spoil, message = BROKEN[name]
+    spoil(recipe.parent / "pairs.jsonl")
+    assert build(recipe, "--keep-going") == 2
+    captured = capsys.readouterr()
+    error = captured.err.splitlines()[-1]
+    assert error.startswith("error: ")
+    assert "1 of 3 data sets failed: pairs" in error
+    assert message in error
+    # The others are built, and the next time there is but one to do.
+    assert read_records(recipe.parent / "built" / "sts", "sts")
+    assert read_records(recipe.parent / "built" / "classes", "classification")
+    assert not (recipe.parent / "built" / "pairs").exists()
+    assert "failed" in captured.out
+    assert build(recipe, "--keep-going") == 2
+    assert capsys.readouterr().out.count("unchanged") == 2
+
+
+def test_without_keep_going_the_first_failure_ends_it(
+    recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (recipe.parent / "pairs.jsonl").unlink()
+    assert build(recipe) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: ")
+    assert not (recipe.parent / "built" / "sts").exists()
+
+
+def test_a_failed_build_leaves_the_one_before(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert build(recipe) == 0
+    before = contents(recipe.parent / "built")
+
+    def full(*arguments: Any, **options: Any) -> Any:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(one_set, "write_shards", full)
+    assert build(recipe, "build.rows_per_shard=5") == 2
+    assert "No space left" in capsys.readouterr().err
+    assert contents(recipe.parent / "built") == before
+
+
+def test_a_set_of_one_class_is_refused(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_jsonl(recipe.parent / "classes.jsonl", CLASSES[-1:] * 3)
+    assert build(recipe, "--keep-going") == 2
+    assert "classes: no record is left" in capsys.readouterr().err
+    assert not (recipe.parent / "built" / "classes").exists()
+
+
+def test_names_that_are_no_folders_are_refused(
+    recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert build(recipe, "datasets.0.name=../pairs") == 2
+    assert "cannot be a folder" in capsys.readouterr().err
+
+
+def test_a_recipe_without_build_section_has_a_default_folder(
+    recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert build(recipe, "build=null", "datasets.0.max_records=null", "--keep-going") == 2
+    assert f"pairs: 2 of {len(PAIRS)} rows are bad" in capsys.readouterr().err
+    assert len(read_records(recipe.parent / "data" / "recipe" / "sts", "sts")) == len(STS) - 1
+    assert not (recipe.parent / "built").exists()
+
+
+def test_a_cap_takes_its_share_of_every_class(recipe: Path) -> None:
+    rows = [{"text": f"{label} {i}", "label": label} for label in "abc" for i in range(10)]
+    rows += [{"text": f"d {i}", "label": "d"} for i in range(2)]
+    write_jsonl(recipe.parent / "classes.jsonl", rows)
+    assert build(recipe, "datasets.2.max_records=16") == 0
+    found = read_records(recipe.parent / "built" / "classes", "classification")
+    assert "".join(record.label for record in found) == "aaaaabbbbbcccccdd"
+    assert [record.text for record in found[:5]] == ["a 0", "a 2", "a 4", "a 6", "a 8"]
+
+
+# --- Training on it -------------------------------------------------------------------------------
+
+
+def config(recipe: Path, *overrides: str) -> TrainConfig:
+    return load_config(TrainConfig, recipe, overrides)
+
+
+def test_training_reads_what_was_built(recipe: Path) -> None:
+    assert build(recipe) == 0
+    one, _ = load_mixtures(config(recipe), recipe.parent)
+    sizes = {source.name: len(source) for source in one.sources}
+    assert sizes == {"pairs": 30, "sts": 2 * (len(STS) - 1), "classes": len(CLASSES) - 1}
+    plain = training_datasets(config(recipe, "build=null"), recipe.parent)
+    assert [dataset.path for dataset in plain] == [f"{name}.jsonl" for name in KINDS]
+
+
+def test_training_refuses_what_was_not_built_from_the_recipe(recipe: Path) -> None:
+    with pytest.raises(DataError, match=r"pairs is not built.*Run `nvembed data build RECIPE`"):
+        training_datasets(config(recipe), recipe.parent)
+    assert build(recipe) == 0
+    for change, named in {
+        "build.mine.num_negatives=3": "pairs was built with another mine.num_negatives; sts was",
+        "build.tasks=[]": "another decontaminate",
+        "datasets.1.path=other.jsonl": "sts was built with another source.path",
+    }.items():
+        with pytest.raises(DataError, match=named):
+            training_datasets(config(recipe, change), recipe.parent)
+    (recipe.parent / "built" / "sts" / "part-00000.parquet").write_bytes(b"cut")
+    with pytest.raises(DataError, match="sts is not built"):
+        training_datasets(config(recipe), recipe.parent)
+
+
+def test_the_build_section_is_checked_with_the_recipe(recipe: Path) -> None:
+    rows = yaml.safe_load(recipe.read_text())
+    rows["build"]["bm25"] = {"nothing": 0.5}
+    recipe.write_text(yaml.safe_dump(rows))
+    assert build(recipe) == 2

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import shutil
 import time
 import zlib
@@ -34,7 +33,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nvembed.core.errors import UserError
-from nvembed.core.files import atomic_folder
+from nvembed.core.files import atomic_folder, cache_folder
 from nvembed.text.template import PromptedText
 from nvembed.text.tokens import TextTokenizer, TokenizedText
 
@@ -50,8 +49,7 @@ _log = logging.getLogger(__name__)
 
 def default_cache_folder() -> Path:
     """Where tokens are kept: ``$NVEMBED_CACHE/tokens``, else ``~/.cache/nvembed/tokens``."""
-    given = os.environ.get("NVEMBED_CACHE")
-    return (Path(given).expanduser() if given else Path.home() / ".cache" / "nvembed") / "tokens"
+    return cache_folder("tokens")
 
 
 class TokenCache:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from nvembed.model.native_build import attention_library
+from nvembed.model.products import MIN_GAIN, fastest_seconds
 from nvembed.text.packing import Segments
 
 WIDTH_UNIT = 16
@@ -31,6 +32,11 @@ TOLERANCE = 1e-4
 _POINTER, _INTEGER = ctypes.c_void_p, ctypes.c_int64
 _SHAPE: list[Any] = [_INTEGER] * 4 + [ctypes.c_float, ctypes.c_int]
 _log = logging.getLogger(__name__)
+
+
+def available() -> bool:
+    """Whether there is a kernel on this machine; compiles it where there is not yet one."""
+    return _kernel() is not None
 
 
 def takes(query_HTE: Tensor, key_KTE: Tensor, value_KTE: Tensor) -> bool:
@@ -49,7 +55,7 @@ def takes(query_HTE: Tensor, key_KTE: Tensor, value_KTE: Tensor) -> bool:
         and num_heads % key_KTE.shape[0] == 0
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
-        and _kernel() is not None
+        and available()
     )
 
 
@@ -167,7 +173,7 @@ class _Kernel:
 
 @cache
 def _kernel() -> _Kernel | None:
-    """The kernel where it can be had and computes rightly."""
+    """The kernel where it can be had, computes rightly and is clearly faster than torch's."""
     library = attention_library()
     if library is None:
         return None
@@ -176,7 +182,31 @@ def _kernel() -> _Kernel | None:
     if not worst < TOLERANCE:
         _log.warning("attention is torch's own: the compiled one is wrong by %.1e", worst)
         return None
+    gain = _gain(kernel)
+    if gain < MIN_GAIN:
+        _log.info("attention is torch's own: the compiled one is %.1f times as fast", gain)
+        return None
     return kernel
+
+
+def _gain(kernel: _Kernel) -> float:
+    """How much faster than torch's, forward and backward, for texts of 128 tokens."""
+    with torch.inference_mode(False), torch.enable_grad():
+        leaf = torch.ones(2, 512, 64, requires_grad=True)
+        blocks = leaf.unflatten(1, (4, 128)).transpose(0, 1)
+        starts = torch.arange(0, 513, 128, dtype=torch.int32)
+        d_out_THE = torch.ones(512, 2, 64)
+
+        def ours() -> Tensor:
+            out_THE = _Attention.apply(leaf, leaf, leaf, starts, 0.125, kernel)
+            return torch.autograd.grad(out_THE, leaf, d_out_THE)[0]
+
+        def by_torch() -> Tensor:
+            out = nn.functional.scaled_dot_product_attention(blocks, blocks, blocks)
+            d_out = d_out_THE.view(4, 128, 2, 64).transpose(1, 2)
+            return torch.autograd.grad(out, leaf, d_out, retain_graph=True)[0]
+
+        return fastest_seconds(by_torch) / fastest_seconds(ours)
 
 
 def _largest_error(kernel: _Kernel) -> float:

@@ -174,6 +174,16 @@ def test_segments_that_leave_tokens_out_are_an_error() -> None:
         run(tensors(2, 2, 8, 16), [4, 3])
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _however_slow() -> Iterator[None]:
+    """The kernel is tested where it is not faster, too."""
+    native_attention._kernel.cache_clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native_attention, "MIN_GAIN", 0.0)
+        yield
+    native_attention._kernel.cache_clear()
+
+
 @pytest.fixture
 def _fresh() -> Iterator[None]:
     """Forget the library before and after."""
@@ -237,6 +247,14 @@ def test_a_kernel_that_computes_wrongly_is_not_used(
 ) -> None:
     monkeypatch.setattr(native_attention, "TOLERANCE", 1e-9)
     assert "the compiled one is wrong by" in attention_by_torch(caplog, logging.WARNING)
+
+
+@pytest.mark.usefixtures("_fresh")
+def test_a_kernel_that_gains_too_little_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(native_attention, "MIN_GAIN", 1e6)
+    assert "times as fast" in attention_by_torch(caplog, logging.INFO)
 
 
 def test_compiled_once_and_again_where_damaged(

@@ -2,7 +2,8 @@
 
     records     as in ``data/records.py``: pairs, classes and sentence pairs, by ``columns``
     tuples      a query (or ``anchor``), a ``positive``, and every column called ``negative…``
-    lists       FlagEmbedding: ``query``, ``pos``, ``neg``, ``pos_scores``, ``neg_scores``
+    lists       FlagEmbedding: ``query``, ``pos``, ``neg``, ``pos_scores``, ``neg_scores``, and with
+                ``columns: {instruction: prompt}`` an instruction per row
     passages    Tevatron: ``query``, ``positive_passages``, ``negative_passages``: [{title, text}]
     clusters    old MTEB clustering: ``sentences`` and ``labels``, one row for many texts
 
@@ -158,6 +159,7 @@ def _lists(values: Values, columns: Columns) -> Iterator[Values]:
         ("negative", "neg"),
         ("positive_scores", "pos_scores"),
         ("negative_scores", "neg_scores"),
+        ("instruction", "instruction"),
     ):
         value = columns.find(values, column)
         if value is not MISSING and value is not None:

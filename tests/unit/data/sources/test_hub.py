@@ -234,6 +234,57 @@ def test_the_commit_is_noted_and_loaded(tmp_path: Path, monkeypatch: pytest.Monk
     assert (opened.revision, calls[1]) == (None, (("org/set", "c"), None))
 
 
+def test_tables_of_one_set_are_read_at_one_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tables = {
+        None: [{"query-id": 1, "corpus-id": 2.0, "score": 1}],
+        "queries": [{"_id": "1", "text": "q"}],
+        "corpus": [{"_id": "2", "text": "d"}],
+    }
+    calls: list[Any] = []
+
+    def load(name: str, config: str | None, *, split: str, revision: str, streaming: bool) -> Any:
+        calls.append((name, config, split, revision, streaming))
+        return datasets.Dataset.from_list(tables[config])
+
+    commits = iter([COMMIT, "f" * 40])  # someone pushes in between
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr(
+        hub.HfApi,
+        "dataset_info",
+        lambda *_, **__: hub.hf_api.DatasetInfo(id="org/set", sha=next(commits)),
+    )
+    assert records(tmp_path, entry({"id": "org/set"}, layout="beir")) == [PairRecord("q", ("d",))]
+    assert calls == [
+        ("org/set", None, "train", COMMIT, False),
+        ("org/set", "queries", "queries", COMMIT, False),
+        ("org/set", "corpus", "corpus", COMMIT, False),
+    ]
+
+
+def test_scored_sets_have_a_split_in_three_configurations(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tables = {
+        "scores": [{"query_id": 0, "document_ids": [3, 9, 4], "scores": [0.91, 0.80, -1.0]}],
+        "queries": [{"query_id": 0, "query": "q"}],
+        "documents": [{"document_id": n, "document": f"d{n}"} for n in range(10)],
+    }
+    splits: list[str] = []
+
+    def load(_: str, config: str, *, split: str, **__: Any) -> Any:
+        splits.append(split)
+        return datasets.Dataset.from_list(tables[config])
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    place = {"id": "org/mined", "config": "scores", "split": "fiqa", "revision": COMMIT}
+    assert records(tmp_path, entry(place, layout="scored")) == [
+        PairRecord("q", ("d3",), ("d9",), (0.91,), (0.80,))
+    ]
+    assert splits == ["fiqa"] * 3
+
+
 def test_a_stream_that_breaks_off_says_where(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

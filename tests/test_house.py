@@ -81,10 +81,13 @@ def test_public_names_are_exact_and_sorted() -> None:
         _ = nvembed.missing
 
 
-COMMANDS = ["demo", "train", "mine", "evaluate", "encode", "search", "doctor", "export"]
+DATA_COMMANDS = ["build", "inspect", "check"]
+COMMANDS = ["demo", "data", "train", "mine", "evaluate", "encode", "search", "doctor", "export"]
 
 
-@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])
+@pytest.mark.parametrize(
+    "command", [[], *([name] for name in COMMANDS), *(["data", name] for name in DATA_COMMANDS)]
+)
 def test_help_has_examples_and_does_not_import_torch(command: list[str]) -> None:
     code = (
         "import sys; from nvembed.cli.main import run; "

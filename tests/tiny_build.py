@@ -61,7 +61,7 @@ def recipe(**build: Any) -> dict[str, Any]:
             "near": None,
             "max_refused": 0.1,
             "rows_per_shard": 12,
-            "mine": {"teacher": "teacher", "num_negatives": 2, "strategy": "top_k"},
+            "mine": {"teacher": "bm25", "num_negatives": 2, "strategy": "top_k"},
             **build,
         },
         "stages": [

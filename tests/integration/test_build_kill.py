@@ -11,23 +11,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-import nvembed.building.tools
 from faults import Fault, Outcome, in_child
 from nvembed.cli.main import run
-from nvembed.inference.fake import HashEncoder
 from tiny_build import contents, write_inputs
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _hashed_teacher() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(nvembed.building.tools, "load_encoder", lambda name, dtype: HashEncoder())
-        yield
 
 
 def command(folder: Path) -> tuple[int, str]:
@@ -91,6 +81,10 @@ KILLED_AT = [
     r"open .*/\.decontaminate-.*/contaminated",
     r"rename .*/\.decontaminate-",
     r"open .*/\.pairs\..*/refused",
+    r"open .*/mine-.*/\.in\.jsonl",
+    r"rename .*/mine-.*/\.documents\.jsonl",
+    r"open .*/mine-.*/\.out\.jsonl",
+    r"rename .*/mine-.*/\.out\.jsonl\.report",
     r"open .*/\.pairs\..*/part-00001",
     r"rename .*/\.manifest\.json",
     r"rename .*/\.pairs\.",
@@ -168,7 +162,7 @@ def test_kills_of_the_command_itself(tmp_path: Path) -> None:
     """As a user would start it: Python, the command line, SIGKILL."""
     for name in ("alone", "killed"):
         (tmp_path / name).mkdir()
-        write_inputs(tmp_path / name, mine=None)
+        write_inputs(tmp_path / name)
     program = [sys.executable, "-m", "nvembed", "data", "build"]
     subprocess.run([*program, str(tmp_path / "alone" / "recipe.yaml")], check=True)
     choose = random.Random(1)

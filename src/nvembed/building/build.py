@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from nvembed.building.mining import teacher_name
 from nvembed.building.one_set import SetJob, build_set, finished_manifest
 from nvembed.building.steps import content_hash, fingerprint
-from nvembed.building.tools import Tools, teacher_name
+from nvembed.building.tools import Tools
 from nvembed.core.errors import ConfigError, UserError
 from nvembed.data.sources import DatasetConfig
+from nvembed.mining.teachers import check_teacher
 from nvembed.training.build_config import BuildConfig
 from nvembed.training.built import mining_of
 from nvembed.training.config import TrainConfig
@@ -65,7 +67,7 @@ def build_recipe(
         The outcome of every set, in order. There are failed ones only with ``keep_going``.
 
     Raises:
-        ConfigError: a set has a name that no folder can have.
+        ConfigError: a set has a name that no folder can have, or mining is set up wrongly.
         UserError: a set cannot be built.
     """
     build = config.build or BuildConfig(folder=folder)
@@ -76,6 +78,9 @@ def build_recipe(
                 where="datasets.name",
                 expected="letters, digits, _, -, +, . and blanks",
             )
+    if build.mine is not None:
+        teacher = teacher_name(build.mine.teacher, base_dir)
+        check_teacher(teacher, build.mine.teacher_model, build.mine, "local")
     tools = Tools(build, base_dir)
     shared = _SharedInputs(build, base_dir)
     outcomes: list[SetOutcome] = []

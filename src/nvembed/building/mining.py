@@ -1,20 +1,37 @@
-"""Hard negatives for a set in the making."""
+"""Hard negatives for a set in the making; the miner works on files and may be killed."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any, cast
+import json
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
 
-from nvembed.building.tools import Tools
-from nvembed.data.record_shards import Rows
-from nvembed.data.records import PairRecord, Record, StsRecord
+from nvembed.core.files import read_jsonl, tidy, write_jsonl
+from nvembed.data.record_shards import Rows, record_of
+from nvembed.data.records import Kind, PairRecord
 from nvembed.data.sources import Converted, DatasetConfig
-from nvembed.mining.miner import mine_negatives, mine_sts_negatives
+from nvembed.mining.miner import mine_file
+from nvembed.mining.report import MiningReport
+from nvembed.mining.teachers import BM25_NAME
 from nvembed.training.build_config import BuildMining
 
 
+def teacher_name(name: str, base_dir: Path) -> str:
+    """The folder of a teacher where there is one beside the recipe, else what it is called."""
+    local = base_dir / name
+    return str(local) if name != BM25_NAME and local.is_dir() else name
+
+
 def mined(
-    dataset: DatasetConfig, config: BuildMining, rows: Rows, pool: Rows, tools: Tools
+    dataset: DatasetConfig,
+    config: BuildMining,
+    rows: Rows,
+    pool: Rows | None,
+    *,
+    work: Path,
+    base_dir: Path,
 ) -> tuple[Iterator[Converted], dict[str, Any]]:
     """Give records negatives from all documents of their set.
 
@@ -22,33 +39,41 @@ def mined(
         dataset: of kind retrieval, nli or sts.
         config: how.
         rows: the records.
-        pool: all records of the set; their documents may be negatives, whether or not they are
-            among ``rows``.
-        tools: has the teacher.
+        pool: all records of the set, where there are more; their documents may be negatives too.
+        work: what is computed lies here; of these records and settings alone.
+        base_dir: folder of the recipe.
 
     Returns:
         The records with negatives, in order, and the miner's report.
     """
-    placed = list(rows())
-    found: Sequence[PairRecord | StsRecord]
-    if dataset.kind == "sts":
-        found, report = mine_sts_negatives(
-            cast(list[StsRecord], [row.record for row in placed]),
-            None,
-            tools.teacher,
-            config,
+    records, documents, output = (work / f"{name}.jsonl" for name in ("in", "documents", "out"))
+    tidy(work, "*")
+    found = output.with_name("out.jsonl.report.json")
+    if not found.is_file():  # the last that the miner writes
+        write_jsonl(records, (row.record.to_json() for row in rows()))
+        if pool is not None:
+            write_jsonl(documents, ({"text": text} for text in _documents(pool)))
+        mine_file(
+            records,
+            output,
+            teacher_name(config.teacher, base_dir),
+            config.model_copy(update={"write_scores": False}) if dataset.kind == "sts" else config,
+            kind=dataset.kind,
             instruction=dataset.instruction,
+            documents=None if pool is None else documents,
+            dtype=config.dtype,
+            teacher_model=config.teacher_model,
+            work=work,
         )
-    else:
-        found, report = mine_negatives(
-            cast(list[PairRecord], [row.record for row in placed]),
-            list(_documents(pool)),
-            tools.teacher,
-            config,
-            instruction=dataset.instruction,
-        )
-    pairs = zip(cast(Sequence[Record], found), placed, strict=True)
-    return (Converted(record, row.place) for record, row in pairs), report.to_json()
+    report = json.loads(found.read_text(encoding="utf-8"))
+    # The others name files of this machine.
+    kept = {field.name: report[field.name] for field in fields(MiningReport)}
+    return _read(output, dataset.kind), kept
+
+
+def _read(path: Path, kind: Kind) -> Iterator[Converted]:
+    for _, row in read_jsonl(path):
+        yield Converted(record_of(row, kind), "")
 
 
 def _documents(rows: Rows) -> Iterator[str]:

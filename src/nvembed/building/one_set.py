@@ -65,6 +65,11 @@ class SetJob:
         return self.folder / self.dataset.name
 
     @property
+    def steps_folder(self) -> Path:
+        """Where its steps lie until it is done."""
+        return self.folder / ".steps" / self.dataset.name
+
+    @property
     def settings(self) -> dict[str, Any]:
         """What decides its contents, beside the inputs."""
         return set_settings(self.dataset, self.build)
@@ -102,7 +107,7 @@ def build_set(job: SetJob, tools: Tools) -> dict[str, Any]:
         "decontaminate": name_of("decontaminate", *compared),
     }
     steps = _steps(job)
-    steps.tidy(list(names.values()))
+    steps.tidy([*names.values(), _mine_name(job)])
     read = steps.run(names["read"], lambda folder: _read(job, folder))
     last = steps.run(names["distinct"], lambda folder: _distinct(job, read, folder))
     done = [read, last]
@@ -112,13 +117,17 @@ def build_set(job: SetJob, tools: Tools) -> dict[str, Any]:
             names["decontaminate"], lambda folder: _decontaminate(job, before, tools, folder)
         )
         done.append(last)
-    manifest = _finish(job, tools, done)
+    manifest = _finish(job, done)
     _clear(job)
     return manifest
 
 
 def _steps(job: SetJob) -> Steps:
-    return Steps(job.folder / ".steps" / job.dataset.name, job.dataset.kind)
+    return Steps(job.steps_folder, job.dataset.kind)
+
+
+def _mine_name(job: SetJob) -> str:
+    return name_of("mine", job.settings, job.inputs)
 
 
 def _clear(job: SetJob) -> None:
@@ -207,7 +216,7 @@ def _described(match: Match) -> dict[str, Any]:
     }
 
 
-def _finish(job: SetJob, tools: Tools, done: list[Finished]) -> dict[str, Any]:
+def _finish(job: SetJob, done: list[Finished]) -> dict[str, Any]:
     """Write the folder of the set."""
     dataset, last = job.dataset, done[-1]
     with atomic_folder(job.target) as temporary:
@@ -225,7 +234,14 @@ def _finish(job: SetJob, tools: Tools, done: list[Finished]) -> dict[str, Any]:
         if mining is None:
             rows = _shown(kept(), f"{dataset.name}: write", None)
         else:
-            rows, report = mined(dataset, mining, kept, usable_rows, tools)
+            rows, report = mined(
+                dataset,
+                mining,
+                kept,
+                usable_rows if dataset.max_records and dataset.max_records < total else None,
+                work=job.steps_folder / _mine_name(job),
+                base_dir=job.base_dir,
+            )
         shards = write_shards(
             temporary, rows, dataset.kind, rows_per_shard=job.build.rows_per_shard
         )

@@ -8,13 +8,11 @@ from pathlib import Path
 from nvembed.building.contamination import Contamination, EvaluationText
 from nvembed.building.evaluation_texts import evaluation_texts
 from nvembed.evaluation.tasks import load_tasks
-from nvembed.inference.load import load_encoder
-from nvembed.inference.protocol import Encoder
 from nvembed.training.build_config import BuildConfig
 
 
 class Tools:
-    """Evaluation texts and teacher of a build.
+    """Evaluation texts of a build.
 
     Args:
         build: the settings.
@@ -34,21 +32,3 @@ class Tools:
     def contamination(self, bm25: float | None) -> Contamination:
         """Finds evaluation texts, with a BM25 threshold where a set has one."""
         return Contamination(self._texts, near=self._build.near, bm25=bm25)
-
-    @cached_property
-    def teacher(self) -> Encoder:
-        """The model that scores candidates.
-
-        Raises:
-            ModelError: it cannot be loaded.
-        """
-        assert self._build.mine is not None
-        return load_encoder(
-            teacher_name(self._build.mine.teacher, self._base_dir), self._build.mine.dtype
-        )
-
-
-def teacher_name(name: str, base_dir: Path) -> str:
-    """The folder of a teacher where there is one, else its hub id."""
-    local = base_dir / name
-    return str(local) if local.is_dir() else name

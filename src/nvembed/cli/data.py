@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -11,6 +11,9 @@ from nvembed.cli.synthesize import synthesize
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from nvembed.data.records import Conversion, Kind
+    from nvembed.data.sources import DatasetConfig
 
 data = typer.Typer(
     help="Build training data from files and hub data sets, look into it, check it.",
@@ -77,6 +80,148 @@ def build(
     typer.echo(f"written: {place}")
     if config.build is None:
         typer.echo(f"for training on it, add to the recipe: build: {{folder: {folder}}}")
+
+
+KindOption = Annotated[
+    Literal["retrieval", "nli", "sts", "classification", "clustering"] | None,
+    typer.Option(help="What the records of the file are.", show_default=False),
+]
+LayoutOption = Annotated[
+    str, typer.Option(help="How its rows become records; see data/sources/layouts.py.")
+]
+ColumnsOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--column",
+        metavar="NAME=COLUMN",
+        help="A column that is called differently, such as query=question. May be repeated.",
+        show_default=False,
+    ),
+]
+
+
+@data.command()
+def inspect(
+    path: Annotated[
+        Path,
+        typer.Argument(
+            help="A recipe, a built set, a folder of them, or a file.", show_default=False
+        ),
+    ],
+    kind: KindOption = None,
+    layout: LayoutOption = "records",
+    columns: ColumnsOption = None,
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(help="Model folder whose tokens are counted too.", show_default=False),
+    ] = None,
+    samples: Annotated[int, typer.Option(min=0, help="Records to show of each set.")] = 2,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")] = False,
+) -> None:
+    """Look into training data: samples, lengths, classes, duplicates, negatives.
+
+    The sets of a recipe are taken as built where they are, else from their sources.
+
+    Examples:
+
+    \b
+      nvembed data inspect recipes/small-built.yaml
+      nvembed data inspect pairs.jsonl --kind retrieval --tokenizer MODEL
+      nvembed data inspect built/squad --json
+    """
+    import json
+
+    from nvembed.building.inspection import inspect as look
+    from nvembed.building.inspection import load_token_counter
+    from nvembed.building.inspection_report import print_inspection
+    from nvembed.building.looking import open_sets
+
+    given = None if kind is None else _file_config(path, kind, layout, columns)
+    counter = None if tokenizer is None else load_token_counter(tokenizer)
+    found = []
+    for opened in open_sets(path, given):
+        rows = opened.rows
+        found.append(
+            look(opened.name, opened.kind, rows, num_samples=samples, count_tokens=counter)
+        )
+        if not as_json:
+            print_inspection(found[-1], _console())
+    if as_json:
+        rows_of_json = [inspection.to_json() for inspection in found]
+        typer.echo(json.dumps(rows_of_json, indent=2, ensure_ascii=False))
+
+
+@data.command()
+def check(
+    file: Annotated[Path, typer.Argument(help="The file.", show_default=False)],
+    kind: Annotated[
+        Literal["retrieval", "nli", "sts", "classification", "clustering"],
+        typer.Option(help="What its records are.", show_default=False),
+    ],
+    layout: LayoutOption = "records",
+    columns: ColumnsOption = None,
+    conversion: Annotated[
+        Literal["example", "label"], typer.Option(help="What classes are turned into.")
+    ] = "example",
+) -> None:
+    """Check a file of training data to its end; name every bad line. Exit code 2 if there is one.
+
+    Examples:
+
+    \b
+      nvembed data check pairs.jsonl --kind retrieval
+      nvembed data check intents.csv --kind classification --column label=intent
+    """
+    from nvembed.building.looking import checked_rows
+    from nvembed.core.errors import DataError
+    from nvembed.data.sources import BadRow
+
+    config = _file_config(file, kind, layout, columns, conversion)
+    good = bad = 0
+    for row in checked_rows(config):
+        if isinstance(row, BadRow):
+            bad += 1
+            typer.echo(f"{row.place}: {row.problem}")
+        else:
+            good += 1
+    if bad or not good:
+        problem = f"{bad:,} problems, {good:,} good records" if bad else "the file holds no records"
+        raise DataError(problem, where=str(file))
+    typer.echo(f"{file}: {good:,} records, all good")
+
+
+def _file_config(
+    path: Path,
+    kind: Kind,
+    layout: str,
+    columns: list[str] | None,
+    conversion: Conversion = "example",
+) -> DatasetConfig:
+    """The entry that a file of the command line would have in a recipe."""
+    from pydantic import ValidationError
+
+    from nvembed.core.errors import ConfigError
+    from nvembed.data.sources import DatasetConfig
+
+    names: dict[str, str] = {}
+    for given in columns or ():
+        name, equals, column = given.partition("=")
+        if not (name and equals and column):
+            raise ConfigError(f"{given!r}", where="--column", expected="NAME=COLUMN")
+        names[name] = column
+    values: dict[str, object] = {
+        "name": path.name,
+        "path": str(path),
+        "kind": kind,
+        "instruction": None,
+    }
+    values |= {"layout": layout, "columns": names, "conversion": conversion}
+    try:
+        return DatasetConfig.model_validate(values)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = "--" + str(problem["loc"][0]) if problem["loc"] else None
+        raise ConfigError(str(problem["msg"]).removeprefix("Value error, "), where=where) from error
 
 
 def _console() -> Console:

@@ -103,13 +103,15 @@ def build_batch(
         allowed_N[own.negatives] = True
         allowed_N[index.never_against(example)] = False
     counts_Q = np.array([len(own.positives) for own in documents_of])
+    # The mask is the largest array of a step: not copied where every query is one row.
+    single = bool((counts_Q == 1).all())
     positives = [column for own in documents_of for column in own.positives]
     return ContrastiveBatch(
         texts=tuple(rows),
         query_B=np.array(queries, dtype=np.int64).repeat(counts_Q),
         document_N=np.fromiter(columns, dtype=np.int64, count=len(columns)),
         positive_B=np.array(positives, dtype=np.int64),
-        negative_BN=negative_QN.repeat(counts_Q, axis=0),
+        negative_BN=negative_QN if single else negative_QN.repeat(counts_Q, axis=0),
         weight_B=(1.0 / counts_Q).astype(np.float32).repeat(counts_Q),
         mentioned=len(examples) + sum(map(len, documents_of)),
         teacher=_teacher_scores(examples, documents_of, negative_QN),

@@ -1,98 +1,12 @@
-"""BM25: the baseline that a retriever should beat, and a source of lexical hard negatives.
-
-Words are ``\\w+`` in lower case, with neither stemming nor stop words. Needs numpy and scipy alone.
-"""
+"""nDCG of BM25 on a retrieval task: the baseline that a retriever should beat."""
 
 from __future__ import annotations
 
 import math
-import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 
-import numpy as np
-from numpy.typing import NDArray
-from scipy import sparse
-
 from nvembed.evaluation.task_files import RetrievalData
-
-_WORD = re.compile(r"\w+")
-_BLOCK_CELLS = 4_000_000  # scores held dense at once: 32 MB
-
-
-class BM25:
-    """A searchable collection of documents.
-
-    score(q, d) = Σ over the words w of q, repeated ones repeatedly:
-    ``idf(w) · f · (k1 + 1) / (f + k1 · (1 − b + b · |d| / mean |d|))`` with f the count of w in d
-    and ``idf(w) = ln(1 + (N − n + 0.5) / (n + 0.5))`` for w in n of N documents. Always positive,
-    so a score of 0 means that query and document share no word.
-
-    Args:
-        documents: the texts to search, at least one.
-        k1: how soon repeating a word stops to help; 0.9 as in Anserini.
-        b: how much long documents are held back, 0 to 1; 0.4 as in Anserini.
-
-    Source: Robertson and Zaragoza, The Probabilistic Relevance Framework (2009). Checked against
-    plain loops in tests/unit/evaluation/test_bm25.py.
-    """
-
-    def __init__(self, documents: Sequence[str], k1: float = 0.9, b: float = 0.4) -> None:
-        self._vocabulary: dict[str, int] = {}
-        columns: list[int] = []
-        values: list[int] = []
-        starts = [0]
-        for text in documents:
-            for word, count in Counter(_words(text)).items():
-                columns.append(self._vocabulary.setdefault(word, len(self._vocabulary)))
-                values.append(count)
-            starts.append(len(columns))
-        shape = (len(documents), len(self._vocabulary))
-        counts = sparse.csr_array((np.array(values, np.float64), columns, starts), shape=shape)
-        lengths = np.asarray(counts.sum(axis=1)).ravel()
-        mean = lengths.mean() or 1.0  # 0 where no document has a word: nothing to divide then
-        found_in = np.bincount(columns, minlength=shape[1])
-        idf = np.log1p((len(documents) - found_in + 0.5) / (found_in + 0.5))
-        saturation = np.repeat(k1 * (1 - b + b * lengths / mean), np.diff(counts.indptr))
-        counts.data *= idf[counts.indices] * (k1 + 1) / (counts.data + saturation)
-        self._weights_by_word = counts.T.tocsr()
-        self._num_documents = len(documents)
-
-    def top_k(
-        self, queries: Sequence[str], k: int
-    ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-        """Find the best ``k`` documents of each query, fewer if there are fewer documents.
-
-        Equal scores are ordered by index.
-
-        Returns:
-            scores and document indices, both of shape ``(len(queries), min(k, documents))``, best
-            first; indices at score 0 share no word with the query.
-        """
-        k = min(k, self._num_documents)
-        scores = np.empty((len(queries), k))
-        indices = np.empty((len(queries), k), dtype=np.int64)
-        counts = self._query_counts(queries)
-        block = max(1, _BLOCK_CELLS // max(1, self._num_documents))
-        for start in range(0, len(queries), block):
-            dense = (counts[start : start + block] @ self._weights_by_word).toarray()
-            for row, all_scores in enumerate(dense, start=start):
-                best = _best(all_scores, k)
-                indices[row], scores[row] = best, all_scores[best]
-        return scores, indices
-
-    def _query_counts(self, queries: Sequence[str]) -> sparse.csr_array:
-        columns: list[int] = []
-        values: list[int] = []
-        starts = [0]
-        for text in queries:
-            for word, count in Counter(_words(text)).items():
-                if (column := self._vocabulary.get(word)) is not None:
-                    columns.append(column)
-                    values.append(count)
-            starts.append(len(columns))
-        shape = (len(queries), len(self._vocabulary))
-        return sparse.csr_array((np.array(values, np.float64), columns, starts), shape=shape)
+from nvembed.mining.bm25 import BM25
 
 
 def bm25_ndcg(data: RetrievalData, k: int = 10) -> float:
@@ -114,15 +28,3 @@ def ndcg(ranked: Sequence[str], judged: Mapping[str, int], k: int) -> float:
 
 def _dcg(grades: Sequence[int]) -> float:
     return sum(grade / math.log2(rank + 2) for rank, grade in enumerate(grades))
-
-
-def _words(text: str) -> list[str]:
-    return _WORD.findall(text.lower())
-
-
-def _best(scores: NDArray[np.float64], k: int) -> NDArray[np.int64]:
-    # Everything at least as good as the k-th best, then a stable sort: ties by index at any k.
-    kth = np.partition(scores, len(scores) - k)[len(scores) - k]
-    candidates = np.flatnonzero(scores >= kth)
-    order = np.argsort(-scores[candidates], kind="stable")[:k]
-    return candidates[order].astype(np.int64)

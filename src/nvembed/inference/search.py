@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-import nvembed
 from nvembed.core.errors import ConfigError, DataError, UserError
 from nvembed.core.files import atomic_path
 from nvembed.inference.encoding import encode_texts, encode_window
 from nvembed.inference.files import TextRow, read_texts
+from nvembed.inference.fingerprint import model_fingerprint
 from nvembed.inference.load import load_encoder
 from nvembed.inference.protocol import Encoder
 from nvembed.model.settings import PrecisionChoice
@@ -118,20 +118,8 @@ def _write_cached(path: Path, vectors: NDArray[np.float32]) -> None:
 
 
 def _cache_key(model: str, dtype: PrecisionChoice | None, documents: Path) -> str:
-    """Name the vectors of a file: by the file's contents and by what the model folder holds.
-
-    Weights are told apart by name, size and time of change, since reading gigabytes would cost more
-    than encoding a small file. A hub id stands for itself.
-    """
-    digest = hashlib.sha256(f"{nvembed.__version__} {dtype}".encode())
-    folder = Path(model)
-    digest.update(str(folder.resolve() if folder.is_dir() else model).encode())
-    files = sorted(folder.rglob("*")) if folder.is_dir() else []
-    for path in files:
-        if path.is_file():
-            status = path.stat()
-            name = path.relative_to(folder)
-            digest.update(f"\n{name} {status.st_size} {status.st_mtime_ns}".encode())
+    """Name the vectors of a file: by the file's contents and by what the model folder holds."""
+    digest = hashlib.sha256(model_fingerprint(model, dtype).encode())
     with open(documents, "rb") as file:
         digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()

@@ -43,6 +43,10 @@ class MiningConfig(StrictModel):
         write_scores: give pair records (retrieval, NLI) the teacher's cosines of their positives
             and negatives, for distillation; False also takes scores away that a record had, since
             they belong to its old negatives.
+        rerank: folder or hub id of a cross-encoder whose scores replace the teacher's, of positives
+            and candidates, for the rule, the order and ``write_scores``; ``None`` uses none. The
+            positive rules want scores above 0, as those of models that end in a sigmoid.
+        rerank_depth: how many of the nearest it scores; the others are no candidates then.
     """
 
     strategy: Strategy = "percent_of_positive"
@@ -56,6 +60,8 @@ class MiningConfig(StrictModel):
     near_duplicate: Annotated[float, Field(gt=0.0, le=1.0)] | None = 0.9
     given: Literal["keep", "replace"] = "keep"
     write_scores: bool = False
+    rerank: str | None = None
+    rerank_depth: Annotated[int, Field(ge=1)] = 50
 
     @model_validator(mode="after")
     def _fields_agree(self) -> Self:
@@ -65,7 +71,7 @@ class MiningConfig(StrictModel):
             raise ValueError(f"threshold is {self.limit:g}, percent_of_positive takes (0, 1]")
         if self.strategy == "margin" and not 0.0 <= self.limit <= 2.0:
             raise ValueError(f"threshold is {self.limit:g}, margin takes 0 to 2")
-        if self.strategy == "absolute" and not -1.0 <= self.limit <= 1.0:
+        if self.strategy == "absolute" and not -1.0 <= self.limit <= 1.0 and self.rerank is None:
             raise ValueError(f"threshold is {self.limit:g}, absolute takes a cosine, -1 to 1")
         if self.sample_from is not None:
             if self.sample == "top":

@@ -1,46 +1,58 @@
 """Hard negatives for training records, mined with a teacher model.
 
-In: records and an encoder; out: the same records with negatives, and a report. Documents are all
+In: records and a teacher; out: the same records with negatives, and a report. Documents are all
 texts of the records (and a corpus, if given), each once; the nearest of them to a query, less
-everything that is or may be a positive, are its negatives. The choice itself is in
-``selection.py``.
+everything that is or may be a positive, are its negatives. Next file: ``run.py``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-import numpy as np
-from numpy.typing import NDArray
-
-from nvembed.core.errors import ConfigError, DataError
+from nvembed.core.errors import ConfigError
 from nvembed.core.files import read_jsonl, write_json, write_jsonl
-from nvembed.core.progress import progress
 from nvembed.data.convert import POSITIVE_SCORE
-from nvembed.data.records import Kind, PairRecord, StsRecord, read_records
-from nvembed.inference.encoding import encode_texts
-from nvembed.inference.files import read_texts
-from nvembed.inference.load import load_encoder
+from nvembed.data.records import Kind, PairRecord, Record, StsRecord, read_records
+from nvembed.inference.files import TextRow, read_texts
 from nvembed.inference.protocol import Encoder
 from nvembed.mining.config import MiningConfig
-from nvembed.mining.pool import DocumentPool, text_key
+from nvembed.mining.pool import DocumentPool, Pool, StoredPool, text_key
 from nvembed.mining.report import MiningReport
-from nvembed.mining.search import top_k
-from nvembed.mining.selection import Case, Neighbours, Selector
-from nvembed.model.settings import PrecisionChoice
+from nvembed.mining.run import Mined, Run, pool_texts, queries_of
+from nvembed.mining.selection import Case
+from nvembed.mining.teachers import (
+    BM25_NAME,
+    Engine,
+    NamedTeacher,
+    Search,
+    check_teacher,
+    rank_by_bm25,
+    rank_in_files,
+    rank_in_memory,
+    settled_dtype,
+    take_device,
+)
+from nvembed.model.settings import Precision, PrecisionChoice
 
-__all__ = ["MiningConfig", "MiningReport", "mine_file", "mine_negatives", "mine_sts_negatives"]
-
-# Records per search: one tile of ``top_k``.
-BLOCK_RECORDS = 128
+__all__ = [
+    "MiningConfig",
+    "MiningReport",
+    "help_mining",
+    "mine_file",
+    "mine_negatives",
+    "mine_sts_negatives",
+]
 
 
 def mine_negatives(
     records: Sequence[PairRecord],
-    documents: Sequence[str] | None,
+    documents: Iterable[str] | None,
     encoder: Encoder,
     config: MiningConfig,
     *,
@@ -68,26 +80,14 @@ def mine_negatives(
         DataError: there are no records.
         ModelError: the teacher gives vectors that cannot be used.
     """
-    cases = [
-        Case(sides=((record.query, record.positives),), given=record.negatives)
-        for record in records
-    ]
-    chosen, report = _mine(cases, documents or (), encoder, config, query_task=instruction)
-    with_negatives = [
-        replace(
-            record,
-            negatives=mined.negatives,
-            positive_scores=mined.positive_scores,
-            negative_scores=mined.negative_scores,
-        )
-        for record, mined in zip(records, chosen, strict=True)
-    ]
-    return with_negatives, report
+    plan = _plan_pairs(records)
+    run = _run_in_memory(plan, documents or (), encoder, config, instruction)
+    return list(plan.finish(run.mined())), run.report()
 
 
 def mine_sts_negatives(
     records: Sequence[StsRecord],
-    documents: Sequence[str] | None,
+    documents: Iterable[str] | None,
     encoder: Encoder,
     config: MiningConfig,
     *,
@@ -102,30 +102,9 @@ def mine_sts_negatives(
 
     Args, returns and errors are those of ``mine_negatives``.
     """
-    mined_rows = [
-        row
-        for row, record in enumerate(records)
-        if record.score >= POSITIVE_SCORE
-        and text_key(record.sentence1) != text_key(record.sentence2)
-    ]
-    cases = []
-    for row in mined_rows:
-        first, second = records[row].sentence1, records[row].sentence2
-        sides = ((first, (second,)), (second, (first,)))
-        cases.append(Case(sides=sides, given=records[row].negatives))
-    sentences = [text for record in records for text in (record.sentence1, record.sentence2)]
-    chosen, report = _mine(
-        cases,
-        [*sentences, *(documents or ())],
-        encoder,
-        config,
-        query_task=instruction,
-        document_task=instruction,
-    )
-    with_negatives = list(records)
-    for row, mined in zip(mined_rows, chosen, strict=True):
-        with_negatives[row] = replace(records[row], negatives=mined.negatives)
-    return with_negatives, report
+    plan = _plan_sts(records)
+    run = _run_in_memory(plan, documents or (), encoder, config, instruction)
+    return list(plan.finish(run.mined())), run.report()
 
 
 def mine_file(
@@ -138,53 +117,224 @@ def mine_file(
     instruction: str | None = None,
     documents: Path | None = None,
     dtype: PrecisionChoice | None = None,
+    teacher_model: str | None = None,
+    work: Path | None = None,
+    engine: Engine = "local",
 ) -> MiningReport:
     """Mine negatives for a file of records.
 
     All inputs are checked before the teacher is loaded. Keys of the input that are no part of a
-    record (ids, sources) are carried over.
+    record (ids, sources) are carried over. Of a teacher that is named, vectors and what the search
+    found lie in files of a work folder, and the documents in one beside them: memory does not grow
+    with either, a run that was killed goes on where it was, and its output is the same to the bit.
+    Processes that are given the same folder share the work (``torchrun``, or several commands).
 
     Args:
-        input: records; see ``nvembed.data.records``.
+        input: records; see ``nvembed.data.records``. They are held in memory.
         output: JSONL, or JSONL.gz by its name; the report goes to ``<output>.report.json``.
-        teacher: folder or hub id of an embedding model, or a loaded encoder.
+        teacher: folder or hub id of an embedding model, address of an OpenAI-compatible endpoint,
+            ``bm25``, or a loaded encoder, whose vectors are kept in memory.
         config: how to choose.
         kind: ``retrieval``, ``nli`` or ``sts``.
         instruction: of the queries (``sts``: of both sides).
         documents: JSONL of further texts to mine from; see ``nvembed.inference.files.read_texts``.
         dtype: of the teacher's weights, see ``load_encoder``.
+        teacher_model: name of the model at an endpoint.
+        work: folder for what is computed, kept afterwards: the next run with the same teacher and
+            texts finds it. ``None`` is a hidden one beside the output, gone when that is written.
+        engine: ``ray`` embeds on the workers of a ray cluster that see the work folder.
 
     Raises:
-        ConfigError: the kind has no negatives to mine, or the output is an input.
+        ConfigError: the kind has no negatives to mine, or options do not go together.
         DataError: a line of an input cannot be used.
         ModelError: the teacher cannot be loaded or used.
+        UserError: no space on the disk.
     """
     _check_request(input, output, kind, documents, config)
-    records = read_records(input, kind)
-    corpus = None if documents is None else [row.text for row in read_texts(documents)]
-    from nvembed.model.precision import settle_precision  # torch, after the inputs are checked
-
-    settled = settle_precision(dtype)
-    encoder = load_encoder(teacher, settled) if isinstance(teacher, str) else teacher
-    mined: Sequence[PairRecord | StsRecord]
-    if kind == "sts":
-        pairs = [record for record in records if isinstance(record, StsRecord)]
-        mined, report = mine_sts_negatives(pairs, corpus, encoder, config, instruction=instruction)
-    else:
-        queries = [record for record in records if isinstance(record, PairRecord)]
-        mined, report = mine_negatives(queries, corpus, encoder, config, instruction=instruction)
-    write_jsonl(output, _output_rows(input, mined))
-    origin = {
-        "input": str(input),
-        "corpus": None if documents is None else str(documents),
-        "teacher": teacher if isinstance(teacher, str) else type(teacher).__name__,
-        "dtype": settled,
-        "kind": kind,
-        "instruction": instruction,
-        "config": {**config.model_dump(mode="json"), "threshold": config.limit},
-    }
-    write_json(output.with_name(output.name + ".report.json"), {**origin, **report.to_json()})
+    check_teacher(teacher, teacher_model, config, engine)
+    plan = _plan(read_records(input, kind))
+    folder = work if work is not None or not isinstance(teacher, str) else _beside(output)
+    with _temporary(folder if work is None else None):
+        job = _Job(plan, config, instruction, documents, folder, engine)
+        with job.run(teacher, teacher_model, dtype) as (run, settled):
+            write_jsonl(output, _output_rows(input, plan.finish(run.mined())))
+        origin = {
+            "input": str(input),
+            "corpus": None if documents is None else str(documents),
+            "teacher": teacher if isinstance(teacher, str) else type(teacher).__name__,
+            "teacher_model": teacher_model,
+            "dtype": settled,
+            "kind": kind,
+            "instruction": instruction,
+            "config": {**config.model_dump(mode="json"), "threshold": config.limit},
+        }
+        report = run.report()
+        write_json(output.with_name(output.name + ".report.json"), {**origin, **report.to_json()})
     return report
+
+
+def help_mining(
+    input: Path,
+    teacher: str,
+    config: MiningConfig,
+    *,
+    work: Path,
+    kind: Kind = "retrieval",
+    instruction: str | None = None,
+    documents: Path | None = None,
+    dtype: PrecisionChoice | None = None,
+    teacher_model: str | None = None,
+) -> None:
+    """Do a share of the work of ``mine_file``, which another process calls with the same arguments.
+
+    Returns when everything is embedded and searched for. Nothing is written but in the work folder.
+
+    Args and errors are those of ``mine_file``.
+    """
+    check_teacher(teacher, teacher_model, config, "local")
+    if teacher == BM25_NAME:
+        return
+    job = _Job(_plan(read_records(input, kind)), config, instruction, documents, work, "local")
+    with job.run(teacher, teacher_model, dtype):
+        return
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Records as cases.
+
+    Args:
+        cases: what is mined for.
+        texts: of the pool, beside those of the cases.
+        symmetric: the instruction goes to documents too.
+        finish: puts the negatives of the cases into the records.
+    """
+
+    cases: list[Case]
+    texts: Sequence[str]
+    symmetric: bool
+    finish: Callable[[Iterator[Mined]], Iterator[Any]]
+
+
+def _plan(records: Sequence[Record]) -> _Plan:
+    pairs = [record for record in records if isinstance(record, PairRecord)]
+    return _plan_pairs(pairs) if pairs else _plan_sts(cast(Sequence[StsRecord], records))
+
+
+def _plan_pairs(records: Sequence[PairRecord]) -> _Plan:
+    def finish(mined: Iterator[Mined]) -> Iterator[PairRecord]:
+        for record, found in zip(records, mined, strict=True):
+            yield replace(
+                record,
+                negatives=found.negatives,
+                positive_scores=found.positive_scores,
+                negative_scores=found.negative_scores,
+            )
+
+    cases = [
+        Case(sides=((record.query, record.positives),), given=record.negatives)
+        for record in records
+    ]
+    return _Plan(cases, (), symmetric=False, finish=finish)
+
+
+def _plan_sts(records: Sequence[StsRecord]) -> _Plan:
+    def is_mined(record: StsRecord) -> bool:
+        different = text_key(record.sentence1) != text_key(record.sentence2)
+        return record.score >= POSITIVE_SCORE and different
+
+    def finish(mined: Iterator[Mined]) -> Iterator[StsRecord]:
+        for record in records:
+            yield replace(record, negatives=next(mined).negatives) if is_mined(record) else record
+        # The last one asked for is not the end of the generator, which counts on being ended.
+        assert next(mined, None) is None
+
+    cases = []
+    for record in filter(is_mined, records):
+        first, second = record.sentence1, record.sentence2
+        sides = ((first, (second,)), (second, (first,)))
+        cases.append(Case(sides=sides, given=record.negatives))
+    sentences = [text for record in records for text in (record.sentence1, record.sentence2)]
+    return _Plan(cases, sentences, symmetric=True, finish=finish)
+
+
+def _run_in_memory(
+    plan: _Plan,
+    documents: Iterable[str],
+    encoder: Encoder,
+    config: MiningConfig,
+    instruction: str | None,
+) -> Run:
+    queries = queries_of(plan.cases)
+    pool = DocumentPool(pool_texts(plan.cases, chain(plan.texts, documents)))
+    search = Search(queries, pool, instruction, instruction if plan.symmetric else None)
+    return Run(plan.cases, pool, rank_in_memory(search, encoder, config), config)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What a command is to mine; ``folder`` is ``None`` for an encoder that is loaded already."""
+
+    plan: _Plan
+    config: MiningConfig
+    instruction: str | None
+    documents: Path | None
+    folder: Path | None
+    engine: Engine
+
+    @contextmanager
+    def run(
+        self, teacher: str | Encoder, model: str | None, dtype: PrecisionChoice | None
+    ) -> Iterator[tuple[Run, Precision | None]]:
+        """Embed and search; give the run, and the type of the teacher's weights."""
+        queries = queries_of(self.plan.cases)
+        corpus = iter(()) if self.documents is None else map(_text, read_texts(self.documents))
+        texts = pool_texts(self.plan.cases, chain(self.plan.texts, corpus))
+        with _pool(texts, self.folder) as pool:
+            task = self.instruction if self.plan.symmetric else None
+            search = Search(queries, pool, self.instruction, task)
+            settled = None
+            if not isinstance(teacher, str):
+                ranking = rank_in_memory(search, teacher, self.config)
+            elif teacher == BM25_NAME:
+                ranking = rank_by_bm25(search, self.config)
+            else:
+                assert self.folder is not None
+                take_device()
+                settled = settled_dtype(dtype, self.folder)
+                named = NamedTeacher(teacher, model, settled)
+                ranking = rank_in_files(search, named, self.config, self.folder, self.engine)
+            yield Run(self.plan.cases, pool, ranking, self.config), settled
+
+
+def _text(row: TextRow) -> str:
+    return row.text
+
+
+@contextmanager
+def _pool(texts: Iterable[str], folder: Path | None) -> Iterator[Pool]:
+    if folder is None:
+        yield DocumentPool(texts)
+        return
+    with StoredPool(texts, folder) as pool:
+        yield pool
+
+
+def _beside(output: Path) -> Path:
+    return output.with_name(f".{output.name}.work")
+
+
+@contextmanager
+def _temporary(folder: Path | None) -> Iterator[None]:
+    """Delete the folder when the block ends well, and on an error where it holds nothing yet."""
+    try:
+        yield
+    except BaseException:
+        if folder is not None and not any(folder.glob("*.npy")):
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+    if folder is not None:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _check_request(
@@ -210,7 +360,7 @@ def _check_request(
         raise ConfigError("output is written as JSONL", where=str(output), expected=".jsonl[.gz]")
 
 
-def _output_rows(input: Path, mined: Sequence[PairRecord | StsRecord]) -> Iterator[dict[str, Any]]:
+def _output_rows(input: Path, mined: Iterable[PairRecord | StsRecord]) -> Iterator[dict[str, Any]]:
     if input.suffix == ".parquet":
         yield from (record.to_json() for record in mined)
         return
@@ -221,122 +371,3 @@ def _output_rows(input: Path, mined: Sequence[PairRecord | StsRecord]) -> Iterat
         if "positive_scores" not in new:
             new = {key: new[key] for key in ("negative",) if key in new}
         yield row | new
-
-
-@dataclass(frozen=True, slots=True)
-class _Mined:
-    """The negatives of a case and, where they are wanted, the teacher's cosines."""
-
-    negatives: tuple[str, ...]
-    positive_scores: tuple[float, ...] = ()
-    negative_scores: tuple[float, ...] = ()
-
-
-def _with_scores(
-    mined: _Mined,
-    case: Case,
-    query_SD: NDArray[np.float32],
-    document_ND: NDArray[np.float32],
-    pool: DocumentPool,
-) -> _Mined:
-    """Add the scores for the first side, the only one of a pair record."""
-    _, positives = case.sides[0]
-    rows = [pool.add(text) for text in (*positives, *mined.negatives)]  # all are there already
-    scores = (document_ND[rows] @ query_SD[0]).tolist()
-    split = len(positives)
-    return _Mined(mined.negatives, tuple(scores[:split]), tuple(scores[split:]))
-
-
-def _mine(
-    cases: Sequence[Case],
-    documents: Sequence[str],
-    encoder: Encoder,
-    config: MiningConfig,
-    *,
-    query_task: str | None,
-    document_task: str | None = None,
-) -> tuple[list[_Mined], MiningReport]:
-    """Choose the negatives of every case; given ones first."""
-    if not cases:
-        raise DataError(
-            "no records to mine for",
-            expected=f"queries with positives, or pairs scored {POSITIVE_SCORE:g} or more",
-        )
-    pool = DocumentPool()
-    for case in cases:
-        for _, positives in case.sides:
-            for text in positives:
-                pool.add(text)
-        for text in case.given:
-            pool.add(text)
-    for text in documents:
-        pool.add(text)
-    # Equal queries of several records are embedded once.
-    query_rows: dict[str, int] = {}
-    for case in cases:
-        for query, _ in case.sides:
-            query_rows.setdefault(query, len(query_rows))
-    query_QD = encode_texts(
-        encoder, list(query_rows), side="query", task=query_task, description="queries"
-    )
-    document_ND = encode_texts(
-        encoder, pool.texts, side="document", task=document_task, description="documents"
-    )
-    selector = Selector(config, pool, _known_positives(cases, pool), len(cases))
-    chosen: list[_Mined] = []
-    with progress(len(cases), "mine") as bar:
-        for start in range(0, len(cases), BLOCK_RECORDS):
-            block = cases[start : start + BLOCK_RECORDS]
-            query_CSD = query_QD[[[query_rows[q] for q, _ in case.sides] for case in block]]
-            near_C = _neighbours(block, query_CSD, document_ND, pool, config.search_depth)
-            for case, near, query_SD in zip(block, near_C, query_CSD, strict=True):
-                mined = _Mined(selector.choose(case, near))
-                if config.write_scores:
-                    mined = _with_scores(mined, case, query_SD, document_ND, pool)
-                chosen.append(mined)
-            bar.advance(len(block))
-    return chosen, selector.report()
-
-
-def _known_positives(cases: Sequence[Case], pool: DocumentPool) -> dict[str, frozenset[int]]:
-    """Collect, for every query, the rows of its positives in all records and its own row."""
-    known: dict[str, set[int]] = {}
-    for case in cases:
-        for query, positives in case.sides:
-            rows = known.setdefault(text_key(query), set())
-            rows.update(pool.add(text) for text in positives)
-            if (own := pool.find(query)) is not None:
-                rows.add(own)
-    return {key: frozenset(rows) for key, rows in known.items()}
-
-
-def _neighbours(
-    block: Sequence[Case],
-    query_CSD: NDArray[np.float32],
-    document_ND: NDArray[np.float32],
-    pool: DocumentPool,
-    depth: int,
-) -> Iterator[Neighbours]:
-    """Search for all cases of a block (C cases of S sides each) in one go."""
-    num_cases, num_sides, width = query_CSD.shape
-    scores_RK, rows_RK = top_k(query_CSD.reshape(-1, width), document_ND, depth)
-    scores_CSK = scores_RK.reshape(num_cases, num_sides, -1)
-    rows_CSK = rows_RK.reshape(num_cases, num_sides, -1)
-    for case, query_SD, scores_SK, rows_SK in zip(
-        block, query_CSD, scores_CSK, rows_CSK, strict=True
-    ):
-        if num_sides == 1:
-            rows_N, scores_N = rows_SK[0], scores_SK[0]
-        else:
-            # A document found for one side counts with the higher of its scores for both.
-            rows_N = np.unique(rows_SK)
-            scores_N = (document_ND[rows_N] @ query_SD.T).max(axis=1)
-            order_N = np.argsort(-scores_N, kind="stable")
-            rows_N, scores_N = rows_N[order_N], scores_N[order_N]
-        positives = [
-            (float(document_ND[row] @ query_D), row)
-            for (_, texts), query_D in zip(case.sides, query_SD, strict=True)
-            for row in map(pool.add, texts)
-        ]
-        positive_score, positive_row = min(positives)
-        yield Neighbours(rows_N, scores_N, positive_row, positive_score)

@@ -6,9 +6,23 @@ differ in case and white space only. Next file: ``miner.py``.
 
 from __future__ import annotations
 
+import hashlib
+import os
 import re
+from array import array
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import IO, Protocol, Self, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nvembed.core.errors import UserError
+from nvembed.core.progress import progress
 
 _WORD = re.compile(r"\w+")
+_ADVANCE = 1024
 
 
 def text_key(text: str) -> str:
@@ -27,12 +41,27 @@ def words(text: str) -> frozenset[str]:
     return frozenset(_WORD.findall(text.casefold()))
 
 
-class DocumentPool:
+class Pool(Protocol):
     """Different texts, in the order they came and in the spelling that came first."""
 
-    def __init__(self) -> None:
+    @property
+    def texts(self) -> Sequence[str]:
+        """The texts by row."""
+        ...
+
+    def find(self, text: str) -> int | None:
+        """Return the row of a text, ``None`` where it is not in the pool."""
+        ...
+
+
+class DocumentPool:
+    """A pool in memory."""
+
+    def __init__(self, texts: Iterable[str] = ()) -> None:
         self.texts: list[str] = []
         self._rows: dict[str, int] = {}
+        for text in texts:
+            self.add(text)
 
     def add(self, text: str) -> int:
         """Take a text in, unless it is there already, and return its row."""
@@ -44,3 +73,102 @@ class DocumentPool:
     def find(self, text: str) -> int | None:
         """Return the row of a text, ``None`` where it is not in the pool."""
         return self._rows.get(text_key(text))
+
+
+class StoredPool:
+    """A pool in a file, for more texts than memory should hold: it keeps 40 bytes of each.
+
+    The file has no name, so it goes with the process, however that ends. Texts are told apart by
+    128 bits of their key's BLAKE2b.
+
+    Args:
+        texts: gone through once.
+        folder: on whose disk they are written, repeated ones included.
+
+    Raises:
+        UserError: the disk is full.
+    """
+
+    def __init__(self, texts: Iterable[str], folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file: IO[bytes] = TemporaryFile(dir=folder)
+        try:
+            ends, hashes = self._write(texts, folder)
+        except BaseException:
+            self._file.close()
+            raise
+        # Sorted by hash, of equal ones the first to come in front; lexsort is stable.
+        order = np.lexsort((hashes[:, 1], hashes[:, 0]))
+        sorted_hashes = hashes[order]
+        different = np.ones(len(order), dtype=np.bool_)
+        different[1:] = (sorted_hashes[1:] != sorted_hashes[:-1]).any(axis=1)
+        firsts = order[different]
+        self._hashes = sorted_hashes[different]
+        by_place = np.argsort(firsts)
+        self._rows = np.empty(len(firsts), dtype=np.int64)
+        self._rows[by_place] = np.arange(len(firsts))
+        places = firsts[by_place]
+        self.texts: Sequence[str] = _StoredTexts(self._file, ends[places], ends[places + 1])
+
+    def find(self, text: str) -> int | None:
+        """Return the row of a text, ``None`` where it is not in the pool."""
+        high, low = np.frombuffer(_hash(text), dtype="<u8")
+        at = int(np.searchsorted(self._hashes[:, 0], high))
+        while at < len(self._hashes) and self._hashes[at, 0] == high:
+            if self._hashes[at, 1] == low:
+                return int(self._rows[at])
+            at += 1
+        return None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def _write(
+        self, texts: Iterable[str], folder: Path
+    ) -> tuple[NDArray[np.int64], NDArray[np.uint64]]:
+        ends, hashes, size = array("q", [0]), bytearray(), 0
+        try:
+            with progress(None, "read documents") as bar:
+                for number, text in enumerate(texts, start=1):
+                    size += self._file.write(_to_bytes(text))
+                    ends.append(size)
+                    hashes += _hash(text)
+                    if number % _ADVANCE == 0:
+                        bar.advance(_ADVANCE)
+            self._file.flush()
+        except OSError as error:
+            raise UserError(
+                f"cannot write: {error.strerror or error}",
+                where=str(folder),
+                hint="Free space on the disk or choose another place with --work",
+            ) from error
+        return np.frombuffer(ends, dtype=np.int64), np.frombuffer(hashes, "<u8").reshape(-1, 2)
+
+
+class _StoredTexts(Sequence[str]):
+    def __init__(self, file: IO[bytes], starts: NDArray[np.int64], ends: NDArray[np.int64]) -> None:
+        self._file, self._starts, self._ends = file, starts, ends
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return [self[row] for row in range(*index.indices(len(self)))]
+        start, end = int(self._starts[index]), int(self._ends[index])
+        return os.pread(self._file.fileno(), end - start, start).decode("utf-8", "surrogatepass")
+
+
+def _to_bytes(text: str) -> bytes:
+    return text.encode("utf-8", "surrogatepass")
+
+
+def _hash(text: str) -> bytes:
+    return hashlib.blake2b(_to_bytes(text_key(text)), digest_size=16).digest()

@@ -2,10 +2,18 @@
 
 In: query and document vectors; out: the best ``k`` documents of every query. Next: ``filters.py``.
 
-Letters: B queries, N documents, D width, K results per query.
+The products are as fast as the machine multiplies; what costs is looking for the best in their
+results. So every query keeps a floor, the k-th best score at the last count: of a tile only scores
+above it are looked at, and of random documents that is about one in N/k·ln(N/k).
+
+Letters: Q queries, N documents, D width, K results per query, B and M rows and columns of a tile.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,87 +24,235 @@ _MAGNITUDE_BITS = np.int32(0x7FFFFFFF)
 # Below every key of a real score: the bits of minus infinity are far above the smallest int32.
 _NO_RESULT = np.iinfo(np.int64).min
 
+# Queries that are held at once, each with its results so far; documents are read once for them.
+GROUP_QUERIES = 4096
+# Tiles that a thread looks at before it waits for the others.
+SLAB_TILES = 4
+
+_RunAll = Callable[[Callable[[slice], None], Sequence[slice]], None]
+
 
 def top_k(
-    queries_BD: NDArray[np.float32],
-    documents_ND: NDArray[np.float32],
+    queries_QD: NDArray[np.float32],
+    documents_ND: NDArray[np.float32] | Iterable[NDArray[np.float32]],
     k: int,
     *,
-    block_queries: int = 128,
-    block_documents: int = 4096,
+    block_queries: int = 256,
+    block_documents: int = 2048,
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """Find the ``k`` documents with the largest inner product, best first, ties by the lower row.
 
-    Nothing is approximated. Memory beside the inputs is a few arrays of ``block_queries`` times
-    ``block_documents + k`` entries, whatever N is; ``documents_ND`` may be memory-mapped.
+    Nothing is approximated. Memory beside the inputs and results is that of ``GROUP_QUERIES``
+    queries, each with ``k + max(k, block_documents)`` integers of 8 bytes, and of a few tiles,
+    whatever N is.
 
-    Equal documents tie only as far as the matrix product gives them equal scores: a BLAS may round
-    the columns of different tiles differently, by one unit in the last place.
+    Equal documents tie only as far as the matrix product gives them equal scores: the columns of
+    different tiles may be rounded differently, by one unit in the last place.
 
     Args:
-        queries_BD: float32 vectors; unit length makes the scores cosines.
-        documents_ND: float32 vectors of the same width.
+        queries_QD: float32 vectors; unit length makes the scores cosines.
+        documents_ND: float32 vectors of the same width, as one matrix (which may be memory-mapped)
+            or in parts, one after the other. Parts are gone through once for every
+            ``GROUP_QUERIES`` queries, so with more than that they must not be an iterator.
         k: results wanted, at least 1; K = min(k, N) come back.
         block_queries: rows of a tile.
         block_documents: columns of a tile.
 
     Returns:
-        scores_BK, descending in each row, and indices_BK, rows of ``documents_ND``.
+        scores_QK, descending in each row, and indices_QK, rows of all documents.
 
     Raises:
         ValueError: widths differ, or ``k`` or a block size is below 1.
 
     Source: checked against a full sort in tests/unit/mining/test_mining_search.py.
     """
-    if queries_BD.ndim != 2 or documents_ND.ndim != 2:
+    if queries_QD.ndim != 2:
         raise ValueError("top_k takes two matrices, one vector a row")
-    if queries_BD.shape[1] != documents_ND.shape[1]:
-        raise ValueError(f"widths differ: {queries_BD.shape[1]} and {documents_ND.shape[1]}")
     if min(k, block_queries, block_documents) < 1:
         raise ValueError(f"{k=}, {block_queries=}, {block_documents=}: all must be at least 1")
-    num_queries, num_documents = len(queries_BD), len(documents_ND)
-    num_results = min(k, num_documents)
-    scores_BK = np.empty((num_queries, num_results), dtype=np.float32)
-    indices_BK = np.empty((num_queries, num_results), dtype=np.int64)
-    for start in range(0, num_queries, block_queries):
-        rows = slice(start, min(start + block_queries, num_queries))
-        keys_BK = _best_keys(queries_BD[rows], documents_ND, num_results, block_documents)
-        scores_BK[rows], indices_BK[rows] = _unpack(keys_BK)
-    return scores_BK, indices_BK
+    parts: Iterable[NDArray[np.float32]] = documents_ND
+    if isinstance(documents_ND, np.ndarray):
+        parts = [documents_ND]
+        k = max(min(k, len(documents_ND)), 1)
+        block_documents = max(min(block_documents, len(documents_ND)), 1)
+    scores_QK = np.empty((0, 0), dtype=np.float32)
+    indices_QK = np.empty((0, 0), dtype=np.int64)
+    with _threads() as run_all:
+        for start in range(0, max(len(queries_QD), 1), GROUP_QUERIES):
+            group_BD = np.require(queries_QD[start : start + GROUP_QUERIES], np.float32, ["C", "W"])
+            best = _search_group(group_BD, parts, k, block_queries, block_documents, run_all)
+            scores_BK, indices_BK = best.results()
+            if not start:  # now it is known how many documents there are
+                scores_QK = np.empty((len(queries_QD), scores_BK.shape[1]), dtype=np.float32)
+                indices_QK = np.empty(scores_QK.shape, dtype=np.int64)
+            scores_QK[start : start + GROUP_QUERIES] = scores_BK
+            indices_QK[start : start + GROUP_QUERIES] = indices_BK
+    return scores_QK, indices_QK
 
 
-def _best_keys(
-    queries_BD: NDArray[np.float32],
-    documents_ND: NDArray[np.float32],
-    num_results: int,
+def _search_group(
+    group_BD: NDArray[np.float32],
+    parts: Iterable[NDArray[np.float32]],
+    k: int,
+    block_queries: int,
     block_documents: int,
-) -> NDArray[np.int64]:
-    best_BK = np.full((len(queries_BD), num_results), _NO_RESULT, dtype=np.int64)
-    for start in range(0, len(documents_ND), block_documents):
-        # Copied to float32 tile by tile, so that a memory-mapped matrix is never read as a whole.
-        tile_ND = np.asarray(documents_ND[start : start + block_documents], dtype=np.float32)
-        keys_BN = _pack(queries_BD @ tile_ND.T, first_index=start)
-        keys_BN = np.concatenate([best_BK, keys_BN], axis=1)
-        cut = keys_BN.shape[1] - num_results
-        best_BK = np.partition(keys_BN, cut, axis=1)[:, cut:] if cut else keys_BN
-    return np.sort(best_BK, axis=1)[:, ::-1]
+    run_all: _RunAll,
+) -> RunningTopK:
+    best = RunningTopK(len(group_BD), k, block_documents)
+    blocks = [
+        slice(row, min(row + block_queries, len(group_BD)))
+        for row in range(0, len(group_BD), block_queries)
+    ]
+    for slab_MD in _slabs(parts, group_BD.shape[1], SLAB_TILES * block_documents):
+        first = best.num_seen
+
+        def look(rows: slice, slab_MD: NDArray[np.float32] = slab_MD, first: int = first) -> None:
+            for start in range(0, len(slab_MD), block_documents):
+                tile_MD = slab_MD[start : start + block_documents]
+                best.offer(_product(group_BD[rows], tile_MD), rows, first + start)
+
+        run_all(look, blocks)
+        best.num_seen += len(slab_MD)
+    return best
 
 
-def _pack(scores_BN: NDArray[np.float32], *, first_index: int) -> NDArray[np.int64]:
+def _one_after_the_other(function: Callable[[slice], None], blocks: Sequence[slice]) -> None:
+    for rows in blocks:
+        function(rows)
+
+
+@contextmanager
+def _threads() -> Iterator[_RunAll]:
+    """Give a function that does something for all blocks, on as many threads as torch may use.
+
+    Each multiplies for itself, with one thread. OpenMP's threads wait for each other at every
+    product, which on a busy machine took ten times as long (docs/log.md), and looking for the best
+    would use one core. Besides, no result depends on the number of cores.
+    """
+    import torch
+
+    count = torch.get_num_threads()
+    if count == 1:
+        yield _one_after_the_other
+        return
+
+    def start() -> None:
+        torch.get_num_threads()  # sets what a new thread starts with, which the next line replaces
+        torch.set_num_threads(1)
+
+    with ThreadPoolExecutor(count, initializer=start) as pool:
+
+        def run_all(function: Callable[[slice], None], blocks: Sequence[slice]) -> None:
+            try:
+                list(pool.map(function, blocks))
+            finally:
+                torch.set_num_threads(count)  # the setting is this thread's and of threads to come
+
+        yield run_all
+
+
+class RunningTopK:
+    """The best so far of a group of queries, while documents come tile by tile, in order.
+
+    Args:
+        num_queries: of the group.
+        k: results wanted.
+        most_columns: of a tile.
+    """
+
+    def __init__(self, num_queries: int, k: int, most_columns: int) -> None:
+        self.num_seen = 0
+        self._k = k
+        # The first k of a row are its best at the last count, behind them what came since.
+        self._keys = np.full((num_queries, k + max(k, most_columns)), _NO_RESULT, dtype=np.int64)
+        self._filled = np.zeros(num_queries, dtype=np.int64)
+        self._floor = np.full(num_queries, -np.inf, dtype=np.float32)
+
+    def offer(self, scores_BM: NDArray[np.float32], rows: slice, first_index: int) -> None:
+        """Look at the scores of some queries for documents ``first_index`` and following."""
+        num_rows, num_columns = scores_BM.shape
+        filled, keys = self._filled[rows], self._keys[rows]
+        if first_index + num_columns <= keys.shape[1]:
+            # All fit; there is no floor before they are more.
+            keys[:, first_index : first_index + num_columns] = _pack(
+                scores_BM, np.arange(first_index, first_index + num_columns)
+            )
+            filled[:] = first_index + num_columns
+            return
+        if first_index and not np.isfinite(self._floor[rows]).any():
+            self._count(rows)
+        # Later documents lose ties, so a score equal to the floor is out.
+        found = np.flatnonzero(scores_BM > self._floor[rows, None])
+        if not len(found):
+            return
+        row, column = np.divmod(found, num_columns)
+        new = np.bincount(row, minlength=num_rows)
+        if (filled + new > keys.shape[1]).any():
+            self._count(rows)
+        at = np.arange(len(found)) + (filled - (np.cumsum(new) - new))[row]
+        keys[row, at] = _pack(scores_BM.reshape(-1)[found], first_index + column)
+        filled += new
+
+    def results(self) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Return scores_BK and indices_BK, best first."""
+        self._count(slice(None))
+        wanted = min(self._k, self.num_seen)
+        keys_BK = np.sort(self._keys[:, : min(self._k, self._keys.shape[1])], axis=1)[:, ::-1]
+        return _unpack(keys_BK[:, :wanted])
+
+    def _count(self, rows: slice) -> None:
+        """Keep the best k of each row and raise its floor to the k-th."""
+        keys, filled = self._keys[rows], self._filled[rows]
+        used = int(filled.max(initial=0))
+        if used <= self._k:
+            return
+        # The sign of all keys turned, so that the best come first.
+        best = np.partition(~keys[:, :used], self._k - 1, axis=1)[:, : self._k]
+        np.invert(best, out=keys[:, : self._k])
+        keys[:, self._k : used] = _NO_RESULT
+        np.minimum(filled, self._k, out=filled)
+        full = filled == self._k
+        floor = _unpack(keys[:, self._k - 1])[0]
+        self._floor[rows] = np.where(full, floor, -np.inf)
+
+
+def _slabs(
+    parts: Iterable[NDArray[np.float32]], width: int, size: int
+) -> Iterator[NDArray[np.float32]]:
+    for part in parts:
+        if part.ndim != 2:
+            raise ValueError("top_k takes two matrices, one vector a row")
+        if part.shape[1] != width:
+            raise ValueError(f"widths differ: {width} and {part.shape[1]}")
+        for start in range(0, len(part), size):
+            # Of a memory-mapped matrix a copy, since torch takes nothing that cannot be written.
+            yield np.require(part[start : start + size], dtype=np.float32, requirements=["C", "W"])
+
+
+def _product(queries_BD: NDArray[np.float32], tile_MD: NDArray[np.float32]) -> NDArray[np.float32]:
+    import torch  # so that wrong input is told without waiting for it
+
+    from nvembed.model.products import same_in_every_process
+
+    with torch.inference_mode():
+        scores_BM = same_in_every_process(torch.from_numpy(queries_BD), torch.from_numpy(tile_MD))
+        return scores_BM.numpy()
+
+
+def _pack(scores: NDArray[np.float32], indices: NDArray[np.int64]) -> NDArray[np.int64]:
     """Give each score an integer of its own that sorts by score, then by lower document row.
 
     Sortable form of a float: its bits, with the magnitude inverted for negative numbers.
     """
     # Adding zero turns -0.0 into 0.0, which would otherwise sort apart.
-    bits_BN = np.ascontiguousarray(scores_BN + np.float32(0.0)).view(np.int32)
-    sortable_BN = bits_BN ^ ((bits_BN >> 31) & _MAGNITUDE_BITS)
-    indices_N = np.arange(first_index, first_index + scores_BN.shape[1], dtype=np.int64)
-    keys_BN: NDArray[np.int64] = (sortable_BN.astype(np.int64) << 32) | (_LOW_BITS - indices_N)
-    return keys_BN
+    bits = np.ascontiguousarray(scores + np.float32(0.0)).view(np.int32)
+    sortable = bits ^ ((bits >> 31) & _MAGNITUDE_BITS)
+    keys: NDArray[np.int64] = (sortable.astype(np.int64) << 32) | (_LOW_BITS - indices)
+    return keys
 
 
-def _unpack(keys_BK: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    indices_BK = _LOW_BITS - (keys_BK & _LOW_BITS)
-    sortable_BK = (keys_BK >> 32).astype(np.int32)
-    bits_BK = sortable_BK ^ ((sortable_BK >> 31) & _MAGNITUDE_BITS)
-    return bits_BK.view(np.float32), indices_BK
+def _unpack(keys: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    indices = _LOW_BITS - (keys & _LOW_BITS)
+    sortable = (keys >> 32).astype(np.int32)
+    bits = sortable ^ ((sortable >> 31) & _MAGNITUDE_BITS)
+    return bits.view(np.float32), indices

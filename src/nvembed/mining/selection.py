@@ -1,12 +1,14 @@
-"""The choice for one record: which of the nearest documents become its negatives.
+"""The choice for a block of records: which of the nearest documents become their negatives.
 
 In: candidates with their scores, nearest first; out: texts. Counts what it did, for the report.
+
+Letters: C cases, N candidates of each, F refused rows of each.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,11 +21,15 @@ from nvembed.mining.filters import (
     margin_below_positive,
     percent_of_positive,
 )
-from nvembed.mining.pool import DocumentPool, text_key, word_overlap, words
-from nvembed.mining.report import MiningReport, MiningSample, ScoredText
+from nvembed.mining.pool import Pool, text_key, word_overlap, words
+from nvembed.mining.ranking import NOTHING
+from nvembed.mining.report import MiningReport, MiningSample, ScoredText, Tally
 
 NUM_SAMPLES = 5
 SAMPLE_CHARACTERS = 200
+# Sets up to this size are compared member by member, for all cases at once.
+_FEW = 16
+_PADDING = NOTHING - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,38 +48,31 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Neighbours:
-    """What the search found for a case: document rows, nearest first.
+    """What the search found for some cases: document rows, nearest first.
 
     Args:
-        rows: different rows of the pool.
-        scores: cosine of each; of two sides the higher one.
-        positive_row: the case's positive with the lowest score.
-        positive_score: that score.
+        rows_CN: different rows of the pool; ``NOTHING`` where there are fewer.
+        scores_CN: score of each; of two sides the higher one.
+        positive_rows_C: the positive with the lowest score of each case.
+        positive_scores_C: that score.
     """
 
-    rows: NDArray[np.int64]
-    scores: NDArray[np.float32]
-    positive_row: int
-    positive_score: float
+    rows_CN: NDArray[np.int64]
+    scores_CN: NDArray[np.float32]
+    positive_rows_C: NDArray[np.int64]
+    positive_scores_C: NDArray[np.float32]
 
 
-@dataclass(slots=True)
-class _Tally:
-    positive_scores: list[float] = field(default_factory=list)
-    negative_scores: list[float] = field(default_factory=list)
-    given_kept: int = 0
-    given_dropped: int = 0
-    with_fewer: int = 0
-    with_none: int = 0
-    positive_not_found: int = 0
-    candidates: int = 0
-    rejected: int = 0
-    near_duplicates: int = 0
-    samples: list[MiningSample] = field(default_factory=list)
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """The negatives of a case, given ones that stay in front, and their rows in the pool."""
+
+    texts: tuple[str, ...]
+    rows: tuple[int, ...]
 
 
 class Selector:
-    """Chooses negatives case after case, in file order.
+    """Chooses negatives block after block, in file order.
 
     Args:
         config: how to choose.
@@ -85,7 +84,7 @@ class Selector:
     def __init__(
         self,
         config: MiningConfig,
-        pool: DocumentPool,
+        pool: Pool,
         known: Mapping[str, frozenset[int]],
         num_cases: int,
     ) -> None:
@@ -93,40 +92,48 @@ class Selector:
         self._pool = pool
         self._known = known
         self._sample_every = -(-num_cases // NUM_SAMPLES)
-        self._tally = _Tally()
+        self._tally = Tally()
 
-    def choose(self, case: Case, near: Neighbours) -> tuple[str, ...]:
-        """Return the negatives of the next case: given ones that stay, then mined ones."""
-        forbidden = frozenset().union(*(self._known[text_key(query)] for query, _ in case.sides))
-        given = self._given(case, forbidden)
-        eligible = ~np.isin(near.rows, list(forbidden.union(given)))
-        after_skip = after_first(eligible[None], skip=self._config.skip_top)[0]
-        passed = self._passes(near)
-        wanted = max(self._config.num_negatives - len(given), 0)
-        places = self._pick(np.flatnonzero(after_skip & passed), wanted, near, case, forbidden)
-        self._count(near, eligible, passed, num_given=len(given), places=places, case=case)
-        return tuple(given.values()) + tuple(self._pool.texts[near.rows[place]] for place in places)
+    def choose(self, cases: Sequence[Case], near: Neighbours) -> list[Chosen]:
+        """Return the negatives of the next cases."""
+        forbidden = [self._forbidden(case) for case in cases]
+        given = [self._given(case, rows) for case, rows in zip(cases, forbidden, strict=True)]
+        eligible_CN = (near.rows_CN != NOTHING) & ~_among(
+            near.rows_CN, [rows.union(own) for rows, own in zip(forbidden, given, strict=True)]
+        )
+        passed_CN = self._passes(near)
+        allowed_CN = after_first(eligible_CN, skip=self._config.skip_top)
+        wanted_C = np.array([max(self._config.num_negatives - len(own), 0) for own in given])
+        taken_CN = self._take(allowed_CN & passed_CN, wanted_C, near, cases, forbidden)
+        naive_CN = first_of(eligible_CN, wanted_C)
+        self._sample(cases, near, taken_CN, naive_CN & ~passed_CN)
+        num_given = np.array([len(own) for own in given])
+        self._tally.count(
+            near.positive_scores_C,
+            near.scores_CN,
+            eligible=eligible_CN,
+            passed=passed_CN,
+            taken=taken_CN,
+            naive=naive_CN,
+        )
+        self._tally.count_records(
+            num_given + taken_CN.sum(axis=1),
+            wanted=self._config.num_negatives,
+            found=(near.rows_CN == near.positive_rows_C[:, None]).any(axis=1),
+        )
+        chosen = []
+        for own, rows_N, taken_N in zip(given, near.rows_CN, taken_CN, strict=True):
+            rows = rows_N[taken_N].tolist()
+            texts = (*own.values(), *(self._pool.texts[row] for row in rows))
+            chosen.append(Chosen(texts, (*own, *rows)))
+        return chosen
 
     def report(self) -> MiningReport:
         """Return the numbers of all cases so far."""
-        tally, cases = self._tally, len(self._tally.positive_scores)
-        mined = len(tally.negative_scores)
-        return MiningReport(
-            records=cases,
-            documents=len(self._pool.texts),
-            negatives=mined,
-            given_kept=tally.given_kept,
-            given_dropped=tally.given_dropped,
-            mean_positive_score=float(np.mean(tally.positive_scores)),
-            mean_negative_score=float(np.mean(tally.negative_scores)) if mined else None,
-            share_with_fewer=tally.with_fewer / cases,
-            share_with_none=tally.with_none / cases,
-            share_positive_not_found=tally.positive_not_found / cases,
-            candidates=tally.candidates,
-            share_rejected=tally.rejected / max(tally.candidates, 1),
-            near_duplicates=tally.near_duplicates,
-            samples=tuple(tally.samples),
-        )
+        return self._tally.report(documents=len(self._pool.texts))
+
+    def _forbidden(self, case: Case) -> frozenset[int]:
+        return frozenset().union(*(self._known[text_key(query)] for query, _ in case.sides))
 
     def _given(self, case: Case, forbidden: frozenset[int]) -> dict[int, str]:
         """Return the given negatives that stay, by row, in the record's own spelling."""
@@ -143,78 +150,116 @@ class Selector:
 
     def _passes(self, near: Neighbours) -> NDArray[np.bool_]:
         """Apply the strategy's rule to each candidate."""
-        positive = np.array([near.positive_score], dtype=np.float32)
-        scores, limit = near.scores[None], self._config.limit
+        positive_C, scores_CN, limit = near.positive_scores_C, near.scores_CN, self._config.limit
         match self._config.strategy:
             case "percent_of_positive":
-                keep = percent_of_positive(positive, scores, ratio=limit)
+                return percent_of_positive(positive_C, scores_CN, ratio=limit)
             case "margin":
-                keep = margin_below_positive(positive, scores, margin=limit)
+                return margin_below_positive(positive_C, scores_CN, margin=limit)
             case "absolute":
-                keep = below_score(scores, cap=limit)
+                return below_score(scores_CN, cap=limit)
             case "top_k":
-                keep = np.ones_like(scores, dtype=np.bool_)
-        return keep.reshape(-1)
+                return np.ones_like(scores_CN, dtype=np.bool_)
 
-    def _pick(
+    def _take(
         self,
-        places: NDArray[np.intp],
-        wanted: int,
+        candidates_CN: NDArray[np.bool_],
+        wanted_C: NDArray[np.int64],
         near: Neighbours,
+        cases: Sequence[Case],
+        forbidden: Sequence[frozenset[int]],
+    ) -> NDArray[np.bool_]:
+        """Take of each case's candidates as many as it wants."""
+        if self._config.sample == "top" and self._config.near_duplicate is None:
+            return first_of(candidates_CN, wanted_C)
+        taken_CN = np.zeros_like(candidates_CN)
+        for number, (case, rows_N, wanted) in enumerate(
+            zip(cases, near.rows_CN, wanted_C.tolist(), strict=True)
+        ):
+            places = np.flatnonzero(candidates_CN[number])
+            if not wanted or not len(places):
+                continue
+            if self._config.sample == "random":
+                # Seeded by the record's number, so that no draw depends on how others went.
+                seed = derive_seed(self._config.seed, "mining", self._tally.records + number)
+                places = np.random.default_rng(seed).permutation(places[: self._config.sample_from])
+            new = self._not_near(places.tolist(), rows_N, case, forbidden[number])
+            taken_CN[number, [place for place, _ in zip(new, range(wanted), strict=False)]] = True
+        return taken_CN
+
+    def _not_near(
+        self,
+        places: Iterable[int],
+        rows_N: NDArray[np.int64],
         case: Case,
         forbidden: frozenset[int],
-    ) -> list[int]:
-        """Take ``wanted`` of the places, nearest first, passing over near duplicates."""
-        if wanted == 0 or len(places) == 0:
-            return []
-        if self._config.sample == "random":
-            # Seeded by the record's number, so that no draw depends on how others went.
-            number = len(self._tally.positive_scores)
-            rng = np.random.default_rng(derive_seed(self._config.seed, "mining", number))
-            places = rng.permutation(places[: self._config.sample_from])
-        threshold, avoid = self._config.near_duplicate, []
-        if threshold is not None:
-            texts = [self._pool.texts[row] for row in sorted(forbidden)]
-            avoid = [words(text) for text in texts + [query for query, _ in case.sides]]
-        taken: list[int] = []
-        for place in places.tolist():
-            if threshold is not None:
-                own = words(self._pool.texts[near.rows[place]])
-                if any(word_overlap(own, other) >= threshold for other in avoid):
-                    self._tally.near_duplicates += 1
-                    continue
-            taken.append(place)
-            if len(taken) == wanted:
-                break
-        return sorted(taken)
+    ) -> Iterable[int]:
+        """Pass over places whose text is nearly a known positive or the query."""
+        threshold = self._config.near_duplicate
+        if threshold is None:
+            yield from places
+            return
+        texts = [self._pool.texts[row] for row in sorted(forbidden)]
+        avoid = [words(text) for text in texts + [query for query, _ in case.sides]]
+        for place in places:
+            own = words(self._pool.texts[int(rows_N[place])])
+            if any(_may_reach(own, other, threshold) for other in avoid):
+                self._tally.near_duplicates += 1
+            else:
+                yield place
 
-    def _count(
+    def _sample(
         self,
+        cases: Sequence[Case],
         near: Neighbours,
-        eligible: NDArray[np.bool_],
-        passed: NDArray[np.bool_],
-        *,
-        num_given: int,
-        places: list[int],
-        case: Case,
+        taken_CN: NDArray[np.bool_],
+        refused_CN: NDArray[np.bool_],
     ) -> None:
-        tally, number = self._tally, len(self._tally.positive_scores)
-        total = num_given + len(places)
-        tally.positive_scores.append(near.positive_score)
-        tally.negative_scores += [float(near.scores[place]) for place in places]
-        tally.with_fewer += total < self._config.num_negatives
-        tally.with_none += total == 0
-        tally.positive_not_found += near.positive_row not in near.rows
-        tally.candidates += int(eligible.sum())
-        tally.rejected += int((eligible & ~passed).sum())
-        if number % self._sample_every == 0:
-            positive = ScoredText(self._shown(near.positive_row), near.positive_score)
-            negatives = tuple(
-                ScoredText(self._shown(int(near.rows[place])), float(near.scores[place]))
-                for place in places
+        first = self._tally.records
+        for number in range(-first % self._sample_every, len(cases), self._sample_every):
+            scores_N, rows_N = near.scores_CN[number], near.rows_CN[number]
+            negatives, refused = (
+                tuple(
+                    ScoredText(self._shown(row), score)
+                    for row, score in zip(rows_N[of].tolist(), scores_N[of].tolist(), strict=True)
+                )
+                for of in (taken_CN[number], refused_CN[number])
             )
-            query = case.sides[0][0][:SAMPLE_CHARACTERS]
-            tally.samples.append(MiningSample(query, positive, negatives))
+            positive = ScoredText(
+                self._shown(int(near.positive_rows_C[number])),
+                float(near.positive_scores_C[number]),
+            )
+            query = cases[number].sides[0][0][:SAMPLE_CHARACTERS]
+            self._tally.samples.append(MiningSample(query, positive, negatives, refused))
 
     def _shown(self, row: int) -> str:
         return self._pool.texts[row][:SAMPLE_CHARACTERS]
+
+
+def first_of(eligible_CN: NDArray[np.bool_], wanted_C: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Keep the first ``wanted`` eligible candidates of each case."""
+    kept_CN: NDArray[np.bool_] = eligible_CN & (
+        np.cumsum(eligible_CN, axis=1, dtype=np.int32) <= wanted_C[:, None]
+    )
+    return kept_CN
+
+
+def _among(rows_CN: NDArray[np.int64], sets: Sequence[frozenset[int]]) -> NDArray[np.bool_]:
+    """Mark the rows that are in the set of their case."""
+    found_CN = np.zeros(rows_CN.shape, dtype=np.bool_)
+    small_CF = np.full((len(sets), _FEW), _PADDING, dtype=np.int64)
+    for number, members in enumerate(sets):
+        if len(members) <= _FEW:
+            small_CF[number, : len(members)] = list(members)
+        else:
+            found_CN[number] = np.isin(rows_CN[number], list(members))
+    most = max((len(members) for members in sets if len(members) <= _FEW), default=0)
+    for refused_C in small_CF.T[:most]:
+        found_CN |= rows_CN == refused_C[:, None]
+    return found_CN
+
+
+def _may_reach(first: frozenset[str], second: frozenset[str], threshold: float) -> bool:
+    # Intersection over union is at most the smaller number over the larger: most pairs end here.
+    small, large = sorted((len(first), len(second)))
+    return small >= threshold * large and word_overlap(first, second) >= threshold

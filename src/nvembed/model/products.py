@@ -45,6 +45,17 @@ def times_transposed(x_TI: Tensor, weight_OI: Tensor) -> Tensor:
     return _onednn(x_TI, weight_OI)
 
 
+def same_in_every_process(x_TI: Tensor, weight_OI: Tensor) -> Tensor:
+    """``x Wᵀ`` without gradient, by oneDNN wherever torch has it and without measuring.
+
+    For results that other processes, or the same one started again, must find to the bit: a
+    measurement may turn out otherwise on a busy machine.
+    """
+    if _in_float32_on_cpu(x_TI, weight_OI) and _has_onednn():
+        return _onednn(x_TI, weight_OI)
+    return x_TI @ weight_OI.T
+
+
 def transposed_times(y_TO: Tensor, x_TI: Tensor) -> Tensor:
     """``yᵀ x`` without gradient: the gradient ``(O, I)`` of a weight."""
     if not _in_float32_on_cpu(y_TO, x_TI) or not onednn_pays():
@@ -79,15 +90,17 @@ def fast_products(model: nn.Module) -> None:
 @cache
 def onednn_pays() -> bool:
     """Whether oneDNN multiplies float32 matrices clearly faster here; measured once."""
-    if not (
-        torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    ):
+    if not _has_onednn():
         return False
     left, right = torch.ones(_ROWS, _INNER), torch.ones(_COLUMNS, _INNER)
     return (
         fastest_seconds(lambda: left @ right.T) / fastest_seconds(lambda: _onednn(left, right))
         >= MIN_GAIN
     )
+
+
+def _has_onednn() -> bool:
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def _in_float32_on_cpu(*tensors: Tensor) -> bool:

@@ -15,12 +15,15 @@ class BuildMining(MiningConfig):
     """Hard negatives for the retrieval, NLI and STS sets; the other keys are those of mining.
 
     Args:
-        teacher: folder (relative to the recipe) or hub id of the model that scores the candidates.
+        teacher: what scores the candidates: folder (relative to the recipe) or hub id of a model,
+            address of an OpenAI-compatible endpoint, or ``bm25``.
+        teacher_model: name of the model at an endpoint.
         dtype: of the teacher's weights, see ``nvembed.inference.load.load_encoder``.
         datasets: names of the sets to mine; None is all of these kinds.
     """
 
     teacher: str = Field(min_length=1)
+    teacher_model: str | None = None
     dtype: PrecisionChoice = "auto"
     datasets: tuple[str, ...] | None = Field(default=None, min_length=1)
 

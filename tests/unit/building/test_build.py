@@ -9,25 +9,18 @@ import pyarrow.parquet
 import pytest
 import yaml
 
-import nvembed.building.tools
 from nvembed.building import one_set
 from nvembed.cli.main import run
 from nvembed.core.config import load_config
 from nvembed.core.errors import DataError
 from nvembed.core.files import read_jsonl, write_jsonl
 from nvembed.data.records import LabelRecord, PairRecord, read_records
-from nvembed.inference.fake import HashEncoder
 from nvembed.mining.config import MiningConfig
-from nvembed.mining.miner import mine_negatives
+from nvembed.mining.miner import mine_file
 from nvembed.training.built import training_datasets
 from nvembed.training.config import TrainConfig
 from nvembed.training.stages import load_mixtures
 from tiny_build import CLASSES, KINDS, PAIRS, STS, contents, write_inputs
-
-
-@pytest.fixture(autouse=True)
-def _hashed_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nvembed.building.tools, "load_encoder", lambda name, dtype: HashEncoder())
 
 
 @pytest.fixture
@@ -66,9 +59,17 @@ def test_pairs_are_those_of_plain_loops(recipe: Path) -> None:
     assert build(recipe) == 0
     whole = plain_pairs()
     kept = [whole[i] for i in sorted({-(-i * len(whole) // 30) for i in range(30)})]
-    documents = [text for record in whole for text in record.positives]
-    config = MiningConfig(num_negatives=2, strategy="top_k")
-    expected, report = mine_negatives(kept, documents, HashEncoder(), config, instruction="find")
+    write_jsonl(recipe.parent / "kept.jsonl", (record.to_json() for record in kept))
+    documents = ({"text": text} for record in whole for text in record.positives)
+    write_jsonl(recipe.parent / "documents.jsonl", documents)
+    report = mine_file(
+        recipe.parent / "kept.jsonl",
+        recipe.parent / "expected.jsonl",
+        "bm25",
+        MiningConfig(num_negatives=2, strategy="top_k"),
+        documents=recipe.parent / "documents.jsonl",
+    )
+    expected = read_records(recipe.parent / "expected.jsonl", "retrieval")
     folder = recipe.parent / "built" / "pairs"
     assert read_records(folder, "retrieval") == expected
     assert all(len(record.negatives) == 2 for record in expected)

@@ -13,7 +13,7 @@ from nvembed.building.contamination import Contamination, EvaluationText, Match
 from nvembed.building.contamination_report import ContaminationReport
 from nvembed.building.similar_texts import Bm25Index, ShingleIndex
 from nvembed.data.records import LabelRecord, PairRecord, StsRecord
-from nvembed.evaluation.bm25 import BM25
+from nvembed.mining.bm25 import BM25
 from oracles.cleaning import bm25_share, plain_jaccard
 
 ITEMS = [

@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nvembed.evaluation.bm25 import BM25, bm25_ndcg, ndcg
+from nvembed.evaluation.bm25 import bm25_ndcg, ndcg
 from nvembed.evaluation.task_files import RetrievalData
 from nvembed.evaluation.tasks import load_task
+from nvembed.mining.bm25 import BM25
 from oracles import bm25 as oracle
 from task_folders import write_task
 
@@ -50,6 +51,8 @@ def test_scores_equal_the_plain_loops(seed: int, k1: float, b: float) -> None:
         assert found == pytest.approx(expected, abs=1e-12)
         assert (np.diff(row) <= 0).all()
         assert sorted(order) == list(range(len(documents)))
+        one_by_one = BM25(documents, k1=k1, b=b).scores([query] * len(order), order)
+        assert one_by_one == pytest.approx(row, abs=1e-12)
 
 
 def test_top_k_is_the_start_of_the_full_order_with_ties_by_index() -> None:
@@ -74,7 +77,7 @@ def test_no_words_at_all() -> None:
 def test_blocks_give_the_same_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
     documents, queries = _texts(40, 10, 1), _texts(23, 5, 2)
     whole = BM25(documents).top_k(queries, 7)
-    monkeypatch.setattr("nvembed.evaluation.bm25._BLOCK_CELLS", 100)
+    monkeypatch.setattr("nvembed.mining.bm25._BLOCK_CELLS", 100)
     blocks = BM25(documents).top_k(queries, 7)
     assert np.array_equal(whole[0], blocks[0])
     assert np.array_equal(whole[1], blocks[1])

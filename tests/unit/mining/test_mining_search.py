@@ -4,9 +4,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nvembed.mining import search
 from nvembed.mining.search import _pack, top_k
 from oracles import mining as oracle
 
@@ -54,9 +56,52 @@ def test_real_vectors_score_as_in_float64() -> None:
     np.testing.assert_allclose(scores, np.take_along_axis(exact, indices, 1), atol=2e-5)
 
 
+@pytest.mark.parametrize("k", [1, 7, 300])
+def test_groups_slabs_and_parts_do_not_show(monkeypatch: pytest.MonkeyPatch, k: int) -> None:
+    # Whole numbers below 2**24 in all sums: every order of summing gives the same bits.
+    rng = np.random.default_rng(4)
+    queries = rng.integers(-9, 10, (150, 12)).astype(np.float32)
+    documents = rng.integers(-9, 10, (2000, 12)).astype(np.float32)
+    documents[500:900] = documents[:400]  # ties between tiles
+    scores = queries @ documents.T
+    order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+    monkeypatch.setattr(search, "GROUP_QUERIES", 64)
+    parts = np.split(documents, [1, 3, 700, 701, 1500])
+    for searched in (documents, parts, np.sort(documents, axis=0)[:0]):
+        found, indices = top_k(queries, searched, k, block_queries=16, block_documents=64)
+        wanted = order if len(searched) else order[:, :0]
+        assert np.array_equal(indices, wanted)
+        assert np.array_equal(found, np.take_along_axis(scores, wanted, 1))
+
+
+def test_documents_that_get_better_and_better() -> None:
+    # Every tile replaces the whole result: nothing may be lost when the buffer runs over.
+    documents = np.arange(1000, dtype=np.float32)[:, None]
+    scores, indices = top_k(np.ones((3, 1), np.float32), documents, 10, block_documents=32)
+    assert indices.tolist() == [list(range(999, 989, -1))] * 3
+    assert np.array_equal(scores, indices)
+
+
+def test_the_number_of_threads_does_not_show() -> None:
+    rng = np.random.default_rng(5)
+    queries, documents = rng.standard_normal((2, 700, 33)).astype(np.float32)
+    results = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(top_k(queries, documents, 50, block_documents=128))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    for scores, indices in results[1:]:
+        assert np.array_equal(scores, results[0][0])
+        assert np.array_equal(indices, results[0][1])
+
+
 def test_zero_and_minus_zero_tie() -> None:
     # Whether a product can be -0.0 is up to the BLAS, hence the inner function.
-    keys = _pack(np.array([[-0.0, 0.0, -1e-45, 1e-45]], dtype=np.float32), first_index=0)[0]
+    keys = _pack(np.array([-0.0, 0.0, -1e-45, 1e-45], dtype=np.float32), np.arange(4))
     assert np.argsort(-keys).tolist() == [3, 0, 1, 2]
 
 

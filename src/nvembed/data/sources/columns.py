@@ -27,6 +27,10 @@ class Columns:
         self._names = names
         self._getters = {name: _getter(column) for name, column in names.items()}
 
+    def names(self, name: str) -> bool:
+        """Whether the recipe says where the value is found."""
+        return name in self._names
+
     def find(self, values: Values, name: str) -> Any:
         """The value, ``MISSING`` where the row has no such column."""
         getter = self._getters.get(name)

@@ -28,6 +28,12 @@ LABEL_KINDS = ("classification", "clustering")
 PAIR_KINDS = ("retrieval", "nli")
 
 
+# The further tables that layouts know.
+_TABLES: dict[str, tuple[str, ...]] = {
+    "beir": ("corpus", "queries"),
+    "scored": ("corpus", "queries"),
+    "references": ("corpus",),
+}
 # What is said of a set whatever its source.
 _KEPT = (
     "name",
@@ -123,7 +129,10 @@ class DatasetConfig(StrictModel):
         split: which judgements of a BEIR folder are used: ``qrels/<split>.tsv``.
         one_record_per: of ``beir``: a record per ``query`` with all its positives, or one per
             ``positive``.
-        max_positives: use so many positives per query at most, those that are scored best.
+        max_positives: use so many positives of a record at most, those that are judged best.
+        max_negatives: use so many negatives of a record at most, the first ones.
+        percent_of_positive: of ``scored``: negatives are documents that score less than this share
+            of what the positive does.
         judged_negatives: of ``beir``: documents judged 0 are negatives of the query.
         max_score: top of the scale of ``sts`` scores, which become 0 to 5; a score above it is
             refused. None is 5, unchanged.
@@ -154,6 +163,8 @@ class DatasetConfig(StrictModel):
     split: str = Field(default="train", min_length=1)
     one_record_per: Literal["query", "positive"] = "query"
     max_positives: int | None = Field(default=None, ge=1)
+    max_negatives: int | None = Field(default=None, ge=0)
+    percent_of_positive: float = Field(default=0.95, gt=0, le=1)
     judged_negatives: bool = False
     max_score: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     label_names: tuple[str, ...] | None = Field(default=None, min_length=1)
@@ -204,6 +215,18 @@ class DatasetConfig(StrictModel):
             raise ValueError(
                 f"layout {self.layout} gives records of kind {' or '.join(kinds)}, not {self.kind}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _tables_fit_layout(self) -> Self:
+        known = _TABLES.get(self.layout, ())
+        for name, table in (("corpus", self.corpus), ("queries", self.queries)):
+            if table is not None and name not in known:
+                raise ValueError(f"layout {self.layout} has no use for {name}")
+        if self.layout == "references" and self.corpus is None:
+            raise ValueError("layout references needs corpus, the table of the documents")
+        if self.layout == "scored" and self.hub is None and not (self.corpus and self.queries):
+            raise ValueError("layout scored needs corpus and queries, the tables of texts")
         return self
 
 

@@ -12,7 +12,8 @@ import csv
 import gzip
 import io
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -26,22 +27,28 @@ MAX_JSON = 1024 * 2**20  # bytes of a JSON list, which is read as a whole
 _FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 
 Open = Callable[[], IO[bytes]]
+Binary = Callable[[], AbstractContextManager[io.BufferedReader]]
 
 
 def open_file(
-    path: Path, *, header: Sequence[str] | None = None, quotes: bool | None = None
+    path: Path,
+    *,
+    name: str | None = None,
+    header: Sequence[str] | None = None,
+    quotes: bool | None = None,
 ) -> Table:
     """Open a file of rows.
 
     Args:
-        path: the file; its ending says the format.
+        path: the file.
+        name: what places and errors call it; its ending says the format. None is the path.
         header: columns of a CSV or TSV file that does not name them in its first line.
         quotes: whether its fields may be in quotes; None is yes for CSV, no for TSV.
 
     Raises:
         SourceError: no such file, an unknown ending, or a file that is not what its ending says.
     """
-    name = str(path)
+    name = str(path) if name is None else name
     form = _format(name, header, quotes)
     if not path.is_file():
         raise SourceError(
@@ -53,7 +60,7 @@ def open_file(
                 columns = tuple(file.schema_arrow.names)
         except DataError as error:
             raise _as_source_error(error) from error
-        return Table(name, _parquet(path), columns)
+        return Table(name, _parquet(path, name), columns)
     return open_stream(lambda: open(path, "rb"), name, header=header, quotes=quotes)
 
 
@@ -73,23 +80,31 @@ def open_stream(
     """
     form = _format(name, header, quotes)
 
-    def binary() -> io.BufferedReader:
-        raw: Any = opener()
-        if name.endswith(".gz"):
-            raw = gzip.GzipFile(fileobj=raw)
-        return raw if isinstance(raw, io.BufferedReader) else io.BufferedReader(raw)
+    @contextmanager
+    def binary() -> Iterator[io.BufferedReader]:
+        with ExitStack() as opened:
+            stream: Any = opened.enter_context(opener())
+            if name.endswith(".gz"):
+                stream = opened.enter_context(gzip.GzipFile(fileobj=stream))
+            if not isinstance(stream, io.BufferedReader):
+                stream = opened.enter_context(io.BufferedReader(stream))
+            yield stream
 
     if form == ".jsonl":
-        return Table(name, _guarded(name, lambda: _json_lines(binary(), name)))
+        return Table(name, _guarded(name, lambda: _json_lines(binary, name)))
     if form == ".json":
-        return Table(name, _guarded(name, lambda: _json(binary(), name)))
+        return Table(name, _guarded(name, lambda: _json(binary, name)))
     quoted = quotes if quotes is not None else form == ".csv"
     delimiter = "," if form == ".csv" else "\t"
 
     def records() -> Iterator[tuple[int, list[str] | str]]:
-        return _fields(binary(), delimiter, quoted)
+        return _fields(binary, delimiter, quoted)
 
-    columns = tuple(header) if header is not None else _header(_guarded(name, records), name)
+    if header is not None:
+        columns = tuple(header)
+    else:
+        with closing(_guarded(name, records)) as beginning:
+            columns = _header(beginning, name)
     rows = _guarded(name, lambda: _named(records(), name, columns, skip=header is None))
     return Table(name, rows, columns, textual=True)
 
@@ -107,7 +122,7 @@ def _format(name: str, header: Sequence[str] | None, quotes: bool | None) -> str
     return form
 
 
-def _guarded(name: str, make: Callable[[], Iterator[Any]]) -> Iterator[Any]:
+def _guarded(name: str, make: Callable[[], Iterator[Any]]) -> Generator[Any, None, None]:
     """Pass rows on; what breaks the whole file becomes a SourceError."""
     try:
         yield from make()
@@ -123,10 +138,10 @@ def _as_source_error(error: DataError) -> SourceError:
     return SourceError(error.message, where=error.where, expected=error.expected, hint=error.hint)
 
 
-def _parquet(path: Path) -> Rows:
+def _parquet(path: Path, name: str) -> Rows:
     try:
         for number, values in parquet_rows(path):
-            yield Row(f"{path}:{number}", values)
+            yield Row(f"{name}:{number}", values)
     except DataError as error:
         raise _as_source_error(error) from error
 
@@ -134,9 +149,9 @@ def _parquet(path: Path) -> Rows:
 # --- JSON -----------------------------------------------------------------------------------------
 
 
-def _json_lines(binary: io.BufferedReader, name: str) -> Rows:
-    with binary:
-        for number, line in _lines(binary):
+def _json_lines(binary: Binary, name: str) -> Rows:
+    with binary() as file:
+        for number, line in _lines(file):
             place = f"{name}:{number}"
             if line is None:
                 yield _too_long(place)
@@ -147,13 +162,13 @@ def _json_lines(binary: io.BufferedReader, name: str) -> Rows:
                     yield BadRow(place, error.message)
 
 
-def _json(binary: io.BufferedReader, name: str) -> Rows:
+def _json(binary: Binary, name: str) -> Rows:
     """A list of objects, read as a whole, or else lines."""
-    if not binary.peek(1).lstrip().startswith(b"["):
+    with binary() as file:
+        whole = file.read(MAX_JSON) if file.peek(1).lstrip().startswith(b"[") else None
+    if whole is None:
         yield from _json_lines(binary, name)
         return
-    with binary:
-        whole = binary.read(MAX_JSON)
     if len(whole) >= MAX_JSON:
         raise SourceError("a JSON list of 1 GB or more", where=name, hint="Turn it into JSONL")
     try:
@@ -221,14 +236,12 @@ class _TextLines:
                 yield line.decode("utf-8", errors="replace")
 
 
-def _fields(
-    binary: io.BufferedReader, delimiter: str, quotes: bool
-) -> Iterator[tuple[int, list[str] | str]]:
+def _fields(binary: Binary, delimiter: str, quotes: bool) -> Iterator[tuple[int, list[str] | str]]:
     """Yield (line it starts on, fields, or what is wrong) for every record of a delimited file."""
     csv.field_size_limit(max(csv.field_size_limit(), MAX_LINE))  # the default is 128 kB
     quoting: Literal[0, 3] = csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE
-    with binary:
-        lines = _TextLines(binary)
+    with binary() as file:
+        lines = _TextLines(file)
         reader = csv.reader(iter(lines), delimiter=delimiter, quoting=quoting, strict=True)
         while True:
             start = lines.number + 1

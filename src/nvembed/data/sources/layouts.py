@@ -33,7 +33,7 @@ _OPTIONAL: dict[Kind, tuple[str, ...]] = {
 
 
 def needed_columns(config: DatasetConfig) -> tuple[str, ...]:
-    """The names that a layout of this file cannot do without."""
+    """The names that a layout cannot do without."""
     match config.layout:
         case "records":
             return REQUIRED[config.kind]
@@ -45,8 +45,14 @@ def needed_columns(config: DatasetConfig) -> tuple[str, ...]:
             return ("query", "positive_passages")
         case "clusters":
             return ("sentences", "labels")
-        case _:
-            return ()
+        case "beir":
+            return ("query-id", "corpus-id")
+        case "references":
+            return ("query", "ids")
+        case "scored":
+            return ("query_id", "document_ids", "scores")
+        case "entailment":
+            return ("premise", "hypothesis", "label")
 
 
 def converter(config: DatasetConfig, columns: Columns, *, textual: bool) -> Convert:
@@ -66,7 +72,7 @@ def converter(config: DatasetConfig, columns: Columns, *, textual: bool) -> Conv
         case "lists":
             return lambda values: _lists(values, columns)
         case "passages":
-            return lambda values: _passages(values, columns, config.max_positives)
+            return lambda values: _passages(values, columns)
         case "clusters":
             return lambda values: _clusters(values, columns, config.label_names)
         case _:
@@ -159,14 +165,14 @@ def _lists(values: Values, columns: Columns) -> Iterator[Values]:
     yield row
 
 
-def _passages(values: Values, columns: Columns, most: int | None) -> Iterator[Values]:
+def _passages(values: Values, columns: Columns) -> Iterator[Values]:
     positives = _passage_texts(columns.need(values, "positive_passages"), "positive_passages")
     if not positives:
         raise RowError('"positive_passages" holds no text')
     negatives = columns.find(values, "negative_passages")
     yield {
         "query": columns.need(values, "query"),
-        "positive": positives[:most],
+        "positive": positives,
         "negative": []
         if negatives is MISSING or negatives is None
         else _passage_texts(negatives, "negative_passages"),

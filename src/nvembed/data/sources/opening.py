@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from nvembed.core.errors import SourceError
 from nvembed.data.records import LabelRecord, PairRecord, Record, RowError, parse_record
+from nvembed.data.sources import joins
 from nvembed.data.sources.columns import Columns
 from nvembed.data.sources.config import DatasetConfig, TableConfig
 from nvembed.data.sources.files import open_file
-from nvembed.data.sources.layouts import Convert, converter, needed_columns
+from nvembed.data.sources.hub import open_hub
+from nvembed.data.sources.joins import Joined, Keyed
+from nvembed.data.sources.layouts import converter, needed_columns
 from nvembed.data.sources.rows import BadRow, Converted, OpenedDataset, Rows, Table, Values
 
 # So many rows are looked at before a source of which none could be used is given up.
 _FIRST_ROWS = 1000
 
+Join = Callable[[Rows], Iterator[Joined | BadRow]]
 
-def open_dataset(config: DatasetConfig, *, base_dir: Path) -> OpenedDataset:
+
+def open_dataset(config: DatasetConfig, *, base_dir: Path, give_up: bool = True) -> OpenedDataset:
     """Open the source of a data set and look whether it has the expected form.
 
     ``max_records`` is not applied: what is done with the records in between decides which are used.
@@ -25,19 +31,20 @@ def open_dataset(config: DatasetConfig, *, base_dir: Path) -> OpenedDataset:
     Args:
         config: the data set.
         base_dir: folder that relative paths start at.
+        give_up: raise an error where the first thousand rows are bad for the same reason.
 
     Raises:
         SourceError: the source is not there, cannot be reached, may not be read, or has other
             columns than expected; says which, what was found and what to do.
     """
-    opened = OpenedDataset(revision=None, rows=iter(()))
-    table = open_table(config.table, base_dir=base_dir)
-    opened.revision = table.revision
+    table = open_table(_own_table(config, base_dir), base_dir=base_dir)
     columns = Columns(config.columns)
     columns.check(table, (*needed_columns(config), *config.where))
-    convert = converter(config, columns, textual=table.textual)
-    rows = _chosen(opened.counting(table.rows), config.where, columns)
-    opened.rows = _hopeless(_converted(rows, convert, config), table)
+    join = _join(config, columns, table, base_dir)
+    opened = OpenedDataset(table.revision, iter(()))
+    joined = join(_chosen(opened.counting(table.rows), config.where, columns))
+    finished = (_finished(row, config) for row in joined)
+    opened.rows = _hopeless(finished, table) if give_up else finished
     return opened
 
 
@@ -49,7 +56,77 @@ def open_table(config: TableConfig, *, base_dir: Path) -> Table:
     """
     if config.path is not None:
         return open_file(base_dir / config.path, header=config.header, quotes=config.quotes)
-    raise SourceError("sets on the hub cannot be read yet", where=str(config.hub))
+    assert config.hub is not None
+    return open_hub(config.hub, base_dir=base_dir, header=config.header, quotes=config.quotes)
+
+
+def _own_table(config: DatasetConfig, base_dir: Path) -> TableConfig:
+    """The table of the set itself; of a BEIR folder its judgements."""
+    if config.path is None or not (base_dir / config.path).is_dir():
+        return config.table
+    if config.layout != "beir":
+        raise SourceError(
+            "a folder, not a file",
+            where=str(base_dir / config.path),
+            hint="Is it in BEIR's layout? Then say `layout: beir`",
+        )
+    judgements = f"{config.path}/qrels/{config.split}.tsv"
+    return config.table.model_copy(update={"path": judgements})
+
+
+def _join(config: DatasetConfig, columns: Columns, table: Table, base_dir: Path) -> Join:
+    """The function that makes objects of records from the rows."""
+    match config.layout:
+        case "beir":
+            queries = _keyed(config, "queries", base_dir)
+            corpus = _keyed(config, "corpus", base_dir)
+            return lambda rows: joins.beir(rows, config, columns, queries, corpus)
+        case "references":
+            corpus = _keyed(config, "corpus", base_dir)
+            return lambda rows: joins.references(rows, columns, corpus)
+        case "scored":
+            queries = _keyed(config, "queries", base_dir)
+            corpus = _keyed(config, "corpus", base_dir)
+            return lambda rows: joins.scored(rows, config, columns, queries, corpus)
+        case "entailment":
+            return lambda rows: joins.entailment(rows, columns)
+        case _:
+            convert = converter(config, columns, textual=table.textual)
+            return lambda rows: _row_by_row(rows, convert)
+
+
+def _keyed(config: DatasetConfig, name: str, base_dir: Path) -> Keyed:
+    """Open the table of documents or of queries, where the layout has it unless it is given."""
+    given = config.corpus if name == "corpus" else config.queries
+    table = given or _usual_table(config, name, base_dir)
+    opened = open_table(table, base_dir=base_dir)
+    keyed = Keyed(opened, Columns(table.columns))
+    if config.layout == "scored":
+        one = "document" if name == "corpus" else "query"
+        keyed = replace(keyed, ids=(f"{one}_id",), texts=(one,))
+    keyed.check()
+    return keyed
+
+
+def _usual_table(config: DatasetConfig, name: str, base_dir: Path) -> TableConfig:
+    if config.hub is not None:
+        changes = {"config": name, "split": name, "take": None}
+        if config.layout == "scored":  # one split per set, in three configurations
+            names = {"corpus": "documents", "queries": "queries"}
+            changes = {"config": names[name], "take": None}
+        return TableConfig(hub=config.hub.model_copy(update=changes))
+    folder = base_dir / (config.path or "")
+    if not folder.is_dir():
+        raise SourceError(
+            f"the file of judgements is given, but not its {name}",
+            where=str(folder),
+            hint=f"Add `{name}: {{path: …}}`, or give the folder of a set in BEIR's layout",
+        )
+    names_ = [f"{name}{ending}" for ending in (".jsonl", ".jsonl.gz", ".parquet")]
+    found = [folder / one for one in names_ if (folder / one).is_file()]
+    if not found:
+        raise SourceError(f"no {name} in the folder", where=str(folder), expected=names_[0])
+    return TableConfig(path=str(found[0].absolute()))
 
 
 def _chosen(rows: Rows, where: dict[str, tuple[str, ...]], columns: Columns) -> Rows:
@@ -70,32 +147,54 @@ def _chosen(rows: Rows, where: dict[str, tuple[str, ...]], columns: Columns) -> 
             yield row
 
 
-def _converted(rows: Rows, convert: Convert, config: DatasetConfig) -> Iterator[Converted | BadRow]:
+def _row_by_row(
+    rows: Rows, convert: Callable[[Values], Iterator[Values]]
+) -> Iterator[Joined | BadRow]:
     for row in rows:
         if isinstance(row, BadRow):
             yield row
             continue
         try:
             for values in convert(row.values):
-                yield record_or_problem(values, row.place, config)
+                yield Joined(row.place, values)
         except RowError as bad:
             yield BadRow(row.place, str(bad))
 
 
-def record_or_problem(values: Values, place: str, config: DatasetConfig) -> Converted | BadRow:
-    """Check the object of a record, and its length."""
+def _finished(joined: Joined | BadRow, config: DatasetConfig) -> Converted | BadRow:
+    """Check the object of a record and cut it to the limits of the set."""
+    if isinstance(joined, BadRow):
+        return joined
     try:
-        record = parse_record(values, config.kind)
+        record = parse_record(joined.values, config.kind)
     except RowError as bad:
-        return BadRow(place, str(bad))
+        return BadRow(joined.place, str(bad))
+    if isinstance(record, PairRecord):
+        record = _limited(record, config.max_positives, config.max_negatives)
     longest = max(map(len, _texts(record)))
     if longest > config.max_characters:
         return BadRow(
-            place,
+            joined.place,
             f"a text of {longest:,} characters, expected at most {config.max_characters:,} "
             "(max_characters)",
         )
-    return Converted(record, place)
+    return Converted(record, joined.place)
+
+
+def _limited(record: PairRecord, positives: int | None, negatives: int | None) -> PairRecord:
+    if positives is not None and len(record.positives) > positives:
+        record = replace(
+            record,
+            positives=record.positives[:positives],
+            positive_scores=record.positive_scores[:positives],
+        )
+    if negatives is not None and len(record.negatives) > negatives:
+        record = replace(
+            record,
+            negatives=record.negatives[:negatives],
+            negative_scores=record.negative_scores[:negatives],
+        )
+    return record
 
 
 def _texts(record: Record) -> tuple[str, ...]:

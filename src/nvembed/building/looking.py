@@ -1,0 +1,100 @@
+"""What a path or a recipe names: sets that can be looked into or checked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from nvembed.building.build import default_folder
+from nvembed.core.config import load_config
+from nvembed.core.errors import ConfigError, DataError
+from nvembed.data.record_shards import read_shards
+from nvembed.data.records import Kind, LabelRecord, label_problems
+from nvembed.data.sources import BadRow, Converted, DatasetConfig, open_dataset
+from nvembed.data.sources.config import LABEL_KINDS
+from nvembed.training.built import MANIFEST, read_manifest
+from nvembed.training.config import TrainConfig
+
+_RECIPE = (".yaml", ".yml")
+
+
+@dataclass(frozen=True, slots=True)
+class OpenSet:
+    """A set to be read once."""
+
+    name: str
+    kind: Kind
+    rows: Iterable[Converted | BadRow]
+
+
+def open_sets(path: Path, given: DatasetConfig | None) -> Iterator[OpenSet]:
+    """Find the sets at a path.
+
+    Args:
+        path: a recipe, whose sets are taken as built where they are, else from their sources; the
+            folder of a built set, or of several; or a file of records.
+        given: how to read a file; None where its kind was not said.
+
+    Raises:
+        DataError: there is nothing of that sort, or a source cannot be opened.
+        ConfigError: a file whose kind was not said.
+    """
+    if path.suffix in _RECIPE:
+        yield from _of_recipe(path)
+    elif path.is_dir():
+        folders = sorted(file.parent for file in path.glob(f"*/{MANIFEST}"))
+        if (path / MANIFEST).is_file():
+            folders = [path]
+        if not folders:
+            raise DataError("no built data set here", where=str(path), expected=f"a {MANIFEST}")
+        for folder in folders:
+            manifest = read_manifest(folder)
+            if manifest is None:
+                raise DataError("the set is not whole", where=str(folder), hint="Build it again")
+            yield OpenSet(manifest["name"], manifest["kind"], read_shards(folder, manifest["kind"]))
+    elif given is None:
+        raise ConfigError(
+            "the kind of the records is missing",
+            where="--kind",
+            expected="retrieval, nli, sts, classification or clustering",
+        )
+    else:
+        yield OpenSet(given.name, given.kind, open_dataset(given, base_dir=Path()).rows)
+
+
+def _of_recipe(path: Path) -> Iterator[OpenSet]:
+    config = load_config(TrainConfig, path)
+    built = path.parent / (config.build.folder if config.build else default_folder(path))
+    for dataset in config.datasets:
+        folder = built / dataset.name
+        manifest = read_manifest(folder)
+        if manifest is not None and manifest["kind"] == dataset.kind:
+            yield OpenSet(
+                f"{dataset.name} (built)", dataset.kind, read_shards(folder, dataset.kind)
+            )
+        else:
+            rows = open_dataset(dataset, base_dir=path.parent).rows
+            yield OpenSet(dataset.name, dataset.kind, rows)
+
+
+def checked_rows(config: DatasetConfig) -> Iterator[BadRow | Converted]:
+    """Read a file to its end: all rows, then a bad row for each class that cannot be converted.
+
+    Raises:
+        SourceError: the file cannot be read, or not to its end.
+    """
+    sizes: dict[str, list[LabelRecord]] = {}
+    places: dict[str, str] = {}
+    for row in open_dataset(config, base_dir=Path(), give_up=False).rows:
+        yield row
+        if isinstance(row, Converted) and isinstance(row.record, LabelRecord):
+            label, text = row.record.label, row.record.text
+            samples = sizes.setdefault(label, [])
+            places.setdefault(label, row.place)
+            if all(sample.text != text for sample in samples) and len(samples) < 2:
+                samples.append(row.record)
+    if config.kind in LABEL_KINDS and sizes:
+        found = [record for samples in sizes.values() for record in samples]
+        for index, problem in label_problems(found, config.conversion):
+            yield BadRow(places[found[index].label], problem)

@@ -1,0 +1,324 @@
+"""Layouts that put rows together: by an id, or rows of one query.
+
+    beir        judgements ``query-id``, ``corpus-id``, ``score`` (above 0: relevant), with tables
+                of queries and of documents: BEIR, MTEB, MIRACL
+    references  a ``query`` and the ``ids`` of its documents in ``corpus``: passages by number,
+                Wikipedia articles by title
+    scored      LightOn: ``document_ids`` of a query, the positive first, and a teacher's ``scores``
+    entailment  ``premise``, ``hypothesis``, ``label``: a record per premise, what follows from it
+                against what contradicts it
+
+Tables of documents may be far larger than memory: which documents are needed is found out first,
+then the table is read through once and only those are kept. Next file: ``data/sources/opening.py``.
+"""
+
+from __future__ import annotations
+
+import ast
+import html
+import unicodedata
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from nvembed.data.records import RowError
+from nvembed.data.sources.columns import MISSING, Columns
+from nvembed.data.sources.config import DatasetConfig
+from nvembed.data.sources.layouts import number_in
+from nvembed.data.sources.rows import BadRow, Rows, Table, Values
+
+
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """The object of a record, with the place of the row that it comes from."""
+
+    place: str
+    values: Values
+
+
+@dataclass(frozen=True, slots=True)
+class Keyed:
+    """A table of texts by their ids.
+
+    Args:
+        table: its rows.
+        columns: where ``id`` and ``text`` are found.
+        ids: names that the id may have where ``columns`` does not say.
+        texts: columns that make up the text, those that are there, where ``columns`` does not say.
+    """
+
+    table: Table
+    columns: Columns
+    ids: tuple[str, ...] = ("_id", "id")
+    texts: tuple[str, ...] = ("title", "text")
+
+    def check(self) -> None:
+        """Look for the columns; see ``Columns.check``."""
+        have = self.table.columns or ()
+        needed = [] if set(self.ids) & set(have) else ["id"]
+        needed += [] if self.texts[-1] in have else ["text"]
+        self.columns.check(self.table, tuple(needed))
+
+    def id_of(self, values: Values) -> str:
+        """The id as a text: copies of a set mix 7, 7.0 and "7"."""
+        value = self.columns.find(values, "id")
+        if value is MISSING:
+            value = next((values[name] for name in self.ids if name in values), MISSING)
+        if value is MISSING:
+            value = self.columns.need(values, "id")
+        return key_of(value)
+
+    def text_of(self, values: Values) -> str:
+        """The text, with the title before it where there is one."""
+        if self.columns.names("text"):
+            parts = [self.columns.need(values, "text")]
+        else:
+            parts = [values[name] for name in self.texts if name in values]
+            if self.texts[-1] not in values:
+                parts = [self.columns.need(values, "text")]
+        if not all(isinstance(part, str) for part in parts if part is not None):
+            raise RowError('"text" is no text')
+        return " ".join(filter(None, (part.strip() for part in parts if part is not None)))
+
+
+def key_of(value: Any) -> str:
+    """An id or title in the spelling by which it is looked up."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if not isinstance(value, str | int) or isinstance(value, bool):
+        raise RowError(f"an id is {type(value).__name__}, expected a text or a number")
+    text = html.unescape(str(value))
+    return text if text.isascii() else unicodedata.normalize("NFC", text)
+
+
+def look_up(keyed: Keyed, wanted: set[str]) -> Generator[BadRow, None, dict[str, str]]:
+    """Read a table until all wanted texts are found; return them by id, and yield its bad rows."""
+    found: dict[str, str] = {}
+    if not wanted:
+        return found
+    for row in keyed.table.rows:
+        if isinstance(row, BadRow):
+            yield row
+            continue
+        try:
+            key = keyed.id_of(row.values)
+            if key not in wanted or key in found:
+                continue
+            text = keyed.text_of(row.values)
+        except RowError as bad:
+            yield BadRow(row.place, str(bad))
+            continue
+        if not text:
+            yield BadRow(row.place, f"document {key!r} has no text")
+            continue
+        found[key] = text
+        if len(found) == len(wanted):
+            break
+    return found
+
+
+# --- Judgements -----------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _Judged:
+    """What is known of one query: (score, id of the document, place) of the relevant ones."""
+
+    place: str
+    relevant: list[tuple[float, str, str]] = field(default_factory=list)
+    others: list[tuple[str, str]] = field(default_factory=list)
+
+
+def beir(
+    rows: Rows, config: DatasetConfig, columns: Columns, queries: Keyed, corpus: Keyed
+) -> Iterator[Joined | BadRow]:
+    """Join judgements with their queries and documents."""
+    judged: dict[str, _Judged] = {}
+    for row in rows:
+        if isinstance(row, BadRow):
+            yield row
+            continue
+        try:
+            _note(judged, row.place, row.values, columns)
+        except RowError as bad:
+            yield BadRow(row.place, str(bad))
+    judged = {query: known for query, known in judged.items() if known.relevant}
+    wanted: set[str] = set()
+    for known in judged.values():
+        known.relevant.sort(key=lambda entry: -entry[0])  # stable: else in the order of the rows
+        del known.relevant[config.max_positives or len(known.relevant) :]
+        if not config.judged_negatives:
+            known.others.clear()
+        wanted.update(document for _, document, _ in known.relevant)
+        wanted.update(document for document, _ in known.others)
+    texts = yield from look_up(queries, set(judged))
+    documents = yield from look_up(corpus, wanted)
+    for query, known in judged.items():
+        if query not in texts:
+            yield BadRow(known.place, f"query {query!r} is not in {queries.table.name}")
+            continue
+        yield from _joined(texts[query], known, documents, config, corpus.table.name)
+
+
+def _note(judged: dict[str, _Judged], place: str, values: Values, columns: Columns) -> None:
+    query = key_of(columns.need(values, "query-id"))
+    document = key_of(columns.need(values, "corpus-id"))
+    score = number_in(columns.find(values, "score"), "score")
+    if score is MISSING or score is None:
+        score = 1
+    if isinstance(score, bool) or not isinstance(score, int | float):
+        raise RowError('"score" is no number')
+    known = judged.setdefault(query, _Judged(place))
+    if score > 0:
+        known.relevant.append((score, document, place))
+    else:
+        known.others.append((document, place))
+
+
+def _joined(
+    query: str, known: _Judged, documents: dict[str, str], config: DatasetConfig, corpus: str
+) -> Iterator[Joined | BadRow]:
+    positives: list[tuple[str, str]] = []
+    for _, document, place in known.relevant:
+        if document in documents:
+            positives.append((documents[document], place))
+        else:
+            yield BadRow(place, f"document {document!r} is not in {corpus}")
+    negatives = [documents[document] for document, _ in known.others if document in documents]
+    base: Values = {"query": query, "negative": negatives}
+    if config.one_record_per == "positive":
+        for text, place in positives:
+            yield Joined(place, base | {"positive": [text]})
+    elif positives:
+        yield Joined(known.place, base | {"positive": [text for text, _ in positives]})
+
+
+# --- Ids in the row -------------------------------------------------------------------------------
+
+
+def references(rows: Rows, columns: Columns, corpus: Keyed) -> Iterator[Joined | BadRow]:
+    """Put the documents that a row names in the place of their ids."""
+    waiting: list[tuple[str, Any, list[str]]] = []
+    for row in rows:
+        if isinstance(row, BadRow):
+            yield row
+            continue
+        try:
+            query, ids = columns.need(row.values, "query"), _ids(columns.need(row.values, "ids"))
+        except RowError as bad:
+            yield BadRow(row.place, str(bad))
+            continue
+        waiting.append((row.place, query, ids))
+    documents = yield from look_up(corpus, {one for _, _, ids in waiting for one in ids})
+    for place, query, ids in waiting:
+        absent = [one for one in ids if one not in documents]
+        if absent:
+            yield BadRow(place, f"document {absent[0]!r} is not in {corpus.table.name}")
+        if len(absent) < len(ids):
+            texts = [documents[one] for one in ids if one in documents]
+            yield Joined(place, {"query": query, "positive": texts})
+
+
+def _ids(value: Any) -> list[str]:
+    """Ids of a list, of a text that spells one, or of a list of pairs that begin with them."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            value = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            raise RowError(f'"ids" is {value[:40]!r}, expected a list') from None
+    if not isinstance(value, list):
+        value = [value]
+    if not value:
+        raise RowError('"ids" is empty, expected at least one')
+    firsts = [item[0] if isinstance(item, list | tuple) and item else item for item in value]
+    return list(dict.fromkeys(map(key_of, firsts)))
+
+
+# --- Documents with scores ------------------------------------------------------------------------
+
+
+def scored(
+    rows: Rows, config: DatasetConfig, columns: Columns, queries: Keyed, corpus: Keyed
+) -> Iterator[Joined | BadRow]:
+    """Take the first document for the positive and those scored well below it for negatives."""
+    waiting: list[tuple[str, str, list[tuple[str, float]]]] = []
+    for row in rows:
+        if isinstance(row, BadRow):
+            yield row
+            continue
+        try:
+            query = key_of(columns.need(row.values, "query_id"))
+            waiting.append((row.place, query, _candidates(row.values, config, columns)))
+        except RowError as bad:
+            yield BadRow(row.place, str(bad))
+    texts = yield from look_up(queries, {query for _, query, _ in waiting})
+    wanted = {document for _, _, chosen in waiting for document, _ in chosen}
+    documents = yield from look_up(corpus, wanted)
+    for place, query, chosen in waiting:
+        (positive, best), *others = chosen
+        if query not in texts or positive not in documents:
+            absent = f"query {query!r}" if query not in texts else f"document {positive!r}"
+            table = queries.table if query not in texts else corpus.table
+            yield BadRow(place, f"{absent} is not in {table.name}")
+            continue
+        others = [pair for pair in others if pair[0] in documents]
+        yield Joined(
+            place,
+            {
+                "query": texts[query],
+                "positive": [documents[positive]],
+                "positive_scores": [best],
+                "negative": [documents[document] for document, _ in others],
+                "negative_scores": [score for _, score in others],
+            },
+        )
+
+
+def _candidates(values: Values, config: DatasetConfig, columns: Columns) -> list[tuple[str, float]]:
+    ids, scores = columns.need(values, "document_ids"), columns.need(values, "scores")
+    if not isinstance(ids, list) or not isinstance(scores, list) or len(ids) != len(scores):
+        raise RowError('"document_ids" and "scores" are no lists of one length')
+    if not ids or not all(isinstance(score, int | float) for score in scores):
+        raise RowError('"scores" holds something else than numbers, or nothing')
+    best = float(scores[0])
+    if best < 0:
+        raise RowError("the positive has no score")
+    below = config.percent_of_positive * best
+    pairs = zip(map(key_of, ids[1:]), map(float, scores[1:]), strict=True)
+    negatives = [(one, score) for one, score in pairs if 0 <= score < below]  # -1: not scored
+    return [(key_of(ids[0]), best), *negatives[: config.max_negatives]]
+
+
+# --- Natural language inference -------------------------------------------------------------------
+
+_RELATIONS = {"0": True, "entailment": True, "2": False, "contradiction": False}
+_NO_RELATION = {"1", "neutral", "-1", "-", ""}
+
+
+def entailment(rows: Rows, columns: Columns) -> Iterator[Joined | BadRow]:
+    """Group rows by premise; those with both an entailed and a contradicted hypothesis stay."""
+    premises: dict[str, tuple[str, dict[str, None], dict[str, None]]] = {}
+    for row in rows:
+        if isinstance(row, BadRow):
+            yield row
+            continue
+        try:
+            premise, hypothesis, label = (
+                columns.need(row.values, name) for name in ("premise", "hypothesis", "label")
+            )
+            if not isinstance(premise, str) or not isinstance(hypothesis, str):
+                raise RowError('"premise" or "hypothesis" is no text')
+            relation = _RELATIONS.get(str(label))
+            if relation is None and str(label) not in _NO_RELATION:
+                raise RowError(f'"label" is {label!r}, expected 0 to 2 or entailment, …')
+        except RowError as bad:
+            yield BadRow(row.place, str(bad))
+            continue
+        if relation is not None:
+            _, entailed, contradicted = premises.setdefault(premise, (row.place, {}, {}))
+            (entailed if relation else contradicted)[hypothesis] = None
+    for premise, (place, entailed, contradicted) in premises.items():
+        negatives = [text for text in contradicted if text not in entailed]
+        if entailed and negatives:
+            values = {"query": premise, "positive": list(entailed), "negative": negatives}
+            yield Joined(place, values)

@@ -1,0 +1,178 @@
+"""One run of mining: the pool searched for every case, block by block, and negatives chosen.
+
+In: cases and a ranking; out: their negatives, one case after the other, and the report. Next file:
+``selection.py``.
+
+Letters: C cases, S sides of each, N candidates, K results of a query, P pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nvembed.core.errors import DataError
+from nvembed.core.progress import progress
+from nvembed.data.convert import POSITIVE_SCORE
+from nvembed.mining.config import MiningConfig
+from nvembed.mining.pool import Pool, text_key
+from nvembed.mining.ranking import NOTHING, Ranking
+from nvembed.mining.report import MiningReport
+from nvembed.mining.rerank import BLOCK_QUERIES
+from nvembed.mining.selection import Case, Chosen, Neighbours, Selector
+
+# Records per search. What is chosen from holds a few numbers for each of their candidates.
+BLOCK_RECORDS = 2048
+
+
+@dataclass(frozen=True, slots=True)
+class Mined:
+    """The negatives of a case and, where they are wanted, the teacher's scores."""
+
+    negatives: tuple[str, ...]
+    positive_scores: tuple[float, ...] = ()
+    negative_scores: tuple[float, ...] = ()
+
+
+class Run:
+    """Mining for cases: ``mined`` gives the negatives of each, then ``report`` the numbers.
+
+    Args:
+        cases: what to mine for, at least one.
+        pool: holds all texts of the cases but the queries.
+        ranking: of the rows of ``queries_of`` and of the pool.
+        config: how to choose.
+    """
+
+    def __init__(
+        self, cases: Sequence[Case], pool: Pool, ranking: Ranking, config: MiningConfig
+    ) -> None:
+        self._cases, self._pool, self._config = cases, pool, config
+        self._ranking = ranking
+        self._query_rows = {query: row for row, query in enumerate(queries_of(cases))}
+        known = _known_positives(cases, pool)
+        self._selector = Selector(config, pool, known, len(cases))
+
+    def mined(self) -> Iterator[Mined]:
+        """Choose the negatives of every case; given ones first."""
+        size = BLOCK_RECORDS if self._config.rerank is None else BLOCK_QUERIES
+        with progress(len(self._cases), "mine") as bar:
+            for start in range(0, len(self._cases), size):
+                block = self._cases[start : start + size]
+                near = self._neighbours(block)
+                chosen = self._selector.choose(block, near)
+                if self._config.write_scores:
+                    yield from self._with_scores(block, chosen)
+                else:
+                    yield from (Mined(case.texts) for case in chosen)
+                bar.advance(len(block))
+
+    def report(self) -> MiningReport:
+        """Return the numbers of the cases gone through."""
+        return self._selector.report()
+
+    def _neighbours(self, block: Sequence[Case]) -> Neighbours:
+        """Search for all cases of a block (C cases of S sides each) in one go."""
+        query_CS = np.array([[self._query_rows[q] for q, _ in case.sides] for case in block])
+        unique, place_CS = np.unique(query_CS, return_inverse=True)
+        scores_BK, rows_BK = self._ranking.nearest(unique)
+        place_CS = place_CS.reshape(query_CS.shape)
+        if query_CS.shape[1] == 1:
+            scores_CN, rows_CN = scores_BK[place_CS[:, 0]], rows_BK[place_CS[:, 0]]
+        else:
+            scores_CN, rows_CN = self._of_both_sides(query_CS, rows_BK[place_CS])
+        return Neighbours(rows_CN, scores_CN, *self._lowest_positives(block, query_CS))
+
+    def _of_both_sides(
+        self, query_CS: NDArray[np.int64], rows_CSK: NDArray[np.int64]
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Join what was found for either side; a document counts with the higher of its scores."""
+        num_cases, num_sides, num_results = rows_CSK.shape
+        shape = (num_cases, num_sides * num_results)
+        rows_CN = np.full(shape, NOTHING, dtype=np.int64)
+        scores_CN = np.full(shape, -np.inf, dtype=np.float32)
+        for number, query_S in enumerate(query_CS):
+            rows_N = np.unique(rows_CSK[number])
+            rows_N = rows_N[rows_N != NOTHING]
+            scores_N = np.max([self._scores(query, rows_N) for query in query_S], axis=0)
+            order_N = np.argsort(-scores_N, kind="stable")
+            rows_CN[number, : len(rows_N)] = rows_N[order_N]
+            scores_CN[number, : len(rows_N)] = scores_N[order_N]
+        return scores_CN, rows_CN
+
+    def _scores(self, query: int, rows_N: NDArray[np.int64]) -> NDArray[np.float32]:
+        return self._ranking.scores(np.full(len(rows_N), query), rows_N)
+
+    def _lowest_positives(
+        self, block: Sequence[Case], query_CS: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """Find the positive with the lowest score of each case, of equal ones the first row."""
+        pairs = [
+            (number, query, self._row(text))
+            for number, case in enumerate(block)
+            for (_, texts), query in zip(case.sides, query_CS[number].tolist(), strict=True)
+            for text in texts
+        ]
+        case_P, query_P, row_P = np.array(pairs, dtype=np.int64).T
+        score_P = self._ranking.scores(query_P, row_P)
+        order_P = np.lexsort((row_P, score_P, case_P))
+        _, first_C = np.unique(case_P[order_P], return_index=True)
+        lowest_C = order_P[first_C]
+        return row_P[lowest_C], score_P[lowest_C]
+
+    def _row(self, text: str) -> int:
+        row = self._pool.find(text)
+        assert row is not None, "texts of cases are in the pool"
+        return row
+
+    def _with_scores(self, block: Sequence[Case], chosen: Sequence[Chosen]) -> Iterator[Mined]:
+        """Add the scores for the first side, the only one of a pair record."""
+        queries, rows, counts = [], [], []
+        for case, own in zip(block, chosen, strict=True):
+            query, positives = case.sides[0]
+            of_case = [*map(self._row, positives), *own.rows]
+            queries += [self._query_rows[query]] * len(of_case)
+            rows += of_case
+            counts.append((len(positives), len(of_case)))
+        scores = self._ranking.scores(np.array(queries), np.array(rows)).tolist()
+        start = 0
+        for own, (split, size) in zip(chosen, counts, strict=True):
+            mine = scores[start : start + size]
+            yield Mined(own.texts, tuple(mine[:split]), tuple(mine[split:]))
+            start += size
+
+
+def queries_of(cases: Sequence[Case]) -> list[str]:
+    """Return the different queries; equal ones of several cases are looked for once.
+
+    Raises:
+        DataError: there are no cases.
+    """
+    if not cases:
+        raise DataError(
+            "no records to mine for",
+            expected=f"queries with positives, or pairs scored {POSITIVE_SCORE:g} or more",
+        )
+    return list(dict.fromkeys(query for case in cases for query, _ in case.sides))
+
+
+def pool_texts(cases: Sequence[Case], documents: Iterable[str]) -> Iterator[str]:
+    """Yield what the pool is made of."""
+    for case in cases:
+        for _, positives in case.sides:
+            yield from positives
+        yield from case.given
+    yield from documents
+
+
+def _known_positives(cases: Sequence[Case], pool: Pool) -> dict[str, frozenset[int]]:
+    """Collect, for every query, the rows of its positives in all records and its own row."""
+    known: dict[str, set[int]] = {}
+    for case in cases:
+        for query, positives in case.sides:
+            rows = known.setdefault(text_key(query), set())
+            rows.update(row for row in map(pool.find, (*positives, query)) if row is not None)
+    return {key: frozenset(rows) for key, rows in known.items()}

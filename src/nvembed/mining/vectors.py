@@ -1,0 +1,178 @@
+"""The vectors of many texts: in memory, or in files of a few thousand that are mapped when read.
+
+In: texts and an encoder; out: something to go through part by part, and to take rows from. A file
+is named after the teacher, the instruction and its very texts, so it is never taken for another's.
+Next file: ``ranking.py``.
+
+Letters: N texts, D width, P rows taken.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nvembed.core.errors import DataError
+from nvembed.core.progress import progress
+from nvembed.inference.encoding import WINDOW_TEXTS, Side, encode_texts, encode_window
+from nvembed.inference.protocol import Encoder
+from nvembed.mining.work import key_of, make_missing, write_array
+
+# Texts of a file. What a killed process loses is less than one; 64 MB at a width of 4,096.
+SHARD_TEXTS = 4096
+
+
+class Vectors:
+    """Rows in parts, each an array or the path of one; all but the last have equally many.
+
+    Args:
+        parts: in order.
+        rows_per_part: of all but the last.
+    """
+
+    def __init__(self, parts: Sequence[NDArray[np.float32] | Path], rows_per_part: int) -> None:
+        self._parts = parts
+        self._rows_per_part = rows_per_part
+
+    def __iter__(self) -> Iterator[NDArray[np.float32]]:
+        """Go through the parts; each is mapped no longer than it is looked at."""
+        for part in self._parts:
+            yield _opened(part)
+
+    def take(self, rows_P: NDArray[np.int64]) -> NDArray[Any]:
+        """Copy some rows, ``(P, D)``."""
+        numbers, places = np.divmod(rows_P, self._rows_per_part)
+        if len(self._parts) == 1:
+            return np.array(_opened(self._parts[0])[places])
+        taken: NDArray[np.float32] | None = None
+        for number in np.unique(numbers).tolist():
+            part = _opened(self._parts[number])
+            if taken is None:
+                taken = np.empty((len(rows_P), part.shape[1]), dtype=np.float32)
+            here = np.flatnonzero(numbers == number)
+            taken[here] = part[places[here]]
+        return _opened(self._parts[0])[:0] if taken is None else taken
+
+
+def _opened(part: NDArray[np.float32] | Path) -> NDArray[np.float32]:
+    if not isinstance(part, Path):
+        return part
+    try:
+        # "c": torch takes only memory that could be written, and nothing here writes.
+        return np.load(part, mmap_mode="c", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(
+            f"cannot be read ({error})", where=str(part), hint="Delete it; it will be made again"
+        ) from error
+
+
+class Teacher(Protocol):
+    """An encoder that is loaded when it is asked for."""
+
+    @property
+    def encoder(self) -> Encoder:
+        """The encoder."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Texts of one side.
+
+    Args:
+        texts: what is embedded.
+        side: query or document.
+        task: the instruction; ``None`` is none.
+        description: what the progress bar says.
+    """
+
+    texts: Sequence[str]
+    side: Side
+    task: str | None
+    description: str
+
+
+def embed_in_memory(batch: Batch, encoder: Encoder) -> Vectors:
+    """Embed texts and keep the vectors.
+
+    Raises:
+        ModelError: see ``encode_texts``.
+    """
+    vectors_ND = encode_texts(
+        encoder, batch.texts, side=batch.side, task=batch.task, description=batch.description
+    )
+    return Vectors([vectors_ND], max(len(batch.texts), 1))
+
+
+def shard_paths(batch: Batch, folder: Path, teacher: str) -> list[Path]:
+    """Name the files of some texts.
+
+    Args:
+        batch: the texts, and how they are embedded.
+        folder: where the files lie.
+        teacher: fingerprint of the model.
+    """
+    paths = []
+    for start in range(0, len(batch.texts), SHARD_TEXTS):
+        digest = hashlib.sha256()
+        for text in shard_texts(batch, start // SHARD_TEXTS):
+            data = text.encode("utf-8", "surrogatepass")
+            digest.update(len(data).to_bytes(8, "little") + data)
+        key = key_of(teacher, batch.side, batch.task, digest.hexdigest())
+        paths.append(folder / f"vectors-{key}.npy")
+    return paths
+
+
+def embed_to_files(batch: Batch, paths: Sequence[Path], teacher: Teacher) -> Vectors:
+    """Embed what no file holds yet; several processes may do so at once.
+
+    Args:
+        batch: the texts.
+        paths: of ``shard_paths``.
+        teacher: not loaded when all files are there.
+
+    Raises:
+        ModelError: see ``encode_texts``.
+        UserError: the disk is full.
+    """
+    there = sum(path.is_file() for path in paths)
+    with progress(len(batch.texts), batch.description) as bar:
+        bar.advance(there * SHARD_TEXTS)
+
+        def make(number: int) -> None:
+            texts = shard_texts(batch, number)
+            write_shard(
+                paths[number], texts, batch.side, batch.task, teacher.encoder, done=bar.advance
+            )
+
+        make_missing(paths, make)
+    return Vectors(paths, SHARD_TEXTS)
+
+
+def shard_texts(batch: Batch, number: int) -> Sequence[str]:
+    """Return the texts of one file."""
+    return batch.texts[number * SHARD_TEXTS : (number + 1) * SHARD_TEXTS]
+
+
+def write_shard(
+    path: Path,
+    texts: Sequence[str],
+    side: Side,
+    task: str | None,
+    encoder: Encoder,
+    *,
+    done: Callable[[int], None],
+) -> None:
+    """Embed the texts of one file and write it; ``done`` is told how many at a time."""
+    windows = []
+    for start in range(0, len(texts), WINDOW_TEXTS):
+        window = texts[start : start + WINDOW_TEXTS]
+        windows.append(encode_window(encoder, window, side=side, task=task))
+        done(len(window))
+    write_array(path, np.concatenate(windows))

@@ -13,11 +13,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from chat_endpoint import FakeEndpoint, fake_endpoint, good_answer, word
 from nvembed.core.errors import ConfigError, DataError
+from nvembed.data.mixture import load_source
 from nvembed.data.records import read_records
+from nvembed.data.sources import DatasetConfig
 from nvembed.synthesis.config import SynthesisConfig
 from nvembed.synthesis.endpoint import EndpointError
 from nvembed.synthesis.run import Summary, synthesize
@@ -77,6 +80,13 @@ def test_all_kinds_become_records_with_instructions(fake: FakeEndpoint, tmp_path
         assert f"Here is a task: {record.instruction}\n" in prompts[0]
         assert record.positives[0] in answered[prompts[0]]
         assert record.negatives[0] in answered[prompts[0]]
+    # As a data set of a recipe: the instruction comes with the record.
+    dataset = DatasetConfig(
+        name="synthetic", path="examples.jsonl", kind="retrieval", instruction=None
+    )
+    source = load_source(dataset, base_dir=tmp_path)
+    example = source.example(7, np.random.default_rng(0), 1)
+    assert (example.instruction, example.query) == (tasks[3], records[7].query)
     body = fake.bodies[0]
     assert (body["path"], body["model"], body["temperature"]) == (
         "/v1/chat/completions",

@@ -52,6 +52,8 @@ def place(
     pairs = [{"query": f"q{i}", "positive": f"text {i}"} for i in range(4)]
     write_jsonl(tmp_path / "recipes" / "pairs.jsonl", pairs)
     write_jsonl(tmp_path / "pairs.jsonl", pairs)
+    rows = "".join(f"q{i},text {i}\n" for i in range(4))
+    (tmp_path / "recipes" / "pairs.csv").write_text("question,answer\n" + rows)
     dataset = {"name": "pairs", "path": "pairs.jsonl", "kind": "retrieval", "instruction": "find"}
     recipe = {
         "output": "runs/small",

@@ -1,8 +1,9 @@
 """Each record once, each query once; in bounded memory.
 
-    retrieval, nli    records with an equal query become one, at the place of the first: positives
-                      and negatives of all, each once, in order; a negative that is a positive of
-                      another record goes. Teacher's scores stay if every record has them.
+    retrieval, nli    records with an equal query and instruction become one, at the place of the
+                      first: positives and negatives of all, each once, in order; a negative that
+                      is a positive of another record goes. Teacher's scores stay if every record
+                      has them.
     sts               of records with the same two sentences, in either order, the first stays
     classification,   of records with the same text and label the first stays; a text may have
     clustering        several labels
@@ -69,7 +70,7 @@ class Digests:
 def identity(record: Record) -> tuple[str, ...]:
     """The texts of which no two records of a set may have the same."""
     if isinstance(record, PairRecord):
-        return (record.query,)
+        return (record.query, record.instruction or "")
     if isinstance(record, StsRecord):
         return tuple(sorted((record.sentence1, record.sentence2), key=text_key))
     return record.text, record.label
@@ -188,4 +189,5 @@ def merge(records: Sequence[PairRecord], repeats: Repeats) -> PairRecord:
         tuple(text for text, _ in kept),
         tuple(score for _, score in positives.values()) if scored else (),
         tuple(score for _, score in kept) if scored else (),
+        records[0].instruction,
     )

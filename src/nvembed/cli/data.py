@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from nvembed.cli.synthesize import synthesize
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -18,6 +20,7 @@ data = typer.Typer(
     help="Build training data from files and hub data sets, look into it, check it.",
     no_args_is_help=True,
 )
+data.command()(synthesize)
 
 
 @data.command()

@@ -30,6 +30,7 @@ from nvembed.core.errors import UserError
 
 # Which extra brings a library that the base install lacks.
 _EXTRAS = {
+    "httpx2": "synth",
     "matplotlib": "plots",
     "onnx": "onnx",
     "onnxruntime": "onnx",

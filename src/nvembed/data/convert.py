@@ -12,9 +12,10 @@ NV-Embed v2 converts multi-class sets by example and binary ones by label text, 
 says ``conversion: label``: labels of real files are often codes, and evaluation compares texts with
 texts.
 
-An instruction belongs to the query. Where both sides are texts of one sort, positive and negatives
-carry it too (``symmetric``): sts as in the paper, and example-based classes, whose texts all carry
-the instruction when they are classified or clustered later. Next file: ``data/mixture.py``.
+An instruction belongs to the query; a pair record may bring its own, as synthetic ones do. Where
+both sides are texts of one sort, positive and negatives carry it too (``symmetric``): sts as in the
+paper, and example-based classes, whose texts all carry the instruction when they are classified or
+clustered later. Next file: ``data/mixture.py``.
 """
 
 from __future__ import annotations
@@ -128,7 +129,7 @@ class PairSource:
             positive_scores=tuple(record.positive_scores[p] for p in (first, *further) if scored),
             negative_scores=tuple(record.negative_scores[p] for p in negatives if scored),
             label=None,
-            instruction=self._instruction,
+            instruction=self._instruction if record.instruction is None else record.instruction,
             symmetric=False,
             dataset=self.name,
         )

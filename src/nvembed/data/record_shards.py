@@ -88,6 +88,7 @@ def record_of(row: dict[str, Any], kind: Kind) -> Record:
                 tuple(row.get("negative") or ()),
                 tuple(row.get("positive_scores") or ()),
                 tuple(row.get("negative_scores") or ()),
+                row.get("instruction"),
             )
         case "sts":
             return StsRecord(
@@ -184,6 +185,7 @@ def _schema(kind: Kind, *, places: bool) -> Any:
                 "negative": texts,
                 "positive_scores": numbers,
                 "negative_scores": numbers,
+                "instruction": text,
             }
         case "sts":
             columns = {"sentence1": text, "sentence2": text, "score": number, "negative": texts}

@@ -3,7 +3,8 @@
 A file of one of five kinds enters (JSONL, JSONL.gz or Parquet), a list of records leaves:
 
     retrieval, nli         {"query": str, "positive": str | [str], "negative": [str]?,
-                            "positive_scores": float | [float]?, "negative_scores": [float]?}
+                            "positive_scores": float | [float]?, "negative_scores": [float]?,
+                            "instruction": str?}
     sts                    {"sentence1": str, "sentence2": str, "score": 0 to 5, "negative": [str]?}
     classification,        {"text": str, "label": str | int}
     clustering
@@ -40,6 +41,7 @@ class PairRecord:
         positive_scores: what a teacher gives each positive for the query, on a scale of its own;
             empty where there is no teacher.
         negative_scores: the same of the negatives; there with ``positive_scores`` or not at all.
+        instruction: task of this query alone, in place of the one of its set; None for that one.
     """
 
     query: str
@@ -47,6 +49,7 @@ class PairRecord:
     negatives: tuple[str, ...] = ()
     positive_scores: tuple[float, ...] = ()
     negative_scores: tuple[float, ...] = ()
+    instruction: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the object that ``read_records`` reads back to an equal record."""
@@ -57,6 +60,8 @@ class PairRecord:
             row["positive_scores"] = list(self.positive_scores)
         if self.negative_scores:
             row["negative_scores"] = list(self.negative_scores)
+        if self.instruction is not None:
+            row["instruction"] = self.instruction
         return row
 
 
@@ -210,7 +215,7 @@ def label_text(label: str) -> str:
 
 _EXPECTED_PAIR = (
     '{"query": text, "positive": text or [texts], "negative": [texts], optional; '
-    '"positive_scores" and "negative_scores": [numbers], optional}'
+    '"positive_scores" and "negative_scores": [numbers], optional; "instruction": text, optional}'
 )
 EXPECTED: dict[Kind, str] = {
     "retrieval": _EXPECTED_PAIR,
@@ -266,6 +271,7 @@ def _pair(row: dict[str, Any]) -> PairRecord:
         _negatives(row),
         _teacher_scores(row, "positive"),
         _teacher_scores(row, "negative"),
+        None if row.get("instruction") is None else _text(row["instruction"], "instruction"),
     )
     if record.negative_scores and not record.positive_scores:
         raise RowError('"negative_scores" is there and "positive_scores" is missing')

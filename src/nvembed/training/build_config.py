@@ -36,7 +36,7 @@ class BuildConfig(StrictModel):
         max_refused: share of the rows of a set that may be bad; above it the set is refused.
         tasks: folders of local evaluation tasks, or of several, whose texts must not be trained on;
             relative to the recipe.
-        near: Jaccard similarity of word shingles from which a training text counts as one of an
+        near: Jaccard similarity of pairs of words from which a training text counts as one of an
             evaluation task; None compares equal texts only.
         bm25: name of a set → share in (0, 1] of what an evaluation text scores for itself, from
             which a text of the set counts as it (the paper did this for Emotion and
@@ -48,7 +48,7 @@ class BuildConfig(StrictModel):
     folder: str = Field(min_length=1)
     max_refused: float = Field(default=0.01, ge=0, le=1)
     tasks: tuple[str, ...] = ()
-    near: float | None = Field(default=0.8, gt=0, le=1)
+    near: float | None = Field(default=0.6, gt=0, le=1)
     bm25: dict[str, Annotated[float, Field(gt=0, le=1)]] = Field(default={})
     mine: BuildMining | None = None
     rows_per_shard: int = Field(default=100_000, ge=1)

@@ -7,6 +7,7 @@ import pytest
 
 from nvembed.building import distinct as module
 from nvembed.building.distinct import Repeats, distinct
+from nvembed.data.record_shards import read_shards, write_shards
 from nvembed.data.records import LabelRecord, PairRecord, Record, StsRecord
 from nvembed.data.sources import Converted
 
@@ -108,3 +109,18 @@ def test_a_text_may_have_several_labels(tmp_path: Path) -> None:
         LabelRecord("a", "text x"),
     ]
     assert run(records, tmp_path)[0] == [records[0], *records[2:]]
+
+
+def test_instructions_stay_and_a_query_with_another_one_is_another_query(tmp_path: Path) -> None:
+    records: list[Record] = [
+        PairRecord("q", ("a",), instruction="one"),
+        PairRecord("q", ("b",)),
+        PairRecord("Q", ("c",), instruction="one"),
+    ]
+    kept, _ = run(records, tmp_path)
+    expected = [PairRecord("q", ("a", "c"), instruction="one"), PairRecord("q", ("b",))]
+    assert kept == expected
+    write_shards(
+        tmp_path, [Converted(record, "") for record in kept], "retrieval", rows_per_shard=9
+    )
+    assert [row.record for row in read_shards(tmp_path, "retrieval")] == expected

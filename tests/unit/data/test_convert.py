@@ -58,6 +58,15 @@ def test_pairs_draw_one_positive_and_different_negatives() -> None:
         )
 
 
+def test_a_record_with_an_instruction_uses_it_in_place_of_the_sets() -> None:
+    records = [PairRecord("q", ("p",)), PairRecord("q", ("p",), instruction="its own")]
+    of = source(records, "retrieval")
+    rng = np.random.default_rng(0)
+    assert [of.example(index, rng, 0).instruction for index in (0, 1)] == ["find", "its own"]
+    of = source(records, "retrieval", instruction=None)
+    assert [of.example(index, rng, 0).instruction for index in (0, 1)] == [None, "its own"]
+
+
 def test_pairs_draw_several_positives_beside_what_they_drew_before() -> None:
     records = [PairRecord("q", ("p1", "p2", "p3"), ("n1", "n2", "n3", "n4"))]
     of = source(records, "retrieval")

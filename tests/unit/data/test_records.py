@@ -68,6 +68,13 @@ def test_reads_the_scores_of_a_teacher(tmp_path: Path) -> None:
     ]
 
 
+def test_reads_the_instruction_of_a_record(tmp_path: Path) -> None:
+    rows = [PAIR | {"instruction": "Find it"}, PAIR, PAIR | {"instruction": None}]
+    records = read_records(write(tmp_path / "x.jsonl", rows), "retrieval")
+    assert [record.instruction for record in records] == ["Find it", None, None]
+    assert [record.to_json().get("instruction", 0) for record in records] == ["Find it", 0, 0]
+
+
 def test_reads_sts_and_labels(tmp_path: Path) -> None:
     rows = [STS, {"sentence1": "c", "sentence2": "d", "score": 4.5, "negative": ["e"]}]
     assert read_records(write(tmp_path / "s.jsonl", rows), "sts") == [
@@ -94,6 +101,7 @@ def test_lines_end_at_line_feeds_only(tmp_path: Path) -> None:
     [
         ("retrieval", [PAIR, {"query": "q", "positive": ["a", "b"], "negative": ["c"]}]),
         ("nli", [PAIR | {"positive_scores": 0.25}, SCORED]),
+        ("retrieval", [PAIR, PAIR | {"instruction": "Find it"}]),
         ("sts", [STS, STS | {"negative": ["é\u2028"]}]),
         ("clustering", LABELS),
     ],
@@ -125,6 +133,8 @@ def test_json_round_trip_and_parquet(tmp_path: Path, kind: Kind, rows: list[Any]
         ("retrieval", {"query": "q", "positive": []}, '"positive" is an empty list'),
         ("retrieval", {"query": "q", "positive": {"a": 1}}, '"positive" is an object'),
         ("retrieval", {"query": "q", "positive": ["p", ""]}, '"positive[1]" is empty'),
+        ("retrieval", PAIR | {"instruction": " "}, '"instruction" is empty'),
+        ("retrieval", PAIR | {"instruction": ["x"]}, '"instruction" is a list, expected a text'),
         ("retrieval", PAIR | {"negative": ["n", False]}, '"negative[1]" is false'),
         ("retrieval", {"query": "q\ud800", "positive": "p"}, '"query" holds half a character'),
         (

@@ -1,0 +1,1 @@
+"""Synthesis: training examples written by a language model behind a chat endpoint."""

@@ -15,7 +15,7 @@ from nvembed.core.errors import ConfigError, ModelError
 from nvembed.core.files import read_jsonl, write_jsonl
 from nvembed.data.records import PairRecord, read_records
 from nvembed.inference.fake import HashEncoder
-from nvembed.mining import ray_engine, rerank, teachers, vectors
+from nvembed.mining import rerank, teachers, vectors
 from nvembed.mining.config import MiningConfig
 from nvembed.mining.miner import mine_file, mine_negatives
 from oracles import bm25 as bm25_oracle
@@ -140,15 +140,15 @@ def test_a_real_cross_encoder(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_ray_workers_write_the_same_files(
-    monkeypatch: pytest.MonkeyPatch, tiny_decoder_dir: Path
+    monkeypatch: pytest.MonkeyPatch, tiny_decoder_dir: Path, request: pytest.FixtureRequest
 ) -> None:
-    pytest.importorskip("ray")
+    ray = pytest.importorskip("ray")
+    request.addfinalizer(ray.shutdown)
     config = MiningConfig(num_negatives=2, near_duplicate=None)
     monkeypatch.setattr(vectors, "SHARD_TEXTS", 2)
     options: dict[str, Any] = {"dtype": "float32"}
     expected = _mined(str(tiny_decoder_dir), config, work=Path("local"), **options)
     made = sorted(path.name for path in Path("local").glob("vectors-*"))
-    monkeypatch.setattr(ray_engine, "_SOURCE", Path(ray_engine.__file__).resolve().parents[2])
     monkeypatch.setattr(teachers, "load_encoder", lambda *_: pytest.fail("loaded here"))
     assert _mined(str(tiny_decoder_dir), config, work=Path("ray"), engine="ray", **options) == (
         expected

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from nvembed.core.errors import ConfigError
-from nvembed.core.files import read_jsonl, write_json, write_jsonl
+from nvembed.core.files import read_jsonl, tidy, write_json, write_jsonl
 from nvembed.data.convert import POSITIVE_SCORE
 from nvembed.data.records import Kind, PairRecord, Record, StsRecord, read_records
 from nvembed.inference.files import TextRow, read_texts
@@ -154,6 +154,8 @@ def mine_file(
     check_teacher(teacher, teacher_model, config, engine)
     plan = _plan(read_records(input, kind))
     folder = work if work is not None or not isinstance(teacher, str) else _beside(output)
+    if work is None:
+        tidy(output.parent, output.name)
     with _temporary(folder if work is None else None):
         job = _Job(plan, config, instruction, documents, folder, engine)
         with job.run(teacher, teacher_model, dtype) as (run, settled):
@@ -321,7 +323,7 @@ def _pool(texts: Iterable[str], folder: Path | None) -> Iterator[Pool]:
 
 
 def _beside(output: Path) -> Path:
-    return output.with_name(f".{output.name}.work")
+    return output.with_name(f".mining-{output.name}")
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from nvembed.core.progress import progress
 
 _WORD = re.compile(r"\w+")
 _ADVANCE = 1024
+_ROUNDING = 1e-6
 
 
 def text_key(text: str) -> str:
@@ -32,13 +33,30 @@ def text_key(text: str) -> str:
 
 def word_overlap(first: frozenset[str], second: frozenset[str]) -> float:
     """Return intersection over union of two sets of words, 0 for two empty sets."""
-    union = len(first | second)
-    return len(first & second) / union if union else 0.0
+    shared = len(first & second)
+    union = len(first) + len(second) - shared
+    return shared / union if union else 0.0
 
 
 def words(text: str) -> frozenset[str]:
     """Return the different words of a text, without case."""
     return frozenset(_WORD.findall(text.casefold()))
+
+
+def nearly_equal(text: str, other: frozenset[str], threshold: float) -> bool:
+    """Tell whether a text shares at least ``threshold`` of its words with another's ``words``.
+
+    The result of ``word_overlap``, mostly without splitting the text: so many shared words mean
+    that few of the other's are missing, and a word that is no part of the text at all is missing.
+    """
+    folded = text.casefold()
+    may_miss = (1.0 - threshold) * len(other) + _ROUNDING
+    for word in other:
+        if word not in folded:
+            may_miss -= 1.0
+            if may_miss < 0.0:
+                return False
+    return word_overlap(frozenset(_WORD.findall(folded)), other) >= threshold
 
 
 class Pool(Protocol):

@@ -53,7 +53,10 @@ class Run:
         self._cases, self._pool, self._config = cases, pool, config
         self._ranking = ranking
         self._query_rows = {query: row for row, query in enumerate(queries_of(cases))}
-        known = _known_positives(cases, pool)
+        self._positive_rows = [
+            [[self._row(text) for text in texts] for _, texts in case.sides] for case in cases
+        ]
+        known = _known_positives(cases, self._positive_rows, pool)
         self._selector = Selector(config, pool, known, len(cases))
 
     def mined(self) -> Iterator[Mined]:
@@ -62,7 +65,7 @@ class Run:
         with progress(len(self._cases), "mine") as bar:
             for start in range(0, len(self._cases), size):
                 block = self._cases[start : start + size]
-                near = self._neighbours(block)
+                near = self._neighbours(block, start)
                 chosen = self._selector.choose(block, near)
                 if self._config.write_scores:
                     yield from self._with_scores(block, chosen)
@@ -74,8 +77,8 @@ class Run:
         """Return the numbers of the cases gone through."""
         return self._selector.report()
 
-    def _neighbours(self, block: Sequence[Case]) -> Neighbours:
-        """Search for all cases of a block (C cases of S sides each) in one go."""
+    def _neighbours(self, block: Sequence[Case], start: int) -> Neighbours:
+        """Search for all cases of a block (C cases of S sides each, from ``start``) in one go."""
         query_CS = np.array([[self._query_rows[q] for q, _ in case.sides] for case in block])
         unique, place_CS = np.unique(query_CS, return_inverse=True)
         scores_BK, rows_BK = self._ranking.nearest(unique)
@@ -84,7 +87,7 @@ class Run:
             scores_CN, rows_CN = scores_BK[place_CS[:, 0]], rows_BK[place_CS[:, 0]]
         else:
             scores_CN, rows_CN = self._of_both_sides(query_CS, rows_BK[place_CS])
-        return Neighbours(rows_CN, scores_CN, *self._lowest_positives(block, query_CS))
+        return Neighbours(rows_CN, scores_CN, *self._lowest_positives(query_CS, start))
 
     def _of_both_sides(
         self, query_CS: NDArray[np.int64], rows_CSK: NDArray[np.int64]
@@ -107,14 +110,14 @@ class Run:
         return self._ranking.scores(np.full(len(rows_N), query), rows_N)
 
     def _lowest_positives(
-        self, block: Sequence[Case], query_CS: NDArray[np.int64]
+        self, query_CS: NDArray[np.int64], start: int
     ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """Find the positive with the lowest score of each case, of equal ones the first row."""
         pairs = [
-            (number, query, self._row(text))
-            for number, case in enumerate(block)
-            for (_, texts), query in zip(case.sides, query_CS[number].tolist(), strict=True)
-            for text in texts
+            (number, query, row)
+            for number, query_S in enumerate(query_CS.tolist())
+            for query, rows in zip(query_S, self._positive_rows[start + number], strict=True)
+            for row in rows
         ]
         case_P, query_P, row_P = np.array(pairs, dtype=np.int64).T
         score_P = self._ranking.scores(query_P, row_P)
@@ -168,11 +171,21 @@ def pool_texts(cases: Sequence[Case], documents: Iterable[str]) -> Iterator[str]
     yield from documents
 
 
-def _known_positives(cases: Sequence[Case], pool: Pool) -> dict[str, frozenset[int]]:
-    """Collect, for every query, the rows of its positives in all records and its own row."""
-    known: dict[str, set[int]] = {}
-    for case in cases:
-        for query, positives in case.sides:
-            rows = known.setdefault(text_key(query), set())
-            rows.update(row for row in map(pool.find, (*positives, query)) if row is not None)
-    return {key: frozenset(rows) for key, rows in known.items()}
+def _known_positives(
+    cases: Sequence[Case], positive_rows: Sequence[Sequence[Sequence[int]]], pool: Pool
+) -> dict[str, frozenset[int]]:
+    """Collect, for every query, the rows of its positives in all records and its own row.
+
+    Queries that differ in case and white space only are one.
+    """
+    by_key: dict[str, set[int]] = {}
+    keys: dict[str, str] = {}
+    for case, of_sides in zip(cases, positive_rows, strict=True):
+        for (query, _), rows in zip(case.sides, of_sides, strict=True):
+            if (key := keys.get(query)) is None:
+                key = keys[query] = text_key(query)
+                own = pool.find(query)
+                by_key.setdefault(key, set()).update(() if own is None else (own,))
+            by_key[key].update(rows)
+    frozen = {key: frozenset(rows) for key, rows in by_key.items()}
+    return {query: frozen[key] for query, key in keys.items()}

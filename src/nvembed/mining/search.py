@@ -28,6 +28,8 @@ _NO_RESULT = np.iinfo(np.int64).min
 GROUP_QUERIES = 4096
 # Tiles that a thread looks at before it waits for the others.
 SLAB_TILES = 4
+# Places for what is found between two counts, where k is smaller.
+FEWEST_NEW = 256
 
 _RunAll = Callable[[Callable[[slice], None], Sequence[slice]], None]
 
@@ -43,7 +45,7 @@ def top_k(
     """Find the ``k`` documents with the largest inner product, best first, ties by the lower row.
 
     Nothing is approximated. Memory beside the inputs and results is that of ``GROUP_QUERIES``
-    queries, each with ``k + max(k, block_documents)`` integers of 8 bytes, and of a few tiles,
+    queries, each with ``k + max(k, FEWEST_NEW)`` integers of 8 bytes, and of a few tiles,
     whatever N is.
 
     Equal documents tie only as far as the matrix product gives them equal scores: the columns of
@@ -98,7 +100,7 @@ def _search_group(
     block_documents: int,
     run_all: _RunAll,
 ) -> RunningTopK:
-    best = RunningTopK(len(group_BD), k, block_documents)
+    best = RunningTopK(len(group_BD), k)
     blocks = [
         slice(row, min(row + block_queries, len(group_BD)))
         for row in range(0, len(group_BD), block_queries)
@@ -157,14 +159,14 @@ class RunningTopK:
     Args:
         num_queries: of the group.
         k: results wanted.
-        most_columns: of a tile.
     """
 
-    def __init__(self, num_queries: int, k: int, most_columns: int) -> None:
+    def __init__(self, num_queries: int, k: int) -> None:
         self.num_seen = 0
         self._k = k
-        # The first k of a row are its best at the last count, behind them what came since.
-        self._keys = np.full((num_queries, k + max(k, most_columns)), _NO_RESULT, dtype=np.int64)
+        # The first k of a row are its best at the last count, behind them what came since. Few, so
+        # that floors are fresh: the higher they are, the less is found above them.
+        self._keys = np.full((num_queries, k + max(k, FEWEST_NEW)), _NO_RESULT, dtype=np.int64)
         self._filled = np.zeros(num_queries, dtype=np.int64)
         self._floor = np.full(num_queries, -np.inf, dtype=np.float32)
 
@@ -174,12 +176,13 @@ class RunningTopK:
         filled, keys = self._filled[rows], self._keys[rows]
         if first_index + num_columns <= keys.shape[1]:
             # All fit; there is no floor before they are more.
-            keys[:, first_index : first_index + num_columns] = _pack(
-                scores_BM, np.arange(first_index, first_index + num_columns)
-            )
+            indices_M = np.arange(first_index, first_index + num_columns)
+            keys[:, first_index : first_index + num_columns] = _pack(scores_BM, indices_M)
             filled[:] = first_index + num_columns
             return
-        if first_index and not np.isfinite(self._floor[rows]).any():
+        if first_index < self._k:
+            self._floor[rows] = self._first_floor(scores_BM)
+        elif (filled > self._k).all() and not np.isfinite(self._floor[rows]).any():
             self._count(rows)
         # Later documents lose ties, so a score equal to the floor is out.
         found = np.flatnonzero(scores_BM > self._floor[rows, None])
@@ -189,6 +192,9 @@ class RunningTopK:
         new = np.bincount(row, minlength=num_rows)
         if (filled + new > keys.shape[1]).any():
             self._count(rows)
+            if (filled + new > keys.shape[1]).any():
+                self._merge(scores_BM, rows, first_index)
+                return
         at = np.arange(len(found)) + (filled - (np.cumsum(new) - new))[row]
         keys[row, at] = _pack(scores_BM.reshape(-1)[found], first_index + column)
         filled += new
@@ -197,8 +203,13 @@ class RunningTopK:
         """Return scores_BK and indices_BK, best first."""
         self._count(slice(None))
         wanted = min(self._k, self.num_seen)
-        keys_BK = np.sort(self._keys[:, : min(self._k, self._keys.shape[1])], axis=1)[:, ::-1]
-        return _unpack(keys_BK[:, :wanted])
+        return _unpack(np.sort(self._keys[:, :wanted], axis=1)[:, ::-1])
+
+    def _first_floor(self, scores_BM: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return a floor just below the k-th best of a tile, which has more than k columns."""
+        place = scores_BM.shape[1] - self._k
+        kth_B = np.partition(scores_BM, place, axis=1)[:, place]
+        return np.nextafter(kth_B, np.float32(-np.inf))
 
     def _count(self, rows: slice) -> None:
         """Keep the best k of each row and raise its floor to the k-th."""
@@ -206,14 +217,26 @@ class RunningTopK:
         used = int(filled.max(initial=0))
         if used <= self._k:
             return
-        # The sign of all keys turned, so that the best come first.
-        best = np.partition(~keys[:, :used], self._k - 1, axis=1)[:, : self._k]
-        np.invert(best, out=keys[:, : self._k])
+        best = np.partition(keys[:, :used], used - self._k, axis=1)[:, used - self._k :]
+        self._keep(best, rows)
         keys[:, self._k : used] = _NO_RESULT
+
+    def _merge(self, scores_BM: NDArray[np.float32], rows: slice, first_index: int) -> None:
+        """Join a whole tile with what a count has left: for tiles with more than there is room."""
+        indices_M = np.arange(first_index, first_index + scores_BM.shape[1])
+        kept = self._keys[rows, : self._k]
+        joined = np.concatenate([kept, _pack(scores_BM, indices_M)], axis=1)
+        cut = joined.shape[1] - self._k
+        self._filled[rows] += scores_BM.shape[1]
+        self._keep(np.partition(joined, cut, axis=1)[:, cut:], rows)
+
+    def _keep(self, best_BK: NDArray[np.int64], rows: slice) -> None:
+        filled = self._filled[rows]
         np.minimum(filled, self._k, out=filled)
-        full = filled == self._k
-        floor = _unpack(keys[:, self._k - 1])[0]
-        self._floor[rows] = np.where(full, floor, -np.inf)
+        self._keys[rows, : self._k] = best_BK
+        # The smallest is the k-th best, or no result at all in a row that is not full.
+        floor_B = _unpack(best_BK.min(axis=1))[0]
+        self._floor[rows] = np.where(filled == self._k, floor_B, -np.inf)
 
 
 def _slabs(

@@ -21,7 +21,7 @@ from nvembed.mining.filters import (
     margin_below_positive,
     percent_of_positive,
 )
-from nvembed.mining.pool import Pool, text_key, word_overlap, words
+from nvembed.mining.pool import Pool, nearly_equal, words
 from nvembed.mining.ranking import NOTHING
 from nvembed.mining.report import MiningReport, MiningSample, ScoredText, Tally
 
@@ -77,7 +77,7 @@ class Selector:
     Args:
         config: how to choose.
         pool: the documents; candidates are its rows.
-        known: for the key of a query, the rows of everything known to be positive for it.
+        known: for every query, the rows of everything known to be positive for it.
         num_cases: how many cases there will be; spreads the samples.
     """
 
@@ -133,7 +133,7 @@ class Selector:
         return self._tally.report(documents=len(self._pool.texts))
 
     def _forbidden(self, case: Case) -> frozenset[int]:
-        return frozenset().union(*(self._known[text_key(query)] for query, _ in case.sides))
+        return frozenset().union(*(self._known[query] for query, _ in case.sides))
 
     def _given(self, case: Case, forbidden: frozenset[int]) -> dict[int, str]:
         """Return the given negatives that stay, by row, in the record's own spelling."""
@@ -202,8 +202,8 @@ class Selector:
         texts = [self._pool.texts[row] for row in sorted(forbidden)]
         avoid = [words(text) for text in texts + [query for query, _ in case.sides]]
         for place in places:
-            own = words(self._pool.texts[int(rows_N[place])])
-            if any(_may_reach(own, other, threshold) for other in avoid):
+            text = self._pool.texts[int(rows_N[place])]
+            if any(nearly_equal(text, other, threshold) for other in avoid):
                 self._tally.near_duplicates += 1
             else:
                 yield place
@@ -257,9 +257,3 @@ def _among(rows_CN: NDArray[np.int64], sets: Sequence[frozenset[int]]) -> NDArra
     for refused_C in small_CF.T[:most]:
         found_CN |= rows_CN == refused_C[:, None]
     return found_CN
-
-
-def _may_reach(first: frozenset[str], second: frozenset[str], threshold: float) -> bool:
-    # Intersection over union is at most the smaller number over the larger: most pairs end here.
-    small, large = sorted((len(first), len(second)))
-    return small >= threshold * large and word_overlap(first, second) >= threshold

@@ -50,14 +50,14 @@ class Vectors:
         numbers, places = np.divmod(rows_P, self._rows_per_part)
         if len(self._parts) == 1:
             return np.array(_opened(self._parts[0])[places])
-        taken: NDArray[np.float32] | None = None
+        if not len(rows_P):
+            return np.array(_opened(self._parts[0])[:0])
+        order_P, pieces = np.argsort(numbers, kind="stable"), []
         for number in np.unique(numbers).tolist():
-            part = _opened(self._parts[number])
-            if taken is None:
-                taken = np.empty((len(rows_P), part.shape[1]), dtype=np.float32)
-            here = np.flatnonzero(numbers == number)
-            taken[here] = part[places[here]]
-        return _opened(self._parts[0])[:0] if taken is None else taken
+            pieces.append(_opened(self._parts[number])[places[numbers == number]])
+        taken = np.concatenate(pieces)
+        taken[order_P] = taken.copy()
+        return taken
 
 
 def _opened(part: NDArray[np.float32] | Path) -> NDArray[np.float32]:

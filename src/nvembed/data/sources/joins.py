@@ -2,8 +2,8 @@
 
     beir        judgements ``query-id``, ``corpus-id``, ``score`` (above 0: relevant), with tables
                 of queries and of documents: BEIR, MTEB, MIRACL
-    references  a ``query`` and the ``ids`` of its documents in ``corpus``: passages by number,
-                Wikipedia articles by title
+    references  a ``query`` and the ``ids`` of its documents in ``corpus`` (``negative_ids``: of
+                documents that do not answer it): passages by number, Wikipedia articles by title
     scored      LightOn: ``document_ids`` of a query, the positive first, and a teacher's ``scores``
     entailment  ``premise``, ``hypothesis``, ``label``: a record per premise, what follows from it
                 against what contradicts it
@@ -198,40 +198,49 @@ def _joined(
 
 def references(rows: Rows, columns: Columns, corpus: Keyed) -> Iterator[Joined | BadRow]:
     """Put the documents that a row names in the place of their ids."""
-    waiting: list[tuple[str, Any, list[str]]] = []
+    waiting: list[tuple[str, Any, list[str], list[str]]] = []
     for row in rows:
         if isinstance(row, BadRow):
             yield row
             continue
         try:
             query, ids = columns.need(row.values, "query"), _ids(columns.need(row.values, "ids"))
+            others = columns.find(row.values, "negative_ids")
+            negatives = _ids(others) if others is not MISSING and others else []
         except RowError as bad:
             yield BadRow(row.place, str(bad))
             continue
-        waiting.append((row.place, query, ids))
-    documents = yield from look_up(corpus, {one for _, _, ids in waiting for one in ids})
-    for place, query, ids in waiting:
-        absent = [one for one in ids if one not in documents]
+        if not ids:
+            yield BadRow(row.place, '"ids" is empty, expected at least one')
+            continue
+        waiting.append((row.place, query, ids, negatives))
+    wanted = {one for _, _, ids, negatives in waiting for one in (*ids, *negatives)}
+    documents = yield from look_up(corpus, wanted)
+    for place, query, ids, negatives in waiting:
+        absent = [one for one in (*ids, *negatives) if one not in documents]
         if absent:
             yield BadRow(place, f"document {absent[0]!r} is not in {corpus.table.name}")
-        if len(absent) < len(ids):
-            texts = [documents[one] for one in ids if one in documents]
-            yield Joined(place, {"query": query, "positive": texts})
+        positives = [documents[one] for one in ids if one in documents]
+        if positives:
+            others = [documents[one] for one in negatives if one in documents]
+            yield Joined(place, {"query": query, "positive": positives, "negative": others})
 
 
 def _ids(value: Any) -> list[str]:
-    """Ids of a list, of a text that spells one, or of a list of pairs that begin with them."""
+    """Ids of a list, or of a text that spells one; of pairs the first, of objects their ``id``."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
             value = ast.literal_eval(value)
         except (ValueError, SyntaxError):
             raise RowError(f'"ids" is {value[:40]!r}, expected a list') from None
-    if not isinstance(value, list):
-        value = [value]
-    if not value:
-        raise RowError('"ids" is empty, expected at least one')
-    firsts = [item[0] if isinstance(item, list | tuple) and item else item for item in value]
-    return list(dict.fromkeys(map(key_of, firsts)))
+    items = value if isinstance(value, list) else [value]
+    return list(dict.fromkeys(key_of(_id(item)) for item in items))
+
+
+def _id(item: Any) -> Any:
+    if isinstance(item, dict):
+        return item.get("id")
+    return item[0] if isinstance(item, list | tuple) and item else item
 
 
 # --- Documents with scores ------------------------------------------------------------------------

@@ -2,7 +2,8 @@
 
     records     as in ``data/records.py``: pairs, classes and sentence pairs, by ``columns``
     tuples      a query (or ``anchor``), a ``positive``, and every column called ``negative…``
-    lists       FlagEmbedding: ``query``, ``pos``, ``neg``, ``pos_scores``, ``neg_scores``
+    lists       FlagEmbedding: ``query``, ``pos``, ``neg``, ``pos_scores``, ``neg_scores``, and with
+                ``columns: {instruction: prompt}`` an instruction per row
     passages    Tevatron: ``query``, ``positive_passages``, ``negative_passages``: [{title, text}]
     clusters    old MTEB clustering: ``sentences`` and ``labels``, one row for many texts
 
@@ -24,8 +25,8 @@ from nvembed.data.sources.rows import Values
 Convert = Callable[[Values], Iterator[Values]]
 
 _OPTIONAL: dict[Kind, tuple[str, ...]] = {
-    "retrieval": ("negative", "positive_scores", "negative_scores"),
-    "nli": ("negative", "positive_scores", "negative_scores"),
+    "retrieval": ("negative", "positive_scores", "negative_scores", "instruction"),
+    "nli": ("negative", "positive_scores", "negative_scores", "instruction"),
     "sts": ("negative",),
     "classification": (),
     "clustering": (),
@@ -104,7 +105,7 @@ def _score(value: Any, top: float | None, *, textual: bool) -> Any:
         return value  # ``parse_record`` says what is wrong with it
     if value > top:
         raise RowError(f'"score" is {value}, above max_score {top:g}')
-    return value * MAX_SCORE / top
+    return value * (MAX_SCORE / top)  # so that a top of 5 changes nothing
 
 
 def number_in(value: Any, name: str) -> Any:
@@ -158,6 +159,7 @@ def _lists(values: Values, columns: Columns) -> Iterator[Values]:
         ("negative", "neg"),
         ("positive_scores", "pos_scores"),
         ("negative_scores", "neg_scores"),
+        ("instruction", "instruction"),
     ):
         value = columns.find(values, column)
         if value is not MISSING and value is not None:

@@ -78,15 +78,15 @@ def _join(config: DatasetConfig, columns: Columns, table: Table, base_dir: Path)
     """The function that makes objects of records from the rows."""
     match config.layout:
         case "beir":
-            queries = _keyed(config, "queries", base_dir)
-            corpus = _keyed(config, "corpus", base_dir)
+            queries = _keyed(config, "queries", table, base_dir)
+            corpus = _keyed(config, "corpus", table, base_dir)
             return lambda rows: joins.beir(rows, config, columns, queries, corpus)
         case "references":
-            corpus = _keyed(config, "corpus", base_dir)
+            corpus = _keyed(config, "corpus", table, base_dir)
             return lambda rows: joins.references(rows, columns, corpus)
         case "scored":
-            queries = _keyed(config, "queries", base_dir)
-            corpus = _keyed(config, "corpus", base_dir)
+            queries = _keyed(config, "queries", table, base_dir)
+            corpus = _keyed(config, "corpus", table, base_dir)
             return lambda rows: joins.scored(rows, config, columns, queries, corpus)
         case "entailment":
             return lambda rows: joins.entailment(rows, columns)
@@ -95,12 +95,17 @@ def _join(config: DatasetConfig, columns: Columns, table: Table, base_dir: Path)
             return lambda rows: _row_by_row(rows, convert)
 
 
-def _keyed(config: DatasetConfig, name: str, base_dir: Path) -> Keyed:
-    """Open the table of documents or of queries, where the layout has it unless it is given."""
+def _keyed(config: DatasetConfig, name: str, own: Table, base_dir: Path) -> Keyed:
+    """Open the table of documents or of queries, where the layout has it unless it is given.
+
+    Tables of one repository are read at one commit, that of the ``own`` table of the set.
+    """
     given = config.corpus if name == "corpus" else config.queries
     table = given or _usual_table(config, name, base_dir)
-    opened = open_table(table, base_dir=base_dir)
-    keyed = Keyed(opened, Columns(table.columns))
+    if config.hub and table.hub and table.hub.id == config.hub.id and not table.hub.revision:
+        at = table.hub.model_copy(update={"revision": own.revision})
+        table = table.model_copy(update={"hub": at})
+    keyed = Keyed(open_table(table, base_dir=base_dir), Columns(table.columns))
     if config.layout == "scored":
         one = "document" if name == "corpus" else "query"
         keyed = replace(keyed, ids=(f"{one}_id",), texts=(one,))
@@ -110,11 +115,11 @@ def _keyed(config: DatasetConfig, name: str, base_dir: Path) -> Keyed:
 
 def _usual_table(config: DatasetConfig, name: str, base_dir: Path) -> TableConfig:
     if config.hub is not None:
-        changes = {"config": name, "split": name, "take": None}
+        changes = {"config": name, "split": name}
         if config.layout == "scored":  # one split per set, in three configurations
-            names = {"corpus": "documents", "queries": "queries"}
-            changes = {"config": names[name], "take": None}
-        return TableConfig(hub=config.hub.model_copy(update=changes))
+            changes = {"config": "documents" if name == "corpus" else name}
+        whole = config.hub.model_copy(update={"take": None, "files": None})
+        return TableConfig(hub=whole.model_copy(update=changes))
     folder = base_dir / (config.path or "")
     if not folder.is_dir():
         raise SourceError(
@@ -122,10 +127,10 @@ def _usual_table(config: DatasetConfig, name: str, base_dir: Path) -> TableConfi
             where=str(folder),
             hint=f"Add `{name}: {{path: …}}`, or give the folder of a set in BEIR's layout",
         )
-    names_ = [f"{name}{ending}" for ending in (".jsonl", ".jsonl.gz", ".parquet")]
-    found = [folder / one for one in names_ if (folder / one).is_file()]
+    names = [f"{name}{ending}" for ending in (".jsonl", ".jsonl.gz", ".parquet")]
+    found = [folder / one for one in names if (folder / one).is_file()]
     if not found:
-        raise SourceError(f"no {name} in the folder", where=str(folder), expected=names_[0])
+        raise SourceError(f"no {name} in the folder", where=str(folder), expected=names[0])
     return TableConfig(path=str(found[0].absolute()))
 
 

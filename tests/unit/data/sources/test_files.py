@@ -10,9 +10,11 @@ import tracemalloc
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from nvembed.core.errors import DataError, SourceError
+from nvembed.data.mixture import load_source
 from nvembed.data.records import PairRecord
 from nvembed.data.sources import Converted, DatasetConfig, load_records, open_dataset
 from nvembed.data.sources import files as files_module
@@ -233,6 +235,25 @@ def test_load_records_names_bad_rows_and_labels(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("question,answer\n")
     with pytest.raises(DataError, match="the set holds no records"):
         load_records(pairs("a.csv"), base_dir=tmp_path)
+
+
+def test_binary_classes_become_label_texts(tmp_path: Path) -> None:
+    """The paper's rule: the name of the class is the positive, the other name the negative."""
+    (tmp_path / "a.csv").write_text("review,label\nloved it,1\nawful,0\nfine,1\n")
+    config = pairs(
+        "a.csv",
+        kind="classification",
+        columns={"text": "review"},
+        label_names=["negative", "positive"],
+        conversion="label",
+    )
+    source = load_source(config, base_dir=tmp_path)
+    examples = [source.example(n, np.random.default_rng(0), 7) for n in range(len(source))]
+    assert [(one.query, one.positive, one.negatives) for one in examples] == [
+        ("loved it", "positive", ("negative",)),
+        ("awful", "negative", ("positive",)),
+        ("fine", "positive", ("negative",)),
+    ]
 
 
 def test_a_set_on_the_hub_has_to_be_built(tmp_path: Path) -> None:

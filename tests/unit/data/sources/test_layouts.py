@@ -13,6 +13,8 @@ from pydantic import ValidationError
 from nvembed.core.errors import SourceError
 from nvembed.data.records import LabelRecord, PairRecord, StsRecord
 from nvembed.data.sources import BadRow, Converted, DatasetConfig, open_dataset
+from nvembed.data.sources.columns import Columns
+from nvembed.data.sources.layouts import converter
 
 
 def write(path: Path, rows: Sequence[Any]) -> str:
@@ -213,6 +215,17 @@ def test_row_by_row(
     tmp_path: Path, keys: dict[str, Any], row: dict[str, Any], expected: Any
 ) -> None:
     assert convert(tmp_path, [row], **keys) == [expected]
+
+
+@pytest.mark.parametrize("layout", ["records", "lists"])
+def test_an_instruction_per_row_is_passed_on(layout: str) -> None:
+    values = {"name": "s", "path": "p", "kind": "retrieval", "instruction": None, "layout": layout}
+    config = DatasetConfig.model_validate(values | {"columns": {"instruction": "prompt"}})
+    row = {"query": "q", "pos": ["p"], "neg": ["n"], "positive": ["p"], "negative": ["n"]}
+    convert_row = converter(config, Columns(config.columns), textual=False)
+    assert list(convert_row(row | {"prompt": "Given", "type": "normal"})) == [
+        {"query": "q", "positive": ["p"], "negative": ["n"], "instruction": "Given"}
+    ]
 
 
 def test_clusters_become_one_record_per_text(tmp_path: Path) -> None:
@@ -489,6 +502,33 @@ def test_hover_joins_wikipedia_by_title(tmp_path: Path) -> None:
         PairRecord(
             "The author was born in Bar.", ("Café & Co (novel) A novel.", "Jane Roe A writer.")
         )
+    ]
+
+
+def test_negatives_by_id(tmp_path: Path) -> None:
+    """The layout of NVIDIA's Automodel: documents are named by objects with an id."""
+    write(tmp_path / "corpus.jsonl", [{"id": f"d_{n}", "text": f"text {n}"} for n in range(9)])
+    rows = [
+        {"question": "q", "pos_doc": [{"id": "d_2"}], "neg_doc": [{"id": "d_8"}, {"id": "d_7"}]},
+        {"question": "r", "pos_doc": [{"id": "d_3"}], "neg_doc": None},
+        {"question": "s", "pos_doc": [], "neg_doc": []},
+        {"question": "t", "pos_doc": [{"id": "d_4"}], "neg_doc": [{"id": "d_9"}]},
+        {"question": "u", "pos_doc": [{"name": "d_4"}], "neg_doc": []},
+    ]
+    found = convert(
+        tmp_path,
+        rows,
+        layout="references",
+        columns={"query": "question", "ids": "pos_doc", "negative_ids": "neg_doc"},
+        corpus={"path": "corpus.jsonl"},
+    )
+    assert found == [
+        '"ids" is empty, expected at least one',
+        "an id is NoneType, expected a text or a number",
+        PairRecord("q", ("text 2",), ("text 8", "text 7")),
+        PairRecord("r", ("text 3",)),
+        f"document 'd_9' is not in {tmp_path}/corpus.jsonl",
+        PairRecord("t", ("text 4",)),
     ]
 
 

@@ -51,6 +51,7 @@ def place(
     write_jsonl(tmp_path / "texts.jsonl", [{"text": f"text {i}"} for i in range(4)])
     pairs = [{"query": f"q{i}", "positive": f"text {i}"} for i in range(4)]
     write_jsonl(tmp_path / "recipes" / "pairs.jsonl", pairs)
+    write_jsonl(tmp_path / "pairs.jsonl", pairs)
     rows = "".join(f"q{i},text {i}\n" for i in range(4))
     (tmp_path / "recipes" / "pairs.csv").write_text("question,answer\n" + rows)
     dataset = {"name": "pairs", "path": "pairs.jsonl", "kind": "retrieval", "instruction": "find"}
@@ -61,6 +62,8 @@ def place(
         "stages": [{"name": "one", "steps": 1, "batch_size": 4, "in_batch_negatives": True}],
     }
     (tmp_path / "recipes" / "small.yaml").write_text(yaml.safe_dump(recipe))
+    built = {**recipe, "build": {"folder": "built"}}
+    (tmp_path / "recipes" / "small-built.yaml").write_text(yaml.safe_dump(built))
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -68,7 +71,7 @@ def place(
 
 def test_readme_commands_run(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     commands = [words[1:] for words in command_lines() if words[0] == "nvembed"]
-    expected = {"train", "mine", "evaluate", "encode", "search", "export"}
+    expected = {"train", "data", "mine", "evaluate", "encode", "search", "export"}
     assert {words[0] for words in commands} >= expected
     for words in commands:
         assert run(words) == 0, f"{words}: {capsys.readouterr().err}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from functools import lru_cache
 
 
 def plain_jaccard(first: str, second: str, size: int) -> float:
@@ -11,9 +12,10 @@ def plain_jaccard(first: str, second: str, size: int) -> float:
     return len(one & other) / len(one | other)
 
 
-def _runs(text: str, size: int) -> set[tuple[str, ...]]:
+@lru_cache(maxsize=1000)
+def _runs(text: str, size: int) -> frozenset[tuple[str, ...]]:
     words = re.findall(r"\w+", text.lower())
-    return {tuple(words[at : at + size]) for at in range(max(1, len(words) - size + 1))}
+    return frozenset(tuple(words[at : at + size]) for at in range(max(1, len(words) - size + 1)))
 
 
 def bm25_share(query: str, document: str, documents: list[str]) -> float:

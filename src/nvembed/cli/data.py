@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -73,7 +74,7 @@ def build(
             + " | ".join(f"{outcome.name}: {outcome.error}" for outcome in failed),
             where=str(recipe),
         )
-    place = recipe.parent / (config.build.folder if config.build else folder)
+    place = os.path.normpath(recipe.parent / (config.build.folder if config.build else folder))
     if all(outcome.state == "unchanged" for outcome in outcomes):
         typer.echo(f"nothing to do: all sets were built before, in {place}")
         return

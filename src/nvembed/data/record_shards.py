@@ -117,6 +117,7 @@ class _Writer:
         self.shards: list[Shard] = []
         self._folder = folder
         self._schema = _schema(kind, places=places)
+        self._names = set(self._schema.names)
         self._places = places
         self._rows_per_shard = rows_per_shard
         self._group: list[dict[str, Any]] = []
@@ -129,6 +130,7 @@ class _Writer:
         values = row.record.to_json()
         if self._places:
             values["place"] = row.place
+        assert values.keys() <= self._names  # pyarrow would leave the others out without a word
         self._group.append(values)
         self._characters += sum(map(len, texts_of(row.record)))
         self._rows += 1

@@ -90,9 +90,16 @@ def training_datasets(config: TrainConfig, base_dir: Path) -> tuple[DatasetConfi
         base_dir: folder of the recipe.
 
     Raises:
-        DataError: a set is not built, or was built from other settings; names all of them.
+        DataError: a set is not built, or was built from other settings; names all of them. Or sets
+            are on the hub and the recipe does not build any.
     """
     if config.build is None:
+        if away := [dataset.name for dataset in config.datasets if dataset.path is None]:
+            raise DataError(
+                f"{', '.join(away)}: on the hub, and the recipe has no `build` section",
+                where="datasets",
+                hint="Add one, as in `build: {folder: data}`, and run `nvembed data build RECIPE`",
+            )
         return config.datasets
     folder = (base_dir / config.build.folder).absolute()
     problems: list[str] = []

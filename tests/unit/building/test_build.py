@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ import yaml
 from nvembed.building import one_set
 from nvembed.cli.main import run
 from nvembed.core.config import load_config
-from nvembed.core.errors import DataError
+from nvembed.core.errors import DataError, SourceError
 from nvembed.core.files import read_jsonl, write_jsonl
-from nvembed.data.records import LabelRecord, PairRecord, read_records
+from nvembed.data.records import LabelRecord, PairRecord, StsRecord, read_records
+from nvembed.data.sources import BadRow, Converted, DatasetConfig, OpenedDataset
 from nvembed.mining.config import MiningConfig
 from nvembed.mining.miner import mine_file
 from nvembed.training.built import training_datasets
@@ -284,6 +286,61 @@ def test_a_cap_takes_its_share_of_every_class(recipe: Path) -> None:
     found = read_records(recipe.parent / "built" / "classes", "classification")
     assert "".join(record.label for record in found) == "aaaaabbbbbcccccdd"
     assert [record.text for record in found[:5]] == ["a 0", "a 2", "a 4", "a 6", "a 8"]
+
+
+def of_the_hub(recipe: Path) -> None:
+    rows = yaml.safe_load(recipe.read_text())
+    rows["datasets"][1] |= {"path": None, "hub": {"id": "organisation/sts"}}
+    recipe.write_text(yaml.safe_dump(rows))
+
+
+def test_a_set_of_the_hub_is_fetched_once(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    of_the_hub(recipe)
+    with pytest.raises(DataError, match=r"sts: on the hub, and the recipe has no `build` section"):
+        load_mixtures(config(recipe, "build=null"), recipe.parent)
+    opened = []
+    original = one_set.open_dataset
+
+    def open_dataset(dataset: DatasetConfig, *, base_dir: Path) -> OpenedDataset:
+        if dataset.hub is None:
+            return original(dataset, base_dir=base_dir)
+        opened.append(dataset.hub.id)
+        return OpenedDataset("f00d", rows(fails=len(opened) == 1))
+
+    def rows(*, fails: bool) -> Iterator[Converted | BadRow]:
+        for number, row in enumerate(STS):
+            if fails and number == 5:
+                raise SourceError("the connection ended", where="organisation/sts")
+            record = StsRecord(row["sentence1"], row["sentence2"], row["score"])
+            yield Converted(record, f"organisation/sts train row {number}")
+
+    monkeypatch.setattr(one_set, "open_dataset", open_dataset)
+    assert build(recipe) == 2
+    assert "organisation/sts: the connection ended" in capsys.readouterr().err
+    assert not (recipe.parent / "built" / "sts").exists()
+    assert build(recipe) == 0
+    assert manifest(recipe, "sts")["revision"] == "f00d"
+    assert manifest(recipe, "sts")["inputs"]["source"] is None
+    assert build(recipe) == 0
+    assert opened == ["organisation/sts"] * 2
+    assert len(training_datasets(config(recipe), recipe.parent)) == 3
+
+
+def test_positives_that_the_corpus_lacks_are_refused(recipe: Path) -> None:
+    folder = recipe.parent / "beir"
+    write_jsonl(folder / "corpus.jsonl", [{"_id": f"d{i}", "text": f"text {i}"} for i in range(20)])
+    write_jsonl(folder / "queries.jsonl", [{"_id": f"q{i}", "text": f"ask {i}"} for i in range(20)])
+    (folder / "qrels").mkdir()
+    judged = "".join(f"q{i}\td{i + 1}\t1\n" for i in range(20))
+    (folder / "qrels" / "train.tsv").write_text("query-id\tcorpus-id\tscore\n" + judged)
+    assert build(recipe, "datasets.0.path=beir", "datasets.0.layout=beir") == 0
+    found = manifest(recipe, "pairs")["steps"]["read"]
+    assert (found["in"], found["refused"]) == (20, 1)
+    ((_, refused),) = read_jsonl(recipe.parent / "built" / "pairs" / "refused.jsonl")
+    assert "d20" in refused["problem"]
+    assert refused["place"] == "beir/qrels/train.tsv:21"
 
 
 # --- Training on it -------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 
 import pytest
@@ -10,10 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nvembed.building.contamination import Contamination, EvaluationText, Match
-from nvembed.building.contamination_report import ContaminationReport
 from nvembed.building.similar_texts import Bm25Index, ShingleIndex
 from nvembed.data.records import LabelRecord, PairRecord, StsRecord
-from nvembed.evaluation.bm25 import BM25
+from nvembed.mining.bm25 import BM25
 from oracles.cleaning import bm25_share, plain_jaccard
 
 ITEMS = [
@@ -134,20 +132,3 @@ def test_planted_texts_are_found_and_nothing_else() -> None:
     assert len(found) >= 48
     assert set(found) <= set(tests[50:100])
     assert not any(check(planted(rng, vocabulary)) for _ in range(2000))
-
-
-def test_report_counts_all_and_shows_some() -> None:
-    report = ContaminationReport(num_samples=2)
-    match = Match("near", 0.8123456, ITEMS[0], ("x" * 1000,))
-    for line in range(5):
-        report.add("set", f"set.jsonl:{line}", match)
-    report.add("other", "other.jsonl:1", Match("exact", 1.0, ITEMS[1], ("a", "b")))
-    value = json.loads(json.dumps(report.to_json()))
-    assert value["dropped"] == 6
-    assert [row["dataset"] for row in value["by"]] == ["other", "set"]
-    row = value["by"][1]
-    assert (row["task"], row["rule"], row["dropped"]) == ("banking", "near", 5)
-    assert [sample["place"] for sample in row["samples"]] == ["set.jsonl:0", "set.jsonl:1"]
-    assert row["samples"][0]["evaluation"] == ["What is my  Balance?"]
-    assert row["samples"][0]["score"] == 0.8123
-    assert len(row["samples"][0]["training"][0]) == 300

@@ -13,11 +13,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from chat_endpoint import FakeEndpoint, fake_endpoint, good_answer, word
-from nvembed.core.errors import ConfigError, DataError
+from nvembed.core.errors import ConfigError, DataError, UserError
+from nvembed.data.mixture import load_source
 from nvembed.data.records import read_records
+from nvembed.data.sources import DatasetConfig
 from nvembed.synthesis.config import SynthesisConfig
 from nvembed.synthesis.endpoint import EndpointError
 from nvembed.synthesis.run import Summary, synthesize
@@ -77,6 +80,13 @@ def test_all_kinds_become_records_with_instructions(fake: FakeEndpoint, tmp_path
         assert f"Here is a task: {record.instruction}\n" in prompts[0]
         assert record.positives[0] in answered[prompts[0]]
         assert record.negatives[0] in answered[prompts[0]]
+    # As a data set of a recipe: the instruction comes with the record.
+    dataset = DatasetConfig(
+        name="synthetic", path="examples.jsonl", kind="retrieval", instruction=None
+    )
+    source = load_source(dataset, base_dir=tmp_path)
+    example = source.example(7, np.random.default_rng(0), 1)
+    assert (example.instruction, example.query) == (tasks[3], records[7].query)
     body = fake.bodies[0]
     assert (body["path"], body["model"], body["temperature"]) == (
         "/v1/chat/completions",
@@ -291,9 +301,29 @@ def test_the_journal_bears_a_torn_line_and_refuses_a_broken_one(
         synthesize(config(fake), tmp_path)
         assert len(fake.prompts) == (14 if cut > len(lines[-1]) else 1)
         assert outputs(tmp_path) == before
-    journal.write_bytes(b"".join([*lines[:3], b"{broken\n", *lines[3:]]))
-    with pytest.raises(DataError, match=r"journal.jsonl:4: is no line of a journal"):
+    for broken in (b"{broken\n", b"[]\n", b"{}\n", b"\xff\n", b"\n"):
+        journal.write_bytes(b"".join([*lines[:3], broken, *lines[3:]]))
+        with pytest.raises(DataError, match=r"journal.jsonl:4: is no line of a journal"):
+            synthesize(config(fake), tmp_path)
+    journal.write_bytes(b"".join(lines[1:]))
+    with pytest.raises(DataError, match=r"journal.jsonl:1: is no line of a journal"):
         synthesize(config(fake), tmp_path)
+
+
+def test_half_written_files_are_cleared_up_and_no_others(
+    fake: FakeEndpoint, tmp_path: Path
+) -> None:
+    (tmp_path / ".env.local").write_text("mine")
+    (tmp_path / ".examples.jsonl.x1").write_text("half")
+    synthesize(config(fake), tmp_path)
+    ours = {"journal.jsonl", "tasks.jsonl", "examples.jsonl", "rejects.jsonl", "summary.json"}
+    assert {path.name for path in tmp_path.iterdir()} == ours | {".env.local"}
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(fake: FakeEndpoint, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"file/journal.jsonl: cannot open"):
+        synthesize(config(fake), tmp_path / "file")
 
 
 def test_a_killed_run_loses_what_was_in_flight_at_most(fake: FakeEndpoint, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ _ROUNDING = 1e-9
 
 
 class NearDuplicates:
-    """The texts seen so far, as hashes: about 1.7 kB each and 8 bytes per word at the defaults.
+    """The texts seen so far, as hashes: about 2 kB each at the defaults, and 8 bytes per word.
 
     Args:
         threshold: Jaccard similarity in (0, 1] of the shingle sets from which two texts count as
@@ -40,7 +40,7 @@ class NearDuplicates:
     """
 
     def __init__(
-        self, threshold: float = 0.8, *, shingle_words: int = 3, num_hashes: int = 128
+        self, threshold: float = 0.8, *, shingle_words: int = 3, num_hashes: int = 64
     ) -> None:
         assert 0 < threshold <= 1
         self._rensa = _library()

@@ -24,16 +24,24 @@ class Journal:
 
     Raises:
         ConfigError: the journal is of another run.
+        UserError: the file cannot be made.
         DataError: a line in its midst cannot be read.
     """
 
     def __init__(self, path: Path, run: dict[str, Any]) -> None:
         self._path = path
         self._places: dict[str, int] = {}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Unbuffered: a write that fails leaves nothing behind that closing would write again.
-        self._out = open(path, "ab", buffering=0)
-        self._in: BinaryIO = open(path, "rb")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # Unbuffered: a write that fails leaves nothing behind that closing would write again.
+            self._out = open(path, "ab", buffering=0)
+            self._in: BinaryIO = open(path, "rb")
+        except OSError as error:
+            raise UserError(
+                f"cannot open: {error.strerror or error}",
+                where=str(path),
+                hint="Choose a folder that can be written",
+            ) from error
         try:
             self._open(run)
         except BaseException:
@@ -99,27 +107,28 @@ class Journal:
     def _open(self, run: dict[str, Any]) -> None:
         place = 0
         for number, line in enumerate(self._in, start=1):
+            if not line.endswith(b"\n"):
+                break  # half written when the process died
             try:
-                row = json.loads(line) if line.endswith(b"\n") else None
-            except ValueError as error:
+                row = json.loads(line)
+                if number == 1:
+                    before = row["run"]
+                else:
+                    self._places[row["id"]] = place
+            except (ValueError, KeyError, TypeError) as error:
                 raise DataError(
                     "is no line of a journal",
                     where=f"{self._path}:{number}",
                     hint="Delete the line, or choose another folder",
                 ) from error
-            if row is None:
-                break  # half written when the process died
             if number == 1:
-                self._check(row, run)
-            else:
-                self._places[row["id"]] = place
+                self._check(before, run)
             place += len(line)
         self._out.truncate(place)
         if place == 0:
             self._append({"run": run})
 
-    def _check(self, row: dict[str, Any], run: dict[str, Any]) -> None:
-        before = row.get("run")
+    def _check(self, before: Any, run: dict[str, Any]) -> None:
         if before == run:
             return
         changed = (

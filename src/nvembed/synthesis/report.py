@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from nvembed.synthesis.run import Summary
+from nvembed.synthesis.run import EXAMPLES, Summary
 
 _COLUMNS = ("tasks", "double_tasks", "examples", "double_examples", "rejected")
 
@@ -37,7 +37,7 @@ def print_summary(summary: Summary, folder: Path, console: Console) -> None:
             f"{summary.unanswered:,} requests came to nothing: run the same command again",
             soft_wrap=True,
         )
-    path = folder / "examples.jsonl"
+    path = folder / EXAMPLES
     console.print(f"written: {path}", soft_wrap=True)
     console.print(
         f"for training on it, add to datasets: {{name: synthetic, path: {path}, kind: retrieval, "

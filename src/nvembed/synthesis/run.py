@@ -34,6 +34,10 @@ from nvembed.synthesis.journal import Journal
 from nvembed.synthesis.prompts import VERSION, example_prompt, tasks_prompt
 
 JOURNAL = "journal.jsonl"
+TASKS = "tasks.jsonl"
+EXAMPLES = "examples.jsonl"
+REJECTS = "rejects.jsonl"
+SUMMARY = "summary.json"
 # Jaccard similarity of pairs of words from which two tasks, or two queries, are doubles.
 _SAME_TASK = 0.7
 _SAME_QUERY = 0.8
@@ -86,7 +90,8 @@ def synthesize(config: SynthesisConfig, folder: Path) -> Summary:
     """
     key = read_key(config.key_variable)
     if folder.is_dir():
-        tidy(folder, "*")
+        for name in (TASKS, EXAMPLES, REJECTS, SUMMARY):
+            tidy(folder, name)
     with Journal(folder / JOURNAL, _identity(config)) as journal:
         return asyncio.run(_run(config, folder, key, journal))
 
@@ -184,12 +189,12 @@ def _write(
     for kind, texts in tasks.items():
         summary.kinds[kind].tasks = len(texts)
     write_jsonl(
-        folder / "tasks.jsonl",
+        folder / TASKS,
         ({"kind": kind, "task": task} for kind, texts in tasks.items() for task in texts),
     )
-    write_jsonl(folder / "examples.jsonl", _records(tasks, config, journal, summary))
-    write_jsonl(folder / "rejects.jsonl", _rejects(journal, summary))
-    write_json(folder / "summary.json", asdict(summary))
+    write_jsonl(folder / EXAMPLES, _records(tasks, config, journal, summary))
+    write_jsonl(folder / REJECTS, _rejects(journal, summary))
+    write_json(folder / SUMMARY, asdict(summary))
 
 
 def _records(

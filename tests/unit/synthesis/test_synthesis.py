@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from chat_endpoint import FakeEndpoint, fake_endpoint, good_answer, word
-from nvembed.core.errors import ConfigError, DataError
+from nvembed.core.errors import ConfigError, DataError, UserError
 from nvembed.data.mixture import load_source
 from nvembed.data.records import read_records
 from nvembed.data.sources import DatasetConfig
@@ -301,9 +301,29 @@ def test_the_journal_bears_a_torn_line_and_refuses_a_broken_one(
         synthesize(config(fake), tmp_path)
         assert len(fake.prompts) == (14 if cut > len(lines[-1]) else 1)
         assert outputs(tmp_path) == before
-    journal.write_bytes(b"".join([*lines[:3], b"{broken\n", *lines[3:]]))
-    with pytest.raises(DataError, match=r"journal.jsonl:4: is no line of a journal"):
+    for broken in (b"{broken\n", b"[]\n", b"{}\n", b"\xff\n", b"\n"):
+        journal.write_bytes(b"".join([*lines[:3], broken, *lines[3:]]))
+        with pytest.raises(DataError, match=r"journal.jsonl:4: is no line of a journal"):
+            synthesize(config(fake), tmp_path)
+    journal.write_bytes(b"".join(lines[1:]))
+    with pytest.raises(DataError, match=r"journal.jsonl:1: is no line of a journal"):
         synthesize(config(fake), tmp_path)
+
+
+def test_half_written_files_are_cleared_up_and_no_others(
+    fake: FakeEndpoint, tmp_path: Path
+) -> None:
+    (tmp_path / ".env.local").write_text("mine")
+    (tmp_path / ".examples.jsonl.x1").write_text("half")
+    synthesize(config(fake), tmp_path)
+    ours = {"journal.jsonl", "tasks.jsonl", "examples.jsonl", "rejects.jsonl", "summary.json"}
+    assert {path.name for path in tmp_path.iterdir()} == ours | {".env.local"}
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(fake: FakeEndpoint, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"file/journal.jsonl: cannot open"):
+        synthesize(config(fake), tmp_path / "file")
 
 
 def test_a_killed_run_loses_what_was_in_flight_at_most(fake: FakeEndpoint, tmp_path: Path) -> None:

@@ -173,8 +173,8 @@ def test_killed_anywhere_and_run_again_gives_the_same_bytes(
     assert whole.error is None, whole.error
     assert len(whole.operations) > 20
     asked = len(encoder.asked()) // 2
-    # Every fourth operation in a place of its own, and at all of them one after the other.
-    for number in range(1, len(whole.operations), 4):
+    # Every seventh operation in a place of its own, and at all of them one after the other.
+    for number in range(1, len(whole.operations), 7):
         folder = _place(tmp_path, number)
         assert in_child(_mine, folder, fault=Fault(number)).died
         before = len(encoder.asked())
@@ -183,9 +183,9 @@ def test_killed_anywhere_and_run_again_gives_the_same_bytes(
         assert _outputs() == expected
         assert not list(folder.glob(".*"))
     folder, kills = _place(tmp_path, -1), 0
-    while in_child(_mine, folder, fault=Fault(6 + kills)).died:
+    while in_child(_mine, folder, fault=Fault(6 + 2 * kills)).died:
         kills += 1
-    assert kills > 4
+    assert kills > 3
     assert _outputs() == expected
 
 

@@ -9,7 +9,9 @@ Letters: C cases, S sides of each, N candidates, K results of a query, P pairs.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,10 +64,9 @@ class Run:
     def mined(self) -> Iterator[Mined]:
         """Choose the negatives of every case; given ones first."""
         size = BLOCK_RECORDS if self._config.rerank is None else BLOCK_QUERIES
+        blocks = [self._cases[at : at + size] for at in range(0, len(self._cases), size)]
         with progress(len(self._cases), "mine") as bar:
-            for start in range(0, len(self._cases), size):
-                block = self._cases[start : start + size]
-                near = self._neighbours(block, start)
+            for block, near in zip(blocks, self._all_neighbours(blocks), strict=True):
                 chosen = self._selector.choose(block, near)
                 if self._config.write_scores:
                     yield from self._with_scores(block, chosen)
@@ -76,6 +77,20 @@ class Run:
     def report(self) -> MiningReport:
         """Return the numbers of the cases gone through."""
         return self._selector.report()
+
+    def _all_neighbours(self, blocks: Sequence[Sequence[Case]]) -> Iterator[Neighbours]:
+        """Search for block after block; for the next one while this one is chosen from."""
+        starts = [0, *accumulate(map(len, blocks))]
+        if self._config.rerank is not None:  # which writes files, for one thread at a time
+            yield from map(self._neighbours, blocks, starts)
+            return
+        with ThreadPoolExecutor(1) as ahead:
+            coming = ahead.submit(self._neighbours, blocks[0], 0)
+            for number in range(1, len(blocks)):
+                near = coming.result()
+                coming = ahead.submit(self._neighbours, blocks[number], starts[number])
+                yield near
+            yield coming.result()
 
     def _neighbours(self, block: Sequence[Case], start: int) -> Neighbours:
         """Search for all cases of a block (C cases of S sides each, from ``start``) in one go."""

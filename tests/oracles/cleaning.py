@@ -12,7 +12,7 @@ def plain_jaccard(first: str, second: str, size: int) -> float:
     return len(one & other) / len(one | other)
 
 
-@lru_cache(maxsize=1000)
+@lru_cache(maxsize=10_000)
 def _runs(text: str, size: int) -> frozenset[tuple[str, ...]]:
     words = re.findall(r"\w+", text.lower())
     return frozenset(tuple(words[at : at + size]) for at in range(max(1, len(words) - size + 1)))

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from nvembed.building.mining import teacher_name
 from nvembed.building.one_set import SetJob, build_set, finished_manifest
-from nvembed.building.steps import content_hash, fingerprint
+from nvembed.building.steps import alone_in, content_hash, fingerprint
 from nvembed.building.tools import Tools
 from nvembed.core.errors import ConfigError, UserError
 from nvembed.data.sources import DatasetConfig
@@ -81,26 +81,37 @@ def build_recipe(
     if build.mine is not None:
         teacher = teacher_name(build.mine.teacher, base_dir)
         check_teacher(teacher, build.mine.teacher_model, build.mine, "local")
+    place = (base_dir / build.folder).absolute()
+    with alone_in(place):
+        return list(_outcomes(config.datasets, build, place, base_dir, keep_going, log))
+
+
+def _outcomes(
+    datasets: Sequence[DatasetConfig],
+    build: BuildConfig,
+    place: Path,
+    base_dir: Path,
+    keep_going: bool,
+    log: Callable[[str], None],
+) -> Iterator[SetOutcome]:
+    """Build one set after the other."""
     tools = Tools(build, base_dir)
     shared = _SharedInputs(build, base_dir)
-    outcomes: list[SetOutcome] = []
-    for number, dataset in enumerate(config.datasets, start=1):
-        label = f"[{number}/{len(config.datasets)}] {dataset.name}"
+    for number, dataset in enumerate(datasets, start=1):
+        label = f"[{number}/{len(datasets)}] {dataset.name}"
         try:
-            inputs = shared.of_set(dataset)
-            job = SetJob(dataset, build, (base_dir / build.folder).absolute(), base_dir, inputs)
+            job = SetJob(dataset, build, place, base_dir, shared.of_set(dataset))
             manifest = finished_manifest(job)
             if manifest is not None:
-                outcomes.append(SetOutcome(dataset.name, "unchanged", manifest))
+                yield SetOutcome(dataset.name, "unchanged", manifest)
                 continue
             log(label)
-            outcomes.append(SetOutcome(dataset.name, "built", build_set(job, tools)))
+            yield SetOutcome(dataset.name, "built", build_set(job, tools))
         except UserError as error:
             if not keep_going:
                 raise
             log(f"{label}: failed: {error}")
-            outcomes.append(SetOutcome(dataset.name, "failed", None, error))
-    return outcomes
+            yield SetOutcome(dataset.name, "failed", None, error)
 
 
 def local_sources(dataset: DatasetConfig, base_dir: Path) -> list[Path]:

@@ -42,7 +42,8 @@ def build(
 
     Parquet files and a manifest per set go to the folder `build.folder` of the recipe, else to
     data/<recipe> beside it. What is built already from the same settings and inputs is left alone;
-    a build that was stopped goes on.
+    a build that was stopped goes on. A set of the hub is fetched once: to fetch it anew, delete its
+    folder or name another revision.
 
     Examples:
 

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from nvembed.building import one_set
+from nvembed.building.steps import alone_in
 from nvembed.cli.main import run
 from nvembed.core.config import load_config
 from nvembed.core.errors import DataError, SourceError
@@ -176,6 +177,13 @@ def test_changed_inputs_are_seen(recipe: Path) -> None:
     assert manifest(recipe, "pairs")["inputs"]["tasks"] != before["inputs"]["tasks"]
     texts = {record.query for record in read_records(recipe.parent / "built" / "pairs", "nli")}
     assert "red red" not in texts
+
+
+def test_two_builds_do_not_share_a_folder(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with alone_in(recipe.parent / "built"):
+        assert build(recipe) == 2
+    assert "another build is at work here" in capsys.readouterr().err
+    assert build(recipe) == 0
 
 
 def test_too_many_bad_rows(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -257,7 +257,8 @@ def _product(queries_BD: NDArray[np.float32], tile_MD: NDArray[np.float32]) -> N
 
     from nvembed.model.products import same_in_every_process
 
-    with torch.inference_mode():
+    # Training mines inside its autocast, which would round the scores to 16 bits.
+    with torch.inference_mode(), torch.autocast("cpu", enabled=False):
         scores_BM = same_in_every_process(torch.from_numpy(queries_BD), torch.from_numpy(tile_MD))
         return scores_BM.numpy()
 

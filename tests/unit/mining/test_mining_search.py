@@ -56,6 +56,17 @@ def test_real_vectors_score_as_in_float64() -> None:
     np.testing.assert_allclose(scores, np.take_along_axis(exact, indices, 1), atol=2e-5)
 
 
+def test_the_precision_of_a_training_run_does_not_show() -> None:
+    rng = np.random.default_rng(1)
+    queries = rng.standard_normal((9, 64)).astype(np.float32)
+    documents = rng.standard_normal((100, 64)).astype(np.float32)
+    plain = top_k(queries, documents, 20)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = top_k(queries, documents, 20)
+    for left, right in zip(plain, inside, strict=True):
+        np.testing.assert_array_equal(left, right)
+
+
 @pytest.mark.parametrize("k", [1, 7, 300])
 def test_groups_slabs_and_parts_do_not_show(monkeypatch: pytest.MonkeyPatch, k: int) -> None:
     # Whole numbers below 2**24 in all sums: every order of summing gives the same bits.

@@ -6,8 +6,9 @@ token see its own segment only: all of it (bidirectional) or what came before (c
 windows are ignored on purpose: an embedding needs the whole text (NV-Embed never applies Mistral's,
 nv-embed.md 1.2).
 
-Two kernels: ``varlen_attn`` on CUDA in 16 bit, dense blocks elsewhere (segments of equal length
-stand side by side and form one block; nothing is padded).
+Three kernels: ``varlen_attn`` on CUDA in 16 bit, our own on a CPU in float32 and both directions
+(``model/native_attention.py``), dense blocks elsewhere (segments of equal length stand side by side
+and form one block; nothing is padded).
 
 Letters: T tokens of the pack, H heads, K key/value heads, E head width, G segments of one block, L
 their length.
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from nvembed.core.errors import ModelError
+from nvembed.model.native_attention import available, native_attention, takes
 from nvembed.text.packing import Segments
 
 FLAT_ATTENTION = "nvembed_flat"
@@ -36,7 +38,8 @@ _UNSUPPORTED = ("s_aux", "position_bias", "sinks")
 # On a CPU, up to this length two batched products with a softmax between are faster than SDPA's
 # fused kernel, whose products are slow in bfloat16: 4,096 tokens in texts of 256, forward and
 # backward, 13 against 37 ms; of 512, 22 against 55. In float32 it is the other way round: 57
-# against 33 and 134 against 64; at 128, 24 against 25 (docs/log.md).
+# against 33 and 134 against 64; at 128, 24 against 25 (docs/log.md). Float32 in both directions has
+# a kernel of its own: 6 to 14.
 SHORT_TOKENS = {torch.bfloat16: 1024, torch.float16: 1024}
 SHORT_TOKENS_FLOAT32 = 128
 
@@ -78,6 +81,8 @@ def flat_attention(
         and not (softcap or dropout)
     ):
         out_THE = _varlen(query[0], key[0], value[0], segments, causal, scaling)
+    elif not (causal or softcap or dropout) and takes(query[0], key[0], value[0]):
+        out_THE = native_attention(query[0], key[0], value[0], segments, scaling)
     else:
         out_THE = _grouped(query[0], key[0], value[0], segments, causal, scaling, dropout, softcap)
     return out_THE[None], None
@@ -87,7 +92,14 @@ AttentionInterface.register(FLAT_ATTENTION, flat_attention)
 
 
 def short_tokens(dtype: torch.dtype) -> int:
-    """Longest text that is attended to by plain products on a CPU."""
+    """Longest text whose scores are held on a CPU in bidirectional attention, for forecasts.
+
+    0 where our own kernel computes them, which holds none.
+    """
+    return 0 if dtype is torch.float32 and available() else _longest_by_products(dtype)
+
+
+def _longest_by_products(dtype: torch.dtype) -> int:
     return SHORT_TOKENS.get(dtype, SHORT_TOKENS_FLOAT32)
 
 
@@ -140,7 +152,7 @@ def _grouped(
         strict=True,
     ):
         q, k, v = (x_HTE.unflatten(1, (count, length)).transpose(0, 1) for x_HTE in parts)
-        if softcap or (q.device.type == "cpu" and length <= short_tokens(q.dtype)):
+        if softcap or (q.device.type == "cpu" and length <= _longest_by_products(q.dtype)):
             out_GHLE = block_attention(
                 q, k, v, causal=causal, scaling=scaling, dropout=dropout, softcap=softcap
             )

@@ -23,6 +23,7 @@ from transformers import CONFIG_MAPPING
 from nvembed.core.errors import ModelError
 from nvembed.core.progress import progress
 from nvembed.model.backbone import Backbone
+from nvembed.model.native_elementwise import native_elementwise
 from nvembed.model.official import MODEL_TYPE, is_official
 from nvembed.model.official_load import load_official
 from nvembed.model.placement import DeviceMap
@@ -78,6 +79,7 @@ class NVEmbed(SentenceTransformer):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         fast_products(self)
+        native_elementwise(self)
 
     @classmethod
     def from_pretrained(

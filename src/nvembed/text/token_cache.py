@@ -19,11 +19,12 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import shutil
+import time
 import zlib
 from array import array
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,12 +33,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nvembed.core.errors import UserError
-from nvembed.core.files import atomic_folder
+from nvembed.core.files import atomic_folder, cache_folder
 from nvembed.text.template import PromptedText
 from nvembed.text.tokens import TextTokenizer, TokenizedText
 
 FORMAT = 1
 MAX_SHARDS = 16
+ABANDONED_SECONDS = 24 * 3600  # no shard takes a day to write
 
 _ENTRY = np.dtype(
     [("low", "<u8"), ("start", "<i8"), ("length", "<u4"), ("pool_start", "<u4"), ("check", "<u4")]
@@ -47,8 +49,7 @@ _log = logging.getLogger(__name__)
 
 def default_cache_folder() -> Path:
     """Where tokens are kept: ``$NVEMBED_CACHE/tokens``, else ``~/.cache/nvembed/tokens``."""
-    given = os.environ.get("NVEMBED_CACHE")
-    return (Path(given).expanduser() if given else Path.home() / ".cache" / "nvembed") / "tokens"
+    return cache_folder("tokens")
 
 
 class TokenCache:
@@ -272,6 +273,7 @@ def _write(content: _Content, place: Path) -> Path:
     target = place / hashlib.blake2b(hashes, digest_size=16).hexdigest()
     if target.exists():
         return target
+    _remove_abandoned(place)
     try:
         with atomic_folder(target) as temporary:
             np.save(temporary / "high.npy", content.high_N)
@@ -281,3 +283,11 @@ def _write(content: _Content, place: Path) -> Path:
         if not target.exists():  # else the other process was quicker by a moment
             raise
     return target
+
+
+def _remove_abandoned(place: Path) -> None:
+    """Delete what killed processes wrote half; other processes may be writing, so only if old."""
+    for path in place.glob(".*"):
+        with suppress(OSError):
+            if time.time() - path.stat().st_mtime > ABANDONED_SECONDS:
+                shutil.rmtree(path, ignore_errors=True)

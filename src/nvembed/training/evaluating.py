@@ -107,7 +107,8 @@ def should_stop(config: EvaluationConfig, best: Best) -> bool:
 def evaluate_model(model: NVEmbed, tasks: Sequence[LocalTask], processes: Processes) -> Scores:
     """Scores of a model in training, which goes on as if nothing had been asked.
 
-    All processes call it, and have the scores of the first one.
+    All processes call it. Where each holds the whole model they share out the tasks; where weights
+    are sharded all do all of them together, since every forward needs every process.
 
     Args:
         model: as it computes in training: under the autocast of the caller.
@@ -116,13 +117,17 @@ def evaluate_model(model: NVEmbed, tasks: Sequence[LocalTask], processes: Proces
     """
     modes = [(module, module.training) for module in model.modules()]
     rng = capture_rng()  # the first evaluation imports mteb, which draws random numbers
+    own = tasks if processes.sharded else tasks[processes.rank :: processes.count]
     try:
-        results = evaluate(model, tasks)
+        results = evaluate(model, own) if own else {}
     finally:
         restore_rng(rng)
         _restore_modes(modes)
-    # Of the first process: a last bit must not make processes decide differently.
-    return Scores(processes.of_main({name: each.main_score for name, each in results.items()}))
+    # Through one list for all: a last bit must not make processes decide differently.
+    scores: dict[str, float | None] = {}
+    for of_process in processes.of_all({name: row.main_score for name, row in results.items()}):
+        scores = {**of_process, **scores}
+    return Scores({task.name: scores[task.name] for task in tasks})
 
 
 def evaluate_step(

@@ -181,15 +181,22 @@ class Processes:
 
     def of_main(self, value: Json) -> Json:
         """What the first process has: measurements on which all must act alike."""
+        return self._of(0, value)
+
+    def of_all(self, value: Json) -> list[Json]:
+        """What every process has, by rank; the same list on all of them."""
+        return [self._of(rank, value) for rank in range(self.count)]
+
+    def _of(self, source: int, value: Json) -> Json:
         if self.count == 1:
             return value
         text = json.dumps(value).encode()
         length = torch.tensor(len(text))
-        dist.broadcast(length, src=0, group=self.control)
+        dist.broadcast(length, src=source, group=self.control)
         data = torch.zeros(int(length), dtype=torch.uint8)
-        if self.is_main:
+        if self.rank == source:
             data = torch.tensor(list(text), dtype=torch.uint8)
-        dist.broadcast(data, src=0, group=self.control)
+        dist.broadcast(data, src=source, group=self.control)
         got: Json = json.loads(bytes(data.tolist()))
         return got
 

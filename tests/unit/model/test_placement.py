@@ -35,8 +35,9 @@ def test_a_spread_backbone_gives_the_same_vectors(
         source = tmp_path
     plain = NVEmbed.from_pretrained(source, device="cpu")
     model = NVEmbed.from_pretrained(source, device="cpu", device_map=device_map)
-    np.testing.assert_array_equal(
-        model.encode(TEXTS, prompt=PROMPT), plain.encode(TEXTS, prompt=PROMPT)
+    # Under accelerate's hooks norms and gates are torch's own, elsewhere the compiled ones.
+    np.testing.assert_allclose(
+        model.encode(TEXTS, prompt=PROMPT), plain.encode(TEXTS, prompt=PROMPT), rtol=0, atol=1e-6
     )
     if kind != "official":
         return  # transformers loads these, and spreads nothing that lies on one device

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -216,6 +217,22 @@ def test_many_shards_become_one(tmp_path: Path, make: Any) -> None:
     again = TokenCache(tmp_path, tokenizer)
     assert again(texts[::-1]) == plain(tokenizer, texts[::-1])
     assert again.misses == 0
+
+
+def test_what_a_killed_process_left_is_cleared_up(tmp_path: Path, make: Any) -> None:
+    cache = TokenCache(tmp_path, make())
+    cache(TEXTS)
+    cache.flush()
+    (shard,) = shards(tmp_path)
+    old, young = (shard.with_name(f".{name}") for name in ("old", "young"))
+    for folder in (old, young):
+        folder.mkdir()
+        (folder / "ids.npy").write_bytes(b"half")
+    os.utime(old, (0, 0))
+    cache([("", "new")])
+    cache.flush()
+    assert not old.exists()
+    assert young.exists()  # another process may be at it
 
 
 def test_hashes_that_agree_by_half_are_no_hit(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from nvembed.core.errors import DataError, UserError
 from nvembed.evaluation.results import TaskResult
 from nvembed.evaluation.run import evaluate
-from nvembed.evaluation.tasks import load_tasks
+from nvembed.evaluation.tasks import LocalTask, load_tasks
 from nvembed.model.embedder import NVEmbed
 from nvembed.training import evaluating
 from nvembed.training.checkpoint import trained_parameters
@@ -34,6 +35,7 @@ from nvembed.training.optim import averaged_weights, build_optimizer, training_w
 from nvembed.training.processes import Processes
 from task_folders import write_task
 
+TASKS = [LocalTask("t", "STS", None, "cosine_spearman", Path("t"), [])]
 STAGE = StageConfig(name="one", steps=9, in_batch_negatives=True, learning_rate=0.01)
 
 
@@ -122,6 +124,41 @@ def test_training_goes_on_as_if_nothing_had_been_asked(tmp_path: Path, model: NV
     assert scores.mean == pytest.approx(sum(r.main_score for r in results.values()) / 2)
 
 
+@dataclass(frozen=True)
+class OneOfTwo(Processes):
+    """A process whose other one has scores of its own."""
+
+    count: int = 2
+    others: tuple[tuple[str, float], ...] = ()
+
+    def of_all(self, value: Any) -> list[Any]:
+        both = [value, dict(self.others)]
+        return both if self.rank == 0 else both[::-1]
+
+
+@pytest.mark.parametrize(
+    ("rank", "sharded", "own"),
+    [(0, False, ["a", "c"]), (1, False, ["b"]), (0, True, ["a", "b", "c"])],
+)
+def test_processes_share_out_the_tasks(
+    monkeypatch: pytest.MonkeyPatch, model: NVEmbed, rank: int, sharded: bool, own: list[str]
+) -> None:
+    given: list[str] = []
+
+    def fake(model: Any, tasks: Any) -> dict[str, TaskResult]:
+        given.extend(task.name for task in tasks)
+        return {t.name: TaskResult("STS", "cosine_spearman", 0.5, 0.0, {}) for t in tasks}
+
+    monkeypatch.setattr(evaluating, "evaluate", fake)
+    tasks = [LocalTask(name, "STS", None, "cosine_spearman", Path(name), []) for name in "abc"]
+    others = tuple((name, 0.25) for name in "abc" if sharded or name not in own)
+    scores = evaluate_model(model, tasks, OneOfTwo(rank, others=others, sharded=sharded))
+    assert given == own
+    # Sharded: all have all scores, and every process takes those of the same one.
+    assert scores.tasks == {n: 0.5 if n in own else 0.25 for n in "abc"}
+    assert list(scores.tasks) == ["a", "b", "c"]
+
+
 def scored(monkeypatch: pytest.MonkeyPatch, scores: list[float | None]) -> None:
     """Let the evaluations give these scores, one after the other."""
     left = iter(scores)
@@ -161,7 +198,7 @@ def test_the_best_weights_are_kept_and_put_back(
             model,
             trained,
             optimizer,
-            [],
+            TASKS,
             config,
             best,
             step=step,
@@ -190,7 +227,7 @@ def test_nothing_is_put_back_where_the_last_is_the_best_or_none_is_kept(
         model,
         trained,
         optimizer,
-        [],
+        TASKS,
         evaluation(),
         Best(),
         step=1,
@@ -203,7 +240,7 @@ def test_nothing_is_put_back_where_the_last_is_the_best_or_none_is_kept(
         model,
         trained,
         optimizer,
-        [],
+        TASKS,
         off,
         best,
         step=2,

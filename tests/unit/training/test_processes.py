@@ -67,6 +67,7 @@ def plain_collectives() -> dict[str, Any]:
         "frozen": frozen.grad,
         "fresh": fresh.data,
         "of_main": here.of_main({"é": [here.rank, 0.1]}),
+        "of_all": here.of_all({"é" * (1 + here.rank): here.rank}),
         "agreed": [here.agree(False), here.agree(True), here.agree(first), here.agree(not first)],
     }
 
@@ -91,6 +92,7 @@ def test_collectives_of_two_processes(monkeypatch: pytest.MonkeyPatch) -> None:
         assert result["frozen"].tolist() == [rank]
         assert result["fresh"].tolist() == [0.0, 0.0]
         assert result["of_main"] == {"é": [0, 0.1]}
+        assert result["of_all"] == [{"é": 0}, {"éé": 1}]
         assert result["agreed"] == [False, True, True, True]
     assert results[0]["norm"] == results[1]["norm"]
 
@@ -109,6 +111,7 @@ def test_one_process_is_alone() -> None:
     nn.utils.clip_grad_norm_([expected], 1.0)
     torch.testing.assert_close(weight.grad, expected.grad, rtol=0, atol=0)
     assert alone.of_main(3) == 3
+    assert alone.of_all(3) == [3]
     assert alone.agree(True)
     assert not alone.agree(False)
     alone.barrier()

@@ -19,8 +19,16 @@ def _runs(text: str, size: int) -> frozenset[tuple[str, ...]]:
 
 
 def bm25_share(query: str, document: str, documents: list[str]) -> float:
-    """Of what a document scores for itself, every different word of the query counted once."""
-    return _bm25(query, document, documents) / _bm25(document, document, documents)
+    """The lower of two shares: of the document's score for itself, and of the query's weight."""
+    of_document = _bm25(query, document, documents) / _bm25(document, document, documents)
+    words = set(query.split())
+    shared = sum(_idf(word, documents) for word in words & set(document.split()))
+    return min(of_document, shared / sum(_idf(word, documents) for word in words))
+
+
+def _idf(word: str, documents: list[str]) -> float:
+    found_in = sum(word in other.split() for other in documents)
+    return math.log(1 + (len(documents) - found_in + 0.5) / (found_in + 0.5))
 
 
 def _bm25(query: str, document: str, documents: list[str]) -> float:
@@ -28,8 +36,7 @@ def _bm25(query: str, document: str, documents: list[str]) -> float:
     mean = sum(len(other.split()) for other in documents) / len(documents)
     total = 0.0
     for word in set(query.split()):
-        found_in = sum(word in other.split() for other in documents)
-        idf = math.log(1 + (len(documents) - found_in + 0.5) / (found_in + 0.5))
         count = words.count(word)
+        idf = _idf(word, documents)
         total += idf * count * 1.9 / (count + 0.9 * (0.6 + 0.4 * len(words) / mean))
     return total

@@ -5,7 +5,7 @@ a record that must go, which evaluation text it holds, by which rule, with which
 
     exact   equal but for case and white space
     near    Jaccard similarity of the shingle sets at or above a threshold
-    bm25    BM25 score at or above a share of what the evaluation text scores for itself
+    bm25    BM25 score, as shares of what the texts score for themselves, at or above a threshold
 
 No rule misses a text that reaches its threshold (``similar_texts.py``).
 """
@@ -62,8 +62,8 @@ class Contamination:
         texts: what must not be trained on. Where several are equal the first one is reported.
         near: Jaccard similarity of shingle sets in (0, 1] from which two texts count as the same;
             None for off.
-        bm25: share in (0, 1] of the BM25 score of an evaluation text for itself
-            (``similar_texts.py``); None for off. The paper filters Emotion and AmazonCounterfactual
+        bm25: lower share of two texts in each other by BM25, in (0, 1] (``similar_texts.py``); None
+            for off. The paper filters Emotion and AmazonCounterfactual
             so, each against its own test set, without giving a number.
         shingle_words: words in a shingle.
 

@@ -71,12 +71,13 @@ class ShingleIndex:
 
 
 class Bm25Index:
-    """Texts by the share that a query scores of what they score for themselves.
+    """Texts by the share of their BM25 score that a query reaches, and the query's own share.
 
-    The score of query q for text d is that of ``evaluation/bm25.py`` with every different word of
-    the query once. So d scores most for queries that hold all its words, itself among them, and
+    The score of query q for text d is that of ``mining/bm25.py`` with every different word of the
+    query once. So d scores most for queries that hold all its words, itself among them, and
     dividing by that gives a share from 0 (no word in common) to 1, whatever the lengths and the
-    collection. A long query may reach 1 without being like d.
+    collection. Any long query reaches 1 for a short d, so that alone says little: the score is the
+    lower one of this share and of the part that words of d have in q, by weight idf.
 
     Args:
         texts: what is searched; the weights of words come from them.
@@ -88,6 +89,11 @@ class Bm25Index:
         self._threshold = threshold
         counts = [Counter(word_list(text)) for text in texts]
         found_in = Counter(word for own in counts for word in own)
+        self._idf = {
+            word: math.log1p((len(texts) - count + 0.5) / (count + 0.5))
+            for word, count in found_in.items()
+        }
+        self._idf_unseen = math.log1p((len(texts) + 0.5) / 0.5)
         lengths = [sum(own.values()) for own in counts]
         mean = sum(lengths) / max(1, len(lengths))
         self._weights: list[dict[str, float]] = []
@@ -95,7 +101,7 @@ class Bm25Index:
         for row, own in enumerate(counts):
             spread = _K1 * (1 - _B + _B * lengths[row] / mean)
             weights = {
-                word: math.log1p((len(texts) - found_in[word] + 0.5) / (found_in[word] + 0.5))
+                word: self._idf[word]
                 * (count * (_K1 + 1) / (count + spread))
                 for word, count in own.items()
             }
@@ -112,12 +118,17 @@ class Bm25Index:
 
     def search(self, text: str) -> dict[int, float]:
         """Return the share of every row that reaches the threshold."""
-        own = set(word_list(text))
+        own = {word: self._idf.get(word, self._idf_unseen) for word in word_list(text)}
+        whole = sum(own.values())
         candidates = {row for word in own for row in self._rows_with.get(word, ())}
         found = {}
         for row in candidates:
             weights = self._weights[row]
-            share = sum(weight for word, weight in weights.items() if word in own)
+            shared = own.keys() & weights.keys()
+            of_text = sum(weights[word] for word in sorted(shared))
+            if of_text < self._threshold - _ROUNDING:
+                continue
+            share = min(1.0, of_text, sum(own[word] for word in sorted(shared)) / whole)
             if share >= self._threshold - _ROUNDING:
-                found[row] = min(1.0, share)
+                found[row] = share
         return found

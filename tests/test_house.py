@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -102,12 +102,15 @@ def test_help_has_examples_and_does_not_import_torch(command: list[str]) -> None
 
 def test_help_takes_less_than_half_a_second() -> None:
     def run() -> float:
-        started = time.perf_counter()
+        before = os.times()
         command = [sys.executable, "-m", "nvembed", "--help"]
         subprocess.run(command, capture_output=True, check=True)
-        return time.perf_counter() - started
+        after = os.times()
+        user = after.children_user - before.children_user
+        return user + after.children_system - before.children_system
 
-    # The best of several: what the command needs, not what the machine does besides.
+    # Of the CPU, and the best of several: what the command needs, not what the machine does
+    # besides. It waits for nothing, so on an idle machine that is what its user waits.
     assert min(run() for _ in range(5)) < 0.5
 
 

@@ -101,8 +101,7 @@ class Bm25Index:
         for row, own in enumerate(counts):
             spread = _K1 * (1 - _B + _B * lengths[row] / mean)
             weights = {
-                word: self._idf[word]
-                * (count * (_K1 + 1) / (count + spread))
+                word: self._idf[word] * (count * (_K1 + 1) / (count + spread))
                 for word, count in own.items()
             }
             whole = sum(weights.values())

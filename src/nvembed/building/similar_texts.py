@@ -17,7 +17,7 @@ import numpy as np
 
 from nvembed.building.shingles import jaccard, shingles, word_list
 
-# As evaluation/bm25.py, from Anserini.
+# As mining/bm25.py, from Anserini.
 _K1, _B = 0.9, 0.4
 _ROUNDING = 1e-9
 

@@ -1,0 +1,112 @@
+"""What a task's main score is made of, item by item, for resampling; and its files.
+
+In: what ``score_local`` leaves behind. Out: one ``.npz`` without pickle per task, in the folder
+``<results>.items`` beside a results file. Next file: ``evaluation/significance.py``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import zipfile
+from collections.abc import Mapping
+from dataclasses import astuple, dataclass
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
+from urllib.parse import quote
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nvembed.core.errors import DataError
+from nvembed.core.files import atomic_path
+from nvembed.evaluation.tasks import LocalTask
+
+ItemKind = Literal["values", "correlation", "pairs", "classes", "clusters"]
+
+_ARRAYS: dict[ItemKind, frozenset[str]] = {
+    "values": frozenset({"values_N"}),
+    "correlation": frozenset({"gold_N", "similarities_N"}),
+    "pairs": frozenset({"gold_N", "similarities_SN"}),
+    "classes": frozenset({"gold_N", "predicted_EN"}),
+    "clusters": frozenset({"gold_N", "assigned_EN", "drawn_EN"}),
+}
+
+
+@dataclass(frozen=True)
+class Items:
+    """The items of one model on one task.
+
+    Attributes:
+        kind: how the main score comes from the arrays:
+            ``values``: the mean of values_N, per query or article;
+            ``correlation``: of similarities_N with gold_N, per pair;
+            ``pairs``: labels gold_N and the similarities that the score is the best of;
+            ``classes``: gold_N and the predictions of E experiments, per test text;
+            ``clusters``: gold_N, and for E experiments how often each text was drawn and the
+            cluster that it got.
+        score: name of the main score.
+        task_hash: of the task's data: only items of equal data can be paired.
+        arrays: by name, the last axis running over the items.
+    """
+
+    kind: ItemKind
+    score: str
+    task_hash: str
+    arrays: Mapping[str, NDArray[Any]]
+
+    def __len__(self) -> int:
+        return int(next(iter(self.arrays.values())).shape[-1])
+
+
+def task_hash(task: LocalTask) -> str:
+    """Name the contents of a task: texts, gold values and main score, not the instruction."""
+    digest = hashlib.sha256(f"{task.type} {task.main_score}".encode())
+    for part in astuple(task.data):
+        digest.update(repr(part).encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()
+
+
+def items_folder(results: str | Path) -> Path:
+    """Where the items of a results file lie: ``runs/a.json`` → ``runs/a.items``."""
+    return Path(results).with_suffix(".items")
+
+
+def write_items(folder: str | Path, name: str, items: Items) -> None:
+    """Write the items of the task ``name`` atomically; an older file of it is replaced."""
+    header = {"kind": items.kind, "score": items.score, "task_hash": items.task_hash}
+    arrays: dict[str, Any] = {**items.arrays, **{k: np.array(v) for k, v in header.items()}}
+    with atomic_path(_file(folder, name)) as temporary, open(temporary, "wb") as file:
+        np.savez_compressed(file, **arrays)
+
+
+def read_items(folder: str | Path, name: str) -> Items | None:
+    """Read the items of the task ``name``; ``None`` where none were written.
+
+    Raises:
+        DataError: the file is damaged or holds something else.
+    """
+    path = _file(folder, name)
+    if not path.is_file():
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {key: file[key] for key in file.files}
+        kind = str(arrays.pop("kind"))
+        score, hashed = str(arrays.pop("score")), str(arrays.pop("task_hash"))
+        if kind not in get_args(ItemKind) or set(arrays) != _ARRAYS[cast(ItemKind, kind)]:
+            raise ValueError
+        if len({array.shape[-1] for array in arrays.values()}) != 1:
+            raise ValueError
+    except (OSError, EOFError, ValueError, KeyError, IndexError, zipfile.BadZipFile) as error:
+        raise DataError(
+            "not items of an evaluation",
+            where=str(path),
+            expected="a file that `nvembed evaluate` wrote",
+            hint="Delete it and evaluate the task again",
+        ) from error
+    return Items(cast(ItemKind, kind), score, hashed, arrays)
+
+
+def _file(folder: str | Path, name: str) -> Path:
+    # Names of tasks may hold slashes.
+    return Path(folder) / f"{quote(name, safe=' ')}.npz"

@@ -89,15 +89,17 @@ def read_items(folder: str | Path, name: str) -> Items | None:
     if not path.is_file():
         return None
     try:
-        with np.load(path, allow_pickle=False) as file:
+        # Opened here, since np.load leaves a damaged file open.
+        with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files}
         kind = str(arrays.pop("kind"))
         score, hashed = str(arrays.pop("score")), str(arrays.pop("task_hash"))
         if kind not in get_args(ItemKind) or set(arrays) != _ARRAYS[cast(ItemKind, kind)]:
             raise ValueError
-        if len({array.shape[-1] for array in arrays.values()}) != 1:
+        if len({array.shape[-1:] for array in arrays.values()}) != 1:
             raise ValueError
-    except (OSError, EOFError, ValueError, KeyError, IndexError, zipfile.BadZipFile) as error:
+    # TypeError: a single array is no archive.
+    except (OSError, EOFError, ValueError, TypeError, KeyError, zipfile.BadZipFile) as error:
         raise DataError(
             "not items of an evaluation",
             where=str(path),

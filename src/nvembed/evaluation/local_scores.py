@@ -248,17 +248,22 @@ def _summarization(task: LocalTask, data: SummarizationData, encoder: Encoder) -
     found: dict[str, list[float]] = {
         f"{prefix}{name}": [] for prefix in ("", "cosine_", "dot_") for name in _NAMES
     }
+    ranked: list[bool] = []
     for human_HD, machine_MD, relevance in zip(
         parts[: len(data.human)], parts[len(data.human) :], data.relevance, strict=True
     ):
         gold_M = (np.array(relevance) - 1) / 4  # as mteb brings 1 … 5 to 0 … 1
         best = _best_similarities(machine_MD, human_HD)
-        if any(len(set(v.tolist())) == 1 for v in (gold_M, best["dot_"], best["cosine_"])):
-            continue  # nothing to rank; mteb leaves the article out
+        ranked.append(all(len(set(v.tolist())) > 1 for v in (gold_M, *best.values())))
+        if not ranked[-1]:  # mteb leaves the article out
+            best = dict.fromkeys(best, np.full(len(gold_M), math.nan))
         for prefix, values_M in best.items():
             for name, value in zip(_NAMES, correlations(gold_M, values_M), strict=True):
                 found[f"{prefix}{name}"].append(value)
-    scores = {name: float(np.mean(v)) if v else math.nan for name, v in found.items()}
+    scores = {
+        name: float(np.mean(np.array(values)[ranked])) if any(ranked) else math.nan
+        for name, values in found.items()
+    }
     return scores, "values", {"values_N": np.array(found[task.main_score])}
 
 

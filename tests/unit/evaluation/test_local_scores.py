@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from nvembed.core.errors import ModelError
+from nvembed.evaluation import local_scores
 from nvembed.evaluation.local_scores import score_local
 from nvembed.evaluation.task_files import (
     ClassificationData,
@@ -22,7 +24,7 @@ from nvembed.evaluation.task_files import (
 )
 from nvembed.evaluation.tasks import TASK_TYPES, LocalTask, load_task
 from nvembed.inference.fake import HashEncoder
-from task_folders import write_task
+from task_folders import rows_of, write_rows, write_task
 
 
 @pytest.fixture(scope="module")
@@ -115,3 +117,97 @@ def test_real_tasks_equal_mteb(
     assert_equal_scores(task, NoisyEncoder(96), mteb_score)
     if name != "cisi":  # of equal similarities around rank 1,000 mteb keeps some, we the first
         assert_equal_scores(task, HashEncoder(96), mteb_score)
+
+
+def test_chunks_and_blocks_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    words = np.array(["cat", "dog", "soup", "moon", "star", "bread", "apple", "rice"])
+    rows = [{"_id": f"d{i}", "text": " ".join(rng.choice(words, 12))} for i in range(70)]
+    task = load_task(_retrieval_of(tmp_path, rows))
+    expected = score_local(task, NoisyEncoder(64)).scores
+    monkeypatch.setattr(local_scores, "CHUNK_DOCUMENTS", 13)
+    monkeypatch.setattr(local_scores, "_BLOCK_SCORES", 30)
+    monkeypatch.setattr(local_scores, "_TILE_DOCUMENTS", 5)
+    assert score_local(task, NoisyEncoder(64)).scores == pytest.approx(expected, nan_ok=True)
+
+
+def _retrieval_of(folder: Path, documents: list[dict[str, Any]]) -> Path:
+    write_task(folder, "Retrieval")
+    write_rows(folder / "corpus.jsonl", documents)
+    return folder
+
+
+def test_equal_documents_are_ranked_by_id(tmp_path: Path, mteb_score: Any) -> None:
+    # d2 is relevant and of the highest id among the equal ones of q1; of q2 d5 is the second.
+    rows = [{"_id": f"d{i}", "text": "the cat sleeps"} for i in (2, 1, 0)]
+    rows += [{"_id": f"d{i}", "text": "soup with bread"} for i in (3, 5, 6, 4)]
+    task = load_task(_retrieval_of(tmp_path, rows))
+    found = score_local(task, HashEncoder(64)).scores
+    assert found["mrr_at_1"] == pytest.approx(1 / 3)
+    assert found["mrr_at_3"] == pytest.approx((1 + 1 / 2 + 0) / 3)
+    assert_equal_scores(task, HashEncoder(64), mteb_score)
+
+
+class Recorder(HashEncoder):
+    """Remembers what it was asked to encode."""
+
+    def __init__(self) -> None:
+        super().__init__(64)
+        self.asked: list[tuple[str, str, str | None]] = []
+
+    def encode_query(self, texts: Sequence[str], *, task: str | None = None) -> NDArray[np.float32]:
+        self.asked += [("query", text, task) for text in texts]
+        return super().encode_query(texts, task=task)
+
+    def encode_document(
+        self, texts: Sequence[str], *, task: str | None = None
+    ) -> NDArray[np.float32]:
+        self.asked += [("document", text, task) for text in texts]
+        return super().encode_document(texts, task=task)
+
+
+@pytest.mark.parametrize("kind", TASK_TYPES)
+def test_sides_and_instructions_are_those_of_mteb(
+    kind: str, mteb_score: Any, tmp_path: Path
+) -> None:
+    task = load_task(write_task(tmp_path, kind))
+    theirs, ours = Recorder(), Recorder()
+    mteb_score(task, theirs)
+    score_local(task, ours)
+    assert sorted(ours.asked) == sorted(theirs.asked)
+    assert len(set(ours.asked)) == len(ours.asked)  # each text once per side
+    assert {side for side, *_ in ours.asked} == (
+        {"query", "document"} if kind in ("Retrieval", "Reranking") else {"query"}
+    )
+
+
+def test_articles_without_an_order_are_left_out(tmp_path: Path, mteb_score: Any) -> None:
+    write_task(tmp_path, "Summarization")
+    rows = rows_of("Summarization")["test.jsonl"]
+    rows.insert(1, {**rows[0], "relevance": [2, 2, 2]})
+    write_rows(tmp_path / "test.jsonl", rows)
+    task = load_task(tmp_path)
+    assert_equal_scores(task, HashEncoder(64), mteb_score)
+    items = score_local(task, HashEncoder(64)).items
+    assert items is not None
+    assert np.isnan(items.arrays["values_N"]).tolist() == [False, True, False]
+
+
+def test_constant_vectors_have_no_correlation(tmp_path: Path) -> None:
+    class Constant(HashEncoder):
+        def _encode(self, texts: Sequence[str], task: str | None) -> NDArray[np.float32]:
+            return super()._encode(["one"] * len(texts), None)
+
+    task = load_task(write_task(tmp_path, "STS"))
+    scored = score_local(task, Constant(64))
+    assert scored.scores["cosine_spearman"] is None
+    assert scored.items is None
+
+
+def test_vectors_that_are_no_numbers_are_an_error(tmp_path: Path) -> None:
+    class Broken(HashEncoder):
+        def _encode(self, texts: Sequence[str], task: str | None) -> NDArray[np.float32]:
+            return super()._encode(texts, task) * np.float32(np.nan)
+
+    with pytest.raises(ModelError, match="NaN"):
+        score_local(load_task(write_task(tmp_path, "STS")), Broken(64))

@@ -1,0 +1,270 @@
+"""Confidence intervals of a task's main score, and tests between two models.
+
+In: ``Items`` of one or two models. Out: intervals and p values. Everything is drawn from seeds, so
+that the same items always give the same numbers. Next file: ``evaluation/comparison.py``.
+
+What is resampled, with replacement: queries (Retrieval, Reranking), articles (Summarization), pairs
+(STS, PairClassification), test texts (Classification) and texts (Clustering). So the intervals tell
+how much a score would move with other queries, pairs or texts of the same kind. They do not cover
+another corpus or other judgements, another training run or seed of the model, another choice of
+mteb's training texts (Classification) or of k-means (Clustering): these stay as they were.
+
+Letters: N items, B resamples, M models, T tasks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nvembed.core.seeding import derive_seed
+from nvembed.evaluation.items import Items
+from nvembed.evaluation.metrics.classification import confusion_scores
+from nvembed.evaluation.metrics.clustering import v_measures
+from nvembed.evaluation.metrics.correlation import pearson_of_resamples, spearman_of_resamples
+from nvembed.evaluation.metrics.pairs import pairs_of_resamples
+
+Floats = NDArray[np.float64]
+Statistic = Callable[[Floats], Floats]
+
+RESAMPLES = 2000
+LEVEL = 0.95
+EXACT_SIGNS = 14
+"""Up to so many differences all sign flips are gone through; with more, some are drawn."""
+
+_NUMBERS_AT_ONCE = 4_000_000
+_SEED = 0
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A score with the interval that resampling gives it."""
+
+    score: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What two models differ by on one task: the second model's score less the first one's.
+
+    Attributes:
+        value: of the scores themselves.
+        low: of the interval of the difference, the same items resampled for both models.
+        high: of it.
+        p: two-sided, that the models are equally good.
+        resampled_B: the differences of the resamples.
+    """
+
+    value: float
+    low: float
+    high: float
+    p: float
+    resampled_B: Floats
+
+
+def confidence_interval(
+    items: Items, *, resamples: int = RESAMPLES, level: float = LEVEL, seed: int = _SEED
+) -> Interval:
+    """Percentile bootstrap of the main score; see the module's text for what is resampled."""
+    score, scores_B = _bootstrap([items], resamples, seed)
+    return Interval(float(score[0]), *_percentiles(scores_B[0], level))
+
+
+def compare_items(
+    first: Items,
+    second: Items,
+    *,
+    resamples: int = RESAMPLES,
+    level: float = LEVEL,
+    seed: int = _SEED,
+) -> Difference:
+    """Test two models on the same items of one task.
+
+    Where the score is a mean over items (rankings, summaries, accuracy) the test flips the signs of
+    the items' differences, as if the two models had been mixed up: it assumes nothing else. For
+    other scores it is the paired bootstrap: twice the smaller share of resamples on one side of 0.
+
+    Raises:
+        ValueError: the items are of different tasks.
+    """
+    if (first.task_hash, first.kind, first.score) != (second.task_hash, second.kind, second.score):
+        raise ValueError("items of different tasks cannot be paired")
+    scores_M, scores_MB = _bootstrap([first, second], resamples, seed)
+    resampled_B = scores_MB[1] - scores_MB[0]
+    values = [_item_values(items) for items in (first, second)]
+    if values[0] is not None and values[1] is not None:
+        differences_N = values[1] - values[0]
+        differences_N = differences_N[np.isfinite(differences_N)]
+        p = sign_flip_p(differences_N, resamples=resamples, seed=seed)
+    else:
+        p = bootstrap_p(resampled_B)
+    low, high = _percentiles(resampled_B, level)
+    return Difference(float(scores_M[1] - scores_M[0]), low, high, p, resampled_B)
+
+
+def sign_flip_p(differences_N: Floats, *, resamples: int = RESAMPLES, seed: int = _SEED) -> float:
+    """Two-sided p value of a mean difference of 0, by flipping the signs of the differences.
+
+    All flips with up to ``EXACT_SIGNS`` differences that are not 0, else ``resamples`` of them
+    drawn, the data as they are counted as one more. Over tasks, an item is a task: then the
+    question is whether the models differ on tasks like these, not only on these.
+    """
+    moved_N = differences_N[differences_N != 0]
+    count = len(moved_N)
+    if not count:
+        return 1.0
+    reached = abs(moved_N.sum()) * (1 - 1e-9)  # sums in another order may be rounded otherwise
+    if count <= EXACT_SIGNS:
+        bits_BN = (np.arange(2**count)[:, None] >> np.arange(count)) & 1
+        return float((np.abs((2 * bits_BN - 1) @ moved_N) >= reached).mean())
+    rng = np.random.default_rng(derive_seed(seed, "signs", count))
+    beyond = 0
+    for size in _chunks(resamples, count):
+        signs_BN = 2.0 * rng.integers(2, size=(size, count), dtype=np.int8) - 1
+        beyond += int((np.abs(signs_BN @ moved_N) >= reached).sum())
+    return (beyond + 1) / (resamples + 1)
+
+
+def bootstrap_p(resampled_B: Floats) -> float:
+    """Two-sided p value of a difference of 0, from the resampled differences."""
+    known_B = resampled_B[np.isfinite(resampled_B)]
+    # A resample that is exactly 0 speaks against both sides.
+    smaller = min((known_B <= 0).sum(), (known_B >= 0).sum())
+    return float(min(1.0, 2 * (smaller + 1) / (len(known_B) + 1)))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Adjust p values for their number: below 0.05, at most 5 % chance of one false finding."""
+    order = np.argsort(p_values, kind="stable")
+    adjusted = [0.0] * len(p_values)
+    highest = 0.0
+    for place, index in enumerate(order.tolist()):
+        highest = max(highest, min(1.0, (len(p_values) - place) * p_values[index]))
+        adjusted[index] = highest
+    return adjusted
+
+
+def mean_difference(
+    differences: Sequence[Difference], *, level: float = LEVEL
+) -> tuple[float, float, float]:
+    """Average over tasks, with the interval for these very tasks: their items are resampled.
+
+    Returns:
+        mean, low, high. Tasks are resampled with seeds of their own, so their errors do not add up.
+    """
+    mean_B = np.mean([difference.resampled_B for difference in differences], axis=0)
+    mean = float(np.mean([difference.value for difference in differences]))
+    return mean, *_percentiles(mean_B, level)
+
+
+def _percentiles(values_B: Floats, level: float) -> tuple[float, float]:
+    known_B = values_B[np.isfinite(values_B)]
+    if not len(known_B):
+        return float("nan"), float("nan")
+    low, high = np.quantile(known_B, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+# --- resampling -----------------------------------------------------------------------------------
+
+
+def _bootstrap(models: Sequence[Items], resamples: int, seed: int) -> tuple[Floats, Floats]:
+    """Return scores_M, and scores_MB of resamples that are the same for all models."""
+    statistics = [_statistic(items) for items in models]
+    count = len(models[0])
+    rng = np.random.default_rng(derive_seed(seed, "bootstrap", models[0].task_hash))
+    parts = []
+    for size in _chunks(resamples, max(count, _num_cells(models[0]))):
+        drawn_BN = rng.integers(count, size=(size, count), dtype=np.int32)
+        flat = (drawn_BN + np.arange(size)[:, None] * count).ravel()
+        counts = np.bincount(flat, minlength=size * count).astype(np.float64)
+        weights_BN = counts.reshape(size, count)
+        parts.append(np.stack([statistic(weights_BN) for statistic in statistics]))
+    whole_1N = np.ones((1, count))
+    scores_M = np.array([statistic(whole_1N)[0] for statistic in statistics])
+    return scores_M, np.concatenate(parts, axis=1)
+
+
+def _chunks(total: int, width: int) -> Iterator[int]:
+    size = max(_NUMBERS_AT_ONCE // width, 1)
+    for start in range(0, total, size):
+        yield min(size, total - start)
+
+
+def _num_cells(items: Items) -> int:
+    """How many numbers a table of gold labels and answers has."""
+    if items.kind not in ("classes", "clusters") or _item_values(items) is not None:
+        return 0
+    return int(max(int(array.max()) for array in items.arrays.values()) + 1) ** 2
+
+
+def _item_values(items: Items) -> Floats | None:
+    """Return values_N whose mean is the score, or ``None`` where it is no mean over items."""
+    if items.kind == "values":
+        return items.arrays["values_N"].astype(np.float64)
+    if items.kind == "classes" and items.score == "accuracy":
+        right_EN = items.arrays["predicted_EN"] == items.arrays["gold_N"]
+        return right_EN.mean(axis=0)
+    return None
+
+
+def _statistic(items: Items) -> Statistic:
+    """Give the function from weights_BN, how often each item counts, to the main scores."""
+    values_N = _item_values(items)
+    if values_N is not None:
+        return _mean_of_resamples(values_N)
+    arrays = items.arrays
+    if items.kind == "correlation":
+        make = spearman_of_resamples if items.score.endswith("spearman") else pearson_of_resamples
+        return make(arrays["gold_N"], arrays["similarities_N"])
+    if items.kind == "pairs":
+        metric = items.score.partition("_")[2]
+        each = [pairs_of_resamples(metric, s, arrays["gold_N"]) for s in arrays["similarities_SN"]]
+        return lambda weights_BN: np.max([one(weights_BN) for one in each], axis=0)
+    if items.kind == "classes":
+        ones = np.ones(arrays["predicted_EN"].shape)
+        tables = _tables(arrays["gold_N"], arrays["predicted_EN"], ones)
+        score = items.score
+        return lambda w_BN: np.mean([confusion_scores(t(w_BN))[score] for t in tables], axis=0)
+    tables = _tables(arrays["gold_N"], arrays["assigned_EN"], arrays["drawn_EN"])
+    return lambda w_BN: np.mean([v_measures(table(w_BN)) for table in tables], axis=0)
+
+
+def _mean_of_resamples(values_N: Floats) -> Statistic:
+    known_N = np.isfinite(values_N)
+
+    def statistic(weights_BN: Floats) -> Floats:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            found_B: Floats = (weights_BN[:, known_N] @ values_N[known_N]) / weights_BN[
+                :, known_N
+            ].sum(axis=1)
+        return found_B
+
+    return statistic
+
+
+def _tables(
+    gold_N: NDArray[np.integer], answers_EN: NDArray[np.integer], counts_EN: NDArray[np.generic]
+) -> list[Callable[[Floats], Floats]]:
+    """For each experiment the function from weights_BN to tables_BCC of gold label and answer."""
+    from scipy import sparse
+
+    size = int(max(gold_N.max(), answers_EN.max())) + 1
+    made: list[Callable[[Floats], Floats]] = []
+    for answers_N, counts_N in zip(answers_EN, counts_EN, strict=True):
+        cells_N = gold_N.astype(np.int64) * size + answers_N
+        values_N = counts_N.astype(np.float64)
+        places = (cells_N, np.arange(len(cells_N)))
+        cells_by_text = sparse.csr_matrix((values_N, places), shape=(size * size, len(cells_N)))
+
+        def table(weights_BN: Floats, cells_by_text: sparse.csr_matrix = cells_by_text) -> Floats:
+            tables: Floats = (cells_by_text @ weights_BN.T).T.reshape(-1, size, size)
+            return tables
+
+        made.append(table)
+    return made

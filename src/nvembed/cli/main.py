@@ -17,6 +17,7 @@ import typer
 from typer.exceptions import Abort, TyperException
 
 import nvembed
+from nvembed.cli.ablate import ablate
 from nvembed.cli.compare import compare
 from nvembed.cli.data import data
 from nvembed.cli.demo import demo
@@ -48,7 +49,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (demo, train, mine, evaluate, compare, encode, search, doctor, export):
+for _command in (demo, train, mine, evaluate, compare, ablate, encode, search, doctor, export):
     app.command()(_command)
 app.add_typer(data, name="data")
 

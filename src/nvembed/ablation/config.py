@@ -1,0 +1,112 @@
+"""What a grid file says."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from typing import Annotated, Any, Self
+
+from pydantic import Field, StringConstraints, model_validator
+
+from nvembed.core.config import StrictModel
+
+# Names become folder names; "+" joins them.
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+Settings = dict[str, Any]
+Axis = Annotated[dict[Name, Settings], Field(min_length=1)]
+
+
+class PaperRows(StrictModel):
+    """Which rows of a published table stand beside the arms.
+
+    Args:
+        table: its name in ``evaluation/reference``.
+        rows: arm → row of the table; an arm is named as in the report, its values joined by ``+``.
+    """
+
+    table: str = Field(min_length=1)
+    rows: dict[str, str] = Field(min_length=1)
+
+
+class GridConfig(StrictModel):
+    """A grid: every combination of one value per axis is an arm, run once per seed.
+
+    Args:
+        recipe: of the training runs; relative to the grid file.
+        output: folder of the runs and the report; relative to the working directory.
+        title: of the report.
+        settings: keys of the recipe with the values they have in every arm, as ``a.b.0.c: value``.
+            A stage or data set can be named instead of counted (``datasets.banking77.weight``).
+        axes: axis → value → settings, as above. An axis' settings apply after those of the axes
+            before it. The key ``stage_order`` lists which stages of the recipe run, by number, in
+            which order; data sets move with their stages. Only an axis may have it, and it applies
+            before the other keys of the axes.
+        leave_out: combinations that are not run: each names values of some axes.
+        seeds: of every arm; spread and significance are over them.
+        baseline: the arm that others are compared with, a value per axis; ``None`` is the first
+            value of every axis.
+        tasks: folders of local tasks, or of several; relative to the grid file.
+        task_names: only these tasks; ``None`` is all.
+        keep_models: keep the trained models. Off, an arm leaves its scores, metrics and logs.
+        paper: published numbers that belong to arms; ``None`` is none.
+    """
+
+    recipe: str = Field(min_length=1)
+    output: str = Field(min_length=1)
+    title: str = "Ablation"
+    settings: Settings = Field(default_factory=dict)
+    axes: dict[Name, Axis] = Field(min_length=1)
+    leave_out: tuple[dict[str, str], ...] = ()
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(default=(0, 1, 2), min_length=1)
+    baseline: dict[str, str] | None = None
+    tasks: tuple[str, ...] = Field(min_length=1)
+    task_names: tuple[str, ...] | None = None
+    keep_models: bool = False
+    paper: tuple[PaperRows, ...] = ()
+
+    @model_validator(mode="after")
+    def _values_are_known(self) -> Self:
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError("seeds holds a seed twice")
+        for number, left_out in enumerate(self.leave_out):
+            self._check_values(f"leave_out.{number}", left_out)
+        if self.baseline is not None:
+            self._check_values("baseline", self.baseline)
+            if missing := [axis for axis in self.axes if axis not in self.baseline]:
+                raise ValueError(f"baseline has no value for {', '.join(missing)}")
+        arms = self.arms()
+        if not arms:
+            raise ValueError("leave_out leaves no arm")
+        if self.baseline_arm not in arms:
+            raise ValueError(f"leave_out takes away the baseline {self.baseline_arm}")
+        for paper in self.paper:
+            if unknown := [arm for arm in paper.rows if arm not in arms]:
+                raise ValueError(f"paper names {', '.join(unknown)}, which is no arm")
+        return self
+
+    def _check_values(self, where: str, values: Mapping[str, str]) -> None:
+        for axis, value in values.items():
+            if axis not in self.axes:
+                raise ValueError(f"{where} names {axis!r}, which is no axis")
+            if value not in self.axes[axis]:
+                raise ValueError(f"{where} names {value!r}, which is no value of {axis}")
+
+    def arms(self) -> dict[str, dict[str, str]]:
+        """List the arms: name → value per axis, the first axis slowest."""
+        found = {}
+        for values in itertools.product(*self.axes.values()):
+            arm = dict(zip(self.axes, values, strict=True))
+            if not any(left_out.items() <= arm.items() for left_out in self.leave_out):
+                found[arm_name(arm)] = arm
+        return found
+
+    @property
+    def baseline_arm(self) -> str:
+        """Name of the arm that others are compared with."""
+        first = {axis: next(iter(values)) for axis, values in self.axes.items()}
+        return arm_name({axis: (self.baseline or first)[axis] for axis in self.axes})
+
+
+def arm_name(values: Mapping[str, str]) -> str:
+    """Join the values of an arm, in the order of the axes."""
+    return "+".join(values.values())

@@ -1,0 +1,101 @@
+"""What a run of a grid leaves behind, and how its folder tells where it stands.
+
+``outcome.json``: state, cost and error. ``results.json`` (of ``evaluation/results.py``): scores.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from nvembed.ablation.arms import Run
+from nvembed.core.config import dump_config, load_config
+from nvembed.core.errors import ConfigError
+from nvembed.core.files import write_json
+from nvembed.core.runs import RunFolder
+from nvembed.training.checkpoint import recipe_differences
+from nvembed.training.config import TrainConfig
+
+State = Literal["finished", "failed", "open"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Where a run stands and what it cost.
+
+    Attributes:
+        state: ``open``: not finished, started or not.
+        error: why it failed, one line.
+        training_seconds: wall time of its steps.
+        evaluation_seconds: wall time of its scores.
+        tokens: trained on, over all steps.
+        loss: mean of the last ten steps of the last stage.
+    """
+
+    state: State
+    error: str | None = None
+    training_seconds: float = 0.0
+    evaluation_seconds: float = 0.0
+    tokens: int = 0
+    loss: float | None = None
+
+
+def outcome_file(folder: Path) -> Path:
+    """Path of the outcome of the run in ``folder``."""
+    return folder / "outcome.json"
+
+
+def write_outcome(folder: Path, outcome: Outcome) -> None:
+    """Write ``outcome.json``, atomically."""
+    write_json(outcome_file(folder), dataclasses.asdict(outcome))
+
+
+def read_outcome(run: Run) -> Outcome:
+    """Read where a run stands; one that never ended is ``open``."""
+    try:
+        values = json.loads(outcome_file(run.folder).read_text("utf-8"))
+        return Outcome(**values)
+    except (OSError, ValueError, TypeError):
+        return Outcome("open")
+
+
+def training_cost(folder: Path) -> tuple[float, int, float | None]:
+    """Sum up ``metrics.jsonl``: seconds, tokens, and the loss at the end."""
+    rows = RunFolder(folder).read_metrics()
+    steps = {(row["stage"], row["step"]): row for row in rows if "loss" in row}
+    if not steps:
+        return 0.0, 0, None
+    last = [row["loss"] for (stage, _), row in steps.items() if stage == rows[-1]["stage"]][-10:]
+    return (
+        sum(row["seconds"] for row in steps.values()),
+        sum(row["tokens"] for row in steps.values()),
+        sum(last) / len(last),
+    )
+
+
+def check_same(run: Run) -> None:
+    """Make sure that a finished run is the one that the grid asks for.
+
+    Raises:
+        ConfigError: its configuration is another one; names the keys.
+    """
+    file = RunFolder(run.folder).config
+    if not file.is_file():
+        return
+    # The precision is settled when a run starts.
+    earlier = load_config(TrainConfig, file)
+    wanted = run.config
+    if wanted.precision == "auto":
+        wanted = wanted.model_copy(update={"precision": earlier.precision})
+    if dump_config(earlier) == dump_config(wanted):
+        return
+    different = recipe_differences(earlier.model_dump(mode="json"), wanted.model_dump(mode="json"))
+    if different:
+        raise ConfigError(
+            f"arm {run.arm} was run with another configuration: {'; '.join(different)}",
+            where=str(file),
+            hint="Choose another output folder, or delete the folder of the arm",
+        )

@@ -1,0 +1,180 @@
+"""Runs a grid: each arm in a process of its own, several at once, finished ones skipped.
+
+A run that breaks, by an error or killed, does not stop the others; started again, the grid goes on
+where it was: the training of an arm from its last checkpoint, its scores task by task.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import wait
+from multiprocessing.context import SpawnProcess
+from pathlib import Path
+
+from nvembed.ablation.arms import Run
+from nvembed.ablation.outcome import (
+    Outcome,
+    check_same,
+    read_outcome,
+    training_cost,
+    write_outcome,
+)
+from nvembed.core.errors import UserError
+from nvembed.core.progress import progress
+from nvembed.core.runs import RunFolder
+from nvembed.evaluation.tasks import LocalTask, load_tasks
+
+Done = Callable[[Run, Outcome], None]
+
+
+def run_grid(
+    runs: Sequence[Run],
+    *,
+    base_dir: Path,
+    task_folders: Sequence[Path],
+    task_names: Sequence[str] | None = None,
+    processes: int = 1,
+    keep_models: bool = False,
+    on_done: Done | None = None,
+) -> list[Outcome]:
+    """Run what is not finished, and return how every run stands, in order.
+
+    Args:
+        runs: of ``grid_runs``.
+        base_dir: folder that the paths of the recipe are relative to.
+        task_folders: tasks that every model is scored on.
+        task_names: only these; ``None`` is all.
+        processes: runs at once; the machine's cores are shared out among them.
+        keep_models: otherwise models and checkpoints of finished runs are deleted.
+        on_done: called with every run that ends.
+
+    Raises:
+        ConfigError: a run in the output folder is of another grid.
+        DataError: a task cannot be used.
+    """
+    names = [task.name for task in load_tasks(task_folders, task_names)]
+    for run in runs:
+        check_same(run)
+    todo = [run for run in runs if read_outcome(run).state != "finished"]
+    threads = max(1, len(os.sched_getaffinity(0)) // processes)
+    context = multiprocessing.get_context("spawn")
+    waiting = list(reversed(todo))
+    working: dict[int, tuple[SpawnProcess, Run]] = {}
+    with progress(len(runs), "runs") as bar:
+        bar.advance(len(runs) - len(todo))
+        try:
+            while waiting or working:
+                while waiting and len(working) < processes:
+                    run = waiting.pop()
+                    options = (run, base_dir, list(task_folders), names, keep_models, threads)
+                    process = context.Process(target=_work, args=options)
+                    process.start()
+                    working[process.sentinel] = (process, run)
+                for sentinel in wait(list(working)):
+                    assert isinstance(sentinel, int)
+                    process, run = working.pop(sentinel)
+                    process.join()
+                    outcome = _ended(run, process.exitcode)
+                    bar.advance(1)
+                    if on_done is not None:
+                        on_done(run, outcome)
+        finally:
+            for process, _ in working.values():
+                process.terminate()  # training writes a checkpoint and stops
+            for process, _ in working.values():
+                process.join()
+    return [read_outcome(run) for run in runs]
+
+
+def _ended(run: Run, exit_code: int | None) -> Outcome:
+    outcome = read_outcome(run)
+    if exit_code == 0 or outcome.state == "failed":
+        return outcome
+    what = f"killed by signal {-exit_code}" if exit_code and exit_code < 0 else f"exit {exit_code}"
+    outcome = Outcome("failed", error=f"the process of the run ended: {what}")
+    write_outcome(run.folder, outcome)
+    return outcome
+
+
+def _work(
+    run: Run,
+    base_dir: Path,
+    task_folders: Sequence[Path],
+    task_names: Sequence[str],
+    keep_models: bool,
+    threads: int,
+) -> None:
+    """Train and score one run, in a process of its own; errors end in ``outcome.json``."""
+    run.folder.mkdir(parents=True, exist_ok=True)
+    os.environ["NVEMBED_PROGRESS"] = "0"
+    with (run.folder / "arm.log").open("a", encoding="utf-8") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+        try:
+            outcome = _train_and_score(run, base_dir, task_folders, task_names, threads)
+        except UserError as error:
+            outcome = Outcome("failed", error=" ".join(str(error).split()))
+        except Exception as error:
+            traceback.print_exc()
+            outcome = Outcome("failed", error=f"{type(error).__name__}: {error}".splitlines()[0])
+        write_outcome(run.folder, outcome)
+    if outcome.state == "finished" and not keep_models:
+        _delete_models(run.folder)
+    sys.exit(0 if outcome.state == "finished" else 1)
+
+
+def _train_and_score(
+    run: Run,
+    base_dir: Path,
+    task_folders: Sequence[Path],
+    task_names: Sequence[str],
+    threads: int,
+) -> Outcome:
+    import torch
+
+    from nvembed.training.trainer import train
+
+    torch.set_num_threads(threads)
+    model = train(run.config, base_dir=base_dir)
+    started = time.monotonic()
+    _score(model, load_tasks(task_folders, task_names), run)
+    seconds, tokens, loss = training_cost(run.folder)
+    return Outcome("finished", None, seconds, time.monotonic() - started, tokens, loss)
+
+
+def _score(model: Path, tasks: Sequence[LocalTask], run: Run) -> None:
+    from nvembed.evaluation.items import items_folder, write_items
+    from nvembed.evaluation.local_scores import score_local
+    from nvembed.evaluation.results import TaskResult, read_results, write_results
+    from nvembed.inference.load import load_encoder
+
+    results = read_results(run.results) if run.results.exists() else {}
+    encoder = load_encoder(str(model), "auto")
+    for task in tasks:
+        if task.name in results:
+            continue
+        started = time.monotonic()
+        scored = score_local(task, encoder)
+        if scored.items is not None:
+            write_items(items_folder(run.results), task.name, scored.items)
+        results[task.name] = TaskResult(
+            type=task.type,
+            main_score_name=task.main_score,
+            main_score=scored.scores[task.main_score],
+            seconds=round(time.monotonic() - started, 2),
+            scores=scored.scores,
+        )
+        write_results(run.results, results)
+
+
+def _delete_models(folder: Path) -> None:
+    run = RunFolder(folder)
+    for path in (run.checkpoints, run.mined, *folder.glob("model*")):
+        if path.is_dir():
+            shutil.rmtree(path)

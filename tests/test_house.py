@@ -22,6 +22,7 @@ LEVELS = [
     {"demo"},
     {"synthesis"},
     {"building"},
+    {"ablation"},
     {"training"},
     {"evaluation"},
     {"mining"},

@@ -20,7 +20,7 @@ from nvembed.training.config import TrainConfig
 _ORDER = "stage_order"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Run:
     """One arm with one seed.
 

@@ -19,6 +19,9 @@ def ablate(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="List the runs and where they stand; run nothing.")
     ] = False,
+    report_only: Annotated[
+        bool, typer.Option("--report", help="Write the report of what is finished; run nothing.")
+    ] = False,
 ) -> None:
     """Train and score every arm of a grid over several seeds, and report what differs.
 
@@ -34,6 +37,7 @@ def ablate(
     from nvembed.ablation.arms import Run, grid_runs
     from nvembed.ablation.config import GridConfig
     from nvembed.ablation.outcome import Outcome, read_outcome
+    from nvembed.ablation.report import write_report
     from nvembed.ablation.runner import run_grid
     from nvembed.core.config import load_config
     from nvembed.core.errors import UserError
@@ -44,6 +48,9 @@ def ablate(
     if dry_run:
         for run in runs:
             typer.echo(f"{run.arm} seed {run.seed}: {read_outcome(run).state}")
+        return
+    if report_only:
+        typer.echo(f"report: {write_report(config, runs)}")
         return
 
     def tell(run: Run, outcome: Outcome) -> None:
@@ -61,6 +68,7 @@ def ablate(
         keep_models=config.keep_models,
         on_done=tell,
     )
+    typer.echo(f"report: {write_report(config, runs)}")
     failed = [run for run, o in zip(runs, outcomes, strict=True) if o.state == "failed"]
     if failed:
         raise UserError(

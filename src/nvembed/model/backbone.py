@@ -67,6 +67,7 @@ class Backbone(InputModule):
         self.text_style: TextStyle = text_style
         self.add_bos = add_bos
         self.add_eos = add_eos
+        self._frozen = False
         self._text = TextTokenizer(
             tokenizer, max_tokens=max_tokens, style=text_style, add_bos=add_bos, add_eos=add_eos
         )
@@ -78,6 +79,7 @@ class Backbone(InputModule):
         cls,
         name_or_path: str,
         *,
+        subfolder: str = "",
         dtype: torch.dtype | str | None = None,
         revision: str | None = None,
         token: bool | str | None = None,
@@ -95,6 +97,7 @@ class Backbone(InputModule):
 
         Args:
             name_or_path: local folder or hub id.
+            subfolder: where config, weights and tokenizer lie inside it.
             dtype: of the weights; ``None`` means float32, ``"auto"`` the dtype they were saved in.
             revision: commit, tag or branch on the hub.
             token: of the hub, for gated models.
@@ -112,7 +115,8 @@ class Backbone(InputModule):
             ModelError: nothing loadable there, the family cannot run on flat batches, or its
                 attention does not go the way that was asked for.
         """
-        where = {
+        where: dict[str, Any] = {
+            "subfolder": subfolder,
             "revision": revision,
             "token": token,
             "cache_dir": cache_folder,
@@ -150,6 +154,16 @@ class Backbone(InputModule):
         )
         prove_direction(backbone, name=str(name_or_path))
         return backbone
+
+    def freeze(self) -> None:
+        """Keep the weights as they are: no gradient, so no graph either, and no dropout."""
+        self._frozen = True
+        self.requires_grad_(False)
+        self.eval()
+
+    def train(self, mode: bool = True) -> Self:
+        """As in torch, but a frozen backbone stays as it is in encoding."""
+        return super().train(mode and not self._frozen)
 
     @property
     def max_tokens(self) -> int:
@@ -220,13 +234,20 @@ class Backbone(InputModule):
         """Last hidden states ``(T, D)`` of a flat batch on the model's device."""
         output = self.model(
             input_ids=flat.token_ids_T[None],
-            position_ids=flat.position_ids_T[None],
+            position_ids=flat.position_ids_T[None] + self._first_position,
             attention_mask=None,
             segments=flat.segments,
             causal=self.attention == "causal",
         )
         hidden_TD: Tensor = output.last_hidden_state[0]
         return hidden_TD
+
+    @property
+    def _first_position(self) -> int:
+        # RoBERTa and its kin keep a row of the position table for padding, and count after it.
+        table = getattr(getattr(self.model, "embeddings", None), "position_embeddings", None)
+        padding = getattr(table, "padding_idx", None)
+        return 0 if padding is None else int(padding) + 1
 
     def states(self, rows: Sequence[Sequence[int]]) -> Tensor:
         """Last hidden states ``(T, D)`` of rows of token ids, the longest row first."""

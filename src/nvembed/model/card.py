@@ -80,6 +80,8 @@ def _training(run: RunFolder) -> list[str]:
     config = yaml.safe_load(run.config.read_text(encoding="utf-8"))
     lora = config.get("lora")
     adapters = f"LoRA of rank {lora['rank']}" if lora else "all weights"
+    if config.get("backbone") == "freeze":
+        adapters = "nothing of the backbone"
     lines = [
         f"Started from `{config['model']['backbone']}`; trained: {adapters}; "
         f"pooling head: {config.get('pooling_head', 'train')}; seed {config['seed']}.",

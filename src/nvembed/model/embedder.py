@@ -38,6 +38,7 @@ from nvembed.model.pooling import (
 from nvembed.model.products import fast_products
 from nvembed.model.settings import AttentionDirection, PoolingKind
 from nvembed.model.source import ModelSource
+from nvembed.model.stock import read_stock
 from nvembed.text.instructions import task_prompts
 from nvembed.text.packing import flatten, plan_packs
 from nvembed.text.template import query_prompt
@@ -105,12 +106,15 @@ class NVEmbed(SentenceTransformer):
             name_or_path: folder or hub id. ``nvidia/NV-Embed-v2``, ``-v1`` and folders in their
                 layout (``model_type: nvembed``) are read without their code; another one with a
                 ``modules.json`` is loaded as saved; anything else is a language model to start
-                from.
-            pooling: for a new model (default ``mean``, which needs no training).
+                from. So is a model of stock sentence-transformers modules, whose transformer,
+                length limit and prompts are taken.
+            pooling: for a new model (default ``mean``, which needs no training; the model's own
+                where one of stock modules is started from).
             num_latents: for a new latent pooling (default 512).
             num_heads: for a new latent or self-attention pooling (default 8).
             attention: for a new model (default ``bidirectional``).
-            max_tokens: longest sequence; ``None`` keeps the saved limit (512 for a new model).
+            max_tokens: longest sequence; ``None`` keeps the saved limit (512 for a new model). A
+                stock model's own limit is never exceeded.
             device: ``None`` picks the best there is.
             device_map: spread the backbone over devices: ``"auto"``, or module name → device.
             dtype: ``None`` keeps the saved dtype (float32 for a new model; for an official one
@@ -138,14 +142,22 @@ class NVEmbed(SentenceTransformer):
                 _refuse_new(new, source)
                 return cls._load_official(source, place, max_tokens)
             case "saved":
-                _refuse_new(new, source)
-                return cls._load_saved(source, place, max_tokens)
+                stock = read_stock(source)
+                if stock is None:
+                    _refuse_new(new, source)
+                    return cls._load_saved(source, place, max_tokens)
+                pooling = pooling or stock.pooling(source)
+                own = stock.max_tokens or 512
+                limit = min(max_tokens or own, own)
+            case _:
+                stock, limit = None, max_tokens or 512
         backbone = Backbone.from_pretrained(
             source.name,
+            subfolder=stock.folder if stock else "",
             dtype=dtype,
             device_map=device_map,
             attention=attention or "bidirectional",
-            max_tokens=max_tokens or 512,
+            max_tokens=limit,
             **source.options(),
         )
         head = build_pooling(
@@ -154,7 +166,10 @@ class NVEmbed(SentenceTransformer):
             num_latents=num_latents or 512,
             num_heads=num_heads or 8,
         )
-        return cls(modules=[backbone, head, Normalize()], device=device)
+        model = cls(modules=[backbone, head, Normalize()], device=device)
+        if stock:
+            model._read_settings(source)
+        return model
 
     @classmethod
     def _load_official(cls, source: ModelSource, place: _Place, max_tokens: int | None) -> Self:

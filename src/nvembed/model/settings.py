@@ -34,11 +34,14 @@ class ModelSettings(StrictModel):
 
     Args:
         backbone: folder (relative to the recipe) or hub id of a decoder LM, an encoder, or an
-            embedding model that is tuned further: one saved by nvembed, or NVIDIA's.
+            embedding model that is tuned further: one saved by nvembed, NVIDIA's, or one of stock
+            sentence-transformers modules, which is started from like an encoder.
         attention: ``bidirectional`` (default), or ``causal`` for ablations; a saved embedding model
             has its own, so leave it out then.
-        pooling: latent attention by default; leave it out for an embedding model.
-        max_tokens: longest sequence with BOS, prompt and EOS; longer texts are cut.
+        pooling: latent attention by default; leave it out for an embedding model. One of stock
+            modules keeps its own (mean or last) unless another is given.
+        max_tokens: longest sequence with BOS, prompt and EOS; longer texts are cut. The limit of a
+            model of stock modules is never exceeded.
         dtype: of the backbone's weights; float32 by default, a saved embedding model keeps its own,
             NVIDIA's gets bfloat16 on CUDA.
         quantization: of the frozen base during training, to save memory: ``nf4`` (4 bits, as QLoRA)

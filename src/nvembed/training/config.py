@@ -142,6 +142,8 @@ class TrainConfig(StrictModel):
         seed: every random choice derives from it.
         model: what to start from.
         lora: adapters on the backbone; ``None`` trains all weights.
+        backbone: ``train`` tunes its adapters, or all weights without LoRA; ``freeze`` leaves it as
+            it was loaded, without gradient, graph and dropout, and tunes the pooling head alone.
         pooling_head: ``train`` tunes all weights of the pooling head, in float32; ``freeze`` leaves
             them as they were loaded, without gradient and out of the checkpoints.
         datasets: the training data; paths are relative to the recipe.
@@ -177,6 +179,7 @@ class TrainConfig(StrictModel):
     seed: int = Field(default=0, ge=0)
     model: ModelSettings
     lora: LoraSettings | None = LoraSettings()
+    backbone: Literal["train", "freeze"] = "train"
     pooling_head: Literal["train", "freeze"] = "train"
     datasets: tuple[DatasetConfig, ...] = Field(min_length=1)
     build: BuildConfig | None = None
@@ -201,6 +204,30 @@ class TrainConfig(StrictModel):
             raise ValueError(
                 f"model.quantization is {self.model.quantization} and lora is off: quantised "
                 "weights cannot be trained; give lora, or leave quantization out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _frozen_backbone_fits(self) -> Self:
+        if self.backbone == "train":
+            return self
+        if self.lora is not None:
+            raise ValueError(
+                "backbone is freeze and lora is on: adapters would change the backbone; set "
+                "lora to null"
+            )
+        if self.pooling_head == "freeze":
+            raise ValueError("backbone and pooling_head are both freeze: nothing to train")
+        pooling = self.model.pooling
+        if pooling is not None and pooling.kind in ("mean", "last"):
+            raise ValueError(
+                f"backbone is freeze and {pooling.kind} pooling has no weights: nothing to train; "
+                "take latent or self_attention"
+            )
+        if self.activation_checkpointing:
+            raise ValueError(
+                "backbone is freeze and activation_checkpointing is on: a frozen backbone keeps "
+                "nothing for the backward pass; leave it out"
             )
         return self
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
-from nvembed.core.errors import TrainingError, UserError
+from nvembed.core.errors import ConfigError, TrainingError, UserError
 from nvembed.core.files import atomic_folder
 from nvembed.core.seeding import derive_seed, seed_everything
 from nvembed.model.adapters import add_lora, hold_frozen, merge_lora, save_adapter
@@ -74,6 +74,14 @@ def build_model(config: TrainConfig, base_dir: Path, *, device: str | None = Non
         add_lora(model.backbone, config.lora)
         if config.precision == "bfloat16":
             hold_frozen(model.backbone, torch.bfloat16)
+    if config.backbone == "freeze":
+        if not list(model.pooling.parameters()):
+            raise ConfigError(
+                "the backbone is frozen and the model's pooling has no weights: nothing to train",
+                where="backbone",
+                expected="model.pooling with kind latent or self_attention",
+            )
+        model.backbone.freeze()
     if config.compile:
         compile_elementwise(model.backbone.model)
     if config.activation_checkpointing:

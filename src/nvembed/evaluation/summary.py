@@ -31,7 +31,7 @@ class Row:
 
 
 def summary_rows(results_by_model: ResultsByModel) -> list[Row]:
-    """Lay out the results: types in the order of the paper, each ending with its average.
+    """Lay out the results: types in the order of the paper, then others; each ends with its mean.
 
     An average stands only for a model that has a score on every task it is taken over, so that no
     two columns average different tasks. The last row averages over tasks, as MTEB does, not types.
@@ -39,7 +39,8 @@ def summary_rows(results_by_model: ResultsByModel) -> list[Row]:
     models = list(results_by_model.values())
     tasks = {name: result for results in reversed(models) for name, result in results.items()}
     rows: list[Row] = []
-    for kind in TASK_TYPES:
+    types = {result.type for result in tasks.values()}
+    for kind in [*TASK_TYPES, *sorted(types - set(TASK_TYPES))]:
         names = sorted(name for name, result in tasks.items() if result.type == kind)
         if not names:
             continue

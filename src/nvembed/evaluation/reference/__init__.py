@@ -1,0 +1,119 @@
+"""What others published, as data: instructions by source, scores of models, the paper's ablations.
+
+All scores are times 100. The tables are the YAML files beside this one; each entry names its
+source and how certain it is. Needs neither torch nor mteb.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import Any, Literal
+
+import yaml
+
+from nvembed.core.errors import ConfigError
+from nvembed.text.instructions import task_instruction
+
+InstructionSource = Literal["paper", "official", "mteb"]
+
+
+@dataclass(frozen=True, slots=True)
+class PublishedModel:
+    """Published scores of one model on MTEB(eng, v1), times 100.
+
+    Attributes:
+        name: hub id, put to the printed name here.
+        source: where the numbers were read.
+        date: of the printed table, ISO.
+        certainty: ``official``: the model card or the main text of the paper.
+        instructions: which were used; ``None`` where the source does not say.
+        average: over the 56 tasks, as printed.
+        types: average per task type, as printed.
+        tasks: main score per task; empty where none were read.
+        note: what a reader must know besides.
+    """
+
+    name: str
+    source: str
+    date: str
+    certainty: str
+    instructions: str | None
+    average: float
+    types: Mapping[str, float]
+    tasks: Mapping[str, float]
+    note: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PaperTable:
+    """One ablation as printed: by row, the score (times 100) per task type and ``average``."""
+
+    name: str
+    source: str
+    certainty: str
+    rows: Mapping[str, Mapping[str, float]]
+    note: str | None = None
+
+
+def instruction_for(task_name: str, source: InstructionSource) -> str | None:
+    """Return the instruction of a task from one source, in plain words.
+
+    ``paper`` is the table ``text/instructions.yaml``, which says how sure each row is: the paper's
+    appendix itself was not read. ``official`` is NVIDIA's instructions.json only.
+
+    Returns:
+        The instruction, or ``None`` where ``official`` has none for that task.
+
+    Raises:
+        ConfigError: an unknown task (with near matches), or ``mteb``, whose prompts are in mteb.
+    """
+    if source == "mteb":
+        raise ConfigError("mteb's prompts are read from its tasks, not from this table")
+    found = task_instruction(task_name)
+    return found.instruction if source == "paper" or found.source == "official" else None
+
+
+def is_symmetric(task_name: str) -> bool:
+    """Say whether both sides of the task carry the instruction.
+
+    Raises:
+        ConfigError: an unknown task.
+    """
+    return task_instruction(task_name).symmetric
+
+
+@cache
+def published_scores() -> Mapping[str, PublishedModel]:
+    """Return the published models by hub id; do not change it."""
+    return {name: PublishedModel(name=name, **row) for name, row in _read("published").items()}
+
+
+def published_model(name: str) -> PublishedModel:
+    """Look up a model by its hub id.
+
+    Raises:
+        ConfigError: no such model; the nearest names are given.
+    """
+    known = published_scores()
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+        raise ConfigError(
+            f"no published scores of {name!r}", expected=" or ".join(near or list(known))
+        )
+    return known[name]
+
+
+@cache
+def paper_tables() -> Mapping[str, PaperTable]:
+    """Return the ablations: ``stage_1``, ``v1``, ``v2`` (pooling/attention) and ``procedure``."""
+    return {name: PaperTable(name=name, **row) for name, row in _read("paper_tables").items()}
+
+
+def _read(name: str) -> dict[str, dict[str, Any]]:
+    text = files("nvembed.evaluation.reference").joinpath(f"{name}.yaml").read_text("utf-8")
+    table: dict[str, dict[str, Any]] = yaml.safe_load(text)
+    return table

@@ -58,6 +58,13 @@ def evaluate(
         int, typer.Option(min=1, help="Share the tasks; each process has a GPU.")
     ] = 1,
     bm25: Annotated[bool, typer.Option("--bm25", help="Show BM25 beside the model.")] = False,
+    against: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Show published scores beside: a hub id such as nvidia/NV-Embed-v2.",
+            show_default=False,
+        ),
+    ] = None,
     start_over: Annotated[
         bool, typer.Option("--start-over", help="Replace what the output holds.")
     ] = False,
@@ -79,15 +86,18 @@ def evaluate(
       nvembed evaluate sentence-transformers/all-MiniLM-L6-v2 --task STS12 --task SciFact
     """
     from nvembed.core.errors import ConfigError, DataError
+    from nvembed.evaluation.reference import published_model
     from nvembed.evaluation.run import BM25_NAME, evaluate_bm25, evaluate_folders
     from nvembed.evaluation.session import Settings, run_session
-    from nvembed.evaluation.summary import format_table
+    from nvembed.evaluation.summary import format_table, published_results
     from nvembed.evaluation.tasks import load_tasks
 
     # An option takes one value, so the other folders of `--tasks a b c` arrive as arguments.
     folders = [*(tasks or ()), *(more or ())]
     if not (folders or benchmark or task):
         raise ConfigError("nothing to evaluate", expected="--tasks, --benchmark or --task")
+    for name in against or ():
+        published_model(name)  # an unknown one is told before hours of work
     if model == BM25_NAME:
         typer.echo(format_table({model: evaluate_folders(model, folders, output)}))
         typer.echo(f"written: {output}")
@@ -106,6 +116,7 @@ def evaluate(
     columns = {model: done.results}
     if bm25:
         columns[BM25_NAME] = evaluate_bm25(local)
+    columns |= {name: published_results(name, done.results) for name in against or ()}
     typer.echo(format_table(columns))
     typer.echo(f"written: {output}")
     if failed := failed | done.failed:

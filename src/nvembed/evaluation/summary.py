@@ -6,6 +6,7 @@ Needs neither torch nor mteb.
 
 from __future__ import annotations
 
+import dataclasses
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Literal
 from rich.console import Console
 from rich.table import Table
 
+from nvembed.evaluation.reference import published_model
 from nvembed.evaluation.results import TaskResult
 from nvembed.evaluation.tasks import TASK_TYPES
 
@@ -84,6 +86,24 @@ def format_markdown(results_by_model: ResultsByModel) -> str:
             cells = [f"**{cell}**" for cell in cells]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def published_results(name: str, results: Mapping[str, TaskResult]) -> dict[str, TaskResult]:
+    """Make a column of what was published of a model, on those of the tasks that are there.
+
+    Args:
+        name: its hub id.
+        results: ours, which say what is compared.
+
+    Raises:
+        ConfigError: no such model; the nearest names are given.
+    """
+    published = published_model(name).tasks
+    return {
+        task: dataclasses.replace(result, main_score=published[task] / 100, seconds=0.0, scores={})
+        for task, result in results.items()
+        if task in published
+    }
 
 
 def _average(

@@ -11,12 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from nvembed.cli.main import run
 from nvembed.core.errors import ConfigError, DataError
 from nvembed.evaluation import session
 from nvembed.evaluation.cached import CachedEncoder
 from nvembed.evaluation.items import items_folder, read_items
-from nvembed.evaluation.results import read_results
+from nvembed.evaluation.results import TaskResult, read_results
 from nvembed.evaluation.session import Settings, run_session
+from nvembed.evaluation.summary import published_results
 from nvembed.evaluation.tasks import load_tasks
 from nvembed.inference.fake import HashEncoder
 from task_folders import rows_of, write_rows, write_task
@@ -202,6 +204,35 @@ def test_names_are_found_or_told() -> None:
     refused = find_hub_tasks(names=["CIFAR10", "ArguAna"])
     assert [task.metadata.name for task in refused.tasks] == ["ArguAna"]
     assert refused.refused == {"CIFAR10": "needs image; the model reads text alone"}
+
+
+def test_published_scores_are_a_column() -> None:
+    ours = {
+        "ArguAna": TaskResult("Retrieval", "ndcg_at_10", 0.5, 3.0, {"ndcg_at_10": 0.5}),
+        "mine": TaskResult("Retrieval", "ndcg_at_10", 0.4, 3.0, {"ndcg_at_10": 0.4}),
+    }
+    column = published_results("nvidia/NV-Embed-v2", ours)
+    assert {name: result.main_score for name, result in column.items()} == {
+        "ArguAna": pytest.approx(0.7007)
+    }
+    with pytest.raises(ConfigError, match=r"no published scores of 'nvidia/NV-Embed'.*NV-Embed-v"):
+        published_results("nvidia/NV-Embed", ours)
+
+
+def test_the_command_does_what_it_can_and_says_the_rest(
+    tmp_path: Path, sts_name: str, model: Counting, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = str(tmp_path / "results.json")
+    words = ["evaluate", "m", "--task", sts_name, "--task", "STS12", "--task", "CIFAR10"]
+    assert run([*words, "--output", output, "--against", "nvidia/NV-Embed-v2"]) == 2
+    out, err = capsys.readouterr()
+    assert sts_name in out
+    assert "not done: CIFAR10: needs image" in err
+    assert "not done: STS12: STS12: cannot be loaded" in err
+    assert "2 tasks could not be done" in err
+    assert list(read_results(output)) == [sts_name]
+    assert run(["evaluate", "m", "--output", output]) == 2
+    assert "nothing to evaluate" in capsys.readouterr().err
 
 
 def test_instructions_by_source() -> None:

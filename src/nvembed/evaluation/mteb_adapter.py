@@ -83,7 +83,7 @@ def score(task: LocalTask, encoder: Encoder) -> dict[str, float | None]:
     """
     rng = capture_rng()  # mteb seeds the global generators; a training run must not notice
     try:
-        with _quiet():
+        with quiet():
             result = mteb.evaluate(
                 _TaskEncoder(task, encoder),
                 _mteb_task(task),
@@ -258,7 +258,7 @@ def _retrieval_data(
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep mteb's log lines, warnings and progress bars from the terminal."""
     logger = logging.getLogger("mteb")
     level = logger.level

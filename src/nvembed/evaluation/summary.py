@@ -6,6 +6,7 @@ Needs neither torch nor mteb.
 
 from __future__ import annotations
 
+import dataclasses
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Literal
 from rich.console import Console
 from rich.table import Table
 
+from nvembed.evaluation.reference import published_model
 from nvembed.evaluation.results import TaskResult
 from nvembed.evaluation.tasks import TASK_TYPES
 
@@ -31,7 +33,7 @@ class Row:
 
 
 def summary_rows(results_by_model: ResultsByModel) -> list[Row]:
-    """Lay out the results: types in the order of the paper, each ending with its average.
+    """Lay out the results: types in the order of the paper, then others; each ends with its mean.
 
     An average stands only for a model that has a score on every task it is taken over, so that no
     two columns average different tasks. The last row averages over tasks, as MTEB does, not types.
@@ -39,7 +41,8 @@ def summary_rows(results_by_model: ResultsByModel) -> list[Row]:
     models = list(results_by_model.values())
     tasks = {name: result for results in reversed(models) for name, result in results.items()}
     rows: list[Row] = []
-    for kind in TASK_TYPES:
+    types = {result.type for result in tasks.values()}
+    for kind in [*TASK_TYPES, *sorted(types - set(TASK_TYPES))]:
         names = sorted(name for name, result in tasks.items() if result.type == kind)
         if not names:
             continue
@@ -83,6 +86,24 @@ def format_markdown(results_by_model: ResultsByModel) -> str:
             cells = [f"**{cell}**" for cell in cells]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def published_results(name: str, results: Mapping[str, TaskResult]) -> dict[str, TaskResult]:
+    """Make a column of what was published of a model, on those of the tasks that are there.
+
+    Args:
+        name: its hub id.
+        results: ours, which say what is compared.
+
+    Raises:
+        ConfigError: no such model; the nearest names are given.
+    """
+    published = published_model(name).tasks
+    return {
+        task: dataclasses.replace(result, main_score=published[task] / 100, seconds=0.0, scores={})
+        for task, result in results.items()
+        if task in published
+    }
 
 
 def _average(

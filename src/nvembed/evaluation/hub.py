@@ -1,0 +1,268 @@
+"""Tasks of mteb by name: found, scored through its encoder protocol, kept in its own format.
+
+In: names of benchmarks and tasks, and an ``Encoder``; out: ``TaskResult`` by task, and under
+``<folder>/results/<model>/<revision>/`` the files that mteb loads and its leaderboard takes.
+"""
+
+from __future__ import annotations
+
+import difflib
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import mteb
+import numpy as np
+from huggingface_hub.errors import HfHubHTTPError
+from mteb.abstasks import AbsTask
+from mteb.abstasks.task_metadata import TaskMetadata
+from mteb.cache import ResultCache
+from mteb.models import ModelMeta
+from mteb.models.abs_encoder import AbsEncoder
+from mteb.types import PromptType
+from numpy.typing import NDArray
+
+from nvembed.core.errors import ConfigError, DataError
+from nvembed.core.seeding import capture_rng, restore_rng
+from nvembed.evaluation.mteb_adapter import quiet
+from nvembed.evaluation.results import TaskResult
+from nvembed.inference.encoding import encode_texts
+from nvembed.inference.protocol import Encoder
+from nvembed.text.instructions import TaskInstruction, all_instructions
+
+InstructionSource = Literal["paper", "official", "mteb", "none"]
+
+# What mteb raises where a data set cannot be fetched.
+_OUT_OF_REACH = (OSError, HfHubHTTPError)
+_ONE_SIDED = ("Retrieval", "Reranking", "InstructionRetrieval", "InstructionReranking")
+
+
+class UnreachableTaskError(DataError):
+    """The data of one task could not be loaded; others may be."""
+
+
+@dataclass(frozen=True)
+class HubTasks:
+    """What was asked for.
+
+    Attributes:
+        tasks: that a text model can do.
+        refused: the others, with the reason.
+    """
+
+    tasks: tuple[AbsTask, ...]
+    refused: dict[str, str]
+
+
+def find_hub_tasks(
+    benchmarks: Sequence[str] = (), names: Sequence[str] = (), types: Sequence[str] | None = None
+) -> HubTasks:
+    """Look up benchmarks and single tasks; a task that two of them hold is done once.
+
+    Args:
+        benchmarks: such as ``MTEB(eng, v1)``.
+        names: of tasks, such as ``STS12``.
+        types: keep only tasks of these types, such as ``Retrieval``; ``None`` keeps all.
+
+    Raises:
+        ConfigError: an unknown name or type, with near matches.
+    """
+    found: dict[str, AbsTask] = {}
+    with quiet():
+        for name in benchmarks:
+            known = [known for one in mteb.get_benchmarks() for known in _names(one)]
+            if name not in known:
+                raise _unknown("benchmark", name, known)
+            found |= {task.metadata.name: task for task in mteb.get_benchmark(name).tasks}
+        for name in names:
+            try:
+                task = mteb.get_task(name)
+            except KeyError as error:
+                every = [cls.metadata.name for cls in mteb.get_tasks(exclude_superseded=False)]
+                raise _unknown("task", name, every) from error
+            found.setdefault(task.metadata.name, task)
+    if types is not None:
+        known = sorted({task.metadata.type for task in found.values()})
+        if missing := [kind for kind in types if kind not in known]:
+            raise _unknown("task type among these tasks", missing[0], known)
+        found = {name: task for name, task in found.items() if task.metadata.type in types}
+    refused = {
+        name: f"needs {' and '.join(others)}; the model reads text alone"
+        for name, task in found.items()
+        if (others := sorted(set(task.metadata.modalities) - {"text"}))
+    }
+    return HubTasks(tuple(task for name, task in found.items() if name not in refused), refused)
+
+
+def _names(benchmark: Any) -> list[str]:
+    return [benchmark.name, *(benchmark.aliases or ())]
+
+
+def _unknown(what: str, name: str, known: Sequence[str]) -> ConfigError:
+    folded = {other.lower(): other for other in known}
+    near = difflib.get_close_matches(name.lower(), folded, n=3, cutoff=0.5)
+    matches = " or ".join(folded[one] for one in near)
+    return ConfigError(
+        f"no {what} called {name!r}", expected=f"perhaps {matches}" if near else "a name of mteb"
+    )
+
+
+def hub_instruction(metadata: TaskMetadata, source: InstructionSource) -> str | None:
+    """Return the instruction of a task in plain words, or ``None`` for none.
+
+    ``paper`` is the table of this package, ``official`` those rows of it that stand in the file of
+    the released model; a task that it lacks has mteb's prompt.
+    """
+    if source == "none":
+        return None
+    row = _row(metadata.name)
+    if row is not None and (source == "paper" or (source == row.source == "official")):
+        return row.instruction
+    prompt = metadata.prompt
+    text = prompt.get("query") if isinstance(prompt, dict) else prompt
+    return text or None
+
+
+def _row(name: str) -> TaskInstruction | None:
+    rows = all_instructions().values()
+    return next((row for row in rows if name in (row.name, *row.aliases)), None)
+
+
+def _is_symmetric(metadata: TaskMetadata) -> bool:
+    row = _row(metadata.name)
+    return row.symmetric if row is not None else metadata.type not in _ONE_SIDED
+
+
+class HubEncoder(AbsEncoder):
+    """mteb's encoder protocol over ours, for any of its text tasks."""
+
+    mteb_model_meta: ModelMeta
+
+    def __init__(self, encoder: Encoder, meta: ModelMeta, source: InstructionSource) -> None:
+        self.mteb_model_meta = meta
+        self._encoder = encoder
+        self._source = source
+
+    def encode(
+        self,
+        inputs: Any,
+        *,
+        task_metadata: TaskMetadata,
+        prompt_type: PromptType | None = None,
+        **_: Any,
+    ) -> NDArray[np.float32]:
+        """Encode the texts of a dataloader, one row each; equal texts once."""
+        is_document = prompt_type == PromptType.document
+        bare = is_document and not _is_symmetric(task_metadata)
+        texts = [text for batch in inputs for text in batch["text"]]
+        rows = {text: row for row, text in enumerate(dict.fromkeys(texts))}
+        vectors = encode_texts(
+            self._encoder,
+            list(rows),
+            side="document" if is_document else "query",
+            task=None if bare else hub_instruction(task_metadata, self._source),
+            description=task_metadata.name,
+        )
+        return vectors if len(rows) == len(texts) else vectors[[rows[text] for text in texts]]
+
+
+def score_hub(task: AbsTask, encoder: HubEncoder, folder: Path) -> TaskResult:
+    """Score one task and keep mteb's own files of it; splits that are there are not repeated.
+
+    Raises:
+        UnreachableTaskError: its data set cannot be loaded.
+        ModelError: the encoder gives vectors of another shape or that are not finite.
+    """
+    started = time.perf_counter()
+    name = task.metadata.name
+    rng = capture_rng()
+    try:
+        with quiet():
+            done = mteb.evaluate(
+                encoder,
+                task,
+                cache=ResultCache(folder),
+                overwrite_strategy="only-missing",
+                co2_tracker=False,
+                show_progress_bar=False,
+                encode_kwargs={"batch_size": 512, "show_progress_bar": False},
+            )
+    except _OUT_OF_REACH as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UnreachableTaskError(
+            f"cannot be loaded ({reason})",
+            where=name,
+            hint="It needs the network, or an earlier download",
+        ) from error
+    finally:
+        restore_rng(rng)
+    if done.exceptions:
+        reason = done.exceptions[0].exception.strip().splitlines()[0]
+        raise UnreachableTaskError(f"cannot be loaded ({reason})", where=name)
+    result = done.task_results[0]
+    parts = {
+        f"{split}/{entry['hf_subset']}": _number(entry["main_score"])
+        for split, entries in result.scores.items()
+        for entry in entries
+    }
+    main = _number(result.get_score())
+    return TaskResult(
+        type=task.metadata.type,
+        main_score_name=task.metadata.main_score,
+        main_score=main,
+        seconds=round(time.perf_counter() - started, 2),
+        scores={task.metadata.main_score: main, **parts},
+    )
+
+
+def _number(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None
+
+
+def describe_model(name: str, encoder: Encoder, revision: str) -> ModelMeta:
+    """Describe a model as the leaderboard wants it.
+
+    Args:
+        name: folder or hub id. A folder is called ``nvembed/<its name>``.
+        encoder: the model as it was loaded.
+        revision: commit or fingerprint.
+    """
+    path = Path(name)
+    inner: Any = getattr(encoder, "model", encoder)
+    parameters = list(inner.parameters()) if hasattr(inner, "parameters") else None
+    count = None if parameters is None else sum(p.numel() for p in parameters)
+    memory = None if parameters is None else sum(p.numel() * p.element_size() for p in parameters)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return ModelMeta(
+            loader=None,
+            name=_folder_name(path) if path.is_dir() else _with_owner(name),
+            revision=revision,
+            release_date=None,
+            languages=["eng-Latn"],
+            n_parameters=count,
+            memory_usage_mb=None if memory is None else round(memory / 2**20, 1),
+            max_tokens=getattr(inner, "max_seq_length", None),
+            embed_dim=encoder.dimension,
+            license=None,
+            open_weights=True,
+            public_training_code=None,
+            public_training_data=None,
+            framework=["Sentence Transformers", "PyTorch", "safetensors"],
+            similarity_fn_name="cosine",
+            use_instructions=bool(getattr(encoder, "follows_instructions", True)),
+            training_datasets=None,
+        )
+
+
+def _folder_name(path: Path) -> str:
+    # runs/demo/model says nothing by its last part alone.
+    parts = [part for part in path.resolve().parts[-2:] if part != "/"]
+    return f"nvembed/{'-'.join(parts)}"
+
+
+def _with_owner(name: str) -> str:
+    return name if "/" in name else f"sentence-transformers/{name}"

@@ -1,0 +1,257 @@
+"""From a model and names of tasks to files: cache, resume, mteb's own path without a network."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nvembed.cli.main import run
+from nvembed.core.errors import ConfigError, DataError
+from nvembed.evaluation import session
+from nvembed.evaluation.cached import CachedEncoder
+from nvembed.evaluation.items import items_folder, read_items
+from nvembed.evaluation.results import TaskResult, read_results
+from nvembed.evaluation.session import Settings, run_session
+from nvembed.evaluation.summary import published_results
+from nvembed.evaluation.tasks import load_tasks
+from nvembed.inference.fake import HashEncoder
+from task_folders import rows_of, write_rows, write_task
+
+
+class Counting(HashEncoder):
+    """Counts and keeps what it is asked for."""
+
+    def __init__(self, dimension: int = 64) -> None:
+        super().__init__(dimension)
+        self.asked: list[tuple[str, str, str | None]] = []
+
+    def encode_query(self, texts: Sequence[str], *, task: str | None = None) -> Any:
+        self.asked += [("query", text, task) for text in texts]
+        return super().encode_query(texts, task=task)
+
+    def encode_document(self, texts: Sequence[str], *, task: str | None = None) -> Any:
+        self.asked += [("document", text, task) for text in texts]
+        return super().encode_document(texts, task=task)
+
+
+@pytest.fixture
+def model(monkeypatch: pytest.MonkeyPatch) -> Counting:
+    encoder = Counting()
+    monkeypatch.setattr("nvembed.inference.load.load_encoder", lambda name, dtype: encoder)
+    return encoder
+
+
+@pytest.fixture
+def tasks(tmp_path: Path) -> Path:
+    write_task(tmp_path / "tasks" / "find", "Retrieval")
+    write_task(tmp_path / "tasks" / "similar", "STS")
+    return tmp_path / "tasks"
+
+
+@pytest.fixture
+def sts_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A task that mteb finds by name and loads with ``datasets`` from a folder."""
+    from mteb.abstasks import AbsTaskSTS
+    from mteb.abstasks.task_metadata import TaskMetadata
+
+    rows = rows_of("STS")["test.jsonl"]
+    (tmp_path / "hub-set").mkdir()
+    write_rows(tmp_path / "hub-set" / "test.jsonl", rows)
+
+    class FolderSTS(AbsTaskSTS):
+        min_score, max_score = 0, 5
+        metadata = TaskMetadata(
+            name="FolderSTS",
+            description="A task in a folder",
+            dataset={"path": str(tmp_path / "hub-set"), "revision": "main"},
+            type="STS",
+            category="t2t",
+            modalities=["text"],
+            eval_splits=["test"],
+            eval_langs=["eng-Latn"],
+            main_score="cosine_spearman",
+            prompt="Retrieve similar texts",
+        )
+
+    import mteb
+
+    # The package has a function of the same name as this module.
+    registry = sys.modules[mteb.get_task.__module__]
+    monkeypatch.setitem(registry._TASKS_REGISTRY, "FolderSTS", FolderSTS)
+    return "FolderSTS"
+
+
+def test_cache_gives_the_same_vectors_once(tmp_path: Path) -> None:
+    inner = Counting()
+    cached = CachedEncoder(inner, tmp_path, "one")
+    texts = ["a cat", "a dog"]
+    plain = HashEncoder(64).encode_query(texts, task="find")
+    for _ in range(2):
+        assert np.array_equal(cached.encode_query(texts, task="find"), plain)
+    assert len(inner.asked) == 2
+    cached.encode_query(texts)  # another instruction
+    cached.encode_document(texts, task="find")  # another side
+    CachedEncoder(inner, tmp_path, "two").encode_query(texts, task="find")  # another model
+    cached.encode_query(["a cat", "a dog "], task="find")  # another text
+    assert len(inner.asked) == 10
+    assert cached.encode_query([]).shape == (0, 64)
+    with pytest.raises(DataError, match=r"holds vectors of shape \(2, 64\).*\(2, 32\).*disagree"):
+        CachedEncoder(HashEncoder(32), tmp_path, "one").encode_query(texts, task="find")
+
+
+def test_local_tasks_resume_and_keep_items(tasks: Path, tmp_path: Path, model: Counting) -> None:
+    output = tmp_path / "out" / "results.json"
+    settings = Settings("m", output, cache=tmp_path / "cache")
+    first = run_session(settings, load_tasks([tasks], ["find"]))
+    items = read_items(items_folder(output), "find")
+    assert items is not None
+    assert items.arrays["values_N"].mean() == pytest.approx(first.results["find"].main_score)
+    before = len(model.asked)
+    done = run_session(settings, load_tasks([tasks]))
+    assert list(done.results) == ["find", "similar"]
+    assert done.results["find"] == first.results["find"]
+    assert all(task == "Find what fits" for _, _, task in model.asked[before:])
+    assert read_results(output) == done.results
+    before = len(model.asked)
+    again = run_session(settings, load_tasks([tasks]), resume=False)
+    assert len(model.asked) == before  # everything came from the cache
+    by_mteb = Settings("m", tmp_path / "mteb.json", engine="mteb")
+    other = run_session(by_mteb, load_tasks([tasks])).results
+    for name in ("find", "similar"):
+        assert again.results[name].main_score == pytest.approx(other[name].main_score, abs=1e-6)
+
+
+def test_other_results_are_not_mixed(
+    tasks: Path, tmp_path: Path, model: Counting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "results.json"
+    run_session(Settings("m", output), load_tasks([tasks]))
+    written = output.read_text()
+    with pytest.raises(ConfigError, match="with the model 'm', not 'n'"):
+        run_session(Settings("n", output), load_tasks([tasks]))
+    monkeypatch.setattr(session, "_commit", lambda model: "c0ffee")
+    with pytest.raises(ConfigError, match=r"with the revision .*not 'c0ffee'"):
+        run_session(Settings("m", output), load_tasks([tasks]))
+    monkeypatch.undo()
+    monkeypatch.setattr("nvembed.inference.load.load_encoder", lambda name, dtype: model)
+    write_task(tasks / "similar", "STS", instruction="Something else")
+    with pytest.raises(ConfigError, match=r"instruction of similar 'Find what fits', not 'Some"):
+        run_session(Settings("m", output), load_tasks([tasks]))
+    assert output.read_text() == written
+    run_session(Settings("m", output), load_tasks([tasks]), resume=False)
+
+
+def test_mteb_task_by_name_without_network(tmp_path: Path, sts_name: str, model: Counting) -> None:
+    from mteb.cache import ResultCache
+
+    from nvembed.evaluation.hub import find_hub_tasks
+
+    hub = find_hub_tasks(names=[sts_name]).tasks
+    output = tmp_path / "results.json"
+    done = run_session(Settings("some/model", output), hub=hub)
+    assert not done.failed
+    assert {side for side, _, _ in model.asked} == {"query"}
+    assert {task for _, _, task in model.asked} == {"Retrieve similar texts"}
+    local = load_tasks([write_task(tmp_path / "t", "STS", instruction="Retrieve similar texts")])
+    plain = run_session(Settings("some/model", tmp_path / "plain.json"), local).results["t"]
+    assert done.results[sts_name].main_score == pytest.approx(plain.main_score, abs=1e-6)
+
+    loaded = ResultCache(tmp_path / "results.mteb").load_results(include_remote=False)
+    assert [one.task_name for one in loaded.model_results[0].task_results] == [sts_name]
+    assert loaded.model_results[0].model_name == "some/model"
+    (meta,) = (tmp_path / "results.mteb").rglob("model_meta.json")
+    values = json.loads(meta.read_text())
+    assert (values["embed_dim"], values["similarity_fn_name"]) == (64, "cosine")
+    assert values["use_instructions"] is True
+    asked = len(model.asked)
+    run_session(Settings("some/model", output), hub=hub)
+    assert len(model.asked) == asked
+
+
+def test_a_task_out_of_reach_does_not_stop_the_others(
+    tmp_path: Path, sts_name: str, model: Counting
+) -> None:
+    from nvembed.evaluation.hub import find_hub_tasks
+
+    hub = find_hub_tasks(names=["STS12", sts_name]).tasks
+    done = run_session(Settings("m", tmp_path / "results.json"), hub=hub)
+    assert list(done.results) == [sts_name]
+    assert list(done.failed) == ["STS12"]
+    assert "cannot be loaded" in done.failed["STS12"]
+    assert json.loads((tmp_path / "results.run.json").read_text())["failed"] == done.failed
+
+
+def test_names_are_found_or_told() -> None:
+    from nvembed.evaluation.hub import find_hub_tasks
+
+    names = {task.metadata.name for task in find_hub_tasks(["MTEB(eng, v1)"]).tasks}
+    assert {"ArguAna", "STS12", "SummEval"} <= names
+    assert len(names) == 56
+    kept = find_hub_tasks(["MTEB(eng, v1)"], types=["Summarization"]).tasks
+    assert [task.metadata.name for task in kept] == ["SummEval"]
+    with pytest.raises(ConfigError, match=r"no benchmark called 'MTEB\(eng v1\)'.*MTEB\(eng, v1\)"):
+        find_hub_tasks(["MTEB(eng v1)"])
+    with pytest.raises(ConfigError, match=r"no task called 'ArguAn'.*ArguAna"):
+        find_hub_tasks(names=["ArguAn"])
+    with pytest.raises(ConfigError, match="no task type among these tasks called 'Retrival'"):
+        find_hub_tasks(names=["ArguAna"], types=["Retrival"])
+    refused = find_hub_tasks(names=["CIFAR10", "ArguAna"])
+    assert [task.metadata.name for task in refused.tasks] == ["ArguAna"]
+    assert refused.refused == {"CIFAR10": "needs image; the model reads text alone"}
+
+
+def test_published_scores_are_a_column() -> None:
+    ours = {
+        "ArguAna": TaskResult("Retrieval", "ndcg_at_10", 0.5, 3.0, {"ndcg_at_10": 0.5}),
+        "mine": TaskResult("Retrieval", "ndcg_at_10", 0.4, 3.0, {"ndcg_at_10": 0.4}),
+    }
+    column = published_results("nvidia/NV-Embed-v2", ours)
+    assert {name: result.main_score for name, result in column.items()} == {
+        "ArguAna": pytest.approx(0.7007)
+    }
+    with pytest.raises(ConfigError, match=r"no published scores of 'nvidia/NV-Embed'.*NV-Embed-v"):
+        published_results("nvidia/NV-Embed", ours)
+
+
+def test_the_command_does_what_it_can_and_says_the_rest(
+    tmp_path: Path, sts_name: str, model: Counting, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = str(tmp_path / "results.json")
+    words = ["evaluate", "m", "--task", sts_name, "--task", "STS12", "--task", "CIFAR10"]
+    assert run([*words, "--output", output, "--against", "nvidia/NV-Embed-v2"]) == 2
+    out, err = capsys.readouterr()
+    assert sts_name in out
+    assert "not done: CIFAR10: needs image" in err
+    assert "not done: STS12: STS12: cannot be loaded" in err
+    assert "2 tasks could not be done" in err
+    assert list(read_results(output)) == [sts_name]
+    assert run(["evaluate", "m", "--output", output]) == 2
+    assert "nothing to evaluate" in capsys.readouterr().err
+
+
+def test_instructions_by_source() -> None:
+    import mteb
+
+    from nvembed.evaluation.hub import hub_instruction
+    from nvembed.text.instructions import task_instruction
+
+    metadata = mteb.get_task("ArguAna").metadata
+    assert hub_instruction(metadata, "paper") == task_instruction("ArguAna").instruction
+    assert hub_instruction(metadata, "none") is None
+    assert metadata.prompt == {"query": hub_instruction(metadata, "mteb")}
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_tasks(tasks: Path, tmp_path: Path, tiny_decoder_dir: Path) -> None:
+    name = str(tiny_decoder_dir)
+    alone = run_session(Settings(name, tmp_path / "a.json"), load_tasks([tasks]))
+    both = run_session(Settings(name, tmp_path / "b.json"), load_tasks([tasks]), processes=2)
+    assert {n: r.scores for n, r in both.results.items()} == {
+        n: pytest.approx(r.scores, abs=1e-6) for n, r in alone.results.items()
+    }

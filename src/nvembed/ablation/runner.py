@@ -25,10 +25,12 @@ from nvembed.ablation.outcome import (
     training_cost,
     write_outcome,
 )
+from nvembed.core.config import load_config
 from nvembed.core.errors import UserError
 from nvembed.core.progress import progress
 from nvembed.core.runs import RunFolder
-from nvembed.evaluation.tasks import LocalTask, load_tasks
+from nvembed.evaluation.tasks import load_tasks
+from nvembed.training.config import TrainConfig
 
 Done = Callable[[Run, Outcome], None]
 
@@ -138,39 +140,18 @@ def _train_and_score(
 ) -> Outcome:
     import torch
 
+    from nvembed.evaluation.session import Settings, run_session
+    from nvembed.model.precision import settle_precision
     from nvembed.training.trainer import train
 
     torch.set_num_threads(threads)
     model = train(run.config, base_dir=base_dir)
     started = time.monotonic()
-    _score(model, load_tasks(task_folders, task_names), run)
+    dtype = settle_precision(load_config(TrainConfig, RunFolder(run.folder).config).precision)
+    tasks = load_tasks(task_folders, task_names)
+    run_session(Settings(model=str(model), output=run.results, dtype=dtype), tasks)
     seconds, tokens, loss = training_cost(run.folder)
     return Outcome("finished", None, seconds, time.monotonic() - started, tokens, loss)
-
-
-def _score(model: Path, tasks: Sequence[LocalTask], run: Run) -> None:
-    from nvembed.evaluation.items import items_folder, write_items
-    from nvembed.evaluation.local_scores import score_local
-    from nvembed.evaluation.results import TaskResult, read_results, write_results
-    from nvembed.inference.load import load_encoder
-
-    results = read_results(run.results) if run.results.exists() else {}
-    encoder = load_encoder(str(model), "auto")
-    for task in tasks:
-        if task.name in results:
-            continue
-        started = time.monotonic()
-        scored = score_local(task, encoder)
-        if scored.items is not None:
-            write_items(items_folder(run.results), task.name, scored.items)
-        results[task.name] = TaskResult(
-            type=task.type,
-            main_score_name=task.main_score,
-            main_score=scored.scores[task.main_score],
-            seconds=round(time.monotonic() - started, 2),
-            scores=scored.scores,
-        )
-        write_results(run.results, results)
 
 
 def _delete_models(folder: Path) -> None:

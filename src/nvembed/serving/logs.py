@@ -23,6 +23,7 @@ def log_event(event: str, **fields: str | int | float | None) -> None:
     """Write one event; fields that are ``None`` are left out."""
     if not _logger.isEnabledFor(logging.INFO):
         return
-    row = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event}
+    row: dict[str, str | int | float | None] = {}
+    row |= {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event}
     row |= {name: value for name, value in fields.items() if value is not None}
     _logger.info(json.dumps(row, ensure_ascii=True))

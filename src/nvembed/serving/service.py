@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from starlette.requests import Request
 
 from nvembed.core.errors import UserError
-from nvembed.inference.protocol import unit_rows
 from nvembed.serving.batcher import Batcher
 from nvembed.serving.batching import Scheduler
 from nvembed.serving.config import ServerConfig
@@ -104,7 +103,7 @@ class Service:
 
     async def embed(self, items: Sequence[Item], client: Hashable) -> NDArray[np.float32]:
         """Return ``(len(items), dimension)`` unit vectors; see ``Batcher.embed``."""
-        return unit_rows(await self.batcher.embed(items, client))
+        return await self.batcher.embed(items, client)
 
     async def finish(self, request: Request, work: Coroutine[Any, Any, T]) -> T:
         """Run the work of a request for as long as its client is there and time is left.

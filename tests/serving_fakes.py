@@ -76,6 +76,8 @@ def running(engine, config: ServerConfig, keys=None) -> Iterator[int]:
     try:
         yield listener.getsockname()[1]
     finally:
+        if isinstance(engine, HeldEngine):
+            engine.open.set()
         server.should_exit = True
         thread.join(20)
         listener.close()

@@ -11,7 +11,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 import urllib.error
 import urllib.request
@@ -177,33 +176,6 @@ def test_overload_every_request_is_answered_by_its_own_vectors(engine: HeldEngin
         assert call(port, "fine")[0] == 200
 
 
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """``nvembed serve`` on the decoder of the repository; yields its address."""
-    process, address = start_serve("model_name=m", "log_requests=false")
-    yield address
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(20) == 0
-
-
-def start_serve(*settings: str) -> tuple[subprocess.Popen, str]:
-    command = [sys.executable, "-m", "nvembed", "serve", str(DECODER), *settings, "--port", "0"]
-    process = subprocess.Popen(
-        [*command, "--dtype", "float32"],
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
-    )
-    assert process.stderr is not None
-    seen = []
-    for line in process.stderr:
-        seen.append(line)
-        if found := re.search(r"nvembed serves \S+ on (\S+)", line):
-            threading.Thread(target=process.stderr.read, daemon=True).start()
-            return process, found[1]
-    raise AssertionError("".join(seen))
-
-
 TEXTS = ["how do I sort a list?", "math.pi is a constant.", "x"]
 
 
@@ -212,6 +184,15 @@ def model():
     from nvembed import NVEmbed
 
     return NVEmbed.from_pretrained(DECODER)
+
+
+@pytest.fixture(scope="module")
+def served(model) -> Iterator[str]:
+    """The decoder of the repository behind a real server; yields its address."""
+    from nvembed.serving.engine import build_engine
+
+    with running(build_engine(model), make_config()) as port:
+        yield f"http://127.0.0.1:{port}"
 
 
 def test_the_openai_client_gets_the_models_vectors(served: str, model) -> None:
@@ -257,19 +238,54 @@ def test_llama_index(served: str, model) -> None:
     np.testing.assert_allclose(found, model.encode_document(TEXTS), atol=1e-5)
 
 
-def test_sigterm_finishes_what_was_accepted() -> None:
-    # The bound keeps the request waiting while the signal comes.
-    process, address = start_serve("model_name=m", "batching.max_wait_ms=700")
-    port = int(address.rpartition(":")[2])
-    with ThreadPoolExecutor(1) as pool:
-        answer = pool.submit(call, port, TEXTS)
-        wait_for(lambda: metric(port, "nvembed_queued_requests") == 1)
-        process.send_signal(signal.SIGTERM)
-        status, body = answer.result()
-    assert (status, len(body["data"])) == (200, 3)
-    assert process.wait(20) == 0
-    with pytest.raises(OSError):
-        connect(port)
+# The bound keeps the request waiting while the signal comes.
+WITHOUT_MODEL = """
+from nvembed.inference.fake import HashEncoder
+from nvembed.serving.config import ServerConfig
+from nvembed.serving.engine import EncoderEngine
+from nvembed.serving.run import run_server
+config = ServerConfig.model_validate({"model_name": "m", "batching": {"max_wait_ms": 700}})
+run_server(EncoderEngine(HashEncoder(16)), config, host="127.0.0.1", port=0)
+"""
+SERVE = ["serve", str(DECODER), "model_name=m", "batching.max_wait_ms=700", "--port", "0"]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        pytest.param(["-c", WITHOUT_MODEL], id="without model"),
+        pytest.param(["-m", "nvembed", *SERVE], id="serve", marks=pytest.mark.slow),
+    ],
+)
+def test_sigterm_finishes_what_was_accepted(command: list[str]) -> None:
+    with subprocess.Popen(
+        [sys.executable, *command],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
+    ) as process:
+        try:
+            port = announced_port(process)
+            with ThreadPoolExecutor(1) as pool:
+                answer = pool.submit(call, port, TEXTS)
+                wait_for(lambda: metric(port, "nvembed_queued_requests") == 1)
+                process.send_signal(signal.SIGTERM)
+                status, body = answer.result()
+            assert (status, len(body["data"])) == (200, 3)
+            assert process.wait(20) == 0
+            with pytest.raises(OSError):
+                connect(port)
+        finally:
+            process.kill()
+
+
+def announced_port(process: subprocess.Popen) -> int:
+    seen = []
+    for line in process.stderr:
+        seen.append(line)
+        if found := re.search(r"^nvembed serves \S+ on http://127.0.0.1:(\d+)$", line.strip()):
+            return int(found[1])
+    raise AssertionError("".join(seen))
 
 
 def test_asyncio_is_free_while_the_model_works(engine: HeldEngine) -> None:

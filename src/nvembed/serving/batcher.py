@@ -102,6 +102,7 @@ class Batcher:
             taken = not self._closing and self._scheduler.add(job, self._clock())
             if taken:
                 self._waiting[job] = waiting
+                self._show_queue()
                 self._condition.notify()
         if not taken:
             raise self._overloaded()

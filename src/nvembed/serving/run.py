@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -86,6 +87,9 @@ def run_server(
         raise ConfigError(
             "cannot listen there", where=f"{host}:{port}", hint="Choose another --port"
         ) from error
+    socket.listen()  # uvicorn does so later; who reads the line below may connect at once
+    # uvicorn raises the signal that stopped it once more, after all is done.
+    signal.signal(signal.SIGTERM, lambda *_: None)
     address = "http://{}:{}".format(*socket.getsockname()[:2])
     log_event("listening", address=address, model=config.model_name, width=engine.dimension)
     print(f"nvembed serves {config.model_name} on {address}", file=sys.stderr, flush=True)

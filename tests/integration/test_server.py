@@ -218,6 +218,7 @@ def test_the_openai_client_gets_the_models_vectors(served: str, model) -> None:
             client.embeddings.create(model="gpt", input="a")
 
 
+@pytest.mark.filterwarnings("default")  # of their own dependencies
 def test_langchain(served: str, model) -> None:
     module = pytest.importorskip("langchain_openai", reason="needs nvembed[clients]")
     client = module.OpenAIEmbeddings(
@@ -227,6 +228,7 @@ def test_langchain(served: str, model) -> None:
     np.testing.assert_allclose(found, model.encode_document(TEXTS), atol=1e-5)
 
 
+@pytest.mark.filterwarnings("default")  # of their own dependencies
 def test_llama_index(served: str, model) -> None:
     module = pytest.importorskip(
         "llama_index.embeddings.openai_like", reason="needs nvembed[clients]"

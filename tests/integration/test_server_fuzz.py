@@ -70,7 +70,7 @@ def quiet_fuzz(port: int, examples: int) -> set[int]:
 
 
 def test_fuzz_briefly(port: int) -> None:
-    assert quiet_fuzz(port, 4) <= {200, 400, 404, 405, 413, 415, 503}
+    assert quiet_fuzz(port, 8) <= {200, 400, 404, 405, 413, 415, 503}
 
 
 @pytest.mark.slow

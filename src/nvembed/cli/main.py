@@ -27,20 +27,26 @@ from nvembed.cli.evaluate import evaluate
 from nvembed.cli.export import export
 from nvembed.cli.mine import mine
 from nvembed.cli.search import search
+from nvembed.cli.serve import serve
 from nvembed.cli.train import train
 from nvembed.core.errors import UserError
 
 # Which extra brings a library that the base install lacks.
 _EXTRAS = {
+    "fastapi": "serve",
     "httpx2": "synth",
     "matplotlib": "plots",
     "onnx": "onnx",
     "onnxruntime": "onnx",
     "onnxscript": "onnx",
+    "orjson": "serve",
+    "prometheus_client": "serve",
     "mteb": "eval",
     "pyarrow": "data",
     "scipy": "eval",
     "sklearn": "eval",
+    "starlette": "serve",
+    "uvicorn": "serve",
 }
 
 app = typer.Typer(
@@ -49,7 +55,19 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (demo, train, mine, evaluate, compare, ablate, encode, search, doctor, export):
+for _command in (
+    demo,
+    train,
+    mine,
+    evaluate,
+    compare,
+    ablate,
+    encode,
+    search,
+    serve,
+    doctor,
+    export,
+):
     app.command()(_command)
 app.add_typer(data, name="data")
 

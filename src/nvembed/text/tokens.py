@@ -122,6 +122,31 @@ class TextTokenizer:
         rows = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
         return [self._finish(ids, _text_start(offsets, len(prompt)), 1) for ids, offsets in rows]
 
+    def from_ids(self, rows: Sequence[Sequence[int]], vocabulary_size: int) -> list[TokenizedText]:
+        """Take texts that were tokenised elsewhere: ids of this tokenizer, no special tokens.
+
+        The same sequences as from the texts, where the ids are those of the bare texts.
+
+        Raises:
+            DataError: no ids, or one outside the vocabulary.
+        """
+        for number, ids in enumerate(rows):
+            if not ids:
+                raise DataError("no token ids", where=f"text {number}", expected="at least one")
+            bad = next((value for value in ids if not 0 <= value < vocabulary_size), None)
+            if bad is not None:
+                raise DataError(
+                    f"token id {bad} is not in the vocabulary",
+                    where=f"text {number}",
+                    expected=f"0 to {vocabulary_size - 1}",
+                    hint="Send the ids of the model's own tokenizer, or the text",
+                )
+        if self.style != "official":
+            return [self._finish(list(ids), 0, 0) for ids in rows]
+        head = self.tokenizer("")["input_ids"]
+        tail = self.tokenizer.eos_token_id
+        return [TokenizedText((*head, *ids, tail)[: self.max_tokens], 0) for ids in rows]
+
     @property
     def fingerprint(self) -> str:
         """32 hex digits of all that decides the ids: vocabulary, rules, special tokens, limits."""

@@ -1,0 +1,266 @@
+"""The server against a plain sentence-transformers handler and infinity: same weights, rising load.
+
+    python benchmarks/serve_peers.py                                   # ours and the handler
+    python benchmarks/serve_peers.py --infinity VENV/bin/infinity_emb  # and infinity
+    python benchmarks/serve_peers.py --overload 60                     # 10 times too many clients
+
+Infinity wants an environment of its own: python -m venv VENV; VENV/bin/pip install
+'infinity-emb[server,torch]'.
+
+Every server is a process; the load comes from another one, over keep-alive connections on the
+loopback that each send the next request when the last is answered (closed loop), one text per
+request, of 4 to 64 words. A side's throughput at equal p95 is its best level among those whose p95
+is not above the other's. The sides take turns, ``--rounds`` times, and medians are shown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+ROOT = Path(__file__).resolve().parents[1]
+OURS, PLAIN, INFINITY = "nvembed", "sentence-transformers", "infinity"
+FIRST_PORT = 18400
+
+
+# --- Models and servers ---------------------------------------------------------------------------
+
+
+def prepare_models(name: str, folder: Path) -> None:
+    """Write our folder and the same weights as stock modules that any other server reads."""
+    from nvembed import NVEmbed
+    from nvembed.model.export import export_folder
+
+    NVEmbed.from_pretrained(name).save(str(folder / "ours"))
+    export_folder(str(folder / "ours"), folder / "stock", "sentence-transformers")
+
+
+def plain_handler(folder: str, port: int) -> None:
+    """What one writes in five minutes; runs in a process of its own."""
+    import uvicorn
+    from fastapi import FastAPI
+    from pydantic import BaseModel
+    from sentence_transformers import SentenceTransformer
+
+    class Body(BaseModel):
+        model: str
+        input: list[str]
+
+    app = FastAPI()
+    model = SentenceTransformer(folder)
+
+    def embeddings(body: Body) -> dict[str, Any]:
+        vectors = model.encode(body.input, normalize_embeddings=True).tolist()
+        return {"data": [{"index": i, "embedding": v} for i, v in enumerate(vectors)]}
+
+    embeddings.__annotations__["body"] = Body
+    app.post("/v1/embeddings")(embeddings)
+    app.get("/health")(lambda: {})
+    uvicorn.run(app, host="127.0.0.1", port=port, log_level="warning")
+
+
+def command(side: str, folder: Path, port: int, infinity: str | None) -> list[str]:
+    if side == OURS:
+        words = [sys.executable, "-m", "nvembed", "serve", str(folder / "ours"), "model_name=m"]
+        return [*words, "log_requests=false", "--dtype", "float32", "--port", str(port)]
+    if side == PLAIN:
+        return [sys.executable, __file__, "--plain", str(folder / "stock"), "--port", str(port)]
+    assert infinity is not None
+    words = [infinity, "v2", "--model-id", str(folder / "stock"), "--served-model-name", "m"]
+    words += ["--engine", "torch", "--device", "cpu", "--dtype", "float32", "--no-model-warmup"]
+    return [*words, "--url-prefix", "/v1", "--port", str(port), "--host", "127.0.0.1"]
+
+
+def start(side: str, folder: Path, port: int, infinity: str | None) -> subprocess.Popen[bytes]:
+    process = subprocess.Popen(
+        command(side, folder, port, infinity),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL if side != PLAIN else None,
+    )
+    path = "/v1/health" if side == INFINITY else "/health"
+    for _ in range(600):
+        if process.poll() is not None:
+            raise SystemExit(f"{side} ended with {process.returncode}")
+        try:
+            urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=1).close()
+        except OSError:
+            time.sleep(0.2)
+        else:
+            return process
+    raise SystemExit(f"{side} does not answer")
+
+
+# --- Load, in a process of its own ----------------------------------------------------------------
+
+
+def make_texts(count: int) -> list[str]:
+    words = " ".join(path.read_text("utf-8") for path in (ROOT / "docs").glob("*.md")).split()
+    rng = random.Random(0)
+    starts = [(rng.randrange(len(words) - 64), rng.randint(4, 64)) for _ in range(count)]
+    return [" ".join(words[at : at + length]) for at, length in starts]
+
+
+async def one_connection(
+    port: int, texts: list[str], until: float, seconds: list[float], statuses: Counter[str]
+) -> None:
+    reader = writer = None
+    for text in texts:
+        if time.perf_counter() >= until:
+            break
+        body = json.dumps({"model": "m", "input": [text]}).encode()
+        head = (
+            "POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            f"Content-Length: {len(body)}\r\n\r\n"
+        )
+        start = time.perf_counter()
+        try:
+            if writer is None:
+                reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(head.encode() + body)
+            answer = await reader.readuntil(b"\r\n\r\n")
+            lengths = [
+                row for row in answer.lower().split(b"\r\n") if row[:15] == b"content-length:"
+            ]
+            await reader.readexactly(int(lengths[0][15:]))
+        except (OSError, asyncio.IncompleteReadError):
+            statuses["no answer"] += 1
+            writer = None
+            continue
+        status = answer[9:12].decode()
+        statuses[status] += 1
+        if status == "200":
+            seconds.append(time.perf_counter() - start)
+        else:
+            await asyncio.sleep(0.01)  # a client that does not listen to Retry-After
+    if writer is not None:
+        writer.close()
+
+
+async def load(port: int, connections: int, duration: float) -> dict[str, Any]:
+    texts = make_texts(4000)
+    seconds: list[float] = []
+    statuses: Counter[str] = Counter()
+    start = time.perf_counter()
+    order = [random.Random(n).sample(texts, len(texts)) * 50 for n in range(min(connections, 64))]
+    await asyncio.gather(
+        *(
+            one_connection(port, order[n % len(order)], start + duration, seconds, statuses)
+            for n in range(connections)
+        )
+    )
+    wall = time.perf_counter() - start
+    cuts = statistics.quantiles(seconds, n=100) if len(seconds) > 1 else [float("nan")] * 99
+    return {
+        "per_second": len(seconds) / wall,
+        "p50": 1000 * cuts[49],
+        "p95": 1000 * cuts[94],
+        "p99": 1000 * cuts[98],
+        "statuses": dict(statuses),
+    }
+
+
+def run_load(port: int, connections: int, duration: float) -> dict[str, Any]:
+    words = [sys.executable, __file__, "--load", str(connections), "--seconds", str(duration)]
+    done = subprocess.run([*words, "--port", str(port)], check=True, capture_output=True, text=True)
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+# --- The comparison -------------------------------------------------------------------------------
+
+
+def compare(arguments: argparse.Namespace, folder: Path) -> None:
+    sides = [OURS, PLAIN] + ([INFINITY] if arguments.infinity else [])
+    rows: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for round_number in range(arguments.rounds):
+        for place, side in enumerate(sides):
+            port = FIRST_PORT + 10 * round_number + place
+            process = start(side, folder, port, arguments.infinity)
+            try:
+                run_load(port, 4, min(2.0, arguments.seconds))  # warm
+                for level in arguments.levels:
+                    found = run_load(port, level, arguments.seconds)
+                    rows.setdefault((side, level), []).append(found)
+            finally:
+                process.terminate()
+                process.wait(60)
+    medians = {
+        key: {
+            name: statistics.median(run[name] for run in runs)
+            for name in ("per_second", "p50", "p95", "p99")
+        }
+        for key, runs in rows.items()
+    }
+    print("| server | clients | texts/s | p50 ms | p95 ms | p99 ms | statuses |")
+    print("|---|---|---|---|---|---|---|")
+    for (side, level), row in medians.items():
+        times = " | ".join(f"{row[name]:.1f}" for name in ("per_second", "p50", "p95", "p99"))
+        print(f"| {side} | {level} | {times} | {rows[side, level][-1]['statuses']} |")
+    for side in sides[1:]:
+        for level in arguments.levels:
+            other = medians[side, level]
+            fitting = [
+                medians[OURS, mine]["per_second"]
+                for mine in arguments.levels
+                if medians[OURS, mine]["p95"] <= other["p95"]
+            ]
+            ratio = max(fitting, default=0.0) / other["per_second"]
+            print(f"at the p95 of {side} with {level} clients: {ratio:.2f} times its throughput")
+
+
+def overload(arguments: argparse.Namespace, folder: Path) -> None:
+    process = start(OURS, folder, FIRST_PORT, None)
+    try:
+        server = psutil.Process(process.pid)
+        calm = run_load(FIRST_PORT, max(arguments.levels), arguments.seconds)
+        before = server.memory_info().rss
+        found = run_load(FIRST_PORT, 10 * max(arguments.levels), arguments.overload)
+        after = server.memory_info().rss
+        again = run_load(FIRST_PORT, max(arguments.levels), arguments.seconds)
+    finally:
+        process.terminate()
+        code = process.wait(60)
+    for name, row in (("before", calm), ("overload", found), ("after", again)):
+        print(
+            f"{name}: {row['per_second']:.0f} texts/s, p95 {row['p95']:.0f} ms, {row['statuses']}"
+        )
+    print(f"memory: {before / 2**20:.0f} MB before, {after / 2**20:.0f} MB after; exit code {code}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default=str(ROOT / "assets" / "decoder-6m"))
+    parser.add_argument("--levels", type=int, nargs="+", default=[1, 4, 16, 64])
+    parser.add_argument("--seconds", type=float, default=10.0, help="of one level")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--infinity", help="path of infinity_emb")
+    parser.add_argument("--overload", type=float, help="seconds with ten times the last level")
+    parser.add_argument("--plain", help=argparse.SUPPRESS)
+    parser.add_argument("--load", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.plain:
+        plain_handler(arguments.plain, arguments.port)
+    elif arguments.load:
+        print(json.dumps(asyncio.run(load(arguments.port, arguments.load, arguments.seconds))))
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            prepare_models(arguments.model, Path(folder))
+            (overload if arguments.overload else compare)(arguments, Path(folder))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""A server around an embedding model: OpenAI's and TEI's routes, batching, limits, metrics."""

@@ -1,0 +1,144 @@
+"""Request bodies: strict Pydantic models, errors that never repeat what was sent, JSON answers."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, TypeVar
+
+import orjson
+from pydantic import BaseModel, ConfigDict, ValidationError
+from starlette.requests import Request
+from starlette.responses import Response
+
+from nvembed.core.errors import UserError
+from nvembed.serving.errors import RequestError
+from nvembed.text.instructions import read_task
+
+# Bodies and answers above it are read and written in a thread, to keep the event loop free.
+_LARGE = 64 * 1024
+
+
+class Body(BaseModel):
+    """Base of all request bodies: unknown keys are refused, nothing is converted."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+BodyT = TypeVar("BodyT", bound=Body)
+
+
+async def read_body(request: Request, cls: type[BodyT]) -> BodyT:
+    """Check the body of a request.
+
+    Raises:
+        RequestError: it is no JSON, or has other fields or types than ``cls`` (400).
+    """
+    raw = await request.body()
+    try:
+        if len(raw) > _LARGE:
+            return await asyncio.to_thread(cls.model_validate_json, raw)
+        return cls.model_validate_json(raw)
+    except ValidationError as error:
+        raise _bad_body(error, cls) from None
+
+
+async def answer(content: object, numbers: int) -> Response:
+    """Render JSON; ``numbers`` tells how large it will be."""
+    if numbers * 12 > _LARGE:
+        body = await asyncio.to_thread(_dump, content)
+    else:
+        body = _dump(content)
+    return Response(body, media_type="application/json")
+
+
+def read_instruction(text: str | None) -> str | None:
+    """Read an instruction, or the name of an MTEB task; blank is none.
+
+    Raises:
+        RequestError: a word that is nearly a task's name.
+    """
+    if text is None or not text.strip():
+        return None
+    try:
+        return read_task(text)
+    except UserError as error:
+        raise RequestError(
+            400,
+            f"the instruction is neither a sentence nor a known task, {error.expected}",
+            code="bad_instruction",
+            param="instruction",
+        ) from None
+
+
+def openapi_body(cls: type[Body], **patches: dict[str, Any]) -> dict[str, Any]:
+    """Describe a body for the OpenAPI document; ``patches`` adds to its fields."""
+    schema = cls.model_json_schema()
+    inner = schema.pop("$defs", {})
+    for field in schema["properties"].values():  # a document of its own would need the references
+        if "$ref" in field:
+            field |= inner[field.pop("$ref").rpartition("/")[2]]
+    for name, more in patches.items():
+        schema["properties"][name] |= more
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+def openapi_errors(tei: bool) -> dict[int | str, dict[str, Any]]:
+    """Describe the answers that are errors."""
+    text = {"type": "string"}
+    nullable = {"type": ["string", "null"]}
+    inner: dict[str, Any] = {
+        "type": "object",
+        "required": ["message", "type", "param", "code"],
+        "properties": {"message": text, "type": text, "param": nullable, "code": text},
+    }
+    error = text if tei else inner
+    schema: dict[str, Any] = {
+        "type": "object",
+        "required": ["error"],
+        "properties": {"error": error},
+    }
+    meanings = {
+        400: "something in the body is wrong",
+        401: "no valid API key",
+        404: "unknown model",
+        408: "the body came too slowly",
+        413: "too large",
+        415: "not JSON",
+        429: "overloaded, see Retry-After",
+        503: "the model failed, or out of time",
+    }
+    content = {"application/json": {"schema": schema}}
+    return {
+        status: {"description": meaning, "content": content} for status, meaning in meanings.items()
+    }
+
+
+def openapi_answer(schema: dict[str, Any]) -> dict[int | str, dict[str, Any]]:
+    """Describe the answer that is not an error."""
+    content = {"application/json": {"schema": schema}}
+    return {200: {"description": "the answer", "content": content}}
+
+
+def _dump(content: object) -> bytes:
+    return orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)
+
+
+def _bad_body(error: ValidationError, cls: type[Body]) -> RequestError:
+    items = error.errors(include_url=False, include_context=False, include_input=False)
+    first = items[0]
+    if first["type"] == "json_invalid":
+        return RequestError(
+            400, "the body is not valid JSON in UTF-8; check how it is built", code="invalid_json"
+        )
+    param = str(first["loc"][0]) if first["loc"] else None
+    known = ", ".join(sorted(cls.model_fields))
+    if param is None:
+        message = f"the body is no JSON object; send one with the fields {known}"
+    elif first["type"] == "extra_forbidden":
+        message = f"unknown field {param[:60]!r}; known are {known}"
+    elif first["type"] == "missing":
+        message = f"the field {param!r} is missing"
+    else:
+        expected = cls.model_fields[param].description or first["msg"]
+        message = f"the field {param!r} is of the wrong type or value; expected {expected}"
+    return RequestError(400, message, code="invalid_body", param=param)

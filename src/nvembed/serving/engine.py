@@ -1,0 +1,177 @@
+"""The model as the server sees it: texts become items with a token count, items become vectors.
+
+``prepare`` runs in the tokeniser's thread and ``embed`` in the model's, one call at a time each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nvembed.inference.protocol import Encoder, unit_rows
+from nvembed.text.template import query_prompt
+
+if TYPE_CHECKING:
+    from nvembed.model.embedder import NVEmbed
+
+Side = Literal["query", "document"]
+
+# Of an encoder whose tokenizer is its own affair.
+CHARS_PER_TOKEN = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """How texts are to be read.
+
+    Attributes:
+        side: which of the encoder's two methods they are for.
+        task: the instruction in plain words; ``None`` is the model's own prompt of that side.
+    """
+
+    side: Side = "document"
+    task: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One text, ready for the model.
+
+    Attributes:
+        content: what ``embed`` of the same engine reads.
+        tokens: its length, at least 1.
+    """
+
+    content: Any
+    tokens: int
+
+
+class Engine(Protocol):
+    """What the server needs of a model."""
+
+    @property
+    def dimension(self) -> int:
+        """Width of the vectors."""
+        ...
+
+    @property
+    def takes_ids(self) -> bool:
+        """Whether token ids can be embedded."""
+        ...
+
+    def prepare(self, texts: Sequence[str], wish: Wish) -> list[Item]:
+        """Tokenise texts.
+
+        Raises:
+            UserError: the instruction leaves no room for a text.
+        """
+        ...
+
+    def prepare_ids(self, rows: Sequence[Sequence[int]]) -> list[Item]:
+        """Take ids of the model's tokenizer, without special tokens.
+
+        Raises:
+            UserError: an id that the vocabulary does not have.
+        """
+        ...
+
+    def embed(self, items: Sequence[Item]) -> NDArray[np.float32]:
+        """Embed in one forward: ``(len(items), dimension)``, rows of length 1."""
+        ...
+
+
+class PackEngine:
+    """An ``NVEmbed``: texts of any clients and prompts side by side in one flat batch."""
+
+    def __init__(self, model: NVEmbed) -> None:
+        self._model = model.eval()
+        self._vocabulary = int(model.backbone.model.config.get_text_config().vocab_size)
+
+    @property
+    def dimension(self) -> int:
+        """Width of the vectors."""
+        return self._model.dimension
+
+    @property
+    def takes_ids(self) -> bool:
+        """Always."""
+        return True
+
+    def prepare(self, texts: Sequence[str], wish: Wish) -> list[Item]:
+        """Tokenise; see :class:`Engine`."""
+        prompt = self._own_prompt(wish.side) if wish.task is None else query_prompt(wish.task)
+        rows = self._model.backbone.tokenize_texts(texts, prompt)
+        return [Item(row, len(row)) for row in rows]
+
+    def prepare_ids(self, rows: Sequence[Sequence[int]]) -> list[Item]:
+        """Add the special tokens; see :class:`Engine`."""
+        texts = self._model.backbone.text_tokenizer.from_ids(rows, self._vocabulary)
+        return [Item(text, len(text)) for text in texts]
+
+    def embed(self, items: Sequence[Item]) -> NDArray[np.float32]:
+        """Run the model once; see :class:`Engine`."""
+        import torch
+
+        from nvembed.model.embedder import embed_pack
+
+        with torch.inference_mode():
+            vectors = embed_pack(self._model, [item.content for item in items])
+            # A model in 16 bit normalises in 16 bit, to lengths that are off by up to 0.4 %.
+            return unit_rows(vectors[:, : self.dimension].float().cpu().numpy())
+
+    def _own_prompt(self, side: Side) -> str:
+        # As encode_query and encode_document of sentence-transformers choose.
+        names = ("query",) if side == "query" else ("document", "passage", "corpus")
+        prompts = self._model.prompts
+        name = next((name for name in names if name in prompts), self._model.default_prompt_name)
+        return (prompts.get(name) or "") if name is not None else ""
+
+
+class EncoderEngine:
+    """Any other encoder: one call per side and instruction, tokens guessed from characters."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        self._encoder = encoder
+
+    @property
+    def dimension(self) -> int:
+        """Width of the vectors."""
+        return self._encoder.dimension
+
+    @property
+    def takes_ids(self) -> bool:
+        """Never: nothing is known of its tokenizer."""
+        return False
+
+    def prepare(self, texts: Sequence[str], wish: Wish) -> list[Item]:
+        """Guess lengths; see :class:`Engine`."""
+        return [Item((text, wish), 1 + len(text) // CHARS_PER_TOKEN) for text in texts]
+
+    def prepare_ids(self, rows: Sequence[Sequence[int]]) -> list[Item]:
+        """Nothing calls it, since ``takes_ids`` is false."""
+        raise NotImplementedError
+
+    def embed(self, items: Sequence[Item]) -> NDArray[np.float32]:
+        """Call the encoder; see :class:`Engine`."""
+        rows_of: dict[Wish, list[int]] = {}
+        for row, item in enumerate(items):
+            rows_of.setdefault(item.content[1], []).append(row)
+        vectors = np.empty((len(items), self.dimension), dtype=np.float32)
+        for wish, rows in rows_of.items():
+            encoder = self._encoder
+            encode = encoder.encode_query if wish.side == "query" else encoder.encode_document
+            vectors[rows] = encode([items[row].content[0] for row in rows], task=wish.task)
+        return vectors
+
+
+def build_engine(encoder: Encoder) -> Engine:
+    """Put the fitting engine around a loaded model."""
+    from nvembed.model.embedder import NVEmbed
+
+    if isinstance(encoder, NVEmbed):
+        return PackEngine(encoder)
+    return EncoderEngine(encoder)

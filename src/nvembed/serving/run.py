@@ -1,0 +1,97 @@
+"""From a model's name to a listening server: what ``nvembed serve`` calls."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import uvicorn
+
+from nvembed.core.config import load_config
+from nvembed.core.errors import ConfigError
+from nvembed.inference.load import load_encoder
+from nvembed.model.settings import PrecisionChoice
+from nvembed.serving.app import create_app
+from nvembed.serving.config import ServerConfig
+from nvembed.serving.engine import Engine, Wish, build_engine
+from nvembed.serving.keys import ApiKeys, read_keys
+from nvembed.serving.logs import log_event, start_logging
+
+_LOCAL = ("127.0.0.1", "::1", "localhost")
+
+
+def serve(
+    model: str,
+    *,
+    host: str,
+    port: int,
+    config: Path | None = None,
+    overrides: Sequence[str] = (),
+    keys: Path | None = None,
+    dtype: PrecisionChoice | None = None,
+) -> None:
+    """Load a model and serve it until SIGTERM or Ctrl-C; what was accepted is finished then.
+
+    Args:
+        model: folder or hub id.
+        host: address to listen on.
+        port: 0 lets the system choose.
+        config: YAML file of ``ServerConfig``; ``None`` is the defaults.
+        overrides: ``key=value`` over it.
+        keys: file of API keys; ``None`` lets everybody call who reaches the port.
+        dtype: of the weights, see ``load_encoder``.
+
+    Raises:
+        UserError: settings, keys or model cannot be used, or the address is taken.
+    """
+    settings = load_config(ServerConfig, config, overrides)
+    if settings.model_name is None:
+        settings = settings.model_copy(update={"model_name": model})
+    known = read_keys(keys) if keys is not None else None
+    start_logging()
+    if known is None and host not in _LOCAL:
+        log_event("warning", message="no --keys: everybody who reaches this address may call")
+    engine = build_engine(load_encoder(model, dtype))
+    run_server(engine, settings, host=host, port=port, keys=known)
+
+
+def run_server(
+    engine: Engine, config: ServerConfig, *, host: str, port: int, keys: ApiKeys | None = None
+) -> None:
+    """Serve an engine until SIGTERM or Ctrl-C.
+
+    Raises:
+        ConfigError: the address cannot be listened on.
+    """
+    # The first forward of a process compiles and measures; no client should wait for it.
+    engine.embed(engine.prepare(["warm up"], Wish()))
+    app = create_app(engine, config, keys)
+    server = uvicorn.Server(
+        uvicorn.Config(
+            app,
+            host=host,
+            port=port,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            ws="none",
+            timeout_graceful_shutdown=config.limits.shutdown_seconds,
+        )
+    )
+    try:
+        socket = server.config.bind_socket()
+    except (SystemExit, OSError) as error:
+        raise ConfigError(
+            "cannot listen there", where=f"{host}:{port}", hint="Choose another --port"
+        ) from error
+    socket.listen()  # uvicorn does so later; who reads the line below may connect at once
+    # uvicorn raises the signal that stopped it once more, after all is done.
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    address = "http://{}:{}".format(*socket.getsockname()[:2])
+    log_event("listening", address=address, model=config.model_name, width=engine.dimension)
+    print(f"nvembed serves {config.model_name} on {address}", file=sys.stderr, flush=True)
+    server.run(sockets=[socket])
+    log_event("stopped")

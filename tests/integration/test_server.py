@@ -1,0 +1,326 @@
+"""A real server on the loopback: the openai client, rude clients, overload, SIGTERM."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nvembed.inference.fake import HashEncoder
+from serving_fakes import WIDTH, HeldEngine, make_config, running
+
+ROOT = Path(__file__).resolve().parents[2]
+DECODER = ROOT / "assets" / "decoder-6m"
+
+
+def raw_request(body: bytes, length: int | None = None, path: str = "/v1/embeddings") -> bytes:
+    head = (
+        f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(body) if length is None else length}\r\n\r\n"
+    )
+    return head.encode() + body
+
+
+def body_of(text: str | list[str]) -> bytes:
+    return json.dumps({"model": "m", "input": text}).encode()
+
+
+def call(port: int, text: str | list[str], **headers: str) -> tuple[int, dict]:
+    address = f"http://127.0.0.1:{port}/v1/embeddings"
+    request = urllib.request.Request(
+        address, body_of(text), {"Content-Type": "application/json", **headers}
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return answer.status, json.load(answer)
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, json.load(error)
+
+
+def connect(port: int) -> socket.socket:
+    made = socket.create_connection(("127.0.0.1", port), timeout=20)
+    return made
+
+
+def wait_for(condition) -> None:
+    until = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.005)
+
+
+def metric(port: int, name: str) -> float:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+        found = re.search(rf"^{re.escape(name)} (\S+)$", answer.read().decode(), re.MULTILINE)
+    return float(found[1]) if found else 0.0
+
+
+@pytest.fixture
+def engine() -> Iterator[HeldEngine]:
+    made = HeldEngine()
+    yield made
+    made.open.set()
+
+
+def test_a_client_that_leaves_frees_its_place(engine: HeldEngine) -> None:
+    with running(engine, make_config()) as port:
+        engine.open.clear()
+        with ThreadPoolExecutor(1) as pool:
+            first = pool.submit(call, port, "held")
+            engine.began.wait(10)
+            left = connect(port)
+            left.sendall(raw_request(body_of("gone")))
+            wait_for(lambda: metric(port, "nvembed_queued_requests") == 1)
+            left.close()
+            wait_for(lambda: metric(port, "nvembed_cancelled_total") == 1)
+            assert metric(port, "nvembed_queued_tokens") == 0
+            engine.open.set()
+            assert first.result()[0] == 200
+        assert call(port, "next")[0] == 200
+    assert engine.batches == [["held"], ["next"]]
+
+
+def test_half_closed_and_broken_connections(engine: HeldEngine) -> None:
+    with running(engine, make_config()) as port:
+        for sent in (
+            b"",
+            b"\x16\x03\x01\x02\x00",
+            b"GARBAGE\r\n\r\n",
+            raw_request(b"{", length=500),
+            raw_request(body_of("a"))[:60],
+        ):
+            with connect(port) as rude:
+                rude.sendall(sent)
+                rude.shutdown(socket.SHUT_WR)
+                answer = rude.recv(4096)
+                assert not answer or re.match(rb"HTTP/1.1 4\d\d", answer)
+        assert call(port, "fine")[0] == 200
+        wait_for(lambda: metric(port, "nvembed_inflight_requests") == 1)  # this one itself
+
+
+def test_slow_bodies_are_given_up(engine: HeldEngine) -> None:
+    with running(engine, make_config(limits={"body_seconds": 0.1})) as port:
+        with connect(port) as slow:
+            slow.sendall(raw_request(b'{"model"', length=500))
+            assert slow.recv(4096).startswith(b"HTTP/1.1 408")
+        assert call(port, "fine")[0] == 200
+
+
+def test_a_huge_body_is_refused_before_it_is_read(engine: HeldEngine) -> None:
+    with running(engine, make_config()) as port:
+        for length in (10 * 2**20, 10**15):
+            with connect(port) as large:
+                large.sendall(raw_request(b"{", length=length))
+                assert large.recv(4096).startswith(b"HTTP/1.1 413")
+        with connect(port) as chunked:
+            chunked.sendall(
+                b"POST /embed HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+                b"Transfer-Encoding: chunked\r\n\r\n"
+            )
+            with contextlib.suppress(ConnectionError):
+                for _ in range(90):
+                    chunked.sendall(b"20000\r\n" + b" " * 0x20000 + b"\r\n")
+                assert chunked.recv(4096).startswith(b"HTTP/1.1 413")
+        assert call(port, "a" * 1_000_001)[0] == 413
+        assert call(port, "fine")[0] == 200
+
+
+def test_a_request_out_of_time_is_answered(engine: HeldEngine) -> None:
+    with running(engine, make_config(limits={"request_seconds": 0.2})) as port:
+        engine.open.clear()
+        status, answer = call(port, "held")
+        assert (status, answer["error"]["code"]) == (503, "timeout")
+        engine.open.set()
+        assert call(port, "fine")[0] == 200
+
+
+def test_overload_every_request_is_answered_by_its_own_vectors(engine: HeldEngine) -> None:
+    config = make_config(
+        limits={"max_requests": 12}, batching={"queue_tokens": 30, "batch_tokens": 10}
+    )
+    encoder = HashEncoder(WIDTH)
+    with running(engine, config) as port:
+        engine.open.clear()
+
+        def ask(number: int) -> int:
+            texts = [f"text number {number} {part}" for part in range(2)]
+            status, answer = call(port, texts)
+            if status == 200:
+                found = np.array([row["embedding"] for row in answer["data"]], dtype=np.float32)
+                np.testing.assert_array_equal(found, encoder.encode_document(texts))
+            return status
+
+        with ThreadPoolExecutor(40) as pool:
+            answers = [pool.submit(ask, number) for number in range(80)]
+            wait_for(lambda: sum(answer.done() for answer in answers) > 30)
+            engine.open.set()
+            statuses = [answer.result() for answer in answers]
+        assert set(statuses) == {200, 429}
+        assert metric(port, "nvembed_queued_tokens") == 0
+        assert call(port, "fine")[0] == 200
+
+
+TEXTS = ["how do I sort a list?", "math.pi is a constant.", "x"]
+
+
+@pytest.fixture(scope="module")
+def model():
+    from nvembed import NVEmbed
+
+    return NVEmbed.from_pretrained(DECODER)
+
+
+@pytest.fixture(scope="module")
+def served(model) -> Iterator[str]:
+    """The decoder of the repository behind a real server; yields its address."""
+    from nvembed.serving.engine import build_engine
+
+    with running(build_engine(model), make_config()) as port:
+        yield f"http://127.0.0.1:{port}"
+
+
+def test_the_openai_client_gets_the_models_vectors(served: str, model) -> None:
+    openai = pytest.importorskip("openai", reason="needs the openai package")
+    with openai.OpenAI(base_url=f"{served}/v1", api_key="none") as client:
+        assert [row.id for row in client.models.list()] == ["m"]
+        answer = client.embeddings.create(model="m", input=TEXTS)  # base64 by itself
+        found = np.array([row.embedding for row in answer.data])
+        np.testing.assert_allclose(found, model.encode_document(TEXTS), atol=1e-5)
+        ids = [model.backbone.tokenizer(text, add_special_tokens=False).input_ids for text in TEXTS]
+        answer = client.embeddings.create(model="m", input=ids, encoding_format="float")
+        by_ids = np.array([row.embedding for row in answer.data])
+        np.testing.assert_allclose(by_ids, found, atol=1e-5)
+        answer = client.embeddings.create(
+            model="m", input=TEXTS[0], dimensions=32, extra_body={"instruction": "find the answer"}
+        )
+        oracle = model.encode_query(TEXTS[:1], task="find the answer", truncate_dim=32)
+        oracle = oracle / np.linalg.norm(oracle)
+        np.testing.assert_allclose(answer.data[0].embedding, oracle[0], atol=1e-5)
+        with pytest.raises(openai.BadRequestError, match="not in the vocabulary"):
+            client.embeddings.create(model="m", input=[[10**6]])
+        with pytest.raises(openai.NotFoundError):
+            client.embeddings.create(model="gpt", input="a")
+
+
+def test_the_snippet_of_the_document_runs(served: str, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("openai", reason="needs the openai package")
+    document = (ROOT / "docs" / "server.md").read_text(encoding="utf-8")
+    snippets = re.findall(r"^```python\n(.*?)^```", document, re.MULTILINE | re.DOTALL)
+    assert len(snippets) == 1
+    code = snippets[0].replace("http://127.0.0.1:8000", served) + "client.close()\n"
+    exec(compile(code, "server.md", "exec"), {})
+    assert capsys.readouterr().out == "2 16\n"
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
+def test_the_curl_line_of_the_document_runs(served: str) -> None:
+    document = (ROOT / "docs" / "server.md").read_text(encoding="utf-8")
+    line = re.search(r"^curl (?:.*\\\n)*.*$", document, re.MULTILINE)[0]
+    command = shlex.split(line.replace("\\\n", " ").replace("http://127.0.0.1:8000", served))
+    done = subprocess.run([*command, "--silent"], capture_output=True, check=True)
+    assert len(json.loads(done.stdout)["data"]) == 1
+
+
+@pytest.mark.filterwarnings("default")  # of their own dependencies
+def test_langchain(served: str, model) -> None:
+    module = pytest.importorskip("langchain_openai", reason="needs nvembed[clients]")
+    client = module.OpenAIEmbeddings(
+        base_url=f"{served}/v1", api_key="none", model="m", check_embedding_ctx_length=False
+    )
+    found = np.array(client.embed_documents(TEXTS))
+    np.testing.assert_allclose(found, model.encode_document(TEXTS), atol=1e-5)
+
+
+@pytest.mark.filterwarnings("default")  # of their own dependencies
+def test_llama_index(served: str, model) -> None:
+    module = pytest.importorskip(
+        "llama_index.embeddings.openai_like", reason="needs nvembed[clients]"
+    )
+    client = module.OpenAILikeEmbedding(
+        model_name="m", api_base=f"{served}/v1", api_key="none", reuse_client=False
+    )
+    found = np.array(client.get_text_embedding_batch(TEXTS))
+    np.testing.assert_allclose(found, model.encode_document(TEXTS), atol=1e-5)
+
+
+# The bound keeps the request waiting while the signal comes.
+WITHOUT_MODEL = """
+from nvembed.inference.fake import HashEncoder
+from nvembed.serving.config import ServerConfig
+from nvembed.serving.engine import EncoderEngine
+from nvembed.serving.run import run_server
+config = ServerConfig.model_validate({"model_name": "m", "batching": {"max_wait_ms": 700}})
+run_server(EncoderEngine(HashEncoder(16)), config, host="127.0.0.1", port=0)
+"""
+SERVE = ["serve", str(DECODER), "model_name=m", "batching.max_wait_ms=700", "--port", "0"]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        pytest.param(["-c", WITHOUT_MODEL], id="without model"),
+        pytest.param(["-m", "nvembed", *SERVE], id="serve", marks=pytest.mark.slow),
+    ],
+)
+def test_sigterm_finishes_what_was_accepted(command: list[str]) -> None:
+    with subprocess.Popen(
+        [sys.executable, *command],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
+    ) as process:
+        try:
+            port = announced_port(process)
+            with ThreadPoolExecutor(1) as pool:
+                answer = pool.submit(call, port, TEXTS)
+                wait_for(lambda: metric(port, "nvembed_queued_requests") == 1)
+                process.send_signal(signal.SIGTERM)
+                status, body = answer.result()
+            assert (status, len(body["data"])) == (200, 3)
+            assert process.wait(20) == 0
+            with pytest.raises(OSError):
+                connect(port)
+        finally:
+            process.kill()
+
+
+def announced_port(process: subprocess.Popen) -> int:
+    seen = []
+    for line in process.stderr:
+        seen.append(line)
+        if found := re.search(r"^nvembed serves \S+ on http://127.0.0.1:(\d+)$", line.strip()):
+            return int(found[1])
+    raise AssertionError("".join(seen))
+
+
+def test_asyncio_is_free_while_the_model_works(engine: HeldEngine) -> None:
+    async def main(port: int) -> None:
+        blocked = asyncio.create_task(asyncio.to_thread(call, port, "held"))
+        await asyncio.to_thread(engine.began.wait, 10)
+        start = time.monotonic()
+        assert await asyncio.to_thread(metric, port, "nvembed_inflight_requests") == 2
+        assert time.monotonic() - start < 5
+        engine.open.set()
+        assert (await blocked)[0] == 200
+
+    with running(engine, make_config()) as port:
+        engine.open.clear()
+        asyncio.run(main(port))

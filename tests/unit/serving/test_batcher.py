@@ -1,0 +1,135 @@
+"""The thread and the futures: results, faults, cancellation, back-pressure, closing."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from nvembed.serving.batcher import Batcher
+from nvembed.serving.batching import Scheduler
+from nvembed.serving.engine import Wish
+from nvembed.serving.errors import RequestError
+from nvembed.serving.metrics import Metrics
+from serving_fakes import HeldEngine
+
+
+class Bench:
+    def __init__(self, queue_tokens: int = 1000, batch_tokens: int = 8) -> None:
+        self.engine = HeldEngine()
+        scheduler = Scheduler(batch_tokens=batch_tokens, max_wait=0, queue_tokens=queue_tokens)
+        self.batcher = Batcher(self.engine, scheduler, Metrics())
+        self.batcher.start()
+
+    def items(self, *texts: str):
+        return self.engine.prepare(texts, Wish())
+
+    async def hold(self) -> asyncio.Task:
+        """Stop the model inside a batch, so that what follows must queue."""
+        self.engine.open.clear()
+        self.engine.began.clear()
+        first = asyncio.create_task(self.batcher.embed(self.items("held"), "x"))
+        await asyncio.to_thread(self.engine.began.wait, 10)
+        return first
+
+
+@pytest.fixture
+def bench() -> Iterator[Bench]:
+    made = Bench(queue_tokens=10)
+    yield made
+    made.engine.open.set()
+    made.batcher.close()
+
+
+def test_vectors_come_back_to_their_requests(bench: Bench) -> None:
+    async def main() -> None:
+        requests = [[f"text {n} {m}" for m in range(n + 1)] for n in range(3)]
+        jobs = [bench.batcher.embed(bench.items(*texts), n) for n, texts in enumerate(requests[:2])]
+        results = await asyncio.gather(*jobs)
+        for texts, vectors in zip(requests, results, strict=False):
+            oracle = np.stack([bench.engine._inner.embed(bench.items(text))[0] for text in texts])
+            np.testing.assert_array_equal(vectors, oracle)
+
+    asyncio.run(main())
+
+
+def test_queued_requests_share_a_batch(bench: Bench) -> None:
+    async def main() -> None:
+        first = await bench.hold()
+        others = [asyncio.create_task(bench.batcher.embed(bench.items(t), t)) for t in "abc"]
+        await asyncio.sleep(0)
+        bench.engine.open.set()
+        await asyncio.gather(first, *others)
+
+    asyncio.run(main())
+    assert bench.engine.batches == [["held"], ["a", "b", "c"]]
+
+
+def test_a_full_queue_refuses_with_a_time_to_come_back(bench: Bench) -> None:
+    async def main() -> None:
+        first = await bench.hold()
+        waiting = asyncio.create_task(bench.batcher.embed(bench.items("a b c d e f g h"), "y"))
+        await asyncio.sleep(0)
+        with pytest.raises(RequestError) as caught:
+            await bench.batcher.embed(bench.items("one two three"), "z")
+        assert caught.value.status == 429
+        assert int(caught.value.headers()["retry-after"]) >= 1
+        bench.engine.open.set()
+        await asyncio.gather(first, waiting)  # what was accepted is answered
+
+    asyncio.run(main())
+    assert ["one two three"] not in bench.engine.batches
+
+
+def test_a_cancelled_request_never_reaches_the_model(bench: Bench) -> None:
+    async def main() -> None:
+        first = await bench.hold()
+        gone = asyncio.create_task(bench.batcher.embed(bench.items("gone"), "y"))
+        stays = asyncio.create_task(bench.batcher.embed(bench.items("stays"), "z"))
+        await asyncio.sleep(0)
+        gone.cancel()
+        await asyncio.gather(gone, return_exceptions=True)
+        bench.engine.open.set()
+        await asyncio.gather(first, stays)
+
+    asyncio.run(main())
+    assert bench.engine.batches == [["held"], ["stays"]]
+    assert not bench.batcher._waiting
+
+
+@pytest.mark.parametrize("text", ["raise", "nan"])
+def test_a_fault_hits_its_own_request_only(bench: Bench, text: str) -> None:
+    async def main() -> None:
+        first = await bench.hold()
+        bad = asyncio.create_task(bench.batcher.embed(bench.items(text, "good text"), "y"))
+        good = asyncio.create_task(bench.batcher.embed(bench.items("other"), "z"))
+        await asyncio.sleep(0)
+        bench.engine.open.set()
+        await first
+        with pytest.raises(RequestError) as caught:
+            await bad
+        assert caught.value.status == 503
+        assert "secret" not in caught.value.message
+        assert np.isfinite(await good).all()
+
+    asyncio.run(main())
+
+
+def test_closing_finishes_what_was_accepted() -> None:
+    bench = Bench()
+
+    async def main() -> None:
+        first = await bench.hold()
+        tasks = [asyncio.create_task(bench.batcher.embed(bench.items(t), t)) for t in "abc"]
+        await asyncio.sleep(0)
+        closing = asyncio.create_task(asyncio.to_thread(bench.batcher.close))
+        await asyncio.sleep(0.01)
+        bench.engine.open.set()
+        await asyncio.gather(first, *tasks, closing)
+        with pytest.raises(RequestError):
+            await bench.batcher.embed(bench.items("late"), "z")
+
+    asyncio.run(main())
+    assert not bench.batcher.ready

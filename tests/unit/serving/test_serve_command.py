@@ -1,0 +1,101 @@
+"""Keys files, token ids against texts, the engine against the model, ``nvembed serve``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import nvembed.serving.run as serving_run
+from nvembed.cli.main import run
+from nvembed.core.errors import ConfigError, DataError
+from nvembed.serving.engine import PackEngine, Wish
+from nvembed.serving.keys import read_keys
+from nvembed.text.tokens import TextTokenizer
+
+
+def test_keys_file(tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    path.write_text("# ours\nalice:" + "a" * 20 + "\n\n" + "b" * 20 + "\n")
+    keys = read_keys(path)
+    assert keys.owner("Bearer " + "a" * 20) == "alice"
+    assert keys.owner("bearer " + "b" * 20) == "key-4"
+    for wrong in (None, "", "Bearer", "Bearer alice", "Basic " + "a" * 20, "Bearer " + "a" * 21):
+        assert keys.owner(wrong) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "place"), [("", "keys:"), ("short\n", "keys:1"), ("a:" + "x" * 20 + "\n" * 2, None)]
+)
+def test_bad_keys_files(tmp_path: Path, text: str, place: str | None) -> None:
+    path = tmp_path / "keys"
+    path.write_text(text if place else text * 2)
+    with pytest.raises(ConfigError, match=place or "keys:3"):
+        read_keys(path)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_keys(tmp_path / "missing")
+
+
+@pytest.mark.parametrize("style", ["nvembed", "official"])
+@pytest.mark.parametrize("max_tokens", [4, 64])
+def test_ids_give_the_sequences_of_their_texts(tiny_tokenizer, style, max_tokens: int) -> None:
+    tokenizer = TextTokenizer(tiny_tokenizer, max_tokens=max_tokens, style=style)
+    texts = ["abc", "a longer text than four tokens"]
+    ids = [tiny_tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    assert tokenizer.from_ids(ids, len(tiny_tokenizer)) == tokenizer(texts)
+    with pytest.raises(DataError, match="text 1: token id -1 is not in the vocabulary"):
+        tokenizer.from_ids([[3], [-1]], len(tiny_tokenizer))
+    with pytest.raises(DataError, match="no token ids"):
+        tokenizer.from_ids([[]], len(tiny_tokenizer))
+
+
+def test_the_engine_gives_the_models_vectors(tiny_decoder_dir: Path) -> None:
+    from nvembed import NVEmbed
+
+    model = NVEmbed.from_pretrained(tiny_decoder_dir)
+    model.prompts["query"] = "Instruct: own\nQuery: "
+    engine = PackEngine(model)
+    texts = ["one", "another text", "x"]
+    items = engine.prepare(texts, Wish()) + engine.prepare(texts, Wish("query"))
+    items += engine.prepare(texts, Wish("query", "find it"))
+    oracle = [
+        model.encode_document(texts),
+        model.encode_query(texts),
+        model.encode_query(texts, task="find it"),
+    ]
+    np.testing.assert_allclose(engine.embed(items), np.concatenate(oracle), atol=1e-6)
+    assert not np.allclose(oracle[1], oracle[2], atol=1e-3)
+    model.truncate_dim = 8
+    short = engine.embed(engine.prepare(texts, Wish()))
+    expected = oracle[0][:, :8] / np.linalg.norm(oracle[0][:, :8], axis=1, keepdims=True)
+    np.testing.assert_allclose(short, expected, atol=1e-6)
+
+
+def test_serve_hands_its_options_on(
+    tiny_decoder_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = {}
+    monkeypatch.setattr(
+        serving_run,
+        "run_server",
+        lambda engine, config, **place: seen.update(engine=engine, config=config, **place),
+    )
+    keys = tmp_path / "keys"
+    keys.write_text("alice:" + "a" * 20)
+    command = ["serve", str(tiny_decoder_dir), "batching.batch_tokens=77", "--port", "9000"]
+    assert run([*command, "--keys", str(keys), "--dtype", "float32"]) == 0
+    assert seen["config"].model_name == str(tiny_decoder_dir)
+    assert seen["config"].batching.batch_tokens == 77
+    assert (seen["host"], seen["port"]) == ("127.0.0.1", 9000)
+    assert isinstance(seen["engine"], PackEngine)
+    assert seen["keys"].owner("Bearer " + "a" * 20) == "alice"
+
+
+def test_serve_refuses_bad_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["serve", "nowhere/at/all", "batching.batch_tokens=0", "limit.max_texts=3"]) == 2
+    error = capsys.readouterr().err
+    assert "batching.batch_tokens" in error
+    assert "did you mean limits" in error
+    assert run(["serve", "nowhere/at/all"]) == 2
+    assert "no such model folder" in capsys.readouterr().err

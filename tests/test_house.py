@@ -19,6 +19,7 @@ SOURCE = ROOT / "src" / "nvembed"
 # From the top down; a package may import those below it, and those of its own level named here.
 LEVELS = [
     {"cli"},
+    {"index"},
     {"demo"},
     {"synthesis"},
     {"building"},
@@ -82,7 +83,18 @@ def test_public_names_are_exact_and_sorted() -> None:
 
 
 DATA_COMMANDS = ["build", "inspect", "check"]
-COMMANDS = ["demo", "data", "train", "mine", "evaluate", "encode", "search", "doctor", "export"]
+COMMANDS = [
+    "demo",
+    "data",
+    "train",
+    "mine",
+    "evaluate",
+    "encode",
+    "index",
+    "search",
+    "doctor",
+    "export",
+]
 
 
 @pytest.mark.parametrize(

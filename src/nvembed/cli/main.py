@@ -23,6 +23,7 @@ from nvembed.cli.doctor import doctor
 from nvembed.cli.encode import encode
 from nvembed.cli.evaluate import evaluate
 from nvembed.cli.export import export
+from nvembed.cli.index import index
 from nvembed.cli.mine import mine
 from nvembed.cli.search import search
 from nvembed.cli.train import train
@@ -30,7 +31,9 @@ from nvembed.core.errors import UserError
 
 # Which extra brings a library that the base install lacks.
 _EXTRAS = {
+    "fastapi": "index",
     "httpx2": "synth",
+    "lancedb": "index",
     "matplotlib": "plots",
     "onnx": "onnx",
     "onnxruntime": "onnx",
@@ -39,6 +42,7 @@ _EXTRAS = {
     "pyarrow": "data",
     "scipy": "eval",
     "sklearn": "eval",
+    "uvicorn": "index",
 }
 
 app = typer.Typer(
@@ -47,7 +51,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (demo, train, mine, evaluate, encode, search, doctor, export):
+for _command in (demo, train, mine, evaluate, encode, index, search, doctor, export):
     app.command()(_command)
 app.add_typer(data, name="data")
 

@@ -227,7 +227,7 @@ class _Writer:
         return {name: doc.metadata[name] for name in names}
 
     def _vectors(self, texts: list[str]) -> NDArray[np.float32]:
-        """Vectors ``(N, D)``: of texts in the database from there, of others once from the model."""
+        """Vectors ``(N, D)``: from the database where it has the text, else once from the model."""
         hashes = [text_hash(text) for text in texts]
         by_hash = dict(zip(hashes, texts, strict=True))
         found = {r["text_hash"]: r["vector"] for r in self.database.get("text_hash", [*by_hash])}
@@ -288,3 +288,17 @@ def _check_types(values: dict[str, Any], known: dict[str, FieldType], place: str
                 where=place,
                 hint="Make them alike, or keep other fields only with --fields",
             )
+
+
+def read_ids(path: Path) -> list[str]:
+    """Read a file of ids, one per line; empty lines are passed over.
+
+    Raises:
+        DataError: it is not there or not UTF-8 text.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise DataError(f"cannot be read ({reason})", where=str(path)) from error
+    return [id for line in lines if (id := line.strip())]

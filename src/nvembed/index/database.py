@@ -179,7 +179,7 @@ class Database:
         return _rows(found)
 
     def tidy(self, ann_above: int = ANN_ABOVE) -> None:
-        """Make what searches need: indexes over ids and words, and over vectors where they are many.
+        """Make what searches need: indexes of ids and words, and of vectors where they are many.
 
         Args:
             ann_above: number of documents from which on neighbours are found approximately.

@@ -114,7 +114,7 @@ def check_encoder(record: DatabaseRecord, encoder: Encoder, where: str) -> None:
     cosines = (_probe(encoder, record.dimension) * np.array(record.probe)).sum(axis=1)
     if cosines.min() < _SAME:
         raise _another(
-            where, f"the vectors of a test text differ (cosine {cosines.min():.3f}): not"
+            where, f"test texts get other vectors (cosine {cosines.min():.3f}): not the model"
         )
 
 

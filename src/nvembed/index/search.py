@@ -145,7 +145,7 @@ def map_of(vectors: NDArray[np.float32]) -> NDArray[np.float64]:
         ``(N, 2)``, centred, the widest coordinate within ±1; signs are such that the coordinate
         of greatest size is positive, so that equal input gives equal maps.
     """
-    centred = vectors.astype(np.float64) - vectors.mean(axis=0)
+    centred = vectors - vectors.mean(axis=0, dtype=np.float64)
     left, sizes, _ = np.linalg.svd(centred, full_matrices=False)
     plane: Any = np.zeros((len(vectors), 2))
     used = min(2, len(sizes))

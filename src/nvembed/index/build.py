@@ -21,12 +21,11 @@ from numpy.typing import NDArray
 from nvembed.core.errors import ConfigError, DataError
 from nvembed.core.progress import progress
 from nvembed.data.sources.rows import BadRow
-from nvembed.index.database import ANN_ABOVE, Database, is_database, text_hash
-from nvembed.index.record import new_record, recorded_encoder
+from nvembed.index.database import ANN_ABOVE, Database, is_database, text_hash, writing
+from nvembed.index.record import first_dimensions, new_record, recorded_encoder
 from nvembed.index.where import FieldType
 from nvembed.inference.encoding import WINDOW_TEXTS, encode_window
 from nvembed.inference.load import load_encoder
-from nvembed.inference.outputs import shorten
 from nvembed.inference.protocol import Encoder
 from nvembed.inference.reading import Document, Skipped, read_documents
 from nvembed.model.settings import PrecisionChoice
@@ -109,47 +108,48 @@ def index_documents(
     """
     options = options or IndexOptions()
     report = IndexReport()
-    encoder: Encoder | None = None
-    if is_database(path):
-        database = Database.open(path)
-        record = database.record
-        if truncate_dim not in (None, record.dimension):
-            raise _fixed("truncate_dim", path, truncate_dim, record.dimension)
-        if task not in (None, record.task):
-            raise _fixed("task", path, task, record.task)
-        if documents:
-            encoder = recorded_encoder(record, model, dtype, str(path))
-    else:
-        if model is None or not documents:
-            missing = "model" if documents else "documents"
-            raise ConfigError(f"a new database needs {missing}", where=str(path))
-        encoder = load_encoder(model, dtype) if isinstance(model, str) else model
-        record = new_record(model, encoder, task=task, truncate_dim=truncate_dim)
-        database = Database.create(path, record)
-    with database.writing():
-        if encoder is not None:
-            writer = _Writer(database, encoder, options, report)
-            writer.write(
-                read_documents(
-                    documents,
-                    text_key=options.text_key,
-                    id_key=options.id_key,
-                    keep_going=options.keep_going,
-                    skipped=report.skipped,
-                )
+    if not is_database(path) and (model is None or not documents):
+        missing = "documents" if model is not None else "a model"
+        raise ConfigError(f"a new database needs {missing}", where=str(path))
+    with writing(path):
+        if is_database(path):
+            database = Database.open(path)
+            _check_settings(database, task, truncate_dim)
+            encoder = (
+                recorded_encoder(database.record, model, dtype, str(path)) if documents else None
             )
+        else:
+            assert model is not None
+            encoder = load_encoder(model, dtype) if isinstance(model, str) else model
+            record = new_record(model, encoder, task=task, truncate_dim=truncate_dim)
+            database = Database.create(path, record)
+        if encoder is not None:
+            read = read_documents(
+                documents,
+                text_key=options.text_key,
+                id_key=options.id_key,
+                keep_going=options.keep_going,
+                skipped=report.skipped,
+            )
+            _Writer(database, encoder, options, report).write(read)
         report.deleted = database.delete(list(delete))
         database.tidy(options.ann_above)
     report.total = database.count()
     return report
 
 
-def _fixed(what: str, path: Path, given: object, kept: object) -> ConfigError:
-    return ConfigError(
-        f"{what} is {given!r}, the database has {kept!r}",
-        where=str(path),
-        hint="It is fixed when a database is made; leave it out, or make a new one",
-    )
+def _check_settings(database: Database, task: str | None, truncate_dim: int | None) -> None:
+    record = database.record
+    for what, given, kept in (
+        ("truncate_dim", truncate_dim, record.dimension),
+        ("task", task, record.task),
+    ):
+        if given is not None and given != kept:
+            raise ConfigError(
+                f"{what} is {given!r}, the database has {kept!r}",
+                where=str(database.path),
+                hint="It is fixed when a database is made; leave it out, or make a new one",
+            )
 
 
 @dataclass
@@ -234,7 +234,7 @@ class _Writer:
         missing = [key for key in by_hash if key not in found]
         if missing:
             made = encode_window(self.encoder, [by_hash[key] for key in missing], side="document")
-            short = shorten(made, self.database.record.dimension)
+            short = first_dimensions(made, self.database.record.dimension)
             found |= dict(zip(missing, short, strict=True))
             self.report.embedded += len(missing)
         return np.stack([found[key] for key in hashes])

@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -28,6 +29,7 @@ from nvembed.index.record import DatabaseRecord
 from nvembed.index.where import FieldType, where_sql
 
 TABLE = "documents"
+LOCK = ".lock"
 ANN_ABOVE = 50_000  # documents; measured in benchmarks/index_scale.py
 _KEY = b"nvembed"
 _OWN = ("id", "text", "text_hash", "vector")
@@ -41,8 +43,31 @@ _KEPT = timedelta(minutes=10)
 
 
 def is_database(path: str | Path) -> bool:
-    """Whether ``nvembed index`` has made this folder."""
-    return (Path(path) / f"{TABLE}.lance").is_dir()
+    """Whether ``nvembed index`` has made this folder, and came so far as to a first version."""
+    return any((Path(path) / f"{TABLE}.lance" / "_versions").glob("*.manifest"))
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Let no other process write to a database while the block runs; its folder is made.
+
+    Raises:
+        ConfigError: another one is writing, or there is something else in that place.
+    """
+    ours = {LOCK, f"{TABLE}.lance"}
+    if path.exists() and (not path.is_dir() or any(p.name not in ours for p in path.iterdir())):
+        raise ConfigError("not empty, and no database", where=str(path), hint="Choose another")
+    path.mkdir(parents=True, exist_ok=True)
+    with open(path / LOCK, "ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ConfigError(
+                "another process is writing to the database",
+                where=str(path),
+                hint="Wait for it to end",
+            ) from error
+        yield
 
 
 def text_hash(text: str) -> str:
@@ -60,13 +85,9 @@ class Database:
 
     @classmethod
     def create(cls, path: Path, record: DatabaseRecord) -> Database:
-        """Make an empty database.
-
-        Raises:
-            ConfigError: there is something else in that place.
-        """
-        if path.exists() and (not path.is_dir() or any(p.name != ".lock" for p in path.iterdir())):
-            raise ConfigError("not empty, and no database", where=str(path), hint="Choose another")
+        """Make an empty database; within ``writing`` only."""
+        # What a process left that was killed before the first version was there.
+        shutil.rmtree(path / f"{TABLE}.lance", ignore_errors=True)
         schema = pa.schema(
             [
                 pa.field("id", pa.string(), nullable=False),
@@ -100,24 +121,6 @@ class Database:
                 where=str(path),
             ) from error
         return cls(path, table, record)
-
-    @contextmanager
-    def writing(self) -> Iterator[None]:
-        """Let no other process write while the block runs.
-
-        Raises:
-            ConfigError: another one is writing.
-        """
-        with open(self.path / ".lock", "ab") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise ConfigError(
-                    "another process is writing to the database",
-                    where=str(self.path),
-                    hint="Wait for it to end",
-                ) from error
-            yield
 
     @property
     def fields(self) -> dict[str, FieldType]:

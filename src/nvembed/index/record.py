@@ -126,5 +126,10 @@ def _another(where: str, message: str) -> ModelError:
     )
 
 
+def first_dimensions(vectors: NDArray[np.float32], dimension: int) -> NDArray[np.float32]:
+    """Shorten unit vectors ``(N, D)``; those of the width wanted stay as they are, to the bit."""
+    return vectors if vectors.shape[1] == dimension else shorten(vectors, dimension)
+
+
 def _probe(encoder: Encoder, dimension: int) -> NDArray[np.float32]:
     return shorten(encode_window(encoder, _PROBE, side="document"), dimension)

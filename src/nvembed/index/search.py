@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from nvembed.core.errors import ConfigError
 from nvembed.index.database import Database
+from nvembed.index.record import first_dimensions
 from nvembed.inference.encoding import encode_window
-from nvembed.inference.outputs import shorten
 from nvembed.inference.protocol import Encoder
 
 # The constant of reciprocal-rank fusion (Cormack, Clarke, Büttcher 2009), and the least number of
@@ -70,7 +70,7 @@ def query_vector(
     """Embed a query as the database wants it: ``(D,)``, of length 1."""
     instruction = database.record.task if task is None else task or None
     made = encode_window(encoder, [query], side="query", task=instruction)
-    short: NDArray[np.float32] = shorten(made, database.record.dimension)[0]
+    short: NDArray[np.float32] = first_dimensions(made, database.record.dimension)[0]
     return short
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from nvembed.core.errors import ConfigError, DataError, ModelError
 from nvembed.core.files import write_jsonl
 from nvembed.index.build import IndexOptions, index_documents
-from nvembed.index.database import Database
+from nvembed.index.database import Database, writing
 from nvembed.index.record import recorded_encoder
 from nvembed.index.search import SearchOptions, find, map_of, search_database
 from nvembed.inference.fake import HashEncoder
@@ -305,7 +305,7 @@ def test_wrong_places(tmp_path):
     write_jsonl(tmp_path / "docs.jsonl", [{"id": 1, "text": "x"}])
     with pytest.raises(ConfigError, match="not empty, and no database"):
         index_documents(tmp_path / "full", [tmp_path / "docs.jsonl"], model=HashEncoder(8))
-    with pytest.raises(ConfigError, match="needs model"):
+    with pytest.raises(ConfigError, match="needs a model"):
         index_documents(tmp_path / "new", [tmp_path / "docs.jsonl"], model=None)
     assert not Path(tmp_path / "new").exists()
 
@@ -314,7 +314,7 @@ def test_one_process_writes(tmp_path):
     write_jsonl(tmp_path / "docs.jsonl", [{"id": 1, "text": "x"}])
     index_documents(tmp_path / "db", [tmp_path / "docs.jsonl"], model=HashEncoder(8))
     with (
-        Database.open(tmp_path / "db").writing(),
+        writing(tmp_path / "db"),
         pytest.raises(ConfigError, match="another process is writing"),
     ):
         index_documents(tmp_path / "db", [], model=None, delete=["1"])

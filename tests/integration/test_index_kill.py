@@ -42,21 +42,24 @@ print(report.embedded, flush=True)
 """
 
 
-def attempt(arguments: list[str], kill_after: float | None) -> tuple[int, str, float]:
-    """Exit code, output, seconds from where it begins to work."""
+# Less than what 75 windows take.
+SECONDS = 0.8
+
+
+def attempt(arguments: list[str], kill_after: float | None) -> tuple[int, str]:
+    """Exit code and output."""
     command = [sys.executable, "-c", DRIVER, *arguments]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd="/"
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
-    started = time.perf_counter()
     if kill_after is not None:
         time.sleep(kill_after)
         process.kill()
     out, err = process.communicate(timeout=60)
     assert process.returncode in (0, -9), err
-    return process.returncode, out, time.perf_counter() - started
+    return process.returncode, out
 
 
 def contents(path: Path, ids: list[str]) -> dict[str, tuple]:
@@ -90,10 +93,9 @@ def killed_until_done(folder: Path, kills: int, seed: int) -> None:
     assert len(expected) == 598
     index_documents(path, [folder / "old.jsonl"], model=HashEncoder(32))
     arguments = [str(folder / "new.jsonl"), str(path), str(folder / "gone.txt")]
-    seconds = attempt([arguments[0], str(folder / "timed"), arguments[2]], None)[2]
     died, embedded = 0, None
     while died < kills:
-        code, out, _ = attempt(arguments, choose.uniform(0, 0.7 * seconds))
+        code, out = attempt(arguments, choose.uniform(0, SECONDS))
         if code == 0:
             break
         died += 1
@@ -107,7 +109,7 @@ def killed_until_done(folder: Path, kills: int, seed: int) -> None:
             expected_vector = HashEncoder(32).encode_document([row["text"]])[0]
             np.testing.assert_array_equal(row["vector"], expected_vector)
     else:
-        code, out, _ = attempt(arguments, None)
+        code, out = attempt(arguments, None)
         assert code == 0
     embedded = int(json.loads(out))
     assert died >= 1
@@ -116,14 +118,20 @@ def killed_until_done(folder: Path, kills: int, seed: int) -> None:
     database = Database.open(path)
     assert database.approximate
     assert database.has_words
-    for options in (SearchOptions(exact=True), SearchOptions(exact=True, hybrid=True)):
-        hits = search_database(database, HashEncoder(32), "text 7", options)
-        other = search_database(Database.open(whole), HashEncoder(32), "text 7", options)
-        assert [hit.cosine for hit in hits] == [hit.cosine for hit in other]
+    other = Database.open(whole)
+    found, expected_hits = (
+        search_database(base, HashEncoder(32), "text 7", SearchOptions(exact=True))
+        for base in (database, other)
+    )
+    assert [hit.cosine for hit in found] == [hit.cosine for hit in expected_hits]
+    words = [
+        {row["id"] for row in base.by_words("7", 600, where=None)} for base in (database, other)
+    ]
+    assert words[0] == words[1] == {"d207", "d407"}
 
 
 def test_killed_and_run_again(tmp_path: Path) -> None:
-    killed_until_done(tmp_path, kills=4, seed=0)
+    killed_until_done(tmp_path, kills=1, seed=0)
 
 
 @pytest.mark.slow
@@ -132,11 +140,12 @@ def test_killed_many_times(tmp_path: Path, seed: int) -> None:
     killed_until_done(tmp_path, kills=10, seed=seed)
 
 
+@pytest.mark.slow
 def test_killed_while_it_is_made(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "docs.jsonl", [{"id": i, "text": f"text {i}"} for i in range(40)])
     (tmp_path / "gone.txt").write_text("")
     arguments = [str(tmp_path / name) for name in ("docs.jsonl", "db", "gone.txt")]
-    for delay in (0.0, 0.01, 0.02):
+    for delay in (0.0, 0.005, 0.01, 0.02, 0.03):
         attempt(arguments, delay)
     assert attempt(arguments, None)[0] == 0
     database = Database.open(tmp_path / "db")

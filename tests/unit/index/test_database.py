@@ -138,21 +138,21 @@ def test_words_are_ranked_as_bm25_says(database, rows):
 def test_approximate_search_finds_what_exact_search_finds(tmp_path):
     choose = np.random.default_rng(0)
     centres = choose.normal(size=(40, 32))
-    vectors = centres[choose.integers(0, 40, 6000)] + 0.5 * choose.normal(size=(6000, 32))
+    vectors = centres[choose.integers(0, 40, 3000)] + 0.5 * choose.normal(size=(3000, 32))
     vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
     write_jsonl(tmp_path / "one.jsonl", [{"_id": "x", "text": "x"}])
     path = tmp_path / "db"
     index_documents(path, [tmp_path / "one.jsonl"], model=HashEncoder(32))
     database = Database.open(path)
     database.delete(["x"])
-    ids = [f"d{n}" for n in range(6000)]
-    database.upsert(ids[:5000], ids[:5000], [{}] * 5000, vectors[:5000])
-    database.tidy(ann_above=6000)
+    ids = [f"d{n}" for n in range(3000)]
+    database.upsert(ids[:2500], ids[:2500], [{}] * 2500, vectors[:2500])
+    database.tidy(ann_above=3000)
     assert not database.approximate
-    database.tidy(ann_above=4000)
+    database.tidy(ann_above=2000)
     assert database.approximate
-    database.upsert(ids[5000:], ids[5000:], [{}] * 1000, vectors[5000:])  # not in the index yet
-    queries = vectors[choose.integers(0, 6000, 50)] + 0.1 * choose.normal(size=(50, 32))
+    database.upsert(ids[2500:], ids[2500:], [{}] * 500, vectors[2500:])  # not in the index yet
+    queries = vectors[choose.integers(0, 3000, 50)] + 0.1 * choose.normal(size=(50, 32))
     queries = (queries / np.linalg.norm(queries, axis=1, keepdims=True)).astype(np.float32)
     shares, late = [], 0
     for query in queries:
@@ -161,7 +161,7 @@ def test_approximate_search_finds_what_exact_search_finds(tmp_path):
         exact = find(database, "q", query, SearchOptions(top_k=10, exact=True))
         assert [hit.id for hit in exact] == [ids[n] for n in best]
         shares.append(len({hit.id for hit in found} & {ids[n] for n in best}) / 10)
-        late += sum(int(hit.id[1:]) >= 5000 for hit in found)
+        late += sum(int(hit.id[1:]) >= 2500 for hit in found)
     assert np.mean(shares) >= 0.95
     assert late > 30
     database.tidy(ann_above=10_000)  # few again: exact
@@ -308,6 +308,16 @@ def test_wrong_places(tmp_path):
     with pytest.raises(ConfigError, match="needs a model"):
         index_documents(tmp_path / "new", [tmp_path / "docs.jsonl"], model=None)
     assert not Path(tmp_path / "new").exists()
+
+
+def test_what_a_killed_first_run_left_is_no_database(tmp_path):
+    write_jsonl(tmp_path / "docs.jsonl", [{"id": 1, "text": "x"}])
+    (tmp_path / "db" / "documents.lance" / "_versions").mkdir(parents=True)
+    (tmp_path / "db" / "documents.lance" / "_versions" / ".tmp1").write_text("half")
+    with pytest.raises(DataError, match="no database"):
+        Database.open(tmp_path / "db")
+    done = index_documents(tmp_path / "db", [tmp_path / "docs.jsonl"], model=HashEncoder(8))
+    assert done.total == 1
 
 
 def test_one_process_writes(tmp_path):

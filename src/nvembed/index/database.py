@@ -220,7 +220,7 @@ class Database:
             query = query.bypass_vector_index()
         else:
             # Candidates by 8-bit numbers, put in order by the vectors themselves.
-            query = query.nprobes(_PROBES).ef(max(_EF, 2 * count)).refine_factor(_REFINE)
+            query = query.nprobes(_PROBES).ef(max(_EF, _REFINE * count)).refine_factor(_REFINE)
         if where is not None:
             query = query.where(self._sql(where), prefilter=True)
         return _rows(query.to_arrow())

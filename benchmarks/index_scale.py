@@ -25,7 +25,7 @@ from nvembed.index.build import IndexOptions, index_documents
 from nvembed.index.database import Database
 from nvembed.index.search import SearchOptions, find
 
-WORDS = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron".split()
+WORDS = [chr(97 + i) * 2 + "en" for i in range(15)]
 
 
 class Made:

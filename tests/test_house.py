@@ -19,7 +19,7 @@ SOURCE = ROOT / "src" / "nvembed"
 # From the top down; a package may import those below it, and those of its own level named here.
 LEVELS = [
     {"cli"},
-    {"serving"},
+    {"serving", "index"},
     {"demo"},
     {"synthesis"},
     {"building"},
@@ -84,8 +84,21 @@ def test_public_names_are_exact_and_sorted() -> None:
 
 
 DATA_COMMANDS = ["build", "inspect", "check"]
-COMMANDS = ["demo", "data", "train", "mine", "evaluate", "encode", "search", "doctor", "export"]
-COMMANDS += ["serve"]
+COMMANDS = [
+    "demo",
+    "data",
+    "train",
+    "mine",
+    "evaluate",
+    "encode",
+    "index",
+    "search",
+    "serve",
+    "compare",
+    "ablate",
+    "doctor",
+    "export",
+]
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from nvembed.cli.doctor import doctor
 from nvembed.cli.encode import encode
 from nvembed.cli.evaluate import evaluate
 from nvembed.cli.export import export
+from nvembed.cli.index import index
 from nvembed.cli.mine import mine
 from nvembed.cli.search import search
 from nvembed.cli.serve import serve
@@ -35,6 +36,7 @@ from nvembed.core.errors import UserError
 _EXTRAS = {
     "fastapi": "serve",
     "httpx2": "synth",
+    "lancedb": "index",
     "matplotlib": "plots",
     "onnx": "onnx",
     "onnxruntime": "onnx",
@@ -63,6 +65,7 @@ for _command in (
     compare,
     ablate,
     encode,
+    index,
     search,
     serve,
     doctor,

@@ -8,46 +8,108 @@ from typing import Annotated
 import typer
 
 from nvembed.cli.options import DtypeOption
+from nvembed.model.settings import PrecisionChoice
 
 # Enough of a hit to judge it by, on one or two lines of a terminal.
 SHOWN_CHARS = 160
 
 
 def search(
-    model: Annotated[
+    place: Annotated[
         str,
         typer.Argument(
-            help="Folder or hub id of any sentence-transformers model.", show_default=False
+            metavar="DB_OR_MODEL",
+            help="Database of nvembed index; or a model, with --documents.",
+            show_default=False,
         ),
     ],
     query: Annotated[str, typer.Argument(help="What to look for.", show_default=False)],
     *,
     documents: Annotated[
-        Path,
+        Path | None,
         typer.Option(help='JSONL or JSONL.gz of {"text"}, or BEIR documents.', show_default=False),
-    ],
+    ] = None,
     task: Annotated[
         str | None,
         typer.Option(help="Instruction for the query, or an MTEB task that has one (FiQA2018)."),
     ] = None,
     top_k: Annotated[int, typer.Option(min=1, help="Number of hits.")] = 10,
+    where: Annotated[
+        str | None, typer.Option(help="Filter of a database: \"year > 2000 AND lang = 'en'\".")
+    ] = None,
+    hybrid: Annotated[
+        bool, typer.Option("--hybrid", help="In a database: by words as well, ranks fused.")
+    ] = False,
+    exact: Annotated[
+        bool, typer.Option("--exact", help="Compare with every vector of a large database.")
+    ] = False,
+    model: Annotated[
+        str | None, typer.Option(help="Where the model of the database lies now.")
+    ] = None,
     dtype: DtypeOption = "auto",
 ) -> None:
-    """Find the texts of a file that are nearest to a query.
+    """Find the documents of a database, or the texts of a file, that are nearest to a query.
 
     Examples:
 
     \b
-      nvembed search runs/demo/model "sort a list" --documents docs.jsonl
+      nvembed search docs.db "sort a list"
+      nvembed search docs.db "sort a list" --hybrid --where "year > 2000"
       nvembed search runs/demo/model "sort a list" --documents docs.jsonl --top-k 3 \\
         --task "Given a question about Python, retrieve its documentation"
     """
-    from nvembed.inference.search import search_file
+    from nvembed.core.errors import ConfigError
     from nvembed.text.instructions import read_task
 
-    task = read_task(task)
-    for hit in search_file(model, documents, query, task=task, top_k=top_k, dtype=dtype):
-        text = " ".join(hit.text.split())
-        shown = text if len(text) <= SHOWN_CHARS else text[: SHOWN_CHARS - 1] + "…"
+    task = read_task(task) if task else task
+    if documents is None:
+        _search_database(place, query, task, top_k, where, hybrid, exact, model, dtype)
+        return
+    if where is not None or hybrid or exact or model is not None:
+        raise ConfigError(
+            "--where, --hybrid, --exact and --model are of databases",
+            where="--documents",
+            hint="nvembed index makes a database of the file",
+        )
+    from nvembed.inference.search import search_file
+
+    for hit in search_file(place, documents, query, task=task or None, top_k=top_k, dtype=dtype):
         name = f"  [{hit.id}]" if hit.id is not None else ""
-        typer.echo(f"{hit.rank:>3}  {hit.score:.4f}{name}  {shown}")
+        typer.echo(f"{hit.rank:>3}  {hit.score:.4f}{name}  {_shown(hit.text)}")
+
+
+def _search_database(
+    place: str,
+    query: str,
+    task: str | None,
+    top_k: int,
+    where: str | None,
+    hybrid: bool,
+    exact: bool,
+    model: str | None,
+    dtype: PrecisionChoice,
+) -> None:
+    from nvembed.core.errors import ConfigError
+    from nvembed.index.database import Database, is_database
+    from nvembed.index.record import recorded_encoder
+    from nvembed.index.search import SearchOptions, search_database
+
+    if not is_database(place):
+        raise ConfigError(
+            "no database",
+            where=place,
+            expected="a folder that nvembed index has made",
+            hint="To search a file with a model, give --documents FILE",
+        )
+    database = Database.open(Path(place))
+    database.count(where)  # a wrong filter is told before the model is loaded
+    encoder = recorded_encoder(database.record, model, dtype, place)
+    options = SearchOptions(task=task, top_k=top_k, where=where, hybrid=hybrid, exact=exact)
+    for hit in search_database(database, encoder, query, options):
+        score = f"{hit.cosine:.4f}" + (f"  {hit.fused:.4f}" if hit.fused is not None else "")
+        typer.echo(f"{hit.rank:>3}  {score}  [{hit.id}]  {_shown(hit.text)}")
+
+
+def _shown(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= SHOWN_CHARS else line[: SHOWN_CHARS - 1] + "…"

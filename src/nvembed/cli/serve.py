@@ -8,13 +8,15 @@ from typing import Annotated
 import typer
 
 from nvembed.cli.options import DtypeOption
+from nvembed.core.errors import ConfigError
 
 
 def serve(
     model: Annotated[
         str,
         typer.Argument(
-            help="Folder or hub id of any sentence-transformers model.", show_default=False
+            help="Folder or hub id of any sentence-transformers model; with --ui a database.",
+            show_default=False,
         ),
     ],
     overrides: Annotated[
@@ -30,8 +32,19 @@ def serve(
     ] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file of settings.")] = None,
     dtype: DtypeOption = "auto",
+    ui: Annotated[
+        bool, typer.Option("--ui", help="A page to search a database of `nvembed index`.")
+    ] = False,
+    moved: Annotated[
+        str | None,
+        typer.Option(
+            "--model", help="With --ui: where the model of the database lies now, if it moved."
+        ),
+    ] = None,
 ) -> None:
     """Serve a model over HTTP: OpenAI's /v1/embeddings, TEI's /embed and /rerank, /metrics.
+
+    With --ui, serve a page to search a database instead.
 
     Examples:
 
@@ -39,7 +52,20 @@ def serve(
       nvembed serve runs/demo/model
       nvembed serve runs/demo/model model_name=docs --port 9000 --keys keys.txt
       nvembed serve runs/demo/model --host 0.0.0.0 --keys keys.txt --config server.yaml
+      nvembed serve runs/demo/db --ui
     """
+    if ui:
+        from nvembed.cli.serve_ui import serve_page
+
+        if overrides or keys is not None or config is not None:
+            raise ConfigError(
+                "settings, --keys and --config are of the model server",
+                expected="none of them with --ui",
+            )
+        serve_page(model, host=host, port=port, model=moved, dtype=dtype)
+        return
+    if moved is not None:
+        raise ConfigError("--model goes with --ui", expected="the model as the first argument")
     from nvembed.serving.run import serve as serve_model
 
     serve_model(

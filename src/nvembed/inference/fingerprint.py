@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from pathlib import Path
 
 import nvembed
+from nvembed.core.errors import UserError
+from nvembed.core.files import cache_folder, write_text
 
 
 def model_fingerprint(model: str, *settings: object) -> str:
@@ -31,3 +34,52 @@ def model_fingerprint(model: str, *settings: object) -> str:
             name = path.relative_to(folder)
             digest.update(f"\n{name} {status.st_size} {status.st_mtime_ns}".encode())
     return digest.hexdigest()
+
+
+# What a model folder holds besides the model.
+_NOT_THE_MODEL = {".md", ".log", ".png", ".svg"}
+# Smaller files are read each time; the sums of larger ones are kept.
+_LARGE = 32 * 2**20
+
+
+def contents_fingerprint(model: str) -> str:
+    """Name a model by the contents of its files, wherever they lie; a hub id by its commit.
+
+    Unlike ``model_fingerprint`` it stays the same when the folder is copied or touched. Files are
+    read once; the sums of large ones are kept under name, size and time of change.
+
+    Args:
+        model: folder or hub id.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    folder = Path(model)
+    if not folder.is_dir():
+        from nvembed.model.source import ModelSource
+
+        config = ModelSource(model).require("config.json")
+        return hashlib.sha256(f"{model} {config.parent.name}".encode()).hexdigest()
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        hidden = any(part.startswith(".") for part in name.parts)
+        if path.is_file() and not hidden and path.suffix not in _NOT_THE_MODEL:
+            digest.update(f"{name.as_posix()} {_file_sum(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def _file_sum(path: Path) -> str:
+    status = path.stat()
+    kept: Path | None = None
+    if status.st_size >= _LARGE:
+        state = f"{path.resolve()} {status.st_size} {status.st_mtime_ns}"
+        kept = cache_folder("sums") / hashlib.sha256(state.encode()).hexdigest()
+        if kept.is_file():
+            return kept.read_text("ascii")
+    with open(path, "rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if kept is not None:
+        with contextlib.suppress(UserError):  # then it is read again next time
+            write_text(kept, found)
+    return found

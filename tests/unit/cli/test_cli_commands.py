@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -156,3 +157,58 @@ def test_demo_passes_its_options(monkeypatch):
     assert seen == [((3.0, "x/y", Path("here")), {})]
     assert run(["demo"]) == 0
     assert seen[1] == ((10.0, None, Path("runs/demo")), {})
+
+
+def test_index_and_search_of_a_database(place, tiny_decoder_dir, capsys):
+    pytest.importorskip("lancedb", reason="needs the extra nvembed[index]")
+    rows = [{"_id": f"d{i}", "text": text, "year": 2000 + i} for i, text in enumerate(DOCUMENTS)]
+    write_jsonl("docs.jsonl", rows)
+    shutil.copytree(tiny_decoder_dir, "model")
+    index = ["index", "docs.jsonl", "--to", "db", "--dtype", "float32"]
+    assert run(index) == 2
+    assert "a new database needs a model" in capsys.readouterr().err
+    assert run([*index, "--model", "model", "--task", "Find it"]) == 0
+    assert "db: 3 documents; 3 new, 0 changed" in capsys.readouterr().out
+
+    model = NVEmbed.from_pretrained(tiny_decoder_dir)
+    query = "what does the moon do"
+    scores = model.encode_document(DOCUMENTS) @ model.encode_query([query], task="Find it")[0]
+    search = ["search", "db", query, "--dtype", "float32"]
+    capsys.readouterr()
+    assert run([*search, "--where", "year > 2000"]) == 0
+    best = [i for i in np.argsort(-scores) if i > 0]
+    assert capsys.readouterr().out.splitlines() == [
+        f"{rank:>3}  {scores[i]:.4f}  [d{i}]  {' '.join(DOCUMENTS[i].split())}"
+        for rank, i in enumerate(best, start=1)
+    ]
+    assert run([*search, "--hybrid", "--top-k", "1"]) == 0
+    assert (
+        f"{1 / 61 + 1 / (61 + list(np.argsort(-scores)).index(1)):.4f}" in capsys.readouterr().out
+    )
+
+    Path("bad.jsonl").write_text('{"_id": "x", "text": "new"}\n{"_id": "y"}\n')
+    Path("gone.txt").write_text("d1\n")
+    more = ["index", "bad.jsonl", "--to", "db", "--dtype", "float32", "--keep-going"]
+    assert run([*more, "--delete", "d0", "--delete-file", "gone.txt"]) == 0
+    done = capsys.readouterr()
+    assert "db: 2 documents; 1 new, 0 changed, 0 as they were, 2 deleted; 1 texts" in done.out
+    assert "bad.jsonl:2" in done.err
+
+    for words, message in (
+        ([*search, "--where", "yaer > 1"], "no field 'yaer'"),
+        ([*search, "--documents", "docs.jsonl", "--hybrid"], "are of databases"),
+        (["search", "model", query], "give --documents FILE"),
+    ):
+        assert run(words) == 2
+        assert message in capsys.readouterr().err
+
+    # The same files in another place are the same model; other weights there are not.
+    shutil.move("model", "moved")
+    assert run(search) == 2
+    assert "no longer at" in capsys.readouterr().err
+    assert run([*search, "--model", "moved"]) == 0
+    config = json.loads(Path("moved/config.json").read_text())
+    Path("moved/config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.5}))
+    capsys.readouterr()
+    assert run([*search, "--model", "moved"]) == 2
+    assert "that this database was made with" in capsys.readouterr().err

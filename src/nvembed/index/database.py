@@ -1,0 +1,266 @@
+"""The database: one Lance table of documents, their fields and their vectors.
+
+Every change is one version of the table, so a process that is killed leaves the version before it.
+Columns: ``id``, ``text``, ``text_hash``, ``vector`` ``(D,)`` of length 1, and a column per field.
+Next file: ``index/search.py``.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import lancedb
+import numpy as np
+import pyarrow as pa
+from lancedb.index import FTS, BTree, IvfSq
+from numpy.typing import NDArray
+from pydantic import ValidationError
+
+from nvembed.core.errors import ConfigError, DataError
+from nvembed.index.record import DatabaseRecord
+from nvembed.index.where import FieldType, where_sql
+
+TABLE = "documents"
+LOCK = ".lock"
+ANN_ABOVE = 50_000  # documents; measured in benchmarks/index_scale.py
+_KEY = b"nvembed"
+_OWN = ("id", "text", "text_hash", "vector")
+_TYPES: dict[FieldType, pa.DataType] = {
+    "text": pa.string(),
+    "number": pa.float64(),
+    "boolean": pa.bool_(),
+}
+# Old versions are kept for readers that are in the middle of one.
+_KEPT = timedelta(minutes=10)
+
+
+def is_database(path: str | Path) -> bool:
+    """Whether ``nvembed index`` has made this folder, and came so far as to a first version."""
+    return any((Path(path) / f"{TABLE}.lance" / "_versions").glob("*.manifest"))
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Let no other process write to a database while the block runs; its folder is made.
+
+    Raises:
+        ConfigError: another one is writing, or there is something else in that place.
+    """
+    ours = {LOCK, f"{TABLE}.lance"}
+    if path.exists() and (not path.is_dir() or any(p.name not in ours for p in path.iterdir())):
+        raise ConfigError("not empty, and no database", where=str(path), hint="Choose another")
+    path.mkdir(parents=True, exist_ok=True)
+    with open(path / LOCK, "ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ConfigError(
+                "another process is writing to the database",
+                where=str(path),
+                hint="Wait for it to end",
+            ) from error
+        yield
+
+
+def text_hash(text: str) -> str:
+    """Name a text by its content, 32 hexadecimal digits."""
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+class Database:
+    """An open database; see ``create`` and ``open``."""
+
+    def __init__(self, path: Path, table: Any, record: DatabaseRecord) -> None:
+        self.path = path
+        self.record = record
+        self._table = table
+
+    @classmethod
+    def create(cls, path: Path, record: DatabaseRecord) -> Database:
+        """Make an empty database; within ``writing`` only."""
+        # What a process left that was killed before the first version was there.
+        shutil.rmtree(path / f"{TABLE}.lance", ignore_errors=True)
+        schema = pa.schema(
+            [
+                pa.field("id", pa.string(), nullable=False),
+                pa.field("text", pa.string(), nullable=False),
+                pa.field("text_hash", pa.string(), nullable=False),
+                pa.field("vector", pa.list_(pa.float32(), record.dimension), nullable=False),
+            ],
+            metadata={_KEY: record.model_dump_json().encode()},
+        )
+        _connect(path).create_table(TABLE, schema=schema)
+        return cls.open(path)
+
+    @classmethod
+    def open(cls, path: Path) -> Database:
+        """Open a database, always at its newest version.
+
+        Raises:
+            DataError: there is none, or it is of another version of this package.
+        """
+        if not is_database(path):
+            raise DataError(
+                "no database", where=str(path), hint="nvembed index DOCS --to DB makes one"
+            )
+        try:
+            table = _connect(path).open_table(TABLE)
+            record = DatabaseRecord.model_validate_json((table.schema.metadata or {})[_KEY])
+        except (KeyError, ValueError, ValidationError, RuntimeError, OSError) as error:
+            reason = str(error).strip().splitlines()
+            raise DataError(
+                f"cannot be opened as a database of nvembed ({reason[0] if reason else error!r})",
+                where=str(path),
+            ) from error
+        return cls(path, table, record)
+
+    @property
+    def fields(self) -> dict[str, FieldType]:
+        """The fields of the documents and what they hold."""
+        by_type = {arrow: name for name, arrow in _TYPES.items()}
+        return {f.name: by_type[f.type] for f in self._table.schema if f.name not in _OWN}
+
+    @property
+    def filterable(self) -> dict[str, FieldType]:
+        """What a filter may name: the fields, ``id`` and ``text``."""
+        return {"id": "text", "text": "text", **self.fields}
+
+    def count(self, where: str | None = None) -> int:
+        """Number of documents, of those that a filter lets through."""
+        return int(self._table.count_rows(self._sql(where)))
+
+    def add_fields(self, fields: dict[str, FieldType]) -> None:
+        """Give all documents new fields, empty so far."""
+        if fields:
+            self._table.add_columns(pa.schema([(n, _TYPES[kind]) for n, kind in fields.items()]))
+
+    def upsert(
+        self,
+        ids: Sequence[str],
+        texts: Sequence[str],
+        fields: Sequence[dict[str, Any]],
+        vectors: NDArray[np.float32],
+    ) -> None:
+        """Write documents ``(N,)`` with vectors ``(N, D)``; those with a known id are replaced.
+
+        Ids must be distinct, and of fields only known ones may be given.
+        """
+        columns: dict[str, Any] = {
+            "id": ids,
+            "text": texts,
+            "text_hash": [text_hash(text) for text in texts],
+            "vector": pa.FixedSizeListArray.from_arrays(
+                pa.array(vectors.astype(np.float32).ravel()), self.record.dimension
+            ),
+        }
+        for name in self.fields:
+            columns[name] = [row.get(name) for row in fields]
+        rows = pa.table(columns, schema=self._table.schema)
+        merge = self._table.merge_insert("id")
+        merge.when_matched_update_all().when_not_matched_insert_all().execute(rows)
+
+    def delete(self, ids: Sequence[str]) -> int:
+        """Delete documents; unknown ids are passed over. Returns how many were there."""
+        before = self.count()
+        for start in range(0, len(ids), 1000):
+            self._table.delete(_is_in("id", ids[start : start + 1000]))
+        return before - self.count()
+
+    def get(self, column: str, values: Sequence[str]) -> list[dict[str, Any]]:
+        """Documents by ``id`` or ``text_hash``, in no order, with everything that is kept."""
+        if not values:
+            return []
+        found = self._table.search().where(_is_in(column, values)).to_arrow()
+        return _rows(found)
+
+    def tidy(self, ann_above: int = ANN_ABOVE) -> None:
+        """Make what searches need: indexes of ids and words, and of vectors where they are many.
+
+        Args:
+            ann_above: number of documents from which on neighbours are found approximately.
+        """
+        indexed = {column for index in self._table.list_indices() for column in index.columns}
+        count = self.count()
+        for column, config in (("id", BTree()), ("text_hash", BTree()), ("text", FTS())):
+            if column not in indexed:
+                self._table.create_index(column, config=config)
+        if count > ann_above and "vector" not in indexed:
+            self._table.create_index("vector", config=IvfSq(distance_type="cosine"))
+        elif count <= ann_above and "vector" in indexed:
+            for index in self._table.list_indices():
+                if index.columns == ["vector"]:
+                    self._table.drop_index(index.name)
+        self._table.optimize(cleanup_older_than=_KEPT)
+
+    @property
+    def approximate(self) -> bool:
+        """Whether neighbours are found through an index."""
+        return any(index.columns == ["vector"] for index in self._table.list_indices())
+
+    @property
+    def has_words(self) -> bool:
+        """Whether words are indexed."""
+        return any(index.columns == ["text"] for index in self._table.list_indices())
+
+    def nearest(
+        self, vector: NDArray[np.float32], count: int, *, where: str | None, exact: bool
+    ) -> list[dict[str, Any]]:
+        """Documents nearest to a unit vector ``(D,)``, nearest first, as in ``get``."""
+        query = self._table.search(vector, vector_column_name="vector")
+        query = query.distance_type("cosine").limit(count)
+        if exact or not self.approximate:
+            query = query.bypass_vector_index()
+        else:
+            # Candidates by 8-bit numbers, put in order by the vectors themselves.
+            query = query.nprobes(_PROBES).refine_factor(_REFINE)
+        if where is not None:
+            query = query.where(self._sql(where), prefilter=True)
+        return _rows(query.to_arrow())
+
+    def by_words(self, text: str, count: int, *, where: str | None) -> list[dict[str, Any]]:
+        """Documents by BM25 (``_score``), best first, equal ones by id.
+
+        Raises:
+            DataError: the words are not indexed.
+        """
+        if not self.has_words:
+            raise DataError(
+                "words are not indexed",
+                where=str(self.path),
+                hint="A run of nvembed index did not come to its end: run it again",
+            )
+        query = self._table.search(text, query_type="fts", fts_columns="text").limit(count)
+        if where is not None:
+            query = query.where(self._sql(where), prefilter=True)
+        return sorted(_rows(query.to_arrow()), key=lambda row: (-row["_score"], row["id"]))
+
+    def _sql(self, where: str | None) -> str | None:
+        return None if where is None else where_sql(where, self.filterable)
+
+
+_PROBES, _REFINE = 20, 4  # measured in benchmarks/index_scale.py
+
+
+def _connect(path: Path) -> Any:
+    return lancedb.connect(os.fspath(path), read_consistency_interval=timedelta(0))
+
+
+def _is_in(column: str, values: Sequence[str]) -> str:
+    quoted = ", ".join("'" + value.replace("'", "''") + "'" for value in values)
+    return f"`{column}` IN ({quoted})"
+
+
+def _rows(found: Any) -> list[dict[str, Any]]:
+    """Rows of an Arrow table; their vectors as arrays."""
+    flat = found["vector"].combine_chunks().flatten().to_numpy()
+    vectors = flat.reshape(found.num_rows, -1) if found.num_rows else []
+    rows = found.drop_columns(["vector"]).to_pylist()
+    return [{**row, "vector": vector} for row, vector in zip(rows, vectors, strict=True)]

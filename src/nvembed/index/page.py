@@ -1,0 +1,139 @@
+"""A web page to search a database: one file of HTML, two addresses that answer in JSON.
+
+Nothing is fetched from elsewhere, and the page may load nothing from elsewhere either.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from importlib import resources
+from typing import Annotated, Any
+
+import numpy as np
+from fastapi import FastAPI, Request
+from fastapi.responses import HTMLResponse, JSONResponse
+from pydantic import BaseModel, ConfigDict, Field
+
+from nvembed.core.errors import UserError
+from nvembed.index.database import Database
+from nvembed.index.search import Found, SearchOptions, find, map_of, query_vector
+from nvembed.index.where import MAX_CHARS
+from nvembed.inference.protocol import Encoder
+from nvembed.text.instructions import all_instructions
+
+_SHOWN_CHARS = 4000
+_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; "
+    "script-src 'unsafe-inline'; connect-src 'self'; img-src data:; base-uri 'none'; "
+    "form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-store",
+}
+
+
+class SearchRequest(BaseModel):
+    """A search: see ``SearchOptions``."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    query: Annotated[str, Field(max_length=10_000)]
+    task: Annotated[str | None, Field(max_length=2_000)] = None
+    where: Annotated[str | None, Field(max_length=MAX_CHARS)] = None
+    top_k: Annotated[int, Field(ge=1, le=200)] = 20
+    hybrid: bool = False
+
+
+def page_app(database: Database, encoder: Encoder) -> FastAPI:
+    """Build the page of a database.
+
+    Args:
+        database: to search in; what is written to it later is found too.
+        encoder: its model, see ``recorded_encoder``. Used by one request at a time.
+
+    Returns:
+        the application: ``/`` the page, ``/api/about`` and ``/api/search``.
+    """
+    app = FastAPI(title="nvembed search", docs_url=None, redoc_url=None, openapi_url=None)
+    html = resources.files("nvembed.index").joinpath("page.html").read_text(encoding="utf-8")
+    encoding = threading.Lock()
+
+    @app.middleware("http")
+    async def guard(request: Request, answer: Any) -> Any:
+        response = await answer(request)
+        response.headers.update(_HEADERS)
+        return response
+
+    @app.exception_handler(UserError)
+    def user_error(request: Request, error: UserError) -> JSONResponse:
+        return JSONResponse({"error": str(error), "where": error.where}, status_code=400)
+
+    @app.get("/", response_class=HTMLResponse)
+    def page() -> str:
+        return html
+
+    @app.get("/api/about")
+    def about() -> dict[str, Any]:
+        return _about(database)
+
+    @app.post("/api/search")
+    def search(request: SearchRequest) -> dict[str, Any]:
+        return _search(database, encoder, encoding, request)
+
+    return app
+
+
+def _about(database: Database) -> dict[str, Any]:
+    return {
+        "name": database.path.name,
+        "documents": database.count(),
+        "model": database.record.model,
+        "dimension": database.record.dimension,
+        "task": database.record.task,
+        "approximate": database.approximate,
+        "words": database.has_words,
+        "fields": database.filterable,
+        "tasks": {
+            task.name: {"type": task.type, "instruction": task.instruction}
+            for task in all_instructions().values()
+        },
+    }
+
+
+def _search(
+    database: Database, encoder: Encoder, encoding: threading.Lock, request: SearchRequest
+) -> dict[str, Any]:
+    if not request.query.strip():
+        raise UserError("the query is empty", where="query", expected="a text")
+    where = request.where if request.where and request.where.strip() else None
+    started = time.perf_counter()
+    passing = database.count(where)  # checks the filter before anything is embedded
+    with encoding:
+        vector = query_vector(database, encoder, request.query, request.task)
+    embedded = time.perf_counter()
+    options = SearchOptions(top_k=request.top_k, where=where, hybrid=request.hybrid)
+    hits = find(database, request.query, vector, options)
+    found = time.perf_counter()
+    places = map_of(np.stack([vector, *(hit.vector for hit in hits)])).tolist()
+    return {
+        "hits": [_hit(hit, place) for hit, place in zip(hits, places[1:], strict=True)],
+        "query": places[0],
+        "passing": passing,
+        "encode_ms": 1000 * (embedded - started),
+        "search_ms": 1000 * (found - embedded),
+    }
+
+
+def _hit(hit: Found, place: list[float]) -> dict[str, Any]:
+    return {
+        "rank": hit.rank,
+        "id": hit.id,
+        "text": hit.text[:_SHOWN_CHARS],
+        "cut": len(hit.text) > _SHOWN_CHARS,
+        "fields": hit.fields,
+        "cosine": hit.cosine,
+        "words": hit.words,
+        "fused": hit.fused,
+        "place": place,
+    }

@@ -1,0 +1,157 @@
+"""Search of a database: by vector, or by vector and words together, and a map of what was found."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nvembed.core.errors import ConfigError
+from nvembed.index.database import Database
+from nvembed.index.record import first_dimensions
+from nvembed.inference.encoding import encode_window
+from nvembed.inference.protocol import Encoder
+
+# The constant of reciprocal-rank fusion (Cormack, Clarke, Büttcher 2009), and the least number of
+# candidates of each side.
+RRF_CONSTANT = 60
+RRF_DEPTH = 100
+
+
+@dataclass(frozen=True, slots=True)
+class SearchOptions:
+    """How to search.
+
+    Attributes:
+        task: instruction of the query; None is the database's own, empty is none.
+        top_k: number of documents, at least 1.
+        where: filter, see ``index/where.py``.
+        hybrid: by words as well, the two rankings fused by their ranks.
+        exact: compare with every vector even where there is an index.
+    """
+
+    task: str | None = None
+    top_k: int = 10
+    where: str | None = None
+    hybrid: bool = False
+    exact: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A document that was found.
+
+    Attributes:
+        rank: from 1.
+        id: of the document.
+        text: its text.
+        fields: those that it has.
+        cosine: between its vector and the query's.
+        words: BM25 of its text; None where it was not among the candidates by words.
+        fused: the score that ranks a hybrid search; None of one by vector.
+        vector: ``(D,)``, of length 1.
+    """
+
+    rank: int
+    id: str
+    text: str
+    fields: dict[str, str | float | bool]
+    cosine: float
+    words: float | None
+    fused: float | None
+    vector: NDArray[np.float32]
+
+
+def query_vector(
+    database: Database, encoder: Encoder, query: str, task: str | None
+) -> NDArray[np.float32]:
+    """Embed a query as the database wants it: ``(D,)``, of length 1."""
+    instruction = database.record.task if task is None else task or None
+    made = encode_window(encoder, [query], side="query", task=instruction)
+    short: NDArray[np.float32] = first_dimensions(made, database.record.dimension)[0]
+    return short
+
+
+def search_database(
+    database: Database, encoder: Encoder, query: str, options: SearchOptions
+) -> list[Found]:
+    """Find documents.
+
+    Args:
+        database: to search in.
+        encoder: its model, see ``recorded_encoder``.
+        query: what to look for.
+        options: how.
+
+    Returns:
+        at most ``top_k`` documents, best first, equal ones by id.
+
+    Raises:
+        ConfigError: an empty query, or a filter that is none.
+    """
+    if not query.strip():
+        raise ConfigError("the query is empty", where="query", expected="a text")
+    return find(database, query, query_vector(database, encoder, query, options.task), options)
+
+
+def find(
+    database: Database, query: str, vector: NDArray[np.float32], options: SearchOptions
+) -> list[Found]:
+    """Find documents for a query that is embedded already; see ``search_database``."""
+    if options.top_k < 1:
+        raise ConfigError(f"{options.top_k} hits asked for", where="top_k", expected="at least 1")
+    depth = max(RRF_DEPTH, 2 * options.top_k) if options.hybrid else options.top_k
+    near = database.nearest(vector, depth, where=options.where, exact=options.exact)
+    rows = {row["id"]: row for row in near}
+    words: dict[str, float] = {}
+    if options.hybrid:
+        by_words = database.by_words(query, depth, where=options.where)
+        words = {row["id"]: row.pop("_score") for row in by_words}
+        rows |= {row["id"]: row for row in by_words if row["id"] not in rows}
+    cosines = {id: float(row["vector"] @ vector) for id, row in rows.items()}
+    nearest = sorted((row["id"] for row in near), key=lambda id: (-cosines[id], id))
+    fused = _fused(nearest, list(words)) if options.hybrid else {}
+    order = sorted(rows, key=lambda id: (-(fused or cosines)[id], id))[: options.top_k]
+    names = list(database.fields)
+    return [
+        Found(
+            rank=rank,
+            id=id,
+            text=rows[id]["text"],
+            fields={n: rows[id][n] for n in names if rows[id].get(n) is not None},
+            cosine=cosines[id],
+            words=words.get(id),
+            fused=fused.get(id),
+            vector=rows[id]["vector"],
+        )
+        for rank, id in enumerate(order, start=1)
+    ]
+
+
+def _fused(*rankings: list[str]) -> dict[str, float]:
+    scores: dict[str, float] = {}
+    for ranking in rankings:
+        for rank, id in enumerate(ranking, start=1):
+            scores[id] = scores.get(id, 0.0) + 1.0 / (RRF_CONSTANT + rank)
+    return scores
+
+
+def map_of(vectors: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Lay vectors ``(N, D)`` out in the plane of their two main components.
+
+    Returns:
+        ``(N, 2)``, centred, the widest coordinate within ±1; signs are such that the coordinate
+        of greatest size is positive, so that equal input gives equal maps.
+    """
+    centred = vectors - vectors.mean(axis=0, dtype=np.float64)
+    left, sizes, _ = np.linalg.svd(centred, full_matrices=False)
+    plane: Any = np.zeros((len(vectors), 2))
+    used = min(2, len(sizes))
+    plane[:, :used] = (left * sizes)[:, :used]
+    plane[np.abs(plane) < 1e-9] = 0.0
+    greatest = plane[np.abs(plane).argmax(axis=0), [0, 1]]
+    plane *= np.where(greatest < 0, -1.0, 1.0)
+    widest = float(np.abs(plane).max())
+    return np.asarray(plane / widest if widest > 0 else plane, dtype=np.float64)

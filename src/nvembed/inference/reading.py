@@ -182,7 +182,7 @@ def _read_stdin(text_key: str | None, id_key: str | None) -> Iterator[Document |
         yield from _of_lines(lines, "stdin")
 
 
-def _opened(path: Path) -> IO[bytes]:
+def _opened(path: Path) -> Any:
     return gzip.open(path, "rb") if path.name.endswith(".gz") else open(path, "rb")
 
 

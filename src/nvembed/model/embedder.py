@@ -24,6 +24,7 @@ from nvembed.core.errors import ModelError
 from nvembed.core.progress import progress
 from nvembed.model.backbone import Backbone
 from nvembed.model.native_elementwise import native_elementwise
+from nvembed.model.native_layer import native_layers
 from nvembed.model.official import MODEL_TYPE, is_official
 from nvembed.model.official_load import load_official
 from nvembed.model.placement import DeviceMap
@@ -57,7 +58,7 @@ _OWN_MODULES: dict[str, type[Module]] = {
 }
 
 # Tokens per forward in encode. On a CPU a pack should stay in its caches; a GPU wants to be filled.
-CPU_PACK_TOKENS = 2048
+CPU_PACK_TOKENS = 1024
 CUDA_PACK_TOKENS = 16384
 
 
@@ -80,6 +81,7 @@ class NVEmbed(SentenceTransformer):
         super().__init__(*args, **options)
         fast_products(self)
         native_elementwise(self)
+        native_layers(self)
 
     @classmethod
     def from_pretrained(

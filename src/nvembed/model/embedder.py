@@ -285,7 +285,7 @@ class NVEmbed(SentenceTransformer):
         device: Any = None,
         **options: Any,
     ) -> Any:
-        """Encode in packs of a token budget, longest first; ``encode`` calls it.
+        """Encode in packs of a token budget, longest first, equal texts once; ``encode`` calls it.
 
         ``batch_size`` has no meaning without padding and is ignored; so are the sizes of the
         batches that the caller cuts, since vectors do not depend on their neighbours.
@@ -305,7 +305,11 @@ class NVEmbed(SentenceTransformer):
             )
         target = self._resolve_inference_device(device)
         self.eval()
-        texts = self.backbone.tokenize_texts(inputs, prompt or "")
+        # By type too: what is no text is refused by the tokenizer, with its row.
+        keys = [text if isinstance(text, str) else (row,) for row, text in enumerate(inputs)]
+        distinct = {key: place for place, key in enumerate(dict.fromkeys(keys))}
+        rows_of = {key: row for row, key in reversed(list(enumerate(keys)))}
+        texts = self.backbone.tokenize_texts([inputs[rows_of[k]] for k in distinct], prompt or "")
         lengths = [len(text) for text in texts]
         budget = CUDA_PACK_TOKENS if target.type == "cuda" else CPU_PACK_TOKENS
         packs = plan_packs(lengths, budget)
@@ -327,7 +331,11 @@ class NVEmbed(SentenceTransformer):
             return torch.empty((0, width), device=target)
         stacked = torch.cat(rows)
         order = torch.tensor([row for pack in packs for row in pack], device=stacked.device)
-        return torch.empty_like(stacked).index_copy_(0, order, stacked)
+        of_distinct = torch.empty_like(stacked).index_copy_(0, order, stacked)
+        if len(distinct) == len(inputs):
+            return of_distinct
+        places = [distinct[key] for key in keys]
+        return of_distinct[torch.tensor(places, device=stacked.device)]
 
 
 def model_kind(source: ModelSource) -> Literal["official", "saved", "language_model"]:

@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nvembed.core.errors import ConfigError, DataError, UserError
-from nvembed.core.files import atomic_path, read_jsonl, write_json
+from nvembed.core.files import atomic_path, read_jsonl, tidy, write_json
 from nvembed.core.progress import progress
 from nvembed.inference.encoding import WINDOW_TEXTS, Side, encode_window
 from nvembed.inference.fingerprint import model_fingerprint
@@ -108,7 +108,7 @@ def encode_file(
     """Embed every text of a file, of several, of a folder or of stdin.
 
     The whole input is checked before the model is loaded. The output appears under its name only
-    when it is complete; until then what is done lies in ``.<output>.parts`` beside it, from where a
+    when it is complete; until then what is done lies in ``<output>.parts`` beside it, from where a
     run that was killed goes on, if the model is given by name.
 
     Args:
@@ -236,7 +236,9 @@ def _write_output(
     job: _Job, output: Path, precision: OutputPrecision
 ) -> NDArray[np.float32] | None:
     """Write the vectors, quantised by way of a temporary file; returns the ranges if any."""
-    parts = output.with_name(f".{output.name}.parts")
+    parts = output.with_name(f"{output.name}.parts")
+    if output.parent.is_dir():
+        tidy(output.parent, output.name)  # of a run that was killed
     ranges = None
     with atomic_path(output) as temporary:
         if output.suffix == ".parquet":

@@ -182,6 +182,7 @@ def test_a_killed_run_goes_on_and_writes_the_same(
     with pytest.raises(KeyboardInterrupt):
         encode_file("m", tmp_path / "in.jsonl", output, task=None)
     assert not output.exists()
+    (tmp_path / ".out.npy.x1y2").write_text("what kill -9 leaves")
     done = encode_file("m", tmp_path / "in.jsonl", output, task=None)
     assert calls == [3, 3, 3, 3, 1]
     assert done.rows == 10

@@ -19,11 +19,15 @@ def encode(
     ],
     *,
     input: Annotated[
-        Path,
-        typer.Option(help='JSONL or JSONL.gz of {"text"}, or BEIR documents.', show_default=False),
+        list[Path],
+        typer.Option(
+            help="JSONL, CSV, TSV, JSON (also .gz), Parquet, .txt (a text per line), a folder, or "
+            "- for stdin; may be repeated.",
+            show_default=False,
+        ),
     ],
     output: Annotated[
-        Path, typer.Option(help="The .npy file: one row per line.", show_default=False)
+        Path, typer.Option(help="A .npy file, one row per text, or .parquet.", show_default=False)
     ],
     task: Annotated[
         str | None,
@@ -35,6 +39,12 @@ def encode(
     field: Annotated[
         str | None, typer.Option(help='Key of the text. Default: "text", after "title".')
     ] = None,
+    id_field: Annotated[
+        str | None, typer.Option(help='Key of the id. Default: "_id" or "id".')
+    ] = None,
+    keep_going: Annotated[
+        bool, typer.Option("--keep-going", help="Leave bad lines out and count them.")
+    ] = False,
     dtype: DtypeOption = "auto",
     truncate_dim: Annotated[
         int | None,
@@ -63,8 +73,20 @@ def encode(
 
     form = OutputFormat(truncate_dim, precision)
     done = encode_file(
-        model, input, output, task=read_task(task), field=field, form=form, dtype=dtype
+        model,
+        input,
+        output,
+        task=read_task(task),
+        field=field,
+        form=form,
+        dtype=dtype,
+        id_field=id_field,
+        keep_going=keep_going,
     )
+    if done.skipped is not None and done.skipped.count:
+        for bad in done.skipped.first:
+            typer.echo(f"left out: {bad.place}: {bad.problem}", err=True)
+        typer.echo(f"{done.skipped.count} bad lines were left out", err=True)
     typer.echo(f"{done.rows} vectors of width {done.dimension}: {done.output}")
     if done.ids is not None:
         typer.echo(f"their ids: {done.ids}")

@@ -24,6 +24,7 @@ from nvembed.core.errors import ModelError
 from nvembed.core.progress import progress
 from nvembed.model.backbone import Backbone
 from nvembed.model.native_elementwise import native_elementwise
+from nvembed.model.native_layer import native_layers
 from nvembed.model.official import MODEL_TYPE, is_official
 from nvembed.model.official_load import load_official
 from nvembed.model.placement import DeviceMap
@@ -58,7 +59,7 @@ _OWN_MODULES: dict[str, type[Module]] = {
 }
 
 # Tokens per forward in encode. On a CPU a pack should stay in its caches; a GPU wants to be filled.
-CPU_PACK_TOKENS = 2048
+CPU_PACK_TOKENS = 1024
 CUDA_PACK_TOKENS = 16384
 
 
@@ -81,6 +82,7 @@ class NVEmbed(SentenceTransformer):
         super().__init__(*args, **options)
         fast_products(self)
         native_elementwise(self)
+        native_layers(self)
 
     @classmethod
     def from_pretrained(
@@ -298,7 +300,7 @@ class NVEmbed(SentenceTransformer):
         device: Any = None,
         **options: Any,
     ) -> Any:
-        """Encode in packs of a token budget, longest first; ``encode`` calls it.
+        """Encode in packs of a token budget, longest first, equal texts once; ``encode`` calls it.
 
         ``batch_size`` has no meaning without padding and is ignored; so are the sizes of the
         batches that the caller cuts, since vectors do not depend on their neighbours.
@@ -318,7 +320,11 @@ class NVEmbed(SentenceTransformer):
             )
         target = self._resolve_inference_device(device)
         self.eval()
-        texts = self.backbone.tokenize_texts(inputs, prompt or "")
+        # By type too: what is no text is refused by the tokenizer, with its row.
+        keys = [text if isinstance(text, str) else (row,) for row, text in enumerate(inputs)]
+        distinct = {key: place for place, key in enumerate(dict.fromkeys(keys))}
+        rows_of = {key: row for row, key in reversed(list(enumerate(keys)))}
+        texts = self.backbone.tokenize_texts([inputs[rows_of[k]] for k in distinct], prompt or "")
         lengths = [len(text) for text in texts]
         budget = CUDA_PACK_TOKENS if target.type == "cuda" else CPU_PACK_TOKENS
         packs = plan_packs(lengths, budget)
@@ -340,7 +346,11 @@ class NVEmbed(SentenceTransformer):
             return torch.empty((0, width), device=target)
         stacked = torch.cat(rows)
         order = torch.tensor([row for pack in packs for row in pack], device=stacked.device)
-        return torch.empty_like(stacked).index_copy_(0, order, stacked)
+        of_distinct = torch.empty_like(stacked).index_copy_(0, order, stacked)
+        if len(distinct) == len(inputs):
+            return of_distinct
+        places = [distinct[key] for key in keys]
+        return of_distinct[torch.tensor(places, device=stacked.device)]
 
 
 def model_kind(source: ModelSource) -> Literal["official", "saved", "language_model"]:

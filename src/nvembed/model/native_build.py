@@ -58,6 +58,11 @@ def elementwise_library() -> ctypes.CDLL | None:
         return None
 
 
+def load_named(name: str) -> ctypes.CDLL:
+    """Load the library of a source file of this package; see ``load``."""
+    return load(_SOURCES / name)
+
+
 def load(source: Path) -> ctypes.CDLL:
     """Load the library of a source file, compiling it where it is not in the cache.
 

@@ -34,7 +34,7 @@ def native_elementwise(model: nn.Module) -> int:
         name = kind.__name__
         if name in [f"{family}RMSNorm" for family in FAMILIES]:
             module.__class__ = _derived(kind, _norm_forward)
-        elif name in [f"{family}MLP" for family in FAMILIES] and _is_silu(module):
+        elif name in [f"{family}MLP" for family in FAMILIES] and is_silu(module):
             module.__class__ = _derived(kind, _mlp_forward)
         else:
             continue
@@ -42,7 +42,8 @@ def native_elementwise(model: nn.Module) -> int:
     return count
 
 
-def _is_silu(module: Any) -> bool:
+def is_silu(module: Any) -> bool:
+    """Whether the gate of an MLP is SiLU."""
     return type(module.act_fn).__name__ in ("SiLU", "SiLUActivation")
 
 

@@ -2,12 +2,15 @@ from __future__ import annotations
 
 import errno
 import gzip
+import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from numpy.typing import NDArray
 
@@ -16,6 +19,7 @@ from nvembed.core.files import write_jsonl
 from nvembed.inference import files
 from nvembed.inference.fake import HashEncoder
 from nvembed.inference.files import encode_file, read_texts
+from nvembed.inference.outputs import OutputFormat
 
 ROWS: list[dict[str, Any]] = [
     {"_id": "d1", "title": "Lists", "text": "sort in place"},
@@ -85,7 +89,7 @@ def test_ids_of_an_earlier_run_do_not_stay(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        (['{"text": "a"}', '{"txt": "b"}'], r':2: no key "text"; expected \{"text": text\}'),
+        (['{"text": "a"}', '{"txt": "b"}'], r':2: no key "text" \(keys: "txt"\)'),
         (['{"text": "a"}', "", '{"text": " "}'], r':3: "text" is empty'),
         (['{"text": 3}'], r':1: "text" is not a text'),
         (['{"text": "\\ud800"}'], r":1: .*lone surrogate"),
@@ -153,3 +157,69 @@ def test_gzip_cut_short(tmp_path: Path) -> None:
     (tmp_path / "in.jsonl.gz").write_bytes(whole[:-9])
     with pytest.raises(DataError, match="broken gzip"):
         list(read_texts(tmp_path / "in.jsonl.gz"))
+
+
+def test_a_killed_run_goes_on_and_writes_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"id": i, "text": f"text number {i}"} for i in range(10)]
+    write_jsonl(tmp_path / "in.jsonl", rows)
+    monkeypatch.setattr(files, "WINDOW_TEXTS", 3)
+    monkeypatch.setattr(files, "model_fingerprint", lambda model, dtype: "m")
+    calls: list[int] = []
+
+    class Dying(HashEncoder):
+        def encode_document(
+            self, texts: Sequence[str], *, task: str | None = None
+        ) -> NDArray[np.float32]:
+            calls.append(len(texts))
+            if len(calls) == 3:
+                raise KeyboardInterrupt
+            return super().encode_document(texts, task=task)
+
+    monkeypatch.setattr(files, "load_encoder", lambda model, dtype: Dying())
+    output = tmp_path / "out.npy"
+    with pytest.raises(KeyboardInterrupt):
+        encode_file("m", tmp_path / "in.jsonl", output, task=None)
+    assert not output.exists()
+    (tmp_path / ".out.npy.x1y2").write_text("what kill -9 leaves")
+    done = encode_file("m", tmp_path / "in.jsonl", output, task=None)
+    assert calls == [3, 3, 3, 3, 1]
+    assert done.rows == 10
+    wanted = HashEncoder().encode_document([row["text"] for row in rows])
+    assert np.array_equal(np.load(output), wanted)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"in.jsonl", "out.npy", "out.npy.ids.json"}
+
+
+def test_parquet_with_ids_and_bad_lines_left_out(tmp_path: Path) -> None:
+    (tmp_path / "in.csv").write_text("key,body\na,first\nb,\nc,third\n")
+    output = tmp_path / "out.parquet"
+    done = encode_file(
+        HashEncoder(32),
+        [tmp_path / "in.csv"],
+        output,
+        task=None,
+        field="body",
+        id_field="key",
+        keep_going=True,
+    )
+    assert done.skipped is not None
+    assert (done.rows, done.skipped.count) == (2, 1)
+    assert done.skipped.first[0].place == f"{tmp_path / 'in.csv'}:3"
+    table = pq.read_table(output).to_pydict()
+    assert table["id"] == ["a", "c"]
+    wanted = HashEncoder(32).encode_document(["first", "third"])
+    assert np.array_equal(np.array(table["embedding"], dtype=np.float32), wanted)
+    with pytest.raises(ConfigError, match="int8 in Parquet"):
+        encode_file(
+            HashEncoder(), tmp_path / "in.csv", output, task=None, form=OutputFormat(None, "int8")
+        )
+
+
+def test_stdin_is_encoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(b"one\ntwo\n")))
+    encode_file(HashEncoder(), Path("-"), tmp_path / "out.npy", task=None)
+    assert np.array_equal(
+        np.load(tmp_path / "out.npy"), HashEncoder().encode_document(["one", "two"])
+    )

@@ -38,6 +38,18 @@ def test_vectors_do_not_depend_on_their_neighbours(model: NVEmbed, monkeypatch) 
     assert together.dtype == np.float32
 
 
+def test_equal_texts_are_embedded_once(model: NVEmbed, monkeypatch) -> None:
+    wanted = model.encode(["one", "two", "three"])
+    seen: list[int] = []
+    embed = embedder.embed_pack
+    monkeypatch.setattr(
+        embedder, "embed_pack", lambda m, texts: (seen.append(len(texts)), embed(m, texts))[1]
+    )
+    found = model.encode(["two", "one", "two", "three", "one"])
+    assert sum(seen) == 3
+    assert np.allclose(found, wanted[[1, 0, 1, 2, 0]], atol=1e-6)
+
+
 def test_task_and_prompt_agree_and_matter(model: NVEmbed) -> None:
     by_task = model.encode_query(TEXTS, task=TASK)
     by_prompt = model.encode(TEXTS, prompt="Instruct: find it\nQuery: ")

@@ -75,3 +75,21 @@ def test_other_types_and_slow_tokenizers_are_refused(tiny_tokenizer) -> None:
 
 def test_no_texts_give_no_tokens(tiny_tokenizer) -> None:
     assert TextTokenizer(tiny_tokenizer)([], PROMPT) == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["ab " * 50_000, "x" * 5_000, " " * 4_000 + "y" * 90_000 + " z", "é\n" * 2_000, "a b" * 100],
+)
+def test_long_texts_are_cut_before_they_are_tokenised_and_nothing_changes(
+    tiny_tokenizer, text: str, monkeypatch
+) -> None:
+    tokenize = TextTokenizer(tiny_tokenizer, max_tokens=40)
+    found = tokenize([text], query_prompt("t")), tokenize([text])
+    monkeypatch.setattr(TextTokenizer, "_beginning", lambda self, text: text)
+    assert found == (tokenize([text], query_prompt("t")), tokenize([text]))
+
+
+def test_of_a_long_text_only_the_beginning_is_tokenised(tiny_tokenizer) -> None:
+    beginning = TextTokenizer(tiny_tokenizer, max_tokens=40)._beginning("word " * 100_000)
+    assert 40 < len(beginning) <= 8 * 40

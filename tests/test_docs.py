@@ -12,9 +12,12 @@ import huggingface_hub.constants
 import pytest
 import yaml
 
+from nvembed.ablation.arms import grid_runs
+from nvembed.ablation.config import GridConfig
 from nvembed.cli.main import run
 from nvembed.core.config import load_config
 from nvembed.core.files import write_jsonl
+from nvembed.evaluation.reference import paper_tables
 from nvembed.training.config import TrainConfig
 from official_folders import write_official
 from task_folders import write_task
@@ -22,6 +25,7 @@ from task_folders import write_task
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+GRIDS = sorted((ROOT / "recipes" / "ablations").glob("*.yaml"))
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -62,6 +66,10 @@ def place(
         "stages": [{"name": "one", "steps": 1, "batch_size": 4, "in_batch_negatives": True}],
     }
     (tmp_path / "recipes" / "small.yaml").write_text(yaml.safe_dump(recipe))
+    (tmp_path / "recipes" / "ablations").mkdir()
+    grid = {"recipe": "../small.yaml", "output": "runs/grid", "tasks": ["../../FOLDER"]}
+    grid["axes"] = {"pooling": {"mean": {}, "last": {"model.pooling": {"kind": "last"}}}}
+    (tmp_path / "recipes" / "ablations" / "paper.yaml").write_text(yaml.safe_dump(grid))
     built = {**recipe, "build": {"folder": "built"}}
     (tmp_path / "recipes" / "small-built.yaml").write_text(yaml.safe_dump(built))
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -130,5 +138,17 @@ def test_recipes_are_valid(path: Path) -> None:
     assert first == f"# nvembed train recipes/{path.name}"
 
 
+@pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.name)
+def test_grids_are_valid(path: Path) -> None:
+    grid = load_config(GridConfig, path)
+    runs = grid_runs(grid, path.parent)
+    assert len(runs) == len(grid.arms()) * len(grid.seeds)
+    for paper in grid.paper:
+        assert set(paper.rows.values()) <= set(paper_tables()[paper.table].rows)
+    first = path.read_text(encoding="utf-8").split("\n")[0]
+    assert first == f"# nvembed ablate recipes/ablations/{path.name}"
+
+
 def test_there_are_recipes() -> None:
     assert RECIPES
+    assert GRIDS

@@ -170,7 +170,7 @@ class HubEncoder(AbsEncoder):
 
 
 def score_hub(task: AbsTask, encoder: HubEncoder, folder: Path) -> TaskResult:
-    """Score one task and keep mteb's own files of it; splits that are there are not repeated.
+    """Score one task and write mteb's own files of it anew.
 
     Raises:
         UnreachableTaskError: its data set cannot be loaded.
@@ -185,7 +185,7 @@ def score_hub(task: AbsTask, encoder: HubEncoder, folder: Path) -> TaskResult:
                 encoder,
                 task,
                 cache=ResultCache(folder),
-                overwrite_strategy="only-missing",
+                overwrite_strategy="always",  # its files do not tell instructions apart
                 co2_tracker=False,
                 show_progress_bar=False,
                 encode_kwargs={"batch_size": 512, "show_progress_bar": False},

@@ -173,6 +173,10 @@ def test_mteb_task_by_name_without_network(tmp_path: Path, sts_name: str, model:
     run_session(Settings("some/model", output), hub=hub)
     assert len(model.asked) == asked
 
+    # mteb's files of the first run must not answer for other instructions.
+    run_session(Settings("some/model", output, instructions="none"), hub=hub, resume=False)
+    assert {task for _, _, task in model.asked[asked:]} == {None}
+
 
 def test_a_task_out_of_reach_does_not_stop_the_others(
     tmp_path: Path, sts_name: str, model: Counting

@@ -87,7 +87,7 @@ def evaluate(
     """
     from nvembed.core.errors import ConfigError, DataError
     from nvembed.evaluation.reference import published_model
-    from nvembed.evaluation.run import BM25_NAME, evaluate_bm25, evaluate_folders
+    from nvembed.evaluation.run import BM25_NAME, evaluate_bm25, fits_bm25
     from nvembed.evaluation.session import Settings, run_session
     from nvembed.evaluation.summary import format_table, published_results
     from nvembed.evaluation.tasks import load_tasks
@@ -98,11 +98,14 @@ def evaluate(
         raise ConfigError("nothing to evaluate", expected="--tasks, --benchmark or --task")
     for name in against or ():
         published_model(name)  # an unknown one is told before hours of work
-    if model == BM25_NAME:
-        typer.echo(format_table({model: evaluate_folders(model, folders, output)}))
-        typer.echo(f"written: {output}")
-        return
     local = load_tasks(folders)
+    if model == BM25_NAME:
+        local = [task for task in local if fits_bm25(task)]
+        if not local:
+            raise DataError(
+                "BM25 has no score for any of these tasks",
+                expected="a Retrieval task in a folder, with the main score ndcg_at_10",
+            )
     hub, failed = [], {}
     if benchmark or task:
         from nvembed.evaluation.hub import find_hub_tasks
@@ -111,10 +114,11 @@ def evaluate(
         hub, failed = list(found.tasks), found.refused
     from nvembed.model.precision import settle_precision
 
-    settings = Settings(model, output, settle_precision(dtype), instructions, cache, engine)
+    precision = None if model == BM25_NAME else settle_precision(dtype)
+    settings = Settings(model, output, precision, instructions, cache, engine)
     done = run_session(settings, local, hub, processes=processes, resume=not start_over)
     columns = {model: done.results}
-    if bm25:
+    if bm25 and model != BM25_NAME:
         columns[BM25_NAME] = evaluate_bm25(local)
     columns |= {name: published_results(name, done.results) for name in against or ()}
     typer.echo(format_table(columns))

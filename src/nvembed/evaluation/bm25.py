@@ -9,15 +9,14 @@ from nvembed.evaluation.task_files import RetrievalData
 from nvembed.mining.bm25 import BM25
 
 
-def bm25_ndcg(data: RetrievalData, k: int = 10) -> float:
-    """Mean nDCG@k of BM25 on a retrieval task; documents without a shared word are not ranked."""
+def bm25_ndcgs(data: RetrievalData, k: int = 10) -> list[float]:
+    """nDCG@k of BM25 per query of a retrieval task; documents without a shared word do not rank."""
     scores, indices = BM25(data.documents).top_k(data.queries, k)
-    total = 0.0
+    values = []
     for query, row_scores, row in zip(data.query_ids, scores, indices, strict=True):
-        judged = data.judgements[query]
         ranked = [data.document_ids[i] for i in row[row_scores > 0]]
-        total += ndcg(ranked, judged, k)
-    return total / len(data.query_ids)
+        values.append(ndcg(ranked, data.judgements[query], k))
+    return values
 
 
 def ndcg(ranked: Sequence[str], judged: Mapping[str, int], k: int) -> float:

@@ -23,8 +23,16 @@ from nvembed.core.files import write_json
 from nvembed.core.progress import progress
 from nvembed.core.runs import describe_environment
 from nvembed.evaluation.cached import CachedEncoder
-from nvembed.evaluation.items import Items, items_folder, write_items
+from nvembed.evaluation.items import items_folder, write_items
 from nvembed.evaluation.results import TaskResult, read_results, write_results
+from nvembed.evaluation.run import (
+    BM25_NAME,
+    TaskOutcome,
+    fits_bm25,
+    score_bm25,
+    score_task,
+    task_result,
+)
 from nvembed.evaluation.tasks import LocalTask, load_task, read_json_object
 from nvembed.inference.fingerprint import model_fingerprint
 from nvembed.inference.protocol import Encoder
@@ -63,6 +71,8 @@ class Settings:
     @property
     def fingerprint(self) -> str:
         """Of the model as it is loaded: its files, or a hub id's commit, and the number type."""
+        if self.model == BM25_NAME:
+            return BM25_NAME
         return model_fingerprint(self.model, self.dtype, _commit(self.model))
 
     @property
@@ -140,13 +150,20 @@ def run_session(
     return found
 
 
-_Outcome = tuple[TaskResult, Items | None] | str
+_Outcome = TaskOutcome | str
 
 
 def _outcomes(
     settings: Settings, jobs: Sequence[LocalTask | AbsTask], processes: int
 ) -> Iterator[tuple[str, _Outcome]]:
     if not jobs:
+        return
+    if settings.model == BM25_NAME:
+        for job in jobs:
+            if isinstance(job, LocalTask) and fits_bm25(job):
+                yield _name(job), score_bm25(job)
+            else:
+                yield _name(job), "BM25 scores local Retrieval tasks with ndcg_at_10 alone"
         return
     if processes == 1:
         worker = _Worker(settings)
@@ -211,21 +228,13 @@ class _Worker:
         except UnreachableTaskError as error:
             return str(error)
 
-    def _score_local(self, task: LocalTask) -> tuple[TaskResult, Items | None]:
-        started = time.perf_counter()
-        items: Items | None = None
+    def _score_local(self, task: LocalTask) -> TaskOutcome:
         if self._settings.engine == "local":
-            from nvembed.evaluation.local_scores import score_local
+            return score_task(task, self._encoder)
+        from nvembed.evaluation.mteb_adapter import score
 
-            scored = score_local(task, self._encoder)
-            scores, items = scored.scores, scored.items
-        else:
-            from nvembed.evaluation.mteb_adapter import score
-
-            scores = score(task, self._encoder)
-        seconds = round(time.perf_counter() - started, 2)
-        main = scores[task.main_score]
-        return TaskResult(task.type, task.main_score, main, seconds, scores), items
+        started = time.perf_counter()
+        return task_result(task, score(task, self._encoder), started), None
 
 
 _own_worker: _Worker | None = None

@@ -122,7 +122,7 @@ def _is_path(name: str) -> bool:
 
 def _is_foreign(name: str) -> bool:
     """Tell a sentence-transformers model that has none of our modules."""
-    from nvembed.model.embedder import model_kind
+    from nvembed.model.kind import model_kind
     from nvembed.model.source import ModelSource
 
     source = ModelSource(name)

@@ -11,21 +11,20 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Module, Normalize
 from sentence_transformers.util import get_device_name, import_from_string, truncate_embeddings
 from torch import Tensor
-from transformers import CONFIG_MAPPING
 
 from nvembed.core.errors import ModelError
 from nvembed.core.progress import progress
 from nvembed.model.backbone import Backbone
+from nvembed.model.kind import model_kind
 from nvembed.model.native_elementwise import native_elementwise
 from nvembed.model.native_layer import native_layers
-from nvembed.model.official import MODEL_TYPE, is_official
 from nvembed.model.official_load import load_official
 from nvembed.model.placement import DeviceMap
 from nvembed.model.pooling import (
@@ -351,30 +350,6 @@ class NVEmbed(SentenceTransformer):
             return of_distinct
         places = [distinct[key] for key in keys]
         return of_distinct[torch.tensor(places, device=stacked.device)]
-
-
-def model_kind(source: ModelSource) -> Literal["official", "saved", "language_model"]:
-    """Tell what a name stands for; what ``config.json`` says goes before ``modules.json``.
-
-    Raises:
-        ModelError: there is nothing of that name, or its model type is unknown.
-    """
-    config = source.read_json("config.json")
-    if is_official(config):
-        return "official"
-    if source.find("modules.json") is not None:
-        return "saved"
-    if config is None:
-        source.require("config.json")
-    model_type = (config or {}).get("model_type")
-    if model_type is not None and model_type not in CONFIG_MAPPING:
-        raise ModelError(
-            f"unknown model_type {model_type!r} in config.json",
-            where=source.name,
-            expected=f"{MODEL_TYPE} or a type that the installed transformers knows",
-            hint="Upgrade transformers, or check that this is the right folder",
-        )
-    return "language_model"
 
 
 def _refuse_new(options: Mapping[str, object], source: ModelSource) -> None:

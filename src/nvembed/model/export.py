@@ -18,8 +18,9 @@ from nvembed.core.files import atomic_folder, write_json, write_text
 from nvembed.model.adapters import merge_lora
 from nvembed.model.backbone import Backbone
 from nvembed.model.card import model_card
-from nvembed.model.embedder import NVEmbed, model_kind
+from nvembed.model.embedder import NVEmbed
 from nvembed.model.export_stock import prove_stock, write_modules, write_stock
+from nvembed.model.kind import model_kind
 from nvembed.model.official import LatentShape, official_name, write_config
 from nvembed.model.pooling import LatentAttentionPooling
 from nvembed.model.shards import MAX_SHARD_BYTES, write_shards

@@ -83,11 +83,11 @@ def load_evaluation_tasks(config: EvaluationConfig, base_dir: Path) -> list[Loca
 
     Raises:
         DataError: a folder is missing or a task cannot be used.
-        UserError: mteb is not installed.
+        UserError: scikit-learn is not installed.
     """
-    if find_spec("mteb") is None:
+    if find_spec("sklearn") is None:
         raise UserError(
-            "evaluation during training needs the package 'mteb'",
+            "evaluation during training needs the package 'scikit-learn'",
             where="evaluation",
             hint="Install it with: pip install 'nvembed[eval]'",
         )

@@ -16,7 +16,8 @@ from nvembed.core.files import atomic_folder
 from nvembed.core.seeding import derive_seed, seed_everything
 from nvembed.model.adapters import add_lora, hold_frozen, merge_lora, save_adapter
 from nvembed.model.compiled import compile_elementwise
-from nvembed.model.embedder import NVEmbed, model_kind
+from nvembed.model.embedder import NVEmbed
+from nvembed.model.kind import model_kind
 from nvembed.model.quantization import quantize_frozen
 from nvembed.model.recompute import recompute_layers
 from nvembed.model.settings import PoolingSettings

@@ -2,16 +2,21 @@ from __future__ import annotations
 
 import builtins
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from nvembed.core.errors import ConfigError, DataError, ModelError, UserError
+from nvembed.cli.main import run as run_command
+from nvembed.core.errors import DataError, ModelError, UserError
 from nvembed.evaluation import run
-from nvembed.evaluation.bm25 import bm25_ndcg
-from nvembed.evaluation.results import TaskResult, read_results
-from nvembed.evaluation.tasks import LocalTask, load_task, load_tasks
+from nvembed.evaluation.bm25 import bm25_ndcgs
+from nvembed.evaluation.items import items_folder, read_items
+from nvembed.evaluation.results import read_results
+from nvembed.evaluation.session import Settings, run_session
+from nvembed.evaluation.tasks import load_task, load_tasks
 from nvembed.inference.fake import HashEncoder
 from task_folders import write_task
 
@@ -25,23 +30,6 @@ def tasks(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.fixture
-def scored(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Replace model and mteb by something instant; lists the tasks that were scored."""
-    names: list[str] = []
-
-    def score(task: LocalTask, encoder: Any) -> dict[str, float | None]:
-        assert isinstance(encoder, HashEncoder)
-        names.append(task.name)
-        return {task.main_score: len(names) / 10, "other": None}
-
-    module = type(run)("nvembed.evaluation.mteb_adapter")
-    module.score = score  # type: ignore[attr-defined]
-    monkeypatch.setitem(__import__("sys").modules, "nvembed.evaluation.mteb_adapter", module)
-    monkeypatch.setattr("nvembed.inference.load.load_encoder", lambda name, dtype: HashEncoder(8))
-    return names
-
-
 def test_bm25_scores_retrieval_only(tasks: Path) -> None:
     finished: list[str] = []
     results = run.evaluate_bm25(
@@ -49,121 +37,75 @@ def test_bm25_scores_retrieval_only(tasks: Path) -> None:
     )
     data: Any = load_task(tasks / "find").data
     assert list(results) == finished == ["find"]
-    assert results["find"].main_score == bm25_ndcg(data)
+    assert results["find"].main_score == pytest.approx(np.mean(bm25_ndcgs(data)))
     assert results["find"].type == "Retrieval"
 
 
-def test_bm25_by_name_needs_no_model(tasks: Path, tmp_path: Path) -> None:
+def test_bm25_by_name_needs_no_model_and_can_be_compared(
+    tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     output = tmp_path / "bm25.json"
-    results = run.evaluate_folders("bm25", [tasks], output)
-    assert read_results(output) == results
+    assert run_command(["evaluate", "bm25", "--tasks", str(tasks), "--output", str(output)]) == 0
+    assert read_results(output).keys() == {"find"}
     assert json.loads((tmp_path / "bm25.run.json").read_text())["model"] == "bm25"
-    with pytest.raises(DataError, match="BM25 has no score for any of these tasks"):
-        run.evaluate_folders("bm25", [tasks], tmp_path / "none.json", names=["similar"])
+    items = read_items(items_folder(output), "find")
+    data: Any = load_task(tasks / "find").data
+    assert items is not None
+    assert items.arrays["values_N"].tolist() == bm25_ndcgs(data)
+    capsys.readouterr()
+    words = ["evaluate", "bm25", "--tasks", str(tasks / "similar"), "--output", str(output)]
+    assert run_command(words) == 2
+    assert "BM25 has no score for any of these tasks" in capsys.readouterr().err
 
 
-def test_results_and_what_they_were_made_with(
-    tasks: Path, tmp_path: Path, scored: list[str]
+def test_scores_are_those_of_each_task_in_order(tasks: Path) -> None:
+    finished: list[str] = []
+    found = load_tasks([tasks])
+    results = run.evaluate(
+        HashEncoder(64), found, on_result=lambda name, result: finished.append(name)
+    )
+    assert list(results) == finished == ["find", "order", "similar"]
+    for task in found:
+        expected, _ = run.score_task(task, HashEncoder(64))
+        assert results[task.name].scores == expected.scores
+        assert results[task.name].main_score == expected.scores[task.main_score]
+
+
+def test_bad_input_is_told_before_any_model_is_loaded(
+    tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    output = tmp_path / "out" / "results.json"
-    results = run.evaluate_folders("some-model", [tasks], output, dtype="bfloat16")
-    assert scored == ["find", "order", "similar"]
-    written = json.loads(output.read_text())
-    assert written["order"] == {
-        "type": "Reranking",
-        "main_score_name": "map",
-        "main_score": 0.2,
-        "seconds": results["order"].seconds,
-        "scores": {"map": 0.2, "other": None},
-    }
-    made = json.loads((tmp_path / "out" / "results.run.json").read_text())
-    assert made["model"] == "some-model"
-    assert made["dtype"] == "bfloat16"
-    assert made["instructions"] == {
-        "find": "Find what fits",
-        "order": None,
-        "similar": "Find what fits",
-    }
-    assert "mteb" in made["environment"]["packages"]
-
-
-def test_finished_tasks_survive_a_crash_and_are_not_repeated(
-    tasks: Path, tmp_path: Path, scored: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    output = tmp_path / "results.json"
-    original = run.write_results
-
-    def stop_after_two(path: Path, results: dict[str, TaskResult]) -> None:
-        original(path, results)
-        if len(results) == 2:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(run, "write_results", stop_after_two)
-    with pytest.raises(KeyboardInterrupt):
-        run.evaluate_folders("m", [tasks], output)
-    monkeypatch.setattr(run, "write_results", original)
-    assert list(read_results(output)) == ["find", "order"]
-
-    results = run.evaluate_folders("m", [tasks], output, resume=True)
-    assert scored == ["find", "order", "similar"]
-    assert [results[name].main_score for name in ("find", "order", "similar")] == [0.1, 0.2, 0.3]
-    assert read_results(output) == results
-    run.evaluate_folders("m", [tasks], output, resume=True)
-    assert len(scored) == 3
-    run.evaluate_folders("m", [tasks], output, names=["order"])
-    assert scored[3:] == ["order"]
-    assert list(read_results(output)) == ["order"]
-
-
-def test_resume_keeps_models_apart(tasks: Path, tmp_path: Path, scored: list[str]) -> None:
-    output = tmp_path / "results.json"
-    run.evaluate_folders("first", [tasks], output, names=["find"], resume=True)
-    with pytest.raises(ConfigError, match="holds results of 'first', not of 'second'"):
-        run.evaluate_folders("second", [tasks], output, resume=True)
-    assert scored == ["find"]
-    run.evaluate_folders("first", [tasks], output, names=["order"], resume=True)
-    assert list(read_results(output)) == ["find", "order"]
-    made = json.loads((tmp_path / "results.run.json").read_text())
-    assert made["instructions"] == {"find": "Find what fits", "order": None}
-    (tmp_path / "results.run.json").write_text("{}")
-    with pytest.raises(ConfigError, match="holds results of None"):
-        run.evaluate_folders("first", [tasks], output, resume=True)
-    (tmp_path / "results.run.json").unlink()
-    with pytest.raises(DataError, match=r"results\.run\.json: cannot read"):
-        run.evaluate_folders("first", [tasks], output, resume=True)
-
-
-def test_bad_input_is_told_before_any_model_is_loaded(tasks: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="is a folder"):
-        run.evaluate_folders("no-such-model", [tasks], tmp_path)
-    with pytest.raises(DataError, match="no task called"):
-        run.evaluate_folders("no-such-model", [tasks], tmp_path / "r.json", names=["x"])
+    words = ["evaluate", "./no-such-model", "--tasks", str(tasks)]
+    assert run_command([*words, "--output", str(tmp_path)]) == 2
+    assert "is a folder" in capsys.readouterr().err
     (tasks / "similar" / "test.jsonl").write_text("{\n")
-    with pytest.raises(DataError, match=r"test\.jsonl:1: not valid JSON"):
-        run.evaluate_folders("no-such-model", [tasks], tmp_path / "r.json")
+    assert run_command([*words, "--output", str(tmp_path / "r.json")]) == 2
+    assert "test.jsonl:1: not valid JSON" in capsys.readouterr().err
     assert not list(tmp_path.glob("r*"))
+    with pytest.raises(DataError, match="no task called"):
+        load_tasks([tasks], ["x"])
 
 
 def test_an_unknown_model_leaves_earlier_results_alone(tasks: Path, tmp_path: Path) -> None:
     output = tmp_path / "results.json"
-    run.evaluate_folders("bm25", [tasks], output)
+    found = load_tasks([tasks], ["find"])
+    run_session(Settings("bm25", output), found)
     before = output.read_text()
     with pytest.raises(ModelError):
-        run.evaluate_folders("./no/such/model", [tasks], output)
+        run_session(Settings("./no/such/model", output), found, resume=False)
     assert output.read_text() == before
 
 
-def test_missing_mteb_is_a_user_error(tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-
+def test_missing_libraries_are_a_user_error(tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original = builtins.__import__
 
     def refuse(name: str, *arguments: Any, **options: Any) -> Any:
-        if name == "mteb":
-            raise ModuleNotFoundError("No module named 'mteb'", name="mteb")
+        if name.partition(".")[0] == "sklearn":
+            raise ModuleNotFoundError("No module named 'sklearn'", name="sklearn")
         return original(name, *arguments, **options)
 
-    monkeypatch.delitem(sys.modules, "nvembed.evaluation.mteb_adapter", raising=False)
+    for name in [n for n in sys.modules if n.startswith("nvembed.evaluation.")]:
+        if name.partition("evaluation.")[2].partition(".")[0] in ("local_scores", "metrics"):
+            monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(builtins, "__import__", refuse)
-    with pytest.raises(UserError, match=r"needs the package 'mteb'.*nvembed\[eval\]"):
+    with pytest.raises(UserError, match=r"needs the package 'sklearn'.*nvembed\[eval\]"):
         run.evaluate(HashEncoder(8), load_tasks([tasks]))

@@ -19,7 +19,7 @@ from nvembed.inference.doctor.findings import Diagnosis, Finding, Placement, Sam
 from nvembed.inference.doctor.report import print_diagnosis
 from nvembed.inference.doctor.subject import Subject
 from nvembed.inference.load import SentenceTransformerEncoder, load_encoder
-from nvembed.model.embedder import NVEmbed
+from nvembed.model.embedder import CPU_PACK_TOKENS, NVEmbed
 from nvembed.model.memory import weight_bytes
 
 OPTIONS = DoctorOptions(task="Find it", query="where is it", document="it is there")
@@ -180,7 +180,7 @@ def test_memory_and_placement(tiny_decoder_dir: Path) -> None:
     assert Placement("LatentAttentionPooling", "cpu", "float32", head) in diagnosis.placement
     assert sum(part.bytes for part in diagnosis.placement) == sum(weight_bytes(model).values())
     # encode never holds more than a pack
-    assert examine(model, "tiny", DoctorOptions(batch=10_000)).memory[0].tokens == 2048
+    assert examine(model, "tiny", DoctorOptions(batch=10_000)).memory[0].tokens == CPU_PACK_TOKENS
 
 
 def test_thresholds_of_drift_speed_and_placement(tiny_decoder_dir: Path, monkeypatch) -> None:

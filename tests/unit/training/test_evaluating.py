@@ -93,7 +93,7 @@ def test_tasks_are_read_at_once_and_told_if_they_cannot(tmp_path: Path, monkeypa
     with pytest.raises(DataError, match="nowhere: no such folder"):
         load_evaluation_tasks(evaluation(tasks=("tasks", "nowhere")), tmp_path)
     monkeypatch.setattr(evaluating, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"package 'mteb'.* pip install 'nvembed\[eval\]'"):
+    with pytest.raises(UserError, match=r"package 'scikit-learn'.* pip install 'nvembed\[eval\]'"):
         load_evaluation_tasks(evaluation(), tmp_path)
 
 

@@ -230,7 +230,11 @@ def _contrast_cells(contrast: Contrast) -> tuple[str, str]:
     if contrast.p is None:
         return f"{contrast.difference:+.2f}", "–"
     mark = " *" if contrast.stands_out else ""
-    return f"{contrast.difference:+.2f}{mark}", f"{contrast.p:.3f}"
+    return f"{contrast.difference:+.2f}{mark}", _shown_p(contrast.p)
+
+
+def _shown_p(p: float) -> str:
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
 # --- Findings -------------------------------------------------------------------------------------
@@ -275,7 +279,7 @@ def _findings(
             found.append(
                 f"{what} over all else"
                 + (
-                    f" (p = {contrast.p:.3f})."
+                    f" (p: {_shown_p(contrast.p)})."
                     if contrast.stands_out and contrast.p is not None
                     else ", which the spread does not allow to call a difference."
                 )

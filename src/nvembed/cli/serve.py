@@ -66,6 +66,8 @@ def serve(
         return
     if moved is not None:
         raise ConfigError("--model goes with --ui", expected="the model as the first argument")
+    if (Path(model) / "documents.lance").is_dir():
+        raise ConfigError("is a database, not a model", where=model, expected="--ui to search it")
     from nvembed.serving.run import serve as serve_model
 
     serve_model(

@@ -52,7 +52,7 @@ class ServerConfig(StrictModel):
     """All settings of ``nvembed serve``; the file of ``--config`` has these keys.
 
     Args:
-        model_name: what clients call the model; ``None`` is the name it was loaded by.
+        model_name: what clients call the model; ``None`` is its hub id or the name of its folder.
         batching: see the class.
         limits: see the class.
         log_requests: one line of JSON per request on stderr, without texts.

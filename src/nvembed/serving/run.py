@@ -48,7 +48,8 @@ def serve(
     """
     settings = load_config(ServerConfig, config, overrides)
     if settings.model_name is None:
-        settings = settings.model_copy(update={"model_name": model})
+        name = Path(model).resolve().name if Path(model).is_dir() else model
+        settings = settings.model_copy(update={"model_name": name})
     known = read_keys(keys) if keys is not None else None
     start_logging()
     if known is None and host not in _LOCAL:

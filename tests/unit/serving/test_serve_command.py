@@ -85,7 +85,7 @@ def test_serve_hands_its_options_on(
     keys.write_text("alice:" + "a" * 20)
     command = ["serve", str(tiny_decoder_dir), "batching.batch_tokens=77", "--port", "9000"]
     assert run([*command, "--keys", str(keys), "--dtype", "float32"]) == 0
-    assert seen["config"].model_name == str(tiny_decoder_dir)
+    assert seen["config"].model_name == tiny_decoder_dir.name
     assert seen["config"].batching.batch_tokens == 77
     assert (seen["host"], seen["port"]) == ("127.0.0.1", 9000)
     assert isinstance(seen["engine"], PackEngine)
@@ -99,3 +99,15 @@ def test_serve_refuses_bad_settings(capsys: pytest.CaptureFixture[str]) -> None:
     assert "did you mean limits" in error
     assert run(["serve", "nowhere/at/all"]) == 2
     assert "no such model folder" in capsys.readouterr().err
+
+
+def test_a_database_is_no_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["serve", str(tmp_path), "--model", "x"]) == 2
+    assert "--model goes with --ui" in capsys.readouterr().err
+    assert run(["serve", str(tmp_path), "batching.batch_tokens=77", "--ui"]) == 2
+    assert "none of them with --ui" in capsys.readouterr().err
+    assert run(["serve", str(tmp_path / "none"), "--ui"]) == 2
+    assert "no database" in capsys.readouterr().err
+    (tmp_path / "db" / "documents.lance").mkdir(parents=True)
+    assert run(["serve", str(tmp_path / "db")]) == 2
+    assert "is a database, not a model; expected --ui" in capsys.readouterr().err

@@ -137,7 +137,8 @@ def test_bugs_keep_their_traceback(monkeypatch, error):
 
 def test_ctrl_c_in_a_real_process():
     code = (
-        "import signal, sys, time, nvembed.inference.search as s; from nvembed.cli.main import run\n"
+        "import signal, sys, time, nvembed.inference.search as s\n"
+        "from nvembed.cli.main import run\n"
         # Tests that run in the background of a shell are started with SIGINT ignored.
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "def wait(*a, **k):\n"

@@ -1,7 +1,8 @@
 """Scores a local task with mteb: its metrics and protocols, on data that is already here.
 
-The only file that imports mteb. In: a ``LocalTask`` and an ``Encoder``; out: the scores of mteb's
-task of that type. mteb's settings are kept but for one of clustering, noted at ``_SETTINGS``.
+It and ``hub.py`` are the only files that import mteb. In: a ``LocalTask`` and an ``Encoder``; out:
+the scores of mteb's task of that type. mteb's settings are kept but for one of
+clustering, noted at ``_SETTINGS``.
 """
 
 from __future__ import annotations

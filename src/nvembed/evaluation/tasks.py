@@ -1,7 +1,7 @@
 """Local evaluation tasks: a folder with ``task.json`` and the data files of its type.
 
 ``find_tasks`` finds the folders, ``load_task`` reads one and refuses it with every problem named.
-Scoring is in ``mteb_adapter`` (all types) and ``bm25`` (retrieval).
+Scoring is in ``local_scores`` (all types) and ``bm25`` (retrieval).
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from nvembed.core.errors import UserError
 from nvembed.inference.protocol import Encoder, unit_rows
 from nvembed.text.template import query_prompt
 
@@ -152,8 +153,8 @@ class EncoderEngine:
         return [Item((text, wish), 1 + len(text) // CHARS_PER_TOKEN) for text in texts]
 
     def prepare_ids(self, rows: Sequence[Sequence[int]]) -> list[Item]:
-        """Nothing calls it, since ``takes_ids`` is false."""
-        raise NotImplementedError
+        """Refuse; see ``takes_ids``."""
+        raise UserError("the tokenizer of this model is not known", expected="texts")
 
     def embed(self, items: Sequence[Item]) -> NDArray[np.float32]:
         """Call the encoder; see :class:`Engine`."""

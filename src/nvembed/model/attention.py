@@ -6,9 +6,10 @@ token see its own segment only: all of it (bidirectional) or what came before (c
 windows are ignored on purpose: an embedding needs the whole text (NV-Embed never applies Mistral's,
 nv-embed.md 1.2).
 
-Three kernels: ``varlen_attn`` on CUDA in 16 bit, our own on a CPU in float32 and both directions
-(``model/native_attention.py``), dense blocks elsewhere (segments of equal length stand side by side
-and form one block; nothing is padded).
+Four kernels: ``varlen_attn`` on CUDA in 16 bit, our own on a CPU in float32 and both directions
+(``model/native_attention.py``) and in bfloat16 without gradient (``model/native_bfloat16.py``),
+dense blocks elsewhere (segments of equal length stand side by side and form one block; nothing is
+padded).
 
 Letters: T tokens of the pack, H heads, K key/value heads, E head width, G segments of one block, L
 their length.
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from nvembed.core.errors import ModelError
+from nvembed.model import native_bfloat16
 from nvembed.model.native_attention import available, native_attention, takes
 from nvembed.text.packing import Segments
 
@@ -83,6 +85,10 @@ def flat_attention(
         out_THE = _varlen(query[0], key[0], value[0], segments, causal, scaling)
     elif not (causal or softcap or dropout) and takes(query[0], key[0], value[0]):
         out_THE = native_attention(query[0], key[0], value[0], segments, scaling)
+    elif not (softcap or dropout) and native_bfloat16.takes(query[0], key[0], value[0]):
+        out_THE = native_bfloat16.bfloat16_attention(
+            query[0], key[0], value[0], segments, causal=causal, scaling=scaling
+        )
     else:
         out_THE = _grouped(query[0], key[0], value[0], segments, causal, scaling, dropout, softcap)
     return out_THE[None], None

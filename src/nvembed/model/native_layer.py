@@ -1,8 +1,9 @@
 """Decoder layers on a CPU without gradient: what is not a product, by ``native/decoder_layer.cpp``.
 
-The sum that runs through the layers (the residual) is float32 whatever the weights are, and so is
-attention, which is reached by the one seam (``model/attention.py``); products take the type of the
-weights. So a model in bfloat16 is both faster and nearer to float32 than as transformers runs it.
+The sum that runs through the layers (the residual) is float32 whatever the weights are; products
+take the type of the weights, and so does attention, reached by the one seam
+(``model/attention.py``), where the CPU multiplies bfloat16. So a model in bfloat16 is both faster
+and nearer to float32 than as transformers runs it.
 With gradients, under autocast or ``torch.compile``, on other devices and without a compiler the
 layers compute as they did.
 
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from nvembed.model.attention import flat_attention
 from nvembed.model.native_attention import available
+from nvembed.model.native_bfloat16 import available as bfloat16_available
 from nvembed.model.native_build import NativeError, load_named
 from nvembed.model.native_elementwise import is_silu
 
@@ -67,12 +69,13 @@ def _forward(self: Any, hidden_states: Tensor, *arguments: Any, **options: Any) 
     residual_TD = hidden_states[0].to(torch.float32, copy=True)
     attention = self.self_attn
     normed_TD = _add_norm(residual_TD, None, self.input_layernorm, dtype)
-    cos_TE, sin_TE = (_half(x[0]) for x in positions)
+    # In bfloat16 where there is a kernel for it, else in float32: torch's own is slower.
+    inner = dtype if bfloat16_available() else torch.float32
     query, key = (
-        _rotate(project(normed_TD), cos_TE, sin_TE, attention.head_dim)
+        _rotate(project(normed_TD), positions, attention.head_dim, inner)
         for project in (attention.q_proj, attention.k_proj)
     )
-    value = attention.v_proj(normed_TD).float().unflatten(1, (-1, attention.head_dim))
+    value = attention.v_proj(normed_TD).to(inner).unflatten(1, (-1, attention.head_dim))
     mixed_1THE, _ = flat_attention(
         attention,
         query.transpose(0, 1)[None],
@@ -86,12 +89,7 @@ def _forward(self: Any, hidden_states: Tensor, *arguments: Any, **options: Any) 
     attended_TD = attention.o_proj(mixed_1THE[0].flatten(1).to(dtype))
     normed_TD = _add_norm(residual_TD, attended_TD, self.post_attention_layernorm, dtype)
     gated_TF = _gate(self.mlp.gate_proj(normed_TD), self.mlp.up_proj(normed_TD))
-    return residual_TD.add_(self.mlp.down_proj(gated_TF))[None]
-
-
-def _half(angles_TE: Tensor) -> Tensor:
-    """The first half of the columns, which the second repeats."""
-    return angles_TE[:, : angles_TE.shape[1] // 2].float().contiguous()
+    return _add(residual_TD, self.mlp.down_proj(gated_TF))[None]
 
 
 def _takes(layer: Any, hidden_1TD: Tensor) -> bool:
@@ -173,11 +171,31 @@ def _gate(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
     return out_TF
 
 
-def _rotate(x_TI: Tensor, cos_TE: Tensor, sin_TE: Tensor, width: int) -> Tensor:
-    """Rotary positions on ``(T, H · E)``; returns ``(T, H, E)`` in float32."""
+def _add(residual_TD: Tensor, added_TD: Tensor) -> Tensor:
+    """Add to the residual in place."""
+    added_TD = added_TD.contiguous()
+    rows, width = residual_TD.shape
+    _call("nvembed_add", residual_TD, added_TD, added_TD.dtype is torch.float32, rows, width)
+    return residual_TD
+
+
+def _rotate(
+    x_TI: Tensor, positions: tuple[Tensor, Tensor], width: int, dtype: torch.dtype
+) -> Tensor:
+    """Rotary positions on ``(T, H · E)``; returns ``(T, H, E)`` in ``dtype``.
+
+    Args:
+        x_TI: queries or keys.
+        positions: cosines and sines, ``(1, T, E)``; the second half repeats the first.
+        width: E.
+        dtype: that of ``x_TI``, or float32.
+    """
     x_TI = x_TI.contiguous()
+    cos_TE, sin_TE = (angles[0].to(x_TI.dtype).contiguous() for angles in positions)
     tokens, heads = x_TI.shape[0], x_TI.shape[1] // width
-    out_THE = torch.empty(tokens, heads, width)
+    out_THE = torch.empty(tokens, heads, width, dtype=dtype)
     wide = x_TI.dtype is torch.float32
-    _call("nvembed_rotate", x_TI, cos_TE, sin_TE, out_THE, wide, tokens, heads, width)
+    wide_out = dtype is torch.float32
+    shape = (tokens, heads, width, cos_TE.shape[1])
+    _call("nvembed_rotate", x_TI, cos_TE, sin_TE, out_THE, wide, wide_out, *shape)
     return out_THE

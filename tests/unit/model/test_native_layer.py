@@ -80,7 +80,7 @@ def test_float32_layers_give_what_float64_ones_of_transformers_give(
     assert native_layers(model.float()) == 3
     with torch.inference_mode():
         found = _hidden(model, causal=causal)
-    assert len(called) == 3 * 5  # two norms, two rotations and a gate per layer
+    assert len(called) == 3 * 6  # two norms, two rotations, a gate and a sum per layer
     assert float((found - wanted).abs().max() / wanted.abs().max()) < 1e-5
 
 
@@ -114,12 +114,17 @@ def test_the_parts_are_those_of_plain_float64(dtype: torch.dtype) -> None:
     wanted = nn.functional.silu(gate.double()) * up.double()
     torch.testing.assert_close(gated.double(), wanted, rtol=2 * bound, atol=bound / 100)
     angle = torch.rand(5, 16).double()
+    positions: Any = tuple(x.repeat(1, 2)[None].to(dtype) for x in (angle.cos(), angle.sin()))
     x = torch.randn(5, 2, 32).to(dtype)
     turned = torch.view_as_complex(x.double().unflatten(2, (2, 16)).transpose(2, 3).contiguous())
-    turned = turned * torch.polar(torch.ones_like(angle), angle)[:, None]
-    found = native_layer._rotate(x.flatten(1), angle.cos().float(), angle.sin().float(), 32)
+    turned = turned * torch.complex(*(x[0, :, :16].double() for x in positions))[:, None]
     wanted = torch.cat([turned.real, turned.imag], dim=2)
-    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
+    for inner in {torch.float32, dtype}:
+        found = native_layer._rotate(x.flatten(1), positions, 32, inner)
+        bound = 1e-5 if inner is torch.float32 else 2**-8
+        torch.testing.assert_close(found.double(), wanted, rtol=bound, atol=1e-5)
+    assert native_layer._add(residual, added) is residual
+    torch.testing.assert_close(residual.double(), total + added.double(), rtol=1e-6, atol=1e-6)
 
 
 def test_bfloat16_is_rounded_as_torch_rounds_it() -> None:

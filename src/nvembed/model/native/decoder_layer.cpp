@@ -67,23 +67,32 @@ void gate(const Number *gates, const Number *up, Number *out, int64_t count, int
         }
 }
 
-template <typename Number>
-void rotate(const Number *from, const float *cosine, const float *sine, float *out, int64_t tokens,
-            int64_t heads, int64_t width, int threads) {
+// `angles` numbers lie between the angles of two tokens; the first E / 2 of them are read.
+template <typename Number, typename Out>
+void rotate(const Number *from, const Number *cosine, const Number *sine, Out *out, int64_t tokens,
+            int64_t heads, int64_t width, int64_t angles, int threads) {
     const int64_t half = width / 2;
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t token = 0; token < tokens; token++)
         for (int64_t head = 0; head < heads; head++) {
             const Number *x = from + (token * heads + head) * width;
-            float *to = out + (token * heads + head) * width;
+            Out *to = out + (token * heads + head) * width;
             for (int64_t at = 0; at < half; at += kLanes) {
-                const Vector c = load(cosine + token * half + at);
-                const Vector s = load(sine + token * half + at);
+                const Vector c = get(cosine + token * angles + at);
+                const Vector s = get(sine + token * angles + at);
                 const Vector a = get(x + at), b = get(x + half + at);
-                store(to + at, a * c - b * s);
-                store(to + half + at, b * c + a * s);
+                put(to + at, a * c - b * s);
+                put(to + half + at, b * c + a * s);
             }
         }
+}
+
+template <typename Number>
+void add(float *residual, const Number *added, int64_t rows, int64_t width, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t row = 0; row < rows; row++)
+        for (int64_t at = row * width; at < (row + 1) * width; at += kLanes)
+            store(residual + at, load(residual + at) + get(added + at));
 }
 
 }  // namespace
@@ -112,14 +121,30 @@ void nvembed_gate(const void *gates, const void *up, void *out, int wide, int64_
              static_cast<uint16_t *>(out), count, threads);
 }
 
-// The halves of every head turned by the angles of its token; cosine and sine are (tokens, E / 2).
-void nvembed_rotate(const void *from, const float *cosine, const float *sine, float *out, int wide,
-                    int64_t tokens, int64_t heads, int64_t width, int threads) {
+// The halves of every head turned by the angles of its token. `wide_out` is of `out` alone.
+void nvembed_rotate(const void *from, const void *cosine, const void *sine, void *out, int wide,
+                    int wide_out, int64_t tokens, int64_t heads, int64_t width, int64_t angles,
+                    int threads) {
+    const auto floats = [](const void *data) { return static_cast<const float *>(data); };
+    const auto shorts = [](const void *data) { return static_cast<const uint16_t *>(data); };
     if (wide)
-        rotate(static_cast<const float *>(from), cosine, sine, out, tokens, heads, width, threads);
+        rotate(floats(from), floats(cosine), floats(sine), static_cast<float *>(out), tokens,
+               heads, width, angles, threads);
+    else if (wide_out)
+        rotate(shorts(from), shorts(cosine), shorts(sine), static_cast<float *>(out), tokens,
+               heads, width, angles, threads);
     else
-        rotate(static_cast<const uint16_t *>(from), cosine, sine, out, tokens, heads, width,
-               threads);
+        rotate(shorts(from), shorts(cosine), shorts(sine), static_cast<uint16_t *>(out), tokens,
+               heads, width, angles, threads);
+}
+
+// residual += added
+void nvembed_add(float *residual, const void *added, int wide, int64_t rows, int64_t width,
+                 int threads) {
+    if (wide)
+        add(residual, static_cast<const float *>(added), rows, width, threads);
+    else
+        add(residual, static_cast<const uint16_t *>(added), rows, width, threads);
 }
 
 }  // extern "C"

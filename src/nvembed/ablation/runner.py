@@ -9,7 +9,9 @@ from __future__ import annotations
 import multiprocessing
 import os
 import shutil
+import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -104,6 +106,14 @@ def _ended(run: Run, exit_code: int | None) -> Outcome:
     return outcome
 
 
+def _end_with_parent() -> None:
+    """End this process when that of the grid ended, however it did: two would write in a folder."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os.kill(os.getpid(), signal.SIGTERM)  # training writes a checkpoint and stops
+
+
 def _work(
     run: Run,
     base_dir: Path,
@@ -113,6 +123,7 @@ def _work(
     threads: int,
 ) -> None:
     """Train and score one run, in a process of its own; errors end in ``outcome.json``."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     run.folder.mkdir(parents=True, exist_ok=True)
     os.environ["NVEMBED_PROGRESS"] = "0"
     with (run.folder / "arm.log").open("a", encoding="utf-8") as log:

@@ -120,7 +120,8 @@ def evaluate(
     columns = {model: done.results}
     if bm25 and model != BM25_NAME:
         columns[BM25_NAME] = evaluate_bm25(local)
-    columns |= {name: published_results(name, done.results) for name in against or ()}
+    for name in against or ():
+        columns[f"{name} (published)"] = published_results(name, done.results)
     typer.echo(format_table(columns))
     typer.echo(f"written: {output}")
     if failed := failed | done.failed:

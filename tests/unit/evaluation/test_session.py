@@ -223,6 +223,22 @@ def test_published_scores_are_a_column() -> None:
         published_results("nvidia/NV-Embed", ours)
 
 
+def test_a_model_stands_beside_its_own_published_scores(
+    tmp_path: Path,
+    sts_name: str,
+    model: Counting,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(session, "_commit", lambda model: "c0ffee")
+    name, output = "nvidia/NV-Embed-v2", tmp_path / "results.json"
+    words = ["evaluate", name, "--task", sts_name, "--against", name, "--output", str(output)]
+    assert run(words) == 0
+    score = read_results(output)[sts_name].main_score
+    assert score is not None
+    assert f"{100 * score:.2f}" in capsys.readouterr().out
+
+
 def test_the_command_does_what_it_can_and_says_the_rest(
     tmp_path: Path, sts_name: str, model: Counting, capsys: pytest.CaptureFixture[str]
 ) -> None:

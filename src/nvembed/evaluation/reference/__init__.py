@@ -28,23 +28,26 @@ class PublishedModel:
     Attributes:
         name: hub id, put to the printed name here.
         source: where the numbers were read.
-        date: of the printed table, ISO.
-        certainty: ``official``: the model card or the main text of the paper.
+        date: of the printed table, ISO; ``None`` where the source has none.
+        certainty: of types and average. ``official``: the model card or the main text of the
+            paper; ``leaderboard``: tables of MTEB's leaderboard.
         instructions: which were used; ``None`` where the source does not say.
         average: over the 56 tasks, as printed.
         types: average per task type, as printed.
         tasks: main score per task; empty where none were read.
+        tasks_certainty: of the tasks, where it is not that of the types.
         note: what a reader must know besides.
     """
 
     name: str
     source: str
-    date: str
+    date: str | None
     certainty: str
     instructions: str | None
     average: float
     types: Mapping[str, float]
     tasks: Mapping[str, float]
+    tasks_certainty: str | None = None
     note: str | None = None
 
 

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import mteb
 import numpy as np
@@ -28,12 +28,11 @@ from numpy.typing import NDArray
 from nvembed.core.errors import ConfigError, DataError
 from nvembed.core.seeding import capture_rng, restore_rng
 from nvembed.evaluation.mteb_adapter import quiet
+from nvembed.evaluation.reference import InstructionSource, instruction_for
 from nvembed.evaluation.results import TaskResult
 from nvembed.inference.encoding import encode_texts
 from nvembed.inference.protocol import Encoder
-from nvembed.text.instructions import TaskInstruction, all_instructions
-
-InstructionSource = Literal["paper", "official", "mteb", "none"]
+from nvembed.text.instructions import find_instruction
 
 # What mteb raises where a data set cannot be fetched.
 _OUT_OF_REACH = (OSError, HfHubHTTPError)
@@ -111,28 +110,14 @@ def _unknown(what: str, name: str, known: Sequence[str]) -> ConfigError:
 
 
 def hub_instruction(metadata: TaskMetadata, source: InstructionSource) -> str | None:
-    """Return the instruction of a task in plain words, or ``None`` for none.
-
-    ``paper`` is the table of this package, ``official`` those rows of it that stand in the file of
-    the released model; a task that it lacks has mteb's prompt.
-    """
-    if source == "none":
-        return None
-    row = _row(metadata.name)
-    if row is not None and (source == "paper" or (source == row.source == "official")):
-        return row.instruction
+    """Return the instruction of a task in plain words, or ``None``; see ``instruction_for``."""
     prompt = metadata.prompt
     text = prompt.get("query") if isinstance(prompt, dict) else prompt
-    return text or None
-
-
-def _row(name: str) -> TaskInstruction | None:
-    rows = all_instructions().values()
-    return next((row for row in rows if name in (row.name, *row.aliases)), None)
+    return instruction_for(metadata.name, source, mteb_prompt=text or None)
 
 
 def _is_symmetric(metadata: TaskMetadata) -> bool:
-    row = _row(metadata.name)
+    row = find_instruction(metadata.name)
     return row.symmetric if row is not None else metadata.type not in _ONE_SIDED
 
 

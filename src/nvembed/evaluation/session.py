@@ -41,7 +41,8 @@ from nvembed.model.settings import Precision
 if TYPE_CHECKING:
     from mteb.abstasks import AbsTask
 
-    from nvembed.evaluation.hub import HubEncoder, InstructionSource
+    from nvembed.evaluation.hub import HubEncoder
+    from nvembed.evaluation.reference import InstructionSource
 
 Engine = Literal["local", "mteb"]
 

@@ -10,7 +10,6 @@ import pytest
 from nvembed.core.errors import ConfigError
 from nvembed.evaluation.reference import (
     instruction_for,
-    is_symmetric,
     paper_tables,
     published_model,
     published_scores,
@@ -95,21 +94,25 @@ def test_table_one_averages() -> None:
 
 
 def test_instructions_by_source() -> None:
-    assert all(instruction_for(name, "paper") for name in all_instructions())
+    for name, row in all_instructions().items():
+        given = {
+            source: instruction_for(name, source, mteb_prompt="mteb's")
+            for source in ("paper", "official", "mteb", "none")
+        }
+        assert given["paper"] == row.instruction
+        assert given["official"] == (row.instruction if row.source == "official" else "mteb's")
+        assert given["mteb"] == "mteb's"
+        assert given["none"] is None
     assert instruction_for("NQ", "official") == (
         "Given a question, retrieve passages that answer the question"
     )
-    # Not in instructions.json.
+    # Neither is in instructions.json; the second has no prompt in mteb either.
+    assert instruction_for("Banking77Classification", "official", mteb_prompt="p") == "p"
     assert instruction_for("CQADupstackRetrieval", "official") is None
-    assert instruction_for("Banking77Classification", "official") is None
-    assert is_symmetric("QuoraRetrieval")
-    assert not is_symmetric("FiQA2018")
+    for source in ("paper", "official"):  # a task that the table does not know
+        assert instruction_for("SpartQA", source, mteb_prompt="p") == "p"
 
 
 def test_unknown_names_give_near_ones() -> None:
-    with pytest.raises(ConfigError, match="FiQA2018"):
-        instruction_for("FiQA2019", "paper")
     with pytest.raises(ConfigError, match="nvidia/NV-Embed-v2"):
         published_model("NV-Embed-v2")
-    with pytest.raises(ConfigError, match="mteb"):
-        instruction_for("NQ", "mteb")

@@ -265,6 +265,9 @@ def test_instructions_by_source() -> None:
     assert hub_instruction(metadata, "paper") == task_instruction("ArguAna").instruction
     assert hub_instruction(metadata, "none") is None
     assert metadata.prompt == {"query": hub_instruction(metadata, "mteb")}
+    banking = mteb.get_task("Banking77Classification").metadata  # not in the official file
+    assert isinstance(banking.prompt, str)
+    assert hub_instruction(banking, "official") == banking.prompt
 
 
 @pytest.mark.slow

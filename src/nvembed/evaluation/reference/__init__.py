@@ -16,9 +16,9 @@ from typing import Any, Literal
 import yaml
 
 from nvembed.core.errors import ConfigError
-from nvembed.text.instructions import task_instruction
+from nvembed.text.instructions import find_instruction
 
-InstructionSource = Literal["paper", "official", "mteb"]
+InstructionSource = Literal["paper", "official", "mteb", "none"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,31 +62,27 @@ class PaperTable:
     note: str | None = None
 
 
-def instruction_for(task_name: str, source: InstructionSource) -> str | None:
+def instruction_for(
+    task_name: str, source: InstructionSource, *, mteb_prompt: str | None = None
+) -> str | None:
     """Return the instruction of a task from one source, in plain words.
 
-    ``paper`` is the table ``text/instructions.yaml``, which says how sure each row is: the paper's
-    appendix itself was not read. ``official`` is NVIDIA's instructions.json only.
+    A task that ``paper`` or ``official`` lacks gets mteb's prompt: the models compared were scored
+    with some instruction on every task, and without one they would be held against other scores.
 
-    Returns:
-        The instruction, or ``None`` where ``official`` has none for that task.
-
-    Raises:
-        ConfigError: an unknown task (with near matches), or ``mteb``, whose prompts are in mteb.
+    Args:
+        task_name: mteb's.
+        source: ``paper`` is the table ``text/instructions.yaml``, which says how sure each row is:
+            the paper's appendix itself was not read. ``official`` are those rows of it that stand
+            in NVIDIA's instructions.json. ``mteb`` is mteb's prompt, ``none`` nothing.
+        mteb_prompt: mteb's own for that task; ``None`` where it has none.
     """
-    if source == "mteb":
-        raise ConfigError("mteb's prompts are read from its tasks, not from this table")
-    found = task_instruction(task_name)
-    return found.instruction if source == "paper" or found.source == "official" else None
-
-
-def is_symmetric(task_name: str) -> bool:
-    """Say whether both sides of the task carry the instruction.
-
-    Raises:
-        ConfigError: an unknown task.
-    """
-    return task_instruction(task_name).symmetric
+    if source == "none":
+        return None
+    found = find_instruction(task_name)
+    if found and (source == "paper" or source == found.source == "official"):
+        return found.instruction
+    return mteb_prompt
 
 
 @cache

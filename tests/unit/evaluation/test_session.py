@@ -4,40 +4,20 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 
+from noting import Counting
 from nvembed.cli.main import run
-from nvembed.core.errors import ConfigError, DataError
+from nvembed.core.errors import ConfigError
 from nvembed.evaluation import session
-from nvembed.evaluation.cached import CachedEncoder
 from nvembed.evaluation.items import items_folder, read_items
 from nvembed.evaluation.results import TaskResult, read_results
 from nvembed.evaluation.session import Settings, run_session
 from nvembed.evaluation.summary import published_results
 from nvembed.evaluation.tasks import load_tasks
-from nvembed.inference.fake import HashEncoder
 from task_folders import rows_of, write_rows, write_task
-
-
-class Counting(HashEncoder):
-    """Counts and keeps what it is asked for."""
-
-    def __init__(self, dimension: int = 64) -> None:
-        super().__init__(dimension)
-        self.asked: list[tuple[str, str, str | None]] = []
-
-    def encode_query(self, texts: Sequence[str], *, task: str | None = None) -> Any:
-        self.asked += [("query", text, task) for text in texts]
-        return super().encode_query(texts, task=task)
-
-    def encode_document(self, texts: Sequence[str], *, task: str | None = None) -> Any:
-        self.asked += [("document", text, task) for text in texts]
-        return super().encode_document(texts, task=task)
 
 
 @pytest.fixture
@@ -85,24 +65,6 @@ def sts_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     registry = sys.modules[mteb.get_task.__module__]
     monkeypatch.setitem(registry._TASKS_REGISTRY, "FolderSTS", FolderSTS)
     return "FolderSTS"
-
-
-def test_cache_gives_the_same_vectors_once(tmp_path: Path) -> None:
-    inner = Counting()
-    cached = CachedEncoder(inner, tmp_path, "one")
-    texts = ["a cat", "a dog"]
-    plain = HashEncoder(64).encode_query(texts, task="find")
-    for _ in range(2):
-        assert np.array_equal(cached.encode_query(texts, task="find"), plain)
-    assert len(inner.asked) == 2
-    cached.encode_query(texts)  # another instruction
-    cached.encode_document(texts, task="find")  # another side
-    CachedEncoder(inner, tmp_path, "two").encode_query(texts, task="find")  # another model
-    cached.encode_query(["a cat", "a dog "], task="find")  # another text
-    assert len(inner.asked) == 10
-    assert cached.encode_query([]).shape == (0, 64)
-    with pytest.raises(DataError, match=r"holds vectors of shape \(2, 64\).*\(2, 32\).*disagree"):
-        CachedEncoder(HashEncoder(32), tmp_path, "one").encode_query(texts, task="find")
 
 
 def test_local_tasks_resume_and_keep_items(tasks: Path, tmp_path: Path, model: Counting) -> None:

@@ -55,7 +55,7 @@ def evaluate(
         typer.Option(help="Folder that keeps the vectors. Default: none.", show_default=False),
     ] = None,
     processes: Annotated[
-        int, typer.Option(min=1, help="Share the tasks; each process has a GPU.")
+        int, typer.Option(min=1, help="Share the texts of each task; each process has a GPU.")
     ] = 1,
     bm25: Annotated[bool, typer.Option("--bm25", help="Show BM25 beside the model.")] = False,
     against: Annotated[

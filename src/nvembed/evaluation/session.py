@@ -7,20 +7,16 @@ again, it keeps the finished tasks, and takes the vectors of a half finished one
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from nvembed.core.errors import ConfigError, UserError
+from nvembed.core.errors import ConfigError
 from nvembed.core.files import write_json
-from nvembed.core.progress import progress
 from nvembed.core.runs import describe_environment
 from nvembed.evaluation.cached import CachedEncoder
 from nvembed.evaluation.items import items_folder, write_items
@@ -33,7 +29,8 @@ from nvembed.evaluation.run import (
     score_task,
     task_result,
 )
-from nvembed.evaluation.tasks import LocalTask, load_task, read_json_object
+from nvembed.evaluation.shared import SharedEncoder
+from nvembed.evaluation.tasks import LocalTask, read_json_object
 from nvembed.inference.fingerprint import model_fingerprint
 from nvembed.inference.protocol import Encoder
 from nvembed.model.settings import Precision
@@ -116,7 +113,7 @@ def run_session(
         settings: of all tasks.
         local: read by ``load_tasks``.
         hub: of ``find_hub_tasks``.
-        processes: share out the tasks, each with a GPU where there are some.
+        processes: share out the texts of each task, each with a GPU where there are some.
         resume: keep what ``settings.output`` holds.
 
     Raises:
@@ -136,18 +133,15 @@ def run_session(
         _check_record(settings.output, record)
         found.results = read_results(settings.output)
     todo = [job for name, job in jobs.items() if name not in found.results]
-    write = settings.output, record
-    with progress(len(todo), "tasks", shown=processes > 1) as bar:
-        for name, outcome in _outcomes(settings, todo, processes):
-            bar.advance(task=name)
-            if isinstance(outcome, str):
-                found.failed[name] = outcome
-                continue
-            found.results[name], items = outcome
-            if items is not None:
-                write_items(items_folder(settings.output), name, items)
-            _write(*write, found)
-    _write(*write, found)
+    for name, outcome in _outcomes(settings, todo, processes):
+        if isinstance(outcome, str):
+            found.failed[name] = outcome
+            continue
+        found.results[name], items = outcome
+        if items is not None:
+            write_items(items_folder(settings.output), name, items)
+        _write(settings.output, record, found)
+    _write(settings.output, record, found)
     return found
 
 
@@ -166,47 +160,33 @@ def _outcomes(
             else:
                 yield _name(job), "BM25 scores local Retrieval tasks with ndcg_at_10 alone"
         return
-    if processes == 1:
-        worker = _Worker(settings)
+    with _loaded(settings, processes) as encoder:
+        scorer = _Scorer(settings, encoder)
         for job in jobs:
-            yield _name(job), worker.outcome(job)
-        return
-    context = multiprocessing.get_context("spawn")
-    ranks = context.Queue()
-    count = min(processes, len(jobs))
-    for rank in range(count):
-        ranks.put(rank)
-    with ProcessPoolExecutor(count, context, _start_worker, (settings, ranks)) as pool:
-        # A folder is read again there: its texts need not go through a pipe.
-        futures = {
-            pool.submit(_outcome_in_worker, job.folder if isinstance(job, LocalTask) else job): job
-            for job in jobs
-        }
-        try:
-            for future in as_completed(futures):
-                yield _name(futures[future]), future.result()
-        except BrokenProcessPool as error:
-            raise UserError(
-                "a process of the evaluation died, perhaps for lack of memory",
-                hint="Finished tasks are kept: run it again, with fewer --processes",
-            ) from error
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            yield _name(job), scorer.outcome(job)
 
 
-class _Worker:
-    """A loaded model that does one task after the other."""
-
-    def __init__(self, settings: Settings) -> None:
+@contextmanager
+def _loaded(settings: Settings, processes: int) -> Iterator[Encoder]:
+    if processes > 1:
+        with SharedEncoder(settings.model, settings.dtype, processes) as shared:
+            yield shared
+    else:
         from nvembed.inference.load import load_encoder
 
+        yield load_encoder(settings.model, settings.dtype)
+
+
+class _Scorer:
+    """Does one task after the other."""
+
+    def __init__(self, settings: Settings, encoder: Encoder) -> None:
         self._settings = settings
-        self._encoder: Encoder = load_encoder(settings.model, settings.dtype)
-        self._bare = self._encoder
+        self._encoder = self._bare = encoder
         if settings.cache is not None:
-            length = getattr(self._encoder, "max_seq_length", None)
+            length = getattr(encoder, "max_seq_length", None)
             key = f"{settings.fingerprint}-{length}"
-            self._encoder = CachedEncoder(self._encoder, settings.cache, key)
+            self._encoder = CachedEncoder(encoder, settings.cache, key)
         self._hub: HubEncoder | None = None
 
     def outcome(self, job: LocalTask | AbsTask) -> _Outcome:
@@ -222,7 +202,9 @@ class _Worker:
 
         settings = self._settings
         if self._hub is None:
-            meta = describe_model(settings.model, self._bare, settings.revision)
+            describe = partial(describe_model, settings.model, revision=settings.revision)
+            bare = self._bare
+            meta = bare.ask(describe) if isinstance(bare, SharedEncoder) else describe(bare)
             self._hub = HubEncoder(self._encoder, meta, settings.instructions)
         try:
             return score_hub(job, self._hub, settings.mteb_folder), None
@@ -236,28 +218,6 @@ class _Worker:
 
         started = time.perf_counter()
         return task_result(task, score(task, self._encoder), started), None
-
-
-_own_worker: _Worker | None = None
-
-
-def _start_worker(settings: Settings, ranks: multiprocessing.Queue[int]) -> None:
-    """Load the model in a worker process, on a GPU of its own where there are several."""
-    global _own_worker
-    import torch
-
-    rank = ranks.get()
-    if (gpus := torch.cuda.device_count()) > 0:
-        torch.cuda.set_device(rank % gpus)
-    else:
-        torch.set_num_threads(max(torch.get_num_threads() // max(ranks.qsize() + 1, 1), 1))
-    os.environ["NVEMBED_PROGRESS"] = "0"
-    _own_worker = _Worker(settings)
-
-
-def _outcome_in_worker(job: Path | AbsTask) -> _Outcome:
-    assert _own_worker is not None
-    return _own_worker.outcome(load_task(job) if isinstance(job, Path) else job)
 
 
 def _name(job: LocalTask | AbsTask) -> str:

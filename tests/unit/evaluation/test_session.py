@@ -230,13 +230,3 @@ def test_instructions_by_source() -> None:
     banking = mteb.get_task("Banking77Classification").metadata  # not in the official file
     assert isinstance(banking.prompt, str)
     assert hub_instruction(banking, "official") == banking.prompt
-
-
-@pytest.mark.slow
-def test_two_processes_share_the_tasks(tasks: Path, tmp_path: Path, tiny_decoder_dir: Path) -> None:
-    name = str(tiny_decoder_dir)
-    alone = run_session(Settings(name, tmp_path / "a.json"), load_tasks([tasks]))
-    both = run_session(Settings(name, tmp_path / "b.json"), load_tasks([tasks]), processes=2)
-    assert {n: r.scores for n, r in both.results.items()} == {
-        n: pytest.approx(r.scores, abs=1e-6) for n, r in alone.results.items()
-    }

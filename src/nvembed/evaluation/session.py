@@ -1,14 +1,15 @@
 """One evaluation from names to files: local folders and tasks of mteb, in one or several processes.
 
 Files: ``results.json`` after every task, ``results.run.json`` (what it was made with),
-``results.items/`` (for ``nvembed compare``) and ``results.mteb/`` (mteb's own format). Started
-again, it keeps the finished tasks, and takes the vectors of a half finished one from the cache.
+``results.items/`` (for ``nvembed compare``) and ``results.mteb/`` (mteb's own format). The results
+say which tasks there are: what an earlier evaluation left of others is deleted. Started again, it
+keeps the finished tasks, and takes the vectors of a half finished one from the cache.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,7 +20,7 @@ from nvembed.core.errors import ConfigError
 from nvembed.core.files import write_json
 from nvembed.core.runs import describe_environment
 from nvembed.evaluation.cached import CachedEncoder
-from nvembed.evaluation.items import items_folder, write_items
+from nvembed.evaluation.items import items_folder, keep_items, write_items
 from nvembed.evaluation.results import TaskResult, read_results, write_results
 from nvembed.evaluation.run import (
     BM25_NAME,
@@ -137,11 +138,16 @@ def run_session(
         if isinstance(outcome, str):
             found.failed[name] = outcome
             continue
-        found.results[name], items = outcome
+        result, items = outcome
+        if not found.results:
+            settings.output.unlink(missing_ok=True)  # old scores never stand beside new items
+        keep_items(items_folder(settings.output), found.results)
         if items is not None:
             write_items(items_folder(settings.output), name, items)
-        _write(settings.output, record, found)
-    _write(settings.output, record, found)
+        found.results[name] = result
+        _keep_mteb_files(settings, found.results)
+        _write(settings, record, found)
+    _write(settings, record, found)
     return found
 
 
@@ -278,11 +284,18 @@ def _mixed(output: Path, what: str, earlier: object, now: object) -> ConfigError
     )
 
 
-def _write(output: Path, record: Mapping[str, object], found: Evaluation) -> None:
+def _keep_mteb_files(settings: Settings, names: Collection[str]) -> None:
+    """Delete those of other tasks: what the results do not hold must not reach a leaderboard."""
+    for path in settings.mteb_folder.glob("results/*/*/*.json"):
+        if path.name != "model_meta.json" and path.stem not in names:
+            path.unlink()
+
+
+def _write(settings: Settings, record: Mapping[str, object], found: Evaluation) -> None:
     # The record goes first: results without one could not be gone on with.
     run = {**record, "failed": found.failed, "environment": describe_environment()}
-    write_json(_run_file(output), run)
-    write_results(output, found.results)
+    write_json(_run_file(settings.output), run)
+    write_results(settings.output, found.results)
 
 
 def _run_file(output: Path) -> Path:

@@ -10,13 +10,14 @@ import pytest
 
 from noting import Counting
 from nvembed.cli.main import run
-from nvembed.core.errors import ConfigError
+from nvembed.core.errors import ConfigError, ModelError
 from nvembed.evaluation import session
 from nvembed.evaluation.items import items_folder, read_items
 from nvembed.evaluation.results import TaskResult, read_results
 from nvembed.evaluation.session import Settings, run_session
 from nvembed.evaluation.summary import published_results
 from nvembed.evaluation.tasks import load_tasks
+from nvembed.inference.fake import HashEncoder
 from task_folders import rows_of, write_rows, write_task
 
 
@@ -32,6 +33,52 @@ def tasks(tmp_path: Path) -> Path:
     write_task(tmp_path / "tasks" / "find", "Retrieval")
     write_task(tmp_path / "tasks" / "similar", "STS")
     return tmp_path / "tasks"
+
+
+CARD = """---
+license: {license}
+license_link: {link}
+datasets:
+- mteb/banking77
+- ms_marco
+- somebody/unknown
+---
+text
+"""
+
+
+@pytest.mark.parametrize(
+    ("license", "link", "expected"),
+    [
+        ("CC-BY-NC-4.0", "LICENSE", "cc-by-nc-4.0"),
+        ("other", "https://example.com/licence", "https://example.com/licence"),
+        ("llama3", "LICENSE", None),
+    ],
+)
+def test_the_model_card_says_licence_and_data(
+    tmp_path: Path, license: str, link: str, expected: str | None
+) -> None:
+    from nvembed.evaluation.hub import describe_model
+
+    folder = tmp_path / "run" / "model"
+    folder.mkdir(parents=True)
+    (folder / "README.md").write_text(CARD.format(license=license, link=link))
+    (tmp_path / "run" / "config.yaml").write_text("datasets: [{name: nfcorpus}, {name: pydocs}]")
+    meta = describe_model(str(folder), HashEncoder(8), "1")
+    assert meta.license == expected
+    assert meta.training_datasets is not None
+    assert {"Banking77Classification", "MSMARCO", "NFCorpus"} <= meta.training_datasets
+    assert "NQ" not in meta.training_datasets
+
+
+def test_without_a_card_nothing_is_said(tmp_path: Path) -> None:
+    from nvembed.evaluation.hub import describe_model
+
+    (tmp_path / "README.md").write_text("---\n[broken\n---\n")
+    for name in (str(tmp_path), "somebody/nothing", "a:b"):
+        meta = describe_model(name, HashEncoder(8), "1")
+        assert meta.license is None
+        assert meta.training_datasets is None
 
 
 @pytest.fixture
@@ -87,6 +134,39 @@ def test_local_tasks_resume_and_keep_items(tasks: Path, tmp_path: Path, model: C
     other = run_session(by_mteb, load_tasks([tasks])).results
     for name in ("find", "similar"):
         assert again.results[name].main_score == pytest.approx(other[name].main_score, abs=1e-6)
+
+
+def test_starting_over_leaves_nothing_of_other_tasks(
+    tasks: Path, tmp_path: Path, sts_name: str, model: Counting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nvembed.evaluation.hub import find_hub_tasks
+
+    output = tmp_path / "results.json"
+    folder, settings = items_folder(output), Settings("m", output)
+    hub = find_hub_tasks(names=[sts_name]).tasks
+    run_session(settings, load_tasks([tasks]), hub)
+    assert {path.name for path in folder.iterdir()} == {"find.npz", "similar.npz"}
+    run_session(settings, load_tasks([tasks], ["find"]))  # tasks not asked for this time stay
+    assert set(read_results(output)) == {"find", "similar", sts_name}
+    assert read_items(folder, "similar") is not None
+
+    def out_of_memory(name: str, dtype: object) -> None:
+        raise ModelError("no room")
+
+    written = output.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr("nvembed.inference.load.load_encoder", out_of_memory)
+        with pytest.raises(ModelError):
+            run_session(settings, load_tasks([tasks]), resume=False)
+    assert output.read_bytes() == written
+    assert read_items(folder, "find") is not None
+
+    # mteb leaves no items: those of the first model must not be taken for the second's.
+    other = Settings("other", output, engine="mteb")
+    run_session(other, load_tasks([tasks], ["find"]), resume=False)
+    assert list(read_results(output)) == ["find"]
+    assert not list(folder.iterdir())
+    assert not list((tmp_path / "results.mteb").rglob(f"{sts_name}.json"))
 
 
 def test_other_results_are_not_mixed(

@@ -60,6 +60,7 @@ def test_killed_in_the_second_task(
     write_task(tmp_path / "tasks" / "second", "Retrieval")
     output, whole = tmp_path / "results.json", tmp_path / "whole.json"
     words = ["evaluate", str(tiny_decoder_dir), "--tasks", str(tmp_path / "tasks")]
+    words += ["--dtype", "float32"]
     again = [*words, "--output", str(output), "--cache", str(tmp_path / "vectors")]
 
     command = [sys.executable, "-c", DRIVER, *again]

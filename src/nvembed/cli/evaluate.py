@@ -88,7 +88,7 @@ def evaluate(
     from nvembed.core.errors import ConfigError, DataError
     from nvembed.evaluation.reference import published_model
     from nvembed.evaluation.run import BM25_NAME, evaluate_bm25, fits_bm25
-    from nvembed.evaluation.session import Settings, run_session
+    from nvembed.evaluation.session import Settings, earlier_precision, run_session
     from nvembed.evaluation.summary import format_table, published_results
     from nvembed.evaluation.tasks import load_tasks
 
@@ -114,7 +114,8 @@ def evaluate(
         hub, failed = list(found.tasks), found.refused
     from nvembed.model.precision import settle_precision
 
-    precision = None if model == BM25_NAME else settle_precision(dtype)
+    precision = earlier_precision(output) if dtype == "auto" and not start_over else None
+    precision = None if model == BM25_NAME else precision or settle_precision(dtype)
     settings = Settings(model, output, precision, instructions, cache, engine)
     done = run_session(settings, local, hub, processes=processes, resume=not start_over)
     columns = {model: done.results}

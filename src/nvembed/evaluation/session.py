@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from nvembed.core.errors import ConfigError
 from nvembed.core.files import write_json
@@ -96,6 +96,20 @@ class Evaluation:
 
     results: dict[str, TaskResult] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
+
+
+def earlier_precision(output: Path) -> Precision | None:
+    """Return the number type of the results that are there: what ``auto`` has to go on with.
+
+    Measured once more on a busy machine, it may come out otherwise.
+
+    Raises:
+        DataError: there are results, and no record of what they were made with.
+    """
+    if not output.is_file():
+        return None
+    value = _earlier_record(output).get("dtype")
+    return cast(Precision, value) if value in get_args(Precision) else None
 
 
 def run_session(
@@ -260,9 +274,13 @@ def _record(settings: Settings, jobs: Mapping[str, LocalTask | AbsTask]) -> dict
     }
 
 
+def _earlier_record(output: Path) -> dict[str, Any]:
+    return read_json_object(_run_file(output), "the record of the evaluation to go on with")
+
+
 def _check_record(output: Path, record: dict[str, object]) -> None:
     """Refuse to mix the results of two models; take over the instructions of earlier tasks."""
-    earlier = read_json_object(_run_file(output), "the record of the evaluation to go on with")
+    earlier = _earlier_record(output)
     for key in ("model", "revision", "dtype"):
         if earlier.get(key) != record[key]:
             raise _mixed(output, key, earlier.get(key), record[key])

@@ -169,6 +169,23 @@ def test_starting_over_leaves_nothing_of_other_tasks(
     assert not list((tmp_path / "results.mteb").rglob(f"{sts_name}.json"))
 
 
+def test_auto_goes_on_with_the_number_type_that_was_measured(
+    tasks: Path, tmp_path: Path, model: Counting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def evaluate(task: str, measured: str, *options: str) -> tuple[int, str]:
+        monkeypatch.setattr("nvembed.model.precision.fastest_precision", lambda device: measured)
+        output = tmp_path / "results.json"
+        words = ["evaluate", "m", "--tasks", str(tasks / task), "--output", str(output)]
+        code = run([*words, *options])
+        return code, json.loads((tmp_path / "results.run.json").read_text())["dtype"]
+
+    assert evaluate("find", "float32") == (0, "float32")
+    assert evaluate("similar", "bfloat16") == (0, "float32")
+    assert set(read_results(tmp_path / "results.json")) == {"find", "similar"}
+    assert evaluate("similar", "float32", "--dtype", "bfloat16") == (2, "float32")  # asked for
+    assert evaluate("similar", "bfloat16", "--start-over") == (0, "bfloat16")
+
+
 def test_other_results_are_not_mixed(
     tasks: Path, tmp_path: Path, model: Counting, monkeypatch: pytest.MonkeyPatch
 ) -> None:

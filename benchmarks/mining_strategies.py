@@ -18,15 +18,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from peers.report import header, say, table
 
 from nvembed.core.config import load_config
 from nvembed.core.files import write_json
 from nvembed.data.mixture import DatasetConfig
+from nvembed.evaluation.cached import CachedEncoder
 from nvembed.evaluation.results import TaskResult, read_results, write_results
 from nvembed.evaluation.run import evaluate
 from nvembed.evaluation.tasks import LocalTask, load_tasks
+from nvembed.inference.fingerprint import model_fingerprint
 from nvembed.inference.load import load_encoder
 from nvembed.inference.protocol import Encoder
 from nvembed.mining.miner import MiningConfig, mine_file
@@ -42,41 +43,6 @@ STRATEGIES: Mapping[str, dict[str, Any] | None] = {
     "percentage": {"strategy": "percent_of_positive", "threshold": 0.95},
 }
 LEFT_OUT = "medquad"  # large and templated: mining it would take longer than everything else
-
-
-class RememberingEncoder:
-    """Encodes every text once, however many strategies ask for it."""
-
-    def __init__(self, encoder: Encoder) -> None:
-        self._encoder = encoder
-        self._known: dict[tuple[str, str | None, str], NDArray[np.float32]] = {}
-
-    @property
-    def dimension(self) -> int:
-        return self._encoder.dimension
-
-    def encode_query(
-        self, texts: Sequence[str], /, *, task: str | None = None
-    ) -> NDArray[np.float32]:
-        return self._encoded("query", texts, task, self._encoder.encode_query)
-
-    def encode_document(
-        self, texts: Sequence[str], /, *, task: str | None = None
-    ) -> NDArray[np.float32]:
-        return self._encoded("document", texts, task, self._encoder.encode_document)
-
-    def _encoded(
-        self,
-        side: str,
-        texts: Sequence[str],
-        task: str | None,
-        encode: Callable[..., NDArray[np.float32]],
-    ) -> NDArray[np.float32]:
-        new = list(dict.fromkeys(t for t in texts if (side, task, t) not in self._known))
-        if new:
-            for text, vector in zip(new, encode(new, task=task), strict=True):
-                self._known[side, task, text] = vector
-        return np.stack([self._known[side, task, text] for text in texts])
 
 
 def base_recipe(arguments: argparse.Namespace, output: Path) -> dict[str, Any]:
@@ -190,7 +156,11 @@ def main() -> None:
     tasks = load_tasks(arguments.tasks)
     recipe = base_recipe(arguments, output / "teacher")
     teacher_folder = train(TrainConfig.model_validate(recipe), base_dir=ROOT)
-    teacher = RememberingEncoder(load_encoder(str(teacher_folder), "auto"))
+    teacher = CachedEncoder(
+        load_encoder(str(teacher_folder), "auto"),
+        output / "teacher" / "vectors",
+        model_fingerprint(str(teacher_folder), "auto"),
+    )
     results = scored(lambda: teacher, tasks, output / "teacher" / "scores.json")
     columns = {"teacher": [mean_by_type(results)]}
     # Seeds outermost: an interrupted run has whole rows of the table.

@@ -14,6 +14,7 @@ import yaml
 
 from nvembed.cli.main import run as run_command
 from nvembed.core.config import dump_config
+from nvembed.core.files import alone_in
 from tiny_run import recipe, write_inputs
 
 
@@ -55,7 +56,7 @@ def test_a_killed_grid_goes_on_and_a_failing_arm_stops_no_other(
     process = subprocess.Popen(
         command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while not (first / "checkpoints" / "step-0000000002").exists():
         assert time.monotonic() < deadline, "no checkpoint"
         assert process.poll() is None
@@ -68,9 +69,18 @@ def test_a_killed_grid_goes_on_and_a_failing_arm_stops_no_other(
     if (first / "outcome.json").exists():
         assert json.loads((first / "outcome.json").read_text("utf-8"))["state"] == "failed"
 
+    # Another command is at work on one arm: it is passed over, then done by the next command.
+    single = tmp_path / "grid" / "arms" / "single+here" / "seed-0"
+    with alone_in(single) as alone:
+        assert alone
+        assert run_command(["ablate", str(grid)]) == 2
+        shown = capsys.readouterr()
+        assert "two+here seed 0: finished" in shown.out
+        assert "single+here seed 0: open, another process is at work on it" in shown.out
+        assert not list(single.iterdir())
     assert run_command(["ablate", str(grid)]) == 2
     shown = capsys.readouterr()
-    assert "two+here seed 0: finished" in shown.out
+    assert "two+here" not in shown.out
     assert "single+here seed 0: finished" in shown.out
     assert "1 of 3 runs failed, the first is two+missing" in shown.err
     outcome = json.loads((first / "outcome.json").read_text("utf-8"))

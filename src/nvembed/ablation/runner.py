@@ -1,5 +1,6 @@
 """Runs a grid: each arm in a process of its own, several at once, finished ones skipped.
 
+Several commands may work on one grid: a run is held by its process, the others pass it over.
 A run that breaks, by an error or killed, does not stop the others; started again, the grid goes on
 where it was: the training of an arm from its last checkpoint, its scores task by task.
 """
@@ -29,12 +30,15 @@ from nvembed.ablation.outcome import (
 )
 from nvembed.core.config import load_config
 from nvembed.core.errors import UserError
+from nvembed.core.files import alone_in
 from nvembed.core.progress import progress
 from nvembed.core.runs import RunFolder
 from nvembed.evaluation.tasks import load_tasks
 from nvembed.training.config import TrainConfig
 
 Done = Callable[[Run, Outcome], None]
+
+_BUSY = 75  # exit code: another process holds the run
 
 
 def run_grid(
@@ -76,11 +80,15 @@ def run_grid(
             while waiting or working:
                 while waiting and len(working) < processes:
                     run = waiting.pop()
+                    if read_outcome(run).state == "finished":  # by another command meanwhile
+                        bar.advance(1)
+                        continue
                     options = (run, base_dir, list(task_folders), names, keep_models, threads)
                     process = context.Process(target=_work, args=options)
                     process.start()
                     working[process.sentinel] = (process, run)
-                for sentinel in wait(list(working)):
+                # Nothing to wait for where other commands have finished all the rest.
+                for sentinel in wait(list(working)) if working else ():
                     assert isinstance(sentinel, int)
                     process, run = working.pop(sentinel)
                     process.join()
@@ -97,6 +105,8 @@ def run_grid(
 
 
 def _ended(run: Run, exit_code: int | None) -> Outcome:
+    if exit_code == _BUSY:
+        return Outcome("open", error="another process is at work on it")
     outcome = read_outcome(run)
     if exit_code == 0 or outcome.state == "failed":
         return outcome
@@ -122,9 +132,31 @@ def _work(
     keep_models: bool,
     threads: int,
 ) -> None:
-    """Train and score one run, in a process of its own; errors end in ``outcome.json``."""
+    """Do one run in a process of its own, unless another has it or has just finished it."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    run.folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with alone_in(run.folder) as alone:
+            if not alone:
+                sys.exit(_BUSY)
+            if read_outcome(run).state == "finished":
+                sys.exit(0)
+            outcome = _logged(run, base_dir, task_folders, task_names, threads)
+            if outcome.state == "finished" and not keep_models:
+                _delete_models(run.folder)
+    except UserError as error:  # of the lock
+        outcome = Outcome("failed", error=" ".join(str(error).split()))
+        write_outcome(run.folder, outcome)
+    sys.exit(0 if outcome.state == "finished" else 1)
+
+
+def _logged(
+    run: Run,
+    base_dir: Path,
+    task_folders: Sequence[Path],
+    task_names: Sequence[str],
+    threads: int,
+) -> Outcome:
+    """Train and score; what is printed goes to ``arm.log``, errors end in ``outcome.json``."""
     os.environ["NVEMBED_PROGRESS"] = "0"
     with (run.folder / "arm.log").open("a", encoding="utf-8") as log:
         os.dup2(log.fileno(), 1)
@@ -137,9 +169,7 @@ def _work(
             traceback.print_exc()
             outcome = Outcome("failed", error=f"{type(error).__name__}: {error}".splitlines()[0])
         write_outcome(run.folder, outcome)
-    if outcome.state == "finished" and not keep_models:
-        _delete_models(run.folder)
-    sys.exit(0 if outcome.state == "finished" else 1)
+    return outcome
 
 
 def _train_and_score(

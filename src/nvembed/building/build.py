@@ -10,9 +10,10 @@ from typing import Any, Literal
 
 from nvembed.building.mining import teacher_name
 from nvembed.building.one_set import SetJob, build_set, finished_manifest
-from nvembed.building.steps import alone_in, content_hash, fingerprint
+from nvembed.building.steps import content_hash, fingerprint
 from nvembed.building.tools import Tools
 from nvembed.core.errors import ConfigError, UserError
+from nvembed.core.files import alone_in
 from nvembed.data.sources import DatasetConfig
 from nvembed.mining.teachers import check_teacher
 from nvembed.training.build_config import BuildConfig
@@ -82,7 +83,11 @@ def build_recipe(
         teacher = teacher_name(build.mine.teacher, base_dir)
         check_teacher(teacher, build.mine.teacher_model, build.mine, "local")
     place = (base_dir / build.folder).absolute()
-    with alone_in(place):
+    with alone_in(place) as alone:
+        if not alone:
+            raise UserError(
+                "another build is at work here", where=str(place), hint="Wait for its end"
+            )
         return list(_outcomes(config.datasets, build, place, base_dir, keep_going, log))
 
 

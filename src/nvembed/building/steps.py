@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nvembed.core.errors import DataError, UserError
+from nvembed.core.errors import DataError
 from nvembed.core.files import atomic_folder, tidy, write_json
 from nvembed.data.record_shards import read_shards
 from nvembed.data.records import Kind
@@ -83,31 +82,6 @@ class Finished:
     def __call__(self) -> Iterator[Converted]:
         """Walk the records."""
         return read_shards(self.folder, self.kind)
-
-
-@contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Hold a folder, which is made, for this process alone; a killed one holds nothing.
-
-    Raises:
-        UserError: another process holds it, or it cannot be made.
-    """
-    import fcntl
-
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder, os.O_RDONLY)
-    except OSError as error:
-        raise UserError(f"cannot write: {error.strerror or error}", where=str(folder)) from error
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError as error:
-        raise UserError(
-            "another build is at work here", where=str(folder), hint="Wait for its end"
-        ) from error
-    finally:
-        os.close(handle)
 
 
 class Steps:

@@ -25,7 +25,8 @@ def ablate(
 ) -> None:
     """Train and score every arm of a grid over several seeds, and report what differs.
 
-    Run again, it skips what is finished and goes on with the rest.
+    Run again, it skips what is finished and goes on with the rest. Runs that another command is at
+    work on are passed over, so two of them share a grid.
 
     Examples:
 

@@ -55,7 +55,7 @@ def evaluate(
         typer.Option(help="Folder that keeps the vectors. Default: none.", show_default=False),
     ] = None,
     processes: Annotated[
-        int, typer.Option(min=1, help="Share the tasks; each process has a GPU.")
+        int, typer.Option(min=1, help="Share the texts of each task; each process has a GPU.")
     ] = 1,
     bm25: Annotated[bool, typer.Option("--bm25", help="Show BM25 beside the model.")] = False,
     against: Annotated[
@@ -88,7 +88,7 @@ def evaluate(
     from nvembed.core.errors import ConfigError, DataError
     from nvembed.evaluation.reference import published_model
     from nvembed.evaluation.run import BM25_NAME, evaluate_bm25, fits_bm25
-    from nvembed.evaluation.session import Settings, run_session
+    from nvembed.evaluation.session import Settings, earlier_precision, run_session
     from nvembed.evaluation.summary import format_table, published_results
     from nvembed.evaluation.tasks import load_tasks
 
@@ -114,13 +114,15 @@ def evaluate(
         hub, failed = list(found.tasks), found.refused
     from nvembed.model.precision import settle_precision
 
-    precision = None if model == BM25_NAME else settle_precision(dtype)
+    precision = earlier_precision(output) if dtype == "auto" and not start_over else None
+    precision = None if model == BM25_NAME else precision or settle_precision(dtype)
     settings = Settings(model, output, precision, instructions, cache, engine)
     done = run_session(settings, local, hub, processes=processes, resume=not start_over)
     columns = {model: done.results}
     if bm25 and model != BM25_NAME:
         columns[BM25_NAME] = evaluate_bm25(local)
-    columns |= {name: published_results(name, done.results) for name in against or ()}
+    for name in against or ():
+        columns[f"{name} (published)"] = published_results(name, done.results)
     typer.echo(format_table(columns))
     typer.echo(f"written: {output}")
     if failed := failed | done.failed:

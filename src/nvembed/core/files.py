@@ -93,6 +93,39 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
+@contextmanager
+def alone_in(folder: Path) -> Iterator[bool]:
+    """Hold a folder, which is made, for this process while the block runs.
+
+    Yields False where another process holds it. One that was killed holds nothing.
+
+    Raises:
+        UserError: the folder cannot be made or locked.
+    """
+    import fcntl
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise UserError(f"cannot write: {error.strerror or error}", where=str(folder)) from error
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            alone = True
+        except BlockingIOError:
+            alone = False
+        except OSError as error:
+            raise UserError(
+                f"folders cannot be locked here ({error.strerror})",
+                where=str(folder),
+                hint="Choose one on another file system",
+            ) from error
+        yield alone
+    finally:
+        os.close(handle)
+
+
 def tidy(folder: Path, names: str) -> None:
     """Clear up after a process that was killed while it wrote; nothing else may be writing there.
 

@@ -9,31 +9,34 @@ from __future__ import annotations
 import difflib
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, get_args
 
 import mteb
 import numpy as np
+import yaml
+from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError
 from mteb.abstasks import AbsTask
 from mteb.abstasks.task_metadata import TaskMetadata
 from mteb.cache import ResultCache
 from mteb.models import ModelMeta
 from mteb.models.abs_encoder import AbsEncoder
-from mteb.types import PromptType
+from mteb.types import Licenses, PromptType
 from numpy.typing import NDArray
 
 from nvembed.core.errors import ConfigError, DataError
+from nvembed.core.runs import RunFolder
 from nvembed.core.seeding import capture_rng, restore_rng
 from nvembed.evaluation.mteb_adapter import quiet
+from nvembed.evaluation.reference import InstructionSource, instruction_for
 from nvembed.evaluation.results import TaskResult
 from nvembed.inference.encoding import encode_texts
 from nvembed.inference.protocol import Encoder
-from nvembed.text.instructions import TaskInstruction, all_instructions
-
-InstructionSource = Literal["paper", "official", "mteb", "none"]
+from nvembed.text.instructions import find_instruction
 
 # What mteb raises where a data set cannot be fetched.
 _OUT_OF_REACH = (OSError, HfHubHTTPError)
@@ -111,28 +114,14 @@ def _unknown(what: str, name: str, known: Sequence[str]) -> ConfigError:
 
 
 def hub_instruction(metadata: TaskMetadata, source: InstructionSource) -> str | None:
-    """Return the instruction of a task in plain words, or ``None`` for none.
-
-    ``paper`` is the table of this package, ``official`` those rows of it that stand in the file of
-    the released model; a task that it lacks has mteb's prompt.
-    """
-    if source == "none":
-        return None
-    row = _row(metadata.name)
-    if row is not None and (source == "paper" or (source == row.source == "official")):
-        return row.instruction
+    """Return the instruction of a task in plain words, or ``None``; see ``instruction_for``."""
     prompt = metadata.prompt
     text = prompt.get("query") if isinstance(prompt, dict) else prompt
-    return text or None
-
-
-def _row(name: str) -> TaskInstruction | None:
-    rows = all_instructions().values()
-    return next((row for row in rows if name in (row.name, *row.aliases)), None)
+    return instruction_for(metadata.name, source, mteb_prompt=text or None)
 
 
 def _is_symmetric(metadata: TaskMetadata) -> bool:
-    row = _row(metadata.name)
+    row = find_instruction(metadata.name)
     return row.symmetric if row is not None else metadata.type not in _ONE_SIDED
 
 
@@ -223,7 +212,10 @@ def _number(value: float) -> float | None:
 
 
 def describe_model(name: str, encoder: Encoder, revision: str) -> ModelMeta:
-    """Describe a model as the leaderboard wants it.
+    """Describe a model as the leaderboard wants it; ``None`` where nothing says.
+
+    Licence and data sets come from the model card, data sets also from the run folder that the
+    model lies in. Those are named as tasks of mteb, so that it knows what was trained on.
 
     Args:
         name: folder or hub id. A folder is called ``nvembed/<its name>``.
@@ -235,6 +227,8 @@ def describe_model(name: str, encoder: Encoder, revision: str) -> ModelMeta:
     parameters = list(inner.parameters()) if hasattr(inner, "parameters") else None
     count = None if parameters is None else sum(p.numel() for p in parameters)
     memory = None if parameters is None else sum(p.numel() * p.element_size() for p in parameters)
+    card = _card(name)
+    datasets = [*_texts(card.get("datasets")), *(_trained_on(path) if path.is_dir() else ())]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return ModelMeta(
@@ -247,15 +241,72 @@ def describe_model(name: str, encoder: Encoder, revision: str) -> ModelMeta:
             memory_usage_mb=None if memory is None else round(memory / 2**20, 1),
             max_tokens=getattr(inner, "max_seq_length", None),
             embed_dim=encoder.dimension,
-            license=None,
+            license=_licence(card),
             open_weights=True,
             public_training_code=None,
             public_training_data=None,
             framework=["Sentence Transformers", "PyTorch", "safetensors"],
             similarity_fn_name="cosine",
             use_instructions=bool(getattr(encoder, "follows_instructions", True)),
-            training_datasets=None,
+            training_datasets=_tasks_of(datasets) or None,
         )
+
+
+def _card(name: str) -> dict[str, Any]:
+    """Read the YAML at the head of a model's card; empty where there is none here."""
+    path = Path(name) / "README.md"
+    if not Path(name).is_dir():
+        found = None
+        with suppress(ValueError):  # not the form of a hub id
+            found = try_to_load_from_cache(name, "README.md")
+        path = Path(found) if isinstance(found, str) else path
+    try:
+        head = path.read_text(encoding="utf-8").removeprefix("---\n").partition("\n---")[0]
+        values = yaml.safe_load(head)
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def _licence(card: Mapping[str, Any]) -> Any:
+    """One of the names that mteb knows, or a link, or ``None``."""
+    for said in (card.get("license"), card.get("license_link")):
+        if isinstance(said, str) and said.lower() in get_args(Licenses):
+            return said.lower()
+        if isinstance(said, str) and said.startswith(("https://", "http://")):
+            return said
+    return None
+
+
+def _trained_on(model: Path) -> list[str]:
+    run = RunFolder(model.parent)
+    if not run.exists:
+        return []
+    config = yaml.safe_load(run.config.read_text(encoding="utf-8"))
+    return [row["name"] for row in config.get("datasets", ())]
+
+
+def _tasks_of(datasets: Sequence[str]) -> set[str]:
+    """Name the tasks of mteb whose name, hub set or end of that is one of these."""
+    if not datasets:
+        return set()
+    wanted = {_plain(part) for name in datasets for part in (name, name.rpartition("/")[2])}
+    with quiet():
+        tasks = mteb.get_tasks(languages=["eng"], exclude_superseded=False)
+    return {
+        task.metadata.name
+        for task in tasks
+        for path in (task.metadata.dataset["path"],)
+        if wanted & {_plain(task.metadata.name), _plain(path), _plain(path.rpartition("/")[2])}
+    }
+
+
+def _plain(name: str) -> str:
+    return "".join(letter for letter in name.lower() if letter.isalnum())
+
+
+def _texts(value: object) -> list[str]:
+    return [one for one in value if isinstance(one, str)] if isinstance(value, list) else []
 
 
 def _folder_name(path: Path) -> str:

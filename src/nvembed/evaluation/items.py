@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
@@ -77,6 +77,13 @@ def write_items(folder: str | Path, name: str, items: Items) -> None:
     arrays: dict[str, Any] = {**items.arrays, **{k: np.array(v) for k, v in header.items()}}
     with atomic_path(_file(folder, name)) as temporary, open(temporary, "wb") as file:
         np.savez_compressed(file, **arrays)
+
+
+def keep_items(folder: str | Path, names: Collection[str]) -> None:
+    """Delete the items of all other tasks: they may be another model's."""
+    kept = {_file(folder, name) for name in names}
+    for path in set(Path(folder).glob("*.npz")) - kept:
+        path.unlink()
 
 
 def read_items(folder: str | Path, name: str) -> Items | None:

@@ -1,29 +1,26 @@
 """One evaluation from names to files: local folders and tasks of mteb, in one or several processes.
 
 Files: ``results.json`` after every task, ``results.run.json`` (what it was made with),
-``results.items/`` (for ``nvembed compare``) and ``results.mteb/`` (mteb's own format). Started
-again, it keeps the finished tasks, and takes the vectors of a half finished one from the cache.
+``results.items/`` (for ``nvembed compare``) and ``results.mteb/`` (mteb's own format). The results
+say which tasks there are: what an earlier evaluation left of others is deleted. Started again, it
+keeps the finished tasks, and takes the vectors of a half finished one from the cache.
 """
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
-from nvembed.core.errors import ConfigError, UserError
+from nvembed.core.errors import ConfigError
 from nvembed.core.files import write_json
-from nvembed.core.progress import progress
 from nvembed.core.runs import describe_environment
 from nvembed.evaluation.cached import CachedEncoder
-from nvembed.evaluation.items import items_folder, write_items
+from nvembed.evaluation.items import items_folder, keep_items, write_items
 from nvembed.evaluation.results import TaskResult, read_results, write_results
 from nvembed.evaluation.run import (
     BM25_NAME,
@@ -33,7 +30,8 @@ from nvembed.evaluation.run import (
     score_task,
     task_result,
 )
-from nvembed.evaluation.tasks import LocalTask, load_task, read_json_object
+from nvembed.evaluation.shared import SharedEncoder
+from nvembed.evaluation.tasks import LocalTask, read_json_object
 from nvembed.inference.fingerprint import model_fingerprint
 from nvembed.inference.protocol import Encoder
 from nvembed.model.settings import Precision
@@ -41,7 +39,8 @@ from nvembed.model.settings import Precision
 if TYPE_CHECKING:
     from mteb.abstasks import AbsTask
 
-    from nvembed.evaluation.hub import HubEncoder, InstructionSource
+    from nvembed.evaluation.hub import HubEncoder
+    from nvembed.evaluation.reference import InstructionSource
 
 Engine = Literal["local", "mteb"]
 
@@ -99,6 +98,20 @@ class Evaluation:
     failed: dict[str, str] = field(default_factory=dict)
 
 
+def earlier_precision(output: Path) -> Precision | None:
+    """Return the number type of the results that are there: what ``auto`` has to go on with.
+
+    Measured once more on a busy machine, it may come out otherwise.
+
+    Raises:
+        DataError: there are results, and no record of what they were made with.
+    """
+    if not output.is_file():
+        return None
+    value = _earlier_record(output).get("dtype")
+    return cast(Precision, value) if value in get_args(Precision) else None
+
+
 def run_session(
     settings: Settings,
     local: Sequence[LocalTask] = (),
@@ -115,7 +128,7 @@ def run_session(
         settings: of all tasks.
         local: read by ``load_tasks``.
         hub: of ``find_hub_tasks``.
-        processes: share out the tasks, each with a GPU where there are some.
+        processes: share out the texts of each task, each with a GPU where there are some.
         resume: keep what ``settings.output`` holds.
 
     Raises:
@@ -135,18 +148,20 @@ def run_session(
         _check_record(settings.output, record)
         found.results = read_results(settings.output)
     todo = [job for name, job in jobs.items() if name not in found.results]
-    write = settings.output, record
-    with progress(len(todo), "tasks", shown=processes > 1) as bar:
-        for name, outcome in _outcomes(settings, todo, processes):
-            bar.advance(task=name)
-            if isinstance(outcome, str):
-                found.failed[name] = outcome
-                continue
-            found.results[name], items = outcome
-            if items is not None:
-                write_items(items_folder(settings.output), name, items)
-            _write(*write, found)
-    _write(*write, found)
+    for name, outcome in _outcomes(settings, todo, processes):
+        if isinstance(outcome, str):
+            found.failed[name] = outcome
+            continue
+        result, items = outcome
+        if not found.results:
+            settings.output.unlink(missing_ok=True)  # old scores never stand beside new items
+        keep_items(items_folder(settings.output), found.results)
+        if items is not None:
+            write_items(items_folder(settings.output), name, items)
+        found.results[name] = result
+        _keep_mteb_files(settings, found.results)
+        _write(settings, record, found)
+    _write(settings, record, found)
     return found
 
 
@@ -165,47 +180,33 @@ def _outcomes(
             else:
                 yield _name(job), "BM25 scores local Retrieval tasks with ndcg_at_10 alone"
         return
-    if processes == 1:
-        worker = _Worker(settings)
+    with _loaded(settings, processes) as encoder:
+        scorer = _Scorer(settings, encoder)
         for job in jobs:
-            yield _name(job), worker.outcome(job)
-        return
-    context = multiprocessing.get_context("spawn")
-    ranks = context.Queue()
-    count = min(processes, len(jobs))
-    for rank in range(count):
-        ranks.put(rank)
-    with ProcessPoolExecutor(count, context, _start_worker, (settings, ranks)) as pool:
-        # A folder is read again there: its texts need not go through a pipe.
-        futures = {
-            pool.submit(_outcome_in_worker, job.folder if isinstance(job, LocalTask) else job): job
-            for job in jobs
-        }
-        try:
-            for future in as_completed(futures):
-                yield _name(futures[future]), future.result()
-        except BrokenProcessPool as error:
-            raise UserError(
-                "a process of the evaluation died, perhaps for lack of memory",
-                hint="Finished tasks are kept: run it again, with fewer --processes",
-            ) from error
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            yield _name(job), scorer.outcome(job)
 
 
-class _Worker:
-    """A loaded model that does one task after the other."""
-
-    def __init__(self, settings: Settings) -> None:
+@contextmanager
+def _loaded(settings: Settings, processes: int) -> Iterator[Encoder]:
+    if processes > 1:
+        with SharedEncoder(settings.model, settings.dtype, processes) as shared:
+            yield shared
+    else:
         from nvembed.inference.load import load_encoder
 
+        yield load_encoder(settings.model, settings.dtype)
+
+
+class _Scorer:
+    """Does one task after the other."""
+
+    def __init__(self, settings: Settings, encoder: Encoder) -> None:
         self._settings = settings
-        self._encoder: Encoder = load_encoder(settings.model, settings.dtype)
-        self._bare = self._encoder
+        self._encoder = self._bare = encoder
         if settings.cache is not None:
-            length = getattr(self._encoder, "max_seq_length", None)
+            length = getattr(encoder, "max_seq_length", None)
             key = f"{settings.fingerprint}-{length}"
-            self._encoder = CachedEncoder(self._encoder, settings.cache, key)
+            self._encoder = CachedEncoder(encoder, settings.cache, key)
         self._hub: HubEncoder | None = None
 
     def outcome(self, job: LocalTask | AbsTask) -> _Outcome:
@@ -221,7 +222,9 @@ class _Worker:
 
         settings = self._settings
         if self._hub is None:
-            meta = describe_model(settings.model, self._bare, settings.revision)
+            describe = partial(describe_model, settings.model, revision=settings.revision)
+            bare = self._bare
+            meta = bare.ask(describe) if isinstance(bare, SharedEncoder) else describe(bare)
             self._hub = HubEncoder(self._encoder, meta, settings.instructions)
         try:
             return score_hub(job, self._hub, settings.mteb_folder), None
@@ -235,28 +238,6 @@ class _Worker:
 
         started = time.perf_counter()
         return task_result(task, score(task, self._encoder), started), None
-
-
-_own_worker: _Worker | None = None
-
-
-def _start_worker(settings: Settings, ranks: multiprocessing.Queue[int]) -> None:
-    """Load the model in a worker process, on a GPU of its own where there are several."""
-    global _own_worker
-    import torch
-
-    rank = ranks.get()
-    if (gpus := torch.cuda.device_count()) > 0:
-        torch.cuda.set_device(rank % gpus)
-    else:
-        torch.set_num_threads(max(torch.get_num_threads() // max(ranks.qsize() + 1, 1), 1))
-    os.environ["NVEMBED_PROGRESS"] = "0"
-    _own_worker = _Worker(settings)
-
-
-def _outcome_in_worker(job: Path | AbsTask) -> _Outcome:
-    assert _own_worker is not None
-    return _own_worker.outcome(load_task(job) if isinstance(job, Path) else job)
 
 
 def _name(job: LocalTask | AbsTask) -> str:
@@ -293,9 +274,13 @@ def _record(settings: Settings, jobs: Mapping[str, LocalTask | AbsTask]) -> dict
     }
 
 
+def _earlier_record(output: Path) -> dict[str, Any]:
+    return read_json_object(_run_file(output), "the record of the evaluation to go on with")
+
+
 def _check_record(output: Path, record: dict[str, object]) -> None:
     """Refuse to mix the results of two models; take over the instructions of earlier tasks."""
-    earlier = read_json_object(_run_file(output), "the record of the evaluation to go on with")
+    earlier = _earlier_record(output)
     for key in ("model", "revision", "dtype"):
         if earlier.get(key) != record[key]:
             raise _mixed(output, key, earlier.get(key), record[key])
@@ -317,11 +302,18 @@ def _mixed(output: Path, what: str, earlier: object, now: object) -> ConfigError
     )
 
 
-def _write(output: Path, record: Mapping[str, object], found: Evaluation) -> None:
+def _keep_mteb_files(settings: Settings, names: Collection[str]) -> None:
+    """Delete those of other tasks: what the results do not hold must not reach a leaderboard."""
+    for path in settings.mteb_folder.glob("results/*/*/*.json"):
+        if path.name != "model_meta.json" and path.stem not in names:
+            path.unlink()
+
+
+def _write(settings: Settings, record: Mapping[str, object], found: Evaluation) -> None:
     # The record goes first: results without one could not be gone on with.
     run = {**record, "failed": found.failed, "environment": describe_environment()}
-    write_json(_run_file(output), run)
-    write_results(output, found.results)
+    write_json(_run_file(settings.output), run)
+    write_results(settings.output, found.results)
 
 
 def _run_file(output: Path) -> Path:

@@ -64,6 +64,11 @@ def all_instructions() -> dict[str, TaskInstruction]:
     }
 
 
+def find_instruction(name: str) -> TaskInstruction | None:
+    """Look up a task by its exact name or an alias; ``None`` where the table has none."""
+    return _by_any_name().get(name)
+
+
 def task_instruction(name: str) -> TaskInstruction:
     """Look up a task by its exact name or an alias.
 
@@ -73,7 +78,7 @@ def task_instruction(name: str) -> TaskInstruction:
     Raises:
         ConfigError: no task of that name; the nearest names are given.
     """
-    found = _by_any_name().get(name)
+    found = find_instruction(name)
     if found is None:
         near = _near(name, cutoff=0.5)
         raise ConfigError(

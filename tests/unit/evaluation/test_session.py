@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 
+from noting import Counting
 from nvembed.cli.main import run
-from nvembed.core.errors import ConfigError, DataError
+from nvembed.core.errors import ConfigError, ModelError
 from nvembed.evaluation import session
-from nvembed.evaluation.cached import CachedEncoder
 from nvembed.evaluation.items import items_folder, read_items
 from nvembed.evaluation.results import TaskResult, read_results
 from nvembed.evaluation.session import Settings, run_session
@@ -22,22 +19,6 @@ from nvembed.evaluation.summary import published_results
 from nvembed.evaluation.tasks import load_tasks
 from nvembed.inference.fake import HashEncoder
 from task_folders import rows_of, write_rows, write_task
-
-
-class Counting(HashEncoder):
-    """Counts and keeps what it is asked for."""
-
-    def __init__(self, dimension: int = 64) -> None:
-        super().__init__(dimension)
-        self.asked: list[tuple[str, str, str | None]] = []
-
-    def encode_query(self, texts: Sequence[str], *, task: str | None = None) -> Any:
-        self.asked += [("query", text, task) for text in texts]
-        return super().encode_query(texts, task=task)
-
-    def encode_document(self, texts: Sequence[str], *, task: str | None = None) -> Any:
-        self.asked += [("document", text, task) for text in texts]
-        return super().encode_document(texts, task=task)
 
 
 @pytest.fixture
@@ -52,6 +33,52 @@ def tasks(tmp_path: Path) -> Path:
     write_task(tmp_path / "tasks" / "find", "Retrieval")
     write_task(tmp_path / "tasks" / "similar", "STS")
     return tmp_path / "tasks"
+
+
+CARD = """---
+license: {license}
+license_link: {link}
+datasets:
+- mteb/banking77
+- ms_marco
+- somebody/unknown
+---
+text
+"""
+
+
+@pytest.mark.parametrize(
+    ("license", "link", "expected"),
+    [
+        ("CC-BY-NC-4.0", "LICENSE", "cc-by-nc-4.0"),
+        ("other", "https://example.com/licence", "https://example.com/licence"),
+        ("llama3", "LICENSE", None),
+    ],
+)
+def test_the_model_card_says_licence_and_data(
+    tmp_path: Path, license: str, link: str, expected: str | None
+) -> None:
+    from nvembed.evaluation.hub import describe_model
+
+    folder = tmp_path / "run" / "model"
+    folder.mkdir(parents=True)
+    (folder / "README.md").write_text(CARD.format(license=license, link=link))
+    (tmp_path / "run" / "config.yaml").write_text("datasets: [{name: nfcorpus}, {name: pydocs}]")
+    meta = describe_model(str(folder), HashEncoder(8), "1")
+    assert meta.license == expected
+    assert meta.training_datasets is not None
+    assert {"Banking77Classification", "MSMARCO", "NFCorpus"} <= meta.training_datasets
+    assert "NQ" not in meta.training_datasets
+
+
+def test_without_a_card_nothing_is_said(tmp_path: Path) -> None:
+    from nvembed.evaluation.hub import describe_model
+
+    (tmp_path / "README.md").write_text("---\n[broken\n---\n")
+    for name in (str(tmp_path), "somebody/nothing", "a:b"):
+        meta = describe_model(name, HashEncoder(8), "1")
+        assert meta.license is None
+        assert meta.training_datasets is None
 
 
 @pytest.fixture
@@ -87,24 +114,6 @@ def sts_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return "FolderSTS"
 
 
-def test_cache_gives_the_same_vectors_once(tmp_path: Path) -> None:
-    inner = Counting()
-    cached = CachedEncoder(inner, tmp_path, "one")
-    texts = ["a cat", "a dog"]
-    plain = HashEncoder(64).encode_query(texts, task="find")
-    for _ in range(2):
-        assert np.array_equal(cached.encode_query(texts, task="find"), plain)
-    assert len(inner.asked) == 2
-    cached.encode_query(texts)  # another instruction
-    cached.encode_document(texts, task="find")  # another side
-    CachedEncoder(inner, tmp_path, "two").encode_query(texts, task="find")  # another model
-    cached.encode_query(["a cat", "a dog "], task="find")  # another text
-    assert len(inner.asked) == 10
-    assert cached.encode_query([]).shape == (0, 64)
-    with pytest.raises(DataError, match=r"holds vectors of shape \(2, 64\).*\(2, 32\).*disagree"):
-        CachedEncoder(HashEncoder(32), tmp_path, "one").encode_query(texts, task="find")
-
-
 def test_local_tasks_resume_and_keep_items(tasks: Path, tmp_path: Path, model: Counting) -> None:
     output = tmp_path / "out" / "results.json"
     settings = Settings("m", output, cache=tmp_path / "cache")
@@ -125,6 +134,56 @@ def test_local_tasks_resume_and_keep_items(tasks: Path, tmp_path: Path, model: C
     other = run_session(by_mteb, load_tasks([tasks])).results
     for name in ("find", "similar"):
         assert again.results[name].main_score == pytest.approx(other[name].main_score, abs=1e-6)
+
+
+def test_starting_over_leaves_nothing_of_other_tasks(
+    tasks: Path, tmp_path: Path, sts_name: str, model: Counting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nvembed.evaluation.hub import find_hub_tasks
+
+    output = tmp_path / "results.json"
+    folder, settings = items_folder(output), Settings("m", output)
+    hub = find_hub_tasks(names=[sts_name]).tasks
+    run_session(settings, load_tasks([tasks]), hub)
+    assert {path.name for path in folder.iterdir()} == {"find.npz", "similar.npz"}
+    run_session(settings, load_tasks([tasks], ["find"]))  # tasks not asked for this time stay
+    assert set(read_results(output)) == {"find", "similar", sts_name}
+    assert read_items(folder, "similar") is not None
+
+    def out_of_memory(name: str, dtype: object) -> None:
+        raise ModelError("no room")
+
+    written = output.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr("nvembed.inference.load.load_encoder", out_of_memory)
+        with pytest.raises(ModelError):
+            run_session(settings, load_tasks([tasks]), resume=False)
+    assert output.read_bytes() == written
+    assert read_items(folder, "find") is not None
+
+    # mteb leaves no items: those of the first model must not be taken for the second's.
+    other = Settings("other", output, engine="mteb")
+    run_session(other, load_tasks([tasks], ["find"]), resume=False)
+    assert list(read_results(output)) == ["find"]
+    assert not list(folder.iterdir())
+    assert not list((tmp_path / "results.mteb").rglob(f"{sts_name}.json"))
+
+
+def test_auto_goes_on_with_the_number_type_that_was_measured(
+    tasks: Path, tmp_path: Path, model: Counting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def evaluate(task: str, measured: str, *options: str) -> tuple[int, str]:
+        monkeypatch.setattr("nvembed.model.precision.fastest_precision", lambda device: measured)
+        output = tmp_path / "results.json"
+        words = ["evaluate", "m", "--tasks", str(tasks / task), "--output", str(output)]
+        code = run([*words, *options])
+        return code, json.loads((tmp_path / "results.run.json").read_text())["dtype"]
+
+    assert evaluate("find", "float32") == (0, "float32")
+    assert evaluate("similar", "bfloat16") == (0, "float32")
+    assert set(read_results(tmp_path / "results.json")) == {"find", "similar"}
+    assert evaluate("similar", "float32", "--dtype", "bfloat16") == (2, "float32")  # asked for
+    assert evaluate("similar", "bfloat16", "--start-over") == (0, "bfloat16")
 
 
 def test_other_results_are_not_mixed(
@@ -223,6 +282,22 @@ def test_published_scores_are_a_column() -> None:
         published_results("nvidia/NV-Embed", ours)
 
 
+def test_a_model_stands_beside_its_own_published_scores(
+    tmp_path: Path,
+    sts_name: str,
+    model: Counting,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(session, "_commit", lambda model: "c0ffee")
+    name, output = "nvidia/NV-Embed-v2", tmp_path / "results.json"
+    words = ["evaluate", name, "--task", sts_name, "--against", name, "--output", str(output)]
+    assert run(words) == 0
+    score = read_results(output)[sts_name].main_score
+    assert score is not None
+    assert f"{100 * score:.2f}" in capsys.readouterr().out
+
+
 def test_the_command_does_what_it_can_and_says_the_rest(
     tmp_path: Path, sts_name: str, model: Counting, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -249,13 +324,6 @@ def test_instructions_by_source() -> None:
     assert hub_instruction(metadata, "paper") == task_instruction("ArguAna").instruction
     assert hub_instruction(metadata, "none") is None
     assert metadata.prompt == {"query": hub_instruction(metadata, "mteb")}
-
-
-@pytest.mark.slow
-def test_two_processes_share_the_tasks(tasks: Path, tmp_path: Path, tiny_decoder_dir: Path) -> None:
-    name = str(tiny_decoder_dir)
-    alone = run_session(Settings(name, tmp_path / "a.json"), load_tasks([tasks]))
-    both = run_session(Settings(name, tmp_path / "b.json"), load_tasks([tasks]), processes=2)
-    assert {n: r.scores for n, r in both.results.items()} == {
-        n: pytest.approx(r.scores, abs=1e-6) for n, r in alone.results.items()
-    }
+    banking = mteb.get_task("Banking77Classification").metadata  # not in the official file
+    assert isinstance(banking.prompt, str)
+    assert hub_instruction(banking, "official") == banking.prompt

@@ -16,9 +16,9 @@ from typing import Any, Literal
 import yaml
 
 from nvembed.core.errors import ConfigError
-from nvembed.text.instructions import task_instruction
+from nvembed.text.instructions import find_instruction
 
-InstructionSource = Literal["paper", "official", "mteb"]
+InstructionSource = Literal["paper", "official", "mteb", "none"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,23 +28,26 @@ class PublishedModel:
     Attributes:
         name: hub id, put to the printed name here.
         source: where the numbers were read.
-        date: of the printed table, ISO.
-        certainty: ``official``: the model card or the main text of the paper.
+        date: of the printed table, ISO; ``None`` where the source has none.
+        certainty: of types and average. ``official``: the model card or the main text of the
+            paper; ``leaderboard``: tables of MTEB's leaderboard.
         instructions: which were used; ``None`` where the source does not say.
         average: over the 56 tasks, as printed.
         types: average per task type, as printed.
         tasks: main score per task; empty where none were read.
+        tasks_certainty: of the tasks, where it is not that of the types.
         note: what a reader must know besides.
     """
 
     name: str
     source: str
-    date: str
+    date: str | None
     certainty: str
     instructions: str | None
     average: float
     types: Mapping[str, float]
     tasks: Mapping[str, float]
+    tasks_certainty: str | None = None
     note: str | None = None
 
 
@@ -59,31 +62,27 @@ class PaperTable:
     note: str | None = None
 
 
-def instruction_for(task_name: str, source: InstructionSource) -> str | None:
+def instruction_for(
+    task_name: str, source: InstructionSource, *, mteb_prompt: str | None = None
+) -> str | None:
     """Return the instruction of a task from one source, in plain words.
 
-    ``paper`` is the table ``text/instructions.yaml``, which says how sure each row is: the paper's
-    appendix itself was not read. ``official`` is NVIDIA's instructions.json only.
+    A task that ``paper`` or ``official`` lacks gets mteb's prompt: the models compared were scored
+    with some instruction on every task, and without one they would be held against other scores.
 
-    Returns:
-        The instruction, or ``None`` where ``official`` has none for that task.
-
-    Raises:
-        ConfigError: an unknown task (with near matches), or ``mteb``, whose prompts are in mteb.
+    Args:
+        task_name: mteb's.
+        source: ``paper`` is the table ``text/instructions.yaml``, which says how sure each row is:
+            the paper's appendix itself was not read. ``official`` are those rows of it that stand
+            in NVIDIA's instructions.json. ``mteb`` is mteb's prompt, ``none`` nothing.
+        mteb_prompt: mteb's own for that task; ``None`` where it has none.
     """
-    if source == "mteb":
-        raise ConfigError("mteb's prompts are read from its tasks, not from this table")
-    found = task_instruction(task_name)
-    return found.instruction if source == "paper" or found.source == "official" else None
-
-
-def is_symmetric(task_name: str) -> bool:
-    """Say whether both sides of the task carry the instruction.
-
-    Raises:
-        ConfigError: an unknown task.
-    """
-    return task_instruction(task_name).symmetric
+    if source == "none":
+        return None
+    found = find_instruction(task_name)
+    if found and (source == "paper" or source == found.source == "official"):
+        return found.instruction
+    return mteb_prompt
 
 
 @cache

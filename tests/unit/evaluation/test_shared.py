@@ -1,0 +1,106 @@
+"""One encoder of several processes: the same vectors and scores, and what happens when one dies."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nvembed.core.errors import ModelError, UserError
+from nvembed.evaluation.session import Settings, run_session
+from nvembed.evaluation.shared import SharedEncoder, shares
+from nvembed.evaluation.tasks import load_tasks
+from nvembed.inference.load import load_encoder
+from task_folders import write_task
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_shares_are_even_and_hold_every_text_once(seed: int) -> None:
+    draw = random.Random(seed)
+    texts = ["x" * draw.randint(0, 500) for _ in range(draw.randint(3, 200))]
+    parts = shares(texts, 3)
+    assert sorted(row for part in parts for row in part) == list(range(len(texts)))
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    lengths = [sum(len(texts[row]) for row in part) for part in parts]
+    assert max(lengths) - min(lengths) <= 500  # one text
+    assert shares(["a"], 3) == [[0]]
+    assert shares([], 3) == []
+
+
+@pytest.mark.slow
+def test_one_task_is_shared_and_a_death_is_told(tmp_path: Path, tiny_decoder_dir: Path) -> None:
+    name = str(tiny_decoder_dir)
+    texts = [f"a cat {'and a dog ' * (number % 7)}{number}" for number in range(50)]
+    with SharedEncoder(name, None, 2) as shared:
+        found = shared.encode_document(texts, task="find")
+        expected = load_encoder(name, None).encode_document(texts, task="find")
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+        assert shared.encode_query([]).shape == (0, shared.dimension)
+        workers = multiprocessing.active_children()
+        assert len(workers) == 2
+        assert workers[0].pid is not None
+        os.kill(workers[0].pid, signal.SIGKILL)
+        workers[0].join(10)
+        for _ in range(2):
+            with pytest.raises(UserError, match="a process of the evaluation died"):
+                shared.encode_query(texts)
+    with pytest.raises(ModelError):
+        SharedEncoder(str(tmp_path / "none"), None, 2)
+
+
+@pytest.mark.slow
+def test_scores_on_two_processes(tmp_path: Path, tiny_decoder_dir: Path) -> None:
+    for name, kind in (("find", "Retrieval"), ("similar", "STS")):
+        write_task(tmp_path / "tasks" / name, kind)
+    model, tasks = str(tiny_decoder_dir), load_tasks([tmp_path / "tasks"])
+    alone = run_session(Settings(model, tmp_path / "a.json"), tasks)
+    both = run_session(Settings(model, tmp_path / "b.json", cache=tmp_path), tasks, processes=2)
+    assert {n: r.scores for n, r in both.results.items()} == {
+        n: pytest.approx(r.scores, abs=1e-6) for n, r in alone.results.items()
+    }
+
+
+DRIVER = """
+import multiprocessing, sys, time
+from nvembed.evaluation.shared import SharedEncoder
+
+if __name__ == "__main__":
+    shared = SharedEncoder(sys.argv[1], None, 2)
+    shared.encode_query(["a", "b"])
+    print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.slow
+def test_the_processes_die_with_the_one_that_started_them(
+    tmp_path: Path, tiny_decoder_dir: Path
+) -> None:
+    (tmp_path / "driver.py").write_text(DRIVER)
+    command = [sys.executable, str(tmp_path / "driver.py"), str(tiny_decoder_dir)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout is not None
+        workers = [int(word) for word in process.stdout.readline().split()]
+        process.kill()
+    assert len(workers) == 2
+    deadline = time.monotonic() + 20
+    while any(_lives(worker) for worker in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def _lives(process: int) -> bool:
+    try:
+        # A zombie that nobody waits for counts as dead.
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False

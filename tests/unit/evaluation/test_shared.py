@@ -87,7 +87,10 @@ def test_the_processes_die_with_the_one_that_started_them(
     (tmp_path / "driver.py").write_text(DRIVER)
     command = [sys.executable, str(tmp_path / "driver.py"), str(tiny_decoder_dir)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+    # What is left over after the kill is told on stderr by the resource tracker.
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
+    ) as process:
         assert process.stdout is not None
         workers = [int(word) for word in process.stdout.readline().split()]
         process.kill()

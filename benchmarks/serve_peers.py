@@ -1,6 +1,7 @@
 """The server against a plain sentence-transformers handler and infinity: same weights, rising load.
 
     python benchmarks/serve_peers.py                                   # ours and the handler
+    python benchmarks/serve_peers.py --dtype auto                      # ours in its own choice
     python benchmarks/serve_peers.py --infinity VENV/bin/infinity_emb  # and infinity
     python benchmarks/serve_peers.py --overload 60                     # 10 times too many clients
 
@@ -46,9 +47,12 @@ def prepare_models(name: str, folder: Path) -> None:
 
     NVEmbed.from_pretrained(name).save(str(folder / "ours"))
     export_folder(str(folder / "ours"), folder / "stock", "sentence-transformers")
+    settings = folder / "stock" / "tokenizer_config.json"  # infinity's transformers is an older one
+    known = json.loads(settings.read_text("utf-8")) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    settings.write_text(json.dumps(known), "utf-8")
 
 
-def plain_handler(folder: str, port: int) -> None:
+def plain_handler(folder: str, port: int, dtype: str) -> None:
     """What one writes in five minutes; runs in a process of its own."""
     import uvicorn
     from fastapi import FastAPI
@@ -60,7 +64,7 @@ def plain_handler(folder: str, port: int) -> None:
         input: list[str]
 
     app = FastAPI()
-    model = SentenceTransformer(folder)
+    model = SentenceTransformer(folder, model_kwargs={"dtype": dtype})
 
     def embeddings(body: Body) -> dict[str, Any]:
         vectors = model.encode(body.input, normalize_embeddings=True).tolist()
@@ -72,23 +76,27 @@ def plain_handler(folder: str, port: int) -> None:
     uvicorn.run(app, host="127.0.0.1", port=port, log_level="warning")
 
 
-def command(side: str, folder: Path, port: int, infinity: str | None) -> list[str]:
+def command(side: str, folder: Path, port: int, arguments: argparse.Namespace) -> list[str]:
     if side == OURS:
         words = [sys.executable, "-m", "nvembed", "serve", str(folder / "ours"), "model_name=m"]
-        return [*words, "log_requests=false", "--dtype", "float32", "--port", str(port)]
+        words += ["log_requests=false", *arguments.settings]
+        return [*words, "--dtype", arguments.dtype, "--port", str(port)]
     if side == PLAIN:
-        return [sys.executable, __file__, "--plain", str(folder / "stock"), "--port", str(port)]
-    assert infinity is not None
-    words = [infinity, "v2", "--model-id", str(folder / "stock"), "--served-model-name", "m"]
-    words += ["--engine", "torch", "--device", "cpu", "--dtype", "float32", "--no-model-warmup"]
+        words = [sys.executable, __file__, "--plain", str(folder / "stock"), "--port", str(port)]
+        return [*words, "--peer-dtype", arguments.peer_dtype]
+    words = [arguments.infinity, "v2", "--model-id", str(folder / "stock")]
+    words += ["--served-model-name", "m", "--engine", "torch", "--device", "cpu"]
+    words += ["--dtype", arguments.peer_dtype, "--no-model-warmup", "--no-bettertransformer"]
     return [*words, "--url-prefix", "/v1", "--port", str(port), "--host", "127.0.0.1"]
 
 
-def start(side: str, folder: Path, port: int, infinity: str | None) -> subprocess.Popen[bytes]:
+def start(
+    side: str, folder: Path, port: int, arguments: argparse.Namespace
+) -> subprocess.Popen[bytes]:
     process = subprocess.Popen(
-        command(side, folder, port, infinity),
+        command(side, folder, port, arguments),
         stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL if side != PLAIN else None,
+        stderr=subprocess.DEVNULL if side == INFINITY else None,
     )
     path = "/v1/health" if side == INFINITY else "/health"
     for _ in range(600):
@@ -188,7 +196,7 @@ def compare(arguments: argparse.Namespace, folder: Path) -> None:
     for round_number in range(arguments.rounds):
         for place, side in enumerate(sides):
             port = FIRST_PORT + 10 * round_number + place
-            process = start(side, folder, port, arguments.infinity)
+            process = start(side, folder, port, arguments)
             try:
                 run_load(port, 4, min(2.0, arguments.seconds))  # warm
                 for level in arguments.levels:
@@ -222,7 +230,7 @@ def compare(arguments: argparse.Namespace, folder: Path) -> None:
 
 
 def overload(arguments: argparse.Namespace, folder: Path) -> None:
-    process = start(OURS, folder, FIRST_PORT, None)
+    process = start(OURS, folder, FIRST_PORT, arguments)
     try:
         server = psutil.Process(process.pid)
         calm = run_load(FIRST_PORT, max(arguments.levels), arguments.seconds)
@@ -246,6 +254,9 @@ def main() -> None:
     parser.add_argument("--levels", type=int, nargs="+", default=[1, 4, 16, 64])
     parser.add_argument("--seconds", type=float, default=10.0, help="of one level")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--dtype", default="float32", help="of ours; auto is its own choice")
+    parser.add_argument("--peer-dtype", default="float32", help="of the peers")
+    parser.add_argument("--settings", nargs="*", default=[], help="key=value settings of ours")
     parser.add_argument("--infinity", help="path of infinity_emb")
     parser.add_argument("--overload", type=float, help="seconds with ten times the last level")
     parser.add_argument("--plain", help=argparse.SUPPRESS)
@@ -253,7 +264,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.plain:
-        plain_handler(arguments.plain, arguments.port)
+        plain_handler(arguments.plain, arguments.port, arguments.peer_dtype)
     elif arguments.load:
         print(json.dumps(asyncio.run(load(arguments.port, arguments.load, arguments.seconds))))
     else:

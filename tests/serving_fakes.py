@@ -25,8 +25,10 @@ class HeldEngine:
 
     dimension = WIDTH
     takes_ids = True
+    batch_tokens = 4096
 
-    def __init__(self) -> None:
+    def __init__(self, forwards: int = 1) -> None:
+        self.forwards = forwards
         self._inner = EncoderEngine(HashEncoder(WIDTH))
         self.open = threading.Event()
         self.open.set()

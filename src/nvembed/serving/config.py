@@ -11,14 +11,19 @@ class BatchingConfig(StrictModel):
     """How texts of many requests share one forward.
 
     Args:
-        batch_tokens: tokens of one forward; a longer text goes alone.
-        max_wait_ms: how long a text waits at most for others while the model is idle.
+        batch_tokens: tokens of one forward; a longer text goes alone. ``None`` is what the device
+            is fastest with.
+        forwards: forwards that run side by side; the threads of a CPU are shared out to them.
+            ``None`` is one per core up to four, and one on other devices.
+        max_wait_ms: how long a text waits at most for others while the model is idle. Texts that
+            come while it works share the next forward anyway.
         queue_tokens: tokens that may wait; a request that would exceed them is refused with 429.
             One that finds the queue empty is always taken.
     """
 
-    batch_tokens: int = Field(default=4096, ge=1)
-    max_wait_ms: float = Field(default=2.0, ge=0)
+    batch_tokens: int | None = Field(default=None, ge=1)
+    forwards: int | None = Field(default=None, ge=1, le=64)
+    max_wait_ms: float = Field(default=0.0, ge=0)
     queue_tokens: int = Field(default=262_144, ge=1)
 
 

@@ -54,7 +54,7 @@ def serve(
     start_logging()
     if known is None and host not in _LOCAL:
         log_event("warning", message="no --keys: everybody who reaches this address may call")
-    engine = build_engine(load_encoder(model, dtype))
+    engine = build_engine(load_encoder(model, dtype), settings.batching.forwards)
     run_server(engine, settings, host=host, port=port, keys=known)
 
 

@@ -48,7 +48,7 @@ class Service:
         self.metrics = metrics
         batching = config.batching
         scheduler = Scheduler(
-            batch_tokens=batching.batch_tokens,
+            batch_tokens=batching.batch_tokens or engine.batch_tokens,
             max_wait=batching.max_wait_ms / 1000,
             queue_tokens=batching.queue_tokens,
         )

@@ -36,6 +36,11 @@ class LimitsConfig(StrictModel):
         max_body_bytes: bytes of a request's body.
         max_requests: requests under way at once; more are refused with 429.
         max_inflight_bytes: bytes of all bodies under way; more are refused with 429.
+        max_connections: connections open at once; more are closed unread. Each takes one of the
+            files that a process may have open (``ulimit -n``, often 1,024).
+        max_header_bytes: bytes of a request's headers (431).
+        header_seconds: headers must have arrived by then, from the connection or the first byte
+            on (408).
         body_seconds: a body must have arrived by then (408).
         request_seconds: an answer is ready by then, or the request is given up (503).
         send_seconds: a client takes a part of its answer by then, or the connection is closed.
@@ -47,6 +52,9 @@ class LimitsConfig(StrictModel):
     max_body_bytes: int = Field(default=8 * 2**20, ge=1)
     max_requests: int = Field(default=512, ge=1)
     max_inflight_bytes: int = Field(default=256 * 2**20, ge=1)
+    max_connections: int = Field(default=900, ge=1)
+    max_header_bytes: int = Field(default=64 * 2**10, ge=1)
+    header_seconds: float = Field(default=10.0, gt=0)
     body_seconds: float = Field(default=10.0, gt=0)
     request_seconds: float = Field(default=60.0, gt=0)
     send_seconds: float = Field(default=30.0, gt=0)

@@ -29,6 +29,7 @@ import tempfile
 import time
 import urllib.request
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -146,8 +147,8 @@ async def one_connection(
                 row for row in answer.lower().split(b"\r\n") if row[:15] == b"content-length:"
             ]
             await reader.readexactly(int(lengths[0][15:]))
-        except (OSError, asyncio.IncompleteReadError):
-            statuses["no answer"] += 1
+        except (OSError, asyncio.IncompleteReadError) as error:
+            statuses[f"no answer: {type(error).__name__}"] += 1
             writer = None
             continue
         status = answer[9:12].decode()
@@ -243,9 +244,15 @@ def overload(arguments: argparse.Namespace, folder: Path) -> None:
     try:
         server = psutil.Process(process.pid)
         calm = run_load(FIRST_PORT, max(arguments.levels), arguments.seconds)
-        before = server.memory_info().rss
-        found = run_load(FIRST_PORT, 10 * max(arguments.levels), arguments.overload)
-        after = server.memory_info().rss
+        memory = [server.memory_info().rss]
+        with ThreadPoolExecutor(1) as pool:
+            crowd = 10 * max(arguments.levels)
+            loading = pool.submit(run_load, FIRST_PORT, crowd, arguments.overload)
+            while not loading.done():
+                wait([loading], timeout=arguments.overload / 12)
+                memory.append(server.memory_info().rss)
+            found = loading.result()
+        page = urllib.request.urlopen(f"http://127.0.0.1:{FIRST_PORT}/metrics").read().decode()
         again = run_load(FIRST_PORT, max(arguments.levels), arguments.seconds)
     finally:
         process.terminate()
@@ -254,7 +261,10 @@ def overload(arguments: argparse.Namespace, folder: Path) -> None:
         print(
             f"{name}: {row['per_second']:.0f} texts/s, p95 {row['p95']:.0f} ms, {row['statuses']}"
         )
-    print(f"memory: {before / 2**20:.0f} MB before, {after / 2**20:.0f} MB after; exit code {code}")
+    counted = [row for row in page.splitlines() if row.startswith("nvembed_requests_total{")]
+    print("counted by the server until then:", *counted, sep="\n  ")
+    sizes = " ".join(f"{rss / 2**20:.0f}" for rss in memory)
+    print(f"memory before, and a dozen times meanwhile: {sizes} MB; exit code {code}")
 
 
 def main() -> None:

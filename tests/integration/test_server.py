@@ -163,6 +163,15 @@ def test_slow_headers_are_given_up(engine: HeldEngine) -> None:
             assert next_status(patient) == 200
 
 
+def test_idle_connections_are_closed_in_time(engine: HeldEngine) -> None:
+    with running(engine, make_config(limits={"idle_seconds": 1})) as port, connect(port) as idle:
+        idle.sendall(raw_request(body_of("a")))
+        assert next_status(idle) == 200
+        start = time.monotonic()
+        assert idle.recv(4096) == b""
+        assert 0.5 < time.monotonic() - start < 15
+
+
 def test_large_headers_and_many_connections(engine: HeldEngine) -> None:
     limits = {"max_header_bytes": 5000, "max_connections": 3}
     with running(engine, make_config(limits=limits)) as port:

@@ -39,6 +39,8 @@ class LimitsConfig(StrictModel):
         max_connections: connections open at once; more are closed unread. Each takes one of the
             files that a process may have open (``ulimit -n``, often 1,024).
         max_header_bytes: bytes of a request's headers (431).
+        idle_seconds: a connection waits as long for its next request. Longer than clients keep
+            theirs (5 seconds is usual), or they send a request into a connection being closed.
         header_seconds: headers must have arrived by then, from the connection or the first byte
             on (408).
         body_seconds: a body must have arrived by then (408).
@@ -54,6 +56,7 @@ class LimitsConfig(StrictModel):
     max_inflight_bytes: int = Field(default=256 * 2**20, ge=1)
     max_connections: int = Field(default=900, ge=1)
     max_header_bytes: int = Field(default=64 * 2**10, ge=1)
+    idle_seconds: int = Field(default=30, ge=1)
     header_seconds: float = Field(default=10.0, gt=0)
     body_seconds: float = Field(default=10.0, gt=0)
     request_seconds: float = Field(default=60.0, gt=0)

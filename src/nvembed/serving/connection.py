@@ -1,8 +1,8 @@
 """Connections that send nothing, or their headers byte by byte: uvicorn alone waits for ever.
 
-Bodies and answers have their limits in ``limits.py``, idle connections between two requests are
-closed by uvicorn after 5 seconds. What is left is here: how long and how large the headers may be,
-and how many connections may be open.
+Bodies and answers have their limits in ``limits.py``, connections that are idle between two
+requests are closed by uvicorn. What is left is here: how long and how large the headers may be, and
+how many connections may be open.
 """
 
 from __future__ import annotations

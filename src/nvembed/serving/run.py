@@ -74,6 +74,7 @@ def build_server(
             server_header=False,
             proxy_headers=False,
             ws="none",
+            timeout_keep_alive=config.limits.idle_seconds,
             timeout_graceful_shutdown=config.limits.shutdown_seconds,
         )
     )

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -108,7 +107,7 @@ class PackEngine:
     one of their cores, all of them stand still until it is back.
 
     Args:
-        model: it may not change from now on.
+        model: the model.
         forwards: how many side by side; ``None`` is the default of ``BatchingConfig``.
     """
 
@@ -124,8 +123,6 @@ class PackEngine:
         self.batch_tokens = CPU_PACK_TOKENS if self._on_cpu else CUDA_PACK_TOKENS
         self.forwards = forwards or (min(cores, MOST_FORWARDS) if self._on_cpu else 1)
         self._threads = max(1, cores // self.forwards)
-        # Never left: the weights stay as they are.
-        ExitStack().enter_context(model.pooling.fixed_weights())
 
     @property
     def dimension(self) -> int:

@@ -1,6 +1,7 @@
 """The server against a plain sentence-transformers handler and infinity: same weights, rising load.
 
     python benchmarks/serve_peers.py                                   # ours and the handler
+    python benchmarks/serve_peers.py --dtypes float32 auto --peer-dtypes float32 bfloat16
     python benchmarks/serve_peers.py --infinity VENV/bin/infinity_emb  # and infinity
     python benchmarks/serve_peers.py --overload 60                     # 10 times too many clients
 
@@ -10,13 +11,15 @@ Infinity wants an environment of its own: python -m venv VENV; VENV/bin/pip inst
 Every server is a process; the load comes from another one, over keep-alive connections on the
 loopback that each send the next request when the last is answered (closed loop), one text per
 request, of 4 to 64 words. A side's throughput at equal p95 is its best level among those whose p95
-is not above the other's. The sides take turns, ``--rounds`` times, and medians are shown.
+is not above the other's. The sides take turns, ``--rounds`` times, and medians are shown; "load" is
+the share of one core that the load itself took.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import random
 import statistics
@@ -26,6 +29,7 @@ import tempfile
 import time
 import urllib.request
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +37,7 @@ import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
 OURS, PLAIN, INFINITY = "nvembed", "sentence-transformers", "infinity"
+Side = tuple[str, str]  # a server and its data type
 FIRST_PORT = 18400
 
 
@@ -46,9 +51,12 @@ def prepare_models(name: str, folder: Path) -> None:
 
     NVEmbed.from_pretrained(name).save(str(folder / "ours"))
     export_folder(str(folder / "ours"), folder / "stock", "sentence-transformers")
+    settings = folder / "stock" / "tokenizer_config.json"  # infinity's transformers is an older one
+    known = json.loads(settings.read_text("utf-8")) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    settings.write_text(json.dumps(known), "utf-8")
 
 
-def plain_handler(folder: str, port: int) -> None:
+def plain_handler(folder: str, port: int, dtype: str) -> None:
     """What one writes in five minutes; runs in a process of its own."""
     import uvicorn
     from fastapi import FastAPI
@@ -60,7 +68,7 @@ def plain_handler(folder: str, port: int) -> None:
         input: list[str]
 
     app = FastAPI()
-    model = SentenceTransformer(folder)
+    model = SentenceTransformer(folder, model_kwargs={"dtype": dtype})
 
     def embeddings(body: Body) -> dict[str, Any]:
         vectors = model.encode(body.input, normalize_embeddings=True).tolist()
@@ -72,35 +80,39 @@ def plain_handler(folder: str, port: int) -> None:
     uvicorn.run(app, host="127.0.0.1", port=port, log_level="warning")
 
 
-def command(side: str, folder: Path, port: int, infinity: str | None) -> list[str]:
-    if side == OURS:
+def command(side: Side, folder: Path, port: int, arguments: argparse.Namespace) -> list[str]:
+    name, dtype = side
+    if name == OURS:
         words = [sys.executable, "-m", "nvembed", "serve", str(folder / "ours"), "model_name=m"]
-        return [*words, "log_requests=false", "--dtype", "float32", "--port", str(port)]
-    if side == PLAIN:
-        return [sys.executable, __file__, "--plain", str(folder / "stock"), "--port", str(port)]
-    assert infinity is not None
-    words = [infinity, "v2", "--model-id", str(folder / "stock"), "--served-model-name", "m"]
-    words += ["--engine", "torch", "--device", "cpu", "--dtype", "float32", "--no-model-warmup"]
+        words += ["log_requests=false", *arguments.settings]
+        return [*words, "--dtype", dtype, "--port", str(port)]
+    if name == PLAIN:
+        words = [sys.executable, __file__, "--plain", str(folder / "stock"), "--port", str(port)]
+        return [*words, "--peer-dtypes", dtype]
+    words = [arguments.infinity, "v2", "--model-id", str(folder / "stock")]
+    words += ["--served-model-name", "m", "--engine", "torch", "--device", "cpu"]
+    words += ["--dtype", dtype, "--no-model-warmup", "--no-bettertransformer"]
     return [*words, "--url-prefix", "/v1", "--port", str(port), "--host", "127.0.0.1"]
 
 
-def start(side: str, folder: Path, port: int, infinity: str | None) -> subprocess.Popen[bytes]:
+def start(
+    side: Side, folder: Path, port: int, arguments: argparse.Namespace
+) -> subprocess.Popen[bytes]:
     process = subprocess.Popen(
-        command(side, folder, port, infinity),
+        command(side, folder, port, arguments),
         stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL if side != PLAIN else None,
+        stderr=subprocess.DEVNULL if side[0] == INFINITY else None,
     )
-    path = "/v1/health" if side == INFINITY else "/health"
     for _ in range(600):
         if process.poll() is not None:
-            raise SystemExit(f"{side} ended with {process.returncode}")
+            raise SystemExit(f"{side[0]} ended with {process.returncode}")
         try:
-            urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=1).close()
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1).close()
         except OSError:
             time.sleep(0.2)
         else:
             return process
-    raise SystemExit(f"{side} does not answer")
+    raise SystemExit(f"{side[0]} does not answer")
 
 
 # --- Load, in a process of its own ----------------------------------------------------------------
@@ -135,8 +147,8 @@ async def one_connection(
                 row for row in answer.lower().split(b"\r\n") if row[:15] == b"content-length:"
             ]
             await reader.readexactly(int(lengths[0][15:]))
-        except (OSError, asyncio.IncompleteReadError):
-            statuses["no answer"] += 1
+        except (OSError, asyncio.IncompleteReadError) as error:
+            statuses[f"no answer: {type(error).__name__}"] += 1
             writer = None
             continue
         status = answer[9:12].decode()
@@ -168,6 +180,7 @@ async def load(port: int, connections: int, duration: float) -> dict[str, Any]:
         "p50": 1000 * cuts[49],
         "p95": 1000 * cuts[94],
         "p99": 1000 * cuts[98],
+        "load": 100 * time.process_time() / wall,
         "statuses": dict(statuses),
     }
 
@@ -183,12 +196,15 @@ def run_load(port: int, connections: int, duration: float) -> dict[str, Any]:
 
 
 def compare(arguments: argparse.Namespace, folder: Path) -> None:
-    sides = [OURS, PLAIN] + ([INFINITY] if arguments.infinity else [])
-    rows: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    ours: list[Side] = [(OURS, dtype) for dtype in arguments.dtypes]
+    peers: list[Side] = [(PLAIN, dtype) for dtype in arguments.peer_dtypes]
+    if arguments.infinity:
+        peers.append((INFINITY, arguments.peer_dtypes[0]))
+    rows: dict[tuple[Side, int], list[dict[str, Any]]] = {}
     for round_number in range(arguments.rounds):
-        for place, side in enumerate(sides):
+        for place, side in enumerate(ours + peers):
             port = FIRST_PORT + 10 * round_number + place
-            process = start(side, folder, port, arguments.infinity)
+            process = start(side, folder, port, arguments)
             try:
                 run_load(port, 4, min(2.0, arguments.seconds))  # warm
                 for level in arguments.levels:
@@ -197,38 +213,46 @@ def compare(arguments: argparse.Namespace, folder: Path) -> None:
             finally:
                 process.terminate()
                 process.wait(60)
+    names = ("per_second", "p50", "p95", "p99", "load")
     medians = {
-        key: {
-            name: statistics.median(run[name] for run in runs)
-            for name in ("per_second", "p50", "p95", "p99")
-        }
+        key: {name: statistics.median(run[name] for run in runs) for name in names}
         for key, runs in rows.items()
     }
-    print("| server | clients | texts/s | p50 ms | p95 ms | p99 ms | statuses |")
-    print("|---|---|---|---|---|---|---|")
+    print("| server | clients | texts/s | p50 ms | p95 ms | p99 ms | load % | statuses |")
+    print("|---|---|---|---|---|---|---|---|")
     for (side, level), row in medians.items():
-        times = " | ".join(f"{row[name]:.1f}" for name in ("per_second", "p50", "p95", "p99"))
-        print(f"| {side} | {level} | {times} | {rows[side, level][-1]['statuses']} |")
-    for side in sides[1:]:
+        times = " | ".join(f"{row[name]:.1f}" for name in names)
+        statuses = rows[side, level][-1]["statuses"]
+        print(f"| {' '.join(side)} | {level} | {times} | {statuses} |")
+    for side, peer in itertools.product(ours, peers):
         for level in arguments.levels:
-            other = medians[side, level]
+            other = medians[peer, level]
             fitting = [
-                medians[OURS, mine]["per_second"]
+                medians[side, mine]["per_second"]
                 for mine in arguments.levels
-                if medians[OURS, mine]["p95"] <= other["p95"]
+                if medians[side, mine]["p95"] <= other["p95"]
             ]
             ratio = max(fitting, default=0.0) / other["per_second"]
-            print(f"at the p95 of {side} with {level} clients: {ratio:.2f} times its throughput")
+            print(
+                f"{' '.join(side)}: {ratio:.2f} times the throughput of {' '.join(peer)} "
+                f"at its p95 with {level} clients"
+            )
 
 
 def overload(arguments: argparse.Namespace, folder: Path) -> None:
-    process = start(OURS, folder, FIRST_PORT, None)
+    process = start((OURS, arguments.dtypes[0]), folder, FIRST_PORT, arguments)
     try:
         server = psutil.Process(process.pid)
         calm = run_load(FIRST_PORT, max(arguments.levels), arguments.seconds)
-        before = server.memory_info().rss
-        found = run_load(FIRST_PORT, 10 * max(arguments.levels), arguments.overload)
-        after = server.memory_info().rss
+        memory = [server.memory_info().rss]
+        with ThreadPoolExecutor(1) as pool:
+            crowd = 10 * max(arguments.levels)
+            loading = pool.submit(run_load, FIRST_PORT, crowd, arguments.overload)
+            while not loading.done():
+                wait([loading], timeout=arguments.overload / 12)
+                memory.append(server.memory_info().rss)
+            found = loading.result()
+        page = urllib.request.urlopen(f"http://127.0.0.1:{FIRST_PORT}/metrics").read().decode()
         again = run_load(FIRST_PORT, max(arguments.levels), arguments.seconds)
     finally:
         process.terminate()
@@ -237,7 +261,10 @@ def overload(arguments: argparse.Namespace, folder: Path) -> None:
         print(
             f"{name}: {row['per_second']:.0f} texts/s, p95 {row['p95']:.0f} ms, {row['statuses']}"
         )
-    print(f"memory: {before / 2**20:.0f} MB before, {after / 2**20:.0f} MB after; exit code {code}")
+    counted = [row for row in page.splitlines() if row.startswith("nvembed_requests_total{")]
+    print("counted by the server until then:", *counted, sep="\n  ")
+    sizes = " ".join(f"{rss / 2**20:.0f}" for rss in memory)
+    print(f"memory before, and a dozen times meanwhile: {sizes} MB; exit code {code}")
 
 
 def main() -> None:
@@ -246,6 +273,9 @@ def main() -> None:
     parser.add_argument("--levels", type=int, nargs="+", default=[1, 4, 16, 64])
     parser.add_argument("--seconds", type=float, default=10.0, help="of one level")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--dtypes", nargs="+", default=["float32"], help="ours; auto chooses")
+    parser.add_argument("--peer-dtypes", nargs="+", default=["float32"])
+    parser.add_argument("--settings", nargs="*", default=[], help="key=value settings of ours")
     parser.add_argument("--infinity", help="path of infinity_emb")
     parser.add_argument("--overload", type=float, help="seconds with ten times the last level")
     parser.add_argument("--plain", help=argparse.SUPPRESS)
@@ -253,7 +283,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.plain:
-        plain_handler(arguments.plain, arguments.port)
+        plain_handler(arguments.plain, arguments.port, arguments.peer_dtypes[0])
     elif arguments.load:
         print(json.dumps(asyncio.run(load(arguments.port, arguments.load, arguments.seconds))))
     else:

@@ -9,13 +9,12 @@ import time
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-import uvicorn
 
 from nvembed.core.errors import DataError
 from nvembed.inference.fake import HashEncoder
-from nvembed.serving.app import create_app
 from nvembed.serving.config import ServerConfig
 from nvembed.serving.engine import EncoderEngine, Item, Wish
+from nvembed.serving.run import build_server
 
 WIDTH = 16
 
@@ -25,8 +24,10 @@ class HeldEngine:
 
     dimension = WIDTH
     takes_ids = True
+    batch_tokens = 4096
 
-    def __init__(self) -> None:
+    def __init__(self, forwards: int = 1) -> None:
+        self.forwards = forwards
         self._inner = EncoderEngine(HashEncoder(WIDTH))
         self.open = threading.Event()
         self.open.set()
@@ -62,11 +63,7 @@ def running(engine, config: ServerConfig, keys=None) -> Iterator[int]:
     """Serve on a free port of the loopback in a thread; yields the port."""
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
-    server = uvicorn.Server(
-        uvicorn.Config(
-            create_app(engine, config, keys), log_config=None, access_log=False, ws="none"
-        )
-    )
+    server = build_server(engine, config, host="127.0.0.1", port=0, keys=keys)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     until = time.monotonic() + 20

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import http.client
 import json
 import os
 import re
@@ -60,6 +61,14 @@ def connect(port: int) -> socket.socket:
     return made
 
 
+def next_status(connection: socket.socket) -> int:
+    """Read one answer to its end."""
+    answer = http.client.HTTPResponse(connection)
+    answer.begin()
+    answer.read()
+    return answer.status
+
+
 def wait_for(condition) -> None:
     until = time.monotonic() + 10
     while not condition():
@@ -114,6 +123,77 @@ def test_half_closed_and_broken_connections(engine: HeldEngine) -> None:
                 assert not answer or re.match(rb"HTTP/1.1 4\d\d", answer)
         assert call(port, "fine")[0] == 200
         wait_for(lambda: metric(port, "nvembed_inflight_requests") == 1)  # this one itself
+
+
+def test_a_client_that_half_closes_counts_as_gone(engine: HeldEngine) -> None:
+    with running(engine, make_config()) as port:
+        engine.open.clear()
+        with connect(port) as half:
+            half.sendall(raw_request(body_of("half")))
+            engine.began.wait(10)
+            half.shutdown(socket.SHUT_WR)
+            assert half.recv(4096) == b""
+        wait_for(lambda: metric(port, "nvembed_cancelled_total") == 1)
+        wait_for(lambda: metric(port, "nvembed_inflight_requests") == 1)  # this one itself
+        engine.open.set()
+        assert call(port, "fine")[0] == 200
+
+
+def test_slow_headers_are_given_up(engine: HeldEngine) -> None:
+    head = raw_request(body_of("a"))
+    with running(engine, make_config(limits={"header_seconds": 0.3})) as port:
+        with connect(port) as silent, connect(port) as dripping:
+            with contextlib.suppress(ConnectionError):
+                for at in range(40):  # each byte well in time, all of them much too late
+                    dripping.sendall(head[at : at + 1])
+                    time.sleep(0.02)
+            assert silent.recv(4096).startswith(b"HTTP/1.1 408")
+            with contextlib.suppress(ConnectionError):
+                assert dripping.recv(4096).startswith(b"HTTP/1.1 408")
+        with connect(port) as patient:  # neither a long answer nor a pause between requests is slow
+            engine.open.clear()
+            patient.sendall(head + head[:10])
+            time.sleep(0.4)
+            engine.open.set()
+            assert next_status(patient) == 200
+            patient.sendall(head[10:])
+            assert next_status(patient) == 200
+            time.sleep(0.4)
+            patient.sendall(head)
+            assert next_status(patient) == 200
+
+
+def test_idle_connections_are_closed_in_time(engine: HeldEngine) -> None:
+    with running(engine, make_config(limits={"idle_seconds": 1})) as port, connect(port) as idle:
+        idle.sendall(raw_request(body_of("a")))
+        assert next_status(idle) == 200
+        start = time.monotonic()
+        assert idle.recv(4096) == b""
+        assert 0.5 < time.monotonic() - start < 15
+
+
+def test_large_headers_and_many_connections(engine: HeldEngine) -> None:
+    limits = {"max_header_bytes": 5000, "max_connections": 3}
+    with running(engine, make_config(limits=limits)) as port:
+        with connect(port) as large:
+            large.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nA: " + b"a" * 6000)
+            assert large.recv(4096).startswith(b"HTTP/1.1 431")
+        with contextlib.ExitStack() as stack:
+            held = [stack.enter_context(connect(port)) for _ in range(3)]
+            time.sleep(0.1)
+            one_more = stack.enter_context(connect(port))
+            with contextlib.suppress(ConnectionError):
+                assert one_more.recv(4096) == b""
+            held[0].sendall(raw_request(body_of("a")))
+            assert next_status(held[0]) == 200
+
+        def fine() -> bool:
+            try:
+                return call(port, "fine")[0] == 200
+            except OSError:
+                return False
+
+        wait_for(fine)
 
 
 def test_slow_bodies_are_given_up(engine: HeldEngine) -> None:

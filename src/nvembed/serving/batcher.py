@@ -1,8 +1,11 @@
-"""Between requests (event loop) and the model (one thread): who waits, runs, fails or left.
+"""Between requests (event loop) and the model (its threads): who waits, runs, fails or left.
 
 In: items of a request; out: their vectors. The order is ``batching.py``'s; this file has the lock,
-the thread and the futures. A request whose client left is dropped from the queue; one on which the
-model fails is told so alone, since its batch is run again request by request.
+the threads and the futures. A request whose client left is dropped from the queue; one on which
+the model fails is told so alone, since its batch is run again request by request.
+
+A thread that is free takes at once whatever waits; what comes meanwhile is the next batch. So a
+lone text never waits for company, and batches grow with the load by themselves.
 """
 
 from __future__ import annotations
@@ -37,7 +40,7 @@ class _Waiting:
 
 
 class Batcher:
-    """Runs an engine in a thread of its own, on batches that a scheduler makes.
+    """Runs an engine in threads of its own, on batches that a scheduler makes.
 
     Args:
         engine: the model.
@@ -60,25 +63,30 @@ class Batcher:
         self._condition = threading.Condition()
         self._waiting: dict[Job, _Waiting] = {}
         self._closing = False
-        self._tokens_per_second = 1000.0  # until something was measured
-        self._thread = threading.Thread(target=self._work, name="nvembed-model", daemon=True)
+        self._tokens_per_second = 1000.0  # of one thread; until something was measured
+        self._threads = [
+            threading.Thread(target=self._work, name=f"nvembed-model-{number}", daemon=True)
+            for number in range(engine.forwards)
+        ]
 
     def start(self) -> None:
-        """Start the thread."""
-        self._thread.start()
+        """Start the threads."""
+        for thread in self._threads:
+            thread.start()
 
     def close(self) -> None:
-        """Finish what is queued, then stop the thread."""
+        """Finish what is queued, then stop the threads."""
         with self._condition:
             self._closing = True
-            self._condition.notify()
-        self._thread.join()
+            self._condition.notify_all()
+        for thread in self._threads:
+            thread.join()
 
     @property
     def ready(self) -> bool:
-        """Whether requests are taken: the thread is alive and the queue has room."""
+        """Whether requests are taken: the threads are alive and the queue has room."""
         return (
-            self._thread.is_alive()
+            all(thread.is_alive() for thread in self._threads)
             and not self._closing
             and self._scheduler.waiting_tokens < self._scheduler.queue_tokens
         )
@@ -115,7 +123,8 @@ class Batcher:
                 self._show_queue()
 
     def _overloaded(self) -> RequestError:
-        wait = self._scheduler.waiting_tokens / self._tokens_per_second
+        speed = self._tokens_per_second * len(self._threads)
+        wait = self._scheduler.waiting_tokens / speed
         return RequestError(
             429,
             "too many texts are waiting; send this request again after Retry-After seconds",
@@ -123,7 +132,7 @@ class Batcher:
             retry_seconds=min(60.0, wait),
         )
 
-    # --- the model's thread -----------------------------------------------------------------------
+    # --- the model's threads ----------------------------------------------------------------------
 
     def _work(self) -> None:
         while (batch := self._next_batch()) is not None:
@@ -143,6 +152,8 @@ class Batcher:
                 else:
                     break
             batch = self._scheduler.take()
+            if self._scheduler.waiting_jobs:
+                self._condition.notify()  # for the next thread
             self._show_queue()
             for job, row in batch:
                 if row == 0:
@@ -164,6 +175,7 @@ class Batcher:
             return
         items = [waiting.items[row] for _, waiting, rows in parts for row in rows]
         vectors = self._forward(items)
+        settled: list[tuple[_Waiting, RequestError | None]] = []
         at = 0
         for job, waiting, rows in parts:
             if vectors is not None:
@@ -173,7 +185,9 @@ class Batcher:
             else:
                 own = None
             at += len(rows)
-            self._deliver(job, waiting, rows, own)
+            self._note(job, waiting, rows, own, settled)
+        if settled:  # the event loop is woken once per batch
+            settled[0][0].loop.call_soon_threadsafe(_settle, settled)
 
     def _forward(self, items: Sequence[Item]) -> _Vectors | None:
         """Run the model; ``None`` where it failed."""
@@ -194,34 +208,37 @@ class Batcher:
         self._tokens_per_second += 0.1 * (tokens / max(seconds, 1e-6) - self._tokens_per_second)
         return vectors
 
-    def _deliver(
-        self, job: Job, waiting: _Waiting, rows: Sequence[int], vectors: _Vectors | None
+    def _note(
+        self,
+        job: Job,
+        waiting: _Waiting,
+        rows: Sequence[int],
+        vectors: _Vectors | None,
+        settled: list[tuple[_Waiting, RequestError | None]],
     ) -> None:
+        """Keep the vectors of some rows of a request; add it to ``settled`` where it is done."""
         if vectors is None or not np.isfinite(vectors).all():
             message = "the model failed on this request" if vectors is None else _NOT_FINITE
             self._metrics.faults.inc()
-            self._fail(job, waiting, message)
+            with self._condition:
+                self._scheduler.cancel(job)
+            advice = "send other texts, or ask who runs the server to load it in float32"
+            error = RequestError(503, f"{message}; {advice}", code="model_fault")
+            settled.append((waiting, error))
             return
         waiting.vectors[rows] = vectors
-        waiting.missing -= len(rows)
-        if not waiting.missing:
-            waiting.loop.call_soon_threadsafe(_settle, waiting.future, waiting.vectors)
-
-    def _fail(self, job: Job, waiting: _Waiting, message: str) -> None:
         with self._condition:
-            self._scheduler.cancel(job)
-        error = RequestError(
-            503,
-            f"{message}; send other texts, or ask who runs the server to load it in float32",
-            code="model_fault",
-        )
-        waiting.loop.call_soon_threadsafe(_settle, waiting.future, error)
+            waiting.missing -= len(rows)
+            done = not waiting.missing
+        if done:
+            settled.append((waiting, None))
 
 
-def _settle(future: asyncio.Future[_Vectors], result: _Vectors | RequestError) -> None:
-    if future.done():  # its client left
-        return
-    if isinstance(result, RequestError):
-        future.set_exception(result)
-    else:
-        future.set_result(result)
+def _settle(settled: Sequence[tuple[_Waiting, RequestError | None]]) -> None:
+    for waiting, error in settled:
+        if waiting.future.done():  # its client left, or another part of it failed
+            continue
+        if error is not None:
+            waiting.future.set_exception(error)
+        else:
+            waiting.future.set_result(waiting.vectors)

@@ -1,6 +1,6 @@
 """The model as the server sees it: texts become items with a token count, items become vectors.
 
-``prepare`` runs in the tokeniser's thread and ``embed`` in the model's, one call at a time each.
+``prepare`` is called one at a time, from any thread; ``embed`` from ``forwards`` threads at once.
 """
 
 from __future__ import annotations
@@ -18,11 +18,15 @@ from nvembed.text.template import query_prompt
 
 if TYPE_CHECKING:
     from nvembed.model.embedder import NVEmbed
+    from nvembed.text.tokens import TokenizedText
 
 Side = Literal["query", "document"]
 
 # Of an encoder whose tokenizer is its own affair.
 CHARS_PER_TOKEN = 4
+
+MOST_FORWARDS = 4
+"""Side by side on a CPU, where nothing else is said: each holds its own activations."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +68,16 @@ class Engine(Protocol):
         """Whether token ids can be embedded."""
         ...
 
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens of a forward that the device is fastest with."""
+        ...
+
+    @property
+    def forwards(self) -> int:
+        """How many threads may call ``embed`` at once."""
+        ...
+
     def prepare(self, texts: Sequence[str], wish: Wish) -> list[Item]:
         """Tokenise texts.
 
@@ -86,11 +100,29 @@ class Engine(Protocol):
 
 
 class PackEngine:
-    """An ``NVEmbed``: texts of any clients and prompts side by side in one flat batch."""
+    """An ``NVEmbed``: texts of any clients and prompts side by side in one flat batch.
 
-    def __init__(self, model: NVEmbed) -> None:
+    On a CPU several forwards run side by side, each with its share of the threads. The threads of
+    one forward wait for each other some hundred times; as soon as the event loop or a client needs
+    one of their cores, all of them stand still until it is back.
+
+    Args:
+        model: the model.
+        forwards: how many side by side; ``None`` is the default of ``BatchingConfig``.
+    """
+
+    def __init__(self, model: NVEmbed, forwards: int | None = None) -> None:
+        import torch
+
+        from nvembed.model.embedder import CPU_PACK_TOKENS, CUDA_PACK_TOKENS
+
         self._model = model.eval()
         self._vocabulary = int(model.backbone.model.config.get_text_config().vocab_size)
+        self._on_cpu = model.device.type == "cpu"
+        cores = torch.get_num_threads()
+        self.batch_tokens = CPU_PACK_TOKENS if self._on_cpu else CUDA_PACK_TOKENS
+        self.forwards = forwards or (min(cores, MOST_FORWARDS) if self._on_cpu else 1)
+        self._threads = max(1, cores // self.forwards)
 
     @property
     def dimension(self) -> int:
@@ -119,10 +151,14 @@ class PackEngine:
 
         from nvembed.model.embedder import embed_pack
 
+        texts = [item.content for item in items]
+        if self._on_cpu:
+            torch.set_num_threads(self._threads)  # of this Python thread alone
+            texts += _filler(sum(map(len, texts)))
         with torch.inference_mode():
-            vectors = embed_pack(self._model, [item.content for item in items])
+            vectors = embed_pack(self._model, texts)[: len(items), : self.dimension]
             # A model in 16 bit normalises in 16 bit, to lengths that are off by up to 0.4 %.
-            return unit_rows(vectors[:, : self.dimension].float().cpu().numpy())
+            return unit_rows(vectors.float().cpu().numpy())
 
     def _own_prompt(self, side: Side) -> str:
         # As encode_query and encode_document of sentence-transformers choose.
@@ -142,6 +178,9 @@ class EncoderEngine:
     def dimension(self) -> int:
         """Width of the vectors."""
         return self._encoder.dimension
+
+    batch_tokens = 4096
+    forwards = 1  # its tokenizer is not safe in several threads
 
     @property
     def takes_ids(self) -> bool:
@@ -169,10 +208,23 @@ class EncoderEngine:
         return vectors
 
 
-def build_engine(encoder: Encoder) -> Engine:
-    """Put the fitting engine around a loaded model."""
+def _filler(tokens: int) -> list[TokenizedText]:
+    """A text that brings the tokens of a pack to one of few numbers, a few percent more.
+
+    oneDNN makes a program for every shape that it has not seen lately: the forward of one text took
+    half as long again wherever its length was new, and each program takes memory.
+    """
+    from nvembed.text.tokens import TokenizedText
+
+    step = 1 << min(7, max(3, tokens.bit_length() - 4))  # 8 to 128
+    missing = -tokens % step
+    return [TokenizedText((0,) * missing, 0)] if missing else []
+
+
+def build_engine(encoder: Encoder, forwards: int | None = None) -> Engine:
+    """Put the fitting engine around a loaded model; ``forwards`` as in ``BatchingConfig``."""
     from nvembed.model.embedder import NVEmbed
 
     if isinstance(encoder, NVEmbed):
-        return PackEngine(encoder)
+        return PackEngine(encoder, forwards)
     return EncoderEngine(encoder)

@@ -15,6 +15,7 @@ from nvembed.inference.load import load_encoder
 from nvembed.model.settings import PrecisionChoice
 from nvembed.serving.app import create_app
 from nvembed.serving.config import ServerConfig
+from nvembed.serving.connection import limited_connections
 from nvembed.serving.engine import Engine, Wish, build_engine
 from nvembed.serving.keys import ApiKeys, read_keys
 from nvembed.serving.logs import log_event, start_logging
@@ -54,8 +55,29 @@ def serve(
     start_logging()
     if known is None and host not in _LOCAL:
         log_event("warning", message="no --keys: everybody who reaches this address may call")
-    engine = build_engine(load_encoder(model, dtype))
+    engine = build_engine(load_encoder(model, dtype), settings.batching.forwards)
     run_server(engine, settings, host=host, port=port, keys=known)
+
+
+def build_server(
+    engine: Engine, config: ServerConfig, *, host: str, port: int, keys: ApiKeys | None = None
+) -> uvicorn.Server:
+    """Put the application of an engine behind a server that does not listen yet."""
+    return uvicorn.Server(
+        uvicorn.Config(
+            create_app(engine, config, keys),
+            host=host,
+            port=port,
+            http=limited_connections(config.limits),
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            ws="none",
+            timeout_keep_alive=config.limits.idle_seconds,
+            timeout_graceful_shutdown=config.limits.shutdown_seconds,
+        )
+    )
 
 
 def run_server(
@@ -68,20 +90,7 @@ def run_server(
     """
     # The first forward of a process compiles and measures; no client should wait for it.
     engine.embed(engine.prepare(["warm up"], Wish()))
-    app = create_app(engine, config, keys)
-    server = uvicorn.Server(
-        uvicorn.Config(
-            app,
-            host=host,
-            port=port,
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            proxy_headers=False,
-            ws="none",
-            timeout_graceful_shutdown=config.limits.shutdown_seconds,
-        )
-    )
+    server = build_server(engine, config, host=host, port=port, keys=keys)
     try:
         socket = server.config.bind_socket()
     except (SystemExit, OSError) as error:

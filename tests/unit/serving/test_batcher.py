@@ -17,8 +17,8 @@ from serving_fakes import HeldEngine
 
 
 class Bench:
-    def __init__(self, queue_tokens: int = 1000, batch_tokens: int = 8) -> None:
-        self.engine = HeldEngine()
+    def __init__(self, queue_tokens: int = 1000, batch_tokens: int = 8, forwards: int = 1) -> None:
+        self.engine = HeldEngine(forwards)
         scheduler = Scheduler(batch_tokens=batch_tokens, max_wait=0, queue_tokens=queue_tokens)
         self.batcher = Batcher(self.engine, scheduler, Metrics())
         self.batcher.start()
@@ -117,8 +117,27 @@ def test_a_fault_hits_its_own_request_only(bench: Bench, text: str) -> None:
     asyncio.run(main())
 
 
-def test_closing_finishes_what_was_accepted() -> None:
-    bench = Bench()
+def test_forwards_run_side_by_side_and_share_a_request() -> None:
+    bench = Bench(batch_tokens=2, forwards=2)
+    texts = [f"text {row}" for row in range(9)]  # a batch each
+
+    async def main() -> np.ndarray:
+        bench.engine.open.clear()
+        task = asyncio.create_task(bench.batcher.embed(bench.items(*texts), "x"))
+        while len(bench.engine.batches) < 2:  # both wait inside the engine
+            await asyncio.sleep(0.001)
+        bench.engine.open.set()
+        return await task
+
+    vectors = asyncio.run(main())
+    bench.batcher.close()
+    np.testing.assert_array_equal(vectors, bench.engine._inner.embed(bench.items(*texts)))
+    assert sorted(bench.engine.batches) == [[text] for text in texts]
+
+
+@pytest.mark.parametrize("forwards", [1, 2])
+def test_closing_finishes_what_was_accepted(forwards: int) -> None:
+    bench = Bench(forwards=forwards)
 
     async def main() -> None:
         first = await bench.hold()
@@ -127,7 +146,7 @@ def test_closing_finishes_what_was_accepted() -> None:
         closing = asyncio.create_task(asyncio.to_thread(bench.batcher.close))
         await asyncio.sleep(0.01)
         bench.engine.open.set()
-        await asyncio.gather(first, *tasks, closing)
+        await asyncio.wait_for(asyncio.gather(first, *tasks, closing), 10)
         with pytest.raises(RequestError):
             await bench.batcher.embed(bench.items("late"), "z")
 

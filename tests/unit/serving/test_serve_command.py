@@ -10,9 +10,9 @@ import pytest
 import nvembed.serving.run as serving_run
 from nvembed.cli.main import run
 from nvembed.core.errors import ConfigError, DataError
-from nvembed.serving.engine import PackEngine, Wish
+from nvembed.serving.engine import Item, PackEngine, Wish, _filler
 from nvembed.serving.keys import read_keys
-from nvembed.text.tokens import TextTokenizer
+from nvembed.text.tokens import TextTokenizer, TokenizedText
 
 
 def test_keys_file(tmp_path: Path) -> None:
@@ -70,6 +70,46 @@ def test_the_engine_gives_the_models_vectors(tiny_decoder_dir: Path) -> None:
     short = engine.embed(engine.prepare(texts, Wish()))
     expected = oracle[0][:, :8] / np.linalg.norm(oracle[0][:, :8], axis=1, keepdims=True)
     np.testing.assert_allclose(short, expected, atol=1e-6)
+
+
+def test_packs_have_few_lengths_and_little_filler(tiny_decoder_dir: Path) -> None:
+    from nvembed import NVEmbed
+
+    model = NVEmbed.from_pretrained(tiny_decoder_dir)
+    lengths: list[int] = []
+    model.backbone.model.register_forward_pre_hook(
+        lambda module, args, given: lengths.append(given["input_ids"].shape[1]), with_kwargs=True
+    )
+    engine = PackEngine(model)
+    for tokens in (1, 8, 9, 100, 1000):
+        assert engine.embed([Item(TokenizedText((5,) * tokens, 0), tokens)]).shape[0] == 1
+    assert lengths == [8, 8, 16, 104, 1024]
+    totals = [tokens + sum(map(len, _filler(tokens))) for tokens in range(1, 4097)]
+    assert len(set(totals)) <= 64
+    assert all(total <= max(8, 1.13 * t + 1) for t, total in enumerate(totals, start=1) if t >= 64)
+
+
+def test_one_forward_per_core_up_to_four(tiny_decoder_dir: Path) -> None:
+    import torch
+
+    from nvembed import NVEmbed
+
+    model, before = NVEmbed.from_pretrained(tiny_decoder_dir), torch.get_num_threads()
+    try:
+        for cores, asked, forwards, threads in (
+            (1, None, 1, 1),
+            (2, None, 2, 1),
+            (8, None, 4, 2),
+            (8, 1, 1, 8),
+            (2, 3, 3, 1),
+        ):
+            torch.set_num_threads(cores)
+            engine = PackEngine(model, asked)
+            assert engine.forwards == forwards
+            engine.embed(engine.prepare(["text"], Wish()))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_serve_hands_its_options_on(

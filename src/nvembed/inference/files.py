@@ -20,13 +20,12 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 from tempfile import NamedTemporaryFile
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nvembed.core.errors import ConfigError, DataError, UserError
-from nvembed.core.files import atomic_path, read_jsonl, tidy, write_json
+from nvembed.core.files import atomic_path, tidy, write_json
 from nvembed.core.progress import progress
 from nvembed.inference.encoding import WINDOW_TEXTS, Side, encode_window
 from nvembed.inference.fingerprint import model_fingerprint
@@ -35,15 +34,6 @@ from nvembed.inference.outputs import OutputFormat, OutputPrecision, quantize_fi
 from nvembed.inference.protocol import Encoder
 from nvembed.inference.reading import STDIN, Document, Skipped, input_files, read_documents
 from nvembed.model.settings import PrecisionChoice
-
-
-@dataclass(frozen=True, slots=True)
-class TextRow:
-    """One line of a file of texts."""
-
-    line: int
-    text: str
-    id: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,32 +55,6 @@ class EncodedFile:
     dimension: int
     ranges: Path | None = None
     skipped: Skipped | None = None
-
-
-def read_texts(path: str | Path, field: str | None = None) -> Iterator[TextRow]:
-    """Read the texts of a JSONL or JSONL.gz file, line by line.
-
-    Without ``field`` the text is the key ``text``, with the ``title`` in front where there is one
-    (the BEIR layout). The id is the key ``_id`` or ``id``; either all lines have one or none.
-
-    Raises:
-        DataError: at the first line whose text is missing, no text, or empty, whose id is neither
-            text nor integer, or that has an id where the first line has none (or the other way
-            round).
-    """
-    with_ids: bool | None = None
-    for line, row in read_jsonl(path):
-        where = f"{path}:{line}"
-        text_row = TextRow(line, _row_text(row, field, where), _row_id(row, where))
-        if with_ids is None:
-            with_ids = text_row.id is not None
-        elif with_ids is not (text_row.id is not None):
-            raise DataError(
-                "this line has no id, others have" if with_ids else "only some lines have an id",
-                where=where,
-                expected='"_id" or "id" on every line or on none',
-            )
-        yield text_row
 
 
 def encode_file(
@@ -311,34 +275,6 @@ def _vectors(job: _Job, texts: list[str], parts: Path) -> NDArray[np.float32]:
         with atomic_path(known) as temporary, open(temporary, "wb") as file:
             np.save(file, vectors)
     return vectors
-
-
-def _row_text(row: dict[str, Any], field: str | None, where: str) -> str:
-    key = field or "text"
-    text = row.get(key)
-    if not isinstance(text, str):
-        message = f'"{key}" is not a text' if key in row else f'no key "{key}"'
-        raise DataError(message, where=where, expected=_expected(field))
-    title = row.get("title") if field is None else None
-    if isinstance(title, str) and title.strip():
-        text = f"{title} {text}".strip()
-    if not text.strip():
-        raise DataError(f'"{key}" is empty', where=where, expected="a text")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        # JSON can spell half a surrogate pair; no tokenizer takes it.
-        raise DataError(f'"{key}" holds half a character (a lone surrogate)', where=where) from None
-    return text
-
-
-def _row_id(row: dict[str, Any], where: str) -> str | None:
-    value = row.get("_id", row.get("id"))
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, str | int):
-        raise DataError("the id is neither text nor integer", where=where)
-    return str(value)
 
 
 def _expected(field: str | None) -> str:

@@ -7,18 +7,15 @@ again, it keeps the finished tasks, and takes the vectors of a half finished one
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import as_completed
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from nvembed.core.errors import ConfigError, UserError
+from nvembed.core.errors import ConfigError
 from nvembed.core.files import write_json
 from nvembed.core.progress import progress
 from nvembed.core.runs import describe_environment
@@ -35,6 +32,7 @@ from nvembed.evaluation.run import (
 )
 from nvembed.evaluation.tasks import LocalTask, load_task, read_json_object
 from nvembed.inference.fingerprint import model_fingerprint
+from nvembed.inference.processes import process_pool
 from nvembed.inference.protocol import Encoder
 from nvembed.model.settings import Precision
 
@@ -170,27 +168,14 @@ def _outcomes(
         for job in jobs:
             yield _name(job), worker.outcome(job)
         return
-    context = multiprocessing.get_context("spawn")
-    ranks = context.Queue()
-    count = min(processes, len(jobs))
-    for rank in range(count):
-        ranks.put(rank)
-    with ProcessPoolExecutor(count, context, _start_worker, (settings, ranks)) as pool:
+    with process_pool(min(processes, len(jobs)), _start_worker, settings) as pool:
         # A folder is read again there: its texts need not go through a pipe.
         futures = {
             pool.submit(_outcome_in_worker, job.folder if isinstance(job, LocalTask) else job): job
             for job in jobs
         }
-        try:
-            for future in as_completed(futures):
-                yield _name(futures[future]), future.result()
-        except BrokenProcessPool as error:
-            raise UserError(
-                "a process of the evaluation died, perhaps for lack of memory",
-                hint="Finished tasks are kept: run it again, with fewer --processes",
-            ) from error
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+        for future in as_completed(futures):
+            yield _name(futures[future]), future.result()
 
 
 class _Worker:
@@ -240,17 +225,9 @@ class _Worker:
 _own_worker: _Worker | None = None
 
 
-def _start_worker(settings: Settings, ranks: multiprocessing.Queue[int]) -> None:
-    """Load the model in a worker process, on a GPU of its own where there are several."""
+def _start_worker(settings: Settings) -> None:
+    """Load the model in a worker process."""
     global _own_worker
-    import torch
-
-    rank = ranks.get()
-    if (gpus := torch.cuda.device_count()) > 0:
-        torch.cuda.set_device(rank % gpus)
-    else:
-        torch.set_num_threads(max(torch.get_num_threads() // max(ranks.qsize() + 1, 1), 1))
-    os.environ["NVEMBED_PROGRESS"] = "0"
     _own_worker = _Worker(settings)
 
 

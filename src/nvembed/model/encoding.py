@@ -27,9 +27,10 @@ from nvembed.core.background import ahead
 from nvembed.core.errors import ModelError
 from nvembed.core.progress import Rates, progress
 from nvembed.model.backbone import Backbone
-from nvembed.model.packs import CPU_PACK_TOKENS, CUDA_PACK_TOKENS, Span, embed_plan, plan_texts
+from nvembed.model.packs import CPU_PACK_TOKENS, CUDA_PACK_TOKENS, embed_plan, plan_texts
 from nvembed.model.pooling import Pooling
 from nvembed.model.settings import LongTexts
+from nvembed.model.work import Span, Work
 from nvembed.text.template import query_prompt
 from nvembed.text.tokens import check_strings
 
@@ -47,23 +48,6 @@ class Chunks:
 
     vectors: NDArray[np.float32]
     spans: tuple[Span, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Work:
-    """Some texts that are ready for the model.
-
-    Attributes:
-        tokens: that the model reads.
-        spans: characters of the chunks of each text; None where a text has one vector.
-        launch: runs the model and returns a function that gives the vectors ``(N, D)`` once they
-            have arrived: float32, chunks of a text one after the other. On a GPU the next work may
-            be launched before.
-    """
-
-    tokens: int
-    spans: list[tuple[Span, ...]] | None
-    launch: Callable[[], Callable[[], NDArray[np.float32]]]
 
 
 class PackModel(SentenceTransformer):
@@ -131,7 +115,7 @@ class PackModel(SentenceTransformer):
             return _to_host(vectors[torch.tensor(rows, device=vectors.device)].float())
 
         spans = [plan.spans[place] for place in places] if plan.spans else None
-        return Work(plan.tokens, spans, launch)
+        return Work(launch, plan.tokens, spans)
 
     def encode_chunks(
         self,
@@ -161,6 +145,7 @@ class PackModel(SentenceTransformer):
             works = (self.prepare(w, side="document", task=task, long=long) for w in windows)
             for work in ahead(works) if len(windows) > 1 else works:
                 assert work.spans is not None
+                assert work.tokens is not None
                 vectors = work.launch()()
                 ends = np.cumsum(list(map(len, work.spans)))[:-1]
                 found += map(Chunks, np.split(vectors, ends), work.spans)

@@ -16,6 +16,7 @@ from torch.nn.functional import normalize
 
 from nvembed.model.backbone import Backbone
 from nvembed.model.settings import LongTexts
+from nvembed.model.work import Span
 from nvembed.text.long_texts import text_contexts, text_windows
 from nvembed.text.packing import Segments, flatten, plan_packs
 from nvembed.text.tokens import TokenizedText
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
 # Tokens per forward in encode. On a CPU a pack should stay in its caches; a GPU wants to be filled.
 CPU_PACK_TOKENS = 1024
 CUDA_PACK_TOKENS = 16384
-
-Span = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from nvembed.core import errors
 from nvembed.core.errors import UserError
 from nvembed.inference.parts import Part, Tally, Window, save_part
 from nvembed.inference.processes import Worker
 
 _SOURCE = Path(__file__).resolve().parents[2]
+_OF_ERRORS = ("message", "where", "expected", "hint")
+_NOTHING = Part(np.empty((0, 0), np.float32), np.empty((0, 2), np.int64), np.empty(0, np.int64))
 
 
 def join_cluster() -> tuple[Any, str, int]:
@@ -48,18 +50,6 @@ def join_cluster() -> tuple[Any, str, int]:
     return ray, kind, max(int(resources.get(kind, 1)), 1)
 
 
-@contextmanager
-def user_errors(ray: Any) -> Iterator[None]:
-    """Let errors of users come out of a cluster as what they are."""
-    try:
-        yield
-    except ray.exceptions.RayError as error:
-        cause: Any = error
-        while cause is not None and not isinstance(cause, UserError):
-            cause = getattr(cause, "cause", None) or cause.__cause__
-        raise (error if cause is None else cause) from None
-
-
 class RayWorker:
     """An actor of Ray Data with a model; makes the part of one window per call."""
 
@@ -71,9 +61,20 @@ class RayWorker:
         """Turn a table ``(window, texts)`` of one row into one of its vectors."""
         import pyarrow
 
-        part, tokens = self._worker.embed(rows["texts"][0].as_py())
+        part, tokens, error = _NOTHING, None, None
+        try:
+            part, tokens = self._worker.embed(rows["texts"][0].as_py())
+        except UserError as raised:  # Ray Data would keep its text alone
+            error = [type(raised).__name__, *(getattr(raised, name) for name in _OF_ERRORS)]
         columns = {name: [getattr(part, name).tobytes()] for name in ("vectors", "spans", "counts")}
-        return pyarrow.table({"window": rows["window"], "tokens": [tokens], **columns})
+        return pyarrow.table(
+            {
+                "window": rows["window"],
+                "tokens": pyarrow.array([tokens], pyarrow.int64()),
+                "error": pyarrow.array([error], pyarrow.list_(pyarrow.string())),
+                **columns,
+            }
+        )
 
 
 def make_by_ray(missing: Iterable[Window], worker: Worker, tally: Tally) -> None:
@@ -110,13 +111,21 @@ def make_by_ray(missing: Iterable[Window], worker: Worker, tally: Tally) -> None
         compute=ActorPoolStrategy(min_size=1, max_size=min(count, len(rows))),
         **resources,
     )
-    with user_errors(ray):
-        for row in made.iter_rows():
-            counts = np.frombuffer(row["counts"], np.int64)
-            part = Part(
-                np.frombuffer(row["vectors"], np.float32).reshape(int(counts.sum()), -1),
-                np.frombuffer(row["spans"], np.int64).reshape(-1, 2),
-                counts,
-            )
-            save_part(paths[row["window"]], part)
-            tally.made(len(counts), row["tokens"])
+    error: list[str | None] | None = None
+    for row in made.iter_rows():
+        error = row["error"]
+        if error is not None:
+            break  # and raised when the loop has ended, and with it Ray Data's threads
+        counts = np.frombuffer(row["counts"], np.int64)
+        part = Part(
+            np.frombuffer(row["vectors"], np.float32).reshape(int(counts.sum()), -1),
+            np.frombuffer(row["spans"], np.int64).reshape(-1, 2),
+            counts,
+        )
+        save_part(paths[row["window"]], part)
+        tally.made(len(counts), row["tokens"])
+    if error is not None:
+        kind, *rest = error
+        raise getattr(errors, str(kind))(
+            rest[0], **dict(zip(_OF_ERRORS[1:], rest[1:], strict=True))
+        )

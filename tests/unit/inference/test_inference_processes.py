@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import pytest
@@ -49,3 +50,28 @@ def test_what_a_process_raises_is_told(source: Path, tiny_decoder_dir: Path) -> 
 def test_a_loaded_model_stays_where_it_is(source: Path) -> None:
     with pytest.raises(ConfigError, match="load the model by its name"):
         encode_file(HashEncoder(), source, source.with_name("o.npy"), task=None, processes=2)
+
+
+@pytest.mark.slow
+def test_ray_writes_what_one_process_writes(
+    source: Path, tiny_decoder_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ray = pytest.importorskip("ray", reason="needs ray: pip install 'nvembed[ray]'")
+    model, long = str(tiny_decoder_dir), LongTexts("late", chunk_tokens=90)
+    monkeypatch.setenv("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    here, there = (source.with_name(f"{name}.npy") for name in ("here", "there"))
+    encode_file(model, source, here, task=None, long=long)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # ray's own
+        ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
+        try:
+            done = encode_file(model, source, there, task=None, long=long, engine="ray")
+            form = OutputFormat(33)
+            with pytest.raises(ConfigError, match="expected 1 to 32, the width of the model"):
+                encode_file(model, source, there, task="x", form=form, engine="ray")
+        finally:
+            ray.shutdown()
+    assert done.rows > 60
+    for end in ("", ".ids.json", ".spans.npy"):
+        made, wanted = there.with_name(f"there.npy{end}"), here.with_name(f"here.npy{end}")
+        assert made.read_bytes() == wanted.read_bytes()

@@ -125,7 +125,5 @@ def make_by_ray(missing: Iterable[Window], worker: Worker, tally: Tally) -> None
         save_part(paths[row["window"]], part)
         tally.made(len(counts), row["tokens"])
     if error is not None:
-        kind, *rest = error
-        raise getattr(errors, str(kind))(
-            rest[0], **dict(zip(_OF_ERRORS[1:], rest[1:], strict=True))
-        )
+        told = dict(zip(("kind", *_OF_ERRORS), error, strict=True))
+        raise getattr(errors, str(told.pop("kind")))(told.pop("message"), **told)

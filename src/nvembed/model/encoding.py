@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, Literal
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ from nvembed.model.backbone import Backbone
 from nvembed.model.packs import CPU_PACK_TOKENS, CUDA_PACK_TOKENS, embed_plan, plan_texts
 from nvembed.model.pooling import Pooling
 from nvembed.model.settings import LongTexts
+from nvembed.model.small_vectors import SmallPrecision, quantize
 from nvembed.model.work import Span, Work
 from nvembed.text.template import query_prompt
 from nvembed.text.tokens import check_strings
@@ -116,6 +117,27 @@ class PackModel(SentenceTransformer):
 
         spans = [plan.spans[place] for place in places] if plan.spans else None
         return Work(launch, plan.tokens, spans)
+
+    def encode(self, inputs: Any, *given: Any, precision: Any = "float32", **options: Any) -> Any:
+        """As in sentence-transformers; numbers of 8 bits or 1 bit are made on the device.
+
+        Args:
+            inputs: one text or several.
+            *given: the further arguments of ``SentenceTransformer.encode``.
+            precision: of the numbers.
+            **options: those of ``SentenceTransformer.encode``, and ``long``: see ``LongTexts``.
+        """
+        single = self.is_singular_input(inputs)
+        small = precision in get_args(SmallPrecision) and not single and len(inputs) > 1
+        if not small or options.get("output_value", "sentence_embedding") != "sentence_embedding":
+            return super().encode(inputs, *given, precision=precision, **options)
+        as_tensor = options.pop("convert_to_tensor", False)
+        as_array = options.pop("convert_to_numpy", True)
+        vectors_ND = super().encode(inputs, *given, convert_to_tensor=True, **options)
+        small_ND = quantize(vectors_ND, cast(SmallPrecision, precision)).cpu()
+        if as_tensor:
+            return small_ND
+        return small_ND.numpy() if as_array else list(small_ND)
 
     def encode_chunks(
         self,

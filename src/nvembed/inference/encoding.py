@@ -13,8 +13,9 @@ from typing import Literal, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from nvembed.core.background import ahead
 from nvembed.core.errors import ConfigError, ModelError
-from nvembed.core.progress import progress
+from nvembed.core.progress import Rates, progress
 from nvembed.inference.protocol import Encoder, unit_rows
 from nvembed.model.settings import LongTexts
 from nvembed.model.work import Work
@@ -30,24 +31,21 @@ class Way:
     """How texts are embedded.
 
     Attributes:
-        task: the instruction of queries; ``None`` makes them documents.
+        side: which of the encoder's two methods is called.
+        task: the instruction; ``None`` is none.
         truncate_dim: keep the first dimensions, at length 1; ``None`` keeps all.
         long: what becomes of texts beyond the model's limit.
     """
 
+    side: Side
     task: str | None = None
     truncate_dim: int | None = None
     long: LongTexts = field(default_factory=LongTexts)
 
     @property
-    def side(self) -> Side:
-        """Which of the encoder's two methods is called."""
-        return "document" if self.task is None else "query"
-
-    @property
     def key(self) -> tuple[object, ...]:
         """All that vectors depend on, besides model and text."""
-        return (self.task, self.truncate_dim, *astuple(self.long))
+        return (self.side, self.task, self.truncate_dim, *astuple(self.long))
 
     def width(self, encoder: Encoder) -> int:
         """Numbers in a vector.
@@ -133,14 +131,19 @@ def encode_texts(
     Raises:
         ModelError: the encoder gave another shape, or values that are not finite.
     """
+    way = Way(side, task)
+    starts = range(0, len(texts), WINDOW_TEXTS)
+    windows = (texts[start : start + WINDOW_TEXTS] for start in starts)
+    works = ((window, prepare_window(encoder, window, way)) for window in windows)
     vectors = np.empty((len(texts), encoder.dimension), dtype=np.float32)
+    rates, done = Rates(), 0
     with progress(len(texts), description) as bar:
-        for start in range(0, len(texts), WINDOW_TEXTS):
-            window = texts[start : start + WINDOW_TEXTS]
-            vectors[start : start + len(window)] = encode_window(
-                encoder, window, side=side, task=task
-            )
-            bar.advance(len(window))
+        for window, work in ahead(works) if len(starts) > 1 else works:
+            found = work.launch()()
+            check_vectors(found, (len(window), encoder.dimension), window)
+            vectors[done : done + len(window)] = found
+            done += len(window)
+            bar.advance(len(window), **rates.add(texts=len(window)))
     return vectors
 
 

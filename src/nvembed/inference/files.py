@@ -23,7 +23,7 @@ import numpy as np
 from nvembed.core.errors import ConfigError, DataError
 from nvembed.core.files import tidy, write_json
 from nvembed.core.progress import progress
-from nvembed.inference.encoding import Way
+from nvembed.inference.encoding import Side, Way
 from nvembed.inference.fingerprint import model_fingerprint
 from nvembed.inference.load import load_encoder
 from nvembed.inference.outputs import (
@@ -132,7 +132,8 @@ def encode_file(
         if not names:
             where = ", ".join(map(str, paths))
             raise DataError("the file holds no texts", where=where, expected=_expected(field))
-        job = _Job(documents, len(names), Way(task, form.truncate_dim, long))
+        side: Side = "document" if task is None else "query"
+        job = _Job(documents, len(names), Way(side, task, form.truncate_dim, long))
         folder = output.with_name(f"{output.name}.parts")
         if output.parent.is_dir():
             tidy(output.parent, output.name)  # of a run that was killed

@@ -112,7 +112,9 @@ class PackModel(SentenceTransformer):
         def launch() -> Callable[[], NDArray[np.float32]]:
             self.eval()
             with self.pooling.fixed_weights():
-                vectors = _finish(embed_plan(self, plan), truncate_dim, normalized=True)
+                vectors = embed_plan(self, plan)
+                if truncate_dim is not None:
+                    vectors = _finish(vectors, truncate_dim, normalized=True)
             return _to_host(vectors[torch.tensor(rows, device=vectors.device)].float())
 
         spans = [plan.spans[place] for place in places] if plan.spans else None

@@ -16,7 +16,6 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from nvembed.core.progress import ProgressBar, Rates
 from nvembed.inference.encoding import WINDOW_TEXTS, Way, check_vectors, prepare_window
 from nvembed.inference.protocol import Encoder
 from nvembed.model.work import Work
+from nvembed.text.batches import batches
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +82,7 @@ def windows(texts: Iterable[str], folder: Path, identity: str, way: Way) -> Iter
         identity: of the model.
         way: how the texts are embedded.
     """
-    source = iter(texts)
-    while window := list(islice(source, WINDOW_TEXTS)):
+    for window in batches(texts, WINDOW_TEXTS):
         settings = json.dumps([identity, *way.key, window])
         key = hashlib.sha256(settings.encode()).hexdigest()[:32]
         yield Window(window, folder / f"{key}.npz")

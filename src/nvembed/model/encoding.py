@@ -32,6 +32,7 @@ from nvembed.model.pooling import Pooling
 from nvembed.model.settings import LongTexts
 from nvembed.model.small_vectors import SmallPrecision, quantize
 from nvembed.model.work import Span, Work
+from nvembed.text.batches import batches
 from nvembed.text.template import query_prompt
 from nvembed.text.tokens import check_strings
 
@@ -165,7 +166,7 @@ class PackModel(SentenceTransformer):
         rates = Rates()
         budget = _budget(self._resolve_inference_device(None))
         with progress(len(texts), "encode", shown=show_progress_bar) as bar:
-            windows = [texts[at : at + budget] for at in range(0, len(texts), budget)]
+            windows = list(batches(texts, budget))
             works = (self.prepare(w, side="document", task=task, long=long) for w in windows)
             for work in ahead(works) if len(windows) > 1 else works:
                 assert work.spans is not None
@@ -219,7 +220,7 @@ class PackModel(SentenceTransformer):
             width = min(truncate_dim or self.dimension, self.pooling.width)
             return torch.empty((0, width), device=target)
         budget = _budget(target)
-        windows = [different[at : at + budget] for at in range(0, len(different), budget)]
+        windows = list(batches(different, budget))
         plans = (
             plan_texts(self.backbone, window, prompt or "", long, budget) for window in windows
         )

@@ -27,7 +27,11 @@ def encode(
         ),
     ],
     output: Annotated[
-        Path, typer.Option(help="A .npy file, one row per text, or .parquet.", show_default=False)
+        Path,
+        typer.Option(
+            help="A .npy file, one row per text, or a .parquet file or .lance table with ids.",
+            show_default=False,
+        ),
     ],
     task: Annotated[
         str | None,
@@ -54,6 +58,21 @@ def encode(
         Literal["float32", "int8", "uint8", "binary"],
         typer.Option(help="Of the numbers, as in sentence-transformers; binary keeps the sign."),
     ] = "float32",
+    long: Annotated[
+        Literal["cut", "windows", "late"],
+        typer.Option(
+            help="Texts beyond the model's limit: keep the beginning; or the mean of overlapping "
+            "windows; or late chunking, a vector per chunk of every text, read in one piece."
+        ),
+    ] = "cut",
+    overlap: Annotated[int, typer.Option(min=0, help="Tokens that windows share.")] = 64,
+    chunk_tokens: Annotated[int, typer.Option(min=1, help="Longest chunk of --long late.")] = 256,
+    processes: Annotated[
+        int, typer.Option(min=1, help="Share out the texts, with a GPU each where there are some.")
+    ] = 1,
+    engine: Annotated[
+        Literal["local", "ray"], typer.Option(help="Who embeds: ray is a cluster's workers.")
+    ] = "local",
 ) -> None:
     """Turn a file of texts into a file of vectors.
 
@@ -66,9 +85,11 @@ def encode(
       nvembed encode runs/demo/model --input questions.jsonl --output q.npy --task FiQA2018
       nvembed encode runs/demo/model --input docs.jsonl --output docs.npy \\
         --truncate-dim 128 --precision int8
+      nvembed encode MODEL --input books --output chunks.lance --long late --processes 2
     """
     from nvembed.inference.files import encode_file
     from nvembed.inference.outputs import OutputFormat
+    from nvembed.model.settings import LongTexts
     from nvembed.text.instructions import read_task
 
     form = OutputFormat(truncate_dim, precision)
@@ -82,6 +103,9 @@ def encode(
         dtype=dtype,
         id_field=id_field,
         keep_going=keep_going,
+        long=LongTexts(long, overlap, chunk_tokens),
+        processes=processes,
+        engine=engine,
     )
     if done.skipped is not None and done.skipped.count:
         for bad in done.skipped.first:

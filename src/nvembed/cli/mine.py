@@ -51,7 +51,7 @@ def mine(
     documents: Annotated[
         Path | None,
         typer.Option(
-            help='JSONL of {"text"} to search. Default: the input\'s own documents.',
+            help="File or folder of texts to search. Default: the input's own documents.",
             show_default=False,
         ),
     ] = None,

@@ -27,7 +27,7 @@ def search(
     *,
     documents: Annotated[
         Path | None,
-        typer.Option(help='JSONL or JSONL.gz of {"text"}, or BEIR documents.', show_default=False),
+        typer.Option(help="A file or folder as nvembed encode takes them.", show_default=False),
     ] = None,
     task: Annotated[
         str | None,

@@ -6,20 +6,17 @@ shared, however large its corpus is and whoever scores it, and the caller sees o
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
-from typing import Any, Self, TypeVar
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import partial
+from typing import Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nvembed.core.errors import UserError
 from nvembed.inference.encoding import Side
+from nvembed.inference.load import load_encoder
+from nvembed.inference.processes import death_told, process_pool
 from nvembed.inference.protocol import Encoder
 from nvembed.model.settings import Precision
 
@@ -40,14 +37,9 @@ class SharedEncoder:
     """
 
     def __init__(self, model: str, dtype: Precision | None, processes: int) -> None:
-        context = multiprocessing.get_context("spawn")
-        ranks = context.Queue()
-        for rank in range(processes):
-            ranks.put(rank)
         self._count = processes
-        self._pool = ProcessPoolExecutor(
-            processes, context, _start, (model, dtype, processes, ranks)
-        )
+        self._ending = ExitStack()
+        self._pool = self._ending.enter_context(process_pool(processes, _start, model, dtype))
         try:
             self.dimension, self.max_seq_length = self.ask(_facts)
         except BaseException:
@@ -58,11 +50,11 @@ class SharedEncoder:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._ending.close()
 
     def ask(self, question: Callable[[Encoder], T]) -> T:
         """Ask the encoder of one of the processes; question and answer go through a pipe."""
-        with _death_told():
+        with death_told():
             return self._pool.submit(_answer, question).result()
 
     def encode_query(self, texts: Sequence[str], *, task: str | None = None) -> NDArray[np.float32]:
@@ -77,7 +69,7 @@ class SharedEncoder:
 
     def _encode(self, texts: Sequence[str], side: Side, task: str | None) -> NDArray[np.float32]:
         vectors = np.empty((len(texts), self.dimension), dtype=np.float32)
-        with _death_told():
+        with death_told():
             parts = [
                 (rows, self._pool.submit(_embed, [texts[row] for row in rows], side, task))
                 for rows in shares(texts, self._count)
@@ -85,17 +77,6 @@ class SharedEncoder:
             for rows, part in parts:
                 vectors[rows] = part.result()
         return vectors
-
-
-@contextmanager
-def _death_told() -> Iterator[None]:
-    try:
-        yield
-    except BrokenProcessPool as error:
-        raise UserError(
-            "a process of the evaluation died, perhaps for lack of memory",
-            hint="Finished tasks are kept: run it again, with fewer --processes",
-        ) from error
 
 
 def shares(texts: Sequence[str], count: int) -> list[list[int]]:
@@ -110,32 +91,10 @@ _load: Callable[[], Encoder] | None = None
 _encoder: Encoder | None = None
 
 
-def _start(model: str, dtype: Precision | None, count: int, ranks: Any) -> None:
+def _start(model: str, dtype: Precision | None) -> None:
     """Prepare a process; the model is loaded by its first job, whose error reaches the caller."""
     global _load
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def end_with_parent() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
-    os.environ["NVEMBED_PROGRESS"] = "0"
-    rank = ranks.get()
-
-    def load() -> Encoder:
-        import torch
-
-        from nvembed.inference.load import load_encoder
-
-        if (gpus := torch.cuda.device_count()) > 0:
-            torch.cuda.set_device(rank % gpus)
-        else:
-            torch.set_num_threads(max(torch.get_num_threads() // count, 1))
-        return load_encoder(model, dtype)
-
-    _load = load
+    _load = partial(load_encoder, model, dtype)
 
 
 def _own_encoder() -> Encoder:

@@ -8,42 +8,42 @@ where the lines have them. Memory is bounded by a window of texts, not by the fi
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from pathlib import Path
-from tempfile import NamedTemporaryFile
-from typing import Any
+from tempfile import NamedTemporaryFile, TemporaryDirectory
+from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
-from nvembed.core.errors import ConfigError, DataError, UserError
-from nvembed.core.files import atomic_path, read_jsonl, tidy, write_json
+from nvembed.core.errors import ConfigError, DataError
+from nvembed.core.files import tidy, write_json
 from nvembed.core.progress import progress
-from nvembed.inference.encoding import WINDOW_TEXTS, Side, encode_window
+from nvembed.inference.encoding import Side, Way
 from nvembed.inference.fingerprint import model_fingerprint
 from nvembed.inference.load import load_encoder
-from nvembed.inference.outputs import OutputFormat, OutputPrecision, quantize_file, shorten
+from nvembed.inference.outputs import (
+    TABLES,
+    OutputFormat,
+    OutputPrecision,
+    Parts,
+    check_output,
+    value_ranges,
+    write_vectors,
+)
+from nvembed.inference.parts import Tally, Window, make_here, windows
+from nvembed.inference.processes import Worker, make_by_processes
 from nvembed.inference.protocol import Encoder
 from nvembed.inference.reading import STDIN, Document, Skipped, input_files, read_documents
-from nvembed.model.settings import PrecisionChoice
+from nvembed.model.settings import LongTexts, PrecisionChoice
 
+Engine = Literal["local", "ray"]
 
-@dataclass(frozen=True, slots=True)
-class TextRow:
-    """One line of a file of texts."""
-
-    line: int
-    text: str
-    id: str | None
+_BESIDE = {"ids": ".ids.json", "ranges": ".ranges.npy", "spans": ".spans.npy"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,32 +67,6 @@ class EncodedFile:
     skipped: Skipped | None = None
 
 
-def read_texts(path: str | Path, field: str | None = None) -> Iterator[TextRow]:
-    """Read the texts of a JSONL or JSONL.gz file, line by line.
-
-    Without ``field`` the text is the key ``text``, with the ``title`` in front where there is one
-    (the BEIR layout). The id is the key ``_id`` or ``id``; either all lines have one or none.
-
-    Raises:
-        DataError: at the first line whose text is missing, no text, or empty, whose id is neither
-            text nor integer, or that has an id where the first line has none (or the other way
-            round).
-    """
-    with_ids: bool | None = None
-    for line, row in read_jsonl(path):
-        where = f"{path}:{line}"
-        text_row = TextRow(line, _row_text(row, field, where), _row_id(row, where))
-        if with_ids is None:
-            with_ids = text_row.id is not None
-        elif with_ids is not (text_row.id is not None):
-            raise DataError(
-                "this line has no id, others have" if with_ids else "only some lines have an id",
-                where=where,
-                expected='"_id" or "id" on every line or on none',
-            )
-        yield text_row
-
-
 def encode_file(
     model: str | Encoder,
     input: Path | Sequence[Path],
@@ -104,6 +78,9 @@ def encode_file(
     form: OutputFormat | None = None,
     id_field: str | None = None,
     keep_going: bool = False,
+    long: LongTexts | None = None,
+    processes: int = 1,
+    engine: Engine = "local",
 ) -> EncodedFile:
     """Embed every text of a file, of several, of a folder or of stdin.
 
@@ -114,8 +91,9 @@ def encode_file(
     Args:
         model: folder or hub id, or an encoder that is loaded already.
         input: see ``nvembed.inference.reading.read_documents``.
-        output: ``.npy`` (ids go to ``<output>.ids.json``, a list in row order) or ``.parquet`` with
-            the columns ``id`` (the place of a text without one) and ``embedding``.
+        output: ``.npy`` (ids go to ``<output>.ids.json``, a list in row order), or a ``.parquet``
+            file or ``.lance`` table with the columns ``id`` (the place of a text without one) and
+            ``embedding``.
         task: with an instruction the texts are queries, without they are documents.
         field: key of the text; ``None`` is ``text`` with the title in front.
         dtype: of the model's weights, see ``load_encoder``.
@@ -123,22 +101,26 @@ def encode_file(
             to ``<output>.ranges.npy``.
         id_field: key of the id; ``None`` is ``_id`` or ``id``.
         keep_going: leave lines out that cannot be used, and count them.
+        long: what becomes of texts beyond the model's limit. Late chunking writes a vector per
+            chunk, with the ids ``id#0``, ``id#1`` …, and the characters of each: in
+            ``<output>.spans.npy`` ``(N, 2)``, or the columns ``start`` and ``end``.
+        processes: share out the texts, each with a GPU where there are some.
+        engine: ``ray`` embeds on the workers of a Ray cluster.
 
     Raises:
         DataError: a line cannot be used, or there is none.
         ConfigError: the output is an input, vectors have fewer dimensions than asked for, or
-            Parquet is wanted of numbers that are not float32.
+            a table is wanted of numbers that are not float32.
         ModelError: the model cannot be loaded or gives vectors that are no numbers.
         UserError: the output cannot be written (no space, no permission).
     """
-    form = form or OutputFormat()
+    form, long = form or OutputFormat(), long or LongTexts()
     paths = [input] if isinstance(input, Path) else list(input)
     if output.resolve() in [path.resolve() for path in input_files(paths)]:
         raise ConfigError("output and input are the same file", where=str(output))
-    if output.suffix == ".parquet" and form.precision != "float32":
-        raise ConfigError(
-            f"{form.precision} in Parquet", where=str(output), expected="float32, or a .npy file"
-        )
+    check_output(output, form.precision)
+    if not isinstance(model, str) and (processes > 1 or engine == "ray"):
+        raise ConfigError("other processes load the model by its name", expected="a name")
     with ExitStack() as stack:
         skipped = Skipped()
         paths = [stack.enter_context(_spooled()) if str(p) == STDIN else p for p in paths]
@@ -146,37 +128,39 @@ def encode_file(
         documents = partial(
             read_documents, paths, text_key=field, id_key=id_field, keep_going=keep_going
         )
-        ids = list(_checked_ids(documents(skipped=skipped)))
-        if not ids:
-            names = ", ".join(map(str, paths))
-            raise DataError("the file holds no texts", where=names, expected=_expected(field))
-        encoder = load_encoder(model, dtype) if isinstance(model, str) else model
-        dimension = _dimension(encoder, form)
-        identity = model_fingerprint(model, dtype) if isinstance(model, str) else None
-        job = _Job(encoder, documents, task, len(ids), dimension, identity)
-        ids_path, ranges_path = (output.with_name(output.name + end) for end in _BESIDE)
-        ranges = _write_output(job, output, form.precision)
-    # Files of an earlier run would belong to other vectors.
-    ids_path.unlink(missing_ok=True)
-    ranges_path.unlink(missing_ok=True)
-    with_ids = ids[0] is not None and output.suffix != ".parquet"
-    if with_ids:
-        write_json(ids_path, ids)
-    if ranges is not None:
-        np.save(ranges_path, ranges)
-    return EncodedFile(
-        output=output,
-        ids=ids_path if with_ids else None,
-        rows=len(ids),
-        dimension=dimension,
-        ranges=None if ranges is None else ranges_path,
-        skipped=skipped,
-    )
+        with_ids, names = _names(documents(skipped=skipped))
+        if not names:
+            where = ", ".join(map(str, paths))
+            raise DataError("the file holds no texts", where=where, expected=_expected(field))
+        side: Side = "document" if task is None else "query"
+        job = _Job(documents, len(names), Way(side, task, form.truncate_dim, long))
+        folder = output.with_name(f"{output.name}.parts")
+        if output.parent.is_dir():
+            tidy(output.parent, output.name)  # of a run that was killed
+        if not isinstance(model, str):  # nothing names its state: its parts are of no use later
+            folder = stack.enter_context(_folder_for_now(output))
+        made = _make_parts(job, model, dtype, folder, processes, engine)
+        parts = Parts(made, names, chunked=long.way == "late")
+        rows, dimension = parts.shape
+        write_vectors(parts, output, form.precision)
+        beside = _write_beside(parts, output, form.precision, with_ids=with_ids)
+        shutil.rmtree(folder, ignore_errors=True)
+    return EncodedFile(output, beside.get("ids"), rows, dimension, beside.get("ranges"), skipped)
 
 
-def _checked_ids(documents: Iterator[Document]) -> Iterator[str | None]:
-    """The ids; either all texts have one or none."""
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """What is encoded: documents that are read anew each time, so many of them."""
+
+    documents: Callable[[], Iterator[Document]]
+    count: int
+    way: Way
+
+
+def _names(documents: Iterator[Document]) -> tuple[bool, list[str]]:
+    """Whether texts have ids (all or none), and these, or their places."""
     with_ids: bool | None = None
+    names = []
     for document in documents:
         if with_ids is None:
             with_ids = document.id is not None
@@ -186,7 +170,79 @@ def _checked_ids(documents: Iterator[Document]) -> Iterator[str | None]:
                 where=document.place,
                 expected='"_id" or "id" on every line or on none',
             )
-        yield document.id
+        names.append(document.place if document.id is None else document.id)
+    return bool(with_ids), names
+
+
+def _make_parts(
+    job: _Job,
+    model: str | Encoder,
+    dtype: PrecisionChoice | None,
+    folder: Path,
+    processes: int,
+    engine: Engine,
+) -> list[Path]:
+    """Make the parts that are not there; return all, in order."""
+    identity = model_fingerprint(model, dtype) if isinstance(model, str) else ""
+    paths: list[Path] = []
+    texts = 0
+    with progress(job.count, "encode") as bar:
+        tally = Tally(bar)
+
+        def missing() -> Iterator[Window]:
+            nonlocal texts
+            read = (document.text for document in job.documents())
+            for window in windows(read, folder, identity, job.way):
+                paths.append(window.path)
+                texts += len(window.texts)
+                if window.path.is_file():
+                    tally.found(len(window.texts))
+                else:
+                    yield window
+
+        if engine == "ray" or processes > 1:
+            assert isinstance(model, str)
+            worker = Worker(model, dtype, job.way)
+            if engine == "ray":
+                from nvembed.inference.ray_data import make_by_ray
+
+                make_by_ray(missing(), worker, tally)
+            else:
+                make_by_processes(missing(), worker, processes, tally)
+        else:
+            encoder = load_encoder(model, dtype) if isinstance(model, str) else model
+            job.way.width(encoder)  # a wrong number of dimensions is told before texts are read
+            make_here(missing(), encoder, job.way, tally)
+    if texts != job.count:
+        raise DataError(f"the input changed while it was read ({job.count} texts, then {texts})")
+    return paths
+
+
+def _write_beside(
+    parts: Parts, output: Path, precision: OutputPrecision, *, with_ids: bool
+) -> dict[str, Path]:
+    """Write what a matrix does not hold; files of an earlier run would belong to other vectors."""
+    paths = {name: output.with_name(output.name + end) for name, end in _BESIDE.items()}
+    for path in paths.values():
+        path.unlink(missing_ok=True)
+    written = {}
+    if output.suffix not in TABLES:
+        if with_ids or parts.chunked:
+            write_json(paths["ids"], parts.names)
+            written["ids"] = paths["ids"]
+        if parts.chunked:
+            np.save(paths["spans"], np.concatenate([part.spans for _, part in parts]))
+        if precision in ("int8", "uint8"):
+            np.save(paths["ranges"], value_ranges(parts))
+            written["ranges"] = paths["ranges"]
+    return written
+
+
+@contextmanager
+def _folder_for_now(output: Path) -> Iterator[Path]:
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as folder:
+        yield Path(folder)
 
 
 @contextmanager
@@ -200,145 +256,6 @@ def _spooled() -> Iterator[Path]:
         shutil.copyfileobj(stream, file)
         file.flush()
         yield Path(file.name)
-
-
-_BESIDE = (".ids.json", ".ranges.npy")
-
-
-@dataclass(frozen=True, slots=True)
-class _Job:
-    """What is encoded; ``rows`` and ``dimension`` are the shape of the matrix.
-
-    ``identity`` names the state of the model, None where nothing does: then no work is kept.
-    """
-
-    encoder: Encoder
-    documents: Callable[[], Iterator[Document]]
-    task: str | None
-    rows: int
-    dimension: int
-    identity: str | None
-
-
-def _dimension(encoder: Encoder, form: OutputFormat) -> int:
-    width = encoder.dimension
-    wanted = width if form.truncate_dim is None else form.truncate_dim
-    if not 1 <= wanted <= width:
-        raise ConfigError(
-            f"{wanted} dimensions asked for",
-            where="truncate_dim",
-            expected=f"1 to {width}, the width of the model",
-        )
-    return wanted
-
-
-def _write_output(
-    job: _Job, output: Path, precision: OutputPrecision
-) -> NDArray[np.float32] | None:
-    """Write the vectors, quantised by way of a temporary file; returns the ranges if any."""
-    parts = output.with_name(f"{output.name}.parts")
-    if output.parent.is_dir():
-        tidy(output.parent, output.name)  # of a run that was killed
-    ranges = None
-    with atomic_path(output) as temporary:
-        if output.suffix == ".parquet":
-            _write_parquet(job, temporary, parts)
-        elif precision == "float32":
-            _write_vectors(job, temporary, parts)
-        else:
-            with NamedTemporaryFile(dir=output.parent, prefix=f".{output.name}.") as full:
-                _write_vectors(job, Path(full.name), parts)
-                ranges = quantize_file(Path(full.name), temporary, precision)
-    shutil.rmtree(parts, ignore_errors=True)
-    return ranges
-
-
-def _write_vectors(job: _Job, path: Path, parts: Path) -> None:
-    header = {"descr": "<f4", "fortran_order": False, "shape": (job.rows, job.dimension)}
-    # Written in sequence and not through a memory map, in which a full disk kills the process.
-    with open(path, "wb") as file:
-        np.lib.format.write_array_header_1_0(file, header)
-        for _, vectors in _windows(job, parts):
-            file.write(vectors.astype("<f4", order="C", copy=False).tobytes())
-
-
-def _write_parquet(job: _Job, path: Path, parts: Path) -> None:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise UserError("pyarrow is not installed", hint="pip install 'nvembed[data]'") from error
-    vector = pyarrow.list_(pyarrow.float32(), job.dimension)
-    schema = pyarrow.schema([("id", pyarrow.string()), ("embedding", vector)])
-    with pyarrow.parquet.ParquetWriter(path, schema) as file:
-        for window, vectors in _windows(job, parts):
-            ids = [document.id or document.place for document in window]
-            numbers = pyarrow.array(vectors.reshape(-1), pyarrow.float32())
-            column = pyarrow.FixedSizeListArray.from_arrays(numbers, job.dimension)
-            file.write_table(pyarrow.table([pyarrow.array(ids), column], schema=schema))
-
-
-def _windows(job: _Job, parts: Path) -> Iterator[tuple[list[Document], NDArray[np.float32]]]:
-    """Yield a window of documents with its vectors, of the final width, until all are done."""
-    documents = job.documents()
-    done, started = 0, time.monotonic()
-    with progress(job.rows, "encode") as bar:
-        while window := list(islice(documents, WINDOW_TEXTS)):
-            yield window, _vectors(job, [document.text for document in window], parts)
-            done += len(window)
-            bar.advance(len(window), **{"texts/s": done / (time.monotonic() - started)})
-    if done != job.rows:
-        raise DataError(
-            f"the input changed while it was read ({job.rows} texts, then {done})",
-            where=window[0].place if window else None,
-        )
-
-
-def _vectors(job: _Job, texts: list[str], parts: Path) -> NDArray[np.float32]:
-    """Embed a window, or take what a run that was killed has left of it."""
-    known = None
-    if job.identity is not None:
-        settings = json.dumps([job.identity, job.task, job.dimension, texts])
-        known = parts / f"{hashlib.sha256(settings.encode()).hexdigest()[:32]}.npy"
-        if known.is_file():
-            kept: NDArray[np.float32] = np.load(known)
-            return kept
-    side: Side = "document" if job.task is None else "query"
-    vectors = encode_window(job.encoder, texts, side=side, task=job.task)
-    if job.dimension != vectors.shape[1]:
-        vectors = shorten(vectors, job.dimension)
-    if known is not None:
-        with atomic_path(known) as temporary, open(temporary, "wb") as file:
-            np.save(file, vectors)
-    return vectors
-
-
-def _row_text(row: dict[str, Any], field: str | None, where: str) -> str:
-    key = field or "text"
-    text = row.get(key)
-    if not isinstance(text, str):
-        message = f'"{key}" is not a text' if key in row else f'no key "{key}"'
-        raise DataError(message, where=where, expected=_expected(field))
-    title = row.get("title") if field is None else None
-    if isinstance(title, str) and title.strip():
-        text = f"{title} {text}".strip()
-    if not text.strip():
-        raise DataError(f'"{key}" is empty', where=where, expected="a text")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        # JSON can spell half a surrogate pair; no tokenizer takes it.
-        raise DataError(f'"{key}" holds half a character (a lone surrogate)', where=where) from None
-    return text
-
-
-def _row_id(row: dict[str, Any], where: str) -> str | None:
-    value = row.get("_id", row.get("id"))
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, str | int):
-        raise DataError("the id is neither text nor integer", where=where)
-    return str(value)
 
 
 def _expected(field: str | None) -> str:

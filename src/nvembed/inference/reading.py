@@ -65,7 +65,7 @@ def read_documents(
     *,
     text_key: str | None = None,
     id_key: str | None = None,
-    keep_going: bool = False,
+    keep_going: bool | None = False,
     skipped: Skipped | None = None,
 ) -> Iterator[Document]:
     """Yield the documents of files, folders and stdin, in the order given.
@@ -80,7 +80,7 @@ def read_documents(
         text_key: column of the text; None is ``text``, with the ``title`` in front where there is
             one (the BEIR layout).
         id_key: column of the id; None is ``_id``, else ``id``.
-        keep_going: leave bad rows out.
+        keep_going: leave bad rows out; None is no, of a command that has no such option.
         skipped: where these are counted.
 
     Raises:
@@ -92,10 +92,9 @@ def read_documents(
             if isinstance(found, Document):
                 yield found
             elif not keep_going:
+                hint = "--keep-going leaves such lines out and counts them"
                 raise DataError(
-                    found.problem,
-                    where=found.place,
-                    hint="--keep-going leaves such lines out and counts them",
+                    found.problem, where=found.place, hint=None if keep_going is None else hint
                 )
             elif skipped is not None:
                 skipped.add(found)

@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 from nvembed.core.errors import ConfigError, DataError, UserError
 from nvembed.core.files import atomic_path
 from nvembed.inference.encoding import encode_texts, encode_window
-from nvembed.inference.files import TextRow, read_texts
 from nvembed.inference.fingerprint import model_fingerprint
 from nvembed.inference.load import load_encoder
 from nvembed.inference.protocol import Encoder
+from nvembed.inference.reading import STDIN, Document, input_files, read_documents
 from nvembed.model.settings import PrecisionChoice
 
 CACHE_FOLDER = Path("~/.cache/nvembed/search")
@@ -51,7 +51,7 @@ def search_file(
     Args:
         model: folder or hub id, or an encoder that is loaded already (whose vectors are not cached,
             since nothing tells two encoders apart).
-        documents: JSONL or JSONL.gz; see ``nvembed.inference.files.read_texts``.
+        documents: a file or a folder; see ``read_documents``.
         query: what to look for.
         task: the query's instruction; ``None`` is no instruction.
         top_k: number of hits, at least 1; fewer come back from a smaller file.
@@ -70,12 +70,12 @@ def search_file(
         raise ConfigError("the query is empty", where="query", expected="a text")
     if top_k < 1:
         raise ConfigError(f"{top_k} hits asked for", where="top_k", expected="at least 1")
-    rows = list(read_texts(documents))
+    rows = list(read_documents([documents], keep_going=None))
     if not rows:
         raise DataError("the file holds no texts", where=str(documents))
     encoder = load_encoder(model, dtype) if isinstance(model, str) else model
     cached = None
-    if cache is not None and isinstance(model, str):
+    if cache is not None and isinstance(model, str) and str(documents) != STDIN:
         cached = cache.expanduser() / f"{_cache_key(model, dtype, documents)}.npy"
     vectors = _document_vectors(encoder, rows, cached)
     query_vector = encode_window(encoder, [query], side="query", task=task)[0]
@@ -88,7 +88,7 @@ def search_file(
 
 
 def _document_vectors(
-    encoder: Encoder, rows: list[TextRow], cached: Path | None
+    encoder: Encoder, rows: list[Document], cached: Path | None
 ) -> NDArray[np.float32]:
     shape = (len(rows), encoder.dimension)
     if cached is not None:
@@ -120,6 +120,8 @@ def _write_cached(path: Path, vectors: NDArray[np.float32]) -> None:
 def _cache_key(model: str, dtype: PrecisionChoice | None, documents: Path) -> str:
     """Name the vectors of a file: by the file's contents and by what the model folder holds."""
     digest = hashlib.sha256(model_fingerprint(model, dtype).encode())
-    with open(documents, "rb") as file:
-        digest.update(hashlib.file_digest(file, "sha256").digest())
+    for path in input_files([documents]):
+        digest.update(path.suffix.encode())  # says how the contents are read
+        with open(path, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()

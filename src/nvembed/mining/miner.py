@@ -19,8 +19,8 @@ from nvembed.core.errors import ConfigError
 from nvembed.core.files import read_jsonl, tidy, write_json, write_jsonl
 from nvembed.data.convert import POSITIVE_SCORE
 from nvembed.data.records import Kind, PairRecord, Record, StsRecord, read_records
-from nvembed.inference.files import TextRow, read_texts
 from nvembed.inference.protocol import Encoder
+from nvembed.inference.reading import read_documents
 from nvembed.mining.config import MiningConfig
 from nvembed.mining.pool import DocumentPool, Pool, StoredPool, text_key
 from nvembed.mining.report import MiningReport
@@ -137,7 +137,7 @@ def mine_file(
         config: how to choose.
         kind: ``retrieval``, ``nli`` or ``sts``.
         instruction: of the queries (``sts``: of both sides).
-        documents: JSONL of further texts to mine from; see ``nvembed.inference.files.read_texts``.
+        documents: file or folder of further texts to mine from; see ``read_documents``.
         dtype: of the teacher's weights, see ``load_encoder``.
         teacher_model: name of the model at an endpoint.
         work: folder for what is computed, kept afterwards: the next run with the same teacher and
@@ -290,7 +290,8 @@ class _Job:
     ) -> Iterator[tuple[Run, Precision | None]]:
         """Embed and search; give the run, and the type of the teacher's weights."""
         queries = queries_of(self.plan.cases)
-        corpus = iter(()) if self.documents is None else map(_text, read_texts(self.documents))
+        further = [] if self.documents is None else [self.documents]
+        corpus = (document.text for document in read_documents(further, keep_going=None))
         texts = pool_texts(self.plan.cases, chain(self.plan.texts, corpus))
         with _pool(texts, self.folder) as pool:
             task = self.instruction if self.plan.symmetric else None
@@ -307,10 +308,6 @@ class _Job:
                 named = NamedTeacher(teacher, model, settled)
                 ranking = rank_in_files(search, named, self.config, self.folder, self.engine)
             yield Run(self.plan.cases, pool, ranking, self.config), settled
-
-
-def _text(row: TextRow) -> str:
-    return row.text
 
 
 @contextmanager

@@ -7,7 +7,6 @@ by the process that asked.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,9 @@ from typing import Any
 from nvembed.core.errors import UserError
 from nvembed.core.progress import progress
 from nvembed.inference.encoding import Side
+from nvembed.inference.ray_data import join_cluster
 from nvembed.mining.vectors import Batch, Teacher, shard_texts, write_shard
 from nvembed.mining.work import make_missing
-
-_SOURCE = Path(__file__).resolve().parents[2]
 
 
 class EmbeddingWorker:
@@ -50,18 +48,10 @@ def embed_by_ray(batch: Batch, paths: Sequence[Path], teacher: Teacher) -> None:
     missing = [number for number, path in enumerate(paths) if not path.is_file()]
     if not missing:
         return
-    try:
-        import ray
-        from ray.util import ActorPool
-    except ModuleNotFoundError as error:
-        raise UserError(
-            "ray is not installed", where="--engine ray", hint="pip install 'nvembed[ray]'"
-        ) from error
-    if not ray.is_initialized():
-        ray.init(log_to_driver=False, include_dashboard=False, runtime_env=_environment())
-    resources = ray.cluster_resources()
-    kind = "GPU" if resources.get("GPU") else "CPU"
-    count = max(1, min(int(resources.get(kind, 1)), len(missing)))
+    ray, kind, available = join_cluster()
+    from ray.util import ActorPool
+
+    count = min(available, len(missing))
     worker: Any = ray.remote(EmbeddingWorker).options(**{f"num_{kind.lower()}s": 1})
     pool = ActorPool([worker.remote(teacher, batch.side, batch.task) for _ in range(count)])
     jobs = iter(missing)
@@ -82,9 +72,3 @@ def embed_by_ray(batch: Batch, paths: Sequence[Path], teacher: Teacher) -> None:
         except ray.exceptions.RayTaskError as error:
             cause = error.as_instanceof_cause()
             raise (cause if isinstance(cause, UserError) else error) from None
-
-
-def _environment() -> dict[str, Any]:
-    """Let workers find the package where this process found it."""
-    path = os.pathsep.join(filter(None, [str(_SOURCE), os.environ.get("PYTHONPATH")]))
-    return {"env_vars": {"PYTHONPATH": path}}

@@ -174,6 +174,12 @@ class Backbone(InputModule):
     def max_tokens(self, value: int) -> None:
         self._text.max_tokens = value
 
+    @property
+    def max_positions(self) -> int | None:
+        """Positions that the model was made for; None where it does not say."""
+        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return None if positions is None else int(positions) - self._first_position
+
     # The name sentence-transformers uses for the same number.
     @property
     def max_seq_length(self) -> int:

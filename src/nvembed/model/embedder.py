@@ -2,36 +2,37 @@
 
 Saving, prompts, similarity, truncated and quantised outputs come from ``SentenceTransformer``. What
 is ours: loading without remote code, instructions (``task=``), and encoding in packs of a token
-budget instead of padded batches. Next file in the tour: ``losses/contrastive.py``.
+budget instead of padded batches (``model/encoding.py``). Next file in the tour:
+``losses/contrastive.py``.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import torch
-from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Module, Normalize
-from sentence_transformers.util import get_device_name, import_from_string, truncate_embeddings
-from torch import Tensor
+from sentence_transformers.util import get_device_name, import_from_string
 
 from nvembed.core.errors import ModelError
-from nvembed.core.progress import progress
 from nvembed.model.backbone import Backbone
+from nvembed.model.encoding import PackModel
 from nvembed.model.kind import model_kind
 from nvembed.model.native_elementwise import native_elementwise
 from nvembed.model.native_layer import native_layers
 from nvembed.model.official_load import load_official
+from nvembed.model.packs import CPU_PACK_TOKENS as CPU_PACK_TOKENS
+from nvembed.model.packs import CUDA_PACK_TOKENS as CUDA_PACK_TOKENS
+from nvembed.model.packs import embed_pack as embed_pack
 from nvembed.model.placement import DeviceMap
 from nvembed.model.pooling import (
     LastTokenPooling,
     LatentAttentionPooling,
     MeanPooling,
-    Pooling,
     SelfAttentionPooling,
     build_pooling,
 )
@@ -40,9 +41,7 @@ from nvembed.model.settings import AttentionDirection, PoolingKind
 from nvembed.model.source import ModelSource
 from nvembed.model.stock import read_stock
 from nvembed.text.instructions import task_prompts
-from nvembed.text.packing import flatten, plan_packs
 from nvembed.text.template import query_prompt
-from nvembed.text.tokens import TokenizedText
 
 # What modules.json may name without remote code: our classes by name, and anything inside
 # sentence-transformers itself.
@@ -57,10 +56,6 @@ _OWN_MODULES: dict[str, type[Module]] = {
     )
 }
 
-# Tokens per forward in encode. On a CPU a pack should stay in its caches; a GPU wants to be filled.
-CPU_PACK_TOKENS = 1024
-CUDA_PACK_TOKENS = 16384
-
 
 @dataclass(frozen=True, slots=True)
 class _Place:
@@ -71,7 +66,7 @@ class _Place:
     dtype: torch.dtype | str | None
 
 
-class NVEmbed(SentenceTransformer):
+class NVEmbed(PackModel):
     """A text-embedding model made from a decoder LM by the NV-Embed recipe.
 
     Use :meth:`from_pretrained`; the constructor is that of ``SentenceTransformer``.
@@ -226,26 +221,6 @@ class NVEmbed(SentenceTransformer):
         self.default_prompt_name = saved.get("default_prompt_name")
         self.similarity_fn_name = saved.get("similarity_fn_name")
 
-    @property
-    def backbone(self) -> Backbone:
-        """The first module."""
-        module = self[0]
-        assert isinstance(module, Backbone)
-        return module
-
-    @property
-    def pooling(self) -> Pooling:
-        """The second module."""
-        module = self[1]
-        assert isinstance(module, Pooling)
-        return module
-
-    @property
-    def dimension(self) -> int:
-        """Width of the embeddings, after truncation where ``truncate_dim`` is set."""
-        width = self.pooling.width
-        return width if self.truncate_dim is None else min(width, self.truncate_dim)
-
     def encode_query(  # type: ignore[override]  # one signature for the overloads
         self,
         inputs: Any,
@@ -284,73 +259,6 @@ class NVEmbed(SentenceTransformer):
             prompt, prompt_name = query_prompt(task), None
         return super().encode_document(inputs, prompt_name=prompt_name, prompt=prompt, **options)
 
-    @torch.inference_mode()
-    def _inference(  # type: ignore[override]  # as SentenceTransformer declares it
-        self,
-        inputs: list[Any],
-        *,
-        prompt: str | None,
-        batch_size: int,
-        show_progress_bar: bool,
-        output_value: str | None,
-        save_to_cpu: bool,
-        normalize_embeddings: bool,
-        truncate_dim: int | None,
-        device: Any = None,
-        **options: Any,
-    ) -> Any:
-        """Encode in packs of a token budget, longest first, equal texts once; ``encode`` calls it.
-
-        ``batch_size`` has no meaning without padding and is ignored; so are the sizes of the
-        batches that the caller cuts, since vectors do not depend on their neighbours.
-        """
-        if output_value != "sentence_embedding":
-            return super()._inference(
-                inputs,
-                prompt=prompt,
-                batch_size=batch_size,
-                show_progress_bar=show_progress_bar,
-                output_value=output_value,
-                save_to_cpu=save_to_cpu,
-                normalize_embeddings=normalize_embeddings,
-                truncate_dim=truncate_dim,
-                device=device,
-                **options,
-            )
-        target = self._resolve_inference_device(device)
-        self.eval()
-        # By type too: what is no text is refused by the tokenizer, with its row.
-        keys = [text if isinstance(text, str) else (row,) for row, text in enumerate(inputs)]
-        distinct = {key: place for place, key in enumerate(dict.fromkeys(keys))}
-        rows_of = {key: row for row, key in reversed(list(enumerate(keys)))}
-        texts = self.backbone.tokenize_texts([inputs[rows_of[k]] for k in distinct], prompt or "")
-        lengths = [len(text) for text in texts]
-        budget = CUDA_PACK_TOKENS if target.type == "cuda" else CPU_PACK_TOKENS
-        packs = plan_packs(lengths, budget)
-        rows: list[Tensor] = []
-        with (
-            self.pooling.fixed_weights(),
-            progress(sum(lengths), "encode", shown=show_progress_bar) as bar,
-        ):
-            for pack in packs:
-                embedding_ND = embed_pack(self, [texts[row] for row in pack])
-                if truncate_dim is not None:
-                    embedding_ND = truncate_embeddings(embedding_ND, truncate_dim)
-                if normalize_embeddings:
-                    embedding_ND = torch.nn.functional.normalize(embedding_ND, dim=1)
-                rows.append(embedding_ND.cpu() if save_to_cpu else embedding_ND)
-                bar.advance(sum(lengths[row] for row in pack))
-        if not rows:
-            width = min(truncate_dim or self.dimension, self.pooling.width)
-            return torch.empty((0, width), device=target)
-        stacked = torch.cat(rows)
-        order = torch.tensor([row for pack in packs for row in pack], device=stacked.device)
-        of_distinct = torch.empty_like(stacked).index_copy_(0, order, stacked)
-        if len(distinct) == len(inputs):
-            return of_distinct
-        places = [distinct[key] for key in keys]
-        return of_distinct[torch.tensor(places, device=stacked.device)]
-
 
 def _refuse_new(options: Mapping[str, object], source: ModelSource) -> None:
     given = [name for name, value in options.items() if value is not None]
@@ -360,17 +268,3 @@ def _refuse_new(options: Mapping[str, object], source: ModelSource) -> None:
             where=source.name,
             hint="Leave these options out, or start from the language model",
         )
-
-
-def embed_pack(model: torch.nn.Module, texts: Sequence[TokenizedText]) -> Tensor:
-    """The only forward of training and encoding.
-
-    Args:
-        model: an ``NVEmbed``, or one that accelerate has wrapped.
-        texts: one pack.
-
-    Returns:
-        ``(N, D)`` embeddings, L2-normalised, rows in the order of ``texts``.
-    """
-    embedding_ND: Tensor = model({"flat": flatten(texts)})["sentence_embedding"]
-    return embedding_ND

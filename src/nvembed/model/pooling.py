@@ -7,7 +7,7 @@
 
 They work on the flat batch of our :class:`~nvembed.model.backbone.Backbone` and equally behind the
 padded ``Transformer`` of an existing sentence-transformers model, whose states are flattened on
-entry; so latent attention can be put on any model. Next file: ``model/embedder.py``.
+entry; so latent attention can be put on any model. Next file: ``model/packs.py``.
 
 Letters: T tokens of the pack, N texts, D width, B × L a padded batch.
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 from pydantic import Field
@@ -13,6 +14,29 @@ PoolingKind = Literal["mean", "last", "latent", "self_attention"]
 Precision = Literal["float32", "bfloat16"]
 PrecisionChoice = Literal["auto", "float32", "bfloat16"]
 """``auto`` is what the machine computes fastest in, see ``model/precision.py``."""
+
+
+LongTextWay = Literal["cut", "windows", "late"]
+
+
+@dataclass(frozen=True, slots=True)
+class LongTexts:
+    """What becomes of texts beyond the model's limit, in encoding.
+
+    Attributes:
+        way: ``cut`` keeps the beginning. ``windows`` embeds overlapping windows and takes their
+            mean, weighted by pooled tokens. ``late`` (late chunking) reads a text as a whole, as
+            far as the model has positions, and pools the states of each of its chunks: several
+            vectors for a text, of chunks that know what stands around them.
+        overlap: tokens that a window shares with the one before.
+        chunk_tokens: of a chunk, at most.
+        max_tokens: that ``late`` reads at once; None is the number of positions.
+    """
+
+    way: LongTextWay = "cut"
+    overlap: int = 64
+    chunk_tokens: int = 256
+    max_tokens: int | None = None
 
 
 class PoolingSettings(StrictModel):

@@ -7,7 +7,7 @@
 
 Segments of a pack are ordered by falling length, so that equal lengths stand side by side and
 attention can treat each run of them as one dense block. ``order`` remembers which text each segment
-was. Next file: ``model/embedder.py``.
+was. Next file: ``model/packs.py``.
 
 Letters: T tokens of the pack, N segments (texts) of the pack.
 """

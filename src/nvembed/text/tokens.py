@@ -52,6 +52,29 @@ class TokenizedText:
         return len(self.ids)
 
 
+@dataclass(frozen=True, slots=True)
+class WholeText:
+    """A text of any length, not cut.
+
+    Attributes:
+        head: BOS and prompt.
+        body: the tokens of the text.
+        tail: EOS.
+        pool_start: where pooling starts, counted from BOS.
+        spans: first and last-plus-one character of each token of the body in the text.
+    """
+
+    head: tuple[int, ...]
+    body: tuple[int, ...]
+    tail: tuple[int, ...]
+    pool_start: int
+    spans: tuple[tuple[int, int], ...]
+
+    def part(self, start: int, end: int) -> TokenizedText:
+        """Some tokens of the body as a text of their own, between head and tail."""
+        return TokenizedText((*self.head, *self.body[start:end], *self.tail), self.pool_start)
+
+
 class TextTokenizer:
     """Turns texts into ids and pool starts with a Hugging Face fast tokenizer.
 
@@ -104,11 +127,7 @@ class TextTokenizer:
             DataError: something other than a string was given, or the prompt alone fills
                 ``max_tokens``.
         """
-        for row, text in enumerate(texts):
-            if not isinstance(text, str):
-                raise DataError(
-                    f"got {type(text).__name__}", where=f"text {row}", expected="a string"
-                )
+        check_strings(texts)
         encode = self._official if self.style == "official" else self._own
         chunks = (texts[at : at + CHUNK_TEXTS] for at in range(0, len(texts), CHUNK_TEXTS))
         return [tokens for chunk in chunks for tokens in encode(chunk, prompt)]
@@ -125,6 +144,38 @@ class TextTokenizer:
             return [self._finish(ids, 0, 0) for ids in encoded["input_ids"]]
         rows = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
         return [self._finish(ids, _text_start(offsets, len(prompt)), 1) for ids, offsets in rows]
+
+    def whole(self, texts: Sequence[str], prompt: str = "") -> list[WholeText]:
+        """Tokenise texts that share a prompt, cutting none; see ``text/long_texts.py``.
+
+        Raises:
+            DataError: something other than a string was given.
+        """
+        check_strings(texts)
+        # One by one: of long texts a few fill the memory with what describes their tokens.
+        return [self._whole(text, prompt) for text in texts]
+
+    def _whole(self, text: str, prompt: str) -> WholeText:
+        official = self.style == "official"
+        encoded = self.tokenizer(
+            prompt + text + (self.tokenizer.eos_token if official else ""),
+            add_special_tokens=official,
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+            verbose=False,
+        )
+        ids, offsets = tuple(encoded["input_ids"]), encoded["offset_mapping"]
+        if official:
+            pool_start = len(self.tokenizer.tokenize(prompt)) if prompt else 0
+            end = len(ids) - 1
+            start = min(max(pool_start, len(self.tokenizer("")["input_ids"])), end)
+            head, tail = ids[:start], ids[end:]
+        else:
+            start, end = _text_start(offsets, len(prompt)) if prompt else 0, len(ids)
+            head, tail = (*self._head, *ids[:start]), self._tail
+            pool_start = len(head) if prompt else 0
+        spans = ((max(a - len(prompt), 0), b - len(prompt)) for a, b in offsets[start:end])
+        return WholeText(head, ids[start:end], tail, pool_start, tuple(spans))
 
     def from_ids(self, rows: Sequence[Sequence[int]], vocabulary_size: int) -> list[TokenizedText]:
         """Take texts that were tokenised elsewhere: ids of this tokenizer, no special tokens.
@@ -210,6 +261,17 @@ class TextTokenizer:
         )
         masked = len(self.tokenizer.tokenize(prompt)) if prompt else 0
         return [TokenizedText(tuple(ids), masked) for ids in encoded["input_ids"]]
+
+
+def check_strings(texts: Sequence[object]) -> None:
+    """Refuse what is no text.
+
+    Raises:
+        DataError: names the first such row.
+    """
+    for row, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise DataError(f"got {type(text).__name__}", where=f"text {row}", expected="a string")
 
 
 def _digest(text: str) -> str:

@@ -50,7 +50,7 @@ def test_one_task_is_shared_and_a_death_is_told(tmp_path: Path, tiny_decoder_dir
         os.kill(workers[0].pid, signal.SIGKILL)
         workers[0].join(10)
         for _ in range(2):
-            with pytest.raises(UserError, match="a process of the evaluation died"):
+            with pytest.raises(UserError, match="a process died"):
                 shared.encode_query(texts)
     with pytest.raises(ModelError):
         SharedEncoder(str(tmp_path / "none"), None, 2)

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import errno
-import gzip
 import io
 import json
 from collections.abc import Sequence
@@ -16,10 +15,12 @@ from numpy.typing import NDArray
 
 from nvembed.core.errors import ConfigError, DataError, ModelError, UserError
 from nvembed.core.files import write_jsonl
-from nvembed.inference import files
+from nvembed.inference import files, parts
 from nvembed.inference.fake import HashEncoder
-from nvembed.inference.files import encode_file, read_texts
+from nvembed.inference.files import encode_file
 from nvembed.inference.outputs import OutputFormat
+from nvembed.model.embedder import NVEmbed
+from nvembed.model.settings import LongTexts
 
 ROWS: list[dict[str, Any]] = [
     {"_id": "d1", "title": "Lists", "text": "sort in place"},
@@ -66,7 +67,7 @@ def test_windows_change_nothing_and_a_task_makes_queries(
 ) -> None:
     rows = [{"question": f"text number {i}", "text": "no", "title": "no"} for i in range(10)]
     write_jsonl(tmp_path / "in.jsonl", rows)
-    monkeypatch.setattr(files, "WINDOW_TEXTS", 4)
+    monkeypatch.setattr(parts, "WINDOW_TEXTS", 4)
     encoder = CountingEncoder()
     output = tmp_path / "out.npy"
     done = encode_file(encoder, tmp_path / "in.jsonl", output, task="Find it", field="question")
@@ -128,7 +129,7 @@ def test_a_failing_run_leaves_the_earlier_output(
     encode_file(HashEncoder(), tmp_path / "in.jsonl", output, task=None)
     before = output.read_bytes()
     names = sorted(path.name for path in tmp_path.iterdir())
-    monkeypatch.setattr(files, "WINDOW_TEXTS", 2)
+    monkeypatch.setattr(parts, "WINDOW_TEXTS", 2)
 
     class FailingEncoder(HashEncoder):
         def encode_document(
@@ -140,23 +141,14 @@ def test_a_failing_run_leaves_the_earlier_output(
     with pytest.raises(ModelError, match="NaN or infinity"):
         encode_file(FailingEncoder(), tmp_path / "in.jsonl", output, task=None)
 
-    class FullDisk(HashEncoder):
-        def encode_document(
-            self, texts: Sequence[str], *, task: str | None = None
-        ) -> NDArray[np.float32]:
-            raise OSError(errno.ENOSPC, "No space left on device")
+    def full(file: Any, **arrays: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
 
+    monkeypatch.setattr(parts.np, "savez", full)
     with pytest.raises(UserError, match="No space left"):
-        encode_file(FullDisk(), tmp_path / "in.jsonl", output, task=None)
+        encode_file(HashEncoder(), tmp_path / "in.jsonl", output, task=None)
     assert output.read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == names
-
-
-def test_gzip_cut_short(tmp_path: Path) -> None:
-    whole = gzip.compress(b'{"text": "a"}\n' * 1000)
-    (tmp_path / "in.jsonl.gz").write_bytes(whole[:-9])
-    with pytest.raises(DataError, match="broken gzip"):
-        list(read_texts(tmp_path / "in.jsonl.gz"))
 
 
 def test_a_killed_run_goes_on_and_writes_the_same(
@@ -164,7 +156,7 @@ def test_a_killed_run_goes_on_and_writes_the_same(
 ) -> None:
     rows = [{"id": i, "text": f"text number {i}"} for i in range(10)]
     write_jsonl(tmp_path / "in.jsonl", rows)
-    monkeypatch.setattr(files, "WINDOW_TEXTS", 3)
+    monkeypatch.setattr(parts, "WINDOW_TEXTS", 3)
     monkeypatch.setattr(files, "model_fingerprint", lambda model, dtype: "m")
     calls: list[int] = []
 
@@ -223,3 +215,70 @@ def test_stdin_is_encoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert np.array_equal(
         np.load(tmp_path / "out.npy"), HashEncoder().encode_document(["one", "two"])
     )
+
+
+def test_a_lance_table_is_what_lancedb_opens(tmp_path: Path, monkeypatch) -> None:
+    lancedb = pytest.importorskip("lancedb")
+    monkeypatch.setattr(parts, "WINDOW_TEXTS", 4)
+    rows = [{"id": i, "text": f"text number {i}"} for i in range(10)]
+    write_jsonl(tmp_path / "in.jsonl", rows)
+    output = tmp_path / "new" / "out.lance"
+    for _ in range(2):  # the second replaces the first
+        done = encode_file(HashEncoder(32), tmp_path / "in.jsonl", output, task=None)
+        assert (done.rows, done.dimension, done.ids) == (10, 32, None)
+        table = lancedb.connect(output.parent).open_table("out").to_arrow().to_pydict()
+        assert table["id"] == [str(i) for i in range(10)]
+        wanted = HashEncoder(32).encode_document([row["text"] for row in rows])
+        assert np.array_equal(np.array(table["embedding"], dtype=np.float32), wanted)
+        assert [path.name for path in output.parent.iterdir()] == ["out.lance"]
+    (tmp_path / "mine.lance").mkdir()
+    (tmp_path / "mine.lance" / "notes.txt").write_text("do not delete")
+    with pytest.raises(ConfigError, match="no Lance table"):
+        encode_file(HashEncoder(), tmp_path / "in.jsonl", tmp_path / "mine.lance", task=None)
+    form = OutputFormat(None, "uint8")
+    with pytest.raises(ConfigError, match="uint8 in Lance"):
+        encode_file(HashEncoder(), tmp_path / "in.jsonl", output, task=None, form=form)
+
+
+LONG_ROWS = [
+    {"id": "a", "text": "The quick brown fox jumps over the lazy dog. " * 9},
+    {"id": "b", "text": "short"},
+    {"id": "c", "text": "Pack my box with five dozen liquor jugs. " * 4},
+]
+
+
+def test_long_texts_by_windows_and_by_chunks(tmp_path: Path, tiny_decoder_dir: Path) -> None:
+    pytest.importorskip("lancedb")
+    write_jsonl(tmp_path / "in.jsonl", LONG_ROWS)
+    model = NVEmbed.from_pretrained(tiny_decoder_dir, max_tokens=64, device="cpu")
+    texts = [str(row["text"]) for row in LONG_ROWS]
+
+    def encode(name: str, long: LongTexts) -> Path:
+        done = encode_file(model, tmp_path / "in.jsonl", tmp_path / name, task=None, long=long)
+        return done.output
+
+    windows = LongTexts("windows", overlap=8)
+    found = np.load(encode("w.npy", windows))
+    np.testing.assert_allclose(found, model.encode_document(texts, long=windows), atol=1e-5)
+    late = LongTexts("late", chunk_tokens=100)
+    wanted = model.encode_chunks(texts, long=late)
+    names = ["a#0", "a#1", "a#2", "a#3", "a#4", "b#0", "c#0", "c#1"]
+    np.testing.assert_allclose(
+        np.load(encode("c.npy", late)), np.concatenate([w.vectors for w in wanted]), atol=1e-5
+    )
+    assert json.loads((tmp_path / "c.npy.ids.json").read_text()) == names
+    spans = [span for chunks in wanted for span in chunks.spans]
+    assert np.load(tmp_path / "c.npy.spans.npy").tolist() == [list(span) for span in spans]
+    table = pq.read_table(encode("c.parquet", late)).to_pydict()
+    assert table["id"] == names
+    assert list(zip(table["start"], table["end"], strict=True)) == spans
+    encode("w.npy", LongTexts())
+    assert not (tmp_path / "w.npy.spans.npy").exists()
+    with pytest.raises(ConfigError, match="cannot read long texts by 'late'"):
+        encode_file(HashEncoder(), tmp_path / "in.jsonl", tmp_path / "x.npy", task=None, long=late)
+
+
+def test_a_damaged_part_is_named(tmp_path: Path) -> None:
+    (tmp_path / "x.npz").write_bytes(b"PK not a zip")
+    with pytest.raises(DataError, match=r"x\.npz: cannot be read .* made again"):
+        parts.read_part(tmp_path / "x.npz")

@@ -10,7 +10,7 @@ import pytest
 from nvembed.cli.main import run
 from nvembed.core.errors import ConfigError
 from nvembed.core.files import write_jsonl
-from nvembed.inference import outputs
+from nvembed.inference import parts
 from nvembed.inference.fake import HashEncoder
 from nvembed.inference.files import encode_file
 from nvembed.inference.outputs import OutputFormat, OutputPrecision
@@ -33,7 +33,7 @@ def write(source: Path, truncate_dim: int | None, precision: OutputPrecision):
 
 @pytest.mark.parametrize("window", [4096, 7])
 def test_values(source: Path, window: int, monkeypatch) -> None:
-    monkeypatch.setattr(outputs, "_WINDOW_ROWS", window)
+    monkeypatch.setattr(parts, "WINDOW_TEXTS", window)
     full = HashEncoder(64).encode_document(TEXTS)
     cut = full[:, :20] / np.linalg.norm(full[:, :20], axis=1, keepdims=True)
     done, vectors = write(source, 20, "float32")

@@ -131,3 +131,20 @@ def test_bad_input(documents: Path, tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text("\n", encoding="utf-8")
     with pytest.raises(DataError, match="holds no texts"):
         search_file("./none", tmp_path / "empty.jsonl", "x", task=None, top_k=1)
+
+
+def test_tables_and_folders_are_searched_too(documents: Path, tmp_path: Path) -> None:
+    wanted = search_file(HashEncoder(), documents, "open a file", task=None, top_k=4)
+    table = tmp_path / "docs.csv"
+    lines = [f"{row['_id']},{row.get('title', '')},{row['text']}\n" for row in ROWS]
+    table.write_text("_id,title,text\n" + "".join(lines), encoding="utf-8")
+    assert search_file(HashEncoder(), table, "open a file", task=None, top_k=4) == wanted
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "b.md").write_text("open a file and read it", encoding="utf-8")
+    (tmp_path / "folder" / "c.txt").write_text("sort the list", encoding="utf-8")
+    hits = search_file(HashEncoder(), tmp_path / "folder", "open a file", task=None, top_k=4)
+    assert [hit.id for hit in hits] == ["b.md", "c.txt"]
+    table.write_text("_id,text\na,\n", encoding="utf-8")
+    with pytest.raises(DataError, match='docs\\.csv:2: "text" is empty') as caught:
+        search_file(HashEncoder(), table, "x", task=None, top_k=1)
+    assert "--keep-going" not in str(caught.value)

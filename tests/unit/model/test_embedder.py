@@ -10,7 +10,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 
 from nvembed.core.errors import ModelError
-from nvembed.model import embedder
+from nvembed.model import encoding, packs
 from nvembed.model.embedder import NVEmbed
 from nvembed.model.pooling import LatentAttentionPooling
 from oracles.golden import load_official
@@ -32,7 +32,7 @@ def test_vectors_do_not_depend_on_their_neighbours(model: NVEmbed, monkeypatch) 
     together = model.encode_query(TEXTS, task=TASK)
     alone = np.stack([model.encode_query(text, task=TASK) for text in TEXTS])
     np.testing.assert_allclose(together, alone, atol=1e-5)
-    monkeypatch.setattr(embedder, "CPU_PACK_TOKENS", 40)
+    monkeypatch.setattr(encoding, "CPU_PACK_TOKENS", 40)
     np.testing.assert_allclose(model.encode_query(TEXTS, task=TASK), together, atol=1e-5)
     np.testing.assert_allclose(np.linalg.norm(together, axis=1), 1.0, atol=1e-5)
     assert together.dtype == np.float32
@@ -41,9 +41,9 @@ def test_vectors_do_not_depend_on_their_neighbours(model: NVEmbed, monkeypatch) 
 def test_equal_texts_are_embedded_once(model: NVEmbed, monkeypatch) -> None:
     wanted = model.encode(["one", "two", "three"])
     seen: list[int] = []
-    embed = embedder.embed_pack
+    embed = packs.embed_pack
     monkeypatch.setattr(
-        embedder, "embed_pack", lambda m, texts: (seen.append(len(texts)), embed(m, texts))[1]
+        packs, "embed_pack", lambda m, texts: (seen.append(len(texts)), embed(m, texts))[1]
     )
     found = model.encode(["two", "one", "two", "three", "one"])
     assert sum(seen) == 3

@@ -10,6 +10,7 @@ import torch
 from sentence_transformers.util import quantize_embeddings
 
 from nvembed.model.embedder import NVEmbed
+from nvembed.model.small_vectors import quantize
 
 TEXTS = [f"text number {i} of {i * i}" for i in range(120)]
 TASK = "find it"
@@ -57,6 +58,33 @@ def test_quantised_values(model: NVEmbed, method: str) -> None:
     np.testing.assert_array_equal(signs, full > 0)
     short = encode(TEXTS, task=TASK, precision="ubinary", truncate_dim=16)
     np.testing.assert_array_equal(np.unpackbits(short, axis=1).astype(bool), full[:, :16] > 0)
+
+
+@pytest.mark.parametrize("precision", ["int8", "uint8", "binary", "ubinary"])
+@pytest.mark.parametrize("width", [32, 20, 1])
+def test_the_bits_of_sentence_transformers(model: NVEmbed, monkeypatch, precision, width) -> None:
+    full = model.encode(TEXTS, truncate_dim=width)
+    full[:, -1] = 0.5  # a dimension without a range
+    wanted = quantize_embeddings(full, precision)
+    found = quantize(torch.from_numpy(full), precision)
+    np.testing.assert_array_equal(found.numpy(), wanted)
+    assert found.numpy().dtype == wanted.dtype
+
+    def unused(*_: object, **__: object) -> None:
+        raise AssertionError("quantised on the host")
+
+    plain = quantize_embeddings(model.encode(TEXTS, truncate_dim=width), precision)
+    monkeypatch.setattr(
+        "sentence_transformers.sentence_transformer.model.quantize_embeddings", unused
+    )
+    for encode in (model.encode, model.encode_document):
+        array = encode(TEXTS, truncate_dim=width, precision=precision)
+        np.testing.assert_array_equal(array, plain)
+        assert array.dtype == plain.dtype
+    tensor = model.encode(TEXTS, truncate_dim=width, precision=precision, convert_to_tensor=True)
+    rows = model.encode(TEXTS, truncate_dim=width, precision=precision, convert_to_numpy=False)
+    assert torch.equal(tensor, torch.from_numpy(plain))
+    assert torch.equal(torch.stack(rows), tensor)
 
 
 def test_ranges_of_calibration(model: NVEmbed) -> None:

@@ -1,0 +1,302 @@
+"""Texts through the model in packs of a token budget: all of encoding but loading the model.
+
+    texts → different ones → windows → tokenised and planned into packs (one window ahead)
+          → packs, longest first → vectors in the order of the texts → host
+
+A window is as many texts as a pack has tokens: memory is bounded, and packs are filled well. The
+next window is tokenised in a thread while the model computes this one, and nothing waits for copies
+from the device. Vectors depend on none of it. Next file: ``model/embedder.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, Literal, cast, get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.util import truncate_embeddings
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from nvembed.core.background import ahead
+from nvembed.core.errors import ModelError
+from nvembed.core.progress import Rates, progress
+from nvembed.model.backbone import Backbone
+from nvembed.model.packs import CPU_PACK_TOKENS, CUDA_PACK_TOKENS, embed_plan, plan_texts
+from nvembed.model.pooling import Pooling
+from nvembed.model.settings import LongTexts
+from nvembed.model.small_vectors import SmallPrecision, quantize
+from nvembed.model.work import Span, Work
+from nvembed.text.batches import batches
+from nvembed.text.template import query_prompt
+from nvembed.text.tokens import check_strings
+
+_CUT = LongTexts()
+
+
+@dataclass(frozen=True, slots=True)
+class Chunks:
+    """The chunks of one text.
+
+    Attributes:
+        vectors: ``(C, D)``, rows of length 1.
+        spans: first and last-plus-one character of each.
+    """
+
+    vectors: NDArray[np.float32]
+    spans: tuple[Span, ...]
+
+
+class PackModel(SentenceTransformer):
+    """A backbone, a pooling and a normalisation; ``NVEmbed`` adds loading and instructions."""
+
+    @property
+    def backbone(self) -> Backbone:
+        """The first module."""
+        module = self[0]
+        assert isinstance(module, Backbone)
+        return module
+
+    @property
+    def pooling(self) -> Pooling:
+        """The second module."""
+        module = self[1]
+        assert isinstance(module, Pooling)
+        return module
+
+    @property
+    def dimension(self) -> int:
+        """Width of the embeddings, after truncation where ``truncate_dim`` is set."""
+        width = self.pooling.width
+        return width if self.truncate_dim is None else min(width, self.truncate_dim)
+
+    def get_model_kwargs(self) -> list[str]:
+        """What ``encode`` takes besides the options of sentence-transformers."""
+        return [*super().get_model_kwargs(), "long"]
+
+    def prepare(
+        self,
+        texts: Sequence[str],
+        *,
+        side: Literal["query", "document"],
+        task: str | None = None,
+        truncate_dim: int | None = None,
+        long: LongTexts = _CUT,
+    ) -> Work:
+        """Do for some texts what comes before the model, in whatever thread.
+
+        For callers that have the next texts while the model computes. What the work gives is what
+        ``encode_query`` or ``encode_document`` gives, brought to length 1 after truncation.
+
+        Args:
+            texts: the texts, of one window: all are tokenised.
+            side: whose prompt is put before them without a ``task``.
+            task: the instruction.
+            truncate_dim: keep the first dimensions.
+            long: what becomes of texts beyond the limit.
+        """
+        device = self._resolve_inference_device(None)
+        different, places = _different(texts)
+        plan = plan_texts(
+            self.backbone, different, self._prompt_of(side, task), long, _budget(device)
+        )
+        counts = list(map(len, plan.spans)) if plan.spans else [1] * len(different)
+        rows = _rows_of(places, counts)
+        truncate_dim = self.truncate_dim if truncate_dim is None else truncate_dim
+
+        @torch.inference_mode()
+        def launch() -> Callable[[], NDArray[np.float32]]:
+            self.eval()
+            with self.pooling.fixed_weights():
+                vectors = embed_plan(self, plan)
+                if truncate_dim is not None:
+                    vectors = _finish(vectors, truncate_dim, normalized=True)
+            return _to_host(vectors[torch.tensor(rows, device=vectors.device)].float())
+
+        spans = [plan.spans[place] for place in places] if plan.spans else None
+        return Work(launch, plan.tokens, spans)
+
+    def encode(self, inputs: Any, *given: Any, precision: Any = "float32", **options: Any) -> Any:
+        """As in sentence-transformers; numbers of 8 bits or 1 bit are made on the device.
+
+        Args:
+            inputs: one text or several.
+            *given: the further arguments of ``SentenceTransformer.encode``.
+            precision: of the numbers.
+            **options: those of ``SentenceTransformer.encode``, and ``long``: see ``LongTexts``.
+        """
+        single = self.is_singular_input(inputs)
+        small = precision in get_args(SmallPrecision) and not single and len(inputs) > 1
+        if not small or options.get("output_value", "sentence_embedding") != "sentence_embedding":
+            return super().encode(inputs, *given, precision=precision, **options)
+        as_tensor = options.pop("convert_to_tensor", False)
+        as_array = options.pop("convert_to_numpy", True)
+        vectors_ND = super().encode(inputs, *given, convert_to_tensor=True, **options)
+        small_ND = quantize(vectors_ND, cast(SmallPrecision, precision)).cpu()
+        if as_tensor:
+            return small_ND
+        return small_ND.numpy() if as_array else list(small_ND)
+
+    def encode_chunks(
+        self,
+        texts: Sequence[str],
+        *,
+        task: str | None = None,
+        long: LongTexts | None = None,
+        show_progress_bar: bool = False,
+    ) -> list[Chunks]:
+        """Embed documents by late chunking: read whole, pooled chunk by chunk.
+
+        Args:
+            texts: documents of any length.
+            task: the instruction, for symmetric tasks.
+            long: lengths of chunks and contexts.
+            show_progress_bar: as in ``encode``.
+
+        Returns:
+            One object per text, at least one chunk in each.
+        """
+        long = long or LongTexts("late")
+        found: list[Chunks] = []
+        rates = Rates()
+        budget = _budget(self._resolve_inference_device(None))
+        with progress(len(texts), "encode", shown=show_progress_bar) as bar:
+            windows = list(batches(texts, budget))
+            works = (self.prepare(w, side="document", task=task, long=long) for w in windows)
+            for work in ahead(works) if len(windows) > 1 else works:
+                assert work.spans is not None
+                assert work.tokens is not None
+                vectors = work.launch()()
+                ends = np.cumsum(list(map(len, work.spans)))[:-1]
+                found += map(Chunks, np.split(vectors, ends), work.spans)
+                bar.advance(len(work.spans), **rates.add(texts=len(work.spans), tokens=work.tokens))
+        return found
+
+    @torch.inference_mode()
+    def _inference(  # type: ignore[override]  # as SentenceTransformer declares it
+        self,
+        inputs: list[Any],
+        *,
+        prompt: str | None,
+        batch_size: int,
+        show_progress_bar: bool,
+        output_value: str | None,
+        save_to_cpu: bool,
+        normalize_embeddings: bool,
+        truncate_dim: int | None,
+        device: Any = None,
+        long: LongTexts = _CUT,
+        **options: Any,
+    ) -> Any:
+        """Encode in packs of a token budget, longest first, equal texts once; ``encode`` calls it.
+
+        ``batch_size`` has no meaning without padding and is ignored; so are the sizes of the
+        batches that the caller cuts, since vectors do not depend on their neighbours.
+        """
+        if output_value != "sentence_embedding":
+            return super()._inference(
+                inputs,
+                prompt=prompt,
+                batch_size=batch_size,
+                show_progress_bar=show_progress_bar,
+                output_value=output_value,
+                save_to_cpu=save_to_cpu,
+                normalize_embeddings=normalize_embeddings,
+                truncate_dim=truncate_dim,
+                device=device,
+                **options,
+            )
+        if long.way == "late":
+            raise ModelError("late chunking gives several vectors", hint="Call encode_chunks")
+        target = self._resolve_inference_device(device)
+        self.eval()
+        different, places = _different(inputs)
+        if not different:
+            width = min(truncate_dim or self.dimension, self.pooling.width)
+            return torch.empty((0, width), device=target)
+        budget = _budget(target)
+        windows = list(batches(different, budget))
+        plans = (
+            plan_texts(self.backbone, window, prompt or "", long, budget) for window in windows
+        )
+        found: list[Tensor] = []
+        rates = Rates()
+        with (
+            self.pooling.fixed_weights(),
+            progress(len(different), "encode", shown=show_progress_bar) as bar,
+        ):
+
+            def done(texts: int, tokens: int) -> None:
+                bar.advance(texts, **rates.add(texts=texts, tokens=tokens))
+
+            for plan in ahead(plans) if len(windows) > 1 else plans:
+                rows_ND = _finish(
+                    embed_plan(self, plan, done),
+                    truncate_dim,
+                    normalized=normalize_embeddings,
+                )
+                found.append(
+                    rows_ND.to("cpu", non_blocking=_is_cuda(target)) if save_to_cpu else rows_ND
+                )
+        if save_to_cpu and _is_cuda(target):
+            torch.cuda.synchronize(target)
+        rows_ND = torch.cat(found)
+        if len(different) == len(inputs):
+            return rows_ND
+        return rows_ND[torch.tensor(places, device=rows_ND.device)]
+
+    def _prompt_of(self, side: Literal["query", "document"], task: str | None) -> str:
+        if task is not None:
+            return query_prompt(task)
+        # As encode_query and encode_document of sentence-transformers choose.
+        names = ("query",) if side == "query" else ("document", "passage", "corpus")
+        name = next((name for name in names if name in self.prompts), None)
+        return self._resolve_prompt(None, name) or ""
+
+
+def _finish(rows_ND: Tensor, truncate_dim: int | None, *, normalized: bool) -> Tensor:
+    """Cut vectors on the device, so that less has to be copied."""
+    if truncate_dim is not None:
+        rows_ND = truncate_embeddings(rows_ND, truncate_dim)
+    return normalize(rows_ND, dim=1) if normalized else rows_ND
+
+
+def _different(texts: Sequence[Any]) -> tuple[list[str], list[int]]:
+    """Each different text once, and which of them every text is."""
+    check_strings(texts)
+    place_of = {text: place for place, text in enumerate(dict.fromkeys(texts))}
+    return list(place_of), [place_of[text] for text in texts]
+
+
+def _rows_of(places: Sequence[int], counts: Sequence[int]) -> list[int]:
+    """Rows of vectors, text by text, where text ``place`` has ``counts[place]`` of them."""
+    starts = [0, *accumulate(counts)]
+    return [row for place in places for row in range(starts[place], starts[place + 1])]
+
+
+def _to_host(vectors: Tensor) -> Callable[[], NDArray[np.float32]]:
+    """Send vectors to the host, and return what waits for them."""
+    if not _is_cuda(vectors.device):
+        return vectors.cpu().numpy
+    copied = vectors.to("cpu", non_blocking=True)
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(vectors.device))
+
+    def arrived() -> NDArray[np.float32]:
+        event.synchronize()
+        return copied.numpy()
+
+    return arrived
+
+
+def _is_cuda(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
+def _budget(device: torch.device) -> int:
+    return CUDA_PACK_TOKENS if _is_cuda(device) else CPU_PACK_TOKENS

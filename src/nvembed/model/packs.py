@@ -1,0 +1,182 @@
+"""From texts to packs, and from packs to vectors: the forwards of training and encoding.
+
+Next file: ``model/encoding.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from nvembed.model.backbone import Backbone
+from nvembed.model.settings import LongTexts
+from nvembed.model.work import Span
+from nvembed.text.long_texts import text_contexts, text_windows
+from nvembed.text.packing import Segments, flatten, plan_packs
+from nvembed.text.tokens import TokenizedText
+
+if TYPE_CHECKING:
+    from nvembed.model.encoding import PackModel
+
+# Tokens per forward in encode. On a CPU a pack should stay in its caches; a GPU wants to be filled.
+CPU_PACK_TOKENS = 1024
+CUDA_PACK_TOKENS = 16384
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A window of texts before the model: tokenised, and planned into packs.
+
+    Attributes:
+        units: what goes through the model: a text, a window of one, or several of its chunks.
+        unit_texts: the text of each unit, rising.
+        chunks: lengths of the chunks of each unit; None where a unit has one vector.
+        spans: characters of the chunks of each text; empty where a text has one vector.
+        packs: the units of each forward.
+    """
+
+    units: list[TokenizedText]
+    unit_texts: list[int]
+    chunks: list[tuple[int, ...]] | None
+    spans: list[tuple[Span, ...]]
+    packs: list[list[int]]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that the model reads."""
+        return sum(map(len, self.units))
+
+    def ends_text(self, unit: int) -> bool:
+        """Whether no unit of the same text comes after it."""
+        texts = self.unit_texts
+        return unit + 1 == len(texts) or texts[unit + 1] != texts[unit]
+
+    def order(self) -> list[int]:
+        """The row of each vector, in the order in which packs give them."""
+        if self.chunks is None:
+            return [unit for pack in self.packs for unit in pack]
+        starts = [0, *accumulate(map(len, self.chunks))]
+        units = [unit for pack in self.packs for unit in pack]
+        return [row for unit in units for row in range(starts[unit], starts[unit + 1])]
+
+
+def plan_texts(
+    backbone: Backbone, texts: Sequence[str], prompt: str, long: LongTexts, budget: int
+) -> Plan:
+    """Tokenise texts that share a prompt, and share them out to packs of at most ``budget`` tokens.
+
+    Raises:
+        UserError: the prompt, or what ``long`` asks for, leaves no room for a text.
+    """
+    tokenizer = backbone.text_tokenizer
+    spans: list[tuple[Span, ...]] = []
+    chunks: list[tuple[int, ...]] | None = None
+    if long.way == "late":
+        limit = long.max_tokens or backbone.max_positions or backbone.max_tokens
+        contexts = text_contexts(
+            tokenizer, texts, prompt, chunk_tokens=long.chunk_tokens, max_tokens=limit
+        )
+        units_of = [[context.text for context in mine] for mine in contexts]
+        chunks = [context.chunks for mine in contexts for context in mine]
+        spans = [tuple(span for c in mine for span in c.spans) for mine in contexts]
+    elif long.way == "windows":
+        units_of = text_windows(tokenizer, texts, prompt, long.overlap)
+    else:
+        units_of = [[text] for text in backbone.tokenize_texts(texts, prompt)]
+    units = [unit for mine in units_of for unit in mine]
+    unit_texts = [text for text, mine in enumerate(units_of) for _ in mine]
+    packs = plan_packs(list(map(len, units)), budget)
+    return Plan(units, unit_texts, chunks, spans, packs)
+
+
+def embed_plan(
+    model: PackModel, plan: Plan, done: Callable[[int, int], None] = lambda texts, tokens: None
+) -> Tensor:
+    """Run the packs of a plan.
+
+    Args:
+        model: an ``NVEmbed``.
+        plan: of at least one text.
+        done: is told after each pack how many texts it ended, and how many tokens it had.
+
+    Returns:
+        ``(N, D)`` of length 1: a row per text, or per chunk where texts have chunks.
+    """
+    found = []
+    for pack in plan.packs:
+        units = [plan.units[unit] for unit in pack]
+        if plan.chunks is None:
+            found.append(embed_pack(model, units))
+        else:
+            found.append(embed_chunks(model, units, [plan.chunks[unit] for unit in pack]))
+        done(sum(map(plan.ends_text, pack)), sum(map(len, units)))
+    stacked = torch.cat(found)
+    order = torch.tensor(plan.order(), device=stacked.device)
+    rows_ND = torch.empty_like(stacked).index_copy_(0, order, stacked)
+    if plan.chunks is None and len(plan.units) > plan.unit_texts[-1] + 1:
+        return _mean_of_windows(rows_ND, plan)
+    return rows_ND
+
+
+def embed_pack(model: torch.nn.Module, texts: Sequence[TokenizedText]) -> Tensor:
+    """The only forward of training and encoding.
+
+    Args:
+        model: an ``NVEmbed``, or one that accelerate has wrapped.
+        texts: one pack.
+
+    Returns:
+        ``(N, D)`` embeddings, L2-normalised, rows in the order of ``texts``.
+    """
+    embedding_ND: Tensor = model({"flat": flatten(texts)})["sentence_embedding"]
+    return embedding_ND
+
+
+def embed_chunks(
+    model: PackModel, texts: Sequence[TokenizedText], chunks: Sequence[tuple[int, ...]]
+) -> Tensor:
+    """The forward of late chunking: attention over whole texts, pooling over their chunks.
+
+    Args:
+        model: an ``NVEmbed``.
+        texts: one pack.
+        chunks: lengths of each text's chunks in tokens, together the text's.
+
+    Returns:
+        ``(C, D)`` embeddings of all chunks, L2-normalised, in the order of ``texts``.
+    """
+    flat = flatten(texts).to(model.backbone.device)
+    hidden_TD = model.backbone.hidden(flat)
+    lengths = [length for row in flat.order for length in chunks[row]]
+    segments = Segments.of_lengths(lengths, device=hidden_TD.device)
+    features: dict[str, Any] = {
+        "sentence_embedding": model.pooling.pool(hidden_TD, flat.pool_mask_T, segments)
+    }
+    for module in list(model)[2:]:
+        features = module(features)
+    starts = [0, *accumulate(map(len, chunks))]
+    order = [place for row in flat.order for place in range(starts[row], starts[row + 1])]
+    pooled_CD: Tensor = features["sentence_embedding"]
+    place_C = torch.tensor(order, device=pooled_CD.device)
+    return torch.empty_like(pooled_CD).index_copy_(0, place_C, pooled_CD)
+
+
+def _mean_of_windows(rows_UD: Tensor, plan: Plan) -> Tensor:
+    """Per text the mean of its windows' vectors, weighted by pooled tokens, at length 1."""
+    device = rows_UD.device
+    text_U = torch.tensor(plan.unit_texts, device=device)
+    weights = [float(len(unit) - unit.pool_start) for unit in plan.units]
+    weight_U = torch.tensor(weights, device=device)
+    sums_ND = rows_UD.new_zeros((plan.unit_texts[-1] + 1, rows_UD.shape[1]), dtype=torch.float32)
+    sums_ND.index_add_(0, text_U, rows_UD.float() * weight_U[:, None])
+    means_ND = normalize(sums_ND, dim=1).to(rows_UD.dtype)
+    # A text of one window keeps its vector to the bit.
+    single_U = torch.bincount(text_U)[text_U] == 1
+    means_ND[text_U[single_U]] = rows_UD[single_U]
+    return means_ND

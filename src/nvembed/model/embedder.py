@@ -74,9 +74,29 @@ class NVEmbed(PackModel):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
+        self._compute_fast()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._compute_fast()
+
+    def _compute_fast(self) -> None:
         fast_products(self)
         native_elementwise(self)
         native_layers(self)
+
+    def start_multi_process_pool(self, *given: Any, **options: Any) -> Any:
+        """As in sentence-transformers, which ``encode(device=[…])`` calls for several devices."""
+        # Classes that were derived here have no name to send: each process derives its own.
+        derived = [m for m in self.modules() if type(m).__name__.startswith("Native")]
+        kinds = [type(module) for module in derived]
+        for module in derived:
+            module.__class__ = type(module).__bases__[0]
+        try:
+            return super().start_multi_process_pool(*given, **options)
+        finally:
+            for module, kind in zip(derived, kinds, strict=True):
+                module.__class__ = kind
 
     @classmethod
     def from_pretrained(

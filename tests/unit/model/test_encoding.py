@@ -150,3 +150,13 @@ def test_wrong_uses_are_told(model: NVEmbed) -> None:
     with pytest.raises(DataError, match="text 2: got int"):
         model.encode(["a", "a", 3])
     assert model.encode_chunks([]) == []
+
+
+@pytest.mark.slow
+def test_several_devices(wide_decoder_dir: Path) -> None:
+    model = NVEmbed.from_pretrained(wide_decoder_dir, device="cpu")
+    kinds = [type(module) for module in model.modules()]
+    assert any(kind.__name__.startswith("Native") for kind in kinds)
+    found = model.encode_query(TEXTS, task=TASK, device=["cpu", "cpu"], chunk_size=7)
+    assert [type(module) for module in model.modules()] == kinds
+    np.testing.assert_allclose(found, model.encode_query(TEXTS, task=TASK), atol=1e-5)

@@ -25,9 +25,6 @@ from nvembed.model.kind import model_kind
 from nvembed.model.native_elementwise import native_elementwise
 from nvembed.model.native_layer import native_layers
 from nvembed.model.official_load import load_official
-from nvembed.model.packs import CPU_PACK_TOKENS as CPU_PACK_TOKENS
-from nvembed.model.packs import CUDA_PACK_TOKENS as CUDA_PACK_TOKENS
-from nvembed.model.packs import embed_pack as embed_pack
 from nvembed.model.placement import DeviceMap
 from nvembed.model.pooling import (
     LastTokenPooling,

@@ -112,7 +112,7 @@ def embed_plan(
     for pack in plan.packs:
         units = [plan.units[unit] for unit in pack]
         if plan.chunks is None:
-            found.append(embed_pack(model, units))
+            found.append(embed_filled(model, units))
         else:
             found.append(embed_chunks(model, units, [plan.chunks[unit] for unit in pack]))
         done(sum(map(plan.ends_text, pack)), sum(map(len, units)))
@@ -136,6 +136,24 @@ def embed_pack(model: torch.nn.Module, texts: Sequence[TokenizedText]) -> Tensor
     """
     embedding_ND: Tensor = model({"flat": flatten(texts)})["sentence_embedding"]
     return embedding_ND
+
+
+def embed_filled(model: PackModel, texts: Sequence[TokenizedText]) -> Tensor:
+    """``embed_pack`` for encoding: on a CPU the pack is filled up to one of few lengths.
+
+    oneDNN makes a program for every shape that it has not seen lately. The forward of one text took
+    half as long again where its length was new, and 500 lengths took 800 MB (docs/log.md).
+    """
+    if model.device.type != "cpu":
+        return embed_pack(model, texts)
+    return embed_pack(model, [*texts, *filler(sum(map(len, texts)))])[: len(texts)]
+
+
+def filler(tokens: int) -> list[TokenizedText]:
+    """A text that brings the tokens of a pack to one of few numbers, a few percent more."""
+    step = 1 << min(7, max(3, tokens.bit_length() - 4))  # 8 to 128
+    missing = -tokens % step
+    return [TokenizedText((0,) * missing, 0)] if missing else []
 
 
 def embed_chunks(

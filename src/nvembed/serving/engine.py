@@ -18,7 +18,6 @@ from nvembed.text.template import query_prompt
 
 if TYPE_CHECKING:
     from nvembed.model.embedder import NVEmbed
-    from nvembed.text.tokens import TokenizedText
 
 Side = Literal["query", "document"]
 
@@ -114,7 +113,7 @@ class PackEngine:
     def __init__(self, model: NVEmbed, forwards: int | None = None) -> None:
         import torch
 
-        from nvembed.model.embedder import CPU_PACK_TOKENS, CUDA_PACK_TOKENS
+        from nvembed.model.packs import CPU_PACK_TOKENS, CUDA_PACK_TOKENS
 
         self._model = model.eval()
         self._vocabulary = int(model.backbone.model.config.get_text_config().vocab_size)
@@ -149,14 +148,13 @@ class PackEngine:
         """Run the model once; see :class:`Engine`."""
         import torch
 
-        from nvembed.model.embedder import embed_pack
+        from nvembed.model.packs import embed_filled
 
-        texts = [item.content for item in items]
         if self._on_cpu:
             torch.set_num_threads(self._threads)  # of this Python thread alone
-            texts += _filler(sum(map(len, texts)))
+        texts = [item.content for item in items]
         with torch.inference_mode():
-            vectors = embed_pack(self._model, texts)[: len(items), : self.dimension]
+            vectors = embed_filled(self._model, texts)[:, : self.dimension]
             # A model in 16 bit normalises in 16 bit, to lengths that are off by up to 0.4 %.
             return unit_rows(vectors.float().cpu().numpy())
 
@@ -206,19 +204,6 @@ class EncoderEngine:
             encode = encoder.encode_query if wish.side == "query" else encoder.encode_document
             vectors[rows] = encode([items[row].content[0] for row in rows], task=wish.task)
         return vectors
-
-
-def _filler(tokens: int) -> list[TokenizedText]:
-    """A text that brings the tokens of a pack to one of few numbers, a few percent more.
-
-    oneDNN makes a program for every shape that it has not seen lately: the forward of one text took
-    half as long again wherever its length was new, and 500 lengths took 800 MB (so few: 90).
-    """
-    from nvembed.text.tokens import TokenizedText
-
-    step = 1 << min(7, max(3, tokens.bit_length() - 4))  # 8 to 128
-    missing = -tokens % step
-    return [TokenizedText((0,) * missing, 0)] if missing else []
 
 
 def build_engine(encoder: Encoder, forwards: int | None = None) -> Engine:

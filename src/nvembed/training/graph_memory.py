@@ -21,8 +21,9 @@ from torch import Tensor, UntypedStorage
 from torch.distributed.tensor import DTensor
 
 from nvembed.core.files import write_json
-from nvembed.model.embedder import NVEmbed, embed_pack
+from nvembed.model.embedder import NVEmbed
 from nvembed.model.memory import free_bytes
+from nvembed.model.packs import embed_pack
 from nvembed.text.tokens import TokenizedText
 from nvembed.training.processes import Processes
 

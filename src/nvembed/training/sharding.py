@@ -23,7 +23,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from nvembed.core.errors import TrainingError
-from nvembed.model.embedder import NVEmbed, embed_pack
+from nvembed.model.embedder import NVEmbed
+from nvembed.model.packs import embed_pack
 from nvembed.text.tokens import TokenizedText
 from nvembed.training.processes import Processes
 

@@ -19,8 +19,9 @@ from nvembed.inference.doctor.findings import Diagnosis, Finding, Placement, Sam
 from nvembed.inference.doctor.report import print_diagnosis
 from nvembed.inference.doctor.subject import Subject
 from nvembed.inference.load import SentenceTransformerEncoder, load_encoder
-from nvembed.model.embedder import CPU_PACK_TOKENS, NVEmbed
+from nvembed.model.embedder import NVEmbed
 from nvembed.model.memory import weight_bytes
+from nvembed.model.packs import CPU_PACK_TOKENS
 
 OPTIONS = DoctorOptions(task="Find it", query="where is it", document="it is there")
 

@@ -12,8 +12,9 @@ from transformers import AutoModel, MistralConfig
 
 from nvembed.model.attention import FLAT_ATTENTION, short_tokens
 from nvembed.model.backbone import Backbone
-from nvembed.model.embedder import NVEmbed, embed_pack
+from nvembed.model.embedder import NVEmbed
 from nvembed.model.memory import Shape, activation_bytes, folded_elements, forecast, weight_bytes
+from nvembed.model.packs import embed_pack
 from nvembed.model.pooling import build_pooling
 from nvembed.text.tokens import TokenizedText
 

@@ -13,7 +13,8 @@ from torch import nn
 from families import FAMILIES, make_family
 from nvembed.core.errors import ModelError
 from nvembed.model.adapters import add_lora
-from nvembed.model.embedder import NVEmbed, embed_pack
+from nvembed.model.embedder import NVEmbed
+from nvembed.model.packs import embed_pack
 from nvembed.model.recompute import recompute_layers
 from nvembed.model.settings import LoraSettings
 from nvembed.text.tokens import TokenizedText

@@ -10,7 +10,7 @@ import pytest
 import nvembed.serving.run as serving_run
 from nvembed.cli.main import run
 from nvembed.core.errors import ConfigError, DataError
-from nvembed.serving.engine import Item, PackEngine, Wish, _filler
+from nvembed.serving.engine import Item, PackEngine, Wish
 from nvembed.serving.keys import read_keys
 from nvembed.text.tokens import TextTokenizer, TokenizedText
 
@@ -74,6 +74,7 @@ def test_the_engine_gives_the_models_vectors(tiny_decoder_dir: Path) -> None:
 
 def test_packs_have_few_lengths_and_little_filler(tiny_decoder_dir: Path) -> None:
     from nvembed import NVEmbed
+    from nvembed.model.packs import filler
 
     model = NVEmbed.from_pretrained(tiny_decoder_dir)
     lengths: list[int] = []
@@ -84,7 +85,7 @@ def test_packs_have_few_lengths_and_little_filler(tiny_decoder_dir: Path) -> Non
     for tokens in (1, 8, 9, 100, 1000):
         assert engine.embed([Item(TokenizedText((5,) * tokens, 0), tokens)]).shape[0] == 1
     assert lengths == [8, 8, 16, 104, 1024]
-    totals = [tokens + sum(map(len, _filler(tokens))) for tokens in range(1, 4097)]
+    totals = [tokens + sum(map(len, filler(tokens))) for tokens in range(1, 4097)]
     assert len(set(totals)) <= 64
     assert all(total <= max(8, 1.13 * t + 1) for t, total in enumerate(totals, start=1) if t >= 64)
 

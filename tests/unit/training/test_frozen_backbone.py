@@ -13,7 +13,8 @@ from families import make_family
 from interruption import interrupt_after
 from nvembed.core.errors import ConfigError, TrainingError
 from nvembed.core.files import write_jsonl
-from nvembed.model.embedder import NVEmbed, embed_pack
+from nvembed.model.embedder import NVEmbed
+from nvembed.model.packs import embed_pack
 from nvembed.training.checkpoint import latest_checkpoint
 from nvembed.training.config import TrainConfig
 from nvembed.training.dry_run.forecast import dry_run

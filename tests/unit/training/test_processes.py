@@ -20,7 +20,8 @@ from nvembed.core.errors import TrainingError
 from nvembed.data.batch import ContrastiveBatch, build_batch
 from nvembed.data.convert import Example
 from nvembed.model.adapters import add_lora
-from nvembed.model.embedder import NVEmbed, embed_pack
+from nvembed.model.embedder import NVEmbed
+from nvembed.model.packs import embed_pack
 from nvembed.model.settings import LoraSettings
 from nvembed.text.packing import share_packs
 from nvembed.text.tokens import TokenizedText

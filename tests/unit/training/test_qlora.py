@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from nvembed.core.errors import ModelError
-from nvembed.model.embedder import NVEmbed, embed_pack
+from nvembed.model.embedder import NVEmbed
+from nvembed.model.packs import embed_pack
 from nvembed.model.quantization import FrozenLinear, dequantized
 from nvembed.training.checkpoint import trained_parameters
 from nvembed.training.config import TrainConfig

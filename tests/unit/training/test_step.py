@@ -13,7 +13,8 @@ from nvembed.data.batch import build_batch
 from nvembed.data.convert import Example
 from nvembed.losses.contrastive import info_nce, scores
 from nvembed.model.adapters import add_lora
-from nvembed.model.embedder import NVEmbed, embed_pack
+from nvembed.model.embedder import NVEmbed
+from nvembed.model.packs import embed_pack
 from nvembed.model.settings import LoraSettings
 from nvembed.text.token_cache import TokenCache
 from nvembed.training.graph_memory import counted_graph, graph_bytes_per_token

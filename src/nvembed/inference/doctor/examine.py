@@ -21,8 +21,9 @@ from nvembed.inference.doctor.subject import Subject
 from nvembed.inference.load import SentenceTransformerEncoder, load_encoder
 from nvembed.inference.protocol import Encoder
 from nvembed.model.attention import short_tokens
-from nvembed.model.embedder import CPU_PACK_TOKENS, CUDA_PACK_TOKENS, NVEmbed
+from nvembed.model.embedder import NVEmbed
 from nvembed.model.memory import BYTES, FORMULA, Shape, forecast, free_bytes, weight_bytes
+from nvembed.model.packs import CPU_PACK_TOKENS, CUDA_PACK_TOKENS
 from nvembed.text.instructions import task_instruction
 from nvembed.text.template import query_prompt
 

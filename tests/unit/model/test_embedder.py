@@ -41,9 +41,9 @@ def test_vectors_do_not_depend_on_their_neighbours(model: NVEmbed, monkeypatch) 
 def test_equal_texts_are_embedded_once(model: NVEmbed, monkeypatch) -> None:
     wanted = model.encode(["one", "two", "three"])
     seen: list[int] = []
-    embed = packs.embed_pack
+    embed = packs.embed_filled
     monkeypatch.setattr(
-        packs, "embed_pack", lambda m, texts: (seen.append(len(texts)), embed(m, texts))[1]
+        packs, "embed_filled", lambda m, texts: (seen.append(len(texts)), embed(m, texts))[1]
     )
     found = model.encode(["two", "one", "two", "three", "one"])
     assert sum(seen) == 3

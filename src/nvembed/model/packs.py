@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from nvembed.core.allocator import keep_freed_memory
 from nvembed.model.backbone import Backbone
 from nvembed.model.settings import LongTexts
 from nvembed.model.work import Span
@@ -146,6 +147,7 @@ def embed_filled(model: PackModel, texts: Sequence[TokenizedText]) -> Tensor:
     """
     if model.device.type != "cpu":
         return embed_pack(model, texts)
+    keep_freed_memory()
     return embed_pack(model, [*texts, *filler(sum(map(len, texts)))])[: len(texts)]
 
 

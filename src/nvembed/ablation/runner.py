@@ -12,7 +12,6 @@ import os
 import shutil
 import signal
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -28,6 +27,7 @@ from nvembed.ablation.outcome import (
     training_cost,
     write_outcome,
 )
+from nvembed.core.background import end_with_parent
 from nvembed.core.config import load_config
 from nvembed.core.errors import UserError
 from nvembed.core.files import alone_in
@@ -116,14 +116,6 @@ def _ended(run: Run, exit_code: int | None) -> Outcome:
     return outcome
 
 
-def _end_with_parent() -> None:
-    """End this process when that of the grid ended, however it did: two would write in a folder."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os.kill(os.getpid(), signal.SIGTERM)  # training writes a checkpoint and stops
-
-
 def _work(
     run: Run,
     base_dir: Path,
@@ -133,7 +125,8 @@ def _work(
     threads: int,
 ) -> None:
     """Do one run in a process of its own, unless another has it or has just finished it."""
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    # Training writes a checkpoint and stops.
+    end_with_parent(lambda: os.kill(os.getpid(), signal.SIGTERM))
     try:
         with alone_in(run.folder) as alone:
             if not alone:

@@ -1,4 +1,4 @@
-"""A thread beside the one that computes, one item ahead or behind.
+"""A thread beside the one that computes: one item ahead or behind, or watching the parent process.
 
 Memory holds few items. It pays where both let go of Python's lock, as tokenizers, torch and files
 do.
@@ -6,6 +6,8 @@ do.
 
 from __future__ import annotations
 
+import multiprocessing
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -49,3 +51,15 @@ def behind(items: Iterable[Item], use: Callable[[Item], object]) -> None:
             last = thread.submit(use, item)
         if last is not None:
             last.result()
+
+
+def end_with_parent(end: Callable[[], object]) -> None:
+    """Call ``end`` from a thread once the process that started this one is gone, killed or not."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        end()
+
+    threading.Thread(target=watch, daemon=True).start()

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -15,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from nvembed.core.background import end_with_parent
 from nvembed.core.errors import UserError
 from nvembed.inference.encoding import Way, prepare_window
 from nvembed.inference.load import load_encoder
@@ -69,7 +69,7 @@ def _start(
 ) -> None:
     import torch
 
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent(lambda: os._exit(1))
     rank = ranks.get()
     if (gpus := torch.cuda.device_count()) > 0:
         torch.cuda.set_device(rank % gpus)
@@ -77,14 +77,6 @@ def _start(
         torch.set_num_threads(max(torch.get_num_threads() // count, 1))
     os.environ["NVEMBED_PROGRESS"] = "0"
     start(*given)
-
-
-def _end_with_parent() -> None:
-    """Wait until the process that started this one is gone; it may have been killed."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
 
 
 @dataclass

@@ -12,9 +12,13 @@ choose:
     text (so a space that belongs to the prompt is not pooled). Truncation cuts the text only: the
     prompt and the EOS always survive.
 ``official``
-    the rules of NVIDIA's code (nv-embed.md 1.7): the first ``n`` positions are left out, ``n``
-    being the number of pieces of the prompt tokenised alone; the EOS is part of the text when it is
-    truncated, so over-long texts lose it.
+    the rules of NVIDIA's code: the first ``n`` positions are left out, ``n`` being the number of
+    pieces of the prompt tokenised alone; the EOS is part of the text when it is truncated, so
+    over-long texts lose it.
+
+Truncation, padding and the treatment of special tokens are state of a Hugging Face tokenizer, which
+every call of anybody sets anew. So texts are tokenised by a copy whose state never changes, and any
+number of threads may do so at once.
 """
 
 from __future__ import annotations
@@ -79,7 +83,7 @@ class TextTokenizer:
     """Turns texts into ids and pool starts with a Hugging Face fast tokenizer.
 
     Args:
-        tokenizer: a ``PreTrainedTokenizerFast``.
+        tokenizer: a ``PreTrainedTokenizerFast``; tokens that are added to it later are not seen.
         max_tokens: upper limit of a sequence, with BOS, prompt and EOS.
         style: see the module docstring.
         add_bos: put the BOS (or CLS) token in front where the tokenizer has one.
@@ -115,6 +119,7 @@ class TextTokenizer:
             )
         self._head = (bos,) if add_bos and bos is not None else ()
         self._tail = (eos,) if add_eos and eos is not None else ()
+        self._backend = _plain_backend(tokenizer)
 
     def __call__(self, texts: Sequence[str], prompt: str = "") -> list[TokenizedText]:
         """Tokenise texts that share a prompt.
@@ -133,17 +138,16 @@ class TextTokenizer:
         return [tokens for chunk in chunks for tokens in encode(chunk, prompt)]
 
     def _own(self, texts: Sequence[str], prompt: str) -> list[TokenizedText]:
-        encoded = self.tokenizer(
-            [prompt + self._beginning(text) for text in texts],
-            add_special_tokens=False,
-            return_offsets_mapping=bool(prompt),
-            return_attention_mask=False,
-            verbose=False,
-        )
+        whole = [prompt + self._beginning(text) for text in texts]
         if not prompt:
-            return [self._finish(ids, 0, 0) for ids in encoded["input_ids"]]
-        rows = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
-        return [self._finish(ids, _text_start(offsets, len(prompt)), 1) for ids, offsets in rows]
+            return [self._finish(ids, 0, 0) for ids in self._pieces(whole)]
+        encoded = self._backend.encode_batch(whole, add_special_tokens=False)
+        return [self._finish(e.ids, _text_start(e.offsets, len(prompt)), 1) for e in encoded]
+
+    def _pieces(self, texts: list[str]) -> list[list[int]]:
+        """Ids alone, without special tokens; places in the text are not worked out."""
+        encoded = self._backend.encode_batch_fast(texts, add_special_tokens=False)
+        return [one.ids for one in encoded]
 
     def whole(self, texts: Sequence[str], prompt: str = "") -> list[WholeText]:
         """Tokenise texts that share a prompt, cutting none; see ``text/long_texts.py``.
@@ -157,19 +161,15 @@ class TextTokenizer:
 
     def _whole(self, text: str, prompt: str) -> WholeText:
         official = self.style == "official"
-        encoded = self.tokenizer(
-            prompt + text + (self.tokenizer.eos_token if official else ""),
-            add_special_tokens=official,
-            return_offsets_mapping=True,
-            return_attention_mask=False,
-            verbose=False,
+        encoded = self._backend.encode(
+            prompt + text + (self.tokenizer.eos_token if official else ""), add_special_tokens=False
         )
-        ids, offsets = tuple(encoded["input_ids"]), encoded["offset_mapping"]
+        ids, offsets = tuple(encoded.ids), encoded.offsets
         if official:
-            pool_start = len(self.tokenizer.tokenize(prompt)) if prompt else 0
+            pool_start, front = self._pieces_of(prompt), self._official_head
             end = len(ids) - 1
-            start = min(max(pool_start, len(self.tokenizer("")["input_ids"])), end)
-            head, tail = ids[:start], ids[end:]
+            start = min(max(pool_start - len(front), 0), end)
+            head, tail = (*front, *ids[:start]), ids[end:]
         else:
             start, end = _text_start(offsets, len(prompt)) if prompt else 0, len(ids)
             head, tail = (*self._head, *ids[:start]), self._tail
@@ -198,9 +198,8 @@ class TextTokenizer:
                 )
         if self.style != "official":
             return [self._finish(list(ids), 0, 0) for ids in rows]
-        head = self.tokenizer("")["input_ids"]
         tail = self.tokenizer.eos_token_id
-        return [TokenizedText((*head, *ids, tail)[: self.max_tokens], 0) for ids in rows]
+        return [self._official_text((*ids, tail), 0) for ids in rows]
 
     def _beginning(self, text: str) -> str:
         """Cut a text of many more characters than tokens are wanted of it.
@@ -212,8 +211,7 @@ class TextTokenizer:
         while len(text) > 2 * characters:
             end = max(text.rfind(blank, 0, characters) for blank in " \n\t")
             if end > 0:
-                ids = self.tokenizer(text[:end], add_special_tokens=False, verbose=False)
-                if len(ids["input_ids"]) > self.max_tokens + 8:
+                if len(self._pieces([text[:end]])[0]) > self.max_tokens + 8:
                     return text[:end]
             characters *= 8
         return text
@@ -249,18 +247,33 @@ class TextTokenizer:
         return TokenizedText((*self._head, *ids, *self._tail), pool_start)
 
     def _official(self, texts: Sequence[str], prompt: str) -> list[TokenizedText]:
-        # Exactly the released code: the EOS string is part of the text before truncation, BOS comes
-        # from the tokenizer's own settings, and the masked length is counted on the prompt alone.
+        # As the released code: the EOS string is part of the text before truncation, BOS comes from
+        # the tokenizer's own settings, and the masked length is counted on the prompt alone.
         tail = self.tokenizer.eos_token
-        encoded = self.tokenizer(
-            [prompt + text + tail for text in texts],
-            truncation=True,
-            max_length=self.max_tokens,
-            return_attention_mask=False,
-            verbose=False,
-        )
-        masked = len(self.tokenizer.tokenize(prompt)) if prompt else 0
-        return [TokenizedText(tuple(ids), masked) for ids in encoded["input_ids"]]
+        masked = self._pieces_of(prompt)
+        rows = self._pieces([prompt + text + tail for text in texts])
+        return [self._official_text(ids, masked) for ids in rows]
+
+    def _official_text(self, ids: Sequence[int], masked: int) -> TokenizedText:
+        return TokenizedText((*self._official_head, *ids)[: self.max_tokens], masked)
+
+    def _pieces_of(self, prompt: str) -> int:
+        return len(self._pieces([prompt])[0]) if prompt else 0
+
+    @cached_property
+    def _official_head(self) -> tuple[int, ...]:
+        """What the tokenizer's own template puts in front of a text: the BOS of Mistral."""
+        encoded = self._backend.encode("x")
+        return tuple(encoded.ids[: encoded.special_tokens_mask.index(0)])
+
+
+def _plain_backend(tokenizer: Any) -> tokenizers.Tokenizer:
+    """Copy what tokenises, without truncation and padding."""
+    backend = tokenizers.Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = bool(getattr(tokenizer, "split_special_tokens", False))
+    return backend
 
 
 def check_strings(texts: Sequence[object]) -> None:

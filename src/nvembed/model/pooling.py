@@ -214,18 +214,55 @@ class SelfAttentionPooling(Pooling):
         return pooled_mean(mixed_PD, pool_mask_T, segments)
 
 
+# Marks of a space in front of a piece: byte-level, SentencePiece, and the space itself.
+_SPACE_MARKS = ("\u0120", "\u2581", " ")
+
+
 def _flatten_padded(features: dict[str, Any]) -> tuple[Tensor, Tensor, Segments]:
     """Padded states of a stock ``Transformer`` (any padding side) as a flat batch."""
     hidden_BLD: Tensor = features["token_embeddings"]
     mask_BL = features["attention_mask"].bool()
     pool_BL = mask_BL.clone()
-    prompt_length = features.get("prompt_length")
-    if prompt_length is not None:
+    if features.get("prompt_length") is not None:
         # Counted from the first real token, so that left padding is right too.
-        pool_BL &= mask_BL.cumsum(1) > int(torch.as_tensor(prompt_length).flatten()[0])
+        pool_BL &= mask_BL.cumsum(1) > _prompt_lengths(features, mask_BL)[:, None]
     lengths = mask_BL.sum(1).tolist()
     segments = Segments.of_lengths(lengths, device=hidden_BLD.device)
     return hidden_BLD[mask_BL], pool_BL[mask_BL], segments
+
+
+def _prompt_lengths(features: dict[str, Any], mask_BL: Tensor) -> Tensor:
+    """Tokens ``(B,)`` at the start of each text that belong to its prompt alone.
+
+    A stock ``Transformer`` counts the tokens of the prompt by itself. Where the prompt ends in a
+    space that becomes a part of the first word, the last of these tokens is that word.
+
+    Raises:
+        ModelError: a prompt's space has joined the texts, and the batch does not say to which.
+    """
+    count = int(torch.as_tensor(features["prompt_length"]).flatten()[0])
+    lengths_B = torch.full((len(mask_BL),), count, device=mask_BL.device)
+    last_B = mask_BL.long().argmax(1) + count - 1
+    encodings, ids_BL = getattr(features, "encodings", None), features.get("input_ids")
+    if count < 1 or (encodings is None and ids_BL is None):
+        return lengths_B
+    if encodings is not None:
+        for row, (encoding, last) in enumerate(zip(encodings, last_B.tolist(), strict=True)):
+            piece = encoding.tokens[last] if last < len(encoding.tokens) else ""
+            joined = piece.startswith(_SPACE_MARKS) and piece.strip("".join(_SPACE_MARKS)) != ""
+            lengths_B[row] -= int(joined)
+        return lengths_B
+    rows_B = torch.arange(len(mask_BL), device=mask_BL.device)
+    ends_B = ids_BL[rows_B, last_B.clamp(max=mask_BL.shape[1] - 1)][mask_BL.sum(1) >= count]
+    if len(ends_B.unique()) > 1:
+        raise ModelError(
+            "the last space of the prompt has become a part of the texts",
+            where="prompt_length",
+            expected="as many tokens of prompt in every text",
+            hint="Load the model by NVEmbed.from_pretrained(folder, pooling=...), whose first "
+            "module counts them text by text",
+        )
+    return lengths_B
 
 
 def build_pooling(

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 def load_encoder(name: str, dtype: PrecisionChoice | None = None) -> Encoder:
     """Load an embedding model by folder or hub id.
 
-    NVIDIA's releases, a folder saved by this package (``modules.json`` names ``nvembed`` classes)
+    A folder with an exported ONNX graph runs in onnxruntime. NVIDIA's releases, a folder saved by
+    this package (``modules.json`` names ``nvembed`` classes)
     and a bare language model (no ``modules.json``) become an ``NVEmbed``; anything else is a plain
     sentence-transformers model.
 
@@ -40,14 +41,20 @@ def load_encoder(name: str, dtype: PrecisionChoice | None = None) -> Encoder:
     path = Path(name)
     if path.is_file() or (not path.is_dir() and _is_path(name)):
         raise ModelError("no such model folder", where=name, expected="a folder or a hub id")
-    if path.is_dir() and not any((path / f).is_file() for f in ("modules.json", "config.json")):
+    if path.is_dir() and not any(
+        (path / f).is_file() for f in ("modules.json", "config.json", "nvembed_onnx.json")
+    ):
         raise ModelError(
             "no model in this folder", where=name, expected="modules.json or config.json in it"
         )
     from sentence_transformers import SentenceTransformer
 
     from nvembed.model.embedder import NVEmbed
+    from nvembed.model.kind import ONNX_FILE
     from nvembed.model.precision import settle_precision
+
+    if (path / ONNX_FILE).is_file():
+        return _load_onnx(path, dtype)
 
     settled = settle_precision(dtype)
     try:
@@ -65,6 +72,19 @@ def load_encoder(name: str, dtype: PrecisionChoice | None = None) -> Encoder:
             expected="the folder or the hub id of a model",
             hint="A hub id needs the network, or an earlier download",
         ) from error
+
+
+def _load_onnx(folder: Path, dtype: PrecisionChoice | None) -> Encoder:
+    from nvembed.inference.onnx import OnnxEncoder
+
+    if dtype not in (None, "auto", "float32"):
+        raise ModelError(
+            f"an ONNX graph in {dtype}",
+            where=str(folder),
+            expected="float32, which it was exported in",
+            hint="Leave --dtype out, or use the model that it was exported from",
+        )
+    return OnnxEncoder(folder)
 
 
 class SentenceTransformerEncoder:

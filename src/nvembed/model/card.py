@@ -23,17 +23,67 @@ _USE = {
     "nvembed": "NVEmbed.from_pretrained(FOLDER), or SentenceTransformer(FOLDER, "
     "trust_remote_code=True) with nvembed installed",
     "sentence-transformers": "SentenceTransformer(FOLDER)",
-    "onnx": "onnxruntime.InferenceSession(FOLDER/model.onnx); nvembed_onnx.json names its inputs",
+    "onnx": "nvembed encode FOLDER, or onnxruntime as below",
 }
 
+_ONNX_USE = """
+## Use
 
-def model_card(model: NVEmbed, kind: str, name: str) -> str:
+Needs `onnxruntime`, `tokenizers` and `numpy` alone. The tokenizer adds BOS and EOS by itself.
+The tokens of an instruction are read and not pooled.
+
+```python
+import numpy as np, onnxruntime
+from tokenizers import Tokenizer
+
+FOLDER = "."
+session = onnxruntime.InferenceSession(f"{FOLDER}/model.onnx")
+tokenizer = Tokenizer.from_file(f"{FOLDER}/tokenizer.json")
+tokenizer.enable_truncation(%(max_tokens)d)
+tokenizer.enable_padding()
+
+def embed(texts, instruction=None):
+    prompt = f"Instruct: {instruction}\\nQuery: " if instruction else ""
+    rows = tokenizer.encode_batch([prompt + text for text in texts])
+    mask = np.array([row.attention_mask for row in rows])
+    pool = mask.copy()
+    for row, kept in zip(rows, pool):
+        if prompt:
+%(start)s
+    ids = np.array([row.ids for row in rows])
+    inputs = {"input_ids": ids, "attention_mask": mask, "pool_mask": pool}
+    return session.run(["sentence_embedding"], inputs)[0]
+
+queries = embed(["how do I sort a list?"], "Given a question, retrieve passages that answer it")
+documents = embed(["sorted(x) returns a new sorted list."])
+print(queries @ documents.T)
+```"""
+
+# The first token that holds a character of the text, or the EOS where there is no text.
+_OWN_START = """\
+            inside = [end > len(prompt) for _, end in row.offsets]
+            kept[: inside.index(True) if any(inside) else kept.sum() - 1] = 0"""
+_OFFICIAL_START = """\
+            kept[: len(tokenizer.encode(prompt, add_special_tokens=False).ids)] = 0"""
+
+_ONNX_OFFICIAL_USE = """
+Of texts that are too long NVIDIA's code loses the EOS, and so does `nvembed encode`; the code above
+keeps it."""
+
+_ONNX_STOCK_USE = """
+`SentenceTransformer(FOLDER, backend="onnx")` gives the same vectors, with
+`optimum-onnx` installed, but for queries that start with a character which does not join a space
+before it."""
+
+
+def model_card(model: NVEmbed, kind: str, name: str, *, stock: bool = False) -> str:
     """Render the README of an exported folder.
 
     Args:
         model: the model that was written.
         kind: the format.
         name: where it was loaded from; in a run folder, the run is described.
+        stock: whether sentence-transformers can run an exported graph.
     """
     backbone = model.backbone
     official = backbone.text_style == "official"
@@ -68,6 +118,11 @@ def model_card(model: NVEmbed, kind: str, name: str) -> str:
     ]
     if any(key in of_tasks for key in model.prompts):
         lines += ['- prompts of the MTEB tasks by name, such as `prompt_name="FiQA2018"`']
+    if kind == "onnx":
+        start = _OFFICIAL_START if official else _OWN_START
+        use = _ONNX_USE % {"max_tokens": backbone.max_tokens, "start": start}
+        use += (_ONNX_OFFICIAL_USE if official else "") + (_ONNX_STOCK_USE if stock else "")
+        lines += use.splitlines()
     run = RunFolder(Path(name).parent)
     lines += ["", "## Training", ""]
     lines += _training(run) if run.exists else ["Not recorded: the model lay in no run folder."]

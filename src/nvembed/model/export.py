@@ -103,6 +103,7 @@ def export_model(
         ModelError: it cannot be expressed in that format.
     """
     merge_lora(model.backbone)
+    stock = False
     with atomic_folder(to) as temporary:
         match kind:
             case "nv-embed":
@@ -115,8 +116,8 @@ def export_model(
             case "onnx":
                 from nvembed.model.export_onnx import write_onnx  # needs the extra onnx
 
-                write_onnx(model, temporary, name=name)
-        write_text(temporary / "README.md", model_card(model, kind, name))
+                stock = write_onnx(model, temporary, name=name)
+        write_text(temporary / "README.md", model_card(model, kind, name, stock=stock))
 
 
 def _write_official(

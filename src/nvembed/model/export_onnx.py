@@ -1,9 +1,16 @@
-"""A model as one ONNX graph over padded rows, proven equal before it is kept.
+"""A model as an ONNX graph over padded rows, proven equal before it is kept.
 
-    input_ids       int64 (B, L)   padded on the right
-    attention_mask  int64 (B, L)   1 where there is a token
-    pool_mask       int64 (B, L)   1 where a token is pooled: 0 for a query's prompt
-    → sentence_embedding  float32 (B, D), of length 1
+    model.onnx
+        input_ids       int64 (B, L)   padded on the right
+        attention_mask  int64 (B, L)   1 where there is a token
+        pool_mask       int64 (B, L)   1 where a token is pooled: 0 for a query's prompt
+        → sentence_embedding  float32 (B, D), of length 1
+    transformer/model.onnx
+        input_ids, attention_mask → last_hidden_state  float32 (B, L, D)
+        the same graph up to its mean, for ``SentenceTransformer(folder, backend="onnx")``. Both
+        read one file of weights. It is there only where stock modules can pool as we do.
+
+The tokenizer in the folder adds BOS and EOS by itself, so its ids are those of the model.
 
 The layers are those of transformers with another attention behind them (``padded_attention``), so
 direction and windows are decided here as they are in our own; the latents are folded, so a latent
@@ -31,6 +38,14 @@ from nvembed.core.errors import ModelError
 from nvembed.core.files import write_json
 from nvembed.model.attention import block_attention
 from nvembed.model.embedder import NVEmbed
+from nvembed.model.export_stock import (
+    closed_tokenizer,
+    count_prompt_as_we_do,
+    open_attention,
+    write_modules,
+    write_tokenizer,
+)
+from nvembed.model.kind import ONNX_FILE
 from nvembed.model.pooling import LatentAttentionPooling, MeanPooling
 from nvembed.text.template import QUERY_PROMPT, query_prompt
 from nvembed.text.tokens import TokenizedText
@@ -38,6 +53,10 @@ from nvembed.text.tokens import TokenizedText
 PADDED_ATTENTION = "nvembed_padded"
 FILE = "model.onnx"
 OUTPUT = "sentence_embedding"  # a plain "embedding" is the name of a node already
+STATES = "last_hidden_state"
+# Of what sentence-transformers loads; the weights lie there under the name that it asks for.
+_INNER = "transformer"
+_WEIGHTS = "model.onnx_data"
 INPUTS = ("input_ids", "attention_mask", "pool_mask")
 
 # A graph of more than 2 GB needs its weights in a file beside it.
@@ -76,13 +95,16 @@ AttentionInterface.register(PADDED_ATTENTION, padded_attention)
 class PaddedEmbedder(nn.Module):
     """The computation of the graph."""
 
-    def __init__(self, model: NVEmbed) -> None:
+    def __init__(self, model: NVEmbed, *, states: bool = False) -> None:
         super().__init__()
         self.decoder: Any = model.backbone.model
         self.pooling = model.pooling
         self.causal = model.backbone.attention == "causal"
+        self.states = states
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, pool_mask: Tensor) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, pool_mask: Tensor
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """See the module docstring."""
         position_BL = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
         hidden_BLD = self.decoder(
@@ -99,16 +121,20 @@ class PaddedEmbedder(nn.Module):
             )
         weight_BL1 = pool_mask.to(hidden_BLD.dtype)[:, :, None]
         mean_BD = (hidden_BLD * weight_BL1).sum(1) / weight_BL1.sum(1).clamp(min=1)
-        return nn.functional.normalize(mean_BD, dim=-1)
+        vectors_BD = nn.functional.normalize(mean_BD, dim=-1)
+        return (vectors_BD, hidden_BLD) if self.states else vectors_BD
 
 
-def write_onnx(model: NVEmbed, folder: Path, *, name: str) -> None:
+def write_onnx(model: NVEmbed, folder: Path, *, name: str) -> bool:
     """Write graph, tokenizer and what a caller has to know, then compare vectors.
 
     Args:
         model: in float32; it cannot be used for anything else afterwards.
         folder: exists.
         name: what the model is called in errors.
+
+    Returns:
+        Whether sentence-transformers can run it too.
 
     Raises:
         ModelError: the pooling has no such graph, or the graph gives other vectors.
@@ -133,10 +159,12 @@ def write_onnx(model: NVEmbed, folder: Path, *, name: str) -> None:
     cases = [(list(_PROOF_TEXTS), ""), (list(_PROOF_TEXTS), query_prompt(_PROOF_TASK))]
     expected = [model.encode(texts, prompt=prompt) for texts, prompt in cases]
     tokens = [model.backbone.tokenize_texts(texts, prompt) for texts, prompt in cases]
-    _write_graph(model, folder / FILE, tokens[1][:2])
-    model.backbone.save_tokenizer(str(folder))
+    stock = _write_tokenizer(model, folder, name)
+    _write_graph(model, folder / FILE, tokens[1][:2], shared=stock)
+    if stock:
+        _share_weights(folder)
     write_json(
-        folder / "nvembed_onnx.json",
+        folder / ONNX_FILE,
         {
             "inputs": list(INPUTS),
             "output": OUTPUT,
@@ -146,10 +174,36 @@ def write_onnx(model: NVEmbed, folder: Path, *, name: str) -> None:
             "add_bos": model.backbone.add_bos,
             "add_eos": model.backbone.add_eos,
             "pool_mask": "1 from the first token that holds a character of the text",
+            "prompts": model.prompts,
         },
     )
     for texts, wanted in zip(tokens, expected, strict=True):
         _prove(folder / FILE, texts, wanted, name)
+    return stock
+
+
+def _write_tokenizer(model: NVEmbed, folder: Path, name: str) -> bool:
+    """Write the tokenizer, and where stock modules can pool as we do, what makes them load it.
+
+    Returns:
+        Whether they can.
+    """
+    backbone = model.backbone
+    write_tokenizer(closed_tokenizer(backbone), backbone, folder)
+    if backbone.text_style != "nvembed":
+        return False
+    counting = closed_tokenizer(backbone)
+    try:
+        count_prompt_as_we_do(counting, backbone, name)
+    except ModelError:
+        return False
+    inner = folder / _INNER
+    inner.mkdir()
+    write_tokenizer(counting, backbone, inner)
+    backbone.model.config.save_pretrained(inner)
+    open_attention(inner / "config.json", backbone)
+    write_modules(model, folder, transformer=_INNER)
+    return True
 
 
 def padded_inputs(texts: Sequence[TokenizedText]) -> dict[str, NDArray[np.int64]]:
@@ -163,7 +217,9 @@ def padded_inputs(texts: Sequence[TokenizedText]) -> dict[str, NDArray[np.int64]
     return arrays
 
 
-def _write_graph(model: NVEmbed, path: Path, example: Sequence[TokenizedText]) -> None:
+def _write_graph(
+    model: NVEmbed, path: Path, example: Sequence[TokenizedText], *, shared: bool
+) -> None:
     decoder: Any = model.backbone.model
     decoder.set_attn_implementation(PADDED_ATTENTION)
     inputs = tuple(torch.from_numpy(array) for array in padded_inputs(example).values())
@@ -171,16 +227,42 @@ def _write_graph(model: NVEmbed, path: Path, example: Sequence[TokenizedText]) -
     size_in_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
     with model.pooling.fixed_weights(), torch.no_grad(), _quiet():
         torch.onnx.export(
-            PaddedEmbedder(model),
+            PaddedEmbedder(model, states=shared),
             inputs,
             path,
             input_names=list(INPUTS),
-            output_names=[OUTPUT],
+            output_names=[OUTPUT, STATES] if shared else [OUTPUT],
             dynamic_shapes=dict.fromkeys(INPUTS, size),
             dynamo=True,
-            external_data=size_in_bytes > _MAX_INLINE_BYTES,
+            external_data=shared or size_in_bytes > _MAX_INLINE_BYTES,
             verbose=False,
         )
+
+
+def _share_weights(folder: Path) -> None:
+    """Make the graph with two outputs two graphs that read the same file of weights."""
+    import onnx
+    from onnx.external_data_helper import uses_external_data
+    from onnx.utils import Extractor
+
+    path = folder / FILE
+    graph = onnx.load(str(path), load_external_data=False)
+    for node in graph.graph.node:  # three inputs of one shape, and any may be asked for it
+        if node.op_type == "Shape" and node.input[0] == INPUTS[2]:
+            node.input[0] = INPUTS[1]
+    wanted = (
+        (INPUTS, OUTPUT, path, f"{_INNER}/{_WEIGHTS}"),
+        (INPUTS[:2], STATES, folder / _INNER / FILE, _WEIGHTS),
+    )
+    for inputs, output, place, location in wanted:
+        part = Extractor(graph).extract_model(list(inputs), [output])
+        for tensor in part.graph.initializer:
+            if uses_external_data(tensor):
+                for entry in tensor.external_data:
+                    if entry.key == "location":
+                        entry.value = location
+        onnx.save(part, str(place))
+    (folder / f"{FILE}.data").replace(folder / _INNER / _WEIGHTS)
 
 
 @contextmanager
@@ -207,8 +289,9 @@ def _prove(
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    together = session.run(None, dict(padded_inputs(texts)))[0]
-    alone = np.concatenate([session.run(None, dict(padded_inputs([text])))[0] for text in texts])
+    (together,) = session.run([OUTPUT], dict(padded_inputs(texts)))
+    rows = [session.run([OUTPUT], dict(padded_inputs([text])))[0] for text in texts]
+    alone = np.concatenate(rows)
     difference = max(float(np.abs(found - expected).max()) for found in (together, alone))
     if not difference <= _TOLERANCE:
         raise ModelError(

@@ -17,7 +17,6 @@ import torch
 from sentence_transformers import SentenceTransformer
 from tokenizers import Regex, Tokenizer, normalizers
 from tokenizers.processors import TemplateProcessing
-from transformers import PreTrainedTokenizerFast
 
 from nvembed.core.errors import ModelError
 from nvembed.core.files import write_json
@@ -48,15 +47,23 @@ def write_stock(model: NVEmbed, folder: Path, *, name: str) -> None:
             hint=f"{_HINT}; plain sentence-transformers loads that with trust_remote_code=True",
         )
     backbone.model.save_pretrained(folder)
-    _open_attention(folder / "config.json", backbone)
-    _stock_tokenizer(backbone, name).save_pretrained(folder)
+    open_attention(folder / "config.json", backbone)
+    backend = closed_tokenizer(backbone)
+    count_prompt_as_we_do(backend, backbone, name)
+    write_tokenizer(backend, backbone, folder)
     write_modules(model, folder)
 
 
-def write_modules(model: NVEmbed, folder: Path) -> None:
-    """Write what makes a folder one of sentence-transformers: stock modules, limit and prompts."""
+def write_modules(model: NVEmbed, folder: Path, *, transformer: str = "") -> None:
+    """Write what makes a folder one of sentence-transformers: stock modules, limit and prompts.
+
+    Args:
+        model: whose limit and prompts those are.
+        folder: the folder.
+        transformer: folder of the first module inside it; "" is itself.
+    """
     path = "sentence_transformers.models"
-    modules = (("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize"))
+    modules = ((transformer, "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize"))
     write_json(
         folder / "modules.json",
         [
@@ -74,7 +81,7 @@ def write_modules(model: NVEmbed, folder: Path) -> None:
         },
     )
     write_json(
-        folder / "sentence_bert_config.json",
+        folder / transformer / "sentence_bert_config.json",
         {"max_seq_length": model.backbone.max_tokens, "do_lower_case": False},
     )
     write_json(
@@ -120,7 +127,7 @@ def _differs(model: NVEmbed, name: str, message: str) -> ModelError:
     )
 
 
-def _open_attention(config_path: Path, backbone: Backbone) -> None:
+def open_attention(config_path: Path, backbone: Backbone) -> None:
     """Say by configuration what our attention does by itself."""
     config = json.loads(config_path.read_text(encoding="utf-8"))
     bidirectional = backbone.attention == "bidirectional"
@@ -133,14 +140,14 @@ def _open_attention(config_path: Path, backbone: Backbone) -> None:
     write_json(config_path, config)
 
 
-def _stock_tokenizer(backbone: Backbone, name: str) -> PreTrainedTokenizerFast:
-    """The model's tokenizer with BOS and EOS, and a prompt that is counted as we pool it."""
+def closed_tokenizer(backbone: Backbone) -> Tokenizer:
+    """A copy of the model's tokenizer whose own template adds the BOS and EOS of the model."""
     tokenizer: Any = backbone.tokenizer
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.no_truncation()
     backend.no_padding()
     ids = backbone.tokenize_texts(["x"])[0].ids
-    inner = tokenizer("x", add_special_tokens=False)["input_ids"]
+    inner = backend.encode("x", add_special_tokens=False).ids
     head, tail = ids[: ids.index(inner[0])], ids[ids.index(inner[0]) + len(inner) :]
     special = [(tokenizer.convert_ids_to_tokens(i), i) for i in (*head, *tail)]
     names = [token for token, _ in special]
@@ -148,28 +155,44 @@ def _stock_tokenizer(backbone: Backbone, name: str) -> PreTrainedTokenizerFast:
     backend.post_processor = TemplateProcessing(
         single=" ".join(parts), special_tokens=list(dict.fromkeys(special))
     )
+    return backend
+
+
+def count_prompt_as_we_do(backend: Tokenizer, backbone: Backbone, name: str) -> None:
+    """Let a closed tokenizer give a prompt by itself as many tokens as we leave out of pooling.
+
+    Raises:
+        ModelError: that number cannot be had from this tokenizer.
+    """
     prompt = query_prompt(_TASK)
+    tail = int(backbone.add_eos)
     ours = backbone.tokenize_texts(["how"], prompt)[0].pool_start
-    if len(backend.encode(prompt).ids) - len(tail) == ours + 1:
+    if len(backend.encode(prompt).ids) - tail == ours + 1:
         # Alone, the prompt ends in a token for its last space, which joins the text otherwise;
         # sentence-transformers counts it alone. Only a string that ends so is changed.
         bare = normalizers.Replace(Regex(r"\nQuery: \z"), "\nQuery:")
         own = [backend.normalizer] if backend.normalizer is not None else []
         backend.normalizer = normalizers.Sequence([bare, *own])
-    if len(backend.encode(prompt).ids) - len(tail) != ours:
+    if len(backend.encode(prompt).ids) - tail != ours:
         raise ModelError(
             "the length of a prompt cannot be expressed in a stock tokenizer",
             where=name,
             hint=_HINT,
         )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        **{
-            key: getattr(tokenizer, key)
-            for key in ("bos_token", "eos_token", "unk_token", "cls_token", "sep_token")
-            if getattr(tokenizer, key) is not None
-        },
-        pad_token=tokenizer.pad_token or tokenizer.eos_token,
-        padding_side="right",
-        model_max_length=backbone.max_tokens,
+
+
+def write_tokenizer(backend: Tokenizer, backbone: Backbone, folder: Path) -> None:
+    """Write a tokenizer as every version of transformers, 4 and 5, reads it: the file as it is."""
+    tokenizer: Any = backbone.tokenizer
+    backend.save(str(folder / "tokenizer.json"))
+    names = ("bos_token", "eos_token", "unk_token", "cls_token", "sep_token")
+    found = {name: getattr(tokenizer, name) for name in names}
+    special = {name: token for name, token in found.items() if token is not None}
+    special["pad_token"] = tokenizer.pad_token or tokenizer.eos_token
+    write_json(folder / "special_tokens_map.json", special)
+    settings = {**special, "model_max_length": backbone.max_tokens, "padding_side": "right"}
+    # transformers 5 would name a class that 4 does not have.
+    write_json(
+        folder / "tokenizer_config.json",
+        {**settings, "tokenizer_class": "PreTrainedTokenizerFast"},
     )

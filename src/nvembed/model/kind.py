@@ -10,6 +10,9 @@ from nvembed.core.errors import ModelError
 from nvembed.model.official import MODEL_TYPE, is_official
 from nvembed.model.source import ModelSource
 
+ONNX_FILE = "nvembed_onnx.json"
+"""What ``nvembed export --format onnx`` writes beside a graph."""
+
 
 def model_kind(source: ModelSource) -> Literal["official", "saved", "language_model"]:
     """Tell what a name stands for; what ``config.json`` says goes before ``modules.json``.
@@ -17,6 +20,13 @@ def model_kind(source: ModelSource) -> Literal["official", "saved", "language_mo
     Raises:
         ModelError: there is nothing of that name, or its model type is unknown.
     """
+    if source.find(ONNX_FILE) is not None:
+        raise ModelError(
+            "an exported ONNX graph",
+            where=source.name,
+            expected="a model with weights",
+            hint="nvembed encode and onnxruntime run it; load the model that it was exported from",
+        )
     config = source.read_json("config.json")
     if is_official(config):
         return "official"

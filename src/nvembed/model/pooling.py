@@ -243,7 +243,8 @@ def _prompt_lengths(features: dict[str, Any], mask_BL: Tensor) -> Tensor:
     count = int(torch.as_tensor(features["prompt_length"]).flatten()[0])
     lengths_B = torch.full((len(mask_BL),), count, device=mask_BL.device)
     last_B = mask_BL.long().argmax(1) + count - 1
-    encodings, ids_BL = getattr(features, "encodings", None), features.get("input_ids")
+    encodings = getattr(features, "encodings", None)
+    ids_BL: Any = features.get("input_ids")
     if count < 1 or (encodings is None and ids_BL is None):
         return lengths_B
     if encodings is not None:

@@ -210,9 +210,8 @@ class TextTokenizer:
         characters = CHARACTERS_PER_TOKEN * self.max_tokens
         while len(text) > 2 * characters:
             end = max(text.rfind(blank, 0, characters) for blank in " \n\t")
-            if end > 0:
-                if len(self._pieces([text[:end]])[0]) > self.max_tokens + 8:
-                    return text[:end]
+            if end > 0 and len(self._pieces([text[:end]])[0]) > self.max_tokens + 8:
+                return text[:end]
             characters *= 8
         return text
 

@@ -79,14 +79,14 @@ def test_a_family_that_goes_its_own_way_is_refused(tmp_path, tiny_tokenizer, nam
 
 def test_a_family_that_stays_causal_is_refused(tmp_path, tiny_tokenizer, monkeypatch) -> None:
     folder = save_mean("llama", tmp_path, tiny_tokenizer)
-    original = export_stock._open_attention
+    original = export_stock.open_attention
 
     def causal(path: Path, backbone) -> None:
         original(path, backbone)
         config = json.loads(path.read_text())
         write_json(path, {**config, "is_causal": True, "use_bidirectional_attention": False})
 
-    monkeypatch.setattr(export_stock, "_open_attention", causal)
+    monkeypatch.setattr(export_stock, "open_attention", causal)
     with pytest.raises(ModelError, match=r"stock modules give other vectors for texts \(by up to"):
         export_folder(str(folder), tmp_path / "out", "sentence-transformers")
 

@@ -83,9 +83,7 @@ def oracle(model: SentenceTransformer, text: str) -> np.ndarray:
 
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("kind", ["mean", "latent"])
-def test_no_word_of_the_text_is_lost_to_the_prompt(
-    merging_dir: Path, kind: str, side: str
-) -> None:
+def test_no_word_of_the_text_is_lost_to_the_prompt(merging_dir: Path, kind: str, side: str) -> None:
     model = stock(merging_dir, kind, side)
     pieces = model.tokenizer.tokenize(PROMPT + "hello")
     assert pieces[-1] == "Ġhello"  # or nothing is tested
@@ -99,7 +97,7 @@ def test_a_batch_without_its_pieces_is_refused_where_they_are_needed(merging_dir
     model = stock(merging_dir, "mean")
     features = dict(model[0](model[0].preprocess(TEXTS[:2], prompt=PROMPT)))
     assert features["prompt_length"] == len(model.tokenizer(PROMPT)["input_ids"]) - 1
-    with pytest.raises(ModelError, match="last space of the prompt.*from_pretrained"):
+    with pytest.raises(ModelError, match=r"last space of the prompt.*from_pretrained"):
         model[1](features)
     plain = dict(model[0](model[0].preprocess(TEXTS[:2], prompt="Query:")))
     model[1](plain)  # a prompt whose end joins nothing

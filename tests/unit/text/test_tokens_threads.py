@@ -1,4 +1,4 @@
-"""A tokenizer is shared by threads and by callers outside; neither may change what a text becomes."""
+"""Threads and callers outside share a tokenizer; neither may change what a text becomes."""
 
 from __future__ import annotations
 

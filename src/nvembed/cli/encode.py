@@ -90,14 +90,13 @@ def encode(
     from nvembed.inference.files import encode_file
     from nvembed.inference.outputs import OutputFormat
     from nvembed.model.settings import LongTexts
-    from nvembed.text.instructions import read_task
 
     form = OutputFormat(truncate_dim, precision)
     done = encode_file(
         model,
         input,
         output,
-        task=read_task(task),
+        task=task,
         field=field,
         form=form,
         dtype=dtype,

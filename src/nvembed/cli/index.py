@@ -65,7 +65,6 @@ def index(
       nvembed search docs.db "sort a list" --where "year > 2000"
     """
     from nvembed.index.build import IndexOptions, index_documents, read_ids
-    from nvembed.text.instructions import read_task
 
     options = IndexOptions(
         text_key=text_key,
@@ -78,7 +77,7 @@ def index(
         to,
         documents or [],
         model=model,
-        task=read_task(task),
+        task=task,
         truncate_dim=truncate_dim,
         dtype=dtype,
         delete=[*(delete or []), *(read_ids(delete_file) if delete_file else [])],

@@ -59,9 +59,7 @@ def search(
         --task "Given a question about Python, retrieve its documentation"
     """
     from nvembed.core.errors import ConfigError
-    from nvembed.text.instructions import read_task
 
-    task = read_task(task) if task else task
     if documents is None:
         _search_database(place, query, task, top_k, where, hybrid, exact, model, dtype)
         return

@@ -170,16 +170,16 @@ class Scheduler:
             if (client.start, client.turn) != (start, turn):
                 heapq.heapreplace(self._turns, (client.start, client.turn, name))
             elif not client.jobs:
-                # All who wait start no earlier, so neither does this client if it returns.
-                self._virtual = max(self._virtual, start)
+                # Whoever is found starts no earlier, so neither does this client if it returns.
                 heapq.heappop(self._turns)
                 del self._clients[name]
             else:
+                self._virtual = max(self._virtual, start)
                 return client
         return None
 
     def _serve(self, client: _Client, job: Job, length: int) -> None:
-        self._virtual = max(self._virtual, client.start) + length / self._waiting_clients
+        self._virtual += length / self._waiting_clients
         client.start, client.turn = client.start + length, self._next_turn()
         job.next_row += 1
         self.waiting_tokens -= length

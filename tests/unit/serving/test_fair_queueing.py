@@ -28,6 +28,94 @@ def add(queue: Scheduler, client: str, *lengths: int) -> Job:
     return job
 
 
+class PlainQueue:
+    """The rules in slow plain code: every client is remembered, the least time is looked for."""
+
+    def __init__(self, batch_tokens: int) -> None:
+        self.batch_tokens = batch_tokens
+        self.clear()
+
+    def clear(self) -> None:
+        self.virtual, self.turns = 0.0, 0
+        self.start: dict[str, float] = {}
+        self.turn: dict[str, int] = {}
+        self.waiting: dict[str, list[tuple[Job, int]]] = {}
+
+    def add(self, job: Job) -> None:
+        client = str(job.client)
+        if not self.waiting.get(client):
+            self.start[client] = max(self.start.get(client, 0.0), self.virtual)
+            self.turns += 1
+            self.turn[client] = self.turns
+        slots = [(job, row) for row in range(len(job.lengths))]
+        self.waiting.setdefault(client, []).extend(slots)
+
+    def cancel(self, job: Job) -> None:
+        client = str(job.client)
+        self.waiting[client] = [slot for slot in self.waiting.get(client, []) if slot[0] is not job]
+        if not any(self.waiting.values()):
+            self.clear()
+
+    def take(self) -> list[tuple[Job, int]]:
+        batch: list[tuple[Job, int]] = []
+        room = self.batch_tokens
+        while there := [client for client, slots in self.waiting.items() if slots]:
+            first = min(there, key=lambda client: (self.start[client], self.turn[client]))
+            self.virtual = max(self.virtual, self.start[first])
+            job, row = self.waiting[first][0]
+            if batch and job.lengths[row] > room:
+                return batch
+            batch.append(self.waiting[first].pop(0))
+            room -= job.lengths[row]
+            self.virtual += job.lengths[row] / len(there)
+            self.start[first] += job.lengths[row]
+            self.turns += 1
+            self.turn[first] = self.turns
+        self.clear()
+        return batch
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["add", "add", "take", "take", "cancel"]),
+            st.integers(0, 4),
+            st.lists(st.integers(1, 20), min_size=1, max_size=5),
+        ),
+        max_size=60,
+    ),
+    st.integers(1, 25),
+)
+def test_forgetting_changes_nothing(steps, batch_tokens: int) -> None:
+    queue, plain = scheduler(batch_tokens), PlainQueue(batch_tokens)
+    jobs: list[Job] = []
+    for step, number, lengths in steps:
+        if step == "add":
+            jobs.append(add(queue, str(number), *lengths))
+            plain.add(jobs[-1])
+        elif step == "take":
+            assert queue.take() == plain.take()
+        elif number < len(jobs):
+            queue.cancel(jobs[-1 - number])
+            plain.cancel(jobs[-1 - number])
+    while queue.waiting_jobs:
+        assert queue.take() == plain.take()
+
+
+def test_a_client_that_comes_back_has_what_it_was_served() -> None:
+    queue = scheduler(10)
+    add(queue, "bulk", *[10] * 300)
+    add(queue, "back", 1000)
+    while "back" not in [job.client for job, _ in queue.take()]:
+        pass
+    add(queue, "back", 10)
+    served = 0
+    while "back" not in [job.client for job, _ in queue.take()]:
+        served += 10
+    assert 980 <= served <= 1010  # an even share of what both were served
+
+
 def returning(count: int, length: int) -> Others:
     """So many connections of one text each, which send the next as soon as one is answered."""
     began = False

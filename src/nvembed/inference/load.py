@@ -109,14 +109,20 @@ class SentenceTransformerEncoder:
         """Embed documents; see :class:`Encoder`."""
         return self._encode(self._model.encode_document, texts, task)
 
+    def prompt_of(self, task: str | None) -> str | None:
+        """Return the prompt of a task; ``None`` is the model's own of either side."""
+        prompt = resolve_prompt(task, self.prompts)
+        named = task is not None and task.strip() in self.prompts
+        return prompt if self.follows_instructions or named else None
+
     def _encode(self, encode: Any, texts: Sequence[str], task: str | None) -> NDArray[np.float32]:
         if not texts:
             return np.empty((0, self.dimension), dtype=np.float32)
-        prompt = resolve_prompt(task, self.prompts)
-        if not self.follows_instructions and (task is None or task.strip() not in self.prompts):
-            prompt = None
         vectors = encode(
-            list(texts), prompt=prompt, normalize_embeddings=True, show_progress_bar=False
+            list(texts),
+            prompt=self.prompt_of(task),
+            normalize_embeddings=True,
+            show_progress_bar=False,
         )
         # A model in 16 bit normalises in 16 bit, to lengths that are off by up to 0.4 %.
         return unit_rows(np.asarray(vectors, dtype=np.float32))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from pydantic import Field
 
 from nvembed.core.config import StrictModel
@@ -69,12 +71,14 @@ class ServerConfig(StrictModel):
 
     Args:
         model_name: what clients call the model; ``None`` is its hub id or the name of its folder.
+        model_aliases: further names for it; its folder or hub id are names of it in any case.
         batching: see the class.
         limits: see the class.
         log_requests: one line of JSON per request on stderr, without texts.
     """
 
     model_name: str | None = Field(default=None, min_length=1)
+    model_aliases: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     batching: BatchingConfig = BatchingConfig()
     limits: LimitsConfig = LimitsConfig()
     log_requests: bool = True

@@ -10,8 +10,9 @@ import pytest
 import nvembed.serving.run as serving_run
 from nvembed.cli.main import run
 from nvembed.core.errors import ConfigError, DataError
-from nvembed.serving.engine import Item, PackEngine, Wish
+from nvembed.serving.engine import Item, Wish
 from nvembed.serving.keys import read_keys
+from nvembed.serving.model_engines import PackEngine
 from nvembed.text.tokens import TextTokenizer, TokenizedText
 
 

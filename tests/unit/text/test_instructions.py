@@ -116,7 +116,16 @@ def test_a_task_option_is_a_name_or_an_instruction() -> None:
     assert read_task("FiQA2018") == task_instruction("FiQA2018").instruction
     assert read_task(" FiQA2018\n") == task_instruction("FiQA2018").instruction
     assert read_task("Touche2020Retrieval.v3") == task_instruction("Touche2020").instruction
-    for instruction in ("Find FiQA2018", "Summarise", "find", "QUERY", "", " ", "查找答案", "Finde"):
+    for instruction in (
+        "Find FiQA2018",
+        "Summarise",
+        "find",
+        "QUERY",
+        "",
+        " ",
+        "查找答案",
+        "Finde",
+    ):
         assert read_task(instruction) == instruction
     with pytest.raises(ConfigError, match=r"^task: 'fiqa2018' is neither .* perhaps FiQA2018"):
         read_task("fiqa2018")

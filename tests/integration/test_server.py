@@ -8,8 +8,6 @@ import http.client
 import json
 import os
 import re
-import shlex
-import shutil
 import signal
 import socket
 import subprocess
@@ -298,25 +296,6 @@ def test_the_openai_client_gets_the_models_vectors(served: str, model) -> None:
             client.embeddings.create(model="m", input=[[10**6]])
         with pytest.raises(openai.NotFoundError):
             client.embeddings.create(model="gpt", input="a")
-
-
-def test_the_snippet_of_the_document_runs(served: str, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("openai", reason="needs the openai package")
-    document = (ROOT / "docs" / "server.md").read_text(encoding="utf-8")
-    snippets = re.findall(r"^```python\n(.*?)^```", document, re.MULTILINE | re.DOTALL)
-    assert len(snippets) == 1
-    code = snippets[0].replace("http://127.0.0.1:8000", served) + "client.close()\n"
-    exec(compile(code, "server.md", "exec"), {})
-    assert capsys.readouterr().out == "2 16\n"
-
-
-@pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
-def test_the_curl_line_of_the_document_runs(served: str) -> None:
-    document = (ROOT / "docs" / "server.md").read_text(encoding="utf-8")
-    line = re.search(r"^curl (?:.*\\\n)*.*$", document, re.MULTILINE)[0]
-    command = shlex.split(line.replace("\\\n", " ").replace("http://127.0.0.1:8000", served))
-    done = subprocess.run([*command, "--silent"], capture_output=True, check=True)
-    assert len(json.loads(done.stdout)["data"]) == 1
 
 
 @pytest.mark.filterwarnings("default")  # of their own dependencies

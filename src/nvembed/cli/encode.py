@@ -36,8 +36,8 @@ def encode(
     task: Annotated[
         str | None,
         typer.Option(
-            help="Instruction, or an MTEB task whose instruction is known (FiQA2018): the texts "
-            "are queries. Without: documents."
+            help="Instruction, or the name of an MTEB task (FiQA2018) or of a prompt of the model: "
+            "the texts are queries. Without: documents."
         ),
     ] = None,
     field: Annotated[

@@ -26,7 +26,9 @@ def index(
     ] = None,
     task: Annotated[
         str | None,
-        typer.Option(help="Instruction of queries that bring none; of a new database."),
+        typer.Option(
+            help="Instruction, or name of a task, of queries without one; of a new database."
+        ),
     ] = None,
     text_key: Annotated[
         str | None, typer.Option(help='Key of the text. Default: "text", after "title".')

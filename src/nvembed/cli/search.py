@@ -31,7 +31,9 @@ def search(
     ] = None,
     task: Annotated[
         str | None,
-        typer.Option(help="Instruction for the query, or an MTEB task that has one (FiQA2018)."),
+        typer.Option(
+            help="Instruction for the query, or the name of an MTEB task (FiQA2018) or of a prompt."
+        ),
     ] = None,
     top_k: Annotated[int, typer.Option(min=1, help="Number of hits.")] = 10,
     where: Annotated[

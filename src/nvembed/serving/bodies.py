@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any, TypeVar
+import base64
+from typing import Any, Literal, TypeVar
 
+import numpy as np
 import orjson
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from starlette.requests import Request
 from starlette.responses import Response
 
 from nvembed.serving.errors import RequestError
+
+EncodingFormat = Literal["float", "base64"]
+ENCODING_FORMAT = "'float' or 'base64' (little-endian float32)"
 
 # Bodies and answers above it are read and written in a thread, to keep the event loop free.
 _LARGE = 64 * 1024
@@ -58,6 +64,13 @@ async def answer(content: object, numbers: int) -> Response:
     else:
         body = _dump(content)
     return Response(body, media_type="application/json")
+
+
+def embedding_rows(vectors: NDArray[np.float32], encoding: EncodingFormat) -> list[Any]:
+    """Render the rows of ``(N, D)`` for JSON: as numbers, or base64 of little-endian float32."""
+    if encoding == "base64":
+        return [base64.b64encode(row.astype("<f4").tobytes()).decode() for row in vectors]
+    return list(np.ascontiguousarray(vectors))
 
 
 def openapi_body(cls: type[Body], **patches: dict[str, Any]) -> dict[str, Any]:

@@ -8,8 +8,8 @@ from nvembed.core.errors import UserError
 from nvembed.serving.engine import Cut, Engine, Item, Wish
 from nvembed.serving.errors import RequestError
 from nvembed.serving.service import Service
-from nvembed.text.instructions import find_instruction, read_task
-from nvembed.text.template import Side, query_prompt
+from nvembed.text.instructions import find_instruction, read_task, resolve_prompt
+from nvembed.text.template import Side
 
 Inputs = str | list[str] | list[int] | list[list[int]]
 """A text, a list of texts, the ids of a text, or a list of such lists."""
@@ -112,15 +112,14 @@ def named_prompt(engine: Engine, name: str) -> str:
     """
     if name in engine.prompts:
         return engine.prompts[name] or ""
-    found = find_instruction(name)
-    if found is None:
+    if find_instruction(name) is None:
         known = ", ".join(sorted(engine.prompts)[:10]) or "none"
         raise _bad(
             f"the model has no prompt of that name; known are {known}, and the tasks of MTEB",
             "prompt_name",
             code="unknown_prompt",
         )
-    return query_prompt(found.instruction)
+    return resolve_prompt(name) or ""
 
 
 def _bad(message: str, param: str, *, code: str = "bad_input") -> RequestError:

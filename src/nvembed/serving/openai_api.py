@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -15,8 +14,11 @@ from starlette.responses import Response
 
 from nvembed.inference.outputs import shorten
 from nvembed.serving.bodies import (
+    ENCODING_FORMAT,
     Body,
+    EncodingFormat,
     answer,
+    embedding_rows,
     openapi_answer,
     openapi_body,
     openapi_errors,
@@ -50,9 +52,7 @@ class EmbeddingRequest(Body):
     dimensions: int | None = Field(
         default=None, ge=1, description="an integer from 1 to the model's width, or null"
     )
-    encoding_format: Literal["float", "base64"] = Field(
-        default="float", description="'float' or 'base64' (little-endian float32)"
-    )
+    encoding_format: EncodingFormat = Field(default="float", description=ENCODING_FORMAT)
     user: str | None = Field(default=None, description="a text; it is not used")
     input_type: Literal["query", "document", "passage"] | None = Field(
         default=None,
@@ -149,9 +149,7 @@ async def _embed(
 def _listing(
     vectors: NDArray[np.float32], body: EmbeddingRequest, model: str, tokens: int
 ) -> dict[str, Any]:
-    rows: list[Any] = list(vectors)
-    if body.encoding_format == "base64":
-        rows = [base64.b64encode(row.astype("<f4").tobytes()).decode() for row in vectors]
+    rows = embedding_rows(vectors, body.encoding_format)
     return {
         "object": "list",
         "data": [

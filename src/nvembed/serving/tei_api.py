@@ -20,8 +20,11 @@ from starlette.responses import Response
 import nvembed
 from nvembed.inference.outputs import shorten
 from nvembed.serving.bodies import (
+    ENCODING_FORMAT,
     Body,
+    EncodingFormat,
     answer,
+    embedding_rows,
     openapi_answer,
     openapi_body,
     openapi_errors,
@@ -62,6 +65,7 @@ class EmbedRequest(Body):
     dimensions: int | None = Field(
         default=None, ge=1, description="an integer from 1 to the model's width, or null"
     )
+    encoding_format: EncodingFormat = Field(default="float", description=ENCODING_FORMAT)
     instruction: str | None = Field(default=None, description=TASK)
     task: str | None = Field(default=None, description=f"the same as instruction: {TASK}")
 
@@ -147,7 +151,7 @@ def _add_embed(router: APIRouter, service: Service) -> None:
         if body.dimensions is not None:
             short = vectors[:, : body.dimensions]
             vectors = shorten(vectors, body.dimensions) if body.normalize else short
-        return await answer(list(np.ascontiguousarray(vectors)), vectors.size)
+        return await answer(embedding_rows(vectors, body.encoding_format), vectors.size)
 
 
 def _add_comparisons(router: APIRouter, service: Service) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,8 @@ def test_normalize(client: TestClient, model: NVEmbed, path: str) -> None:
     near(post(client, path, inputs=TEXTS, normalize=False), raw)
     near(post(client, path, inputs=TEXTS, normalize=False, dimensions=8), raw[:, :8])
     near(post(client, path, inputs=TEXTS, dimensions=8), unit_rows(raw[:, :8]))
+    rows = post(client, path, inputs=TEXTS, normalize=False, encoding_format="base64")
+    near([np.frombuffer(base64.b64decode(row), "<f4") for row in rows], raw)
     prompted = pooled(model, TEXTS, FIQA)
     near(post(client, path, inputs=TEXTS, normalize=False, instruction="FiQA2018"), prompted)
 
@@ -210,7 +213,8 @@ NULLS = {
     ),
     "/embed": (
         {"inputs": TEXTS},
-        "normalize truncate truncation_direction prompt_name dimensions instruction task",
+        "normalize truncate truncation_direction prompt_name dimensions encoding_format "
+        "instruction task",
     ),
     "/rerank": (
         {"query": TEXTS[0], "texts": TEXTS},

@@ -35,7 +35,7 @@ class LimitsConfig(StrictModel):
     Args:
         max_texts: texts of a request.
         max_text_chars: characters of a text; it is cut to the model's tokens all the same.
-        max_body_bytes: bytes of a request's body.
+        max_body_bytes: bytes of a request's body, as it is sent and unpacked.
         max_requests: requests under way at once; more are refused with 429.
         max_inflight_bytes: bytes of all bodies under way; more are refused with 429.
         max_connections: connections open at once; more are closed unread. Each takes one of the

@@ -7,13 +7,15 @@ import socket
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from typing import ClassVar
 
 import numpy as np
 
 from nvembed.core.errors import DataError
 from nvembed.inference.fake import HashEncoder
 from nvembed.serving.config import ServerConfig
-from nvembed.serving.engine import EncoderEngine, Item, Wish
+from nvembed.serving.engine import Item, Wish
+from nvembed.serving.model_engines import EncoderEngine
 from nvembed.serving.run import build_server
 
 WIDTH = 16
@@ -34,12 +36,22 @@ class HeldEngine:
         self.began = threading.Event()
         self.batches: list[list[str]] = []
 
+    max_tokens = 10**6
+    supports_tokens = False
+    supports_raw = False
+    dtype = "float32"
+    pooling = "mean"
+    prompts: ClassVar[dict[str, str]] = {}
+
+    def tokens(self, texts: Sequence[str], prompt: str, *, special: bool) -> list:
+        return self._inner.tokens(texts, prompt, special=special)
+
     def prepare(self, texts: Sequence[str], wish: Wish) -> list[Item]:
         if wish.task == "too long":
             raise DataError("the instruction leaves no room", hint="Shorten it")
         return [Item((text, wish), len(text.split())) for text in texts]
 
-    def prepare_ids(self, rows: Sequence[Sequence[int]]) -> list[Item]:
+    def prepare_ids(self, rows: Sequence[Sequence[int]], wish: Wish) -> list[Item]:
         return [Item((" ".join(map(str, ids)), Wish()), len(ids)) for ids in rows]
 
     def embed(self, items: Sequence[Item]) -> np.ndarray:

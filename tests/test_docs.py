@@ -29,12 +29,12 @@ GRIDS = sorted((ROOT / "recipes" / "ablations").glob("*.yaml"))
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+def blocks(language: str, document: str = README) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", document, re.MULTILINE | re.DOTALL)
 
 
-def command_lines() -> list[list[str]]:
-    text = "\n".join(blocks("bash")).replace("\\\n", " ")
+def command_lines(document: str = README) -> list[list[str]]:
+    text = "\n".join(blocks("bash", document)).replace("\\\n", " ")
     return [words for line in text.split("\n") if (words := shlex.split(line, comments=True))]
 
 
@@ -122,6 +122,46 @@ def test_readme_recipes_run(place: Path) -> None:
         made = place / "runs" / str(number)
         assert (made / "model" / "modules.json").is_file()
         assert (made / "adapter" / "adapter_config.json").is_file() == ("lora" in fragment)
+
+
+def test_every_block_of_the_documents_is_run() -> None:
+    # docs/server.md by tests/integration/test_server_docs.py, the others here.
+    run_here = {"README.md": None, "index.md": {"bash"}, "evaluation.md": {"yaml"}}
+    run_there = {"server.md": {"bash", "sh", "python"}}
+    for document in DOCUMENTS:
+        text = document.read_text(encoding="utf-8")
+        languages = set(re.findall(r"^```(\w+)$", text, re.MULTILINE))
+        known = (run_here | run_there).get(document.name, set())
+        assert known is None or languages == known, document.name
+
+
+def test_the_commands_of_the_index_run(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    commands = command_lines((ROOT / "docs" / "index.md").read_text(encoding="utf-8"))
+    shutil.copytree(place / "MODEL", place / "runs" / "demo" / "model")
+    document = {"text": "sorted() sorts", "id": "old-1", "year": 2001, "lang": "en"}
+    write_jsonl(place / "docs.jsonl", [document, {**document, "id": "new"}])
+    (place / "more.csv").write_text("id,text,year,lang\nmore,pi is a constant,2002,en\n")
+    (place / "folder").mkdir()
+    (place / "folder" / "a.txt").write_text("one more\n")
+    (place / "gone.txt").write_text("old-1\n")
+    assert [words[1] for words in commands] == ["index", "index", "index", "search"]
+    for words in commands:
+        assert run(words[1:]) == 0, f"{words}: {capsys.readouterr().err}"
+    out = capsys.readouterr().out
+    assert "2 new" in out
+    assert "1 deleted" in out
+    assert "[more]" in out
+    assert "[old-1]" not in out
+
+
+def test_the_grid_of_the_evaluation_guide_is_valid(tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    for block in blocks("yaml", text):
+        path = ROOT / "recipes" / "ablations" / "grid.yaml"
+        copy = tmp_path / "grid.yaml"
+        copy.write_text(block)
+        grid = load_config(GridConfig, copy)
+        assert len(grid_runs(grid, path.parent)) == len(grid.arms()) * len(grid.seeds)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)

@@ -8,8 +8,6 @@ import http.client
 import json
 import os
 import re
-import shlex
-import shutil
 import signal
 import socket
 import subprocess
@@ -271,7 +269,7 @@ def model():
 @pytest.fixture(scope="module")
 def served(model) -> Iterator[str]:
     """The decoder of the repository behind a real server; yields its address."""
-    from nvembed.serving.engine import build_engine
+    from nvembed.serving.model_engines import build_engine
 
     with running(build_engine(model), make_config()) as port:
         yield f"http://127.0.0.1:{port}"
@@ -300,25 +298,6 @@ def test_the_openai_client_gets_the_models_vectors(served: str, model) -> None:
             client.embeddings.create(model="gpt", input="a")
 
 
-def test_the_snippet_of_the_document_runs(served: str, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("openai", reason="needs the openai package")
-    document = (ROOT / "docs" / "server.md").read_text(encoding="utf-8")
-    snippets = re.findall(r"^```python\n(.*?)^```", document, re.MULTILINE | re.DOTALL)
-    assert len(snippets) == 1
-    code = snippets[0].replace("http://127.0.0.1:8000", served) + "client.close()\n"
-    exec(compile(code, "server.md", "exec"), {})
-    assert capsys.readouterr().out == "2 16\n"
-
-
-@pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
-def test_the_curl_line_of_the_document_runs(served: str) -> None:
-    document = (ROOT / "docs" / "server.md").read_text(encoding="utf-8")
-    line = re.search(r"^curl (?:.*\\\n)*.*$", document, re.MULTILINE)[0]
-    command = shlex.split(line.replace("\\\n", " ").replace("http://127.0.0.1:8000", served))
-    done = subprocess.run([*command, "--silent"], capture_output=True, check=True)
-    assert len(json.loads(done.stdout)["data"]) == 1
-
-
 @pytest.mark.filterwarnings("default")  # of their own dependencies
 def test_langchain(served: str, model) -> None:
     module = pytest.importorskip("langchain_openai", reason="needs nvembed[clients]")
@@ -345,7 +324,7 @@ def test_llama_index(served: str, model) -> None:
 WITHOUT_MODEL = """
 from nvembed.inference.fake import HashEncoder
 from nvembed.serving.config import ServerConfig
-from nvembed.serving.engine import EncoderEngine
+from nvembed.serving.model_engines import EncoderEngine
 from nvembed.serving.run import run_server
 config = ServerConfig.model_validate({"model_name": "m", "batching": {"max_wait_ms": 700}})
 run_server(EncoderEngine(HashEncoder(16)), config, host="127.0.0.1", port=0)

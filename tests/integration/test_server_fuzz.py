@@ -42,7 +42,7 @@ def fuzz(port: int, examples: int, expected: set[int]) -> set[int]:
             )
             with contextlib.suppress(Unsatisfiable):  # without parameters none can be wrong
                 quiet(test)()
-    for path in ("/v1/embeddings", "/embed", "/rerank", "/similarity"):
+    for path in ("/v1/embeddings", "/", "/embed", "/rerank", "/similarity", "/tokenize"):
         assert expected <= seen[path], (path, seen[path])
     return set().union(*seen.values())
 

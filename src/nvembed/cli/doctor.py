@@ -51,11 +51,8 @@ def doctor(
     """
     from nvembed.inference.doctor.examine import DoctorOptions, examine_model
     from nvembed.inference.doctor.report import print_diagnosis
-    from nvembed.text.instructions import read_task
 
-    diagnosis = examine_model(
-        model, DoctorOptions(read_task(task), query, document, batch, max_tokens)
-    )
+    diagnosis = examine_model(model, DoctorOptions(task, query, document, batch, max_tokens))
     print_diagnosis(diagnosis, as_json=json)
     if not diagnosis.healthy:
         raise typer.Exit(1)

@@ -36,8 +36,8 @@ def encode(
     task: Annotated[
         str | None,
         typer.Option(
-            help="Instruction, or an MTEB task whose instruction is known (FiQA2018): the texts "
-            "are queries. Without: documents."
+            help="Instruction, or the name of an MTEB task (FiQA2018) or of a prompt of the model: "
+            "the texts are queries. Without: documents."
         ),
     ] = None,
     field: Annotated[
@@ -90,14 +90,13 @@ def encode(
     from nvembed.inference.files import encode_file
     from nvembed.inference.outputs import OutputFormat
     from nvembed.model.settings import LongTexts
-    from nvembed.text.instructions import read_task
 
     form = OutputFormat(truncate_dim, precision)
     done = encode_file(
         model,
         input,
         output,
-        task=read_task(task),
+        task=task,
         field=field,
         form=form,
         dtype=dtype,

@@ -26,7 +26,9 @@ def index(
     ] = None,
     task: Annotated[
         str | None,
-        typer.Option(help="Instruction of queries that bring none; of a new database."),
+        typer.Option(
+            help="Instruction, or name of a task, of queries without one; of a new database."
+        ),
     ] = None,
     text_key: Annotated[
         str | None, typer.Option(help='Key of the text. Default: "text", after "title".')
@@ -65,7 +67,6 @@ def index(
       nvembed search docs.db "sort a list" --where "year > 2000"
     """
     from nvembed.index.build import IndexOptions, index_documents, read_ids
-    from nvembed.text.instructions import read_task
 
     options = IndexOptions(
         text_key=text_key,
@@ -78,7 +79,7 @@ def index(
         to,
         documents or [],
         model=model,
-        task=read_task(task),
+        task=task,
         truncate_dim=truncate_dim,
         dtype=dtype,
         delete=[*(delete or []), *(read_ids(delete_file) if delete_file else [])],

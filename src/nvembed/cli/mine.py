@@ -46,7 +46,8 @@ def mine(
         Literal["retrieval", "nli", "sts"], typer.Option(help="What the records are.")
     ] = "retrieval",
     instruction: Annotated[
-        str | None, typer.Option(help="Task that is put before the queries.")
+        str | None,
+        typer.Option(help="Task that is put before the queries, or the name of an MTEB task."),
     ] = None,
     documents: Annotated[
         Path | None,

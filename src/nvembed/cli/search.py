@@ -31,7 +31,9 @@ def search(
     ] = None,
     task: Annotated[
         str | None,
-        typer.Option(help="Instruction for the query, or an MTEB task that has one (FiQA2018)."),
+        typer.Option(
+            help="Instruction for the query, or the name of an MTEB task (FiQA2018) or of a prompt."
+        ),
     ] = None,
     top_k: Annotated[int, typer.Option(min=1, help="Number of hits.")] = 10,
     where: Annotated[
@@ -59,9 +61,7 @@ def search(
         --task "Given a question about Python, retrieve its documentation"
     """
     from nvembed.core.errors import ConfigError
-    from nvembed.text.instructions import read_task
 
-    task = read_task(task) if task else task
     if documents is None:
         _search_database(place, query, task, top_k, where, hybrid, exact, model, dtype)
         return

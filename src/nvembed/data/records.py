@@ -21,8 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, overload
 
-from nvembed.core.errors import DataError
+from nvembed.core.errors import ConfigError, DataError
 from nvembed.data.record_files import read_rows, refuse_lines
+from nvembed.text.instructions import read_task
 
 Kind = Literal["retrieval", "nli", "sts", "classification", "clustering"]
 Conversion = Literal["example", "label"]
@@ -271,13 +272,21 @@ def _pair(row: dict[str, Any]) -> PairRecord:
         _negatives(row),
         _teacher_scores(row, "positive"),
         _teacher_scores(row, "negative"),
-        None if row.get("instruction") is None else _text(row["instruction"], "instruction"),
+        _instruction(row.get("instruction")),
     )
     if record.negative_scores and not record.positive_scores:
         raise RowError('"negative_scores" is there and "positive_scores" is missing')
     if record.positive_scores and len(record.negative_scores) < len(record.negatives):
         raise RowError('"positive_scores" is there and "negative_scores" is missing')
     return record
+
+
+def _instruction(value: Any) -> str | None:
+    """Read a task's name or an instruction."""
+    try:
+        return None if value is None else read_task(_text(value, "instruction"))
+    except ConfigError as error:
+        raise RowError(f'"instruction": {error.message}; expected {error.expected}') from None
 
 
 def _teacher_scores(row: dict[str, Any], side: str) -> tuple[float, ...]:

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
-from nvembed.core.errors import DataError
+from nvembed.core.errors import ConfigError, DataError
 from nvembed.evaluation import task_files
 from nvembed.evaluation.task_files import Problems, TaskData
+from nvembed.text.instructions import read_task
 
 TaskType = Literal[
     "Retrieval",
@@ -80,6 +81,7 @@ class LocalTask:
         name: unique among the tasks evaluated together.
         type: what is measured and how the files look.
         instruction: in plain words, for queries and both sides of symmetric types; or ``None``.
+            ``task.json`` may name an MTEB task for its instruction.
         main_score: one of ``MAIN_SCORES[type]``.
         folder: where it was read from.
         data: the texts and gold values, one class per layout.
@@ -182,6 +184,10 @@ def _read_header(folder: Path) -> _Header:
         problems.add("'instruction' is missing", where, "a text, or null for none")
     elif values["instruction"] is not None:
         instruction = problems.text(values, "instruction", where)
+        try:
+            instruction = read_task(instruction)
+        except ConfigError as error:
+            problems.add(error.message, f"{where}: instruction", error.expected)
     if kind is not None and kind not in TASK_TYPES:
         problems.add(f"type {kind!r}", where, _near(kind, TASK_TYPES))
     elif kind is not None and main_score is not None:

@@ -26,9 +26,10 @@ from nvembed.index.record import first_dimensions, new_record, recorded_encoder
 from nvembed.index.where import FieldType
 from nvembed.inference.encoding import WINDOW_TEXTS, encode_window
 from nvembed.inference.load import load_encoder
-from nvembed.inference.protocol import Encoder
+from nvembed.inference.protocol import Encoder, prompts_of
 from nvembed.inference.reading import Document, Skipped, read_documents
 from nvembed.model.settings import PrecisionChoice
+from nvembed.text.instructions import read_task
 
 _RESERVED = {"id", "_id", "text", "text_hash", "vector"}
 _NAME = re.compile(r"[^\W_][\w -]*", re.ASCII)
@@ -95,7 +96,7 @@ def index_documents(
         path: folder of the database.
         documents: files, folders or ``-``; see ``read_documents``. None at all is allowed.
         model: folder, hub id or encoder; None is the one that the database was made with.
-        task: instruction of queries that bring none; only for a new database.
+        task: of queries that bring none, see ``Encoder``; only for a new database.
         truncate_dim: keep the first dimensions only; only for a new database.
         dtype: of the weights, see ``load_encoder``.
         delete: ids to remove, after the documents are written.
@@ -114,13 +115,14 @@ def index_documents(
     with writing(path):
         if is_database(path):
             database = Database.open(path)
-            _check_settings(database, task, truncate_dim)
+            _check_settings(database, read_task(task, None), truncate_dim)
             encoder = (
                 recorded_encoder(database.record, model, dtype, str(path)) if documents else None
             )
         else:
             assert model is not None
             encoder = load_encoder(model, dtype) if isinstance(model, str) else model
+            task = read_task(task, prompts_of(encoder))
             record = new_record(model, encoder, task=task, truncate_dim=truncate_dim)
             database = Database.create(path, record)
         if encoder is not None:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from nvembed.core.errors import ModelError
 from nvembed.core.http import post_json
 from nvembed.inference.protocol import unit_rows
-from nvembed.text.template import query_prompt
+from nvembed.text.instructions import resolve_prompt
 
 BATCH_TEXTS = 64
 PARALLEL_REQUESTS = 4
@@ -58,7 +58,7 @@ class EndpointEncoder:
         return self._encode(texts, task)
 
     def _encode(self, texts: Sequence[str], task: str | None) -> NDArray[np.float32]:
-        prompt = "" if task is None else query_prompt(task)
+        prompt = resolve_prompt(task) or ""
         batches = [
             [prompt + text for text in texts[start : start + BATCH_TEXTS]]
             for start in range(0, len(texts), BATCH_TEXTS)

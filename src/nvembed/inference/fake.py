@@ -9,6 +9,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from nvembed.text.instructions import read_task
+
 _WORD = re.compile(r"\w+")
 
 
@@ -45,6 +47,7 @@ class HashEncoder:
         return self._encode(texts, task)
 
     def _encode(self, texts: Sequence[str], task: str | None) -> NDArray[np.float32]:
+        task = read_task(task)
         vectors = np.zeros((len(texts), self._dimension), dtype=np.float32)
         for row, text in enumerate(texts):
             vectors[row] = self._unit_vector(text)

@@ -6,7 +6,7 @@ torch and the model libraries are imported here and not before.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from nvembed.core.errors import ModelError, UserError
 from nvembed.inference.protocol import Encoder, unit_rows
 from nvembed.model.settings import PrecisionChoice
-from nvembed.text.template import query_prompt
+from nvembed.text.instructions import resolve_prompt
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -93,7 +93,7 @@ class SentenceTransformerEncoder:
     The task becomes a prompt only for a model that was trained with instructions, which shows in
     its own prompts ("Instruct: ..."). Any other model keeps its own ``query`` and ``document``
     prompts and never sees the task: an instruction in front of a text that it did not learn to read
-    harms its vectors.
+    harms its vectors. A task that is the name of one of its prompts is that prompt.
     """
 
     def __init__(self, model: SentenceTransformer) -> None:
@@ -105,6 +105,11 @@ class SentenceTransformerEncoder:
     def model(self) -> SentenceTransformer:
         """The wrapped model."""
         return self._model
+
+    @property
+    def prompts(self) -> Mapping[str, str | None]:
+        """The model's own prompts by name."""
+        return self._model.prompts or {}
 
     @property
     def dimension(self) -> int:
@@ -124,12 +129,20 @@ class SentenceTransformerEncoder:
         """Embed documents; see :class:`Encoder`."""
         return self._encode(self._model.encode_document, texts, task)
 
+    def prompt_of(self, task: str | None) -> str | None:
+        """Return the prompt of a task; ``None`` is the model's own of either side."""
+        prompt = resolve_prompt(task, self.prompts)
+        named = task is not None and task.strip() in self.prompts
+        return prompt if self.follows_instructions or named else None
+
     def _encode(self, encode: Any, texts: Sequence[str], task: str | None) -> NDArray[np.float32]:
         if not texts:
             return np.empty((0, self.dimension), dtype=np.float32)
-        prompt = query_prompt(task) if self.follows_instructions and task is not None else None
         vectors = encode(
-            list(texts), prompt=prompt, normalize_embeddings=True, show_progress_bar=False
+            list(texts),
+            prompt=self.prompt_of(task),
+            normalize_embeddings=True,
+            show_progress_bar=False,
         )
         # A model in 16 bit normalises in 16 bit, to lengths that are off by up to 0.4 %.
         return unit_rows(np.asarray(vectors, dtype=np.float32))

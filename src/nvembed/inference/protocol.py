@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -15,12 +15,21 @@ def unit_rows(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
     return vectors / np.maximum(lengths, np.finfo(np.float32).tiny)
 
 
+def prompts_of(encoder: Encoder) -> Mapping[str, str | None]:
+    """Return the prompts that were saved with a model, by name; none where it keeps none."""
+    prompts: Mapping[str, str | None] | None = getattr(encoder, "prompts", None)
+    return prompts or {}
+
+
 class Encoder(Protocol):
     """Turns texts into unit vectors, one side at a time.
 
     ``NVEmbed``, any sentence-transformers model behind a thin wrapper and ``HashEncoder`` satisfy
     it. An encoder chooses its own order and batches (sorting by length, packing); rows come back in
-    input order.
+    input order. One that has prompts of its own says so, see ``prompts_of``.
+
+    A task is the name of an MTEB task or of a prompt of the model, or the instruction itself in
+    plain words; ``nvembed.text.instructions.resolve_prompt`` makes it a prompt.
     """
 
     @property
@@ -35,7 +44,7 @@ class Encoder(Protocol):
 
         Args:
             texts: the queries, without an instruction.
-            task: the instruction in plain words; ``None`` is no instruction.
+            task: see the class; ``None`` is no instruction.
 
         Returns:
             float32 of shape ``(len(texts), dimension)``, rows of length 1.
@@ -49,7 +58,7 @@ class Encoder(Protocol):
 
         Args:
             texts: the documents.
-            task: the instruction, only for symmetric tasks, where documents get it as well.
+            task: see the class; only for symmetric tasks, where documents get it as well.
 
         Returns:
             float32 of shape ``(len(texts), dimension)``, rows of length 1.

@@ -77,8 +77,8 @@ def search_file(
     cached = None
     if cache is not None and isinstance(model, str) and str(documents) != STDIN:
         cached = cache.expanduser() / f"{_cache_key(model, dtype, documents)}.npy"
-    vectors = _document_vectors(encoder, rows, cached)
     query_vector = encode_window(encoder, [query], side="query", task=task)[0]
+    vectors = _document_vectors(encoder, rows, cached)
     scores = vectors @ query_vector
     order = np.argsort(-scores, kind="stable")[:top_k]
     return [

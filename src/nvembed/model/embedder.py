@@ -37,8 +37,7 @@ from nvembed.model.products import fast_products
 from nvembed.model.settings import AttentionDirection, PoolingKind
 from nvembed.model.source import ModelSource
 from nvembed.model.stock import read_stock
-from nvembed.text.instructions import task_prompts
-from nvembed.text.template import query_prompt
+from nvembed.text.instructions import resolve_prompt, task_prompts
 
 # What modules.json may name without remote code: our classes by name, and anything inside
 # sentence-transformers itself.
@@ -253,13 +252,14 @@ class NVEmbed(PackModel):
             inputs: one text or a sequence of texts.
             prompt_name: name of a prompt saved with the model.
             prompt: the prompt itself; wins over ``prompt_name``.
-            task: the instruction, e.g. "Given a question, retrieve passages that answer the
-                question"; rendered by the template and wins over both. Without any of them the
-                model's ``query`` prompt is used if it has one.
+            task: the name of an MTEB task ("FiQA2018"), or of a prompt saved with the model, or
+                the instruction itself, e.g. "Given a question, retrieve passages that answer the
+                question", which is rendered by the template. Wins over both. Without any of them
+                the model's ``query`` prompt is used if it has one.
             **options: those of ``SentenceTransformer.encode``.
         """
         if task is not None:
-            prompt, prompt_name = query_prompt(task), None
+            prompt, prompt_name = resolve_prompt(task, self.prompts), None
         return super().encode_query(inputs, prompt_name=prompt_name, prompt=prompt, **options)
 
     def encode_document(  # type: ignore[override]
@@ -273,7 +273,7 @@ class NVEmbed(PackModel):
     ) -> Any:
         """Embed documents: bare texts; in symmetric tasks both sides carry ``task``."""
         if task is not None:
-            prompt, prompt_name = query_prompt(task), None
+            prompt, prompt_name = resolve_prompt(task, self.prompts), None
         return super().encode_document(inputs, prompt_name=prompt_name, prompt=prompt, **options)
 
 

@@ -33,7 +33,8 @@ from nvembed.model.settings import LongTexts
 from nvembed.model.small_vectors import SmallPrecision, quantize
 from nvembed.model.work import Span, Work
 from nvembed.text.batches import batches
-from nvembed.text.template import query_prompt
+from nvembed.text.instructions import resolve_prompt
+from nvembed.text.template import side_prompt
 from nvembed.text.tokens import check_strings
 
 _CUT = LongTexts()
@@ -96,7 +97,7 @@ class PackModel(SentenceTransformer):
         Args:
             texts: the texts, of one window: all are tokenised.
             side: whose prompt is put before them without a ``task``.
-            task: the instruction.
+            task: see ``encode_query``.
             truncate_dim: keep the first dimensions.
             long: what becomes of texts beyond the limit.
         """
@@ -251,12 +252,10 @@ class PackModel(SentenceTransformer):
         return rows_ND[torch.tensor(places, device=rows_ND.device)]
 
     def _prompt_of(self, side: Literal["query", "document"], task: str | None) -> str:
-        if task is not None:
-            return query_prompt(task)
-        # As encode_query and encode_document of sentence-transformers choose.
-        names = ("query",) if side == "query" else ("document", "passage", "corpus")
-        name = next((name for name in names if name in self.prompts), None)
-        return self._resolve_prompt(None, name) or ""
+        prompt = resolve_prompt(task, self.prompts)
+        if prompt is None:
+            return side_prompt(self.prompts, side, self.default_prompt_name)
+        return prompt
 
 
 def _finish(rows_ND: Tensor, truncate_dim: int | None, *, normalized: bool) -> Tensor:

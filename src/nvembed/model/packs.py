@@ -11,6 +11,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
+from sentence_transformers.base.modules import Normalize
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -139,16 +140,29 @@ def embed_pack(model: torch.nn.Module, texts: Sequence[TokenizedText]) -> Tensor
     return embedding_ND
 
 
-def embed_filled(model: PackModel, texts: Sequence[TokenizedText]) -> Tensor:
+def pool_pack(model: PackModel, texts: Sequence[TokenizedText]) -> Tensor:
+    """``embed_pack`` without the normalisation: ``(N, D)`` as the pooling gives them."""
+    features: dict[str, Any] = {"flat": flatten(texts)}
+    for module in model:
+        if not isinstance(module, Normalize):
+            features = module(features)
+    pooled_ND: Tensor = features["sentence_embedding"]
+    return pooled_ND
+
+
+def embed_filled(
+    model: PackModel, texts: Sequence[TokenizedText], *, normalized: bool = True
+) -> Tensor:
     """``embed_pack`` for encoding: on a CPU the pack is filled up to one of few lengths.
 
     oneDNN makes a program for every shape that it has not seen lately. The forward of one text took
     half as long again where its length was new, and 500 lengths took 800 MB (docs/log.md).
     """
+    forward = embed_pack if normalized else pool_pack
     if model.device.type != "cpu":
-        return embed_pack(model, texts)
+        return forward(model, texts)
     keep_freed_memory()
-    return embed_pack(model, [*texts, *filler(sum(map(len, texts)))])[: len(texts)]
+    return forward(model, [*texts, *filler(sum(map(len, texts)))])[: len(texts)]
 
 
 def filler(tokens: int) -> list[TokenizedText]:

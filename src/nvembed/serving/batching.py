@@ -3,11 +3,15 @@
 In: jobs (one request's texts as token counts); out: batches of (job, row). Pure: no threads, no
 clock of its own (``now`` is given), so its rules are tested step by step.
 
-Fairness is start-time fair queueing: every client has a virtual time that grows by the tokens it
-was served, and the client with the least comes next, text by text. So a request of 2,048 texts
-takes turns with the single texts of others. A client that comes (back) starts at the time of
-those who are there: nobody saves up a right to the machine. Within a client, first come, first
-served.
+Fairness is start-time fair queueing: every client has a virtual time, the tokens it was served, and
+the client with the least comes next, text by text. So a request of 2,048 texts takes turns with the
+single texts of others. A client that comes back goes on at its own time or that of the queue,
+whichever is later: nobody saves up a right to the machine, and nobody gets rid of what he had by
+leaving for a moment. Within a client, first come, first served.
+
+The queue's own time grows by each text's tokens, shared out among the clients that wait. It thus
+passes whoever waits after a bounded number of tokens, even where ever new clients come, and a
+client is forgotten when it has passed him, or when nobody waits.
 """
 
 from __future__ import annotations
@@ -46,6 +50,16 @@ class Job:
 
 @dataclass(eq=False, slots=True)
 class _Client:
+    """A client that waits, or that left and had more than those who wait.
+
+    Attributes:
+        start: its virtual time, where its next text starts.
+        turn: of two clients at one time, the one with the lesser number comes first.
+        jobs: what waits.
+    """
+
+    start: float
+    turn: int
     jobs: deque[Job] = field(default_factory=deque)
 
 
@@ -65,9 +79,16 @@ class Scheduler:
         self.waiting_tokens = 0
         self.waiting_jobs = 0
         self._clients: dict[Hashable, _Client] = {}
-        self._turns: list[tuple[float, int, Hashable, _Client]] = []
+        # One entry per client; what it says may be earlier than the client's own start by now.
+        self._turns: list[tuple[float, int, Hashable]] = []
         self._turn = 0
-        self._now_virtual = 0.0
+        self._waiting_clients = 0
+        self._virtual = 0.0
+
+    @property
+    def known_clients(self) -> int:
+        """Clients that are remembered: those that wait, and those that had more than these."""
+        return len(self._clients)
 
     def has_room(self, tokens: int) -> bool:
         """Tell whether a job of so many tokens would be taken; an empty queue takes any."""
@@ -85,8 +106,12 @@ class Scheduler:
         job.arrived = now
         client = self._clients.get(job.client)
         if client is None:
-            client = self._clients[job.client] = _Client()
-            self._push(job.client, client, self._now_virtual)
+            client = self._clients[job.client] = _Client(self._virtual, self._next_turn())
+            self._push(job.client, client)
+        elif not client.jobs:  # its entry is corrected when it is reached
+            client.start, client.turn = max(client.start, self._virtual), self._next_turn()
+        if not client.jobs:
+            self._waiting_clients += 1
         client.jobs.append(job)
         self.waiting_tokens += tokens
         self.waiting_jobs += 1
@@ -102,8 +127,8 @@ class Scheduler:
             client.jobs.remove(job)
             self.waiting_tokens -= job.waiting_tokens
             self.waiting_jobs -= 1
-            if not client.jobs:
-                del self._clients[job.client]
+            self._waiting_clients -= not client.jobs
+            self._forget_if_empty()
 
     def ready_at(self, now: float) -> float | None:
         """Tell when the next batch should start: ``now``, later, or ``None`` with nothing queued.
@@ -115,7 +140,7 @@ class Scheduler:
             return None
         if self.waiting_tokens >= self.batch_tokens:
             return now
-        oldest = min(client.jobs[0].arrived for client in self._clients.values())
+        oldest = min(client.jobs[0].arrived for client in self._clients.values() if client.jobs)
         return max(now, oldest + self.max_wait)
 
     def take(self) -> list[Slot]:
@@ -126,30 +151,53 @@ class Scheduler:
         """
         batch: list[Slot] = []
         room = self.batch_tokens
-        while self._turns:
-            virtual, _, name, client = self._turns[0]
-            if self._clients.get(name) is not client:  # it left, all its jobs cancelled
-                heapq.heappop(self._turns)
-                continue
+        while (client := self._next_client()) is not None:
             job = client.jobs[0]
             length = job.lengths[job.next_row]
             if batch and length > room:
                 break
-            heapq.heappop(self._turns)
-            self._now_virtual = max(self._now_virtual, virtual)
             batch.append((job, job.next_row))
             room -= length
-            job.next_row += 1
-            self.waiting_tokens -= length
-            if job.next_row == len(job.lengths):
-                client.jobs.popleft()
-                self.waiting_jobs -= 1
-            if client.jobs:
-                self._push(name, client, virtual + length)
-            else:
-                del self._clients[name]
+            self._serve(client, job, length)
+        self._forget_if_empty()
         return batch
 
-    def _push(self, name: Hashable, client: _Client, virtual: float) -> None:
+    def _next_client(self) -> _Client | None:
+        """Return the client whose turn it is; its entry is the first then."""
+        while self._turns:
+            start, turn, name = self._turns[0]
+            client = self._clients[name]
+            if (client.start, client.turn) != (start, turn):
+                heapq.heapreplace(self._turns, (client.start, client.turn, name))
+            elif not client.jobs:
+                # Whoever is found starts no earlier, so neither does this client if it returns.
+                heapq.heappop(self._turns)
+                del self._clients[name]
+            else:
+                self._virtual = max(self._virtual, start)
+                return client
+        return None
+
+    def _serve(self, client: _Client, job: Job, length: int) -> None:
+        self._virtual += length / self._waiting_clients
+        client.start, client.turn = client.start + length, self._next_turn()
+        job.next_row += 1
+        self.waiting_tokens -= length
+        if job.next_row == len(job.lengths):
+            client.jobs.popleft()
+            self.waiting_jobs -= 1
+            self._waiting_clients -= not client.jobs
+
+    def _forget_if_empty(self) -> None:
+        """Begin anew where nobody waits: what a client had is taken from nobody then."""
+        if not self.waiting_jobs:
+            self._clients.clear()
+            self._turns.clear()
+            self._virtual = 0.0
+
+    def _push(self, name: Hashable, client: _Client) -> None:
+        heapq.heappush(self._turns, (client.start, client.turn, name))
+
+    def _next_turn(self) -> int:
         self._turn += 1
-        heapq.heappush(self._turns, (virtual, self._turn, name, client))
+        return self._turn

@@ -3,25 +3,40 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any, TypeVar
+import base64
+from typing import Any, Literal, TypeVar
 
+import numpy as np
 import orjson
-from pydantic import BaseModel, ConfigDict, ValidationError
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from starlette.requests import Request
 from starlette.responses import Response
 
-from nvembed.core.errors import UserError
 from nvembed.serving.errors import RequestError
-from nvembed.text.instructions import read_task
+
+EncodingFormat = Literal["float", "base64"]
+ENCODING_FORMAT = "'float' or 'base64' (little-endian float32)"
 
 # Bodies and answers above it are read and written in a thread, to keep the event loop free.
 _LARGE = 64 * 1024
 
 
 class Body(BaseModel):
-    """Base of all request bodies: unknown keys are refused, nothing is converted."""
+    """Base of all request bodies: unknown keys are refused, nothing is converted.
+
+    ``null`` for a field that may be left out is the same as leaving it out.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_absent(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        optional = {name for name, info in cls.model_fields.items() if not info.is_required()}
+        return {k: v for k, v in data.items() if v is not None or k not in optional}
 
 
 BodyT = TypeVar("BodyT", bound=Body)
@@ -51,34 +66,24 @@ async def answer(content: object, numbers: int) -> Response:
     return Response(body, media_type="application/json")
 
 
-def read_instruction(text: str | None) -> str | None:
-    """Read an instruction, or the name of an MTEB task; blank is none.
-
-    Raises:
-        RequestError: a word that is nearly a task's name.
-    """
-    if text is None or not text.strip():
-        return None
-    try:
-        return read_task(text)
-    except UserError as error:
-        raise RequestError(
-            400,
-            f"the instruction is neither a sentence nor a known task, {error.expected}",
-            code="bad_instruction",
-            param="instruction",
-        ) from None
+def embedding_rows(vectors: NDArray[np.float32], encoding: EncodingFormat) -> list[Any]:
+    """Render the rows of ``(N, D)`` for JSON: as numbers, or base64 of little-endian float32."""
+    if encoding == "base64":
+        return [base64.b64encode(row.astype("<f4").tobytes()).decode() for row in vectors]
+    return list(np.ascontiguousarray(vectors))
 
 
 def openapi_body(cls: type[Body], **patches: dict[str, Any]) -> dict[str, Any]:
     """Describe a body for the OpenAPI document; ``patches`` adds to its fields."""
     schema = cls.model_json_schema()
     inner = schema.pop("$defs", {})
-    for field in schema["properties"].values():  # a document of its own would need the references
-        if "$ref" in field:
+    for name in schema["properties"]:
+        field = schema["properties"][name]
+        if "$ref" in field:  # a document of its own would need the references
             field |= inner[field.pop("$ref").rpartition("/")[2]]
-    for name, more in patches.items():
-        schema["properties"][name] |= more
+        field |= patches.get(name, {})
+        if name not in schema.get("required", ()):
+            schema["properties"][name] = {"anyOf": [field, {"type": "null"}]}
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from pydantic import Field
 
 from nvembed.core.config import StrictModel
@@ -33,7 +35,7 @@ class LimitsConfig(StrictModel):
     Args:
         max_texts: texts of a request.
         max_text_chars: characters of a text; it is cut to the model's tokens all the same.
-        max_body_bytes: bytes of a request's body.
+        max_body_bytes: bytes of a request's body, as it is sent and unpacked.
         max_requests: requests under way at once; more are refused with 429.
         max_inflight_bytes: bytes of all bodies under way; more are refused with 429.
         max_connections: connections open at once; more are closed unread. Each takes one of the
@@ -69,12 +71,14 @@ class ServerConfig(StrictModel):
 
     Args:
         model_name: what clients call the model; ``None`` is its hub id or the name of its folder.
+        model_aliases: further names for it; its folder or hub id are names of it in any case.
         batching: see the class.
         limits: see the class.
         log_requests: one line of JSON per request on stderr, without texts.
     """
 
     model_name: str | None = Field(default=None, min_length=1)
+    model_aliases: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     batching: BatchingConfig = BatchingConfig()
     limits: LimitsConfig = LimitsConfig()
     log_requests: bool = True

@@ -9,7 +9,7 @@ from typing import Any
 _OPENAI_TYPES = {401: "authentication_error", 429: "rate_limit_error", 503: "server_error"}
 _TEI_TYPES = {401: "Unauthorized", 429: "Overloaded", 503: "Unhealthy"}
 
-TEI_PATHS = ("/embed", "/rerank", "/similarity")
+TEI_PATHS = ("/", "/embed", "/rerank", "/similarity", "/tokenize", "/info")
 
 
 class RequestError(Exception):

@@ -1,7 +1,8 @@
 """The gate in front of every route: keys, sizes, numbers, times; then metrics and the log line.
 
 Plain ASGI, so that a request is refused before its body is read and memory stays bounded: at most
-``max_requests`` bodies of ``max_inflight_bytes`` together are held at any time.
+``max_requests`` bodies of ``max_inflight_bytes`` together are held at any time. Compressed bodies
+count as what they hold.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ import time
 import traceback
 import uuid
 from dataclasses import dataclass, field
+from itertools import chain
 
 import orjson
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from nvembed.serving.compression import body_unpacker
 from nvembed.serving.config import LimitsConfig, ServerConfig
 from nvembed.serving.errors import RequestError
 from nvembed.serving.keys import ApiKeys
@@ -73,6 +76,8 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        # "/embed/" is "/embed": clients join addresses in either way.
+        scope = {**scope, "path": scope["path"].rstrip("/") or "/"}
         peer = scope.get("client")
         visit = _Visit(
             scope["path"], uuid.uuid4().hex, peer[0] if peer else "local", time.perf_counter()
@@ -135,11 +140,12 @@ class Gate:
             raise RequestError(
                 415, "send the header 'Content-Type: application/json'", code="content_type"
             )
+        unpack = body_unpacker(headers.get(b"content-encoding", ""))
         declared = headers.get(b"content-length", "")
         if declared.isdecimal() and int(declared) > self._limits.max_body_bytes:
             raise self._too_large()
         parts: list[bytes] = []
-        size = 0
+        sent = size = 0
         try:
             async with asyncio.timeout(self._limits.body_seconds):
                 while True:
@@ -147,15 +153,16 @@ class Gate:
                     if message["type"] == "http.disconnect":
                         raise ClientGoneError
                     part = message.get("body", b"")
-                    size += len(part)
-                    if size > self._limits.max_body_bytes:
-                        raise self._too_large()
-                    if self._inflight_bytes + len(part) > self._limits.max_inflight_bytes:
-                        raise _too_busy()
-                    self._inflight_bytes += len(part)
-                    visit.held_bytes += len(part)
-                    parts.append(part)
-                    if not message.get("more_body", False):
+                    sent += len(part)
+                    more = message.get("more_body", False)
+                    for piece in chain(unpack(part), () if more else unpack(b"")):
+                        size += len(piece)
+                        self._hold(len(piece), visit, max(sent, size))
+                        parts.append(piece)
+                        if size > sent:  # a few bytes may hold many: others take turns
+                            await asyncio.sleep(0)
+                    self._hold(0, visit, sent)
+                    if not more:
                         return b"".join(parts)
         except TimeoutError as error:
             raise RequestError(
@@ -163,6 +170,15 @@ class Gate:
                 f"the body did not arrive within {self._limits.body_seconds:g} seconds",
                 code="slow_body",
             ) from error
+
+    def _hold(self, more: int, visit: _Visit, size: int) -> None:
+        """Count bytes of a body that are held from now on; ``size`` is what it has so far."""
+        if size > self._limits.max_body_bytes:
+            raise self._too_large()
+        if self._inflight_bytes + more > self._limits.max_inflight_bytes:
+            raise _too_busy()
+        self._inflight_bytes += more
+        visit.held_bytes += more
 
     def _too_large(self) -> RequestError:
         return RequestError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import base64
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -14,67 +14,86 @@ from starlette.responses import Response
 
 from nvembed.inference.outputs import shorten
 from nvembed.serving.bodies import (
+    ENCODING_FORMAT,
     Body,
+    EncodingFormat,
     answer,
+    embedding_rows,
     openapi_answer,
     openapi_body,
     openapi_errors,
     read_body,
-    read_instruction,
 )
-from nvembed.serving.engine import Item, Side, Wish
+from nvembed.serving.engine import Cut
 from nvembed.serving.errors import RequestError
+from nvembed.serving.inputs import (
+    INPUTS,
+    PROMPT_NAME,
+    TASK,
+    Inputs,
+    read_inputs,
+    read_instruction,
+    read_wish,
+)
 from nvembed.serving.service import Service
+from nvembed.text.template import Side
+
+_SIDES: dict[str, Side] = {"query": "query", "document": "document", "passage": "document"}
+_CUTS: dict[str, Cut] = {"END": "end", "START": "start", "NONE": "none"}
 
 
 class EmbeddingRequest(Body):
-    """The body of ``/v1/embeddings``: OpenAI's, and two fields for models with instructions."""
+    """The body of ``/v1/embeddings``: OpenAI's fields, NVIDIA NIM's and those of instructions."""
 
-    input: str | list[str] | list[int] | list[list[int]] = Field(
-        description="a text, a list of texts, a list of token ids, or a list of such lists"
+    input: Inputs = Field(description=INPUTS)
+    model: str | None = Field(
+        default=None, description="the name of a model of /v1/models, or null for the only one"
     )
-    model: str = Field(description="the name of a model of /v1/models")
     dimensions: int | None = Field(
         default=None, ge=1, description="an integer from 1 to the model's width, or null"
     )
-    encoding_format: Literal["float", "base64"] = Field(
-        default="float", description="'float' or 'base64' (little-endian float32)"
-    )
+    encoding_format: EncodingFormat = Field(default="float", description=ENCODING_FORMAT)
     user: str | None = Field(default=None, description="a text; it is not used")
-    input_type: Literal["query", "document"] | None = Field(
+    input_type: Literal["query", "document", "passage"] | None = Field(
         default=None,
-        description="'query', 'document' or null (query where there is an instruction)",
+        description="'query', 'document', 'passage' or null (query where there is an instruction)",
     )
-    instruction: str | None = Field(
-        default=None, description="what the texts are for, the name of an MTEB task, or null"
+    truncate: Literal["END", "START", "NONE"] = Field(
+        default="END",
+        description="'END' or 'START' (cut of long texts) or 'NONE' (these are refused)",
     )
+    instruction: str | None = Field(default=None, description=TASK)
+    task: str | None = Field(default=None, description=f"the same as instruction: {TASK}")
+    prompt_name: str | None = Field(default=None, description=PROMPT_NAME)
 
 
 def openai_routes(service: Service) -> APIRouter:
     """Build the routes of a service."""
     router = APIRouter(prefix="/v1")
-    name, width = service.model_name, service.engine.dimension
-    model = {"id": name, "object": "model", "created": 0, "owned_by": "nvembed"}
+    names, width = service.model_names, service.engine.dimension
+    cards = {
+        name: {"id": name, "object": "model", "created": 0, "owned_by": "nvembed"} for name in names
+    }
     card = {"type": "object", "required": ["id", "object"]}
 
     @router.get(
         "/models", responses=openapi_answer({"type": "object", "required": ["object", "data"]})
     )
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [model]}
+        return {"object": "list", "data": list(cards.values())}
 
     @router.get(
         "/models/{model_id:path}",
         responses={**openapi_answer(card), 404: openapi_errors(tei=False)[404]},
     )
     async def one_model(model_id: str) -> dict[str, Any]:
-        _check_model(model_id, name)
-        return model
+        _check_model(model_id, names)
+        return cards[model_id]
 
     @router.post(
         "/embeddings",
         openapi_extra=openapi_body(
-            EmbeddingRequest, model={"enum": [name]}, dimensions={"maximum": width}
+            EmbeddingRequest, model={"enum": list(names)}, dimensions={"maximum": width}
         ),
         responses={
             **openapi_answer({"type": "object", "required": ["object", "data", "model", "usage"]}),
@@ -83,7 +102,8 @@ def openai_routes(service: Service) -> APIRouter:
     )
     async def embeddings(request: Request) -> Response:
         body = await read_body(request, EmbeddingRequest)
-        _check_model(body.model, name)
+        if body.model is not None:
+            _check_model(body.model, names)
         if body.dimensions is not None and body.dimensions > width:
             raise RequestError(
                 400,
@@ -95,16 +115,17 @@ def openai_routes(service: Service) -> APIRouter:
         request.state.fields.update(texts=len(vectors), tokens=tokens)
         if body.dimensions is not None:
             vectors = shorten(vectors, body.dimensions)
-        return await answer(_listing(vectors, body, tokens), vectors.size)
+        model = body.model or service.model_name
+        return await answer(_listing(vectors, body, model, tokens), vectors.size)
 
     return router
 
 
-def _check_model(given: str, name: str) -> None:
-    if given != name:
+def _check_model(given: str, names: Sequence[str]) -> None:
+    if given not in names:
         raise RequestError(
             404,
-            f"no model of that name here; ask for {name!r}",
+            f"no model of that name here; ask for {' or '.join(map(repr, names))}",
             code="model_not_found",
             param="model",
         )
@@ -113,42 +134,28 @@ def _check_model(given: str, name: str) -> None:
 async def _embed(
     service: Service, request: Request, body: EmbeddingRequest
 ) -> tuple[NDArray[np.float32], int]:
-    items = await _items(service, body)
+    wish = read_wish(
+        service.engine,
+        instruction=read_instruction(body.instruction, body.task),
+        prompt_name=body.prompt_name,
+        side=None if body.input_type is None else _SIDES[body.input_type],
+        cut=_CUTS[body.truncate],
+    )
+    items = await read_inputs(service, body.input, wish, param="input")
     vectors = await service.embed(items, request.state.client)
     return vectors, sum(item.tokens for item in items)
 
 
-async def _items(service: Service, body: EmbeddingRequest) -> list[Item]:
-    task = read_instruction(body.instruction)
-    side: Side = body.input_type or ("document" if task is None else "query")
-    content = body.input
-    if isinstance(content, str):
-        return await service.prepare([content], Wish(side, task), param="input")
-    if not content or isinstance(content[0], str):
-        texts = [text for text in content if isinstance(text, str)]
-        return await service.prepare(texts, Wish(side, task), param="input")
-    if task is not None or body.input_type == "query":
-        raise RequestError(
-            400,
-            "token ids are embedded as documents, bare; send texts with an instruction",
-            code="ids_with_instruction",
-            param="instruction",
-        )
-    single = [value for value in content if isinstance(value, int)]
-    rows = [single] if single else [row for row in content if isinstance(row, list)]
-    return await service.prepare_ids(rows, param="input")
-
-
-def _listing(vectors: NDArray[np.float32], body: EmbeddingRequest, tokens: int) -> dict[str, Any]:
-    rows: list[Any] = list(vectors)
-    if body.encoding_format == "base64":
-        rows = [base64.b64encode(row.astype("<f4").tobytes()).decode() for row in vectors]
+def _listing(
+    vectors: NDArray[np.float32], body: EmbeddingRequest, model: str, tokens: int
+) -> dict[str, Any]:
+    rows = embedding_rows(vectors, body.encoding_format)
     return {
         "object": "list",
         "data": [
             {"object": "embedding", "index": index, "embedding": row}
             for index, row in enumerate(rows)
         ],
-        "model": body.model,
+        "model": model,
         "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
     }

@@ -16,9 +16,10 @@ from nvembed.model.settings import PrecisionChoice
 from nvembed.serving.app import create_app
 from nvembed.serving.config import ServerConfig
 from nvembed.serving.connection import limited_connections
-from nvembed.serving.engine import Engine, Wish, build_engine
+from nvembed.serving.engine import Engine, Wish
 from nvembed.serving.keys import ApiKeys, read_keys
 from nvembed.serving.logs import log_event, start_logging
+from nvembed.serving.model_engines import build_engine
 
 _LOCAL = ("127.0.0.1", "::1", "localhost")
 
@@ -48,15 +49,24 @@ def serve(
         UserError: settings, keys or model cannot be used, or the address is taken.
     """
     settings = load_config(ServerConfig, config, overrides)
-    if settings.model_name is None:
-        name = Path(model).resolve().name if Path(model).is_dir() else model
-        settings = settings.model_copy(update={"model_name": name})
+    names = model_names(model, settings)
+    settings = settings.model_copy(update={"model_name": names[0], "model_aliases": names[1:]})
     known = read_keys(keys) if keys is not None else None
     start_logging()
     if known is None and host not in _LOCAL:
         log_event("warning", message="no --keys: everybody who reaches this address may call")
     engine = build_engine(load_encoder(model, dtype), settings.batching.forwards)
     run_server(engine, settings, host=host, port=port, keys=known)
+
+
+def model_names(model: str, settings: ServerConfig) -> tuple[str, ...]:
+    """Return what clients may call a model, the name that answers say first.
+
+    Besides those of the settings its folder is one, or its hub id, with and without the owner.
+    """
+    own = [Path(model).resolve().name] if Path(model).is_dir() else [model, model.split("/")[-1]]
+    first = settings.model_name or own[0]
+    return tuple(dict.fromkeys([first, *settings.model_aliases, *own]))
 
 
 def build_server(

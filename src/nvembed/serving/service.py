@@ -19,7 +19,7 @@ from nvembed.core.errors import UserError
 from nvembed.serving.batcher import Batcher
 from nvembed.serving.batching import Scheduler
 from nvembed.serving.config import ServerConfig
-from nvembed.serving.engine import Engine, Item, Wish
+from nvembed.serving.engine import Engine, Item, Token, Wish
 from nvembed.serving.errors import RequestError
 from nvembed.serving.metrics import Metrics
 
@@ -49,6 +49,7 @@ class Service:
         self.engine = engine
         self.config = config
         self.model_name = config.model_name or "nvembed"
+        self.model_names = (self.model_name, *config.model_aliases)
         self.metrics = metrics
         batching = config.batching
         scheduler = Scheduler(
@@ -75,25 +76,46 @@ class Service:
         Raises:
             RequestError: too many, too long or empty texts, or an instruction without room (4xx).
         """
-        self._check_count(len(texts), param)
-        limit = self.config.limits.max_text_chars
-        for row, text in enumerate(texts):
-            if not text.strip():
-                raise RequestError(
-                    400, f"text {row} is empty; leave it out", code="empty_text", param=param
-                )
-            if len(text) > limit:
-                raise RequestError(
-                    413,
-                    f"text {row} has {len(text)} characters, this server takes {limit}; split it",
-                    code="text_too_long",
-                    param=param,
-                )
-        return await self._in_turns(
+        self._check_texts(texts, param)
+        items = await self._in_turns(
             texts, lambda part: self.engine.prepare(part, wish), param=param
         )
+        self._check_lengths(items, param)
+        return items
 
-    async def prepare_ids(self, rows: Sequence[Sequence[int]], *, param: str) -> list[Item]:
+    async def tokens(
+        self, texts: Sequence[str], prompt: str, *, special: bool
+    ) -> list[list[Token]]:
+        """Return the tokens of texts; see ``Engine.tokens``.
+
+        Raises:
+            RequestError: too many or too long texts, or more tokens than may wait (4xx).
+        """
+        self._check_texts(texts, "inputs")
+        limit = self.config.batching.queue_tokens
+        found = 0
+
+        def part_tokens(part: Sequence[str]) -> list[list[Token]]:
+            nonlocal found
+            if found > limit:
+                return []
+            rows = self.engine.tokens(part, prompt, special=special)
+            found += sum(map(len, rows))
+            return rows
+
+        rows = await self._in_turns(texts, part_tokens, param="inputs")
+        if found > limit:
+            raise RequestError(
+                413,
+                f"the texts have more than {limit} tokens; send several requests",
+                code="too_many_tokens",
+                param="inputs",
+            )
+        return rows
+
+    async def prepare_ids(
+        self, rows: Sequence[Sequence[int]], wish: Wish, *, param: str
+    ) -> list[Item]:
         """Check token ids.
 
         Raises:
@@ -104,10 +126,14 @@ class Service:
                 400, "this model takes texts, no token ids; send texts", code="no_ids", param=param
             )
         self._check_count(len(rows), param)
-        return await self._in_turns(rows, self.engine.prepare_ids, param=param)
+        items = await self._in_turns(
+            rows, lambda part: self.engine.prepare_ids(part, wish), param=param
+        )
+        self._check_lengths(items, param)
+        return items
 
     async def embed(self, items: Sequence[Item], client: Hashable) -> NDArray[np.float32]:
-        """Return ``(len(items), dimension)`` unit vectors; see ``Batcher.embed``."""
+        """Return ``(len(items), dimension)``, at length 1 where wanted; see ``Batcher.embed``."""
         return await self.batcher.embed(items, client)
 
     async def finish(self, request: Request, work: Coroutine[Any, Any, T]) -> T:
@@ -138,6 +164,35 @@ class Service:
                 if not other.done():
                     other.cancel()
 
+    def _check_texts(self, texts: Sequence[str], param: str) -> None:
+        self._check_count(len(texts), param)
+        limit = self.config.limits.max_text_chars
+        for row, text in enumerate(texts):
+            if not text.strip():
+                raise RequestError(
+                    400, f"text {row} is empty; leave it out", code="empty_text", param=param
+                )
+            if len(text) > limit:
+                raise RequestError(
+                    413,
+                    f"text {row} has {len(text)} characters, this server takes {limit}; split it",
+                    code="text_too_long",
+                    param=param,
+                )
+
+    def _check_lengths(self, items: Sequence[Item], param: str) -> None:
+        """Refuse texts that were not to be cut and are too long for the model."""
+        limit = self.engine.max_tokens
+        for row, item in enumerate(items):
+            if item.tokens > limit:
+                raise RequestError(
+                    413,
+                    f"text {row} has {item.tokens} tokens, the model takes {limit}; "
+                    "split it or let it be cut",
+                    code="text_too_long",
+                    param=param,
+                )
+
     def _check_count(self, count: int, param: str) -> None:
         limit = self.config.limits.max_texts
         if count == 0:
@@ -155,16 +210,18 @@ class Service:
     async def _in_turns(
         self,
         rows: Sequence[SizedT],
-        prepare: Callable[[Sequence[SizedT]], list[Item]],
+        prepare: Callable[[Sequence[SizedT]], list[T]],
         *,
         param: str,
-    ) -> list[Item]:
-        def in_turn(part: Sequence[SizedT]) -> list[Item]:
+    ) -> list[T]:
+        """Call the tokenizer for slices of the rows, off the event loop where there are many."""
+
+        def in_turn(part: Sequence[SizedT]) -> list[T]:
             with self._tokenising:
                 return prepare(part)
 
         loop = asyncio.get_running_loop()
-        items: list[Item] = []
+        items: list[T] = []
         try:
             if sum(map(len, rows)) <= _SMALL_CHARS and self._tokenising.acquire(blocking=False):
                 try:

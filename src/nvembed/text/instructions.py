@@ -8,9 +8,12 @@ beside this file.
 from __future__ import annotations
 
 import difflib
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
+from types import MappingProxyType
 from typing import Any, Literal
 
 import yaml
@@ -22,6 +25,10 @@ Source = Literal["official", "mteb", "recalled"]
 
 # So near to a task's name that it was meant as one: "FiQA2019" but not "Summarise".
 _TYPO_CUTOFF = 0.85
+# So many letters of the beginning of a name are meant as the name: "quora", "banking".
+_SHORTEST_BEGINNING = 5
+# What words of a sentence do not have: a digit, "_" or "." inside, a capital after a small one.
+_NAME_MARK = re.compile(r"[0-9_.]|[a-z][A-Z]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,24 +95,64 @@ def task_instruction(name: str) -> TaskInstruction:
     return found
 
 
-def read_task(text: str | None) -> str | None:
-    """Read what a user gave as ``--task``: a task's name becomes its instruction.
+def read_task(task: str | None, prompts: Collection[str] | None = ()) -> str | None:
+    """Read what a user gave as a task: the name of an MTEB task becomes its instruction.
 
-    Anything else is taken as the instruction itself, except a single word that is nearly a name:
-    used as an instruction, a typing error would spoil every vector without a sign.
+    The name of a prompt that was saved with the model stays as it is, for ``resolve_prompt``.
+    Anything else is the instruction itself, except a single word that looks like a name: used as an
+    instruction, a typing error would spoil every vector without a sign. What was read once is read
+    to the same again.
+
+    Args:
+        task: a name, an instruction, or ``None`` for none.
+        prompts: names of the prompts of the model; ``None`` where they are not known yet: a word
+            that looks like a name may be one of them then.
 
     Raises:
-        ConfigError: such a word.
+        ConfigError: a word that looks like a name and is none; the nearest names are given.
     """
-    if text is None or text in _by_any_name():
-        return None if text is None else task_instruction(text).instruction
-    if len(text.split()) == 1 and _near(text, cutoff=_TYPO_CUTOFF):
+    if task is None or len(task.split()) != 1:
+        return task
+    word = task.strip()
+    found = find_instruction(word)
+    if found is not None:
+        return found.instruction
+    if prompts is not None and word not in prompts and _looks_like_a_name(word, prompts):
+        near = _near(word, cutoff=0.5, more=prompts)
         raise ConfigError(
-            f"{text!r} is neither a task nor an instruction",
-            where="--task",
-            expected=f"perhaps {' or '.join(_near(text, cutoff=_TYPO_CUTOFF))}",
+            f"{task!r} is neither a task nor an instruction",
+            where="task",
+            expected=f"perhaps {' or '.join(near)}" if near else "the name of a task of MTEB",
+            hint="An instruction is a sentence, such as 'Given a question, retrieve its answer'",
         )
-    return text
+    return task
+
+
+def resolve_prompt(
+    task: str | None, prompts: Mapping[str, str | None] = MappingProxyType({})
+) -> str | None:
+    """Return the prompt that stands in front of texts: the one place where a task becomes one.
+
+    >>> resolve_prompt("FiQA2018") == query_prompt(task_instruction("FiQA2018").instruction)
+    True
+
+    Args:
+        task: the name of an MTEB task, else of a prompt in ``prompts``, else the instruction itself
+            in plain words; blank is the empty prompt.
+        prompts: those that were saved with the model, by name.
+
+    Returns:
+        the prompt, or ``None`` without a task: what the model does then is its own affair.
+
+    Raises:
+        ConfigError: see ``read_task``.
+    """
+    if task is None:
+        return None
+    name = task.strip()
+    if name in prompts and find_instruction(name) is None:
+        return prompts[name] or ""
+    return query_prompt(read_task(task, prompts))
 
 
 def task_prompts() -> dict[str, str]:
@@ -131,7 +178,20 @@ def _by_any_name() -> dict[str, TaskInstruction]:
     }
 
 
-def _near(name: str, *, cutoff: float) -> list[str]:
-    by_lower = {known.lower(): known for known in _by_any_name()}
-    matches = difflib.get_close_matches(name.lower(), list(by_lower), n=3, cutoff=cutoff)
-    return [by_lower[match] for match in matches]
+def _looks_like_a_name(word: str, prompts: Collection[str]) -> bool:
+    """Whether a word was meant as a name: "FiQA2019", "scifact", "my_task", but not "Summarise"."""
+    if not word.isascii():  # languages without spaces write a sentence as one word
+        return False
+    inner = word.strip(".:!")[1:]
+    if _NAME_MARK.search(inner) and not inner.isupper():
+        return True
+    return bool(_near(word, cutoff=_TYPO_CUTOFF, more=prompts))
+
+
+def _near(name: str, *, cutoff: float, more: Collection[str] = ()) -> list[str]:
+    by_lower = {known.lower(): known for known in (*more, *_by_any_name())}
+    start = name.lower()
+    matches = difflib.get_close_matches(start, list(by_lower), n=3, cutoff=cutoff)
+    if len(start) >= _SHORTEST_BEGINNING:
+        matches += [known for known in by_lower if known.startswith(start)]
+    return [by_lower[match] for match in dict.fromkeys(matches)][:3]

@@ -32,6 +32,28 @@ class Context:
     spans: tuple[tuple[int, int], ...]
 
 
+def text_ends(
+    tokenizer: TextTokenizer, texts: Sequence[str], prompt: str, *, cut: bool
+) -> list[TokenizedText]:
+    """Keep the end of texts that are too long, with BOS, prompt and EOS around it.
+
+    Args:
+        tokenizer: of the model.
+        texts: of any length.
+        prompt: what stands in front of each.
+        cut: False keeps all of a text, also where it has more than ``tokenizer.max_tokens``.
+
+    Raises:
+        DataError: the prompt leaves no room for a text.
+    """
+    ends = []
+    for whole in tokenizer.whole(texts, prompt):
+        room = _room(whole, tokenizer.max_tokens)
+        start = max(len(whole.body) - room, 0) if cut else 0
+        ends.append(whole.part(start, len(whole.body)))
+    return ends
+
+
 def text_windows(
     tokenizer: TextTokenizer, texts: Sequence[str], prompt: str, overlap: int
 ) -> list[list[TokenizedText]]:

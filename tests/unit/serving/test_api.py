@@ -14,8 +14,8 @@ from starlette.testclient import TestClient
 from nvembed.inference.fake import HashEncoder
 from nvembed.inference.protocol import unit_rows
 from nvembed.serving.app import create_app
-from nvembed.serving.engine import EncoderEngine
 from nvembed.serving.keys import ApiKeys
+from nvembed.serving.model_engines import EncoderEngine
 from nvembed.text.instructions import task_instruction
 from serving_fakes import WIDTH, HeldEngine, make_config
 
@@ -141,7 +141,7 @@ def test_tei(client: TestClient) -> None:
         ({"input": "a", "dimensions": 0}, 400, "from 1"),
         ({"input": "a", "dimensions": "8"}, 400, "from 1"),
         ({"input": "a", "encoding_format": "hex"}, 400, "'base64'"),
-        ({"input": "a", "input_type": "passage"}, 400, "'document'"),
+        ({"input": "a", "input_type": "text"}, 400, "'document'"),
         ({"input": "a", "colour": "red"}, 400, "'colour'"),
         ({"input": "nan"}, 503, "NaN"),
         ({"input": "raise"}, 503, "failed"),

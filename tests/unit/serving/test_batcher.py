@@ -152,3 +152,34 @@ def test_closing_finishes_what_was_accepted(forwards: int) -> None:
 
     asyncio.run(main())
     assert not bench.batcher.ready
+
+
+def test_a_long_request_is_answered_beside_busy_connections() -> None:
+    # Two connections of one text of 1,000 tokens each fill every batch, and come back at once.
+    bench = Bench(queue_tokens=100_000, batch_tokens=1024)
+    long = bench.items(*[f"text {row}" + " w" * 126 for row in range(100)])  # 12,800 tokens
+    answers = {"a": 0, "b": 0}
+
+    async def main() -> None:
+        async def connection(client: str) -> None:
+            while True:
+                await bench.batcher.embed(bench.items("w " * 1000), client)
+                answers[client] += 1
+                assert answers[client] < 200, "the long request is starved"
+
+        others = [asyncio.create_task(connection(client)) for client in answers]
+        while not all(answers.values()):
+            await asyncio.sleep(0.001)
+        begun = sum(answers.values())
+        request = asyncio.create_task(bench.batcher.embed(long, "long"))
+        await asyncio.wait([request, *others], return_when=asyncio.FIRST_COMPLETED)
+        for task in others:
+            task.cancel()
+        vectors = await request
+        np.testing.assert_array_equal(vectors, bench.engine._inner.embed(long))
+        assert sum(answers.values()) - begun <= 30  # two thirds of the tokens at most, 25.6 texts
+
+    try:
+        asyncio.run(main())
+    finally:
+        bench.batcher.close()

@@ -10,8 +10,10 @@ import pytest
 import nvembed.serving.run as serving_run
 from nvembed.cli.main import run
 from nvembed.core.errors import ConfigError, DataError
-from nvembed.serving.engine import Item, PackEngine, Wish
+from nvembed.serving.config import ServerConfig
+from nvembed.serving.engine import Item, Wish
 from nvembed.serving.keys import read_keys
+from nvembed.serving.model_engines import PackEngine
 from nvembed.text.tokens import TextTokenizer, TokenizedText
 
 
@@ -35,6 +37,18 @@ def test_bad_keys_files(tmp_path: Path, text: str, place: str | None) -> None:
         read_keys(path)
     with pytest.raises(ConfigError, match="cannot be read"):
         read_keys(tmp_path / "missing")
+
+
+def test_names_of_a_model(tmp_path: Path) -> None:
+    folder = tmp_path / "decoder"
+    folder.mkdir()
+    own, named = ServerConfig(), ServerConfig(model_name="docs", model_aliases=("a", "docs"))
+    assert serving_run.model_names(f"{folder}/", own) == ("decoder",)
+    assert serving_run.model_names(str(folder), named) == ("docs", "a", "decoder")
+    hub = serving_run.model_names("nvidia/NV-Embed-v2", own)
+    assert hub == ("nvidia/NV-Embed-v2", "NV-Embed-v2")
+    aliased = ServerConfig(model_aliases=("a",))
+    assert serving_run.model_names("name", aliased) == ("name", "a")
 
 
 @pytest.mark.parametrize("style", ["nvembed", "official"])

@@ -12,9 +12,11 @@ from nvembed.core.errors import ConfigError
 from nvembed.text.instructions import (
     all_instructions,
     read_task,
+    resolve_prompt,
     task_instruction,
     task_prompts,
 )
+from nvembed.text.template import query_prompt
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -112,10 +114,61 @@ def test_aliases_and_unknown_names() -> None:
 def test_a_task_option_is_a_name_or_an_instruction() -> None:
     assert read_task(None) is None
     assert read_task("FiQA2018") == task_instruction("FiQA2018").instruction
-    assert read_task("Find FiQA2018") == "Find FiQA2018"
-    assert read_task("Summarise") == "Summarise"
-    with pytest.raises(ConfigError, match=r"--task: 'fiqa2018' is neither .* perhaps FiQA2018"):
+    assert read_task(" FiQA2018\n") == task_instruction("FiQA2018").instruction
+    assert read_task("Touche2020Retrieval.v3") == task_instruction("Touche2020").instruction
+    for instruction in (
+        "Find FiQA2018",
+        "Summarise",
+        "find",
+        "QUERY",
+        "",
+        " ",
+        "查找答案",
+        "Finde",
+    ):
+        assert read_task(instruction) == instruction
+    with pytest.raises(ConfigError, match=r"^task: 'fiqa2018' is neither .* perhaps FiQA2018"):
         read_task("fiqa2018")
+
+
+@pytest.mark.parametrize(
+    ("word", "near"),
+    [
+        ("FiQA2019", "FiQA2018"),
+        ("scifact", "SciFact"),
+        ("banking", "Banking77Classification"),
+        ("FiQA2018-documnt", "FiQA2018"),
+        ("my_tsk", "my_task"),
+        ("my_ta", "my_task"),
+        ("docume", "document"),
+    ],
+)
+def test_a_word_that_looks_like_a_name_is_no_instruction(word: str, near: str) -> None:
+    prompts = {"document": "d: ", "my_task": "mine: "}
+    with pytest.raises(ConfigError, match=f"{word!r} is neither .* perhaps .*{near}"):
+        resolve_prompt(word, prompts)
+    assert read_task(word, None) == word  # no model is known yet
+
+
+def test_unknown_identifiers_are_no_instructions() -> None:
+    for word in ("QqqqXxxx", "qqqq_xxxx", "qqqqx7"):
+        with pytest.raises(ConfigError, match="neither a task nor an instruction"):
+            read_task(word)
+
+
+def test_a_task_becomes_a_prompt() -> None:
+    prompts = {"query": "q: ", "document": "", "FiQA2018": "of the model", "none": None}
+    assert resolve_prompt(None, prompts) is None
+    assert resolve_prompt("", prompts) == ""
+    fiqa = query_prompt(task_instruction("FiQA2018").instruction)
+    assert resolve_prompt("FiQA2018", prompts) == resolve_prompt("FiQA2018") == fiqa
+    assert resolve_prompt("query", prompts) == "q: "
+    assert resolve_prompt("document", prompts) == resolve_prompt("none", prompts) == ""
+    assert resolve_prompt("find it", prompts) == "Instruct: find it\nQuery: "
+    saved = task_prompts()
+    assert resolve_prompt("FiQA2018-document", saved) == ""
+    for name in saved:
+        assert resolve_prompt(name, saved) == saved[name]
 
 
 def test_prompts_by_name_work_in_a_model(tiny_decoder_dir: Path) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from nvembed.core.config import StrictModel
+from nvembed.core.errors import ConfigError
 from nvembed.data.records import Conversion, Kind
+from nvembed.text.instructions import read_task
 
 Layout = Literal[
     "records",
@@ -115,7 +117,8 @@ class DatasetConfig(StrictModel):
             BEIR's layout; relative paths start at the folder of the recipe.
         hub: instead of ``path``: a set on the hub, which ``nvembed data build`` fetches.
         kind: what the records are (``data/records.py``).
-        instruction: task in plain words, put before the queries; None for none.
+        instruction: task in plain words, put before the queries, or the name of an MTEB task for
+            its instruction; None for none.
         layout: how rows become records (``data/sources/layouts.py``).
         columns: columns of the source by the names that the layout knows, where they are called
             differently: ``{query: question, positive: answer}``. ``answers.text.0`` is a place
@@ -191,6 +194,14 @@ class DatasetConfig(StrictModel):
         """The set with a file of plain records in place of its source."""
         kept = {name: getattr(self, name) for name in _KEPT}
         return DatasetConfig(path=str(path), **kept)
+
+    @field_validator("instruction")
+    @classmethod
+    def _name_or_instruction(cls, value: str | None) -> str | None:
+        try:
+            return read_task(value)
+        except ConfigError as error:
+            raise ValueError(f"{error.message}; expected {error.expected}") from error
 
     @model_validator(mode="after")
     def _place(self) -> Self:

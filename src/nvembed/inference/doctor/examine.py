@@ -19,13 +19,12 @@ from nvembed.inference.doctor import checks
 from nvembed.inference.doctor.findings import Diagnosis, Memory, Placement, Sample
 from nvembed.inference.doctor.subject import Subject
 from nvembed.inference.load import SentenceTransformerEncoder, load_encoder
-from nvembed.inference.protocol import Encoder
+from nvembed.inference.protocol import Encoder, prompts_of
 from nvembed.model.attention import short_tokens
 from nvembed.model.embedder import NVEmbed
 from nvembed.model.memory import BYTES, FORMULA, Shape, forecast, free_bytes, weight_bytes
 from nvembed.model.packs import CPU_PACK_TOKENS, CUDA_PACK_TOKENS
-from nvembed.text.instructions import task_instruction
-from nvembed.text.template import query_prompt
+from nvembed.text.instructions import resolve_prompt, task_instruction
 
 QUERIES = (
     "how do I sort a list?",
@@ -85,7 +84,7 @@ def examine(encoder: Encoder, name: str, options: DoctorOptions) -> Diagnosis:
         raise ModelError(f"{type(encoder).__name__} cannot be examined", where=name)
     task = options.task or task_instruction("NQ").instruction
     takes_task = isinstance(encoder, NVEmbed) or encoder.follows_instructions
-    prompt = query_prompt(task) if takes_task else ""
+    prompt = (resolve_prompt(task, prompts_of(encoder)) or "") if takes_task else ""
     subject = Subject(encoder, prompt, query_text, document_text)
     subject.model.eval()
     query = Sample("query", subject.tokens(query_text, prompt))

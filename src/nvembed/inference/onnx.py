@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from nvembed.core.errors import ModelError
 from nvembed.model.export_onnx import FILE, OUTPUT, padded_inputs
 from nvembed.model.kind import ONNX_FILE
-from nvembed.text.template import query_prompt
+from nvembed.text.instructions import resolve_prompt
+from nvembed.text.template import Side, side_prompt
 from nvembed.text.tokens import TextTokenizer
 
 # Padded tokens of one run of the graph: enough to fill the cores, few enough for any memory.
@@ -53,7 +54,7 @@ class OnnxEncoder:
                 add_bos=settings["add_bos"],
                 add_eos=settings["add_eos"],
             )
-            self._prompts: dict[str, str] = settings["prompts"]
+            self.prompts: dict[str, str] = settings["prompts"]
             self._session = onnxruntime.InferenceSession(str(path / FILE))
             self._width = int(self._session.get_outputs()[0].shape[1])
         except ModelError:
@@ -74,19 +75,19 @@ class OnnxEncoder:
 
     def encode_query(self, texts: Sequence[str], *, task: str | None = None) -> NDArray[np.float32]:
         """Embed queries; see :class:`~nvembed.inference.protocol.Encoder`."""
-        return self._encode(texts, task, ("query",))
+        return self._encode(texts, task, "query")
 
     def encode_document(
         self, texts: Sequence[str], *, task: str | None = None
     ) -> NDArray[np.float32]:
         """Embed documents; see :class:`~nvembed.inference.protocol.Encoder`."""
-        return self._encode(texts, task, ("document", "passage", "corpus"))
+        return self._encode(texts, task, "document")
 
-    def _encode(
-        self, texts: Sequence[str], task: str | None, names: Sequence[str]
-    ) -> NDArray[np.float32]:
-        saved = next((self._prompts[name] for name in names if name in self._prompts), "")
-        tokens = self._text(texts, saved if task is None else query_prompt(task))
+    def _encode(self, texts: Sequence[str], task: str | None, side: Side) -> NDArray[np.float32]:
+        prompt = resolve_prompt(task, self.prompts)
+        if prompt is None:
+            prompt = side_prompt(self.prompts, side)
+        tokens = self._text(texts, prompt)
         vectors = np.empty((len(tokens), self._width), dtype=np.float32)
         batch: list[int] = []
         for row in sorted(range(len(tokens)), key=lambda row: -len(tokens[row])):

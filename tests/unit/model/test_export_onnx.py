@@ -125,7 +125,7 @@ def check_encoder(model: NVEmbed, folder: Path) -> None:
     assert encoder.dimension == model.dimension
     texts = [*TEXTS, *(f"text {'long ' * (n % 60)}" for n in range(300))]
     for side in ("encode_query", "encode_document"):
-        for task in (None, "find it"):
+        for task in (None, "find it", "FiQA2018"):
             expected = getattr(model, side)(texts, task=task)
             found = getattr(encoder, side)(texts, task=task)
             np.testing.assert_allclose(found, expected, atol=1e-5)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from nvembed.cli.options import DtypeOption
+from nvembed.cli.options import ColumnOption, DtypeOption, read_columns
 
 
 def index(
@@ -28,12 +28,7 @@ def index(
         str | None,
         typer.Option(help="Instruction of queries that bring none; of a new database."),
     ] = None,
-    text_key: Annotated[
-        str | None, typer.Option(help='Key of the text. Default: "text", after "title".')
-    ] = None,
-    id_key: Annotated[
-        str | None, typer.Option(help='Key of the id. Default: "_id" or "id", else the text.')
-    ] = None,
+    columns: ColumnOption = None,
     fields: Annotated[
         str | None, typer.Option(help="Keys to keep for --where: year,lang. Default: all.")
     ] = None,
@@ -61,6 +56,7 @@ def index(
     \b
       nvembed index docs.jsonl --to docs.db --model runs/demo/model
       nvembed index docs.jsonl more.csv folder/ --to docs.db --keep-going
+      nvembed index faq.csv --to faq.db --model MODEL --column text=answer --column id=key
       nvembed index --to docs.db --delete old-1 --delete-file gone.txt
       nvembed search docs.db "sort a list" --where "year > 2000"
     """
@@ -68,8 +64,7 @@ def index(
     from nvembed.text.instructions import read_task
 
     options = IndexOptions(
-        text_key=text_key,
-        id_key=id_key,
+        columns=read_columns(columns),
         fields=None if fields is None else tuple(f.strip() for f in fields.split(",")),
         keep_going=keep_going,
         ann_above=ann_above,

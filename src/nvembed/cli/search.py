@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from nvembed.cli.options import DtypeOption
+from nvembed.cli.options import ColumnOption, DtypeOption, read_columns
 from nvembed.model.settings import PrecisionChoice
 
 # Enough of a hit to judge it by, on one or two lines of a terminal.
@@ -29,6 +29,7 @@ def search(
         Path | None,
         typer.Option(help="A file or folder as nvembed encode takes them.", show_default=False),
     ] = None,
+    columns: ColumnOption = None,
     task: Annotated[
         str | None,
         typer.Option(help="Instruction for the query, or an MTEB task that has one (FiQA2018)."),
@@ -63,6 +64,8 @@ def search(
 
     task = read_task(task) if task else task
     if documents is None:
+        if columns:
+            raise ConfigError("a database knows its columns", where="--column", hint="Leave it out")
         _search_database(place, query, task, top_k, where, hybrid, exact, model, dtype)
         return
     if where is not None or hybrid or exact or model is not None:
@@ -73,7 +76,16 @@ def search(
         )
     from nvembed.inference.search import search_file
 
-    for hit in search_file(place, documents, query, task=task or None, top_k=top_k, dtype=dtype):
+    hits = search_file(
+        place,
+        documents,
+        query,
+        task=task or None,
+        top_k=top_k,
+        columns=read_columns(columns),
+        dtype=dtype,
+    )
+    for hit in hits:
         name = f"  [{hit.id}]" if hit.id is not None else ""
         typer.echo(f"{hit.rank:>3}  {hit.score:.4f}{name}  {_shown(hit.text)}")
 

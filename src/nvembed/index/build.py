@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 
 from nvembed.core.errors import ConfigError, DataError
 from nvembed.core.progress import progress
+from nvembed.core.text_files import open_text_file
+from nvembed.data.sources.config import Column
 from nvembed.data.sources.rows import BadRow
 from nvembed.index.database import ANN_ABOVE, Database, is_database, text_hash, writing
 from nvembed.index.record import first_dimensions, new_record, recorded_encoder
@@ -64,15 +66,14 @@ class IndexOptions:
     """How documents are read and kept.
 
     Attributes:
-        text_key: key of the text, see ``read_documents``.
-        id_key: key of the id; a document without one is named by its text.
+        columns: where text and id are found, see ``read_documents``; a document without an id is
+            named by its text.
         fields: keys to keep for filters; None keeps all.
         keep_going: leave bad lines out and count them.
         ann_above: number of documents from which on search is approximate.
     """
 
-    text_key: str | None = None
-    id_key: str | None = None
+    columns: Mapping[str, Column] | None = None
     fields: tuple[str, ...] | None = None
     keep_going: bool = False
     ann_above: int = ANN_ABOVE
@@ -126,8 +127,7 @@ def index_documents(
         if encoder is not None:
             read = read_documents(
                 documents,
-                text_key=options.text_key,
-                id_key=options.id_key,
+                columns=options.columns,
                 keep_going=options.keep_going,
                 skipped=report.skipped,
             )
@@ -296,9 +296,9 @@ def read_ids(path: Path) -> list[str]:
     Raises:
         DataError: it is not there or not UTF-8 text.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise DataError(f"cannot be read ({reason})", where=str(path)) from error
+    with open_text_file(path) as file:
+        try:
+            lines = file.read().decode("utf-8").split("\n")
+        except UnicodeDecodeError as error:
+            raise DataError("not UTF-8 text", where=str(path)) from error
     return [id for line in lines if (id := line.strip())]

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from nvembed.core.errors import ConfigError
-from nvembed.core.files import read_jsonl, tidy, write_json, write_jsonl
+from nvembed.core.files import tidy, write_json, write_jsonl
+from nvembed.core.text_files import read_jsonl
 from nvembed.data.convert import POSITIVE_SCORE
 from nvembed.data.records import Kind, PairRecord, Record, StsRecord, read_records
 from nvembed.inference.protocol import Encoder

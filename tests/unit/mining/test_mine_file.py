@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from nvembed.core.errors import ConfigError, DataError
-from nvembed.core.files import read_jsonl, write_jsonl
+from nvembed.core.files import write_jsonl
+from nvembed.core.text_files import read_jsonl
 from nvembed.data.records import PairRecord, read_records
 from nvembed.inference.fake import HashEncoder
 from nvembed.mining.config import MiningConfig

@@ -83,6 +83,8 @@ def index(
         f"{to}: {done.total} documents; {done.added} new, {done.updated} changed, "
         f"{done.unchanged} as they were, {done.deleted} deleted; {done.embedded} texts embedded"
     )
+    if done.absent_fields:
+        typer.echo(f"no document has the field {', '.join(sorted(done.absent_fields))}", err=True)
     if done.skipped.count:
         typer.echo(f"{done.skipped.count} lines left out, the first:", err=True)
         for bad in done.skipped.first:

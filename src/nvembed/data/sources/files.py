@@ -69,6 +69,7 @@ def open_file(
                 schema = file.schema_arrow
         except DataError as error:
             raise _as_source_error(error) from error
+        _check_distinct(schema.names, name)
         rows = _guarded(lambda: _parquet(path, name))
         return Table(name, rows, tuple(schema.names), schema=schema)
     return open_stream(lambda: open(path, "rb"), name, header=header, quotes=quotes)
@@ -343,14 +344,20 @@ def _header(records: Iterator[tuple[int, list[str] | str]], name: str) -> tuple[
     number, found = next(records, (1, "the file is empty"))
     if isinstance(found, str):
         raise SourceError(found, where=f"{name}:{number}", expected="a line of column names")
-    columns = tuple(field.strip() for field in found)
+    names = [field.strip() for field in found]
+    # As pandas calls columns without a name, which it writes for the numbers of its rows.
+    columns = tuple(name or f"Unnamed: {place}" for place, name in enumerate(names))
+    _check_distinct(columns, f"{name}:{number}")
+    return columns
+
+
+def _check_distinct(columns: Sequence[str], where: str) -> None:
     if len(set(columns)) < len(columns):
         raise SourceError(
             f"columns share a name: {', '.join(columns)}",
-            where=f"{name}:{number}",
+            where=where,
             hint="Does the file begin with a row? Then give the names as `header`",
         )
-    return columns
 
 
 def _named(

@@ -113,9 +113,10 @@ def run(arguments: Sequence[str]) -> int:
         return _fail(str(error), error.exit_code)
     except TyperException as error:
         message = error.format_message().replace("Value error, ", "")
-        now = OLD_OPTIONS.get(getattr(error, "option_name", ""))
-        hint = f"It is {now} now" if now else "See nvembed --help"
-        return _fail(f"{message} {hint}", 2)
+        option = str(getattr(error, "option_name", ""))
+        if option in OLD_OPTIONS:
+            return _fail(f"No such option: {option}. It is {OLD_OPTIONS[option]} now", 2)
+        return _fail(f"{message} See nvembed --help", 2)
     except (KeyboardInterrupt, Abort):
         return _fail("stopped by Ctrl-C", 130)
     except ModuleNotFoundError as error:

@@ -12,12 +12,12 @@ import io
 import json
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from nvembed.core.errors import DataError
+from nvembed.core.errors import ConfigError, DataError
 
 STDIN = "-"  # as users write it
 STDIN_NAME = "standard input"  # as errors and places call it
@@ -26,6 +26,10 @@ MAX_LINE = 64 * 2**20  # bytes
 _GZIP = b"\x1f\x8b"
 _OTHER_ENCODINGS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)
 _LOOKED_AT = 4  # bytes
+_FILES = (
+    *(".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".md", ".npy", ".npz", ".yaml"),
+    *(".onnx", ".safetensors", ".gguf", ".bin", ".pt", ".zip"),
+)
 
 
 def ending_of(name: str | Path) -> str:
@@ -37,6 +41,39 @@ def ending_of(name: str | Path) -> str:
 def is_gzip(name: str | Path) -> bool:
     """Whether a name says that the file is compressed."""
     return Path(name).suffix.lower() == ".gz"
+
+
+def check_ending(output: str | Path, endings: Sequence[str], *, packed: bool = False) -> None:
+    """Refuse a name for an output that says another format than it will have.
+
+    Args:
+        output: the file that is to be written.
+        endings: that say its format, in lower case.
+        packed: whether ``.gz`` may follow.
+
+    Raises:
+        ConfigError: it ends otherwise.
+    """
+    if ending_of(output) in endings and (packed or not is_gzip(output)):
+        return
+    also = " (also with .gz)" if packed else ""
+    raise ConfigError(
+        f"unknown kind of output {Path(output).name!r}",
+        where=str(output),
+        expected=f"a name that ends in {' or '.join(endings)}{also}",
+    )
+
+
+def check_folder_name(output: str | Path) -> None:
+    """Refuse the name of a file for a folder that is to be made.
+
+    Raises:
+        ConfigError: it ends like a file of data or of a model.
+    """
+    if not Path(output).is_dir() and (ending_of(output) in _FILES or is_gzip(output)):
+        raise ConfigError(
+            f"{Path(output).name!r} is the name of a file", where=str(output), expected="a folder"
+        )
 
 
 @contextmanager

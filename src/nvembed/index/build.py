@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from nvembed.core.errors import ConfigError, DataError
 from nvembed.core.progress import progress
-from nvembed.core.text_files import open_text_file
+from nvembed.core.text_files import check_folder_name, open_text_file
 from nvembed.data.sources.config import Column
 from nvembed.data.sources.rows import BadRow, Table
 from nvembed.index.database import ANN_ABOVE, Database, is_database, text_hash, writing
@@ -103,6 +103,7 @@ def index_documents(
         ModelError: another model than the database's.
     """
     options = options or IndexOptions()
+    check_folder_name(path)
     report = IndexReport(absent_fields=set(options.fields or ()) if documents else set())
     if not is_database(path) and (model is None or not documents):
         missing = "documents" if model is not None else "a model"

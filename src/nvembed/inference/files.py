@@ -22,7 +22,7 @@ import numpy as np
 from nvembed.core.errors import ConfigError, DataError
 from nvembed.core.files import tidy, write_json
 from nvembed.core.progress import progress
-from nvembed.core.text_files import STDIN, STDIN_NAME, stdin_bytes
+from nvembed.core.text_files import STDIN, STDIN_NAME, ending_of, stdin_bytes
 from nvembed.data.sources.config import Column
 from nvembed.inference.encoding import Side, Way
 from nvembed.inference.fingerprint import model_fingerprint
@@ -225,7 +225,7 @@ def _write_beside(
     for path in paths.values():
         path.unlink(missing_ok=True)
     written = {}
-    if output.suffix not in TABLES:
+    if ending_of(output) not in TABLES:
         if with_ids or parts.chunked:
             write_json(paths["ids"], parts.names)
             written["ids"] = paths["ids"]

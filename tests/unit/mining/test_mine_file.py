@@ -100,7 +100,7 @@ def test_parquet_input(tmp_path: Path) -> None:
     mine_file(tmp_path / "in.parquet", tmp_path / "out.jsonl", HashEncoder(), CONFIG)
     mined = read_records(tmp_path / "out.jsonl", "retrieval")
     assert [record.query for record in mined] == [row["query"] for row in ROWS]
-    with pytest.raises(ConfigError, match="written as JSONL"):
+    with pytest.raises(ConfigError, match=r"ends in \.jsonl"):
         mine_file(tmp_path / "in.parquet", tmp_path / "out.parquet", HashEncoder(), CONFIG)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from nvembed.core.errors import ConfigError, DataError
-from nvembed.core.text_files import MAX_LINE, STDIN, ending_of, open_text_file
+from nvembed.core.text_files import MAX_LINE, STDIN, ending_of, open_text_file, stdin_bytes
 from nvembed.data.records import RowError
 from nvembed.data.sources.columns import ID_NAMES, Columns
 from nvembed.data.sources.config import Column
@@ -135,7 +135,8 @@ def input_files(paths: Sequence[str | Path]) -> list[Path]:
 
 def _read(path: str, columns: Columns, stdin: Path | None) -> Iterator[Document | BadRow]:
     if path == STDIN:
-        table = open_stdin() if stdin is None else open_stdin(lambda: open(stdin, "rb"))
+        opener = stdin_bytes if stdin is None else lambda: open(stdin, "rb")
+        table = open_stdin(opener, columns=columns.names("text") or columns.names("id"))
         yield from _of_rows(table, columns)
         return
     source = Path(path)

@@ -157,7 +157,8 @@ def test_stdin_is_lines_or_json(
         (b"[1] a footnote\n", {}, "standard input: not valid JSON .* go into a .txt file"),
         (b"PAR1\x15\x04", {}, "standard input: Parquet cannot be read from a stream"),
         ("{}".encode("utf-16"), {}, "standard input: the text is UTF-16"),
-        (b"one\n", {"text": "body"}, 'standard input:1: no column "body" for "text"; found: text'),
+        (b"text,id\n", {"text": "text"}, "standard input: --column is given, and .* expected JSON"),
+        (b"one\n", {"id": "key"}, "standard input: --column is given, and .* expected JSON"),
         (b"good\n\xff\xfb\n", {}, "standard input:2: not UTF-8"),
     ],
 )

@@ -113,14 +113,15 @@ def open_stream(
     return Table(name, rows, columns, textual=True)
 
 
-def open_stdin(opener: Open = stdin_bytes) -> Table:
+def open_stdin(opener: Open = stdin_bytes, *, columns: bool = False) -> Table:
     """Open standard input: JSON where it begins with ``{`` or ``[``, else a text per line.
 
     Args:
         opener: opens its bytes, where they were read before.
+        columns: whether columns are named, so that lines of text are not what was meant.
 
     Raises:
-        SourceError: it is neither.
+        SourceError: it is neither, or has no columns.
     """
 
     def rows() -> Rows:
@@ -132,8 +133,15 @@ def open_stdin(opener: Open = stdin_bytes) -> Table:
                     where=STDIN_NAME,
                     hint="Give the file by its name",
                 )
-            parse = _json_of if beginning.lstrip()[:1] in (b"{", b"[") else _texts_of
-            yield from parse(stream, STDIN_NAME)
+            is_json = beginning.lstrip()[:1] in (b"{", b"[")
+            if columns and not is_json and beginning.strip():
+                raise DataError(
+                    "--column is given, and these are lines of text",
+                    where=STDIN_NAME,
+                    expected="JSON",
+                    hint="A table in CSV or TSV is read from a file",
+                )
+            yield from (_json_of if is_json else _texts_of)(stream, STDIN_NAME)
 
     return Table(STDIN_NAME, _guarded(rows))
 

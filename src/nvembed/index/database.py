@@ -31,11 +31,11 @@ from nvembed.index.fields import (
     JSON,
     column_name,
     field_name,
-    sql_type,
     to_column,
     to_json,
     type_of_column,
 )
+from nvembed.index.literals import sql_type
 from nvembed.index.record import DatabaseRecord
 from nvembed.index.where import where_sql
 
@@ -155,9 +155,22 @@ class Database:
         return int(self._table.count_rows(self._sql(where)))
 
     def add_fields(self, fields: dict[str, pa.DataType]) -> None:
-        """Give all documents new fields, empty so far."""
-        if fields:
+        """Give all documents new fields, empty so far.
+
+        Raises:
+            DataError: the engine has no columns of such a type.
+        """
+        if not fields:
+            return
+        try:
             self._table.add_columns(pa.schema([to_column(n, type) for n, type in fields.items()]))
+        except (RuntimeError, ValueError, OSError) as error:
+            shown = ", ".join(f"{name} ({type})" for name, type in fields.items())
+            raise DataError(
+                f"fields cannot be added ({str(error).splitlines()[0][:120]}): {shown}",
+                where=str(self.path),
+                hint="--fields names those to keep",
+            ) from error
 
     def widen(self, name: str, type: pa.DataType) -> None:
         """Give a field a type with more room, in one version of the table.

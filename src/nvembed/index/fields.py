@@ -14,7 +14,6 @@ import math
 import re
 from collections.abc import Iterable
 from decimal import Decimal
-from fractions import Fraction
 from typing import Any
 from urllib.parse import unquote
 
@@ -90,17 +89,22 @@ def kept_type(type: pa.DataType) -> pa.DataType:
         precision, scale = type.precision - min(type.scale, 0), max(type.scale, 0)
         return _decimal(precision, scale)
     if pa.types.is_map(type):
-        pair = [("key", kept_type(type.key_type)), ("value", kept_type(type.item_type))]
+        pair = [("key", _inner_type(type.key_type)), ("value", _inner_type(type.item_type))]
         return pa.list_(pa.struct(pair))
     if pa.types.is_struct(type):
-        return pa.struct([(field.name, kept_type(field.type)) for field in type])
+        return pa.struct([(field.name, _inner_type(field.type)) for field in type])
     if pa.types.is_fixed_size_list(type):
-        return pa.list_(kept_type(type.value_type), type.list_size)
+        return pa.list_(_inner_type(type.value_type), type.list_size)
     if pa.types.is_large_list(type):
-        return pa.large_list(kept_type(type.value_type))
+        return pa.large_list(_inner_type(type.value_type))
     if pa.types.is_list(type) or pa.types.is_list_view(type) or pa.types.is_large_list_view(type):
-        return pa.list_(kept_type(type.value_type))
+        return pa.list_(_inner_type(type.value_type))
     return type
+
+
+def _inner_type(type: pa.DataType) -> pa.DataType:
+    """The type of what a list or object holds; the engine has no columns of nothing in them."""
+    return pa.string() if pa.types.is_null(type) else kept_type(type)
 
 
 def _pairs(value: Any) -> Any:
@@ -355,48 +359,3 @@ def plain(value: Any) -> Any:
     if isinstance(value, datetime.date | datetime.time):
         return value.isoformat()
     return str(value)
-
-
-# --- SQL ------------------------------------------------------------------------------------------
-
-_UNITS = {"s": "Second", "ms": "Millisecond", "us": "Microsecond", "ns": "Nanosecond"}
-PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
-
-
-def sql_type(type: pa.DataType) -> str:
-    """The name of a type of numbers or times in the engine's ``arrow_cast``."""
-    if pa.types.is_timestamp(type):
-        zone = "None" if type.tz is None else f'Some("{type.tz}")'
-        return f"Timestamp({_UNITS[type.unit]}, {zone})"
-    if pa.types.is_time(type):
-        return f"Time{type.bit_width}({_UNITS[type.unit]})"
-    if pa.types.is_decimal(type):
-        return f"Decimal{type.bit_width}({type.precision}, {type.scale})"
-    if pa.types.is_floating(type):
-        return f"Float{type.bit_width}"
-    if pa.types.is_integer(type):
-        return f"{'' if pa.types.is_signed_integer(type) else 'U'}Int{type.bit_width}"
-    return "Date32" if type == pa.date32() else "Date64"
-
-
-def sql_number(number: int | Fraction | float, type: pa.DataType) -> str:
-    """A literal: a number, or how many days or parts of a second have passed, of a type."""
-    if pa.types.is_floating(type):
-        try:
-            value = float(number)
-        except OverflowError:
-            value = math.inf if number > 0 else -math.inf
-        if math.isfinite(value) and type == pa.float64():
-            return repr(value)
-        return f"arrow_cast('{value!r}', '{sql_type(type)}')"
-    if pa.types.is_decimal(type):
-        digits = f"{abs(int(number)):0{type.scale + 1}d}"
-        point = len(digits) - type.scale
-        text = f"{'-' if number < 0 else ''}{digits[:point]}.{digits[point:]}"
-        return f"arrow_cast('{text}', '{sql_type(type)}')"
-    if pa.types.is_integer(type):
-        least = number == _INT64.start  # whose sign is not read as part of it
-        return f"arrow_cast('{number}', 'Int64')" if least else str(number)
-    if number == _INT64.start:
-        return f"arrow_cast(arrow_cast('{number}', 'Int64'), '{sql_type(type)}')"
-    return f"arrow_cast({number}, '{sql_type(type)}')"

@@ -15,25 +15,16 @@ Comparisons are exact: a number between two values of a column is neither of the
 
 from __future__ import annotations
 
-import datetime
 import difflib
 import re
 from collections.abc import Mapping
 from fractions import Fraction
-from math import ceil, floor
 
 import pyarrow as pa
 
 from nvembed.core.errors import ConfigError
-from nvembed.index.fields import (
-    JSON,
-    PER_SECOND,
-    describe,
-    integer_range,
-    is_number,
-    is_text,
-    sql_number,
-)
+from nvembed.index.fields import JSON, describe, is_number, is_text
+from nvembed.index.literals import bounded, column_numbers, is_ordered, parse_time, sql_number
 
 MAX_CHARS = 2000
 _MAX_DEPTH = 40
@@ -161,19 +152,19 @@ class _Parser:
         raise self._wrong("=, !=, <, <=, >, >=, IN, LIKE, BETWEEN or IS NULL")
 
     def _compared(self, column: str, sign: str, type: pa.DataType, name: str) -> str:
-        if sign in ("=", "<>") or not _is_ordered(type):
+        if sign in ("=", "<>") or not is_ordered(type):
             return f"({column} {sign} {self._equal(type, name)})"
-        return f"({column} {_bounded(sign, self._number(type, name), type)})"
+        return f"({column} {bounded(sign, self._number(type, name), type)})"
 
     def _between(self, column: str, negated: str, type: pa.DataType, name: str) -> str:
-        if not _is_ordered(type):
+        if not is_ordered(type):
             low = self._equal(type, name)
             self._expect_word("and")
             return f"({column} {negated}BETWEEN {low} AND {self._equal(type, name)})"
         low_number = self._number(type, name)
         self._expect_word("and")
         low, high = (
-            _bounded(sign, number, type)
+            bounded(sign, number, type)
             for sign, number in ((">=", low_number), ("<=", self._number(type, name)))
         )
         if low.startswith(">= ") and high.startswith("<= "):
@@ -204,9 +195,9 @@ class _Parser:
             return self._take()[1]
         if got == "word" and pa.types.is_boolean(type) and text.lower() in ("true", "false"):
             return self._take()[1].upper()
-        if not _is_ordered(type):
+        if not is_ordered(type):
             raise self._unfit(type, name)
-        number, values = self._number(type, name), _values(type)
+        number, values = self._number(type, name), column_numbers(type)
         if values is not None and not (number.denominator == 1 and number.numerator in values):
             raise ConfigError(
                 f"{name}, a {describe(type)} ({type}), is never {self._tokens[self._next - 1][1]}",
@@ -231,7 +222,7 @@ class _Parser:
             got, text, _ = self._peek()
         if got == "text" and pa.types.is_temporal(type):
             try:
-                found = _parts(text[1:-1].strip(), type)
+                found = parse_time(text[1:-1].strip(), type)
             except ValueError:
                 raise self._unfit(type, name) from None
             self._take()
@@ -280,77 +271,6 @@ class _Parser:
         kind, text, column = self._peek()
         found = "the end" if kind == "end" else repr(text)
         return ConfigError(f"{found} at column {column}", where="where", expected=expected)
-
-
-# --- Numbers and times ----------------------------------------------------------------------------
-
-_EPOCH = datetime.datetime(1970, 1, 1)
-_FINER = re.compile(r"(\.\d{6})(\d{1,3})(?!\d)")
-
-
-def _is_ordered(type: pa.DataType) -> bool:
-    return is_number(type) or describe(type) in ("date", "timestamp", "time")
-
-
-def _values(type: pa.DataType) -> range | None:
-    """The numbers that a column may hold, see ``_Parser._number``; None of floats."""
-    if pa.types.is_floating(type):
-        return None
-    if pa.types.is_integer(type):
-        return integer_range(type)
-    if pa.types.is_decimal(type):
-        return range(1 - 10**type.precision, 10**type.precision)
-    return range(-(2 ** (type.bit_width - 1)), 2 ** (type.bit_width - 1))
-
-
-def _bounded(sign: str, number: Fraction, type: pa.DataType) -> str:
-    """A comparison by ``< <= > >=`` with a number that may lie beside the values of the type."""
-    values = _values(type)
-    if values is None:
-        return f"{sign} {sql_number(number, type)}"
-    whole = floor(number) if sign.startswith("<") else ceil(number)
-    if whole != number:
-        sign = f"{sign[0]}="
-    least, greatest = values[0], values[-1]
-    if whole < least:  # all values are above it
-        sign, whole = ("<" if sign.startswith("<") else ">="), least
-    elif whole > greatest:
-        sign, whole = ("<=" if sign.startswith("<") else ">"), greatest
-    return f"{sign} {sql_number(whole, type)}"
-
-
-def _parts(text: str, type: pa.DataType) -> Fraction:
-    """Days or parts of a second of a date or time.
-
-    Raises:
-        ValueError: it is none, or brings a zone that the field lacks, or the other way round.
-    """
-    finer = _FINER.search(text)  # nanoseconds, which datetime does not read
-    below = Fraction(0)
-    if finer:
-        below = Fraction(int(finer[2].ljust(3, "0")), 10**9)
-        text = text[: finer.end(1)] + text[finer.end() :]
-    if pa.types.is_date(type):
-        days = (datetime.date.fromisoformat(text) - _EPOCH.date()).days
-        return Fraction(days) if type == pa.date32() else Fraction(days * 86_400_000)
-    if pa.types.is_time(type):
-        time = datetime.time.fromisoformat(text)
-        if time.tzinfo is not None:
-            raise ValueError(text)
-        moment = datetime.datetime.combine(_EPOCH.date(), time)
-    elif pa.types.is_timestamp(type):
-        moment = datetime.datetime.fromisoformat(text)
-        if moment.tzinfo is None and type.tz in ("UTC", "Z", "+00:00"):
-            moment = moment.replace(tzinfo=datetime.UTC)
-        if (moment.tzinfo is None) is not (type.tz is None):
-            raise ValueError(text)
-        if moment.tzinfo is not None:
-            moment = moment.astimezone(datetime.UTC).replace(tzinfo=None)
-    else:
-        raise ValueError(text)
-    passed = moment - _EPOCH
-    seconds = passed.days * 86_400 + passed.seconds + Fraction(passed.microseconds, 10**6)
-    return (seconds + below) * PER_SECOND[type.unit]
 
 
 def _tokens(expression: str) -> list[_Token]:

@@ -99,6 +99,15 @@ def test_arrow_types_end_to_end(tmp_path: Path) -> None:
     json.dumps({n: plain(v) for n, v in found["1"].items()}, allow_nan=False)
 
 
+def test_lists_and_objects_of_nothing(tmp_path: Path) -> None:
+    nothing = {"l": pa.array([[], None]), "o": pa.array([{"a": None, "b": 1}, None])}
+    nothing["nan"] = pa.array([[float("nan")], None])
+    index(tmp_path, parquet(tmp_path, nothing))
+    found = fields_of(tmp_path)
+    assert (found["0"]["l"], found["0"]["o"], found["1"]) == ([], {"a": None, "b": 1}, {})
+    assert index(tmp_path, tmp_path / "docs.parquet").unchanged == 2
+
+
 def test_other_codings_are_kept_as_their_values(tmp_path: Path) -> None:
     categories = [f"c{n}" for n in range(120)]
     coded = pa.DictionaryArray.from_arrays(pa.array(range(120), pa.int8()), categories)

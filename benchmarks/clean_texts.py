@@ -20,7 +20,7 @@ import psutil
 from nvembed.building.contamination import Contamination, EvaluationText
 from nvembed.building.duplicates import NearDuplicates
 from nvembed.building.evaluation_texts import evaluation_texts
-from nvembed.core.files import read_jsonl
+from nvembed.core.text_files import read_jsonl
 from nvembed.data.records import Kind, LabelRecord, PairRecord, Record, read_records
 from nvembed.evaluation.tasks import load_tasks
 

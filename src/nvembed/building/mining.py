@@ -8,7 +8,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from nvembed.core.files import read_jsonl, tidy, write_jsonl
+from nvembed.core.files import tidy, write_jsonl
+from nvembed.core.text_files import read_jsonl
 from nvembed.data.record_shards import Rows, record_of
 from nvembed.data.records import Kind, PairRecord
 from nvembed.data.sources import Converted, DatasetConfig

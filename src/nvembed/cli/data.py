@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from nvembed.cli.options import ColumnOption, read_columns
 from nvembed.cli.synthesize import synthesize
 
 if TYPE_CHECKING:
@@ -91,15 +92,6 @@ KindOption = Annotated[
 LayoutOption = Annotated[
     str, typer.Option(help="How its rows become records; see data/sources/layouts.py.")
 ]
-ColumnsOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--column",
-        metavar="NAME=COLUMN",
-        help="A column that is called differently, such as query=question. May be repeated.",
-        show_default=False,
-    ),
-]
 
 
 @data.command()
@@ -112,7 +104,7 @@ def inspect(
     ],
     kind: KindOption = None,
     layout: LayoutOption = "records",
-    columns: ColumnsOption = None,
+    columns: ColumnOption = None,
     tokenizer: Annotated[
         Path | None,
         typer.Option(help="Model folder whose tokens are counted too.", show_default=False),
@@ -161,7 +153,7 @@ def check(
         typer.Option(help="What its records are.", show_default=False),
     ],
     layout: LayoutOption = "records",
-    columns: ColumnsOption = None,
+    columns: ColumnOption = None,
     conversion: Annotated[
         Literal["example", "label"], typer.Option(help="What classes are turned into.")
     ] = "example",
@@ -205,19 +197,13 @@ def _file_config(
     from nvembed.core.errors import ConfigError
     from nvembed.data.sources import DatasetConfig
 
-    names: dict[str, str] = {}
-    for given in columns or ():
-        name, equals, column = given.partition("=")
-        if not (name and equals and column):
-            raise ConfigError(f"{given!r}", where="--column", expected="NAME=COLUMN")
-        names[name] = column
     values: dict[str, object] = {
         "name": path.name,
         "path": str(path),
         "kind": kind,
         "instruction": None,
     }
-    values |= {"layout": layout, "columns": names, "conversion": conversion}
+    values |= {"layout": layout, "columns": read_columns(columns), "conversion": conversion}
     try:
         return DatasetConfig.model_validate(values)
     except ValidationError as error:

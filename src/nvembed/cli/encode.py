@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from nvembed.cli.options import DtypeOption
+from nvembed.cli.options import ColumnOption, DtypeOption, read_columns
 
 
 def encode(
@@ -40,12 +40,7 @@ def encode(
             "the texts are queries. Without: documents."
         ),
     ] = None,
-    field: Annotated[
-        str | None, typer.Option(help='Key of the text. Default: "text", after "title".')
-    ] = None,
-    id_field: Annotated[
-        str | None, typer.Option(help='Key of the id. Default: "_id" or "id".')
-    ] = None,
+    columns: ColumnOption = None,
     keep_going: Annotated[
         bool, typer.Option("--keep-going", help="Leave bad lines out and count them.")
     ] = False,
@@ -81,7 +76,7 @@ def encode(
     \b
       nvembed encode runs/demo/model --input docs.jsonl --output docs.npy
       nvembed encode runs/demo/model --input questions.jsonl --output q.npy \\
-        --task "Given a question, retrieve the answer" --field question
+        --task "Given a question, retrieve the answer" --column text=question
       nvembed encode runs/demo/model --input questions.jsonl --output q.npy --task FiQA2018
       nvembed encode runs/demo/model --input docs.jsonl --output docs.npy \\
         --truncate-dim 128 --precision int8
@@ -97,10 +92,9 @@ def encode(
         input,
         output,
         task=task,
-        field=field,
+        columns=read_columns(columns),
         form=form,
         dtype=dtype,
-        id_field=id_field,
         keep_going=keep_going,
         long=LongTexts(long, overlap, chunk_tokens),
         processes=processes,

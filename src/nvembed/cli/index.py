@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from nvembed.cli.options import DtypeOption
+from nvembed.cli.options import ColumnOption, DtypeOption, read_columns
 
 
 def index(
@@ -30,12 +30,7 @@ def index(
             help="Instruction, or name of a task, of queries without one; of a new database."
         ),
     ] = None,
-    text_key: Annotated[
-        str | None, typer.Option(help='Key of the text. Default: "text", after "title".')
-    ] = None,
-    id_key: Annotated[
-        str | None, typer.Option(help='Key of the id. Default: "_id" or "id", else the text.')
-    ] = None,
+    columns: ColumnOption = None,
     fields: Annotated[
         str | None, typer.Option(help="Keys to keep for --where: year,lang. Default: all.")
     ] = None,
@@ -63,14 +58,14 @@ def index(
     \b
       nvembed index docs.jsonl --to docs.db --model runs/demo/model
       nvembed index docs.jsonl more.csv folder/ --to docs.db --keep-going
+      nvembed index faq.csv --to faq.db --model MODEL --column text=answer --column id=key
       nvembed index --to docs.db --delete old-1 --delete-file gone.txt
       nvembed search docs.db "sort a list" --where "year > 2000"
     """
     from nvembed.index.build import IndexOptions, index_documents, read_ids
 
     options = IndexOptions(
-        text_key=text_key,
-        id_key=id_key,
+        columns=read_columns(columns),
         fields=None if fields is None else tuple(f.strip() for f in fields.split(",")),
         keep_going=keep_going,
         ann_above=ann_above,
@@ -89,6 +84,8 @@ def index(
         f"{to}: {done.total} documents; {done.added} new, {done.updated} changed, "
         f"{done.unchanged} as they were, {done.deleted} deleted; {done.embedded} texts embedded"
     )
+    if done.absent_fields:
+        typer.echo(f"no document has the field {', '.join(sorted(done.absent_fields))}", err=True)
     if done.skipped.count:
         typer.echo(f"{done.skipped.count} lines left out, the first:", err=True)
         for bad in done.skipped.first:

@@ -27,6 +27,7 @@ from nvembed.cli.evaluate import evaluate
 from nvembed.cli.export import export
 from nvembed.cli.index import index
 from nvembed.cli.mine import mine
+from nvembed.cli.options import OLD_OPTIONS
 from nvembed.cli.search import search
 from nvembed.cli.serve import serve
 from nvembed.cli.train import train
@@ -112,6 +113,9 @@ def run(arguments: Sequence[str]) -> int:
         return _fail(str(error), error.exit_code)
     except TyperException as error:
         message = error.format_message().replace("Value error, ", "")
+        option = str(getattr(error, "option_name", ""))
+        if option in OLD_OPTIONS:
+            return _fail(f"No such option: {option}. It is {OLD_OPTIONS[option]} now", 2)
         return _fail(f"{message} See nvembed --help", 2)
     except (KeyboardInterrupt, Abort):
         return _fail("stopped by Ctrl-C", 130)

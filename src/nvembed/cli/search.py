@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from nvembed.cli.options import DtypeOption
+from nvembed.cli.options import ColumnOption, DtypeOption, read_columns
 from nvembed.model.settings import PrecisionChoice
+
+if TYPE_CHECKING:
+    from nvembed.index.search import SearchOptions
 
 # Enough of a hit to judge it by, on one or two lines of a terminal.
 SHOWN_CHARS = 160
@@ -29,6 +33,7 @@ def search(
         Path | None,
         typer.Option(help="A file or folder as nvembed encode takes them.", show_default=False),
     ] = None,
+    columns: ColumnOption = None,
     task: Annotated[
         str | None,
         typer.Option(
@@ -48,6 +53,9 @@ def search(
     model: Annotated[
         str | None, typer.Option(help="Where the model of the database lies now.")
     ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print a JSON object per hit, fields and all.")
+    ] = False,
     dtype: DtypeOption = "auto",
 ) -> None:
     """Find the documents of a database, or the texts of a file, that are nearest to a query.
@@ -63,7 +71,12 @@ def search(
     from nvembed.core.errors import ConfigError
 
     if documents is None:
-        _search_database(place, query, task, top_k, where, hybrid, exact, model, dtype)
+        if columns:
+            raise ConfigError("a database knows its columns", where="--column", hint="Leave it out")
+        from nvembed.index.search import SearchOptions
+
+        options = SearchOptions(task, top_k, where, hybrid, exact)
+        _search_database(place, query, options, model, dtype, as_json=as_json)
         return
     if where is not None or hybrid or exact or model is not None:
         raise ConfigError(
@@ -73,7 +86,19 @@ def search(
         )
     from nvembed.inference.search import search_file
 
-    for hit in search_file(place, documents, query, task=task or None, top_k=top_k, dtype=dtype):
+    hits = search_file(
+        place,
+        documents,
+        query,
+        task=task or None,
+        top_k=top_k,
+        columns=read_columns(columns),
+        dtype=dtype,
+    )
+    for hit in hits:
+        if as_json:
+            _echo_json(rank=hit.rank, score=hit.score, id=hit.id, text=hit.text)
+            continue
         name = f"  [{hit.id}]" if hit.id is not None else ""
         typer.echo(f"{hit.rank:>3}  {hit.score:.4f}{name}  {_shown(hit.text)}")
 
@@ -81,18 +106,17 @@ def search(
 def _search_database(
     place: str,
     query: str,
-    task: str | None,
-    top_k: int,
-    where: str | None,
-    hybrid: bool,
-    exact: bool,
+    options: SearchOptions,
     model: str | None,
     dtype: PrecisionChoice,
+    *,
+    as_json: bool,
 ) -> None:
     from nvembed.core.errors import ConfigError
     from nvembed.index.database import Database, is_database
+    from nvembed.index.fields import plain
     from nvembed.index.record import recorded_encoder
-    from nvembed.index.search import SearchOptions, search_database
+    from nvembed.index.search import search_database
 
     if not is_database(place):
         raise ConfigError(
@@ -102,12 +126,25 @@ def _search_database(
             hint="To search a file with a model, give --documents FILE",
         )
     database = Database.open(Path(place))
-    database.count(where)  # a wrong filter is told before the model is loaded
+    database.count(options.where)  # a wrong filter is told before the model is loaded
     encoder = recorded_encoder(database.record, model, dtype, place)
-    options = SearchOptions(task=task, top_k=top_k, where=where, hybrid=hybrid, exact=exact)
     for hit in search_database(database, encoder, query, options):
+        if as_json:
+            _echo_json(
+                rank=hit.rank,
+                cosine=hit.cosine,
+                fused=hit.fused,
+                id=hit.id,
+                text=hit.text,
+                fields=plain(hit.fields),
+            )
+            continue
         score = f"{hit.cosine:.4f}" + (f"  {hit.fused:.4f}" if hit.fused is not None else "")
         typer.echo(f"{hit.rank:>3}  {score}  [{hit.id}]  {_shown(hit.text)}")
+
+
+def _echo_json(**values: object) -> None:
+    typer.echo(json.dumps(values, ensure_ascii=False, allow_nan=False))
 
 
 def _shown(text: str) -> str:

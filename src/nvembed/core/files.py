@@ -1,4 +1,4 @@
-"""Files: strict JSONL in, atomic writes out.
+"""Files: atomic writes. Reading is in ``core/text_files.py``.
 
 Everything that is written goes to a temporary name beside its target and is moved into place, so a
 killed process or a full disk never leaves half a file under the real name.
@@ -15,13 +15,13 @@ import os
 import shutil
 import sys
 import tempfile
-import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from nvembed.core.errors import DataError, UserError
+from nvembed.core.errors import UserError
+from nvembed.core.text_files import is_gzip
 
 # Of the folder that is being replaced, where two names cannot be exchanged in one step.
 _OLD = ".old"
@@ -179,7 +179,7 @@ def write_jsonl(path: str | Path, rows: Iterable[dict[str, Any]]) -> int:
     with (
         atomic_path(path) as temporary,
         open(temporary, "wb") as raw,
-        _text_writer(raw, gzipped=str(path).endswith(".gz")) as out,
+        _text_writer(raw, gzipped=is_gzip(path)) as out,
     ):
         for row in rows:
             out.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -196,68 +196,3 @@ def _text_writer(raw: io.BufferedWriter, *, gzipped: bool) -> Iterator[io.TextIO
         yield out
     finally:
         out.close()
-
-
-def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield ``(line number from 1, object)`` from JSONL or JSONL.gz, skipping blank lines.
-
-    Lines end at ``\\n`` only: texts may hold U+2028, on which ``str.splitlines`` splits too.
-
-    Raises:
-        DataError: the file is missing, is not UTF-8 or gzip, or a line is not a JSON object.
-    """
-    source = Path(path)
-    if not source.is_file():
-        raise DataError(
-            "no such file", where=str(source), hint="Check the path; relative paths start here"
-        )
-    number = 0
-    try:
-        with gzip.open(source, "rb") if source.suffix == ".gz" else open(source, "rb") as lines:
-            # Binary files split on the newline byte only, and decoding line by line names the line.
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield number, _parse_line(line, f"{source}:{number}")
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise DataError(
-            f"broken gzip file ({error})", where=str(source), hint="Copy or download it again"
-        ) from error
-    except OSError as error:
-        raise DataError(f"cannot read: {error.strerror or error}", where=str(source)) from error
-
-
-def parse_json(line: bytes, where: str) -> Any:
-    """Read one JSON value.
-
-    Args:
-        line: its UTF-8 bytes.
-        where: place of the line, for the error.
-
-    Raises:
-        DataError: it is not UTF-8 or not JSON.
-    """
-    try:
-        return json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise DataError("not UTF-8 text", where=where, expected="UTF-8 JSONL") from error
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"not valid JSON ({error.msg} at column {error.colno})",
-            where=where,
-            expected="one JSON object per line",
-        ) from error
-    except (ValueError, RecursionError) as error:  # integers of thousands of digits, deep nesting
-        raise DataError(
-            "numbers too long or nesting too deep", where=where, expected="one JSON object per line"
-        ) from error
-
-
-def _parse_line(line: bytes, where: str) -> dict[str, Any]:
-    value = parse_json(line, where)
-    if not isinstance(value, dict):
-        raise DataError(
-            f"a line holds {type(value).__name__}",
-            where=where,
-            expected="one JSON object per line",
-        )
-    return value

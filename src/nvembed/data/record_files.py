@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from nvembed.core.errors import DataError
-from nvembed.core.files import read_jsonl
+from nvembed.core.text_files import ending_of, read_jsonl
 
 MAX_PROBLEMS_SHOWN = 5
 _ROWS_AT_ONCE = 1024  # of Parquet: texts may be long
@@ -29,7 +29,7 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             )
         rows = (row for shard in shards for _, row in parquet_rows(shard))
         return enumerate(rows, start=1)
-    return parquet_rows(path) if path.suffix == ".parquet" else read_jsonl(path)
+    return parquet_rows(path) if ending_of(path) == ".parquet" else read_jsonl(path)
 
 
 def shard_files(folder: Path) -> list[Path]:

@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Literal
 
 from nvembed.core.errors import DataError
-from nvembed.core.files import read_jsonl, write_jsonl
+from nvembed.core.files import write_jsonl
+from nvembed.core.text_files import read_jsonl
 from nvembed.demo.docstrings import describe
 from nvembed.demo.split import module_name
 

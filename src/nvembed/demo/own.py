@@ -15,6 +15,7 @@ from pathlib import Path
 
 from nvembed.core.errors import DataError, UserError
 from nvembed.core.files import write_jsonl
+from nvembed.core.text_files import check_ending
 from nvembed.demo.harvest import DocEntry, harvest_roots
 
 
@@ -53,6 +54,7 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     source, output = map(Path, arguments)
     try:
+        check_ending(output, (".jsonl",), packed=True)
         count = write_documents(source, output)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

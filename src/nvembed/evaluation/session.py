@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 from nvembed.core.errors import ConfigError
 from nvembed.core.files import write_json
 from nvembed.core.runs import describe_environment
+from nvembed.core.text_files import check_ending
 from nvembed.evaluation.cached import CachedEncoder
 from nvembed.evaluation.items import items_folder, keep_items, write_items
 from nvembed.evaluation.results import TaskResult, read_results, write_results
@@ -135,6 +136,7 @@ def run_session(
         ConfigError: the output holds results of another model, revision or instruction.
         ModelError: the model cannot be loaded or its vectors cannot be used.
     """
+    check_ending(settings.output, (".json",))
     if settings.output.is_dir():
         raise ConfigError("is a folder", where=str(settings.output), expected="a file name")
     jobs: dict[str, LocalTask | AbsTask] = {task.name: task for task in local}

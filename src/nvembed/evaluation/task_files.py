@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nvembed.core.errors import DataError
-from nvembed.core.files import read_jsonl
+from nvembed.core.text_files import read_jsonl
 
 _SHOWN_PROBLEMS = 10
 _QRELS_HEADER = ["query-id", "corpus-id", "score"]

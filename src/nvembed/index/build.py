@@ -6,10 +6,7 @@ same files therefore goes on where it was killed.
 
 from __future__ import annotations
 
-import json
-import math
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -20,21 +17,19 @@ from numpy.typing import NDArray
 
 from nvembed.core.errors import ConfigError, DataError
 from nvembed.core.progress import progress
-from nvembed.data.sources.rows import BadRow
+from nvembed.core.text_files import check_folder_name, open_text_file
+from nvembed.data.sources.config import Column
+from nvembed.data.sources.rows import BadRow, Table
 from nvembed.index.database import ANN_ABOVE, Database, is_database, text_hash, writing
+from nvembed.index.fields import same
 from nvembed.index.record import first_dimensions, new_record, recorded_encoder
-from nvembed.index.where import FieldType
+from nvembed.index.window_types import WindowTypes
 from nvembed.inference.encoding import WINDOW_TEXTS, encode_window
 from nvembed.inference.load import load_encoder
 from nvembed.inference.protocol import Encoder, prompts_of
 from nvembed.inference.reading import Document, Skipped, read_documents
 from nvembed.model.settings import PrecisionChoice
 from nvembed.text.instructions import read_task
-
-_RESERVED = {"id", "_id", "text", "text_hash", "vector"}
-_NAME = re.compile(r"[^\W_][\w -]*", re.ASCII)
-_TABLE_PLACE = re.compile(r"\.[ct]sv(\.gz)?:\d+$")
-_NUMBER = re.compile(r"[-+]?(0|[1-9]\d*)(\.\d+)?([eE][-+]?\d+)?")
 
 
 @dataclass
@@ -49,6 +44,7 @@ class IndexReport:
         deleted: documents removed.
         total: documents in the database now.
         skipped: lines left out.
+        absent_fields: fields to keep that no document has.
     """
 
     added: int = 0
@@ -58,6 +54,7 @@ class IndexReport:
     deleted: int = 0
     total: int = 0
     skipped: Skipped = field(default_factory=Skipped)
+    absent_fields: set[str] = field(default_factory=set)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,15 +62,14 @@ class IndexOptions:
     """How documents are read and kept.
 
     Attributes:
-        text_key: key of the text, see ``read_documents``.
-        id_key: key of the id; a document without one is named by its text.
+        columns: where text and id are found, see ``read_documents``; a document without an id is
+            named by its text.
         fields: keys to keep for filters; None keeps all.
         keep_going: leave bad lines out and count them.
         ann_above: number of documents from which on search is approximate.
     """
 
-    text_key: str | None = None
-    id_key: str | None = None
+    columns: Mapping[str, Column] | None = None
     fields: tuple[str, ...] | None = None
     keep_going: bool = False
     ann_above: int = ANN_ABOVE
@@ -108,7 +104,8 @@ def index_documents(
         ModelError: another model than the database's.
     """
     options = options or IndexOptions()
-    report = IndexReport()
+    check_folder_name(path)
+    report = IndexReport(absent_fields=set(options.fields or ()) if documents else set())
     if not is_database(path) and (model is None or not documents):
         missing = "documents" if model is not None else "a model"
         raise ConfigError(f"a new database needs {missing}", where=str(path))
@@ -128,8 +125,7 @@ def index_documents(
         if encoder is not None:
             read = read_documents(
                 documents,
-                text_key=options.text_key,
-                id_key=options.id_key,
+                columns=options.columns,
                 keep_going=options.keep_going,
                 skipped=report.skipped,
             )
@@ -170,13 +166,12 @@ class _Writer:
     def _write_window(self, window: list[Document]) -> None:
         rows = self._checked(window)
         known = {row["id"]: row for row in self.database.get("id", list(rows))}
-        fields = self.database.fields
         new: list[str] = []
         for id, (text, values) in rows.items():
             old = known.get(id)
             if old is None:
                 self.report.added += 1
-            elif old["text"] == text and all(old[n] == values.get(n) for n in fields):
+            elif old["text"] == text and same(old["fields"], values):
                 self.report.unchanged += 1
                 continue
             else:
@@ -189,44 +184,51 @@ class _Writer:
 
     def _checked(self, window: list[Document]) -> dict[str, tuple[str, dict[str, Any]]]:
         """Check fields and make new columns; of several documents with one id the last counts."""
-        known = self.database.fields
-        kept = [(doc, self._named(doc)) for doc in window]
-        # CSV holds texts only: a column of numbers is one whose every value here is a number.
-        words = {
-            name
-            for doc, values in kept
-            if _TABLE_PLACE.search(doc.place)
-            for name, value in values.items()
-            if value and not _NUMBER.fullmatch(value)
-        }
+        before = self.database.fields
+        types = WindowTypes(before)
+        named = [(doc, self._named(doc)) for doc in window]
+        types.read_tables([(doc.table, values) for doc, values in named if doc.table])
+        # Types get wider while rows are read, so values are converted when all are known.
+        taken = [one for one in named if self._usable(one[0], types.take, one[1])]
         rows: dict[str, tuple[str, dict[str, Any]]] = {}
-        for doc, named in kept:
-            values = named
-            if _TABLE_PLACE.search(doc.place):
-                values = {
-                    name: _from_table(value, known.get(name, "text" if name in words else "number"))
-                    for name, value in named.items()
-                }
-            try:
-                plain = {name: _plain(name, value, doc.place) for name, value in values.items()}
-                _check_types(plain, known, doc.place)
-            except DataError as error:
-                if not self.options.keep_going:
-                    raise
-                self.report.skipped.add(BadRow(doc.place, error.message))
-                continue
-            known |= {n: _type(v) for n, v in plain.items() if v is not None and n not in known}
-            id = doc.id if doc.id is not None else text_hash(doc.text)
-            rows.pop(id, None)
-            rows[id] = (doc.text, {n: v for n, v in plain.items() if v is not None})
-        there = self.database.fields
-        self.database.add_fields({n: kind for n, kind in known.items() if n not in there})
+        kept: dict[str, Any] = {}
+
+        def convert(values: dict[str, Any], table: Table | None) -> None:
+            kept.update(types.kept(values, table))
+
+        for doc, values in taken:
+            kept = {}
+            if self._usable(doc, convert, values):
+                id = doc.id if doc.id is not None else text_hash(doc.text)
+                rows.pop(id, None)
+                rows[id] = (doc.text, kept)
+        for name, type in types.found.items():
+            if name in before and type != before[name]:
+                self.database.widen(name, type)
+        self.database.add_fields({n: type for n, type in types.found.items() if n not in before})
         return rows
+
+    def _usable(
+        self, doc: Document, check: Callable[[dict[str, Any], Table | None], None], values: Any
+    ) -> bool:
+        """Check the fields of a document; count it where it is to be left out."""
+        try:
+            check(values, doc.table)
+        except DataError as error:
+            if not self.options.keep_going:
+                raise DataError(
+                    error.message, where=doc.place, expected=error.expected, hint=error.hint
+                ) from error
+            self.report.skipped.add(BadRow(doc.place, error.message))
+            return False
+        return True
 
     def _named(self, doc: Document) -> dict[str, Any]:
         wanted = self.options.fields
-        names = [n for n in doc.metadata if wanted is None or n in wanted]
-        return {name: doc.metadata[name] for name in names}
+        if wanted is None:
+            return doc.metadata
+        self.report.absent_fields -= doc.metadata.keys()
+        return {name: doc.metadata[name] for name in wanted if name in doc.metadata}
 
     def _vectors(self, texts: list[str]) -> NDArray[np.float32]:
         """Vectors ``(N, D)``: from the database where it has the text, else once from the model."""
@@ -242,65 +244,15 @@ class _Writer:
         return np.stack([found[key] for key in hashes])
 
 
-def _from_table(value: str, kind: FieldType) -> Any:
-    if value == "":
-        return None
-    if kind == "number" and _NUMBER.fullmatch(value):
-        return float(value)
-    if kind == "boolean" and value.lower() in ("true", "false"):
-        return value.lower() == "true"
-    return value
-
-
-def _plain(name: str, value: Any, place: str) -> str | float | bool | None:
-    """Bring a value to one of the column types; lists and objects become their JSON."""
-    if name in _RESERVED or not _NAME.fullmatch(name):
-        raise DataError(
-            f"a field cannot be called {name!r}",
-            where=place,
-            expected="a letter or digit, then letters, digits, _, - and spaces",
-            hint="--fields names those to keep",
-        )
-    if value is None or isinstance(value, bool | str):
-        return value
-    if isinstance(value, int | float):
-        try:
-            number = float(value)
-        except OverflowError:
-            number = math.inf
-        if not math.isfinite(number) or number != value:
-            raise DataError(
-                f'"{name}" is a number that 64 bits do not hold', where=place, expected="a text"
-            )
-        return number
-    return json.dumps(value, ensure_ascii=False, sort_keys=True, default=str)
-
-
-def _type(value: str | float | bool) -> FieldType:
-    if isinstance(value, bool):
-        return "boolean"
-    return "text" if isinstance(value, str) else "number"
-
-
-def _check_types(values: dict[str, Any], known: dict[str, FieldType], place: str) -> None:
-    for name, value in values.items():
-        if value is not None and known.get(name, _type(value)) != _type(value):
-            raise DataError(
-                f'"{name}" is a {_type(value)}, in the documents before it a {known[name]}',
-                where=place,
-                hint="Make them alike, or keep other fields only with --fields",
-            )
-
-
 def read_ids(path: Path) -> list[str]:
     """Read a file of ids, one per line; empty lines are passed over.
 
     Raises:
         DataError: it is not there or not UTF-8 text.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise DataError(f"cannot be read ({reason})", where=str(path)) from error
+    with open_text_file(path) as file:
+        try:
+            lines = file.read().decode("utf-8").split("\n")
+        except UnicodeDecodeError as error:
+            raise DataError("not UTF-8 text", where=str(path)) from error
     return [id for line in lines if (id := line.strip())]

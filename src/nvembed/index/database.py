@@ -1,7 +1,8 @@
 """The database: one Lance table of documents, their fields and their vectors.
 
 Every change is one version of the table, so a process that is killed leaves the version before it.
-Columns: ``id``, ``text``, ``text_hash``, ``vector`` ``(D,)`` of length 1, and a column per field.
+Columns: ``id``, ``text``, ``text_hash``, ``vector`` ``(D,)`` of length 1, and a column per field,
+of its Arrow type (``index/fields.py``).
 Next file: ``index/search.py``.
 """
 
@@ -9,9 +10,10 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -25,19 +27,25 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from nvembed.core.errors import ConfigError, DataError
+from nvembed.index.fields import (
+    JSON,
+    column_name,
+    field_name,
+    to_column,
+    to_json,
+    type_of_column,
+)
+from nvembed.index.literals import sql_type
 from nvembed.index.record import DatabaseRecord
-from nvembed.index.where import FieldType, where_sql
+from nvembed.index.where import where_sql
 
 TABLE = "documents"
 LOCK = ".lock"
 ANN_ABOVE = 50_000  # documents; measured in benchmarks/index_scale.py
 _KEY = b"nvembed"
 _OWN = ("id", "text", "text_hash", "vector")
-_TYPES: dict[FieldType, pa.DataType] = {
-    "text": pa.string(),
-    "number": pa.float64(),
-    "boolean": pa.bool_(),
-}
+# Whole numbers up to here are floats as well.
+_EXACT = 2**53
 # Old versions are kept for readers that are in the middle of one.
 _KEPT = timedelta(minutes=10)
 
@@ -123,30 +131,80 @@ class Database:
         return cls(path, table, record)
 
     @property
-    def fields(self) -> dict[str, FieldType]:
-        """The fields of the documents and what they hold."""
-        by_type = {arrow: name for name, arrow in _TYPES.items()}
-        return {f.name: by_type[f.type] for f in self._table.schema if f.name not in _OWN}
+    def fields(self) -> dict[str, pa.DataType]:
+        """The fields of the documents and their types."""
+        return {name: type_of_column(column) for name, column in self._columns().items()}
 
     @property
-    def filterable(self) -> dict[str, FieldType]:
+    def filterable(self) -> dict[str, pa.DataType]:
         """What a filter may name: the fields, ``id`` and ``text``."""
-        return {"id": "text", "text": "text", **self.fields}
+        return {"id": pa.string(), "text": pa.string(), **self.fields}
+
+    def _columns(self) -> dict[str, pa.Field]:
+        """The column of each field: of several generations the last."""
+        found: dict[str, tuple[int, pa.Field]] = {}
+        for column in self._table.schema:
+            if column.name not in _OWN:
+                name, generation = field_name(column.name)
+                if name not in found or found[name][0] < generation:
+                    found[name] = (generation, column)
+        return {name: column for name, (_, column) in found.items()}
 
     def count(self, where: str | None = None) -> int:
         """Number of documents, of those that a filter lets through."""
         return int(self._table.count_rows(self._sql(where)))
 
-    def add_fields(self, fields: dict[str, FieldType]) -> None:
-        """Give all documents new fields, empty so far."""
-        if fields:
-            self._table.add_columns(pa.schema([(n, _TYPES[kind]) for n, kind in fields.items()]))
+    def add_fields(self, fields: dict[str, pa.DataType]) -> None:
+        """Give all documents new fields, empty so far.
+
+        Raises:
+            DataError: the engine has no columns of such a type.
+        """
+        if not fields:
+            return
+        try:
+            self._table.add_columns(pa.schema([to_column(n, type) for n, type in fields.items()]))
+        except (RuntimeError, ValueError, OSError) as error:
+            shown = ", ".join(f"{name} ({type})" for name, type in fields.items())
+            raise DataError(
+                f"fields cannot be added ({str(error).splitlines()[0][:120]}): {shown}",
+                where=str(self.path),
+                hint="--fields names those to keep",
+            ) from error
+
+    def widen(self, name: str, type: pa.DataType) -> None:
+        """Give a field a type with more room, in one version of the table.
+
+        Raises:
+            DataError: whole numbers that it has are too long for the fractions it is to hold.
+        """
+        old = self._columns()[name]
+        if pa.types.is_integer(old.type) and pa.types.is_floating(type):
+            beyond = f"`{old.name}` > {_EXACT}"
+            if pa.types.is_signed_integer(old.type):
+                beyond += f" OR `{old.name}` < -{_EXACT}"
+            if old.type.bit_width == 64 and self._table.count_rows(beyond):
+                raise DataError(
+                    f'"{name}" holds whole numbers beyond 2^53, and now fractions',
+                    where=str(self.path),
+                    expected="numbers that 64 bits hold together, or texts",
+                )
+        new = column_name(name, field_name(old.name)[1] + 1)
+        self._table.add_columns({new: f"arrow_cast(`{old.name}`, '{sql_type(type)}')"})
+        self._drop_former()
+
+    def _drop_former(self) -> None:
+        """Drop columns that stand for nothing any more, also of a process that was killed."""
+        current = {column.name for column in self._columns().values()}
+        former = [n for n in self._table.schema.names if n not in current and n not in _OWN]
+        if former:
+            self._table.drop_columns(former)
 
     def upsert(
         self,
         ids: Sequence[str],
         texts: Sequence[str],
-        fields: Sequence[dict[str, Any]],
+        fields: Sequence[Mapping[str, Any]],
         vectors: NDArray[np.float32],
     ) -> None:
         """Write documents ``(N,)`` with vectors ``(N, D)``; those with a known id are replaced.
@@ -161,8 +219,12 @@ class Database:
                 pa.array(vectors.astype(np.float32).ravel()), self.record.dimension
             ),
         }
-        for name in self.fields:
-            columns[name] = [row.get(name) for row in fields]
+        self._drop_former()
+        for name, column in self._columns().items():
+            values = [row.get(name) for row in fields]
+            if type_of_column(column) == JSON:
+                values = [None if value is None else to_json(value) for value in values]
+            columns[column.name] = pa.array(values, column.type)
         rows = pa.table(columns, schema=self._table.schema)
         merge = self._table.merge_insert("id")
         merge.when_matched_update_all().when_not_matched_insert_all().execute(rows)
@@ -175,11 +237,16 @@ class Database:
         return before - self.count()
 
     def get(self, column: str, values: Sequence[str]) -> list[dict[str, Any]]:
-        """Documents by ``id`` or ``text_hash``, in no order, with everything that is kept."""
+        """Documents by ``id`` or ``text_hash``, in no order.
+
+        Returns:
+            of each ``id``, ``text``, ``text_hash``, ``vector`` ``(D,)``, and ``fields``: those that
+            it has.
+        """
         if not values:
             return []
         found = self._table.search().where(_is_in(column, values)).to_arrow()
-        return _rows(found)
+        return self._rows(found)
 
     def tidy(self, ann_above: int = ANN_ABOVE) -> None:
         """Make what searches need: indexes of ids and words, and of vectors where they are many.
@@ -223,7 +290,7 @@ class Database:
             query = query.nprobes(_PROBES).refine_factor(_REFINE)
         if where is not None:
             query = query.where(self._sql(where), prefilter=True)
-        return _rows(query.to_arrow())
+        return self._rows(query.to_arrow())
 
     def by_words(self, text: str, count: int, *, where: str | None) -> list[dict[str, Any]]:
         """Documents by BM25 (``_score``), best first, equal ones by id.
@@ -240,10 +307,33 @@ class Database:
         query = self._table.search(text, query_type="fts", fts_columns="text").limit(count)
         if where is not None:
             query = query.where(self._sql(where), prefilter=True)
-        return sorted(_rows(query.to_arrow()), key=lambda row: (-row["_score"], row["id"]))
+        return sorted(self._rows(query.to_arrow()), key=lambda row: (-row["_score"], row["id"]))
 
     def _sql(self, where: str | None) -> str | None:
-        return None if where is None else where_sql(where, self.filterable)
+        if where is None:
+            return None
+        columns = {name: column.name for name, column in self._columns().items()}
+        return where_sql(where, self.filterable, columns)
+
+    def _rows(self, found: pa.Table) -> list[dict[str, Any]]:
+        """Rows of an Arrow table; their vectors as arrays, their fields by name."""
+        flat = found["vector"].combine_chunks().flatten().to_numpy()
+        vectors = flat.reshape(found.num_rows, -1) if found.num_rows else []
+        fields = {name: c for name, c in self._columns().items() if c.name in found.column_names}
+        values = {name: _values(found[column.name], column) for name, column in fields.items()}
+        kept = [n for n in found.column_names if n in _OWN or n == "_score"]
+        rows = found.select([n for n in kept if n != "vector"]).to_pylist()
+        for number, (row, vector) in enumerate(zip(rows, vectors, strict=True)):
+            row["vector"] = vector
+            row["fields"] = {n: v[number] for n, v in values.items() if v[number] is not None}
+        return rows
+
+
+def _values(column: pa.ChunkedArray, kind: pa.Field) -> list[Any]:
+    values: list[Any] = column.to_pylist()
+    if type_of_column(kind) == JSON:
+        return [None if value is None else json.loads(value) for value in values]
+    return values
 
 
 _PROBES, _REFINE = 20, 4  # measured in benchmarks/index_scale.py
@@ -256,11 +346,3 @@ def _connect(path: Path) -> Any:
 def _is_in(column: str, values: Sequence[str]) -> str:
     quoted = ", ".join("'" + value.replace("'", "''") + "'" for value in values)
     return f"`{column}` IN ({quoted})"
-
-
-def _rows(found: Any) -> list[dict[str, Any]]:
-    """Rows of an Arrow table; their vectors as arrays."""
-    flat = found["vector"].combine_chunks().flatten().to_numpy()
-    vectors = flat.reshape(found.num_rows, -1) if found.num_rows else []
-    rows = found.drop_columns(["vector"]).to_pylist()
-    return [{**row, "vector": vector} for row, vector in zip(rows, vectors, strict=True)]

@@ -5,6 +5,7 @@ Nothing is fetched from elsewhere, and the page may load nothing from elsewhere 
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from importlib import resources
@@ -17,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from nvembed.core.errors import UserError
 from nvembed.index.database import Database
+from nvembed.index.fields import describe, plain
 from nvembed.index.search import Found, SearchOptions, find, map_of, query_vector
 from nvembed.index.where import MAX_CHARS
 from nvembed.inference.protocol import Encoder
@@ -93,7 +95,7 @@ def _about(database: Database) -> dict[str, Any]:
         "task": database.record.task,
         "approximate": database.approximate,
         "words": database.has_words,
-        "fields": database.filterable,
+        "fields": {name: describe(type) for name, type in database.filterable.items()},
         "tasks": {
             task.name: {"type": task.type, "instruction": task.instruction}
             for task in all_instructions().values()
@@ -125,13 +127,19 @@ def _search(
     }
 
 
+def _shown(value: Any) -> Any:
+    """A value that a browser does not change: it rounds whole numbers from 2^53 on."""
+    big = isinstance(value, int) and abs(value) >= 2**53
+    return value if isinstance(value, bool | int | float | str) and not big else json.dumps(value)
+
+
 def _hit(hit: Found, place: list[float]) -> dict[str, Any]:
     return {
         "rank": hit.rank,
         "id": hit.id,
         "text": hit.text[:_SHOWN_CHARS],
         "cut": len(hit.text) > _SHOWN_CHARS,
-        "fields": hit.fields,
+        "fields": {name: _shown(plain(value)) for name, value in hit.fields.items()},
         "cosine": hit.cosine,
         "words": hit.words,
         "fused": hit.fused,

@@ -47,7 +47,7 @@ class Found:
         rank: from 1.
         id: of the document.
         text: its text.
-        fields: those that it has.
+        fields: those that it has, as values of their Arrow types.
         cosine: between its vector and the query's.
         words: BM25 of its text; None where it was not among the candidates by words.
         fused: the score that ranks a hybrid search; None of one by vector.
@@ -57,7 +57,7 @@ class Found:
     rank: int
     id: str
     text: str
-    fields: dict[str, str | float | bool]
+    fields: dict[str, Any]
     cosine: float
     words: float | None
     fused: float | None
@@ -114,13 +114,12 @@ def find(
     nearest = sorted((row["id"] for row in near), key=lambda id: (-cosines[id], id))
     fused = _fused(nearest, list(words)) if options.hybrid else {}
     order = sorted(rows, key=lambda id: (-(fused or cosines)[id], id))[: options.top_k]
-    names = list(database.fields)
     return [
         Found(
             rank=rank,
             id=id,
             text=rows[id]["text"],
-            fields={n: rows[id][n] for n in names if rows[id].get(n) is not None},
+            fields=rows[id]["fields"],
             cosine=cosines[id],
             words=words.get(id),
             fused=fused.get(id),

@@ -9,8 +9,7 @@ where the lines have them. Memory is bounded by a window of texts, not by the fi
 from __future__ import annotations
 
 import shutil
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +22,8 @@ import numpy as np
 from nvembed.core.errors import ConfigError, DataError
 from nvembed.core.files import tidy, write_json
 from nvembed.core.progress import progress
+from nvembed.core.text_files import STDIN, STDIN_NAME, ending_of, stdin_bytes
+from nvembed.data.sources.config import Column
 from nvembed.inference.encoding import Side, Way
 from nvembed.inference.fingerprint import model_fingerprint
 from nvembed.inference.load import load_encoder
@@ -38,7 +39,7 @@ from nvembed.inference.outputs import (
 from nvembed.inference.parts import Tally, Window, make_here, windows
 from nvembed.inference.processes import Worker, make_by_processes
 from nvembed.inference.protocol import Encoder
-from nvembed.inference.reading import STDIN, Document, Skipped, input_files, read_documents
+from nvembed.inference.reading import Document, Skipped, input_files, read_documents
 from nvembed.model.settings import LongTexts, PrecisionChoice
 
 Engine = Literal["local", "ray"]
@@ -73,10 +74,9 @@ def encode_file(
     output: Path,
     *,
     task: str | None,
-    field: str | None = None,
+    columns: Mapping[str, Column] | None = None,
     dtype: PrecisionChoice | None = None,
     form: OutputFormat | None = None,
-    id_field: str | None = None,
     keep_going: bool = False,
     long: LongTexts | None = None,
     processes: int = 1,
@@ -95,11 +95,10 @@ def encode_file(
             file or ``.lance`` table with the columns ``id`` (the place of a text without one) and
             ``embedding``.
         task: with an instruction the texts are queries, without they are documents.
-        field: key of the text; ``None`` is ``text`` with the title in front.
+        columns: where ``text`` and ``id`` are found, see ``read_documents``.
         dtype: of the model's weights, see ``load_encoder``.
         form: of the vectors; ``None`` is all dimensions in float32. The ranges of 8-bit numbers go
             to ``<output>.ranges.npy``.
-        id_field: key of the id; ``None`` is ``_id`` or ``id``.
         keep_going: leave lines out that cannot be used, and count them.
         long: what becomes of texts beyond the model's limit. Late chunking writes a vector per
             chunk, with the ids ``id#0``, ``id#1`` …, and the characters of each: in
@@ -123,15 +122,15 @@ def encode_file(
         raise ConfigError("other processes load the model by its name", expected="a name")
     with ExitStack() as stack:
         skipped = Skipped()
-        paths = [stack.enter_context(_spooled()) if str(p) == STDIN else p for p in paths]
+        stdin = stack.enter_context(_spooled()) if STDIN in map(str, paths) else None
         # Ids only: the texts are read again, window by window.
         documents = partial(
-            read_documents, paths, text_key=field, id_key=id_field, keep_going=keep_going
+            read_documents, paths, columns=columns, keep_going=keep_going, stdin=stdin
         )
         with_ids, names = _names(documents(skipped=skipped))
         if not names:
-            where = ", ".join(map(str, paths))
-            raise DataError("the file holds no texts", where=where, expected=_expected(field))
+            names = [STDIN_NAME if str(path) == STDIN else str(path) for path in paths]
+            raise DataError("the file holds no texts", where=", ".join(names))
         side: Side = "document" if task is None else "query"
         job = _Job(documents, len(names), Way(side, task, form.truncate_dim, long))
         folder = output.with_name(f"{output.name}.parts")
@@ -168,7 +167,7 @@ def _names(documents: Iterator[Document]) -> tuple[bool, list[str]]:
             raise DataError(
                 "this line has no id, others have" if with_ids else "only some lines have an id",
                 where=document.place,
-                expected='"_id" or "id" on every line or on none',
+                expected="an id on every line or on none",
             )
         names.append(document.place if document.id is None else document.id)
     return bool(with_ids), names
@@ -226,7 +225,7 @@ def _write_beside(
     for path in paths.values():
         path.unlink(missing_ok=True)
     written = {}
-    if output.suffix not in TABLES:
+    if ending_of(output) not in TABLES:
         if with_ids or parts.chunked:
             write_json(paths["ids"], parts.names)
             written["ids"] = paths["ids"]
@@ -247,16 +246,8 @@ def _folder_for_now(output: Path) -> Iterator[Path]:
 
 @contextmanager
 def _spooled() -> Iterator[Path]:
-    """Stdin as a file, since the input is read twice."""
-    stream = sys.stdin.buffer
-    beginning = stream.read(1 << 16)
-    ending = ".jsonl" if beginning.lstrip().startswith(b"{") else ".txt"
-    with NamedTemporaryFile(prefix="stdin-", suffix=ending) as file:
-        file.write(beginning)
+    """Standard input as a file, since the input is read twice."""
+    with NamedTemporaryFile(prefix="stdin-") as file, stdin_bytes() as stream:
         shutil.copyfileobj(stream, file)
         file.flush()
         yield Path(file.name)
-
-
-def _expected(field: str | None) -> str:
-    return f'{{"{field or "text"}": text}} on every line'

@@ -17,12 +17,14 @@ from numpy.typing import NDArray
 
 from nvembed.core.errors import ConfigError, UserError
 from nvembed.core.files import atomic_folder, atomic_path
+from nvembed.core.text_files import check_ending, ending_of
 from nvembed.inference.parts import Part, read_counts, read_part
 from nvembed.inference.protocol import unit_rows
 
 OutputPrecision = Literal["float32", "int8", "uint8", "binary"]
 
 TABLES = (".parquet", ".lance")
+OUTPUTS = (".npy", *TABLES)
 _IN_LANCE = "vectors"
 
 
@@ -87,11 +89,12 @@ def check_output(output: Path, precision: OutputPrecision) -> None:
     """Refuse an output that could not be written, before anything is computed.
 
     Raises:
-        ConfigError: a table of numbers that are not float32, or something else in the place of a
-            Lance table.
+        ConfigError: an ending that says no format, a table of numbers that are not float32, or
+            something else in the place of a Lance table.
         UserError: the library of the format is not installed.
     """
-    kind = output.suffix
+    check_ending(output, OUTPUTS)
+    kind = ending_of(output)
     if kind in TABLES and precision != "float32":
         name = "Parquet" if kind == ".parquet" else "Lance"
         raise ConfigError(
@@ -111,12 +114,12 @@ def write_vectors(parts: Parts, output: Path, precision: OutputPrecision) -> Non
     Raises:
         UserError: no space, no permission.
     """
-    if output.suffix == ".lance":
+    if ending_of(output) == ".lance":
         with atomic_folder(output) as folder:
             _write_lance(parts, folder)
         return
     with atomic_path(output) as temporary:
-        if output.suffix == ".parquet":
+        if ending_of(output) == ".parquet":
             _write_parquet(parts, temporary)
         else:
             _write_npy(parts, temporary, precision)

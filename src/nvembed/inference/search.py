@@ -8,6 +8,7 @@ the same file costs one short encode.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,11 +17,12 @@ from numpy.typing import NDArray
 
 from nvembed.core.errors import ConfigError, DataError, UserError
 from nvembed.core.files import atomic_path
+from nvembed.data.sources.config import Column
 from nvembed.inference.encoding import encode_texts, encode_window
 from nvembed.inference.fingerprint import model_fingerprint
 from nvembed.inference.load import load_encoder
 from nvembed.inference.protocol import Encoder
-from nvembed.inference.reading import STDIN, Document, input_files, read_documents
+from nvembed.inference.reading import Document, read_documents
 from nvembed.model.settings import PrecisionChoice
 
 CACHE_FOLDER = Path("~/.cache/nvembed/search")
@@ -43,6 +45,7 @@ def search_file(
     *,
     task: str | None,
     top_k: int,
+    columns: Mapping[str, Column] | None = None,
     dtype: PrecisionChoice | None = None,
     cache: Path | None = CACHE_FOLDER,
 ) -> list[Hit]:
@@ -55,6 +58,7 @@ def search_file(
         query: what to look for.
         task: the query's instruction; ``None`` is no instruction.
         top_k: number of hits, at least 1; fewer come back from a smaller file.
+        columns: where text and id are found, see ``read_documents``.
         dtype: of the weights, see ``load_encoder``.
         cache: folder of the cached vectors, ``None`` keeps none. Nothing is ever removed from it.
 
@@ -70,13 +74,13 @@ def search_file(
         raise ConfigError("the query is empty", where="query", expected="a text")
     if top_k < 1:
         raise ConfigError(f"{top_k} hits asked for", where="top_k", expected="at least 1")
-    rows = list(read_documents([documents], keep_going=None))
+    rows = list(read_documents([documents], columns=columns, keep_going=None))
     if not rows:
         raise DataError("the file holds no texts", where=str(documents))
     encoder = load_encoder(model, dtype) if isinstance(model, str) else model
     cached = None
-    if cache is not None and isinstance(model, str) and str(documents) != STDIN:
-        cached = cache.expanduser() / f"{_cache_key(model, dtype, documents)}.npy"
+    if cache is not None and isinstance(model, str):
+        cached = cache.expanduser() / f"{_cache_key(model, dtype, rows)}.npy"
     query_vector = encode_window(encoder, [query], side="query", task=task)[0]
     vectors = _document_vectors(encoder, rows, cached)
     scores = vectors @ query_vector
@@ -117,11 +121,10 @@ def _write_cached(path: Path, vectors: NDArray[np.float32]) -> None:
         return  # a home folder that cannot be written must not stop a search
 
 
-def _cache_key(model: str, dtype: PrecisionChoice | None, documents: Path) -> str:
-    """Name the vectors of a file: by the file's contents and by what the model folder holds."""
+def _cache_key(model: str, dtype: PrecisionChoice | None, rows: Sequence[Document]) -> str:
+    """Name the vectors of texts: by these, in order, and by what the model folder holds."""
     digest = hashlib.sha256(model_fingerprint(model, dtype).encode())
-    for path in input_files([documents]):
-        digest.update(path.suffix.encode())  # says how the contents are read
-        with open(path, "rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+    for row in rows:
+        content = row.text.encode()
+        digest.update(len(content).to_bytes(8, "little") + content)
     return digest.hexdigest()

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from nvembed.core.errors import ConfigError
-from nvembed.core.files import read_jsonl, tidy, write_json, write_jsonl
+from nvembed.core.files import tidy, write_json, write_jsonl
+from nvembed.core.text_files import check_ending, ending_of, read_jsonl
 from nvembed.data.convert import POSITIVE_SCORE
 from nvembed.data.records import Kind, PairRecord, Record, StsRecord, read_records
 from nvembed.inference.protocol import Encoder
@@ -355,12 +356,11 @@ def _check_request(
     sources = [path.resolve() for path in (input, documents) if path is not None]
     if output.resolve() in sources:
         raise ConfigError("output and input are the same file", where=str(output))
-    if output.suffix == ".parquet":
-        raise ConfigError("output is written as JSONL", where=str(output), expected=".jsonl[.gz]")
+    check_ending(output, (".jsonl",), packed=True)
 
 
 def _output_rows(input: Path, mined: Iterable[PairRecord | StsRecord]) -> Iterator[dict[str, Any]]:
-    if input.suffix == ".parquet":
+    if ending_of(input) == ".parquet":
         yield from (record.to_json() for record in mined)
         return
     for (_, row), record in zip(read_jsonl(input), mined, strict=True):

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from nvembed.core.errors import ConfigError, ModelError
 from nvembed.core.files import atomic_folder, write_json, write_text
+from nvembed.core.text_files import check_folder_name
 from nvembed.model.adapters import merge_lora
 from nvembed.model.backbone import Backbone
 from nvembed.model.card import model_card
@@ -54,9 +55,10 @@ def export_folder(
         max_shard_bytes: size of a weight file of the official layout.
 
     Raises:
-        ConfigError: ``to`` holds something.
+        ConfigError: ``to`` holds something, or is called like a file.
         ModelError: the model cannot be loaded, or not be expressed in that format.
     """
+    check_folder_name(to)
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise ConfigError(
             "something is there already",

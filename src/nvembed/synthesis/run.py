@@ -25,6 +25,7 @@ from typing import Any
 from nvembed.building.duplicates import NearDuplicates
 from nvembed.core.files import tidy, write_json, write_jsonl
 from nvembed.core.progress import progress
+from nvembed.core.text_files import check_folder_name
 from nvembed.data.records import PairRecord
 from nvembed.synthesis.answers import TaskList, WrittenExample
 from nvembed.synthesis.asking import Asker, Request
@@ -88,6 +89,7 @@ def synthesize(config: SynthesisConfig, folder: Path) -> Summary:
         ConfigError: the folder holds a synthesis with other settings; the key cannot be used.
         EndpointError: the endpoint refuses requests or is gone; what was answered is kept.
     """
+    check_folder_name(folder)
     key = read_key(config.key_variable)
     if folder.is_dir():
         for name in (TASKS, EXAMPLES, REJECTS, SUMMARY):

@@ -14,7 +14,8 @@ from nvembed.building import one_set
 from nvembed.cli.main import run
 from nvembed.core.config import load_config
 from nvembed.core.errors import DataError, SourceError
-from nvembed.core.files import alone_in, read_jsonl, write_jsonl
+from nvembed.core.files import alone_in, write_jsonl
+from nvembed.core.text_files import read_jsonl
 from nvembed.data.records import LabelRecord, PairRecord, StsRecord, read_records
 from nvembed.data.sources import BadRow, Converted, DatasetConfig, OpenedDataset
 from nvembed.mining.config import MiningConfig

@@ -11,7 +11,8 @@ import pytest
 import yaml
 
 from nvembed.cli.main import run
-from nvembed.core.files import read_jsonl, write_jsonl
+from nvembed.core.files import write_jsonl
+from nvembed.core.text_files import read_jsonl
 from nvembed.model.embedder import NVEmbed
 from task_folders import write_task
 
@@ -181,6 +182,15 @@ def test_index_and_search_of_a_database(place, tiny_decoder_dir, capsys):
         f"{rank:>3}  {scores[i]:.4f}  [d{i}]  {' '.join(DOCUMENTS[i].split())}"
         for rank, i in enumerate(best, start=1)
     ]
+    assert run([*search, "--json", "--top-k", "1", "--where", "year = 2001"]) == 0
+    assert json.loads(capsys.readouterr().out) == {
+        "rank": 1,
+        "cosine": pytest.approx(float(scores[1]), abs=1e-6),
+        "fused": None,
+        "id": "d1",
+        "text": DOCUMENTS[1],
+        "fields": {"year": 2001},
+    }
     assert run([*search, "--hybrid", "--top-k", "1"]) == 0
     assert (
         f"{1 / 61 + 1 / (61 + list(np.argsort(-scores)).index(1)):.4f}" in capsys.readouterr().out

@@ -26,8 +26,9 @@ ROWS = [
     {"id": "a", "text": "the moon turns around the earth", "year": 1999, "lang": "en"},
     {"id": "b", "text": "the moon is bright tonight", "year": 2010, "lang": "en"},
     {"id": EVIL, "text": EVIL, "year": 2020, "lang": EVIL},
-    {"id": "d", "text": "bread and soup", "year": 2021, "open": True},
-]
+    {"id": "d", "text": "bread and soup", "year": 2021, "open": True,
+     "size": 2**53 + 1, "extra": {"a": [1.5, None]}, "far": float("inf")},
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -74,13 +75,30 @@ def test_answers_are_those_of_the_search(address, database, hybrid):
     expected = search_database(database, encoder, "bright moon", options)
     assert [hit["id"] for hit in body["hits"]] == [hit.id for hit in expected]
     for hit, known in zip(body["hits"], expected, strict=True):
-        assert (hit["text"], hit["fields"]) == (known.text, known.fields)
+        assert hit["text"] == known.text
+        assert hit["fields"] == {"year": known.fields["year"], **hit["fields"]}
         assert hit["cosine"] == pytest.approx(known.cosine)
         assert (hit["words"], hit["fused"]) == (known.words, known.fused)
     query = query_vector(database, encoder, "bright moon", None)
     places = map_of(np.stack([query, *(hit.vector for hit in expected)]))
     np.testing.assert_allclose([body["query"], *(h["place"] for h in body["hits"])], places)
     assert body["passing"] == 3
+    written = {hit["id"]: hit["fields"] for hit in post(address, {"query": "soup"})[1]["hits"]}
+    assert written["a"] == {"year": 1999, "lang": "en"}
+    # A browser reads numbers as floats, and knows no endless ones.
+    assert written["d"] == {
+        "year": 2021,
+        "open": True,
+        "size": "9007199254740993",
+        "extra": '{"a": [1.5, null]}',
+        "far": "inf",
+    }
+    with urllib.request.urlopen(f"{address}/api/about") as answer:
+        about = json.loads(answer.read())
+    assert about["fields"] == {
+        "id": "text", "text": "text", "year": "number", "lang": "text", "open": "boolean",
+        "size": "number", "extra": "JSON value", "far": "number",
+    }  # fmt: skip
     other = post(address, {**asked, "task": "the moon"})[1]
     assert other["hits"][0]["cosine"] != body["hits"][0]["cosine"]
 

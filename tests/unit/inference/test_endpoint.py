@@ -16,7 +16,8 @@ import pytest
 from nvembed.cli.main import run
 from nvembed.core import http
 from nvembed.core.errors import ModelError
-from nvembed.core.files import read_jsonl, write_jsonl
+from nvembed.core.files import write_jsonl
+from nvembed.core.text_files import read_jsonl
 from nvembed.inference import endpoint
 from nvembed.inference.endpoint import EndpointEncoder
 from nvembed.inference.fake import HashEncoder

@@ -70,7 +70,9 @@ def test_windows_change_nothing_and_a_task_makes_queries(
     monkeypatch.setattr(parts, "WINDOW_TEXTS", 4)
     encoder = CountingEncoder()
     output = tmp_path / "out.npy"
-    done = encode_file(encoder, tmp_path / "in.jsonl", output, task="Find it", field="question")
+    done = encode_file(
+        encoder, tmp_path / "in.jsonl", output, task="Find it", columns={"text": "question"}
+    )
     assert encoder.calls == [("query", "Find it", n) for n in (4, 4, 2)]
     texts = [row["question"] for row in rows]
     assert np.array_equal(np.load(output), HashEncoder(32).encode_query(texts, task="Find it"))
@@ -90,7 +92,10 @@ def test_ids_of_an_earlier_run_do_not_stay(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        (['{"text": "a"}', '{"txt": "b"}'], r':2: no key "text" \(keys: "txt"\)'),
+        (
+            ['{"text": "a"}', '{"txt": "b"}'],
+            r':2: no column "text"; found: txt \(--column text=NAME',
+        ),
         (['{"text": "a"}', "", '{"text": " "}'], r':3: "text" is empty'),
         (['{"text": 3}'], r':1: "text" is not a text'),
         (['{"text": "\\ud800"}'], r":1: .*lone surrogate"),
@@ -192,8 +197,7 @@ def test_parquet_with_ids_and_bad_lines_left_out(tmp_path: Path) -> None:
         [tmp_path / "in.csv"],
         output,
         task=None,
-        field="body",
-        id_field="key",
+        columns={"text": "body", "id": "key"},
         keep_going=True,
     )
     assert done.skipped is not None

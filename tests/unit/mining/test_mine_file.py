@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from nvembed.core.errors import ConfigError, DataError
-from nvembed.core.files import read_jsonl, write_jsonl
+from nvembed.core.files import write_jsonl
+from nvembed.core.text_files import read_jsonl
 from nvembed.data.records import PairRecord, read_records
 from nvembed.inference.fake import HashEncoder
 from nvembed.mining.config import MiningConfig
@@ -99,7 +100,7 @@ def test_parquet_input(tmp_path: Path) -> None:
     mine_file(tmp_path / "in.parquet", tmp_path / "out.jsonl", HashEncoder(), CONFIG)
     mined = read_records(tmp_path / "out.jsonl", "retrieval")
     assert [record.query for record in mined] == [row["query"] for row in ROWS]
-    with pytest.raises(ConfigError, match="written as JSONL"):
+    with pytest.raises(ConfigError, match=r"ends in \.jsonl"):
         mine_file(tmp_path / "in.parquet", tmp_path / "out.parquet", HashEncoder(), CONFIG)
 
 

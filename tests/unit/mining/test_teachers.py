@@ -12,7 +12,8 @@ import pytest
 from numpy.typing import NDArray
 
 from nvembed.core.errors import ConfigError, ModelError
-from nvembed.core.files import read_jsonl, write_jsonl
+from nvembed.core.files import write_jsonl
+from nvembed.core.text_files import read_jsonl
 from nvembed.data.records import PairRecord, read_records
 from nvembed.inference.fake import HashEncoder
 from nvembed.mining import rerank, teachers, vectors

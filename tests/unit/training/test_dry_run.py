@@ -12,8 +12,9 @@ import yaml
 from interruption import interrupt_after
 from nvembed.cli.main import run
 from nvembed.core.errors import ConfigError, TrainingError, UserError
-from nvembed.core.files import read_jsonl, write_jsonl
+from nvembed.core.files import write_jsonl
 from nvembed.core.seeding import derive_seed
+from nvembed.core.text_files import read_jsonl
 from nvembed.data.mixture import Mixture
 from nvembed.training import step, trainer
 from nvembed.training.config import TrainConfig

@@ -10,6 +10,9 @@ from nvembed.data.records import RowError
 from nvembed.data.sources.config import Column
 from nvembed.data.sources.rows import Table, Values
 
+# Columns that an id may have where nothing says which: BEIR, the usual one, Tevatron.
+ID_NAMES = ("_id", "id", "docid")
+
 MISSING = object()
 # What stands for the values of a column while columns are looked for without rows.
 UNKNOWN = object()
@@ -31,6 +34,11 @@ class Columns:
         """Whether the recipe says where the value is found."""
         return name in self._names
 
+    def taken(self, name: str) -> str:
+        """The column that the value is the whole of; its own name where it is a part or a join."""
+        column = self._names.get(name, name)
+        return column if isinstance(column, str) else name
+
     def find(self, values: Values, name: str) -> Any:
         """The value, ``MISSING`` where the row has no such column."""
         getter = self._getters.get(name)
@@ -44,7 +52,7 @@ class Columns:
         """
         value = self.find(values, name)
         if value is MISSING:
-            raise RowError(f"{self._no_column(name)}; found: {', '.join(values)}")
+            raise RowError(f"{self._no_column(name)}; found: {', '.join(values) or 'none'}")
         return value
 
     def check(self, table: Table, needed: tuple[str, ...]) -> None:
@@ -59,12 +67,13 @@ class Columns:
         asked = dict.fromkeys((*needed, *self._names))
         absent = [name for name in asked if self.find(stand_in, name) is MISSING]
         if absent:
+            example = table.columns[0] if table.columns else "NAME"
             raise SourceError(
                 " and ".join(self._no_column(name) for name in absent),
                 where=table.name,
                 expected=f"one of the columns found: {', '.join(table.columns)}",
                 hint="Say under `columns` what they are called there, as in "
-                f"`columns: {{{absent[0]}: {table.columns[0]}}}`",
+                f"`columns: {{{absent[0]}: {example}}}` or --column {absent[0]}={example}",
             )
 
     def _no_column(self, name: str) -> str:

@@ -15,6 +15,7 @@ from typing import IO, Any
 
 from nvembed.core.errors import SourceError
 from nvembed.core.seeding import derive_seed
+from nvembed.core.text_files import ending_of
 from nvembed.data.sources.config import HubLocation
 from nvembed.data.sources.files import open_file, open_stream
 from nvembed.data.sources.rows import BadRow, Row, Rows, Table
@@ -154,7 +155,7 @@ def _open_one(
     if local is not None:
         return open_file(local / file, header=header, quotes=quotes)
     name = f"{location.id}/{file}"
-    if location.streaming and not file.endswith(".parquet"):
+    if location.streaming and ending_of(file) != ".parquet":
         opened = open_stream(
             lambda: _stream(location, file, revision), name, header=header, quotes=quotes
         )

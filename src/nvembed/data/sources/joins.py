@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nvembed.data.records import RowError
-from nvembed.data.sources.columns import MISSING, Columns
+from nvembed.data.sources.columns import ID_NAMES, MISSING, Columns
 from nvembed.data.sources.config import DatasetConfig
 from nvembed.data.sources.layouts import number_in
 from nvembed.data.sources.rows import BadRow, Rows, Table, Values
@@ -49,7 +49,7 @@ class Keyed:
 
     table: Table
     columns: Columns
-    ids: tuple[str, ...] = ("_id", "id")
+    ids: tuple[str, ...] = ID_NAMES
     texts: tuple[str, ...] = ("title", "text")
 
     def check(self) -> None:

@@ -53,6 +53,7 @@ class Table:
         columns: names of the columns; None where every row has its own (JSON).
         textual: all values are texts (CSV and TSV), so numbers have to be read from them.
         revision: commit on the hub; None for files.
+        schema: the Arrow schema of Parquet; None of other files, whose values say what they are.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Table:
     columns: tuple[str, ...] | None = None
     textual: bool = False
     revision: str | None = None
+    schema: Any = None
 
 
 @dataclass

@@ -198,7 +198,7 @@ def test_missing_columns_of_csv_are_named_before_any_row(tmp_path: Path) -> None
     assert str(caught.value) == (
         f'{tmp_path}/a.csv: no column "question" for "query" and no column "answer" for '
         '"positive"; expected one of the columns found: Question, reply. Say under `columns` what '
-        "they are called there, as in `columns: {query: Question}`"
+        "they are called there, as in `columns: {query: Question}` or --column query=Question"
     )
     (tmp_path / "a.csv").write_text("a,a\nq,a\n")
     with pytest.raises(SourceError, match=r"a\.csv:1: columns share a name: a, a"):

@@ -1,0 +1,250 @@
+"""Opening and decoding what users give: gzip, byte order marks, lines, JSON, standard input.
+
+Every reader of the package starts here, so all commands agree on what a file is. A name says by its
+ending, in any case, what a file holds; text is UTF-8, with or without a byte order mark.
+"""
+
+from __future__ import annotations
+
+import codecs
+import gzip
+import io
+import json
+import sys
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from nvembed.core.errors import ConfigError, DataError
+
+STDIN = "-"  # as users write it
+STDIN_NAME = "standard input"  # as errors and places call it
+MAX_LINE = 64 * 2**20  # bytes
+
+_GZIP = b"\x1f\x8b"
+_OTHER_ENCODINGS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)
+_LOOKED_AT = 4  # bytes
+_FILES = (
+    *(".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".md", ".npy", ".npz", ".yaml"),
+    *(".onnx", ".safetensors", ".gguf", ".bin", ".pt", ".zip"),
+)
+
+
+def ending_of(name: str | Path) -> str:
+    """The ending that says what a file holds: in lower case, ``.gz`` passed over."""
+    path = Path(name)
+    return Path(path.stem).suffix.lower() if is_gzip(path) else path.suffix.lower()
+
+
+def is_gzip(name: str | Path) -> bool:
+    """Whether a name says that the file is compressed."""
+    return Path(name).suffix.lower() == ".gz"
+
+
+def check_ending(output: str | Path, endings: Sequence[str], *, packed: bool = False) -> None:
+    """Refuse a name for an output that says another format than it will have.
+
+    Args:
+        output: the file that is to be written.
+        endings: that say its format, in lower case.
+        packed: whether ``.gz`` may follow.
+
+    Raises:
+        ConfigError: it ends otherwise.
+    """
+    if ending_of(output) in endings and (packed or not is_gzip(output)):
+        return
+    also = " (also with .gz)" if packed else ""
+    raise ConfigError(
+        f"unknown kind of output {Path(output).name!r}",
+        where=str(output),
+        expected=f"a name that ends in {' or '.join(endings)}{also}",
+    )
+
+
+def check_folder_name(output: str | Path) -> None:
+    """Refuse the name of a file for a folder that is to be made.
+
+    Raises:
+        ConfigError: it ends like a file of data or of a model.
+    """
+    if not Path(output).is_dir() and (ending_of(output) in _FILES or is_gzip(output)):
+        raise ConfigError(
+            f"{Path(output).name!r} is the name of a file", where=str(output), expected="a folder"
+        )
+
+
+@contextmanager
+def open_bytes(opener: Callable[[], IO[bytes]], name: str) -> Iterator[io.BufferedReader]:
+    """Open UTF-8 bytes: decompressed, without the byte order mark.
+
+    Args:
+        opener: opens the bytes as they are stored; what it returns is closed at the end.
+        name: path or address for errors. A name that ends in ``.gz`` is decompressed; standard
+            input, which has no name, is where its first bytes are those of gzip.
+
+    Raises:
+        DataError: it cannot be opened or read, is broken gzip, or another encoding than UTF-8.
+    """
+    with _translated(name), ExitStack() as opened:
+        stream = _buffered(opened.enter_context(opener()))
+        beginning = stream.read(_LOOKED_AT)
+        stream = _rejoined(beginning, stream)
+        if is_gzip(name) or (name == STDIN_NAME and beginning.startswith(_GZIP)):
+            stream = _buffered(opened.enter_context(gzip.GzipFile(fileobj=stream)))
+            beginning = stream.read(_LOOKED_AT)
+            stream = _rejoined(beginning, stream)
+        if beginning.startswith(_OTHER_ENCODINGS) or b"\0" in beginning:
+            raise DataError(
+                "the text is UTF-16 or UTF-32",
+                where=name,
+                expected="UTF-8",
+                hint="Convert it: iconv -f UTF-16 -t UTF-8 FILE",
+            )
+        if beginning.startswith(codecs.BOM_UTF8):
+            stream.read(len(codecs.BOM_UTF8))
+        yield stream
+
+
+def open_text_file(path: str | Path) -> AbstractContextManager[io.BufferedReader]:
+    """Open a file of UTF-8 text: ``open_bytes`` of a path, or of standard input for ``-``.
+
+    Raises:
+        DataError: see ``open_bytes``; or there is no such file.
+    """
+    if str(path) == STDIN:
+        return open_bytes(stdin_bytes, STDIN_NAME)
+    if not Path(path).is_file():
+        raise DataError(
+            "no such file", where=str(path), hint="Check the path; relative paths start here"
+        )
+    return open_bytes(lambda: open(path, "rb"), str(path))
+
+
+def stdin_bytes() -> IO[bytes]:
+    """The bytes of standard input, which stays open when they are closed."""
+    return _rejoined(b"", _buffered(sys.stdin.buffer))
+
+
+@contextmanager
+def _translated(name: str) -> Iterator[None]:
+    try:
+        yield
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise DataError(
+            f"broken gzip file ({error})", where=name, hint="Copy or download it again"
+        ) from error
+    except OSError as error:
+        raise DataError(f"cannot be read: {error.strerror or error}", where=name) from error
+
+
+class _Rejoined(io.RawIOBase):
+    """A stream with bytes in front that were taken from it to look at them."""
+
+    def __init__(self, beginning: bytes, rest: io.BufferedReader) -> None:
+        super().__init__()
+        self._beginning = beginning
+        self._rest = rest
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        taken = self._beginning[: len(buffer)]
+        if not taken:
+            return self._rest.readinto1(buffer)
+        buffer[: len(taken)] = taken
+        self._beginning = self._beginning[len(taken) :]
+        return len(taken)
+
+
+def _rejoined(beginning: bytes, rest: io.BufferedReader) -> io.BufferedReader:
+    return io.BufferedReader(_Rejoined(beginning, rest), buffer_size=1 << 16)
+
+
+def _buffered(stream: Any) -> io.BufferedReader:
+    return stream if isinstance(stream, io.BufferedIOBase) else io.BufferedReader(stream)  # type: ignore[return-value]
+
+
+def peeked(file: io.BufferedReader, size: int = 4096) -> tuple[bytes, io.BufferedReader]:
+    """Look at the first bytes of a stream; return them and the whole stream, to be read instead."""
+    beginning = file.read(size)
+    return beginning, _rejoined(beginning, file)
+
+
+def numbered_lines(
+    file: IO[bytes], max_bytes: int = MAX_LINE
+) -> Iterator[tuple[int, bytes | None]]:
+    """Yield (number from 1, line with its end), None for a line that is too long to be kept.
+
+    Lines end at ``\\n`` only: texts may hold U+2028, on which ``str.splitlines`` splits too.
+    """
+    number = 0
+    while line := file.readline(max_bytes):
+        number += 1
+        if len(line) < max_bytes or line.endswith(b"\n"):
+            yield number, line
+            continue
+        while len(line) == max_bytes and not line.endswith(b"\n"):
+            line = file.readline(max_bytes)
+        yield number, None
+
+
+def too_long(max_bytes: int = MAX_LINE) -> str:
+    """What is wrong with a line that ``numbered_lines`` did not keep."""
+    return f"the line is longer than {max_bytes // 2**20} MB"
+
+
+def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield ``(line number from 1, object)`` from JSONL or JSONL.gz, skipping blank lines.
+
+    Raises:
+        DataError: the file is missing, is not UTF-8 or gzip, or a line is not a JSON object.
+    """
+    with open_text_file(path) as file:
+        name = STDIN_NAME if str(path) == STDIN else str(path)
+        for number, line in numbered_lines(file):
+            place = f"{name}:{number}"
+            if line is None:
+                raise DataError(too_long(), where=place)
+            if line.strip():
+                yield number, _parse_line(line, place)
+
+
+def parse_json(line: bytes, where: str) -> Any:
+    """Read one JSON value.
+
+    Args:
+        line: its UTF-8 bytes.
+        where: place of the line, for the error.
+
+    Raises:
+        DataError: it is not UTF-8 or not JSON.
+    """
+    try:
+        return json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise DataError("not UTF-8 text", where=where, expected="UTF-8 JSONL") from error
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"not valid JSON ({error.msg} at column {error.colno})",
+            where=where,
+            expected="one JSON object per line",
+        ) from error
+    except (ValueError, RecursionError) as error:  # integers of thousands of digits, deep nesting
+        raise DataError(
+            "numbers too long or nesting too deep", where=where, expected="one JSON object per line"
+        ) from error
+
+
+def _parse_line(line: bytes, where: str) -> dict[str, Any]:
+    value = parse_json(line, where)
+    if not isinstance(value, dict):
+        raise DataError(
+            f"a line holds {type(value).__name__}",
+            where=where,
+            expected="one JSON object per line",
+        )
+    return value

@@ -26,10 +26,13 @@ class BadRow:
     Args:
         place: ``file.jsonl:17``, or ``organisation/name train row 17``.
         problem: what is wrong with it.
+        harmless: the row is well formed and names what is not there, or has no text, as in many
+            published sets: the others are used without it.
     """
 
     place: str
     problem: str
+    harmless: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Problems of many rows, each kind told once: its first row, how many others, and where they are."""
+"""Problems of many rows, each kind told once: its first row, how many others, and where."""
 
 from __future__ import annotations
 
@@ -67,9 +67,7 @@ class ProblemCounts:
         by_value: values in quotes tell kinds apart, as names of classes do.
     """
 
-    def __init__(
-        self, problems: Iterable[tuple[str, str]] = (), *, by_value: bool = False
-    ) -> None:
+    def __init__(self, problems: Iterable[tuple[str, str]] = (), *, by_value: bool = False) -> None:
         self.count = 0
         self._varying = _NUMBER if by_value else _VARYING
         self._kinds: dict[str, ProblemKind] = {}

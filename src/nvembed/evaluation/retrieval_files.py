@@ -187,13 +187,13 @@ def _remark_on(
     for query, of_query in judgements.items():
         place = next(iter(of_query.values())).place
         if query not in kept:
-            remarks.add(place, f"query {query!r} is judged and not there; it is left out")
+            remarks.add(place, f"query {query!r} is judged and not there, so it is left out")
             continue
         if not any(kept[query].values()):
-            remarks.add(place, f"query {query!r} has no relevant document; it scores 0")
+            remarks.add(place, f"query {query!r} has no relevant document, so it scores 0")
         for document, judgement in of_query.items():
             if document not in documents:
                 remarks.add(
                     judgement.place,
-                    f"document {document!r} is judged and not there; a relevant one is missed",
+                    f"document {document!r} is judged and not there, so a relevant one is missed",
                 )

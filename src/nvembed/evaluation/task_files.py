@@ -1,8 +1,8 @@
 """Reads the files of a local evaluation task strictly, noting every problem instead of the first.
 
-In: files of rows of a task folder, ``test.jsonl`` or in another format of ``data/sources/files.py``.
+In: files of rows of a task folder: ``test.jsonl``, or another format of ``data/sources/files.py``.
 Out: the frozen ``…Data`` objects that the scorers use. A reader returns what it could make of a
-file; ``Problems.check`` raises when anything was noted. Retrieval is read by ``retrieval_files.py``.
+file; ``Problems.check`` raises when anything was noted. ``retrieval_files.py`` reads retrieval.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ _SHOWN_PROBLEMS = 10
 class RetrievalData:
     """A corpus, queries, and for every query the judged documents.
 
-    ``documents`` are title and text joined by a space, and may be empty. Queries without a judgement
-    are left out. ``judgements`` holds grades of 0 or more; it may name documents that are not in the
-    corpus: no ranking finds those, and what is relevant among them counts as missed.
+    ``documents`` are title and text joined by a space, and may be empty. Queries without a
+    judgement are left out. ``judgements`` holds grades of 0 or more; it may name documents that
+    are not in the corpus: no ranking finds them, and the relevant ones count as missed.
     """
 
     document_ids: tuple[str, ...]
@@ -281,7 +281,9 @@ def read_clustering(problems: Problems) -> LabelledTexts:
     """Read ``test`` of {text, label}."""
     data, _ = _read_labelled("test", problems)
     if not problems and len(set(data.labels)) < 2:
-        problems.add(f"only the label {data.labels[0]!r} occurs", problems.place("test"), "two or more")
+        problems.add(
+            f"only the label {data.labels[0]!r} occurs", problems.place("test"), "two or more"
+        )
     return data
 
 
@@ -315,7 +317,11 @@ def read_summarization(problems: Problems) -> SummarizationData:
             rows.append((article, human, machine, tuple(map(float, relevance))))
     # Articles whose summaries all got the same relevance cannot be ranked: scoring skips them.
     if not problems and all(len(set(row[3])) < 2 for row in rows):
-        problems.add("all relevance values of each article are equal", problems.place("test"), "values to rank")
+        problems.add(
+            "all relevance values of each article are equal",
+            problems.place("test"),
+            "values to rank",
+        )
     articles, humans, machines, values = zip(*rows, strict=True) if rows else ((), (), (), ())
     return SummarizationData(articles, humans, machines, values)
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 import difflib
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
@@ -151,23 +152,21 @@ def load_tasks(
     Raises:
         DataError: a folder or task that cannot be used, a name given twice or not found.
     """
-    paths = {path.resolve(): path for folder in folders for path in find_tasks(folder)}
+    paths: dict[Path, Path] = {}
+    for folder in folders:
+        with _kept_going(str(folder), broken):
+            paths |= {path.resolve(): path for path in find_tasks(folder)}
     kept: dict[str, Path] = {}
     for path in paths.values():
-        try:
+        with _kept_going(path.name, broken):
             name = _read_header(path).name
-        except DataError as error:
-            if broken is None:
-                raise
-            broken[path.name] = str(error)
-            continue
-        if name in kept:
-            raise DataError(
-                f"task {name!r} is also in {kept[name]}",
-                where=str(path / _HEADER),
-                expected="one name per task",
-            )
-        kept[name] = path
+            if name in kept:
+                raise DataError(
+                    f"task {name!r} is also in {kept[name]}",
+                    where=str(path / _HEADER),
+                    expected="one name per task",
+                )
+            kept[name] = path
     if names is not None:
         if unknown := [name for name in names if name not in kept]:
             raise DataError(
@@ -176,13 +175,20 @@ def load_tasks(
         kept = {name: path for name, path in kept.items() if name in set(names)}
     loaded = []
     for name, path in kept.items():
-        try:
+        with _kept_going(name, broken):
             loaded.append(load_task(path))
-        except DataError as error:
-            if broken is None:
-                raise
-            broken[name] = str(error)
     return loaded
+
+
+@contextmanager
+def _kept_going(name: str, broken: dict[str, str] | None) -> Iterator[None]:
+    """Put the error of a block under ``name`` into ``broken``, where there is one."""
+    try:
+        yield
+    except DataError as error:
+        if broken is None:
+            raise
+        broken[name] = str(error)
 
 
 def load_task(folder: str | Path) -> LocalTask:
@@ -244,8 +250,7 @@ def _read_header(folder: Path) -> _Header:
     if not path.is_file() and is_beir_folder(folder):
         split = first_split(folder)
         note = f"no {_HEADER}: Retrieval without an instruction, {_PLAIN_SCORE}, split {split}"
-        name = folder.resolve().name
-        return _Header(name, "Retrieval", None, _PLAIN_SCORE, split, note=note)
+        return _Header(folder.resolve().name, "Retrieval", None, _PLAIN_SCORE, split, note=note)
     where = str(path)
     values = read_json_object(path, "name, type, instruction and main_score")
     problems = Problems(folder)
@@ -271,9 +276,7 @@ def _read_header(folder: Path) -> _Header:
         if values.get(key) is not None and kind in TASK_TYPES and kind != "Retrieval":
             problems.add(f"{key!r} is of Retrieval tasks, not of {kind}", where)
     problems.check()
-    return _Header(
-        str(name), cast(TaskType, kind), instruction, str(main_score), split, ignored
-    )
+    return _Header(str(name), cast(TaskType, kind), instruction, str(main_score), split, ignored)
 
 
 def read_json_object(path: Path, expected: str) -> dict[str, Any]:

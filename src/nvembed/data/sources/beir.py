@@ -1,10 +1,10 @@
-"""BEIR's layout: a folder with a corpus, queries and judgements, read as BEIR, mteb and trec_eval do.
+"""BEIR's layout: corpus, queries and judgements, read as BEIR, mteb and trec_eval read them.
 
     corpus, queries     rows with ``_id`` (or ``id``), ``text`` and, of documents, ``title``
     qrels/<split>       rows of ``query-id``, ``corpus-id``, ``score``
 
-Each may have any format of ``data/sources/files.py``, compressed or not. Judgements may also come as
-text between tabs or white space, with or without a first line of names, and as TREC's
+Each may have any format of ``data/sources/files.py``, compressed or not. Judgements may also be
+text between tabs or white space, with or without a first line of names, and TREC's
 ``query 0 document grade``. Training (the layout ``beir`` of ``joins.py``) and evaluation
 (``evaluation/retrieval_files.py``) both read through this file.
 """

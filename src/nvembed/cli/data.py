@@ -13,8 +13,6 @@ from nvembed.cli.synthesize import synthesize
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from nvembed.data.records import Conversion, Kind
-    from nvembed.data.sources import DatasetConfig
 
 data = typer.Typer(
     help="Build training data from files and hub data sets, look into it, check it.",
@@ -137,8 +135,11 @@ def inspect(
     from nvembed.building.inspection import load_token_counter
     from nvembed.building.inspection_report import print_inspection
     from nvembed.building.looking import open_sets
+    from nvembed.data.sources import file_dataset
 
-    given = None if kind is None else _file_config(path, kind, layout, columns)
+    given = None
+    if kind is not None:
+        given = file_dataset(path, kind, layout=layout, columns=named_columns(columns))
     counter = None if tokenizer is None else load_token_counter(tokenizer)
     found = []
     for opened in open_sets(path, given):
@@ -176,9 +177,10 @@ def check(
     """
     from nvembed.building.looking import checked_rows
     from nvembed.core.errors import DataError
-    from nvembed.data.sources import BadRow
+    from nvembed.data.sources import BadRow, file_dataset
 
-    config = _file_config(file, kind, layout, columns, conversion)
+    names = named_columns(columns)
+    config = file_dataset(file, kind, layout=layout, columns=names, conversion=conversion)
     good = bad = 0
     for row in checked_rows(config):
         if isinstance(row, BadRow):
@@ -192,18 +194,13 @@ def check(
     typer.echo(f"{file}: {good:,} records, all good")
 
 
-def _file_config(
-    path: Path,
-    kind: Kind,
-    layout: str,
-    columns: list[str] | None,
-    conversion: Conversion = "example",
-) -> DatasetConfig:
-    """The entry that a file of the command line would have in a recipe."""
-    from pydantic import ValidationError
+def named_columns(columns: list[str] | None) -> dict[str, str]:
+    """Read the values of ``--column``.
 
+    Raises:
+        ConfigError: one is not ``NAME=COLUMN``.
+    """
     from nvembed.core.errors import ConfigError
-    from nvembed.data.sources import DatasetConfig
 
     names: dict[str, str] = {}
     for given in columns or ():
@@ -211,19 +208,7 @@ def _file_config(
         if not (name and equals and column):
             raise ConfigError(f"{given!r}", where="--column", expected="NAME=COLUMN")
         names[name] = column
-    values: dict[str, object] = {
-        "name": path.name,
-        "path": str(path),
-        "kind": kind,
-        "instruction": None,
-    }
-    values |= {"layout": layout, "columns": names, "conversion": conversion}
-    try:
-        return DatasetConfig.model_validate(values)
-    except ValidationError as error:
-        problem = error.errors()[0]
-        where = "--" + str(problem["loc"][0]) if problem["loc"] else None
-        raise ConfigError(str(problem["msg"]).removeprefix("Value error, "), where=where) from error
+    return names
 
 
 def _console() -> Console:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from nvembed.cli.data import ColumnsOption, LayoutOption, named_columns
 from nvembed.cli.options import DtypeOption
 
 if TYPE_CHECKING:
@@ -16,10 +17,15 @@ if TYPE_CHECKING:
 
 def mine(
     input: Annotated[
-        Path, typer.Argument(help='JSONL of {"query", "positive"}.', show_default=False)
+        Path,
+        typer.Argument(
+            help='Records {"query", "positive"}: any file that training reads, or a BEIR folder.',
+            show_default=False,
+        ),
     ],
     output: Annotated[
-        Path, typer.Argument(help="The same records with negatives.", show_default=False)
+        Path,
+        typer.Argument(help="The same records with negatives, as JSONL.", show_default=False),
     ],
     overrides: Annotated[
         list[str] | None,
@@ -45,6 +51,8 @@ def mine(
     kind: Annotated[
         Literal["retrieval", "nli", "sts"], typer.Option(help="What the records are.")
     ] = "retrieval",
+    layout: LayoutOption = "records",
+    columns: ColumnsOption = None,
     instruction: Annotated[
         str | None, typer.Option(help="Task that is put before the queries.")
     ] = None,
@@ -81,6 +89,8 @@ def mine(
       nvembed mine pairs.jsonl mined.jsonl --teacher intfloat/e5-base-v2 \\
         --documents docs.jsonl --instruction "Find the answer"
       nvembed mine pairs.jsonl mined.jsonl --teacher bm25 num_negatives=15 threshold=0.9
+      nvembed mine faq.csv mined.jsonl --teacher bm25 --column query=question \\
+        --column positive=answer
       nvembed mine pairs.jsonl mined.jsonl --teacher http://localhost:8000/v1 \\
         --teacher-model my-embedder rerank=BAAI/bge-reranker-base write_scores=true
       torchrun --nproc-per-node=8 -m nvembed mine pairs.jsonl mined.jsonl \\
@@ -92,6 +102,7 @@ def mine(
     from nvembed.mining.miner import help_mining, mine_file
 
     config = load_config(MiningConfig, None, overrides or ())
+    names = named_columns(columns)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and work is None:
         raise ConfigError("several processes share it", where="--work", expected="a folder")
     if work is not None and int(os.environ.get("RANK", "0")):
@@ -102,6 +113,8 @@ def mine(
             config,
             work=work,
             kind=kind,
+            layout=layout,
+            columns=names,
             instruction=instruction,
             documents=documents,
             dtype=dtype,
@@ -114,6 +127,8 @@ def mine(
         teacher,
         config,
         kind=kind,
+        layout=layout,
+        columns=names,
         instruction=instruction,
         documents=documents,
         dtype=dtype,

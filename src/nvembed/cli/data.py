@@ -167,31 +167,36 @@ def check(
         Literal["example", "label"], typer.Option(help="What classes are turned into.")
     ] = "example",
 ) -> None:
-    """Check a file of training data to its end; name every bad line. Exit code 2 if there is one.
+    """Check a file of training data to its end. Exit code 2 if something has to be mended.
+
+    Told are bad lines, and records that contradict each other: a positive that is a negative too,
+    here or in another record of its query. Each kind of problem is told once, with its lines.
+    Warnings (a text given twice, one text with two labels) do not change the exit code.
 
     Examples:
 
     \b
       nvembed data check pairs.jsonl --kind retrieval
       nvembed data check intents.csv --kind classification --column label=intent
+      nvembed data check beir/fiqa --kind retrieval --layout beir
     """
-    from nvembed.building.looking import checked_rows
+    from nvembed.building.checking import check_file
     from nvembed.core.errors import DataError
-    from nvembed.data.sources import BadRow, file_dataset
+    from nvembed.data.sources import file_dataset
 
     names = named_columns(columns)
     config = file_dataset(file, kind, layout=layout, columns=names, conversion=conversion)
-    good = bad = 0
-    for row in checked_rows(config):
-        if isinstance(row, BadRow):
-            bad += 1
-            typer.echo(f"{row.place}: {row.problem}")
-        else:
-            good += 1
+    found = check_file(config)
+    for problem in found.problems.kinds:
+        typer.echo(str(problem))
+    for warning in found.warnings.kinds:
+        typer.echo(f"warning: {warning}")
+    good, bad, warnings = found.records, found.problems.count, found.warnings.count
     if bad or not good:
-        problem = f"{bad:,} problems, {good:,} good records" if bad else "the file holds no records"
-        raise DataError(problem, where=str(file))
-    typer.echo(f"{file}: {good:,} records, all good")
+        told = f"{bad:,} problems, {good:,} good records" if bad else "the file holds no records"
+        raise DataError(told, where=str(file))
+    told = f"{warnings:,} warning{'s' if warnings > 1 else ''}" if warnings else "all good"
+    typer.echo(f"{file}: {good:,} records, {told}")
 
 
 def named_columns(columns: list[str] | None) -> dict[str, str]:

@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 # What differs between two rows with one problem: numbers, and the user's values in single quotes.
-_NUMBER = re.compile(r"\d+")
 _VARYING = re.compile(r"'(?:[^'\\]|\\.)*'|\d+")
 _MAX_KINDS = 1000  # more kinds than that are counted together
 _MAX_RANGES = 10
@@ -69,7 +68,7 @@ class ProblemCounts:
 
     def __init__(self, problems: Iterable[tuple[str, str]] = (), *, by_value: bool = False) -> None:
         self.count = 0
-        self._varying = _NUMBER if by_value else _VARYING
+        self._by_value = by_value
         self._kinds: dict[str, ProblemKind] = {}
         for place, text in problems:
             self.add(place, text)
@@ -79,15 +78,17 @@ class ProblemCounts:
         """The kinds that were met."""
         return list(self._kinds.values())
 
-    def add(self, place: str, text: str) -> None:
+    def add(self, place: str, text: str, *, by_value: bool | None = None) -> None:
         """Count a problem.
 
         Args:
             place: ``file:line`` of the row.
             text: what is wrong with it.
+            by_value: as of the whole; ``None`` is what was said there.
         """
         self.count += 1
-        key = self._varying.sub("#", text)
+        exact = self._by_value if by_value is None else by_value
+        key = _VARYING.sub(lambda found: found[0] if exact and found[0][0] == "'" else "#", text)
         if key not in self._kinds and len(self._kinds) >= _MAX_KINDS:
             key, text = "", "other problems"
         if (kind := self._kinds.get(key)) is not None:

@@ -18,13 +18,12 @@ from typing import Any, cast
 from nvembed.core.errors import ConfigError
 from nvembed.core.files import tidy, write_json, write_jsonl
 from nvembed.data.convert import POSITIVE_SCORE
-from nvembed.data.records import REQUIRED, Kind, PairRecord, Record, StsRecord
-from nvembed.data.sources import Column, DatasetConfig, file_dataset, load_records
-from nvembed.data.sources.opening import open_table
-from nvembed.data.sources.rows import Row
+from nvembed.data.records import Kind, PairRecord, Record, StsRecord
+from nvembed.data.sources import Column, file_dataset, load_records
 from nvembed.inference.protocol import Encoder
 from nvembed.inference.reading import read_documents
 from nvembed.mining.config import MiningConfig
+from nvembed.mining.output_rows import output_rows
 from nvembed.mining.pool import DocumentPool, Pool, StoredPool, text_key
 from nvembed.mining.report import MiningReport
 from nvembed.mining.run import Mined, Run, pool_texts, queries_of
@@ -168,7 +167,7 @@ def mine_file(
     with _temporary(folder if work is None else None):
         job = _Job(plan, config, instruction, documents, folder, engine)
         with job.run(teacher, teacher_model, dtype) as (run, settled):
-            write_jsonl(output, _output_rows(source, plan.finish(run.mined())))
+            write_jsonl(output, output_rows(source, plan.finish(run.mined())))
         origin = {
             "input": str(input),
             "corpus": None if documents is None else str(documents),
@@ -370,32 +369,3 @@ def _check_request(
         raise ConfigError("output and input are the same file", where=str(output))
     if output.suffix == ".parquet":
         raise ConfigError("output is written as JSONL", where=str(output), expected=".jsonl[.gz]")
-
-
-def _output_rows(
-    source: DatasetConfig, mined: Iterable[PairRecord | StsRecord]
-) -> Iterator[dict[str, Any]]:
-    """The records with negatives, and beside them what else their rows hold.
-
-    Only text files whose rows are records one by one have something to carry over. Columns that
-    are called differently there get the names of records.
-    """
-    path = Path(source.path or "")
-    if source.layout != "records" or path.is_dir() or path.suffix.lower() == ".parquet":
-        yield from (record.to_json() for record in mined)
-        return
-    table = open_table(source.table, base_dir=Path())
-    as_they_are = not (table.textual or source.columns)
-    own = set(_WRITTEN)
-    if not as_they_are:
-        own |= {*REQUIRED[source.kind], "instruction"}
-        own |= {name for name in source.columns.values() if isinstance(name, str)}
-    for row, record in zip(table.rows, mined, strict=True):
-        assert isinstance(row, Row), "files with bad rows were refused"
-        new = record.to_json()
-        if as_they_are and "positive_scores" not in new:
-            new = {key: new[key] for key in ("negative",) if key in new}
-        yield {key: value for key, value in row.values.items() if key not in own} | new
-
-
-_WRITTEN = ("negative", "positive_scores", "negative_scores")

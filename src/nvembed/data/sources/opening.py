@@ -188,6 +188,7 @@ def _finished(joined: Joined | BadRow, config: DatasetConfig) -> Converted | Bad
         record = parse_record(joined.values, config.kind)
     except RowError as bad:
         return BadRow(joined.place, str(bad))
+    repeats = _repeats(joined.values, record)
     if isinstance(record, PairRecord):
         record = _limited(record, config.max_positives, config.max_negatives)
     longest = max(map(len, _texts(record)))
@@ -197,7 +198,18 @@ def _finished(joined: Joined | BadRow, config: DatasetConfig) -> Converted | Bad
             f"a text of {longest:,} characters, expected at most {config.max_characters:,} "
             "(max_characters)",
         )
-    return Converted(record, joined.place)
+    return Converted(record, joined.place, repeats)
+
+
+def _repeats(values: Values, record: Record) -> int:
+    """Count the texts of lists that are not in the record a second time."""
+    if isinstance(record, LabelRecord):
+        return 0
+    kept = {"negative": record.negatives}
+    if isinstance(record, PairRecord):
+        kept["positive"] = record.positives
+    lists = ((values.get(name), texts) for name, texts in kept.items())
+    return sum(len(given) - len(texts) for given, texts in lists if isinstance(given, list))
 
 
 def _limited(record: PairRecord, positives: int | None, negatives: int | None) -> PairRecord:

@@ -37,10 +37,17 @@ class BadRow:
 
 @dataclass(frozen=True, slots=True)
 class Converted:
-    """A record and the row that it comes from (the first one, where it comes from several)."""
+    """A record and the row that it comes from (the first one, where it comes from several).
+
+    Args:
+        record: checked.
+        place: as of ``BadRow``.
+        repeats: texts of the row that were given twice in one list, and are in the record once.
+    """
 
     record: Record
     place: str
+    repeats: int = 0
 
 
 Rows = Iterator[Row | BadRow]

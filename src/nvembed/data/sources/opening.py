@@ -79,7 +79,7 @@ def _open_own_table(config: DatasetConfig, base_dir: Path) -> Table:
                 "no such file",
                 where=str(path / "qrels" / f"{config.split}.tsv"),
                 expected=f"one of the splits there: {', '.join(splits)}" if splits else None,
-                hint="Say which in `split`" if splits else None,
+                hint="Say which in `split`, or give its file" if splits else None,
             )
         path = found
     if config.layout == "beir" and config.header is None and config.quotes is None:
@@ -136,6 +136,8 @@ def _usual_table(config: DatasetConfig, name: str, base_dir: Path) -> TableConfi
         whole = config.hub.model_copy(update={"take": None, "files": None})
         return TableConfig(hub=whole.model_copy(update=changes))
     folder = base_dir / (config.path or "")
+    if config.layout == "beir" and folder.is_file() and folder.parent.name == "qrels":
+        folder = folder.parent.parent
     if not folder.is_dir():
         raise SourceError(
             f"the file of judgements is given, but not its {name}",

@@ -421,6 +421,8 @@ def test_judgements_without_texts_are_bad_rows_and_the_rest_stays(tmp_path: Path
     ]
     with pytest.raises(SourceError, match=r"train\.tsv: no such file; .* there: dev\. Say"):
         open_dataset(config.model_copy(update={"split": "train"}), base_dir=tmp_path)
+    by_file = config.model_copy(update={"split": "train", "path": "b/qrels/dev.tsv"})
+    assert outcome(tmp_path, by_file) == outcome(tmp_path, config)
 
 
 def test_miracl_from_its_raw_files(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ _RECIPE = (".yaml", ".yml")
 
 @dataclass(frozen=True, slots=True)
 class OpenSet:
-    """A set to be read once."""
+    """A set to be read once; the rows raise ``SourceError`` where the source cannot be opened."""
 
     name: str
     kind: Kind
@@ -73,5 +73,10 @@ def _of_recipe(path: Path) -> Iterator[OpenSet]:
                 f"{dataset.name} (built)", dataset.kind, read_shards(folder, dataset.kind)
             )
         else:
-            rows = open_dataset(dataset, base_dir=path.parent).rows
+            rows = _when_asked(dataset, path.parent)
             yield OpenSet(dataset.name, dataset.kind, rows)
+
+
+def _when_asked(dataset: DatasetConfig, base_dir: Path) -> Iterator[Converted | BadRow]:
+    """Open a source when its first row is asked for, so that others can be read without it."""
+    yield from open_dataset(dataset, base_dir=base_dir).rows

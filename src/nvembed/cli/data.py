@@ -13,12 +13,19 @@ from nvembed.cli.synthesize import synthesize
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from nvembed.building.inspection import Inspection
+
 
 data = typer.Typer(
     help="Build training data from files and hub data sets, look into it, check it.",
     no_args_is_help=True,
 )
 data.command()(synthesize)
+
+
+KeepGoingOption = Annotated[
+    bool, typer.Option("--keep-going", help="Go on with the other sets where one fails.")
+]
 
 
 @data.command()
@@ -32,9 +39,7 @@ def build(
             show_default=False,
         ),
     ] = None,
-    keep_going: Annotated[
-        bool, typer.Option("--keep-going", help="Go on with the other sets where one fails.")
-    ] = False,
+    keep_going: KeepGoingOption = False,
 ) -> None:
     """Build the data sets of a recipe: read, check, de-duplicate, decontaminate, mine, write.
 
@@ -117,6 +122,7 @@ def inspect(
     ] = None,
     samples: Annotated[int, typer.Option(min=0, help="Records to show of each set.")] = 2,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")] = False,
+    keep_going: KeepGoingOption = False,
 ) -> None:
     """Look into training data: samples, lengths, classes, duplicates, negatives.
 
@@ -135,23 +141,32 @@ def inspect(
     from nvembed.building.inspection import load_token_counter
     from nvembed.building.inspection_report import print_inspection
     from nvembed.building.looking import open_sets
+    from nvembed.core.errors import DataError
     from nvembed.data.sources import file_dataset
 
     given = None
     if kind is not None:
         given = file_dataset(path, kind, layout=layout, columns=named_columns(columns))
     counter = None if tokenizer is None else load_token_counter(tokenizer)
-    found = []
+    found: list[Inspection] = []
+    failed: list[str] = []
     for opened in open_sets(path, given):
-        rows = opened.rows
-        found.append(
-            look(opened.name, opened.kind, rows, num_samples=samples, count_tokens=counter)
-        )
+        name, rows = opened.name, opened.rows
+        try:
+            found.append(look(name, opened.kind, rows, num_samples=samples, count_tokens=counter))
+        except DataError as error:
+            if not keep_going:
+                raise
+            failed.append(name)
+            typer.echo(f"not done: {name}: {error}", err=True)
+            continue
         if not as_json:
             print_inspection(found[-1], _console())
     if as_json:
         rows_of_json = [inspection.to_json() for inspection in found]
         typer.echo(json.dumps(rows_of_json, indent=2, ensure_ascii=False))
+    if failed:
+        raise DataError("could not be read", where=", ".join(failed))
 
 
 @data.command()

@@ -141,6 +141,22 @@ def test_what_cannot_be_looked_into(
     assert message in error
 
 
+def test_keep_going_looks_into_the_other_sets(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_inputs(tmp_path)
+    (tmp_path / "pairs.jsonl").unlink()
+    assert run(["data", "inspect", str(recipe)]) == 2
+    assert "no such file" in capsys.readouterr().err
+    assert run(["data", "inspect", str(recipe), "--json", "--keep-going"]) == 2
+    shown = capsys.readouterr()
+    assert [found["name"] for found in json.loads(shown.out)] == ["sts", "classes"]
+    first, last = shown.err.splitlines()
+    assert first.startswith("not done: pairs: ")
+    assert "no such file" in first
+    assert "pairs: could not be read" in last
+
+
 # --- Checking a file ------------------------------------------------------------------------------
 
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from nvembed.building.distinct import Digests, identity
 from nvembed.core.errors import ConfigError
+from nvembed.core.problems import ProblemCounts
 from nvembed.core.progress import progress
 from nvembed.data.convert import POSITIVE_SCORE
 from nvembed.data.records import Kind, LabelRecord, PairRecord, Record, StsRecord
@@ -69,7 +70,7 @@ class Inspection:
         kind: of its records.
         records: their number.
         bad: rows that are no records.
-        problems: the first of those.
+        problems: the first kinds of those.
         repeated: records equal to an earlier one (pairs: with the query of an earlier one).
         characters: length of the texts of each side.
         tokens: the same in tokens; None without a tokenizer.
@@ -159,8 +160,8 @@ class _Tally:
         self._count_tokens = count_tokens
         self._choose = random.Random(0)
         self._samples: list[tuple[int, Record]] = []
-        self._records = self._bad = self._trained_on = self._without_negatives = 0
-        self._problems: list[str] = []
+        self._records = self._trained_on = self._without_negatives = 0
+        self._problems = ProblemCounts()
         self._digests = Digests()
         self._characters: dict[str, array[int]] = {}
         self._tokens: dict[str, array[int]] = {}
@@ -170,9 +171,7 @@ class _Tally:
 
     def add(self, row: Converted | BadRow) -> None:
         if isinstance(row, BadRow):
-            self._bad += 1
-            if len(self._problems) < _PROBLEMS_SHOWN:
-                self._problems.append(f"{row.place}: {row.problem}")
+            self._problems.add(row.place, row.problem)
             return
         record = row.record
         self._records += 1
@@ -218,8 +217,8 @@ class _Tally:
             name=name,
             kind=kind,
             records=self._records,
-            bad=self._bad,
-            problems=tuple(self._problems),
+            bad=self._problems.count,
+            problems=tuple(map(str, self._problems.kinds[:_PROBLEMS_SHOWN])),
             repeated=int((firsts != np.arange(len(firsts))).sum()),
             characters=_spreads(self._characters),
             tokens=None if self._count_tokens is None else _spreads(self._tokens),

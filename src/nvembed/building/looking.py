@@ -1,4 +1,4 @@
-"""What a path or a recipe names: sets that can be looked into or checked."""
+"""What a path or a recipe names: sets that can be looked into."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from nvembed.building.build import default_folder
 from nvembed.core.config import load_config
 from nvembed.core.errors import ConfigError, DataError
 from nvembed.data.record_shards import read_shards
-from nvembed.data.records import Kind, LabelRecord, label_problems
+from nvembed.data.records import Kind
 from nvembed.data.sources import BadRow, Converted, DatasetConfig, open_dataset
-from nvembed.data.sources.config import LABEL_KINDS
 from nvembed.training.built import MANIFEST, read_manifest
 from nvembed.training.config import TrainConfig
 
@@ -21,7 +20,7 @@ _RECIPE = (".yaml", ".yml")
 
 @dataclass(frozen=True, slots=True)
 class OpenSet:
-    """A set to be read once."""
+    """A set to be read once; the rows raise ``SourceError`` where the source cannot be opened."""
 
     name: str
     kind: Kind
@@ -74,27 +73,10 @@ def _of_recipe(path: Path) -> Iterator[OpenSet]:
                 f"{dataset.name} (built)", dataset.kind, read_shards(folder, dataset.kind)
             )
         else:
-            rows = open_dataset(dataset, base_dir=path.parent).rows
+            rows = _when_asked(dataset, path.parent)
             yield OpenSet(dataset.name, dataset.kind, rows)
 
 
-def checked_rows(config: DatasetConfig) -> Iterator[BadRow | Converted]:
-    """Read a file to its end: all rows, then a bad row for each class that cannot be converted.
-
-    Raises:
-        SourceError: the file cannot be read, or not to its end.
-    """
-    sizes: dict[str, list[LabelRecord]] = {}
-    places: dict[str, str] = {}
-    for row in open_dataset(config, base_dir=Path(), give_up=False).rows:
-        yield row
-        if isinstance(row, Converted) and isinstance(row.record, LabelRecord):
-            label, text = row.record.label, row.record.text
-            samples = sizes.setdefault(label, [])
-            places.setdefault(label, row.place)
-            if all(sample.text != text for sample in samples) and len(samples) < 2:
-                samples.append(row.record)
-    if config.kind in LABEL_KINDS and sizes:
-        found = [record for samples in sizes.values() for record in samples]
-        for index, problem in label_problems(found, config.conversion):
-            yield BadRow(places[found[index].label], problem)
+def _when_asked(dataset: DatasetConfig, base_dir: Path) -> Iterator[Converted | BadRow]:
+    """Open a source when its first row is asked for, so that others can be read without it."""
+    yield from open_dataset(dataset, base_dir=base_dir).rows

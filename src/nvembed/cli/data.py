@@ -14,14 +14,19 @@ from nvembed.cli.synthesize import synthesize
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from nvembed.data.records import Conversion, Kind
-    from nvembed.data.sources import DatasetConfig
+    from nvembed.building.inspection import Inspection
+
 
 data = typer.Typer(
     help="Build training data from files and hub data sets, look into it, check it.",
     no_args_is_help=True,
 )
 data.command()(synthesize)
+
+
+KeepGoingOption = Annotated[
+    bool, typer.Option("--keep-going", help="Go on with the other sets where one fails.")
+]
 
 
 @data.command()
@@ -35,9 +40,7 @@ def build(
             show_default=False,
         ),
     ] = None,
-    keep_going: Annotated[
-        bool, typer.Option("--keep-going", help="Go on with the other sets where one fails.")
-    ] = False,
+    keep_going: KeepGoingOption = False,
 ) -> None:
     """Build the data sets of a recipe: read, check, de-duplicate, decontaminate, mine, write.
 
@@ -111,6 +114,7 @@ def inspect(
     ] = None,
     samples: Annotated[int, typer.Option(min=0, help="Records to show of each set.")] = 2,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")] = False,
+    keep_going: KeepGoingOption = False,
 ) -> None:
     """Look into training data: samples, lengths, classes, duplicates, negatives.
 
@@ -129,20 +133,32 @@ def inspect(
     from nvembed.building.inspection import load_token_counter
     from nvembed.building.inspection_report import print_inspection
     from nvembed.building.looking import open_sets
+    from nvembed.core.errors import DataError
+    from nvembed.data.sources import file_dataset
 
-    given = None if kind is None else _file_config(path, kind, layout, columns)
+    given = None
+    if kind is not None:
+        given = file_dataset(path, kind, layout=layout, columns=read_columns(columns))
     counter = None if tokenizer is None else load_token_counter(tokenizer)
-    found = []
+    found: list[Inspection] = []
+    failed: list[str] = []
     for opened in open_sets(path, given):
-        rows = opened.rows
-        found.append(
-            look(opened.name, opened.kind, rows, num_samples=samples, count_tokens=counter)
-        )
+        name, rows = opened.name, opened.rows
+        try:
+            found.append(look(name, opened.kind, rows, num_samples=samples, count_tokens=counter))
+        except DataError as error:
+            if not keep_going:
+                raise
+            failed.append(name)
+            typer.echo(f"not done: {name}: {error}", err=True)
+            continue
         if not as_json:
             print_inspection(found[-1], _console())
     if as_json:
         rows_of_json = [inspection.to_json() for inspection in found]
         typer.echo(json.dumps(rows_of_json, indent=2, ensure_ascii=False))
+    if failed:
+        raise DataError("could not be read", where=", ".join(failed))
 
 
 @data.command()
@@ -158,58 +174,36 @@ def check(
         Literal["example", "label"], typer.Option(help="What classes are turned into.")
     ] = "example",
 ) -> None:
-    """Check a file of training data to its end; name every bad line. Exit code 2 if there is one.
+    """Check a file of training data to its end. Exit code 2 if something has to be mended.
+
+    Told are bad lines, and records that contradict each other: a positive that is a negative too,
+    here or in another record of its query. Each kind of problem is told once, with its lines.
+    Warnings (a text given twice, one text with two labels) do not change the exit code.
 
     Examples:
 
     \b
       nvembed data check pairs.jsonl --kind retrieval
       nvembed data check intents.csv --kind classification --column label=intent
+      nvembed data check beir/fiqa --kind retrieval --layout beir
     """
-    from nvembed.building.looking import checked_rows
+    from nvembed.building.checking import check_file
     from nvembed.core.errors import DataError
-    from nvembed.data.sources import BadRow
+    from nvembed.data.sources import file_dataset
 
-    config = _file_config(file, kind, layout, columns, conversion)
-    good = bad = 0
-    for row in checked_rows(config):
-        if isinstance(row, BadRow):
-            bad += 1
-            typer.echo(f"{row.place}: {row.problem}")
-        else:
-            good += 1
+    names = read_columns(columns)
+    config = file_dataset(file, kind, layout=layout, columns=names, conversion=conversion)
+    found = check_file(config)
+    for problem in found.problems.kinds:
+        typer.echo(str(problem))
+    for warning in found.warnings.kinds:
+        typer.echo(f"warning: {warning}")
+    good, bad, warnings = found.records, found.problems.count, found.warnings.count
     if bad or not good:
-        problem = f"{bad:,} problems, {good:,} good records" if bad else "the file holds no records"
-        raise DataError(problem, where=str(file))
-    typer.echo(f"{file}: {good:,} records, all good")
-
-
-def _file_config(
-    path: Path,
-    kind: Kind,
-    layout: str,
-    columns: list[str] | None,
-    conversion: Conversion = "example",
-) -> DatasetConfig:
-    """The entry that a file of the command line would have in a recipe."""
-    from pydantic import ValidationError
-
-    from nvembed.core.errors import ConfigError
-    from nvembed.data.sources import DatasetConfig
-
-    values: dict[str, object] = {
-        "name": path.name,
-        "path": str(path),
-        "kind": kind,
-        "instruction": None,
-    }
-    values |= {"layout": layout, "columns": read_columns(columns), "conversion": conversion}
-    try:
-        return DatasetConfig.model_validate(values)
-    except ValidationError as error:
-        problem = error.errors()[0]
-        where = "--" + str(problem["loc"][0]) if problem["loc"] else None
-        raise ConfigError(str(problem["msg"]).removeprefix("Value error, "), where=where) from error
+        told = f"{bad:,} problems, {good:,} good records" if bad else "the file holds no records"
+        raise DataError(told, where=str(file))
+    told = f"{warnings:,} warning{'s' if warnings > 1 else ''}" if warnings else "all good"
+    typer.echo(f"{file}: {good:,} records, {told}")
 
 
 def _console() -> Console:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from nvembed.cli.options import DtypeOption
+
+if TYPE_CHECKING:
+    from nvembed.core.errors import UserError
 
 
 def evaluate(
@@ -27,7 +31,7 @@ def evaluate(
         list[Path] | None,
         typer.Option(
             metavar="FOLDER...",
-            help="Task folders, or a folder of task folders.",
+            help="Task folders or BEIR folders, or a folder of such folders.",
             show_default=False,
         ),
     ] = None,
@@ -68,6 +72,9 @@ def evaluate(
     start_over: Annotated[
         bool, typer.Option("--start-over", help="Replace what the output holds.")
     ] = False,
+    keep_going: Annotated[
+        bool, typer.Option("--keep-going", help="Score the other tasks where one is broken.")
+    ] = False,
     output: Annotated[Path, typer.Option(help="Where the scores go.")] = Path("results.json"),
     dtype: DtypeOption = "auto",
 ) -> None:
@@ -82,6 +89,7 @@ def evaluate(
     \b
       nvembed evaluate runs/demo/model --tasks runs/demo/tasks
       nvembed evaluate runs/demo/model --tasks tasks/stsb tasks/nfcorpus --bm25
+      nvembed evaluate runs/demo/model --tasks beir/scifact beir/fiqa --keep-going
       nvembed evaluate nvidia/NV-Embed-v2 --benchmark "MTEB(eng, v1)" --cache vectors --processes 8
       nvembed evaluate sentence-transformers/all-MiniLM-L6-v2 --task STS12 --task SciFact
     """
@@ -98,7 +106,8 @@ def evaluate(
         raise ConfigError("nothing to evaluate", expected="--tasks, --benchmark or --task")
     for name in against or ():
         published_model(name)  # an unknown one is told before hours of work
-    local = load_tasks(folders)
+    failed: dict[str, str] = {}
+    local = load_tasks(folders, broken=failed if keep_going else None)
     if model == BM25_NAME:
         local = [task for task in local if fits_bm25(task)]
         if not local:
@@ -106,18 +115,22 @@ def evaluate(
                 "BM25 has no score for any of these tasks",
                 expected="a Retrieval task in a folder, with the main score ndcg_at_10",
             )
-    hub, failed = [], {}
+    hub = []
     if benchmark or task:
         from nvembed.evaluation.hub import find_hub_tasks
 
         found = find_hub_tasks(benchmark or (), task or (), type)
-        hub, failed = list(found.tasks), found.refused
+        hub, failed = list(found.tasks), failed | found.refused
+    if not (local or hub):
+        raise _not_done(failed)
     from nvembed.model.precision import settle_precision
 
     precision = earlier_precision(output) if dtype == "auto" and not start_over else None
     precision = None if model == BM25_NAME else precision or settle_precision(dtype)
     settings = Settings(model, output, precision, instructions, cache, engine)
-    done = run_session(settings, local, hub, processes=processes, resume=not start_over)
+    done = run_session(
+        settings, local, hub, processes=processes, resume=not start_over, keep_going=keep_going
+    )
     columns = {model: done.results}
     if bm25 and model != BM25_NAME:
         columns[BM25_NAME] = evaluate_bm25(local)
@@ -126,6 +139,14 @@ def evaluate(
     typer.echo(format_table(columns))
     typer.echo(f"written: {output}")
     if failed := failed | done.failed:
-        for name, reason in failed.items():
-            typer.echo(f"not done: {name}: {reason}", err=True)
-        raise DataError(f"{len(failed)} tasks could not be done", where=", ".join(failed))
+        raise _not_done(failed)
+
+
+def _not_done(failed: Mapping[str, str]) -> UserError:
+    """Say which tasks have no result and why, a line for each; the error counts them."""
+    from nvembed.core.errors import DataError
+
+    for name, reason in failed.items():
+        typer.echo(f"not done: {name}: {reason}", err=True)
+    count = f"{len(failed)} task{'s' if len(failed) > 1 else ''}"
+    return DataError(f"{count} could not be done", where=", ".join(failed))

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from nvembed.cli.options import DtypeOption
+from nvembed.cli.data import LayoutOption
+from nvembed.cli.options import ColumnOption, DtypeOption, read_columns
 
 if TYPE_CHECKING:
     from nvembed.mining.report import MiningReport, MiningSample, ScoredText
@@ -16,10 +17,15 @@ if TYPE_CHECKING:
 
 def mine(
     input: Annotated[
-        Path, typer.Argument(help='JSONL of {"query", "positive"}.', show_default=False)
+        Path,
+        typer.Argument(
+            help='Records {"query", "positive"}: any file that training reads, or a BEIR folder.',
+            show_default=False,
+        ),
     ],
     output: Annotated[
-        Path, typer.Argument(help="The same records with negatives.", show_default=False)
+        Path,
+        typer.Argument(help="The same records with negatives, as JSONL.", show_default=False),
     ],
     overrides: Annotated[
         list[str] | None,
@@ -45,6 +51,8 @@ def mine(
     kind: Annotated[
         Literal["retrieval", "nli", "sts"], typer.Option(help="What the records are.")
     ] = "retrieval",
+    layout: LayoutOption = "records",
+    columns: ColumnOption = None,
     instruction: Annotated[
         str | None,
         typer.Option(help="Task that is put before the queries, or the name of an MTEB task."),
@@ -82,6 +90,8 @@ def mine(
       nvembed mine pairs.jsonl mined.jsonl --teacher intfloat/e5-base-v2 \\
         --documents docs.jsonl --instruction "Find the answer"
       nvembed mine pairs.jsonl mined.jsonl --teacher bm25 num_negatives=15 threshold=0.9
+      nvembed mine faq.csv mined.jsonl --teacher bm25 --column query=question \\
+        --column positive=answer
       nvembed mine pairs.jsonl mined.jsonl --teacher http://localhost:8000/v1 \\
         --teacher-model my-embedder rerank=BAAI/bge-reranker-base write_scores=true
       torchrun --nproc-per-node=8 -m nvembed mine pairs.jsonl mined.jsonl \\
@@ -93,6 +103,7 @@ def mine(
     from nvembed.mining.miner import help_mining, mine_file
 
     config = load_config(MiningConfig, None, overrides or ())
+    names = read_columns(columns)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and work is None:
         raise ConfigError("several processes share it", where="--work", expected="a folder")
     if work is not None and int(os.environ.get("RANK", "0")):
@@ -103,6 +114,8 @@ def mine(
             config,
             work=work,
             kind=kind,
+            layout=layout,
+            columns=names,
             instruction=instruction,
             documents=documents,
             dtype=dtype,
@@ -115,6 +128,8 @@ def mine(
         teacher,
         config,
         kind=kind,
+        layout=layout,
+        columns=names,
         instruction=instruction,
         documents=documents,
         dtype=dtype,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from nvembed.core.errors import DataError
+from nvembed.core.problems import ProblemCounts
 from nvembed.core.text_files import ending_of, read_jsonl
 
 MAX_PROBLEMS_SHOWN = 5
@@ -79,28 +80,22 @@ def open_parquet(path: Path) -> Any:
         raise DataError(f"not a readable Parquet file ({reason})", where=str(path)) from error
 
 
-def refuse_lines(
-    path: str | Path,
-    problems: list[tuple[int, str]],
-    stopped: DataError | None,
+def refuse_rows(
+    problems: ProblemCounts,
+    stopped: DataError | None = None,
     *,
     expected: str | None = None,
     hint: str | None = None,
 ) -> NoReturn:
-    """Raise one error for all bad lines of a file.
+    """Raise one error for all bad rows of a file.
 
     Args:
-        path: the file.
-        problems: (line, what is wrong with it), in file order, at least one.
+        problems: what is wrong with them; at least one.
         stopped: why reading ended before the end of the file, if it did.
-        expected: what a good line looks like.
+        expected: what a good row looks like.
         hint: what to do about it.
     """
-    first, *others = problems[:MAX_PROBLEMS_SHOWN]
-    message = first[1] + "".join(f"; line {line}: {text}" for line, text in others)
-    beyond = len(problems) - MAX_PROBLEMS_SHOWN
-    if beyond > 0:
-        message += f"; and {beyond} more bad line{'s' if beyond > 1 else ''}"
+    message = problems.summary(MAX_PROBLEMS_SHOWN)
     if stopped is not None:
         message += f"; then reading stopped ({stopped})"
-    raise DataError(message, where=f"{path}:{first[0]}", expected=expected, hint=hint)
+    raise DataError(message, where=problems.kinds[0].place, expected=expected, hint=hint)

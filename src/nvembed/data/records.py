@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any, Literal, overload
 
 from nvembed.core.errors import ConfigError, DataError
-from nvembed.data.record_files import read_rows, refuse_lines
+from nvembed.core.problems import ProblemCounts
+from nvembed.data.record_files import read_rows, refuse_rows
 from nvembed.text.instructions import read_task
 
 Kind = Literal["retrieval", "nli", "sts", "classification", "clustering"]
@@ -139,7 +140,7 @@ def read_records(path: str | Path, kind: Kind, *, conversion: Conversion = "exam
     """
     records: list[Any] = []
     lines: list[int] = []
-    problems: list[tuple[int, str]] = []
+    problems = ProblemCounts()
     stopped: DataError | None = None
     try:
         for line, row in read_rows(Path(path)):
@@ -147,20 +148,20 @@ def read_records(path: str | Path, kind: Kind, *, conversion: Conversion = "exam
                 records.append(parse_record(row, kind))
                 lines.append(line)
             except RowError as bad:
-                problems.append((line, str(bad)))
+                problems.add(f"{path}:{line}", str(bad))
     except DataError as error:
-        if not problems:
+        if not problems.count:
             raise
         stopped = error  # the lines before it were bad as well: report both
-    if not problems and not records:
+    if not problems.count and not records:
         raise DataError("the file holds no records", where=str(path), expected=EXPECTED[kind])
-    if problems:
-        refuse_lines(path, problems, stopped, expected=EXPECTED[kind])
+    if problems.count:
+        refuse_rows(problems, stopped, expected=EXPECTED[kind])
     if kind in ("classification", "clustering"):
         found = label_problems(records, conversion)
         if found:
-            hint = LABEL_HINTS[conversion]
-            refuse_lines(path, [(lines[index], text) for index, text in found], None, hint=hint)
+            named = ((f"{path}:{lines[index]}", text) for index, text in found)
+            refuse_rows(ProblemCounts(named, by_value=True), hint=LABEL_HINTS[conversion])
     return records
 
 

@@ -59,8 +59,10 @@ class Items:
 
 
 def task_hash(task: LocalTask) -> str:
-    """Name the contents of a task: texts, gold values and main score, not the instruction."""
+    """Name the contents of a task: texts, gold values and what is scored, not the instruction."""
     digest = hashlib.sha256(f"{task.type} {task.main_score}".encode())
+    if task.ignore_identical_ids:
+        digest.update(b" without identical ids")
     for part in astuple(task.data):
         digest.update(repr(part).encode("utf-8", "surrogatepass"))
     return digest.hexdigest()

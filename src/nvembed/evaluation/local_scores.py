@@ -125,22 +125,42 @@ def _retrieval(task: LocalTask, data: RetrievalData, encoder: Encoder) -> _Found
         texts = data.documents[start : start + CHUNK_DOCUMENTS]
         _offer(best, queries_QD, _encode(task, encoder, texts, "document"))
     scores_QK, rows_QK = best.results()
+    scores_QK = scores_QK.astype(np.float64)
+    row_of = {name: row for row, name in enumerate(data.document_ids)}
+    counted_QK = np.ones(rows_QK.shape, dtype=bool)
+    if task.ignore_identical_ids:
+        own_Q = np.array([row_of.get(query, -1) for query in data.query_ids])
+        counted_QK = rows_QK != own_Q[:, None]
     by_id = sorted(range(len(data.document_ids)), key=data.document_ids.__getitem__)
     tie_rank_N = np.empty(len(by_id), dtype=np.int64)
     tie_rank_N[by_id] = np.arange(len(by_id))
-    order = order_with_ties(scores_QK.astype(np.float64), tie_rank_N[rows_QK])
-    rows_QK = np.take_along_axis(rows_QK, order, axis=1)
-    row_of = {name: row for row, name in enumerate(data.document_ids)}
+    # What does not count goes behind everything else, where its grade is 0.
+    order = order_with_ties(np.where(counted_QK, scores_QK, -np.inf), tie_rank_N[rows_QK])
+    grades_QK, relevant = _grades(data, np.where(counted_QK, rows_QK, -1), row_of)
+    scores = [row[counted] for row, counted in zip(scores_QK, counted_QK, strict=True)]
+    return _ranked(task, np.take_along_axis(grades_QK, order, axis=1), relevant, scores)
+
+
+def _grades(
+    data: RetrievalData, rows_QK: NDArray[np.int64], row_of: Mapping[str, int]
+) -> tuple[NDArray[np.int64], list[NDArray[np.int64]]]:
+    """Look up the grades of the results, and per query those above 0 of all judged documents.
+
+    A judged document that is not in the corpus is relevant and found by nobody, as in trec_eval.
+    """
     grades_QK = np.zeros(rows_QK.shape, dtype=np.int64)
     relevant = []
     for number, query in enumerate(data.query_ids):
-        judged = {row_of[name]: grade for name, grade in data.judgements[query].items() if grade}
-        rows, grades = np.array(list(judged)), np.array(list(judged.values()))
-        relevant.append(grades)
+        judged = [(row_of.get(name, -1), g) for name, g in data.judgements[query].items() if g]
+        relevant.append(np.array([grade for _, grade in judged], dtype=np.int64))
+        judged = [pair for pair in judged if pair[0] >= 0]
+        if not judged:
+            continue
+        rows, grades = np.array(judged, dtype=np.int64).T
         by_row = np.argsort(rows)
         at_K = by_row[np.searchsorted(rows, rows_QK[number], sorter=by_row) % len(rows)]
         grades_QK[number] = np.where(rows[at_K] == rows_QK[number], grades[at_K], 0)
-    return _ranked(task, grades_QK, relevant, list(scores_QK.astype(np.float64)))
+    return grades_QK, relevant
 
 
 def _offer(

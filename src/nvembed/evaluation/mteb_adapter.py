@@ -142,6 +142,8 @@ class _TaskEncoder(AbsEncoder):
 
 def _mteb_task(task: LocalTask) -> AbsTask:
     attributes = {"metadata": _metadata(task), **_SETTINGS.get(task.type, {})}
+    if task.type == "Retrieval":
+        attributes["ignore_identical_ids"] = task.ignore_identical_ids
     made = type(f"Local{task.type}", (_CLASSES[task.type],), attributes)()
     made.dataset = _mteb_data(task)
     made.data_loaded = True

@@ -73,7 +73,8 @@ def score_bm25(task: LocalTask) -> TaskOutcome:
         raise _missing_extra(error) from error
     assert isinstance(task.data, RetrievalData)
     started = time.perf_counter()
-    values_N = np.array(bm25_ndcgs(task.data))
+    ndcgs = bm25_ndcgs(task.data, ignore_identical_ids=task.ignore_identical_ids)
+    values_N = np.array(ndcgs)
     result = task_result(task, {task.main_score: float(values_N.mean())}, started)
     return result, Items("values", task.main_score, task_hash(task), {"values_N": values_N})
 

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
-from nvembed.core.errors import ConfigError
+from nvembed.core.errors import ConfigError, UserError
 from nvembed.core.files import write_json
 from nvembed.core.runs import describe_environment
 from nvembed.core.text_files import check_ending
@@ -120,6 +120,7 @@ def run_session(
     *,
     processes: int = 1,
     resume: bool = True,
+    keep_going: bool = False,
 ) -> Evaluation:
     """Evaluate a model and keep every finished task on disk.
 
@@ -131,6 +132,7 @@ def run_session(
         hub: of ``find_hub_tasks``.
         processes: share out the texts of each task, each with a GPU where there are some.
         resume: keep what ``settings.output`` holds.
+        keep_going: name local tasks that cannot be scored in ``failed``, and score the others.
 
     Raises:
         ConfigError: the output holds results of another model, revision or instruction.
@@ -150,7 +152,7 @@ def run_session(
         _check_record(settings.output, record)
         found.results = read_results(settings.output)
     todo = [job for name, job in jobs.items() if name not in found.results]
-    for name, outcome in _outcomes(settings, todo, processes):
+    for name, outcome in _outcomes(settings, todo, processes, keep_going=keep_going):
         if isinstance(outcome, str):
             found.failed[name] = outcome
             continue
@@ -171,7 +173,11 @@ _Outcome = TaskOutcome | str
 
 
 def _outcomes(
-    settings: Settings, jobs: Sequence[LocalTask | AbsTask], processes: int
+    settings: Settings,
+    jobs: Sequence[LocalTask | AbsTask],
+    processes: int,
+    *,
+    keep_going: bool,
 ) -> Iterator[tuple[str, _Outcome]]:
     if not jobs:
         return
@@ -185,7 +191,13 @@ def _outcomes(
     with _loaded(settings, processes) as encoder:
         scorer = _Scorer(settings, encoder)
         for job in jobs:
-            yield _name(job), scorer.outcome(job)
+            try:
+                outcome = scorer.outcome(job)
+            except UserError as error:
+                if not keep_going:
+                    raise
+                outcome = str(error)
+            yield _name(job), outcome
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Local evaluation tasks: a folder with ``task.json`` and the data files of its type.
 
+A folder in BEIR's layout without ``task.json`` is a Retrieval task called like the folder.
 ``find_tasks`` finds the folders, ``load_task`` reads one and refuses it with every problem named.
 Scoring is in ``local_scores`` (all types) and ``bm25`` (retrieval).
 """
@@ -8,15 +9,24 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 from nvembed.core.errors import ConfigError, DataError
+from nvembed.data.sources.beir import first_split, is_beir_folder
 from nvembed.evaluation import task_files
-from nvembed.evaluation.task_files import Problems, TaskData
+from nvembed.evaluation.reference.identical_ids import ignores_identical_ids
+from nvembed.evaluation.retrieval_files import read_retrieval
+from nvembed.evaluation.task_files import Problems, RetrievalData, TaskData
 from nvembed.text.instructions import read_task
+
+_log = logging.getLogger(__name__)
+_HEADER = "task.json"
+_PLAIN_SCORE = "ndcg_at_10"  # of a folder without task.json, as in BEIR
 
 TaskType = Literal[
     "Retrieval",
@@ -62,8 +72,7 @@ MAIN_SCORES: dict[TaskType, tuple[str, ...]] = {
 }
 """The scores that ``main_score`` of a task.json may name."""
 
-_READERS: dict[TaskType, Callable[[Path, Problems], TaskData]] = {
-    "Retrieval": task_files.read_retrieval,
+_READERS: dict[TaskType, Callable[[Problems], TaskData]] = {
     "Reranking": task_files.read_reranking,
     "Clustering": task_files.read_clustering,
     "PairClassification": task_files.read_pair_classification,
@@ -85,6 +94,9 @@ class LocalTask:
         main_score: one of ``MAIN_SCORES[type]``.
         folder: where it was read from.
         data: the texts and gold values, one class per layout.
+        ignore_identical_ids: of Retrieval: a result with the id of its query does not count, as
+            where the queries are documents of the corpus.
+        remarks: what the files hold that scores are computed in spite of, in one line; or nothing.
     """
 
     name: str
@@ -93,6 +105,8 @@ class LocalTask:
     main_score: str
     folder: Path
     data: TaskData
+    ignore_identical_ids: bool = False
+    remarks: str = ""
 
 
 def find_tasks(folder: str | Path) -> list[Path]:
@@ -104,46 +118,79 @@ def find_tasks(folder: str | Path) -> list[Path]:
     root = Path(folder)
     if not root.is_dir():
         raise DataError("no such folder", where=str(root), expected="a task folder or one of tasks")
-    if (root / "task.json").is_file():
+    if _is_task(root):
         return [root]
-    found = sorted(path.parent for path in root.glob("*/task.json"))
+    found = sorted(path for path in root.iterdir() if path.is_dir() and _is_task(path))
     if not found:
         raise DataError(
             "no evaluation task here",
             where=str(root),
-            expected="a task.json in this folder or in folders directly inside it",
+            expected="a task.json, or corpus, queries and qrels, in this folder or in folders "
+            "directly inside it",
         )
     return found
 
 
+def _is_task(folder: Path) -> bool:
+    return (folder / _HEADER).is_file() or is_beir_folder(folder)
+
+
 def load_tasks(
-    folders: Sequence[str | Path], names: Sequence[str] | None = None
+    folders: Sequence[str | Path],
+    names: Sequence[str] | None = None,
+    *,
+    broken: dict[str, str] | None = None,
 ) -> list[LocalTask]:
     """Load all tasks at ``folders``, or only those called one of ``names``.
 
-    Everything is read before anything is encoded, so that a broken task is told at once.
+    Everything is read before anything is encoded, so that a broken task is told at once. What is
+    odd about the files of a task, and does not stop it, is logged in one line.
+
+    Args:
+        folders: see ``find_tasks``.
+        names: of tasks; ``None`` is all.
+        broken: takes the tasks that cannot be used, and why, instead of an error about the first.
 
     Raises:
         DataError: a folder or task that cannot be used, a name given twice or not found.
     """
-    paths = {path.resolve(): path for folder in folders for path in find_tasks(folder)}
+    paths: dict[Path, Path] = {}
+    for folder in folders:
+        with _kept_going(str(folder), broken):
+            paths |= {path.resolve(): path for path in find_tasks(folder)}
     kept: dict[str, Path] = {}
     for path in paths.values():
-        name = _read_header(path).name
-        if name in kept:
-            raise DataError(
-                f"task {name!r} is also in {kept[name]}",
-                where=str(path / "task.json"),
-                expected="one name per task",
-            )
-        kept[name] = path
+        with _kept_going(path.name, broken):
+            name = _read_header(path).name
+            if name in kept:
+                raise DataError(
+                    f"task {name!r} is also in {kept[name]}",
+                    where=str(path / _HEADER),
+                    expected="one name per task",
+                )
+            kept[name] = path
     if names is not None:
         if unknown := [name for name in names if name not in kept]:
             raise DataError(
                 f"no task called {unknown[0]!r}", expected=_near(unknown[0], sorted(kept))
             )
         kept = {name: path for name, path in kept.items() if name in set(names)}
-    return [load_task(path) for path in kept.values()]
+    loaded = []
+    for name, path in kept.items():
+        with _kept_going(name, broken):
+            loaded.append(load_task(path))
+    return loaded
+
+
+@contextmanager
+def _kept_going(name: str, broken: dict[str, str] | None) -> Iterator[None]:
+    """Put the error of a block under ``name`` into ``broken``, where there is one."""
+    try:
+        yield
+    except DataError as error:
+        if broken is None:
+            raise
+        broken[name] = str(error)
 
 
 def load_task(folder: str | Path) -> LocalTask:
@@ -156,11 +203,37 @@ def load_task(folder: str | Path) -> LocalTask:
     path = Path(folder)
     header = _read_header(path)
     problems = Problems(path)
-    data = _READERS[header.type](path, problems)
+    data: TaskData
+    if header.type == "Retrieval":
+        data = read_retrieval(problems, header.split)
+    else:
+        data = _READERS[header.type](problems)
     problems.check()
+    ignored, reason = header.ignore_identical_ids, None
+    if ignored is None:
+        reason = ignores_identical_ids(header.name)
+        ignored = reason is not None and _has_identical_ids(data)
+    remarks = [str(kind).replace(f"{path}/", "") for kind in problems.remarks.kinds]
+    if header.note:
+        remarks.insert(0, header.note)
+    if ignored and reason is not None:
+        remarks.append(f"results with the id of their query do not count, as in mteb's {reason}")
+    if remarks:
+        _log.warning("%s: %s", header.name, "; ".join(remarks))
     return LocalTask(
-        header.name, header.type, header.instruction, header.main_score, folder=path, data=data
+        header.name,
+        header.type,
+        header.instruction,
+        header.main_score,
+        folder=path,
+        data=data,
+        ignore_identical_ids=ignored,
+        remarks="; ".join(remarks),
     )
+
+
+def _has_identical_ids(data: TaskData) -> bool:
+    return isinstance(data, RetrievalData) and not set(data.query_ids).isdisjoint(data.document_ids)
 
 
 @dataclass(frozen=True)
@@ -169,10 +242,17 @@ class _Header:
     type: TaskType
     instruction: str | None
     main_score: str
+    split: str | None = None
+    ignore_identical_ids: bool | None = None
+    note: str | None = None
 
 
 def _read_header(folder: Path) -> _Header:
-    path = folder / "task.json"
+    path = folder / _HEADER
+    if not path.is_file() and is_beir_folder(folder):
+        split = first_split(folder)
+        note = f"no {_HEADER}: Retrieval without an instruction, {_PLAIN_SCORE}, split {split}"
+        return _Header(folder.resolve().name, "Retrieval", None, _PLAIN_SCORE, split, note=note)
     where = str(path)
     values = read_json_object(path, "name, type, instruction and main_score")
     problems = Problems(folder)
@@ -194,8 +274,15 @@ def _read_header(folder: Path) -> _Header:
         scores = MAIN_SCORES[kind]
         if main_score not in scores:
             problems.add(f"main_score {main_score!r} for {kind}", where, _near(main_score, scores))
+    split = problems.text(values, "split", where) if values.get("split") is not None else None
+    ignored = values.get("ignore_identical_ids")
+    if ignored is not None and not isinstance(ignored, bool):
+        problems.add("'ignore_identical_ids' is neither true nor false", where, "true or false")
+    for key in ("split", "ignore_identical_ids"):
+        if values.get(key) is not None and kind in TASK_TYPES and kind != "Retrieval":
+            problems.add(f"{key!r} is of Retrieval tasks, not of {kind}", where)
     problems.check()
-    return _Header(str(name), cast(TaskType, kind), instruction, str(main_score))
+    return _Header(str(name), cast(TaskType, kind), instruction, str(main_score), split, ignored)
 
 
 def read_json_object(path: Path, expected: str) -> dict[str, Any]:

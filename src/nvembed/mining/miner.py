@@ -8,7 +8,7 @@ everything that is or may be a positive, are its negatives. Next file: ``run.py`
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -17,12 +17,14 @@ from typing import Any, cast
 
 from nvembed.core.errors import ConfigError
 from nvembed.core.files import tidy, write_json, write_jsonl
-from nvembed.core.text_files import check_ending, ending_of, read_jsonl
+from nvembed.core.text_files import check_ending
 from nvembed.data.convert import POSITIVE_SCORE
-from nvembed.data.records import Kind, PairRecord, Record, StsRecord, read_records
+from nvembed.data.records import Kind, PairRecord, Record, StsRecord
+from nvembed.data.sources import Column, file_dataset, load_records
 from nvembed.inference.protocol import Encoder
 from nvembed.inference.reading import read_documents
 from nvembed.mining.config import MiningConfig
+from nvembed.mining.output_rows import output_rows
 from nvembed.mining.pool import DocumentPool, Pool, StoredPool, text_key
 from nvembed.mining.report import MiningReport
 from nvembed.mining.run import Mined, Run, pool_texts, queries_of
@@ -115,6 +117,8 @@ def mine_file(
     config: MiningConfig,
     *,
     kind: Kind = "retrieval",
+    layout: str = "records",
+    columns: Mapping[str, Column] | None = None,
     instruction: str | None = None,
     documents: Path | None = None,
     dtype: PrecisionChoice | None = None,
@@ -131,12 +135,15 @@ def mine_file(
     Processes that are given the same folder share the work (``torchrun``, or several commands).
 
     Args:
-        input: records; see ``nvembed.data.records``. They are held in memory.
+        input: records in any file that training reads (``data/sources/``), which are held in
+            memory.
         output: JSONL, or JSONL.gz by its name; the report goes to ``<output>.report.json``.
         teacher: folder or hub id of an embedding model, address of an OpenAI-compatible endpoint,
             ``bm25``, or a loaded encoder, whose vectors are kept in memory.
         config: how to choose.
         kind: ``retrieval``, ``nli`` or ``sts``.
+        layout: how rows become records, as in a recipe.
+        columns: columns of the input that are called differently, as in a recipe.
         instruction: of the queries (``sts``: of both sides).
         documents: file or folder of further texts to mine from; see ``read_documents``.
         dtype: of the teacher's weights, see ``load_encoder``.
@@ -153,14 +160,15 @@ def mine_file(
     """
     _check_request(input, output, kind, documents, config)
     check_teacher(teacher, teacher_model, config, engine)
-    plan = _plan(read_records(input, kind))
+    source = file_dataset(input, kind, layout=layout, columns=columns)
+    plan = _plan(load_records(source, base_dir=Path()))
     folder = work if work is not None or not isinstance(teacher, str) else _beside(output)
     if work is None:
         tidy(output.parent, output.name)
     with _temporary(folder if work is None else None):
         job = _Job(plan, config, instruction, documents, folder, engine)
         with job.run(teacher, teacher_model, dtype) as (run, settled):
-            write_jsonl(output, _output_rows(input, plan.finish(run.mined())))
+            write_jsonl(output, output_rows(source, plan.finish(run.mined())))
         origin = {
             "input": str(input),
             "corpus": None if documents is None else str(documents),
@@ -183,6 +191,8 @@ def help_mining(
     *,
     work: Path,
     kind: Kind = "retrieval",
+    layout: str = "records",
+    columns: Mapping[str, Column] | None = None,
     instruction: str | None = None,
     documents: Path | None = None,
     dtype: PrecisionChoice | None = None,
@@ -197,7 +207,9 @@ def help_mining(
     check_teacher(teacher, teacher_model, config, "local")
     if teacher == BM25_NAME:
         return
-    job = _Job(_plan(read_records(input, kind)), config, instruction, documents, work, "local")
+    source = file_dataset(input, kind, layout=layout, columns=columns)
+    plan = _plan(load_records(source, base_dir=Path()))
+    job = _Job(plan, config, instruction, documents, work, "local")
     with job.run(teacher, teacher_model, dtype):
         return
 
@@ -357,16 +369,3 @@ def _check_request(
     if output.resolve() in sources:
         raise ConfigError("output and input are the same file", where=str(output))
     check_ending(output, (".jsonl",), packed=True)
-
-
-def _output_rows(input: Path, mined: Iterable[PairRecord | StsRecord]) -> Iterator[dict[str, Any]]:
-    if ending_of(input) == ".parquet":
-        yield from (record.to_json() for record in mined)
-        return
-    for (_, row), record in zip(read_jsonl(input), mined, strict=True):
-        for key in ("negative", "positive_scores", "negative_scores"):
-            row.pop(key, None)
-        new = record.to_json()
-        if "positive_scores" not in new:
-            new = {key: new[key] for key in ("negative",) if key in new}
-        yield row | new

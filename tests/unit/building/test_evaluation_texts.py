@@ -12,7 +12,7 @@ from nvembed.building.contamination import Contamination, EvaluationText
 from nvembed.building.evaluation_texts import evaluation_texts
 from nvembed.data.records import LabelRecord, read_records
 from nvembed.evaluation.tasks import load_task, load_tasks
-from task_folders import MAIN_SCORES, rows_of, write_task
+from task_folders import MAIN_SCORES, rows_of, write_rows, write_task
 
 EXPECTED = {
     "Retrieval": ("query", "queries.jsonl", ["text"]),
@@ -45,6 +45,19 @@ def test_test_parts_of_every_type(kind: str, tmp_path: Path) -> None:
         ]
     else:
         assert singly == []
+
+
+def test_a_published_beir_folder_is_decontaminated_against(tmp_path: Path) -> None:
+    """What ``evaluate`` reads, the build reads: no task.json, integer ids, TREC's columns."""
+    folder = tmp_path / "tasks" / "scifact"
+    (folder / "qrels").mkdir(parents=True)
+    write_rows(folder / "corpus.jsonl", [{"_id": 1, "title": None, "text": "a document"}])
+    write_rows(folder / "queries.jsonl", [{"_id": n, "text": f"claim {n}"} for n in range(3)])
+    (folder / "qrels" / "test.tsv").write_text("0 0 1 1\n2 0 7 1\n")
+    assert list(evaluation_texts(load_tasks([tmp_path / "tasks"]))) == [
+        EvaluationText(("claim 0",), "scifact", "query"),
+        EvaluationText(("claim 2",), "scifact", "query"),
+    ]
 
 
 @pytest.mark.shared

@@ -141,6 +141,22 @@ def test_what_cannot_be_looked_into(
     assert message in error
 
 
+def test_keep_going_looks_into_the_other_sets(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_inputs(tmp_path)
+    (tmp_path / "pairs.jsonl").unlink()
+    assert run(["data", "inspect", str(recipe)]) == 2
+    assert "no such file" in capsys.readouterr().err
+    assert run(["data", "inspect", str(recipe), "--json", "--keep-going"]) == 2
+    shown = capsys.readouterr()
+    assert [found["name"] for found in json.loads(shown.out)] == ["sts", "classes"]
+    first, last = shown.err.splitlines()
+    assert first.startswith("not done: pairs: ")
+    assert "no such file" in first
+    assert "pairs: could not be read" in last
+
+
 # --- Checking a file ------------------------------------------------------------------------------
 
 
@@ -149,17 +165,39 @@ def check(path: Path, *options: str, capsys: pytest.CaptureFixture[str]) -> tupl
     return code, capsys.readouterr().out.splitlines()
 
 
-def test_every_bad_line_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_kind_of_bad_line_is_named_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     lines = [b'{"query": "a", "positive": "b"}', b'{"query": "a"}', b"nonsense", b'"\xff"'] * 500
     path = tmp_path / "pairs.jsonl"
     path.write_bytes(b"\n".join(lines) + b"\n" + b'{"query": "a"}\n' * 1500)
     code, found = check(path, "--kind", "retrieval", capsys=capsys)
     assert code == 2
-    bad = [number for number in range(1, 2001) if number % 4 != 1] + list(range(2001, 3501))
-    assert [line.split(": ")[0] for line in found] == [f"{path}:{number}" for number in bad]
-    assert "positive" in found[0]
-    assert "JSON" in found[1]
-    assert "UTF-8" in found[2]
+    of = "6, 10, 14, 18, 22, 26, 30, 34, 38, 42, …"
+    assert found[0] == (
+        f'{path}:2: no column "positive"; found: query (1,999 more like it: lines {of})'
+    )
+    assert found[1].startswith(f"{path}:3: not valid JSON")
+    assert "(499 more like it: lines 7, 11," in found[1]
+    assert found[2].startswith(f"{path}:4: not UTF-8 text (499 more like it: lines 8, 12,")
+    assert len(found) == 3
+
+
+def test_an_object_in_the_place_of_a_text_is_told_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "pairs.jsonl"
+    good = {"query": "q", "positive": "p"}
+    bad = {"query": "q", "positive": {"title": "t", "text": "p"}}
+    listed = {"query": "q", "positive": [{"text": "p"}, "r"]}
+    write_jsonl(path, [good, bad, bad, listed, good, bad])
+    code, found = check(path, "--kind", "retrieval", capsys=capsys)
+    assert code == 2
+    assert found == [
+        f'{path}:2: "positive" is an object, expected a text or a list of texts '
+        "(2 more like it: lines 3, 6)",
+        f'{path}:4: "positive[0]" is an object, expected a text',
+    ]
 
 
 def test_a_file_of_nothing_but_bad_lines_is_read_to_its_end(
@@ -168,7 +206,8 @@ def test_a_file_of_nothing_but_bad_lines_is_read_to_its_end(
     path = tmp_path / "pairs.jsonl"
     path.write_bytes(b'{"query": "a"}\n' * 1500)
     code, found = check(path, "--kind", "retrieval", capsys=capsys)
-    assert (code, len(found)) == (2, 1500)
+    assert (code, len(found)) == (2, 1)
+    assert found[0].endswith("(1,499 more like it: lines 2-1500)")
 
 
 def test_classes_that_cannot_be_converted_are_named(
@@ -189,8 +228,144 @@ def test_classes_that_cannot_be_converted_are_named(
 
 def test_a_good_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "sts.jsonl"
-    write_jsonl(path, STS)
+    write_jsonl(path, STS[:-1])  # the last one contradicts another
     code, found = check(path, "--kind", "sts", capsys=capsys)
-    assert (code, found) == (0, [f"{path}: {len(STS)} records, all good"])
+    assert (code, found) == (0, [f"{path}: {len(STS) - 1} records, all good"])
     path.write_text("")
     assert check(path, "--kind", "sts", capsys=capsys) == (2, [])
+
+
+# --- Records that contradict themselves and each other --------------------------------------------
+
+
+def pair(query: str, *positives: str, negative: tuple[str, ...] = ()) -> dict[str, Any]:
+    return {"query": query, "positive": list(positives), "negative": list(negative)}
+
+
+@pytest.mark.parametrize(
+    ("rows", "line", "problem"),
+    [
+        ([pair("q", "p", negative=("n", " P "))], 1, "a positive is among the negatives too"),
+        ([pair("q", "r", "p", negative=("p",))], 1, "a positive is among the negatives too"),
+        ([pair("Q", " q")], 1, "the only positive is the query itself"),
+        ([pair("q", "q")], 1, "the only positive is the query itself"),
+        (
+            [pair("q", "p"), pair("x", "y"), pair(" Q", "r", negative=("P",))],
+            3,
+            "a document is negative here and positive for the same query in {path}:1",
+        ),
+        (
+            [pair("q", "r", negative=("a", "p")), pair("q", "p")],
+            2,
+            "a document is positive here and negative for the same query in {path}:1",
+        ),
+    ],
+)
+def test_contradictions_are_problems(
+    rows: list[dict[str, Any]],
+    line: int,
+    problem: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = tmp_path / "pairs.jsonl"
+    write_jsonl(path, rows)
+    code, found = check(path, "--kind", "retrieval", capsys=capsys)
+    assert (code, found) == (2, [f"{path}:{line}: {problem.format(path=path)}"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "rows", "line", "warning"),
+    [
+        ("retrieval", [pair("q", "p", "Q")], 1, "a positive is the query itself"),
+        ("retrieval", [pair("q", "p", negative=("Q", "n"))], 1, "a negative is the query itself"),
+        ("nli", [pair("q", "p", negative=("n", "n"))], 1, "a text is given twice in one list"),
+        ("retrieval", [pair("q", "p", "p")], 1, "a text is given twice in one list"),
+        (
+            "retrieval",
+            [pair("q", "p", negative=("n", "N "))],
+            1,
+            "two texts of one list differ in case and white space only",
+        ),
+        (
+            "sts",
+            [
+                {"sentence1": "a", "sentence2": "b", "score": 4},
+                {"sentence1": "B", "sentence2": "a", "score": 1},
+            ],
+            2,
+            "the pair has another score in {path}:1",
+        ),
+        (
+            "sts",
+            [
+                {"sentence1": "a", "sentence2": "A", "score": 3},
+                {"sentence1": "a", "sentence2": "b", "score": 3},
+            ],
+            1,
+            "two equal sentences are scored 3",
+        ),
+        (
+            "classification",
+            [{"text": f"t{n % 4}", "label": "ab"[n % 2]} for n in range(4)]
+            + [{"text": "T1", "label": "a"}],
+            5,
+            "the text has another label in {path}:2",
+        ),
+    ],
+)
+def test_what_may_be_meant_is_a_warning(
+    kind: str,
+    rows: list[dict[str, Any]],
+    line: int,
+    warning: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = tmp_path / "set.jsonl"
+    write_jsonl(path, rows)
+    code, found = check(path, "--kind", kind, capsys=capsys)
+    assert (code, found) == (
+        0,
+        [
+            f"warning: {path}:{line}: {warning.format(path=path)}",
+            f"{path}: {len(rows)} records, 1 warning",
+        ],
+    )
+
+
+def test_scores_out_of_range_and_on_another_scale(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "sts.jsonl"
+    rows = [{"sentence1": f"a{n}", "sentence2": f"b{n}", "score": n / 10} for n in range(11)]
+    write_jsonl(path, rows)
+    code, found = check(path, "--kind", "sts", capsys=capsys)
+    assert code == 0
+    assert found[0].startswith(f"warning: {path}: no score is above 1, on a scale of 0 to 5")
+    write_jsonl(path, [*rows, {"sentence1": "a", "sentence2": "b", "score": 6}])
+    code, found = check(path, "--kind", "sts", capsys=capsys)
+    assert code == 2
+    assert found[0] == f'{path}:12: "score" is 6, expected a number from 0 to 5'
+    negative = {"sentence1": "a", "sentence2": "b", "score": 5, "negative": ["c", "B"]}
+    write_jsonl(path, [negative])
+    code, found = check(path, "--kind", "sts", capsys=capsys)
+    assert (code, found) == (2, [f"{path}:1: a sentence is among the negatives too"])
+
+
+def test_judgements_of_what_is_not_there_are_warnings(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "set"
+    write_jsonl(folder / "corpus.jsonl", [{"_id": 1, "text": "p"}, {"_id": 2, "text": ""}])
+    write_jsonl(folder / "queries.jsonl", [{"_id": "q", "text": "query"}])
+    (folder / "qrels").mkdir()
+    (folder / "qrels" / "train.tsv").write_text("q 0 1 1\nq 0 2 1\nq 0 3 1\nq 0 4 1\n")
+    code, found = check(folder, "--kind", "retrieval", "--layout", "beir", capsys=capsys)
+    assert code == 0
+    assert found == [
+        f"warning: {folder}/corpus.jsonl:2: document '2' has no text",
+        f"warning: {folder}/qrels/train.tsv:2: document '2' is not in {folder}/corpus.jsonl "
+        "(2 more like it: lines 3-4)",
+        f"{folder}: 1 records, 4 warnings",
+    ]

@@ -14,10 +14,12 @@ from nvembed.core.errors import ConfigError, ModelError
 from nvembed.evaluation import session
 from nvembed.evaluation.items import items_folder, read_items
 from nvembed.evaluation.results import TaskResult, read_results
+from nvembed.evaluation.run import TaskOutcome
 from nvembed.evaluation.session import Settings, run_session
 from nvembed.evaluation.summary import published_results
-from nvembed.evaluation.tasks import load_tasks
+from nvembed.evaluation.tasks import LocalTask, load_tasks
 from nvembed.inference.fake import HashEncoder
+from nvembed.inference.protocol import Encoder
 from task_folders import rows_of, write_rows, write_task
 
 
@@ -327,3 +329,57 @@ def test_instructions_by_source() -> None:
     banking = mteb.get_task("Banking77Classification").metadata  # not in the official file
     assert isinstance(banking.prompt, str)
     assert hub_instruction(banking, "official") == banking.prompt
+
+
+def test_keep_going_scores_the_rest_and_says_what_is_missing(
+    model: Counting,
+    tasks: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    write_task(tasks / "broken", "STS")
+    (tasks / "broken" / "test.jsonl").write_text("{")
+    write_task(tasks / "spoiled", "STS")
+    score = session.score_task
+
+    def score_or_fail(task: LocalTask, encoder: Encoder) -> TaskOutcome:
+        if task.name == "spoiled":
+            raise ModelError("the model gave NaN")
+        return score(task, encoder)
+
+    monkeypatch.setattr(session, "score_task", score_or_fail)
+    output = tmp_path / "results.json"
+    words = ["evaluate", "m", "--tasks", str(tasks), str(tmp_path / "no"), "--dtype", "float32"]
+    words += ["--output", str(output)]
+    assert run(words) == 2
+    assert not output.exists()
+    capsys.readouterr()
+    assert run([*words, "--keep-going"]) == 2
+    shown = capsys.readouterr()
+    assert set(read_results(output)) == {"find", "similar"}
+    assert "find" in shown.out
+    lines = shown.err.splitlines()
+    assert [line.split(": ")[:2] for line in lines[:3]] == [
+        ["not done", str(tmp_path / "no")],
+        ["not done", "broken"],
+        ["not done", "spoiled"],
+    ]
+    assert "no such folder" in lines[0]
+    assert "test.jsonl:1: not valid JSON" in lines[1]
+    assert lines[2].endswith("the model gave NaN")
+    assert "3 tasks could not be done" in lines[3]
+    record = json.loads((tmp_path / "results.run.json").read_text(encoding="utf-8"))
+    assert record["failed"] == {"spoiled": "the model gave NaN"}
+
+
+def test_keep_going_with_nothing_but_broken_tasks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (write_task(tmp_path / "broken", "STS") / "test.jsonl").unlink()
+    words = ["evaluate", "m", "--tasks", str(tmp_path), "--keep-going"]
+    assert run([*words, "--output", str(tmp_path / "results.json")]) == 2
+    shown = capsys.readouterr()
+    assert "1 task could not be done" in shown.err
+    assert shown.err.count("no such file") == 1
+    assert not (tmp_path / "results.json").exists()

@@ -85,16 +85,14 @@ def test_line_separators_inside_texts_do_not_split_records(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("qrels", "line", "message"),
     [
-        (QRELS + "q9\td1\t1\n", 8, "unknown query id 'q9'"),
-        (QRELS + "q1\td9\t1\n", 8, "unknown document id 'd9'"),
-        (QRELS + "q1\td4\t1.5\n", 8, "score '1.5'; expected an integer, 0 or more"),
-        (QRELS + "q1\td4\t-1\n", 8, "score '-1'"),
-        (QRELS + "q1\td4\n", 8, "2 columns; expected 3"),
-        (QRELS + "q1\t0\td4\t1\n", 8, "4 columns; expected 3"),
-        (QRELS + "q1\td1\t1\n", 8, "document 'd1' is judged twice for query 'q1'"),
-        (QRELS.replace("\t", " "), 1, "header 'query-id corpus-id score'"),
-        (QRELS.split("\n", 1)[1], 1, "header 'q1\\td1\\t2'"),
-        ("", 1, "header ''"),
+        (QRELS + "q1\td4\t1.5\n", 8, "score '1.5'; expected a whole number"),
+        (QRELS + "q1\td4\t1e99\n", 8, "score '1e+99'; expected a whole number of 32 bits"),
+        (QRELS + "q1\td4\tnan\n", 8, "\"score\" is 'nan', expected a number"),
+        (QRELS + "q1\td4\t1_0\n", 8, "\"score\" is '1_0', expected a number"),
+        (QRELS + "q1\td4\t\u0663\n", 8, "\"score\" is '\u0663', expected a number"),
+        (QRELS + "q1\td4\n", 8, "2 columns, expected 3: query-id, corpus-id, score"),
+        (QRELS + "q1\t0\td4\t1\n", 8, "4 columns, expected 3"),
+        (QRELS + "\td4\t1\n", 8, "an id is empty"),
     ],
 )
 def test_broken_qrels(tmp_path: Path, qrels: str, line: int, message: str) -> None:
@@ -104,6 +102,25 @@ def test_broken_qrels(tmp_path: Path, qrels: str, line: int, message: str) -> No
     with pytest.raises(DataError) as caught:
         load_task(folder)
     assert str(caught.value).startswith(f"{path}:{line}: {message}")
+
+
+@pytest.mark.parametrize(
+    ("qrels", "message"),
+    [
+        ("", "the file is empty"),
+        ("query-id\tcorpus-id\tscore\n", "the file is empty"),
+        ("qid\tpid\tlabel\nq1\td1\t1\n", 'no column "query-id" and no column "corpus-id"'),
+        ("q7\td1\t1\nq8\td1\t1\n", "no judged query is known, such as 'q7'"),
+        ("q1\tx1\t1\nq7\td1\t1\n", "no judged document is known, such as 'x1'"),
+    ],
+)
+def test_qrels_of_something_else(tmp_path: Path, qrels: str, message: str) -> None:
+    folder = write_task(tmp_path / "r", "Retrieval")
+    path = folder / "qrels" / "test.tsv"
+    path.write_text(qrels, encoding="utf-8")
+    with pytest.raises(DataError) as caught:
+        load_task(folder)
+    assert str(caught.value).startswith(f"{path}: {message}")
 
 
 def test_qrels_without_any_relevant_document(tmp_path: Path) -> None:
@@ -133,12 +150,21 @@ def _change(kind: str, file: str, change: Callable[[list[dict[str, Any]]], None]
 @pytest.mark.parametrize(
     ("kind", "file", "change", "line", "message"),
     [
-        ("Retrieval", "corpus.jsonl", lambda r: r[1].update(text=" "), 2, "the document is empty"),
-        ("Retrieval", "corpus.jsonl", lambda r: r[1].pop("text"), 2, "'text' is missing"),
-        ("Retrieval", "corpus.jsonl", lambda r: r[0].update(title=None), 1, "'title' is missing"),
+        ("Retrieval", "corpus.jsonl", lambda r: r[1].pop("text"), 2, 'no column "text"; found'),
+        ("Retrieval", "corpus.jsonl", lambda r: r[0].update(title=3), 1, '"title" or "text" is no'),
+        ("Retrieval", "corpus.jsonl", lambda r: r[0].update(text={}), 1, '"title" or "text" is no'),
         ("Retrieval", "corpus.jsonl", lambda r: r[2].update(_id="d1"), 3, "id 'd1' is given twice"),
-        ("Retrieval", "queries.jsonl", lambda r: r[0].update(text=""), 1, "'text' is empty"),
-        ("Retrieval", "queries.jsonl", lambda r: r[3].update(_id=7), 4, "'_id' is the number 7"),
+        ("Retrieval", "corpus.jsonl", lambda r: r[2].update(_id=None), 3, "an id is NoneType"),
+        ("Retrieval", "corpus.jsonl", lambda r: r[2].pop("_id"), 3, 'no column "id"; found'),
+        (
+            "Retrieval",
+            "queries.jsonl",
+            lambda r: r[0].update(text=""),
+            1,
+            "a judged query is empty",
+        ),
+        ("Retrieval", "queries.jsonl", lambda r: r[0].update(text=3), 1, '"text" is no text'),
+        ("Retrieval", "queries.jsonl", lambda r: r[3].update(_id=True), 4, "an id is bool"),
         ("Reranking", "test.jsonl", lambda r: r[1].update(positive=[]), 2, "'positive' is empty"),
         ("Reranking", "test.jsonl", lambda r: r[0].update(negative="x"), 1, "'negative' is a text"),
         (
@@ -226,17 +252,16 @@ def test_missing_qrels(tmp_path: Path) -> None:
 
 def test_all_problems_in_one_error(tmp_path: Path) -> None:
     folder = write_task(tmp_path / "task", "Retrieval")
-    (folder / "qrels" / "test.tsv").write_text(QRELS + "q7\td1\t1\nq1\td9\tx\n")
+    (folder / "qrels" / "test.tsv").write_text(QRELS + "q1\td1\t1\t0\nq1\td9\tx\n")
     with open(folder / "queries.jsonl", "a", encoding="utf-8") as out:
         out.write("{not json\n")
     with pytest.raises(DataError) as caught:
         load_task(folder)
     text = str(caught.value)
-    assert text.startswith(f"{folder}: 4 problems: ")
+    assert text.startswith(f"{folder}: 3 problems: ")
     assert f"{folder / 'queries.jsonl'}:5: not valid JSON" in text
-    assert f"{folder / 'qrels' / 'test.tsv'}:8: unknown query id 'q7'" in text
-    assert f"{folder / 'qrels' / 'test.tsv'}:9: score 'x'" in text
-    assert f"{folder / 'qrels' / 'test.tsv'}:9: unknown document id 'd9'" in text
+    assert f"{folder / 'qrels' / 'test.tsv'}:8: 4 columns" in text
+    assert f"{folder / 'qrels' / 'test.tsv'}:9: \"score\" is 'x'" in text
     assert "\n" not in text
 
 
@@ -245,9 +270,16 @@ def test_many_problems_are_counted(tmp_path: Path) -> None:
     write_rows(folder / "test.jsonl", [{"text": "", "label": "a"}] * 40)
     with pytest.raises(DataError) as caught:
         load_task(folder)
-    assert "40 problems" in str(caught.value)
-    assert str(caught.value).endswith("; and 30 more")
-    assert str(caught.value).count("'text' is empty") == 10
+    assert str(caught.value) == (
+        f"{folder / 'test.jsonl'}:1: 'text' is empty; expected a text (39 more like it: lines 2-40)"
+    )
+    texts = [{"text": f"t{number}", "label": [number]} for number in range(40)]
+    write_rows(folder / "test.jsonl", [{"text": ""}, *texts, {"text": "", "label": "a"}])
+    with pytest.raises(DataError) as caught:
+        load_task(folder)
+    assert str(caught.value).startswith(f"{folder}: 43 problems: ")
+    assert "line 2: 'label' is a list with the number 0" in str(caught.value)
+    assert str(caught.value).endswith("(39 more like it: lines 3-41)")
 
 
 # --- task.json and folders ------------------------------------------------------------------------

@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+import csv
+import gzip
+import io
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -136,3 +140,109 @@ def test_a_mined_file_can_be_mined_again(tmp_path: Path) -> None:
     second = read_records(tmp_path / "2.jsonl", "retrieval")
     assert [r.positives for r in second] == [r.positives for r in first]
     assert any(record.negatives for record in second)
+
+
+# --- Everything that training reads ---------------------------------------------------------------
+
+QUESTIONS = {
+    "sort a list": "list sort in place",
+    "read a file": "open a file to read it",
+    "sum of numbers": "sum adds numbers",
+}
+FAQ: list[dict[str, Any]] = [
+    {"nr": number, "question": question, "answer": answer, "source": "a, b"}
+    for number, (question, answer) in enumerate(QUESTIONS.items())
+]
+NAMES = {"query": "question", "positive": "answer"}
+
+
+def _delimited(rows: list[dict[str, Any]], delimiter: str) -> str:
+    out = io.StringIO()
+    writer = csv.DictWriter(out, list(rows[0]), delimiter=delimiter)
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize(
+    "name", ["in.csv", "in.csv.gz", "in.tsv", "in.json", "in.json.gz", "in.jsonl", "in.jsonl.gz"]
+)
+def test_every_kind_of_file_is_mined(name: str, tmp_path: Path) -> None:
+    text = json.dumps(FAQ)
+    if ".jsonl" in name:
+        text = "".join(json.dumps(row) + "\n" for row in FAQ)
+    elif ".csv" in name or ".tsv" in name:
+        text = _delimited(FAQ, "," if ".csv" in name else "\t")
+    raw = text.encode()
+    (tmp_path / name).write_bytes(gzip.compress(raw) if name.endswith(".gz") else raw)
+    output = tmp_path / "out.jsonl"
+    report = mine_file(tmp_path / name, output, HashEncoder(), CONFIG, columns=NAMES)
+    assert report.records == 3
+    rows = [row for _, row in read_jsonl(output)]
+    for row, before in zip(rows, FAQ, strict=True):
+        assert list(row)[:2] == ["nr", "source"]
+        assert (int(row["nr"]), row["source"]) == (before["nr"], "a, b")
+        assert (row["query"], row["positive"]) == (before["question"], [before["answer"]])
+        assert len(row["negative"]) == 2
+    pairs = [PairRecord(row["question"], (row["answer"],)) for row in FAQ]
+    assert read_records(output, "retrieval") == mine_negatives(pairs, (), HashEncoder(), CONFIG)[0]
+
+
+def test_layouts_are_mined(tmp_path: Path) -> None:
+    (tmp_path / "set" / "qrels").mkdir(parents=True)
+    corpus = [{"_id": number, "text": row["answer"]} for number, row in enumerate(FAQ)]
+    write_jsonl(tmp_path / "set" / "corpus.jsonl", corpus)
+    queries = [{"_id": f"q{row['nr']}", "text": row["question"]} for row in FAQ]
+    write_jsonl(tmp_path / "set" / "queries.jsonl.gz", queries)
+    lines = "".join(f"q{number} 0 {number} 1\n" for number in range(3))
+    (tmp_path / "set" / "qrels" / "train.tsv").write_text(lines)
+    output = tmp_path / "out.jsonl"
+    mine_file(tmp_path / "set", output, HashEncoder(), CONFIG, layout="beir")
+    rows = [row for _, row in read_jsonl(output)]
+    assert [(row["query"], row["positive"]) for row in rows] == [
+        (row["question"], [row["answer"]]) for row in FAQ
+    ]
+    assert all(len(row["negative"]) == 2 for row in rows)
+    with pytest.raises(ConfigError, match="layout tuples gives records of kind retrieval or nli"):
+        mine_file(tmp_path / "set", output, HashEncoder(), CONFIG, kind="sts", layout="tuples")
+
+
+def test_a_built_set_is_mined(tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    from nvembed.data.record_shards import write_shards
+    from nvembed.data.sources import Converted
+
+    (tmp_path / "built").mkdir()
+    records = [PairRecord(row["question"], (row["answer"],)) for row in FAQ]
+    rows = (Converted(record, "") for record in records)
+    write_shards(tmp_path / "built", rows, "retrieval", rows_per_shard=2)
+    mine_file(tmp_path / "built", tmp_path / "out.jsonl", HashEncoder(), CONFIG)
+    mined = read_records(tmp_path / "out.jsonl", "retrieval")
+    assert mined == mine_negatives(records, (), HashEncoder(), CONFIG)[0]
+
+
+def test_empty_cells_of_a_table_do_not_come_back(tmp_path: Path) -> None:
+    """An optional value that is empty in a table is none, in what is written as well."""
+    rows = [{"query": row["question"], "positive": row["answer"], "instruction": ""} for row in FAQ]
+    rows[1]["instruction"] = "Find it"
+    (tmp_path / "in.csv").write_text(_delimited(rows, ","))
+    mine_file(tmp_path / "in.csv", tmp_path / "out.jsonl", HashEncoder(), CONFIG)
+    mined = read_records(tmp_path / "out.jsonl", "retrieval")
+    assert [record.instruction for record in mined] == [None, "Find it", None]
+
+
+def test_the_command_takes_columns(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nvembed.cli.main import run
+
+    monkeypatch.chdir(tmp_path)
+    Path("in.csv").write_text(_delimited(FAQ, ","))
+    words = ["mine", "in.csv", "out.jsonl", "--teacher", "bm25"]
+    assert run(words) == 2
+    assert 'in.csv: no column "query" and no column "positive"' in capsys.readouterr().err
+    words += ["--column", "query=question", "--column", "positive=answer"]
+    assert run(words) == 0
+    mined = read_records(Path("out.jsonl"), "retrieval")
+    assert [record.query for record in mined] == [row["question"] for row in FAQ]
+    assert any(record.negatives for record in mined)

@@ -1,7 +1,14 @@
 """Sources of training data: files and sets on the hub, in whatever layout, as records."""
 
 from nvembed.core.errors import SourceError
-from nvembed.data.sources.config import Column, DatasetConfig, HubLocation, Layout, TableConfig
+from nvembed.data.sources.config import (
+    Column,
+    DatasetConfig,
+    HubLocation,
+    Layout,
+    TableConfig,
+    file_dataset,
+)
 from nvembed.data.sources.loading import load_records
 from nvembed.data.sources.opening import open_dataset
 from nvembed.data.sources.rows import BadRow, Converted, OpenedDataset
@@ -16,6 +23,7 @@ __all__ = [
     "OpenedDataset",
     "SourceError",
     "TableConfig",
+    "file_dataset",
     "load_records",
     "open_dataset",
 ]

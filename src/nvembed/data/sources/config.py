@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from nvembed.core.config import StrictModel
 from nvembed.core.errors import ConfigError
@@ -239,6 +240,36 @@ class DatasetConfig(StrictModel):
         if self.layout == "scored" and self.hub is None and not (self.corpus and self.queries):
             raise ValueError("layout scored needs corpus and queries, the tables of texts")
         return self
+
+
+def file_dataset(
+    path: Path,
+    kind: Kind,
+    *,
+    layout: str = "records",
+    columns: Mapping[str, Column] | None = None,
+    conversion: Conversion = "example",
+) -> DatasetConfig:
+    """The entry that a file of the command line would have in a recipe.
+
+    Raises:
+        ConfigError: the options do not go together.
+    """
+    values: dict[str, object] = {
+        "name": path.name or str(path),
+        "path": str(path),
+        "kind": kind,
+        "instruction": None,
+        "layout": layout,
+        "columns": dict(columns or {}),
+        "conversion": conversion,
+    }
+    try:
+        return DatasetConfig.model_validate(values)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = "--" + str(problem["loc"][0]) if problem["loc"] else None
+        raise ConfigError(str(problem["msg"]).removeprefix("Value error, "), where=where) from error
 
 
 def _check_one_place(path: str | None, hub: HubLocation | None) -> None:

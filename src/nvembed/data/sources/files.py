@@ -68,7 +68,7 @@ def open_file(
             with open_parquet(path) as file:
                 schema = file.schema_arrow
         except DataError as error:
-            raise _as_source_error(error) from error
+            raise as_source_error(error) from error
         _check_distinct(schema.names, name)
         rows = _guarded(lambda: _parquet(path, name))
         return Table(name, rows, tuple(schema.names), schema=schema)
@@ -166,10 +166,11 @@ def _guarded(make: Callable[[], Iterator[Any]]) -> Generator[Any, None, None]:
     except SourceError:
         raise
     except DataError as error:
-        raise _as_source_error(error) from error
+        raise as_source_error(error) from error
 
 
-def _as_source_error(error: DataError) -> SourceError:
+def as_source_error(error: DataError) -> SourceError:
+    """The same error, of a source of training data."""
     return SourceError(error.message, where=error.where, expected=error.expected, hint=error.hint)
 
 

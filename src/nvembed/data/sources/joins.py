@@ -17,14 +17,14 @@ from __future__ import annotations
 import ast
 import html
 import unicodedata
-from collections.abc import Generator, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from nvembed.data.records import RowError
+from nvembed.data.sources.beir import Judgement, join_texts, read_id, read_judgements
 from nvembed.data.sources.columns import ID_NAMES, MISSING, Columns
 from nvembed.data.sources.config import DatasetConfig
-from nvembed.data.sources.layouts import number_in
 from nvembed.data.sources.rows import BadRow, Rows, Table, Values
 
 
@@ -36,6 +36,16 @@ class Joined:
     values: Values
 
 
+def read_title(value: Any) -> str:
+    """Read an id or title in one spelling: without HTML entities and with composed accents.
+
+    Raises:
+        RowError: see ``read_id``.
+    """
+    text = html.unescape(read_id(value))
+    return text if text.isascii() else unicodedata.normalize("NFC", text)
+
+
 @dataclass(frozen=True, slots=True)
 class Keyed:
     """A table of texts by their ids.
@@ -45,12 +55,14 @@ class Keyed:
         columns: where ``id`` and ``text`` are found.
         ids: names that the id may have where ``columns`` does not say.
         texts: columns that make up the text, those that are there, where ``columns`` does not say.
+        spell: reads the value of an id as the text by which it is looked up.
     """
 
     table: Table
     columns: Columns
     ids: tuple[str, ...] = ID_NAMES
     texts: tuple[str, ...] = ("title", "text")
+    spell: Callable[[Any], str] = read_title
 
     def check(self) -> None:
         """Look for the columns; see ``Columns.check``."""
@@ -60,35 +72,29 @@ class Keyed:
         self.columns.check(self.table, tuple(needed))
 
     def id_of(self, values: Values) -> str:
-        """The id as a text: copies of a set mix 7, 7.0 and "7"."""
+        """The id of a row.
+
+        Raises:
+            RowError: there is none.
+        """
         value = self.columns.find(values, "id")
         if value is MISSING:
             value = next((values[name] for name in self.ids if name in values), MISSING)
         if value is MISSING:
             value = self.columns.need(values, "id")
-        return key_of(value)
+        return self.spell(value)
 
     def text_of(self, values: Values) -> str:
-        """The text, with the title before it where there is one."""
+        """The text, with the title before it where there is one; it may be empty.
+
+        Raises:
+            RowError: there is none, or it is something else.
+        """
         if self.columns.names("text"):
-            parts = [self.columns.need(values, "text")]
-        else:
-            parts = [values[name] for name in self.texts if name in values]
-            if self.texts[-1] not in values:
-                parts = [self.columns.need(values, "text")]
-        if not all(isinstance(part, str) for part in parts if part is not None):
-            raise RowError('"text" is no text')
-        return " ".join(filter(None, (part.strip() for part in parts if part is not None)))
-
-
-def key_of(value: Any) -> str:
-    """An id or title in the spelling by which it is looked up."""
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if not isinstance(value, str | int) or isinstance(value, bool):
-        raise RowError(f"an id is {type(value).__name__}, expected a text or a number")
-    text = html.unescape(str(value))
-    return text if text.isascii() else unicodedata.normalize("NFC", text)
+            return join_texts([self.columns.need(values, "text")])
+        if self.texts[-1] not in values:
+            return join_texts([self.columns.need(values, "text")])
+        return join_texts([values[name] for name in self.texts if name in values])
 
 
 def look_up(keyed: Keyed, wanted: set[str]) -> Generator[BadRow, None, dict[str, str]]:
@@ -109,7 +115,7 @@ def look_up(keyed: Keyed, wanted: set[str]) -> Generator[BadRow, None, dict[str,
             yield BadRow(row.place, str(bad))
             continue
         if not text:
-            yield BadRow(row.place, f"document {key!r} has no text")
+            yield BadRow(row.place, f"document {key!r} has no text", harmless=True)
             continue
         found[key] = text
         if len(found) == len(wanted):
@@ -119,78 +125,58 @@ def look_up(keyed: Keyed, wanted: set[str]) -> Generator[BadRow, None, dict[str,
 
 # --- Judgements -----------------------------------------------------------------------------------
 
-
-@dataclass(slots=True)
-class _Judged:
-    """What is known of one query: (score, id of the document, place) of the relevant ones."""
-
-    place: str
-    relevant: list[tuple[float, str, str]] = field(default_factory=list)
-    others: list[tuple[str, str]] = field(default_factory=list)
+# Documents of a query with their judgements.
+_Judged = list[tuple[str, Judgement]]
 
 
 def beir(
     rows: Rows, config: DatasetConfig, columns: Columns, queries: Keyed, corpus: Keyed
 ) -> Iterator[Joined | BadRow]:
     """Join judgements with their queries and documents."""
-    judged: dict[str, _Judged] = {}
-    for row in rows:
-        if isinstance(row, BadRow):
-            yield row
-            continue
-        try:
-            _note(judged, row.place, row.values, columns)
-        except RowError as bad:
-            yield BadRow(row.place, str(bad))
-    judged = {query: known for query, known in judged.items() if known.relevant}
+    judgements = yield from read_judgements(rows, columns)
+    chosen: dict[str, tuple[_Judged, _Judged]] = {}
     wanted: set[str] = set()
-    for known in judged.values():
-        known.relevant.sort(key=lambda entry: -entry[0])  # stable: else in the order of the rows
-        del known.relevant[config.max_positives or len(known.relevant) :]
-        if not config.judged_negatives:
-            known.others.clear()
-        wanted.update(document for _, document, _ in known.relevant)
-        wanted.update(document for document, _ in known.others)
-    texts = yield from look_up(queries, set(judged))
-    documents = yield from look_up(corpus, wanted)
-    for query, known in judged.items():
-        if query not in texts:
-            yield BadRow(known.place, f"query {query!r} is not in {queries.table.name}")
+    for query, of_query in judgements.items():
+        for document, judgement in of_query.items():
+            if judgement.differs:
+                yield BadRow(
+                    judgement.place,
+                    f"document {document!r} was judged otherwise before, for query {query!r}; "
+                    "the last judgement counts",
+                    harmless=True,
+                )
+        relevant = [(one, judgement) for one, judgement in of_query.items() if judgement.grade > 0]
+        if not relevant:
             continue
-        yield from _joined(texts[query], known, documents, config, corpus.table.name)
-
-
-def _note(judged: dict[str, _Judged], place: str, values: Values, columns: Columns) -> None:
-    query = key_of(columns.need(values, "query-id"))
-    document = key_of(columns.need(values, "corpus-id"))
-    score = number_in(columns.find(values, "score"), "score")
-    if score is MISSING or score is None:
-        score = 1
-    if isinstance(score, bool) or not isinstance(score, int | float):
-        raise RowError('"score" is no number')
-    known = judged.setdefault(query, _Judged(place))
-    if score > 0:
-        known.relevant.append((score, document, place))
-    else:
-        known.others.append((document, place))
-
-
-def _joined(
-    query: str, known: _Judged, documents: dict[str, str], config: DatasetConfig, corpus: str
-) -> Iterator[Joined | BadRow]:
-    positives: list[tuple[str, str]] = []
-    for _, document, place in known.relevant:
-        if document in documents:
-            positives.append((documents[document], place))
-        else:
-            yield BadRow(place, f"document {document!r} is not in {corpus}")
-    negatives = [documents[document] for document, _ in known.others if document in documents]
-    base: Values = {"query": query, "negative": negatives}
-    if config.one_record_per == "positive":
-        for text, place in positives:
-            yield Joined(place, base | {"positive": [text]})
-    elif positives:
-        yield Joined(known.place, base | {"positive": [text for text, _ in positives]})
+        relevant.sort(key=lambda pair: -pair[1].grade)  # stable: else in the order of the rows
+        del relevant[config.max_positives or len(relevant) :]
+        others = [pair for pair in of_query.items() if pair[1].grade <= 0]
+        chosen[query] = relevant, others if config.judged_negatives else []
+        wanted.update(document for pairs in chosen[query] for document, _ in pairs)
+    texts = yield from look_up(queries, set(chosen))
+    documents = yield from look_up(corpus, wanted)
+    for query, (relevant, others) in chosen.items():
+        place = next(iter(judgements[query].values())).place
+        if query not in texts:
+            yield BadRow(place, f"query {query!r} is not in {queries.table.name}", harmless=True)
+            continue
+        positives = []
+        for document, judgement in relevant:
+            if document in documents:
+                positives.append((documents[document], judgement.place))
+            else:
+                yield BadRow(
+                    judgement.place,
+                    f"document {document!r} is not in {corpus.table.name}",
+                    harmless=True,
+                )
+        negatives = [documents[document] for document, _ in others if document in documents]
+        base: Values = {"query": texts[query], "negative": negatives}
+        if config.one_record_per == "positive":
+            for text, own_place in positives:
+                yield Joined(own_place, base | {"positive": [text]})
+        elif positives:
+            yield Joined(place, base | {"positive": [text for text, _ in positives]})
 
 
 # --- Ids in the row -------------------------------------------------------------------------------
@@ -234,7 +220,7 @@ def _ids(value: Any) -> list[str]:
         except (ValueError, SyntaxError):
             raise RowError(f'"ids" is {value[:40]!r}, expected a list') from None
     items = value if isinstance(value, list) else [value]
-    return list(dict.fromkeys(key_of(_id(item)) for item in items))
+    return list(dict.fromkeys(read_title(_id(item)) for item in items))
 
 
 def _id(item: Any) -> Any:
@@ -256,7 +242,7 @@ def scored(
             yield row
             continue
         try:
-            query = key_of(columns.need(row.values, "query_id"))
+            query = read_title(columns.need(row.values, "query_id"))
             waiting.append((row.place, query, _candidates(row.values, config, columns)))
         except RowError as bad:
             yield BadRow(row.place, str(bad))
@@ -293,9 +279,9 @@ def _candidates(values: Values, config: DatasetConfig, columns: Columns) -> list
     if best < 0:
         raise RowError("the positive has no score")
     below = config.percent_of_positive * best
-    pairs = zip(map(key_of, ids[1:]), map(float, scores[1:]), strict=True)
+    pairs = zip(map(read_title, ids[1:]), map(float, scores[1:]), strict=True)
     negatives = [(one, score) for one, score in pairs if 0 <= score < below]  # -1: not scored
-    return [(key_of(ids[0]), best), *negatives[: config.max_negatives]]
+    return [(read_title(ids[0]), best), *negatives[: config.max_negatives]]
 
 
 # --- Natural language inference -------------------------------------------------------------------

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from nvembed.core.errors import DataError, SourceError
-from nvembed.data.record_files import MAX_PROBLEMS_SHOWN, shard_files
+from nvembed.core.problems import ProblemCounts
+from nvembed.data.record_files import MAX_PROBLEMS_SHOWN, refuse_rows, shard_files
 from nvembed.data.records import EXPECTED, LABEL_HINTS, Records, label_problems, read_records
 from nvembed.data.sources.config import LABEL_KINDS, DatasetConfig
 from nvembed.data.sources.opening import open_dataset
 from nvembed.data.sources.rows import BadRow
+
+_log = logging.getLogger(__name__)
 
 _PLAIN = (".jsonl", ".jsonl.gz", ".parquet")
 
@@ -40,23 +43,27 @@ def load_records(config: DatasetConfig, *, base_dir: Path) -> Records:
         return read_records(base_dir / config.path, config.kind, conversion=config.conversion)
     records: list[Any] = []
     places: list[str] = []
-    problems: list[BadRow] = []
+    problems, passed_over = ProblemCounts(), ProblemCounts()
     for row in open_dataset(config, base_dir=base_dir).rows:
         if isinstance(row, BadRow):
-            problems.append(row)
+            (passed_over if row.harmless else problems).add(row.place, row.problem)
         else:
             records.append(row.record)
             places.append(row.place)
-    if problems:
-        _refuse(problems, expected=EXPECTED[config.kind] if config.layout == "records" else None)
+    if problems.count:
+        expected = EXPECTED[config.kind] if config.layout == "records" else None
+        refuse_rows(problems, expected=expected)
+    if passed_over.count:
+        place, told = passed_over.kinds[0].place, passed_over.summary(MAX_PROBLEMS_SHOWN)
+        _log.warning("%s: left out: %s: %s", config.name, place, told)
     if not records:
         where = str(base_dir / config.path)
         raise DataError("the set holds no records", where=where, expected=EXPECTED[config.kind])
     if config.kind in LABEL_KINDS:
         found = label_problems(records, config.conversion)
         if found:
-            bad = [BadRow(places[index], problem) for index, problem in found]
-            _refuse(bad, hint=LABEL_HINTS[config.conversion])
+            named = ((places[index], problem) for index, problem in found)
+            refuse_rows(ProblemCounts(named, by_value=True), hint=LABEL_HINTS[config.conversion])
     return records
 
 
@@ -67,14 +74,3 @@ def _is_plain(config: DatasetConfig, base_dir: Path) -> bool:
     )
     path = str(config.path)
     return source == config and (path.endswith(_PLAIN) or bool(shard_files(base_dir / path)))
-
-
-def _refuse(
-    problems: Sequence[BadRow], *, expected: str | None = None, hint: str | None = None
-) -> NoReturn:
-    first, *others = problems[:MAX_PROBLEMS_SHOWN]
-    message = first.problem + "".join(f"; {bad.place}: {bad.problem}" for bad in others)
-    beyond = len(problems) - MAX_PROBLEMS_SHOWN
-    if beyond > 0:
-        message += f"; and {beyond} more bad row{'s' if beyond > 1 else ''}"
-    raise DataError(message, where=first.place, expected=expected, hint=hint)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from nvembed.core.errors import SourceError
 from nvembed.data.records import LabelRecord, PairRecord, Record, RowError, parse_record
-from nvembed.data.sources import joins
+from nvembed.data.sources import beir, joins
 from nvembed.data.sources.columns import Columns
 from nvembed.data.sources.config import DatasetConfig, TableConfig
 from nvembed.data.sources.files import open_file
@@ -37,7 +37,7 @@ def open_dataset(config: DatasetConfig, *, base_dir: Path, give_up: bool = True)
         SourceError: the source is not there, cannot be reached, may not be read, or has other
             columns than expected; says which, what was found and what to do.
     """
-    table = open_table(_own_table(config, base_dir), base_dir=base_dir)
+    table = _open_own_table(config, base_dir)
     columns = Columns(config.columns)
     columns.check(table, (*needed_columns(config), *config.where))
     join = _join(config, columns, table, base_dir)
@@ -60,18 +60,31 @@ def open_table(config: TableConfig, *, base_dir: Path) -> Table:
     return open_hub(config.hub, base_dir=base_dir, header=config.header, quotes=config.quotes)
 
 
-def _own_table(config: DatasetConfig, base_dir: Path) -> TableConfig:
-    """The table of the set itself; of a BEIR folder its judgements."""
-    if config.path is None or not (base_dir / config.path).is_dir():
-        return config.table
-    if config.layout != "beir":
-        raise SourceError(
-            "a folder, not a file",
-            where=str(base_dir / config.path),
-            hint="Is it in BEIR's layout? Then say `layout: beir`",
-        )
-    judgements = f"{config.path}/qrels/{config.split}.tsv"
-    return config.table.model_copy(update={"path": judgements})
+def _open_own_table(config: DatasetConfig, base_dir: Path) -> Table:
+    """Open the table of the set itself; of a BEIR folder its judgements."""
+    if config.path is None:
+        return open_table(config.table, base_dir=base_dir)
+    path = base_dir / config.path
+    if path.is_dir():
+        if config.layout != "beir":
+            raise SourceError(
+                "a folder, not a file",
+                where=str(path),
+                hint="Is it in BEIR's layout? Then say `layout: beir`",
+            )
+        found = beir.find_judgements(path, config.split)
+        if found is None:
+            splits = beir.judged_splits(path)
+            raise SourceError(
+                "no such file",
+                where=str(path / "qrels" / f"{config.split}.tsv"),
+                expected=f"one of the splits there: {', '.join(splits)}" if splits else None,
+                hint="Say which in `split`, or give its file" if splits else None,
+            )
+        path = found
+    if config.layout == "beir" and config.header is None and config.quotes is None:
+        return beir.open_judgements(path)
+    return open_file(path, header=config.header, quotes=config.quotes)
 
 
 def _join(config: DatasetConfig, columns: Columns, table: Table, base_dir: Path) -> Join:
@@ -109,6 +122,8 @@ def _keyed(config: DatasetConfig, name: str, own: Table, base_dir: Path) -> Keye
     if config.layout == "scored":
         one = "document" if name == "corpus" else "query"
         keyed = replace(keyed, ids=(f"{one}_id",), texts=(one,))
+    if config.layout == "beir":
+        keyed = replace(keyed, spell=beir.read_id)
     keyed.check()
     return keyed
 
@@ -121,17 +136,18 @@ def _usual_table(config: DatasetConfig, name: str, base_dir: Path) -> TableConfi
         whole = config.hub.model_copy(update={"take": None, "files": None})
         return TableConfig(hub=whole.model_copy(update=changes))
     folder = base_dir / (config.path or "")
+    if config.layout == "beir" and folder.is_file() and folder.parent.name == "qrels":
+        folder = folder.parent.parent
     if not folder.is_dir():
         raise SourceError(
             f"the file of judgements is given, but not its {name}",
             where=str(folder),
             hint=f"Add `{name}: {{path: …}}`, or give the folder of a set in BEIR's layout",
         )
-    names = [f"{name}{ending}" for ending in (".jsonl", ".jsonl.gz", ".parquet")]
-    found = [folder / one for one in names if (folder / one).is_file()]
-    if not found:
-        raise SourceError(f"no {name} in the folder", where=str(folder), expected=names[0])
-    return TableConfig(path=str(found[0].absolute()))
+    found = beir.find_rows(folder, name)
+    if found is None:
+        raise SourceError(f"no {name} in the folder", where=str(folder), expected=f"{name}.jsonl")
+    return TableConfig(path=str(found.absolute()))
 
 
 def _chosen(rows: Rows, where: dict[str, tuple[str, ...]], columns: Columns) -> Rows:
@@ -174,6 +190,7 @@ def _finished(joined: Joined | BadRow, config: DatasetConfig) -> Converted | Bad
         record = parse_record(joined.values, config.kind)
     except RowError as bad:
         return BadRow(joined.place, str(bad))
+    repeats = _repeats(joined.values, record)
     if isinstance(record, PairRecord):
         record = _limited(record, config.max_positives, config.max_negatives)
     longest = max(map(len, _texts(record)))
@@ -183,7 +200,18 @@ def _finished(joined: Joined | BadRow, config: DatasetConfig) -> Converted | Bad
             f"a text of {longest:,} characters, expected at most {config.max_characters:,} "
             "(max_characters)",
         )
-    return Converted(record, joined.place)
+    return Converted(record, joined.place, repeats)
+
+
+def _repeats(values: Values, record: Record) -> int:
+    """Count the texts of lists that are not in the record a second time."""
+    if isinstance(record, LabelRecord):
+        return 0
+    kept = {"negative": record.negatives}
+    if isinstance(record, PairRecord):
+        kept["positive"] = record.positives
+    lists = ((values.get(name), texts) for name, texts in kept.items())
+    return sum(len(given) - len(texts) for given, texts in lists if isinstance(given, list))
 
 
 def _limited(record: PairRecord, positives: int | None, negatives: int | None) -> PairRecord:

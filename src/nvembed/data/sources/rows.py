@@ -26,18 +26,28 @@ class BadRow:
     Args:
         place: ``file.jsonl:17``, or ``organisation/name train row 17``.
         problem: what is wrong with it.
+        harmless: the row is well formed and names what is not there, or has no text, as in many
+            published sets: the others are used without it.
     """
 
     place: str
     problem: str
+    harmless: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Converted:
-    """A record and the row that it comes from (the first one, where it comes from several)."""
+    """A record and the row that it comes from (the first one, where it comes from several).
+
+    Args:
+        record: checked.
+        place: as of ``BadRow``.
+        repeats: texts of the row that were given twice in one list, and are in the record once.
+    """
 
     record: Record
     place: str
+    repeats: int = 0
 
 
 Rows = Iterator[Row | BadRow]

@@ -37,7 +37,8 @@ def ranking_values(
 
     Args:
         grades_QK: of the results, best first, at most ``TOP_K``; 0 is not relevant.
-        relevant: per query the grades above 0 of all judged documents, found or not; at least one.
+        relevant: per query the grades above 0 of all judged documents, found or not. A query that
+            has none gets 0 everywhere.
 
     Returns:
         ``ndcg_at_10`` and the like → values_Q, for nDCG (gain is the grade), MAP, recall,
@@ -53,11 +54,12 @@ def ranking_values(
     discount_K = np.log2(np.arange(2, width + 2))
     dcg_QK = np.cumsum(found_QK / discount_K, axis=1)
     ideal_dcg_QK = np.cumsum(ideal_QK / discount_K, axis=1)
+    ideal_dcg_QK[ideal_dcg_QK == 0.0] = 1.0  # nothing is relevant: 0 of 0 is 0, as in trec_eval
     hit_QK = found_QK > 0
     hits_QK = np.cumsum(hit_QK, axis=1)
     places_K = np.arange(1, width + 1)
     precisions_QK = np.cumsum(np.where(hit_QK, hits_QK / places_K, 0.0), axis=1)
-    counts_Q = np.array([len(grades) for grades in relevant])
+    counts_Q = np.array([max(len(grades), 1) for grades in relevant])
     first_Q = np.where(hit_QK.any(axis=1), hit_QK.argmax(axis=1) + 1, np.inf)
     values: dict[str, NDArray[np.float64]] = {}
     for cut in CUTS:
@@ -102,8 +104,8 @@ def ranking_scores(
 def _confidences(scores: Sequence[NDArray[np.float64]]) -> dict[str, NDArray[np.float64]]:
     ranked = [np.sort(scores_K)[::-1] for scores_K in scores]
     return {
-        "max": np.array([scores_K[0] for scores_K in ranked]),
-        "std": np.array([float(np.std(scores_K)) for scores_K in ranked]),
+        "max": np.array([scores_K[0] if len(scores_K) else 0.0 for scores_K in ranked]),
+        "std": np.array([float(np.std(s)) if len(s) else 0.0 for s in ranked]),
         "diff1": np.array([s[0] - s[1] if len(s) > 1 else 0.0 for s in ranked]),
     }
 

@@ -399,16 +399,30 @@ def test_judgements_without_texts_are_bad_rows_and_the_rest_stays(tmp_path: Path
         name="n", path="b", kind="retrieval", instruction=None, layout="beir", split="dev"
     )
     assert list(open_dataset(config, base_dir=tmp_path).rows) == [
-        BadRow(f"{folder}/qrels/dev.tsv:2", f"document 'MED-9' is not in {folder}/corpus.jsonl"),
+        BadRow(
+            f"{folder}/qrels/dev.tsv:2",
+            f"document 'MED-9' is not in {folder}/corpus.jsonl",
+            harmless=True,
+        ),
         Converted(
             PairRecord("does fibre help", ("Fibre and sleep We asked 40 adults",)),
             f"{folder}/qrels/dev.tsv:2",
         ),
-        BadRow(f"{folder}/qrels/dev.tsv:4", f"query 'PLAIN-9' is not in {folder}/queries.jsonl"),
-        BadRow(f"{folder}/qrels/dev.tsv:5", f"document 'MED-8' is not in {folder}/corpus.jsonl"),
+        BadRow(
+            f"{folder}/qrels/dev.tsv:4",
+            f"query 'PLAIN-9' is not in {folder}/queries.jsonl",
+            harmless=True,
+        ),
+        BadRow(
+            f"{folder}/qrels/dev.tsv:5",
+            f"document 'MED-8' is not in {folder}/corpus.jsonl",
+            harmless=True,
+        ),
     ]
-    with pytest.raises(SourceError, match=r"qrels/train\.tsv: no such file"):
+    with pytest.raises(SourceError, match=r"train\.tsv: no such file; .* there: dev\. Say"):
         open_dataset(config.model_copy(update={"split": "train"}), base_dir=tmp_path)
+    by_file = config.model_copy(update={"split": "train", "path": "b/qrels/dev.tsv"})
+    assert outcome(tmp_path, by_file) == outcome(tmp_path, config)
 
 
 def test_miracl_from_its_raw_files(tmp_path: Path) -> None:

@@ -40,15 +40,10 @@ def load_cross_encoder(name: str) -> PairScorer:
     """
     from sentence_transformers import CrossEncoder
 
-    try:
+    from nvembed.model.loading import loading
+
+    with loading(name, expected="the folder or the hub id of a cross-encoder"):
         model = CrossEncoder(name)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = str(error).strip().splitlines()
-        raise ModelError(
-            f"cannot be loaded ({reason[0] if reason else type(error).__name__})",
-            where=name,
-            expected="the folder or the hub id of a cross-encoder",
-        ) from error
     if model.num_labels != 1:
         raise ModelError(f"gives {model.num_labels} scores", where=name, expected="one score")
 

@@ -10,21 +10,37 @@ Next:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import torch
+from pydantic import Field
 from sentence_transformers.base.modules import InputModule
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
 
-from nvembed.core.errors import ModelError
+from nvembed.core.errors import ConfigError, ModelError
 from nvembed.model.attention import FLAT_ATTENTION, OTHER_BACKBONE
+from nvembed.model.folder import read_values
+from nvembed.model.loading import check_vocabulary, loading
 from nvembed.model.placement import DeviceMap, main_device
 from nvembed.model.probe import probe_direction
 from nvembed.model.settings import AttentionDirection
+from nvembed.model.source import COPY_AGAIN, ModelSource
 from nvembed.text.packing import FlatBatch, flatten
 from nvembed.text.tokens import TextStyle, TextTokenizer, TokenizedText
+
+
+@dataclass(frozen=True, slots=True)
+class SavedBackbone:
+    """What a saved backbone says in ``nvembed_config.json``; see ``Backbone``."""
+
+    attention: AttentionDirection
+    max_tokens: Annotated[int, Field(ge=1)]
+    text_style: TextStyle
+    add_bos: bool
+    add_eos: bool
 
 
 class Backbone(InputModule):
@@ -34,20 +50,15 @@ class Backbone(InputModule):
         model: a transformers base model (no head) that runs with ``nvembed_flat`` attention.
         tokenizer: its fast tokenizer.
         attention: ``bidirectional``, or ``causal`` for ablations.
-        max_tokens: longest sequence, with BOS, prompt and EOS; longer texts are cut.
+        max_tokens: longest sequence, with BOS, prompt and EOS; longer texts are cut. ``None`` is
+            512, or fewer where the model has fewer positions.
         text_style: token rules, see :mod:`nvembed.text.tokens`.
         add_bos: put the BOS token in front where there is one.
         add_eos: put the EOS token at the end.
     """
 
     config_file_name = "nvembed_config.json"
-    config_keys = [
-        "attention",
-        "max_tokens",
-        "text_style",
-        "add_bos",
-        "add_eos",
-    ]
+    config_keys = [field.name for field in fields(SavedBackbone)]
 
     def __init__(
         self,
@@ -55,7 +66,7 @@ class Backbone(InputModule):
         tokenizer: Any,
         *,
         attention: AttentionDirection = "bidirectional",
-        max_tokens: int = 512,
+        max_tokens: int | None = None,
         text_style: TextStyle = "nvembed",
         add_bos: bool = True,
         add_eos: bool = True,
@@ -68,6 +79,10 @@ class Backbone(InputModule):
         self.add_bos = add_bos
         self.add_eos = add_eos
         self._frozen = False
+        limit = self._position_rows
+        if max_tokens is None:
+            max_tokens = 512 if limit is None else min(512, limit)
+        self._check_limit(max_tokens)
         self._text = TextTokenizer(
             tokenizer, max_tokens=max_tokens, style=text_style, add_bos=add_bos, add_eos=add_eos
         )
@@ -88,7 +103,7 @@ class Backbone(InputModule):
         trust_remote_code: bool = False,
         device_map: DeviceMap | None = None,
         attention: AttentionDirection = "bidirectional",
-        max_tokens: int = 512,
+        max_tokens: int | None = None,
         text_style: TextStyle = "nvembed",
         add_bos: bool = True,
         add_eos: bool = True,
@@ -123,7 +138,10 @@ class Backbone(InputModule):
             "local_files_only": local_files_only,
             "trust_remote_code": trust_remote_code,
         }
-        try:
+        place = name_or_path
+        if Path(name_or_path).is_dir():
+            place = str(Path(name_or_path) / subfolder)
+        with loading(place, expected="a Hugging Face model folder or hub id"):
             config = AutoConfig.from_pretrained(name_or_path, **where)
             config.use_cache = False
             model = AutoModel.from_pretrained(
@@ -134,13 +152,9 @@ class Backbone(InputModule):
                 device_map=device_map,
                 **where,
             )
+        with loading(place, expected="the model's tokenizer (tokenizer.json)"):
             tokenizer = AutoTokenizer.from_pretrained(name_or_path, **where)
-        except (OSError, ValueError, KeyError) as error:
-            raise ModelError(
-                " ".join(str(error).split())[:300],
-                where=str(name_or_path),
-                expected="a Hugging Face model folder or hub id with config, weights and tokenizer",
-            ) from error
+        check_vocabulary(model, tokenizer, where=place)
         if getattr(model, "pooler", None) is not None:
             model.pooler = None  # BERT's; unused, and unused weights only cost memory
         backbone = cls(
@@ -172,7 +186,24 @@ class Backbone(InputModule):
 
     @max_tokens.setter
     def max_tokens(self, value: int) -> None:
+        self._check_limit(value)
         self._text.max_tokens = value
+
+    def _check_limit(self, max_tokens: int) -> None:
+        rows = self._position_rows
+        if isinstance(max_tokens, int) and rows is not None and max_tokens > rows:
+            raise ConfigError(
+                f"{max_tokens} tokens, and the model has a table of {rows} positions",
+                where="max_tokens",
+                expected=f"at most {rows}",
+            )
+
+    @property
+    def _position_rows(self) -> int | None:
+        """Rows of a table of positions, beyond which nothing can be read; None without a table."""
+        table = getattr(getattr(self.model, "embeddings", None), "position_embeddings", None)
+        weight = getattr(table, "weight", None)
+        return None if weight is None else int(weight.shape[0]) - self._first_position
 
     @property
     def max_positions(self) -> int | None:
@@ -281,26 +312,20 @@ class Backbone(InputModule):
         **_: Any,
     ) -> Self:
         """Load from a saved model, as sentence-transformers calls it."""
-        path = str(Path(model_name_or_path) / subfolder) if subfolder else model_name_or_path
-        config = cls.load_config(
-            model_name_or_path,
-            subfolder=subfolder,
-            token=token,
-            cache_folder=cache_folder,
-            revision=revision,
-            local_files_only=local_files_only,
+        source = ModelSource(
+            model_name_or_path, revision, token, cache_folder, local_files_only, subfolder
         )
+        file = source.require(cls.config_file_name, hint=COPY_AGAIN)
+        settings = source.read_json(cls.config_file_name) or {}
         given = model_kwargs or {}
         wanted = given.get("dtype") or given.get("torch_dtype")
         return cls.from_pretrained(
-            path,
+            model_name_or_path,
             dtype=wanted or "auto",
             device_map=given.get("device_map"),
-            revision=revision,
-            token=token,
-            cache_folder=cache_folder,
-            local_files_only=local_files_only,
-            **config,
+            subfolder=subfolder,
+            **source.options(),
+            **read_values(SavedBackbone, settings, where=str(file)),
         )
 
 

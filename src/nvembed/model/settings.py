@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from typing import Annotated, Literal
 
 from pydantic import Field
 
+from nvembed.core.arguments import check_arguments
 from nvembed.core.config import StrictModel
 
 AttentionDirection = Literal["bidirectional", "causal"]
@@ -31,12 +32,18 @@ class LongTexts:
         overlap: tokens that a window shares with the one before.
         chunk_tokens: of a chunk, at most.
         max_tokens: that ``late`` reads at once; None is the number of positions.
+
+    Raises:
+        ConfigError: a value is of a wrong type or below its limit.
     """
 
     way: LongTextWay = "cut"
-    overlap: int = 64
-    chunk_tokens: int = 256
-    max_tokens: int | None = None
+    overlap: Annotated[int, Field(ge=0)] = 64
+    chunk_tokens: Annotated[int, Field(ge=1)] = 256
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+
+    def __post_init__(self) -> None:
+        check_arguments(type(self), asdict(self))
 
 
 class PoolingSettings(StrictModel):

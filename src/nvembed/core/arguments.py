@@ -3,9 +3,9 @@
     @checked
     def encode(self, inputs: Any, truncate_dim: Annotated[int, Field(ge=1)] | None = None): …
 
-The signature is the specification: what it does not allow is one line that names the argument, before
-the function runs. Types are strict: ``"512"`` is not a number and ``True`` is not 1. The same check
-reads settings files, whose keys are the arguments of a constructor.
+The signature is the specification: what it does not allow is one line that names the argument,
+before the function runs. Types are strict: ``"512"`` is not a number and ``True`` is not 1.
+Settings files, whose keys are the arguments of a constructor, are checked in the same way.
 """
 
 from __future__ import annotations
@@ -15,10 +15,17 @@ import functools
 import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ParamSpec, TypeVar, get_type_hints
+from typing import Any, NotRequired, ParamSpec, TypeVar, get_type_hints
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
-from typing_extensions import NotRequired, TypedDict
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    InstanceOf,
+    TypeAdapter,
+    ValidationError,
+    with_config,
+)
+from typing_extensions import TypedDict
 
 from nvembed.core.errors import ConfigError
 
@@ -67,6 +74,7 @@ def check_arguments(
         ConfigError: naming every value that is wrong.
     """
     function = inspect.unwrap(function)
+    values = {name: value for name, value in values.items() if name in _named(function)}
     try:
         _adapter(function).validate_python({name: _plain(v) for name, v in values.items()})
     except ValidationError as error:
@@ -113,11 +121,17 @@ def _named(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
 
 @functools.cache
 def _adapter(function: Callable[..., Any]) -> TypeAdapter[Any]:
-    home = function.__init__ if isinstance(function, type) else function
+    home: Any = function
+    if isinstance(function, type):
+        home = getattr(function, "__init__")  # noqa: B009  # mypy: unsound on an instance
     hints = get_type_hints(home, include_extras=True)
+    for name, hint in hints.items():
+        if isinstance(hint, type) and issubclass(hint, BaseModel):
+            # Or a mapping of the same keys would do.
+            hints[name] = InstanceOf[hint]  # type: ignore[misc, valid-type]
     allowed = {name: NotRequired[hints[name]] for name in _named(function) if name in hints}
     # What has no annotation, such as self, is an extra key, and those are let through.
-    arguments = TypedDict("arguments", allowed)  # type: ignore[operator, misc]
+    arguments = TypedDict("arguments", allowed)  # type: ignore[misc]
     return TypeAdapter(with_config(_STRICT)(arguments))
 
 

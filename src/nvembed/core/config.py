@@ -136,8 +136,9 @@ class _Source:
             raise ConfigError("no such file", where=self.name, expected="a YAML recipe") from error
         except UnicodeDecodeError as error:
             raise ConfigError("not UTF-8 text", where=self.name, expected="YAML") from error
-        except OSError as error:
-            raise ConfigError(f"cannot read: {error.strerror}", where=self.name) from error
+        except (OSError, ValueError) as error:  # a null byte in the name is a ValueError
+            reason = getattr(error, "strerror", None) or error
+            raise ConfigError(f"cannot read: {reason}", where=self.name) from error
         loader = _Loader(text)
         try:
             node = loader.get_single_node()

@@ -39,6 +39,9 @@ def load_encoder(name: str, dtype: PrecisionChoice | None = None) -> Encoder:
         ConfigError: an argument of a wrong type.
         ModelError: there is nothing of that name that can be loaded.
     """
+    from nvembed.model.source import ModelSource
+
+    ModelSource(name).check()
     path = Path(name)
     if path.is_file() or (not path.is_dir() and _is_path(name)):
         raise ModelError("no such model folder", where=name, expected="a folder or a hub id")
@@ -49,8 +52,9 @@ def load_encoder(name: str, dtype: PrecisionChoice | None = None) -> Encoder:
     from sentence_transformers import SentenceTransformer
 
     from nvembed.model.embedder import NVEmbed
-    from nvembed.model.loading import check_finite, loading
+    from nvembed.model.loading import loading, prove_encoding
     from nvembed.model.precision import settle_precision
+    from nvembed.model.weights import check_finite
 
     settled = settle_precision(dtype)
     if not _is_foreign(name):
@@ -59,6 +63,7 @@ def load_encoder(name: str, dtype: PrecisionChoice | None = None) -> Encoder:
     with loading(name):
         model = SentenceTransformer(name, model_kwargs=options)
     check_finite(model, where=name)
+    prove_encoding(model, name=name)
     return SentenceTransformerEncoder(model)
 
 

@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
 from nvembed.core.errors import ConfigError, ModelError
 from nvembed.model.attention import FLAT_ATTENTION, OTHER_BACKBONE
 from nvembed.model.folder import read_values
-from nvembed.model.loading import check_vocabulary, loading
+from nvembed.model.loading import check_vocabulary, loading, reason
 from nvembed.model.placement import DeviceMap, main_device
 from nvembed.model.probe import probe_direction
 from nvembed.model.settings import AttentionDirection
@@ -343,9 +343,9 @@ def prove_direction(backbone: Backbone, *, name: str) -> None:
     model.eval()
     try:
         found = probe_direction(backbone.states, model.config.get_text_config().vocab_size)
-    except (TypeError, RuntimeError) as error:
+    except Exception as error:  # whatever a family's code meets with
         raise ModelError(
-            f"the {model.config.model_type} family does not run on flat batches ({error})",
+            f"the {model.config.model_type} family does not run on flat batches ({reason(error)})",
             where=name,
             hint=OTHER_BACKBONE,
         ) from error

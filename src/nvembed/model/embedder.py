@@ -9,7 +9,7 @@ budget instead of padded batches (``model/encoding.py``). Next file in the tour:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
@@ -24,7 +24,7 @@ from nvembed.model.backbone import Backbone
 from nvembed.model.encoding import PackModel
 from nvembed.model.folder import ModuleEntry, read_modules, read_prompts
 from nvembed.model.kind import model_kind
-from nvembed.model.loading import check_finite, loading, reason
+from nvembed.model.loading import loading, prove_encoding, usable_device
 from nvembed.model.native_elementwise import native_elementwise
 from nvembed.model.native_layer import native_layers
 from nvembed.model.official_load import load_official
@@ -41,6 +41,7 @@ from nvembed.model.products import fast_products
 from nvembed.model.settings import AttentionDirection, PoolingKind
 from nvembed.model.source import COPY_AGAIN, ModelSource
 from nvembed.model.stock import read_stock
+from nvembed.model.weights import check_finite
 from nvembed.text.instructions import task_prompts
 from nvembed.text.template import query_prompt
 
@@ -107,7 +108,7 @@ class NVEmbed(PackModel):
     @checked
     def from_pretrained(
         cls,
-        name_or_path: str | Path,
+        name_or_path: Annotated[str, Field(min_length=1)] | Path,
         *,
         pooling: PoolingKind | None = None,
         num_latents: Annotated[int, Field(ge=1)] | None = None,
@@ -154,46 +155,56 @@ class NVEmbed(PackModel):
         kept_in = None if cache_folder is None else str(cache_folder)
         source = ModelSource(str(name_or_path), revision, token, kept_in, local_files_only)
         source.check()
-        place = _Place(_usable(device), device_map, _floating(dtype))
-        new = {
+        if isinstance(device_map, Mapping):
+            for target in device_map.values():
+                usable_device(f"cuda:{target}" if isinstance(target, int) else target)
+        place = _Place(usable_device(device), device_map, _floating(dtype))
+        new: dict[str, Any] = {
             "pooling": pooling,
             "num_latents": num_latents,
             "num_heads": num_heads,
             "attention": attention,
         }
-        match model_kind(source):
-            case "official":
-                _refuse_new(new, source)
-                return cls._load_official(source, place, max_tokens)
-            case "saved":
-                stock = read_stock(source)
-                if stock is None:
-                    _refuse_new(new, source)
-                    return cls._load_saved(source, place, max_tokens)
-                pooling = pooling or stock.pooling(source)
-                own = stock.max_tokens or 512
-                limit = own if max_tokens is None else min(max_tokens, own)
-            case _:
-                stock, limit = None, max_tokens
+        kind = model_kind(source)
+        stock = read_stock(source) if kind == "saved" else None
+        if kind == "official":
+            _refuse_new(new, source)
+            model = cls._load_official(source, place, max_tokens)
+        elif stock is not None:
+            own = stock.max_tokens or 512
+            new["pooling"] = pooling or stock.pooling(source)
+            limit = own if max_tokens is None else min(max_tokens, own)
+            model = cls._start(replace(source, inside=stock.folder), place, new, limit)
+            model._read_settings(source)
+        elif kind == "saved":
+            _refuse_new(new, source)
+            model = cls._load_saved(source, place, max_tokens)
+        else:
+            model = cls._start(source, place, new, max_tokens)
+        prove_encoding(model, name=source.name)
+        return model
+
+    @classmethod
+    def _start(
+        cls,
+        source: ModelSource,
+        place: _Place,
+        new: Mapping[str, Any],
+        max_tokens: int | None,
+    ) -> Self:
+        """Put a new pooling on a language model."""
         backbone = Backbone.from_pretrained(
             source.name,
-            subfolder=stock.folder if stock else "",
+            subfolder=source.inside,
             dtype=place.dtype,
-            device_map=device_map,
-            attention=attention or "bidirectional",
-            max_tokens=limit,
+            device_map=place.device_map,
+            attention=new["attention"] or "bidirectional",
+            max_tokens=max_tokens,
             **source.options(),
         )
-        head = build_pooling(
-            pooling or "mean",
-            backbone.width,
-            num_latents=512 if num_latents is None else num_latents,
-            num_heads=8 if num_heads is None else num_heads,
-        )
-        model = cls(modules=[backbone, head, Normalize()], device=place.device)
-        if stock:
-            model._read_settings(source)
-        return model
+        sizes = {key: new[key] for key in ("num_latents", "num_heads") if new[key] is not None}
+        head = build_pooling(new["pooling"] or "mean", backbone.width, **sizes)
+        return cls(modules=[backbone, head, Normalize()], device=place.device)
 
     @classmethod
     def _load_official(cls, source: ModelSource, place: _Place, max_tokens: int | None) -> Self:
@@ -238,9 +249,16 @@ class NVEmbed(PackModel):
         """Take over the prompts that were saved with the model."""
         saved = read_prompts(source)
         self.prompts.update(saved.prompts or {})
+        if saved.default_prompt_name is not None and saved.default_prompt_name not in self.prompts:
+            raise ModelError(
+                f"no prompt called {saved.default_prompt_name!r}, which is the default",
+                where=f"{source.name}/config_sentence_transformers.json",
+                expected=", ".join(self.prompts),
+            )
         self.default_prompt_name = saved.default_prompt_name
         self.similarity_fn_name = saved.similarity_fn_name
 
+    @checked
     def encode_query(  # type: ignore[override]  # one signature for the overloads
         self,
         inputs: Any,
@@ -265,6 +283,7 @@ class NVEmbed(PackModel):
             prompt, prompt_name = query_prompt(task), None
         return super().encode_query(inputs, prompt_name=prompt_name, prompt=prompt, **options)
 
+    @checked
     def encode_document(  # type: ignore[override]
         self,
         inputs: Any,
@@ -317,21 +336,6 @@ def _check_chain(modules: Sequence[torch.nn.Module], source: ModelSource) -> Non
             expected=f"that of its backbone, {first.get_embedding_dimension()}",
             hint=COPY_AGAIN,
         )
-
-
-def _usable(device: str | torch.device | None) -> str | None:
-    """The device by name, if this machine has it."""
-    if device is None:
-        return None
-    try:
-        torch.empty(0, device=device)
-    except Exception as error:  # RuntimeError, AssertionError, NotImplementedError, by device
-        raise ConfigError(
-            f"{str(device)!r} cannot be used ({reason(error)})",
-            where="device",
-            expected="a device of this machine, such as cpu",
-        ) from error
-    return str(device)
 
 
 def _floating(dtype: torch.dtype | DtypeName | None) -> torch.dtype | Literal["auto"] | None:

@@ -1,7 +1,7 @@
 """What the files of a model folder say, checked before a library reads them.
 
-Libraries take a damaged file for something else, or fail far from it. Here every file that will be read
-is looked at first: settings are parsed, of weights the header is read.
+Libraries take a damaged file for something else, or fail far from it. Here every file that will be
+read is looked at first: settings are parsed, of weights the header is read.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from nvembed.core.arguments import check_settings, kind_of, shown_value
 from nvembed.core.errors import ConfigError, ModelError
@@ -57,7 +57,7 @@ class SavedPrompts:
 
     prompts: dict[str, str] | None = None
     default_prompt_name: str | None = None
-    similarity_fn_name: str | None = None
+    similarity_fn_name: Literal["cosine", "dot", "euclidean", "manhattan"] | None = None
 
 
 def read_modules(source: ModelSource) -> list[ModuleEntry]:

@@ -3,26 +3,25 @@
     with loading(name):
         model = AutoModel.from_pretrained(name)      # or SentenceTransformer, CrossEncoder, …
 
-transformers starts a model with random numbers wherever a checkpoint has no tensor of that name, and
-tells it in a log. Here its report of every model that is loaded in the block is read: tensors that are
-missing, unexpected or of another shape are an error with their names, as are values that are not
-finite. A prefix that all names share (``module.``, ``base_model.model.``, …) is taken off where the
-names fit without it. Whatever else a library raises becomes one line too.
+transformers starts a model with random numbers wherever a checkpoint has no tensor of that name,
+and tells it in a log. Here its report of every model that is loaded in the block is read: tensors
+that are missing, unexpected or of another shape are an error with their names, as are values that
+are not finite. A prefix that all names share (``module.``, ``base_model.model.``, …) is taken off
+where the names fit without it. Whatever else a library raises becomes one line too.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import align_module_device
 from safetensors import safe_open
-from torch import Tensor, nn
+from sentence_transformers import SentenceTransformer
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -31,10 +30,16 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
 )
 
-from nvembed.core.errors import ModelError, UserError
+from nvembed.core.errors import ConfigError, ModelError, UserError
 from nvembed.model.folder import check_files
-from nvembed.model.shards import StoredTensor, read_tensor
 from nvembed.model.source import COPY_AGAIN
+from nvembed.model.weights import (
+    LM_HEAD,
+    Misfit,
+    check_finite,
+    check_finite_tensor,
+    shared_prefixes,
+)
 
 _HEADS = (
     MODEL_FOR_PRETRAINING_MAPPING,
@@ -42,7 +47,6 @@ _HEADS = (
     MODEL_FOR_MASKED_LM_MAPPING,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
 )
-_LM_HEAD = "lm_head"
 # BERT's. Nobody here reads what it gives, and masked language models are saved without it.
 _POOLER = "pooler"
 
@@ -88,140 +92,43 @@ def loading(name: str, *, expected: str = "the folder or the hub id of a model")
         check_finite(model, where=name)
 
 
+def usable_device(device: str | torch.device | None) -> str | None:
+    """The name of a device that this machine has; ``None`` stays.
+
+    Raises:
+        ConfigError: it has no such device.
+    """
+    if device is None:
+        return None
+    try:
+        torch.zeros(1, device=device).item()  # of the meta device there are no values
+    except Exception as error:  # RuntimeError, AssertionError, NotImplementedError, by device
+        raise ConfigError(
+            f"{str(device)!r} cannot be used ({reason(error)})",
+            where="device",
+            expected="a device of this machine, such as cpu",
+        ) from error
+    return str(device)
+
+
 def reason(error: BaseException) -> str:
     """What a library said, as one line of at most 300 characters."""
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
-@dataclass(frozen=True)
-class Misfit:
-    """How stored tensors differ from what a model needs.
-
-    Attributes:
-        missing: names that the model needs and nobody stored.
-        unexpected: names that were stored and the model has no place for.
-        shapes: name → stored and needed shape, of those that differ.
-    """
-
-    missing: Sequence[str]
-    unexpected: Sequence[str]
-    shapes: Mapping[str, tuple[Sequence[int], Sequence[int]]]
-
-    @property
-    def found(self) -> list[str]:
-        """The first few tensors of each kind and their number, in words."""
-        shapes = [
-            f"{key} ({list(stored)} instead of {list(needed)})"
-            for key, (stored, needed) in sorted(self.shapes.items())
-        ]
-        kinds = (
-            ("missing", sorted(self.missing)),
-            ("unexpected", sorted(self.unexpected)),
-            ("of another shape", shapes),
-        )
-        return [f"{_counted(names)} {kind}: {_first(names)}" for kind, names in kinds if names]
-
-    def check(self, where: str) -> None:
-        """Refuse weights that do not fit.
-
-        Raises:
-            ModelError: naming them.
-        """
-        if self.found:
-            raise ModelError(
-                f"the weights do not fit: {'; '.join(self.found)}",
-                where=where,
-                expected="the tensors that the configuration asks for, no more and no less",
-                hint=f"{COPY_AGAIN}, or check that weights and configuration belong together",
-            )
-
-
-def misfit(needed: Mapping[str, Sequence[int]], stored: Mapping[str, Sequence[int]]) -> Misfit:
-    """Compare shapes by name."""
-    return Misfit(
-        [name for name in needed if name not in stored],
-        [name for name in stored if name not in needed],
-        {
-            name: (stored[name], shape)
-            for name, shape in needed.items()
-            if name in stored and tuple(stored[name]) != tuple(shape)
-        },
-    )
-
-
-def fit(
-    needed: Mapping[str, Sequence[int]], stored: Mapping[str, StoredTensor], *, where: str
-) -> dict[str, str]:
-    """Find the stored tensor of every one that is needed.
-
-    Args:
-        needed: shapes by name.
-        stored: tensors of a checkpoint; a prefix that all names share is taken off where they fit
-            without it.
-        where: for the error.
-
-    Returns:
-        Name needed → name stored.
+def prove_encoding(model: SentenceTransformer, *, name: str) -> None:
+    """Encode a text, so that what a model cannot do is told when it is loaded.
 
     Raises:
-        ModelError: naming what is missing, unexpected or of another shape.
+        ModelError: it cannot encode, or gives values that are no numbers.
     """
-    shapes = {name: tensor.shape for name, tensor in stored.items()}
-    for prefix in ("", *shared_prefixes(shapes)):
-        stripped = {name.removeprefix(prefix): shape for name, shape in shapes.items()}
-        if not misfit(needed, stripped).found:
-            return {name: f"{prefix}{name}" for name in needed}
-    misfit(needed, shapes).check(where)
-    raise AssertionError("a misfit is an error")
-
-
-def fill(module: nn.Module, stored: Mapping[str, StoredTensor], *, where: str) -> None:
-    """Give a module that was built without memory its weights, in the dtype it was built in.
-
-    Raises:
-        ModelError: they do not fit, cannot be read, or are not finite.
-    """
-    empty = module.state_dict()
-    names = fit({name: value.shape for name, value in empty.items()}, stored, where=where)
-    tensors = {}
-    for name, value in empty.items():
-        tensor = read_tensor(names[name], stored[names[name]], torch.device("cpu"), value.dtype)
-        check_finite_tensor(tensor, names[name], where=where)
-        tensors[name] = tensor
-    module.load_state_dict(tensors, assign=True)
-
-
-def check_finite(module: nn.Module, *, where: str) -> None:
-    """Make sure that no weight is NaN or infinite.
-
-    Raises:
-        ModelError: one is; names the tensor.
-    """
-    for prefix, part in module.named_modules():
-        with align_module_device(part):  # weights that wait elsewhere come here meanwhile
-            for name, tensor in part.named_parameters(recurse=False):
-                check_finite_tensor(tensor, f"{prefix}.{name}" if prefix else name, where=where)
-
-
-def check_finite_tensor(tensor: Tensor, name: str, *, where: str) -> None:
-    """As ``check_finite``, of one tensor."""
-    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.is_floating_point()
-    if not plain or tensor.device.type == "meta":  # quantised weights are of types of their own
+    if model.device.type == "meta":
         return
-    values = tensor.detach()
-    if values.dtype.itemsize == 1:
-        values = values.float()
-    # One pass without a mask. A sum that overflows is looked at again, value by value.
-    if bool(torch.isfinite(values.sum(dtype=torch.float32))):
-        return
-    bad = int((~torch.isfinite(values)).sum())
-    if bad:
-        raise ModelError(
-            f"tensor {name} is not finite: {bad} of {values.numel()} values are NaN or infinite",
-            where=where,
-            expected="numbers",
-            hint="The model was damaged in training or in a conversion; take an earlier state of it",
+    with loading(name, expected="a model that encodes texts"):
+        vector = model.encode(
+            ["a text"], prompt="", convert_to_tensor=True, show_progress_bar=False
         )
+    check_finite_tensor(vector, "of an embedding", where=name)
 
 
 def check_vocabulary(model: Any, tokenizer: Any, *, where: str) -> None:
@@ -245,18 +152,6 @@ def check_vocabulary(model: Any, tokenizer: Any, *, where: str) -> None:
             expected="the tokenizer that the model was trained with",
             hint=COPY_AGAIN,
         )
-
-
-def shared_prefixes(names: Collection[str]) -> list[str]:
-    """Prefixes in front of all names but that of a language-model head, shortest first."""
-    parts = [name.split(".") for name in names if _LM_HEAD not in name.split(".")]
-    if not parts:
-        return []
-    shortest = min(map(len, parts)) - 1  # something must be left of every name
-    length = 0
-    while length < shortest and all(part[length] == parts[0][length] for part in parts):
-        length += 1
-    return [".".join(parts[0][:end]) + "." for end in range(1, length + 1)]
 
 
 @dataclass(frozen=True)
@@ -322,11 +217,12 @@ def _watched(name: str, reports: list[_Report]) -> Iterator[None]:
         reports.append(report)
         return result
 
-    PreTrainedModel._load_pretrained_model = staticmethod(load)
+    cls: Any = PreTrainedModel
+    cls._load_pretrained_model = staticmethod(load)
     try:
         yield
     finally:
-        PreTrainedModel._load_pretrained_model = kept
+        cls._load_pretrained_model = kept
 
 
 @contextmanager
@@ -334,7 +230,11 @@ def _opened(files: Sequence[str]) -> Iterator[dict[str, Any]]:
     """The tensors of safetensors files by name, not read yet."""
     with ExitStack() as stack:
         handles = [stack.enter_context(safe_open(file, framework="pt")) for file in files]
-        yield {name: handle.get_slice(name) for handle in handles for name in handle.keys()}
+        yield {
+            name: handle.get_slice(name)
+            for handle in handles
+            for name in handle.keys()  # noqa: SIM118  # not a mapping
+        }
 
 
 def _stripped(files: Sequence[str] | None) -> Iterator[dict[str, Any]]:
@@ -353,7 +253,7 @@ def _is_base(model: PreTrainedModel) -> bool:
 
 def _heads(model: PreTrainedModel) -> set[str]:
     """Parts that models of this family have besides their base: heads, which may be left over."""
-    found = {_LM_HEAD}
+    found = {LM_HEAD}
     classes = [mapping.get(type(model.config), None) for mapping in _HEADS]
     for group in classes:
         for cls in group if isinstance(group, tuple) else (group,):
@@ -363,11 +263,3 @@ def _heads(model: PreTrainedModel) -> set[str]:
                 parts = [name for name, _ in cls(model.config).named_children()]
             found.update(part for part in parts if part != model.base_model_prefix)
     return found | ({_POOLER} if _is_base(model) else set())
-
-
-def _counted(names: Sequence[str]) -> str:
-    return f"{len(names)} tensor is" if len(names) == 1 else f"{len(names)} tensors are"
-
-
-def _first(names: Sequence[str], shown: int = 3) -> str:
-    return ", ".join(names[:shown]) + (", …" if len(names) > shown else "")

@@ -26,10 +26,10 @@ from nvembed.core.errors import ModelError
 from nvembed.model.attention import flat_attention
 from nvembed.model.folder import read_values
 from nvembed.model.latent_attention import GegluFeedForward, LatentAttention
-from nvembed.model.loading import fill
 from nvembed.model.settings import PoolingKind
 from nvembed.model.shards import stored_tensors
 from nvembed.model.source import COPY_AGAIN, ModelSource
+from nvembed.model.weights import fill
 from nvembed.text.packing import Segments
 
 

@@ -122,7 +122,15 @@ class ModelSource:
         Raises:
             ModelError: as said.
         """
-        if Path(self.name).is_file() or (self.name.count("/") > 1 and not self.is_folder):
+        try:
+            is_file, is_folder = Path(self.name).is_file(), self.is_folder
+        except OSError as error:  # a name that is too long, or a folder that may not be read
+            raise ModelError(
+                f"no such model folder ({error.strerror})",
+                where=self.name[:80],
+                hint="Check the path",
+            ) from error
+        if is_file or (self.name.count("/") > 1 and not is_folder):
             raise ModelError("no such model folder", where=self.name, hint="Check the path")
 
     def find(self, filename: str) -> Path | None:

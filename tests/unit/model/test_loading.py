@@ -22,8 +22,8 @@ from nvembed.mining.rerank import load_cross_encoder
 from nvembed.model.adapters import add_lora, save_adapter
 from nvembed.model.backbone import Backbone
 from nvembed.model.embedder import NVEmbed
-from nvembed.model.loading import shared_prefixes
 from nvembed.model.settings import LoraSettings
+from nvembed.model.weights import shared_prefixes
 
 TEXTS = ["one", "two words", "rather a longer text, with commas"]
 
@@ -218,7 +218,7 @@ def test_a_prefix_before_some_names_only_is_a_misfit(
     change_weights(
         file, lambda ws: {(k if k == first else f"module.{k}"): v for k, v in ws.items()}
     )
-    with pytest.raises(ModelError, match="weights do not fit: [0-9]+ tensors are missing"):
+    with pytest.raises(ModelError, match=r"weights do not fit: [0-9]+ tensors are missing"):
         NVEmbed.from_pretrained(folder, device="cpu")
 
 
@@ -304,7 +304,7 @@ def test_heads_may_be_left_over_and_a_pooler_missing(
     found = model.backbone.model.encoder.layer[0].output.dense.weight
     assert torch.equal(found, wanted)
     change_weights(tmp_path / "model.safetensors", added)
-    with pytest.raises(ModelError, match="1 tensor is unexpected: something.else"):
+    with pytest.raises(ModelError, match=r"1 tensor is unexpected: something\.else"):
         NVEmbed.from_pretrained(tmp_path, device="cpu")
 
 

@@ -50,9 +50,10 @@ def load_encoder(name: str, dtype: PrecisionChoice | None = None) -> Encoder:
             "no model in this folder", where=name, expected="modules.json or config.json in it"
         )
     from sentence_transformers import SentenceTransformer
+    from sentence_transformers.base.modules import Transformer
 
     from nvembed.model.embedder import NVEmbed
-    from nvembed.model.loading import loading, prove_encoding
+    from nvembed.model.loading import check_vocabulary, loading, prove_encoding
     from nvembed.model.precision import settle_precision
     from nvembed.model.weights import check_finite
 
@@ -62,6 +63,8 @@ def load_encoder(name: str, dtype: PrecisionChoice | None = None) -> Encoder:
     options = {} if settled is None else {"dtype": settled}
     with loading(name):
         model = SentenceTransformer(name, model_kwargs=options)
+        if isinstance(model[0], Transformer):
+            check_vocabulary(model[0].model, model.tokenizer, where=name)
     check_finite(model, where=name)
     prove_encoding(model, name=name)
     return SentenceTransformerEncoder(model)

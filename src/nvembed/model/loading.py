@@ -139,7 +139,10 @@ def check_vocabulary(model: Any, tokenizer: Any, *, where: str) -> None:
     Raises:
         ModelError: one has not: the tokenizer is another model's.
     """
-    table = model.get_input_embeddings()
+    try:
+        table = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):  # no table of tokens, as in models of images
+        return
     rows = int(table.weight.shape[0]) if table is not None else None
     special = (
         getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos", "cls", "sep")

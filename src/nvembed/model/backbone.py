@@ -20,7 +20,7 @@ from sentence_transformers.base.modules import InputModule
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
 
-from nvembed.core.errors import ConfigError, ModelError
+from nvembed.core.errors import ModelError
 from nvembed.model.attention import FLAT_ATTENTION, OTHER_BACKBONE
 from nvembed.model.folder import read_values
 from nvembed.model.loading import check_vocabulary, loading, reason
@@ -50,8 +50,8 @@ class Backbone(InputModule):
         model: a transformers base model (no head) that runs with ``nvembed_flat`` attention.
         tokenizer: its fast tokenizer.
         attention: ``bidirectional``, or ``causal`` for ablations.
-        max_tokens: longest sequence, with BOS, prompt and EOS; longer texts are cut. ``None`` is
-            512, or fewer where the model has fewer positions.
+        max_tokens: longest sequence, with BOS, prompt and EOS; longer texts are cut. A table of
+            positions is never exceeded. ``None`` is 512.
         text_style: token rules, see :mod:`nvembed.text.tokens`.
         add_bos: put the BOS token in front where there is one.
         add_eos: put the EOS token at the end.
@@ -79,12 +79,12 @@ class Backbone(InputModule):
         self.add_bos = add_bos
         self.add_eos = add_eos
         self._frozen = False
-        limit = self._position_rows
-        if max_tokens is None:
-            max_tokens = 512 if limit is None else min(512, limit)
-        self._check_limit(max_tokens)
         self._text = TextTokenizer(
-            tokenizer, max_tokens=max_tokens, style=text_style, add_bos=add_bos, add_eos=add_eos
+            tokenizer,
+            max_tokens=self._readable(512 if max_tokens is None else max_tokens),
+            style=text_style,
+            add_bos=add_bos,
+            add_eos=add_eos,
         )
         # Saved with the model: stock transformers then builds the right mask too.
         model.config.is_causal = attention == "causal"
@@ -186,21 +186,16 @@ class Backbone(InputModule):
 
     @max_tokens.setter
     def max_tokens(self, value: int) -> None:
-        self._check_limit(value)
-        self._text.max_tokens = value
+        self._text.max_tokens = self._readable(value)
 
-    def _check_limit(self, max_tokens: int) -> None:
+    def _readable(self, max_tokens: int) -> int:
+        """A limit within the table of positions, beyond which nothing can be read."""
         rows = self._position_rows
-        if isinstance(max_tokens, int) and rows is not None and max_tokens > rows:
-            raise ConfigError(
-                f"{max_tokens} tokens, and the model has a table of {rows} positions",
-                where="max_tokens",
-                expected=f"at most {rows}",
-            )
+        return min(max_tokens, rows) if rows is not None and type(max_tokens) is int else max_tokens
 
     @property
     def _position_rows(self) -> int | None:
-        """Rows of a table of positions, beyond which nothing can be read; None without a table."""
+        """Rows of a table of positions, such as BERT's; ``None`` without a table."""
         table = getattr(getattr(self.model, "embeddings", None), "position_embeddings", None)
         weight = getattr(table, "weight", None)
         return None if weight is None else int(weight.shape[0]) - self._first_position

@@ -136,8 +136,8 @@ class NVEmbed(PackModel):
             num_latents: for a new latent pooling (default 512).
             num_heads: for a new latent or self-attention pooling (default 8).
             attention: for a new model (default ``bidirectional``).
-            max_tokens: longest sequence; ``None`` keeps the saved limit (512 for a new model, or
-                fewer where it has fewer positions). A stock model's own limit is never exceeded.
+            max_tokens: longest sequence; ``None`` keeps the saved limit (512 for a new model). A
+                stock model's own limit and a table of positions are never exceeded.
             device: ``None`` picks the best there is.
             device_map: spread the backbone over devices: ``"auto"``, or module name → device.
             dtype: ``None`` keeps the saved dtype (float32 for a new model; for an official one

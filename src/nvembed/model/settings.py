@@ -72,7 +72,7 @@ class ModelSettings(StrictModel):
         pooling: latent attention by default; leave it out for an embedding model. One of stock
             modules keeps its own (mean or last) unless another is given.
         max_tokens: longest sequence with BOS, prompt and EOS; longer texts are cut. The limit of a
-            model of stock modules is never exceeded.
+            model of stock modules, and a table of positions, are never exceeded.
         dtype: of the backbone's weights; float32 by default, a saved embedding model keeps its own,
             NVIDIA's gets bfloat16 on CUDA.
         quantization: of the frozen base during training, to save memory: ``nf4`` (4 bits, as QLoRA)

@@ -7,7 +7,6 @@ was expected, and the near match of a misspelt key. Nothing is converted behind 
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 import types
@@ -19,6 +18,7 @@ from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from nvembed.core.arguments import checked, kind_of, near_matches, shown_value
 from nvembed.core.errors import ConfigError
 
 KeyPath = tuple[str | int, ...]
@@ -33,6 +33,7 @@ class StrictModel(BaseModel):
 ModelT = TypeVar("ModelT", bound=StrictModel)
 
 
+@checked
 def load_config(
     cls: type[ModelT], path: str | Path | None, overrides: Sequence[str] = ()
 ) -> ModelT:
@@ -135,8 +136,9 @@ class _Source:
             raise ConfigError("no such file", where=self.name, expected="a YAML recipe") from error
         except UnicodeDecodeError as error:
             raise ConfigError("not UTF-8 text", where=self.name, expected="YAML") from error
-        except OSError as error:
-            raise ConfigError(f"cannot read: {error.strerror}", where=self.name) from error
+        except (OSError, ValueError) as error:  # a null byte in the name is a ValueError
+            reason = getattr(error, "strerror", None) or error
+            raise ConfigError(f"cannot read: {reason}", where=self.name) from error
         loader = _Loader(text)
         try:
             node = loader.get_single_node()
@@ -150,7 +152,7 @@ class _Source:
             loader.dispose()
         if not isinstance(data, dict):
             raise ConfigError(
-                f"the file holds {_kind(data)}", where=self.name, expected="key: value lines"
+                f"the file holds {kind_of(data)}", where=self.name, expected="key: value lines"
             )
         if node is not None:
             self._note_lines(node, ())
@@ -221,15 +223,15 @@ class _Source:
         where = f"{_dotted(path)}{self.origin(path)}"
         kind, value = item["type"], item["input"]
         if kind == "extra_forbidden":
-            return f"{where}: unknown key{_near(str(path[-1]), _known_keys(cls, path[:-1]))}"
+            return f"{where}: unknown key{near_matches(str(path[-1]), _known_keys(cls, path[:-1]))}"
         if kind == "missing":
             return f"{where}: missing, and it has no default"
         message = str(item["msg"]).removeprefix("Value error, ").removeprefix("Assertion failed, ")
         if kind in ("value_error", "assertion_error"):
             return f"{where}: {message}" if path else message
         if (expected := message.removeprefix("Input should be ")) != message:
-            return f"{where}: {_shown(value)} given, expected {expected}"
-        return f"{where}: {_shown(value)} given; {message[:1].lower()}{message[1:]}"
+            return f"{where}: {shown_value(value)} given, expected {expected}"
+        return f"{where}: {shown_value(value)} given; {message[:1].lower()}{message[1:]}"
 
 
 def _step(here: Any, part: str, path: str) -> str | int:
@@ -241,7 +243,7 @@ def _step(here: Any, part: str, path: str) -> str | int:
             return int(part)
         bounds = f"0 to {len(here) - 1}" if here else "none: the list is empty"
         raise ValueError(f"{path} is a list, expected an index ({bounds}) instead of {part!r}")
-    raise ValueError(f"{path} is {_kind(here)}, it has no key {part!r}")
+    raise ValueError(f"{path} is {kind_of(here)}, it has no key {part!r}")
 
 
 # --- Errors ---------------------------------------------------------------------------------------
@@ -300,23 +302,5 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
     return []
 
 
-def _near(key: str, names: Sequence[str]) -> str:
-    if matches := difflib.get_close_matches(key, names, n=2, cutoff=0.6):
-        return f", did you mean {' or '.join(matches)}?"
-    return f", known here: {', '.join(names)}" if names else ""
-
-
 def _dotted(path: Sequence[str | int]) -> str:
     return ".".join(str(part) for part in path)
-
-
-def _kind(value: Any) -> str:
-    names = {dict: "a mapping", list: "a list", str: "a text", bool: "true or false"}
-    return names.get(type(value), "empty" if value is None else f"a number ({value})")
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, dict | list):
-        return _kind(value)
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= 60 else text[:57] + "..."

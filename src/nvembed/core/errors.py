@@ -48,7 +48,7 @@ class UserError(NVEmbedError):
             text += f"; expected {expected}"
         if hint:
             text += f". {hint}"
-        super().__init__(text)
+        super().__init__(" ".join(text.splitlines()))
 
 
 class ConfigError(UserError):

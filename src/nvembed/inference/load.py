@@ -5,7 +5,6 @@ torch and the model libraries are imported here and not before.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -13,7 +12,8 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from nvembed.core.errors import ModelError, UserError
+from nvembed.core.arguments import checked
+from nvembed.core.errors import ModelError
 from nvembed.inference.protocol import Encoder, unit_rows
 from nvembed.model.settings import PrecisionChoice
 from nvembed.text.instructions import resolve_prompt
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 
+@checked
 def load_encoder(name: str, dtype: PrecisionChoice | None = None) -> Encoder:
     """Load an embedding model by folder or hub id.
 
@@ -36,8 +37,12 @@ def load_encoder(name: str, dtype: PrecisionChoice | None = None) -> Encoder:
             saved.
 
     Raises:
+        ConfigError: an argument of a wrong type.
         ModelError: there is nothing of that name that can be loaded.
     """
+    from nvembed.model.source import ModelSource
+
+    ModelSource(name).check()
     path = Path(name)
     if path.is_file() or (not path.is_dir() and _is_path(name)):
         raise ModelError("no such model folder", where=name, expected="a folder or a hub id")
@@ -48,30 +53,28 @@ def load_encoder(name: str, dtype: PrecisionChoice | None = None) -> Encoder:
             "no model in this folder", where=name, expected="modules.json or config.json in it"
         )
     from sentence_transformers import SentenceTransformer
+    from sentence_transformers.base.modules import Transformer
 
     from nvembed.model.embedder import NVEmbed
     from nvembed.model.kind import ONNX_FILE
+    from nvembed.model.loading import check_vocabulary, loading, prove_encoding
     from nvembed.model.precision import settle_precision
+    from nvembed.model.weights import check_finite
 
     if (path / ONNX_FILE).is_file():
         return _load_onnx(path, dtype)
 
     settled = settle_precision(dtype)
-    try:
-        if _is_foreign(name):
-            options = {} if settled is None else {"dtype": settled}
-            return SentenceTransformerEncoder(SentenceTransformer(name, model_kwargs=options))
+    if not _is_foreign(name):
         return cast(Encoder, NVEmbed.from_pretrained(name, dtype=settled))
-    except UserError:
-        raise
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = str(error).strip().splitlines()
-        raise ModelError(
-            f"cannot be loaded ({reason[0] if reason else type(error).__name__})",
-            where=name,
-            expected="the folder or the hub id of a model",
-            hint="A hub id needs the network, or an earlier download",
-        ) from error
+    options = {} if settled is None else {"dtype": settled}
+    with loading(name):
+        model = SentenceTransformer(name, model_kwargs=options)
+        if isinstance(model[0], Transformer):
+            check_vocabulary(model[0].model, model.tokenizer, where=name)
+    check_finite(model, where=name)
+    prove_encoding(model, name=name)
+    return SentenceTransformerEncoder(model)
 
 
 def _load_onnx(folder: Path, dtype: PrecisionChoice | None) -> Encoder:
@@ -155,17 +158,11 @@ def _is_path(name: str) -> bool:
 
 def _is_foreign(name: str) -> bool:
     """Tell a sentence-transformers model that has none of our modules."""
+    from nvembed.model.folder import read_modules
     from nvembed.model.kind import model_kind
     from nvembed.model.source import ModelSource
 
     source = ModelSource(name)
     if model_kind(source) != "saved":
         return False
-    listing = source.require("modules.json")
-    try:
-        types = [str(entry["type"]) for entry in json.loads(listing.read_text("utf-8"))]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ModelError(
-            "not a list of modules", where=str(listing), expected='[{"type": "...", "path": "..."}]'
-        ) from error
-    return not any(name.startswith("nvembed.") for name in types)
+    return not any(entry.type.startswith("nvembed.") for entry in read_modules(source))

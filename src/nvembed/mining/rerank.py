@@ -40,15 +40,13 @@ def load_cross_encoder(name: str) -> PairScorer:
     """
     from sentence_transformers import CrossEncoder
 
-    try:
+    from nvembed.model.loading import check_vocabulary, loading
+
+    with loading(name, expected="the folder or the hub id of a cross-encoder"):
         model = CrossEncoder(name)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = str(error).strip().splitlines()
-        raise ModelError(
-            f"cannot be loaded ({reason[0] if reason else type(error).__name__})",
-            where=name,
-            expected="the folder or the hub id of a cross-encoder",
-        ) from error
+        check_vocabulary(model[0].model, model.tokenizer, where=name)
+        # What it cannot do is told now, not after hours of mining.
+        model.predict([("a query", "a document")], show_progress_bar=False)
     if model.num_labels != 1:
         raise ModelError(f"gives {model.num_labels} scores", where=name, expected="one score")
 

@@ -10,21 +10,37 @@ Next:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import torch
+from pydantic import Field
 from sentence_transformers.base.modules import InputModule
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
 
 from nvembed.core.errors import ModelError
 from nvembed.model.attention import FLAT_ATTENTION, OTHER_BACKBONE
+from nvembed.model.folder import read_values
+from nvembed.model.loading import check_vocabulary, loading, reason
 from nvembed.model.placement import DeviceMap, main_device
 from nvembed.model.probe import probe_direction
 from nvembed.model.settings import AttentionDirection
+from nvembed.model.source import COPY_AGAIN, ModelSource
 from nvembed.text.packing import FlatBatch, flatten
 from nvembed.text.tokens import TextStyle, TextTokenizer, TokenizedText
+
+
+@dataclass(frozen=True, slots=True)
+class SavedBackbone:
+    """What a saved backbone says in ``nvembed_config.json``; see ``Backbone``."""
+
+    attention: AttentionDirection
+    max_tokens: Annotated[int, Field(ge=1)]
+    text_style: TextStyle
+    add_bos: bool
+    add_eos: bool
 
 
 class Backbone(InputModule):
@@ -34,20 +50,15 @@ class Backbone(InputModule):
         model: a transformers base model (no head) that runs with ``nvembed_flat`` attention.
         tokenizer: its fast tokenizer.
         attention: ``bidirectional``, or ``causal`` for ablations.
-        max_tokens: longest sequence, with BOS, prompt and EOS; longer texts are cut.
+        max_tokens: longest sequence, with BOS, prompt and EOS; longer texts are cut. A table of
+            positions is never exceeded. ``None`` is 512.
         text_style: token rules, see :mod:`nvembed.text.tokens`.
         add_bos: put the BOS token in front where there is one.
         add_eos: put the EOS token at the end.
     """
 
     config_file_name = "nvembed_config.json"
-    config_keys = [
-        "attention",
-        "max_tokens",
-        "text_style",
-        "add_bos",
-        "add_eos",
-    ]
+    config_keys = [field.name for field in fields(SavedBackbone)]
 
     def __init__(
         self,
@@ -55,7 +66,7 @@ class Backbone(InputModule):
         tokenizer: Any,
         *,
         attention: AttentionDirection = "bidirectional",
-        max_tokens: int = 512,
+        max_tokens: int | None = None,
         text_style: TextStyle = "nvembed",
         add_bos: bool = True,
         add_eos: bool = True,
@@ -69,7 +80,11 @@ class Backbone(InputModule):
         self.add_eos = add_eos
         self._frozen = False
         self._text = TextTokenizer(
-            tokenizer, max_tokens=max_tokens, style=text_style, add_bos=add_bos, add_eos=add_eos
+            tokenizer,
+            max_tokens=self._readable(512 if max_tokens is None else max_tokens),
+            style=text_style,
+            add_bos=add_bos,
+            add_eos=add_eos,
         )
         # Saved with the model: stock transformers then builds the right mask too.
         model.config.is_causal = attention == "causal"
@@ -88,7 +103,7 @@ class Backbone(InputModule):
         trust_remote_code: bool = False,
         device_map: DeviceMap | None = None,
         attention: AttentionDirection = "bidirectional",
-        max_tokens: int = 512,
+        max_tokens: int | None = None,
         text_style: TextStyle = "nvembed",
         add_bos: bool = True,
         add_eos: bool = True,
@@ -123,7 +138,10 @@ class Backbone(InputModule):
             "local_files_only": local_files_only,
             "trust_remote_code": trust_remote_code,
         }
-        try:
+        place = name_or_path
+        if Path(name_or_path).is_dir():
+            place = str(Path(name_or_path) / subfolder)
+        with loading(place, expected="a Hugging Face model folder or hub id"):
             config = AutoConfig.from_pretrained(name_or_path, **where)
             config.use_cache = False
             model = AutoModel.from_pretrained(
@@ -134,13 +152,9 @@ class Backbone(InputModule):
                 device_map=device_map,
                 **where,
             )
+        with loading(place, expected="the model's tokenizer (tokenizer.json)"):
             tokenizer = AutoTokenizer.from_pretrained(name_or_path, **where)
-        except (OSError, ValueError, KeyError) as error:
-            raise ModelError(
-                " ".join(str(error).split())[:300],
-                where=str(name_or_path),
-                expected="a Hugging Face model folder or hub id with config, weights and tokenizer",
-            ) from error
+        check_vocabulary(model, tokenizer, where=place)
         if getattr(model, "pooler", None) is not None:
             model.pooler = None  # BERT's; unused, and unused weights only cost memory
         backbone = cls(
@@ -172,7 +186,19 @@ class Backbone(InputModule):
 
     @max_tokens.setter
     def max_tokens(self, value: int) -> None:
-        self._text.max_tokens = value
+        self._text.max_tokens = self._readable(value)
+
+    def _readable(self, max_tokens: int) -> int:
+        """A limit within the table of positions, beyond which nothing can be read."""
+        rows = self._position_rows
+        return min(max_tokens, rows) if rows is not None and type(max_tokens) is int else max_tokens
+
+    @property
+    def _position_rows(self) -> int | None:
+        """Rows of a table of positions, such as BERT's; ``None`` without a table."""
+        table = getattr(getattr(self.model, "embeddings", None), "position_embeddings", None)
+        weight = getattr(table, "weight", None)
+        return None if weight is None else int(weight.shape[0]) - self._first_position
 
     @property
     def max_positions(self) -> int | None:
@@ -281,26 +307,20 @@ class Backbone(InputModule):
         **_: Any,
     ) -> Self:
         """Load from a saved model, as sentence-transformers calls it."""
-        path = str(Path(model_name_or_path) / subfolder) if subfolder else model_name_or_path
-        config = cls.load_config(
-            model_name_or_path,
-            subfolder=subfolder,
-            token=token,
-            cache_folder=cache_folder,
-            revision=revision,
-            local_files_only=local_files_only,
+        source = ModelSource(
+            model_name_or_path, revision, token, cache_folder, local_files_only, subfolder
         )
+        file = source.require(cls.config_file_name, hint=COPY_AGAIN)
+        settings = source.read_json(cls.config_file_name) or {}
         given = model_kwargs or {}
         wanted = given.get("dtype") or given.get("torch_dtype")
         return cls.from_pretrained(
-            path,
+            model_name_or_path,
             dtype=wanted or "auto",
             device_map=given.get("device_map"),
-            revision=revision,
-            token=token,
-            cache_folder=cache_folder,
-            local_files_only=local_files_only,
-            **config,
+            subfolder=subfolder,
+            **source.options(),
+            **read_values(SavedBackbone, settings, where=str(file)),
         )
 
 
@@ -318,9 +338,9 @@ def prove_direction(backbone: Backbone, *, name: str) -> None:
     model.eval()
     try:
         found = probe_direction(backbone.states, model.config.get_text_config().vocab_size)
-    except (TypeError, RuntimeError) as error:
+    except Exception as error:  # whatever a family's code meets with
         raise ModelError(
-            f"the {model.config.model_type} family does not run on flat batches ({error})",
+            f"the {model.config.model_type} family does not run on flat batches ({reason(error)})",
             where=name,
             hint=OTHER_BACKBONE,
         ) from error

@@ -8,20 +8,23 @@ budget instead of padded batches (``model/encoding.py``). Next file in the tour:
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 import torch
-from sentence_transformers.base.modules import Module, Normalize
+from pydantic import Field
+from sentence_transformers.base.modules import InputModule, Module, Normalize
 from sentence_transformers.util import get_device_name, import_from_string
 
-from nvembed.core.errors import ModelError
+from nvembed.core.arguments import checked
+from nvembed.core.errors import ConfigError, ModelError
 from nvembed.model.backbone import Backbone
 from nvembed.model.encoding import PackModel
+from nvembed.model.folder import ModuleEntry, read_modules, read_prompts
 from nvembed.model.kind import model_kind
+from nvembed.model.loading import loading, prove_encoding, usable_device
 from nvembed.model.native_elementwise import native_elementwise
 from nvembed.model.native_layer import native_layers
 from nvembed.model.official_load import load_official
@@ -30,13 +33,15 @@ from nvembed.model.pooling import (
     LastTokenPooling,
     LatentAttentionPooling,
     MeanPooling,
+    Pooling,
     SelfAttentionPooling,
     build_pooling,
 )
 from nvembed.model.products import fast_products
 from nvembed.model.settings import AttentionDirection, PoolingKind
-from nvembed.model.source import ModelSource
+from nvembed.model.source import COPY_AGAIN, ModelSource
 from nvembed.model.stock import read_stock
+from nvembed.model.weights import check_finite
 from nvembed.text.instructions import resolve_prompt, task_prompts
 
 # What modules.json may name without remote code: our classes by name, and anything inside
@@ -53,13 +58,17 @@ _OWN_MODULES: dict[str, type[Module]] = {
 }
 
 
+DtypeName = Literal["float32", "bfloat16", "float16", "float64", "auto"]
+"""Types that weights are computed in; ``auto`` is the stored one."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Place:
     """Where and in which type the weights of a model are wanted; see ``from_pretrained``."""
 
     device: str | None
     device_map: DeviceMap | None
-    dtype: torch.dtype | str | None
+    dtype: torch.dtype | Literal["auto"] | None
 
 
 class NVEmbed(PackModel):
@@ -95,21 +104,22 @@ class NVEmbed(PackModel):
                 module.__class__ = kind
 
     @classmethod
+    @checked
     def from_pretrained(
         cls,
-        name_or_path: str | Path,
+        name_or_path: Annotated[str, Field(min_length=1)] | Path,
         *,
         pooling: PoolingKind | None = None,
-        num_latents: int | None = None,
-        num_heads: int | None = None,
+        num_latents: Annotated[int, Field(ge=1)] | None = None,
+        num_heads: Annotated[int, Field(ge=1)] | None = None,
         attention: AttentionDirection | None = None,
-        max_tokens: int | None = None,
-        device: str | None = None,
+        max_tokens: Annotated[int, Field(ge=1)] | None = None,
+        device: str | torch.device | None = None,
         device_map: DeviceMap | None = None,
-        dtype: torch.dtype | str | None = None,
+        dtype: torch.dtype | DtypeName | None = None,
         revision: str | None = None,
         token: bool | str | None = None,
-        cache_folder: str | None = None,
+        cache_folder: str | Path | None = None,
         local_files_only: bool = False,
     ) -> Self:
         """Load an embedding model, or start one from any decoder or encoder.
@@ -126,7 +136,7 @@ class NVEmbed(PackModel):
             num_heads: for a new latent or self-attention pooling (default 8).
             attention: for a new model (default ``bidirectional``).
             max_tokens: longest sequence; ``None`` keeps the saved limit (512 for a new model). A
-                stock model's own limit is never exceeded.
+                stock model's own limit and a table of positions are never exceeded.
             device: ``None`` picks the best there is.
             device_map: spread the backbone over devices: ``"auto"``, or module name → device.
             dtype: ``None`` keeps the saved dtype (float32 for a new model; for an official one
@@ -137,51 +147,63 @@ class NVEmbed(PackModel):
             local_files_only: never ask the hub.
 
         Raises:
+            ConfigError: an argument of a wrong type or value.
             ModelError: nothing there that can be loaded, or options that a saved model fixes
                 already.
         """
-        source = ModelSource(str(name_or_path), revision, token, cache_folder, local_files_only)
+        kept_in = None if cache_folder is None else str(cache_folder)
+        source = ModelSource(str(name_or_path), revision, token, kept_in, local_files_only)
         source.check()
-        place = _Place(device, device_map, dtype)
-        new = {
+        if isinstance(device_map, Mapping):
+            for target in device_map.values():
+                usable_device(f"cuda:{target}" if isinstance(target, int) else target)
+        place = _Place(usable_device(device), device_map, _floating(dtype))
+        new: dict[str, Any] = {
             "pooling": pooling,
             "num_latents": num_latents,
             "num_heads": num_heads,
             "attention": attention,
         }
-        match model_kind(source):
-            case "official":
-                _refuse_new(new, source)
-                return cls._load_official(source, place, max_tokens)
-            case "saved":
-                stock = read_stock(source)
-                if stock is None:
-                    _refuse_new(new, source)
-                    return cls._load_saved(source, place, max_tokens)
-                pooling = pooling or stock.pooling(source)
-                own = stock.max_tokens or 512
-                limit = min(max_tokens or own, own)
-            case _:
-                stock, limit = None, max_tokens or 512
+        kind = model_kind(source)
+        stock = read_stock(source) if kind == "saved" else None
+        if kind == "official":
+            _refuse_new(new, source)
+            model = cls._load_official(source, place, max_tokens)
+        elif stock is not None:
+            own = stock.max_tokens or 512
+            new["pooling"] = pooling or stock.pooling(source)
+            limit = own if max_tokens is None else min(max_tokens, own)
+            model = cls._start(replace(source, inside=stock.folder), place, new, limit)
+            model._read_settings(source)
+        elif kind == "saved":
+            _refuse_new(new, source)
+            model = cls._load_saved(source, place, max_tokens)
+        else:
+            model = cls._start(source, place, new, max_tokens)
+        prove_encoding(model, name=source.name)
+        return model
+
+    @classmethod
+    def _start(
+        cls,
+        source: ModelSource,
+        place: _Place,
+        new: Mapping[str, Any],
+        max_tokens: int | None,
+    ) -> Self:
+        """Put a new pooling on a language model."""
         backbone = Backbone.from_pretrained(
             source.name,
-            subfolder=stock.folder if stock else "",
-            dtype=dtype,
-            device_map=device_map,
-            attention=attention or "bidirectional",
-            max_tokens=limit,
+            subfolder=source.inside,
+            dtype=place.dtype,
+            device_map=place.device_map,
+            attention=new["attention"] or "bidirectional",
+            max_tokens=max_tokens,
             **source.options(),
         )
-        head = build_pooling(
-            pooling or "mean",
-            backbone.width,
-            num_latents=num_latents or 512,
-            num_heads=num_heads or 8,
-        )
-        model = cls(modules=[backbone, head, Normalize()], device=device)
-        if stock:
-            model._read_settings(source)
-        return model
+        sizes = {key: new[key] for key in ("num_latents", "num_heads") if new[key] is not None}
+        head = build_pooling(new["pooling"] or "mean", backbone.width, **sizes)
+        return cls(modules=[backbone, head, Normalize()], device=place.device)
 
     @classmethod
     def _load_official(cls, source: ModelSource, place: _Place, max_tokens: int | None) -> Self:
@@ -200,30 +222,22 @@ class NVEmbed(PackModel):
 
     @classmethod
     def _load_saved(cls, source: ModelSource, place: _Place, max_tokens: int | None) -> Self:
-        modules_json = source.require("modules.json")
+        wanted = {"dtype": place.dtype, "device_map": place.device_map}
+        model_kwargs = {key: value for key, value in wanted.items() if value is not None}
         modules: list[torch.nn.Module] = []
-        for entry in json.loads(modules_json.read_text(encoding="utf-8")):
-            module_class = _OWN_MODULES.get(entry["type"])
-            if module_class is None:
-                if not entry["type"].startswith("sentence_transformers."):
-                    raise ModelError(
-                        f"module class {entry['type']} is not part of nvembed",
-                        where=str(modules_json),
-                        expected=", ".join(sorted(_OWN_MODULES)),
-                        hint="Load it with SentenceTransformer(..., trust_remote_code=True)",
+        for entry in read_modules(source):
+            with loading(source.name):
+                modules.append(
+                    _module_class(entry, source).load(
+                        source.name,
+                        subfolder=entry.path,
+                        model_kwargs=model_kwargs,
+                        trust_remote_code=False,
+                        **source.options(),
                     )
-                module_class = import_from_string(entry["type"])
-            wanted = {"dtype": place.dtype, "device_map": place.device_map}
-            model_kwargs = {key: value for key, value in wanted.items() if value is not None}
-            modules.append(
-                module_class.load(
-                    source.name,
-                    subfolder=entry["path"],
-                    model_kwargs=model_kwargs,
-                    trust_remote_code=False,
-                    **source.options(),
                 )
-            )
+            check_finite(modules[-1], where=str(Path(source.name) / entry.path))
+        _check_chain(modules, source)
         model = cls(modules=modules, device=place.device)
         model._read_settings(source)
         if max_tokens is not None:
@@ -232,11 +246,18 @@ class NVEmbed(PackModel):
 
     def _read_settings(self, source: ModelSource) -> None:
         """Take over the prompts that were saved with the model."""
-        saved = source.read_json("config_sentence_transformers.json") or {}
-        self.prompts.update(saved.get("prompts") or {})
-        self.default_prompt_name = saved.get("default_prompt_name")
-        self.similarity_fn_name = saved.get("similarity_fn_name")
+        saved = read_prompts(source)
+        self.prompts.update(saved.prompts or {})
+        if saved.default_prompt_name is not None and saved.default_prompt_name not in self.prompts:
+            raise ModelError(
+                f"no prompt called {saved.default_prompt_name!r}, which is the default",
+                where=f"{source.name}/config_sentence_transformers.json",
+                expected=", ".join(self.prompts),
+            )
+        self.default_prompt_name = saved.default_prompt_name
+        self.similarity_fn_name = saved.similarity_fn_name
 
+    @checked
     def encode_query(  # type: ignore[override]  # one signature for the overloads
         self,
         inputs: Any,
@@ -262,6 +283,7 @@ class NVEmbed(PackModel):
             prompt, prompt_name = resolve_prompt(task, self.prompts), None
         return super().encode_query(inputs, prompt_name=prompt_name, prompt=prompt, **options)
 
+    @checked
     def encode_document(  # type: ignore[override]
         self,
         inputs: Any,
@@ -275,6 +297,58 @@ class NVEmbed(PackModel):
         if task is not None:
             prompt, prompt_name = resolve_prompt(task, self.prompts), None
         return super().encode_document(inputs, prompt_name=prompt_name, prompt=prompt, **options)
+
+
+def _module_class(entry: ModuleEntry, source: ModelSource) -> type[Module]:
+    """One of our classes or of sentence-transformers; never code that comes with a model."""
+    own = _OWN_MODULES.get(entry.type)
+    if own is not None:
+        return own
+    where = f"{source.name}/modules.json"
+    if not entry.type.startswith("sentence_transformers."):
+        raise ModelError(
+            f"module class {entry.type} is not part of nvembed",
+            where=where,
+            expected=", ".join(sorted(_OWN_MODULES)),
+            hint="Load it with SentenceTransformer(..., trust_remote_code=True)",
+        )
+    found = import_from_string(entry.type)
+    if not (isinstance(found, type) and issubclass(found, Module)):
+        raise ModelError(f"{entry.type} is not a module", where=where, hint=COPY_AGAIN)
+    return found
+
+
+def _check_chain(modules: Sequence[torch.nn.Module], source: ModelSource) -> None:
+    """Refuse modules that cannot follow each other."""
+    kinds = [type(module) for module in modules]
+    first, pooling = modules[0], modules[1] if len(modules) > 1 else None
+    if not isinstance(first, InputModule) or (isinstance(first, Backbone) and pooling is None):
+        raise ModelError(
+            f"its modules are {', '.join(kind.__name__ for kind in kinds)}",
+            where=f"{source.name}/modules.json",
+            expected="a backbone, a pooling and what follows them, in this order",
+            hint=COPY_AGAIN,
+        )
+    if isinstance(pooling, Pooling) and pooling.width != first.get_embedding_dimension():
+        raise ModelError(
+            f"its pooling is of width {pooling.width}",
+            where=source.name,
+            expected=f"that of its backbone, {first.get_embedding_dimension()}",
+            hint=COPY_AGAIN,
+        )
+
+
+def _floating(dtype: torch.dtype | DtypeName | None) -> torch.dtype | Literal["auto"] | None:
+    """The type itself, of one given by name."""
+    if dtype is None or dtype == "auto":
+        return dtype
+    found = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    if str(found).removeprefix("torch.") not in get_args(DtypeName):
+        raise ConfigError(
+            f"{found} given", where="dtype", expected="float32, bfloat16, float16 or auto"
+        )
+    assert isinstance(found, torch.dtype)
+    return found
 
 
 def _refuse_new(options: Mapping[str, object], source: ModelSource) -> None:

@@ -10,23 +10,27 @@ from the device. Vectors depend on none of it. Next file: ``model/embedder.py``.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, Literal, cast, get_args
+from typing import Annotated, Any, Literal, cast, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import Field
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import truncate_embeddings
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from nvembed.core.arguments import checked, near_matches
 from nvembed.core.background import ahead
-from nvembed.core.errors import ModelError
+from nvembed.core.errors import ConfigError, ModelError
 from nvembed.core.progress import Rates, progress
 from nvembed.model.backbone import Backbone
+from nvembed.model.loading import usable_device
 from nvembed.model.packs import CPU_PACK_TOKENS, CUDA_PACK_TOKENS, embed_plan, plan_texts
 from nvembed.model.pooling import Pooling
 from nvembed.model.settings import LongTexts
@@ -122,27 +126,112 @@ class PackModel(SentenceTransformer):
         spans = [plan.spans[place] for place in places] if plan.spans else None
         return Work(launch, plan.tokens, spans)
 
-    def encode(self, inputs: Any, *given: Any, precision: Any = "float32", **options: Any) -> Any:
+    @checked
+    def encode(  # type: ignore[override]  # one signature for the overloads
+        self,
+        inputs: Any,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        batch_size: Annotated[int, Field(ge=1)] = 32,
+        show_progress_bar: bool | None = None,
+        output_value: Literal["sentence_embedding"] = "sentence_embedding",
+        precision: Literal["float32", "int8", "uint8", "binary", "ubinary"] = "float32",
+        convert_to_numpy: bool = True,
+        convert_to_tensor: bool = False,
+        device: str | torch.device | list[str | torch.device] | None = None,
+        normalize_embeddings: bool = False,
+        truncate_dim: Annotated[int, Field(ge=1)] | None = None,
+        pool: dict[str, Any] | None = None,
+        chunk_size: Annotated[int, Field(ge=1)] | None = None,
+        *,
+        long: LongTexts = _CUT,
+        **others: Any,
+    ) -> Any:
         """As in sentence-transformers; numbers of 8 bits or 1 bit are made on the device.
 
         Args:
             inputs: one text or several.
-            *given: the further arguments of ``SentenceTransformer.encode``.
+            prompt_name: of a prompt that was saved with the model.
+            prompt: put before every text; wins over ``prompt_name``.
+            batch_size: without meaning here, see the module docstring.
+            show_progress_bar: ``None`` shows none.
+            output_value: vectors of texts, which is all that packs give.
             precision: of the numbers.
-            **options: those of ``SentenceTransformer.encode``, and ``long``: see ``LongTexts``.
+            convert_to_numpy: return an array; else a list of tensors.
+            convert_to_tensor: return one tensor.
+            device: one, or several for a process on each; ``None`` is the model's.
+            normalize_embeddings: bring vectors to length 1, which they have unless they are cut.
+            truncate_dim: keep the first dimensions.
+            pool: of processes, see ``start_multi_process_pool``.
+            chunk_size: texts that a process of a pool is given at once.
+            long: what becomes of texts beyond the limit.
+            **others: what sentence-transformers says of the kind of input, such as ``task``.
+
+        Raises:
+            ConfigError: an argument that the signature does not allow.
+            DataError: something else than texts.
         """
+        self._check_prompt_name(prompt_name)
+        self._check_width(truncate_dim)
+        for place in device if isinstance(device, list) else [device]:
+            usable_device(place)
+        if device == [] or (pool is not None and not pool.keys() >= {"input", "processes"}):
+            raise ConfigError(
+                "no process to work in",
+                where="encode()",
+                expected="a list of devices, or a pool of start_multi_process_pool",
+            )
+        if unknown := sorted(set(others) - {"task", "processing_kwargs"}):
+            known = list(inspect.signature(self.encode).parameters)
+            raise ConfigError(
+                f"unknown argument {unknown[0]}{near_matches(unknown[0], known)}", where="encode()"
+            )
+        options = {
+            "prompt_name": None if prompt is not None else prompt_name,
+            "prompt": prompt,
+            "batch_size": batch_size,
+            "show_progress_bar": show_progress_bar,
+            "output_value": output_value,
+            "device": device,
+            "normalize_embeddings": normalize_embeddings,
+            "truncate_dim": truncate_dim,
+            "pool": pool,
+            "chunk_size": chunk_size,
+            "long": long,
+            **others,
+        }
         single = self.is_singular_input(inputs)
         small = precision in get_args(SmallPrecision) and not single and len(inputs) > 1
-        if not small or options.get("output_value", "sentence_embedding") != "sentence_embedding":
-            return super().encode(inputs, *given, precision=precision, **options)
-        as_tensor = options.pop("convert_to_tensor", False)
-        as_array = options.pop("convert_to_numpy", True)
-        vectors_ND = super().encode(inputs, *given, convert_to_tensor=True, **options)
+        if not small:
+            return super().encode(
+                inputs,
+                precision=precision,
+                convert_to_numpy=convert_to_numpy,
+                convert_to_tensor=convert_to_tensor,
+                **options,
+            )
+        vectors_ND = super().encode(inputs, convert_to_tensor=True, **options)
         small_ND = quantize(vectors_ND, cast(SmallPrecision, precision)).cpu()
-        if as_tensor:
+        if convert_to_tensor:
             return small_ND
-        return small_ND.numpy() if as_array else list(small_ND)
+        return small_ND.numpy() if convert_to_numpy else list(small_ND)
 
+    def _check_width(self, truncate_dim: int | None) -> None:
+        width = self.pooling.width
+        for wanted in (truncate_dim, self.truncate_dim):
+            if wanted is not None and not 1 <= wanted <= width:
+                raise ConfigError(
+                    f"{wanted} dimensions asked for", where="truncate_dim", expected=f"1 to {width}"
+                )
+
+    def _check_prompt_name(self, name: str | None) -> None:
+        if name is not None and name not in self.prompts:
+            raise ConfigError(
+                f"no prompt called {name!r}{near_matches(name, list(self.prompts))}",
+                where="prompt_name",
+            )
+
+    @checked
     def encode_chunks(
         self,
         texts: Sequence[str],
@@ -163,6 +252,10 @@ class PackModel(SentenceTransformer):
             One object per text, at least one chunk in each.
         """
         long = long or LongTexts("late")
+        if long.way != "late":
+            raise ConfigError(
+                f"{long.way!r} given", where="encode_chunks(long=…)", expected="LongTexts('late')"
+            )
         found: list[Chunks] = []
         rates = Rates()
         budget = _budget(self._resolve_inference_device(None))
@@ -199,19 +292,6 @@ class PackModel(SentenceTransformer):
         ``batch_size`` has no meaning without padding and is ignored; so are the sizes of the
         batches that the caller cuts, since vectors do not depend on their neighbours.
         """
-        if output_value != "sentence_embedding":
-            return super()._inference(
-                inputs,
-                prompt=prompt,
-                batch_size=batch_size,
-                show_progress_bar=show_progress_bar,
-                output_value=output_value,
-                save_to_cpu=save_to_cpu,
-                normalize_embeddings=normalize_embeddings,
-                truncate_dim=truncate_dim,
-                device=device,
-                **options,
-            )
         if long.way == "late":
             raise ModelError("late chunking gives several vectors", hint="Call encode_chunks")
         target = self._resolve_inference_device(device)

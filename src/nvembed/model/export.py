@@ -9,10 +9,12 @@ onnx                    one graph over padded rows (``model/export_onnx.py``)
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from pydantic import Field
 from torch import Tensor
 
+from nvembed.core.arguments import checked
 from nvembed.core.errors import ConfigError, ModelError
 from nvembed.core.files import atomic_folder, write_json, write_text
 from nvembed.core.text_files import check_folder_name
@@ -37,13 +39,14 @@ _PROBE_TASK = "Find it"  # short: it must leave room for text in a model of shor
 _PROBE_TEXTS = ("how do I sort a list?", "A passage.", "")
 
 
+@checked
 def export_folder(
     name: str,
-    to: Path,
+    to: str | Path,
     kind: ExportFormat,
     *,
     dtype: Dtype | None = None,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
+    max_shard_bytes: Annotated[int, Field(ge=1)] = MAX_SHARD_BYTES,
 ) -> None:
     """Load an embedding model and write it in another format.
 
@@ -58,6 +61,7 @@ def export_folder(
         ConfigError: ``to`` holds something, or is called like a file.
         ModelError: the model cannot be loaded, or not be expressed in that format.
     """
+    to = Path(to)
     check_folder_name(to)
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise ConfigError(
@@ -72,7 +76,7 @@ def export_folder(
             expected="a folder that nvembed saved, or the layout of nvidia/NV-Embed-v2",
             hint="Train it first: nvembed train",
         )
-    stored = "float32" if kind == "onnx" else "auto"
+    stored: Literal["float32", "auto"] = "float32" if kind == "onnx" else "auto"
     model = NVEmbed.from_pretrained(name, device="cpu", dtype=dtype or stored)
     if not isinstance(model[0], Backbone):
         raise ModelError(
@@ -84,13 +88,14 @@ def export_folder(
     export_model(model, to, kind, name=name, max_shard_bytes=max_shard_bytes)
 
 
+@checked
 def export_model(
     model: NVEmbed,
-    to: Path,
+    to: str | Path,
     kind: ExportFormat,
     *,
     name: str,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
+    max_shard_bytes: Annotated[int, Field(ge=1)] = MAX_SHARD_BYTES,
 ) -> None:
     """Write a loaded model; adapters are merged into it first.
 
@@ -104,6 +109,7 @@ def export_model(
     Raises:
         ModelError: it cannot be expressed in that format.
     """
+    to = Path(to)
     merge_lora(model.backbone)
     stock = False
     with atomic_folder(to) as temporary:

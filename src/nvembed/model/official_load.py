@@ -7,21 +7,22 @@ device. So the peak is the model plus its largest tensor. Next file: ``model/emb
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from transformers import AutoModel, MistralConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from nvembed.core.errors import ModelError
 from nvembed.model.attention import FLAT_ATTENTION
 from nvembed.model.backbone import Backbone, prove_direction
+from nvembed.model.folder import read_limit
+from nvembed.model.loading import loading
 from nvembed.model.official import LatentShape, official_name, own_name, read_config
 from nvembed.model.placement import DeviceMap, place_of, plan_places, spread
 from nvembed.model.pooling import LatentAttentionPooling
-from nvembed.model.shards import StoredTensor, read_tensor, stored_tensors
+from nvembed.model.shards import read_tensor, stored_tensors
 from nvembed.model.source import ModelSource
+from nvembed.model.weights import check_finite_tensor, fit
 
 # The official default of encode(); used where the folder does not say.
 DEFAULT_MAX_TOKENS = 4096
@@ -32,7 +33,7 @@ def load_official(
     *,
     device: str,
     device_map: DeviceMap | None = None,
-    dtype: torch.dtype | str | None = None,
+    dtype: torch.dtype | Literal["auto"] | None = None,
     max_tokens: int | None = None,
 ) -> tuple[Backbone, LatentAttentionPooling]:
     """Load an official checkpoint into our modules, with the official token rules.
@@ -52,21 +53,25 @@ def load_official(
     source = source.pinned(config_path)
     config = source.read_json("config.json")
     assert config is not None
-    decoder_config, latent = read_config(config, where=str(config_path))
-    wanted = _resolve_dtype(dtype, device)
-    tokenizer = _load_tokenizer(source)
-    decoder, pooling = empty_modules(decoder_config, latent)
+    if dtype is None:
+        dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+    wanted = None if dtype == "auto" else dtype
+    with loading(source.name, expected="the layout of nvidia/NV-Embed-v2"):
+        decoder_config, latent = read_config(config, where=str(config_path))
+        tokenizer = _load_tokenizer(source)
+        decoder, pooling = empty_modules(decoder_config, latent)
     stored = stored_tensors(source)
-    check_tensors(official_shapes(decoder, pooling), stored, where=source.name)
+    names = fit(official_shapes(decoder, pooling), stored, where=source.name)
     main = torch.device(device)
     places = None if device_map is None else plan_places(decoder, device_map, wanted)
     weights = {}
-    for name, tensor in stored.items():
+    for name, stored_name in names.items():
         own_key = own_name(name)
         assert own_key is not None, name
         inner = own_key.removeprefix("0.model.")
         place = place_of(inner, places) if places and inner != own_key else main
-        weights[own_key] = read_tensor(name, tensor, place, wanted)
+        weights[own_key] = read_tensor(stored_name, stored[stored_name], place, wanted)
+        check_finite_tensor(weights[own_key], stored_name, where=source.name)
     for prefix, module in (("0.model.", decoder), ("1.", pooling)):
         own = {
             name.removeprefix(prefix): weights[name] for name in weights if name.startswith(prefix)
@@ -115,52 +120,6 @@ def official_shapes(
     return shapes
 
 
-def check_tensors(
-    expected: Mapping[str, tuple[int, ...]], stored: Mapping[str, StoredTensor], *, where: str
-) -> None:
-    """Compare what is stored with what the configuration asks for, before anything is read.
-
-    Raises:
-        ModelError: naming the first tensor that is missing, unexpected or of another shape.
-    """
-    missing = [name for name in expected if name not in stored]
-    unexpected = [name for name in stored if name not in expected]
-    if missing:
-        raise ModelError(
-            f"tensor {missing[0]} is missing ({len(missing)} of {len(expected)} are)",
-            where=where,
-            expected="the weights of config.json in the layout of nvidia/NV-Embed-v2",
-            hint="Download the folder again, completely",
-        )
-    if unexpected:
-        raise ModelError(
-            f"unexpected tensor {unexpected[0]} ({len(unexpected)} such)",
-            where=str(stored[unexpected[0]].file),
-            expected=f"the {len(expected)} tensors of the layout of nvidia/NV-Embed-v2",
-            hint="The weights do not belong to this config.json, or are not an NV-Embed model",
-        )
-    for name, shape in expected.items():
-        if stored[name].shape != shape:
-            raise ModelError(
-                f"tensor {name} has shape {list(stored[name].shape)}",
-                where=str(stored[name].file),
-                expected=f"{list(shape)} by config.json",
-                hint="The weights do not belong to this config.json",
-            )
-
-
-def _resolve_dtype(dtype: torch.dtype | str | None, device: str) -> torch.dtype | None:
-    """The dtype to load in; ``None`` for the stored one."""
-    if dtype is None:
-        return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
-    if dtype == "auto":
-        return None
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise ModelError(f"unknown dtype {dtype!r}", expected="float32, bfloat16, float16 or auto")
-    return found
-
-
 def _load_tokenizer(source: ModelSource) -> PreTrainedTokenizerFast:
     """The tokenizer file as it is.
 
@@ -178,17 +137,10 @@ def _load_tokenizer(source: ModelSource) -> PreTrainedTokenizerFast:
     ):
         value: Any = settings.get(key) or default
         special[key] = str(value["content"] if isinstance(value, dict) else value)
-    try:
+    with loading(str(path), expected="a tokenizer"):
         return PreTrainedTokenizerFast(tokenizer_file=str(path), **special)
-    except Exception as error:  # the tokenizers library raises bare Exception
-        raise ModelError(
-            f"not a tokenizer ({' '.join(str(error).split())[:200]})",
-            where=str(path),
-            hint="Download the folder again, completely",
-        ) from error
 
 
 def _saved_max_tokens(source: ModelSource) -> int:
-    settings = source.read_json("sentence_bert_config.json") or {}
-    limit = settings.get("max_seq_length")
-    return limit if isinstance(limit, int) and limit > 0 else DEFAULT_MAX_TOKENS
+    limit = read_limit(source, "sentence_bert_config.json", "max_seq_length")
+    return DEFAULT_MAX_TOKENS if limit is None else limit

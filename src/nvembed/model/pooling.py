@@ -24,8 +24,12 @@ from torch import Tensor, nn
 
 from nvembed.core.errors import ModelError
 from nvembed.model.attention import flat_attention
+from nvembed.model.folder import read_values
 from nvembed.model.latent_attention import GegluFeedForward, LatentAttention
 from nvembed.model.settings import PoolingKind
+from nvembed.model.shards import stored_tensors
+from nvembed.model.source import COPY_AGAIN, ModelSource
+from nvembed.model.weights import fill
 from nvembed.text.packing import Segments
 
 
@@ -112,17 +116,21 @@ class Pooling(Module):
         local_files_only: bool = False,
         **_: Any,
     ) -> Self:
-        """Load from a folder of a saved model."""
-        where: dict[str, Any] = {
-            "subfolder": subfolder,
-            "token": token,
-            "cache_folder": cache_folder,
-            "revision": revision,
-            "local_files_only": local_files_only,
-        }
-        pooling = cls(**cls.load_config(model_name_or_path, **where))
+        """Load from a folder of a saved model.
+
+        Raises:
+            ModelError: settings or weights are missing, damaged or do not fit.
+        """
+        source = ModelSource(
+            model_name_or_path, revision, token, cache_folder, local_files_only, subfolder
+        )
+        file = source.require(cls.config_file_name, hint=COPY_AGAIN)
+        settings = read_values(cls, source.read_json(cls.config_file_name) or {}, where=str(file))
+        # Without memory: a damaged configuration may ask for any amount.
+        with torch.device("meta"):
+            pooling = cls(**settings)
         if any(True for _ in pooling.parameters()):
-            cls.load_torch_weights(model_name_or_path, **where, model=pooling)
+            fill(pooling, stored_tensors(source), where=str(file.parent))
         return pooling
 
 

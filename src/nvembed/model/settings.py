@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from typing import Annotated, Literal
 
 from pydantic import Field
 
+from nvembed.core.arguments import check_arguments
 from nvembed.core.config import StrictModel
 
 AttentionDirection = Literal["bidirectional", "causal"]
@@ -31,12 +32,18 @@ class LongTexts:
         overlap: tokens that a window shares with the one before.
         chunk_tokens: of a chunk, at most.
         max_tokens: that ``late`` reads at once; None is the number of positions.
+
+    Raises:
+        ConfigError: a value is of a wrong type or below its limit.
     """
 
     way: LongTextWay = "cut"
-    overlap: int = 64
-    chunk_tokens: int = 256
-    max_tokens: int | None = None
+    overlap: Annotated[int, Field(ge=0)] = 64
+    chunk_tokens: Annotated[int, Field(ge=1)] = 256
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+
+    def __post_init__(self) -> None:
+        check_arguments(type(self), asdict(self))
 
 
 class PoolingSettings(StrictModel):
@@ -65,7 +72,7 @@ class ModelSettings(StrictModel):
         pooling: latent attention by default; leave it out for an embedding model. One of stock
             modules keeps its own (mean or last) unless another is given.
         max_tokens: longest sequence with BOS, prompt and EOS; longer texts are cut. The limit of a
-            model of stock modules is never exceeded.
+            model of stock modules, and a table of positions, are never exceeded.
         dtype: of the backbone's weights; float32 by default, a saved embedding model keeps its own,
             NVIDIA's gets bfloat16 on CUDA.
         quantization: of the frozen base during training, to save memory: ``nf4`` (4 bits, as QLoRA)

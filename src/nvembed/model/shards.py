@@ -6,7 +6,6 @@ as memory of the process for as long as it lives, and here it lives for one tens
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +17,11 @@ from torch import Tensor
 
 from nvembed.core.errors import ModelError
 from nvembed.core.files import write_json
-from nvembed.model.source import ModelSource
+from nvembed.model.source import COPY_AGAIN, ModelSource, check_present, read_json_file
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5_000_000_000
-
-_DOWNLOAD = "Download the folder again, completely"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,18 +41,18 @@ def stored_tensors(source: ModelSource) -> dict[str, StoredTensor]:
     """
     index_path = source.find(INDEX)
     if index_path is None:
-        return _read_header(source.require(SINGLE, hint="Official weights are safetensors"))
+        return read_header(source.require(SINGLE, hint="Official weights are safetensors"))
     weight_map = _weight_map(index_path)
     stored: dict[str, StoredTensor] = {}
     for shard in sorted(set(weight_map.values())):
-        path = source.require(shard, hint=f"{INDEX} names it. {_DOWNLOAD}")
-        stored |= _read_header(path)
+        path = source.require(shard, hint=f"{INDEX} names it. {COPY_AGAIN}")
+        stored |= read_header(path)
     absent = sorted(set(weight_map) - set(stored))
     if absent:
         raise ModelError(
             f"{absent[0]} is not in {weight_map[absent[0]]} ({len(absent)} such tensors)",
             where=str(index_path),
-            hint=_DOWNLOAD,
+            hint=COPY_AGAIN,
         )
     return stored
 
@@ -129,19 +126,25 @@ def write_shards(
 
 
 def _weight_map(index_path: Path) -> dict[str, str]:
-    try:
-        weight_map = json.loads(index_path.read_text(encoding="utf-8"))["weight_map"]
-        return {str(name): str(shard) for name, shard in weight_map.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    index = read_json_file(index_path)
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
         raise ModelError(
             "not an index of shards",
             where=str(index_path),
             expected='{"weight_map": {tensor: file}}',
-            hint=_DOWNLOAD,
-        ) from error
+            hint=COPY_AGAIN,
+        )
+    return {str(name): str(shard) for name, shard in weight_map.items()}
 
 
-def _read_header(path: Path) -> dict[str, StoredTensor]:
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """Names and shapes of the tensors of one file.
+
+    Raises:
+        ModelError: it is not a complete safetensors file.
+    """
+    check_present(path)
     try:
         with safe_open(path, framework="pt") as file:
             return {
@@ -157,5 +160,5 @@ def _broken(path: Path, error: Exception) -> ModelError:
         f"cannot be read ({' '.join(str(error).split())[:200]})",
         where=str(path),
         expected="a complete safetensors file",
-        hint=_DOWNLOAD,
+        hint=COPY_AGAIN,
     )

@@ -21,6 +21,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from nvembed.core.arguments import kind_of
 from nvembed.core.errors import ModelError
 
 
@@ -33,6 +34,54 @@ class _UnreachableError(ModelError):
 _gave_no_answer: set[str] = set()
 
 
+COPY_AGAIN = "Copy or download the folder again, completely"
+_LFS = b"version https://git-lfs"
+
+
+def read_json_file(path: Path) -> Any:
+    """Content of a JSON file of a model.
+
+    Raises:
+        ModelError: it is empty, stands for a file of Git LFS, or is not JSON in UTF-8.
+    """
+    check_present(path)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ModelError(
+            f"not valid JSON ({error.msg} at column {error.colno})",
+            where=f"{path}:{error.lineno}",
+            hint=COPY_AGAIN,
+        ) from error
+    except UnicodeDecodeError as error:
+        raise ModelError("not UTF-8 text", where=str(path), hint=COPY_AGAIN) from error
+    except (OSError, ValueError, RecursionError) as error:  # unreadable, or absurdly deep or long
+        raise ModelError(
+            f"cannot be read as JSON ({error})", where=str(path), hint=COPY_AGAIN
+        ) from error
+
+
+def check_present(path: Path) -> None:
+    """Refuse a file that cannot be read, is empty, or only points at the file itself.
+
+    Raises:
+        ModelError: as said.
+    """
+    try:
+        with open(path, "rb") as file:
+            start = file.read(len(_LFS))
+    except OSError as error:
+        raise ModelError(f"cannot be read ({error.strerror})", where=str(path)) from error
+    if not start:
+        raise ModelError("the file is empty", where=str(path), hint=COPY_AGAIN)
+    if start == _LFS:
+        raise ModelError(
+            "a Git LFS pointer, not the file itself",
+            where=str(path),
+            hint="Run `git lfs pull` in the folder, or download the file",
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class ModelSource:
     """A model by folder or hub id.
@@ -43,6 +92,7 @@ class ModelSource:
         token: of the hub, for gated models.
         cache_folder: where downloads are kept.
         local_files_only: never ask the hub.
+        inside: folder of one module inside the model; "" is the model's own.
     """
 
     name: str
@@ -50,6 +100,7 @@ class ModelSource:
     token: bool | str | None = None
     cache_folder: str | None = None
     local_files_only: bool = False
+    inside: str = ""
 
     @property
     def is_folder(self) -> bool:
@@ -71,7 +122,15 @@ class ModelSource:
         Raises:
             ModelError: as said.
         """
-        if Path(self.name).is_file() or (self.name.count("/") > 1 and not self.is_folder):
+        try:
+            is_file, is_folder = Path(self.name).is_file(), self.is_folder
+        except OSError as error:  # a name that is too long, or a folder that may not be read
+            raise ModelError(
+                f"no such model folder ({error.strerror})",
+                where=self.name[:80],
+                hint="Check the path",
+            ) from error
+        if is_file or (self.name.count("/") > 1 and not is_folder):
             raise ModelError("no such model folder", where=self.name, hint="Check the path")
 
     def find(self, filename: str) -> Path | None:
@@ -82,7 +141,7 @@ class ModelSource:
                 not.
         """
         if self.is_folder:
-            path = Path(self.name) / filename
+            path = Path(self.name) / self.inside / filename
             return path if path.is_file() else None
         try:
             return self._download(filename)
@@ -97,7 +156,8 @@ class ModelSource:
         """
         path = self.find(filename) if self.is_folder else self._download(filename)
         if path is None:
-            raise ModelError(f"{filename} is missing", where=self.name, hint=hint)
+            where = str(Path(self.name) / self.inside)
+            raise ModelError(f"{filename} is missing", where=where, hint=hint)
         return path
 
     def read_json(self, filename: str) -> dict[str, Any] | None:
@@ -109,12 +169,14 @@ class ModelSource:
         path = self.find(filename)
         if path is None:
             return None
-        try:
-            value = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ModelError(f"cannot be read as JSON ({error})", where=str(path)) from error
+        value = read_json_file(path)
         if not isinstance(value, dict):
-            raise ModelError("does not hold a JSON object", where=str(path))
+            raise ModelError(
+                f"holds {kind_of(value)}",
+                where=str(path),
+                expected="a JSON object",
+                hint=COPY_AGAIN,
+            )
         return value
 
     def pinned(self, file: Path) -> ModelSource:
@@ -128,7 +190,7 @@ class ModelSource:
             return Path(
                 hf_hub_download(
                     self.name,
-                    filename,
+                    f"{self.inside}/{filename}" if self.inside else filename,
                     revision=self.revision,
                     token=self.token,
                     cache_dir=self.cache_folder,

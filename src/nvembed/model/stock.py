@@ -7,13 +7,13 @@ for) and its prompts are taken over. With ``mean`` pooling the vectors are those
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
+from nvembed.core.arguments import shown_value
 from nvembed.core.errors import ModelError
+from nvembed.model.folder import read_limit, read_modules
 from nvembed.model.settings import PoolingKind
-from nvembed.model.source import ModelSource
+from nvembed.model.source import COPY_AGAIN, ModelSource
 
 # By the last part of the class name: stock modules have moved between packages over the years.
 _MODULES = ("Transformer", "Pooling", "Normalize")
@@ -57,10 +57,10 @@ def read_stock(source: ModelSource) -> StockModel | None:
     Raises:
         ModelError: a stock module has no place in a model of ours, since it would be lost silently.
     """
-    entries = json.loads(source.require("modules.json").read_text(encoding="utf-8"))
-    if not all(entry["type"].startswith("sentence_transformers.") for entry in entries):
+    entries = read_modules(source)
+    if not all(entry.type.startswith("sentence_transformers.") for entry in entries):
         return None
-    names = [entry["type"].rpartition(".")[2] for entry in entries]
+    names = [entry.type.rpartition(".")[2] for entry in entries]
     if names not in (list(_MODULES), list(_MODULES[:2])):
         raise ModelError(
             f"its modules are {', '.join(names)}",
@@ -68,34 +68,36 @@ def read_stock(source: ModelSource) -> StockModel | None:
             expected=f"{', '.join(_MODULES)} to start from",
             hint="Use it with SentenceTransformer, or start from the language model inside",
         )
-    folder, pooling_folder = entries[0]["path"], entries[1]["path"]
-    pooling = source.read_json(_inside(pooling_folder, "config.json")) or {}
-    return StockModel(folder, _limit(source, folder), _pooling_mode(pooling))
+    transformer, pooling = (replace(source, inside=entry.path) for entry in entries[:2])
+    pooling.require("config.json", hint=COPY_AGAIN)
+    return StockModel(entries[0].path, _limit(transformer), _pooling_mode(pooling))
 
 
-def _limit(source: ModelSource, folder: str) -> int | None:
+def _limit(source: ModelSource) -> int | None:
     """Old folders say it themselves, of new ones the tokenizer and the position table do."""
     places = (
         ("sentence_bert_config.json", "max_seq_length"),
         ("tokenizer_config.json", "model_max_length"),
         ("config.json", "max_position_embeddings"),
     )
-    found = [(source.read_json(_inside(folder, file)) or {}).get(key) for file, key in places]
-    if found[0] is not None:
-        return int(found[0])
-    known = [int(limit) for limit in found[1:] if limit is not None]
-    return min(known, default=None)
+    own, *others = (read_limit(source, file, key) for file, key in places)
+    return own if own is not None else min((x for x in others if x is not None), default=None)
 
 
-def _inside(folder: str, file: str) -> str:
-    return f"{folder}/{file}" if folder else file
-
-
-def _pooling_mode(config: dict[str, Any]) -> str:
+def _pooling_mode(source: ModelSource) -> str:
     """One string in new folders, one flag per mode in old ones."""
+    config = source.read_json("config.json") or {}
     if "pooling_mode" in config:
         mode = config["pooling_mode"]
-        return mode if isinstance(mode, str) else "+".join(mode)
+        modes = mode if isinstance(mode, list) else [mode]
+        if not all(isinstance(part, str) for part in modes):
+            raise ModelError(
+                f"pooling_mode is {shown_value(mode)}",
+                where=f"{source.name}/{source.inside}/config.json",
+                expected="a text such as mean",
+                hint=COPY_AGAIN,
+            )
+        return "+".join(modes)
     flags = {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean"}
     flags |= {"pooling_mode_lasttoken": "lasttoken", "pooling_mode_max_tokens": "max"}
     flags |= {

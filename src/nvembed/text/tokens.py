@@ -32,7 +32,7 @@ from typing import Any, Literal
 
 import tokenizers
 
-from nvembed.core.errors import DataError, ModelError
+from nvembed.core.errors import ConfigError, DataError, ModelError
 
 TextStyle = Literal["nvembed", "official"]
 
@@ -91,6 +91,7 @@ class TextTokenizer:
 
     Raises:
         ModelError: the tokenizer has no offsets (slow) or no EOS token although one is wanted.
+        ConfigError: ``max_tokens`` leaves no room for a text.
     """
 
     def __init__(
@@ -109,7 +110,6 @@ class TextTokenizer:
                 hint="Save the tokenizer of the model again with a current transformers",
             )
         self.tokenizer = tokenizer
-        self.max_tokens = max_tokens
         self.style: TextStyle = style
         bos = _first(tokenizer.bos_token_id, tokenizer.cls_token_id)
         eos = _first(tokenizer.eos_token_id, tokenizer.sep_token_id)
@@ -120,6 +120,23 @@ class TextTokenizer:
         self._head = (bos,) if add_bos and bos is not None else ()
         self._tail = (eos,) if add_eos and eos is not None else ()
         self._backend = _plain_backend(tokenizer)
+        self.max_tokens = max_tokens
+
+    @property
+    def max_tokens(self) -> int:
+        """Upper limit of a sequence, with BOS, prompt and EOS."""
+        return self._max_tokens
+
+    @max_tokens.setter
+    def max_tokens(self, value: int) -> None:
+        least = len(self._head) + len(self._tail) + 1
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ConfigError(
+                f"{value!r} given",
+                where="max_tokens",
+                expected=f"a number of at least {least}, which leaves room for a token of the text",
+            )
+        self._max_tokens = value
 
     def __call__(self, texts: Sequence[str], prompt: str = "") -> list[TokenizedText]:
         """Tokenise texts that share a prompt.

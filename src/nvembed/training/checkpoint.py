@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from nvembed.core.errors import TrainingError, UserError
 from nvembed.core.files import atomic_folder, tidy
+from nvembed.model.weights import check_finite_tensor
 from nvembed.training.processes import Processes
 from nvembed.training.tensor_files import (
     file_order,
@@ -240,6 +241,7 @@ def restore_weights(checkpoint: Path, trained: Parameters) -> None:
 
     Raises:
         TrainingError: the checkpoint belongs to another model.
+        ModelError: a weight is NaN or infinite.
     """
     file = checkpoint / _WEIGHTS
     shapes = tensor_shapes(file)
@@ -255,6 +257,7 @@ def restore_weights(checkpoint: Path, trained: Parameters) -> None:
         )
     with torch.no_grad():
         for name, value in read_tensors(file):
+            check_finite_tensor(value, name, where=str(file))
             trained[name].copy_(spread(value, trained[name]))
 
 

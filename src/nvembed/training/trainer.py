@@ -19,6 +19,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from nvembed.core.arguments import checked
 from nvembed.core.errors import TrainingError
 from nvembed.core.progress import progress
 from nvembed.core.runs import RunFolder
@@ -63,7 +64,8 @@ from nvembed.training.temperature import bounded, new_temperature
 from nvembed.training.tracking import start_trackers, track, tracker_options
 
 
-def train(config: TrainConfig, *, base_dir: Path, fresh: bool = False) -> Path:
+@checked
+def train(config: TrainConfig, *, base_dir: str | Path, fresh: bool = False) -> Path:
     """Train all stages and save the model.
 
     A run that was stopped goes on from its last checkpoint when started again with the same
@@ -80,6 +82,7 @@ def train(config: TrainConfig, *, base_dir: Path, fresh: bool = False) -> Path:
     Raises:
         UserError: data, model or output folder cannot be used; the loss is not finite; interrupted.
     """
+    base_dir = Path(base_dir)
     run = RunFolder(Path(config.output))
     processes = Processes.of_environment(
         shard=config.shard, timeout_minutes=config.peer_timeout_minutes

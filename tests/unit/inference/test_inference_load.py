@@ -137,7 +137,7 @@ def test_nothing_to_load_is_one_clear_line(tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     broken.mkdir()
     (broken / "modules.json").write_text("{", encoding="utf-8")
-    with pytest.raises(ModelError, match=r"modules\.json: not a list of modules"):
+    with pytest.raises(ModelError, match=r"modules\.json:1: not valid JSON"):
         load_encoder(str(broken))
     missing = [{"idx": 0, "name": "0", "path": "", "type": "nvembed.model.backbone.Backbone"}]
     (broken / "modules.json").write_text(json.dumps(missing), encoding="utf-8")

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 
 from nvembed.cli.main import run
-from nvembed.core.errors import ModelError
+from nvembed.core.errors import ConfigError, ModelError
 from nvembed.inference.load import load_encoder
 from nvembed.model import source
 from nvembed.model.embedder import NVEmbed
@@ -152,7 +152,7 @@ def test_dtype(official: Path, asked: Any, found: torch.dtype) -> None:
     for name, value in model.state_dict().items():
         assert torch.equal(value, stored[official_name(name)].to(found)), name
     assert model.backbone.model.rotary_emb.inv_freq.dtype == torch.float32
-    with pytest.raises(ModelError, match="unknown dtype 'bf61'; expected float32, bfloat16"):
+    with pytest.raises(ConfigError, match=r'dtype: "bf61" given, expected .*float32'):
         NVEmbed.from_pretrained(official, device="cpu", dtype="bf61")
 
 
@@ -205,7 +205,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), r"tokenizer\.json is missing"),
     "broken tokenizer": (
         lambda f: (f / "tokenizer.json").write_text("{}"),
-        r"tokenizer\.json: not a tokenizer",
+        r"tokenizer\.json: cannot be loaded \(.*expected a tokenizer",
     ),
     "no text_config": (
         lambda f: edit_json(f / "config.json", lambda c: c.pop("text_config")),
@@ -237,15 +237,15 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "missing tensor": (
         lambda f: edit_weights(f, lambda w: w.pop(Q)),
-        rf"tensor {Q} is missing \(1 of 34 are\)",
+        rf"1 tensor is missing: {Q}; expected the tensors that the configuration asks for",
     ),
     "unexpected tensor": (
         lambda f: edit_weights(f, lambda w: w.update({"lm_head.weight": torch.zeros(2)})),
-        r"unexpected tensor lm_head\.weight \(1 such\); expected the 34 tensors",
+        r"1 tensor is unexpected: lm_head\.weight; expected",
     ),
     "wrong shape": (
         lambda f: edit_weights(f, lambda w: w.update({Q: torch.zeros(16, 32)})),
-        rf"tensor {Q} has shape \[16, 32\]; expected \[32, 32\] by config\.json",
+        rf"1 tensor is of another shape: {Q} \(\[16, 32\] instead of \[32, 32\]\)",
     ),
     "unknown type": (
         lambda f: edit_json(f / "config.json", lambda c: c.update(model_type="nvembad")),
@@ -253,7 +253,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "no JSON": (
         lambda f: (f / "config.json").write_text("{"),
-        r"config\.json: cannot be read as JSON",
+        r"config\.json:1: not valid JSON",
     ),
 }
 

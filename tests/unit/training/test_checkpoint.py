@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor, init_device_mesh
 
-from nvembed.core.errors import TrainingError, UserError
+from nvembed.core.errors import ModelError, TrainingError, UserError
 from nvembed.training.checkpoint import (
     Position,
     check_recipe,
@@ -285,6 +285,18 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
     wider = {**run.trained, "coarse": nn.Parameter(torch.zeros(5, 4))}
     with pytest.raises(TrainingError, match="1 parameters differ, first coarse"):
         restore_weights(path, wider)
+
+
+def test_weights_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
+    run = Run()
+    path = run.save(tmp_path, 0)
+    weights = {
+        name: tensor.clone() for name, tensor in load_file(path / "weights.safetensors").items()
+    }
+    weights["body.weight"][3, 2] = float("nan")
+    save_file(weights, path / "weights.safetensors")
+    with pytest.raises(ModelError, match=r"tensor body\.weight is not finite: 1 of 5120 values"):
+        restore_weights(path, run.trained)
 
 
 def test_the_best_weights_alone(tmp_path: Path) -> None:

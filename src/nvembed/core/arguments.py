@@ -1,0 +1,168 @@
+"""Arguments of the Python API, checked against the annotations of the function they are given to.
+
+    @checked
+    def encode(self, inputs: Any, truncate_dim: Annotated[int, Field(ge=1)] | None = None): …
+
+The signature is the specification: what it does not allow is one line that names the argument,
+before the function runs. Types are strict: ``"512"`` is not a number and ``True`` is not 1.
+Settings files, whose keys are the arguments of a constructor, are checked in the same way.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import inspect
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NotRequired, ParamSpec, TypeVar, get_type_hints
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    InstanceOf,
+    TypeAdapter,
+    ValidationError,
+    with_config,
+)
+from typing_extensions import TypedDict
+
+from nvembed.core.errors import ConfigError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_STRICT = ConfigDict(strict=True, arbitrary_types_allowed=True)
+
+
+def checked(function: Callable[P, R]) -> Callable[P, R]:
+    """Refuse arguments that the annotations of a function do not allow.
+
+    Arguments are handed on as they were given. ``self``, ``cls``, ``*args`` and whatever a
+    ``**kwargs`` takes are not looked at.
+
+    Raises:
+        ConfigError: (the decorated function) naming every argument that is wrong.
+    """
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            bound = signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise ConfigError(
+                f"{error}{_nearest(str(error), signature)}", where=f"{function.__qualname__}()"
+            ) from error
+        check_arguments(function, bound.arguments)
+        return function(*args, **kwargs)
+
+    return call
+
+
+def check_arguments(
+    function: Callable[..., Any], values: Mapping[str, Any], *, where: str | None = None
+) -> None:
+    """Check values by name against the parameters of a function or of a class's constructor.
+
+    Args:
+        function: whose annotated parameters say what is allowed.
+        values: arguments by name; parameters without an annotation are not looked at.
+        where: for the error; ``None`` is the function's own name.
+
+    Raises:
+        ConfigError: naming every value that is wrong.
+    """
+    function = inspect.unwrap(function)
+    values = {name: value for name, value in values.items() if name in _named(function)}
+    try:
+        _adapter(function).validate_python({name: _plain(v) for name, v in values.items()})
+    except ValidationError as error:
+        # Of a union every member has its say.
+        expected: dict[str, dict[str, None]] = {}
+        for item in error.errors(include_url=False, include_context=False):
+            message = str(item["msg"]).removeprefix("Input should be ")
+            expected.setdefault(str(item["loc"][0]), {})[message] = None
+        problems = (
+            f"{name}: {shown_value(values[name])} given, expected {' or '.join(allowed)}"
+            for name, allowed in expected.items()
+        )
+        raise ConfigError(
+            "; ".join(problems), where=where or f"{function.__qualname__}()"
+        ) from error
+
+
+def check_settings(function: Callable[..., Any], values: Mapping[str, Any], *, where: str) -> None:
+    """Check a settings file whose keys are the arguments of a constructor: all there, none else.
+
+    Raises:
+        ConfigError: naming every key that is wrong, missing or unknown.
+    """
+    parameters = _named(function)
+    unknown = [name for name in values if name not in parameters]
+    if unknown:
+        hint = near_matches(unknown[0], list(parameters))
+        raise ConfigError(f"{unknown[0]}: unknown key{hint}", where=where)
+    missing = [
+        name
+        for name, parameter in parameters.items()
+        if parameter.default is inspect.Parameter.empty and name not in values
+    ]
+    if missing:
+        raise ConfigError(f"{', '.join(missing)}: missing, and without a default", where=where)
+    check_arguments(function, values, where=where)
+
+
+def _named(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    fixed = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    parameters = inspect.signature(function).parameters
+    return {name: p for name, p in parameters.items() if p.kind not in fixed}
+
+
+@functools.cache
+def _adapter(function: Callable[..., Any]) -> TypeAdapter[Any]:
+    home: Any = function
+    if isinstance(function, type):
+        home = getattr(function, "__init__")  # noqa: B009  # mypy: unsound on an instance
+    hints = get_type_hints(home, include_extras=True)
+    for name, hint in hints.items():
+        if isinstance(hint, type) and issubclass(hint, BaseModel):
+            # Or a mapping of the same keys would do.
+            hints[name] = InstanceOf[hint]  # type: ignore[misc, valid-type]
+    allowed = {name: NotRequired[hints[name]] for name in _named(function) if name in hints}
+    # What has no annotation, such as self, is an extra key, and those are let through.
+    arguments = TypedDict("arguments", allowed)  # type: ignore[misc]
+    return TypeAdapter(with_config(_STRICT)(arguments))
+
+
+def _plain(value: Any) -> Any:
+    """Numbers of numpy as Python's, which strict types ask for."""
+    is_scalar = getattr(value, "ndim", None) == 0 and type(value).__module__ == "numpy"
+    return value.item() if is_scalar else value
+
+
+def _nearest(message: str, signature: inspect.Signature) -> str:
+    """The near match of an argument that is not known."""
+    _, found, rest = message.partition("unexpected keyword argument '")
+    return near_matches(rest.rstrip("'"), list(signature.parameters)) if found else ""
+
+
+def near_matches(key: str, names: Sequence[str]) -> str:
+    """The rest of a sentence about an unknown key: its near matches, or all that is known."""
+    if matches := difflib.get_close_matches(key, names, n=2, cutoff=0.6):
+        return f", did you mean {' or '.join(matches)}?"
+    return f", known here: {', '.join(names)}" if names else ""
+
+
+def kind_of(value: Any) -> str:
+    """What a value is, in words of YAML and JSON."""
+    names = {dict: "a mapping", list: "a list", str: "a text", bool: "true or false"}
+    return names.get(type(value), "empty" if value is None else f"a number ({value})")
+
+
+def shown_value(value: Any) -> str:
+    """A value as an error shows it, in at most 60 characters."""
+    if isinstance(value, dict | list):
+        return kind_of(value)
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 60 else text[:57] + "..."

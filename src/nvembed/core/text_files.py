@@ -57,8 +57,9 @@ def check_ending(output: str | Path, endings: Sequence[str], *, packed: bool = F
     if ending_of(output) in endings and (packed or not is_gzip(output)):
         return
     also = " (also with .gz)" if packed else ""
+    folder = Path(output).is_dir()
     raise ConfigError(
-        f"unknown kind of output {Path(output).name!r}",
+        "is a folder" if folder else f"unknown kind of output {Path(output).name!r}",
         where=str(output),
         expected=f"a name that ends in {' or '.join(endings)}{also}",
     )

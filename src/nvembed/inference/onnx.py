@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,13 +12,14 @@ from numpy.typing import NDArray
 from nvembed.core.errors import ModelError
 from nvembed.model.export_onnx import FILE, OUTPUT, padded_inputs
 from nvembed.model.kind import ONNX_FILE
+from nvembed.model.loading import loading
+from nvembed.model.source import read_json_file
 from nvembed.text.instructions import resolve_prompt
 from nvembed.text.template import Side, side_prompt
 from nvembed.text.tokens import TextTokenizer
 
 # Padded tokens of one run of the graph: enough to fill the cores, few enough for any memory.
 _BATCH_TOKENS = 4096
-_EXPECTED = "a folder that nvembed export --format onnx wrote"
 
 
 class OnnxEncoder:
@@ -44,9 +44,9 @@ class OnnxEncoder:
         from transformers import PreTrainedTokenizerFast
 
         path = Path(folder)
-        try:
-            settings: dict[str, Any] = json.loads((path / ONNX_FILE).read_text("utf-8"))
-            special = json.loads((path / "special_tokens_map.json").read_text("utf-8"))
+        with loading(str(path), expected="what nvembed export --format onnx wrote"):
+            settings: dict[str, Any] = read_json_file(path / ONNX_FILE)
+            special = read_json_file(path / "special_tokens_map.json")
             self._text = TextTokenizer(
                 PreTrainedTokenizerFast(tokenizer_file=str(path / "tokenizer.json"), **special),
                 max_tokens=settings["max_tokens"],
@@ -57,16 +57,6 @@ class OnnxEncoder:
             self.prompts: dict[str, str] = settings["prompts"]
             self._session = onnxruntime.InferenceSession(str(path / FILE))
             self._width = int(self._session.get_outputs()[0].shape[1])
-        except ModelError:
-            raise
-        except Exception as error:  # onnxruntime and tokenizers raise classes of their own
-            reason = " ".join(str(error).split())[:200]
-            raise ModelError(
-                f"cannot be loaded ({type(error).__name__}: {reason})",
-                where=str(path),
-                expected=_EXPECTED,
-                hint="Export or copy it again, with all files that belong to it",
-            ) from error
 
     @property
     def dimension(self) -> int:

@@ -111,7 +111,7 @@ def test_a_task_with_broken_judgements_is_told(tmp_path: Path, capsys) -> None:
     line = failing(
         capsys, "evaluate", "bm25", "--tasks", str(task), "--output", str(tmp_path / "r")
     )
-    assert "test.tsv:2" in line
+    assert "test.tsv: no judged document is known" in line
     assert "d9" in line
 
 

@@ -39,20 +39,23 @@ def mined(
         dataset: of kind retrieval, nli or sts.
         config: how.
         rows: the records.
-        pool: all records of the set, where there are more; their documents may be negatives too.
+        pool: all records of the set, where there are more; their documents may be negatives too,
+            but not those that answer the same query.
         work: what is computed lies here; of these records and settings alone.
         base_dir: folder of the recipe.
 
     Returns:
         The records with negatives, in order, and the miner's report.
     """
-    records, documents, output = (work / f"{name}.jsonl" for name in ("in", "documents", "out"))
+    names = ("in", "documents", "further", "out")
+    records, documents, further, output = (work / f"{name}.jsonl" for name in names)
     tidy(work, "*")
     found = output.with_name("out.jsonl.report.json")
     if not found.is_file():  # the last that the miner writes
         write_jsonl(records, (row.record.to_json() for row in rows()))
         if pool is not None:
             write_jsonl(documents, ({"text": text} for text in _documents(pool)))
+            write_jsonl(further, (row.record.to_json() for row in pool()))
         mine_file(
             records,
             output,
@@ -61,6 +64,7 @@ def mined(
             kind=dataset.kind,
             instruction=dataset.instruction,
             documents=None if pool is None else documents,
+            further=None if pool is None else further,
             dtype=config.dtype,
             teacher_model=config.teacher_model,
             work=work,

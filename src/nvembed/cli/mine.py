@@ -46,7 +46,7 @@ def mine(
         Literal["retrieval", "nli", "sts"], typer.Option(help="What the records are.")
     ] = "retrieval",
     instruction: Annotated[
-        str | None, typer.Option(help="Task that is put before the queries.")
+        str | None, typer.Option(help="Task put before queries whose record brings none.")
     ] = None,
     documents: Annotated[
         Path | None,

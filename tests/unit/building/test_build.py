@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from nvembed.building import one_set
+from nvembed.building.build import build_recipe
 from nvembed.cli.main import run
 from nvembed.core.config import load_config
 from nvembed.core.errors import DataError, SourceError
@@ -103,6 +104,35 @@ def test_pairs_are_those_of_plain_loops(recipe: Path) -> None:
     (dropped,) = [row for _, row in read_jsonl(folder / "contaminated.jsonl")]
     assert dropped["place"].endswith(f"pairs.jsonl:{len(PAIRS)}")
     assert dropped["found"] == ["What is  asked"]
+
+
+def test_positives_beyond_the_cap_are_no_negatives(tmp_path: Path) -> None:
+    """The same question under two instructions is two records, of which the cap keeps the first."""
+    pairs = []
+    for number in range(6):
+        query = f"colour number {number}"
+        pairs.append({"query": query, "positive": f"{query} is red", "instruction": "first"})
+        pairs.append({"query": query, "positive": f"{query} is blue", "instruction": "second"})
+    write_jsonl(tmp_path / "pairs.jsonl", pairs)
+    mine = {"teacher": "bm25", "strategy": "top_k", "num_negatives": 20}
+    dataset = {"name": "pairs", "path": "pairs.jsonl", "kind": "retrieval", "instruction": "find"}
+    stage = {"name": "one", "steps": 1, "in_batch_negatives": True}
+    config = TrainConfig.model_validate(
+        {
+            "output": "run",
+            "model": {"backbone": "none"},
+            "datasets": [{**dataset, "max_records": 6, "stages": [1]}],
+            "stages": [stage],
+            "build": {"folder": "built", "mine": mine},
+        }
+    )
+    build_recipe(config, base_dir=tmp_path, folder="built")
+    records = read_records(tmp_path / "built" / "pairs", "retrieval")
+    everything = {row["positive"] for row in pairs}
+    assert len(records) == 6
+    for record in records:
+        own = {f"{record.query} is red", f"{record.query} is blue"}
+        assert set(record.negatives) == everything - own
 
 
 def test_shards_have_a_fixed_length_and_the_checksums_of_the_manifest(recipe: Path) -> None:

@@ -9,11 +9,11 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from nvembed.ablation.arms import Run
 from nvembed.core.config import dump_config, load_config
-from nvembed.core.errors import ConfigError
+from nvembed.core.errors import ConfigError, DataError
 from nvembed.core.files import write_json
 from nvembed.core.runs import RunFolder
 from nvembed.training.checkpoint import recipe_differences
@@ -57,23 +57,32 @@ def read_outcome(run: Run) -> Outcome:
     """Read where a run stands; one that never ended is ``open``."""
     try:
         values = json.loads(outcome_file(run.folder).read_text("utf-8"))
-        return Outcome(**values)
-    except (OSError, ValueError, TypeError):
+        outcome = Outcome(**values)
+    except (OSError, ValueError, TypeError, RecursionError):
         return Outcome("open")
+    return outcome if outcome.state in get_args(State) else Outcome("open")
 
 
 def training_cost(folder: Path) -> tuple[float, int, float | None]:
     """Sum up ``metrics.jsonl``: seconds, tokens, and the loss at the end."""
     rows = RunFolder(folder).read_metrics()
-    steps = {(row["stage"], row["step"]): row for row in rows if "loss" in row}
-    if not steps:
-        return 0.0, 0, None
-    last = [row["loss"] for (stage, _), row in steps.items() if stage == rows[-1]["stage"]][-10:]
-    return (
-        sum(row["seconds"] for row in steps.values()),
-        sum(row["tokens"] for row in steps.values()),
-        sum(last) / len(last),
-    )
+    try:
+        steps = {(row["stage"], row["step"]): row for row in rows if "loss" in row}
+        if not steps:
+            return 0.0, 0, None
+        final = [row["loss"] for (stage, _), row in steps.items() if stage == rows[-1]["stage"]]
+        return (
+            sum(row["seconds"] for row in steps.values()),
+            sum(row["tokens"] for row in steps.values()),
+            sum(final[-10:]) / len(final[-10:]),
+        )
+    except (KeyError, TypeError, ZeroDivisionError) as error:
+        raise DataError(
+            "not the metrics of a run",
+            where=str(RunFolder(folder).metrics),
+            expected="stage, step, loss, seconds and tokens in every row of a step",
+            hint="Delete the folder of the arm to run it again",
+        ) from error
 
 
 def check_same(run: Run) -> None:

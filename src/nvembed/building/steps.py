@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from nvembed.core.errors import DataError
-from nvembed.core.files import atomic_folder, tidy, write_json
+from nvembed.core.files import atomic_folder, read_json_object, tidy, write_json
 from nvembed.data.record_shards import read_shards
 from nvembed.data.records import Kind
 from nvembed.data.sources import Converted
@@ -113,10 +113,13 @@ class Steps:
             make: fills the folder that it is given and returns its counts.
         """
         target = self._folder / name
-        if not target.is_dir():
+        counts: dict[str, Any] | None = None
+        with suppress(DataError):  # not done, or damaged since
+            counts = read_json_object(target / COUNTS, "the counts of a step")
+        if counts is None:
             with atomic_folder(target) as temporary:
-                write_json(temporary / COUNTS, make(temporary))
-        counts = json.loads((target / COUNTS).read_text(encoding="utf-8"))
+                counts = make(temporary)
+                write_json(temporary / COUNTS, counts)
         return Finished(target, self._kind, counts)
 
     def remove(self) -> None:

@@ -19,7 +19,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from nvembed.core.errors import ConfigError
-from nvembed.core.strict_yaml import Dumper, KeyPath, YamlError, parse_yaml
+from nvembed.core.strict_yaml import Dumper, KeyPath, ParsedYaml, YamlError, parse_yaml
 
 
 class StrictModel(BaseModel):
@@ -63,6 +63,35 @@ def load_config(
     return config
 
 
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Read a YAML file that holds a mapping, as plain data.
+
+    Raises:
+        ConfigError: it cannot be read, or holds something else.
+    """
+    return _read(str(path))[0]
+
+
+def _read(name: str) -> tuple[dict[str, Any], ParsedYaml]:
+    try:
+        text = Path(name).read_text(encoding="utf-8-sig")
+    except FileNotFoundError as error:
+        raise ConfigError("no such file", where=name, expected="a YAML recipe") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError("not UTF-8 text", where=name, expected="YAML") from error
+    except OSError as error:
+        raise ConfigError(f"cannot read: {error.strerror}", where=name) from error
+    try:
+        parsed = parse_yaml(text)
+    except YamlError as error:
+        line = "" if error.line is None else f":{error.line}"
+        raise ConfigError(f"not valid YAML ({error})", where=name + line) from error
+    data = {} if parsed.value is None else parsed.value
+    if not isinstance(data, dict):
+        raise ConfigError(f"the file holds {_kind(data)}", where=name, expected="key: value lines")
+    return data, parsed
+
+
 def dump_config(model: StrictModel) -> str:
     """Render a configuration as YAML that ``load_config`` reads back to an equal object."""
     return yaml.dump(
@@ -84,24 +113,7 @@ class _Source:
     problems: list[str] = field(default_factory=list)
 
     def read(self) -> dict[str, Any]:
-        try:
-            text = Path(self.name).read_text(encoding="utf-8-sig")
-        except FileNotFoundError as error:
-            raise ConfigError("no such file", where=self.name, expected="a YAML recipe") from error
-        except UnicodeDecodeError as error:
-            raise ConfigError("not UTF-8 text", where=self.name, expected="YAML") from error
-        except OSError as error:
-            raise ConfigError(f"cannot read: {error.strerror}", where=self.name) from error
-        try:
-            parsed = parse_yaml(text)
-        except YamlError as error:
-            line = "" if error.line is None else f":{error.line}"
-            raise ConfigError(f"not valid YAML ({error})", where=self.name + line) from error
-        data = {} if parsed.value is None else parsed.value
-        if not isinstance(data, dict):
-            raise ConfigError(
-                f"the file holds {_kind(data)}", where=self.name, expected="key: value lines"
-            )
+        data, parsed = _read(self.name)
         self.lines = parsed.lines
         for twice, line_number, first in parsed.repeated:
             self.problems.append(

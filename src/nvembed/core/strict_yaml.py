@@ -106,13 +106,12 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         self.flatten_mapping(node)
         return {
-            str(key.value): self.construct_object(child, deep=deep)  # type: ignore[no-untyped-call]
-            for key, child in node.value
+            str(key.value): self.construct_object(child, deep=deep) for key, child in node.value
         }
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
-            return super().construct_object(node, deep=deep)  # type: ignore[no-untyped-call]
+            return super().construct_object(node, deep=deep)
         except (ValueError, KeyError) as error:  # of !!int and the like, and of gigantic numbers
             shown = str(node.value)[:20]
             kind = node.tag.removeprefix(_TAG)

@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nvembed.core.errors import DataError
+from nvembed.core.files import read_json_object
 from nvembed.core.progress import progress
 from nvembed.evaluation.items import items_folder, read_items
 from nvembed.evaluation.results import TaskResult, read_results
@@ -30,7 +31,7 @@ from nvembed.evaluation.significance import (
     mean_difference,
     sign_flip_p,
 )
-from nvembed.evaluation.tasks import TASK_TYPES, read_json_object
+from nvembed.evaluation.tasks import TASK_TYPES
 
 SIGNIFICANT = 0.05
 

@@ -28,7 +28,7 @@ from mteb.models.abs_encoder import AbsEncoder
 from mteb.types import Licenses, PromptType
 from numpy.typing import NDArray
 
-from nvembed.core.errors import ConfigError, DataError
+from nvembed.core.errors import ConfigError, DataError, UserError
 from nvembed.core.runs import RunFolder
 from nvembed.core.seeding import capture_rng, restore_rng
 from nvembed.evaluation.mteb_adapter import quiet
@@ -282,8 +282,10 @@ def _trained_on(model: Path) -> list[str]:
     run = RunFolder(model.parent)
     if not run.exists:
         return []
-    config = yaml.safe_load(run.config.read_text(encoding="utf-8"))
-    return [row["name"] for row in config.get("datasets", ())]
+    try:
+        return [str(row["name"]) for row in run.read_recipe().get("datasets", ())]
+    except (UserError, KeyError, TypeError):  # not a run of ours
+        return []
 
 
 def _tasks_of(datasets: Sequence[str]) -> set[str]:

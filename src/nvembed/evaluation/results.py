@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nvembed.core.errors import DataError
-from nvembed.core.files import write_json
-from nvembed.evaluation.tasks import read_json_object
+from nvembed.core.files import read_json_object, write_json
 
 
 @dataclass(frozen=True)

@@ -29,8 +29,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from nvembed.core.errors import TrainingError, UserError
-from nvembed.core.files import atomic_folder, tidy
+from nvembed.core.errors import DataError, TrainingError, UserError
+from nvembed.core.files import atomic_folder, read_json_object, tidy
 from nvembed.training.processes import Processes
 from nvembed.training.tensor_files import (
     file_order,
@@ -174,7 +174,7 @@ def latest_checkpoint(folder: Path, *, log: Callable[[str], None] | None = None)
             tensor_shapes(path / _WEIGHTS)
             tensor_shapes(path / _OPTIMIZER)
             _read_state(path)
-        except (OSError, ValueError, SafetensorError) as error:
+        except (OSError, DataError, SafetensorError) as error:
             problem = " ".join(str(error).split())[:200]
             if log is not None:
                 log(f"checkpoint {path.name} cannot be read ({problem}): taking the one before it")
@@ -242,7 +242,14 @@ def restore_weights(checkpoint: Path, trained: Parameters) -> None:
         TrainingError: the checkpoint belongs to another model.
     """
     file = checkpoint / _WEIGHTS
-    shapes = tensor_shapes(file)
+    try:
+        shapes = tensor_shapes(file)
+    except (OSError, SafetensorError) as error:
+        raise TrainingError(
+            f"cannot be read ({' '.join(str(error).split())[:200]})",
+            where=str(file),
+            hint="Copy the folder back if it was copied, or start over with --fresh",
+        ) from error
     different = sorted(set(shapes) ^ set(trained)) or sorted(
         name for name, shape in shapes.items() if shape != tuple(trained[name].shape)
     )
@@ -261,8 +268,13 @@ def restore_weights(checkpoint: Path, trained: Parameters) -> None:
 def restore_optimizer(
     checkpoint: Path, trained: Parameters, optimizer: torch.optim.Optimizer
 ) -> None:
-    """Put the state of the optimizer back, after it was built for the same stage."""
+    """Put the state of the optimizer back, after it was built for the same stage.
+
+    Raises:
+        TrainingError: it is the state of other parameters, or of another optimizer.
+    """
     numbers = _read_state(checkpoint)["optimizer"]
+    _check_optimizer(checkpoint, numbers, trained, optimizer)
     machine = {
         id(parameter): group for group in optimizer.param_groups for parameter in group["params"]
     }
@@ -289,6 +301,24 @@ def restore_optimizer(
         saved = groups[group["peak"], group["weight_decay"]]
         for key, value in saved.items():
             group[key] = tuple(value) if isinstance(group.get(key), tuple) else value
+
+
+def _check_optimizer(
+    checkpoint: Path,
+    numbers: Mapping[str, Any],
+    trained: Parameters,
+    optimizer: torch.optim.Optimizer,
+) -> None:
+    names = {*numbers["parameters"]}
+    names.update(entry.rpartition("|")[0] for entry in tensor_shapes(checkpoint / _OPTIMIZER))
+    saved = {(group["peak"], group["weight_decay"]) for group in numbers["groups"]}
+    wanted = {(group["peak"], group["weight_decay"]) for group in optimizer.param_groups}
+    if not names <= {*trained} or not wanted <= saved:
+        raise TrainingError(
+            "the state of the optimizer does not fit the parameters of this run",
+            where=str(checkpoint),
+            hint="Copy the folder back if it was copied, or start over with --fresh",
+        )
 
 
 def _optimizer_state(
@@ -348,7 +378,28 @@ def _write_state(path: Path, state: dict[str, Any]) -> None:
 
 
 def _read_state(checkpoint: Path) -> dict[str, Any]:
-    state: dict[str, Any] = json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))
+    """Read where the run stood, and all that is no tensor.
+
+    Raises:
+        DataError: it is not what ``save_checkpoint`` writes.
+    """
+    file = checkpoint / _STATE
+    state = read_json_object(file, "the state of a checkpoint")
+    try:
+        position = Position(**state["position"])
+        counts = (position.step, position.stage, position.stage_step, state["processes"])
+        is_sound = (
+            all(isinstance(count, int) and count >= 0 for count in counts)
+            and isinstance(position.seconds, int | float)
+            and isinstance(position.extra, dict)
+            and position.stage <= len(state["recipe"]["stages"])
+            and all(isinstance(v, dict) for v in state["optimizer"]["parameters"].values())
+            and all({"peak", "weight_decay"} <= {*g} for g in state["optimizer"]["groups"])
+        )
+    except (KeyError, TypeError, AttributeError):
+        is_sound = False
+    if not is_sound:
+        raise DataError("not the state of a checkpoint", where=str(file))
     return state
 
 

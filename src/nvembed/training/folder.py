@@ -23,7 +23,7 @@ def prepare_folder(run: RunFolder, config: TrainConfig, *, fresh: bool) -> None:
         return
     remove_leftovers(run.checkpoints)
     check_folder(run, config)
-    if run.config.read_text(encoding="utf-8") == resolved:
+    if _recorded(run) == resolved:
         return
     if run.has_results:
         write_text(run.config, resolved)
@@ -37,7 +37,7 @@ def check_folder(run: RunFolder, config: TrainConfig) -> None:
     Raises:
         TrainingError: it is another one; names the keys.
     """
-    if run.config.read_text(encoding="utf-8") == dump_config(config) or not run.has_results:
+    if _recorded(run) == dump_config(config) or not run.has_results:
         return
     try:
         different = recipe_differences(
@@ -52,6 +52,13 @@ def check_folder(run: RunFolder, config: TrainConfig) -> None:
             where=str(run.config),
             hint="Choose another output folder, or start over with --fresh",
         )
+
+
+def _recorded(run: RunFolder) -> str | None:
+    """The configuration in the folder; ``None`` where nothing can read it."""
+    with suppress(OSError, UnicodeDecodeError):
+        return run.config.read_text(encoding="utf-8")
+    return None
 
 
 def check_writable(run: RunFolder) -> None:

@@ -115,6 +115,7 @@ class _Run:
         self.tokens = TokenCache(default_cache_folder(), self.embedder.backbone.text_tokenizer)
         self.recipe = config.model_dump(mode="json")
         self.checkpoint = latest_checkpoint(run.checkpoints, log=self.log)
+        note = self.checkpoint and check_recipe(self.checkpoint, self.recipe, processes.count)
         self.position = read_position(self.checkpoint) if self.checkpoint else Position()
         self.best = Best.from_json(self.position.extra.get("best"))
         stage = config.stages[self.position.stage] if self.position.stage_step else None
@@ -125,7 +126,6 @@ class _Run:
             # All start from the same numbers, whatever the machines make of a seed.
             processes.broadcast_parameters(trained_parameters(self.embedder).values())
         else:
-            note = check_recipe(self.checkpoint, self.recipe, processes.count)
             restore_weights(self.checkpoint, self._trained())
             self.log(f"going on after step {self.position.step} ({self.checkpoint.name})")
             if note:
@@ -148,7 +148,7 @@ class _Run:
             f"memory for graphs {self.memory.budget_bytes / 1e9:.2f} GB: {self.memory.tokens:,} "
             f"tokens ({self.memory.bytes_per_token / 1e3:,.0f} kB each)"
         )
-        if self.processes.is_main:
+        if self.processes.is_main and self.config.trackers:
             start_trackers(self.accelerator, self.run, self.recipe, step=self.position.step)
         for number in range(self.position.stage, len(self.config.stages)):
             self._stage(number)

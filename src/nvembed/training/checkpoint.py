@@ -286,7 +286,9 @@ def restore_optimizer(
         parameter = trained[name]
         group = machine[id(parameter)]
         if value.shape == parameter.shape:
-            restored = spread(value, parameter)
+            # Moments of a run whose weights were not held in float32 yet are of another type.
+            same_kind = value.is_floating_point() and parameter.is_floating_point()
+            restored = spread(value.to(parameter.dtype) if same_kind else value, parameter)
         elif key == "step" and not (group.get("fused") or group.get("capturable")):
             restored = value.clone()  # torch's loops count on the CPU, its kernels on the device
         else:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -16,8 +17,11 @@ from nvembed.core.config import dump_config, load_config
 from nvembed.core.errors import ConfigError, DataError
 from nvembed.core.files import write_json
 from nvembed.core.runs import RunFolder
-from nvembed.training.checkpoint import recipe_differences
 from nvembed.training.config import TrainConfig
+from nvembed.training.inputs import changed_inputs
+from nvembed.training.recipe_differences import recipe_differences
+
+_OTHER_FOLDER = "Choose another output folder, or delete the folder of the arm"
 
 State = Literal["finished", "failed", "open"]
 
@@ -33,6 +37,7 @@ class Outcome:
         evaluation_seconds: wall time of its scores.
         tokens: trained on, over all steps.
         loss: mean of the last ten steps of the last stage.
+        tasks: digests of the tasks that it was scored on, by name; ``None``: not recorded.
     """
 
     state: State
@@ -41,6 +46,7 @@ class Outcome:
     evaluation_seconds: float = 0.0
     tokens: int = 0
     loss: float | None = None
+    tasks: dict[str, str] | None = None
 
 
 def outcome_file(folder: Path) -> Path:
@@ -106,5 +112,28 @@ def check_same(run: Run) -> None:
         raise ConfigError(
             f"arm {run.arm} was run with another configuration: {'; '.join(different)}",
             where=str(file),
-            hint="Choose another output folder, or delete the folder of the arm",
+            hint=_OTHER_FOLDER,
+        )
+
+
+def check_inputs(run: Run, inputs: Mapping[str, str], tasks: Mapping[str, str]) -> None:
+    """Make sure that a finished run was made from what there is now, and scored on it.
+
+    Args:
+        run: finished.
+        inputs: digests of what it would be trained on now.
+        tasks: digests of the tasks of the grid, by name.
+
+    Raises:
+        ConfigError: something changed; names it.
+    """
+    scored = read_outcome(run).tasks or {}
+    changed = changed_inputs(RunFolder(run.folder), inputs)
+    changed += [f"task {name}" for name in tasks if scored.get(name, tasks[name]) != tasks[name]]
+    if changed:
+        raise ConfigError(
+            f"arm {run.arm} with seed {run.seed} is finished, and changed since: "
+            f"{', '.join(changed)}",
+            where=str(run.folder),
+            hint=_OTHER_FOLDER,
         )

@@ -5,6 +5,7 @@ env.json         versions, machine, git commit, command line
 metrics.jsonl    one row per logged step
 train.log        what was printed
 graph-memory.json  how many tokens' graphs a step holds at once
+inputs.json      digests of the data and models that the run was made from
 checkpoints/     state to resume from
 mined/<stage>/   training files with mined negatives
 model-<stage>/   the model after a stage that was not the last
@@ -89,6 +90,11 @@ class RunFolder:
         return self.path / "graph-memory.json"
 
     @property
+    def inputs(self) -> Path:
+        """Digests of what the run was made from."""
+        return self.path / "inputs.json"
+
+    @property
     def mined(self) -> Path:
         """Folder of mined training files, one subfolder per stage."""
         return self.path / "mined"
@@ -158,12 +164,13 @@ class RunFolder:
         for folder in made:
             if folder.is_dir():
                 shutil.rmtree(folder)
-        for file in (self.env, self.metrics, self.log, self.graph_memory, self.config):
+        kept = (self.env, self.metrics, self.log, self.graph_memory, self.inputs, self.config)
+        for file in kept:
             file.unlink(missing_ok=True)
 
     def tidy(self) -> None:
         """Clear up after a process that was killed while it wrote; see ``files.tidy``."""
-        files = (self.config, self.env, self.metrics, self.graph_memory)
+        files = (self.config, self.env, self.metrics, self.graph_memory, self.inputs)
         for name in (*(file.name for file in files), "model*", "adapter"):
             tidy(self.path, name)
         for folder in self.mined.glob("*"):

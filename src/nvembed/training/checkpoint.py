@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from nvembed.core.errors import DataError, TrainingError, UserError
 from nvembed.core.files import atomic_folder, read_json_object, tidy
 from nvembed.training.processes import Processes
+from nvembed.training.recipe_differences import recipe_differences
 from nvembed.training.tensor_files import (
     file_order,
     full,
@@ -47,18 +48,6 @@ _WEIGHTS, _OPTIMIZER, _STATE = "weights.safetensors", "optimizer.safetensors", "
 
 # Of a parameter group: how this machine computes, which is not part of the run's state.
 _MACHINE = {"params", "fused", "foreach", "capturable"}
-
-FREE_KEYS = frozenset(
-    {
-        "output",
-        "log_every",
-        "checkpoint_every",
-        "keep_checkpoints",
-        "trackers",
-        "peer_timeout_minutes",
-    }
-)
-"""Keys of a recipe that may change while a run is stopped: no weight depends on them."""
 
 Parameters = Mapping[str, nn.Parameter]
 
@@ -222,17 +211,6 @@ def check_recipe(checkpoint: Path, recipe: Mapping[str, Any], processes: int = 1
         f"the checkpoint was written by {state['processes']} processes and {processes} go on: the "
         "batches are the same, but sums are taken in another order and differ in their last bits"
     )
-
-
-def recipe_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """``key: old → new`` for every key that differs and is not one of ``FREE_KEYS``."""
-    before, after = dict(_leaves(old)), dict(_leaves(new))
-    keys = [key for key in {**before, **after} if key.split(".")[0] not in FREE_KEYS]
-    return [
-        f"{key}: {_shown(before, key)} → {_shown(after, key)}"
-        for key in keys
-        if _shown(before, key) != _shown(after, key)
-    ]
 
 
 def restore_weights(checkpoint: Path, trained: Parameters) -> None:
@@ -403,21 +381,3 @@ def _read_state(checkpoint: Path) -> dict[str, Any]:
     if not is_sound:
         raise DataError("not the state of a checkpoint", where=str(file))
     return state
-
-
-def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Values of nested data by dotted path."""
-    inside: Iterator[tuple[Any, Any]] | None = None
-    if isinstance(value, Mapping):
-        inside = iter(value.items())
-    elif isinstance(value, list | tuple):
-        inside = iter(enumerate(value))
-    if inside is None:
-        yield path, value
-        return
-    for key, item in inside:
-        yield from _leaves(item, f"{path}.{key}" if path else str(key))
-
-
-def _shown(values: Mapping[str, Any], key: str) -> str:
-    return json.dumps(values[key], ensure_ascii=False) if key in values else "not there"

@@ -10,8 +10,9 @@ from nvembed.core.errors import TrainingError, UserError
 from nvembed.core.files import write_text
 from nvembed.core.runs import RunFolder
 from nvembed.model.precision import settle_precision
-from nvembed.training.checkpoint import recipe_differences, remove_leftovers
+from nvembed.training.checkpoint import remove_leftovers
 from nvembed.training.config import TrainConfig
+from nvembed.training.recipe_differences import recipe_differences
 
 
 def prepare_folder(run: RunFolder, config: TrainConfig, *, fresh: bool) -> None:

@@ -52,11 +52,16 @@ def computing(config: TrainConfig, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16")
 
 
+def backbone_source(config: TrainConfig, base_dir: Path) -> str:
+    """The folder or hub id of what a run starts from."""
+    local = base_dir / config.model.backbone
+    return str(local) if local.is_dir() else config.model.backbone
+
+
 def build_model(config: TrainConfig, base_dir: Path, *, device: str | None = None) -> NVEmbed:
     """The model a run starts from, with adapters where the recipe wants them."""
     settings = config.model
-    local = base_dir / settings.backbone
-    source = str(local) if local.is_dir() else settings.backbone
+    source = backbone_source(config, base_dir)
     pooling = settings.pooling
     if pooling is None and model_kind(ModelSource(source)) == "language_model":
         pooling = PoolingSettings()

@@ -46,6 +46,7 @@ from nvembed.training.evaluating import (
 from nvembed.training.feed import Fed, Feed
 from nvembed.training.folder import prepare_folder, with_settled_precision
 from nvembed.training.graph_memory import settle_graph_memory
+from nvembed.training.inputs import check_finished, inputs_of, settle_inputs, settle_mined
 from nvembed.training.metrics import describe, metrics_row
 from nvembed.training.model import computing, save_adapters, save_model, starting_model
 from nvembed.training.optim import (
@@ -67,7 +68,7 @@ def train(config: TrainConfig, *, base_dir: Path, fresh: bool = False) -> Path:
     """Train all stages and save the model.
 
     A run that was stopped goes on from its last checkpoint when started again with the same
-    configuration; a finished run does nothing.
+    configuration and inputs; a finished run does nothing.
 
     Args:
         config: the run.
@@ -78,7 +79,8 @@ def train(config: TrainConfig, *, base_dir: Path, fresh: bool = False) -> Path:
         Folder of the trained model.
 
     Raises:
-        UserError: data, model or output folder cannot be used; the loss is not finite; interrupted.
+        UserError: data, model or output folder cannot be used, or are not those that the run was
+            started with; the loss is not finite; interrupted.
     """
     run = RunFolder(Path(config.output))
     processes = Processes.of_environment(
@@ -91,6 +93,8 @@ def train(config: TrainConfig, *, base_dir: Path, fresh: bool = False) -> Path:
             prepare_folder(run, config, fresh=fresh)
         processes.barrier()
         if (run.model / "modules.json").is_file():
+            if processes.is_main:
+                check_finished(run, config, base_dir)
             return run.model
         return _Run(config, run, base_dir, processes).train()
 
@@ -108,6 +112,8 @@ class _Run:
         # All data are read first: a bad line is told before a large model is loaded.
         self.mixtures = load_mixtures(config, base_dir)
         self.tasks = load_evaluation_tasks(config.evaluation, base_dir) if config.evaluation else []
+        inputs = inputs_of(config, base_dir, self.mixtures, self.tasks)
+        settle_inputs(run, inputs, processes, self.log)
         self.accelerator = Accelerator(**tracker_options(config.trackers, run))
         # Of a model that is to be sharded only the shares go to the device.
         device = "cpu" if processes.sharded else str(processes.device)
@@ -265,6 +271,8 @@ class _Run:
                 teacher=self.embedder,
                 log=self.log,
             )
+        if self.processes.is_main:
+            settle_mined(self.run, self.config, config.name, mixture)
         if self.processes.is_main or self.processes.sharded:
             self.processes.barrier()
         return mixture

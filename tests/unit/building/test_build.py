@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from nvembed.building import one_set
-from nvembed.building.build import build_recipe
+from nvembed.building.build import _SharedInputs, build_recipe
 from nvembed.cli.main import run
 from nvembed.core.config import load_config
 from nvembed.core.errors import DataError, SourceError
@@ -206,6 +206,31 @@ def test_changed_inputs_are_seen(recipe: Path) -> None:
     assert manifest(recipe, "pairs")["inputs"]["tasks"] != before["inputs"]["tasks"]
     texts = {record.query for record in read_records(recipe.parent / "built" / "pairs", "nli")}
     assert "red red" not in texts
+
+
+def test_a_teacher_and_a_reranker_that_changed_inside_are_seen(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Same names, sizes and times; the difference is in the middle of the weights."""
+    monkeypatch.chdir(tmp_path)
+    mine = {"teacher": "teacher", "rerank": "reranker", "num_negatives": 2}
+    changed = config(recipe, f"build.mine={json.dumps(mine)}")
+    assert changed.build is not None
+    for name in ("teacher", "reranker"):
+        (recipe.parent / name).mkdir()
+        (recipe.parent / name / "model.safetensors").write_bytes(bytes(70_000_000))
+    pairs, _, classes = changed.datasets
+    shared = _SharedInputs(changed.build, recipe.parent)
+    first = shared.of_set(pairs)
+    assert set(first) == {"source", "tasks", "teacher", "reranker"}
+    assert set(shared.of_set(classes)) == {"source", "tasks", "teacher"}
+    for name in ("teacher", "reranker"):
+        with open(recipe.parent / name / "model.safetensors", "r+b") as weights:
+            weights.seek(35_000_000)
+            weights.write(b"x")
+        now = _SharedInputs(changed.build, recipe.parent).of_set(pairs)
+        assert {key for key in now if now[key] != first[key]} == {name}
+        first = now
 
 
 def test_two_builds_do_not_share_a_folder(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from nvembed.core.files import read_jsonl, tidy, write_jsonl
+from nvembed.core.errors import DataError
+from nvembed.core.files import read_json_object, read_jsonl, tidy, write_jsonl
 from nvembed.data.record_shards import Rows, record_of
 from nvembed.data.records import Kind, PairRecord
 from nvembed.data.sources import Converted, DatasetConfig
@@ -51,7 +51,8 @@ def mined(
     records, documents, further, output = (work / f"{name}.jsonl" for name in names)
     tidy(work, "*")
     found = output.with_name("out.jsonl.report.json")
-    if not found.is_file():  # the last that the miner writes
+    report = _report(found)
+    if report is None:  # the last that the miner writes
         write_jsonl(records, (row.record.to_json() for row in rows()))
         if pool is not None:
             write_jsonl(documents, ({"text": text} for text in _documents(pool)))
@@ -69,10 +70,19 @@ def mined(
             teacher_model=config.teacher_model,
             work=work,
         )
-    report = json.loads(found.read_text(encoding="utf-8"))
-    # The others name files of this machine.
-    kept = {field.name: report[field.name] for field in fields(MiningReport)}
-    return _read(output, dataset.kind), kept
+        report = _report(found)
+        assert report is not None
+    return _read(output, dataset.kind), report
+
+
+def _report(path: Path) -> dict[str, Any] | None:
+    """Read the numbers of a report; ``None`` where it is not there, or damaged."""
+    try:
+        report = read_json_object(path, "a report")
+        # The others name files of this machine.
+        return {field.name: report[field.name] for field in fields(MiningReport)}
+    except (DataError, KeyError):
+        return None
 
 
 def _read(path: Path, kind: Kind) -> Iterator[Converted]:

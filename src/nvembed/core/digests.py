@@ -11,7 +11,6 @@ import contextlib
 import hashlib
 import json
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +29,8 @@ def content_hash(*values: Any) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def digest_of(path: Path, *, counts: Callable[[Path], bool] = lambda _: True) -> str:
+def digest_of(path: Path) -> str:
     """SHA-256 of the contents of a file, or of all files of a folder with their names.
-
-    Args:
-        path: file or folder.
-        counts: tells of a name inside the folder whether the file belongs to it.
 
     Raises:
         DataError: there is no such file, or it cannot be read.
@@ -46,9 +41,8 @@ def digest_of(path: Path, *, counts: Callable[[Path], bool] = lambda _: True) ->
     hashed = hashlib.sha256()
     try:
         for file in files:
-            name = file.relative_to(path)
-            if counts(name):
-                hashed.update(json.dumps([name.as_posix(), file_digest(file)]).encode())
+            name = file.relative_to(path).as_posix()
+            hashed.update(json.dumps([name, file_digest(file)]).encode())
     except FileNotFoundError as error:
         raise DataError(
             "no such file", where=str(path), hint="Check the path; it starts at the recipe's folder"

@@ -17,7 +17,6 @@ from typing import Any, get_args
 
 import mteb
 import numpy as np
-import yaml
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError
 from mteb.abstasks import AbsTask
@@ -31,6 +30,7 @@ from numpy.typing import NDArray
 from nvembed.core.errors import ConfigError, DataError, UserError
 from nvembed.core.runs import RunFolder
 from nvembed.core.seeding import capture_rng, restore_rng
+from nvembed.core.strict_yaml import parse_yaml
 from nvembed.evaluation.mteb_adapter import quiet
 from nvembed.evaluation.reference import InstructionSource, instruction_for
 from nvembed.evaluation.results import TaskResult
@@ -262,8 +262,8 @@ def _card(name: str) -> dict[str, Any]:
         path = Path(found) if isinstance(found, str) else path
     try:
         head = path.read_text(encoding="utf-8").removeprefix("---\n").partition("\n---")[0]
-        values = yaml.safe_load(head)
-    except (OSError, ValueError, yaml.YAMLError):
+        values = parse_yaml(head).value
+    except (OSError, ValueError):
         return {}
     return values if isinstance(values, dict) else {}
 

@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 
 import nvembed
-from nvembed.core.digests import digest_of
+from nvembed.core.digests import file_digest
 
 
 def model_fingerprint(model: str, *settings: object) -> str:
@@ -56,9 +56,10 @@ def contents_fingerprint(model: str) -> str:
 
         config = ModelSource(model).require("config.json")
         return hashlib.sha256(f"{model} {config.parent.name}".encode()).hexdigest()
-    return digest_of(folder, counts=_is_of_the_model)
-
-
-def _is_of_the_model(name: Path) -> bool:
-    hidden = any(part.startswith(".") for part in name.parts)
-    return not hidden and name.suffix not in _NOT_THE_MODEL
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        hidden = any(part.startswith(".") for part in name.parts)
+        if path.is_file() and not hidden and path.suffix not in _NOT_THE_MODEL:
+            digest.update(f"{name.as_posix()} {file_digest(path)}\n".encode())
+    return digest.hexdigest()

@@ -371,7 +371,7 @@ def _read_state(checkpoint: Path) -> dict[str, Any]:
         is_sound = (
             all(isinstance(count, int) and count >= 0 for count in counts)
             and isinstance(position.seconds, int | float)
-            and isinstance(position.extra, dict)
+            and all(part is None or isinstance(part, dict) for part in position.extra.values())
             and position.stage <= len(state["recipe"]["stages"])
             and all(isinstance(v, dict) for v in state["optimizer"]["parameters"].values())
             and all({"peak", "weight_decay"} <= {*g} for g in state["optimizer"]["groups"])

@@ -233,6 +233,19 @@ def test_a_teacher_and_a_reranker_that_changed_inside_are_seen(
         first = now
 
 
+@pytest.mark.parametrize("damage", ["[]", "{}", "[" * 9999, "settings", "shards", "name"])
+def test_a_damaged_manifest_is_no_set(recipe: Path, damage: str) -> None:
+    assert build(recipe, "build.mine=null") == 0
+    file = recipe.parent / "built" / "sts" / "manifest.json"
+    whole = file.read_text()
+    values = json.loads(whole)
+    file.write_text(json.dumps({**values, damage: 5}) if damage in values else damage)
+    with pytest.raises(DataError, match="sts is not built"):
+        training_datasets(config(recipe, "build.mine=null"), recipe.parent)
+    assert build(recipe, "build.mine=null") == 0
+    assert file.read_text() == whole
+
+
 def test_two_builds_do_not_share_a_folder(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with alone_in(recipe.parent / "built"):
         assert build(recipe) == 2

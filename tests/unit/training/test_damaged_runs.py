@@ -151,6 +151,8 @@ def _damage(state: dict[str, Any], kind: str) -> Any:
             return {**state, "position": {**state["position"], "more": 4}}
         case "stage beyond the recipe":
             return {**state, "position": {**state["position"], "stage": 9}}
+        case "evaluations of a wrong type":
+            return {**state, "position": {**state["position"], "extra": {"best": [1]}}}
         case "optimizer of a wrong type":
             return {**state, "optimizer": []}
         case _:
@@ -165,6 +167,7 @@ def _damage(state: dict[str, Any], kind: str) -> Any:
         "position of a wrong type",
         "unknown key",
         "stage beyond the recipe",
+        "evaluations of a wrong type",
         "optimizer of a wrong type",
         "groups without rates",
     ],
@@ -189,6 +192,15 @@ def test_a_checkpoint_of_a_wrong_form_is_passed_over(
         if end / "state.json" not in states:
             shutil.rmtree(end)
     assert "checkpoints can be read" in _refused(config)
+
+
+@pytest.mark.parametrize("best", [{"x": 1}, {"score": "high"}, {"since": None}])
+def test_evaluations_of_a_wrong_form_are_refused(config: TrainConfig, best: Any) -> None:
+    newest = Path(config.output) / "checkpoints" / "step-0000000004" / "state.json"
+    state = json.loads(newest.read_text())
+    state["position"]["extra"] = {"best": best}
+    newest.write_text(json.dumps(state))
+    assert "does not say how the evaluations went" in _refused(config)
 
 
 def test_tensors_in_each_others_place_are_refused(config: TrainConfig) -> None:

@@ -81,7 +81,7 @@ def synthetic_batch(documents: int) -> Any:
             positive=f"p{n}",
             negatives=(f"a{n}", f"b{n}", f"c{n}"),
             known_positives=(f"p{n}",),
-            label=None,
+            labels=(),
             instruction=None,
             symmetric=False,
             dataset="made",

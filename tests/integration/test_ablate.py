@@ -99,6 +99,15 @@ def test_a_killed_grid_goes_on_and_a_failing_arm_stops_no_other(
     assert "two+here" not in capsys.readouterr().out
     assert (first / "results.json").stat().st_mtime_ns == before
 
+    # Other data, or other tasks, under the same names are refused, and nothing is lost.
+    for file, name in (("pairs.jsonl", "data set pairs"), ("task/task.json", "task task")):
+        content = (tmp_path / file).read_text("utf-8")
+        (tmp_path / file).write_text(content.replace("red 0", "red 9") + " ", encoding="utf-8")
+        assert run_command(["ablate", str(grid)]) == 2
+        assert f"is finished, and changed since: {name}" in capsys.readouterr().err
+        assert (first / "results.json").stat().st_mtime_ns == before
+        (tmp_path / file).write_text(content, encoding="utf-8")
+
     # Another grid in the same folder is refused.
     assert run_command(["ablate", str(grid), "settings={model.max_tokens: 48}"]) == 2
     assert "was run with another configuration: model.max_tokens" in capsys.readouterr().err

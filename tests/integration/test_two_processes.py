@@ -24,6 +24,7 @@ from forked import in_processes, outcomes_in_processes
 from nvembed.core.config import dump_config
 from nvembed.core.errors import TrainingError
 from nvembed.core.files import write_jsonl
+from nvembed.model.embedder import NVEmbed
 from nvembed.training import trainer
 from nvembed.training.config import TrainConfig
 from nvembed.training.trainer import train
@@ -171,6 +172,27 @@ def test_two_processes_train_as_one(
     assert first.keys() == second.keys()
     for name, value in first.items():
         torch.testing.assert_close(second[name], value, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_masters_of_16_bit_weights_are_sharded(tmp_path: Path, tiny_decoder_dir: Path) -> None:
+    options = {"pooling": "latent", "num_latents": 4, "num_heads": 2, "dtype": "bfloat16"}
+    start = NVEmbed.from_pretrained(tiny_decoder_dir, device="cpu", **options)
+    start.save_pretrained(str(tmp_path / "start"))
+    model = {"backbone": "start", "max_tokens": 64}
+    one = recipe(tmp_path, tiny_decoder_dir, "one", **FULL, model=model)
+    train(one, base_dir=tmp_path)
+    two = recipe(tmp_path, tiny_decoder_dir, "two", **FULL, model=model, shard=True)
+    on_two(two, tmp_path)
+    first, second = (
+        load_file(Path(config.output) / "checkpoints/step-0000000006-end/weights.safetensors")
+        for config in (one, two)
+    )
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert value.dtype is second[name].dtype is torch.float32
+        torch.testing.assert_close(second[name], value, rtol=1e-4, atol=1e-4)
+    assert {value.dtype for value in weights(two).values()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("shard", [False, True], ids=["replicated", "sharded"])

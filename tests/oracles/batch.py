@@ -78,19 +78,22 @@ def _akin(one: Any, other: Any) -> bool:
 
 def _may_answer(document: PromptedText, example: Any, examples: Sequence[Any]) -> bool:
     _, text = document
-    if text == example.query or text in (example.positive, *example.further_positives):
-        return True
-    if text in example.known_positives:
-        return True
-    if example.label is None:
-        return False
+    for other in examples:
+        if other.query == example.query:
+            answers = (other.query, other.positive, *other.further_positives)
+            if text in answers or text in other.known_positives:
+                return True
     for other in examples:
         if other.dataset != example.dataset:
             continue
-        positives = [other.positive, *other.further_positives]
-        if other.label == example.label and document in [_document(other, t) for t in positives]:
-            return True
-        for negative, label in zip(other.negatives, other.negative_labels, strict=False):
-            if label == example.label and document == _document(other, negative):
+        for positive in (other.positive, *other.further_positives):
+            if document == _document(other, positive) and _share(example, other.positive_labels):
+                return True
+        for negative, labels in zip(other.negatives, other.negative_labels, strict=False):
+            if document == _document(other, negative) and _share(example, labels):
                 return True
     return False
+
+
+def _share(example: Any, labels: Sequence[str]) -> bool:
+    return any(label in example.labels for label in labels)

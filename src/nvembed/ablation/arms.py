@@ -53,7 +53,7 @@ def grid_runs(grid: GridConfig, base_dir: Path) -> list[Run]:
         ConfigError: the recipe, or settings; names every arm that cannot be run.
     """
     recipe = base_dir / grid.recipe
-    common = _overrides(grid.settings, load_config(TrainConfig, recipe))
+    common = _overrides(grid.settings)
     base = load_config(TrainConfig, recipe, common)
     runs, problems = [], []
     for arm, values in grid.arms().items():
@@ -82,12 +82,12 @@ def _arm_config(
             overrides += [_override(key, value) for key, value in shape.items()]
             base = load_config(TrainConfig, recipe, overrides)
     for part in parts:
-        overrides += _overrides({key: part[key] for key in part if key != _ORDER}, base)
+        overrides += _overrides({key: part[key] for key in part if key != _ORDER})
     return load_config(TrainConfig, recipe, overrides)
 
 
-def _overrides(settings: Mapping[str, Any], base: TrainConfig) -> list[str]:
-    return [_override(_by_index(key, base), value) for key, value in settings.items()]
+def _overrides(settings: Mapping[str, Any]) -> list[str]:
+    return [_override(key, value) for key, value in settings.items()]
 
 
 def _override(key: str, value: Any) -> str:
@@ -110,20 +110,6 @@ def _reordered(base: Mapping[str, Any], order: Any) -> dict[str, Any]:
         if kept:
             datasets.append({**dataset, "stages": sorted(kept)})
     return {"stages": [stages[number - 1] for number in order], "datasets": datasets}
-
-
-def _by_index(key: str, config: TrainConfig) -> str:
-    """Replace the name of a stage or data set in a key by its place in the list."""
-    first, _, rest = key.partition(".")
-    name, _, tail = rest.partition(".")
-    if first not in ("stages", "datasets") or not name or name.isdecimal():
-        return key
-    names = [entry.name for entry in (config.stages if first == "stages" else config.datasets)]
-    if name in names:
-        return f"{first}.{names.index(name)}" + (f".{tail}" if tail else "")
-    raise ConfigError(
-        f"{key}: no entry called {name!r} in {first}", expected=f"one of {', '.join(names)}"
-    )
 
 
 def runs_by_arm(runs: Sequence[Run]) -> Iterator[tuple[str, list[Run]]]:

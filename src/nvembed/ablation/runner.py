@@ -22,6 +22,7 @@ from pathlib import Path
 from nvembed.ablation.arms import Run
 from nvembed.ablation.outcome import (
     Outcome,
+    check_inputs,
     check_same,
     read_outcome,
     training_cost,
@@ -29,12 +30,14 @@ from nvembed.ablation.outcome import (
 )
 from nvembed.core.background import end_with_parent
 from nvembed.core.config import load_config
+from nvembed.core.digests import digest_of
 from nvembed.core.errors import UserError
 from nvembed.core.files import alone_in
 from nvembed.core.progress import progress
 from nvembed.core.runs import RunFolder
 from nvembed.evaluation.tasks import load_tasks
 from nvembed.training.config import TrainConfig
+from nvembed.training.inputs import read_inputs_of, what_decides_inputs
 
 Done = Callable[[Run, Outcome], None]
 
@@ -66,9 +69,15 @@ def run_grid(
         ConfigError: a run in the output folder is of another grid.
         DataError: a task cannot be used.
     """
-    names = [task.name for task in load_tasks(task_folders, task_names)]
+    tasks = {task.name: digest_of(task.folder) for task in load_tasks(task_folders, task_names)}
+    inputs: dict[str, dict[str, str]] = {}
     for run in runs:
         check_same(run)
+        if read_outcome(run).state == "finished":
+            # Most arms are trained on the same data, which may take long to read.
+            if (key := what_decides_inputs(run.config)) not in inputs:
+                inputs[key] = read_inputs_of(run.config, base_dir)
+            check_inputs(run, inputs[key], tasks)
     todo = [run for run in runs if read_outcome(run).state != "finished"]
     threads = max(1, len(os.sched_getaffinity(0)) // processes)
     context = multiprocessing.get_context("spawn")
@@ -83,7 +92,7 @@ def run_grid(
                     if read_outcome(run).state == "finished":  # by another command meanwhile
                         bar.advance(1)
                         continue
-                    options = (run, base_dir, list(task_folders), names, keep_models, threads)
+                    options = (run, base_dir, list(task_folders), tasks, keep_models, threads)
                     process = context.Process(target=_work, args=options)
                     process.start()
                     working[process.sentinel] = (process, run)
@@ -120,7 +129,7 @@ def _work(
     run: Run,
     base_dir: Path,
     task_folders: Sequence[Path],
-    task_names: Sequence[str],
+    tasks: dict[str, str],
     keep_models: bool,
     threads: int,
 ) -> None:
@@ -133,7 +142,7 @@ def _work(
                 sys.exit(_BUSY)
             if read_outcome(run).state == "finished":
                 sys.exit(0)
-            outcome = _logged(run, base_dir, task_folders, task_names, threads)
+            outcome = _logged(run, base_dir, task_folders, tasks, threads)
             if outcome.state == "finished" and not keep_models:
                 _delete_models(run.folder)
     except UserError as error:  # of the lock
@@ -146,7 +155,7 @@ def _logged(
     run: Run,
     base_dir: Path,
     task_folders: Sequence[Path],
-    task_names: Sequence[str],
+    tasks: dict[str, str],
     threads: int,
 ) -> Outcome:
     """Train and score; what is printed goes to ``arm.log``, errors end in ``outcome.json``."""
@@ -155,7 +164,7 @@ def _logged(
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
         try:
-            outcome = _train_and_score(run, base_dir, task_folders, task_names, threads)
+            outcome = _train_and_score(run, base_dir, task_folders, tasks, threads)
         except UserError as error:
             outcome = Outcome("failed", error=" ".join(str(error).split()))
         except Exception as error:
@@ -169,7 +178,7 @@ def _train_and_score(
     run: Run,
     base_dir: Path,
     task_folders: Sequence[Path],
-    task_names: Sequence[str],
+    tasks: dict[str, str],
     threads: int,
 ) -> Outcome:
     import torch
@@ -182,10 +191,10 @@ def _train_and_score(
     model = train(run.config, base_dir=base_dir)
     started = time.monotonic()
     dtype = settle_precision(load_config(TrainConfig, RunFolder(run.folder).config).precision)
-    tasks = load_tasks(task_folders, task_names)
-    run_session(Settings(model=str(model), output=run.results, dtype=dtype), tasks)
+    settings = Settings(model=str(model), output=run.results, dtype=dtype)
+    run_session(settings, load_tasks(task_folders, list(tasks)))
     seconds, tokens, loss = training_cost(run.folder)
-    return Outcome("finished", None, seconds, time.monotonic() - started, tokens, loss)
+    return Outcome("finished", None, seconds, time.monotonic() - started, tokens, loss, tasks)
 
 
 def _delete_models(folder: Path) -> None:

@@ -10,11 +10,12 @@ from typing import Any, Literal
 
 from nvembed.building.mining import teacher_name
 from nvembed.building.one_set import SetJob, build_set, finished_manifest
-from nvembed.building.steps import content_hash, fingerprint
 from nvembed.building.tools import Tools
+from nvembed.core.digests import content_hash, digest_of
 from nvembed.core.errors import ConfigError, UserError
 from nvembed.core.files import alone_in
 from nvembed.data.sources import DatasetConfig
+from nvembed.inference.fingerprint import contents_fingerprint
 from nvembed.mining.teachers import check_teacher
 from nvembed.training.build_config import BuildConfig
 from nvembed.training.built import mining_of
@@ -142,13 +143,15 @@ class _SharedInputs:
 
     def of_set(self, dataset: DatasetConfig) -> dict[str, str | None]:
         files = local_sources(dataset, self._base_dir)
-        return {
-            "source": content_hash(*map(fingerprint, files)) if files else None,
+        mined = mining_of(dataset, self._build) is not None
+        found = {
+            "source": content_hash(*map(digest_of, files)) if files else None,
             "tasks": self._once("tasks", self._tasks),
-            "teacher": self._once("teacher", self._teacher)
-            if mining_of(dataset, self._build)
-            else None,
+            "teacher": self._once("teacher", self._teacher) if mined else None,
         }
+        if mined and (reranker := self._once("reranker", self._reranker)) is not None:
+            found["reranker"] = reranker
+        return found
 
     def _once(self, name: str, make: Callable[[], str | None]) -> str | None:
         if name not in self._known:
@@ -156,11 +159,16 @@ class _SharedInputs:
         return self._known[name]
 
     def _tasks(self) -> str | None:
-        folders = [fingerprint(self._base_dir / name) for name in self._build.tasks]
+        folders = [digest_of(self._base_dir / name) for name in self._build.tasks]
         return content_hash(*folders) if folders else None
 
     def _teacher(self) -> str | None:
         assert self._build.mine is not None
         folder = Path(teacher_name(self._build.mine.teacher, self._base_dir))
-        # Weights may be many gigabytes: their ends tell models apart.
-        return fingerprint(folder, whole=False) if folder.is_dir() else None
+        return contents_fingerprint(str(folder)) if folder.is_dir() else None
+
+    def _reranker(self) -> str | None:
+        assert self._build.mine is not None
+        folder = Path(self._build.mine.rerank or "")
+        known = self._build.mine.rerank is not None and folder.is_dir()
+        return contents_fingerprint(str(folder)) if known else None

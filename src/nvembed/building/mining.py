@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from nvembed.core.errors import DataError
 from nvembed.core.files import tidy, write_jsonl
-from nvembed.core.text_files import read_jsonl
+from nvembed.core.text_files import read_json_object, read_jsonl
 from nvembed.data.record_shards import Rows, record_of
 from nvembed.data.records import Kind, PairRecord
 from nvembed.data.sources import Converted, DatasetConfig
@@ -40,20 +40,24 @@ def mined(
         dataset: of kind retrieval, nli or sts.
         config: how.
         rows: the records.
-        pool: all records of the set, where there are more; their documents may be negatives too.
+        pool: all records of the set, where there are more; their documents may be negatives too,
+            but not those that answer the same query.
         work: what is computed lies here; of these records and settings alone.
         base_dir: folder of the recipe.
 
     Returns:
         The records with negatives, in order, and the miner's report.
     """
-    records, documents, output = (work / f"{name}.jsonl" for name in ("in", "documents", "out"))
+    names = ("in", "documents", "further", "out")
+    records, documents, further, output = (work / f"{name}.jsonl" for name in names)
     tidy(work, "*")
     found = output.with_name("out.jsonl.report.json")
-    if not found.is_file():  # the last that the miner writes
+    report = _report(found)
+    if report is None:  # the last that the miner writes
         write_jsonl(records, (row.record.to_json() for row in rows()))
         if pool is not None:
             write_jsonl(documents, ({"text": text} for text in _documents(pool)))
+            write_jsonl(further, (row.record.to_json() for row in pool()))
         mine_file(
             records,
             output,
@@ -62,14 +66,24 @@ def mined(
             kind=dataset.kind,
             instruction=dataset.instruction,
             documents=None if pool is None else documents,
+            further=None if pool is None else further,
             dtype=config.dtype,
             teacher_model=config.teacher_model,
             work=work,
         )
-    report = json.loads(found.read_text(encoding="utf-8"))
-    # The others name files of this machine.
-    kept = {field.name: report[field.name] for field in fields(MiningReport)}
-    return _read(output, dataset.kind), kept
+        report = _report(found)
+        assert report is not None
+    return _read(output, dataset.kind), report
+
+
+def _report(path: Path) -> dict[str, Any] | None:
+    """Read the numbers of a report; ``None`` where it is not there, or damaged."""
+    try:
+        report = read_json_object(path, "a report")
+        # The others name files of this machine.
+        return {field.name: report[field.name] for field in fields(MiningReport)}
+    except (DataError, KeyError):
+        return None
 
 
 def _read(path: Path, kind: Kind) -> Iterator[Converted]:

@@ -23,8 +23,9 @@ from nvembed.building.contamination import Match
 from nvembed.building.distinct import Repeats, distinct
 from nvembed.building.mining import mined
 from nvembed.building.rows import Notes, capped, class_problems, usable
-from nvembed.building.steps import STEP_ROWS, Finished, Steps, content_hash, name_of
+from nvembed.building.steps import STEP_ROWS, Finished, Steps, name_of
 from nvembed.building.tools import Tools
+from nvembed.core.digests import content_hash
 from nvembed.core.errors import DataError
 from nvembed.core.files import atomic_folder, tidy, write_json
 from nvembed.core.progress import progress
@@ -50,7 +51,8 @@ class SetJob:
         build: how.
         folder: of all sets.
         base_dir: of the recipe.
-        inputs: hashes of what is read: ``source`` (None: the hub), ``tasks``, ``teacher``.
+        inputs: hashes of what is read: ``source`` (None: the hub), ``tasks``, ``teacher``, and
+            ``reranker`` where there is one in a folder.
     """
 
     dataset: DatasetConfig

@@ -7,8 +7,6 @@ half written has another name and is deleted.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -16,8 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nvembed.core.digests import content_hash
 from nvembed.core.errors import DataError
 from nvembed.core.files import atomic_folder, tidy, write_json
+from nvembed.core.text_files import read_json_object
 from nvembed.data.record_shards import read_shards
 from nvembed.data.records import Kind
 from nvembed.data.sources import Converted
@@ -25,50 +25,6 @@ from nvembed.data.sources import Converted
 # Of the intermediate files; the files of the set itself are as long as the recipe says.
 STEP_ROWS = 250_000
 COUNTS = "counts.json"
-# Files beyond this size are compared by their ends where ``whole`` is off.
-_LARGE_BYTES = 64_000_000
-_END_BYTES = 1_000_000
-
-
-def content_hash(*values: Any) -> str:
-    """SHA-256 of plain data."""
-    text = json.dumps(values, sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def fingerprint(path: Path, *, whole: bool = True) -> str:
-    """SHA-256 of the contents of a file, or of all files of a folder with their names.
-
-    Args:
-        path: file or folder.
-        whole: read large files (weights of a model) from end to end, and not their ends alone.
-
-    Raises:
-        DataError: there is no such file, or it cannot be read.
-    """
-    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
-    hashed = hashlib.sha256()
-    try:
-        for file in files:
-            name = file.relative_to(path).as_posix()
-            hashed.update(json.dumps([name, _file_hash(file, whole=whole)]).encode())
-    except FileNotFoundError as error:
-        raise DataError(
-            "no such file", where=str(path), hint="Check the path; it starts at the recipe's folder"
-        ) from error
-    except OSError as error:
-        raise DataError(f"cannot read: {error.strerror or error}", where=str(path)) from error
-    return hashed.hexdigest()
-
-
-def _file_hash(file: Path, *, whole: bool) -> str:
-    with open(file, "rb") as content:
-        size = file.stat().st_size
-        if whole or size <= _LARGE_BYTES:
-            return hashlib.file_digest(content, "sha256").hexdigest()
-        first = content.read(_END_BYTES)
-        content.seek(-_END_BYTES, 2)
-        return hashlib.sha256(str(size).encode() + first + content.read()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,10 +69,13 @@ class Steps:
             make: fills the folder that it is given and returns its counts.
         """
         target = self._folder / name
-        if not target.is_dir():
+        counts: dict[str, Any] | None = None
+        with suppress(DataError):  # not done, or damaged since
+            counts = read_json_object(target / COUNTS, "the counts of a step")
+        if counts is None:
             with atomic_folder(target) as temporary:
-                write_json(temporary / COUNTS, make(temporary))
-        counts = json.loads((target / COUNTS).read_text(encoding="utf-8"))
+                counts = make(temporary)
+                write_json(temporary / COUNTS, counts)
         return Finished(target, self._kind, counts)
 
     def remove(self) -> None:

@@ -55,7 +55,10 @@ def mine(
     columns: ColumnOption = None,
     instruction: Annotated[
         str | None,
-        typer.Option(help="Task that is put before the queries, or the name of an MTEB task."),
+        typer.Option(
+            help="Task that is put before queries whose record brings none, or the name of an MTEB "
+            "task."
+        ),
     ] = None,
     documents: Annotated[
         Path | None,

@@ -18,7 +18,7 @@ def train(
         list[str] | None,
         typer.Argument(
             metavar="KEY=VALUE",
-            help="Changes to the recipe: a key path such as stages.0.steps=100.",
+            help="Changes to the recipe, such as stages.0.steps=100 or stages.NAME.steps=100.",
             show_default=False,
         ),
     ] = None,

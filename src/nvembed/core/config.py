@@ -8,7 +8,6 @@ was expected, and the near match of a misspelt key. Nothing is converted behind 
 from __future__ import annotations
 
 import json
-import re
 import types
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -20,8 +19,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from nvembed.core.arguments import checked, kind_of, near_matches, shown_value
 from nvembed.core.errors import ConfigError
-
-KeyPath = tuple[str | int, ...]
+from nvembed.core.strict_yaml import Dumper, KeyPath, ParsedYaml, YamlError, parse_yaml
 
 
 class StrictModel(BaseModel):
@@ -43,7 +41,8 @@ def load_config(
         cls: the configuration class.
         path: the YAML file; None starts from the defaults.
         overrides: ``a.b.0.c=value`` strings, applied in order; values are YAML
-            (``8``, ``1e-4``, ``null``, ``[1, 2]``, ``text``).
+            (``8``, ``1e-4``, ``null``, ``[1, 2]``, ``text``). A list member that has a ``name`` may
+            be called by it instead of its index.
 
     Raises:
         ConfigError: naming every problem of the file and of the overrides at once.
@@ -55,7 +54,7 @@ def load_config(
     # Through JSON, because only there strict mode takes a list for a tuple and a string for a path.
     config: ModelT | None = None
     try:
-        config = cls.model_validate_json(json.dumps(data, default=str), strict=True)
+        config = cls.model_validate_json(json.dumps(data), strict=True)
     except ValidationError as error:
         source.problems += [source.describe(cls, data, item) for item in _readable(error)]
     if config is None or source.problems:
@@ -65,59 +64,45 @@ def load_config(
     return config
 
 
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Read a YAML file that holds a mapping, as plain data.
+
+    Raises:
+        ConfigError: it cannot be read, or holds something else.
+    """
+    return _read(str(path))[0]
+
+
+def _read(name: str) -> tuple[dict[str, Any], ParsedYaml]:
+    try:
+        text = Path(name).read_text(encoding="utf-8-sig")
+    except FileNotFoundError as error:
+        raise ConfigError("no such file", where=name, expected="a YAML recipe") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError("not UTF-8 text", where=name, expected="YAML") from error
+    except OSError as error:
+        raise ConfigError(f"cannot read: {error.strerror}", where=name) from error
+    try:
+        parsed = parse_yaml(text)
+    except YamlError as error:
+        line = "" if error.line is None else f":{error.line}"
+        raise ConfigError(f"not valid YAML ({error})", where=name + line) from error
+    data = {} if parsed.value is None else parsed.value
+    if not isinstance(data, dict):
+        kind = kind_of(data)
+        raise ConfigError(f"the file holds {kind}", where=name, expected="key: value lines")
+    return data, parsed
+
+
 def dump_config(model: StrictModel) -> str:
     """Render a configuration as YAML that ``load_config`` reads back to an equal object."""
     return yaml.dump(
         model.model_dump(mode="json"),
-        Dumper=_Dumper,
+        Dumper=Dumper,
         sort_keys=False,
         allow_unicode=True,
         width=100,
     )
-
-
-# --- YAML -----------------------------------------------------------------------------------------
-
-# PyYAML follows YAML 1.1: 1e-4 is a string, `no` is false, 2024-01-01 a date. Here: YAML 1.2.
-_RESOLVERS = (
-    ("tag:yaml.org,2002:null", re.compile(r"^(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""]),
-    ("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")),
-    ("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9][0-9_]*$"), list("-+0123456789")),
-    (
-        "tag:yaml.org,2002:float",
-        re.compile(
-            r"^(?:[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?"
-            r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
-        ),
-        list("-+0123456789."),
-    ),
-    ("tag:yaml.org,2002:merge", re.compile(r"^(?:<<)$"), ["<"]),
-)
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML as above, reading."""
-
-
-class _Dumper(yaml.SafeDumper):
-    """YAML as above, writing: it quotes exactly the texts that the loader would take for more."""
-
-
-def _construct_int(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
-    # The stock constructor reads 010 as octal.
-    return int(str(loader.construct_scalar(node)).replace("_", ""))
-
-
-_Loader.yaml_implicit_resolvers = {}
-_Dumper.yaml_implicit_resolvers = {}
-for _tag, _pattern, _first in _RESOLVERS:
-    _Loader.add_implicit_resolver(_tag, _pattern, _first)
-    _Dumper.add_implicit_resolver(_tag, _pattern, _first)
-_Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
-
-
-def _parse_value(text: str) -> Any:
-    return yaml.load(text, Loader=_Loader)
 
 
 @dataclass
@@ -130,53 +115,13 @@ class _Source:
     problems: list[str] = field(default_factory=list)
 
     def read(self) -> dict[str, Any]:
-        try:
-            text = Path(self.name).read_text(encoding="utf-8")
-        except FileNotFoundError as error:
-            raise ConfigError("no such file", where=self.name, expected="a YAML recipe") from error
-        except UnicodeDecodeError as error:
-            raise ConfigError("not UTF-8 text", where=self.name, expected="YAML") from error
-        except (OSError, ValueError) as error:  # a null byte in the name is a ValueError
-            reason = getattr(error, "strerror", None) or error
-            raise ConfigError(f"cannot read: {reason}", where=self.name) from error
-        loader = _Loader(text)
-        try:
-            node = loader.get_single_node()
-            data = loader.construct_document(node) if node is not None else {}
-        except yaml.YAMLError as error:
-            mark = getattr(error, "problem_mark", None)
-            line = f":{mark.line + 1}" if mark is not None else ""
-            what = getattr(error, "problem", None) or str(error).splitlines()[0]
-            raise ConfigError(f"not valid YAML ({what})", where=self.name + line) from error
-        finally:
-            loader.dispose()
-        if not isinstance(data, dict):
-            raise ConfigError(
-                f"the file holds {kind_of(data)}", where=self.name, expected="key: value lines"
+        data, parsed = _read(self.name)
+        self.lines = parsed.lines
+        for twice, line_number, first in parsed.repeated:
+            self.problems.append(
+                f"{_dotted(twice)} (line {line_number}): given twice, first on line {first}"
             )
-        if node is not None:
-            self._note_lines(node, ())
         return data
-
-    def _note_lines(self, node: yaml.Node, path: KeyPath) -> None:
-        """Remember the line of every key, and report keys given twice (YAML keeps the last)."""
-        if isinstance(node, yaml.SequenceNode):
-            for index, child in enumerate(node.value):
-                self.lines[(*path, index)] = child.start_mark.line + 1
-                self._note_lines(child, (*path, index))
-        elif isinstance(node, yaml.MappingNode):
-            seen: set[str] = set()
-            for key_node, child in node.value:
-                key = str(key_node.value)
-                line = key_node.start_mark.line + 1
-                if key in seen:
-                    first = self.lines[(*path, key)]
-                    self.problems.append(
-                        f"{_dotted((*path, key))} (line {line}): given twice, first on line {first}"
-                    )
-                seen.add(key)
-                self.lines.setdefault((*path, key), line)
-                self._note_lines(child, (*path, key))
 
     def apply(self, data: dict[str, Any], override: str) -> None:
         """Set one ``a.b.0.c=value`` in ``data``, or note why it cannot be done."""
@@ -186,26 +131,30 @@ class _Source:
             self.problems.append(f"override {override!r}: expected key.path=value")
             return
         try:
-            value = _parse_value(text)
-        except yaml.YAMLError:
-            self.problems.append(f"override {override!r}: the value is not valid YAML")
+            parsed = parse_yaml(text)
+        except YamlError as error:
+            self.problems.append(f"override {override!r}: the value is not valid YAML ({error})")
             return
         path: list[str | int] = []
         here: Any = data
-        for depth, part in enumerate(parts):
+        while parts:
             try:
-                step = _step(here, part, _dotted(path))
+                step, used = _step(here, parts, _dotted(path))
             except ValueError as error:
                 self.problems.append(f"override {override!r}: {error}")
                 return
             path.append(step)
-            if depth == len(parts) - 1:
-                here[step] = value
-            elif isinstance(here, dict) and here.get(part) is None:
+            parts = parts[used:]
+            if not parts:
+                here[step] = parsed.value
+            elif isinstance(here, dict) and here.get(step) is None:
                 here[step] = {}
                 self.overridden[tuple(path)] = override
             here = here[step]
         self.overridden[tuple(path)] = override
+        for twice, _, _ in parsed.repeated:
+            key = _dotted((*path, *twice))
+            self.problems.append(f"{key} (override {override!r}): given twice")
 
     def origin(self, path: KeyPath) -> str:
         """Say where a key was set: its override or its line; empty when it was not set at all."""
@@ -234,16 +183,26 @@ class _Source:
         return f"{where}: {shown_value(value)} given; {message[:1].lower()}{message[1:]}"
 
 
-def _step(here: Any, part: str, path: str) -> str | int:
-    """Check that ``part`` leads on from ``here`` and return it as key or index."""
+def _step(here: Any, parts: Sequence[str], path: str) -> tuple[str | int, int]:
+    """Find what the next parts of a key lead to: its key or index, and how many parts say so.
+
+    Names of list members may have dots in them.
+    """
+    part = parts[0]
     if isinstance(here, dict):
-        return part
-    if isinstance(here, list):
-        if part.isdecimal() and int(part) < len(here):
-            return int(part)
-        bounds = f"0 to {len(here) - 1}" if here else "none: the list is empty"
-        raise ValueError(f"{path} is a list, expected an index ({bounds}) instead of {part!r}")
-    raise ValueError(f"{path} is {kind_of(here)}, it has no key {part!r}")
+        return part, 1
+    if not isinstance(here, list):
+        raise ValueError(f"{path} is {kind_of(here)}, it has no key {part!r}")
+    if part.isdecimal() and int(part) < len(here):
+        return int(part), 1
+    names = [entry.get("name") if isinstance(entry, dict) else None for entry in here]
+    for count in range(len(parts), 0, -1):
+        if (name := ".".join(parts[:count])) in names:
+            return names.index(name), count
+    bounds = f"0 to {len(here) - 1}" if here else "none: the list is empty"
+    known = ", ".join(name for name in names if isinstance(name, str))
+    expected = f"an index ({bounds})" + (f" or a name ({known})" if known else "")
+    raise ValueError(f"{path} is a list, expected {expected} instead of {part!r}")
 
 
 # --- Errors ---------------------------------------------------------------------------------------

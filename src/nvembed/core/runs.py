@@ -5,6 +5,7 @@ env.json         versions, machine, git commit, command line
 metrics.jsonl    one row per logged step
 train.log        what was printed
 graph-memory.json  how many tokens' graphs a step holds at once
+inputs.json      digests of the data and models that the run was made from
 checkpoints/     state to resume from
 mined/<stage>/   training files with mined negatives
 model-<stage>/   the model after a stage that was not the last
@@ -30,8 +31,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from nvembed.core.errors import ConfigError, UserError
+from nvembed.core.config import read_yaml
+from nvembed.core.errors import ConfigError, DataError, UserError
 from nvembed.core.files import tidy, write_json, write_text
+from nvembed.core.text_files import parse_json, read_json_object
 
 # The libraries whose version can change a result.
 RECORDED_PACKAGES = (
@@ -45,6 +48,10 @@ RECORDED_PACKAGES = (
     "numpy",
     "mteb",
 )
+
+
+_A_ROW = 'a row of metrics, as in {"step": 1, "loss": 0.5}'
+_RESTORE = "Put the file of the run back, choose another output folder, or start over with --fresh"
 
 
 @dataclass(frozen=True)
@@ -82,6 +89,11 @@ class RunFolder:
     def graph_memory(self) -> Path:
         """How many tokens' graphs a step holds at once."""
         return self.path / "graph-memory.json"
+
+    @property
+    def inputs(self) -> Path:
+        """Digests of what the run was made from."""
+        return self.path / "inputs.json"
 
     @property
     def mined(self) -> Path:
@@ -153,12 +165,13 @@ class RunFolder:
         for folder in made:
             if folder.is_dir():
                 shutil.rmtree(folder)
-        for file in (self.env, self.metrics, self.log, self.graph_memory, self.config):
+        kept = (self.env, self.metrics, self.log, self.graph_memory, self.inputs, self.config)
+        for file in kept:
             file.unlink(missing_ok=True)
 
     def tidy(self) -> None:
         """Clear up after a process that was killed while it wrote; see ``files.tidy``."""
-        files = (self.config, self.env, self.metrics, self.graph_memory)
+        files = (self.config, self.env, self.metrics, self.graph_memory, self.inputs)
         for name in (*(file.name for file in files), "model*", "adapter"):
             tidy(self.path, name)
         for folder in self.mined.glob("*"):
@@ -186,17 +199,53 @@ class RunFolder:
             ) from error
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """Read all rows; a last line that a killed process left half written is dropped."""
+        """Read all rows; a last line that a killed process left half written is dropped.
+
+        Raises:
+            DataError: the file is not what training writes; names the line.
+        """
         if not self.metrics.is_file():
             return []
         # Whole lines end with a line break, so what follows the last one is a torn line or nothing.
         # It may end within a character, so lines are split before they are decoded.
-        lines = self.metrics.read_bytes().split(b"\n")
-        return [json.loads(line) for line in lines[:-1] if line]
+        try:
+            lines = self.metrics.read_bytes().split(b"\n")
+        except OSError as error:
+            message = f"cannot read: {error.strerror or error}"
+            raise DataError(message, where=str(self.metrics)) from error
+        return [
+            _metrics_row(line, f"{self.metrics}:{number}")
+            for number, line in enumerate(lines[:-1], start=1)
+            if line
+        ]
+
+    def read_recipe(self) -> dict[str, Any]:
+        """Read ``config.yaml`` as plain data.
+
+        Raises:
+            ConfigError: it cannot be read.
+        """
+        return read_yaml(self.config)
+
+    def read_env(self) -> dict[str, Any]:
+        """Read ``env.json``: ``describe_environment`` of when the run was started.
+
+        Raises:
+            DataError: it is not there, or does not say when that was.
+        """
+        values = read_json_object(self.env, "the environment of a run", hint=_RESTORE)
+        if not isinstance(values.get("started"), str):
+            raise DataError(
+                "does not say when the run was started",
+                where=str(self.env),
+                expected='"started", a time',
+                hint=_RESTORE,
+            )
+        return values
 
     def trim_metrics(self, last_step: int) -> None:
         """Forget the rows after ``last_step``, so that a resumed run does not log a step twice."""
-        rows = [row for row in self.read_metrics() if row.get("step", 0) <= last_step]
+        rows = [row for row in self.read_metrics() if row["step"] <= last_step]
         write_text(
             self.metrics, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         )
@@ -215,6 +264,18 @@ def describe_environment() -> dict[str, Any]:
         "packages": {name: _version(name) for name in RECORDED_PACKAGES},
         "git": _git_state(Path(__file__).parent),
     }
+
+
+def _metrics_row(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        row = parse_json(line, where)
+    except DataError as error:
+        raise DataError(error.message, where=where, expected=_A_ROW, hint=_RESTORE) from error
+    step = row.get("step") if isinstance(row, dict) else None
+    if not isinstance(row, dict) or not isinstance(step, int) or step < 0:
+        found = "a row without a step" if isinstance(row, dict) else type(row).__name__
+        raise DataError(f"the line holds {found}", where=where, expected=_A_ROW, hint=_RESTORE)
+    return row
 
 
 def _finite(value: Any) -> Any:

@@ -240,6 +240,35 @@ def parse_json(line: bytes, where: str) -> Any:
         ) from error
 
 
+def read_json_object(path: Path, expected: str, *, hint: str | None = None) -> dict[str, Any]:
+    """Read a JSON file that holds an object.
+
+    Args:
+        path: the file.
+        expected: what it should hold, for the error.
+        hint: what to do where it does not.
+
+    Raises:
+        DataError: there is no such file or it holds something else.
+    """
+    try:
+        with open_text_file(path) as file:
+            values = json.loads(file.read().decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise DataError("not UTF-8 text", where=str(path), expected=expected, hint=hint) from error
+    except json.JSONDecodeError as error:
+        where = f"{path}:{error.lineno}"
+        message = f"not valid JSON ({error.msg})"
+        raise DataError(message, where=where, expected=expected, hint=hint) from error
+    except (ValueError, RecursionError) as error:  # integers of thousands of digits, deep nesting
+        message = "numbers too long or nesting too deep"
+        raise DataError(message, where=str(path), expected=expected, hint=hint) from error
+    if not isinstance(values, dict):
+        message = f"the file holds {type(values).__name__}"
+        raise DataError(message, where=str(path), expected=expected, hint=hint)
+    return values
+
+
 def _parse_line(line: bytes, where: str) -> dict[str, Any]:
     value = parse_json(line, where)
     if not isinstance(value, dict):

@@ -73,8 +73,8 @@ def build_batch(
 
     A query's own negatives stand against it; with ``in_batch_negatives`` all documents of the batch
     do. Taken out in either case are documents whose text is the query's own, its positive's or that
-    of a known positive (whatever their prompt), and documents of the query's class in the same data
-    set.
+    of a known positive (whatever their prompt), of this example or of another one with the same
+    query, and documents that share a class with the query in the same data set.
 
     Args:
         examples: the queries of one step.
@@ -89,9 +89,10 @@ def build_batch(
     documents_of: list[_Documents] = []
     for example in examples:
         own = _Documents([], [])
-        for text, label, is_positive in _documents(example):
+        index.note_answers(example)
+        for text, labels, is_positive in _documents(example):
             column = _add(columns, _add(rows, (_document_prompt(example), text)))
-            index.note(column, text, label, example.dataset)
+            index.note(column, text, labels, example.dataset)
             (own.positives if is_positive else own.negatives).append(column)
         documents_of.append(own)
     negative_QN = np.zeros((len(examples), len(columns)), dtype=np.bool_)
@@ -221,22 +222,27 @@ class _DocumentIndex:
     def __init__(self) -> None:
         self._by_text: dict[str, set[int]] = {}
         self._by_label: dict[tuple[str, str], set[int]] = {}
+        self._answers: dict[str, set[str]] = {}
         self.by_dataset: dict[str, set[int]] = {}
 
-    def note(self, column: int, text: str, label: str | None, dataset: str) -> None:
+    def note(self, column: int, text: str, labels: Iterable[str], dataset: str) -> None:
         self._by_text.setdefault(text, set()).add(column)
         self.by_dataset.setdefault(dataset, set()).add(column)
-        if label is not None:
+        for label in labels:
             self._by_label.setdefault((dataset, label), set()).add(column)
+
+    def note_answers(self, example: Example) -> None:
+        """Note what answers a query, for all examples that ask the same."""
+        own = (example.query, example.positive, *example.further_positives)
+        self._answers.setdefault(example.query, set()).update(own, example.known_positives)
 
     def never_against(self, example: Example) -> list[int]:
         """Columns of all documents that may answer the query."""
         found: set[int] = set()
-        own = (example.query, example.positive, *example.further_positives)
-        for text in (*own, *example.known_positives):
+        for text in self._answers[example.query]:
             found |= self._by_text.get(text, set())
-        if example.label is not None:
-            found |= self._by_label.get((example.dataset, example.label), set())
+        for label in example.labels:
+            found |= self._by_label.get((example.dataset, label), set())
         return list(found)
 
 
@@ -248,13 +254,13 @@ def _document_prompt(example: Example) -> str:
     return query_prompt(example.instruction) if example.symmetric else ""
 
 
-def _documents(example: Example) -> Iterable[tuple[str, str | None, bool]]:
-    """The positives, then the negatives, each with its class and whether it is a positive."""
+def _documents(example: Example) -> Iterable[tuple[str, tuple[str, ...], bool]]:
+    """The positives, then the negatives, each with its classes and whether it is a positive."""
     for text in (example.positive, *example.further_positives):
-        yield text, example.label, True
-    labels = example.negative_labels or (None,) * len(example.negatives)
-    for text, label in zip(example.negatives, labels, strict=True):
-        yield text, label, False
+        yield text, example.positive_labels, True
+    every = example.negative_labels or ((),) * len(example.negatives)
+    for text, labels in zip(example.negatives, every, strict=True):
+        yield text, labels, False
 
 
 def _add(numbers: dict[KeyT, int], key: KeyT) -> int:

@@ -27,14 +27,14 @@ class ClassSource:
             members.setdefault(record.label, {})[record.text] = None
         # All classes in one list, each a contiguous block: "not of this class" is an index shift.
         self._members = [(text, label) for label, texts in members.items() for text in texts]
-        self._classes = members
+        self._labels_of = labels_by_text(records)
         self._blocks: dict[str, tuple[int, int]] = {}
         self._positions: dict[tuple[str, str], int] = {}
         for position, member in enumerate(self._members):
             start, _ = self._blocks.get(member[1], (position, position))
             self._blocks[member[1]] = (start, position + 1)
             self._positions[member] = position
-        self._num_surplus = len(self._members) - len({text for text, _ in self._members})
+        self._num_surplus = len(self._members) - len(self._labels_of)
 
     def __len__(self) -> int:
         return len(self._records)
@@ -42,7 +42,7 @@ class ClassSource:
     def example(
         self, index: int, rng: np.random.Generator, num_negatives: int, num_positives: int = 1
     ) -> Example:
-        """Draw the positive from the class of the text and the negatives from all other classes."""
+        """Draw the positive from the class of the record, negatives from classes not the text's."""
         record = self._records[index]
         start, stop = self._blocks[record.label]
         own = self._positions[(record.text, record.label)]
@@ -52,34 +52,38 @@ class ClassSource:
         return Example(
             query=record.text,
             positive=positive,
-            negatives=tuple(negatives),
+            negatives=negatives,
             known_positives=(positive,),
-            label=record.label,
+            labels=self._labels_of[record.text],
             instruction=self._instruction,
             symmetric=True,
             dataset=self.name,
-            negative_labels=tuple(negatives.values()),
+            positive_labels=self._labels_of[positive],
+            negative_labels=tuple(self._labels_of[text] for text in negatives),
         )
 
     def _draw_negatives(
         self, record: LabelRecord, count: int, rng: np.random.Generator
-    ) -> dict[str, str]:
-        """Return text → label of up to ``count`` different texts outside the class."""
+    ) -> tuple[str, ...]:
+        """Return up to ``count`` different texts that share no class with the record's text."""
         start, stop = self._blocks[record.label]
         num_outside = len(self._members) - (stop - start)
-        # A text with m labels fills m places, of which at least m - 1 are repeats or in the class.
-        size = min(num_outside, count + self._num_surplus) if count else 0
+        own = self._labels_of[record.text]
+        # Refused are the places of the text's other classes. Beyond them, a text with m labels
+        # fills m places, of which at least m - 1 are repeats or in one of those classes.
+        blocks = (self._blocks[label] for label in own if label != record.label)
+        num_refused = sum(end - begin for begin, end in blocks)
+        size = min(num_outside, count + self._num_surplus + num_refused) if count else 0
         places = rng.choice(num_outside, size=size, replace=False)
         places = np.where(places >= start, places + (stop - start), places)
-        found: dict[str, str] = {}
-        own_class = self._classes[record.label]
+        found: dict[str, None] = {}
         for place in places.tolist():
-            text, label = self._members[place]
-            if text not in own_class:
-                found.setdefault(text, label)
+            text, _ = self._members[place]
+            if not set(own).intersection(self._labels_of[text]):
+                found[text] = None
             if len(found) == count:
                 break
-        return found
+        return tuple(found)
 
 
 class LabelTextSource:
@@ -95,9 +99,7 @@ class LabelTextSource:
         self._records = records
         self._instruction = instruction
         self._labels = list(dict.fromkeys(record.label for record in records))
-        self._labels_of: dict[str, dict[str, None]] = {}
-        for record in records:
-            self._labels_of.setdefault(record.text, {})[record.label] = None
+        self._labels_of = labels_by_text(records)
 
     def __len__(self) -> int:
         return len(self._records)
@@ -120,9 +122,18 @@ class LabelTextSource:
             positive=label_text(record.label),
             negatives=tuple(label_text(label) for label in others),
             known_positives=tuple(label_text(label) for label in own),
-            label=record.label,
+            labels=own,
             instruction=self._instruction,
             symmetric=False,
             dataset=self.name,
-            negative_labels=others,
+            positive_labels=(record.label,),
+            negative_labels=tuple((label,) for label in others),
         )
+
+
+def labels_by_text(records: Sequence[LabelRecord]) -> dict[str, tuple[str, ...]]:
+    """All labels of every text, in the order of the records."""
+    found: dict[str, dict[str, None]] = {}
+    for record in records:
+        found.setdefault(record.text, {})[record.label] = None
+    return {text: tuple(labels) for text, labels in found.items()}

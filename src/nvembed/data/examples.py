@@ -20,11 +20,13 @@ class Example:
         positive: the document that answers it.
         negatives: documents that do not; fewer than asked for where the data has no more.
         known_positives: all texts known to answer the query; never used against it.
-        label: class of query and positive, where there is one.
+        labels: all classes of the query, where there are classes; a document of any of them never
+            stands against it.
         instruction: goes before the query, and before the documents if ``symmetric``.
         symmetric: query and documents are texts of one sort.
         dataset: name of the source.
-        negative_labels: class of each negative, in their order, where there are classes.
+        positive_labels: all classes of the positive, where there are classes.
+        negative_labels: all classes of each negative, in their order, where there are classes.
         further_positives: other positives to train on, each in a row of the loss of its own.
         positive_scores: a teacher's scores of the positive and the further ones, where there are
             any.
@@ -35,11 +37,12 @@ class Example:
     positive: str
     negatives: tuple[str, ...]
     known_positives: tuple[str, ...]
-    label: str | None
+    labels: tuple[str, ...]
     instruction: str | None
     symmetric: bool
     dataset: str
-    negative_labels: tuple[str, ...] = ()
+    positive_labels: tuple[str, ...] = ()
+    negative_labels: tuple[tuple[str, ...], ...] = ()
     further_positives: tuple[str, ...] = ()
     positive_scores: tuple[float, ...] = ()
     negative_scores: tuple[float, ...] = ()

@@ -9,8 +9,8 @@ file: ``data/batch.py``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,7 @@ from nvembed.core.errors import DataError
 from nvembed.core.seeding import derive_seed
 from nvembed.data.convert import make_source
 from nvembed.data.examples import Example, ExampleSource
+from nvembed.data.records import Records, records_digest
 from nvembed.data.sources import DatasetConfig, load_records
 
 # The additive sequence of the golden ratio covers [0, 1) more evenly than any other of its sort.
@@ -32,8 +33,12 @@ def load_source(config: DatasetConfig, *, base_dir: Path) -> ExampleSource:
     Raises:
         DataError: the data cannot be used; names the lines.
     """
+    return _source(config, load_records(config, base_dir=base_dir))
+
+
+def _source(config: DatasetConfig, records: Records) -> ExampleSource:
     return make_source(
-        load_records(config, base_dir=base_dir),
+        records,
         config.kind,
         name=config.name,
         instruction=config.instruction,
@@ -58,10 +63,13 @@ def load_mixture(
     """
     chosen = [config for config in datasets if stage in config.stages]
     sources: list[ExampleSource] = []
+    digests: dict[str, str] = {}
     errors: list[DataError] = []
     for config in chosen:
         try:
-            sources.append(load_source(config, base_dir=base_dir))
+            records = load_records(config, base_dir=base_dir)
+            sources.append(_source(config, records))
+            digests[config.name] = records_digest(records)
         except DataError as error:
             errors.append(error)
     if len(errors) == 1:
@@ -73,7 +81,7 @@ def load_mixture(
     weights = tempered_weights(
         [len(source) for source in sources], [config.weight for config in chosen], temperature
     )
-    return Mixture(sources, weights)
+    return Mixture(sources, weights, digests)
 
 
 def tempered_weights(
@@ -101,10 +109,18 @@ def tempered_weights(
 
 @dataclass(frozen=True)
 class Mixture:
-    """Sources, each with a name of its own, and their relative weights."""
+    """Sources, each with a name of its own, and their relative weights.
+
+    Args:
+        sources: the data sets.
+        weights: of each.
+        digests: by the name of a set, ``records_digest`` of all its records, those that no query is
+            taken from included; of sets that were read from files.
+    """
 
     sources: Sequence[ExampleSource]
     weights: Sequence[float]
+    digests: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         assert len(self.sources) == len(self.weights) > 0

@@ -15,6 +15,8 @@ bad lines is refused with the place and the reason. Next file: ``data/convert.py
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -102,6 +104,15 @@ class LabelRecord:
 
 Record = PairRecord | StsRecord | LabelRecord
 Records = list[PairRecord] | list[StsRecord] | list[LabelRecord]
+
+
+def records_digest(records: Sequence[Record]) -> str:
+    """SHA-256 of records: the same from whatever file and layout they were read."""
+    digest = hashlib.sha256()
+    for record in records:
+        line = json.dumps(record.to_json(), ensure_ascii=False) + "\n"
+        digest.update(line.encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()
 
 
 @overload

@@ -20,6 +20,7 @@ from rich.table import Table
 
 from nvembed.core.errors import DataError
 from nvembed.core.progress import progress
+from nvembed.core.text_files import read_json_object
 from nvembed.evaluation.items import items_folder, read_items
 from nvembed.evaluation.results import TaskResult, read_results
 from nvembed.evaluation.significance import (
@@ -30,7 +31,7 @@ from nvembed.evaluation.significance import (
     mean_difference,
     sign_flip_p,
 )
-from nvembed.evaluation.tasks import TASK_TYPES, read_json_object
+from nvembed.evaluation.tasks import TASK_TYPES
 
 SIGNIFICANT = 0.05
 

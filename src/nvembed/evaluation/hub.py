@@ -17,7 +17,6 @@ from typing import Any, get_args
 
 import mteb
 import numpy as np
-import yaml
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError
 from mteb.abstasks import AbsTask
@@ -28,9 +27,10 @@ from mteb.models.abs_encoder import AbsEncoder
 from mteb.types import Licenses, PromptType
 from numpy.typing import NDArray
 
-from nvembed.core.errors import ConfigError, DataError
+from nvembed.core.errors import ConfigError, DataError, UserError
 from nvembed.core.runs import RunFolder
 from nvembed.core.seeding import capture_rng, restore_rng
+from nvembed.core.strict_yaml import parse_yaml
 from nvembed.evaluation.mteb_adapter import quiet
 from nvembed.evaluation.reference import InstructionSource, instruction_for
 from nvembed.evaluation.results import TaskResult
@@ -262,8 +262,8 @@ def _card(name: str) -> dict[str, Any]:
         path = Path(found) if isinstance(found, str) else path
     try:
         head = path.read_text(encoding="utf-8").removeprefix("---\n").partition("\n---")[0]
-        values = yaml.safe_load(head)
-    except (OSError, ValueError, yaml.YAMLError):
+        values = parse_yaml(head).value
+    except (OSError, ValueError):
         return {}
     return values if isinstance(values, dict) else {}
 
@@ -282,8 +282,10 @@ def _trained_on(model: Path) -> list[str]:
     run = RunFolder(model.parent)
     if not run.exists:
         return []
-    config = yaml.safe_load(run.config.read_text(encoding="utf-8"))
-    return [row["name"] for row in config.get("datasets", ())]
+    try:
+        return [str(row["name"]) for row in run.read_recipe().get("datasets", ())]
+    except (UserError, KeyError, TypeError):  # not a run of ours
+        return []
 
 
 def _tasks_of(datasets: Sequence[str]) -> set[str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from nvembed.core.errors import DataError
 from nvembed.core.files import write_json
-from nvembed.evaluation.tasks import read_json_object
+from nvembed.core.text_files import read_json_object
 
 
 @dataclass(frozen=True)

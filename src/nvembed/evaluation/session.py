@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 from nvembed.core.errors import ConfigError, UserError
 from nvembed.core.files import write_json
 from nvembed.core.runs import describe_environment
-from nvembed.core.text_files import check_ending
+from nvembed.core.text_files import check_ending, read_json_object
 from nvembed.evaluation.cached import CachedEncoder
 from nvembed.evaluation.items import items_folder, keep_items, write_items
 from nvembed.evaluation.results import TaskResult, read_results, write_results
@@ -32,7 +32,7 @@ from nvembed.evaluation.run import (
     task_result,
 )
 from nvembed.evaluation.shared import SharedEncoder
-from nvembed.evaluation.tasks import LocalTask, read_json_object
+from nvembed.evaluation.tasks import LocalTask
 from nvembed.inference.fingerprint import model_fingerprint
 from nvembed.inference.protocol import Encoder
 from nvembed.model.settings import Precision

@@ -8,15 +8,15 @@ Scoring is in ``local_scores`` (all types) and ``bm25`` (retrieval).
 from __future__ import annotations
 
 import difflib
-import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Literal, cast, get_args
 
 from nvembed.core.errors import ConfigError, DataError
+from nvembed.core.text_files import read_json_object
 from nvembed.data.sources.beir import first_split, is_beir_folder
 from nvembed.evaluation import task_files
 from nvembed.evaluation.reference.identical_ids import ignores_identical_ids
@@ -283,31 +283,6 @@ def _read_header(folder: Path) -> _Header:
             problems.add(f"{key!r} is of Retrieval tasks, not of {kind}", where)
     problems.check()
     return _Header(str(name), cast(TaskType, kind), instruction, str(main_score), split, ignored)
-
-
-def read_json_object(path: Path, expected: str) -> dict[str, Any]:
-    """Read a JSON file that holds an object.
-
-    Raises:
-        DataError: there is no such file or it holds something else; ``expected`` says what.
-    """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise DataError("not UTF-8 text", where=str(path), expected=expected) from error
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"not valid JSON ({error.msg})", where=f"{path}:{error.lineno}", expected=expected
-        ) from error
-    except OSError as error:
-        raise DataError(
-            f"cannot read: {error.strerror}", where=str(path), expected=expected
-        ) from error
-    if not isinstance(values, dict):
-        raise DataError(
-            f"the file holds {type(values).__name__}", where=str(path), expected=expected
-        )
-    return values
 
 
 def _near(given: str, known: Sequence[str]) -> str:

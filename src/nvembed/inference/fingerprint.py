@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 from pathlib import Path
 
 import nvembed
-from nvembed.core.errors import UserError
-from nvembed.core.files import cache_folder, write_text
+from nvembed.core.digests import file_digest
 
 
 def model_fingerprint(model: str, *settings: object) -> str:
@@ -38,15 +36,13 @@ def model_fingerprint(model: str, *settings: object) -> str:
 
 # What a model folder holds besides the model.
 _NOT_THE_MODEL = {".md", ".log", ".png", ".svg"}
-# Smaller files are read each time; the sums of larger ones are kept.
-_LARGE = 32 * 2**20
 
 
 def contents_fingerprint(model: str) -> str:
     """Name a model by the contents of its files, wherever they lie; a hub id by its commit.
 
-    Unlike ``model_fingerprint`` it stays the same when the folder is copied or touched. Files are
-    read once; the sums of large ones are kept under name, size and time of change.
+    Unlike ``model_fingerprint`` it stays the same when the folder is copied or touched. Large files
+    are read once, see ``core/digests.py``.
 
     Args:
         model: folder or hub id.
@@ -65,21 +61,5 @@ def contents_fingerprint(model: str) -> str:
         name = path.relative_to(folder)
         hidden = any(part.startswith(".") for part in name.parts)
         if path.is_file() and not hidden and path.suffix not in _NOT_THE_MODEL:
-            digest.update(f"{name.as_posix()} {_file_sum(path)}\n".encode())
+            digest.update(f"{name.as_posix()} {file_digest(path)}\n".encode())
     return digest.hexdigest()
-
-
-def _file_sum(path: Path) -> str:
-    status = path.stat()
-    kept: Path | None = None
-    if status.st_size >= _LARGE:
-        state = f"{path.resolve()} {status.st_size} {status.st_mtime_ns}"
-        kept = cache_folder("sums") / hashlib.sha256(state.encode()).hexdigest()
-        if kept.is_file():
-            return kept.read_text("ascii")
-    with open(path, "rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if kept is not None:
-        with contextlib.suppress(UserError):  # then it is read again next time
-            write_text(kept, found)
-    return found

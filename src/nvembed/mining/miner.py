@@ -17,8 +17,9 @@ from typing import Any, cast
 
 from nvembed.core.errors import ConfigError
 from nvembed.core.files import tidy, write_json, write_jsonl
-from nvembed.core.text_files import check_ending
+from nvembed.core.text_files import check_ending, read_jsonl
 from nvembed.data.convert import POSITIVE_SCORE
+from nvembed.data.record_shards import record_of
 from nvembed.data.records import Kind, PairRecord, Record, StsRecord
 from nvembed.data.sources import Column, file_dataset, load_records
 from nvembed.inference.protocol import Encoder
@@ -60,6 +61,7 @@ def mine_negatives(
     config: MiningConfig,
     *,
     instruction: str | None = None,
+    further: Iterable[PairRecord] = (),
 ) -> tuple[list[PairRecord], MiningReport]:
     """Give pair records (retrieval, NLI) hard negatives.
 
@@ -73,7 +75,9 @@ def mine_negatives(
         documents: further texts of the pool.
         encoder: the teacher.
         config: how to choose.
-        instruction: of the queries; documents are encoded without one.
+        instruction: of the queries whose records bring none; documents are encoded without one.
+        further: records of the same set that nothing is mined for; what answers a query in one of
+            them is no negative either.
 
     Returns:
         The records in order, with new ``negatives`` (and scores, if they are to be written), and
@@ -83,7 +87,7 @@ def mine_negatives(
         DataError: there are no records.
         ModelError: the teacher gives vectors that cannot be used.
     """
-    plan = _plan_pairs(records)
+    plan = _plan_pairs(records, further)
     run = _run_in_memory(plan, documents or (), encoder, config, instruction)
     return list(plan.finish(run.mined())), run.report()
 
@@ -121,6 +125,7 @@ def mine_file(
     columns: Mapping[str, Column] | None = None,
     instruction: str | None = None,
     documents: Path | None = None,
+    further: Path | None = None,
     dtype: PrecisionChoice | None = None,
     teacher_model: str | None = None,
     work: Path | None = None,
@@ -144,8 +149,10 @@ def mine_file(
         kind: ``retrieval``, ``nli`` or ``sts``.
         layout: how rows become records, as in a recipe.
         columns: columns of the input that are called differently, as in a recipe.
-        instruction: of the queries (``sts``: of both sides).
+        instruction: of the queries whose records bring none (``sts``: of both sides).
         documents: file or folder of further texts to mine from; see ``read_documents``.
+        further: records of the same set that nothing is mined for; what answers a query in one of
+            them is no negative either.
         dtype: of the teacher's weights, see ``load_encoder``.
         teacher_model: name of the model at an endpoint.
         work: folder for what is computed, kept afterwards: the next run with the same teacher and
@@ -161,7 +168,7 @@ def mine_file(
     _check_request(input, output, kind, documents, config)
     check_teacher(teacher, teacher_model, config, engine)
     source = file_dataset(input, kind, layout=layout, columns=columns)
-    plan = _plan(load_records(source, base_dir=Path()))
+    plan = _plan(load_records(source, base_dir=Path()), _pairs_of(further))
     folder = work if work is not None or not isinstance(teacher, str) else _beside(output)
     if work is None:
         tidy(output.parent, output.name)
@@ -220,23 +227,31 @@ class _Plan:
 
     Args:
         cases: what is mined for.
+        further: cases that nothing is mined for, of the same set.
         texts: of the pool, beside those of the cases.
         symmetric: the instruction goes to documents too.
         finish: puts the negatives of the cases into the records.
     """
 
     cases: list[Case]
+    further: Iterable[Case]
     texts: Sequence[str]
     symmetric: bool
     finish: Callable[[Iterator[Mined]], Iterator[Any]]
 
 
-def _plan(records: Sequence[Record]) -> _Plan:
+def _plan(records: Sequence[Record], further: Iterable[PairRecord] = ()) -> _Plan:
     pairs = [record for record in records if isinstance(record, PairRecord)]
-    return _plan_pairs(pairs) if pairs else _plan_sts(cast(Sequence[StsRecord], records))
+    return _plan_pairs(pairs, further) if pairs else _plan_sts(cast(Sequence[StsRecord], records))
 
 
-def _plan_pairs(records: Sequence[PairRecord]) -> _Plan:
+def _pairs_of(path: Path | None) -> Iterator[PairRecord]:
+    """Read pair records one at a time, as ``building`` wrote them."""
+    for _, row in read_jsonl(path) if path is not None else ():
+        yield cast(PairRecord, record_of(row, "retrieval"))
+
+
+def _plan_pairs(records: Sequence[PairRecord], further: Iterable[PairRecord]) -> _Plan:
     def finish(mined: Iterator[Mined]) -> Iterator[PairRecord]:
         for record, found in zip(records, mined, strict=True):
             yield replace(
@@ -246,11 +261,11 @@ def _plan_pairs(records: Sequence[PairRecord]) -> _Plan:
                 negative_scores=found.negative_scores,
             )
 
-    cases = [
-        Case(sides=((record.query, record.positives),), given=record.negatives)
-        for record in records
-    ]
-    return _Plan(cases, (), symmetric=False, finish=finish)
+    def case(record: PairRecord) -> Case:
+        sides = ((record.query, record.positives),)
+        return Case(sides, given=record.negatives, instruction=record.instruction)
+
+    return _Plan(list(map(case, records)), map(case, further), (), symmetric=False, finish=finish)
 
 
 def _plan_sts(records: Sequence[StsRecord]) -> _Plan:
@@ -270,7 +285,7 @@ def _plan_sts(records: Sequence[StsRecord]) -> _Plan:
         sides = ((first, (second,)), (second, (first,)))
         cases.append(Case(sides=sides, given=record.negatives))
     sentences = [text for record in records for text in (record.sentence1, record.sentence2)]
-    return _Plan(cases, sentences, symmetric=True, finish=finish)
+    return _Plan(cases, (), sentences, symmetric=True, finish=finish)
 
 
 def _run_in_memory(
@@ -283,7 +298,8 @@ def _run_in_memory(
     queries = queries_of(plan.cases)
     pool = DocumentPool(pool_texts(plan.cases, chain(plan.texts, documents)))
     search = Search(queries, pool, instruction, instruction if plan.symmetric else None)
-    return Run(plan.cases, pool, rank_in_memory(search, encoder, config), config)
+    ranking = rank_in_memory(search, encoder, config)
+    return Run(plan.cases, pool, ranking, config, further=plan.further)
 
 
 @dataclass(frozen=True)
@@ -320,7 +336,8 @@ class _Job:
                 settled = settled_dtype(dtype, self.folder)
                 named = NamedTeacher(teacher, model, settled)
                 ranking = rank_in_files(search, named, self.config, self.folder, self.engine)
-            yield Run(self.plan.cases, pool, ranking, self.config), settled
+            run = Run(self.plan.cases, pool, ranking, self.config, further=self.plan.further)
+            yield run, settled
 
 
 @contextmanager

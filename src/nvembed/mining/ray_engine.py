@@ -13,27 +13,25 @@ from typing import Any
 
 from nvembed.core.errors import UserError
 from nvembed.core.progress import progress
-from nvembed.inference.encoding import Side
 from nvembed.inference.ray_data import join_cluster
-from nvembed.mining.vectors import Batch, Teacher, shard_texts, write_shard
+from nvembed.mining.vectors import Batch, Teacher, shard_of, write_shard
 from nvembed.mining.work import make_missing
 
 
 class EmbeddingWorker:
     """An actor of ray that holds a teacher."""
 
-    def __init__(self, teacher: Teacher, side: Side, task: str | None) -> None:
-        self._teacher, self._side, self._task = teacher, side, task
+    def __init__(self, teacher: Teacher) -> None:
+        self._teacher = teacher
 
-    def write(self, path: Path, texts: Sequence[str]) -> int:
+    def write(self, path: Path, shard: Batch) -> int:
         """Write the file of some texts, and return how many they are."""
 
         def make(_: int) -> None:
-            encoder = self._teacher.encoder
-            write_shard(path, texts, self._side, self._task, encoder, done=lambda _: None)
+            write_shard(path, shard, self._teacher.encoder, done=lambda _: None)
 
         make_missing([path], make)
-        return len(texts)
+        return len(shard.texts)
 
 
 def embed_by_ray(batch: Batch, paths: Sequence[Path], teacher: Teacher) -> None:
@@ -53,13 +51,13 @@ def embed_by_ray(batch: Batch, paths: Sequence[Path], teacher: Teacher) -> None:
 
     count = min(available, len(missing))
     worker: Any = ray.remote(EmbeddingWorker).options(**{f"num_{kind.lower()}s": 1})
-    pool = ActorPool([worker.remote(teacher, batch.side, batch.task) for _ in range(count)])
+    pool = ActorPool([worker.remote(teacher) for _ in range(count)])
     jobs = iter(missing)
 
     def submit_next() -> None:
         if (number := next(jobs, None)) is not None:
-            path, texts = paths[number].resolve(), shard_texts(batch, number)
-            pool.submit(lambda actor, job: actor.write.remote(*job), (path, texts))
+            job = paths[number].resolve(), shard_of(batch, number)
+            pool.submit(lambda actor, job: actor.write.remote(*job), job)
 
     with progress(len(batch.texts), f"{batch.description} (ray, {count} workers)") as bar:
         try:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, chain
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +24,7 @@ from nvembed.mining.pool import Pool, text_key
 from nvembed.mining.ranking import NOTHING, Ranking
 from nvembed.mining.report import MiningReport
 from nvembed.mining.rerank import BLOCK_QUERIES
-from nvembed.mining.selection import Case, Chosen, Neighbours, Selector
+from nvembed.mining.selection import Case, Chosen, Neighbours, Query, Selector
 
 # Records per search. What is chosen from holds a few numbers for each of their candidates.
 BLOCK_RECORDS = 2048
@@ -47,10 +47,17 @@ class Run:
         pool: holds all texts of the cases but the queries.
         ranking: of the rows of ``queries_of`` and of the pool.
         config: how to choose.
+        further: nothing is mined for these, but what they know to be positive is no negative.
     """
 
     def __init__(
-        self, cases: Sequence[Case], pool: Pool, ranking: Ranking, config: MiningConfig
+        self,
+        cases: Sequence[Case],
+        pool: Pool,
+        ranking: Ranking,
+        config: MiningConfig,
+        *,
+        further: Iterable[Case] = (),
     ) -> None:
         self._cases, self._pool, self._config = cases, pool, config
         self._ranking = ranking
@@ -58,7 +65,7 @@ class Run:
         self._positive_rows = [
             [[self._row(text) for text in texts] for _, texts in case.sides] for case in cases
         ]
-        known = _known_positives(cases, self._positive_rows, pool)
+        known = _known_positives(cases, further, pool)
         self._selector = Selector(config, pool, known, len(cases))
 
     def mined(self) -> Iterator[Mined]:
@@ -94,7 +101,9 @@ class Run:
 
     def _neighbours(self, block: Sequence[Case], start: int) -> Neighbours:
         """Search for all cases of a block (C cases of S sides each, from ``start``) in one go."""
-        query_CS = np.array([[self._query_rows[q] for q, _ in case.sides] for case in block])
+        query_CS = np.array(
+            [[self._query_rows[q, case.instruction] for q, _ in case.sides] for case in block]
+        )
         unique, place_CS = np.unique(query_CS, return_inverse=True)
         scores_BK, rows_BK = self._ranking.nearest(unique)
         place_CS = place_CS.reshape(query_CS.shape)
@@ -152,7 +161,7 @@ class Run:
         for case, own in zip(block, chosen, strict=True):
             query, positives = case.sides[0]
             of_case = [*map(self._row, positives), *own.rows]
-            queries += [self._query_rows[query]] * len(of_case)
+            queries += [self._query_rows[query, case.instruction]] * len(of_case)
             rows += of_case
             counts.append((len(positives), len(of_case)))
         scores = self._ranking.scores(np.array(queries), np.array(rows)).tolist()
@@ -163,8 +172,10 @@ class Run:
             start += size
 
 
-def queries_of(cases: Sequence[Case]) -> list[str]:
+def queries_of(cases: Sequence[Case]) -> list[Query]:
     """Return the different queries; equal ones of several cases are looked for once.
+
+    A text with two instructions is two queries: the teacher finds other documents for each.
 
     Raises:
         DataError: there are no cases.
@@ -174,7 +185,7 @@ def queries_of(cases: Sequence[Case]) -> list[str]:
             "no records to mine for",
             expected=f"queries with positives, or pairs scored {POSITIVE_SCORE:g} or more",
         )
-    return list(dict.fromkeys(query for case in cases for query, _ in case.sides))
+    return list(dict.fromkeys((q, case.instruction) for case in cases for q, _ in case.sides))
 
 
 def pool_texts(cases: Sequence[Case], documents: Iterable[str]) -> Iterator[str]:
@@ -187,20 +198,21 @@ def pool_texts(cases: Sequence[Case], documents: Iterable[str]) -> Iterator[str]
 
 
 def _known_positives(
-    cases: Sequence[Case], positive_rows: Sequence[Sequence[Sequence[int]]], pool: Pool
+    cases: Sequence[Case], further: Iterable[Case], pool: Pool
 ) -> dict[str, frozenset[int]]:
     """Collect, for every query, the rows of its positives in all records and its own row.
 
-    Queries that differ in case and white space only are one.
+    Queries that differ in case and white space only are one, and so are those with different
+    instructions: what answers a query in one task is too near to be a negative in another.
     """
-    by_key: dict[str, set[int]] = {}
-    keys: dict[str, str] = {}
-    for case, of_sides in zip(cases, positive_rows, strict=True):
-        for (query, _), rows in zip(case.sides, of_sides, strict=True):
-            if (key := keys.get(query)) is None:
-                key = keys[query] = text_key(query)
-                own = pool.find(query)
-                by_key.setdefault(key, set()).update(() if own is None else (own,))
-            by_key[key].update(rows)
-    frozen = {key: frozenset(rows) for key, rows in by_key.items()}
+    keys = {query: text_key(query) for case in cases for query, _ in case.sides}
+    by_key = {key: {pool.find(query)} for query, key in keys.items()}
+    for case in chain(cases, further):
+        for query, positives in case.sides:
+            key = keys.get(query) or text_key(query)
+            if key in by_key:
+                by_key[key].update(map(pool.find, positives))
+    frozen = {
+        key: frozenset(row for row in rows if row is not None) for key, rows in by_key.items()
+    }
     return {query: frozen[key] for query, key in keys.items()}

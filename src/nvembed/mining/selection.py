@@ -32,6 +32,10 @@ _FEW = 16
 _PADDING = NOTHING - 1
 
 
+Query = tuple[str, str | None]
+"""The text of a query, and its own instruction; ``None`` is that of its set."""
+
+
 @dataclass(frozen=True, slots=True)
 class Case:
     """One record to mine for.
@@ -40,10 +44,12 @@ class Case:
         sides: queries, each with its positives: one side for a pair record; both sentences of an
             STS pair, each the other's positive.
         given: negatives that the record has already.
+        instruction: the record's own, in place of that of its set.
     """
 
     sides: tuple[tuple[str, tuple[str, ...]], ...]
     given: tuple[str, ...]
+    instruction: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

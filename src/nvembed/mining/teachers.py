@@ -22,6 +22,7 @@ from nvembed.mining.config import MiningConfig
 from nvembed.mining.pool import Pool
 from nvembed.mining.ranking import BM25Ranking, Ranking, VectorRanking
 from nvembed.mining.rerank import Reranking, load_cross_encoder
+from nvembed.mining.selection import Query
 from nvembed.mining.vectors import (
     Batch,
     Vectors,
@@ -41,21 +42,27 @@ class Search:
     """What is searched: texts of both sides, and how they are embedded.
 
     Args:
-        queries: different ones.
+        asked: different queries, each with its own instruction, if it has one.
         pool: the documents.
-        query_task: instruction of the queries.
+        query_task: instruction of the queries that have none of their own.
         document_task: of the documents, where the task is symmetric.
     """
 
-    queries: Sequence[str]
+    asked: Sequence[Query]
     pool: Pool
     query_task: str | None
     document_task: str | None = None
 
+    @property
+    def queries(self) -> list[str]:
+        """Return the texts of the queries; one that has several instructions is there for each."""
+        return [text for text, _ in self.asked]
+
     def batches(self) -> tuple[Batch, Batch]:
         """Return queries and documents."""
+        own = {row: task for row, (_, task) in enumerate(self.asked) if task is not None}
         return (
-            Batch(self.queries, "query", self.query_task, "queries"),
+            Batch(self.queries, "query", self.query_task, "queries", own),
             Batch(self.pool.texts, "document", self.document_task, "documents"),
         )
 
@@ -122,7 +129,7 @@ def rank_in_files(
         keys += [path.name for path in paths]
     queries, documents = cast(tuple[Vectors, Vectors], tuple(vectors))
     ranking = VectorRanking(queries, documents, search.depth(config))
-    ranking.search_to_files(len(search.queries), work, keys)
+    ranking.search_to_files(len(search.asked), work, keys)
     return _reranked(ranking, search, config, work, keys)
 
 

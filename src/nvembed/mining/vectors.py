@@ -10,8 +10,8 @@ Letters: N texts, D width, P rows taken.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -90,12 +90,21 @@ class Batch:
         side: query or document.
         task: the instruction; ``None`` is none.
         description: what the progress bar says.
+        own_tasks: by its row, the instruction of a text that has one of its own.
     """
 
     texts: Sequence[str]
     side: Side
     task: str | None
     description: str
+    own_tasks: Mapping[int, str] = field(default_factory=dict)
+
+    def by_task(self) -> Iterator[tuple[str | None, list[int]]]:
+        """Yield every instruction with the rows of its texts."""
+        rows: dict[str | None, list[int]] = {}
+        for row in range(len(self.texts)):
+            rows.setdefault(self.own_tasks.get(row, self.task), []).append(row)
+        yield from rows.items()
 
 
 def embed_in_memory(batch: Batch, encoder: Encoder) -> Vectors:
@@ -104,9 +113,13 @@ def embed_in_memory(batch: Batch, encoder: Encoder) -> Vectors:
     Raises:
         ModelError: see ``encode_texts``.
     """
-    vectors_ND = encode_texts(
-        encoder, batch.texts, side=batch.side, task=batch.task, description=batch.description
-    )
+    if batch.own_tasks:
+        with progress(len(batch.texts), batch.description) as bar:
+            vectors_ND = _embed(batch, encoder, bar.advance)
+    else:
+        vectors_ND = encode_texts(
+            encoder, batch.texts, side=batch.side, task=batch.task, description=batch.description
+        )
     return Vectors([vectors_ND], max(len(batch.texts), 1))
 
 
@@ -120,11 +133,13 @@ def shard_paths(batch: Batch, folder: Path, teacher: str) -> list[Path]:
     """
     paths = []
     for start in range(0, len(batch.texts), SHARD_TEXTS):
+        shard = shard_of(batch, start // SHARD_TEXTS)
         digest = hashlib.sha256()
-        for text in shard_texts(batch, start // SHARD_TEXTS):
+        for text in shard.texts:
             data = text.encode("utf-8", "surrogatepass")
             digest.update(len(data).to_bytes(8, "little") + data)
-        key = key_of(teacher, batch.side, batch.task, digest.hexdigest())
+        own = sorted(shard.own_tasks.items())
+        key = key_of(teacher, batch.side, batch.task, digest.hexdigest(), *own)
         paths.append(folder / f"vectors-{key}.npy")
     return paths
 
@@ -146,33 +161,40 @@ def embed_to_files(batch: Batch, paths: Sequence[Path], teacher: Teacher) -> Vec
         bar.advance(there * SHARD_TEXTS)
 
         def make(number: int) -> None:
-            texts = shard_texts(batch, number)
-            write_shard(
-                paths[number], texts, batch.side, batch.task, teacher.encoder, done=bar.advance
-            )
+            write_shard(paths[number], shard_of(batch, number), teacher.encoder, done=bar.advance)
 
         make_missing(paths, make)
     return Vectors(paths, SHARD_TEXTS)
 
 
-def shard_texts(batch: Batch, number: int) -> Sequence[str]:
-    """Return the texts of one file."""
-    return batch.texts[number * SHARD_TEXTS : (number + 1) * SHARD_TEXTS]
+def shard_of(batch: Batch, number: int) -> Batch:
+    """Return the texts of one file, with the instructions of their own."""
+    start = number * SHARD_TEXTS
+    texts = batch.texts[start : start + SHARD_TEXTS]
+    own = {
+        row: batch.own_tasks[start + row]
+        for row in range(len(texts))
+        if start + row in batch.own_tasks
+    }
+    return Batch(texts, batch.side, batch.task, batch.description, own)
 
 
-def write_shard(
-    path: Path,
-    texts: Sequence[str],
-    side: Side,
-    task: str | None,
-    encoder: Encoder,
-    *,
-    done: Callable[[int], None],
-) -> None:
+def write_shard(path: Path, shard: Batch, encoder: Encoder, *, done: Callable[[int], None]) -> None:
     """Embed the texts of one file and write it; ``done`` is told how many at a time."""
-    windows = []
-    for start in range(0, len(texts), WINDOW_TEXTS):
-        window = texts[start : start + WINDOW_TEXTS]
-        windows.append(encode_window(encoder, window, side=side, task=task))
-        done(len(window))
-    write_array(path, np.concatenate(windows))
+    write_array(path, _embed(shard, encoder, done))
+
+
+def _embed(batch: Batch, encoder: Encoder, done: Callable[[int], None]) -> NDArray[np.float32]:
+    """Embed texts in windows of one instruction each; ``done`` is told how many at a time."""
+    windows, order = [], []
+    for task, rows in batch.by_task():
+        for start in range(0, len(rows), WINDOW_TEXTS):
+            window = rows[start : start + WINDOW_TEXTS]
+            texts = [batch.texts[row] for row in window]
+            windows.append(encode_window(encoder, texts, side=batch.side, task=task))
+            order += window
+            done(len(window))
+    found_ND = np.concatenate(windows)
+    vectors_ND = np.empty_like(found_ND)
+    vectors_ND[order] = found_ND
+    return vectors_ND

@@ -19,10 +19,12 @@ from typing import IO, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from nvembed.core.errors import UserError
+from nvembed.core.errors import DataError, UserError
 from nvembed.core.files import atomic_path, tidy, write_json
+from nvembed.core.text_files import read_json_object
 
 _LOCKS = "locks"
+_AGAIN = "Delete it; it will be made again"
 
 
 def key_of(*parts: object) -> str:
@@ -73,7 +75,10 @@ def remembered(folder: Path, name: str, decide: Callable[[], str | None]) -> str
         write_json(path, {"value": decide()})
 
     make_missing([path], write)
-    return cast(str | None, json.loads(path.read_text(encoding="utf-8"))["value"])
+    values = read_json_object(path, "what a run decided", hint=_AGAIN)
+    if not isinstance(values.get("value", 0), str | None):
+        raise DataError("holds no decision", where=str(path), expected="a value", hint=_AGAIN)
+    return cast(str | None, values["value"])
 
 
 @contextmanager

@@ -10,9 +10,9 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
+from nvembed.core.errors import DataError, UserError
 from nvembed.core.runs import RunFolder
+from nvembed.core.text_files import read_json_object
 from nvembed.text.instructions import task_prompts
 
 if TYPE_CHECKING:
@@ -125,14 +125,17 @@ def model_card(model: NVEmbed, kind: str, name: str, *, stock: bool = False) -> 
         lines += use.splitlines()
     run = RunFolder(Path(name).parent)
     lines += ["", "## Training", ""]
-    lines += _training(run) if run.exists else ["Not recorded: the model lay in no run folder."]
+    try:
+        lines += _training(run) if run.exists else ["Not recorded: the model lay in no run folder."]
+    except (UserError, KeyError, TypeError, AttributeError):
+        lines += [f"Not recorded: {run.config} is not the configuration of a run."]
     lines += ["", "## Scores", ""]
     lines += _scores(run) or ["None recorded."]
     return "\n".join(lines) + "\n"
 
 
 def _training(run: RunFolder) -> list[str]:
-    config = yaml.safe_load(run.config.read_text(encoding="utf-8"))
+    config = run.read_recipe()
     lora = config.get("lora")
     adapters = f"LoRA of rank {lora['rank']}" if lora else "all weights"
     if config.get("backbone") == "freeze":
@@ -171,7 +174,6 @@ def _scores(run: RunFolder) -> list[str]:
 
 def _json(path: Path) -> dict[str, Any] | None:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_json_object(path, "an object")
+    except DataError:
         return None
-    return value if isinstance(value, dict) else None

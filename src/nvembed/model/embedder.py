@@ -75,10 +75,17 @@ class NVEmbed(PackModel):
     """A text-embedding model made from a decoder LM by the NV-Embed recipe.
 
     Use :meth:`from_pretrained`; the constructor is that of ``SentenceTransformer``.
+
+    Attributes:
+        types_before_training: of parameters that are held in float32 while they are trained, by
+            name; see ``model/master_weights.py``.
     """
+
+    types_before_training: dict[str, torch.dtype]
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
+        self.types_before_training = {}
         self._compute_fast()
 
     def __setstate__(self, state: dict[str, Any]) -> None:

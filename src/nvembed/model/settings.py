@@ -74,7 +74,7 @@ class ModelSettings(StrictModel):
         max_tokens: longest sequence with BOS, prompt and EOS; longer texts are cut. The limit of a
             model of stock modules, and a table of positions, are never exceeded.
         dtype: of the backbone's weights; float32 by default, a saved embedding model keeps its own,
-            NVIDIA's gets bfloat16 on CUDA.
+            NVIDIA's gets bfloat16 on CUDA. What is trained is held in float32 until it is saved.
         quantization: of the frozen base during training, to save memory: ``nf4`` (4 bits, as QLoRA)
             or ``int8``. The model is saved in ``dtype``, adapters merged into the base as it was.
     """

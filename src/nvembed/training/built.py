@@ -63,7 +63,9 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         shards = {shard["file"]: shard["bytes"] for shard in manifest["shards"]}
         whole = all((folder / name).stat().st_size == size for name, size in shards.items())
-    except (OSError, ValueError, KeyError, TypeError):
+        whole &= all(isinstance(manifest[key], dict) for key in ("settings", "inputs", "steps"))
+        whole &= all(isinstance(manifest[key], str) for key in ("name", "kind"))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return manifest if whole and shards else None
 

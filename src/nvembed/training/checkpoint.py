@@ -29,10 +29,12 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from nvembed.core.errors import TrainingError, UserError
+from nvembed.core.errors import DataError, TrainingError, UserError
 from nvembed.core.files import atomic_folder, tidy
+from nvembed.core.text_files import read_json_object
 from nvembed.model.weights import check_finite_tensor
 from nvembed.training.processes import Processes
+from nvembed.training.recipe_differences import recipe_differences
 from nvembed.training.tensor_files import (
     file_order,
     full,
@@ -48,18 +50,6 @@ _WEIGHTS, _OPTIMIZER, _STATE = "weights.safetensors", "optimizer.safetensors", "
 
 # Of a parameter group: how this machine computes, which is not part of the run's state.
 _MACHINE = {"params", "fused", "foreach", "capturable"}
-
-FREE_KEYS = frozenset(
-    {
-        "output",
-        "log_every",
-        "checkpoint_every",
-        "keep_checkpoints",
-        "trackers",
-        "peer_timeout_minutes",
-    }
-)
-"""Keys of a recipe that may change while a run is stopped: no weight depends on them."""
 
 Parameters = Mapping[str, nn.Parameter]
 
@@ -175,7 +165,7 @@ def latest_checkpoint(folder: Path, *, log: Callable[[str], None] | None = None)
             tensor_shapes(path / _WEIGHTS)
             tensor_shapes(path / _OPTIMIZER)
             _read_state(path)
-        except (OSError, ValueError, SafetensorError) as error:
+        except (OSError, DataError, SafetensorError) as error:
             problem = " ".join(str(error).split())[:200]
             if log is not None:
                 log(f"checkpoint {path.name} cannot be read ({problem}): taking the one before it")
@@ -225,17 +215,6 @@ def check_recipe(checkpoint: Path, recipe: Mapping[str, Any], processes: int = 1
     )
 
 
-def recipe_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """``key: old → new`` for every key that differs and is not one of ``FREE_KEYS``."""
-    before, after = dict(_leaves(old)), dict(_leaves(new))
-    keys = [key for key in {**before, **after} if key.split(".")[0] not in FREE_KEYS]
-    return [
-        f"{key}: {_shown(before, key)} → {_shown(after, key)}"
-        for key in keys
-        if _shown(before, key) != _shown(after, key)
-    ]
-
-
 def restore_weights(checkpoint: Path, trained: Parameters) -> None:
     """Put the trained parameters back.
 
@@ -244,7 +223,14 @@ def restore_weights(checkpoint: Path, trained: Parameters) -> None:
         ModelError: a weight is NaN or infinite.
     """
     file = checkpoint / _WEIGHTS
-    shapes = tensor_shapes(file)
+    try:
+        shapes = tensor_shapes(file)
+    except (OSError, SafetensorError) as error:
+        raise TrainingError(
+            f"cannot be read ({' '.join(str(error).split())[:200]})",
+            where=str(file),
+            hint="Copy the folder back if it was copied, or start over with --fresh",
+        ) from error
     different = sorted(set(shapes) ^ set(trained)) or sorted(
         name for name, shape in shapes.items() if shape != tuple(trained[name].shape)
     )
@@ -264,8 +250,13 @@ def restore_weights(checkpoint: Path, trained: Parameters) -> None:
 def restore_optimizer(
     checkpoint: Path, trained: Parameters, optimizer: torch.optim.Optimizer
 ) -> None:
-    """Put the state of the optimizer back, after it was built for the same stage."""
+    """Put the state of the optimizer back, after it was built for the same stage.
+
+    Raises:
+        TrainingError: it is the state of other parameters, or of another optimizer.
+    """
     numbers = _read_state(checkpoint)["optimizer"]
+    _check_optimizer(checkpoint, numbers, trained, optimizer)
     machine = {
         id(parameter): group for group in optimizer.param_groups for parameter in group["params"]
     }
@@ -277,7 +268,9 @@ def restore_optimizer(
         parameter = trained[name]
         group = machine[id(parameter)]
         if value.shape == parameter.shape:
-            restored = spread(value, parameter)
+            # Moments of a run whose weights were not held in float32 yet are of another type.
+            same_kind = value.is_floating_point() and parameter.is_floating_point()
+            restored = spread(value.to(parameter.dtype) if same_kind else value, parameter)
         elif key == "step" and not (group.get("fused") or group.get("capturable")):
             restored = value.clone()  # torch's loops count on the CPU, its kernels on the device
         else:
@@ -292,6 +285,24 @@ def restore_optimizer(
         saved = groups[group["peak"], group["weight_decay"]]
         for key, value in saved.items():
             group[key] = tuple(value) if isinstance(group.get(key), tuple) else value
+
+
+def _check_optimizer(
+    checkpoint: Path,
+    numbers: Mapping[str, Any],
+    trained: Parameters,
+    optimizer: torch.optim.Optimizer,
+) -> None:
+    names = {*numbers["parameters"]}
+    names.update(entry.rpartition("|")[0] for entry in tensor_shapes(checkpoint / _OPTIMIZER))
+    saved = {(group["peak"], group["weight_decay"]) for group in numbers["groups"]}
+    wanted = {(group["peak"], group["weight_decay"]) for group in optimizer.param_groups}
+    if not names <= {*trained} or not wanted <= saved:
+        raise TrainingError(
+            "the state of the optimizer does not fit the parameters of this run",
+            where=str(checkpoint),
+            hint="Copy the folder back if it was copied, or start over with --fresh",
+        )
 
 
 def _optimizer_state(
@@ -351,23 +362,26 @@ def _write_state(path: Path, state: dict[str, Any]) -> None:
 
 
 def _read_state(checkpoint: Path) -> dict[str, Any]:
-    state: dict[str, Any] = json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))
+    """Read where the run stood, and all that is no tensor.
+
+    Raises:
+        DataError: it is not what ``save_checkpoint`` writes.
+    """
+    file = checkpoint / _STATE
+    state = read_json_object(file, "the state of a checkpoint")
+    try:
+        position = Position(**state["position"])
+        counts = (position.step, position.stage, position.stage_step, state["processes"])
+        is_sound = (
+            all(isinstance(count, int) and count >= 0 for count in counts)
+            and isinstance(position.seconds, int | float)
+            and all(part is None or isinstance(part, dict) for part in position.extra.values())
+            and position.stage <= len(state["recipe"]["stages"])
+            and all(isinstance(v, dict) for v in state["optimizer"]["parameters"].values())
+            and all({"peak", "weight_decay"} <= {*g} for g in state["optimizer"]["groups"])
+        )
+    except (KeyError, TypeError, AttributeError):
+        is_sound = False
+    if not is_sound:
+        raise DataError("not the state of a checkpoint", where=str(file))
     return state
-
-
-def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Values of nested data by dotted path."""
-    inside: Iterator[tuple[Any, Any]] | None = None
-    if isinstance(value, Mapping):
-        inside = iter(value.items())
-    elif isinstance(value, list | tuple):
-        inside = iter(enumerate(value))
-    if inside is None:
-        yield path, value
-        return
-    for key, item in inside:
-        yield from _leaves(item, f"{path}.{key}" if path else str(key))
-
-
-def _shown(values: Mapping[str, Any], key: str) -> str:
-    return json.dumps(values[key], ensure_ascii=False) if key in values else "not there"

@@ -144,8 +144,8 @@ class TrainConfig(StrictModel):
         lora: adapters on the backbone; ``None`` trains all weights.
         backbone: ``train`` tunes its adapters, or all weights without LoRA; ``freeze`` leaves it as
             it was loaded, without gradient, graph and dropout, and tunes the pooling head alone.
-        pooling_head: ``train`` tunes all weights of the pooling head, in float32; ``freeze`` leaves
-            them as they were loaded, without gradient and out of the checkpoints.
+        pooling_head: ``train`` tunes all weights of the pooling head; ``freeze`` leaves them as
+            they were loaded, without gradient and out of the checkpoints.
         datasets: the training data; paths are relative to the recipe.
         build: how ``nvembed data build`` makes them into training files, which the run then reads;
             ``None`` reads the files of the sets as they are.
@@ -154,8 +154,9 @@ class TrainConfig(StrictModel):
         shard: the backbone's weights are shared out over the processes (FSDP2), for a model that
             one device cannot hold; ``accelerate launch --use_fsdp --fsdp_version 2`` asks for it
             too.
-        precision: ``bfloat16`` computes under autocast, weights stay as loaded; ``auto`` takes what
-            the machine is fastest in, measured when the run starts and kept to its end.
+        precision: ``bfloat16`` computes under autocast, ``auto`` takes what the machine is fastest
+            in, measured when the run starts and kept to its end. What is trained is held in float32
+            in any case and saved in the type that it was loaded in (``model.dtype``).
         pack_tokens: tokens per forward pass.
         memory_gb: memory (10⁹ bytes per process) for what a step keeps between forward and
             backward; texts beyond are embedded twice in a stage with in-batch negatives, and go

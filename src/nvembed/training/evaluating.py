@@ -17,7 +17,7 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from nvembed.core.errors import UserError
+from nvembed.core.errors import TrainingError, UserError
 from nvembed.core.seeding import capture_rng, restore_rng
 from nvembed.evaluation.run import evaluate
 from nvembed.evaluation.tasks import LocalTask, load_tasks
@@ -57,8 +57,28 @@ class Best:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any] | None) -> Self:
-        """Back from there; ``None`` is the start of a stage."""
-        return cls(**values) if values else cls()
+        """Back from there; ``None`` is the start of a stage.
+
+        Raises:
+            TrainingError: it is not what ``to_json`` gave.
+        """
+        best = cls()
+        if values:
+            try:
+                best = cls(**values)
+            except TypeError as error:
+                raise _not_of_an_evaluation() from error
+        numbers = isinstance(best.score, int | float | None) and isinstance(best.step, int | None)
+        if not numbers or not isinstance(best.since, int):
+            raise _not_of_an_evaluation()
+        return best
+
+
+def _not_of_an_evaluation() -> TrainingError:
+    return TrainingError(
+        "the newest checkpoint does not say how the evaluations went",
+        hint="Delete it to go on from the one before, or start over with --fresh",
+    )
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,9 @@ from nvembed.core.errors import TrainingError, UserError
 from nvembed.core.files import write_text
 from nvembed.core.runs import RunFolder
 from nvembed.model.precision import settle_precision
-from nvembed.training.checkpoint import recipe_differences, remove_leftovers
+from nvembed.training.checkpoint import remove_leftovers
 from nvembed.training.config import TrainConfig
+from nvembed.training.recipe_differences import recipe_differences
 
 
 def prepare_folder(run: RunFolder, config: TrainConfig, *, fresh: bool) -> None:
@@ -23,7 +24,7 @@ def prepare_folder(run: RunFolder, config: TrainConfig, *, fresh: bool) -> None:
         return
     remove_leftovers(run.checkpoints)
     check_folder(run, config)
-    if run.config.read_text(encoding="utf-8") == resolved:
+    if _recorded(run) == resolved:
         return
     if run.has_results:
         write_text(run.config, resolved)
@@ -37,7 +38,7 @@ def check_folder(run: RunFolder, config: TrainConfig) -> None:
     Raises:
         TrainingError: it is another one; names the keys.
     """
-    if run.config.read_text(encoding="utf-8") == dump_config(config) or not run.has_results:
+    if _recorded(run) == dump_config(config) or not run.has_results:
         return
     try:
         different = recipe_differences(
@@ -52,6 +53,13 @@ def check_folder(run: RunFolder, config: TrainConfig) -> None:
             where=str(run.config),
             hint="Choose another output folder, or start over with --fresh",
         )
+
+
+def _recorded(run: RunFolder) -> str | None:
+    """The configuration in the folder; ``None`` where nothing can read it."""
+    with suppress(OSError, UnicodeDecodeError):
+        return run.config.read_text(encoding="utf-8")
+    return None
 
 
 def check_writable(run: RunFolder) -> None:

@@ -9,7 +9,7 @@ floats in the same order.
 
 from __future__ import annotations
 
-import json
+import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +20,9 @@ import torch
 from torch import Tensor, UntypedStorage
 from torch.distributed.tensor import DTensor
 
+from nvembed.core.errors import DataError
 from nvembed.core.files import write_json
+from nvembed.core.text_files import read_json_object
 from nvembed.model.embedder import NVEmbed
 from nvembed.model.memory import free_bytes
 from nvembed.model.packs import embed_pack
@@ -67,17 +69,23 @@ def settle_graph_memory(
         memory_gb: for graphs, in 10⁹ bytes; ``None`` takes half of what is free now.
         pack_tokens: of one forward.
     """
-    if processes.agree(not file.is_file()):
-        memory = measure_graph_memory(model, memory_gb=memory_gb, pack_tokens=pack_tokens)
+    known = read_graph_memory(file)
+    if processes.agree(known is None):
+        known = measure_graph_memory(model, memory_gb=memory_gb, pack_tokens=pack_tokens)
         if processes.is_main:
-            write_json(file, asdict(memory))
-        processes.barrier()
-    return read_graph_memory(file)
+            write_json(file, asdict(known))
+    return GraphMemory(**processes.of_main(asdict(known)))  # type: ignore[arg-type]
 
 
-def read_graph_memory(file: Path) -> GraphMemory:
-    """Read what a run settled on."""
-    return GraphMemory(**json.loads(file.read_text(encoding="utf-8")))
+def read_graph_memory(file: Path) -> GraphMemory | None:
+    """Read what a run settled on; ``None`` where it did not, or the file is damaged."""
+    try:
+        values = read_json_object(file, "what graphs need")
+        memory = GraphMemory(float(values["bytes_per_token"]), int(values["budget_bytes"]))
+    except (DataError, KeyError, TypeError, ValueError, OverflowError):
+        return None
+    sizes = (memory.bytes_per_token, memory.budget_bytes)
+    return memory if all(math.isfinite(size) and size > 0 for size in sizes) else None
 
 
 def measure_graph_memory(

@@ -18,6 +18,7 @@ from nvembed.model.adapters import add_lora, hold_frozen, merge_lora, save_adapt
 from nvembed.model.compiled import compile_elementwise
 from nvembed.model.embedder import NVEmbed
 from nvembed.model.kind import model_kind
+from nvembed.model.master_weights import hold_masters, release_masters
 from nvembed.model.quantization import quantize_frozen
 from nvembed.model.recompute import recompute_layers
 from nvembed.model.settings import PoolingSettings
@@ -51,11 +52,16 @@ def computing(config: TrainConfig, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16")
 
 
+def backbone_source(config: TrainConfig, base_dir: Path) -> str:
+    """The folder or hub id of what a run starts from."""
+    local = base_dir / config.model.backbone
+    return str(local) if local.is_dir() else config.model.backbone
+
+
 def build_model(config: TrainConfig, base_dir: Path, *, device: str | None = None) -> NVEmbed:
     """The model a run starts from, with adapters where the recipe wants them."""
     settings = config.model
-    local = base_dir / settings.backbone
-    source = str(local) if local.is_dir() else settings.backbone
+    source = backbone_source(config, base_dir)
     pooling = settings.pooling
     if pooling is None and model_kind(ModelSource(source)) == "language_model":
         pooling = PoolingSettings()
@@ -87,11 +93,9 @@ def build_model(config: TrainConfig, base_dir: Path, *, device: str | None = Non
         compile_elementwise(model.backbone.model)
     if config.activation_checkpointing:
         recompute_layers(model.backbone)
-    if config.pooling_head == "train":
-        # In 16 bit, an update of a usual learning rate would round to nothing.
-        model.pooling.float()
-    else:
+    if config.pooling_head == "freeze":
         model.pooling.requires_grad_(False)
+    hold_masters(model)
     return model
 
 
@@ -106,13 +110,15 @@ def save_model(
 ) -> None:
     """Write an ordinary sentence-transformers folder with adapters merged and prompts set.
 
+    Weights are saved in the types that they were loaded in.
+
     Args:
         model: the model in training; left as it is unless ``final``.
         config: for the prompts: one per data set, and ``query`` where all retrieval sets share one;
             besides them those of the MTEB tasks.
         folder: written beside and moved into place.
         base_dir: folder of the recipe, to find the base again where it was rounded or sharded.
-        final: merge in place, which needs no second copy of the weights.
+        final: merge and round in place, which needs no second copy of the weights.
         write: in one process; all of them call, because weights may be shared out.
 
     Raises:
@@ -126,6 +132,7 @@ def save_model(
     if not write:
         return
     merge_lora(saved.backbone)
+    release_masters(saved)
     prompts = {dataset.name: query_prompt(dataset.instruction) for dataset in config.datasets}
     retrieval = {prompts[d.name] for d in config.datasets if d.kind == "retrieval"}
     if len(retrieval) == 1:

@@ -87,11 +87,13 @@ def _mined(
     target = mined_file(dataset, folder)
     if not target.is_file():
         log(f"mining {settings.num_negatives} negatives per query of {dataset.name}")
-        records = records_to_mine(dataset, base_dir)
+        records = load_records(dataset, base_dir=base_dir)
+        places = places_to_mine(dataset, records)
+        chosen = [records[place] for place in places]
         mined: Sequence[PairRecord | StsRecord]
         if dataset.kind == "sts":
             mined, report = mine_sts_negatives(
-                cast(list[StsRecord], records),
+                cast(list[StsRecord], chosen),
                 None,
                 teacher,
                 settings,
@@ -99,14 +101,16 @@ def _mined(
             )
         else:
             mined, report = mine_negatives(
-                cast(list[PairRecord], records),
+                cast(list[PairRecord], chosen),
                 None,
                 teacher,
                 settings,
                 instruction=dataset.instruction,
+                further=cast(list[PairRecord], records),
             )
         write_json(folder / f"{dataset.name}.report.json", report.to_json())
-        write_jsonl(target, (record.to_json() for record in mined))
+        rows = with_mined(records, places, mined)
+        write_jsonl(target, (record.to_json() for record in rows))
     return mined_dataset(dataset, folder)
 
 
@@ -117,22 +121,26 @@ def mined_file(dataset: DatasetConfig, folder: Path) -> Path:
 
 def mined_dataset(dataset: DatasetConfig, folder: Path) -> DatasetConfig:
     """The data set with its mined file in place of its own."""
-    limit = dataset.max_records if _record_limit(dataset) is None else None
-    return dataset.with_file(mined_file(dataset, folder)).model_copy(update={"max_records": limit})
+    return dataset.with_file(mined_file(dataset, folder))
 
 
-def records_to_mine(dataset: DatasetConfig, base_dir: Path) -> list[Record]:
-    """The records that negatives are mined for, as the file holds them."""
-    return _used(load_records(dataset, base_dir=base_dir), _record_limit(dataset))
+def places_to_mine(dataset: DatasetConfig, records: Sequence[Record]) -> Sequence[int]:
+    """Which records training will see: mining the others would be work for nothing.
+
+    Of sts, ``max_records`` counts directions of pairs scored 4 or more, so all records are needed.
+    """
+    most = dataset.max_records
+    if most is None or most >= len(records) or dataset.kind == "sts":
+        return range(len(records))
+    return [number * len(records) // most for number in range(most)]
 
 
-def _record_limit(dataset: DatasetConfig) -> int | None:
-    # Of sts, the limit counts directions of pairs scored 4 or more, so all records are needed.
-    return None if dataset.kind == "sts" else dataset.max_records
+def with_mined(
+    records: Sequence[Record], places: Sequence[int], mined: Sequence[Record]
+) -> list[Record]:
+    """All records of a set, those that were mined for with their negatives.
 
-
-def _used(records: Sequence[Record], most: int | None) -> list[Record]:
-    """The records that training will see: mining the others would be work for nothing."""
-    if most is None or most >= len(records):
-        return list(records)
-    return [records[number * len(records) // most] for number in range(most)]
+    The others stay, since training must know what answers a query in any of them.
+    """
+    found = dict(zip(places, mined, strict=True))
+    return [found.get(place, record) for place, record in enumerate(records)]

@@ -7,10 +7,8 @@ is written in any case.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
@@ -98,5 +96,5 @@ def _numbers(row: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, fl
 
 def _identity(run: RunFolder) -> str:
     """The same for all restarts of a run: of its folder and the moment it was started first."""
-    started = json.loads(Path(run.env).read_text(encoding="utf-8"))["started"]
+    started = run.read_env()["started"]
     return hashlib.sha256(f"{run.path.resolve()} {started}".encode()).hexdigest()[:16]

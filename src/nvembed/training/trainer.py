@@ -47,6 +47,7 @@ from nvembed.training.evaluating import (
 from nvembed.training.feed import Fed, Feed
 from nvembed.training.folder import prepare_folder, with_settled_precision
 from nvembed.training.graph_memory import settle_graph_memory
+from nvembed.training.inputs import check_finished, inputs_of, settle_inputs, settle_mined
 from nvembed.training.metrics import describe, metrics_row
 from nvembed.training.model import computing, save_adapters, save_model, starting_model
 from nvembed.training.optim import (
@@ -69,7 +70,7 @@ def train(config: TrainConfig, *, base_dir: str | Path, fresh: bool = False) -> 
     """Train all stages and save the model.
 
     A run that was stopped goes on from its last checkpoint when started again with the same
-    configuration; a finished run does nothing.
+    configuration and inputs; a finished run does nothing.
 
     Args:
         config: the run.
@@ -80,7 +81,8 @@ def train(config: TrainConfig, *, base_dir: str | Path, fresh: bool = False) -> 
         Folder of the trained model.
 
     Raises:
-        UserError: data, model or output folder cannot be used; the loss is not finite; interrupted.
+        UserError: data, model or output folder cannot be used, or are not those that the run was
+            started with; the loss is not finite; interrupted.
     """
     base_dir = Path(base_dir)
     run = RunFolder(Path(config.output))
@@ -94,6 +96,8 @@ def train(config: TrainConfig, *, base_dir: str | Path, fresh: bool = False) -> 
             prepare_folder(run, config, fresh=fresh)
         processes.barrier()
         if (run.model / "modules.json").is_file():
+            if processes.is_main:
+                check_finished(run, config, base_dir)
             return run.model
         return _Run(config, run, base_dir, processes).train()
 
@@ -111,6 +115,8 @@ class _Run:
         # All data are read first: a bad line is told before a large model is loaded.
         self.mixtures = load_mixtures(config, base_dir)
         self.tasks = load_evaluation_tasks(config.evaluation, base_dir) if config.evaluation else []
+        inputs = inputs_of(config, base_dir, self.mixtures, self.tasks)
+        settle_inputs(run, inputs, processes, self.log)
         self.accelerator = Accelerator(**tracker_options(config.trackers, run))
         # Of a model that is to be sharded only the shares go to the device.
         device = "cpu" if processes.sharded else str(processes.device)
@@ -118,6 +124,7 @@ class _Run:
         self.tokens = TokenCache(default_cache_folder(), self.embedder.backbone.text_tokenizer)
         self.recipe = config.model_dump(mode="json")
         self.checkpoint = latest_checkpoint(run.checkpoints, log=self.log)
+        note = self.checkpoint and check_recipe(self.checkpoint, self.recipe, processes.count)
         self.position = read_position(self.checkpoint) if self.checkpoint else Position()
         self.best = Best.from_json(self.position.extra.get("best"))
         stage = config.stages[self.position.stage] if self.position.stage_step else None
@@ -128,7 +135,6 @@ class _Run:
             # All start from the same numbers, whatever the machines make of a seed.
             processes.broadcast_parameters(trained_parameters(self.embedder).values())
         else:
-            note = check_recipe(self.checkpoint, self.recipe, processes.count)
             restore_weights(self.checkpoint, self._trained())
             self.log(f"going on after step {self.position.step} ({self.checkpoint.name})")
             if note:
@@ -151,7 +157,7 @@ class _Run:
             f"memory for graphs {self.memory.budget_bytes / 1e9:.2f} GB: {self.memory.tokens:,} "
             f"tokens ({self.memory.bytes_per_token / 1e3:,.0f} kB each)"
         )
-        if self.processes.is_main:
+        if self.processes.is_main and self.config.trackers:
             start_trackers(self.accelerator, self.run, self.recipe, step=self.position.step)
         for number in range(self.position.stage, len(self.config.stages)):
             self._stage(number)
@@ -268,6 +274,8 @@ class _Run:
                 teacher=self.embedder,
                 log=self.log,
             )
+        if self.processes.is_main:
+            settle_mined(self.run, self.config, config.name, mixture)
         if self.processes.is_main or self.processes.sharded:
             self.processes.barrier()
         return mixture

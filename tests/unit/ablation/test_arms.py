@@ -126,7 +126,7 @@ def test_what_is_wrong_with_a_grid(tmp_path: Path, changes: dict[str, Any], mess
     [
         ({"stage_order": [3]}, "a list of stage numbers 1 to 2"),
         ({"stage_order": [1, 1]}, "names a stage twice"),
-        ({"stages.tow.steps": 3}, "no entry called 'tow' in stages"),
+        ({"stages.tow.steps": 3}, "or a name (one, two) instead of 'tow'"),
         ({"datasets.labels.wieght": 3}, "wieght"),
         ({"stages.0.steps": 0}, "steps"),
     ],

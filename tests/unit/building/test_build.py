@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from nvembed.building import one_set
+from nvembed.building.build import _SharedInputs, build_recipe
 from nvembed.cli.main import run
 from nvembed.core.config import load_config
 from nvembed.core.errors import DataError, SourceError
@@ -106,6 +107,35 @@ def test_pairs_are_those_of_plain_loops(recipe: Path) -> None:
     assert dropped["found"] == ["What is  asked"]
 
 
+def test_positives_beyond_the_cap_are_no_negatives(tmp_path: Path) -> None:
+    """The same question under two instructions is two records, of which the cap keeps the first."""
+    pairs = []
+    for number in range(6):
+        query = f"colour number {number}"
+        pairs.append({"query": query, "positive": f"{query} is red", "instruction": "first"})
+        pairs.append({"query": query, "positive": f"{query} is blue", "instruction": "second"})
+    write_jsonl(tmp_path / "pairs.jsonl", pairs)
+    mine = {"teacher": "bm25", "strategy": "top_k", "num_negatives": 20}
+    dataset = {"name": "pairs", "path": "pairs.jsonl", "kind": "retrieval", "instruction": "find"}
+    stage = {"name": "one", "steps": 1, "in_batch_negatives": True}
+    config = TrainConfig.model_validate(
+        {
+            "output": "run",
+            "model": {"backbone": "none"},
+            "datasets": [{**dataset, "max_records": 6, "stages": [1]}],
+            "stages": [stage],
+            "build": {"folder": "built", "mine": mine},
+        }
+    )
+    build_recipe(config, base_dir=tmp_path, folder="built")
+    records = read_records(tmp_path / "built" / "pairs", "retrieval")
+    everything = {row["positive"] for row in pairs}
+    assert len(records) == 6
+    for record in records:
+        own = {f"{record.query} is red", f"{record.query} is blue"}
+        assert set(record.negatives) == everything - own
+
+
 def test_shards_have_a_fixed_length_and_the_checksums_of_the_manifest(recipe: Path) -> None:
     assert build(recipe) == 0
     found = manifest(recipe, "pairs")
@@ -177,6 +207,44 @@ def test_changed_inputs_are_seen(recipe: Path) -> None:
     assert manifest(recipe, "pairs")["inputs"]["tasks"] != before["inputs"]["tasks"]
     texts = {record.query for record in read_records(recipe.parent / "built" / "pairs", "nli")}
     assert "red red" not in texts
+
+
+def test_a_teacher_and_a_reranker_that_changed_inside_are_seen(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Same names, sizes and times; the difference is in the middle of the weights."""
+    monkeypatch.chdir(tmp_path)
+    mine = {"teacher": "teacher", "rerank": "reranker", "num_negatives": 2}
+    changed = config(recipe, f"build.mine={json.dumps(mine)}")
+    assert changed.build is not None
+    for name in ("teacher", "reranker"):
+        (recipe.parent / name).mkdir()
+        (recipe.parent / name / "model.safetensors").write_bytes(bytes(70_000_000))
+    pairs, _, classes = changed.datasets
+    shared = _SharedInputs(changed.build, recipe.parent)
+    first = shared.of_set(pairs)
+    assert set(first) == {"source", "tasks", "teacher", "reranker"}
+    assert set(shared.of_set(classes)) == {"source", "tasks", "teacher"}
+    for name in ("teacher", "reranker"):
+        with open(recipe.parent / name / "model.safetensors", "r+b") as weights:
+            weights.seek(35_000_000)
+            weights.write(b"x")
+        now = _SharedInputs(changed.build, recipe.parent).of_set(pairs)
+        assert {key for key in now if now[key] != first[key]} == {name}
+        first = now
+
+
+@pytest.mark.parametrize("damage", ["[]", "{}", "[" * 9999, "settings", "shards", "name"])
+def test_a_damaged_manifest_is_no_set(recipe: Path, damage: str) -> None:
+    assert build(recipe, "build.mine=null") == 0
+    file = recipe.parent / "built" / "sts" / "manifest.json"
+    whole = file.read_text()
+    values = json.loads(whole)
+    file.write_text(json.dumps({**values, damage: 5}) if damage in values else damage)
+    with pytest.raises(DataError, match="sts is not built"):
+        training_datasets(config(recipe, "build.mine=null"), recipe.parent)
+    assert build(recipe, "build.mine=null") == 0
+    assert file.read_text() == whole
 
 
 def test_two_builds_do_not_share_a_folder(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:

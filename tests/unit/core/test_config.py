@@ -121,6 +121,70 @@ def test_broken_yaml_names_the_line(recipe, text, where):
     assert message.startswith(where + "not valid YAML (")
 
 
+LAUGHS = "a: &a [x, x]\n" + "".join(
+    f"{new}: &{new} [{', '.join([f'*{old}'] * 9)}]\n"
+    for old, new in zip("abcdefghi", "bcdefghij", strict=True)
+)
+MERGES = "a: &a {x: 1}\n" + "".join(
+    f"{new}: &{new} {{<<: [{', '.join([f'*{old}'] * 9)}]}}\n"
+    for old, new in zip("abcdefghi", "bcdefghij", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("seed: &a [*a]\n", "recipe.yaml:1: not valid YAML (an alias contains itself)"),
+        ("named: &a\n  b: {c: *a}\n", "recipe.yaml:1: not valid YAML (an alias contains itself)"),
+        ("named: &a {<<: *a}\n", "recipe.yaml:1: not valid YAML (an alias contains itself)"),
+        (LAUGHS, "not valid YAML (aliases unfold to more than 100,000 values)"),
+        (MERGES, "not valid YAML (aliases unfold to more than 100,000 values)"),
+        (f"seed: {'[' * 200}{']' * 200}\n", "not valid YAML (nested too deep)"),
+        (f"seed: {'[' * 2000}{']' * 2000}\n", "not valid YAML (nested too deep)"),
+        ("seed: 1\nname: a\x07b\n", "recipe.yaml:2: not valid YAML (a character that YAML does"),
+        ("? [a, b]\n: 1\n", "recipe.yaml:1: not valid YAML (a key is a list or a mapping)"),
+        ("seed: !!int abc\n", "recipe.yaml:1: not valid YAML ('abc' as int)"),
+        ("seed: !!bool abc\n", "recipe.yaml:1: not valid YAML ('abc' as bool)"),
+        (f"seed: {'9' * 5000}\n", "recipe.yaml:1: not valid YAML ('99999999999999999999' as int)"),
+        ("output: !!timestamp 2024-01-01\n", "not valid YAML (the tag !!timestamp has no meaning"),
+        ("output: !!set {a, b}\n", "not valid YAML (the tag !!set has no meaning here)"),
+        ("output: !!python/name:os.system\n", "the tag !!python/name:os.system has no meaning"),
+        ("a: 1\n---\nb: 2\n", "recipe.yaml:2: not valid YAML ("),
+        ("1: 2\n", "recipe.yaml: 1 (line 1): unknown key"),
+        ("null: 2\n", "recipe.yaml: null (line 1): unknown key"),
+        ('output: "\\ud800"\n', "recipe.yaml: "),
+    ],
+)
+def test_yaml_that_cannot_be_a_recipe_is_one_line(recipe, text, message):
+    assert message in message_of(recipe(text))
+
+
+def test_the_same_of_overrides(recipe):
+    path = recipe("seed: 1\n")
+    assert "(an alias contains itself)" in message_of(path, "named=&a [*a]")
+    assert "(nested too deep)" in message_of(path, f"named={'[' * 2000}{']' * 2000}")
+    assert "named.a.rank (override 'named={a: {rank: 1, rank: 2}}'): given twice" in message_of(
+        path, "named={a: {rank: 1, rank: 2}}"
+    )
+
+
+def test_keys_are_texts_as_they_are_written(recipe):
+    config = load_config(Recipe, recipe("named: {010: {rank: 1}, true: {rank: 2}, ~: {}}\n"))
+    assert list(config.named) == ["010", "true", "~"]
+    assert config.named["010"] == Adapter(rank=1)
+
+
+def test_a_byte_order_mark_and_windows_line_ends_are_read(recipe):
+    config = load_config(Recipe, recipe("\ufeffseed: 3\r\npooling: latent\r\n"))
+    assert (config.seed, config.pooling) == (3, "latent")
+
+
+def test_aliases_and_merges_are_read_and_own_keys_come_before_merged_ones(recipe):
+    text = "adapter: &a {rank: 2, dropout: 0.5}\nnamed: {b: {rank: 3, <<: *a}, c: *a}\n"
+    config = load_config(Recipe, recipe(text))
+    assert config.named == {"b": Adapter(rank=3, dropout=0.5), "c": Adapter(rank=2, dropout=0.5)}
+
+
 def test_not_a_mapping(recipe):
     assert "the file holds a list; expected key: value lines" in message_of(recipe("- 1\n"))
 
@@ -228,6 +292,21 @@ def test_last_override_wins_and_whole_lists_can_be_set(recipe):
 )
 def test_bad_overrides(recipe, override, part):
     assert part in message_of(recipe(TWO_STAGES), override)
+
+
+def test_list_members_are_called_by_name_too(recipe):
+    text = "stages: [{name: one, steps: 1}, {name: a.b, steps: 2}, {name: '0', steps: 3}]\n"
+    changes = ["stages.one.steps=5", "stages.a.b.adapter.rank=6", "stages.0.learning_rate=1"]
+    config = load_config(Recipe, recipe(text), changes)
+    assert config.stages[0] == Stage(steps=5, name="one", learning_rate=1)  # an index comes first
+    assert config.stages[1] == Stage(steps=2, name="a.b", adapter=Adapter(rank=6))
+    assert config.stages[2] == Stage(steps=3, name="0")
+    renamed = load_config(Recipe, recipe(text), ["stages.one.name=new", "stages.new.steps=9"])
+    assert renamed.stages[0] == Stage(steps=9, name="new")
+    expected = "an index (0 to 2) or a name (one, a.b, 0) instead of 'two'"
+    assert message_of(recipe(text), "stages.two.steps=8") == (
+        f"recipe.yaml: override 'stages.two.steps=8': stages is a list, expected {expected}"
+    )
 
 
 def test_problems_of_file_and_overrides_come_together(recipe):

@@ -18,7 +18,7 @@ from oracles.batch import plain_batch
 def example(query: str, positive: str, *negatives: str, **changes: Any) -> Example:
     values: dict[str, Any] = {
         "known_positives": (positive,),
-        "label": None,
+        "labels": (),
         "instruction": None,
         "symmetric": False,
         "dataset": "set",
@@ -37,8 +37,9 @@ def examples(draw: st.DrawFn) -> Example:
     text = st.sampled_from("abcdefg")
     own = tuple(draw(st.lists(text, max_size=3)))
     positive = draw(text)
-    label = draw(st.none() | st.sampled_from(["x", "y"]))
-    labels = st.lists(st.sampled_from("xyz"), min_size=len(own), max_size=len(own))
+    classes = st.lists(st.sampled_from("xyz"), min_size=1, max_size=2, unique=True).map(tuple)
+    labels = draw(st.just(()) | classes)
+    of_negatives = st.lists(classes, min_size=len(own), max_size=len(own)).map(tuple)
     further = tuple(draw(st.lists(text.filter(lambda t: t != positive), max_size=2, unique=True)))
     scored = draw(st.booleans())
 
@@ -50,11 +51,12 @@ def examples(draw: st.DrawFn) -> Example:
         positive=positive,
         negatives=own,
         known_positives=tuple(draw(st.lists(text, max_size=2))),
-        label=label,
+        labels=labels,
         instruction=draw(st.sampled_from([None, "find it"])),
         symmetric=draw(st.booleans()),
         dataset=draw(st.sampled_from(["one", "two"])),
-        negative_labels=() if label is None else tuple(draw(labels)),
+        positive_labels=draw(classes) if labels else (),
+        negative_labels=draw(of_negatives) if labels else (),
         further_positives=further,
         positive_scores=scores(1 + len(further)) if scored else (),
         negative_scores=scores(len(own)) if scored else (),
@@ -227,14 +229,22 @@ def test_query_and_document_of_symmetric_data_share_a_row() -> None:
 
 def test_documents_of_the_same_class_never_stand_against_a_query() -> None:
     shared: dict[str, Any] = {"symmetric": True, "dataset": "colours"}
+    red: dict[str, Any] = {"labels": ("red",), "positive_labels": ("red",)}
+    blue = ("blue",)
     batch = build_batch(
         [
-            example("q1", "red one", "blue one", label="red", negative_labels=("blue",), **shared),
-            example("q2", "red two", label="red", **shared),
+            example("q1", "red one", "blue one", negative_labels=(blue,), **red, **shared),
+            example("q2", "red two", **red, **shared),
             example(
-                "q3", "blue two", "red three", label="blue", negative_labels=("red",), **shared
+                "q3",
+                "blue two",
+                "red three",
+                labels=blue,
+                positive_labels=blue,
+                negative_labels=(("red",),),
+                **shared,
             ),
-            example("q4", "wine", label="red", dataset="drinks"),
+            example("q4", "wine", **red, dataset="drinks"),
         ],
         in_batch_negatives=True,
     )
@@ -242,6 +252,18 @@ def test_documents_of_the_same_class_never_stand_against_a_query() -> None:
     assert negatives(batch, 1) == {"blue one", "blue two", "wine"}
     assert negatives(batch, 2) == {"red one", "red two", "red three", "wine"}
     assert negatives(batch, 3) == {"red one", "red two", "red three", "blue one", "blue two"}
+
+
+def test_equal_queries_of_different_sets_know_the_positives_of_each_other() -> None:
+    batch = build_batch(
+        [
+            example("q", "p1", dataset="one"),
+            example("q", "p2", "n", dataset="two", instruction="find", known_positives=("p3",)),
+            example("other", "p3"),
+        ],
+        in_batch_negatives=True,
+    )
+    assert [negatives(batch, b) for b in range(3)] == [{"n"}, {"n"}, {"p1", "p2", "n"}]
 
 
 def test_same_source_only_keeps_other_data_sets_out() -> None:

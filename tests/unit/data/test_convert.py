@@ -10,6 +10,7 @@ import pytest
 from hypothesis import assume, given, settings
 
 from nvembed.core.errors import DataError
+from nvembed.data.batch import build_batch
 from nvembed.data.convert import make_source
 from nvembed.data.examples import Example, ExampleSource
 from nvembed.data.records import Kind, LabelRecord, PairRecord, StsRecord
@@ -51,7 +52,7 @@ def test_pairs_draw_one_positive_and_different_negatives() -> None:
             positive=example.positive,
             negatives=example.negatives,
             known_positives=("p1", "p2", "p3"),
-            label=None,
+            labels=(),
             instruction="find",
             symmetric=False,
             dataset="set",
@@ -201,10 +202,10 @@ def test_classes_by_example_draw_from_own_and_other_classes() -> None:
     )
     for example in examples:
         assert example.query == "blue2"
-        assert example.label == "blue"
+        assert example.labels == example.positive_labels == ("blue",)
         assert example.symmetric
         assert len(set(example.negatives)) == 2
-        labels = tuple(text.rstrip("123") for text in example.negatives)
+        labels = tuple((text.rstrip("123"),) for text in example.negatives)
         assert example.negative_labels == labels
 
 
@@ -224,14 +225,33 @@ def test_classes_by_example_hold_for_texts_with_several_labels(
     assert len(of) == len(records)
     for index, record in enumerate(records):
         example = of.example(index, np.random.default_rng(seed), num_negatives)
-        allowed = {r.text for r in records} - texts_of[record.label]
+        own = {label for label, texts in texts_of.items() if record.text in texts}
+        allowed = {r.text for r in records}.difference(*(texts_of[label] for label in own))
         assert example.query == record.text
         assert example.positive in texts_of[record.label] - {record.text}
         assert len(example.negatives) == min(num_negatives, len(allowed))
         assert set(example.negatives) <= allowed
         assert len(set(example.negatives)) == len(example.negatives)
-        for text, label in zip(example.negatives, example.negative_labels, strict=True):
-            assert text in texts_of[label]
+        assert set(example.labels) == own
+        texts = (example.positive, *example.negatives)
+        every = (example.positive_labels, *example.negative_labels)
+        for text, labels in zip(texts, every, strict=True):
+            assert set(labels) == {label for label, members in texts_of.items() if text in members}
+
+
+def test_a_text_of_two_classes_is_a_negative_for_neither_in_a_batch() -> None:
+    """All four queries of the set at once: only texts without a common class stand against."""
+    classes = {"both": "xy", "x1": "x", "x2": "x", "y1": "y", "y2": "y", "z1": "z", "z2": "z"}
+    records = [LabelRecord(text, label) for text, labels in classes.items() for label in labels]
+    of = source(records, "classification")
+    examples = [of.example(index, np.random.default_rng(index), 9) for index in range(len(of))]
+    batch = build_batch(examples, in_batch_negatives=True)
+    documents = [batch.texts[row][1] for row in batch.document_N]
+    assert set(documents) == set(classes)
+    for example, against_N in zip(examples, batch.negative_BN, strict=True):
+        found = {documents[column] for column in np.flatnonzero(against_N)}
+        own = set(classes[example.query])
+        assert found == {text for text, labels in classes.items() if not own & set(labels)}
 
 
 def test_classes_by_label_text() -> None:
@@ -247,10 +267,11 @@ def test_classes_by_label_text() -> None:
     example = of.example(2, np.random.default_rng(0), 9)
     assert (example.query, example.positive) == ("send it back", "refund")
     assert set(example.negatives) == {"card arrival", "lost card", "greeting"}
-    assert set(example.negative_labels) == {"card_arrival", "lost card", "greeting"}
+    assert set(example.negative_labels) == {("card_arrival",), ("lost card",), ("greeting",)}
     assert examples[0].positive == "card arrival"
     assert examples[0].known_positives == ("card arrival", "lost card")
-    assert examples[0].label == "card_arrival"
+    assert examples[0].labels == ("card_arrival", "lost card")
+    assert examples[0].positive_labels == ("card_arrival",)
     assert not examples[0].symmetric
 
 

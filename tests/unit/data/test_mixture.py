@@ -221,7 +221,7 @@ def test_loads_the_sets_of_a_stage_relative_to_the_recipe(tmp_path: Path) -> Non
     hot = load_mixture([pairs, labels], stage=2, base_dir=tmp_path, temperature=3.0)
     assert hot.weights == pytest.approx([2.5, 4.0])  # one set alone has nothing to even out
     assert of.sources[0].example(2, np.random.default_rng(0), 3) == Example(
-        "q2", "p2", (), ("p2",), None, "find", False, "pairs"
+        "q2", "p2", (), ("p2",), (), "find", False, "pairs"
     )
     by_label = dataset("labels", kind="clustering", conversion="label")
     example = load_source(by_label, base_dir=tmp_path).example(1, np.random.default_rng(0), 2)

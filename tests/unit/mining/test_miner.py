@@ -236,6 +236,51 @@ def test_the_instruction_goes_to_queries_only_and_texts_are_encoded_once() -> No
     ]
 
 
+def test_a_record_with_an_instruction_is_asked_with_it() -> None:
+    encoder = TableEncoder(PLANE)
+    own = "Find the opposite"
+    records = [
+        PairRecord("q", ("pos",)),
+        PairRecord("q", ("d60",), instruction=own),
+        PairRecord("Q2", ("pos",), instruction=own),
+        PairRecord("Q2", ("pos",), instruction="Find more"),
+    ]
+    mine_negatives(records, None, encoder, MiningConfig(), instruction="Find it")
+    asked = {(side, task): texts for side, task, texts in encoder.calls}
+    assert asked == {
+        ("query", "Find it"): ["q"],
+        ("query", own): ["q", "Q2"],
+        ("query", "Find more"): ["Q2"],
+        ("document", None): ["pos", "d60"],
+    }
+
+
+class TaskEncoder(TableEncoder):
+    """Turns queries by the angle that the instruction names."""
+
+    def encode_query(self, texts: Sequence[str], *, task: str | None = None) -> NDArray[np.float32]:
+        angles = np.radians([self.angles[text] + float(task or 0) for text in texts])
+        return np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+
+
+def test_what_is_near_depends_on_the_instruction_of_the_record() -> None:
+    records = [PairRecord("q", ("pos",), instruction=angle) for angle in ("40", "80", None)]
+    config = MiningConfig(strategy="top_k", num_negatives=1, write_scores=True)
+    mined, _ = mine_negatives(records, CORPUS, TaskEncoder(PLANE), config, instruction="60")
+    assert [record.negatives for record in mined] == [("d40",), ("d80",), ("d60",)]
+    expected = [np.cos(np.radians(angle - 30)) for angle in (40, 80, 60)]
+    assert [record.positive_scores[0] for record in mined] == pytest.approx(expected, abs=1e-6)
+
+
+def test_positives_of_further_records_are_no_negatives() -> None:
+    further = [PairRecord("Q ", ("D40",)), PairRecord("other", ("d50",)), PairRecord("q", ("x",))]
+    config = MiningConfig(strategy="top_k", num_negatives=4)
+    mined, _ = mine_negatives(
+        [PairRecord("q", ("pos",))], CORPUS, TableEncoder(PLANE), config, further=further
+    )
+    assert [record.negatives for record in mined] == [("same-ish", "close", "d50", "d60")]
+
+
 def test_report_counts_by_hand() -> None:
     record = PairRecord("q", ("pos",))
     _, report = mine_negatives([record], CORPUS, TableEncoder(PLANE), MiningConfig(num_negatives=5))

@@ -127,6 +127,28 @@ def test_equals_mining_in_memory(encoder: NotedEncoder, tmp_path: Path, kind: An
     assert {path.name for path in tmp_path.iterdir()} == names
 
 
+def test_records_with_instructions_of_their_own(encoder: NotedEncoder) -> None:
+    """In files as in memory; changing one instruction embeds the queries of its file again."""
+    pairs = [{"query": f"{WORDS[i % 16]} {i % 25}", "positive": _text(i)} for i in range(30)]
+    for number in range(0, 30, 3):
+        pairs[number]["instruction"] = f"Find {number % 2}"
+    write_jsonl("pairs.jsonl", pairs)
+    _mine(HashEncoder(dimension=64), instruction="Find")
+    expected = _outputs()
+    work = Path("work")
+    _mine(work=work, instruction="Find")
+    assert _outputs() == expected
+    asked = len(encoder.asked())
+    # Two of the texts are asked for with two instructions, 25 with their own or that of the set.
+    queries = {(row["query"], row.get("instruction", "Find")) for row in pairs}
+    documents = {row["positive"] for row in pairs} | {_text(i) for i in range(20, 60)}
+    assert asked == len(queries) + len(documents)
+    pairs[0]["instruction"] = "Find more"
+    write_jsonl("pairs.jsonl", pairs)
+    _mine(work=work, instruction="Find")
+    assert len(encoder.asked()) == asked + 16
+
+
 def test_a_kept_folder_saves_embedding(
     encoder: NotedEncoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -140,9 +140,7 @@ def check_encoder(model: NVEmbed, folder: Path) -> None:
     assert run(["encode", str(folder), *given]) == 0
     np.testing.assert_allclose(np.load(output), model.encode(["one text", "another"]), atol=1e-5)
     (folder / "special_tokens_map.json").write_text("[]")
-    with pytest.raises(
-        ModelError, match=r"holds a list.*Copy or download"
-    ):
+    with pytest.raises(ModelError, match=r"holds a list.*Copy or download"):
         load_encoder(str(folder))
 
 

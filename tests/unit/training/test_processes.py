@@ -356,7 +356,7 @@ def batch_and_texts(model: NVEmbed) -> tuple[ContrastiveBatch, Sequence[Tokenize
             positive=f"{i} times {'very ' * (i % 3)}much",
             negatives=(f"{i}",),
             known_positives=(f"{i} times {'very ' * (i % 3)}much",),
-            label=None,
+            labels=(),
             instruction="find",
             symmetric=False,
             dataset="d",

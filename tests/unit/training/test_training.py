@@ -310,6 +310,30 @@ def test_mining_before_a_stage_gives_negatives(tmp_path: Path, tiny_decoder_dir:
     assert (tmp_path / "run" / "mined" / "two" / "pairs.jsonl").read_text().splitlines() == mined
 
 
+def test_a_cap_forgets_no_positive_in_mining_and_in_batches(
+    tmp_path: Path, tiny_decoder_dir: Path
+) -> None:
+    """Of two records of each query training sees the first; the second knows another positive."""
+    pairs = []
+    for number, word in enumerate(WORDS[:8]):
+        pairs.append({"query": word, "positive": f"a{number}"})
+        pairs.append({"query": word, "positive": f"a{(number + 1) % 8}"})
+    changes = one_stage(in_batch_negatives=True, batch_size=8, mine={"strategy": "top_k"})
+    changes["datasets"][0]["max_records"] = 8
+    config = recipe(tmp_path, tiny_decoder_dir, **changes)
+    write_jsonl(tmp_path / "pairs.jsonl", pairs)
+    train(config, base_dir=tmp_path)
+    file = tmp_path / "run" / "mined" / "one" / "pairs.jsonl"
+    mined = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [row["query"] for row in mined] == [row["query"] for row in pairs]
+    for number, row in enumerate(mined[::2]):
+        known = {f"a{number}", f"a{(number + 1) % 8}"}
+        assert set(row["negative"]) == {f"a{n}" for n in range(8)} - known
+    assert not any("negative" in row for row in mined[1::2])
+    # Of eight documents of a step two answer each query.
+    assert {row["effective_negatives"] for row in rows(tmp_path / "run")} == {6.0}
+
+
 def test_the_precision_measured_at_the_start_is_kept(
     tmp_path: Path, tiny_decoder_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

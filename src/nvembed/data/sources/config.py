@@ -145,7 +145,8 @@ class DatasetConfig(StrictModel):
         weight: share of the mixture relative to the other sets; None takes the number of queries,
             so that all sets finish their epochs together (see ``tempered_weights`` for more even
             shares).
-        max_records: use at most this many queries of the set.
+        max_records: use at most this many queries of the set. The other records still say what
+            answers a query.
         stages: numbers of the training stages that use the set, from 1.
         conversion: ``example`` or ``label``, for classification and clustering.
         licence: under which the set is published; goes into the manifest of a built set.

@@ -17,12 +17,15 @@ import torch
 
 from nvembed.core.errors import ConfigError, UserError
 from nvembed.core.runs import RunFolder
+from nvembed.data.mixture import Mixture
+from nvembed.evaluation.tasks import LocalTask
 from nvembed.training.checkpoint import Position, check_recipe, latest_checkpoint, read_position
 from nvembed.training.config import TrainConfig
 from nvembed.training.dry_run.findings import DryRun
 from nvembed.training.dry_run.rehearsal import Rehearsal
 from nvembed.training.evaluating import load_evaluation_tasks
 from nvembed.training.folder import check_folder, check_writable, with_settled_precision
+from nvembed.training.inputs import check_inputs, inputs_of
 from nvembed.training.processes import Processes
 from nvembed.training.stages import load_mixtures
 from nvembed.training.tracking import tracker_options
@@ -61,6 +64,8 @@ def dry_run(config: TrainConfig, *, base_dir: Path, fresh: bool = False) -> DryR
         problems, lambda: load_evaluation_tasks(evaluation, base_dir) if evaluation else []
     )
     _noted(problems, lambda: tracker_options(config.trackers, run))
+    if mixtures is not None and tasks is not None and not fresh:
+        _noted(problems, lambda: _check_inputs(run, config, base_dir, mixtures, tasks))
     if problems or mixtures is None or tasks is None:
         raise SeveralError(problems)
     processes = Processes.of_environment()
@@ -89,6 +94,18 @@ def _checkpoint(run: RunFolder, config: TrainConfig, *, fresh: bool) -> Path | N
     if checkpoint is not None:
         check_recipe(checkpoint, config.model_dump(mode="json"))
     return checkpoint
+
+
+def _check_inputs(
+    run: RunFolder,
+    config: TrainConfig,
+    base_dir: Path,
+    mixtures: Sequence[Mixture],
+    tasks: Sequence[LocalTask],
+) -> None:
+    """Refuse what the run would refuse, of one that goes on or is finished."""
+    if run.exists and run.has_results and run.inputs.exists():
+        check_inputs(run, inputs_of(config, base_dir, mixtures, tasks))
 
 
 def _noted(problems: list[UserError], find: Callable[[], Found]) -> Found | None:

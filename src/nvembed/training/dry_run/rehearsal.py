@@ -113,9 +113,8 @@ class Rehearsal:
         return replace(self.found, stages=stages, memory=memory)
 
     def _graph_memory(self) -> GraphMemory:
-        if self.run.graph_memory.is_file() and not self.fresh:
-            return read_graph_memory(self.run.graph_memory)
-        return measure_graph_memory(
+        known = None if self.fresh else read_graph_memory(self.run.graph_memory)
+        return known or measure_graph_memory(
             self.embedder, memory_gb=self.config.memory_gb, pack_tokens=self.config.pack_tokens
         )
 

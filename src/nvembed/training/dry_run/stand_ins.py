@@ -19,12 +19,13 @@ from nvembed.data.convert import POSITIVE_SCORE, make_source
 from nvembed.data.examples import ExampleSource, sample_where
 from nvembed.data.mixture import Mixture, load_source
 from nvembed.data.records import PairRecord, Record, StsRecord
-from nvembed.data.sources import DatasetConfig
+from nvembed.data.sources import DatasetConfig, load_records
 from nvembed.mining.config import MiningConfig
 from nvembed.mining.pool import DocumentPool
+from nvembed.mining.selection import Query
 from nvembed.training.built import MINED_KINDS, training_datasets
 from nvembed.training.config import TrainConfig
-from nvembed.training.stages import mined_dataset, mined_file, records_to_mine
+from nvembed.training.stages import mined_dataset, mined_file, places_to_mine, with_mined
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,20 +77,23 @@ def plan_mining(
         elif mined_file(dataset, mined_dir).is_file():
             sources.append(load_source(mined_dataset(dataset, mined_dir), base_dir=base_dir))
         else:
-            records = records_to_mine(dataset, base_dir)
-            planned.append(_to_embed(dataset, records))
+            records = load_records(dataset, base_dir=base_dir)
+            places = places_to_mine(dataset, records)
+            chosen = [records[place] for place in places]
+            planned.append(_to_embed(dataset, chosen))
             if dataset.kind == "sts":  # draws other sentences as long as none are mined
                 sources.append(source)
             else:
-                pairs = cast(list[PairRecord], records)
+                pairs = cast(list[PairRecord], chosen)
                 seed = derive_seed(config.seed, "stand-ins", dataset.name)
                 stand_ins = _with_stand_ins(pairs, planned[-1].documents, settings, seed)
                 sources.append(
                     make_source(
-                        stand_ins,
+                        cast(list[PairRecord], with_mined(records, places, stand_ins)),
                         dataset.kind,
                         name=dataset.name,
                         instruction=dataset.instruction,
+                        max_records=dataset.max_records,
                     )
                 )
     return Mixture(sources, mixture.weights), planned
@@ -97,21 +101,22 @@ def plan_mining(
 
 def _to_embed(dataset: DatasetConfig, records: Sequence[Record]) -> PlannedMining:
     """The texts that ``mining/miner.py`` embeds for these records."""
-    queries: dict[str, None] = {}
+    queries: dict[Query, None] = {}
     pool = DocumentPool()
     for record in records:
         if isinstance(record, PairRecord):
-            queries[record.query] = None
+            queries[record.query, record.instruction] = None
             documents = (*record.positives, *record.negatives)
         else:
             assert isinstance(record, StsRecord)
             sentences = (record.sentence1, record.sentence2)
             if record.score >= POSITIVE_SCORE:
-                queries.update(dict.fromkeys(sentences))
+                queries.update(dict.fromkeys((text, None) for text in sentences))
             documents = (*sentences, *record.negatives)
         for text in documents:
             pool.add(text)
-    return PlannedMining(dataset.name, dataset.instruction, tuple(queries), pool.texts)
+    texts = tuple(text for text, _ in queries)
+    return PlannedMining(dataset.name, dataset.instruction, texts, pool.texts)
 
 
 def _with_stand_ins(

@@ -31,6 +31,7 @@ from nvembed.cli.search import search
 from nvembed.cli.serve import serve
 from nvembed.cli.train import train
 from nvembed.core.errors import UserError
+from nvembed.core.notes import show_notes
 
 # Which extra brings a library that the base install lacks.
 _EXTRAS = {
@@ -101,6 +102,7 @@ def main() -> None:
 
 def run(arguments: Sequence[str]) -> int:
     """Run one command and return its exit code."""
+    show_notes()
     # Reports and bars of the model libraries would bury our own lines; the user's setting wins.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")

@@ -7,8 +7,9 @@ import hashlib
 from pathlib import Path
 
 import nvembed
+from nvembed.core.cache import cache_folder
 from nvembed.core.errors import UserError
-from nvembed.core.files import cache_folder, write_text
+from nvembed.core.files import write_text
 
 
 def model_fingerprint(model: str, *settings: object) -> str:

@@ -16,6 +16,7 @@ from nvembed.core.config import dump_config, load_config
 from nvembed.core.errors import ConfigError
 from nvembed.core.files import write_json
 from nvembed.core.runs import RunFolder
+from nvembed.model.settings import Precision
 from nvembed.training.checkpoint import recipe_differences
 from nvembed.training.config import TrainConfig
 
@@ -74,6 +75,15 @@ def training_cost(folder: Path) -> tuple[float, int, float | None]:
         sum(row["tokens"] for row in steps.values()),
         sum(last) / len(last),
     )
+
+
+def begun_precision(run: Run) -> Precision | None:
+    """Return the type that a run computes in, settled when it began; None where it has not."""
+    file = RunFolder(run.folder).config
+    if not file.is_file():
+        return None
+    precision = load_config(TrainConfig, file).precision
+    return None if precision == "auto" else precision
 
 
 def check_same(run: Run) -> None:

@@ -68,6 +68,7 @@ def mined(
     report = json.loads(found.read_text(encoding="utf-8"))
     # The others name files of this machine.
     kept = {field.name: report[field.name] for field in fields(MiningReport)}
+    kept["computing"] = report["computing"]
     return _read(output, dataset.kind), kept
 
 

@@ -112,10 +112,12 @@ def evaluate(
 
         found = find_hub_tasks(benchmark or (), task or (), type)
         hub, failed = list(found.tasks), found.refused
-    from nvembed.model.precision import settle_precision
+    precision = None
+    if model != BM25_NAME:
+        from nvembed.model.precision import settle_precision
 
-    precision = earlier_precision(output) if dtype == "auto" and not start_over else None
-    precision = None if model == BM25_NAME else precision or settle_precision(dtype)
+        begun = earlier_precision(output) if dtype == "auto" and not start_over else None
+        precision = settle_precision(dtype, begun=begun)
     settings = Settings(model, output, precision, instructions, cache, engine)
     done = run_session(settings, local, hub, processes=processes, resume=not start_over)
     columns = {model: done.results}

@@ -28,6 +28,7 @@ from nvembed.inference.encoding import WINDOW_TEXTS, encode_window
 from nvembed.inference.load import load_encoder
 from nvembed.inference.protocol import Encoder
 from nvembed.inference.reading import Document, Skipped, read_documents
+from nvembed.model.precision import settle_precision
 from nvembed.model.settings import PrecisionChoice
 
 _RESERVED = {"id", "_id", "text", "text_hash", "vector"}
@@ -97,7 +98,7 @@ def index_documents(
         model: folder, hub id or encoder; None is the one that the database was made with.
         task: instruction of queries that bring none; only for a new database.
         truncate_dim: keep the first dimensions only; only for a new database.
-        dtype: of the weights, see ``load_encoder``.
+        dtype: of the weights, see ``load_encoder``; fixed when the database is made.
         delete: ids to remove, after the documents are written.
         options: how documents are read and kept.
 
@@ -114,14 +115,15 @@ def index_documents(
     with writing(path):
         if is_database(path):
             database = Database.open(path)
-            _check_settings(database, task, truncate_dim)
+            _check_settings(database, task, truncate_dim, dtype)
             encoder = (
                 recorded_encoder(database.record, model, dtype, str(path)) if documents else None
             )
         else:
             assert model is not None
-            encoder = load_encoder(model, dtype) if isinstance(model, str) else model
-            record = new_record(model, encoder, task=task, truncate_dim=truncate_dim)
+            settled = settle_precision(dtype) if isinstance(model, str) else None
+            encoder = load_encoder(model, settled) if isinstance(model, str) else model
+            record = new_record(model, encoder, task=task, truncate_dim=truncate_dim, dtype=settled)
             database = Database.create(path, record)
         if encoder is not None:
             read = read_documents(
@@ -138,11 +140,15 @@ def index_documents(
     return report
 
 
-def _check_settings(database: Database, task: str | None, truncate_dim: int | None) -> None:
+def _check_settings(
+    database: Database, task: str | None, truncate_dim: int | None, dtype: PrecisionChoice | None
+) -> None:
     record = database.record
+    fixed = None if dtype == "auto" or record.dtype is None else dtype
     for what, given, kept in (
         ("truncate_dim", truncate_dim, record.dimension),
         ("task", task, record.task),
+        ("dtype", fixed, record.dtype),
     ):
         if given is not None and given != kept:
             raise ConfigError(

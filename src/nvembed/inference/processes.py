@@ -20,7 +20,7 @@ from nvembed.inference.encoding import Way, prepare_window
 from nvembed.inference.load import load_encoder
 from nvembed.inference.parts import Part, Tally, Window, part_of, save_part
 from nvembed.inference.protocol import Encoder
-from nvembed.model.settings import PrecisionChoice
+from nvembed.model.settings import Precision
 
 
 @contextmanager
@@ -81,10 +81,13 @@ def _start(
 
 @dataclass
 class Worker:
-    """Makes parts with a model that is loaded when the first is asked for."""
+    """Makes parts with a model that is loaded when the first is asked for.
+
+    Its type was settled by the process that asks, so that all parts have one.
+    """
 
     model: str
-    dtype: PrecisionChoice | None
+    dtype: Precision | None
     way: Way
     encoder: Encoder | None = None
 

@@ -10,20 +10,20 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from nvembed.core.cache import cache_folder, expanded
 from nvembed.core.errors import ConfigError, DataError, UserError
 from nvembed.core.files import atomic_path
 from nvembed.inference.encoding import encode_texts, encode_window
-from nvembed.inference.fingerprint import model_fingerprint
+from nvembed.inference.fingerprint import computed_fingerprint
 from nvembed.inference.load import load_encoder
 from nvembed.inference.protocol import Encoder
 from nvembed.inference.reading import STDIN, Document, input_files, read_documents
-from nvembed.model.settings import PrecisionChoice
-
-CACHE_FOLDER = Path("~/.cache/nvembed/search")
+from nvembed.model.settings import Precision, PrecisionChoice
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ def search_file(
     task: str | None,
     top_k: int,
     dtype: PrecisionChoice | None = None,
-    cache: Path | None = CACHE_FOLDER,
+    cache: Path | Literal["default"] | None = "default",
 ) -> list[Hit]:
     """Find the texts of a file that are nearest to a query.
 
@@ -56,7 +56,8 @@ def search_file(
         task: the query's instruction; ``None`` is no instruction.
         top_k: number of hits, at least 1; fewer come back from a smaller file.
         dtype: of the weights, see ``load_encoder``.
-        cache: folder of the cached vectors, ``None`` keeps none. Nothing is ever removed from it.
+        cache: folder of the cached vectors, by default that of the package (``core/cache.py``),
+            ``None`` keeps none. Nothing is ever removed from it.
 
     Returns:
         Hits by falling score, equal scores in file order.
@@ -73,10 +74,21 @@ def search_file(
     rows = list(read_documents([documents], keep_going=None))
     if not rows:
         raise DataError("the file holds no texts", where=str(documents))
-    encoder = load_encoder(model, dtype) if isinstance(model, str) else model
     cached = None
-    if cache is not None and isinstance(model, str) and str(documents) != STDIN:
-        cached = cache.expanduser() / f"{_cache_key(model, dtype, documents)}.npy"
+    if isinstance(model, str):
+        from nvembed.model.precision import settle_precision
+
+        settled = settle_precision(dtype)  # once: cached vectors and the query's are of one type
+        encoder = load_encoder(model, settled)
+        if cache is not None and str(documents) != STDIN:
+            place = (
+                cache_folder("search")
+                if cache == "default"
+                else expanded(Path(cache), where=str(cache))
+            )
+            cached = place / f"{_cache_key(model, settled, documents)}.npy"
+    else:
+        encoder = model
     vectors = _document_vectors(encoder, rows, cached)
     query_vector = encode_window(encoder, [query], side="query", task=task)[0]
     scores = vectors @ query_vector
@@ -117,9 +129,9 @@ def _write_cached(path: Path, vectors: NDArray[np.float32]) -> None:
         return  # a home folder that cannot be written must not stop a search
 
 
-def _cache_key(model: str, dtype: PrecisionChoice | None, documents: Path) -> str:
+def _cache_key(model: str, dtype: Precision | None, documents: Path) -> str:
     """Name the vectors of a file: by the file's contents and by what the model folder holds."""
-    digest = hashlib.sha256(model_fingerprint(model, dtype).encode())
+    digest = hashlib.sha256(computed_fingerprint(model, dtype).encode())
     for path in input_files([documents]):
         digest.update(path.suffix.encode())  # says how the contents are read
         with open(path, "rb") as file:

@@ -1,5 +1,4 @@
-"""How much faster one computation is than another on this machine: measured so that load does not
-move it, and kept.
+"""How much faster one computation is than another here, measured so that load does not move it.
 
 Both run on one thread, in turns, and what counts is the CPU time of that thread: other processes
 take wall-clock time from it, but hardly CPU time. The best of several turns is compared, since

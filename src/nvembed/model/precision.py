@@ -14,7 +14,7 @@ from typing import Any, overload
 import torch
 
 from nvembed.core.notes import note
-from nvembed.model import native_attention, native_bfloat16, native_layer, products
+from nvembed.model import native_attention, native_bfloat16, products
 from nvembed.model.cpu import this_cpu
 from nvembed.model.measured import kept_gain
 from nvembed.model.native_build import elementwise_library
@@ -29,30 +29,34 @@ _ROWS, _INNER, _COLUMNS = 1024, 256, 704
 
 @overload
 def settle_precision(
-    choice: PrecisionChoice, *, begun: Precision | None = None, option: str = "--dtype"
+    choice: PrecisionChoice, *, begun: Precision | None = None, option: str | None = "--dtype"
 ) -> Precision: ...
 @overload
 def settle_precision(
-    choice: PrecisionChoice | None, *, begun: Precision | None = None, option: str = "--dtype"
+    choice: PrecisionChoice | None,
+    *,
+    begun: Precision | None = None,
+    option: str | None = "--dtype",
 ) -> Precision | None: ...
 def settle_precision(
-    choice: PrecisionChoice | None, *, begun: Precision | None = None, option: str = "--dtype"
+    choice: PrecisionChoice | None,
+    *,
+    begun: Precision | None = None,
+    option: str | None = "--dtype",
 ) -> Precision | None:
     """Return the choice, ``auto`` replaced by a type; which one it is is noted.
 
     Args:
         choice: of the user; ``None``, what was saved, stays.
         begun: the type that the job was begun with, where it goes on.
-        option: what fixes the choice, for the note.
+        option: what fixes the choice, for the note; ``None`` where nothing does.
     """
     if choice != "auto":
         return choice
-    if begun is not None:
-        note(f"computing in {begun}, as before (fix with {option})")
-        return begun
     device = _device_type()
-    precision = fastest_precision(device)
-    note(f"computing in {precision} ({_reason(device)}; fix with {option})")
+    precision = begun or fastest_precision(device)
+    reason = "as it was begun" if begun else _reason(device)
+    note(f"computing in {precision} ({reason}{f'; fix with {option}' if option else ''})")
     return precision
 
 
@@ -88,6 +92,8 @@ def kernels() -> list[str]:
     """Name what computes in torch's place here; another set changes the last bits of vectors."""
     if _device_type() != "cpu":
         return []
+    from nvembed.model import native_layer  # with transformers, which settling a type does not need
+
     used = {
         "onednn": products.onednn_pays(),
         "attention": native_attention.available(),

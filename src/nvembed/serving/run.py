@@ -55,7 +55,11 @@ def serve(
     start_logging()
     if known is None and host not in _LOCAL:
         log_event("warning", message="no --keys: everybody who reaches this address may call")
-    engine = build_engine(load_encoder(model, dtype), settings.batching.forwards)
+    from nvembed.model.precision import settle_precision
+
+    settled = settle_precision(dtype)  # one type for all forwards
+    log_event("computing", dtype=settled or "as saved")
+    engine = build_engine(load_encoder(model, settled), settings.batching.forwards)
     run_server(engine, settings, host=host, port=port, keys=known)
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from contextlib import suppress
+from typing import Any
 
 from nvembed.core.config import dump_config, load_config
 from nvembed.core.errors import TrainingError, UserError
 from nvembed.core.files import write_text
 from nvembed.core.runs import RunFolder
-from nvembed.model.precision import settle_precision
+from nvembed.model.precision import computing_record, settle_precision
+from nvembed.model.settings import Precision
 from nvembed.training.checkpoint import recipe_differences, remove_leftovers
 from nvembed.training.config import TrainConfig
 
@@ -19,7 +21,7 @@ def prepare_folder(run: RunFolder, config: TrainConfig, *, fresh: bool) -> None:
     resolved = dump_config(config)
     run.tidy()
     if fresh or not run.exists:
-        run.create(resolved, replace=fresh)
+        run.create(resolved, replace=fresh, computing=_computing(config))
         return
     remove_leftovers(run.checkpoints)
     check_folder(run, config)
@@ -28,7 +30,11 @@ def prepare_folder(run: RunFolder, config: TrainConfig, *, fresh: bool) -> None:
     if run.has_results:
         write_text(run.config, resolved)
     else:
-        run.create(resolved, replace=True)
+        run.create(resolved, replace=True, computing=_computing(config))
+
+
+def _computing(config: TrainConfig) -> dict[str, Any]:
+    return computing_record(None if config.precision == "auto" else config.precision)
 
 
 def check_folder(run: RunFolder, config: TrainConfig) -> None:
@@ -74,8 +80,10 @@ def check_writable(run: RunFolder) -> None:
 
 def with_settled_precision(config: TrainConfig, run: RunFolder, *, fresh: bool) -> TrainConfig:
     """Replace ``auto``: by what the run was started with, which must not change half-way."""
-    precision = config.precision
-    if precision == "auto" and run.exists and not fresh:
+    begun: Precision | None = None
+    if config.precision == "auto" and run.exists and not fresh:
         with suppress(UserError):  # not readable: the comparison of configurations refuses it
-            precision = load_config(TrainConfig, run.config).precision
-    return config.model_copy(update={"precision": settle_precision(precision)})
+            earlier = load_config(TrainConfig, run.config).precision
+            begun = None if earlier == "auto" else earlier
+    precision = settle_precision(config.precision, begun=begun, option="precision=float32")
+    return config.model_copy(update={"precision": precision})

@@ -85,8 +85,9 @@ def train(config: TrainConfig, *, base_dir: Path, fresh: bool = False) -> Path:
         shard=config.shard, timeout_minutes=config.peer_timeout_minutes
     )
     with dead_peer_is_an_error(str(run.checkpoints)), sigterm_is_an_error(str(run.path)):
-        settled = with_settled_precision(config, run, fresh=fresh).precision
-        config = config.model_copy(update={"precision": processes.of_main(settled)})
+        if processes.is_main:  # settles it for all
+            config = with_settled_precision(config, run, fresh=fresh)
+        config = config.model_copy(update={"precision": processes.of_main(config.precision)})
         if processes.is_main:
             prepare_folder(run, config, fresh=fresh)
         processes.barrier()

@@ -94,13 +94,12 @@ def _read(folder: Path, name: str) -> float | None:
                 if not is_own_file(os.fstat(handle)):
                     return None
                 kept: Any = json.loads(file.read())
-        content = {"gain": float(kept["gain"]), "measured": str(kept["measured"])}
-        age = datetime.now(UTC) - datetime.fromisoformat(content["measured"])
+        gain, measured = float(kept["gain"]), str(kept["measured"])
+        age = datetime.now(UTC) - datetime.fromisoformat(measured)
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return None
-    if kept.get("checksum") != _checksum(content) or not timedelta(0) <= age < KEPT:
-        return None
-    return content["gain"]
+    intact = kept.get("checksum") == _checksum({"gain": gain, "measured": measured})
+    return gain if intact and timedelta(0) <= age < KEPT else None
 
 
 def _write(folder: Path, name: str, gain: float) -> bool:

@@ -24,7 +24,7 @@ _log = logging.getLogger(__name__)
 
 
 def cache_folder(name: str) -> Path:
-    """A folder of the cache; it is not made.
+    """A folder of the cache; the folder itself is not made.
 
     That is ``$NVEMBED_CACHE/name``, else ``~/.cache/nvembed/name``, else, where there is no home
     folder or none that can be written to, a folder of this user in the system's temporary one.
@@ -125,11 +125,12 @@ def _log_once(folder: Path, reason: str, *, loud: bool) -> None:
 
 
 def _can_write(folder: Path) -> bool:
-    """Whether a folder can be written to, or made."""
-    place = str(folder.absolute())
-    while not os.path.lexists(place):
-        place = os.path.dirname(place)
-    return os.path.isdir(place) and os.access(place, os.W_OK | os.X_OK)
+    """Whether a folder, which is made, can be written to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(folder, os.W_OK | os.X_OK)
 
 
 def _temporary() -> Path:

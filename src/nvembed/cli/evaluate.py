@@ -114,10 +114,10 @@ def evaluate(
         hub, failed = list(found.tasks), found.refused
     precision = None
     if model != BM25_NAME:
-        from nvembed.model.precision import settle_precision
+        from nvembed.inference.load import settle_dtype
 
         begun = earlier_precision(output) if dtype == "auto" and not start_over else None
-        precision = settle_precision(dtype, begun=begun)
+        precision = settle_dtype(model, dtype, begun=begun)
     settings = Settings(model, output, precision, instructions, cache, engine)
     done = run_session(settings, local, hub, processes=processes, resume=not start_over)
     columns = {model: done.results}

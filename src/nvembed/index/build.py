@@ -25,10 +25,9 @@ from nvembed.index.database import ANN_ABOVE, Database, is_database, text_hash, 
 from nvembed.index.record import first_dimensions, new_record, recorded_encoder
 from nvembed.index.where import FieldType
 from nvembed.inference.encoding import WINDOW_TEXTS, encode_window
-from nvembed.inference.load import load_encoder
+from nvembed.inference.load import load_encoder, settle_dtype
 from nvembed.inference.protocol import Encoder
 from nvembed.inference.reading import Document, Skipped, read_documents
-from nvembed.model.precision import settle_precision
 from nvembed.model.settings import PrecisionChoice
 
 _RESERVED = {"id", "_id", "text", "text_hash", "vector"}
@@ -121,7 +120,7 @@ def index_documents(
             )
         else:
             assert model is not None
-            settled = settle_precision(dtype) if isinstance(model, str) else None
+            settled = settle_dtype(model, dtype) if isinstance(model, str) else None
             encoder = load_encoder(model, settled) if isinstance(model, str) else model
             record = new_record(model, encoder, task=task, truncate_dim=truncate_dim, dtype=settled)
             database = Database.create(path, record)

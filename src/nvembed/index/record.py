@@ -12,7 +12,7 @@ from nvembed.core.config import StrictModel
 from nvembed.core.errors import ConfigError, ModelError
 from nvembed.inference.encoding import encode_window
 from nvembed.inference.fingerprint import contents_fingerprint
-from nvembed.inference.load import load_encoder
+from nvembed.inference.load import load_encoder, settle_dtype
 from nvembed.inference.outputs import shorten
 from nvembed.inference.protocol import Encoder
 from nvembed.model.settings import Precision, PrecisionChoice
@@ -106,9 +106,7 @@ def recorded_encoder(
         )
     if record.fingerprint is not None and contents_fingerprint(name) != record.fingerprint:
         raise _another(where, f"{name} is not the model, or no longer the state of it,")
-    from nvembed.model.precision import settle_precision
-
-    encoder = load_encoder(name, settle_precision(dtype, begun=record.dtype))
+    encoder = load_encoder(name, settle_dtype(name, dtype, begun=record.dtype))
     check_encoder(record, encoder, where)
     return encoder
 

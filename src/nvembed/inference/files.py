@@ -26,7 +26,7 @@ from nvembed.core.files import tidy, write_json
 from nvembed.core.progress import progress
 from nvembed.inference.encoding import Side, Way
 from nvembed.inference.fingerprint import computed_fingerprint
-from nvembed.inference.load import load_encoder
+from nvembed.inference.load import load_encoder, settle_dtype
 from nvembed.inference.outputs import (
     TABLES,
     OutputFormat,
@@ -149,7 +149,7 @@ def encode_file(
             tidy(output.parent, output.name)  # of a run that was killed
         if not isinstance(model, str):  # nothing names its state: its parts are of no use later
             folder = stack.enter_context(_folder_for_now(output))
-        settled = _settled(dtype, folder, engine) if isinstance(model, str) else None
+        settled = _settled(model, dtype, folder, engine) if isinstance(model, str) else None
         made = _make_parts(job, model, settled, folder, processes, engine)
         parts = Parts(made, names, chunked=long.way == "late")
         rows, dimension = parts.shape
@@ -232,22 +232,23 @@ def _make_parts(
     return paths
 
 
-def _settled(dtype: PrecisionChoice | None, folder: Path, engine: Engine) -> Precision | None:
+def _settled(
+    model: str, dtype: PrecisionChoice | None, folder: Path, engine: Engine
+) -> Precision | None:
     """Settle the type of the weights: an output that was begun keeps its own."""
     file = folder / _BEGUN
     begun: object = None
     with suppress(OSError, ValueError, KeyError, TypeError):  # it is new, or the file is damaged
-        begun = json.loads(file.read_text("utf-8"))["dtype"]
+        earlier = json.loads(file.read_text("utf-8"))
+        begun = earlier["dtype"] if earlier["model"] == model else None
     known = cast(Precision, begun) if begun in get_args(Precision) else None
     if engine == "ray" and known is None:
         from nvembed.inference.ray_data import settle_by_ray
 
         settled = settle_by_ray(dtype)
     else:
-        from nvembed.model.precision import settle_precision
-
-        settled = settle_precision(dtype, begun=known)
-    write_json(file, {"dtype": settled})
+        settled = settle_dtype(model, dtype, begun=known)
+    write_json(file, {"model": model, "dtype": settled})
     return settled
 
 

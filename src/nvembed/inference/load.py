@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from nvembed.core.errors import ModelError, UserError
 from nvembed.inference.protocol import Encoder, unit_rows
-from nvembed.model.settings import PrecisionChoice
+from nvembed.model.settings import Precision, PrecisionChoice
 from nvembed.text.template import query_prompt
 
 if TYPE_CHECKING:
@@ -37,19 +37,11 @@ def load_encoder(name: str, dtype: PrecisionChoice | None = None) -> Encoder:
     Raises:
         ModelError: there is nothing of that name that can be loaded.
     """
-    path = Path(name)
-    if path.is_file() or (not path.is_dir() and _is_path(name)):
-        raise ModelError("no such model folder", where=name, expected="a folder or a hub id")
-    if path.is_dir() and not any((path / f).is_file() for f in ("modules.json", "config.json")):
-        raise ModelError(
-            "no model in this folder", where=name, expected="modules.json or config.json in it"
-        )
+    settled = settle_dtype(name, dtype)
     from sentence_transformers import SentenceTransformer
 
     from nvembed.model.embedder import NVEmbed
-    from nvembed.model.precision import settle_precision
 
-    settled = settle_precision(dtype)
     try:
         if _is_foreign(name):
             options = {} if settled is None else {"dtype": settled}
@@ -65,6 +57,33 @@ def load_encoder(name: str, dtype: PrecisionChoice | None = None) -> Encoder:
             expected="the folder or the hub id of a model",
             hint="A hub id needs the network, or an earlier download",
         ) from error
+
+
+def settle_dtype(
+    name: str, dtype: PrecisionChoice | None, *, begun: Precision | None = None
+) -> Precision | None:
+    """Settle the type that a model computes in, for a whole job; see ``settle_precision``.
+
+    Args:
+        name: folder or hub id.
+        dtype: of the weights, as the user chose it.
+        begun: that of the job, where it goes on.
+
+    Raises:
+        ModelError: there is no such model folder; told before anything is measured.
+    """
+    path = Path(name)
+    if path.is_file() or (not path.is_dir() and _is_path(name)):
+        raise ModelError("no such model folder", where=name, expected="a folder or a hub id")
+    if path.is_dir() and not any((path / f).is_file() for f in ("modules.json", "config.json")):
+        raise ModelError(
+            "no model in this folder", where=name, expected="modules.json or config.json in it"
+        )
+    if dtype != "auto":
+        return dtype
+    from nvembed.model.precision import settle_precision
+
+    return settle_precision(dtype, begun=begun)
 
 
 class SentenceTransformerEncoder:

@@ -20,7 +20,7 @@ from nvembed.core.errors import ConfigError, DataError, UserError
 from nvembed.core.files import atomic_path
 from nvembed.inference.encoding import encode_texts, encode_window
 from nvembed.inference.fingerprint import computed_fingerprint
-from nvembed.inference.load import load_encoder
+from nvembed.inference.load import load_encoder, settle_dtype
 from nvembed.inference.protocol import Encoder
 from nvembed.inference.reading import STDIN, Document, input_files, read_documents
 from nvembed.model.settings import Precision, PrecisionChoice
@@ -76,9 +76,7 @@ def search_file(
         raise DataError("the file holds no texts", where=str(documents))
     cached = None
     if isinstance(model, str):
-        from nvembed.model.precision import settle_precision
-
-        settled = settle_precision(dtype)  # once: cached vectors and the query's are of one type
+        settled = settle_dtype(model, dtype)  # once: cached vectors and the query's are of one type
         encoder = load_encoder(model, settled)
         if cache is not None and str(documents) != STDIN:
             place = (

@@ -307,7 +307,7 @@ class _Job:
                 assert self.folder is not None
                 take_device()
                 if not is_endpoint(teacher):
-                    settled = settled_dtype(dtype, self.folder, self.engine)
+                    settled = settled_dtype(teacher, dtype, self.folder, self.engine)
                 named = NamedTeacher(teacher, model, settled)
                 ranking = rank_in_files(search, named, self.config, self.folder, self.engine)
             yield Run(self.plan.cases, pool, ranking, self.config), settled

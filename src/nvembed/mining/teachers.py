@@ -16,7 +16,7 @@ from typing import Literal, cast
 from nvembed.core.errors import ConfigError
 from nvembed.inference.endpoint import EndpointEncoder, is_endpoint
 from nvembed.inference.fingerprint import computed_fingerprint, model_fingerprint
-from nvembed.inference.load import load_encoder
+from nvembed.inference.load import load_encoder, settle_dtype
 from nvembed.inference.protocol import Encoder
 from nvembed.mining.config import MiningConfig
 from nvembed.mining.pool import Pool
@@ -163,12 +163,12 @@ def check_teacher(
         )
 
 
-def settled_dtype(dtype: PrecisionChoice | None, work: Path, engine: Engine) -> Precision | None:
+def settled_dtype(
+    teacher: str, dtype: PrecisionChoice | None, work: Path, engine: Engine
+) -> Precision | None:
     """Settle the type of the teacher's weights, for all runs that share a work folder alike."""
     if dtype != "auto":
         return dtype
-    from nvembed.model.precision import settle_precision
-
     mine: list[Precision | None] = []
 
     def settle() -> Precision | None:
@@ -177,11 +177,11 @@ def settled_dtype(dtype: PrecisionChoice | None, work: Path, engine: Engine) -> 
 
             mine.append(settle_by_ray(dtype))
         else:
-            mine.append(settle_precision(dtype))
+            mine.append(settle_dtype(teacher, dtype))
         return mine[-1]
 
     kept = cast(Precision, remembered(work, "dtype", settle))
-    return kept if mine else settle_precision(dtype, begun=kept)
+    return kept if mine else settle_dtype(teacher, dtype, begun=kept)
 
 
 def take_device() -> None:

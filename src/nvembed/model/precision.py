@@ -53,11 +53,23 @@ def settle_precision(
     """
     if choice != "auto":
         return choice
+    precision, line = choose_precision(begun, option)
+    note(line)
+    return precision
+
+
+def choose_precision(begun: Precision | None, option: str | None) -> tuple[Precision, str]:
+    """Choose the type of a job that may have any, and say in one line which it is, and why.
+
+    Args:
+        begun: the type that the job was begun with, where it goes on.
+        option: what fixes the choice; ``None`` where nothing does.
+    """
     device = _device_type()
     precision = begun or fastest_precision(device)
     reason = "as it was begun" if begun else _reason(device)
-    note(f"computing in {precision} ({reason}{f'; fix with {option}' if option else ''})")
-    return precision
+    how = f"; fix with {option}" if option else ""
+    return precision, f"computing in {precision} ({reason}{how})"
 
 
 def fastest_precision(device_type: str) -> Precision:

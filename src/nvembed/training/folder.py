@@ -10,7 +10,7 @@ from nvembed.core.config import dump_config, load_config
 from nvembed.core.errors import TrainingError, UserError
 from nvembed.core.files import write_text
 from nvembed.core.runs import RunFolder
-from nvembed.model.precision import computing_record, settle_precision
+from nvembed.model.precision import choose_precision, computing_record
 from nvembed.model.settings import Precision
 from nvembed.training.checkpoint import recipe_differences, remove_leftovers
 from nvembed.training.config import TrainConfig
@@ -78,12 +78,21 @@ def check_writable(run: RunFolder) -> None:
         )
 
 
-def with_settled_precision(config: TrainConfig, run: RunFolder, *, fresh: bool) -> TrainConfig:
-    """Replace ``auto``: by what the run was started with, which must not change half-way."""
+def with_settled_precision(
+    config: TrainConfig, run: RunFolder, *, fresh: bool
+) -> tuple[TrainConfig, str | None]:
+    """Replace ``auto``: by what the run was started with, which must not change half-way.
+
+    Returns:
+        The configuration, and a line that says what ``auto`` has become; ``None`` where the recipe
+        says the type.
+    """
+    if config.precision != "auto":
+        return config, None
     begun: Precision | None = None
-    if config.precision == "auto" and run.exists and not fresh:
+    if run.exists and not fresh:
         with suppress(UserError):  # not readable: the comparison of configurations refuses it
             earlier = load_config(TrainConfig, run.config).precision
             begun = None if earlier == "auto" else earlier
-    precision = settle_precision(config.precision, begun=begun, option="precision=float32")
-    return config.model_copy(update={"precision": precision})
+    precision, line = choose_precision(begun, "precision=float32")
+    return config.model_copy(update={"precision": precision}), line

@@ -85,15 +85,16 @@ def train(config: TrainConfig, *, base_dir: Path, fresh: bool = False) -> Path:
         shard=config.shard, timeout_minutes=config.peer_timeout_minutes
     )
     with dead_peer_is_an_error(str(run.checkpoints)), sigterm_is_an_error(str(run.path)):
+        why: str | None = None
         if processes.is_main:  # settles it for all
-            config = with_settled_precision(config, run, fresh=fresh)
+            config, why = with_settled_precision(config, run, fresh=fresh)
         config = config.model_copy(update={"precision": processes.of_main(config.precision)})
         if processes.is_main:
             prepare_folder(run, config, fresh=fresh)
         processes.barrier()
         if (run.model / "modules.json").is_file():
             return run.model
-        return _Run(config, run, base_dir, processes).train()
+        return _Run(config, run, base_dir, processes).train(why)
 
 
 class _Run:
@@ -135,7 +136,14 @@ class _Run:
             half = torch.bfloat16 if config.precision == "bfloat16" else None
             shard_backbone(self.embedder, processes, compute_dtype=half)
 
-    def train(self) -> Path:
+    def train(self, why: str | None) -> Path:
+        """Train what is left.
+
+        Args:
+            why: a line on the computing type, for the log.
+        """
+        if why is not None:
+            self.log(why)
         with self._autocast():
             self.embedder.train()
             self.memory = settle_graph_memory(

@@ -78,7 +78,7 @@ def _mine(teacher: Any = "noted", **options: Any) -> Any:
 
 def _outputs() -> tuple[bytes, dict[str, Any]]:
     report = json.loads(Path("mined.jsonl.report.json").read_text("utf-8"))
-    for key in ("teacher", "dtype"):
+    for key in ("teacher", "dtype", "computing"):
         del report[key]
     return Path("mined.jsonl").read_bytes(), report
 

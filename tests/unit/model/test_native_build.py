@@ -204,3 +204,27 @@ def test_the_library_is_on_the_disk_before_its_name_is(
     )
     assert load(source).answer() == 42
     assert done == ["sync", ".so", ".sha256", "sync"]
+
+
+def test_a_model_loads_where_there_is_no_home(
+    tiny_decoder_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its kernels are compiled when the family is tried at load; that must not be an error."""
+    from nvembed.model import native_attention
+    from nvembed.model.embedder import NVEmbed
+
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("NVEMBED_CACHE")
+    monkeypatch.setattr(Path, "home", no_home)
+    libraries = (native_build.attention_library, native_attention._kernel)
+    for function in libraries:
+        function.cache_clear()
+    try:
+        model = NVEmbed.from_pretrained(tiny_decoder_dir, pooling="mean", device="cpu")
+        assert model.encode(["a text"]).shape == (1, 32)
+    finally:
+        for function in libraries:
+            function.cache_clear()
+    assert list((tmp_path / "temporary").glob("nvembed-*/native/*.so"))

@@ -97,8 +97,11 @@ def open_private(folder: Path) -> Iterator[int | None]:
 def private_folders(name: str) -> Iterator[Path]:
     """Folders to be tried with ``open_private``, in this order: of the cache, then temporary ones.
 
-    The last one is made for this process alone, and deleted at its end.
+    The last one is made for this process alone, and deleted at its end. There is none on systems
+    whose files have no owner in the way of POSIX.
     """
+    if os.name != "posix":
+        return
     with suppress(UserError):
         yield cache_folder(name)
     yield _temporary() / name

@@ -106,7 +106,8 @@ def _load_or_compile(
                 _compile(compiler, source, temporary)
                 checksum = _checksum_and_sync(temporary)
             write_text(folder / _checksum_name(name), checksum + "\n")
-            os.fsync(handle)
+            with suppress(OSError):  # not every file system can
+                os.fsync(handle)
     if not _is_intact(handle, name):
         raise NativeError(f"{folder / name} is not what was written there")
     return _opened(folder, handle, name)

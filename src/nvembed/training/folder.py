@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from contextlib import suppress
 from typing import Any
@@ -10,7 +11,7 @@ from nvembed.core.config import dump_config, load_config
 from nvembed.core.errors import TrainingError, UserError
 from nvembed.core.files import write_text
 from nvembed.core.runs import RunFolder
-from nvembed.model.precision import choose_precision, computing_record
+from nvembed.model.precision import choose_precision, computing_record, kernels
 from nvembed.model.settings import Precision
 from nvembed.training.checkpoint import recipe_differences, remove_leftovers
 from nvembed.training.config import TrainConfig
@@ -35,6 +36,21 @@ def prepare_folder(run: RunFolder, config: TrainConfig, *, fresh: bool) -> None:
 
 def _computing(config: TrainConfig) -> dict[str, Any]:
     return computing_record(None if config.precision == "auto" else config.precision)
+
+
+def changed_kernels(run: RunFolder) -> str | None:
+    """Say that a run goes on with other kernels than it was begun with; None where it does not.
+
+    The machine is another one then, or its compiler is gone. Numbers differ in the last bits.
+    """
+    begun: object = None
+    with suppress(OSError, ValueError, KeyError, TypeError):  # of an earlier version, or damaged
+        begun = json.loads(run.env.read_text("utf-8"))["computing"]["kernels"]
+    now = kernels()
+    if not isinstance(begun, list) or begun == now:
+        return None
+    names = " to ".join(", ".join(map(str, found)) or "torch's own" for found in (begun, now))
+    return f"the kernels have changed, from {names}: the last bits of all numbers may, too"
 
 
 def check_folder(run: RunFolder, config: TrainConfig) -> None:

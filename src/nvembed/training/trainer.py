@@ -44,7 +44,7 @@ from nvembed.training.evaluating import (
     should_stop,
 )
 from nvembed.training.feed import Fed, Feed
-from nvembed.training.folder import prepare_folder, with_settled_precision
+from nvembed.training.folder import changed_kernels, prepare_folder, with_settled_precision
 from nvembed.training.graph_memory import settle_graph_memory
 from nvembed.training.metrics import describe, metrics_row
 from nvembed.training.model import computing, save_adapters, save_model, starting_model
@@ -94,7 +94,10 @@ def train(config: TrainConfig, *, base_dir: Path, fresh: bool = False) -> Path:
         processes.barrier()
         if (run.model / "modules.json").is_file():
             return run.model
-        return _Run(config, run, base_dir, processes).train(why)
+        at_work = _Run(config, run, base_dir, processes)
+        if why is not None:
+            at_work.log(why)
+        return at_work.train()
 
 
 class _Run:
@@ -130,20 +133,14 @@ class _Run:
             note = check_recipe(self.checkpoint, self.recipe, processes.count)
             restore_weights(self.checkpoint, self._trained())
             self.log(f"going on after step {self.position.step} ({self.checkpoint.name})")
-            if note:
-                self.log(note)
+            for line in (note, changed_kernels(run)):
+                if line:
+                    self.log(line)
         if processes.sharded:
             half = torch.bfloat16 if config.precision == "bfloat16" else None
             shard_backbone(self.embedder, processes, compute_dtype=half)
 
-    def train(self, why: str | None) -> Path:
-        """Train what is left.
-
-        Args:
-            why: a line on the computing type, for the log.
-        """
-        if why is not None:
-            self.log(why)
+    def train(self) -> Path:
         with self._autocast():
             self.embedder.train()
             self.memory = settle_graph_memory(

@@ -16,7 +16,7 @@ import torch
 
 import nvembed
 from nvembed.core import cache
-from nvembed.model import cpu, measured
+from nvembed.model import cpu, measured, precision
 from nvembed.model.measured import KEPT, kept_gain, measured_gain
 
 
@@ -64,6 +64,22 @@ class BusyMachine:
 def test_load_does_not_move_it(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     machine = BusyMachine(monkeypatch, seed)
     assert measured_gain(machine.work(6), machine.work(2)) == pytest.approx(3, rel=1e-6)
+
+
+@pytest.mark.parametrize(("gain", "expected"), [(2.0, "bfloat16"), (1.2, "float32")])
+@pytest.mark.parametrize("seed", range(5))
+def test_the_decision_stays_on_a_busy_machine(
+    seed: int, gain: float, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = BusyMachine(monkeypatch, seed)
+    milliseconds = {torch.float32: 4.0, torch.bfloat16: 4.0 / gain}
+    monkeypatch.setattr(
+        precision.products, "product", lambda x, _: machine.work(milliseconds[x.dtype])()
+    )
+    monkeypatch.setattr(
+        precision, "this_cpu", lambda: cpu.read_cpu(["flags : avx512f avx512_bf16"])
+    )
+    assert precision.fastest_precision("cpu") == expected
 
 
 def test_it_counts_the_time_of_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,7 @@ from nvembed.model.export import export_folder
 from nvembed.training import checkpoint, trainer
 from nvembed.training.checkpoint import latest_checkpoint
 from nvembed.training.config import TrainConfig
-from nvembed.training.folder import with_settled_precision
+from nvembed.training.folder import changed_kernels, with_settled_precision
 from nvembed.training.optim import schedule
 from nvembed.training.trainer import train
 from official_folders import write_official
@@ -392,6 +392,20 @@ def test_schedule_is_a_ramp_and_a_line_to_zero() -> None:
     assert schedule(0, steps=1, warmup_steps=0) == 1.0
 
 
+def test_a_run_that_goes_on_with_other_kernels_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RunFolder(tmp_path)
+    monkeypatch.setattr("nvembed.training.folder.kernels", lambda: ["onednn"])
+    for content in ("", "[1]", '{"computing": null}', '{"computing": {"kernels": ["onednn"]}}'):
+        run.env.write_text(content)
+        assert changed_kernels(run) is None
+    run.env.write_text('{"computing": {"kernels": ["onednn", "attention"]}}')
+    line = changed_kernels(run)
+    assert line is not None
+    assert line.startswith("the kernels have changed, from onednn, attention to onednn: ")
+
+
 def test_the_first_process_settles_the_type_for_all(
     tmp_path: Path, tiny_decoder_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -415,7 +429,7 @@ def test_the_first_process_settles_the_type_for_all(
     monkeypatch.setattr(
         trainer,
         "_Run",
-        lambda config, *_: given.append(config.precision) or SimpleNamespace(train=lambda why: why),
+        lambda config, *_: given.append(config.precision) or SimpleNamespace(train=lambda: None),
     )
     assert train(config, base_dir=tmp_path) is None
     assert given == ["bfloat16"]

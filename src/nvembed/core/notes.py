@@ -1,28 +1,33 @@
-"""Lines that tell what was decided for the user: shown by the command line, silent in Python."""
+"""Lines that tell what was decided for the user: shown by the command line, silent in Python.
+
+A line is held back until the work that it speaks of has begun. A command that fails before, for a
+mistake in the input, then says nothing but its error.
+"""
 
 from __future__ import annotations
 
-import logging
 import sys
 
-_log = logging.getLogger(__name__)
+_held: list[str] = []
+_shown = False
 
 
-def note(line: str) -> None:
-    """Tell the user one line."""
-    _log.info(line)
+def hold_note(line: str) -> None:
+    """Keep a line for ``release_notes``."""
+    _held.append(line)
+
+
+def release_notes() -> None:
+    """Show the lines that are held: what they speak of has begun."""
+    lines = _held[:]
+    _held.clear()
+    if _shown:
+        for line in lines:
+            print(line, file=sys.stderr, flush=True)
 
 
 def show_notes() -> None:
-    """Print notes on stderr from now on."""
-    if not any(isinstance(handler, _ToStderr) for handler in _log.handlers):
-        _log.addHandler(_ToStderr())
-    _log.setLevel(logging.INFO)
-    _log.propagate = False
-
-
-class _ToStderr(logging.Handler):
-    """Prints to what ``sys.stderr`` is at that moment."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        print(record.getMessage(), file=sys.stderr, flush=True)
+    """Print notes on stderr from now on; those of an earlier command are forgotten."""
+    global _shown
+    _shown = True
+    _held.clear()

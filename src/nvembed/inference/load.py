@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nvembed.core.errors import ModelError, UserError
+from nvembed.core.notes import release_notes
 from nvembed.inference.protocol import Encoder, unit_rows
 from nvembed.model.settings import Precision, PrecisionChoice
 from nvembed.text.template import query_prompt
@@ -45,8 +46,12 @@ def load_encoder(name: str, dtype: PrecisionChoice | None = None) -> Encoder:
     try:
         if _is_foreign(name):
             options = {} if settled is None else {"dtype": settled}
-            return SentenceTransformerEncoder(SentenceTransformer(name, model_kwargs=options))
-        return cast(Encoder, NVEmbed.from_pretrained(name, dtype=settled))
+            plain = SentenceTransformer(name, model_kwargs=options)
+            encoder: Encoder = SentenceTransformerEncoder(plain)
+        else:
+            encoder = cast(Encoder, NVEmbed.from_pretrained(name, dtype=settled))
+        release_notes()
+        return encoder
     except UserError:
         raise
     except (OSError, ValueError, KeyError, ImportError) as error:

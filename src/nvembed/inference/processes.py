@@ -16,6 +16,7 @@ from typing import Any
 
 from nvembed.core.background import end_with_parent
 from nvembed.core.errors import UserError
+from nvembed.core.notes import release_notes
 from nvembed.inference.encoding import Way, prepare_window
 from nvembed.inference.load import load_encoder
 from nvembed.inference.parts import Part, Tally, Window, part_of, save_part
@@ -141,3 +142,4 @@ def _collect(running: dict[Future[int | None], int], tally: Tally) -> None:
     done, _ = wait(running, return_when=FIRST_COMPLETED)
     for future in done:
         tally.made(running.pop(future), future.result())
+        release_notes()  # a model has been loaded

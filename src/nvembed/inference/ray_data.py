@@ -16,7 +16,7 @@ import numpy as np
 
 from nvembed.core import errors
 from nvembed.core.errors import UserError
-from nvembed.core.notes import note
+from nvembed.core.notes import hold_note, release_notes
 from nvembed.inference.parts import Part, Tally, Window, save_part
 from nvembed.inference.processes import Worker
 from nvembed.model.settings import Precision, PrecisionChoice
@@ -61,7 +61,7 @@ def settle_by_ray(dtype: PrecisionChoice | None) -> Precision | None:
 
     ask: Any = ray.remote(settle_precision).options(**{f"num_{kind.lower()}s": 1})
     settled: Precision = ray.get(ask.remote("auto"))
-    note(f"computing in {settled} (what a worker is fastest in; fix with --dtype)")
+    hold_note(f"computing in {settled} (what a worker is fastest in; fix with --dtype)")
     return settled
 
 
@@ -138,6 +138,7 @@ def make_by_ray(missing: Iterable[Window], worker: Worker, tally: Tally) -> None
             counts,
         )
         save_part(paths[row["window"]], part)
+        release_notes()
         tally.made(len(counts), row["tokens"])
     if error is not None:
         told = dict(zip(("kind", *_OF_ERRORS), error, strict=True))

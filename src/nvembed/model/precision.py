@@ -13,7 +13,7 @@ from typing import Any, overload
 
 import torch
 
-from nvembed.core.notes import note
+from nvembed.core.notes import hold_note
 from nvembed.model import native_attention, native_bfloat16, products
 from nvembed.model.cpu import this_cpu
 from nvembed.model.measured import kept_gain
@@ -44,7 +44,7 @@ def settle_precision(
     begun: Precision | None = None,
     option: str | None = "--dtype",
 ) -> Precision | None:
-    """Return the choice, ``auto`` replaced by a type; which one it is is noted.
+    """Return the choice, ``auto`` replaced by a type; a note says which one (``core/notes.py``).
 
     Args:
         choice: of the user; ``None``, what was saved, stays.
@@ -54,7 +54,7 @@ def settle_precision(
     if choice != "auto":
         return choice
     precision, line = choose_precision(begun, option)
-    note(line)
+    hold_note(line)
     return precision
 
 

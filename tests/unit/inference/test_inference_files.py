@@ -286,6 +286,11 @@ def test_the_command_says_in_one_line_what_it_computes_in(
     assert "computing in" not in capsys.readouterr().err
     assert run(["encode", str(tmp_path / "no"), *words[2:], "--output", "x.npy"]) == 2
     assert capsys.readouterr().err.startswith("error: ")  # and nothing before it
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "config.json").write_text("{")
+    assert run(["encode", str(broken), *words[2:], "--output", str(tmp_path / "x.npy")]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
 
 
 def test_parquet_with_ids_and_bad_lines_left_out(tmp_path: Path) -> None:

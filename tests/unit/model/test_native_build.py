@@ -210,7 +210,7 @@ def test_a_model_loads_where_there_is_no_home(
     tiny_decoder_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its kernels are compiled when the family is tried at load; that must not be an error."""
-    from nvembed.model import native_attention
+    from nvembed.model import native_attention, native_layer
     from nvembed.model.embedder import NVEmbed
 
     def no_home() -> Path:
@@ -218,7 +218,12 @@ def test_a_model_loads_where_there_is_no_home(
 
     monkeypatch.delenv("NVEMBED_CACHE")
     monkeypatch.setattr(Path, "home", no_home)
-    libraries = (native_build.attention_library, native_attention._kernel)
+    libraries = (
+        native_build.attention_library,
+        native_build.elementwise_library,
+        native_attention._kernel,
+        native_layer._library,
+    )
     for function in libraries:
         function.cache_clear()
     try:

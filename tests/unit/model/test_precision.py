@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from nvembed.core import notes
 from nvembed.model import precision, products
 from nvembed.model.cpu import read_cpu
 
@@ -21,7 +20,7 @@ ARM = ["CPU part : 0xd40", "Features : fp asimd bf16"]
 @pytest.fixture
 def noted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     lines: list[str] = []
-    monkeypatch.setattr(precision, "note", lines.append)
+    monkeypatch.setattr(precision, "hold_note", lines.append)
     return lines
 
 
@@ -120,9 +119,9 @@ def test_the_record_names_what_computes(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_notes_are_shown_by_the_command_line_and_silent_in_python() -> None:
     code = (
-        "from nvembed.core.notes import note, show_notes; note('silent');"
-        "show_notes(); show_notes(); note('shown')"
+        "from nvembed.core.notes import hold_note, release_notes, show_notes;"
+        "hold_note('silent'); release_notes(); hold_note('of before'); show_notes();"
+        "hold_note('shown'); release_notes(); release_notes(); hold_note('held')"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("", "shown\n")
-    assert notes.note  # and torch is not needed for it

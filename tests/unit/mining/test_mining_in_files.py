@@ -316,7 +316,7 @@ def test_vectors_of_other_kernels_are_not_taken(
 
 
 def test_a_cluster_settles_on_what_its_workers_are_fastest_in(
-    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: dict[str, Any] = {}
 
@@ -339,4 +339,4 @@ def test_a_cluster_settles_on_what_its_workers_are_fastest_in(
     assert ray_data.settle_by_ray("auto") == "bfloat16"
     assert asked == {"num_gpus": 1}
     assert ray_data.settle_by_ray("float32") == "float32"
-    assert teachers.settled_dtype("m", "auto", Path("work"), "ray") == "bfloat16"
+    assert teachers.settled_dtype("m", "auto", tmp_path, "ray") == "bfloat16"

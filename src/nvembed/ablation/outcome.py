@@ -17,6 +17,7 @@ from nvembed.core.config import dump_config, load_config
 from nvembed.core.errors import ConfigError, DataError
 from nvembed.core.files import write_json
 from nvembed.core.runs import RunFolder
+from nvembed.model.settings import Precision
 from nvembed.training.config import TrainConfig
 from nvembed.training.inputs import changed_inputs
 from nvembed.training.recipe_differences import recipe_differences
@@ -89,6 +90,15 @@ def training_cost(folder: Path) -> tuple[float, int, float | None]:
             expected="stage, step, loss, seconds and tokens in every row of a step",
             hint="Delete the folder of the arm to run it again",
         ) from error
+
+
+def begun_precision(run: Run) -> Precision | None:
+    """Return the type that a run computes in, settled when it began; None where it has not."""
+    file = RunFolder(run.folder).config
+    if not file.is_file():
+        return None
+    precision = load_config(TrainConfig, file).precision
+    return None if precision == "auto" else precision
 
 
 def check_same(run: Run) -> None:

@@ -15,6 +15,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from multiprocessing.connection import wait
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
@@ -22,6 +23,7 @@ from pathlib import Path
 from nvembed.ablation.arms import Run
 from nvembed.ablation.outcome import (
     Outcome,
+    begun_precision,
     check_inputs,
     check_same,
     read_outcome,
@@ -36,6 +38,7 @@ from nvembed.core.files import alone_in
 from nvembed.core.progress import progress
 from nvembed.core.runs import RunFolder
 from nvembed.evaluation.tasks import load_tasks
+from nvembed.model.settings import Precision
 from nvembed.training.config import TrainConfig
 from nvembed.training.inputs import read_inputs_of, what_decides_inputs
 
@@ -79,6 +82,7 @@ def run_grid(
                 inputs[key] = read_inputs_of(run.config, base_dir)
             check_inputs(run, inputs[key], tasks)
     todo = [run for run in runs if read_outcome(run).state != "finished"]
+    todo = with_one_precision(todo, runs)
     threads = max(1, len(os.sched_getaffinity(0)) // processes)
     context = multiprocessing.get_context("spawn")
     waiting = list(reversed(todo))
@@ -111,6 +115,31 @@ def run_grid(
             for process, _ in working.values():
                 process.join()
     return [read_outcome(run) for run in runs]
+
+
+def with_one_precision(todo: Sequence[Run], runs: Sequence[Run]) -> list[Run]:
+    """Settle ``precision: auto`` for all runs at once: arms that differ in it do not compare.
+
+    Args:
+        todo: runs that are to be done.
+        runs: all of the grid; the first that was begun decides.
+    """
+    if not any(run.config.precision == "auto" for run in todo):
+        return list(todo)
+    from nvembed.model.precision import settle_precision
+
+    chosen = {run.folder for run in runs if run.config.precision == "auto"}
+    begun = next((p for run in runs if run.folder in chosen and (p := begun_precision(run))), None)
+    settled = settle_precision("auto", begun=begun, option="precision=float32")
+    return [_with_precision(run, settled) for run in todo]
+
+
+def _with_precision(run: Run, precision: Precision) -> Run:
+    if run.config.precision != "auto":
+        return run
+    # A run that was begun for itself keeps its type; it could not go on in another.
+    update = {"precision": begun_precision(run) or precision}
+    return replace(run, config=run.config.model_copy(update=update))
 
 
 def _ended(run: Run, exit_code: int | None) -> Outcome:
@@ -184,13 +213,13 @@ def _train_and_score(
     import torch
 
     from nvembed.evaluation.session import Settings, run_session
-    from nvembed.model.precision import settle_precision
     from nvembed.training.trainer import train
 
     torch.set_num_threads(threads)
     model = train(run.config, base_dir=base_dir)
     started = time.monotonic()
-    dtype = settle_precision(load_config(TrainConfig, RunFolder(run.folder).config).precision)
+    dtype = load_config(TrainConfig, RunFolder(run.folder).config).precision
+    assert dtype != "auto"  # training has settled it
     settings = Settings(model=str(model), output=run.results, dtype=dtype)
     run_session(settings, load_tasks(task_folders, list(tasks)))
     seconds, tokens, loss = training_cost(run.folder)

@@ -101,7 +101,7 @@ def _outcomes(
     log: Callable[[str], None],
 ) -> Iterator[SetOutcome]:
     """Build one set after the other."""
-    tools = Tools(build, base_dir)
+    tools = Tools(build, base_dir, place)
     shared = _SharedInputs(build, base_dir)
     for number, dataset in enumerate(datasets, start=1):
         label = f"[{number}/{len(datasets)}] {dataset.name}"

@@ -81,7 +81,8 @@ def _report(path: Path) -> dict[str, Any] | None:
     try:
         report = read_json_object(path, "a report")
         # The others name files of this machine.
-        return {field.name: report[field.name] for field in fields(MiningReport)}
+        kept = {field.name: report[field.name] for field in fields(MiningReport)}
+        return {**kept, "computing": report["computing"]}
     except (DataError, KeyError):
         return None
 

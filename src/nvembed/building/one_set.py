@@ -119,7 +119,7 @@ def build_set(job: SetJob, tools: Tools) -> dict[str, Any]:
             names["decontaminate"], lambda folder: _decontaminate(job, before, tools, folder)
         )
         done.append(last)
-    manifest = _finish(job, done)
+    manifest = _finish(job, done, tools)
     _clear(job)
     return manifest
 
@@ -218,7 +218,7 @@ def _described(match: Match) -> dict[str, Any]:
     }
 
 
-def _finish(job: SetJob, done: list[Finished]) -> dict[str, Any]:
+def _finish(job: SetJob, done: list[Finished], tools: Tools) -> dict[str, Any]:
     """Write the folder of the set."""
     dataset, last = job.dataset, done[-1]
     with atomic_folder(job.target) as temporary:
@@ -238,7 +238,7 @@ def _finish(job: SetJob, done: list[Finished]) -> dict[str, Any]:
         else:
             rows, report = mined(
                 dataset,
-                mining,
+                mining.model_copy(update={"dtype": tools.teacher_dtype}),
                 kept,
                 usable_rows if dataset.max_records and dataset.max_records < total else None,
                 work=job.steps_folder / _mine_name(job),

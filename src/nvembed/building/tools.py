@@ -4,24 +4,50 @@ from __future__ import annotations
 
 from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import cast, get_args
 
 from nvembed.building.contamination import Contamination, EvaluationText
 from nvembed.building.evaluation_texts import evaluation_texts
 from nvembed.evaluation.tasks import load_tasks
+from nvembed.inference.endpoint import is_endpoint
+from nvembed.mining.teachers import BM25_NAME
+from nvembed.model.settings import Precision, PrecisionChoice
 from nvembed.training.build_config import BuildConfig
+from nvembed.training.built import MANIFEST, read_manifest
 
 
 class Tools:
-    """Evaluation texts of a build.
+    """Evaluation texts of a build, and the type of its teacher's weights.
 
     Args:
         build: the settings.
         base_dir: folder of the recipe.
+        place: where the sets go.
     """
 
-    def __init__(self, build: BuildConfig, base_dir: Path) -> None:
+    def __init__(self, build: BuildConfig, base_dir: Path, place: Path) -> None:
         self._build = build
         self._base_dir = base_dir
+        self._place = place
+
+    @cached_property
+    def teacher_dtype(self) -> PrecisionChoice:
+        """Settled for all sets at once: that of sets that are built already, if there are any."""
+        mine = self._build.mine
+        assert mine is not None
+        if mine.teacher == BM25_NAME or is_endpoint(mine.teacher):
+            return mine.dtype
+        from nvembed.model.precision import settle_precision
+
+        return settle_precision(mine.dtype, begun=self._begun(), option="build.mine.dtype=float32")
+
+    def _begun(self) -> Precision | None:
+        for file in sorted(self._place.glob(f"*/{MANIFEST}")):
+            manifest = read_manifest(file.parent) or {}
+            computing = manifest.get("steps", {}).get("mine", {}).get("computing") or {}
+            if computing.get("dtype") in get_args(Precision):
+                return cast(Precision, computing["dtype"])
+        return None
 
     @cached_property
     def _texts(self) -> tuple[EvaluationText, ...]:

@@ -123,10 +123,12 @@ def evaluate(
         hub, failed = list(found.tasks), failed | found.refused
     if not (local or hub):
         raise _not_done(failed)
-    from nvembed.model.precision import settle_precision
+    precision = None
+    if model != BM25_NAME:
+        from nvembed.inference.load import settle_dtype
 
-    precision = earlier_precision(output) if dtype == "auto" and not start_over else None
-    precision = None if model == BM25_NAME else precision or settle_precision(dtype)
+        begun = earlier_precision(output) if dtype == "auto" and not start_over else None
+        precision = settle_dtype(model, dtype, begun=begun)
     settings = Settings(model, output, precision, instructions, cache, engine)
     done = run_session(
         settings, local, hub, processes=processes, resume=not start_over, keep_going=keep_going

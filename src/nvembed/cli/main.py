@@ -32,6 +32,7 @@ from nvembed.cli.search import search
 from nvembed.cli.serve import serve
 from nvembed.cli.train import train
 from nvembed.core.errors import UserError
+from nvembed.core.notes import release_notes, show_notes
 
 # Which extra brings a library that the base install lacks.
 _EXTRAS = {
@@ -102,6 +103,7 @@ def main() -> None:
 
 def run(arguments: Sequence[str]) -> int:
     """Run one command and return its exit code."""
+    show_notes()
     # Reports and bars of the model libraries would bury our own lines; the user's setting wins.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
@@ -109,6 +111,7 @@ def run(arguments: Sequence[str]) -> int:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         result = app(list(arguments) or ["--help"], prog_name="nvembed", standalone_mode=False)
+        release_notes()
     except UserError as error:
         return _fail(str(error), error.exit_code)
     except TyperException as error:

@@ -14,8 +14,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from nvembed.core.cache import cache_folder
 from nvembed.core.errors import DataError, UserError
-from nvembed.core.files import cache_folder, write_text
+from nvembed.core.files import write_text
 
 # Smaller files are read each time.
 _LARGE = 32 * 2**20

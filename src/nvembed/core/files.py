@@ -30,12 +30,6 @@ _EXCHANGE = 2
 _AT_FDCWD = -100
 
 
-def cache_folder(name: str) -> Path:
-    """A folder for what can be made again: ``$NVEMBED_CACHE/name``, else ``~/.cache/nvembed/…``."""
-    given = os.environ.get("NVEMBED_CACHE")
-    return (Path(given).expanduser() if given else Path.home() / ".cache" / "nvembed") / name
-
-
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Give a temporary path beside ``path`` and move it into place when the block ends well."""

@@ -126,12 +126,15 @@ class RunFolder:
         made = (self.checkpoints.glob("step-*"), self.mined.glob("*"), self.path.glob("model*"))
         return bool(self.read_metrics()) or any(True for paths in made for _ in paths)
 
-    def create(self, config_yaml: str, *, replace: bool = False) -> None:
+    def create(
+        self, config_yaml: str, *, replace: bool = False, computing: dict[str, Any] | None = None
+    ) -> None:
         """Start a run here: write ``config.yaml`` and ``env.json``, make ``checkpoints/``.
 
         Args:
             config_yaml: the resolved configuration.
             replace: delete the earlier run of this folder (only the names listed above).
+            computing: how its numbers are computed, for ``env.json``.
 
         Raises:
             ConfigError: the folder holds a run already and ``replace`` is off.
@@ -150,7 +153,8 @@ class RunFolder:
             raise UserError(
                 f"cannot make the run folder: {error.strerror or error}", where=str(self.path)
             ) from error
-        write_json(self.env, describe_environment())
+        computed = {} if computing is None else {"computing": computing}
+        write_json(self.env, describe_environment() | computed)
         write_text(self.config, config_yaml)
 
     def _clear(self) -> None:

@@ -14,6 +14,7 @@ from statistics import median
 
 from nvembed.core.runs import RunFolder
 from nvembed.demo.recipe import STAGES, Steps, demo_config
+from nvembed.model.settings import PrecisionChoice
 
 STAGE1_SHARE = 0.8
 """Of the training time."""
@@ -39,7 +40,7 @@ class StepTimes:
     stage2: float
 
 
-def rehearse(*, backbone: str, data: Path, seed: int) -> StepTimes:
+def rehearse(*, backbone: str, data: Path, seed: int, precision: PrecisionChoice) -> StepTimes:
     """Train a few steps of both stages in a temporary folder and return what a step takes.
 
     The first step of a stage is left out: it allocates memory.
@@ -55,6 +56,7 @@ def rehearse(*, backbone: str, data: Path, seed: int) -> StepTimes:
             data=str(data.resolve()),
             max_records=REHEARSAL_RECORDS,
         )
+        config = config.model_copy(update={"precision": precision})
         train(config, base_dir=Path(folder))
         rows = RunFolder(Path(folder)).read_metrics()
     first, second = (

@@ -8,11 +8,13 @@ parts are in the files beside this one.
 from __future__ import annotations
 
 import time
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from rich.console import Console
 
+from nvembed.core.cache import cache_folder, expanded
 from nvembed.core.config import load_config
 from nvembed.core.errors import ConfigError, ModelError, UserError
 from nvembed.core.files import write_json
@@ -37,9 +39,9 @@ from nvembed.inference.search import search_file
 
 if TYPE_CHECKING:
     from nvembed.inference.protocol import Encoder
+    from nvembed.model.settings import Precision
     from nvembed.training.config import TrainConfig
 
-CACHE_FOLDER = Path("~/.cache/nvembed/demo")
 DEFAULT_BACKBONE = Path("assets") / "decoder-6m"
 BM25, BASE, STAGE1, STAGE2 = "BM25", "base, mean pooling", "after stage 1", "after stage 2"
 
@@ -52,7 +54,7 @@ def run_demo(
     output: Path,
     *,
     seed: int = 0,
-    cache: Path | None = CACHE_FOLDER,
+    cache: Path | Literal["default"] | None = "default",
     console: Console | None = None,
 ) -> Results:
     """Run the whole recipe and report.
@@ -65,7 +67,8 @@ def run_demo(
         backbone: folder or hub id of a decoder; None is the project's own.
         output: run folder.
         seed: of data, training and mining.
-        cache: folder that keeps the harvested documentation; None keeps none.
+        cache: folder that keeps the harvested documentation, by default that of the package; None
+            keeps none.
         console: where to print; None is standard output.
 
     Returns:
@@ -103,7 +106,7 @@ class _Demo:
         backbone: str | None,
         output: Path,
         seed: int,
-        cache: Path | None,
+        cache: Path | Literal["default"] | None,
         console: Console,
     ) -> None:
         if minutes <= 0:
@@ -112,7 +115,9 @@ class _Demo:
         self.backbone = _absolute(backbone) if backbone else default_backbone()
         self.output = output
         self.seed = seed
-        self.cache = cache.expanduser() if cache else None
+        if cache == "default":
+            cache = cache_folder("demo")
+        self.cache = expanded(cache, where=str(cache)) if cache else None
         self.console = console
         self.started = time.monotonic()
 
@@ -127,7 +132,7 @@ class _Demo:
         run = RunFolder(self.output)
         for name, folder in ((STAGE1, run.path / f"model-{STAGES[0]}"), (STAGE2, model)):
             self._say(f"evaluating {name}")
-            results[name] = _evaluate_model(folder, tasks)
+            results[name] = _evaluate_model(folder, tasks, self.precision)
         self._save(results)
         self._report(results, data, model)
         return results
@@ -145,11 +150,19 @@ class _Demo:
 
     def _load_base(self) -> Encoder:
         from nvembed.model.embedder import NVEmbed
-        from nvembed.model.precision import settle_precision
 
         return NVEmbed.from_pretrained(
-            self.backbone, pooling="mean", max_tokens=MAX_TOKENS, dtype=settle_precision("auto")
+            self.backbone, pooling="mean", max_tokens=MAX_TOKENS, dtype=self.precision
         )
+
+    @cached_property
+    def precision(self) -> Precision:
+        """What all models of the demo compute in: settled once, or that of the interrupted run."""
+        from nvembed.model.precision import settle_precision
+
+        found = self._interrupted_run()
+        begun = None if found is None or found.precision == "auto" else found.precision
+        return settle_precision("auto", begun=begun, option=None)
 
     def _train(self, data: DemoData, base: dict[str, TaskResult]) -> Path:
         from nvembed.training.trainer import train
@@ -159,7 +172,12 @@ class _Demo:
             self._say("going on with the interrupted run")
             return train(config, base_dir=self.output)
         self._say("rehearsing a few steps to see what fits into the time")
-        times = rehearse(backbone=self.backbone, data=data.folder / "data", seed=self.seed)
+        times = rehearse(
+            backbone=self.backbone,
+            data=data.folder / "data",
+            seed=self.seed,
+            precision=self.precision,
+        )
         retrieval = base[TASK_NAMES[0]].seconds
         seconds = training_seconds(
             self.seconds - self._elapsed(),
@@ -172,7 +190,8 @@ class _Demo:
             f"training {steps.stage1:,} + {steps.stage2:,} steps, about "
             f"{max(0.0, seconds) / 60:.1f} minutes"
         )
-        return train(self._config(steps), base_dir=self.output, fresh=True)
+        config = self._config(steps).model_copy(update={"precision": self.precision})
+        return train(config, base_dir=self.output, fresh=True)
 
     def _config(self, steps: Steps) -> TrainConfig:
         return demo_config(
@@ -218,7 +237,13 @@ class _Demo:
                 self.console,
                 query,
                 search_file(
-                    str(model), corpus, query, task=None, top_k=3, dtype="auto", cache=self.cache
+                    str(model),
+                    corpus,
+                    query,
+                    task=None,
+                    top_k=3,
+                    dtype=self.precision,
+                    cache=self.cache,
                 ),
             )
         self.console.print(
@@ -245,7 +270,9 @@ def _absolute(backbone: str) -> str:
     return str(Path(backbone).resolve()) if Path(backbone).is_dir() else backbone
 
 
-def _evaluate_model(folder: Path, tasks: list[LocalTask]) -> dict[str, TaskResult]:
+def _evaluate_model(
+    folder: Path, tasks: list[LocalTask], precision: Precision
+) -> dict[str, TaskResult]:
     from nvembed.inference.load import load_encoder
 
-    return evaluate(load_encoder(str(folder), "auto"), tasks)
+    return evaluate(load_encoder(str(folder), precision), tasks)

@@ -33,7 +33,7 @@ from nvembed.evaluation.run import (
 )
 from nvembed.evaluation.shared import SharedEncoder
 from nvembed.evaluation.tasks import LocalTask
-from nvembed.inference.fingerprint import model_fingerprint
+from nvembed.inference.fingerprint import computed_fingerprint, model_fingerprint
 from nvembed.inference.protocol import Encoder
 from nvembed.model.settings import Precision
 
@@ -219,7 +219,7 @@ class _Scorer:
         self._encoder = self._bare = encoder
         if settings.cache is not None:
             length = getattr(encoder, "max_seq_length", None)
-            key = f"{settings.fingerprint}-{length}"
+            key = f"{computed_fingerprint(settings.fingerprint, settings.dtype)}-{length}"
             self._encoder = CachedEncoder(encoder, settings.cache, key)
         self._hub: HubEncoder | None = None
 
@@ -284,8 +284,17 @@ def _record(settings: Settings, jobs: Mapping[str, LocalTask | AbsTask]) -> dict
         "model": settings.model,
         "revision": settings.revision,
         "dtype": settings.dtype,
+        "computing": _computing(settings),
         "instructions": instructions,
     }
+
+
+def _computing(settings: Settings) -> dict[str, Any] | None:
+    if settings.model == BM25_NAME:
+        return None
+    from nvembed.model.precision import computing_record
+
+    return computing_record(settings.dtype)
 
 
 def _earlier_record(output: Path) -> dict[str, Any]:

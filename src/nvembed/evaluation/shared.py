@@ -14,6 +14,7 @@ from typing import Self, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from nvembed.core.notes import release_notes
 from nvembed.inference.encoding import Side
 from nvembed.inference.load import load_encoder
 from nvembed.inference.processes import death_told, process_pool
@@ -42,6 +43,7 @@ class SharedEncoder:
         self._pool = self._ending.enter_context(process_pool(processes, _start, model, dtype))
         try:
             self.dimension, self.max_seq_length = self.ask(_facts)
+            release_notes()
         except BaseException:
             self.__exit__()
             raise

@@ -25,7 +25,7 @@ from nvembed.index.fields import same
 from nvembed.index.record import first_dimensions, new_record, recorded_encoder
 from nvembed.index.window_types import WindowTypes
 from nvembed.inference.encoding import WINDOW_TEXTS, encode_window
-from nvembed.inference.load import load_encoder
+from nvembed.inference.load import load_encoder, settle_dtype
 from nvembed.inference.protocol import Encoder, prompts_of
 from nvembed.inference.reading import Document, Skipped, read_documents
 from nvembed.model.settings import PrecisionChoice
@@ -94,7 +94,7 @@ def index_documents(
         model: folder, hub id or encoder; None is the one that the database was made with.
         task: of queries that bring none, see ``Encoder``; only for a new database.
         truncate_dim: keep the first dimensions only; only for a new database.
-        dtype: of the weights, see ``load_encoder``.
+        dtype: of the weights, see ``load_encoder``; fixed when the database is made.
         delete: ids to remove, after the documents are written.
         options: how documents are read and kept.
 
@@ -112,15 +112,16 @@ def index_documents(
     with writing(path):
         if is_database(path):
             database = Database.open(path)
-            _check_settings(database, read_task(task, None), truncate_dim)
+            _check_settings(database, read_task(task, None), truncate_dim, dtype)
             encoder = (
                 recorded_encoder(database.record, model, dtype, str(path)) if documents else None
             )
         else:
             assert model is not None
-            encoder = load_encoder(model, dtype) if isinstance(model, str) else model
+            settled = settle_dtype(model, dtype) if isinstance(model, str) else None
+            encoder = load_encoder(model, settled) if isinstance(model, str) else model
             task = read_task(task, prompts_of(encoder))
-            record = new_record(model, encoder, task=task, truncate_dim=truncate_dim)
+            record = new_record(model, encoder, task=task, truncate_dim=truncate_dim, dtype=settled)
             database = Database.create(path, record)
         if encoder is not None:
             read = read_documents(
@@ -136,11 +137,15 @@ def index_documents(
     return report
 
 
-def _check_settings(database: Database, task: str | None, truncate_dim: int | None) -> None:
+def _check_settings(
+    database: Database, task: str | None, truncate_dim: int | None, dtype: PrecisionChoice | None
+) -> None:
     record = database.record
+    fixed = None if dtype == "auto" or record.dtype is None else dtype
     for what, given, kept in (
         ("truncate_dim", truncate_dim, record.dimension),
         ("task", task, record.task),
+        ("dtype", fixed, record.dtype),
     ):
         if given is not None and given != kept:
             raise ConfigError(

@@ -12,10 +12,10 @@ from nvembed.core.config import StrictModel
 from nvembed.core.errors import ConfigError, ModelError
 from nvembed.inference.encoding import encode_window
 from nvembed.inference.fingerprint import contents_fingerprint
-from nvembed.inference.load import load_encoder
+from nvembed.inference.load import load_encoder, settle_dtype
 from nvembed.inference.outputs import shorten
 from nvembed.inference.protocol import Encoder
-from nvembed.model.settings import PrecisionChoice
+from nvembed.model.settings import Precision, PrecisionChoice
 
 # Texts whose vectors are kept: an encoder that gives others is not the one of the database.
 _PROBE = ("how do I sort a list?", "The moon turns around the earth.", "bread 42")
@@ -33,6 +33,7 @@ class DatabaseRecord(StrictModel):
         dimension: width of the vectors, possibly the first of a wider model.
         task: instruction of queries that bring none.
         probe: vectors of a few fixed texts.
+        dtype: of the weights, for all documents that are ever added; None where it is not known.
     """
 
     layout: Literal[1] = 1
@@ -41,12 +42,18 @@ class DatabaseRecord(StrictModel):
     dimension: int
     task: str | None
     probe: tuple[tuple[float, ...], ...]
+    dtype: Precision | None = None
 
 
 def new_record(
-    model: str | Encoder, encoder: Encoder, *, task: str | None, truncate_dim: int | None
+    model: str | Encoder,
+    encoder: Encoder,
+    *,
+    task: str | None,
+    truncate_dim: int | None,
+    dtype: Precision | None = None,
 ) -> DatabaseRecord:
-    """Describe an encoder.
+    """Describe an encoder, with weights of a settled type.
 
     Raises:
         ConfigError: more dimensions are wanted than it has.
@@ -67,6 +74,7 @@ def new_record(
         dimension=dimension,
         task=task,
         probe=tuple(tuple(row) for row in _probe(encoder, dimension).tolist()),
+        dtype=dtype,
     )
 
 
@@ -78,7 +86,7 @@ def recorded_encoder(
     Args:
         record: of the database.
         model: where the model lies now, or an encoder; None is where it lay.
-        dtype: of the weights, see ``load_encoder``; not part of what the model is.
+        dtype: of the weights, see ``load_encoder``; ``auto`` is that of the database's documents.
         where: the database, for errors.
 
     Raises:
@@ -98,7 +106,7 @@ def recorded_encoder(
         )
     if record.fingerprint is not None and contents_fingerprint(name) != record.fingerprint:
         raise _another(where, f"{name} is not the model, or no longer the state of it,")
-    encoder = load_encoder(name, dtype)
+    encoder = load_encoder(name, settle_dtype(name, dtype, begun=record.dtype))
     check_encoder(record, encoder, where)
     return encoder
 

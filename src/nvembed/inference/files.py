@@ -8,14 +8,15 @@ where the lines have them. Memory is bounded by a window of texts, not by the fi
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import NamedTemporaryFile, TemporaryDirectory
-from typing import Literal
+from typing import Literal, cast, get_args
 
 import numpy as np
 
@@ -25,8 +26,8 @@ from nvembed.core.progress import progress
 from nvembed.core.text_files import STDIN, STDIN_NAME, ending_of, stdin_bytes
 from nvembed.data.sources.config import Column
 from nvembed.inference.encoding import Side, Way
-from nvembed.inference.fingerprint import model_fingerprint
-from nvembed.inference.load import load_encoder
+from nvembed.inference.fingerprint import computed_fingerprint
+from nvembed.inference.load import load_encoder, settle_dtype
 from nvembed.inference.outputs import (
     TABLES,
     OutputFormat,
@@ -40,11 +41,17 @@ from nvembed.inference.parts import Tally, Window, make_here, windows
 from nvembed.inference.processes import Worker, make_by_processes
 from nvembed.inference.protocol import Encoder
 from nvembed.inference.reading import Document, Skipped, input_files, read_documents
-from nvembed.model.settings import LongTexts, PrecisionChoice
+from nvembed.model.settings import LongTexts, Precision, PrecisionChoice
 
 Engine = Literal["local", "ray"]
 
-_BESIDE = {"ids": ".ids.json", "ranges": ".ranges.npy", "spans": ".spans.npy"}
+_BESIDE = {
+    "ids": ".ids.json",
+    "ranges": ".ranges.npy",
+    "spans": ".spans.npy",
+    "record": ".run.json",
+}
+_BEGUN = "begun.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +65,7 @@ class EncodedFile:
         dimension: of a vector, before bits are packed.
         ranges: file of the ranges of ``int8`` and ``uint8``.
         skipped: bad lines that were left out.
+        dtype: of the model's weights; ``None`` is what they were saved in.
     """
 
     output: Path
@@ -66,6 +74,7 @@ class EncodedFile:
     dimension: int
     ranges: Path | None = None
     skipped: Skipped | None = None
+    dtype: Precision | None = None
 
 
 def encode_file(
@@ -86,7 +95,8 @@ def encode_file(
 
     The whole input is checked before the model is loaded. The output appears under its name only
     when it is complete; until then what is done lies in ``<output>.parts`` beside it, from where a
-    run that was killed goes on, if the model is given by name.
+    run that was killed goes on, if the model is given by name, in the type it was begun with.
+    ``<output>.run.json`` says how the vectors were made.
 
     Args:
         model: folder or hub id, or an encoder that is loaded already.
@@ -138,13 +148,17 @@ def encode_file(
             tidy(output.parent, output.name)  # of a run that was killed
         if not isinstance(model, str):  # nothing names its state: its parts are of no use later
             folder = stack.enter_context(_folder_for_now(output))
-        made = _make_parts(job, model, dtype, folder, processes, engine)
+        settled = _settled(model, dtype, folder, engine) if isinstance(model, str) else None
+        made = _make_parts(job, model, settled, folder, processes, engine)
         parts = Parts(made, names, chunked=long.way == "late")
         rows, dimension = parts.shape
         write_vectors(parts, output, form.precision)
         beside = _write_beside(parts, output, form.precision, with_ids=with_ids)
+        write_json(output.with_name(output.name + _BESIDE["record"]), _record(model, settled, task))
         shutil.rmtree(folder, ignore_errors=True)
-    return EncodedFile(output, beside.get("ids"), rows, dimension, beside.get("ranges"), skipped)
+    return EncodedFile(
+        output, beside.get("ids"), rows, dimension, beside.get("ranges"), skipped, settled
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,13 +190,13 @@ def _names(documents: Iterator[Document]) -> tuple[bool, list[str]]:
 def _make_parts(
     job: _Job,
     model: str | Encoder,
-    dtype: PrecisionChoice | None,
+    dtype: Precision | None,
     folder: Path,
     processes: int,
     engine: Engine,
 ) -> list[Path]:
     """Make the parts that are not there; return all, in order."""
-    identity = model_fingerprint(model, dtype) if isinstance(model, str) else ""
+    identity = computed_fingerprint(model, dtype) if isinstance(model, str) else ""
     paths: list[Path] = []
     texts = 0
     with progress(job.count, "encode") as bar:
@@ -215,6 +229,33 @@ def _make_parts(
     if texts != job.count:
         raise DataError(f"the input changed while it was read ({job.count} texts, then {texts})")
     return paths
+
+
+def _settled(
+    model: str, dtype: PrecisionChoice | None, folder: Path, engine: Engine
+) -> Precision | None:
+    """Settle the type of the weights: an output that was begun keeps its own."""
+    file = folder / _BEGUN
+    begun: object = None
+    with suppress(OSError, ValueError, KeyError, TypeError):  # it is new, or the file is damaged
+        earlier = json.loads(file.read_text("utf-8"))
+        begun = earlier["dtype"] if earlier["model"] == model else None
+    known = cast(Precision, begun) if begun in get_args(Precision) else None
+    if engine == "ray" and known is None:
+        from nvembed.inference.ray_data import settle_by_ray
+
+        settled = settle_by_ray(dtype)
+    else:
+        settled = settle_dtype(model, dtype, begun=known)
+    write_json(file, {"model": model, "dtype": settled})
+    return settled
+
+
+def _record(model: str | Encoder, dtype: Precision | None, task: str | None) -> dict[str, object]:
+    from nvembed.model.precision import computing_record
+
+    name = model if isinstance(model, str) else type(model).__name__
+    return {"model": name, "task": task, "computing": computing_record(dtype)}
 
 
 def _write_beside(

@@ -34,6 +34,22 @@ def model_fingerprint(model: str, *settings: object) -> str:
     return digest.hexdigest()
 
 
+def computed_fingerprint(model: str, dtype: str | None, *settings: object) -> str:
+    """Name the vectors of a model as this machine computes them, to the last bit.
+
+    Args:
+        model: folder or hub id.
+        dtype: of its weights, settled; ``None`` is what was saved.
+        settings: whatever else its vectors depend on.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    from nvembed.model.precision import kernels
+
+    return model_fingerprint(model, dtype, *settings, *kernels())
+
+
 # What a model folder holds besides the model.
 _NOT_THE_MODEL = {".md", ".log", ".png", ".svg"}
 

@@ -14,12 +14,15 @@ from numpy.typing import NDArray
 
 from nvembed.core.arguments import checked
 from nvembed.core.errors import ModelError
+from nvembed.core.notes import release_notes
 from nvembed.inference.protocol import Encoder, unit_rows
-from nvembed.model.settings import PrecisionChoice
+from nvembed.model.settings import Precision, PrecisionChoice
 from nvembed.text.instructions import resolve_prompt
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
+
+_LISTINGS = ("modules.json", "config.json")
 
 
 @checked
@@ -40,33 +43,21 @@ def load_encoder(name: str, dtype: PrecisionChoice | None = None) -> Encoder:
         ConfigError: an argument of a wrong type.
         ModelError: there is nothing of that name that can be loaded.
     """
-    from nvembed.model.source import ModelSource
-
-    ModelSource(name).check()
-    path = Path(name)
-    if path.is_file() or (not path.is_dir() and _is_path(name)):
-        raise ModelError("no such model folder", where=name, expected="a folder or a hub id")
-    if path.is_dir() and not any(
-        (path / f).is_file() for f in ("modules.json", "config.json", "nvembed_onnx.json")
-    ):
-        raise ModelError(
-            "no model in this folder", where=name, expected="modules.json or config.json in it"
-        )
+    settled = settle_dtype(name, dtype)
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.base.modules import Transformer
 
     from nvembed.model.embedder import NVEmbed
     from nvembed.model.kind import ONNX_FILE
     from nvembed.model.loading import check_vocabulary, loading, prove_encoding
-    from nvembed.model.precision import settle_precision
     from nvembed.model.weights import check_finite
 
-    if (path / ONNX_FILE).is_file():
-        return _load_onnx(path, dtype)
-
-    settled = settle_precision(dtype)
+    if (Path(name) / ONNX_FILE).is_file():
+        return _load_onnx(Path(name), settled)
     if not _is_foreign(name):
-        return cast(Encoder, NVEmbed.from_pretrained(name, dtype=settled))
+        encoder = cast(Encoder, NVEmbed.from_pretrained(name, dtype=settled))
+        release_notes()
+        return encoder
     options = {} if settled is None else {"dtype": settled}
     with loading(name):
         model = SentenceTransformer(name, model_kwargs=options)
@@ -74,13 +65,14 @@ def load_encoder(name: str, dtype: PrecisionChoice | None = None) -> Encoder:
             check_vocabulary(model[0].model, model.tokenizer, where=name)
     check_finite(model, where=name)
     prove_encoding(model, name=name)
+    release_notes()
     return SentenceTransformerEncoder(model)
 
 
-def _load_onnx(folder: Path, dtype: PrecisionChoice | None) -> Encoder:
+def _load_onnx(folder: Path, dtype: Precision | None) -> Encoder:
     from nvembed.inference.onnx import OnnxEncoder
 
-    if dtype not in (None, "auto", "float32"):
+    if dtype not in (None, "float32"):
         raise ModelError(
             f"an ONNX graph in {dtype}",
             where=str(folder),
@@ -88,6 +80,39 @@ def _load_onnx(folder: Path, dtype: PrecisionChoice | None) -> Encoder:
             hint="Leave --dtype out, or use the model that it was exported from",
         )
     return OnnxEncoder(folder)
+
+
+def settle_dtype(
+    name: str, dtype: PrecisionChoice | None, *, begun: Precision | None = None
+) -> Precision | None:
+    """Settle the type that a model computes in, for a whole job; see ``settle_precision``.
+
+    Args:
+        name: folder or hub id.
+        dtype: of the weights, as the user chose it.
+        begun: that of the job, where it goes on.
+
+    Raises:
+        ModelError: there is no such model folder; told before anything is measured.
+    """
+    from nvembed.model.source import ModelSource
+
+    ModelSource(name).check()
+    path = Path(name)
+    if path.is_file() or (not path.is_dir() and _is_path(name)):
+        raise ModelError("no such model folder", where=name, expected="a folder or a hub id")
+    graph = (path / "nvembed_onnx.json").is_file()
+    if path.is_dir() and not graph and not any((path / f).is_file() for f in _LISTINGS):
+        raise ModelError(
+            "no model in this folder", where=name, expected="modules.json or config.json in it"
+        )
+    if dtype != "auto":
+        return dtype
+    if graph:
+        return "float32"
+    from nvembed.model.precision import settle_precision
+
+    return settle_precision(dtype, begun=begun)
 
 
 class SentenceTransformerEncoder:

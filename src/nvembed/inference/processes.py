@@ -16,11 +16,12 @@ from typing import Any
 
 from nvembed.core.background import end_with_parent
 from nvembed.core.errors import UserError
+from nvembed.core.notes import release_notes
 from nvembed.inference.encoding import Way, prepare_window
 from nvembed.inference.load import load_encoder
 from nvembed.inference.parts import Part, Tally, Window, part_of, save_part
 from nvembed.inference.protocol import Encoder
-from nvembed.model.settings import PrecisionChoice
+from nvembed.model.settings import Precision
 
 
 @contextmanager
@@ -81,10 +82,13 @@ def _start(
 
 @dataclass
 class Worker:
-    """Makes parts with a model that is loaded when the first is asked for."""
+    """Makes parts with a model that is loaded when the first is asked for.
+
+    Its type was settled by the process that asks, so that all parts have one.
+    """
 
     model: str
-    dtype: PrecisionChoice | None
+    dtype: Precision | None
     way: Way
     encoder: Encoder | None = None
 
@@ -138,3 +142,4 @@ def _collect(running: dict[Future[int | None], int], tally: Tally) -> None:
     done, _ = wait(running, return_when=FIRST_COMPLETED)
     for future in done:
         tally.made(running.pop(future), future.result())
+        release_notes()  # a model has been loaded

@@ -16,8 +16,10 @@ import numpy as np
 
 from nvembed.core import errors
 from nvembed.core.errors import UserError
+from nvembed.core.notes import hold_note, release_notes
 from nvembed.inference.parts import Part, Tally, Window, save_part
 from nvembed.inference.processes import Worker
+from nvembed.model.settings import Precision, PrecisionChoice
 
 _SOURCE = Path(__file__).resolve().parents[2]
 _OF_ERRORS = ("message", "where", "expected", "hint")
@@ -48,6 +50,19 @@ def join_cluster() -> tuple[Any, str, int]:
     resources = ray.cluster_resources()
     kind = "GPU" if resources.get("GPU") else "CPU"
     return ray, kind, max(int(resources.get(kind, 1)), 1)
+
+
+def settle_by_ray(dtype: PrecisionChoice | None) -> Precision | None:
+    """Replace ``auto`` by what a worker of the cluster is fastest in; see ``settle_precision``."""
+    if dtype != "auto":
+        return dtype
+    ray, kind, _ = join_cluster()
+    from nvembed.model.precision import settle_precision
+
+    ask: Any = ray.remote(settle_precision).options(**{f"num_{kind.lower()}s": 1})
+    settled: Precision = ray.get(ask.remote("auto"))
+    hold_note(f"computing in {settled} (what a worker is fastest in; fix with --dtype)")
+    return settled
 
 
 class RayWorker:
@@ -123,6 +138,7 @@ def make_by_ray(missing: Iterable[Window], worker: Worker, tally: Tally) -> None
             counts,
         )
         save_part(paths[row["window"]], part)
+        release_notes()
         tally.made(len(counts), row["tokens"])
     if error is not None:
         told = dict(zip(("kind", *_OF_ERRORS), error, strict=True))

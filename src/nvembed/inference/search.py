@@ -11,21 +11,21 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from nvembed.core.cache import cache_folder, expanded
 from nvembed.core.errors import ConfigError, DataError, UserError
 from nvembed.core.files import atomic_path
 from nvembed.data.sources.config import Column
 from nvembed.inference.encoding import encode_texts, encode_window
-from nvembed.inference.fingerprint import model_fingerprint
-from nvembed.inference.load import load_encoder
+from nvembed.inference.fingerprint import computed_fingerprint
+from nvembed.inference.load import load_encoder, settle_dtype
 from nvembed.inference.protocol import Encoder
 from nvembed.inference.reading import Document, read_documents
-from nvembed.model.settings import PrecisionChoice
-
-CACHE_FOLDER = Path("~/.cache/nvembed/search")
+from nvembed.model.settings import Precision, PrecisionChoice
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ def search_file(
     top_k: int,
     columns: Mapping[str, Column] | None = None,
     dtype: PrecisionChoice | None = None,
-    cache: Path | None = CACHE_FOLDER,
+    cache: Path | Literal["default"] | None = "default",
 ) -> list[Hit]:
     """Find the texts of a file that are nearest to a query.
 
@@ -60,7 +60,8 @@ def search_file(
         top_k: number of hits, at least 1; fewer come back from a smaller file.
         columns: where text and id are found, see ``read_documents``.
         dtype: of the weights, see ``load_encoder``.
-        cache: folder of the cached vectors, ``None`` keeps none. Nothing is ever removed from it.
+        cache: folder of the cached vectors, by default that of the package (``core/cache.py``),
+            ``None`` keeps none. Nothing is ever removed from it.
 
     Returns:
         Hits by falling score, equal scores in file order.
@@ -77,10 +78,19 @@ def search_file(
     rows = list(read_documents([documents], columns=columns, keep_going=None))
     if not rows:
         raise DataError("the file holds no texts", where=str(documents))
-    encoder = load_encoder(model, dtype) if isinstance(model, str) else model
     cached = None
-    if cache is not None and isinstance(model, str):
-        cached = cache.expanduser() / f"{_cache_key(model, dtype, rows)}.npy"
+    if isinstance(model, str):
+        settled = settle_dtype(model, dtype)  # once: cached vectors and the query's are of one type
+        encoder = load_encoder(model, settled)
+        if cache is not None:
+            place = (
+                cache_folder("search")
+                if cache == "default"
+                else expanded(Path(cache), where=str(cache))
+            )
+            cached = place / f"{_cache_key(model, settled, rows)}.npy"
+    else:
+        encoder = model
     query_vector = encode_window(encoder, [query], side="query", task=task)[0]
     vectors = _document_vectors(encoder, rows, cached)
     scores = vectors @ query_vector
@@ -121,9 +131,9 @@ def _write_cached(path: Path, vectors: NDArray[np.float32]) -> None:
         return  # a home folder that cannot be written must not stop a search
 
 
-def _cache_key(model: str, dtype: PrecisionChoice | None, rows: Sequence[Document]) -> str:
+def _cache_key(model: str, dtype: Precision | None, rows: Sequence[Document]) -> str:
     """Name the vectors of texts: by these, in order, and by what the model folder holds."""
-    digest = hashlib.sha256(model_fingerprint(model, dtype).encode())
+    digest = hashlib.sha256(computed_fingerprint(model, dtype).encode())
     for row in rows:
         content = row.text.encode()
         digest.update(len(content).to_bytes(8, "little") + content)

@@ -22,6 +22,7 @@ from nvembed.data.convert import POSITIVE_SCORE
 from nvembed.data.record_shards import record_of
 from nvembed.data.records import Kind, PairRecord, Record, StsRecord
 from nvembed.data.sources import Column, file_dataset, load_records
+from nvembed.inference.endpoint import is_endpoint
 from nvembed.inference.protocol import Encoder
 from nvembed.inference.reading import read_documents
 from nvembed.mining.config import MiningConfig
@@ -182,6 +183,7 @@ def mine_file(
             "teacher": teacher if isinstance(teacher, str) else type(teacher).__name__,
             "teacher_model": teacher_model,
             "dtype": settled,
+            "computing": _computing(teacher, settled),
             "kind": kind,
             "instruction": instruction,
             "config": {**config.model_dump(mode="json"), "threshold": config.limit},
@@ -333,7 +335,8 @@ class _Job:
             else:
                 assert self.folder is not None
                 take_device()
-                settled = settled_dtype(dtype, self.folder)
+                if not is_endpoint(teacher):
+                    settled = settled_dtype(teacher, dtype, self.folder, self.engine)
                 named = NamedTeacher(teacher, model, settled)
                 ranking = rank_in_files(search, named, self.config, self.folder, self.engine)
             run = Run(self.plan.cases, pool, ranking, self.config, further=self.plan.further)
@@ -347,6 +350,15 @@ def _pool(texts: Iterable[str], folder: Path | None) -> Iterator[Pool]:
         return
     with StoredPool(texts, folder) as pool:
         yield pool
+
+
+def _computing(teacher: str | Encoder, dtype: Precision | None) -> dict[str, Any] | None:
+    """Describe how vectors were computed here; None where another computed them, or none are."""
+    if isinstance(teacher, str) and (teacher == BM25_NAME or is_endpoint(teacher)):
+        return None
+    from nvembed.model.precision import computing_record
+
+    return computing_record(dtype)
 
 
 def _beside(output: Path) -> Path:

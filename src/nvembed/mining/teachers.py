@@ -15,8 +15,8 @@ from typing import Literal, cast
 
 from nvembed.core.errors import ConfigError
 from nvembed.inference.endpoint import EndpointEncoder, is_endpoint
-from nvembed.inference.fingerprint import model_fingerprint
-from nvembed.inference.load import load_encoder
+from nvembed.inference.fingerprint import computed_fingerprint, model_fingerprint
+from nvembed.inference.load import load_encoder, settle_dtype
 from nvembed.inference.protocol import Encoder
 from nvembed.mining.config import MiningConfig
 from nvembed.mining.pool import Pool
@@ -88,7 +88,9 @@ class NamedTeacher:
     @cached_property
     def fingerprint(self) -> str:
         """What its vectors are kept under."""
-        return model_fingerprint(self.name, self.dtype, self.model)
+        if is_endpoint(self.name):
+            return model_fingerprint(self.name, self.dtype, self.model)
+        return computed_fingerprint(self.name, self.dtype, self.model)
 
     @cached_property
     def encoder(self) -> Encoder:
@@ -168,13 +170,25 @@ def check_teacher(
         )
 
 
-def settled_dtype(dtype: PrecisionChoice | None, work: Path | None) -> Precision | None:
+def settled_dtype(
+    teacher: str, dtype: PrecisionChoice | None, work: Path, engine: Engine
+) -> Precision | None:
     """Settle the type of the teacher's weights, for all runs that share a work folder alike."""
-    from nvembed.model.precision import settle_precision
+    if dtype != "auto":
+        return dtype
+    mine: list[Precision | None] = []
 
-    if dtype != "auto" or work is None:
-        return settle_precision(dtype)
-    return cast(Precision | None, remembered(work, "dtype", lambda: settle_precision(dtype)))
+    def settle() -> Precision | None:
+        if engine == "ray":
+            from nvembed.inference.ray_data import settle_by_ray
+
+            mine.append(settle_by_ray(dtype))
+        else:
+            mine.append(settle_dtype(teacher, dtype))
+        return mine[-1]
+
+    kept = cast(Precision, remembered(work, "dtype", settle))
+    return kept if mine else settle_dtype(teacher, dtype, begun=kept)
 
 
 def take_device() -> None:

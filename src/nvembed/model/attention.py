@@ -25,7 +25,12 @@ from transformers import AttentionInterface
 
 from nvembed.core.errors import ModelError
 from nvembed.model import native_bfloat16
-from nvembed.model.native_attention import available, native_attention, takes
+from nvembed.model.native_attention import (
+    available,
+    checked_scaling,
+    native_attention,
+    takes,
+)
 from nvembed.text.packing import Segments
 
 FLAT_ATTENTION = "nvembed_flat"
@@ -66,8 +71,9 @@ def flat_attention(
 
     Raises:
         ModelError: the backbone asks for something that would silently be left out (attention
-            sinks, position biases, a mask of its own).
+            sinks, position biases, a mask of its own), or scales the scores by 0 or less.
     """
+    checked_scaling(scaling, query.shape[-1])
     asked = [name for name in _UNSUPPORTED if others.get(name) is not None]
     if attention_mask is not None:
         asked.append("attention_mask")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import math
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -19,8 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from nvembed.core.errors import ModelError
+from nvembed.model.cpu import this_cpu
 from nvembed.model.native_build import attention_library
-from nvembed.model.products import MIN_GAIN, fastest_seconds
 from nvembed.text.packing import Segments
 
 WIDTH_UNIT = 16
@@ -75,15 +77,36 @@ def native_attention(
         value_KTE: values.
         segments: boundaries; they cover all T tokens.
         scaling: of the scores; ``None`` is one over the root of E.
+
+    Raises:
+        ModelError: the scaling is not above 0.
     """
     if sum(segments.lengths) != query_HTE.shape[1]:
         raise ValueError(f"segments cover {sum(segments.lengths)} of {query_HTE.shape[1]} tokens")
     kernel = _kernel()
     assert kernel is not None
-    scale = float(scaling if scaling is not None else query_HTE.shape[-1] ** -0.5)
+    scale = checked_scaling(scaling, query_HTE.shape[-1])
     starts = segments.cu_seqlens.to("cpu", torch.int32).contiguous()
     out_THE: Tensor = _Attention.apply(query_HTE, key_KTE, value_KTE, starts, scale, kernel)
     return out_THE
+
+
+def checked_scaling(scaling: float | None, width: int) -> float:
+    """Return what scores are multiplied by; ``None`` is one over the root of the head width.
+
+    Raises:
+        ModelError: it is not above 0, or no number.
+    """
+    if scaling is None:
+        return float(width**-0.5)
+    if not 0 < scaling < math.inf:
+        raise ModelError(
+            f"attention scores are scaled by {scaling}",
+            where="config.json",
+            expected="a factor above 0",
+            hint="Correct the model's configuration",
+        )
+    return float(scaling)
 
 
 class _Attention(torch.autograd.Function):
@@ -173,7 +196,10 @@ class _Kernel:
 
 @cache
 def _kernel() -> _Kernel | None:
-    """The kernel where it can be had, computes rightly and is clearly faster than torch's."""
+    """The kernel where it can be had, computes rightly and is faster than torch's."""
+    if not this_cpu().has_wide_registers:
+        _log.info("attention is torch's own: on this CPU the compiled one is no faster")
+        return None
     library = attention_library()
     if library is None:
         return None
@@ -182,31 +208,7 @@ def _kernel() -> _Kernel | None:
     if not worst < TOLERANCE:
         _log.warning("attention is torch's own: the compiled one is wrong by %.1e", worst)
         return None
-    gain = _gain(kernel)
-    if gain < MIN_GAIN:
-        _log.info("attention is torch's own: the compiled one is %.1f times as fast", gain)
-        return None
     return kernel
-
-
-def _gain(kernel: _Kernel) -> float:
-    """How much faster than torch's, forward and backward, for texts of 128 tokens."""
-    with torch.inference_mode(False), torch.enable_grad():
-        leaf = torch.ones(2, 512, 64, requires_grad=True)
-        blocks = leaf.unflatten(1, (4, 128)).transpose(0, 1)
-        starts = torch.arange(0, 513, 128, dtype=torch.int32)
-        d_out_THE = torch.ones(512, 2, 64)
-
-        def ours() -> Tensor:
-            out_THE = _Attention.apply(leaf, leaf, leaf, starts, 0.125, kernel)
-            return torch.autograd.grad(out_THE, leaf, d_out_THE)[0]
-
-        def by_torch() -> Tensor:
-            out = nn.functional.scaled_dot_product_attention(blocks, blocks, blocks)
-            d_out = d_out_THE.view(4, 128, 2, 64).transpose(1, 2)
-            return torch.autograd.grad(out, leaf, d_out, retain_graph=True)[0]
-
-        return fastest_seconds(by_torch) / fastest_seconds(ours)
 
 
 def _largest_error(kernel: _Kernel) -> float:

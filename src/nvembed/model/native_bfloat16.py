@@ -14,10 +14,10 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from nvembed.model.native_attention import checked_scaling
 from nvembed.model.native_build import NativeError, load_named
-from nvembed.model.products import MIN_GAIN, fastest_seconds
 from nvembed.text.packing import Segments
 
 WIDTH_UNIT = 32
@@ -74,6 +74,9 @@ def bfloat16_attention(
         segments: boundaries; they cover all T tokens.
         causal: a token sees itself and what came before it only.
         scaling: of the scores; ``None`` is one over the root of E.
+
+    Raises:
+        ModelError: the scaling is not above 0.
     """
     if sum(segments.lengths) != query_HTE.shape[1]:
         raise ValueError(f"segments cover {sum(segments.lengths)} of {query_HTE.shape[1]} tokens")
@@ -99,7 +102,7 @@ def _attend(
         (ctypes.c_int64 * len(strides))(*strides),
         ctypes.c_void_p(starts.data_ptr()),
         *map(ctypes.c_int64, (len(starts) - 1, num_heads, inputs_HTE[1].shape[0], width)),
-        ctypes.c_float(scaling if scaling is not None else width**-0.5),
+        ctypes.c_float(checked_scaling(scaling, width)),
         ctypes.c_int(causal),
         ctypes.c_int(torch.get_num_threads()),
         ctypes.c_void_p(out_THE.data_ptr()),
@@ -111,7 +114,7 @@ def _attend(
 
 @cache
 def _kernel() -> Any | None:
-    """The kernel where it can be had, computes rightly and is clearly faster than torch's."""
+    """The kernel where it can be had and computes rightly."""
     try:
         library = load_named("bfloat16_attention.cpp")
     except NativeError as error:
@@ -124,7 +127,7 @@ def _kernel() -> Any | None:
     if not worst < TOLERANCE:
         _log.warning("attention in bfloat16 is torch's own: ours is wrong by %.1e", worst)
         return None
-    return kernel if _gain(kernel) >= MIN_GAIN else None
+    return kernel
 
 
 def _largest_error(kernel: Any) -> float:
@@ -135,15 +138,3 @@ def _largest_error(kernel: Any) -> float:
     starts = torch.tensor([0, 37], dtype=torch.int32)
     found_THE = _attend(kernel, (query, key, value), starts, False, 1.0)
     return float((found_THE.transpose(0, 1) - wanted_HTE).abs().max() / wanted_HTE.abs().max())
-
-
-def _gain(kernel: Any) -> float:
-    """How much faster than torch's for texts of 128 tokens."""
-    with torch.inference_mode():
-        x_HTE = torch.ones(2, 512, 64, dtype=torch.bfloat16)
-        blocks = x_HTE.unflatten(1, (4, 128)).transpose(0, 1)
-        starts = torch.arange(0, 513, 128, dtype=torch.int32)
-        attend = nn.functional.scaled_dot_product_attention
-        by_torch = fastest_seconds(lambda: attend(blocks, blocks, blocks))
-        ours = fastest_seconds(lambda: _attend(kernel, (x_HTE, x_HTE, x_HTE), starts, False, None))
-    return by_torch / ours

@@ -1,10 +1,14 @@
 """The C++ of ``model/native/``, compiled on first use and kept in the cache folder.
 
     <cache>/native/varlen_attention-<key>.so
+    <cache>/native/varlen_attention-<key>.so.sha256
 
 The key is a hash of the sources, the options, the compiler's name and version and the instructions
-of this CPU, so that a folder shared by several machines holds one library for each kind. Without a
-compiler (or where anything else goes wrong) there is no library, and callers take torch's own code.
+of this CPU, so that a folder shared by several machines holds one library for each kind. A library
+is loaded only from a folder in which nobody else can write, and only if its checksum is that of
+when it was compiled: a damaged one would end the process. Otherwise it is compiled again, in a
+temporary folder where the cache cannot be used (``core/cache.py``). Without a compiler (or where
+anything else goes wrong) there is no library, and callers take torch's own code.
 """
 
 from __future__ import annotations
@@ -13,15 +17,18 @@ import ctypes
 import hashlib
 import logging
 import os
-import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
+from nvembed.core.cache import is_own_file, open_private, private_folders
 from nvembed.core.errors import UserError
-from nvembed.core.files import atomic_path, cache_folder
+from nvembed.core.files import atomic_path, write_text
+from nvembed.model.cpu import this_cpu
 
 COMPILERS = ("g++", "c++", "clang++")
 """Tried in this order, after ``$CXX``."""
@@ -70,21 +77,89 @@ def load(source: Path) -> ctypes.CDLL:
         NativeError: no compiler, it fails, or the library cannot be written or loaded.
     """
     compiler = _compiler()
-    target = cache_folder("native") / f"{source.stem}-{_key(source, compiler)}.so"
-    if target.exists():
-        try:
-            return ctypes.CDLL(str(target))
-        except OSError as error:  # of a damaged file
-            _log.info("compiling again: %s", error)
+    name = f"{source.stem}-{_key(source, compiler)}.so"
+    reason = "there is no folder for it"
     try:
-        with atomic_path(target) as temporary:
-            _compile(compiler, source, temporary)
-    except UserError as error:
+        for folder in private_folders("native"):
+            with open_private(folder) as handle:
+                if handle is None:
+                    continue
+                try:
+                    return _load_or_compile(folder, handle, name, compiler, source)
+                except UserError as error:  # it cannot be written there
+                    reason = str(error)
+                    _log.info("%s", reason)
+    except (UserError, OSError) as error:
         raise NativeError(str(error)) from error
+    raise NativeError(reason)
+
+
+def _load_or_compile(
+    folder: Path, handle: int, name: str, compiler: str, source: Path
+) -> ctypes.CDLL:
+    """Load a library from a folder that was opened, after compiling it there if need be."""
+    if _is_intact(handle, name):
+        return _opened(folder, handle, name)
+    with _alone(handle):
+        if not _is_intact(handle, name):  # no other process has made it meanwhile
+            with atomic_path(folder / name) as temporary:
+                _compile(compiler, source, temporary)
+                checksum = _checksum_and_sync(temporary)
+            write_text(folder / _checksum_name(name), checksum + "\n")
+            with suppress(OSError):  # not every file system can
+                os.fsync(handle)
+    if not _is_intact(handle, name):
+        raise NativeError(f"{folder / name} is not what was written there")
+    return _opened(folder, handle, name)
+
+
+def _opened(folder: Path, handle: int, name: str) -> ctypes.CDLL:
+    # By the descriptor, so that it is the folder that was looked at, whatever has been renamed.
+    by_handle = Path(f"/proc/self/fd/{handle}")
     try:
-        return ctypes.CDLL(str(target))
+        return ctypes.CDLL(str((by_handle if by_handle.exists() else folder) / name))
     except OSError as error:
         raise NativeError(str(error)) from error
+
+
+def _is_intact(folder: int, name: str) -> bool:
+    """Whether a library is there as it was written, by this user and nobody else."""
+    digests = []
+    try:
+        for file_name in (name, _checksum_name(name)):
+            handle = os.open(file_name, os.O_RDONLY | os.O_NOFOLLOW, dir_fd=folder)
+            with open(handle, "rb") as file:
+                if not is_own_file(os.fstat(handle)):
+                    return False
+                content = file.read()
+            digests.append(hashlib.sha256(content).hexdigest().encode())
+    except OSError:
+        return False
+    return content.strip() == digests[0]
+
+
+def _checksum_name(library: str) -> str:
+    return f"{library}.sha256"
+
+
+def _checksum_and_sync(path: Path) -> str:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def _alone(folder: int) -> Iterator[None]:
+    """Let other processes that want to compile wait; where files cannot be locked, they do not."""
+    import fcntl
+
+    with suppress(OSError):
+        fcntl.flock(folder, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            fcntl.flock(folder, fcntl.LOCK_UN)
 
 
 def _compiler() -> str:
@@ -96,27 +171,16 @@ def _compiler() -> str:
 
 
 def _key(source: Path, compiler: str) -> str:
-    headers = (path.read_text() for path in sorted(source.parent.glob("*.h")))
+    headers = (path.read_text("utf-8") for path in sorted(source.parent.glob("*.h")))
     parts = (
-        source.read_text(),
+        source.read_text("utf-8"),
         *headers,
         compiler,
         _run(compiler, "--version"),
         repr(OPTIONS),
-        _cpu(),
+        this_cpu().described,
     )
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
-
-
-def _cpu() -> str:
-    """What tells CPUs with different instructions apart."""
-    described = {platform.machine(), platform.processor()}
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    kinds = ("model name", "flags", "Features", "CPU part")
-    return "\n".join(sorted(described | {line for line in lines if line.startswith(kinds)}))
 
 
 def _compile(compiler: str, source: Path, target: Path) -> None:

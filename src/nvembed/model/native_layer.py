@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from nvembed.model.attention import flat_attention
-from nvembed.model.native_attention import available
+from nvembed.model.native_attention import available as attention_available
 from nvembed.model.native_bfloat16 import available as bfloat16_available
 from nvembed.model.native_build import NativeError, load_named
 from nvembed.model.native_elementwise import is_silu
@@ -120,8 +120,12 @@ def _takes(layer: Any, hidden_1TD: Tensor) -> bool:
         and hidden_1TD.shape[0] == 1
         and not torch.is_autocast_enabled("cpu")
         and available()
-        and _library() is not None
     )
+
+
+def available() -> bool:
+    """Whether layers can compute so on this machine; compiles what they need."""
+    return attention_available() and _library() is not None
 
 
 @cache

@@ -2,8 +2,9 @@
 
 torch multiplies float32 matrices with MKL, which on CPUs of another maker leaves out their widest
 instructions; oneDNN, which torch carries too, takes them (an AMD EPYC: 200 against 440 GFLOP/s,
-docs/log.md). Which one it is here is measured once, with a few milliseconds. Both are float32 to
-the same accuracy, and differ in the last bits.
+docs/log.md). Which one it is here follows from the CPU's features (``model/cpu.py``). Both are
+float32 to the same accuracy, and differ in the last bits: a measurement could come out otherwise
+the next time, and vectors with it.
 
 All linear layers of a model go through here (``fast_products``), the latent attention too. In 16
 bit, under autocast and on other devices everything is as torch does it.
@@ -13,19 +14,13 @@ Letters: T tokens, I and O widths of input and output.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-MIN_GAIN = 1.4
-"""How much faster oneDNN must be: the measurement must not turn out otherwise the next time."""
-
-_ROWS, _INNER, _COLUMNS = 1024, 256, 1024
-_REPEATS = 9
+from nvembed.model.cpu import this_cpu
 
 
 def product(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
@@ -46,10 +41,9 @@ def times_transposed(x_TI: Tensor, weight_OI: Tensor) -> Tensor:
 
 
 def same_in_every_process(x_TI: Tensor, weight_OI: Tensor) -> Tensor:
-    """``x Wᵀ`` without gradient, by oneDNN wherever torch has it and without measuring.
+    """``x Wᵀ`` without gradient, by oneDNN wherever torch has it, whatever the CPU.
 
-    For results that other processes, or the same one started again, must find to the bit: a
-    measurement may turn out otherwise on a busy machine.
+    For results that processes on machines of different makers must find to the bit.
     """
     if _in_float32_on_cpu(x_TI, weight_OI) and _has_onednn():
         return _onednn(x_TI, weight_OI)
@@ -80,7 +74,6 @@ class FastLinear(nn.Linear):
 
 def fast_products(model: nn.Module) -> None:
     """Let the linear layers of a model multiply by this module, in place."""
-    onednn_pays()  # measured now and not in the middle of something that is measured itself
     for module in model.modules():
         if type(module) is nn.Linear:
             # The class alone decides how it computes: weights, names and copies stay as they are.
@@ -89,14 +82,8 @@ def fast_products(model: nn.Module) -> None:
 
 @cache
 def onednn_pays() -> bool:
-    """Whether oneDNN multiplies float32 matrices clearly faster here; measured once."""
-    if not _has_onednn():
-        return False
-    left, right = torch.ones(_ROWS, _INNER), torch.ones(_COLUMNS, _INNER)
-    return (
-        fastest_seconds(lambda: left @ right.T) / fastest_seconds(lambda: _onednn(left, right))
-        >= MIN_GAIN
-    )
+    """Whether float32 matrices are multiplied by oneDNN on this machine."""
+    return _has_onednn() and this_cpu().onednn_multiplies_float32_faster
 
 
 def _has_onednn() -> bool:
@@ -136,13 +123,3 @@ class _Linear(torch.autograd.Function):
             transposed_times(dy_TO, x_TI) if needs_weight else None,
             dy_TO.sum(0) if needs_bias else None,
         )
-
-
-def fastest_seconds(multiply: Callable[[], Tensor]) -> float:
-    """Seconds of one product, the fastest of a few: whatever else runs only adds."""
-    seconds = []
-    for _ in range(_REPEATS):
-        started = time.perf_counter()
-        multiply()
-        seconds.append(time.perf_counter() - started)
-    return min(seconds)

@@ -11,7 +11,7 @@ import uvicorn
 
 from nvembed.core.config import load_config
 from nvembed.core.errors import ConfigError
-from nvembed.inference.load import load_encoder
+from nvembed.inference.load import load_encoder, settle_dtype
 from nvembed.model.settings import PrecisionChoice
 from nvembed.serving.app import create_app
 from nvembed.serving.config import ServerConfig
@@ -55,7 +55,9 @@ def serve(
     start_logging()
     if known is None and host not in _LOCAL:
         log_event("warning", message="no --keys: everybody who reaches this address may call")
-    engine = build_engine(load_encoder(model, dtype), settings.batching.forwards)
+    settled = settle_dtype(model, dtype)  # one type for all forwards
+    log_event("computing", dtype=settled or "as saved")
+    engine = build_engine(load_encoder(model, settled), settings.batching.forwards)
     run_server(engine, settings, host=host, port=port, keys=known)
 
 

@@ -32,8 +32,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nvembed.core.cache import cache_folder
 from nvembed.core.errors import UserError
-from nvembed.core.files import atomic_folder, cache_folder
+from nvembed.core.files import atomic_folder
 from nvembed.text.template import PromptedText
 from nvembed.text.tokens import TextTokenizer, TokenizedText
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 from contextlib import suppress
+from typing import Any
 
 from nvembed.core.config import dump_config, load_config
 from nvembed.core.errors import TrainingError, UserError
 from nvembed.core.files import write_text
 from nvembed.core.runs import RunFolder
-from nvembed.model.precision import settle_precision
+from nvembed.model.precision import choose_precision, computing_record, kernels
+from nvembed.model.settings import Precision
 from nvembed.training.checkpoint import remove_leftovers
 from nvembed.training.config import TrainConfig
 from nvembed.training.recipe_differences import recipe_differences
@@ -20,7 +23,7 @@ def prepare_folder(run: RunFolder, config: TrainConfig, *, fresh: bool) -> None:
     resolved = dump_config(config)
     run.tidy()
     if fresh or not run.exists:
-        run.create(resolved, replace=fresh)
+        run.create(resolved, replace=fresh, computing=_computing(config))
         return
     remove_leftovers(run.checkpoints)
     check_folder(run, config)
@@ -29,7 +32,26 @@ def prepare_folder(run: RunFolder, config: TrainConfig, *, fresh: bool) -> None:
     if run.has_results:
         write_text(run.config, resolved)
     else:
-        run.create(resolved, replace=True)
+        run.create(resolved, replace=True, computing=_computing(config))
+
+
+def _computing(config: TrainConfig) -> dict[str, Any]:
+    return computing_record(None if config.precision == "auto" else config.precision)
+
+
+def changed_kernels(run: RunFolder) -> str | None:
+    """Say that a run goes on with other kernels than it was begun with; None where it does not.
+
+    The machine is another one then, or its compiler is gone. Numbers differ in the last bits.
+    """
+    begun: object = None
+    with suppress(OSError, ValueError, KeyError, TypeError):  # of an earlier version, or damaged
+        begun = json.loads(run.env.read_text("utf-8"))["computing"]["kernels"]
+    now = kernels()
+    if not isinstance(begun, list) or begun == now:
+        return None
+    names = " to ".join(", ".join(map(str, found)) or "torch's own" for found in (begun, now))
+    return f"the kernels have changed, from {names}: the last bits of all numbers may, too"
 
 
 def check_folder(run: RunFolder, config: TrainConfig) -> None:
@@ -80,10 +102,21 @@ def check_writable(run: RunFolder) -> None:
         )
 
 
-def with_settled_precision(config: TrainConfig, run: RunFolder, *, fresh: bool) -> TrainConfig:
-    """Replace ``auto``: by what the run was started with, which must not change half-way."""
-    precision = config.precision
-    if precision == "auto" and run.exists and not fresh:
+def with_settled_precision(
+    config: TrainConfig, run: RunFolder, *, fresh: bool
+) -> tuple[TrainConfig, str | None]:
+    """Replace ``auto``: by what the run was started with, which must not change half-way.
+
+    Returns:
+        The configuration, and a line that says what ``auto`` has become; ``None`` where the recipe
+        says the type.
+    """
+    if config.precision != "auto":
+        return config, None
+    begun: Precision | None = None
+    if run.exists and not fresh:
         with suppress(UserError):  # not readable: the comparison of configurations refuses it
-            precision = load_config(TrainConfig, run.config).precision
-    return config.model_copy(update={"precision": settle_precision(precision)})
+            earlier = load_config(TrainConfig, run.config).precision
+            begun = None if earlier == "auto" else earlier
+    precision, line = choose_precision(begun, "precision=float32")
+    return config.model_copy(update={"precision": precision}), line

@@ -45,7 +45,7 @@ from nvembed.training.evaluating import (
     should_stop,
 )
 from nvembed.training.feed import Fed, Feed
-from nvembed.training.folder import prepare_folder, with_settled_precision
+from nvembed.training.folder import changed_kernels, prepare_folder, with_settled_precision
 from nvembed.training.graph_memory import settle_graph_memory
 from nvembed.training.inputs import check_finished, inputs_of, settle_inputs, settle_mined
 from nvembed.training.metrics import describe, metrics_row
@@ -90,8 +90,10 @@ def train(config: TrainConfig, *, base_dir: str | Path, fresh: bool = False) -> 
         shard=config.shard, timeout_minutes=config.peer_timeout_minutes
     )
     with dead_peer_is_an_error(str(run.checkpoints)), sigterm_is_an_error(str(run.path)):
-        settled = with_settled_precision(config, run, fresh=fresh).precision
-        config = config.model_copy(update={"precision": processes.of_main(settled)})
+        why: str | None = None
+        if processes.is_main:  # settles it for all
+            config, why = with_settled_precision(config, run, fresh=fresh)
+        config = config.model_copy(update={"precision": processes.of_main(config.precision)})
         if processes.is_main:
             prepare_folder(run, config, fresh=fresh)
         processes.barrier()
@@ -99,7 +101,10 @@ def train(config: TrainConfig, *, base_dir: str | Path, fresh: bool = False) -> 
             if processes.is_main:
                 check_finished(run, config, base_dir)
             return run.model
-        return _Run(config, run, base_dir, processes).train()
+        at_work = _Run(config, run, base_dir, processes)
+        if why is not None:
+            at_work.log(why)
+        return at_work.train()
 
 
 class _Run:
@@ -137,8 +142,9 @@ class _Run:
         else:
             restore_weights(self.checkpoint, self._trained())
             self.log(f"going on after step {self.position.step} ({self.checkpoint.name})")
-            if note:
-                self.log(note)
+            for line in (note, changed_kernels(run)):
+                if line:
+                    self.log(line)
         if processes.sharded:
             half = torch.bfloat16 if config.precision == "bfloat16" else None
             shard_backbone(self.embedder, processes, compute_dtype=half)

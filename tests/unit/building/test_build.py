@@ -456,3 +456,29 @@ def test_the_build_section_is_checked_with_the_recipe(recipe: Path) -> None:
     rows["build"]["bm25"] = {"nothing": 0.5}
     recipe.write_text(yaml.safe_dump(rows))
     assert build(recipe) == 2
+
+
+def test_all_sets_of_a_build_are_mined_in_one_type(
+    tmp_path: Path, tiny_decoder_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped after the first set, on a machine that measures otherwise when it goes on."""
+    mine = {"teacher": str(tiny_decoder_dir), "num_negatives": 2, "strategy": "top_k"}
+    recipe = write_inputs(tmp_path, mine=mine)
+    measured = ["float32"]
+    monkeypatch.setattr("nvembed.model.precision.fastest_precision", lambda device: measured[-1])
+    mined, calls = one_set.mined, []
+
+    def stopped(dataset: Any, *arguments: Any, **options: Any) -> Any:
+        calls.append(dataset.name)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return mined(dataset, *arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(one_set, "mined", stopped)
+        assert build(recipe) == 130
+    measured.append("bfloat16")
+    assert build(recipe) == 0
+    types = [manifest(recipe, name)["steps"]["mine"]["computing"]["dtype"] for name in calls]
+    assert types == ["float32", "float32"]
+    assert len(set(calls)) == 2

@@ -14,11 +14,13 @@ from hypothesis import strategies as st
 
 from nvembed.core.errors import ConfigError, DataError, ModelError
 from nvembed.core.files import write_jsonl
+from nvembed.index import build, record
 from nvembed.index.build import IndexOptions, index_documents
 from nvembed.index.database import Database, writing
 from nvembed.index.record import recorded_encoder
 from nvembed.index.search import SearchOptions, find, map_of, search_database
 from nvembed.inference.fake import HashEncoder
+from nvembed.inference.load import load_encoder
 from oracles.index import fuse, nearest
 
 WORDS = ["red", "green", "blue", "tree", "moon", "river", "stone", "bread", "sail", "lamp"]
@@ -346,3 +348,37 @@ def test_map_is_the_plane_of_principal_components():
     np.testing.assert_array_equal(map_of(vectors[:1]), [[0.0, 0.0]])
     assert map_of(vectors[:2])[:, 1].tolist() == [0.0, 0.0]
     assert np.isfinite(map_of(np.ones((4, 3), dtype=np.float32))).all()
+
+
+def test_all_documents_of_a_database_are_of_one_type(tmp_path, tiny_decoder_dir, monkeypatch):
+    """The machine measures otherwise the second time: the database keeps its type."""
+    loaded = []
+    for module in (build, record):
+        monkeypatch.setattr(
+            module,
+            "load_encoder",
+            lambda name, dtype: (loaded.append(dtype), load_encoder(name, dtype))[1],
+        )
+
+    def index(text, measured, dtype="auto"):
+        monkeypatch.setattr("nvembed.model.precision.fastest_precision", lambda device: measured)
+        write_jsonl(tmp_path / "docs.jsonl", [{"id": text, "text": text}])
+        return index_documents(
+            tmp_path / "db", [tmp_path / "docs.jsonl"], model=str(tiny_decoder_dir), dtype=dtype
+        )
+
+    index("red moon", "float32")
+    index("blue tree", "bfloat16")
+    database = Database.open(tmp_path / "db")
+    assert database.record.dtype == "float32"
+    with pytest.raises(ConfigError, match="dtype is 'bfloat16', the database has 'float32'"):
+        index("green stone", "bfloat16", "bfloat16")
+    encoder = recorded_encoder(database.record, None, "auto", "db")
+    assert loaded == ["float32"] * 3
+    (row,) = database.get("id", ["blue tree"])
+    assert np.array_equal(row["vector"], encoder.encode_document(["blue tree"])[0])
+
+
+def test_a_database_of_an_earlier_version_has_no_type():
+    values = {"model": None, "fingerprint": None, "dimension": 2, "task": None, "probe": [[1, 0]]}
+    assert record.DatabaseRecord.model_validate(values).dtype is None

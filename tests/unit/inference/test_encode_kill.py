@@ -18,7 +18,7 @@ from nvembed.inference.outputs import OutputFormat
 @pytest.fixture
 def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(parts, "WINDOW_TEXTS", 3)
-    monkeypatch.setattr(files, "model_fingerprint", lambda model, dtype: "m")
+    monkeypatch.setattr(files, "computed_fingerprint", lambda model, dtype: "m")
     monkeypatch.setattr(files, "load_encoder", lambda model, dtype: HashEncoder(32))
     rows = [{"id": i, "text": f"text number {i} of {i * i}"} for i in range(10)]
     write_jsonl(tmp_path / "in.jsonl", rows)
@@ -37,7 +37,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_killed_at_any_file_operation_and_run_again(source: Path) -> None:
     encode(source, source.parent / "here")
     expected = contents(source.parent / "here")
-    assert set(expected) == {"out.npy", "out.npy.ids.json", "out.npy.ranges.npy"}
+    names = {"out.npy", "out.npy.ids.json", "out.npy.ranges.npy", "out.npy.run.json"}
+    assert set(expected) == names
     whole = in_child(partial(encode, source, source.parent / "whole"), source.parent)
     assert whole.error is None, whole.error
     assert len(whole.operations) > 15

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from numpy.typing import NDArray
 
+from nvembed.cli.main import run
 from nvembed.core.errors import ConfigError, DataError, ModelError, UserError
 from nvembed.core.files import write_jsonl
 from nvembed.inference import files, parts
@@ -162,7 +163,7 @@ def test_a_killed_run_goes_on_and_writes_the_same(
     rows = [{"id": i, "text": f"text number {i}"} for i in range(10)]
     write_jsonl(tmp_path / "in.jsonl", rows)
     monkeypatch.setattr(parts, "WINDOW_TEXTS", 3)
-    monkeypatch.setattr(files, "model_fingerprint", lambda model, dtype: "m")
+    monkeypatch.setattr(files, "computed_fingerprint", lambda model, dtype: "m")
     calls: list[int] = []
 
     class Dying(HashEncoder):
@@ -186,7 +187,115 @@ def test_a_killed_run_goes_on_and_writes_the_same(
     wanted = HashEncoder().encode_document([row["text"] for row in rows])
     assert np.array_equal(np.load(output), wanted)
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"in.jsonl", "out.npy", "out.npy.ids.json"}
+    assert names == {"in.jsonl", "out.npy", "out.npy.ids.json", "out.npy.run.json"}
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_machine_that_measures_otherwise_after_a_kill_does_not_mix_types(
+    damaged: bool, tmp_path: Path, tiny_decoder_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The flip is forced between two starts: the second goes on in the type of the first."""
+    write_jsonl(tmp_path / "in.jsonl", [{"text": f"text number {i}"} for i in range(10)])
+    monkeypatch.setattr(parts, "WINDOW_TEXTS", 3)
+    model, output = str(tiny_decoder_dir), tmp_path / "out.npy"
+    wanted = {}
+    for dtype in ("float32", "bfloat16"):
+        done = encode_file(
+            model, tmp_path / "in.jsonl", tmp_path / f"{dtype}.npy", task=None, dtype=dtype
+        )
+        assert done.dtype == dtype
+        wanted[dtype] = np.load(done.output)
+    assert not np.array_equal(wanted["float32"], wanted["bfloat16"])
+    measured = ["float32"]
+    monkeypatch.setattr("nvembed.model.precision.fastest_precision", lambda device: measured[-1])
+    save, saved = parts.save_part, []
+
+    def dying(path: Path, part: parts.Part) -> None:
+        if len(saved) == 2:
+            raise KeyboardInterrupt
+        saved.append(path)
+        save(path, part)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parts, "save_part", dying)
+        with pytest.raises(KeyboardInterrupt):
+            encode_file(model, tmp_path / "in.jsonl", output, task=None, dtype="auto")
+    measured.append("bfloat16")
+    if damaged:  # what was begun is not known: nothing of it is taken
+        (tmp_path / "out.npy.parts" / "begun.json").write_text('{"model"')
+    done = encode_file(model, tmp_path / "in.jsonl", output, task=None, dtype="auto")
+    expected = "bfloat16" if damaged else "float32"
+    assert done.dtype == expected
+    assert np.array_equal(np.load(output), wanted[expected])
+    record = json.loads((tmp_path / "out.npy.run.json").read_text())
+    assert record["model"] == model
+    assert record["computing"]["dtype"] == expected
+    assert "processor" in record["computing"]
+
+
+def test_parts_of_other_kernels_are_not_taken(
+    tmp_path: Path, tiny_decoder_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    named = []
+    for kernels in (["onednn"], ["onednn"], ["onednn", "attention"], []):
+        monkeypatch.setattr("nvembed.model.precision.kernels", lambda kernels=kernels: kernels)
+        named.append(files.computed_fingerprint(str(tiny_decoder_dir), "float32"))
+    assert named[0] == named[1]
+    assert len(set(named)) == 3
+
+
+@pytest.mark.parametrize("engine", ["local", "ray"])
+def test_all_workers_are_given_the_settled_type(
+    engine: Any, tmp_path: Path, tiny_decoder_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_jsonl(tmp_path / "in.jsonl", [{"text": "one"}])
+    monkeypatch.setattr("nvembed.model.precision.fastest_precision", lambda device: "bfloat16")
+    given = []
+
+    def make(missing: Any, worker: Any, *rest: Any) -> None:
+        given.append(worker.dtype)
+        parts.make_here(missing, worker_encoder(worker), worker.way, rest[-1])
+
+    def worker_encoder(worker: Any) -> Any:
+        return files.load_encoder(worker.model, worker.dtype)
+
+    monkeypatch.setattr(files, "make_by_processes", make)
+    monkeypatch.setattr("nvembed.inference.ray_data.make_by_ray", make)
+    monkeypatch.setattr("nvembed.inference.ray_data.settle_by_ray", lambda dtype: "float32")
+    encode_file(
+        str(tiny_decoder_dir),
+        tmp_path / "in.jsonl",
+        tmp_path / "out.npy",
+        task=None,
+        dtype="auto",
+        processes=2,
+        engine=engine,
+    )
+    assert given == ["bfloat16" if engine == "local" else "float32"]
+
+
+def test_the_command_says_in_one_line_what_it_computes_in(
+    tmp_path: Path,
+    tiny_decoder_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    write_jsonl(tmp_path / "in.jsonl", [{"text": "one"}])
+    monkeypatch.setattr("nvembed.model.precision.fastest_precision", lambda device: "float32")
+    words = ["encode", str(tiny_decoder_dir), "--input", str(tmp_path / "in.jsonl")]
+    assert run([*words, "--output", str(tmp_path / "out.npy")]) == 0
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "computing in" in line]
+    assert line.startswith("computing in float32 (this CPU ")
+    assert line.endswith("; fix with --dtype)")
+    assert run([*words, "--output", str(tmp_path / "out.npy"), "--dtype", "float32"]) == 0
+    assert "computing in" not in capsys.readouterr().err
+    assert run(["encode", str(tmp_path / "no"), *words[2:], "--output", "x.npy"]) == 2
+    assert capsys.readouterr().err.startswith("error: ")  # and nothing before it
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "config.json").write_text("{")
+    assert run(["encode", str(broken), *words[2:], "--output", str(tmp_path / "x.npy")]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
 
 
 def test_parquet_with_ids_and_bad_lines_left_out(tmp_path: Path) -> None:
@@ -234,7 +343,8 @@ def test_a_lance_table_is_what_lancedb_opens(tmp_path: Path, monkeypatch) -> Non
         assert table["id"] == [str(i) for i in range(10)]
         wanted = HashEncoder(32).encode_document([row["text"] for row in rows])
         assert np.array_equal(np.array(table["embedding"], dtype=np.float32), wanted)
-        assert [path.name for path in output.parent.iterdir()] == ["out.lance"]
+        names = {path.name for path in output.parent.iterdir()}
+        assert names == {"out.lance", "out.lance.run.json"}
     (tmp_path / "mine.lance").mkdir()
     (tmp_path / "mine.lance" / "notes.txt").write_text("do not delete")
     with pytest.raises(ConfigError, match="no Lance table"):

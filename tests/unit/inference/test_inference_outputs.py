@@ -59,7 +59,8 @@ def test_values(source: Path, window: int, monkeypatch) -> None:
     np.testing.assert_array_equal(signs.astype(bool), cut > 0)
     assert done.ranges is None
     # What an earlier run left, and nothing temporary, is gone.
-    assert {path.name for path in source.parent.iterdir()} == {"in.jsonl", "out.npy"}
+    names = {"in.jsonl", "out.npy", "out.npy.run.json"}
+    assert {path.name for path in source.parent.iterdir()} == names
 
 
 @pytest.mark.parametrize("dimension", [0, 65])

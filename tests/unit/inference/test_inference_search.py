@@ -148,3 +148,39 @@ def test_tables_and_folders_are_searched_too(documents: Path, tmp_path: Path) ->
     with pytest.raises(DataError, match='docs\\.csv:2: "text" is empty') as caught:
         search_file(HashEncoder(), table, "x", task=None, top_k=1)
     assert "--keep-going" not in str(caught.value)
+
+
+def test_vectors_of_another_type_are_not_taken_from_the_cache(
+    documents: Path, tmp_path: Path, tiny_decoder_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Asked for by ``auto``, which settles on another type the next time."""
+    loaded: list[str | None] = []
+    load = search.load_encoder
+
+    def noted(name: str, dtype: str | None) -> object:
+        loaded.append(dtype)
+        return load(name, dtype)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(search, "load_encoder", noted)
+
+    def scores(measured: str, dtype: str = "auto") -> list[float]:
+        monkeypatch.setattr("nvembed.model.precision.fastest_precision", lambda device: measured)
+        model = str(tiny_decoder_dir)
+        found = search_file(
+            model, documents, "sort", task=None, top_k=4, dtype=dtype, cache=tmp_path / "cache"
+        )
+        return [hit.score for hit in found]
+
+    wide = scores("float32")
+    assert scores("bfloat16") == scores("float32", "bfloat16") != wide
+    assert scores("float32") == wide
+    assert loaded == ["float32", "bfloat16", "bfloat16", "float32"]
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+def test_the_default_cache_is_that_of_the_package(
+    documents: Path, tmp_path: Path, tiny_decoder_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NVEMBED_CACHE", str(tmp_path / "cache"))
+    search_file(str(tiny_decoder_dir), documents, "sort", task=None, top_k=1)
+    assert len(list((tmp_path / "cache" / "search").glob("*.npy"))) == 1

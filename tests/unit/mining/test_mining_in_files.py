@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,10 +22,11 @@ from forked import in_processes
 from nvembed.cli.main import run
 from nvembed.core.errors import DataError, ModelError, UserError
 from nvembed.core.files import write_jsonl
+from nvembed.inference import ray_data
 from nvembed.inference.fake import HashEncoder
 from nvembed.mining import ranking, teachers, vectors
 from nvembed.mining.config import MiningConfig
-from nvembed.mining.miner import mine_file
+from nvembed.mining.miner import help_mining, mine_file
 from nvembed.mining.pool import DocumentPool, StoredPool, nearly_equal, word_overlap, words
 
 WORDS = ["red", "blue", "green", "fox", "owl", "cat", "tree", "lake"]
@@ -78,7 +80,7 @@ def _mine(teacher: Any = "noted", **options: Any) -> Any:
 
 def _outputs() -> tuple[bytes, dict[str, Any]]:
     report = json.loads(Path("mined.jsonl.report.json").read_text("utf-8"))
-    for key in ("teacher", "dtype"):
+    for key in ("teacher", "dtype", "computing"):
         del report[key]
     return Path("mined.jsonl").read_bytes(), report
 
@@ -286,3 +288,77 @@ def test_a_damaged_file_is_named(encoder: NotedEncoder) -> None:
         _mine(work=Path("work"))
     damaged.unlink()
     _mine(work=Path("work"))
+
+
+def test_a_run_that_goes_on_keeps_the_type_it_was_begun_with(
+    encoder: NotedEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The machine measures otherwise the second time; helpers are bound by the first, too."""
+    loaded: list[str | None] = []
+    monkeypatch.setattr(
+        teachers, "load_encoder", lambda name, dtype: (loaded.append(dtype), encoder)[1]
+    )
+    monkeypatch.setattr(vectors, "SHARD_TEXTS", 4)
+    measured = ["bfloat16"]
+    monkeypatch.setattr("nvembed.model.precision.fastest_precision", lambda device: measured[-1])
+    asked, limit = encoder._encode, [2]
+
+    def dying(texts: Sequence[str], task: str | None) -> NDArray[np.float32]:
+        limit[0] -= 1
+        if limit[0] < 0:
+            raise KeyboardInterrupt
+        return asked(texts, task)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encoder, "_encode", dying)
+        with pytest.raises(KeyboardInterrupt):
+            _mine(dtype="auto", work=Path("work"))
+    measured.append("float32")
+    options: dict[str, Any] = {"documents": Path("documents.jsonl"), "dtype": "auto"}
+    help_mining(Path("pairs.jsonl"), "noted", CONFIG, work=Path("work"), **options)
+    _mine(dtype="auto", work=Path("work"))
+    assert set(loaded) == {"bfloat16"}
+    texts = [text for _, text in encoder.asked()]
+    assert len(texts) == len(set(texts))  # nothing was embedded in two types
+    report = json.loads(Path("mined.jsonl.report.json").read_text("utf-8"))
+    assert report["dtype"] == report["computing"]["dtype"] == "bfloat16"
+
+
+def test_vectors_of_other_kernels_are_not_taken(
+    encoder: NotedEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nvembed.model.precision.kernels", lambda: ["onednn"])
+    _mine(work=Path("work"))
+    before = len(encoder.asked())
+    _mine(work=Path("work"))
+    assert len(encoder.asked()) == before
+    monkeypatch.setattr("nvembed.model.precision.kernels", list)
+    _mine(work=Path("work"))
+    assert len(encoder.asked()) == 2 * before
+
+
+def test_a_cluster_settles_on_what_its_workers_are_fastest_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, Any] = {}
+
+    class Ray:
+        """A cluster with GPUs, of a process that has none."""
+
+        def remote(self, function: Any) -> Any:
+            return SimpleNamespace(options=lambda **needs: self.task(needs))
+
+        def task(self, needs: Any) -> Any:
+            asked.update(needs)
+            return SimpleNamespace(remote=lambda choice: (choice, "bfloat16"))
+
+        def get(self, answer: Any) -> Any:
+            assert answer[0] == "auto"
+            return answer[1]
+
+    monkeypatch.setattr(ray_data, "join_cluster", lambda: (Ray(), "GPU", 2))
+    monkeypatch.setattr("nvembed.model.precision.fastest_precision", lambda device: "float32")
+    assert ray_data.settle_by_ray("auto") == "bfloat16"
+    assert asked == {"num_gpus": 1}
+    assert ray_data.settle_by_ray("float32") == "float32"
+    assert teachers.settled_dtype("m", "auto", tmp_path, "ray") == "bfloat16"

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from nvembed.core.errors import ModelError
 from nvembed.model import native_bfloat16
 from nvembed.model.attention import flat_attention
 from nvembed.model.native_bfloat16 import bfloat16_attention, takes
@@ -123,3 +124,28 @@ def test_what_it_does_not_take() -> None:
     assert not takes(*tensors(3, 2, 8, 32))
     with pytest.raises(ValueError, match="segments cover 7 of 8 tokens"):
         bfloat16_attention(query, key, value, Segments.of_lengths([7]), causal=False)
+
+
+@pytest.mark.parametrize("scaling", [0.0, -0.5, float("nan"), float("inf")])
+def test_a_scaling_that_is_not_above_zero_is_refused(scaling: float) -> None:
+    with pytest.raises(ModelError, match="above 0"):
+        run(tensors(2, 1, 8, 32), [8], False, scaling)
+
+
+@pytest.mark.parametrize("bits", [0x7F81, 0x7FC1, 0x7FFF, -1, -0x7F])
+def test_a_nan_with_a_payload_stays_one(bits: int) -> None:
+    for which in (0, 1, 2):
+        inputs = tensors(1, 1, 40, 32)
+        inputs[which].view(torch.int16)[0, 3, 5] = bits
+        seen = run(inputs, [20, 20], False, 0.2).isnan().any(-1)[:, 0].tolist()
+        assert seen == [row == 3 if which == 0 else row < 20 for row in range(40)]
+
+
+@pytest.mark.parametrize("value", [0.0, -0.0, 1e-40, -1e-40, 3e38, float("inf"), -float("inf")])
+def test_a_lone_token_keeps_its_value(value: float) -> None:
+    query, key, _ = tensors(1, 1, 2, 32)
+    value_KTE = torch.full((1, 2, 32), value, dtype=torch.bfloat16)
+    found = run([query, key, value_KTE], [1, 1], False, 0.2).double()
+    # Products of AVX512-BF16 take what is below 2**-126 for 0.
+    wanted = 0.0 if abs(value) < 2**-126 else value_KTE[0, 0, 0].double().item()
+    assert torch.equal(found, torch.full((2, 1, 32), wanted, dtype=torch.float64))

@@ -117,3 +117,28 @@ def test_no_compiler_is_no_error(
     assert all(
         torch.equal(a, b) for a, b in zip(results(module, x), results(plain, x), strict=True)
     )
+
+
+@pytest.mark.parametrize("bits", [0x7F800001, 0x7FC00001, 0x7FFFFFFF, -1, -0x7FFFFF])
+def test_a_nan_with_a_payload_stays_one(bits: int) -> None:
+    from nvembed.model.native_elementwise import _Gate, _Norm
+
+    for which in (0, 1):
+        inputs = [torch.ones(2, 16), torch.ones(2, 16)]
+        inputs[which].view(torch.int32)[1, 4] = bits
+        leaves = [x.requires_grad_() for x in inputs]
+        out = _Gate.apply(*leaves)
+        assert out.isnan().nonzero().tolist() == [[1, 4]]
+        assert any(d.isnan().any() for d in torch.autograd.grad(out.sum(), leaves))
+    x, weight = torch.ones(2, 16), torch.ones(16)
+    x.view(torch.int32)[1, 4] = bits
+    assert _Norm.apply(x, weight, 1e-6).isnan().any(-1).tolist() == [False, True]
+
+
+def test_denormals_infinities_and_zeros_of_gates() -> None:
+    from nvembed.model.native_elementwise import _Gate
+
+    up = torch.tensor([1e-40, -1e-45, 0.0, -0.0, torch.inf, -torch.inf, 3e38, -3e38] * 2)
+    gate = torch.full((16,), 100.0)  # its sigmoid is 1
+    assert torch.equal(_Gate.apply(gate, up), gate * up)
+    assert torch.equal(_Gate.apply(gate, up).signbit(), up.signbit())

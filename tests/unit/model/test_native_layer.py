@@ -151,3 +151,52 @@ def test_with_gradients_and_without_the_library_layers_compute_as_they_did(
     with torch.no_grad():
         assert torch.allclose(_hidden(model), wanted, atol=1e-5)
     assert not called
+
+
+# Payloads, quiet and signalling; infinities; denormals; zeros; ties, and what rounds to infinity.
+SPECIAL_BITS = (
+    *(0x7F800001, 0x7FC00001, 0x7FFFFFFF, 0x7F80FFFF, 0x7F7FFFFF + 0x12345, -1, -0x7FFFFF),
+    *(0x7F800000, -0x800000, 0x00000001, 0x00007FFF, 0x00008000, 0x007FFFFF, -0x7FFFFFFF),
+    *(0, -0x80000000, 0x3F808000, 0x3F818000, 0x3F808001, 0x7F7FFFFF, 0x7F7F7FFF, 0x7F7F8000),
+)
+
+
+def test_what_is_special_is_rounded_to_bfloat16_as_torch_does() -> None:
+    special = torch.tensor([*SPECIAL_BITS, *[0x3F800000] * 10], dtype=torch.int32)
+    assert len(special) == 32
+    norm = nn.RMSNorm(32)
+    norm.variance_epsilon = 0.0  # type: ignore[assignment]
+    norm.weight = nn.Parameter(special.view(torch.float32))
+    # Every row has a mean square of 1, so what comes out is the weight.
+    found = native_layer._add_norm(torch.ones(3, 32), None, norm, torch.bfloat16)
+    wanted = norm.weight.detach().bfloat16().expand(3, 32)
+    assert_same_numbers(found, wanted)
+    wide = native_layer._add_norm(torch.ones(3, 32), None, norm, torch.float32)
+    assert_same_numbers(wide, norm.weight.detach().expand(3, 32))
+
+
+def assert_same_numbers(found: Tensor, wanted: Tensor) -> None:
+    bits = torch.int16 if found.dtype is torch.bfloat16 else torch.int32
+    assert torch.equal(found.isnan(), wanted.isnan())
+    number = ~wanted.isnan()
+    assert torch.equal(found.view(bits)[number], wanted.contiguous().view(bits)[number])
+
+
+def test_every_bfloat16_is_widened_exactly() -> None:
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    found = native_layer._add(torch.zeros(1, 2**16), every[None])
+    assert_same_numbers(found[0], torch.zeros(2**16) + every.float())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gates_and_rotations_hide_no_nan(dtype: torch.dtype) -> None:
+    special = torch.tensor(SPECIAL_BITS + (0,) * 10, dtype=torch.int32).view(torch.float32)
+    bits = special.view(torch.int16)[1::2].view(torch.bfloat16)  # the upper halves: payloads too
+    x = special[None] if dtype is torch.float32 else bits[None]
+    ones = torch.ones_like(x)
+    for gate, up in ((x, ones), (ones, x)):
+        assert torch.equal(native_layer._gate(gate, up).isnan(), x.isnan())
+    angles = (torch.full((1, 1, 32), 0.6), torch.full((1, 1, 32), 0.8))
+    found = native_layer._rotate(x, angles, 32, dtype)[0, 0]
+    turned = torch.cat([-x[0, 16:], x[0, :16]]).float() * 0.8
+    assert torch.equal(found.isnan(), (x[0].float() * 0.6 + turned).isnan())

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,14 +16,17 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from interruption import interrupt_after
+from nvembed.core.config import load_config
 from nvembed.core.errors import TrainingError
 from nvembed.core.files import write_jsonl
+from nvembed.core.runs import RunFolder
 from nvembed.model import precision
 from nvembed.model.embedder import NVEmbed
 from nvembed.model.export import export_folder
 from nvembed.training import checkpoint, trainer
 from nvembed.training.checkpoint import latest_checkpoint
 from nvembed.training.config import TrainConfig
+from nvembed.training.folder import changed_kernels, with_settled_precision
 from nvembed.training.optim import schedule
 from nvembed.training.trainer import train
 from official_folders import write_official
@@ -349,6 +355,16 @@ def test_the_precision_measured_at_the_start_is_kept(
     train(config, base_dir=tmp_path)
     run = Path(config.output)
     assert "precision: bfloat16" in (run / "config.yaml").read_text()
+    assert json.loads((run / "env.json").read_text())["computing"]["dtype"] == "bfloat16"
+    lines = [
+        line.partition(" ")[2]
+        for line in (run / "train.log").read_text().splitlines()
+        if "computing in" in line
+    ]
+    assert re.fullmatch(r"computing in bfloat16 \(.*; fix with precision=float32\)", lines[0])
+    assert lines[1:] == [
+        "computing in bfloat16 (as it was begun; fix with precision=float32)",
+    ]
     half = rows(run)
     train(config.model_copy(update={"precision": "float32"}), base_dir=tmp_path, fresh=True)
     full = rows(run)
@@ -398,3 +414,59 @@ def test_schedule_is_a_ramp_and_a_line_to_zero() -> None:
     shares = [schedule(step, steps=10, warmup_steps=4) for step in range(10)]
     np.testing.assert_allclose(shares, [0.2, 0.4, 0.6, 0.8, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
     assert schedule(0, steps=1, warmup_steps=0) == 1.0
+
+
+def test_a_run_that_goes_on_with_other_kernels_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RunFolder(tmp_path)
+    monkeypatch.setattr("nvembed.training.folder.kernels", lambda: ["onednn"])
+    for content in ("", "[1]", '{"computing": null}', '{"computing": {"kernels": ["onednn"]}}'):
+        run.env.write_text(content)
+        assert changed_kernels(run) is None
+    run.env.write_text('{"computing": {"kernels": ["onednn", "attention"]}}')
+    line = changed_kernels(run)
+    assert line is not None
+    assert line.startswith("the kernels have changed, from onednn, attention to onednn: ")
+
+
+def test_the_first_process_settles_the_type_for_all(
+    tmp_path: Path, tiny_decoder_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = recipe(tmp_path, tiny_decoder_dir, precision="auto", **one_stage(steps=1))
+    given: list[str] = []
+
+    class Other(trainer.Processes):
+        """The second of two processes, which is told what the first has."""
+
+        def of_main(self, value: Any) -> Any:
+            assert value == "auto"  # nothing was measured here
+            return "bfloat16"
+
+        def barrier(self) -> None:
+            pass
+
+    monkeypatch.setattr(
+        trainer.Processes, "of_environment", classmethod(lambda cls, **_: Other(rank=1, count=2))
+    )
+    monkeypatch.setattr(precision, "fastest_precision", lambda device: pytest.fail("measured"))
+    monkeypatch.setattr(
+        trainer,
+        "_Run",
+        lambda config, *_: given.append(config.precision) or SimpleNamespace(train=lambda: None),
+    )
+    assert train(config, base_dir=tmp_path) is None
+    assert given == ["bfloat16"]
+
+
+def test_a_dry_run_settles_as_the_run_does(
+    tmp_path: Path, tiny_decoder_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = recipe(tmp_path, tiny_decoder_dir, precision="auto", **one_stage(steps=2))
+    for measured in ("bfloat16", "float32"):
+        monkeypatch.setattr(precision, "fastest_precision", lambda device, m=measured: m)
+        folder = RunFolder(tmp_path / measured)
+        rehearsed, _ = with_settled_precision(config, folder, fresh=False)
+        settled = config.model_copy(update={"output": str(folder.path)})
+        train(settled, base_dir=tmp_path)
+        assert load_config(TrainConfig, folder.config).precision == rehearsed.precision == measured

@@ -37,7 +37,7 @@ inline float largest(Vector value) {
 
 // 2^x for x <= 0, to two units of the last place; what would be denormal becomes about 1e-38.
 // Rounding by a large number puts the whole part into the low bits, from where it is added to the
-// exponent. NaN stays NaN.
+// exponent. NaN stays NaN: the low bits of one may hold anything, so it is not added to.
 inline Vector power_of_two(Vector x) {
     const Vector low = all(-126.0f), large = all(12582912.0f);
     x = x < low ? low : x;
@@ -50,7 +50,8 @@ inline Vector power_of_two(Vector x) {
     p = p * f + 2.4022650695910071233e-1f;
     p = p * f + 6.9314718055994530942e-1f;
     p = p * f + 1.0f;
-    return (Vector)((Integers)p + ((Integers)shifted << 23));
+    const Integers is_number = x == x;
+    return (Vector)((Integers)p + (((Integers)shifted << 23) & is_number));
 }
 
 }  // namespace

@@ -55,7 +55,7 @@ def dry_run(config: TrainConfig, *, base_dir: Path, fresh: bool = False) -> DryR
             expected="one: it forecasts one process that does all the work",
         )
     run = RunFolder(Path(config.output))
-    config = with_settled_precision(config, run, fresh=fresh)
+    config, _ = with_settled_precision(config, run, fresh=fresh)
     problems: list[UserError] = []
     resumed = _noted(problems, lambda: _checkpoint(run, config, fresh=fresh))
     mixtures = _noted(problems, lambda: load_mixtures(config, base_dir))

@@ -19,6 +19,7 @@ from nvembed.core.runs import RunFolder
 from nvembed.training.checkpoint import recipe_differences
 from nvembed.training.config import TrainConfig
 
+ABLATE = "ablate"
 State = Literal["finished", "failed", "open"]
 
 
@@ -48,9 +49,14 @@ def outcome_file(folder: Path) -> Path:
     return folder / "outcome.json"
 
 
+def log_file(folder: Path) -> Path:
+    """Path of what the run in ``folder`` printed."""
+    return folder / "arm.log"
+
+
 def write_outcome(folder: Path, outcome: Outcome) -> None:
     """Write ``outcome.json``, atomically."""
-    write_json(outcome_file(folder), dataclasses.asdict(outcome))
+    write_json(outcome_file(folder), dataclasses.asdict(outcome), ABLATE)
 
 
 def read_outcome(run: Run) -> Outcome:

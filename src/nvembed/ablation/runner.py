@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import shutil
 import signal
 import sys
 import time
@@ -21,8 +20,11 @@ from pathlib import Path
 
 from nvembed.ablation.arms import Run
 from nvembed.ablation.outcome import (
+    ABLATE,
     Outcome,
     check_same,
+    log_file,
+    outcome_file,
     read_outcome,
     training_cost,
     write_outcome,
@@ -31,10 +33,13 @@ from nvembed.core.background import end_with_parent
 from nvembed.core.config import load_config
 from nvembed.core.errors import UserError
 from nvembed.core.files import alone_in
+from nvembed.core.ownership import check_outputs, check_overlaps, mark_growing, refuse_foreign
 from nvembed.core.progress import progress
 from nvembed.core.runs import RunFolder
+from nvembed.evaluation.results import EVALUATE
 from nvembed.evaluation.tasks import load_tasks
 from nvembed.training.config import TrainConfig
+from nvembed.training.inputs import training_inputs
 
 Done = Callable[[Run, Outcome], None]
 
@@ -66,6 +71,7 @@ def run_grid(
         ConfigError: a run in the output folder is of another grid.
         DataError: a task cannot be used.
     """
+    _check_outputs(runs, base_dir, task_folders)
     names = [task.name for task in load_tasks(task_folders, task_names)]
     for run in runs:
         check_same(run)
@@ -104,6 +110,20 @@ def run_grid(
     return [read_outcome(run) for run in runs]
 
 
+def _check_outputs(runs: Sequence[Run], base_dir: Path, task_folders: Sequence[Path]) -> None:
+    """Refuse to begin where a run would replace something of the user's."""
+    for run in runs:
+        if read_outcome(run).state == "finished":
+            continue
+        inputs = [*training_inputs(run.config, base_dir), *task_folders]
+        files = [outcome_file(run.folder), log_file(run.folder)]
+        check_outputs(files, made_by=ABLATE, inputs=inputs)
+        check_outputs([run.results], made_by=EVALUATE, inputs=inputs)
+        folder, stages = RunFolder(run.folder), [stage.name for stage in run.config.stages]
+        check_overlaps(folder.written(stages), inputs)
+        folder.refuse_foreign(stages)
+
+
 def _ended(run: Run, exit_code: int | None) -> Outcome:
     if exit_code == _BUSY:
         return Outcome("open", error="another process is at work on it")
@@ -128,11 +148,14 @@ def _work(
     # Training writes a checkpoint and stops.
     end_with_parent(lambda: os.kill(os.getpid(), signal.SIGTERM))
     try:
+        log = log_file(run.folder)
+        refuse_foreign(log, ABLATE)
         with alone_in(run.folder) as alone:
             if not alone:
                 sys.exit(_BUSY)
             if read_outcome(run).state == "finished":
                 sys.exit(0)
+            mark_growing(log, ABLATE)
             outcome = _logged(run, base_dir, task_folders, task_names, threads)
             if outcome.state == "finished" and not keep_models:
                 _delete_models(run.folder)
@@ -151,7 +174,7 @@ def _logged(
 ) -> Outcome:
     """Train and score; what is printed goes to ``arm.log``, errors end in ``outcome.json``."""
     os.environ["NVEMBED_PROGRESS"] = "0"
-    with (run.folder / "arm.log").open("a", encoding="utf-8") as log:
+    with log_file(run.folder).open("a", encoding="utf-8") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
         try:
@@ -189,7 +212,4 @@ def _train_and_score(
 
 
 def _delete_models(folder: Path) -> None:
-    run = RunFolder(folder)
-    for path in (run.checkpoints, run.mined, *folder.glob("model*")):
-        if path.is_dir():
-            shutil.rmtree(path)
+    RunFolder(folder).remove_models()

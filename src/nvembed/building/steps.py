@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,16 +18,21 @@ from typing import Any
 
 from nvembed.core.errors import DataError
 from nvembed.core.files import atomic_folder, tidy, write_json
+from nvembed.core.ownership import file_digest, remove_named
 from nvembed.data.record_shards import read_shards
 from nvembed.data.records import Kind
 from nvembed.data.sources import Converted
+from nvembed.mining.work import WORK_FILES
 
 # Of the intermediate files; the files of the set itself are as long as the recipe says.
 STEP_ROWS = 250_000
 COUNTS = "counts.json"
-# Files beyond this size are compared by their ends where ``whole`` is off.
-_LARGE_BYTES = 64_000_000
-_END_BYTES = 1_000_000
+_NAME = re.compile(r"(read|distinct|decontaminate|mine)-[0-9a-f]{16}")
+# What the steps leave, the miner's files among them.
+_FILES = re.compile(
+    rf"{COUNTS}|part-\d+\.parquet|(refused|contaminated|in|documents|out)\.jsonl"
+    rf"|out\.jsonl\.report\.json|spilled/\d+\.jsonl|{WORK_FILES.pattern}"
+)
 
 
 def content_hash(*values: Any) -> str:
@@ -51,7 +56,7 @@ def fingerprint(path: Path, *, whole: bool = True) -> str:
     try:
         for file in files:
             name = file.relative_to(path).as_posix()
-            hashed.update(json.dumps([name, _file_hash(file, whole=whole)]).encode())
+            hashed.update(json.dumps([name, file_digest(file, whole=whole)]).encode())
     except FileNotFoundError as error:
         raise DataError(
             "no such file", where=str(path), hint="Check the path; it starts at the recipe's folder"
@@ -59,16 +64,6 @@ def fingerprint(path: Path, *, whole: bool = True) -> str:
     except OSError as error:
         raise DataError(f"cannot read: {error.strerror or error}", where=str(path)) from error
     return hashed.hexdigest()
-
-
-def _file_hash(file: Path, *, whole: bool) -> str:
-    with open(file, "rb") as content:
-        size = file.stat().st_size
-        if whole or size <= _LARGE_BYTES:
-            return hashlib.file_digest(content, "sha256").hexdigest()
-        first = content.read(_END_BYTES)
-        content.seek(-_END_BYTES, 2)
-        return hashlib.sha256(str(size).encode() + first + content.read()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,8 +97,8 @@ class Steps:
             return
         tidy(self._folder, "*")
         for path in self._folder.iterdir():
-            if path.name not in names:
-                shutil.rmtree(path)
+            if path.name not in names and _NAME.fullmatch(path.name) and path.is_dir():
+                remove_named(path, _FILES)
 
     def run(self, name: str, make: Callable[[Path], dict[str, Any]]) -> Finished:
         """Do a step, unless it is done.
@@ -120,10 +115,11 @@ class Steps:
         return Finished(target, self._kind, counts)
 
     def remove(self) -> None:
-        """Delete all steps."""
+        """Delete all steps; what else somebody put into the folder stays."""
         if self._folder.is_dir():
-            shutil.rmtree(self._folder)
+            self.tidy([])
         with suppress(OSError):  # there is none, or other sets are not done yet
+            self._folder.rmdir()
             self._folder.parent.rmdir()
 
 

@@ -22,6 +22,7 @@ from nvembed.inference.protocol import unit_rows
 
 OutputPrecision = Literal["float32", "int8", "uint8", "binary"]
 
+ENCODE = "encode"
 TABLES = (".parquet", ".lance")
 _IN_LANCE = "vectors"
 
@@ -87,8 +88,7 @@ def check_output(output: Path, precision: OutputPrecision) -> None:
     """Refuse an output that could not be written, before anything is computed.
 
     Raises:
-        ConfigError: a table of numbers that are not float32, or something else in the place of a
-            Lance table.
+        ConfigError: a table of numbers that are not float32.
         UserError: the library of the format is not installed.
     """
     kind = output.suffix
@@ -101,8 +101,6 @@ def check_output(output: Path, precision: OutputPrecision) -> None:
         _import_pyarrow()
     elif kind == ".lance":
         _import_lancedb()
-        if output.exists() and not (output / "_versions").is_dir():
-            raise ConfigError("is there, and no Lance table", where=str(output))
 
 
 def write_vectors(parts: Parts, output: Path, precision: OutputPrecision) -> None:
@@ -112,10 +110,10 @@ def write_vectors(parts: Parts, output: Path, precision: OutputPrecision) -> Non
         UserError: no space, no permission.
     """
     if output.suffix == ".lance":
-        with atomic_folder(output) as folder:
+        with atomic_folder(output, ENCODE) as folder:
             _write_lance(parts, folder)
         return
-    with atomic_path(output) as temporary:
+    with atomic_path(output, ENCODE) as temporary:
         if output.suffix == ".parquet":
             _write_parquet(parts, temporary)
         else:

@@ -7,7 +7,7 @@ everything that is or may be a positive, are its negatives. Next file: ``run.py`
 
 from __future__ import annotations
 
-import shutil
+import glob
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,6 +17,7 @@ from typing import Any, cast
 
 from nvembed.core.errors import ConfigError
 from nvembed.core.files import read_jsonl, tidy, write_json, write_jsonl
+from nvembed.core.ownership import check_outputs, remove_named
 from nvembed.data.convert import POSITIVE_SCORE
 from nvembed.data.records import Kind, PairRecord, Record, StsRecord, read_records
 from nvembed.inference.protocol import Encoder
@@ -38,7 +39,10 @@ from nvembed.mining.teachers import (
     settled_dtype,
     take_device,
 )
+from nvembed.mining.work import WORK_FILES
 from nvembed.model.settings import Precision, PrecisionChoice
+
+MINE = "mine"
 
 __all__ = [
     "MiningConfig",
@@ -145,21 +149,27 @@ def mine_file(
         engine: ``ray`` embeds on the workers of a ray cluster that see the work folder.
 
     Raises:
-        ConfigError: the kind has no negatives to mine, or options do not go together.
+        ConfigError: the kind has no negatives to mine, options do not go together, or the output is
+            an input or something that mining did not make.
         DataError: a line of an input cannot be used.
         ModelError: the teacher cannot be loaded or used.
         UserError: no space on the disk.
     """
-    _check_request(input, output, kind, documents, config)
+    _check_request(output, kind, config)
     check_teacher(teacher, teacher_model, config, engine)
+    report_file = output.with_name(output.name + ".report.json")
+    read = [input, documents, config.rerank, teacher if isinstance(teacher, str) else None]
+    places = [_beside(output) if work is None else work]
+    check_outputs([output, report_file], made_by=MINE, inputs=read, places=places)
     plan = _plan(read_records(input, kind))
     folder = work if work is not None or not isinstance(teacher, str) else _beside(output)
     if work is None:
-        tidy(output.parent, output.name)
+        for path in (output, report_file):
+            tidy(path.parent, glob.escape(path.name))
     with _temporary(folder if work is None else None):
         job = _Job(plan, config, instruction, documents, folder, engine)
         with job.run(teacher, teacher_model, dtype) as (run, settled):
-            write_jsonl(output, _output_rows(input, plan.finish(run.mined())))
+            write_jsonl(output, _output_rows(input, plan.finish(run.mined())), MINE)
         origin = {
             "input": str(input),
             "corpus": None if documents is None else str(documents),
@@ -171,7 +181,7 @@ def mine_file(
             "config": {**config.model_dump(mode="json"), "threshold": config.limit},
         }
         report = run.report()
-        write_json(output.with_name(output.name + ".report.json"), {**origin, **report.to_json()})
+        write_json(report_file, {**origin, **report.to_json()}, MINE)
     return report
 
 
@@ -330,15 +340,13 @@ def _temporary(folder: Path | None) -> Iterator[None]:
         yield
     except BaseException:
         if folder is not None and not any(folder.glob("*.npy")):
-            shutil.rmtree(folder, ignore_errors=True)
+            remove_named(folder, WORK_FILES)
         raise
     if folder is not None:
-        shutil.rmtree(folder, ignore_errors=True)
+        remove_named(folder, WORK_FILES)
 
 
-def _check_request(
-    input: Path, output: Path, kind: Kind, documents: Path | None, config: MiningConfig
-) -> None:
+def _check_request(output: Path, kind: Kind, config: MiningConfig) -> None:
     if kind in ("classification", "clustering"):
         raise ConfigError(
             f"kind {kind} has no negatives to mine",
@@ -352,9 +360,6 @@ def _check_request(
             where="write_scores",
             expected="kind retrieval or nli",
         )
-    sources = [path.resolve() for path in (input, documents) if path is not None]
-    if output.resolve() in sources:
-        raise ConfigError("output and input are the same file", where=str(output))
     if output.suffix == ".parquet":
         raise ConfigError("output is written as JSONL", where=str(output), expected=".jsonl[.gz]")
 

@@ -21,6 +21,7 @@ from torch import Tensor, UntypedStorage
 from torch.distributed.tensor import DTensor
 
 from nvembed.core.files import write_json
+from nvembed.core.runs import TRAIN
 from nvembed.model.embedder import NVEmbed
 from nvembed.model.memory import free_bytes
 from nvembed.model.packs import embed_pack
@@ -70,7 +71,7 @@ def settle_graph_memory(
     if processes.agree(not file.is_file()):
         memory = measure_graph_memory(model, memory_gb=memory_gb, pack_tokens=pack_tokens)
         if processes.is_main:
-            write_json(file, asdict(memory))
+            write_json(file, asdict(memory), TRAIN)
         processes.barrier()
     return read_graph_memory(file)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import cast
 
 from nvembed.core.files import write_json, write_jsonl
+from nvembed.core.runs import TRAIN
 from nvembed.data.mixture import Mixture, load_mixture
 from nvembed.data.records import PairRecord, Record, StsRecord
 from nvembed.data.sources import DatasetConfig, load_records
@@ -105,8 +106,8 @@ def _mined(
                 settings,
                 instruction=dataset.instruction,
             )
-        write_json(folder / f"{dataset.name}.report.json", report.to_json())
-        write_jsonl(target, (record.to_json() for record in mined))
+        write_json(folder / f"{dataset.name}.report.json", report.to_json(), TRAIN)
+        write_jsonl(target, (record.to_json() for record in mined), TRAIN)
     return mined_dataset(dataset, folder)
 
 

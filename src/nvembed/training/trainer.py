@@ -44,8 +44,9 @@ from nvembed.training.evaluating import (
     should_stop,
 )
 from nvembed.training.feed import Fed, Feed
-from nvembed.training.folder import prepare_folder, with_settled_precision
+from nvembed.training.folder import is_finished, prepare_folder, with_settled_precision
 from nvembed.training.graph_memory import settle_graph_memory
+from nvembed.training.inputs import training_inputs
 from nvembed.training.metrics import describe, metrics_row
 from nvembed.training.model import computing, save_adapters, save_model, starting_model
 from nvembed.training.optim import (
@@ -63,7 +64,9 @@ from nvembed.training.temperature import bounded, new_temperature
 from nvembed.training.tracking import start_trackers, track, tracker_options
 
 
-def train(config: TrainConfig, *, base_dir: Path, fresh: bool = False) -> Path:
+def train(
+    config: TrainConfig, *, base_dir: Path, fresh: bool = False, recipe: Path | None = None
+) -> Path:
     """Train all stages and save the model.
 
     A run that was stopped goes on from its last checkpoint when started again with the same
@@ -73,6 +76,7 @@ def train(config: TrainConfig, *, base_dir: Path, fresh: bool = False) -> Path:
         config: the run.
         base_dir: folder that relative data and backbone paths start from (that of the recipe).
         fresh: delete what an earlier run left in the output folder and start over.
+        recipe: file of the configuration, which must not be among what the run writes.
 
     Returns:
         Folder of the trained model.
@@ -88,9 +92,10 @@ def train(config: TrainConfig, *, base_dir: Path, fresh: bool = False) -> Path:
         settled = with_settled_precision(config, run, fresh=fresh).precision
         config = config.model_copy(update={"precision": processes.of_main(settled)})
         if processes.is_main:
-            prepare_folder(run, config, fresh=fresh)
+            inputs = training_inputs(config, base_dir, recipe)
+            prepare_folder(run, config, fresh=fresh, inputs=inputs)
         processes.barrier()
-        if (run.model / "modules.json").is_file():
+        if is_finished(run):
             return run.model
         return _Run(config, run, base_dir, processes).train()
 

@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from nvembed.core.files import write_jsonl
+from nvembed.core.ownership import MARK
 from nvembed.model.embedder import NVEmbed
 
 pytestmark = pytest.mark.slow
@@ -46,4 +47,9 @@ def test_killed_with_its_processes_and_run_again(tmp_path: Path, tiny_decoder_di
     assert 1 <= kept < 6
     model = NVEmbed.from_pretrained(tiny_decoder_dir, device="cpu")
     np.testing.assert_allclose(np.load(output), model.encode(texts), atol=1e-5)
-    assert {path.name for path in tmp_path.iterdir()} == {"in.jsonl", "out.npy", "out.npy.ids.json"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "in.jsonl",
+        "out.npy",
+        "out.npy.ids.json",
+        MARK,
+    }

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from nvembed.cli.main import run
+from nvembed.core.ownership import MARK
 from nvembed.evaluation.items import items_folder, read_items
 from nvembed.evaluation.results import read_results
 from nvembed.inference import load
@@ -93,4 +94,4 @@ def test_killed_in_the_second_task(
         assert ours is not None
         assert theirs is not None
         assert ours.arrays["values_N"].tolist() == theirs.arrays["values_N"].tolist()
-    assert not list(tmp_path.glob(".*"))
+    assert [path.name for path in tmp_path.glob(".*")] == [MARK]

@@ -24,6 +24,7 @@ from nvembed.training.recipe_differences import recipe_differences
 
 _OTHER_FOLDER = "Choose another output folder, or delete the folder of the arm"
 
+ABLATE = "ablate"
 State = Literal["finished", "failed", "open"]
 
 
@@ -55,9 +56,14 @@ def outcome_file(folder: Path) -> Path:
     return folder / "outcome.json"
 
 
+def log_file(folder: Path) -> Path:
+    """Path of what the run in ``folder`` printed."""
+    return folder / "arm.log"
+
+
 def write_outcome(folder: Path, outcome: Outcome) -> None:
     """Write ``outcome.json``, atomically."""
-    write_json(outcome_file(folder), dataclasses.asdict(outcome))
+    write_json(outcome_file(folder), dataclasses.asdict(outcome), ABLATE)
 
 
 def read_outcome(run: Run) -> Outcome:

@@ -17,7 +17,7 @@ from pathlib import Path
 from nvembed.ablation.arms import Run, runs_by_arm
 from nvembed.ablation.config import GridConfig
 from nvembed.ablation.figure import draw
-from nvembed.ablation.outcome import Outcome, read_outcome
+from nvembed.ablation.outcome import ABLATE, Outcome, read_outcome
 from nvembed.ablation.statistics import (
     ALL,
     ArmScores,
@@ -69,12 +69,18 @@ def write_report(grid: GridConfig, runs: Sequence[Run]) -> Path:
     folder = Path(grid.output)
     folder.mkdir(parents=True, exist_ok=True)
     if report.figure is not None:
-        with atomic_path(folder / "figure.png") as path:
+        with atomic_path(folder / "figure.png", ABLATE) as path:
             path.write_bytes(report.figure)
-    write_text(folder / "scores.csv", _csv(report))
-    write_text(folder / "report.html", _html(report))
-    write_text(folder / "report.md", _markdown(report))
+    write_text(folder / "scores.csv", _csv(report), ABLATE)
+    write_text(folder / "report.html", _html(report), ABLATE)
+    write_text(folder / "report.md", _markdown(report), ABLATE)
     return folder / "report.md"
+
+
+def report_files(grid: GridConfig) -> list[Path]:
+    """The files that ``write_report`` writes."""
+    names = ("figure.png", "scores.csv", "report.html", "report.md")
+    return [Path(grid.output) / name for name in names]
 
 
 def make_report(grid: GridConfig, runs: Sequence[Run]) -> Report:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import shutil
 import signal
 import sys
 import time
@@ -22,10 +21,13 @@ from pathlib import Path
 
 from nvembed.ablation.arms import Run
 from nvembed.ablation.outcome import (
+    ABLATE,
     Outcome,
     begun_precision,
     check_inputs,
     check_same,
+    log_file,
+    outcome_file,
     read_outcome,
     training_cost,
     write_outcome,
@@ -35,11 +37,14 @@ from nvembed.core.config import load_config
 from nvembed.core.digests import digest_of
 from nvembed.core.errors import UserError
 from nvembed.core.files import alone_in
+from nvembed.core.ownership import check_outputs, check_overlaps, mark_growing, refuse_foreign
 from nvembed.core.progress import progress
 from nvembed.core.runs import RunFolder
+from nvembed.evaluation.results import EVALUATE
 from nvembed.evaluation.tasks import load_tasks
 from nvembed.model.settings import Precision
 from nvembed.training.config import TrainConfig
+from nvembed.training.input_paths import training_inputs
 from nvembed.training.inputs import read_inputs_of, what_decides_inputs
 
 Done = Callable[[Run, Outcome], None]
@@ -72,6 +77,7 @@ def run_grid(
         ConfigError: a run in the output folder is of another grid.
         DataError: a task cannot be used.
     """
+    _check_outputs(runs, base_dir, task_folders)
     tasks = {task.name: digest_of(task.folder) for task in load_tasks(task_folders, task_names)}
     inputs: dict[str, dict[str, str]] = {}
     for run in runs:
@@ -142,6 +148,20 @@ def _with_precision(run: Run, precision: Precision) -> Run:
     return replace(run, config=run.config.model_copy(update=update))
 
 
+def _check_outputs(runs: Sequence[Run], base_dir: Path, task_folders: Sequence[Path]) -> None:
+    """Refuse to begin where a run would replace something of the user's."""
+    for run in runs:
+        if read_outcome(run).state == "finished":
+            continue
+        inputs = [*training_inputs(run.config, base_dir), *task_folders]
+        files = [outcome_file(run.folder), log_file(run.folder)]
+        check_outputs(files, made_by=ABLATE, inputs=inputs)
+        check_outputs([run.results], made_by=EVALUATE, inputs=inputs)
+        folder, stages = RunFolder(run.folder), [stage.name for stage in run.config.stages]
+        check_overlaps(folder.written(stages), inputs)
+        folder.refuse_foreign(stages)
+
+
 def _ended(run: Run, exit_code: int | None) -> Outcome:
     if exit_code == _BUSY:
         return Outcome("open", error="another process is at work on it")
@@ -166,11 +186,14 @@ def _work(
     # Training writes a checkpoint and stops.
     end_with_parent(lambda: os.kill(os.getpid(), signal.SIGTERM))
     try:
+        log = log_file(run.folder)
+        refuse_foreign(log, ABLATE)
         with alone_in(run.folder) as alone:
             if not alone:
                 sys.exit(_BUSY)
             if read_outcome(run).state == "finished":
                 sys.exit(0)
+            mark_growing(log, ABLATE)
             outcome = _logged(run, base_dir, task_folders, tasks, threads)
             if outcome.state == "finished" and not keep_models:
                 _delete_models(run.folder)
@@ -189,7 +212,7 @@ def _logged(
 ) -> Outcome:
     """Train and score; what is printed goes to ``arm.log``, errors end in ``outcome.json``."""
     os.environ["NVEMBED_PROGRESS"] = "0"
-    with (run.folder / "arm.log").open("a", encoding="utf-8") as log:
+    with log_file(run.folder).open("a", encoding="utf-8") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
         try:
@@ -227,7 +250,4 @@ def _train_and_score(
 
 
 def _delete_models(folder: Path) -> None:
-    run = RunFolder(folder)
-    for path in (run.checkpoints, run.mined, *folder.glob("model*")):
-        if path.is_dir():
-            shutil.rmtree(path)
+    RunFolder(folder).remove_models()

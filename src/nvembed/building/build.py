@@ -9,17 +9,27 @@ from pathlib import Path
 from typing import Any, Literal
 
 from nvembed.building.mining import teacher_name
-from nvembed.building.one_set import SetJob, build_set, finished_manifest
+from nvembed.building.one_set import (
+    BUILD,
+    SetJob,
+    build_set,
+    finished_manifest,
+    refused_file,
+    steps_folder,
+)
 from nvembed.building.tools import Tools
 from nvembed.core.digests import content_hash, digest_of
 from nvembed.core.errors import ConfigError, UserError
 from nvembed.core.files import alone_in
+from nvembed.core.ownership import check_outputs, check_overlaps
 from nvembed.data.sources import DatasetConfig
+from nvembed.data.sources.config import local_sources
 from nvembed.inference.fingerprint import contents_fingerprint
 from nvembed.mining.teachers import check_teacher
 from nvembed.training.build_config import BuildConfig
-from nvembed.training.built import mining_of
+from nvembed.training.built import mining_of, read_manifest, set_settings
 from nvembed.training.config import TrainConfig
+from nvembed.training.input_paths import recipe_inputs
 
 _FOLDER_NAME = re.compile(r"\w[\w .+-]*")
 
@@ -53,6 +63,7 @@ def build_recipe(
     folder: str,
     keep_going: bool = False,
     log: Callable[[str], None] = lambda line: None,
+    recipe: Path | None = None,
 ) -> list[SetOutcome]:
     """Build the sets that are not built yet, or from something else.
 
@@ -64,12 +75,14 @@ def build_recipe(
         folder: where sets go if the recipe has no ``build`` section; relative to ``base_dir``.
         keep_going: go on with the next set where one fails.
         log: told one line per set.
+        recipe: file of the recipe, which must not be among what is written.
 
     Returns:
         The outcome of every set, in order. There are failed ones only with ``keep_going``.
 
     Raises:
-        ConfigError: a set has a name that no folder can have, or mining is set up wrongly.
+        ConfigError: a set has a name that no folder can have, mining is set up wrongly, or
+            something would be lost that a build did not make or that it reads.
         UserError: a set cannot be built.
     """
     build = config.build or BuildConfig(folder=folder)
@@ -84,12 +97,31 @@ def build_recipe(
         teacher = teacher_name(build.mine.teacher, base_dir)
         check_teacher(teacher, build.mine.teacher_model, build.mine, "local")
     place = (base_dir / build.folder).absolute()
+    _check_outputs(config, build, place, recipe_inputs(config, base_dir, recipe))
     with alone_in(place) as alone:
         if not alone:
             raise UserError(
                 "another build is at work here", where=str(place), hint="Wait for its end"
             )
         return list(_outcomes(config.datasets, build, place, base_dir, keep_going, log))
+
+
+def _check_outputs(
+    config: TrainConfig, build: BuildConfig, place: Path, inputs: Sequence[Path]
+) -> None:
+    """Refuse to begin where a set would replace something of the user's."""
+    targets = [place / dataset.name for dataset in config.datasets]
+    refused = [refused_file(place, dataset.name) for dataset in config.datasets]
+    steps = [steps_folder(place, dataset.name) for dataset in config.datasets]
+    check_overlaps([*targets, *refused, *steps], inputs)
+    # What is built already is not written again, whatever was added to it.
+    new = [
+        target
+        for target, dataset in zip(targets, config.datasets, strict=True)
+        if (manifest := read_manifest(target)) is None
+        or manifest.get("settings") != set_settings(dataset, build)
+    ]
+    check_outputs([*new, *refused], made_by=BUILD)
 
 
 def _outcomes(
@@ -118,19 +150,6 @@ def _outcomes(
                 raise
             log(f"{label}: failed: {error}")
             yield SetOutcome(dataset.name, "failed", None, error)
-
-
-def local_sources(dataset: DatasetConfig, base_dir: Path) -> list[Path]:
-    """Files and folders that a set is read from; none where all of it is on the hub."""
-    found: list[Path] = []
-    for table in (dataset.table, dataset.corpus, dataset.queries):
-        if table is None:
-            continue
-        if table.path is not None:
-            found.append(base_dir / table.path)
-        elif table.hub is not None and (folder := base_dir / table.hub.id).is_dir():
-            found.append(folder)
-    return found
 
 
 class _SharedInputs:

@@ -10,7 +10,7 @@ The steps before the last lie in ``<folder>/.steps/<set>/`` until the set is don
 
 from __future__ import annotations
 
-import os
+import glob
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -27,7 +27,8 @@ from nvembed.building.steps import STEP_ROWS, Finished, Steps, name_of
 from nvembed.building.tools import Tools
 from nvembed.core.digests import content_hash
 from nvembed.core.errors import DataError
-from nvembed.core.files import atomic_folder, tidy, write_json
+from nvembed.core.files import atomic_folder, atomic_path, tidy, write_json
+from nvembed.core.ownership import remove
 from nvembed.core.progress import progress
 from nvembed.data.record_shards import Rows, write_shards
 from nvembed.data.records import LabelRecord
@@ -35,6 +36,7 @@ from nvembed.data.sources import Converted, DatasetConfig, open_dataset
 from nvembed.training.build_config import BuildConfig
 from nvembed.training.built import FORMAT, MANIFEST, mining_of, read_manifest, set_settings
 
+BUILD = "data build"
 REFUSED = "refused.jsonl"
 CONTAMINATED = "contaminated.jsonl"
 # Of a text in the list of contaminated records.
@@ -69,7 +71,7 @@ class SetJob:
     @property
     def steps_folder(self) -> Path:
         """Where its steps lie until it is done."""
-        return self.folder / ".steps" / self.dataset.name
+        return steps_folder(self.folder, self.dataset.name)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -77,12 +79,23 @@ class SetJob:
         return set_settings(self.dataset, self.build)
 
 
+def steps_folder(folder: Path, name: str) -> Path:
+    """Where the steps of a set lie until it is done."""
+    return folder / ".steps" / name
+
+
+def refused_file(folder: Path, name: str) -> Path:
+    """Where the bad rows of a set are listed that has too many of them."""
+    return folder / f"{name}.{REFUSED}"
+
+
 def finished_manifest(job: SetJob) -> dict[str, Any] | None:
     """The manifest of a set that is built already from the same settings and inputs.
 
     What a killed process left half written is deleted.
     """
-    tidy(job.folder, job.dataset.name)
+    for path in (job.target, refused_file(job.folder, job.dataset.name)):
+        tidy(job.folder, glob.escape(path.name))
     manifest = read_manifest(job.target)
     if manifest is None or manifest["settings"] != job.settings:
         return None
@@ -135,12 +148,7 @@ def _mine_name(job: SetJob) -> str:
 def _clear(job: SetJob) -> None:
     """Delete what is of no use once the set is done."""
     _steps(job).remove()
-    _refused_file(job).unlink(missing_ok=True)
-
-
-def _refused_file(job: SetJob) -> Path:
-    """Where the bad rows are listed of a set that has too many of them."""
-    return job.folder / f"{job.dataset.name}.{REFUSED}"
+    remove(refused_file(job.folder, job.dataset.name))
 
 
 # --- The steps ------------------------------------------------------------------------------------
@@ -154,8 +162,9 @@ def _read(job: SetJob, folder: Path) -> dict[str, Any]:
         out = _write_step(folder, _shown(rows, f"{name}: read", None), job)
     read = out + notes.count
     if out == 0 or notes.count > job.build.max_refused * read:
-        kept = _refused_file(job)
-        os.replace(folder / REFUSED, kept)
+        kept = refused_file(job.folder, name)
+        with atomic_path(kept, BUILD) as temporary:
+            shutil.copyfile(folder / REFUSED, temporary)
         first = notes.first or {"place": "", "problem": "the source holds no row"}
         raise DataError(
             f"{notes.count:,} of {read:,} rows are bad; the first, {first['place']}: "
@@ -221,7 +230,7 @@ def _described(match: Match) -> dict[str, Any]:
 def _finish(job: SetJob, done: list[Finished], tools: Tools) -> dict[str, Any]:
     """Write the folder of the set."""
     dataset, last = job.dataset, done[-1]
-    with atomic_folder(job.target) as temporary:
+    with atomic_folder(job.target, BUILD) as temporary:
         shutil.copyfile(done[0].folder / REFUSED, temporary / REFUSED)
         if (last.folder / CONTAMINATED).is_file():
             shutil.copyfile(last.folder / CONTAMINATED, temporary / CONTAMINATED)

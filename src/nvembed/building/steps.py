@@ -7,7 +7,7 @@ half written has another name and is deleted.
 
 from __future__ import annotations
 
-import shutil
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,14 +17,22 @@ from typing import Any
 from nvembed.core.digests import content_hash
 from nvembed.core.errors import DataError
 from nvembed.core.files import atomic_folder, tidy, write_json
+from nvembed.core.ownership import remove_named
 from nvembed.core.text_files import read_json_object
 from nvembed.data.record_shards import read_shards
 from nvembed.data.records import Kind
 from nvembed.data.sources import Converted
+from nvembed.mining.work import WORK_FILES
 
 # Of the intermediate files; the files of the set itself are as long as the recipe says.
 STEP_ROWS = 250_000
 COUNTS = "counts.json"
+_NAME = re.compile(r"(read|distinct|decontaminate|mine)-[0-9a-f]{16}")
+# What the steps leave, the miner's files among them.
+_FILES = re.compile(
+    rf"{COUNTS}|part-\d+\.parquet|(refused|contaminated|in|further|documents|out)\.jsonl"
+    rf"|out\.jsonl\.report\.json|spilled/\d+\.jsonl|{WORK_FILES.pattern}"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +66,8 @@ class Steps:
             return
         tidy(self._folder, "*")
         for path in self._folder.iterdir():
-            if path.name not in names:
-                shutil.rmtree(path)
+            if path.name not in names and _NAME.fullmatch(path.name) and path.is_dir():
+                remove_named(path, _FILES)
 
     def run(self, name: str, make: Callable[[Path], dict[str, Any]]) -> Finished:
         """Do a step, unless it is done.
@@ -79,10 +87,11 @@ class Steps:
         return Finished(target, self._kind, counts)
 
     def remove(self) -> None:
-        """Delete all steps."""
+        """Delete all steps; what else somebody put into the folder stays."""
         if self._folder.is_dir():
-            shutil.rmtree(self._folder)
+            self.tidy([])
         with suppress(OSError):  # there is none, or other sets are not done yet
+            self._folder.rmdir()
             self._folder.parent.rmdir()
 
 

@@ -37,11 +37,12 @@ def ablate(
     """
     from nvembed.ablation.arms import Run, grid_runs
     from nvembed.ablation.config import GridConfig
-    from nvembed.ablation.outcome import Outcome, read_outcome
-    from nvembed.ablation.report import write_report
+    from nvembed.ablation.outcome import ABLATE, Outcome, read_outcome
+    from nvembed.ablation.report import report_files, write_report
     from nvembed.ablation.runner import run_grid
     from nvembed.core.config import load_config
     from nvembed.core.errors import UserError
+    from nvembed.core.ownership import check_outputs
 
     config = load_config(GridConfig, grid, overrides or ())
     base_dir = grid.parent
@@ -50,6 +51,11 @@ def ablate(
         for run in runs:
             typer.echo(f"{run.arm} seed {run.seed}: {read_outcome(run).state}")
         return
+    check_outputs(
+        report_files(config),
+        made_by=ABLATE,
+        inputs=[grid, base_dir / config.recipe, *(base_dir / folder for folder in config.tasks)],
+    )
     if report_only:
         typer.echo(f"report: {write_report(config, runs)}")
         return

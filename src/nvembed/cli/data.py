@@ -68,6 +68,7 @@ def build(
         config,
         base_dir=recipe.parent,
         folder=folder,
+        recipe=recipe,
         keep_going=keep_going,
         log=lambda line: typer.echo(line, err=True),
     )

@@ -96,7 +96,12 @@ def evaluate(
     from nvembed.core.errors import ConfigError, DataError
     from nvembed.evaluation.reference import published_model
     from nvembed.evaluation.run import BM25_NAME, evaluate_bm25, fits_bm25
-    from nvembed.evaluation.session import Settings, earlier_precision, run_session
+    from nvembed.evaluation.session import (
+        Settings,
+        check_session,
+        earlier_precision,
+        run_session,
+    )
     from nvembed.evaluation.summary import format_table, published_results
     from nvembed.evaluation.tasks import load_tasks
 
@@ -106,6 +111,7 @@ def evaluate(
         raise ConfigError("nothing to evaluate", expected="--tasks, --benchmark or --task")
     for name in against or ():
         published_model(name)  # an unknown one is told before hours of work
+    check_session(Settings(model, output, cache=cache), folders)
     failed: dict[str, str] = {}
     local = load_tasks(folders, broken=failed if keep_going else None)
     if model == BM25_NAME:

@@ -52,7 +52,7 @@ def train(
         return
     from nvembed.training.trainer import train as run_training
 
-    model = run_training(config, base_dir=recipe.parent, fresh=fresh)
+    model = run_training(config, base_dir=recipe.parent, fresh=fresh, recipe=recipe)
     if os.environ.get("RANK", "0") == "0":
         typer.echo(f"model: {model}")
 

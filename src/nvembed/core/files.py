@@ -1,7 +1,10 @@
 """Files: atomic writes. Reading is in ``core/text_files.py``.
 
 Everything that is written goes to a temporary name beside its target and is moved into place, so a
-killed process or a full disk never leaves half a file under the real name.
+killed process or a full disk never leaves half a file under the real name. What a command makes for
+its user is written with its name (``made_by``): only what it made before is replaced
+(``core/ownership.py``). Without it something is written that is ours by its place: in a cache, in a
+working folder, or in a folder that is being made.
 """
 
 from __future__ import annotations
@@ -17,31 +20,52 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from nvembed.core.errors import UserError
+from nvembed.core.ownership import (
+    LEFTOVER,
+    NEW,
+    OLD,
+    mark_file,
+    mark_folder,
+    refuse_foreign,
+)
 from nvembed.core.text_files import is_gzip
 
-# Of the folder that is being replaced, where two names cannot be exchanged in one step.
-_OLD = ".old"
 # RENAME_EXCHANGE of Linux, RENAME_SWAP of macOS: both are 2.
 _EXCHANGE = 2
 _AT_FDCWD = -100
 
 
 @contextmanager
-def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Give a temporary path beside ``path`` and move it into place when the block ends well."""
+def atomic_path(path: str | Path, made_by: str | None = None) -> Iterator[Path]:
+    """Give a temporary path beside ``path`` and move it into place when the block ends well.
+
+    Args:
+        path: the file.
+        made_by: the command whose output it is: it is marked, and only its own file is replaced.
+
+    Raises:
+        ConfigError: the file that is there is not the command's; it is untouched.
+        UserError: no space, no permission; the file that is there is untouched.
+    """
     target = Path(path)
     temporary: Path | None = None
     try:
+        if made_by is not None:
+            refuse_foreign(target, made_by)
         target.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=NEW, dir=target.parent)
         os.close(handle)
         temporary = Path(name)
         yield temporary
         os.chmod(temporary, 0o644)
+        if made_by is not None:
+            refuse_foreign(target, made_by, contents=False)
+            mark_file(target, temporary, made_by)
         os.replace(temporary, target)
     except OSError as error:
         raise UserError(
@@ -55,23 +79,38 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 
 @contextmanager
-def atomic_folder(path: str | Path) -> Iterator[Path]:
+def atomic_folder(path: str | Path, made_by: str | None = None) -> Iterator[Path]:
     """Give a temporary folder beside ``path``; when the block ends well it replaces ``path``.
 
     Where the system can exchange two names in one step, one of the two folders is there at any
     moment. Elsewhere a process may die between two renames, and ``tidy`` brings the old one back.
+
+    Args:
+        path: the folder.
+        made_by: the command whose output it is: its files are listed in it, and only a folder that
+            the command made, with nothing changed or added since, is replaced.
+
+    Raises:
+        ConfigError: the folder that is there is not the command's; it is untouched.
+        UserError: no space, no permission; the folder that is there is untouched.
     """
     target = Path(path)
     temporary: Path | None = None
     try:
+        if made_by is not None:
+            refuse_foreign(target, made_by)
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        name = tempfile.mkdtemp(prefix=f".{target.name}.", suffix=NEW, dir=target.parent)
+        temporary = Path(name)
         yield temporary
         os.chmod(temporary, 0o755)
+        if made_by is not None:
+            mark_folder(temporary, made_by)
+            refuse_foreign(target, made_by, contents=False)  # it may have taken hours
         if not target.exists():
             os.replace(temporary, target)
         elif not _exchange(temporary, target):
-            old = target.with_name(f".{target.name}{_OLD}")
+            old = target.with_name(f".{target.name}{OLD}")
             shutil.rmtree(old, ignore_errors=True)
             os.replace(target, old)
             os.replace(temporary, target)
@@ -124,15 +163,18 @@ def tidy(folder: Path, names: str) -> None:
     """Clear up after a process that was killed while it wrote; nothing else may be writing there.
 
     What was written half is deleted, and a folder that was to be replaced goes back to its place
-    where that is empty.
+    where that is empty. Both have names that no user gives.
 
     Args:
         folder: in which ``atomic_path`` and ``atomic_folder`` wrote.
         names: of their targets, as a pattern such as ``model*``.
     """
-    for path in folder.glob(f".{names}.*"):
-        target = path.with_name(path.name[1:].rpartition(".")[0])
-        if path.name.endswith(_OLD) and not target.exists():
+    for path in folder.glob(".*"):
+        found = LEFTOVER.fullmatch(path.name)
+        if found is None or not fnmatchcase(found["target"], names):
+            continue
+        target = path.with_name(found["target"])
+        if path.name.endswith(OLD) and not os.path.lexists(target):
             os.replace(path, target)
         elif path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
@@ -156,22 +198,27 @@ def _exchange(first: Path, second: Path) -> bool:
     raise OSError(code, os.strerror(code), os.fspath(second))
 
 
-def write_text(path: str | Path, text: str) -> None:
-    """Write UTF-8 text atomically."""
-    with atomic_path(path) as temporary:
+def write_text(path: str | Path, text: str, made_by: str | None = None) -> None:
+    """Write UTF-8 text atomically; ``made_by`` as in ``atomic_path``."""
+    with atomic_path(path, made_by) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
-def write_json(path: str | Path, value: Any) -> None:
-    """Write indented JSON atomically."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+def write_json(path: str | Path, value: Any, made_by: str | None = None) -> None:
+    """Write indented JSON atomically; ``made_by`` as in ``atomic_path``."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n", made_by)
 
 
-def write_jsonl(path: str | Path, rows: Iterable[dict[str, Any]]) -> int:
-    """Write one JSON object per line (gzip when the name ends in ``.gz``); return the count."""
+def write_jsonl(
+    path: str | Path, rows: Iterable[dict[str, Any]], made_by: str | None = None
+) -> int:
+    """Write one JSON object per line (gzip when the name ends in ``.gz``); return the count.
+
+    ``made_by`` as in ``atomic_path``.
+    """
     count = 0
     with (
-        atomic_path(path) as temporary,
+        atomic_path(path, made_by) as temporary,
         open(temporary, "wb") as raw,
         _text_writer(raw, gzipped=is_gzip(path)) as out,
     ):

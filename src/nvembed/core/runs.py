@@ -21,10 +21,11 @@ import json
 import math
 import os
 import platform
-import shutil
+import re
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -34,6 +35,14 @@ from typing import Any
 from nvembed.core.config import read_yaml
 from nvembed.core.errors import ConfigError, DataError, UserError
 from nvembed.core.files import tidy, write_json, write_text
+from nvembed.core.ownership import (
+    mark_growing,
+    problem_of,
+    refuse_foreign,
+    remove,
+    remove_named,
+    unnamed,
+)
 from nvembed.core.text_files import parse_json, read_json_object
 
 # The libraries whose version can change a result.
@@ -48,6 +57,17 @@ RECORDED_PACKAGES = (
     "numpy",
     "mteb",
 )
+# The command that makes a run folder.
+TRAIN = "train"
+# What TensorBoard's writer leaves in a folder.
+_EVENTS = re.compile(r"(.*/)?(events\.out\.tfevents\..*|hparams\.yml)")
+# What lies in ``checkpoints/``; see ``training/checkpoint.py``.
+_CHECKPOINTS = re.compile(
+    r"(step-\d{10}(-end)?|best)/((weights|optimizer)\.safetensors|state\.json)"
+)
+_NOTHING = re.compile(r"(?!)")
+# A line of the log: its time, then what was printed.
+_LOG_LINE = re.compile(rb"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d .*")
 
 
 _A_ROW = 'a row of metrics, as in {"step": 1, "loss": 0.5}'
@@ -117,7 +137,7 @@ class RunFolder:
 
     @property
     def exists(self) -> bool:
-        """Whether a run was started here."""
+        """Whether a run was started here, or something of that name lies here."""
         return self.config.is_file()
 
     @property
@@ -126,25 +146,76 @@ class RunFolder:
         made = (self.checkpoints.glob("step-*"), self.mined.glob("*"), self.path.glob("model*"))
         return bool(self.read_metrics()) or any(True for paths in made for _ in paths)
 
+    def written(self, stages: Sequence[str] = ()) -> list[Path]:
+        """All files and folders that a run writes, but for its checkpoints.
+
+        Args:
+            stages: names of its stages.
+        """
+        models = [self.path / f"model-{stage}" for stage in stages]
+        return [*self._files, self.mined, *models, self.model, self.adapter]
+
+    @property
+    def _files(self) -> tuple[Path, ...]:
+        named = (self.env, self.metrics, self.log, self.graph_memory, self.inputs)
+        return (*named, self.config)  # which goes last, see ``_clear``
+
+    def refuse_foreign(self, stages: Sequence[str] = ()) -> None:
+        """Refuse to start a run, or to start over, where something of the user's would be lost.
+
+        Args:
+            stages: names of the stages of the new run.
+
+        Raises:
+            ConfigError: a file or folder that a run writes is there, and no run made it, or it was
+                changed since.
+        """
+        for path in self.written(stages):
+            refuse_foreign(path, TRAIN)
+        # Without a run beside them they are not of one.
+        for path in unnamed(self.checkpoints, _CHECKPOINTS if self.exists else _NOTHING)[:1]:
+            raise ConfigError(
+                f"is there already, and nvembed did not make it: {path.name}",
+                where=str(path.parent),
+                hint="Move or delete it, or choose another output",
+            )
+        for file, is_ours in ((self.metrics, _is_row), (self.log, _LOG_LINE.fullmatch)):
+            lines = file.read_bytes().split(b"\n")[:-1] if file.is_file() else []
+            if not all(map(is_ours, lines)):
+                raise ConfigError(
+                    "was changed since nvembed made it",
+                    where=str(file),
+                    hint="Move or delete it, or choose another output",
+                )
+
     def create(
-        self, config_yaml: str, *, replace: bool = False, computing: dict[str, Any] | None = None
+        self,
+        config_yaml: str,
+        *,
+        stages: Sequence[str] = (),
+        replace: bool = False,
+        computing: dict[str, Any] | None = None,
     ) -> None:
         """Start a run here: write ``config.yaml`` and ``env.json``, make ``checkpoints/``.
 
         Args:
             config_yaml: the resolved configuration.
-            replace: delete the earlier run of this folder (only the names listed above).
+            stages: names of its stages.
+            replace: delete the earlier run of this folder (only the names listed above, and only
+                what nvembed made).
             computing: how its numbers are computed, for ``env.json``.
 
         Raises:
-            ConfigError: the folder holds a run already and ``replace`` is off.
+            ConfigError: the folder holds a run already and ``replace`` is off, or see
+                ``refuse_foreign``.
         """
-        if self.exists and not replace:
+        if self.exists and not replace and problem_of(self.config, TRAIN) is None:
             raise ConfigError(
                 "the folder holds a run already",
                 where=str(self.path),
                 hint="Resume it, start over, or choose another output folder",
             )
+        self.refuse_foreign(stages)
         try:
             if replace:
                 self._clear()
@@ -153,25 +224,28 @@ class RunFolder:
             raise UserError(
                 f"cannot make the run folder: {error.strerror or error}", where=str(self.path)
             ) from error
+        for file in (self.metrics, self.log):
+            mark_growing(file, TRAIN)
         computed = {} if computing is None else {"computing": computing}
-        write_json(self.env, describe_environment() | computed)
-        write_text(self.config, config_yaml)
+        write_json(self.env, describe_environment() | computed, TRAIN)
+        write_text(self.config, config_yaml, TRAIN)
 
     def _clear(self) -> None:
         # config.yaml goes last, and says until then that this is no run to go on with.
         if self.exists:
-            write_text(self.config, "# Being deleted to start over.\n")
-        made = (
-            *(self.checkpoints, self.mined, self.model, self.adapter, self.eval),
-            self.path / "tensorboard",
-            *self.path.glob("model-*"),
-        )
-        for folder in made:
-            if folder.is_dir():
-                shutil.rmtree(folder)
-        kept = (self.env, self.metrics, self.log, self.graph_memory, self.inputs, self.config)
-        for file in kept:
-            file.unlink(missing_ok=True)
+            write_text(self.config, "# Being deleted to start over.\n", TRAIN)
+        self.remove_models()  # those of stages that the new run does not have as well
+        for folder in (self.adapter, self.eval):
+            remove(folder)
+        remove_named(self.path / "tensorboard" / "nvembed", _EVENTS)
+        for file in self._files:
+            remove(file)
+
+    def remove_models(self) -> None:
+        """Delete checkpoints, mined files and models; what nvembed did not make stays."""
+        remove_named(self.checkpoints, _CHECKPOINTS)
+        for folder in (self.mined, *self.path.glob("model*")):
+            remove(folder)
 
     def tidy(self) -> None:
         """Clear up after a process that was killed while it wrote; see ``files.tidy``."""
@@ -188,7 +262,8 @@ class RunFolder:
 
     def append_log(self, line: str) -> None:
         """Append one line to ``train.log``, with the time."""
-        self._append(self.log, f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {line}")
+        now = time.strftime("%Y-%m-%dT%H:%M:%S")
+        self._append(self.log, "\n".join(f"{now} {part}" for part in line.split("\n")))
 
     @staticmethod
     def _append(file: Path, line: str) -> None:
@@ -250,9 +325,8 @@ class RunFolder:
     def trim_metrics(self, last_step: int) -> None:
         """Forget the rows after ``last_step``, so that a resumed run does not log a step twice."""
         rows = [row for row in self.read_metrics() if row["step"] <= last_step]
-        write_text(
-            self.metrics, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        )
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        write_text(self.metrics, text, TRAIN)
 
 
 def describe_environment() -> dict[str, Any]:
@@ -280,6 +354,14 @@ def _metrics_row(line: bytes, where: str) -> dict[str, Any]:
         found = "a row without a step" if isinstance(row, dict) else type(row).__name__
         raise DataError(f"the line holds {found}", where=where, expected=_A_ROW, hint=_RESTORE)
     return row
+
+
+def _is_row(line: bytes) -> bool:
+    """Whether a line of ``metrics.jsonl`` can be one of ours."""
+    try:
+        return not line or isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
 
 
 def _finite(value: Any) -> Any:

@@ -37,6 +37,7 @@ RETRIEVAL_INSTRUCTION = "Given a question about Python, retrieve the documentati
 CLASSIFICATION_INSTRUCTION = "Identify the Python package that a piece of documentation belongs to"
 CLUSTERING_INSTRUCTION = "Identify the topic of a piece of Python documentation"
 
+DEMO = "demo"
 TASK_NAMES = ("pydocs_retrieval", "pydocs_classification", "pydocs_clustering")
 
 
@@ -143,7 +144,7 @@ def build_dataset(
             "clustering": len(topics.records),
         },
     }
-    with atomic_folder(output / "tasks") as folder:
+    with atomic_folder(output / "tasks", DEMO) as folder:
         _write_retrieval(folder / TASK_NAMES[0], corpus, queries, limits)
         header = _header(TASK_NAMES[1], "Classification", CLASSIFICATION_INSTRUCTION, "accuracy")
         write_json(folder / TASK_NAMES[1] / "task.json", header)
@@ -152,7 +153,7 @@ def build_dataset(
         header = _header(TASK_NAMES[2], "Clustering", CLUSTERING_INSTRUCTION, "v_measure")
         write_json(folder / TASK_NAMES[2] / "task.json", header)
         write_jsonl(folder / TASK_NAMES[2] / "test.jsonl", topics.test)
-    with atomic_folder(output / "data") as folder:
+    with atomic_folder(output / "data", DEMO) as folder:
         write_jsonl(folder / "retrieval.jsonl", records)
         write_jsonl(folder / "classification.jsonl", packages.records)
         write_jsonl(folder / "clustering.jsonl", topics.records)

@@ -15,7 +15,9 @@ from pathlib import Path
 
 from nvembed.core.errors import DataError, UserError
 from nvembed.core.files import write_jsonl
+from nvembed.core.ownership import check_outputs
 from nvembed.core.text_files import check_ending
+from nvembed.demo.dataset import DEMO
 from nvembed.demo.harvest import DocEntry, harvest_roots
 
 
@@ -30,6 +32,7 @@ def write_documents(source: Path, output: Path) -> int:
     Raises:
         DataError: there is no such folder, or nothing in it is documented.
     """
+    check_outputs([output], made_by=DEMO)  # in the folder it is not read
     if not source.is_dir():
         raise DataError("no such folder", where=str(source), expected="a folder of Python files")
     entries = harvest_roots([source], processes=2)
@@ -39,7 +42,7 @@ def write_documents(source: Path, output: Path) -> int:
             where=str(source),
             expected="Python files with docstrings",
         )
-    return write_jsonl(output, ({"_id": e.name, "text": search_text(e)} for e in entries))
+    return write_jsonl(output, ({"_id": e.name, "text": search_text(e)} for e in entries), DEMO)
 
 
 def search_text(entry: DocEntry) -> str:

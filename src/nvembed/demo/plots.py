@@ -155,5 +155,5 @@ def _clean(axes: Axes) -> None:
 
 def _save(figure: Figure, output: Path) -> None:
     options: dict[str, Any] = {"format": "png", "metadata": {"Software": None}}
-    with atomic_path(output) as temporary:
+    with atomic_path(output, "demo") as temporary:
         figure.savefig(temporary, **options)

@@ -18,9 +18,10 @@ from nvembed.core.cache import cache_folder, expanded
 from nvembed.core.config import load_config
 from nvembed.core.errors import ConfigError, ModelError, UserError
 from nvembed.core.files import write_json
+from nvembed.core.ownership import check_outputs, check_overlaps
 from nvembed.core.runs import RunFolder
 from nvembed.demo.budget import plan_steps, rehearse, training_seconds
-from nvembed.demo.dataset import TASK_NAMES, DemoData, build_dataset
+from nvembed.demo.dataset import DEMO, TASK_NAMES, DemoData, build_dataset
 from nvembed.demo.harvest import harvest
 from nvembed.demo.plots import plot_losses, plot_scores
 from nvembed.demo.recipe import MAX_TOKENS, MINED_QUERIES, STAGES, Steps, demo_config
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from nvembed.training.config import TrainConfig
 
 DEFAULT_BACKBONE = Path("assets") / "decoder-6m"
+LOSSES, SCORES = "losses.png", "scores.png"
 BM25, BASE, STAGE1, STAGE2 = "BM25", "base, mean pooling", "after stage 1", "after stage 2"
 
 Results = dict[str, dict[str, TaskResult]]
@@ -123,6 +125,7 @@ class _Demo:
 
     def run(self) -> Results:
         """Do everything in order."""
+        self._check_outputs()
         data = self._build_data()
         tasks = [load_task(folder) for folder in data.tasks]
         results: Results = {BM25: evaluate_bm25(tasks), BASE: {}}
@@ -136,6 +139,16 @@ class _Demo:
         self._save(results)
         self._report(results, data, model)
         return results
+
+    def _check_outputs(self) -> None:
+        """Refuse to begin where something of the user's would be replaced."""
+        run = RunFolder(self.output)
+        names = [_results_name(model) for model in (BM25, BASE, STAGE1, STAGE2)]
+        own = [run.path / name for name in ("data", "tasks", LOSSES, SCORES)]
+        own += [run.eval / name for name in (*names, "scores.json")]
+        check_outputs(own, made_by=DEMO, inputs=[self.backbone])
+        check_overlaps(run.written(STAGES), [self.backbone])
+        run.refuse_foreign(STAGES)
 
     def _build_data(self) -> DemoData:
         self._say("reading the documentation of the installed packages")
@@ -218,13 +231,13 @@ class _Demo:
     def _save(self, results: Results) -> None:
         run = RunFolder(self.output)
         for model, found in results.items():
-            write_results(run.eval / f"{model.replace(', ', '-').replace(' ', '-')}.json", found)
-        write_json(run.eval / "scores.json", main_scores(results))
-        plot_losses(run.metrics, run.path / "losses.png")
+            write_results(run.eval / _results_name(model), found, DEMO)
+        write_json(run.eval / "scores.json", main_scores(results), DEMO)
+        plot_losses(run.metrics, run.path / LOSSES)
         plot_scores(
             main_scores(results),
             COLUMNS,
-            run.path / "scores.png",
+            run.path / SCORES,
             title="Documentation of held-out Python modules",
         )
 
@@ -247,7 +260,7 @@ class _Demo:
                 ),
             )
         self.console.print(
-            f"\nplots: {self.output}/losses.png, {self.output}/scores.png", soft_wrap=True
+            f"\nplots: {self.output}/{LOSSES}, {self.output}/{SCORES}", soft_wrap=True
         )
         self.console.print(f"took {self._elapsed() / 60:.1f} minutes\n")
         for purpose, command in next_commands(self.output):
@@ -263,6 +276,10 @@ class _Demo:
         self.console.print(
             f"[dim]{minutes:2d}:{seconds:02d}[/dim]  {line}", highlight=False, soft_wrap=True
         )
+
+
+def _results_name(model: str) -> str:
+    return f"{model.replace(', ', '-').replace(' ', '-')}.json"
 
 
 def _absolute(backbone: str) -> str:

@@ -13,6 +13,7 @@ Letters: N texts of a call, M texts kept, D width.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -83,7 +84,7 @@ class CachedEncoder:
 
         def make(_: int) -> None:
             vectors = _vectors_file(path)
-            tidy(vectors.parent, vectors.name)
+            tidy(vectors.parent, glob.escape(vectors.name))
             write_array(vectors, encode_window(self._encoder, texts, side=side, task=task))
             write_array(path, keys_N)
 

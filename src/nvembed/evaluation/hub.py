@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, get_args
 
 import mteb
@@ -28,6 +29,7 @@ from mteb.types import Licenses, PromptType
 from numpy.typing import NDArray
 
 from nvembed.core.errors import ConfigError, DataError, UserError
+from nvembed.core.files import write_text
 from nvembed.core.runs import RunFolder
 from nvembed.core.seeding import capture_rng, restore_rng
 from nvembed.core.strict_yaml import parse_yaml
@@ -158,8 +160,18 @@ class HubEncoder(AbsEncoder):
         return vectors if len(rows) == len(texts) else vectors[[rows[text] for text in texts]]
 
 
-def score_hub(task: AbsTask, encoder: HubEncoder, folder: Path) -> TaskResult:
+def score_hub(
+    task: AbsTask, encoder: HubEncoder, folder: Path, made_by: str | None = None
+) -> TaskResult:
     """Score one task and write mteb's own files of it anew.
+
+    mteb writes into a folder for the moment; from there its files come to their places.
+
+    Args:
+        task: of mteb.
+        encoder: the model.
+        folder: of mteb's files.
+        made_by: as in ``core.files.atomic_path``.
 
     Raises:
         UnreachableTaskError: its data set cannot be loaded.
@@ -169,16 +181,19 @@ def score_hub(task: AbsTask, encoder: HubEncoder, folder: Path) -> TaskResult:
     name = task.metadata.name
     rng = capture_rng()
     try:
-        with quiet():
+        with quiet(), TemporaryDirectory() as place:
             done = mteb.evaluate(
                 encoder,
                 task,
-                cache=ResultCache(folder),
+                cache=ResultCache(place),
                 overwrite_strategy="always",  # its files do not tell instructions apart
                 co2_tracker=False,
                 show_progress_bar=False,
                 encode_kwargs={"batch_size": 512, "show_progress_bar": False},
             )
+            for made in sorted(Path(place).rglob("*.json")):
+                text = made.read_text(encoding="utf-8")
+                write_text(folder / made.relative_to(place), text, made_by)
     except _OUT_OF_REACH as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UnreachableTaskError(

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from nvembed.core.errors import DataError
 from nvembed.core.files import atomic_path
+from nvembed.core.ownership import remove
 from nvembed.evaluation.tasks import LocalTask
 
 ItemKind = Literal["values", "correlation", "pairs", "classes", "clusters"]
@@ -73,19 +74,19 @@ def items_folder(results: str | Path) -> Path:
     return Path(results).with_suffix(".items")
 
 
-def write_items(folder: str | Path, name: str, items: Items) -> None:
-    """Write the items of the task ``name`` atomically; an older file of it is replaced."""
+def write_items(folder: str | Path, name: str, items: Items, made_by: str | None = None) -> None:
+    """Write the items of the task ``name`` atomically; ``made_by`` as in ``atomic_path``."""
     header = {"kind": items.kind, "score": items.score, "task_hash": items.task_hash}
     arrays: dict[str, Any] = {**items.arrays, **{k: np.array(v) for k, v in header.items()}}
-    with atomic_path(_file(folder, name)) as temporary, open(temporary, "wb") as file:
+    with atomic_path(items_file(folder, name), made_by) as temporary, open(temporary, "wb") as file:
         np.savez_compressed(file, **arrays)
 
 
 def keep_items(folder: str | Path, names: Collection[str]) -> None:
     """Delete the items of all other tasks: they may be another model's."""
-    kept = {_file(folder, name) for name in names}
+    kept = {items_file(folder, name) for name in names}
     for path in set(Path(folder).glob("*.npz")) - kept:
-        path.unlink()
+        remove(path)
 
 
 def read_items(folder: str | Path, name: str) -> Items | None:
@@ -94,7 +95,7 @@ def read_items(folder: str | Path, name: str) -> Items | None:
     Raises:
         DataError: the file is damaged or holds something else.
     """
-    path = _file(folder, name)
+    path = items_file(folder, name)
     if not path.is_file():
         return None
     try:
@@ -118,6 +119,7 @@ def read_items(folder: str | Path, name: str) -> Items | None:
     return Items(cast(ItemKind, kind), score, hashed, arrays)
 
 
-def _file(folder: str | Path, name: str) -> Path:
+def items_file(folder: str | Path, name: str) -> Path:
+    """Where the items of a task lie."""
     # Names of tasks may hold slashes.
     return Path(folder) / f"{quote(name, safe=' ')}.npz"

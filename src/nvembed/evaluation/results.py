@@ -14,6 +14,8 @@ from nvembed.core.errors import DataError
 from nvembed.core.files import write_json
 from nvembed.core.text_files import read_json_object
 
+EVALUATE = "evaluate"
+
 
 @dataclass(frozen=True)
 class TaskResult:
@@ -34,9 +36,12 @@ class TaskResult:
     scores: Mapping[str, float | None]
 
 
-def write_results(path: str | Path, results: Mapping[str, TaskResult]) -> None:
-    """Write task name → result as JSON, atomically."""
-    write_json(path, {name: dataclasses.asdict(result) for name, result in results.items()})
+def write_results(
+    path: str | Path, results: Mapping[str, TaskResult], made_by: str | None = None
+) -> None:
+    """Write task name → result as JSON, atomically; ``made_by`` as in ``atomic_path``."""
+    values = {name: dataclasses.asdict(result) for name, result in results.items()}
+    write_json(path, values, made_by)
 
 
 def read_results(path: str | Path) -> dict[str, TaskResult]:

@@ -9,7 +9,7 @@ keeps the finished tasks, and takes the vectors of a half finished one from the 
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from nvembed.core.errors import ConfigError, UserError
 from nvembed.core.files import write_json
+from nvembed.core.ownership import check_outputs, remove
 from nvembed.core.runs import describe_environment
 from nvembed.core.text_files import check_ending, read_json_object
 from nvembed.evaluation.cached import CachedEncoder
 from nvembed.evaluation.items import items_folder, keep_items, write_items
-from nvembed.evaluation.results import TaskResult, read_results, write_results
+from nvembed.evaluation.results import EVALUATE, TaskResult, read_results, write_results
 from nvembed.evaluation.run import (
     BM25_NAME,
     TaskOutcome,
@@ -113,6 +114,28 @@ def earlier_precision(output: Path) -> Precision | None:
     return cast(Precision, value) if value in get_args(Precision) else None
 
 
+def check_session(settings: Settings, inputs: Iterable[Path] = ()) -> None:
+    """Refuse to evaluate where the results would replace something of the user's.
+
+    Args:
+        settings: of the evaluation.
+        inputs: folders of its tasks.
+
+    Raises:
+        ConfigError: the output is a folder, lies in the model or a task, or something is there
+            that no evaluation made, or that was changed since.
+    """
+    output = settings.output
+    if output.is_dir():
+        raise ConfigError("is a folder", where=str(output), expected="a file name")
+    check_outputs(
+        [output, _run_file(output), items_folder(output), settings.mteb_folder],
+        made_by=EVALUATE,
+        inputs=[settings.model, *inputs],
+        places=[] if settings.cache is None else [settings.cache],
+    )
+
+
 def run_session(
     settings: Settings,
     local: Sequence[LocalTask] = (),
@@ -139,8 +162,7 @@ def run_session(
         ModelError: the model cannot be loaded or its vectors cannot be used.
     """
     check_ending(settings.output, (".json",))
-    if settings.output.is_dir():
-        raise ConfigError("is a folder", where=str(settings.output), expected="a file name")
+    check_session(settings, [task.folder for task in local])
     jobs: dict[str, LocalTask | AbsTask] = {task.name: task for task in local}
     for task in hub:
         if task.metadata.name in jobs:
@@ -158,10 +180,10 @@ def run_session(
             continue
         result, items = outcome
         if not found.results:
-            settings.output.unlink(missing_ok=True)  # old scores never stand beside new items
+            remove(settings.output)  # old scores never stand beside new items
         keep_items(items_folder(settings.output), found.results)
         if items is not None:
-            write_items(items_folder(settings.output), name, items)
+            write_items(items_folder(settings.output), name, items, EVALUATE)
         found.results[name] = result
         _keep_mteb_files(settings, found.results)
         _write(settings, record, found)
@@ -241,7 +263,7 @@ class _Scorer:
             meta = bare.ask(describe) if isinstance(bare, SharedEncoder) else describe(bare)
             self._hub = HubEncoder(self._encoder, meta, settings.instructions)
         try:
-            return score_hub(job, self._hub, settings.mteb_folder), None
+            return score_hub(job, self._hub, settings.mteb_folder, EVALUATE), None
         except UnreachableTaskError as error:
             return str(error)
 
@@ -329,14 +351,14 @@ def _keep_mteb_files(settings: Settings, names: Collection[str]) -> None:
     """Delete those of other tasks: what the results do not hold must not reach a leaderboard."""
     for path in settings.mteb_folder.glob("results/*/*/*.json"):
         if path.name != "model_meta.json" and path.stem not in names:
-            path.unlink()
+            remove(path)
 
 
 def _write(settings: Settings, record: Mapping[str, object], found: Evaluation) -> None:
     # The record goes first: results without one could not be gone on with.
     run = {**record, "failed": found.failed, "environment": describe_environment()}
-    write_json(_run_file(settings.output), run)
-    write_results(settings.output, found.results)
+    write_json(_run_file(settings.output), run, EVALUATE)
+    write_results(settings.output, found.results, EVALUATE)
 
 
 def _run_file(output: Path) -> Path:

@@ -16,11 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nvembed.core.errors import ConfigError, DataError
+from nvembed.core.ownership import check_outputs
 from nvembed.core.progress import progress
 from nvembed.core.text_files import check_folder_name, open_text_file
 from nvembed.data.sources.config import Column
 from nvembed.data.sources.rows import BadRow, Table
-from nvembed.index.database import ANN_ABOVE, Database, is_database, text_hash, writing
+from nvembed.index.database import ANN_ABOVE, INDEX, Database, is_database, text_hash, writing
 from nvembed.index.fields import same
 from nvembed.index.record import first_dimensions, new_record, recorded_encoder
 from nvembed.index.window_types import WindowTypes
@@ -99,13 +100,16 @@ def index_documents(
         options: how documents are read and kept.
 
     Raises:
-        ConfigError: a new database without a model, or settings that differ from the database's.
+        ConfigError: a new database without a model, settings that differ from the database's, or
+            the database is an input or lies in one.
         DataError: a line cannot be used. What came before it is in the database.
         ModelError: another model than the database's.
     """
     options = options or IndexOptions()
     check_folder_name(path)
     report = IndexReport(absent_fields=set(options.fields or ()) if documents else set())
+    named = model if isinstance(model, str) else None
+    check_outputs((), made_by=INDEX, inputs=[*documents, named], places=[path])
     if not is_database(path) and (model is None or not documents):
         missing = "documents" if model is not None else "a model"
         raise ConfigError(f"a new database needs {missing}", where=str(path))

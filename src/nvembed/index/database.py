@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from nvembed.core.errors import ConfigError, DataError
+from nvembed.core.ownership import MARK, mark_growing, refuse_foreign
 from nvembed.index.fields import (
     JSON,
     column_name,
@@ -41,6 +42,7 @@ from nvembed.index.where import where_sql
 
 TABLE = "documents"
 LOCK = ".lock"
+INDEX = "index"
 ANN_ABOVE = 50_000  # documents; measured in benchmarks/index_scale.py
 _KEY = b"nvembed"
 _OWN = ("id", "text", "text_hash", "vector")
@@ -62,9 +64,12 @@ def writing(path: Path) -> Iterator[None]:
     Raises:
         ConfigError: another one is writing, or there is something else in that place.
     """
-    ours = {LOCK, f"{TABLE}.lance"}
+    table = path / f"{TABLE}.lance"
+    ours = {LOCK, MARK, table.name}
     if path.exists() and (not path.is_dir() or any(p.name not in ours for p in path.iterdir())):
         raise ConfigError("not empty, and no database", where=str(path), hint="Choose another")
+    if not is_database(path):
+        refuse_foreign(table, INDEX)
     path.mkdir(parents=True, exist_ok=True)
     with open(path / LOCK, "ab") as file:
         try:
@@ -95,7 +100,9 @@ class Database:
     def create(cls, path: Path, record: DatabaseRecord) -> Database:
         """Make an empty database; within ``writing`` only."""
         # What a process left that was killed before the first version was there.
+        refuse_foreign(path / f"{TABLE}.lance", INDEX)
         shutil.rmtree(path / f"{TABLE}.lance", ignore_errors=True)
+        mark_growing(path / f"{TABLE}.lance", INDEX)
         schema = pa.schema(
             [
                 pa.field("id", pa.string(), nullable=False),

@@ -8,6 +8,7 @@ where the lines have them. Memory is bounded by a window of texts, not by the fi
 
 from __future__ import annotations
 
+import glob
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,9 +20,11 @@ from tempfile import NamedTemporaryFile, TemporaryDirectory
 from typing import Literal, cast, get_args
 
 import numpy as np
+from numpy.typing import NDArray
 
 from nvembed.core.errors import ConfigError, DataError
-from nvembed.core.files import tidy, write_json
+from nvembed.core.files import atomic_path, tidy, write_json
+from nvembed.core.ownership import NEW, check_outputs, remove, remove_named
 from nvembed.core.progress import progress
 from nvembed.core.text_files import STDIN, STDIN_NAME, ending_of, stdin_bytes
 from nvembed.data.sources.config import Column
@@ -29,6 +32,7 @@ from nvembed.inference.encoding import Side, Way
 from nvembed.inference.fingerprint import computed_fingerprint
 from nvembed.inference.load import load_encoder, settle_dtype
 from nvembed.inference.outputs import (
+    ENCODE,
     TABLES,
     OutputFormat,
     OutputPrecision,
@@ -37,7 +41,7 @@ from nvembed.inference.outputs import (
     value_ranges,
     write_vectors,
 )
-from nvembed.inference.parts import Tally, Window, make_here, windows
+from nvembed.inference.parts import PARTS, Tally, Window, make_here, windows
 from nvembed.inference.processes import Worker, make_by_processes
 from nvembed.inference.protocol import Encoder
 from nvembed.inference.reading import Document, Skipped, input_files, read_documents
@@ -118,15 +122,19 @@ def encode_file(
 
     Raises:
         DataError: a line cannot be used, or there is none.
-        ConfigError: the output is an input, vectors have fewer dimensions than asked for, or
-            a table is wanted of numbers that are not float32.
+        ConfigError: the output is an input or lies in one, something is there that encode did not
+            make, vectors have fewer dimensions than asked for, or a table is wanted of numbers
+            that are not float32.
         ModelError: the model cannot be loaded or gives vectors that are no numbers.
         UserError: the output cannot be written (no space, no permission).
     """
     form, long = form or OutputFormat(), long or LongTexts()
     paths = [input] if isinstance(input, Path) else list(input)
-    if output.resolve() in [path.resolve() for path in input_files(paths)]:
-        raise ConfigError("output and input are the same file", where=str(output))
+    input_files(paths)  # one that is not there is told first
+    folder = output.with_name(f"{output.name}.parts")
+    name = model if isinstance(model, str) else None
+    outputs = [output, *_beside(output).values()]
+    check_outputs(outputs, made_by=ENCODE, inputs=[*paths, name], places=[folder])
     check_output(output, form.precision)
     if not isinstance(model, str) and (processes > 1 or engine == "ray"):
         raise ConfigError("other processes load the model by its name", expected="a name")
@@ -143,9 +151,8 @@ def encode_file(
             raise DataError("the file holds no texts", where=", ".join(names))
         side: Side = "document" if task is None else "query"
         job = _Job(documents, len(names), Way(side, task, form.truncate_dim, long))
-        folder = output.with_name(f"{output.name}.parts")
-        if output.parent.is_dir():
-            tidy(output.parent, output.name)  # of a run that was killed
+        for path in outputs:
+            tidy(path.parent, glob.escape(path.name))  # of a run that was killed
         if not isinstance(model, str):  # nothing names its state: its parts are of no use later
             folder = stack.enter_context(_folder_for_now(output))
         settled = _settled(model, dtype, folder, engine) if isinstance(model, str) else None
@@ -154,8 +161,9 @@ def encode_file(
         rows, dimension = parts.shape
         write_vectors(parts, output, form.precision)
         beside = _write_beside(parts, output, form.precision, with_ids=with_ids)
-        write_json(output.with_name(output.name + _BESIDE["record"]), _record(model, settled, task))
-        shutil.rmtree(folder, ignore_errors=True)
+        record = output.with_name(output.name + _BESIDE["record"])
+        write_json(record, _record(model, settled, task), ENCODE)
+        remove_named(folder, PARTS)
     return EncodedFile(
         output, beside.get("ids"), rows, dimension, beside.get("ranges"), skipped, settled
     )
@@ -262,26 +270,36 @@ def _write_beside(
     parts: Parts, output: Path, precision: OutputPrecision, *, with_ids: bool
 ) -> dict[str, Path]:
     """Write what a matrix does not hold; files of an earlier run would belong to other vectors."""
-    paths = {name: output.with_name(output.name + end) for name, end in _BESIDE.items()}
+    paths = _beside(output)
     for path in paths.values():
-        path.unlink(missing_ok=True)
+        remove(path)
     written = {}
     if ending_of(output) not in TABLES:
         if with_ids or parts.chunked:
-            write_json(paths["ids"], parts.names)
+            write_json(paths["ids"], parts.names, ENCODE)
             written["ids"] = paths["ids"]
         if parts.chunked:
-            np.save(paths["spans"], np.concatenate([part.spans for _, part in parts]))
+            _save(paths["spans"], np.concatenate([part.spans for _, part in parts]))
         if precision in ("int8", "uint8"):
-            np.save(paths["ranges"], value_ranges(parts))
+            _save(paths["ranges"], value_ranges(parts))
             written["ranges"] = paths["ranges"]
     return written
+
+
+def _beside(output: Path) -> dict[str, Path]:
+    """The files that may lie beside an output."""
+    return {name: output.with_name(output.name + end) for name, end in _BESIDE.items()}
+
+
+def _save(path: Path, values: NDArray[np.generic]) -> None:
+    with atomic_path(path, ENCODE) as temporary, open(temporary, "wb") as file:
+        np.save(file, values, allow_pickle=False)
 
 
 @contextmanager
 def _folder_for_now(output: Path) -> Iterator[Path]:
     output.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as folder:
+    with TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.", suffix=NEW) as folder:
         yield Path(folder)
 
 

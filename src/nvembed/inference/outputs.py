@@ -23,6 +23,7 @@ from nvembed.inference.protocol import unit_rows
 
 OutputPrecision = Literal["float32", "int8", "uint8", "binary"]
 
+ENCODE = "encode"
 TABLES = (".parquet", ".lance")
 OUTPUTS = (".npy", *TABLES)
 _IN_LANCE = "vectors"
@@ -104,8 +105,6 @@ def check_output(output: Path, precision: OutputPrecision) -> None:
         _import_pyarrow()
     elif kind == ".lance":
         _import_lancedb()
-        if output.exists() and not (output / "_versions").is_dir():
-            raise ConfigError("is there, and no Lance table", where=str(output))
 
 
 def write_vectors(parts: Parts, output: Path, precision: OutputPrecision) -> None:
@@ -115,10 +114,10 @@ def write_vectors(parts: Parts, output: Path, precision: OutputPrecision) -> Non
         UserError: no space, no permission.
     """
     if ending_of(output) == ".lance":
-        with atomic_folder(output) as folder:
+        with atomic_folder(output, ENCODE) as folder:
             _write_lance(parts, folder)
         return
-    with atomic_path(output) as temporary:
+    with atomic_path(output, ENCODE) as temporary:
         if ending_of(output) == ".parquet":
             _write_parquet(parts, temporary)
         else:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,6 +31,9 @@ from nvembed.inference.encoding import WINDOW_TEXTS, Way, check_vectors, prepare
 from nvembed.inference.protocol import Encoder
 from nvembed.model.work import Work
 from nvembed.text.batches import batches
+
+# What lies in a folder of parts.
+PARTS = re.compile(r"[0-9a-f]{32}\.npz")
 
 
 @dataclass(frozen=True, slots=True)

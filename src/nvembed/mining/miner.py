@@ -7,7 +7,7 @@ everything that is or may be a positive, are its negatives. Next file: ``run.py`
 
 from __future__ import annotations
 
-import shutil
+import glob
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,6 +17,7 @@ from typing import Any, cast
 
 from nvembed.core.errors import ConfigError
 from nvembed.core.files import tidy, write_json, write_jsonl
+from nvembed.core.ownership import check_outputs, remove_named
 from nvembed.core.text_files import check_ending, read_jsonl
 from nvembed.data.convert import POSITIVE_SCORE
 from nvembed.data.record_shards import record_of
@@ -43,7 +44,10 @@ from nvembed.mining.teachers import (
     settled_dtype,
     take_device,
 )
+from nvembed.mining.work import WORK_FILES
 from nvembed.model.settings import Precision, PrecisionChoice
+
+MINE = "mine"
 
 __all__ = [
     "MiningConfig",
@@ -161,22 +165,29 @@ def mine_file(
         engine: ``ray`` embeds on the workers of a ray cluster that see the work folder.
 
     Raises:
-        ConfigError: the kind has no negatives to mine, or options do not go together.
+        ConfigError: the kind has no negatives to mine, options do not go together, or the output is
+            an input or something that mining did not make.
         DataError: a line of an input cannot be used.
         ModelError: the teacher cannot be loaded or used.
         UserError: no space on the disk.
     """
-    _check_request(input, output, kind, documents, config)
+    _check_request(output, kind, config)
     check_teacher(teacher, teacher_model, config, engine)
+    report_file = output.with_name(output.name + ".report.json")
+    named = teacher if isinstance(teacher, str) else None
+    places = [_beside(output) if work is None else work]
+    read = [input, documents, further, config.rerank, named]
+    check_outputs([output, report_file], made_by=MINE, inputs=read, places=places)
     source = file_dataset(input, kind, layout=layout, columns=columns)
     plan = _plan(load_records(source, base_dir=Path()), _pairs_of(further))
     folder = work if work is not None or not isinstance(teacher, str) else _beside(output)
     if work is None:
-        tidy(output.parent, output.name)
+        for path in (output, report_file):
+            tidy(path.parent, glob.escape(path.name))
     with _temporary(folder if work is None else None):
         job = _Job(plan, config, instruction, documents, folder, engine)
         with job.run(teacher, teacher_model, dtype) as (run, settled):
-            write_jsonl(output, output_rows(source, plan.finish(run.mined())))
+            write_jsonl(output, output_rows(source, plan.finish(run.mined())), MINE)
         origin = {
             "input": str(input),
             "corpus": None if documents is None else str(documents),
@@ -189,7 +200,7 @@ def mine_file(
             "config": {**config.model_dump(mode="json"), "threshold": config.limit},
         }
         report = run.report()
-        write_json(output.with_name(output.name + ".report.json"), {**origin, **report.to_json()})
+        write_json(report_file, {**origin, **report.to_json()}, MINE)
     return report
 
 
@@ -372,15 +383,13 @@ def _temporary(folder: Path | None) -> Iterator[None]:
         yield
     except BaseException:
         if folder is not None and not any(folder.glob("*.npy")):
-            shutil.rmtree(folder, ignore_errors=True)
+            remove_named(folder, WORK_FILES)
         raise
     if folder is not None:
-        shutil.rmtree(folder, ignore_errors=True)
+        remove_named(folder, WORK_FILES)
 
 
-def _check_request(
-    input: Path, output: Path, kind: Kind, documents: Path | None, config: MiningConfig
-) -> None:
+def _check_request(output: Path, kind: Kind, config: MiningConfig) -> None:
     if kind in ("classification", "clustering"):
         raise ConfigError(
             f"kind {kind} has no negatives to mine",
@@ -394,7 +403,4 @@ def _check_request(
             where="write_scores",
             expected="kind retrieval or nli",
         )
-    sources = [path.resolve() for path in (input, documents) if path is not None]
-    if output.resolve() in sources:
-        raise ConfigError("output and input are the same file", where=str(output))
     check_ending(output, (".jsonl",), packed=True)

@@ -8,9 +8,11 @@ by the one that makes it, and the system lets go of the lock when that process d
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +27,8 @@ from nvembed.core.text_files import read_json_object
 
 _LOCKS = "locks"
 _AGAIN = "Delete it; it will be made again"
+# What lies in a work folder.
+WORK_FILES = re.compile(rf"{_LOCKS}|dtype\.json|\w+-[0-9a-f]{{32}}(-\d+)?\.npy")
 
 
 def key_of(*parts: object) -> str:
@@ -62,7 +66,7 @@ def make_missing(paths: Sequence[Path], make: Callable[[int], None]) -> None:
                     if not mine:
                         busy.append(number)
                     elif not paths[number].is_file():
-                        tidy(folder, paths[number].name)
+                        tidy(folder, glob.escape(paths[number].name))
                         make(number)
             left = busy
 

@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from nvembed.core.files import atomic_folder
+from nvembed.core.runs import TRAIN
 from nvembed.model.backbone import Backbone
 from nvembed.model.fused_lora import fuse_lora
 from nvembed.model.settings import LoraSettings
@@ -52,7 +53,7 @@ def hold_frozen(backbone: Backbone, dtype: torch.dtype) -> None:
 def save_adapter(backbone: Backbone, folder: Path) -> None:
     """Write the adapters alone as a peft folder, which must happen before they are merged."""
     model: Any = backbone.model
-    with atomic_folder(folder) as temporary:
+    with atomic_folder(folder, TRAIN) as temporary:
         # "auto" would ask the hub whether the vocabulary was changed; it never is.
         model.save_pretrained(str(temporary), save_embedding_layers=False)
 

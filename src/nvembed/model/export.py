@@ -8,6 +8,7 @@ onnx                    one graph over padded rows (``model/export_onnx.py``)
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from nvembed.core.arguments import checked
 from nvembed.core.errors import ConfigError, ModelError
 from nvembed.core.files import atomic_folder, write_json, write_text
+from nvembed.core.ownership import check_outputs
 from nvembed.core.text_files import check_folder_name
 from nvembed.model.adapters import merge_lora
 from nvembed.model.backbone import Backbone
@@ -31,6 +33,7 @@ from nvembed.model.source import ModelSource
 from nvembed.text.template import query_prompt
 from nvembed.text.tokens import TextTokenizer
 
+EXPORT = "export"
 ExportFormat = Literal["nv-embed", "nvembed", "sentence-transformers", "onnx"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -58,12 +61,13 @@ def export_folder(
         max_shard_bytes: size of a weight file of the official layout.
 
     Raises:
-        ConfigError: ``to`` holds something, or is called like a file.
+        ConfigError: ``to`` holds something, lies in the model, or is called like a file.
         ModelError: the model cannot be loaded, or not be expressed in that format.
     """
     to = Path(to)
     check_folder_name(to)
-    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+    check_outputs((), made_by=EXPORT, inputs=[name], places=[to])
+    if os.path.lexists(to) and (not to.is_dir() or any(to.iterdir())):
         raise ConfigError(
             "something is there already",
             where=f"--to {to}",
@@ -112,7 +116,7 @@ def export_model(
     to = Path(to)
     merge_lora(model.backbone)
     stock = False
-    with atomic_folder(to) as temporary:
+    with atomic_folder(to, EXPORT) as temporary:
         match kind:
             case "nv-embed":
                 _write_official(model, temporary, to, name, max_shard_bytes)

@@ -14,6 +14,9 @@ from typing import Any, BinaryIO
 
 from nvembed.core.errors import ConfigError, DataError, UserError
 
+# Of the first line, which says what the run asks for: the mark of a journal.
+_BEGINNING = b'{"run": {'
+
 
 class Journal:
     """Rows with an ``id`` each; holds their places in memory, not the rows.
@@ -108,6 +111,8 @@ class Journal:
         place = 0
         for number, line in enumerate(self._in, start=1):
             if not line.endswith(b"\n"):
+                if number == 1 and not line.startswith(_BEGINNING[: len(line)]):
+                    raise self._no_line(number)
                 break  # half written when the process died
             try:
                 row = json.loads(line)
@@ -116,17 +121,20 @@ class Journal:
                 else:
                     self._places[row["id"]] = place
             except (ValueError, KeyError, TypeError) as error:
-                raise DataError(
-                    "is no line of a journal",
-                    where=f"{self._path}:{number}",
-                    hint="Delete the line, or choose another folder",
-                ) from error
+                raise self._no_line(number) from error
             if number == 1:
                 self._check(before, run)
             place += len(line)
         self._out.truncate(place)
         if place == 0:
             self._append({"run": run})
+
+    def _no_line(self, number: int) -> DataError:
+        return DataError(
+            "is no line of a journal",
+            where=f"{self._path}:{number}",
+            hint="Delete the line, or choose another folder",
+        )
 
     def _check(self, before: Any, run: dict[str, Any]) -> None:
         if before == run:

@@ -24,6 +24,7 @@ from typing import Any
 
 from nvembed.building.duplicates import NearDuplicates
 from nvembed.core.files import tidy, write_json, write_jsonl
+from nvembed.core.ownership import check_outputs
 from nvembed.core.progress import progress
 from nvembed.core.text_files import check_folder_name
 from nvembed.data.records import PairRecord
@@ -39,6 +40,8 @@ TASKS = "tasks.jsonl"
 EXAMPLES = "examples.jsonl"
 REJECTS = "rejects.jsonl"
 SUMMARY = "summary.json"
+SYNTHESIZE = "data synthesize"
+_MADE = (TASKS, EXAMPLES, REJECTS, SUMMARY)
 # Jaccard similarity of pairs of words from which two tasks, or two queries, are doubles.
 _SAME_TASK = 0.7
 _SAME_QUERY = 0.8
@@ -86,14 +89,16 @@ def synthesize(config: SynthesisConfig, folder: Path) -> Summary:
         folder: for everything that is written.
 
     Raises:
-        ConfigError: the folder holds a synthesis with other settings; the key cannot be used.
+        ConfigError: the folder holds a synthesis with other settings, or files of these names that
+            no synthesis made; the key cannot be used.
         EndpointError: the endpoint refuses requests or is gone; what was answered is kept.
     """
     check_folder_name(folder)
     key = read_key(config.key_variable)
     if folder.is_dir():
-        for name in (TASKS, EXAMPLES, REJECTS, SUMMARY):
+        for name in _MADE:
             tidy(folder, name)
+    check_outputs([folder / name for name in _MADE], made_by=SYNTHESIZE)
     with Journal(folder / JOURNAL, _identity(config)) as journal:
         return asyncio.run(_run(config, folder, key, journal))
 
@@ -193,10 +198,11 @@ def _write(
     write_jsonl(
         folder / TASKS,
         ({"kind": kind, "task": task} for kind, texts in tasks.items() for task in texts),
+        SYNTHESIZE,
     )
-    write_jsonl(folder / EXAMPLES, _records(tasks, config, journal, summary))
-    write_jsonl(folder / REJECTS, _rejects(journal, summary))
-    write_json(folder / SUMMARY, asdict(summary))
+    write_jsonl(folder / EXAMPLES, _records(tasks, config, journal, summary), SYNTHESIZE)
+    write_jsonl(folder / REJECTS, _rejects(journal, summary), SYNTHESIZE)
+    write_json(folder / SUMMARY, asdict(summary), SYNTHESIZE)
 
 
 def _records(

@@ -18,7 +18,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -31,6 +30,7 @@ from torch import Tensor, nn
 
 from nvembed.core.errors import DataError, TrainingError, UserError
 from nvembed.core.files import atomic_folder, tidy
+from nvembed.core.ownership import remove_named, unnamed
 from nvembed.core.text_files import read_json_object
 from nvembed.model.weights import check_finite_tensor
 from nvembed.training.processes import Processes
@@ -46,6 +46,7 @@ from nvembed.training.tensor_files import (
 )
 
 _NAME = re.compile(r"step-\d{10}(-end)?")
+_FILES = re.compile(r"(weights|optimizer)\.safetensors|state\.json")
 _WEIGHTS, _OPTIMIZER, _STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
 
 # Of a parameter group: how this machine computes, which is not part of the run's state.
@@ -130,7 +131,7 @@ def save_checkpoint(
         # steps are being repeated.
         number = found.index(target) + 1
         for old in (*found[: max(0, number - keep)], *found[number:]):
-            shutil.rmtree(old, ignore_errors=True)
+            remove_named(old, _FILES)
     return target
 
 
@@ -335,6 +336,8 @@ def _write_together(
     error: UserError | None = None
     if processes.is_main:
         try:
+            for other in unnamed(target, _FILES)[:1]:
+                raise UserError("is no part of a checkpoint", where=str(other), hint="Move it away")
             with atomic_folder(target) as temporary:
                 fill(temporary, values)
                 sync_folder(temporary)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from nvembed.core.config import dump_config, load_config
 from nvembed.core.errors import TrainingError, UserError
 from nvembed.core.files import write_text
-from nvembed.core.runs import RunFolder
+from nvembed.core.ownership import check_outputs, problem_of
+from nvembed.core.runs import TRAIN, RunFolder
 from nvembed.model.precision import choose_precision, computing_record, kernels
 from nvembed.model.settings import Precision
 from nvembed.training.checkpoint import remove_leftovers
@@ -18,21 +21,34 @@ from nvembed.training.config import TrainConfig
 from nvembed.training.recipe_differences import recipe_differences
 
 
-def prepare_folder(run: RunFolder, config: TrainConfig, *, fresh: bool) -> None:
-    """Start the run's folder, or make sure that it is of this run."""
+def prepare_folder(
+    run: RunFolder, config: TrainConfig, *, fresh: bool, inputs: Sequence[Path] = ()
+) -> None:
+    """Start the run's folder, or make sure that it is of this run.
+
+    Args:
+        run: the folder.
+        config: of the run.
+        fresh: start over.
+        inputs: what the run reads; see ``training/input_paths.py``.
+
+    Raises:
+        UserError: see ``check_folder``.
+    """
+    check_folder(run, config, fresh=fresh, inputs=inputs)
     resolved = dump_config(config)
+    stages = [stage.name for stage in config.stages]
     run.tidy()
     if fresh or not run.exists:
-        run.create(resolved, replace=fresh, computing=_computing(config))
+        run.create(resolved, stages=stages, replace=fresh, computing=_computing(config))
         return
     remove_leftovers(run.checkpoints)
-    check_folder(run, config)
     if _recorded(run) == resolved:
         return
     if run.has_results:
-        write_text(run.config, resolved)
+        write_text(run.config, resolved, TRAIN)
     else:
-        run.create(resolved, replace=True, computing=_computing(config))
+        run.create(resolved, stages=stages, replace=True, computing=_computing(config))
 
 
 def _computing(config: TrainConfig) -> dict[str, Any]:
@@ -54,13 +70,44 @@ def changed_kernels(run: RunFolder) -> str | None:
     return f"the kernels have changed, from {names}: the last bits of all numbers may, too"
 
 
-def check_folder(run: RunFolder, config: TrainConfig) -> None:
-    """Make sure that the run of a folder is this one, or came to nothing.
+def is_finished(run: RunFolder) -> bool:
+    """Whether the run has come to its end: its model is there."""
+    return (run.model / "modules.json").is_file()
+
+
+def check_folder(
+    run: RunFolder, config: TrainConfig, *, fresh: bool, inputs: Sequence[Path] = ()
+) -> None:
+    """Make sure that a run may write to its folder, without changing anything.
+
+    Args:
+        run: the folder.
+        config: of the run.
+        fresh: start over.
+        inputs: what the run reads.
 
     Raises:
-        TrainingError: it is another one; names the keys.
+        TrainingError: it holds another run; names the keys.
+        ConfigError: something of the user's would be lost.
+        UserError: it cannot be made.
     """
-    if _recorded(run) == dump_config(config) or not run.has_results:
+    stages = [stage.name for stage in config.stages]
+    known = not fresh and run.exists and problem_of(run.config, TRAIN) is None
+    if known and run.has_results:
+        _check_same(run, config)
+        if is_finished(run):  # then nothing is written
+            return
+    resumed = known and _recorded(run) == dump_config(config)
+    written = [path for path in run.written(stages) if not (resumed and path == run.config)]
+    check_outputs((), made_by=TRAIN, inputs=inputs, places=[run.checkpoints, run.mined])
+    check_outputs(written, made_by=TRAIN, inputs=inputs)
+    if not known:
+        run.refuse_foreign(stages)
+        check_writable(run)
+
+
+def _check_same(run: RunFolder, config: TrainConfig) -> None:
+    if _recorded(run) == dump_config(config):
         return
     try:
         different = recipe_differences(

@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from nvembed.core.errors import DataError
 from nvembed.core.files import write_json
+from nvembed.core.runs import TRAIN
 from nvembed.core.text_files import read_json_object
 from nvembed.model.embedder import NVEmbed
 from nvembed.model.memory import free_bytes
@@ -73,7 +74,7 @@ def settle_graph_memory(
     if processes.agree(known is None):
         known = measure_graph_memory(model, memory_gb=memory_gb, pack_tokens=pack_tokens)
         if processes.is_main:
-            write_json(file, asdict(known))
+            write_json(file, asdict(known), TRAIN)
     return GraphMemory(**processes.of_main(asdict(known)))  # type: ignore[arg-type]
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from nvembed.core.digests import content_hash, digest_of
 from nvembed.core.errors import DataError, TrainingError
 from nvembed.core.files import write_json
-from nvembed.core.runs import RunFolder
+from nvembed.core.runs import TRAIN, RunFolder
 from nvembed.core.text_files import read_json_object
 from nvembed.data.mixture import Mixture
 from nvembed.evaluation.tasks import LocalTask
@@ -127,12 +127,12 @@ def settle_inputs(
     if not processes.is_main:
         return
     if not run.has_results:
-        write_json(run.inputs, inputs)
+        write_json(run.inputs, inputs, TRAIN)
     elif run.inputs.exists():
         check_inputs(run, inputs)
     else:
         log("what the run was started with is not recorded; what is there now is taken for it")
-        write_json(run.inputs, inputs)
+        write_json(run.inputs, inputs, TRAIN)
 
 
 def check_finished(run: RunFolder, config: TrainConfig, base_dir: Path) -> None:
@@ -168,7 +168,7 @@ def settle_mined(run: RunFolder, config: TrainConfig, stage: str, mixture: Mixtu
     if changed := [key for key in found if recorded.get(key, found[key]) != found[key]]:
         raise _changed(run, changed)
     if not found.keys() <= recorded.keys():
-        write_json(run.inputs, {**recorded, **found})
+        write_json(run.inputs, {**recorded, **found}, TRAIN)
 
 
 def _changed(run: RunFolder, names: Sequence[str]) -> TrainingError:

@@ -13,6 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from nvembed.core.errors import ConfigError, TrainingError, UserError
 from nvembed.core.files import atomic_folder
+from nvembed.core.runs import TRAIN
 from nvembed.core.seeding import derive_seed, seed_everything
 from nvembed.model.adapters import add_lora, hold_frozen, merge_lora, save_adapter
 from nvembed.model.compiled import compile_elementwise
@@ -138,7 +139,7 @@ def save_model(
     if len(retrieval) == 1:
         prompts["query"] = retrieval.pop()
     saved.prompts = {"document": "", **task_prompts(), **prompts}
-    with _unwritten_is_an_error(folder), atomic_folder(folder) as temporary:
+    with _unwritten_is_an_error(folder), atomic_folder(folder, TRAIN) as temporary:
         saved.save_pretrained(str(temporary), create_model_card=False)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import cast
 
 from nvembed.core.files import write_json, write_jsonl
+from nvembed.core.runs import TRAIN
 from nvembed.data.mixture import Mixture, load_mixture
 from nvembed.data.records import PairRecord, Record, StsRecord
 from nvembed.data.sources import DatasetConfig, load_records
@@ -108,9 +109,9 @@ def _mined(
                 instruction=dataset.instruction,
                 further=cast(list[PairRecord], records),
             )
-        write_json(folder / f"{dataset.name}.report.json", report.to_json())
+        write_json(folder / f"{dataset.name}.report.json", report.to_json(), TRAIN)
         rows = with_mined(records, places, mined)
-        write_jsonl(target, (record.to_json() for record in rows))
+        write_jsonl(target, (record.to_json() for record in rows), TRAIN)
     return mined_dataset(dataset, folder)
 
 

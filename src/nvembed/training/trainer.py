@@ -45,8 +45,14 @@ from nvembed.training.evaluating import (
     should_stop,
 )
 from nvembed.training.feed import Fed, Feed
-from nvembed.training.folder import changed_kernels, prepare_folder, with_settled_precision
+from nvembed.training.folder import (
+    changed_kernels,
+    is_finished,
+    prepare_folder,
+    with_settled_precision,
+)
 from nvembed.training.graph_memory import settle_graph_memory
+from nvembed.training.input_paths import training_inputs
 from nvembed.training.inputs import check_finished, inputs_of, settle_inputs, settle_mined
 from nvembed.training.metrics import describe, metrics_row
 from nvembed.training.model import computing, save_adapters, save_model, starting_model
@@ -66,7 +72,13 @@ from nvembed.training.tracking import start_trackers, track, tracker_options
 
 
 @checked
-def train(config: TrainConfig, *, base_dir: str | Path, fresh: bool = False) -> Path:
+def train(
+    config: TrainConfig,
+    *,
+    base_dir: str | Path,
+    fresh: bool = False,
+    recipe: str | Path | None = None,
+) -> Path:
     """Train all stages and save the model.
 
     A run that was stopped goes on from its last checkpoint when started again with the same
@@ -76,6 +88,7 @@ def train(config: TrainConfig, *, base_dir: str | Path, fresh: bool = False) -> 
         config: the run.
         base_dir: folder that relative data and backbone paths start from (that of the recipe).
         fresh: delete what an earlier run left in the output folder and start over.
+        recipe: file of the configuration, which must not be among what the run writes.
 
     Returns:
         Folder of the trained model.
@@ -95,9 +108,10 @@ def train(config: TrainConfig, *, base_dir: str | Path, fresh: bool = False) -> 
             config, why = with_settled_precision(config, run, fresh=fresh)
         config = config.model_copy(update={"precision": processes.of_main(config.precision)})
         if processes.is_main:
-            prepare_folder(run, config, fresh=fresh)
+            inputs = training_inputs(config, base_dir, None if recipe is None else Path(recipe))
+            prepare_folder(run, config, fresh=fresh, inputs=inputs)
         processes.barrier()
-        if (run.model / "modules.json").is_file():
+        if is_finished(run):
             if processes.is_main:
                 check_finished(run, config, base_dir)
             return run.model

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
-import shutil
 from pathlib import Path
 
 import pytest
 
 from nvembed.core.errors import ConfigError, UserError
+from nvembed.core.files import atomic_folder
 from nvembed.core.runs import RunFolder
 
 
@@ -59,13 +60,19 @@ def test_replace_clears_the_old_run_but_no_other_file(run):
     run.append_metrics({"step": 1})
     (run.checkpoints / "step-1").mkdir()
     run.model.mkdir()
+    with atomic_folder(run.path / "model-one", "train") as folder:
+        (folder / "weights").write_text("1")
+    (run.path / "model-notes").mkdir()
+    (run.path / "model-notes" / "mine").write_text("mine")
     (run.path / "notes.txt").write_text("mine")
     run.create("seed: 2\n", replace=True)
     assert run.config.read_text() == "seed: 2\n"
     assert run.read_metrics() == []
     assert list(run.checkpoints.iterdir()) == []
     assert not run.model.exists()
+    assert not (run.path / "model-one").exists()
     assert (run.path / "notes.txt").read_text() == "mine"
+    assert (run.path / "model-notes" / "mine").read_text() == "mine"
 
 
 def test_metrics_are_appended_as_strict_json(run):
@@ -99,11 +106,11 @@ def test_a_run_that_is_half_deleted_is_neither_used_nor_taken_for_a_new_one(run,
     run.model.mkdir()
     run.tidy()
 
-    def killed(path, **options):
+    def killed(path):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(shutil, "rmtree", killed)
+        patch.setattr(os, "rmdir", killed)
         with pytest.raises(KeyboardInterrupt):
             run.create("seed: 2\n", replace=True)
     assert run.model.is_dir()
@@ -116,20 +123,19 @@ def test_a_run_that_is_half_deleted_is_neither_used_nor_taken_for_a_new_one(run,
 
 
 def test_what_killed_writes_left_is_tidied_up_and_nothing_else(run):
-    leftovers = [".model.a1b2c3d4", ".model-one.a1b2c3d4", ".adapter.old", "mined/one"]
+    new, old = ".a1b2c3d4.nvembed-new", ".nvembed-old"
+    leftovers = [f".model{new}", f".model-one{new}", f".adapter{old}", "mined/one"]
     for name in leftovers:
         (run.path / name).mkdir(parents=True)
-    (run.path / ".metrics.jsonl.a1b2c3d4").write_text("half")
-    (run.path / "mined/one/.pairs.jsonl.a1b2c3d4").write_text("half")
+    (run.path / f".metrics.jsonl{new}").write_text("half")
+    (run.path / f"mined/one/.pairs.jsonl{new}").write_text("half")
     (run.path / "mined/one/pairs.jsonl").write_text("whole")
-    (run.path / ".git").mkdir()
-    (run.path / ".old").mkdir()
-    (run.path / ".model").mkdir()
+    users = [".git", ".old", ".model", ".model.bak", ".model.old", ".model-one.a1b2c3d4"]
+    for name in users:
+        (run.path / name).mkdir()
     run.tidy()
     assert sorted(path.name for path in run.path.iterdir()) == [
-        ".git",
-        ".model",
-        ".old",
+        *sorted([*users, ".nvembed.jsonl"]),
         "adapter",  # it was to be replaced, and its place was empty
         "checkpoints",
         "config.yaml",

@@ -11,6 +11,7 @@ import pytest
 from noting import Counting
 from nvembed.cli.main import run
 from nvembed.core.errors import ConfigError, ModelError
+from nvembed.core.ownership import MARK
 from nvembed.evaluation import session
 from nvembed.evaluation.items import items_folder, read_items
 from nvembed.evaluation.results import TaskResult, read_results
@@ -147,7 +148,7 @@ def test_starting_over_leaves_nothing_of_other_tasks(
     folder, settings = items_folder(output), Settings("m", output)
     hub = find_hub_tasks(names=[sts_name]).tasks
     run_session(settings, load_tasks([tasks]), hub)
-    assert {path.name for path in folder.iterdir()} == {"find.npz", "similar.npz"}
+    assert {path.name for path in folder.iterdir()} == {"find.npz", "similar.npz", MARK}
     run_session(settings, load_tasks([tasks], ["find"]))  # tasks not asked for this time stay
     assert set(read_results(output)) == {"find", "similar", sts_name}
     assert read_items(folder, "similar") is not None
@@ -167,7 +168,7 @@ def test_starting_over_leaves_nothing_of_other_tasks(
     other = Settings("other", output, engine="mteb")
     run_session(other, load_tasks([tasks], ["find"]), resume=False)
     assert list(read_results(output)) == ["find"]
-    assert not list(folder.iterdir())
+    assert [path.name for path in folder.iterdir()] == [MARK]
     assert not list((tmp_path / "results.mteb").rglob(f"{sts_name}.json"))
 
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from nvembed.core.errors import ConfigError, DataError, ModelError
 from nvembed.core.files import write_jsonl
+from nvembed.core.ownership import mark_growing
 from nvembed.index import build, record
 from nvembed.index.build import IndexOptions, index_documents
 from nvembed.index.database import Database, writing
@@ -323,6 +324,11 @@ def test_what_a_killed_first_run_left_is_no_database(tmp_path):
     (tmp_path / "db" / "documents.lance" / "_versions" / ".tmp1").write_text("half")
     with pytest.raises(DataError, match="no database"):
         Database.open(tmp_path / "db")
+    # Only the mark tells it from a folder of the user's.
+    with pytest.raises(ConfigError, match="nvembed did not make it"):
+        index_documents(tmp_path / "db", [tmp_path / "docs.jsonl"], model=HashEncoder(8))
+    assert (tmp_path / "db" / "documents.lance" / "_versions" / ".tmp1").read_text() == "half"
+    mark_growing(tmp_path / "db" / "documents.lance", "index")
     done = index_documents(tmp_path / "db", [tmp_path / "docs.jsonl"], model=HashEncoder(8))
     assert done.total == 1
 

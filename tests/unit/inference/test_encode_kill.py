@@ -9,6 +9,7 @@ import pytest
 
 from faults import Fault, in_child
 from nvembed.core.files import write_jsonl
+from nvembed.core.ownership import MARK
 from nvembed.inference import files, parts
 from nvembed.inference.fake import HashEncoder
 from nvembed.inference.files import encode_file
@@ -31,7 +32,7 @@ def encode(source: Path, folder: Path) -> None:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != MARK}
 
 
 def test_killed_at_any_file_operation_and_run_again(source: Path) -> None:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from nvembed.cli.main import run
 from nvembed.core.errors import ConfigError, DataError, ModelError, UserError
 from nvembed.core.files import write_jsonl
+from nvembed.core.ownership import MARK
 from nvembed.inference import files, parts
 from nvembed.inference.fake import HashEncoder
 from nvembed.inference.files import encode_file
@@ -180,14 +181,14 @@ def test_a_killed_run_goes_on_and_writes_the_same(
     with pytest.raises(KeyboardInterrupt):
         encode_file("m", tmp_path / "in.jsonl", output, task=None)
     assert not output.exists()
-    (tmp_path / ".out.npy.x1y2").write_text("what kill -9 leaves")
+    (tmp_path / ".out.npy.x1y2z3w4.nvembed-new").write_text("what kill -9 leaves")
     done = encode_file("m", tmp_path / "in.jsonl", output, task=None)
     assert calls == [3, 3, 3, 3, 1]
     assert done.rows == 10
     wanted = HashEncoder().encode_document([row["text"] for row in rows])
     assert np.array_equal(np.load(output), wanted)
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"in.jsonl", "out.npy", "out.npy.ids.json", "out.npy.run.json"}
+    assert names == {"in.jsonl", "out.npy", "out.npy.ids.json", "out.npy.run.json", MARK}
 
 
 @pytest.mark.parametrize("damaged", [False, True])
@@ -347,7 +348,7 @@ def test_a_lance_table_is_what_lancedb_opens(tmp_path: Path, monkeypatch) -> Non
         assert names == {"out.lance", "out.lance.run.json"}
     (tmp_path / "mine.lance").mkdir()
     (tmp_path / "mine.lance" / "notes.txt").write_text("do not delete")
-    with pytest.raises(ConfigError, match="no Lance table"):
+    with pytest.raises(ConfigError, match=r"nvembed did not make it: notes\.txt"):
         encode_file(HashEncoder(), tmp_path / "in.jsonl", tmp_path / "mine.lance", task=None)
     form = OutputFormat(None, "uint8")
     with pytest.raises(ConfigError, match="uint8 in Lance"):

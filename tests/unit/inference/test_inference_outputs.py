@@ -10,6 +10,7 @@ import pytest
 from nvembed.cli.main import run
 from nvembed.core.errors import ConfigError
 from nvembed.core.files import write_jsonl
+from nvembed.core.ownership import MARK
 from nvembed.inference import parts
 from nvembed.inference.fake import HashEncoder
 from nvembed.inference.files import encode_file
@@ -59,7 +60,7 @@ def test_values(source: Path, window: int, monkeypatch) -> None:
     np.testing.assert_array_equal(signs.astype(bool), cut > 0)
     assert done.ranges is None
     # What an earlier run left, and nothing temporary, is gone.
-    names = {"in.jsonl", "out.npy", "out.npy.run.json"}
+    names = {"in.jsonl", "out.npy", "out.npy.run.json", MARK}
     assert {path.name for path in source.parent.iterdir()} == names
 
 

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from nvembed.core.errors import ConfigError, DataError
-from nvembed.core.files import write_jsonl
+from nvembed.core.files import write_jsonl, write_text
+from nvembed.core.ownership import MARK
 from nvembed.core.text_files import read_jsonl
 from nvembed.data.records import PairRecord, read_records
 from nvembed.inference.fake import HashEncoder
@@ -110,7 +111,7 @@ def test_parquet_input(tmp_path: Path) -> None:
 
 def test_bad_input_leaves_the_old_output(tmp_path: Path) -> None:
     source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    output.write_text("old\n", encoding="utf-8")
+    write_text(output, "old\n", "mine")
     source.write_text('{"query": "a", "positive": "b"}\n{"query": "a"}\n', encoding="utf-8")
     # The teacher does not exist: data are checked first.
     with pytest.raises(DataError, match=r"in\.jsonl:2: missing \"positive\""):
@@ -120,7 +121,7 @@ def test_bad_input_leaves_the_old_output(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="same file"):
         mine_file(source, source, HashEncoder(), CONFIG)
     assert output.read_text(encoding="utf-8") == "old\n"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [MARK, "in.jsonl", "out.jsonl"]
 
 
 def test_old_negatives_go_where_no_new_ones_are_found(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from forked import in_processes
 from nvembed.cli.main import run
 from nvembed.core.errors import DataError, ModelError, UserError
 from nvembed.core.files import write_jsonl
+from nvembed.core.ownership import MARK
 from nvembed.inference import ray_data
 from nvembed.inference.fake import HashEncoder
 from nvembed.mining import ranking, teachers, vectors
@@ -126,7 +127,7 @@ def test_equals_mining_in_memory(encoder: NotedEncoder, tmp_path: Path, kind: An
     if kind == "retrieval":  # every text is embedded once
         assert len(encoder.asked()) == len(set(encoder.asked()))
     names = {"pairs.jsonl", "documents.jsonl", "mined.jsonl", "mined.jsonl.report.json"}
-    assert {path.name for path in tmp_path.iterdir()} == names
+    assert {path.name for path in tmp_path.iterdir()} == {*names, MARK}
 
 
 def test_records_with_instructions_of_their_own(encoder: NotedEncoder) -> None:
@@ -205,7 +206,7 @@ def test_killed_anywhere_and_run_again_gives_the_same_bytes(
         assert in_child(_mine, folder).error is None
         assert len(encoder.asked()) - before <= asked
         assert _outputs() == expected
-        assert not list(folder.glob(".*"))
+        assert [path.name for path in folder.glob(".*")] == [MARK]
     folder, kills = _place(tmp_path, -1), 0
     while in_child(_mine, folder, fault=Fault(6 + 2 * kills)).died:
         kills += 1

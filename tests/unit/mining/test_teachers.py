@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from nvembed.core.errors import ConfigError, ModelError
 from nvembed.core.files import write_jsonl
+from nvembed.core.ownership import MARK
 from nvembed.core.text_files import read_jsonl
 from nvembed.data.records import PairRecord, read_records
 from nvembed.inference.fake import HashEncoder
@@ -64,7 +65,7 @@ def test_bm25_as_teacher_equals_its_loops(tmp_path: Path) -> None:
     # The third query shares no word with its positive: nothing can be said about others.
     assert read_records("out.jsonl", "retrieval")[2].negatives == ()
     names = {"in.jsonl", "documents.jsonl", "out.jsonl", "out.jsonl.report.json"}
-    assert {path.name for path in tmp_path.iterdir()} == names
+    assert {path.name for path in tmp_path.iterdir()} == {*names, MARK}
 
 
 class LengthScorer:

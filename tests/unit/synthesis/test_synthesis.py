@@ -18,6 +18,7 @@ import pytest
 
 from chat_endpoint import FakeEndpoint, fake_endpoint, good_answer, word
 from nvembed.core.errors import ConfigError, DataError, UserError
+from nvembed.core.ownership import MARK
 from nvembed.data.mixture import load_source
 from nvembed.data.records import read_records
 from nvembed.data.sources import DatasetConfig
@@ -314,10 +315,15 @@ def test_half_written_files_are_cleared_up_and_no_others(
     fake: FakeEndpoint, tmp_path: Path
 ) -> None:
     (tmp_path / ".env.local").write_text("mine")
-    (tmp_path / ".examples.jsonl.x1").write_text("half")
+    (tmp_path / ".examples.jsonl.bak").write_text("mine")
+    (tmp_path / ".examples.jsonl.x1y2z3w4.nvembed-new").write_text("half")
     synthesize(config(fake), tmp_path)
     ours = {"journal.jsonl", "tasks.jsonl", "examples.jsonl", "rejects.jsonl", "summary.json"}
-    assert {path.name for path in tmp_path.iterdir()} == ours | {".env.local"}
+    assert {path.name for path in tmp_path.iterdir()} == ours | {
+        ".env.local",
+        ".examples.jsonl.bak",
+        MARK,
+    }
 
 
 def test_a_folder_that_cannot_be_made_is_one_line(fake: FakeEndpoint, tmp_path: Path) -> None:
@@ -379,7 +385,7 @@ def test_the_key_is_sent_and_shown_nowhere(
     assert "MY_KEY" in str(caught.value)
     assert KEY not in str(caught.value)
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert len(files) == 6
+    assert len(files) == 7
     assert not any(KEY.encode() in path.read_bytes() for path in files)
     captured = capfd.readouterr()
     assert KEY not in caplog.text + captured.out + captured.err

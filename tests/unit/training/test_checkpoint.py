@@ -180,7 +180,11 @@ def test_tensor_files_are_those_of_safetensors(tmp_path: Path) -> None:
 def test_the_latest_are_kept_and_leftovers_go(tmp_path: Path) -> None:
     run = Run()
     run.steps(0, 1)
-    for name in (".step-0000000001.abc", ".step-0000000001.old", ".best.xyz"):
+    for name in (
+        ".step-0000000001.abcd1234.nvembed-new",
+        ".step-0000000001.nvembed-old",
+        ".best.xyz98765.nvembed-new",
+    ):
         (tmp_path / name).mkdir()
         (tmp_path / name / "weights.safetensors").write_bytes(b"coarse")
     (tmp_path / "best").mkdir()

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from interruption import interrupt_after
 from nvembed.core.config import load_config
 from nvembed.core.errors import TrainingError
-from nvembed.core.files import write_jsonl
+from nvembed.core.files import write_jsonl, write_text
 from nvembed.core.runs import RunFolder
 from nvembed.model import precision
 from nvembed.model.embedder import NVEmbed
@@ -310,8 +310,8 @@ def test_mining_before_a_stage_gives_negatives(tmp_path: Path, tiny_decoder_dir:
     assert prompts["SciFact"].startswith("Instruct: Given a scientific claim, retrieve")
     assert prompts["query"] == prompts["pairs"] != prompts["SciFact"]
     # Starting over must not use what an earlier model mined.
-    for path in (tmp_path / "run" / "mined" / "two").iterdir():
-        path.write_text("stale")
+    for path in (tmp_path / "run" / "mined" / "two").glob("pairs*"):
+        write_text(path, "stale", "train")
     train(config, base_dir=tmp_path, fresh=True)
     assert (tmp_path / "run" / "mined" / "two" / "pairs.jsonl").read_text().splitlines() == mined
 

@@ -277,3 +277,16 @@ def _check_one_place(path: str | None, hub: HubLocation | None) -> None:
     if (path is None) == (hub is None):
         given = "both path and hub are" if path is not None else "neither path nor hub is"
         raise ValueError(f"{given} given, expected exactly one of them")
+
+
+def local_sources(dataset: DatasetConfig, base_dir: Path) -> list[Path]:
+    """Files and folders that a set is read from; none where all of it is on the hub."""
+    found: list[Path] = []
+    for table in (dataset.table, dataset.corpus, dataset.queries):
+        if table is None:
+            continue
+        if table.path is not None:
+            found.append(base_dir / table.path)
+        elif table.hub is not None and (folder := base_dir / table.hub.id).is_dir():
+            found.append(folder)
+    return found

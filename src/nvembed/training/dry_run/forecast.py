@@ -24,7 +24,8 @@ from nvembed.training.config import TrainConfig
 from nvembed.training.dry_run.findings import DryRun
 from nvembed.training.dry_run.rehearsal import Rehearsal
 from nvembed.training.evaluating import load_evaluation_tasks
-from nvembed.training.folder import check_folder, check_writable, with_settled_precision
+from nvembed.training.folder import check_folder, is_finished, with_settled_precision
+from nvembed.training.input_paths import training_inputs
 from nvembed.training.inputs import check_inputs, inputs_of
 from nvembed.training.processes import Processes
 from nvembed.training.stages import load_mixtures
@@ -57,7 +58,8 @@ def dry_run(config: TrainConfig, *, base_dir: Path, fresh: bool = False) -> DryR
     run = RunFolder(Path(config.output))
     config, _ = with_settled_precision(config, run, fresh=fresh)
     problems: list[UserError] = []
-    resumed = _noted(problems, lambda: _checkpoint(run, config, fresh=fresh))
+    inputs = training_inputs(config, base_dir)
+    resumed = _noted(problems, lambda: _checkpoint(run, config, inputs, fresh=fresh))
     mixtures = _noted(problems, lambda: load_mixtures(config, base_dir))
     evaluation = config.evaluation
     tasks = _noted(
@@ -74,7 +76,7 @@ def dry_run(config: TrainConfig, *, base_dir: Path, fresh: bool = False) -> DryR
         config,
         position,
         resumed,
-        finished=not fresh and (run.model / "modules.json").is_file(),
+        finished=not fresh and is_finished(run),
         replaces=fresh and run.exists,
         device=_device_name(processes.device),
         tasks=tuple(task.name for task in tasks),
@@ -84,12 +86,13 @@ def dry_run(config: TrainConfig, *, base_dir: Path, fresh: bool = False) -> DryR
     return Rehearsal(found, run, base_dir, mixtures, processes, fresh=fresh).play()
 
 
-def _checkpoint(run: RunFolder, config: TrainConfig, *, fresh: bool) -> Path | None:
-    """What the run would go on from; refuses the folder of another run, as the run would."""
+def _checkpoint(
+    run: RunFolder, config: TrainConfig, inputs: Sequence[Path], *, fresh: bool
+) -> Path | None:
+    """What the run would go on from; refuses a folder that the run would refuse."""
+    check_folder(run, config, fresh=fresh, inputs=inputs)
     if fresh or not run.exists:
-        check_writable(run)
         return None
-    check_folder(run, config)
     checkpoint = latest_checkpoint(run.checkpoints)
     if checkpoint is not None:
         check_recipe(checkpoint, config.model_dump(mode="json"))

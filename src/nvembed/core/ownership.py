@@ -1,0 +1,404 @@
+"""Whose a file is: only what nvembed made, and nobody has changed since, is ever replaced.
+
+Every folder with outputs holds one hidden file, ``.nvembed.jsonl``: a line for each file that was
+written there, with the command, the size and a digest. A file whose name, size and digest stand in
+it is ours; everything else is the user's. A folder that is an output as a whole (a model, a built
+data set) lists all of its files, so an edited model card or a note beside it is noticed. A line is
+written before its file is moved into place, so a killed process leaves nothing unaccounted for.
+
+A command asks ``check_outputs`` before it begins; ``core/files.py`` asks ``problem_of`` again when
+it replaces something, and leaves the marks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import stat
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from nvembed.core.errors import ConfigError, UserError
+
+MARK = ".nvembed.jsonl"
+# Ends of names that no user gives to a file: of what is being written, and of the folder that is
+# being replaced, where two names cannot be exchanged in one step.
+NEW = ".nvembed-new"
+OLD = ".nvembed-old"
+LEFTOVER = re.compile(rf"\.(?P<target>.+?)(?:\.\w{{8}}{re.escape(NEW)}|{re.escape(OLD)})")
+# Files beyond this size are known by their size and their ends.
+_LARGE_BYTES = 64_000_000
+_END_BYTES = 1_000_000
+_GROWS = "grows"
+
+
+def _digest(path: Path) -> str:
+    """SHA-256 of a file's contents; of a file beyond 64 MB, of its size and both ends.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with open(path, "rb") as content:
+        size = os.fstat(content.fileno()).st_size
+        if size <= _LARGE_BYTES:
+            return hashlib.file_digest(content, "sha256").hexdigest()
+        first = content.read(_END_BYTES)
+        content.seek(-_END_BYTES, 2)
+        return hashlib.sha256(str(size).encode() + first + content.read()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class _Line:
+    """One line of a mark: which command wrote ``name``, relative to the folder of the mark.
+
+    Attributes:
+        name: of a file, or of a folder that grows.
+        by: the command.
+        size: in bytes.
+        digest: of the contents; ``grows`` for a log or table that is added to.
+    """
+
+    name: str
+    by: str
+    size: int
+    digest: str
+
+    def to_json(self) -> str:
+        values = {"name": self.name, "by": self.by, "bytes": self.size, "sha256": self.digest}
+        return json.dumps(values, ensure_ascii=False) + "\n"
+
+
+# --- Reading marks --------------------------------------------------------------------------------
+
+
+def problem_of(path: Path, made_by: str | None = None, *, contents: bool = True) -> str | None:
+    """Why a file or folder must not be replaced; None where it is ours or nothing is there.
+
+    An empty file and a folder without files hold nothing that could be lost.
+
+    Args:
+        path: the file or folder.
+        made_by: the command that must have made it; None is any of ours.
+        contents: compare digests; else names and sizes alone, which takes no time.
+    """
+    try:
+        mode = path.lstat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        return f"cannot be looked at ({error.strerror})"
+    if any(line.digest == _GROWS and _is_by(line, made_by) for line in _lines(path)):
+        return None
+    if stat.S_ISDIR(mode):
+        return _problem_in(path, made_by, contents)
+    if not stat.S_ISREG(mode):
+        return "is a symbolic link" if stat.S_ISLNK(mode) else "is no ordinary file"
+    if path.stat().st_size == 0:
+        return None
+    return _problem(path, list(_lines(path)), made_by, contents)
+
+
+def _problem_in(folder: Path, made_by: str | None, contents: bool) -> str | None:
+    for path, lines in _files_below(folder):
+        if (problem := _problem(path, lines, made_by, contents)) is not None:
+            return f"{problem}: {path.relative_to(folder)}"
+    return None
+
+
+def _problem(path: Path, lines: list[_Line], made_by: str | None, contents: bool) -> str | None:
+    if not lines:
+        return "is there already, and nvembed did not make it"
+    wanted = [line for line in lines if _is_by(line, made_by)]
+    if not wanted:
+        return f"is there already, made by another command ({lines[-1].by})"
+    if path.is_symlink():
+        return "is a symbolic link"
+    try:
+        size = path.stat().st_size
+        if any(line.digest == _GROWS for line in wanted):
+            return None
+        wanted = [line for line in wanted if line.size == size]
+        if wanted and not contents:
+            return None
+        digest = _digest(path) if wanted else ""
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    if any(line.digest == digest for line in wanted):
+        return None
+    return "was changed since nvembed made it"
+
+
+def _is_by(line: _Line, made_by: str | None) -> bool:
+    return made_by is None or line.by == made_by
+
+
+def _lines(path: Path) -> Iterator[_Line]:
+    """What the mark beside a file says of it."""
+    return (line for line in _read_mark(path.parent) if line.name == path.name)
+
+
+def _files_below(folder: Path) -> Iterator[tuple[Path, list[_Line]]]:
+    """All files below a folder, inner ones first, with what the marks say of them.
+
+    Marks are left out, and what a killed process left half written.
+    """
+    whole: dict[str, list[_Line]] = {}
+    for line in _read_mark(folder):
+        whole.setdefault(line.name, []).append(line)
+    for place, folders, names in os.walk(folder, topdown=False):
+        inner = Path(place)
+        if any(map(LEFTOVER.fullmatch, inner.relative_to(folder).parts)):
+            continue
+        beside = _read_mark(inner) if inner != folder else []
+        links = [name for name in folders if (inner / name).is_symlink()]
+        for name in sorted(names + links):
+            if name == MARK or LEFTOVER.fullmatch(name):
+                continue
+            path = inner / name
+            known = whole.get(path.relative_to(folder).as_posix(), [])
+            yield path, [*known, *(line for line in beside if line.name == name)]
+
+
+def _read_mark(folder: Path) -> list[_Line]:
+    """The lines of a mark; what cannot be read says nothing."""
+    found = []
+    try:
+        text = (folder / MARK).read_bytes().decode("utf-8", "replace")
+    except OSError:
+        return []
+    for row in text.split("\n"):
+        with suppress(ValueError, KeyError, TypeError):
+            value = json.loads(row)
+            size, digest = int(value["bytes"]), str(value["sha256"])
+            found.append(_Line(str(value["name"]), str(value["by"]), size, digest))
+    return found
+
+
+# --- Writing marks --------------------------------------------------------------------------------
+
+
+def mark_file(path: Path, content: Path, made_by: str) -> None:
+    """Say beside ``path`` that a command makes it of the file ``content``, before that is moved."""
+    digest = _digest(content)
+    _append(path.parent, _Line(path.name, made_by, content.stat().st_size, digest))
+
+
+def mark_growing(path: Path, made_by: str) -> None:
+    """Say beside ``path``, a log or a table that is not there yet, that a command adds to it.
+
+    Raises:
+        UserError: the mark cannot be written.
+    """
+    try:
+        _append(path.parent, _Line(path.name, made_by, 0, _GROWS))
+    except OSError as error:
+        raise UserError(f"cannot write: {error.strerror or error}", where=str(path)) from error
+
+
+def mark_folder(folder: Path, made_by: str) -> None:
+    """List all files of a folder in it, before it is moved to its place."""
+    lines = [
+        _Line(
+            path.relative_to(folder).as_posix(),
+            made_by,
+            path.stat().st_size,
+            _digest(path),
+        )
+        for path, _ in _files_below(folder)
+    ]
+    with open(folder / MARK, "w", encoding="utf-8", newline="\n") as out:
+        out.writelines(line.to_json() for line in sorted(lines, key=lambda line: line.name))
+        out.flush()
+        os.fsync(out.fileno())
+
+
+def _append(folder: Path, line: _Line) -> None:
+    known = _read_mark(folder)
+    if line in known:
+        return
+    mark = folder / MARK
+    if not known and mark.exists() and mark.stat().st_size:
+        raise UserError(
+            "is not what nvembed writes there",
+            where=str(mark),
+            hint="Move or delete it: it is to list what nvembed made in this folder",
+        )
+    with open(mark, "ab+") as out:
+        # What a killed process left of a line ends here.
+        out.seek(-1 if out.tell() else 0, os.SEEK_END)
+        torn = out.read() not in (b"", b"\n")
+        out.write((b"\n" if torn else b"") + line.to_json().encode())
+
+
+# --- Asking before work begins --------------------------------------------------------------------
+
+
+def check_outputs(
+    outputs: Iterable[Path],
+    *,
+    made_by: str,
+    inputs: Iterable[Path | str | None] = (),
+    places: Iterable[Path] = (),
+) -> None:
+    """Refuse to begin where something would be lost.
+
+    Args:
+        outputs: files, and folders that are replaced as a whole.
+        made_by: the command. What it made before may be replaced.
+        inputs: everything that is read; see ``check_overlaps``.
+        places: folders that are written into and never replaced (a cache, a database).
+
+    Raises:
+        ConfigError: see ``check_overlaps``; or something is there that the command did not make,
+            or that was changed since.
+    """
+    outputs = list(outputs)
+    check_overlaps([*outputs, *(place / MARK for place in places)], inputs)
+    for output in outputs:
+        refuse_foreign(output, made_by)
+
+
+def check_overlaps(outputs: Iterable[Path], inputs: Iterable[Path | str | None]) -> None:
+    """Refuse an output that is an input, holds one or lies inside one, by whatever names.
+
+    Args:
+        outputs: files and folders; they need not be there.
+        inputs: files and folders that are read. Names that are no path here (of the hub, of an
+            endpoint, ``-``) and None are passed over.
+
+    Raises:
+        ConfigError: names both.
+    """
+    read = [path for given in inputs if given is not None and (path := Path(given)).exists()]
+    for output in outputs:
+        for path in read:
+            if (problem := _overlap(output, path)) is not None:
+                shown = output.parent if output.name == MARK else output
+                raise ConfigError(problem, where=str(shown), hint="Choose another output")
+
+
+def refuse_foreign(path: Path, made_by: str, *, contents: bool = True) -> None:
+    """Refuse to replace what a command did not make, or what was changed since.
+
+    Raises:
+        ConfigError: with what is there.
+    """
+    if (problem := problem_of(path, made_by, contents=contents)) is not None:
+        raise ConfigError(
+            problem, where=str(path), hint="Move or delete it, or choose another output"
+        )
+
+
+def _overlap(output: Path, source: Path) -> str | None:
+    """What is wrong between an output and something that is read; None where nothing is."""
+    own, other = _identity(output), _identity(source)
+    if own is not None and own == other:
+        return f"output and input are the same {'folder' if source.is_dir() else 'file'}"
+    if other is not None and other in _above(output):
+        return f"the output lies inside an input, {source}"
+    if own is None:
+        return None
+    if own in _above(source):
+        return f"the output would replace a folder that holds an input, {source}"
+    for path in _linked(source):
+        if _identity(path) == own or own in _above(path):
+            return f"the output is read as well: {path} leads to it"
+    return None
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """The same for all names of a file or folder; None where nothing is there."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _above(path: Path) -> set[tuple[int, int]]:
+    """The folders that a path lies in, by the path as given and as it is with links followed."""
+    written = Path(os.path.normpath(path.absolute()))
+    parents = {*written.parents, *Path(os.path.realpath(path)).parents}
+    return {identity for place in parents if (identity := _identity(place)) is not None}
+
+
+def _linked(folder: Path) -> Iterator[Path]:
+    """Files of a folder that other names may lead to: links, and files with several names."""
+    for place, folders, names in os.walk(folder):
+        for name in (*folders, *names):
+            path = Path(place) / name
+            with suppress(OSError):
+                found = path.lstat()
+                if stat.S_ISLNK(found.st_mode) or (
+                    stat.S_ISREG(found.st_mode) and found.st_nlink > 1
+                ):
+                    yield path
+
+
+# --- Deleting -------------------------------------------------------------------------------------
+
+
+def remove(path: Path) -> None:
+    """Delete what nvembed made of a file or a folder; whatever else is in it stays.
+
+    A mark is deleted after the files that it lists, so that it can be gone on with.
+    """
+    if not path.is_dir() or path.is_symlink():
+        if problem_of(path) is None:
+            path.unlink(missing_ok=True)
+        return
+    _remove_leftovers(path)
+    for file, lines in list(_files_below(path)):
+        if _problem(file, lines, None, True) is None:
+            file.unlink(missing_ok=True)
+    _remove_empty(path)
+
+
+def remove_named(folder: Path, names: re.Pattern[str]) -> None:
+    """Delete the files of a working folder by their names; whatever else is in it stays.
+
+    Args:
+        folder: ours by its place.
+        names: of the files, as paths below the folder.
+    """
+    _remove_leftovers(folder)
+    others = set(unnamed(folder, names))
+    for path, _ in list(_files_below(folder)):
+        if path not in others:
+            path.unlink(missing_ok=True)
+    _remove_empty(folder)
+
+
+def unnamed(folder: Path, names: re.Pattern[str]) -> list[Path]:
+    """What else lies in a working folder than the files that ``names`` describes."""
+    found = [path for path, _ in _files_below(folder)]
+    return [
+        path
+        for path in found
+        if path.is_symlink() or not names.fullmatch(path.relative_to(folder).as_posix())
+    ]
+
+
+def _remove_leftovers(folder: Path) -> None:
+    for path in list(folder.rglob(".*")):
+        if LEFTOVER.fullmatch(path.name) is None:
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _remove_empty(folder: Path) -> None:
+    """Delete folders without files, with their marks."""
+    for place, _, names in os.walk(folder, topdown=False):
+        if set(names) <= {MARK}:
+            with suppress(OSError):
+                if set(os.listdir(place)) <= {MARK}:
+                    (Path(place) / MARK).unlink(missing_ok=True)
+                os.rmdir(place)

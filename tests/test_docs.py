@@ -138,13 +138,21 @@ def test_every_block_of_the_documents_is_run() -> None:
 def test_the_commands_of_the_index_run(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     commands = command_lines((ROOT / "docs" / "index.md").read_text(encoding="utf-8"))
     shutil.copytree(place / "MODEL", place / "runs" / "demo" / "model")
-    document = {"text": "sorted() sorts", "id": "old-1", "year": 2001, "lang": "en"}
+    document = {
+        "text": "sorted() sorts",
+        "id": "old-1",
+        "year": 2001,
+        "day": "2024-01-31",
+        "lang": "en",
+    }
     write_jsonl(place / "docs.jsonl", [document, {**document, "id": "new"}])
-    (place / "more.csv").write_text("id,text,year,lang\nmore,pi is a constant,2002,en\n")
+    (place / "more.csv").write_text(
+        "id,text,year,day,lang\nmore,pi is a constant,2002,2024-02-01,en\n"
+    )
     (place / "folder").mkdir()
     (place / "folder" / "a.txt").write_text("one more\n")
     (place / "gone.txt").write_text("old-1\n")
-    assert [words[1] for words in commands] == ["index", "index", "index", "search"]
+    assert [words[1] for words in commands] == ["index", "index", "index", "search", "search"]
     for words in commands:
         assert run(words[1:]) == 0, f"{words}: {capsys.readouterr().err}"
     out = capsys.readouterr().out

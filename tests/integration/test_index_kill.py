@@ -67,7 +67,13 @@ def contents(path: Path, ids: list[str]) -> dict[str, tuple]:
     assert len({row["id"] for row in rows}) == len(rows)
     assert Database.open(path).count() == len(rows)
     return {
-        row["id"]: (row["text"], row["year"], row["note"], row["vector"].tobytes()) for row in rows
+        row["id"]: (
+            row["text"],
+            row["fields"].get("year"),
+            row["fields"].get("note"),
+            row["vector"].tobytes(),
+        )
+        for row in rows
     }
 
 

@@ -29,8 +29,8 @@ from nvembed.ablation.statistics import (
     smallest_visible,
     value_contrasts,
 )
+from nvembed.core.environment import describe_environment
 from nvembed.core.files import atomic_path, write_text
-from nvembed.core.runs import describe_environment
 from nvembed.evaluation.reference import paper_tables
 from nvembed.evaluation.results import TaskResult, read_results
 

@@ -37,7 +37,8 @@ from nvembed.core.config import load_config
 from nvembed.core.digests import digest_of
 from nvembed.core.errors import UserError
 from nvembed.core.files import alone_in
-from nvembed.core.ownership import check_outputs, check_overlaps, mark_growing, refuse_foreign
+from nvembed.core.overlaps import check_overlaps
+from nvembed.core.ownership import check_outputs, mark_growing, refuse_foreign
 from nvembed.core.progress import progress
 from nvembed.core.runs import RunFolder
 from nvembed.evaluation.results import EVALUATE

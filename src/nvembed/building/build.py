@@ -21,7 +21,8 @@ from nvembed.building.tools import Tools
 from nvembed.core.digests import content_hash, digest_of
 from nvembed.core.errors import ConfigError, UserError
 from nvembed.core.files import alone_in
-from nvembed.core.ownership import check_outputs, check_overlaps
+from nvembed.core.overlaps import check_overlaps
+from nvembed.core.ownership import check_outputs
 from nvembed.data.sources import DatasetConfig
 from nvembed.data.sources.config import local_sources
 from nvembed.inference.fingerprint import contents_fingerprint

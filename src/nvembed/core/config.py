@@ -80,8 +80,9 @@ def _read(name: str) -> tuple[dict[str, Any], ParsedYaml]:
         raise ConfigError("no such file", where=name, expected="a YAML recipe") from error
     except UnicodeDecodeError as error:
         raise ConfigError("not UTF-8 text", where=name, expected="YAML") from error
-    except OSError as error:
-        raise ConfigError(f"cannot read: {error.strerror}", where=name) from error
+    except (OSError, ValueError) as error:  # a null byte in the name is a ValueError
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"cannot read: {reason}", where=name) from error
     try:
         parsed = parse_yaml(text)
     except YamlError as error:

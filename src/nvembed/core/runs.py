@@ -19,20 +19,15 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import platform
 import re
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from nvembed.core.config import read_yaml
+from nvembed.core.environment import describe_environment
 from nvembed.core.errors import ConfigError, DataError, UserError
 from nvembed.core.files import tidy, write_json, write_text
 from nvembed.core.ownership import (
@@ -45,18 +40,6 @@ from nvembed.core.ownership import (
 )
 from nvembed.core.text_files import parse_json, read_json_object
 
-# The libraries whose version can change a result.
-RECORDED_PACKAGES = (
-    "nvembed",
-    "torch",
-    "transformers",
-    "sentence-transformers",
-    "tokenizers",
-    "peft",
-    "accelerate",
-    "numpy",
-    "mteb",
-)
 # The command that makes a run folder.
 TRAIN = "train"
 # What TensorBoard's writer leaves in a folder.
@@ -329,21 +312,6 @@ class RunFolder:
         write_text(self.metrics, text, TRAIN)
 
 
-def describe_environment() -> dict[str, Any]:
-    """Say what a result was made with: versions, machine, accelerator, git state, command."""
-    return {
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": sys.argv,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "processor": _processor(),
-        "cpus": os.cpu_count(),
-        "accelerators": _accelerators(),
-        "packages": {name: _version(name) for name in RECORDED_PACKAGES},
-        "git": _git_state(Path(__file__).parent),
-    }
-
-
 def _metrics_row(line: bytes, where: str) -> dict[str, Any]:
     try:
         row = parse_json(line, where)
@@ -366,46 +334,3 @@ def _is_row(line: bytes) -> bool:
 
 def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
-def _accelerators() -> list[str]:
-    # Asked only of a torch that is loaded already: importing it here would cost seconds.
-    torch = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_available():
-        return []
-    return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-
-
-def _git_state(folder: Path) -> dict[str, Any] | None:
-    """Commit and whether files differ from it; None outside a git checkout."""
-
-    def git(*arguments: str) -> str:
-        done = subprocess.run(
-            ["git", "-C", str(folder), *arguments],
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        )
-        return done.stdout.strip()
-
-    try:
-        return {"commit": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain"))}
-    except (OSError, subprocess.SubprocessError):
-        return None

@@ -252,8 +252,10 @@ def read_json_object(path: Path, expected: str, *, hint: str | None = None) -> d
         DataError: there is no such file or it holds something else.
     """
     try:
-        with open_text_file(path) as file:
+        with open_bytes(lambda: open(path, "rb"), str(path)) as file:
             values = json.loads(file.read().decode("utf-8"))
+    except DataError as error:
+        raise DataError(error.message, where=str(path), expected=expected, hint=hint) from error
     except UnicodeDecodeError as error:
         raise DataError("not UTF-8 text", where=str(path), expected=expected, hint=hint) from error
     except json.JSONDecodeError as error:

@@ -18,7 +18,8 @@ from nvembed.core.cache import cache_folder, expanded
 from nvembed.core.config import load_config
 from nvembed.core.errors import ConfigError, ModelError, UserError
 from nvembed.core.files import write_json
-from nvembed.core.ownership import check_outputs, check_overlaps
+from nvembed.core.overlaps import check_overlaps
+from nvembed.core.ownership import check_outputs
 from nvembed.core.runs import RunFolder
 from nvembed.demo.budget import plan_steps, rehearse, training_seconds
 from nvembed.demo.dataset import DEMO, TASK_NAMES, DemoData, build_dataset

@@ -41,7 +41,7 @@ from nvembed.inference.outputs import (
     value_ranges,
     write_vectors,
 )
-from nvembed.inference.parts import PARTS, Tally, Window, make_here, windows
+from nvembed.inference.parts import BEGUN, PARTS, Tally, Window, make_here, windows
 from nvembed.inference.processes import Worker, make_by_processes
 from nvembed.inference.protocol import Encoder
 from nvembed.inference.reading import Document, Skipped, input_files, read_documents
@@ -55,7 +55,6 @@ _BESIDE = {
     "spans": ".spans.npy",
     "record": ".run.json",
 }
-_BEGUN = "begun.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,7 +242,7 @@ def _settled(
     model: str, dtype: PrecisionChoice | None, folder: Path, engine: Engine
 ) -> Precision | None:
     """Settle the type of the weights: an output that was begun keeps its own."""
-    file = folder / _BEGUN
+    file = folder / BEGUN
     begun: object = None
     with suppress(OSError, ValueError, KeyError, TypeError):  # it is new, or the file is damaged
         earlier = json.loads(file.read_text("utf-8"))

@@ -33,7 +33,8 @@ from nvembed.model.work import Work
 from nvembed.text.batches import batches
 
 # What lies in a folder of parts.
-PARTS = re.compile(r"[0-9a-f]{32}\.npz")
+BEGUN = "begun.json"  # what the output was begun with
+PARTS = re.compile(rf"[0-9a-f]{{32}}\.npz|{re.escape(BEGUN)}")
 
 
 @dataclass(frozen=True, slots=True)

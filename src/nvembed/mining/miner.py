@@ -8,30 +8,28 @@ everything that is or may be a positive, are its negatives. Next file: ``run.py`
 from __future__ import annotations
 
 import glob
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from nvembed.core.errors import ConfigError
 from nvembed.core.files import tidy, write_json, write_jsonl
 from nvembed.core.ownership import check_outputs, remove_named
-from nvembed.core.text_files import check_ending, read_jsonl
-from nvembed.data.convert import POSITIVE_SCORE
-from nvembed.data.record_shards import record_of
-from nvembed.data.records import Kind, PairRecord, Record, StsRecord
+from nvembed.core.text_files import check_ending
+from nvembed.data.records import Kind, PairRecord, StsRecord
 from nvembed.data.sources import Column, file_dataset, load_records
 from nvembed.inference.endpoint import is_endpoint
 from nvembed.inference.protocol import Encoder
 from nvembed.inference.reading import read_documents
 from nvembed.mining.config import MiningConfig
 from nvembed.mining.output_rows import output_rows
-from nvembed.mining.pool import DocumentPool, Pool, StoredPool, text_key
+from nvembed.mining.plan import Plan, pairs_of, plan_pairs, plan_records, plan_sts
+from nvembed.mining.pool import DocumentPool, Pool, StoredPool
 from nvembed.mining.report import MiningReport
-from nvembed.mining.run import Mined, Run, pool_texts, queries_of
-from nvembed.mining.selection import Case
+from nvembed.mining.run import Run, pool_texts, queries_of
 from nvembed.mining.teachers import (
     BM25_NAME,
     Engine,
@@ -92,7 +90,7 @@ def mine_negatives(
         DataError: there are no records.
         ModelError: the teacher gives vectors that cannot be used.
     """
-    plan = _plan_pairs(records, further)
+    plan = plan_pairs(records, further)
     run = _run_in_memory(plan, documents or (), encoder, config, instruction)
     return list(plan.finish(run.mined())), run.report()
 
@@ -114,7 +112,7 @@ def mine_sts_negatives(
 
     Args, returns and errors are those of ``mine_negatives``.
     """
-    plan = _plan_sts(records)
+    plan = plan_sts(records)
     run = _run_in_memory(plan, documents or (), encoder, config, instruction)
     return list(plan.finish(run.mined())), run.report()
 
@@ -179,7 +177,7 @@ def mine_file(
     read = [input, documents, further, config.rerank, named]
     check_outputs([output, report_file], made_by=MINE, inputs=read, places=places)
     source = file_dataset(input, kind, layout=layout, columns=columns)
-    plan = _plan(load_records(source, base_dir=Path()), _pairs_of(further))
+    plan = plan_records(load_records(source, base_dir=Path()), pairs_of(further))
     folder = work if work is not None or not isinstance(teacher, str) else _beside(output)
     if work is None:
         for path in (output, report_file):
@@ -228,81 +226,14 @@ def help_mining(
     if teacher == BM25_NAME:
         return
     source = file_dataset(input, kind, layout=layout, columns=columns)
-    plan = _plan(load_records(source, base_dir=Path()))
+    plan = plan_records(load_records(source, base_dir=Path()))
     job = _Job(plan, config, instruction, documents, work, "local")
     with job.run(teacher, teacher_model, dtype):
         return
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """Records as cases.
-
-    Args:
-        cases: what is mined for.
-        further: cases that nothing is mined for, of the same set.
-        texts: of the pool, beside those of the cases.
-        symmetric: the instruction goes to documents too.
-        finish: puts the negatives of the cases into the records.
-    """
-
-    cases: list[Case]
-    further: Iterable[Case]
-    texts: Sequence[str]
-    symmetric: bool
-    finish: Callable[[Iterator[Mined]], Iterator[Any]]
-
-
-def _plan(records: Sequence[Record], further: Iterable[PairRecord] = ()) -> _Plan:
-    pairs = [record for record in records if isinstance(record, PairRecord)]
-    return _plan_pairs(pairs, further) if pairs else _plan_sts(cast(Sequence[StsRecord], records))
-
-
-def _pairs_of(path: Path | None) -> Iterator[PairRecord]:
-    """Read pair records one at a time, as ``building`` wrote them."""
-    for _, row in read_jsonl(path) if path is not None else ():
-        yield cast(PairRecord, record_of(row, "retrieval"))
-
-
-def _plan_pairs(records: Sequence[PairRecord], further: Iterable[PairRecord]) -> _Plan:
-    def finish(mined: Iterator[Mined]) -> Iterator[PairRecord]:
-        for record, found in zip(records, mined, strict=True):
-            yield replace(
-                record,
-                negatives=found.negatives,
-                positive_scores=found.positive_scores,
-                negative_scores=found.negative_scores,
-            )
-
-    def case(record: PairRecord) -> Case:
-        sides = ((record.query, record.positives),)
-        return Case(sides, given=record.negatives, instruction=record.instruction)
-
-    return _Plan(list(map(case, records)), map(case, further), (), symmetric=False, finish=finish)
-
-
-def _plan_sts(records: Sequence[StsRecord]) -> _Plan:
-    def is_mined(record: StsRecord) -> bool:
-        different = text_key(record.sentence1) != text_key(record.sentence2)
-        return record.score >= POSITIVE_SCORE and different
-
-    def finish(mined: Iterator[Mined]) -> Iterator[StsRecord]:
-        for record in records:
-            yield replace(record, negatives=next(mined).negatives) if is_mined(record) else record
-        # The last one asked for is not the end of the generator, which counts on being ended.
-        assert next(mined, None) is None
-
-    cases = []
-    for record in filter(is_mined, records):
-        first, second = record.sentence1, record.sentence2
-        sides = ((first, (second,)), (second, (first,)))
-        cases.append(Case(sides=sides, given=record.negatives))
-    sentences = [text for record in records for text in (record.sentence1, record.sentence2)]
-    return _Plan(cases, (), sentences, symmetric=True, finish=finish)
-
-
 def _run_in_memory(
-    plan: _Plan,
+    plan: Plan,
     documents: Iterable[str],
     encoder: Encoder,
     config: MiningConfig,
@@ -319,7 +250,7 @@ def _run_in_memory(
 class _Job:
     """What a command is to mine; ``folder`` is ``None`` for an encoder that is loaded already."""
 
-    plan: _Plan
+    plan: Plan
     config: MiningConfig
     instruction: str | None
     documents: Path | None

@@ -35,7 +35,7 @@ from nvembed.training.checkpoint import (
     save_checkpoint,
     trained_parameters,
 )
-from nvembed.training.config import StageConfig, TrainConfig
+from nvembed.training.config import TrainConfig
 from nvembed.training.evaluating import (
     Best,
     evaluate_step,
@@ -47,7 +47,9 @@ from nvembed.training.evaluating import (
 from nvembed.training.feed import Fed, Feed
 from nvembed.training.folder import (
     changed_kernels,
+    interrupted,
     is_finished,
+    not_finite,
     prepare_folder,
     with_settled_precision,
 )
@@ -115,17 +117,19 @@ def train(
             if processes.is_main:
                 check_finished(run, config, base_dir)
             return run.model
-        at_work = _Run(config, run, base_dir, processes)
-        if why is not None:
-            at_work.log(why)
-        return at_work.train()
+        return _Run(config, run, base_dir, processes, why).train()
 
 
 class _Run:
     """A run in progress: configuration, model, and where it stands."""
 
     def __init__(
-        self, config: TrainConfig, run: RunFolder, base_dir: Path, processes: Processes
+        self,
+        config: TrainConfig,
+        run: RunFolder,
+        base_dir: Path,
+        processes: Processes,
+        why: str | None,
     ) -> None:
         self.config = config
         self.run = run
@@ -156,15 +160,15 @@ class _Run:
         else:
             restore_weights(self.checkpoint, self._trained())
             self.log(f"going on after step {self.position.step} ({self.checkpoint.name})")
-            for line in (note, changed_kernels(run)):
-                if line:
-                    self.log(line)
+        begun = () if self.checkpoint is None else (note, changed_kernels(run))
+        for line in filter(None, (why, *begun)):
+            self.log(line)
         if processes.sharded:
             half = torch.bfloat16 if config.precision == "bfloat16" else None
             shard_backbone(self.embedder, processes, compute_dtype=half)
 
     def train(self) -> Path:
-        with self._autocast():
+        with computing(self.config, self.processes.device):
             self.embedder.train()
             self.memory = settle_graph_memory(
                 self.run.graph_memory,
@@ -206,9 +210,6 @@ class _Run:
         )
         self.processes.barrier()
 
-    def _autocast(self) -> torch.autocast:
-        return computing(self.config, self.processes.device)
-
     def log(self, line: str) -> None:
         """One line to the terminal and to ``train.log``."""
         if self.processes.is_main:
@@ -246,7 +247,7 @@ class _Run:
                     started = time.perf_counter()
             self._finish_stage(stage)
             if self.processes.agree(stopping()):
-                raise self._interrupted()
+                raise interrupted(self.run, self.position.step)
 
     def _report(self, row: dict[str, Any]) -> None:
         if self.processes.is_main:
@@ -260,7 +261,7 @@ class _Run:
             evaluation, position.stage_step, stage.config.steps
         ):
             return
-        with self._autocast():
+        with computing(self.config, self.processes.device):
             self.best, scores = evaluate_step(
                 self.embedder,
                 stage.trained,
@@ -284,7 +285,7 @@ class _Run:
         # forward by forward, and write the same files.
         if not (self.processes.is_main or self.processes.sharded):
             self.processes.barrier()
-        with self._autocast():
+        with computing(self.config, self.processes.device):
             mixture = mine_mixture(
                 self.config,
                 number,
@@ -329,7 +330,7 @@ class _Run:
         step = self.position.step + 1
         batch, texts = fed
         try:
-            with self._autocast():
+            with computing(self.config, self.processes.device):
                 result = contrastive_step(
                     self.embedder,
                     batch,
@@ -340,7 +341,7 @@ class _Run:
                     log_temperature=self.log_temperature,
                 )
         except FloatingPointError as error:
-            raise self._not_finite(error.args[0], "loss", config, step) from error
+            raise not_finite(self.run, error.args[0], "loss", config, step) from error
         except torch.OutOfMemoryError as error:
             longest = max(len(text) for text in texts)
             raise TrainingError(
@@ -352,7 +353,7 @@ class _Run:
             ) from error
         norm = self._summed_norm(stage)
         if not math.isfinite(norm):
-            raise self._not_finite(norm, "gradient norm", config, step)
+            raise not_finite(self.run, norm, "gradient norm", config, step)
         stage.optimizer.step()
         stage.optimizer.zero_grad()
         temperature = bounded(self.log_temperature) or config.temperature
@@ -367,29 +368,12 @@ class _Run:
         limit = self.config.optimizer.max_grad_norm
         return self.processes.clip_gradients(stage.trained.values(), limit)
 
-    def _not_finite(self, value: float, what: str, stage: StageConfig, step: int) -> TrainingError:
-        last = latest_checkpoint(self.run.checkpoints)
-        return TrainingError(
-            f"the {what} of step {step} ({stage.name}) is {value}; the weights were not changed",
-            where=str(self.run.path),
-            expected="finite numbers",
-            hint=f"Lower the learning rate or raise the temperature; last checkpoint: "
-            f"{last.name if last else 'none'}",
-        )
-
     def _maybe_checkpoint(self, stage: StageAtWork, stopping: Callable[[], bool]) -> None:
         stop = self.processes.agree(stopping())
         if stop or self.position.step % self.config.checkpoint_every == 0:
             self._checkpoint(stage, stage.trained)
         if stop:
-            raise self._interrupted()
-
-    def _interrupted(self) -> TrainingError:
-        return TrainingError(
-            f"interrupted after step {self.position.step}; a checkpoint was written",
-            where=str(self.run.checkpoints),
-            hint="The same command goes on from there",
-        )
+            raise interrupted(self.run, self.position.step)
 
     def _checkpoint(self, stage: StageAtWork, trained: Mapping[str, nn.Parameter]) -> None:
         self.checkpoint = save_checkpoint(

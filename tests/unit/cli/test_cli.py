@@ -82,7 +82,7 @@ def test_bad_training_data_names_file_and_line(recipe: Path, tmp_path: Path, cap
 
 def test_a_missing_backbone_or_model_is_one_line(recipe: Path, tmp_path: Path, capsys) -> None:
     missing = str(tmp_path / "nowhere" / "model")
-    assert "no such model folder" in failing(
+    assert "neither a folder nor a hub id" in failing(
         capsys, "train", str(recipe), f"model.backbone={missing}"
     )
     texts = tmp_path / "texts.jsonl"

@@ -11,7 +11,7 @@ import pytest
 from noting import Counting
 from nvembed.cli.main import run
 from nvembed.core.errors import ConfigError, ModelError
-from nvembed.core.ownership import MARK
+from nvembed.core.overlaps import MARK
 from nvembed.evaluation import session
 from nvembed.evaluation.items import items_folder, read_items
 from nvembed.evaluation.results import TaskResult, read_results

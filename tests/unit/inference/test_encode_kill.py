@@ -9,7 +9,7 @@ import pytest
 
 from faults import Fault, in_child
 from nvembed.core.files import write_jsonl
-from nvembed.core.ownership import MARK
+from nvembed.core.overlaps import MARK
 from nvembed.inference import files, parts
 from nvembed.inference.fake import HashEncoder
 from nvembed.inference.files import encode_file

@@ -10,7 +10,7 @@ import pytest
 from nvembed.cli.main import run
 from nvembed.core.errors import ConfigError
 from nvembed.core.files import write_jsonl
-from nvembed.core.ownership import MARK
+from nvembed.core.overlaps import MARK
 from nvembed.inference import parts
 from nvembed.inference.fake import HashEncoder
 from nvembed.inference.files import encode_file

@@ -18,7 +18,7 @@ import pytest
 
 from chat_endpoint import FakeEndpoint, fake_endpoint, good_answer, word
 from nvembed.core.errors import ConfigError, DataError, UserError
-from nvembed.core.ownership import MARK
+from nvembed.core.overlaps import MARK
 from nvembed.data.mixture import load_source
 from nvembed.data.records import read_records
 from nvembed.data.sources import DatasetConfig

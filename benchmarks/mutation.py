@@ -46,7 +46,7 @@ COPIED = (
 
 # Modules of src/nvembed with the tests that are theirs, relative to tests/unit.
 TESTS: dict[str, tuple[str, ...]] = {
-    "model/attention.py": ("model/test_attention.py", "model/test_export_onnx.py"),
+    "model/attention.py": ("model/test_attention.py",),
     "training/step.py": ("training/test_step.py",),
     "training/stages.py": ("training/test_stages.py",),
     "building/contamination.py": ("building/test_contamination.py",),

@@ -47,7 +47,7 @@ COPIED = (
 # Modules of src/nvembed with the tests that are theirs, relative to tests/unit.
 TESTS: dict[str, tuple[str, ...]] = {
     "model/attention.py": ("model/test_attention.py",),
-    "training/step.py": ("training/test_step.py",),
+    "training/step.py": ("training/test_step_passes.py", "training/test_step.py"),
     "training/stages.py": ("training/test_stages.py",),
     "building/contamination.py": ("building/test_contamination.py",),
     "mining/search.py": ("mining/test_mining_search.py",),

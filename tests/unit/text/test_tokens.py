@@ -19,6 +19,7 @@ def test_prompt_is_rendered_as_in_the_paper() -> None:
     assert PROMPT == "Instruct: find it\nQuery: "
     assert query_prompt(None) == query_prompt("  ") == ""
     assert query_prompt("with {braces}") == "Instruct: with {braces}\nQuery: "
+    assert query_prompt(" \tfind it \n") == PROMPT
 
 
 @pytest.mark.parametrize("text", ["hello", " leading", "", "中文", "a\nb", "🙂"])

@@ -65,7 +65,7 @@ FURTHER_TESTS: dict[str, tuple[str, ...]] = {
     "losses/contrastive.py": ("losses/test_contrastive.py",),
 }
 
-# Run before the rate of a module is known.
+# Run before the rate of a module is known; fewer are not worth another start.
 FIRST_BATCH = 12
 
 # Exit codes of pytest in a mutant's process, as mutmut records them.
@@ -177,7 +177,7 @@ def try_mutants(path: Path, names: Sequence[str], deadline: float) -> dict[str, 
     """Exit codes of the mutants that were tried, in the order of ``names`` until time is up."""
     codes: dict[str, int] = {}
     started, size = time.monotonic(), FIRST_BATCH
-    while size > 0 and len(codes) < len(names):
+    while len(codes) < len(names) and size >= min(FIRST_BATCH, len(names) - len(codes)):
         run_mutmut(names[len(codes) : len(codes) + size])
         meta = json.loads(Path("mutants", f"{path}.meta").read_text(encoding="utf-8"))
         found = {k: v for k, v in meta["exit_code_by_key"].items() if v is not None}

@@ -219,6 +219,29 @@ def test_tiles_and_slabs_have_the_sizes_that_were_asked_for(
     assert widths == [(4, 2), (4, 2), (1, 2), (2, 2)]
 
 
+@pytest.mark.parametrize("k", [1, 10, 100])
+def test_only_scores_above_the_floor_of_a_query_are_looked_at(
+    k: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(0)
+    queries = rng.standard_normal((8, 16)).astype(np.float32)
+    queries *= np.logspace(-2, 2, 8, dtype=np.float32)[:, None]  # each with a floor of its own
+    documents = rng.standard_normal((20_000, 16)).astype(np.float32)
+    looked = 0
+    pack = search._pack
+
+    def watched(scores: np.ndarray, indices: np.ndarray) -> np.ndarray:
+        nonlocal looked
+        looked += scores.size
+        return pack(scores, indices)
+
+    monkeypatch.setattr(search, "_pack", watched)
+    top_k(queries, documents, k)
+    # A floor is at least as old as the room between two counts.
+    room = max(k, search.FEWEST_NEW)
+    assert looked / len(queries) < k + 2 * room + 2 * k * np.log(len(documents) / k)
+
+
 @pytest.mark.parametrize("dtype", [np.float64, np.float16, np.int64])
 def test_other_types_and_layouts_are_taken(dtype: type) -> None:
     rng = np.random.default_rng(0)

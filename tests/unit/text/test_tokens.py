@@ -211,3 +211,11 @@ def test_a_beginning_has_more_tokens_than_are_kept_or_is_longer(tiny_tokenizer) 
     # A text that begins with its only white space has no such end.
     blank = " " + "b" * 400
     assert beginning(blank) == blank
+
+
+def test_a_fingerprint_is_32_digits_of_all_that_decides_the_ids(tiny_tokenizer) -> None:
+    changes = [{}, {"max_tokens": 8}, {"style": "official"}, {"add_bos": False}, {"add_eos": False}]
+    found = [TextTokenizer(tiny_tokenizer, **change).fingerprint for change in changes]
+    assert len(set(found)) == len(changes)
+    assert all(len(one) == 32 and int(one, 16) >= 0 for one in found)
+    assert TextTokenizer(tiny_tokenizer).fingerprint == found[0]

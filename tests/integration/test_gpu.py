@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from nvembed.data.batch import build_batch
-from nvembed.data.convert import Example
+from nvembed.data.convert import PairSource
+from nvembed.data.records import PairRecord
 from nvembed.model.attention import flat_attention
 from nvembed.model.embedder import NVEmbed
 from nvembed.text.packing import Segments
@@ -65,19 +66,12 @@ def test_attention_and_its_gradients_equal_the_dense_oracle(
 
 def step(model: NVEmbed, device: str, graph_tokens: int) -> tuple[StepResult, torch.Tensor]:
     """A step of ten queries; the gradients end to end on the CPU."""
-    examples = [
-        Example(
-            query=f"what is {TEXTS[i]}",
-            positive=TEXTS[i],
-            negatives=(TEXTS[i + 10], TEXTS[i + 20]),
-            known_positives=(TEXTS[i],),
-            label=None,
-            instruction="find",
-            symmetric=False,
-            dataset="d",
-        )
+    records = [
+        PairRecord(f"what is {TEXTS[i]}", (TEXTS[i],), (TEXTS[i + 10], TEXTS[i + 20]))
         for i in range(10)
     ]
+    source = PairSource(records, "d", "find")
+    examples = [source.example(i, np.random.default_rng(0), 2) for i in range(10)]
     batch = build_batch(examples, in_batch_negatives=True)
     texts = [model.backbone.tokenize_texts([text], prompt)[0] for prompt, text in batch.texts]
     model.zero_grad()

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from nvembed.data.batch import ContrastiveBatch, build_batch, effective_negatives
-from nvembed.data.convert import Example
+from nvembed.data.convert import PairSource
+from nvembed.data.records import PairRecord
 from nvembed.losses.contrastive import ContrastiveStatistics, info_nce
 from nvembed.text.tokens import TokenizedText
 from nvembed.training import step
@@ -53,20 +54,17 @@ def _table_in_place_of_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def batch_of(count: int = 7, *, coupled: bool = True) -> tuple[ContrastiveBatch, list[Any]]:
     """Queries with one to three positives, and their tokens."""
-    examples = [
-        Example(
-            query=f"query {i}",
-            positive=f"answer {i}",
-            negatives=(f"no {i}", f"answer {(i + 1) % count}"),
-            known_positives=(),
-            further_positives=tuple(f"further {i} {n}" for n in range(i % 3)),
-            label=None,
-            instruction=None,
-            symmetric=False,
-            dataset="d",
+    records = [
+        PairRecord(
+            f"query {i}",
+            tuple(f"answer {i} {n}" for n in range(1 + i % 3)),
+            (f"no {i}", f"answer {(i + 1) % count} 0"),
         )
         for i in range(count)
     ]
+    source = PairSource(records, "d", None)
+    draw = np.random.default_rng(0)
+    examples = [source.example(i, draw, num_negatives=2, num_positives=3) for i in range(count)]
     batch = build_batch(examples, in_batch_negatives=coupled)
     rng = np.random.default_rng(0)
     texts = [

@@ -159,6 +159,23 @@ def test_a_whole_text_is_the_sequence_in_parts(tokenizer: Any, prompt: str, bos:
         assert whole.part(0, len(whole.body)) == tokenize([text], prompt)[0]
 
 
+def test_whole_texts_have_no_prompt_unless_one_is_given(tokenizer: Any) -> None:
+    for style in ("nvembed", "official"):
+        tokenize = TextTokenizer(tokenizer, style=style)
+        assert tokenize.whole(some_texts(5)) == tokenize.whole(some_texts(5), "")
+        assert tokenize(some_texts(5)) == tokenize(some_texts(5), "")
+
+
+def test_the_tokens_of_a_beginning_are_those_of_the_text_alone(tokenizer: Any) -> None:
+    beginning = TextTokenizer(tokenizer, max_tokens=10)._beginning
+    enough = "z" * (19 - len(plain_ids(tokenizer, "z")) + 1)
+    few = enough[:-1]
+    assert [len(plain_ids(tokenizer, text)) for text in (few, enough)] == [18, 19]
+    rest = " " + "b" * 400
+    assert beginning(enough + rest) == enough
+    assert beginning(few + rest) == few + rest
+
+
 @pytest.mark.parametrize("prompt", ["", PROMPT, "ask:", "the answer to the"])
 def test_a_whole_text_in_official_style(tokenizer: Any, prompt: str) -> None:
     tokenize = TextTokenizer(tokenizer, style="official")

@@ -160,10 +160,8 @@ class _Pass:
             # that comes now.
             torch.clear_autocast_cache()
         for index, pack in enumerate(self.packs):
-            if index < self.kept:
-                embedding_ND, self._graphs[index] = self._graphs[index], torch.empty(0)
-            else:
-                embedding_ND = self._pack(index)
+            # A graph is let go once it was gone through.
+            embedding_ND = self._graphs.pop(0) if index < self.kept else self._pack(index)
             rows = torch.tensor(pack, dtype=torch.int64, device=gradient_UD.device)
             final = last and index == len(self.packs) - 1
             with self.processes.syncing(self.model, last=final):

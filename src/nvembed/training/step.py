@@ -155,10 +155,6 @@ class _Pass:
 
     def backward(self, gradient_UD: Tensor, *, last: bool) -> None:
         """Send the gradient of the embeddings back; after the ``last`` pass nothing follows."""
-        if not self.kept:
-            # Weights that autocast has cast without a graph would hide the parameters from the one
-            # that comes now.
-            torch.clear_autocast_cache()
         for index, pack in enumerate(self.packs):
             # A graph is let go once it was gone through.
             embedding_ND = self._graphs.pop(0) if index < self.kept else self._pack(index)

@@ -242,7 +242,7 @@ def test_only_scores_above_the_floor_of_a_query_are_looked_at(
     assert looked / len(queries) < k + 2 * room + 2 * k * np.log(len(documents) / k)
 
 
-@pytest.mark.parametrize("dtype", [np.float64, np.float16, np.int64])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16, np.int64])
 def test_other_types_and_layouts_are_taken(dtype: type) -> None:
     rng = np.random.default_rng(0)
     queries = rng.integers(-3, 4, (9, 4))

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 _LOW_BITS = np.int64(0xFFFFFFFF)
 _MAGNITUDE_BITS = np.int32(0x7FFFFFFF)
 # Below every key of a real score: the bits of minus infinity are far above the smallest int32.
-_NO_RESULT = np.iinfo(np.int64).min
+_NO_RESULT = np.int64(np.iinfo(np.int64).min)
 
 # Queries that are held at once, each with its results so far; documents are read once for them.
 GROUP_QUERIES = 4096
@@ -168,9 +168,9 @@ class RunningTopK:
         self._k = k
         # The first k of a row are its best at the last count, behind them what came since. Few, so
         # that floors are fresh: the higher they are, the less is found above them.
-        self._keys = np.full((num_queries, k + max(k, FEWEST_NEW)), _NO_RESULT, dtype=np.int64)
+        self._keys = np.full((num_queries, k + max(k, FEWEST_NEW)), _NO_RESULT)
         self._filled = np.zeros(num_queries, dtype=np.int64)
-        self._floor = np.full(num_queries, -np.inf, dtype=np.float32)
+        self._floor = np.full(num_queries, np.float32(-np.inf))
 
     def offer(self, scores_BM: NDArray[np.float32], rows: slice, first_index: int) -> None:
         """Look at the scores of some queries for documents ``first_index`` and following."""
@@ -196,7 +196,7 @@ class RunningTopK:
                 self._merge(scores_BM, rows, first_index)
                 return
         at = np.arange(len(found)) + (filled - (np.cumsum(new) - new))[row]
-        keys[row, at] = _pack(scores_BM.reshape(-1)[found], first_index + column)
+        keys[row, at] = _pack(scores_BM[row, column], first_index + column)
         filled += new
 
     def results(self) -> tuple[NDArray[np.float32], NDArray[np.int64]]:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from nvembed.core.errors import ConfigError
+from nvembed.core.errors import ConfigError, DataError
 from nvembed.core.files import write_jsonl
 from nvembed.data.examples import Example
 from nvembed.data.mixture import Mixture, tempered_weights
@@ -128,6 +128,14 @@ def test_a_stage_that_learns_from_scores_needs_some(tmp_path: Path) -> None:
     config = recipe(tmp_path, stages=stages)
     with pytest.raises(ConfigError, match=r"stages\.0\.distillation.*no record of pairs, more has"):
         load_mixtures(config, tmp_path)
+
+
+def test_built_sets_lie_beside_the_recipe(tmp_path: Path) -> None:
+    config = recipe(tmp_path, build={"folder": "built"})
+    for read in (lambda: load_mixtures(config, tmp_path), lambda: mine(config, tmp_path)):
+        with pytest.raises(DataError, match="pairs is not built") as found:
+            read()
+        assert found.value.where == str(tmp_path / "built")
 
 
 def test_pairs_and_sts_are_mined_with_their_instruction_and_classes_are_not(

@@ -227,16 +227,14 @@ class RunningTopK:
         kept = self._keys[rows, : self._k]
         joined = np.concatenate([kept, _pack(scores_BM, indices_M)], axis=1)
         cut = joined.shape[1] - self._k
-        self._filled[rows] += scores_BM.shape[1]
         self._keep(np.partition(joined, cut)[:, cut:], rows)
 
     def _keep(self, best_BK: NDArray[np.int64], rows: slice) -> None:
-        filled = self._filled[rows]
-        np.minimum(filled, self._k, out=filled)
+        # Of a row with fewer results the other places hold none, wherever they lie among the k.
+        self._filled[rows] = self._k
         self._keys[rows, : self._k] = best_BK
-        # The smallest is the k-th best, or no result at all in a row that is not full.
-        floor_B = _unpack(best_BK.min(axis=1))[0]
-        self._floor[rows] = np.where(filled == self._k, floor_B, -np.inf)
+        worst_B = best_BK.min(axis=1)
+        self._floor[rows] = np.where(worst_B == _NO_RESULT, -np.inf, _unpack(worst_B)[0])
 
 
 def _slabs(

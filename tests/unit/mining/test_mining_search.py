@@ -268,17 +268,21 @@ def test_nothing_to_search_gives_empty_results() -> None:
     assert scores.shape == indices.shape == (0, 2)
 
 
-def test_a_row_with_few_results_does_not_lose_what_comes_later() -> None:
+def test_a_row_with_few_results_does_not_lose_what_comes_later(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Scores of minus infinity are no results, but what is above them is."""
-    documents = np.zeros((900, 2), np.float32)
-    documents[:, 0] = np.arange(900)  # every tile replaces what the first query has found
-    documents[:, 1] = -1e30
-    best = [4, 7, 500, 600, 899]
-    documents[best, 1] = [-1e-30, -2e-30, -3e-30, -4e-30, -5e-30]
+    monkeypatch.setattr(search, "FEWEST_NEW", 4)  # the other query's results are counted often
     queries = np.array([[1, 0], [0, 1e30]], np.float32)
-    scores, indices = top_k(queries, documents, 5, block_documents=100)
-    assert indices.tolist() == [[899, 898, 897, 896, 895], best]
-    np.testing.assert_allclose(scores[1], [-1, -2, -3, -4, -5], rtol=1e-6)
+    best = [4, 7, 500, 600, 899]
+    for seed in range(20):
+        documents = np.full((900, 2), -1e30, np.float32)
+        documents[:, 0] = np.random.default_rng(seed).permutation(900)
+        documents[best, 1] = [-1e-30, -2e-30, -3e-30, -4e-30, -5e-30]
+        scores, indices = top_k(queries, documents, 5, block_documents=12)
+        assert scores[0].tolist() == [899, 898, 897, 896, 895]
+        assert indices[1].tolist() == best
+        np.testing.assert_allclose(scores[1], [-1, -2, -3, -4, -5], rtol=1e-6)
 
 
 def test_refuses_what_makes_no_sense() -> None:

@@ -9,7 +9,7 @@ ARGS ?=
 TORCH := $(if $(shell command -v nvidia-smi 2>/dev/null),torch>=2.11,torch==2.13.0)
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: help setup demo test test-all check format clean
+.PHONY: help setup demo test test-all mutation check format clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -36,6 +36,9 @@ test: setup ## run the default tests (no network, no GPU)
 
 test-all: setup ## run the slow tests too
 	$(BIN)/python -m pytest -q -n 2 -m "not gpu" $(ARGS)
+
+mutation: setup ## change the core modules and see whether the tests notice (MINUTES=10)
+	$(BIN)/python benchmarks/mutation.py --minutes $(MINUTES) $(ARGS)
 
 check: setup ## lint, format, types, import direction
 	$(BIN)/ruff check .

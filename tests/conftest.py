@@ -170,3 +170,57 @@ def wide_decoder_dir(
         MistralForCausalLM(config).save_pretrained(path)
     tiny_tokenizer.save_pretrained(path)
     return path
+
+
+_TRAINING_TEXTS = [
+    "Instruct: find the words that answer a question\nQuery: what is the answer to the question?",
+    "the answer is in the other words, and the words are in the text that answers it",
+    "Instruct: tell what the text is about\nQuery: the other question, asked in other words",
+]
+
+
+def _trained_tokenizer(pre_tokenizer: Any, decoder: Any, alphabet: list[str]) -> Any:
+    """A BPE vocabulary with merges, trained on a few sentences; BOS comes from its template."""
+    from tokenizers import Tokenizer, models, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizer
+    tokenizer.decoder = decoder
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<unk>", "<s>", "</s>"],
+        initial_alphabet=alphabet,
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_TRAINING_TEXTS * 5, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
+
+
+@pytest.fixture(scope="session")
+def byte_level_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE with merges, as of Qwen and Llama 3: a space belongs to the word after it."""
+    from tokenizers import decoders, pre_tokenizers
+
+    return _trained_tokenizer(
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+        pre_tokenizers.ByteLevel.alphabet(),
+    )
+
+
+@pytest.fixture(scope="session")
+def metaspace_tokenizer() -> PreTrainedTokenizerFast:
+    """BPE with ``▁`` for spaces and one in front of everything, as of Mistral and Llama 2."""
+    from tokenizers import decoders, pre_tokenizers
+
+    return _trained_tokenizer(
+        pre_tokenizers.Metaspace(prepend_scheme="first"),
+        decoders.Metaspace(prepend_scheme="first"),
+        [chr(code) for code in range(33, 127)] + ["\n"],
+    )

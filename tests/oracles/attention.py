@@ -9,9 +9,19 @@ from torch import Tensor
 
 
 def attend(
-    query_HTE: Tensor, key_KTE: Tensor, value_KTE: Tensor, lengths: Sequence[int], scaling: float
+    query_HTE: Tensor,
+    key_KTE: Tensor,
+    value_KTE: Tensor,
+    lengths: Sequence[int],
+    scaling: float,
+    *,
+    causal: bool = False,
+    softcap: float | None = None,
 ) -> Tensor:
-    """Softmax attention in both directions within each segment; ``(T, H, E)``."""
+    """Softmax attention within each segment, in both directions or to what came before only.
+
+    Returns ``(T, H, E)``, differentiable.
+    """
     group = len(query_HTE) // len(key_KTE)
     rows = []
     start = 0
@@ -23,7 +33,12 @@ def attend(
                 x_TE[part].double()
                 for x_TE in (query_TE, key_KTE[head // group], value_KTE[head // group])
             )
-            heads.append((q @ k.T * scaling).softmax(-1) @ v)
+            score = q @ k.T * scaling
+            if softcap is not None:
+                score = softcap * (score / softcap).tanh()
+            if causal:
+                score = score + torch.full_like(score, float("-inf")).triu(1)
+            heads.append(score.softmax(-1) @ v)
         rows.append(torch.stack(heads, dim=1))
         start += length
     return torch.cat(rows)

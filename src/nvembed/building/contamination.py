@@ -124,13 +124,13 @@ class Contamination:
                 return Match("exact", 1.0, found, (first, second))
         for rule, index in self._indexes:
             ones = index.search(first)
-            others = index.search(second) if ones else {}
-            scores = {
-                pair: min(score, other_score)
-                for row, score in ones.items()
-                for other, other_score in others.items()
-                if (pair := (min(row, other), max(row, other))) in self._pairs
-            }
+            others = ones and index.search(second)
+            scores: dict[tuple[int, int], float] = {}
+            for row, score in ones.items():
+                for other, other_score in others.items():
+                    if (pair := (min(row, other), max(row, other))) in self._pairs:
+                        # Texts that are similar to both sides reach the pair in both orders.
+                        scores[pair] = max(scores.get(pair, 0.0), min(score, other_score))
             if scores:
                 best = min(scores, key=lambda pair: (-scores[pair], pair))
                 return Match(rule, scores[best], self._pairs[best], (first, second))

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 _LOW_BITS = np.int64(0xFFFFFFFF)
 _MAGNITUDE_BITS = np.int32(0x7FFFFFFF)
 # Below every key of a real score: the bits of minus infinity are far above the smallest int32.
-_NO_RESULT = np.iinfo(np.int64).min
+_NO_RESULT = np.int64(np.iinfo(np.int64).min)
 
 # Queries that are held at once, each with its results so far; documents are read once for them.
 GROUP_QUERIES = 4096
@@ -76,19 +76,21 @@ def top_k(
     if isinstance(documents_ND, np.ndarray):
         parts = [documents_ND]
         k = max(min(k, len(documents_ND)), 1)
-        block_documents = max(min(block_documents, len(documents_ND)), 1)
-    scores_QK = np.empty((0, 0), dtype=np.float32)
-    indices_QK = np.empty((0, 0), dtype=np.int64)
     with _threads() as run_all:
-        for start in range(0, max(len(queries_QD), 1), GROUP_QUERIES):
+
+        def search(start: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
             group_BD = np.require(queries_QD[start : start + GROUP_QUERIES], np.float32, ["C", "W"])
             best = _search_group(group_BD, parts, k, block_queries, block_documents, run_all)
-            scores_BK, indices_BK = best.results()
-            if not start:  # now it is known how many documents there are
-                scores_QK = np.empty((len(queries_QD), scores_BK.shape[1]), dtype=np.float32)
-                indices_QK = np.empty(scores_QK.shape, dtype=np.int64)
-            scores_QK[start : start + GROUP_QUERIES] = scores_BK
-            indices_QK[start : start + GROUP_QUERIES] = indices_BK
+            return best.results()
+
+        scores_BK, indices_BK = search(0)
+        # Now it is known how many documents there are.
+        scores_QK = np.empty((len(queries_QD), scores_BK.shape[1]), dtype=np.float32)
+        indices_QK = np.empty(scores_QK.shape, dtype=np.int64)
+        scores_QK[:GROUP_QUERIES], indices_QK[:GROUP_QUERIES] = scores_BK, indices_BK
+        for start in range(GROUP_QUERIES, len(queries_QD), GROUP_QUERIES):
+            rows = slice(start, start + GROUP_QUERIES)
+            scores_QK[rows], indices_QK[rows] = search(start)
     return scores_QK, indices_QK
 
 
@@ -166,9 +168,9 @@ class RunningTopK:
         self._k = k
         # The first k of a row are its best at the last count, behind them what came since. Few, so
         # that floors are fresh: the higher they are, the less is found above them.
-        self._keys = np.full((num_queries, k + max(k, FEWEST_NEW)), _NO_RESULT, dtype=np.int64)
+        self._keys = np.full((num_queries, k + max(k, FEWEST_NEW)), _NO_RESULT)
         self._filled = np.zeros(num_queries, dtype=np.int64)
-        self._floor = np.full(num_queries, -np.inf, dtype=np.float32)
+        self._floor = np.full(num_queries, np.float32(-np.inf))
 
     def offer(self, scores_BM: NDArray[np.float32], rows: slice, first_index: int) -> None:
         """Look at the scores of some queries for documents ``first_index`` and following."""
@@ -182,8 +184,6 @@ class RunningTopK:
             return
         if first_index < self._k:
             self._floor[rows] = self._first_floor(scores_BM)
-        elif (filled > self._k).all() and not np.isfinite(self._floor[rows]).any():
-            self._count(rows)
         # Later documents lose ties, so a score equal to the floor is out.
         found = np.flatnonzero(scores_BM > self._floor[rows, None])
         if not len(found):
@@ -196,19 +196,19 @@ class RunningTopK:
                 self._merge(scores_BM, rows, first_index)
                 return
         at = np.arange(len(found)) + (filled - (np.cumsum(new) - new))[row]
-        keys[row, at] = _pack(scores_BM.reshape(-1)[found], first_index + column)
+        keys[row, at] = _pack(scores_BM[row, column], first_index + column)
         filled += new
 
     def results(self) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """Return scores_BK and indices_BK, best first."""
         self._count(slice(None))
         wanted = min(self._k, self.num_seen)
-        return _unpack(np.sort(self._keys[:, :wanted], axis=1)[:, ::-1])
+        return _unpack(np.sort(self._keys[:, :wanted])[:, ::-1])
 
     def _first_floor(self, scores_BM: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return a floor just below the k-th best of a tile, which has more than k columns."""
         place = scores_BM.shape[1] - self._k
-        kth_B = np.partition(scores_BM, place, axis=1)[:, place]
+        kth_B = np.partition(scores_BM, place)[:, place]
         return np.nextafter(kth_B, np.float32(-np.inf))
 
     def _count(self, rows: slice) -> None:
@@ -217,7 +217,7 @@ class RunningTopK:
         used = int(filled.max(initial=0))
         if used <= self._k:
             return
-        best = np.partition(keys[:, :used], used - self._k, axis=1)[:, used - self._k :]
+        best = np.partition(keys[:, :used], used - self._k)[:, used - self._k :]
         self._keep(best, rows)
         keys[:, self._k : used] = _NO_RESULT
 
@@ -227,16 +227,14 @@ class RunningTopK:
         kept = self._keys[rows, : self._k]
         joined = np.concatenate([kept, _pack(scores_BM, indices_M)], axis=1)
         cut = joined.shape[1] - self._k
-        self._filled[rows] += scores_BM.shape[1]
-        self._keep(np.partition(joined, cut, axis=1)[:, cut:], rows)
+        self._keep(np.partition(joined, cut)[:, cut:], rows)
 
     def _keep(self, best_BK: NDArray[np.int64], rows: slice) -> None:
-        filled = self._filled[rows]
-        np.minimum(filled, self._k, out=filled)
+        # Of a row with fewer results the other places hold none, wherever they lie among the k.
+        self._filled[rows] = self._k
         self._keys[rows, : self._k] = best_BK
-        # The smallest is the k-th best, or no result at all in a row that is not full.
-        floor_B = _unpack(best_BK.min(axis=1))[0]
-        self._floor[rows] = np.where(filled == self._k, floor_B, -np.inf)
+        worst_B = best_BK.min(axis=1)
+        self._floor[rows] = np.where(worst_B == _NO_RESULT, -np.inf, _unpack(worst_B)[0])
 
 
 def _slabs(

@@ -157,13 +157,10 @@ def _grouped(
     # One split and not a slice per run: the gradient of a split is one concatenation, that of a
     # slice fills the whole pack with zeros, once for every run.
     sizes = [count * length for _, count, length in runs]
+    parts = [x_HTE.split(sizes, dim=1) for x_HTE in (query_HTE, key_HTE, value_HTE)]
     outputs = []
-    for (_, count, length), *parts in zip(
-        runs,
-        *(x_HTE.split(sizes, dim=1) for x_HTE in (query_HTE, key_HTE, value_HTE)),
-        strict=True,
-    ):
-        q, k, v = (x_HTE.unflatten(1, (count, length)).transpose(0, 1) for x_HTE in parts)
+    for number, (_, count, length) in enumerate(runs):
+        q, k, v = (part[number].unflatten(1, (count, length)).transpose(0, 1) for part in parts)
         if softcap or (q.device.type == "cpu" and length <= _longest_by_products(q.dtype)):
             out_GHLE = block_attention(
                 q, k, v, causal=causal, scaling=scaling, dropout=dropout, softcap=softcap

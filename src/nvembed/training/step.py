@@ -155,15 +155,9 @@ class _Pass:
 
     def backward(self, gradient_UD: Tensor, *, last: bool) -> None:
         """Send the gradient of the embeddings back; after the ``last`` pass nothing follows."""
-        if not self.kept:
-            # Weights that autocast has cast without a graph would hide the parameters from the one
-            # that comes now.
-            torch.clear_autocast_cache()
         for index, pack in enumerate(self.packs):
-            if index < self.kept:
-                embedding_ND, self._graphs[index] = self._graphs[index], torch.empty(0)
-            else:
-                embedding_ND = self._pack(index)
+            # A graph is let go once it was gone through.
+            embedding_ND = self._graphs.pop(0) if index < self.kept else self._pack(index)
             rows = torch.tensor(pack, dtype=torch.int64, device=gradient_UD.device)
             final = last and index == len(self.packs) - 1
             with self.processes.syncing(self.model, last=final):

@@ -12,7 +12,7 @@ from nvembed.building.contamination import Contamination, EvaluationText, Match
 from nvembed.building.similar_texts import Bm25Index, ShingleIndex
 from nvembed.data.records import LabelRecord, PairRecord, StsRecord
 from nvembed.mining.bm25 import BM25
-from oracles.cleaning import bm25_share, plain_jaccard
+from oracles.cleaning import best_pair, best_single, bm25_share, plain_jaccard
 
 ITEMS = [
     EvaluationText(("What is my  Balance?",), "banking", "text"),
@@ -135,3 +135,84 @@ def test_planted_texts_are_found_and_nothing_else() -> None:
     assert len(found) >= 48
     assert set(found) <= set(tests[50:100])
     assert not any(check(planted(rng, vocabulary)) for _ in range(2000))
+
+
+# Few words, so that texts are often equal, equally similar, or both sides of a pair.
+one_text = st.lists(st.sampled_from(["a", "A", "b", "c"]), min_size=2, max_size=4).map(" ".join)
+evaluation_items = st.lists(st.one_of(st.tuples(one_text), st.tuples(one_text, one_text)))
+
+
+@settings(max_examples=300, deadline=None)
+@given(evaluation_items, one_text, one_text, st.sampled_from([0.3, 0.5, 1.0]), st.integers(1, 2))
+def test_single_texts_and_pairs_equal_comparing_with_all(
+    texts: list[tuple[str] | tuple[str, str]], first: str, second: str, near: float, size: int
+) -> None:
+    items = [EvaluationText(own, f"task {number}") for number, own in enumerate(texts)]
+    contamination = Contamination(items, near=near, shingle_words=size)
+    for match, expected, asked in (
+        (contamination.check(first), best_single(texts, first, near, size), (first,)),
+        (
+            contamination.check_pair(first, second),
+            best_pair(texts, first, second, near, size),
+            (first, second),
+        ),
+    ):
+        if expected is None:
+            assert match is None
+            continue
+        rule, score, found = expected
+        assert match is not None
+        assert (match.rule, match.texts) == (rule, asked)
+        assert match.score == pytest.approx(score)
+        # Of items that are one text in several spellings, the first.
+        assert match.found == items[texts.index(found)]
+
+
+def test_the_first_of_equal_evaluation_texts_is_reported_and_counted_once() -> None:
+    items = [
+        EvaluationText(("One text",), "first"),
+        EvaluationText(("one  TEXT",), "second"),
+        EvaluationText(("one side", "other side"), "third", "pair"),
+        EvaluationText(("Other side", "One side"), "fourth", "pair"),
+        EvaluationText(("other side",), "fifth"),
+    ]
+    contamination = Contamination(items)
+    assert len(contamination) == 3  # two texts and a pair
+    assert len(Contamination([])) == 0
+    assert contamination.check("ONE text") == Match("exact", 1.0, items[0], ("ONE text",))
+    for first, second in (("one side", "OTHER side"), ("OTHER side", "one side")):
+        match = contamination.check_pair(first, second)
+        assert match == Match("exact", 1.0, items[2], (first, second))
+    # A side of a pair is no text of its own, unless it is one as well.
+    assert contamination.check("one side") is None
+    assert contamination.check("other side") == Match("exact", 1.0, items[4], ("other side",))
+    assert contamination.check_pair("one text", "one text") is None
+
+
+def test_the_defaults_are_two_words_and_six_tenths_and_no_bm25() -> None:
+    text = "a b c d e f g h i"
+    contamination = Contamination([EvaluationText((text,), "t")])
+    # Of a changed word two pairs of words go: 6 of 10 are shared. Of the words alone it is 8 of 10.
+    found = EvaluationText((text,), "t", "text")
+    changed = "a b c d x f g h i"
+    assert contamination.check(changed) == Match("near", pytest.approx(0.6), found, (changed,))
+    assert contamination.check("a b c d e x g h y") is None
+    assert contamination.check("i h g f e d c b a") is None  # bm25 would find it
+
+
+def test_every_query_and_pair_of_a_record_is_compared() -> None:
+    items = [
+        EvaluationText(("first sentence",), "t"),
+        EvaluationText(("second sentence",), "t"),
+        EvaluationText(("the query", "its answer"), "p", "pair"),
+    ]
+    check = Contamination(items, near=None).check_record
+    found = check(StsRecord("first sentence", "another", 3.0))
+    assert found == Match("exact", 1.0, items[0], ("first sentence",))
+    found = check(StsRecord("another", "second sentence", 3.0))
+    assert found == Match("exact", 1.0, items[1], ("second sentence",))
+    found = check(PairRecord("The query", ("x", "its  answer", "y")))
+    assert found == Match("exact", 1.0, items[2], ("The query", "its  answer"))
+    # Negatives, and pairs of documents, may stand in a task.
+    assert check(PairRecord("q", ("the query", "its answer"), ("first sentence",))) is None
+    assert check(PairRecord("first sentence", ("its answer",))) is not None

@@ -10,6 +10,7 @@ import pytest
 from scipy import stats
 
 from nvembed.core.errors import DataError
+from nvembed.evaluation import significance
 from nvembed.evaluation.items import Items, items_folder, read_items, write_items
 from nvembed.evaluation.local_scores import score_local
 from nvembed.evaluation.significance import (
@@ -111,6 +112,35 @@ def test_drawn_sign_flips_are_near_those_of_scipy() -> None:
     ).pvalue
     assert ours == pytest.approx(theirs, abs=0.01)
     assert 0.001 < ours < 0.5
+
+
+@pytest.mark.parametrize("at_once", [700, 4_000_000])
+def test_drawn_sign_flips_are_counted_in_all_chunks(
+    at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of twenty equal differences the number of plus signs is binomial."""
+    monkeypatch.setattr(significance, "_NUMBERS_AT_ONCE", at_once)
+    differences = np.concatenate([np.full(14, 0.5), np.full(6, -0.5), np.zeros(30)])
+    wanted = 2 * stats.binom.cdf(6, 20, 0.5)
+    assert sign_flip_p(differences, resamples=20_000) == pytest.approx(wanted, abs=0.01)
+    # All the same way round: no drawing reaches it but the data themselves.
+    assert sign_flip_p(np.full(40, 0.1), resamples=999) == 1 / 1000
+    # So few differences are counted exactly, one more is drawn.
+    assert sign_flip_p(np.full(14, 0.1), resamples=999) == 2 / 2**14
+
+
+def test_resamples_in_chunks_are_as_many_and_vary_as_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    one, two = rng.normal(size=(2, 100))
+    pair = values(one), values(two + 0.2)
+    error = (two - one).std() / 10
+    for at_once in (250, 4_000_000):  # two resamples at a time, or all
+        monkeypatch.setattr(significance, "_NUMBERS_AT_ONCE", at_once)
+        found = compare_items(*pair, resamples=1001)
+        assert len(found.resampled_B) == 1001
+        assert found.resampled_B.std() == pytest.approx(error, rel=0.1)
+        assert found.resampled_B.mean() == pytest.approx(found.value, abs=error / 5)
+        assert len(set(found.resampled_B.tolist())) > 990  # every chunk is drawn anew
 
 
 def test_holm() -> None:

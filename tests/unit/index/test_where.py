@@ -21,6 +21,7 @@ FIELDS = {
     [
         ("year > 2000", "(`year` > 2000.0)"),
         ("year == -1.5e3", "(`year` = -1500.0)"),
+        ("year < 1e400 or year > -1e400", "((`year` < 1e308) OR (`year` > -1e308))"),
         ("lang = 'it''s'", "(`lang` = 'it''s')"),
         ("open", "(`open` = TRUE)"),
         ("NOT open", "(NOT (`open` = TRUE))"),
@@ -38,6 +39,13 @@ FIELDS = {
 )
 def test_sql(expression, sql):
     assert where_sql(expression, FIELDS) == sql
+
+
+def test_many_tests_side_by_side_are_not_nested():
+    sql = where_sql(" or ".join(["(not open)"] * 100), FIELDS)
+    assert sql == "(" + " OR ".join(["(NOT (`open` = TRUE))"] * 100) + ")"
+    deep = "(" * 15 + "open" + ")" * 15
+    assert where_sql(f"{deep} and {deep}", FIELDS) == "((`open` = TRUE) AND (`open` = TRUE))"
 
 
 @pytest.mark.parametrize(

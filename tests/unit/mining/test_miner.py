@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from nvembed.core.errors import DataError, ModelError
 from nvembed.data.records import PairRecord, StsRecord
 from nvembed.inference.fake import HashEncoder
+from nvembed.mining import run
 from nvembed.mining.config import MiningConfig
 from nvembed.mining.miner import mine_negatives, mine_sts_negatives
 from nvembed.mining.pool import text_key
@@ -224,6 +225,20 @@ def test_random_sampling_is_seeded_per_record() -> None:
             record.negatives
         )
     assert any(a.negatives != b.negatives[:4] for a, b in zip(narrow, nearest, strict=True))
+
+
+@pytest.mark.parametrize("at_once", [1, 3, 7])
+def test_what_a_record_draws_depends_on_its_place_and_not_on_the_block(
+    at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus = [f"document number {i}" for i in range(40)]
+    records = [PairRecord("the same query", (f"its answer {i}",)) for i in range(7)]
+    config = MiningConfig(strategy="top_k", num_negatives=4, sample="random")
+    whole, _ = mine_negatives(records, corpus, HashEncoder(), config)
+    assert len({record.negatives for record in whole}) == len(records)
+    monkeypatch.setattr(run, "BLOCK_RECORDS", at_once)
+    parts, _ = mine_negatives(records, corpus, HashEncoder(), config)
+    assert parts == whole
 
 
 def test_the_instruction_goes_to_queries_only_and_texts_are_encoded_once() -> None:

@@ -96,6 +96,27 @@ def test_padded_states_of_another_model_pool_to_the_same(kind: str, side: str, t
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("form", [int, lambda n: torch.tensor([n] * len(LENGTHS))])
+def test_a_stock_prompt_is_not_pooled(kind: str, side: str, form, texts) -> None:
+    pooling = make(kind)
+    texts = [torch.randn(n, WIDTH) for n in (5, 4, 7, 6, 5)]
+    width = 8
+    hidden = torch.full((len(texts), width, WIDTH), 99.0)
+    mask = torch.zeros(len(texts), width, dtype=torch.long)
+    for row, text in enumerate(texts):
+        first = 0 if side == "right" else width - len(text)
+        hidden[row, first : first + len(text)] = text
+        mask[row, first : first + len(text)] = 1
+    features = {"token_embeddings": hidden, "attention_mask": mask, "prompt_length": form(3)}
+    pooled = pooling(features)["sentence_embedding"]
+    for row, text in enumerate(texts):
+        torch.testing.assert_close(
+            pooled[row], oracle(kind, pooling, text, 3), atol=1e-5, rtol=1e-5
+        )
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_gradients_reach_every_pooled_state_and_no_other(kind: str, texts) -> None:
     pooling = make(kind)
     features = flat_features(texts)

@@ -30,6 +30,7 @@ class Toy(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.body = nn.Linear(3, 4)
+        self.embed_tokens = nn.Embedding(5, 3)
         self.head = nn.Module()
         self.head.latents = nn.Parameter(torch.randn(2, 4))
         self.head.out = nn.Linear(4, 2)
@@ -72,7 +73,9 @@ def test_cosine_and_constant_schedules_in_closed_form() -> None:
     np.testing.assert_allclose(constant, [0.2, 0.4, 0.6, 0.8, *[1.0] * 8])
     for kind in ("linear", "cosine", "constant"):
         assert schedule(0, steps=1, warmup_steps=0, kind=kind) == 1.0
-        assert 0 < schedule(2, steps=3, warmup_steps=9, kind=kind) < 1  # all of it is warm-up
+        # All of it is warm-up, which then ends with the stage.
+        rises = [schedule(n, steps=3, warmup_steps=9, kind=kind) for n in range(3)]
+        assert rises == [1 / 4, 2 / 4, 3 / 4]
 
 
 def test_the_schedule_of_a_stage() -> None:
@@ -101,6 +104,7 @@ def test_groups_have_their_rates_and_decays() -> None:
     assert found == {
         "body.weight": (1e-2, 0.5),
         "body.bias": (1e-2, 0.0),
+        "embed_tokens.weight": (1e-2, 0.0),
         "head.latents": (1e-3, 0.0),
         "head.out.weight": (1e-3, 0.5),
         "head.out.bias": (1e-3, 0.0),
@@ -114,8 +118,8 @@ def test_a_parameter_outside_the_model_is_trained_without_decay() -> None:
     temperature = nn.Parameter(torch.tensor(3.0))
     trained = trained_parameters(model, temperature=temperature)
     assert list(trained) == [
-        "body.weight", "body.bias", "head.latents", "head.out.weight", "head.out.bias",
-        "temperature",
+        "body.weight", "body.bias", "embed_tokens.weight", "head.latents", "head.out.weight",
+        "head.out.bias", "temperature",
     ]  # fmt: skip
     optimizer = build_optimizer(trained, model.head, stage(), OptimizerConfig(weight_decay=0.5))
     group = next(g for g in optimizer.param_groups if any(p is temperature for p in g["params"]))

@@ -46,6 +46,8 @@ from nvembed.mining.work import WORK_FILES
 from nvembed.model.settings import Precision, PrecisionChoice
 
 MINE = "mine"
+# Columns that documents have; the others are of records.
+_TEXTS = ("text", "title", "id")
 
 __all__ = [
     "MiningConfig",
@@ -151,7 +153,8 @@ def mine_file(
         config: how to choose.
         kind: ``retrieval``, ``nli`` or ``sts``.
         layout: how rows become records, as in a recipe.
-        columns: columns of the input that are called differently, as in a recipe.
+        columns: columns of the input that are called differently, as in a recipe; with
+            ``documents``, ``text``, ``title`` and ``id`` are those of the documents.
         instruction: of the queries whose records bring none (``sts``: of both sides).
         documents: file or folder of further texts to mine from; see ``read_documents``.
         further: records of the same set that nothing is mined for; what answers a query in one of
@@ -176,14 +179,14 @@ def mine_file(
     places = [_beside(output) if work is None else work]
     read = [input, documents, further, config.rerank, named]
     check_outputs([output, report_file], made_by=MINE, inputs=read, places=places)
-    source = file_dataset(input, kind, layout=layout, columns=columns)
+    source = file_dataset(input, kind, layout=layout, columns=_of_records(columns, documents))
     plan = plan_records(load_records(source, base_dir=Path()), pairs_of(further))
     folder = work if work is not None or not isinstance(teacher, str) else _beside(output)
     if work is None:
         for path in (output, report_file):
             tidy(path.parent, glob.escape(path.name))
     with _temporary(folder if work is None else None):
-        job = _Job(plan, config, instruction, documents, folder, engine)
+        job = _Job(plan, config, instruction, _corpus(documents, columns), folder, engine)
         with job.run(teacher, teacher_model, dtype) as (run, settled):
             write_jsonl(output, output_rows(source, plan.finish(run.mined())), MINE)
         origin = {
@@ -225,9 +228,9 @@ def help_mining(
     check_teacher(teacher, teacher_model, config, "local")
     if teacher == BM25_NAME:
         return
-    source = file_dataset(input, kind, layout=layout, columns=columns)
+    source = file_dataset(input, kind, layout=layout, columns=_of_records(columns, documents))
     plan = plan_records(load_records(source, base_dir=Path()))
-    job = _Job(plan, config, instruction, documents, work, "local")
+    job = _Job(plan, config, instruction, _corpus(documents, columns), work, "local")
     with job.run(teacher, teacher_model, dtype):
         return
 
@@ -253,7 +256,7 @@ class _Job:
     plan: Plan
     config: MiningConfig
     instruction: str | None
-    documents: Path | None
+    corpus: Iterable[str]
     folder: Path | None
     engine: Engine
 
@@ -263,9 +266,7 @@ class _Job:
     ) -> Iterator[tuple[Run, Precision | None]]:
         """Embed and search; give the run, and the type of the teacher's weights."""
         queries = queries_of(self.plan.cases)
-        further = [] if self.documents is None else [self.documents]
-        corpus = (document.text for document in read_documents(further, keep_going=None))
-        texts = pool_texts(self.plan.cases, chain(self.plan.texts, corpus))
+        texts = pool_texts(self.plan.cases, chain(self.plan.texts, self.corpus))
         with _pool(texts, self.folder) as pool:
             task = self.instruction if self.plan.symmetric else None
             search = Search(queries, pool, self.instruction, task)
@@ -305,6 +306,19 @@ def _computing(teacher: str | Encoder, dtype: Precision | None) -> dict[str, Any
 
 def _beside(output: Path) -> Path:
     return output.with_name(f".mining-{output.name}")
+
+
+def _of_records(columns: Mapping[str, Column] | None, documents: Path | None) -> dict[str, Column]:
+    given = dict(columns or {})
+    return given if documents is None else {k: v for k, v in given.items() if k not in _TEXTS}
+
+
+def _corpus(documents: Path | None, columns: Mapping[str, Column] | None) -> Iterable[str]:
+    """The texts of the further documents, read when they are asked for."""
+    if documents is None:
+        return ()
+    named = {name: column for name, column in (columns or {}).items() if name in _TEXTS}
+    return (d.text for d in read_documents([documents], columns=named, keep_going=None))
 
 
 @contextmanager

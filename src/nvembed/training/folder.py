@@ -16,8 +16,8 @@ from nvembed.core.ownership import check_outputs, problem_of
 from nvembed.core.runs import TRAIN, RunFolder
 from nvembed.model.precision import choose_precision, computing_record, kernels
 from nvembed.model.settings import Precision
-from nvembed.training.checkpoint import latest_checkpoint, remove_leftovers
-from nvembed.training.config import StageConfig, TrainConfig
+from nvembed.training.checkpoint import remove_leftovers
+from nvembed.training.config import TrainConfig
 from nvembed.training.recipe_differences import recipe_differences
 
 
@@ -167,26 +167,3 @@ def with_settled_precision(
             begun = None if earlier == "auto" else earlier
     precision, line = choose_precision(begun, "precision=float32")
     return config.model_copy(update={"precision": precision}), line
-
-
-def not_finite(
-    run: RunFolder, value: float, what: str, stage: StageConfig, step: int
-) -> TrainingError:
-    """Say that a run stopped at a number that is no number, before the weights were changed."""
-    last = latest_checkpoint(run.checkpoints)
-    return TrainingError(
-        f"the {what} of step {step} ({stage.name}) is {value}; the weights were not changed",
-        where=str(run.path),
-        expected="finite numbers",
-        hint=f"Lower the learning rate or raise the temperature; last checkpoint: "
-        f"{last.name if last else 'none'}",
-    )
-
-
-def interrupted(run: RunFolder, step: int) -> TrainingError:
-    """Say that a run was stopped, and how it goes on."""
-    return TrainingError(
-        f"interrupted after step {step}; a checkpoint was written",
-        where=str(run.checkpoints),
-        hint="The same command goes on from there",
-    )

@@ -20,7 +20,6 @@ from accelerate import Accelerator
 from torch import nn
 
 from nvembed.core.arguments import checked
-from nvembed.core.errors import TrainingError
 from nvembed.core.progress import progress
 from nvembed.core.runs import RunFolder
 from nvembed.core.seeding import derive_seed
@@ -44,12 +43,11 @@ from nvembed.training.evaluating import (
     put_back_best,
     should_stop,
 )
+from nvembed.training.failures import interrupted, not_finite, out_of_memory
 from nvembed.training.feed import Fed, Feed
 from nvembed.training.folder import (
     changed_kernels,
-    interrupted,
     is_finished,
-    not_finite,
     prepare_folder,
     with_settled_precision,
 )
@@ -344,13 +342,7 @@ class _Run:
             raise not_finite(self.run, error.args[0], "loss", config, step) from error
         except torch.OutOfMemoryError as error:
             longest = max(len(text) for text in texts)
-            raise TrainingError(
-                f"the device ran out of memory in step {step} ({config.name}): packs of "
-                f"{self.config.pack_tokens:,} tokens, longest text {longest:,}",
-                where="memory_gb, pack_tokens",
-                hint="Lower pack_tokens, memory_gb or model.max_tokens, or set "
-                "activation_checkpointing=true; the run goes on from its last checkpoint",
-            ) from error
+            raise out_of_memory(config, step, self.config.pack_tokens, longest) from error
         norm = self._summed_norm(stage)
         if not math.isfinite(norm):
             raise not_finite(self.run, norm, "gradient norm", config, step)

@@ -247,3 +247,17 @@ def test_the_command_takes_columns(
     mined = read_records(Path("out.jsonl"), "retrieval")
     assert [record.query for record in mined] == [row["question"] for row in FAQ]
     assert any(record.negatives for record in mined)
+
+
+def test_columns_of_further_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nvembed.cli.main import run
+
+    monkeypatch.chdir(tmp_path)
+    Path("in.csv").write_text(_delimited(FAQ, ","))
+    write_jsonl(Path("docs.jsonl"), [{"body": f"how a thing number {n} is done"} for n in range(9)])
+    words = ["mine", "in.csv", "out.jsonl", "--teacher", "bm25", "--documents", "docs.jsonl"]
+    words += ["--column", "query=question", "--column", "positive=answer"]
+    assert run(words) == 2  # no text in the documents
+    assert run([*words, "--column", "text=body"]) == 0
+    mined = read_records(Path("out.jsonl"), "retrieval")
+    assert any("a thing number" in text for record in mined for text in record.negatives)

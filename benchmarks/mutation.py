@@ -55,10 +55,14 @@ TESTS: dict[str, tuple[str, ...]] = {
     "training/stages.py": ("training/test_stages.py",),
     "building/contamination.py": ("building/test_contamination.py",),
     "mining/search.py": ("mining/test_mining_search.py",),
-    "text/tokens.py": ("text/test_tokens.py", "text/test_tokens_merges.py"),
+    "text/tokens.py": (
+        "text/test_tokens.py",
+        "text/test_tokens_merges.py",
+        "text/test_tokens_threads.py",
+    ),
 }
 FURTHER_TESTS: dict[str, tuple[str, ...]] = {
-    "model/pooling.py": ("model/test_pooling.py",),
+    "model/pooling.py": ("model/test_pooling.py", "model/test_pooling_prompt.py"),
     "evaluation/significance.py": ("evaluation/test_significance.py",),
     "data/batch.py": ("data/test_batch.py",),
     "index/where.py": ("index/test_where.py",),

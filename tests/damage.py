@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +13,14 @@ LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\
 OTHER_VALUES = [None, [], {}, "", "x", -1, 0, 1.5, True, 10**9, [1, "a"], {"a": None}, "512", "\n"]
 
 
-def damage(folder: Path, rng: random.Random, *, besides: Sequence[str] = ()) -> str:
+def damage(folder: Path, rng: random.Random) -> str:
     """Damage one file or folder below a folder, and say what was done.
 
     Args:
         folder: something in it is changed in place.
         rng: decides everything.
-        besides: glob patterns of files that stay whole.
     """
-    kept = {path for pattern in besides for path in folder.glob(pattern)}
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and p not in kept)
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
     path = rng.choice(files)
     done = rng.choice(KINDS)
     if done is _changed_value and path.suffix not in (".json", ".jsonl", ".yaml"):

@@ -22,7 +22,7 @@ from nvembed.core.files import write_json
 from nvembed.core.ownership import check_outputs, remove
 from nvembed.core.text_files import check_ending, read_json_object
 from nvembed.evaluation.cached import CachedEncoder
-from nvembed.evaluation.items import items_folder, keep_items, write_items
+from nvembed.evaluation.items import items_folder, keep_items, task_hash, write_items
 from nvembed.evaluation.results import EVALUATE, TaskResult, read_results, write_results
 from nvembed.evaluation.run import (
     BM25_NAME,
@@ -308,6 +308,7 @@ def _record(settings: Settings, jobs: Mapping[str, LocalTask | AbsTask]) -> dict
         "dtype": settings.dtype,
         "computing": _computing(settings),
         "instructions": instructions,
+        "data": {name: task_hash(job) for name, job in jobs.items() if isinstance(job, LocalTask)},
     }
 
 
@@ -324,7 +325,7 @@ def _earlier_record(output: Path) -> dict[str, Any]:
 
 
 def _check_record(output: Path, record: dict[str, object]) -> None:
-    """Refuse to mix the results of two models; take over the instructions of earlier tasks."""
+    """Refuse to mix results of two models or of other data; take over what earlier tasks say."""
     earlier = _earlier_record(output)
     for key in ("model", "revision", "dtype"):
         if earlier.get(key) != record[key]:
@@ -337,6 +338,18 @@ def _check_record(output: Path, record: dict[str, object]) -> None:
         if before[name] != now[name]:
             raise _mixed(output, f"instruction of {name}", before[name], now[name])
     record["instructions"] = before | now
+    scored, data = earlier.get("data", {}), record["data"]  # earlier versions recorded none
+    assert isinstance(data, dict)
+    if not isinstance(scored, dict):
+        raise _mixed(output, "data", scored, "digests by task")
+    for name in scored.keys() & data.keys():
+        if scored[name] != data[name]:
+            raise ConfigError(
+                f"the task {name} has other data than when it was scored",
+                where=str(output),
+                hint="Put them back, choose another --output, or replace it with --start-over",
+            )
+    record["data"] = scored | data
 
 
 def _mixed(output: Path, what: str, earlier: object, now: object) -> ConfigError:

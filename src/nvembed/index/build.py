@@ -28,7 +28,7 @@ from nvembed.index.window_types import WindowTypes
 from nvembed.inference.encoding import WINDOW_TEXTS, encode_window
 from nvembed.inference.load import load_encoder, settle_dtype
 from nvembed.inference.protocol import Encoder, prompts_of
-from nvembed.inference.reading import Document, Skipped, read_documents
+from nvembed.inference.reading import Document, Skipped, input_files, read_documents
 from nvembed.model.settings import PrecisionChoice
 from nvembed.text.instructions import read_task
 
@@ -113,6 +113,7 @@ def index_documents(
     if not is_database(path) and (model is None or not documents):
         missing = "documents" if model is not None else "a model"
         raise ConfigError(f"a new database needs {missing}", where=str(path))
+    input_files(documents)  # one that is missing is told before a database is made
     with writing(path):
         if is_database(path):
             database = Database.open(path)

@@ -189,6 +189,21 @@ def test_auto_goes_on_with_the_number_type_that_was_measured(
     assert evaluate("similar", "bfloat16", "--start-over") == (0, "bfloat16")
 
 
+def test_results_of_other_data_are_not_gone_on_with(
+    tasks: Path, tmp_path: Path, model: Counting
+) -> None:
+    settings = Settings("m", tmp_path / "r.json", "float32")
+    run_session(settings, load_tasks([tasks]))
+    scores = settings.output.read_bytes()
+    ((name, rows),) = rows_of("STS").items()
+    write_rows(tasks / "similar" / name, [{**rows[0], "sentence1": "another"}, *rows[1:]])
+    with pytest.raises(ConfigError, match="the task similar has other data than when it was sco"):
+        run_session(settings, load_tasks([tasks]))
+    assert settings.output.read_bytes() == scores
+    done = run_session(settings, load_tasks([tasks]), resume=False)
+    assert set(done.results) == {"find", "similar"}
+
+
 def test_other_results_are_not_mixed(
     tasks: Path, tmp_path: Path, model: Counting, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -313,6 +313,8 @@ def test_wrong_places(tmp_path):
     write_jsonl(tmp_path / "docs.jsonl", [{"id": 1, "text": "x"}])
     with pytest.raises(ConfigError, match="not empty, and no database"):
         index_documents(tmp_path / "full", [tmp_path / "docs.jsonl"], model=HashEncoder(8))
+    with pytest.raises(DataError, match="no such file"):
+        index_documents(tmp_path / "new", [tmp_path / "gone.jsonl"], model=HashEncoder(8))
     with pytest.raises(ConfigError, match="needs a model"):
         index_documents(tmp_path / "new", [tmp_path / "docs.jsonl"], model=None)
     assert not Path(tmp_path / "new").exists()

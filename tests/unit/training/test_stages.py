@@ -216,6 +216,17 @@ def test_of_pairs_only_those_are_mined_that_training_sees(
     assert all(len(example.negatives) == 2 for example in examples(mixture, "pairs"))
 
 
+def test_what_answers_a_query_beyond_the_cap_is_not_mined(tmp_path: Path) -> None:
+    config = recipe(tmp_path, pairs={"max_records": 5})
+    beyond = PairRecord("red first", ("green answer",))  # green is trained on, this record is not
+    pairs = [PAIRS[0], beyond, *PAIRS[2:]]
+    write_jsonl(tmp_path / "pairs.jsonl", (record.to_json() for record in pairs))
+    settings = MINE.model_copy(update={"num_negatives": 4})
+    mixture, _, _ = mine(config, tmp_path, settings=settings)
+    (red,) = [one for one in examples(mixture, "pairs") if one.query == "red first"]
+    assert set(red.negatives) == {f"{WORDS[place]} answer" for place in (4, 7, 9)}
+
+
 def test_of_sts_all_are_mined_and_directions_are_chosen(tmp_path: Path) -> None:
     config = recipe(tmp_path)
     datasets = [own.model_dump() for own in config.datasets]

@@ -184,6 +184,8 @@ def _read_mark(folder: Path) -> list[_Line]:
 
 def mark_file(path: Path, content: Path, made_by: str) -> None:
     """Say beside ``path`` that a command makes it of the file ``content``, before that is moved."""
+    if any(line.digest == _GROWS and line.by == made_by for line in _lines(path)):
+        return
     digest = _digest(content)
     _append(path.parent, _Line(path.name, made_by, content.stat().st_size, digest))
 

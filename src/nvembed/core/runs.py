@@ -207,7 +207,8 @@ class RunFolder:
             raise UserError(
                 f"cannot make the run folder: {error.strerror or error}", where=str(self.path)
             ) from error
-        for file in (self.metrics, self.log):
+        # Lines are added to two of them, and a damaged measurement is taken again.
+        for file in (self.metrics, self.log, self.graph_memory):
             mark_growing(file, TRAIN)
         computed = {} if computing is None else {"computing": computing}
         write_json(self.env, describe_environment() | computed, TRAIN)

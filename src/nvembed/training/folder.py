@@ -93,12 +93,15 @@ def check_folder(
     """
     stages = [stage.name for stage in config.stages]
     known = not fresh and run.exists and problem_of(run.config, TRAIN) is None
+    kept: set[Path] = set()
     if known and run.has_results:
         _check_same(run, config)
         if is_finished(run):  # then nothing is written
             return
-    resumed = known and _recorded(run) == dump_config(config)
-    written = [path for path in run.written(stages) if not (resumed and path == run.config)]
+        kept = {run.env, run.inputs}
+    if known and _recorded(run) == dump_config(config):
+        kept.add(run.config)
+    written = [path for path in run.written(stages) if path not in kept]
     check_outputs((), made_by=TRAIN, inputs=inputs, places=[run.checkpoints, run.mined])
     check_outputs(written, made_by=TRAIN, inputs=inputs)
     if not known:

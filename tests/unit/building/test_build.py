@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -235,7 +236,9 @@ def test_a_teacher_and_a_reranker_that_changed_inside_are_seen(
 
 
 @pytest.mark.parametrize("damage", ["[]", "{}", "[" * 9999, "settings", "shards", "name"])
-def test_a_damaged_manifest_is_no_set(recipe: Path, damage: str) -> None:
+def test_a_damaged_manifest_is_no_set(
+    recipe: Path, damage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert build(recipe, "build.mine=null") == 0
     file = recipe.parent / "built" / "sts" / "manifest.json"
     whole = file.read_text()
@@ -243,6 +246,9 @@ def test_a_damaged_manifest_is_no_set(recipe: Path, damage: str) -> None:
     file.write_text(json.dumps({**values, damage: 5}) if damage in values else damage)
     with pytest.raises(DataError, match="sts is not built"):
         training_datasets(config(recipe, "build.mine=null"), recipe.parent)
+    assert build(recipe, "build.mine=null") == 2  # somebody has changed it
+    assert "manifest.json" in capsys.readouterr().err
+    shutil.rmtree(file.parent)
     assert build(recipe, "build.mine=null") == 0
     assert file.read_text() == whole
 

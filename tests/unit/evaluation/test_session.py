@@ -392,8 +392,8 @@ def test_keep_going_scores_the_rest_and_says_what_is_missing(
 def test_keep_going_with_nothing_but_broken_tasks(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (write_task(tmp_path / "broken", "STS") / "test.jsonl").unlink()
-    words = ["evaluate", "m", "--tasks", str(tmp_path), "--keep-going"]
+    (write_task(tmp_path / "tasks" / "broken", "STS") / "test.jsonl").unlink()
+    words = ["evaluate", "m", "--tasks", str(tmp_path / "tasks"), "--keep-going"]
     assert run([*words, "--output", str(tmp_path / "results.json")]) == 2
     shown = capsys.readouterr()
     assert "1 task could not be done" in shown.err

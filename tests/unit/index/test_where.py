@@ -21,7 +21,10 @@ FIELDS = {
     [
         ("year > 2000", "(`year` > 2000.0)"),
         ("year == -1.5e3", "(`year` = -1500.0)"),
-        ("year < 1e400 or year > -1e400", "((`year` < 1e308) OR (`year` > -1e308))"),
+        (
+            "year < 1e400 or year > -1e400",
+            "((`year` < arrow_cast('inf', 'Float64')) OR (`year` > arrow_cast('-inf', 'Float64')))",
+        ),
         ("lang = 'it''s'", "(`lang` = 'it''s')"),
         ("open", "(`open` = TRUE)"),
         ("NOT open", "(NOT (`open` = TRUE))"),

@@ -345,7 +345,7 @@ def test_a_lance_table_is_what_lancedb_opens(tmp_path: Path, monkeypatch) -> Non
         wanted = HashEncoder(32).encode_document([row["text"] for row in rows])
         assert np.array_equal(np.array(table["embedding"], dtype=np.float32), wanted)
         names = {path.name for path in output.parent.iterdir()}
-        assert names == {"out.lance", "out.lance.run.json"}
+        assert names == {"out.lance", "out.lance.run.json", MARK}
     (tmp_path / "mine.lance").mkdir()
     (tmp_path / "mine.lance" / "notes.txt").write_text("do not delete")
     with pytest.raises(ConfigError, match=r"nvembed did not make it: notes\.txt"):

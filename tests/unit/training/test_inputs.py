@@ -13,8 +13,8 @@ import pytest
 from interruption import interrupt_after
 from nvembed.core.config import dump_config
 from nvembed.core.errors import DataError, TrainingError, UserError
-from nvembed.core.files import write_jsonl
-from nvembed.core.runs import RunFolder
+from nvembed.core.files import write_jsonl, write_text
+from nvembed.core.runs import TRAIN, RunFolder
 from nvembed.core.text_files import read_jsonl
 from nvembed.data.records import PairRecord, StsRecord, records_digest
 from nvembed.training.config import TrainConfig
@@ -49,7 +49,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory, tiny_decoder_dir: Path) ->
 @pytest.fixture
 def folder(stopped: Path, tmp_path: Path) -> Path:
     shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
-    (tmp_path / "run" / "config.yaml").write_text(dump_config(_config(tmp_path)))
+    write_text(tmp_path / "run" / "config.yaml", dump_config(_config(tmp_path)), TRAIN)
     return tmp_path
 
 
@@ -57,7 +57,7 @@ def folder(stopped: Path, tmp_path: Path) -> Path:
 def done(tmp_path_factory: pytest.TempPathFactory, stopped: Path) -> Path:
     folder = tmp_path_factory.mktemp("done")
     shutil.copytree(stopped, folder, dirs_exist_ok=True)
-    (folder / "run" / "config.yaml").write_text(dump_config(_config(folder)))
+    write_text(folder / "run" / "config.yaml", dump_config(_config(folder)), TRAIN)
     train(_config(folder), base_dir=folder)
     return folder
 
@@ -93,7 +93,8 @@ def _another_tokenizer(folder: Path) -> None:
 def _other_mined_negatives(folder: Path) -> None:
     file = folder / "run" / "mined" / "two" / "pairs.jsonl"
     rows = [row for _, row in read_jsonl(file)]
-    write_jsonl(file, [{**row, "negative": row["negative"][:1]} for row in rows])
+    # As a run would write it: of what others write the mark tells already.
+    write_jsonl(file, [{**row, "negative": row["negative"][:1]} for row in rows], TRAIN)
 
 
 CHANGES: list[tuple[Callable[[Path], None], str]] = [
@@ -137,7 +138,7 @@ def test_so_does_a_finished_one(
     done: Path, tmp_path: Path, change: Callable[[Path], None], name: str
 ) -> None:
     shutil.copytree(done, tmp_path, dirs_exist_ok=True)
-    (tmp_path / "run" / "config.yaml").write_text(dump_config(_config(tmp_path)))
+    write_text(tmp_path / "run" / "config.yaml", dump_config(_config(tmp_path)), TRAIN)
     assert train(_config(tmp_path), base_dir=tmp_path) == tmp_path / "run" / "model"
     change(tmp_path)
     _refused(tmp_path, name)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from nvembed.core.errors import ConfigError, DataError
 from nvembed.core.files import write_jsonl
+from nvembed.core.overlaps import MARK
 from nvembed.data.examples import Example
 from nvembed.data.mixture import Mixture, tempered_weights
 from nvembed.data.records import PairRecord, StsRecord
@@ -176,6 +177,7 @@ def test_only_the_sets_of_the_stage_are_mined(tmp_path: Path) -> None:
     assert [source.name for source in mixture.sources] == ["pairs", "more"]
     assert mixture.weights == tempered_weights([12, 3], [None, None], 3.0)
     assert sorted(path.name for path in (tmp_path / "mined").iterdir()) == [
+        MARK,
         "more.jsonl",
         "more.report.json",
         "pairs.jsonl",

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from nvembed.core.errors import ConfigError, DataError
 from nvembed.core.files import write_jsonl
 from nvembed.core.overlaps import MARK
+from nvembed.core.ownership import problem_of
 from nvembed.data.examples import Example
 from nvembed.data.mixture import Mixture, tempered_weights
 from nvembed.data.records import PairRecord, StsRecord
@@ -183,6 +184,8 @@ def test_only_the_sets_of_the_stage_are_mined(tmp_path: Path) -> None:
         "pairs.jsonl",
         "pairs.report.json",
     ]
+    for name in ("pairs.jsonl", "pairs.report.json"):
+        assert problem_of(tmp_path / "mined" / name, "train") is None
 
 
 def test_mined_files_are_used_as_they_are_and_others_are_made(tmp_path: Path) -> None:
@@ -225,8 +228,10 @@ def test_what_answers_a_query_beyond_the_cap_is_not_mined(tmp_path: Path) -> Non
     write_jsonl(tmp_path / "pairs.jsonl", (record.to_json() for record in pairs))
     settings = MINE.model_copy(update={"num_negatives": 4})
     mixture, _, _ = mine(config, tmp_path, settings=settings)
+    expected = {f"{WORDS[place]} answer" for place in (4, 7, 9)}
     (red,) = [one for one in examples(mixture, "pairs") if one.query == "red first"]
-    assert set(red.negatives) == {f"{WORDS[place]} answer" for place in (4, 7, 9)}
+    assert set(red.negatives) == expected
+    assert set(lines(tmp_path / "mined" / "pairs.jsonl")[0]["negative"]) == expected
 
 
 def test_of_sts_all_are_mined_and_directions_are_chosen(tmp_path: Path) -> None:

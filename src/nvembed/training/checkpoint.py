@@ -269,9 +269,10 @@ def restore_optimizer(
         parameter = trained[name]
         group = machine[id(parameter)]
         if value.shape == parameter.shape:
-            # Moments of a run whose weights were not held in float32 yet are of another type.
-            same_kind = value.is_floating_point() and parameter.is_floating_point()
-            restored = spread(value.to(parameter.dtype) if same_kind else value, parameter)
+            # Moments of a run whose weights were not held in float32 yet are of 16 bits.
+            is_narrow = value.dtype in (torch.bfloat16, torch.float16)
+            wide = value.float() if is_narrow and parameter.dtype == torch.float32 else value
+            restored = spread(wide, parameter)
         elif key == "step" and not (group.get("fused") or group.get("capturable")):
             restored = value.clone()  # torch's loops count on the CPU, its kernels on the device
         else:

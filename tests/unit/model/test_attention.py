@@ -387,3 +387,21 @@ def test_all_that_is_refused_is_named_at_once() -> None:
             sinks=torch.ones(1),
             s_aux=torch.ones(1),
         )
+
+
+@pytest.mark.parametrize("scaling", [0.0, -1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_scaling_that_is_not_above_zero_is_refused(scaling: float, causal: bool) -> None:
+    query, key, value = inputs([3])
+    segments = Segments.of_lengths([3])
+    with pytest.raises(ModelError, match=f"scaled by {scaling}.*a factor above 0"):
+        flat_attention(
+            nn.Identity(),
+            query,
+            key,
+            value,
+            None,
+            segments=segments,
+            causal=causal,
+            scaling=scaling,
+        )

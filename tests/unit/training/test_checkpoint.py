@@ -127,6 +127,20 @@ def test_three_steps_and_three_more_equal_six(tmp_path: Path, kind: str) -> None
         }
 
 
+def test_state_of_another_type_than_its_weight_stays_as_it_is(tmp_path: Path) -> None:
+    """As optimizers of 8 bits keep it for small 16-bit weights."""
+    run, other = Run(), Run()
+    run.steps(0, 2)
+    (name,) = [name for name, p in run.trained.items() if p.dtype == torch.bfloat16]
+    kept = run.optimizer.state[run.trained[name]]
+    kept["exp_avg"] = kept["exp_avg"].float() + 1e-6
+    run.save(tmp_path, 2)
+    other.restore(latest_checkpoint(tmp_path))
+    restored = other.optimizer.state[other.trained[name]]["exp_avg"]
+    assert restored.dtype == torch.float32
+    assert torch.equal(restored, kept["exp_avg"])
+
+
 def test_a_run_without_its_optimizer_state_ends_elsewhere(tmp_path: Path) -> None:
     """The vacuity guard of the test above."""
     whole, other = Run(), Run()

@@ -51,5 +51,6 @@ def test_killed_with_its_processes_and_run_again(tmp_path: Path, tiny_decoder_di
         "in.jsonl",
         "out.npy",
         "out.npy.ids.json",
+        "out.npy.run.json",
         MARK,
     }

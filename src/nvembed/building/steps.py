@@ -90,9 +90,9 @@ class Steps:
         """Delete all steps; what else somebody put into the folder stays."""
         if self._folder.is_dir():
             self.tidy([])
-        with suppress(OSError):  # there is none, or other sets are not done yet
-            self._folder.rmdir()
-            self._folder.parent.rmdir()
+        for folder in (self._folder, self._folder.parent):
+            with suppress(OSError):  # there is none, or other sets are not done yet
+                folder.rmdir()
 
 
 def name_of(step: str, *key: Any) -> str:

@@ -49,6 +49,8 @@ from nvembed.serving.inputs import (
 from nvembed.serving.service import Service
 
 _NUMBERS: dict[str, Any] = {"type": "array", "items": {"type": "number"}}
+# Of one text; a string where they are asked for in base64.
+_VECTOR: dict[str, Any] = {"anyOf": [_NUMBERS, {"type": "string"}]}
 _OBJECTS: dict[str, Any] = {"type": "array", "items": {"type": "object"}}
 
 
@@ -130,8 +132,8 @@ def tei_routes(service: Service) -> APIRouter:
 def _add_embed(router: APIRouter, service: Service) -> None:
     width = service.engine.dimension
 
-    @router.post("/", **_described(EmbedRequest, _lists(_NUMBERS), width))
-    @router.post("/embed", **_described(EmbedRequest, _lists(_NUMBERS), width))
+    @router.post("/", **_described(EmbedRequest, _lists(_VECTOR), width))
+    @router.post("/embed", **_described(EmbedRequest, _lists(_VECTOR), width))
     async def embed(request: Request) -> Response:
         body = await read_body(request, EmbedRequest)
         if body.dimensions is not None and body.dimensions > width:

@@ -117,6 +117,9 @@ def fill(module: nn.Module, stored: Mapping[str, StoredTensor], *, where: str) -
     module.load_state_dict(tensors, assign=True)
 
 
+_CHECKED_AT_ONCE = 1 << 22  # values
+
+
 def check_finite(module: nn.Module, *, where: str) -> None:
     """Make sure that no weight is NaN or infinite.
 
@@ -137,8 +140,10 @@ def check_finite_tensor(tensor: Tensor, name: str, *, where: str) -> None:
     values = tensor.detach()
     if values.dtype.itemsize == 1:
         values = values.float()
-    # One pass without a mask. A sum that overflows is looked at again, value by value.
-    if bool(torch.isfinite(values.sum(dtype=torch.float32))):
+    # One pass without a mask, in parts, since a sum in float32 copies what is not. A sum that
+    # overflows is looked at again, value by value.
+    parts = values.reshape(-1).split(_CHECKED_AT_ONCE)
+    if all(bool(torch.isfinite(part.sum(dtype=torch.float32))) for part in parts):
         return
     bad = int((~torch.isfinite(values)).sum())
     if bad:

@@ -50,7 +50,13 @@ def steps(trained: dict[str, nn.Parameter], optimizer, first: int, last: int) ->
 def save(folder: Path, trained, optimizer, step: int, processes: Processes) -> Path:
     position = Position(step, 0, step)
     return save_checkpoint(
-        folder, position, trained, optimizer, recipe={}, processes=processes, keep=2
+        folder,
+        position,
+        trained,
+        optimizer,
+        recipe={"stages": [{}, {}]},
+        processes=processes,
+        keep=2,
     )
 
 

@@ -14,7 +14,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
-	@echo "  variables: PYTHON=$(PYTHON)  VENV=$(VENV)  MINUTES=$(MINUTES)  ARGS=  (more options of nvembed demo)"
+	@echo "  variables: PYTHON=$(PYTHON)  VENV=$(VENV)  MINUTES=$(MINUTES)  ARGS=  (more options of examples/pydocs)"
 
 setup: $(VENV)/.installed ## create the virtual environment and install
 
@@ -29,7 +29,7 @@ $(VENV)/.installed: pyproject.toml
 	@touch $@
 
 demo: setup ## build an embedding model from the documentation on this machine (MINUTES=10)
-	$(BIN)/nvembed demo --minutes $(MINUTES) $(ARGS)
+	$(BIN)/python examples/pydocs --minutes $(MINUTES) $(ARGS)
 
 test: setup ## run the default tests (no network, no GPU)
 	$(BIN)/python -m pytest -q -n 2 $(ARGS)

@@ -1,4 +1,4 @@
-"""What more time gives: run `nvembed demo` for several numbers of minutes and draw the scores.
+"""What more time gives: run `python examples/pydocs` for several numbers of minutes and draw the scores.
 
     python benchmarks/demo_minutes.py 3 5 10 20 --output runs/minutes
 
@@ -27,8 +27,8 @@ def run_demo(minutes: float, folder: Path) -> dict[str, Any]:
     file = folder / "minutes.json"
     if not file.exists():
         started = time.monotonic()
-        command = ["demo", "--minutes", f"{minutes:g}", "--output", str(folder)]
-        subprocess.run([sys.executable, "-m", "nvembed", *command], check=True)
+        command = ["--minutes", f"{minutes:g}", "--output", str(folder)]
+        subprocess.run([sys.executable, "examples/pydocs", *command], check=True)
         rows = RunFolder(folder).read_metrics()
         scores = json.loads((folder / "eval" / "scores.json").read_text())
         write_json(

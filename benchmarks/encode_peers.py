@@ -101,7 +101,7 @@ def open_onnx(folders: dict[str, str], threads: int) -> Any:
     import onnxruntime
     from transformers import AutoTokenizer
 
-    from nvembed.model.export_onnx import padded_inputs
+    from nvembed.encoding.export.onnx import padded_inputs
     from nvembed.text.tokens import TextTokenizer
 
     options = onnxruntime.SessionOptions()
@@ -128,7 +128,7 @@ def outside_products(model: Any, texts: list[str], threads: int) -> dict[str, fl
     """Share of the time outside linear layers, and their rate against the fastest product here."""
     import torch
 
-    from nvembed.model.products import product
+    from nvembed.kernels.matmul import product
 
     spent, work = [0.0], [0.0]
     linears = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
@@ -198,9 +198,9 @@ def run_side(job: dict[str, Any]) -> None:
 
 
 def make_models(base: Path, folder: Path) -> dict[str, str]:
+    from nvembed.encoding.export.onnx import write_onnx
+    from nvembed.encoding.export.stock import write_stock
     from nvembed.model.embedder import NVEmbed
-    from nvembed.model.export_onnx import write_onnx
-    from nvembed.model.export_stock import write_stock
 
     model = NVEmbed.from_pretrained(base, pooling="mean", device="cpu")
     folders = {name: str(folder / name) for name in ("ours", "stock", "onnx", "vectors")}

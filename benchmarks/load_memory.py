@@ -65,9 +65,9 @@ def write_checkpoint(folder: Path, scale: float) -> int:
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    from nvembed.model.official import read_config
+    from nvembed.interop.official import read_config
+    from nvembed.interop.shards import write_shards
     from nvembed.model.official_load import empty_modules, official_shapes
-    from nvembed.model.shards import write_shards
 
     values = config(scale)
     (folder / "config.json").write_text(json.dumps(values))

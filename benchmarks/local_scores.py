@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from nvembed.encoding.load import load_encoder
+from nvembed.encoding.protocol import Encoder
 from nvembed.evaluation.local_scores import score_local
 from nvembed.evaluation.mteb_adapter import score
 from nvembed.evaluation.tasks import load_tasks
-from nvembed.inference.load import load_encoder
-from nvembed.inference.protocol import Encoder
 
 
 class Remembering:

@@ -67,8 +67,8 @@ def memory(key: str) -> int:
 
 
 def by_us(folder: Path, *, near_duplicate: float | None) -> tuple[float, list[list[int]], int]:
+    from nvembed.data.mining_config import MiningConfig
     from nvembed.data.records import PairRecord
-    from nvembed.mining.config import MiningConfig
     from nvembed.mining.miner import mine_negatives
 
     queries, documents = (np.load(folder / f"{side}.npy") for side in ("queries", "documents"))
@@ -183,8 +183,8 @@ def run_growth(side: str, num_documents: int) -> dict[str, Any]:
 
 def _our_growth(folder: Path, num_documents: int) -> dict[str, Any]:
     from nvembed.core.files import write_jsonl
+    from nvembed.data.mining_config import MiningConfig
     from nvembed.mining import teachers
-    from nvembed.mining.config import MiningConfig
     from nvembed.mining.miner import mine_file
 
     class Made:
@@ -323,7 +323,7 @@ def growth(threads: int) -> Iterator[str]:
 
 def exact(count: int) -> Iterator[str]:
     """Whole numbers, whose products are exact in float32: ids and scores must be equal."""
-    from nvembed.mining.search import top_k
+    from nvembed.encoding.nearest import top_k
 
     rng = np.random.default_rng(7)
     queries, documents = (

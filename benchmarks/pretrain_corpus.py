@@ -10,7 +10,7 @@ Three kinds of documents are read, all under permissive licences:
   the texts of `shared/data/train` whose licence the manifest puts in class A.
 - `source`: a sample of the raw source files, comments included.
 
-Modules that `nvembed.demo.split.held_out` holds out are never read into the corpus, and no
+Modules that `pydocs.split.held_out` holds out are never read into the corpus, and no
 docstring paragraph of theirs (from 60 characters on) that another module repeats is kept; a source
 file that repeats one is left out. Paragraphs and files are de-duplicated exactly.
 """
@@ -33,7 +33,7 @@ from dataclasses import dataclass
 from email.parser import HeaderParser
 from pathlib import Path
 
-from nvembed.demo.split import held_out, module_name
+from pydocs.split import held_out, module_name
 
 PERMISSIVE = re.compile(r"\b(0?BSD|MIT|Apache|PSF|Python Software Foundation|ISC|HPND)\b", re.I)
 RESTRICTED = re.compile(r"\b(A?L?GPL|MPL|Mozilla|EUPL|CC-BY-NC|proprietary)", re.I)

@@ -32,9 +32,9 @@ from pretrain_model import DecoderShape, PretrainDecoder, export_folder
 from pretrain_muon import StackedMuon
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+from nvembed.core.dtypes import Precision
 from nvembed.core.files import atomic_folder, atomic_path, write_json
-from nvembed.model.precision import fastest_precision
-from nvembed.model.settings import Precision
+from nvembed.kernels.precision import fastest_precision
 
 BOS, EOS = 1, 2
 TOKENIZER_CHARACTERS = 40_000_000

@@ -47,7 +47,7 @@ FIRST_PORT = 18400
 def prepare_models(name: str, folder: Path) -> None:
     """Write our folder and the same weights as stock modules that any other server reads."""
     from nvembed import NVEmbed
-    from nvembed.model.export import export_folder
+    from nvembed.encoding.export.folders import export_folder
 
     NVEmbed.from_pretrained(name).save(str(folder / "ours"))
     export_folder(str(folder / "ours"), folder / "stock", "sentence-transformers")

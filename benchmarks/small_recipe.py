@@ -16,14 +16,14 @@ from pathlib import Path
 
 from nvembed.core.config import load_config
 from nvembed.core.files import write_text
+from nvembed.encoding.load import load_encoder
+from nvembed.encoding.protocol import Encoder
 from nvembed.evaluation.results import TaskResult, read_results, write_results
 from nvembed.evaluation.run import evaluate, evaluate_bm25
 from nvembed.evaluation.summary import format_markdown
 from nvembed.evaluation.tasks import load_tasks
-from nvembed.inference.load import load_encoder
-from nvembed.inference.protocol import Encoder
+from nvembed.kernels.precision import settle_precision
 from nvembed.model.embedder import NVEmbed
-from nvembed.model.precision import settle_precision
 from nvembed.training.config import TrainConfig
 from nvembed.training.trainer import train
 

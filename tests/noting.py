@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from nvembed.inference.fake import HashEncoder
+from nvembed.encoding.fake import HashEncoder
 
 
 class Counting(HashEncoder):

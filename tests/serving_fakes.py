@@ -12,7 +12,7 @@ from typing import ClassVar
 import numpy as np
 
 from nvembed.core.errors import DataError
-from nvembed.inference.fake import HashEncoder
+from nvembed.encoding.fake import HashEncoder
 from nvembed.serving.config import ServerConfig
 from nvembed.serving.engine import Item, Wish
 from nvembed.serving.model_engines import EncoderEngine

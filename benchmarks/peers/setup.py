@@ -9,9 +9,9 @@ from pathlib import Path
 from nvembed.core.files import write_json, write_jsonl
 from nvembed.core.seeding import derive_seed, seed_everything
 from nvembed.data.mixture import load_mixture
+from nvembed.encoding.export.folders import export_model
 from nvembed.model.adapters import save_adapter
 from nvembed.model.embedder import NVEmbed
-from nvembed.model.export import export_model
 from nvembed.text.template import query_prompt
 from nvembed.training.config import TrainConfig
 from nvembed.training.model import build_model

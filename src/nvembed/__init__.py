@@ -8,14 +8,14 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from nvembed.core.version import __version__
+
 if TYPE_CHECKING:
     from nvembed.core.config import load_config
     from nvembed.core.errors import NVEmbedError, UserError
     from nvembed.model.embedder import NVEmbed
     from nvembed.training.config import TrainConfig
     from nvembed.training.trainer import train
-
-__version__ = "0.1.0"
 
 __all__ = [
     "NVEmbed",

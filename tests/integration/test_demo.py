@@ -13,9 +13,9 @@ from rich.console import Console
 from interruption import interrupt_after
 from nvembed.core.errors import ConfigError, ModelError, TrainingError
 from nvembed.core.runs import RunFolder
-from nvembed.demo import budget, recipe
-from nvembed.demo import run as demo
-from nvembed.demo.harvest import DocEntry
+from pydocs import budget, recipe
+from pydocs import run as demo
+from pydocs.harvest import DocEntry
 
 VERBS = ["Compute", "Return", "Draw", "Sort", "Remove", "Parse", "Merge", "Check"]
 NOUNS = ["matrix", "graph", "tensor", "window", "socket", "queue", "archive", "colour", "date"]
@@ -82,7 +82,7 @@ def test_everything_is_made_and_reported(tiny_decoder_dir: Path, tmp_path: Path)
     text = printed.getvalue()
     for score in (s for row in scores.values() for s in row if s is not None):
         assert f"{score:.3f}" in text
-    for expected in ("turn a picture", f"nvembed search {output}/model", "nvembed.demo.own"):
+    for expected in ("turn a picture", f"nvembed search {output}/model", "pydocs.own"):
         assert expected in text
 
 

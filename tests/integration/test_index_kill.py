@@ -15,16 +15,16 @@ import pytest
 pytest.importorskip("lancedb", reason="needs the extra nvembed[index]")
 
 from nvembed.core.files import write_jsonl
+from nvembed.encoding.fake import HashEncoder
 from nvembed.index.build import index_documents
 from nvembed.index.database import Database
 from nvembed.index.search import SearchOptions, search_database
-from nvembed.inference.fake import HashEncoder
 
 DRIVER = """
 import sys, time
 from pathlib import Path
 from nvembed.index import build
-from nvembed.inference.fake import HashEncoder
+from nvembed.encoding.fake import HashEncoder
 build.WINDOW_TEXTS = 8
 
 class Slow(HashEncoder):

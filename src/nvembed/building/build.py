@@ -23,12 +23,12 @@ from nvembed.core.errors import ConfigError, UserError
 from nvembed.core.files import alone_in
 from nvembed.core.overlaps import check_overlaps
 from nvembed.core.ownership import check_outputs
+from nvembed.data.build_config import BuildConfig
+from nvembed.data.built_sets import mining_of, read_manifest, set_settings
 from nvembed.data.sources import DatasetConfig
 from nvembed.data.sources.config import local_sources
-from nvembed.inference.fingerprint import contents_fingerprint
+from nvembed.encoding.fingerprint import contents_fingerprint
 from nvembed.mining.teachers import check_teacher
-from nvembed.training.build_config import BuildConfig
-from nvembed.training.built import mining_of, read_manifest, set_settings
 from nvembed.training.config import TrainConfig
 from nvembed.training.input_paths import recipe_inputs
 

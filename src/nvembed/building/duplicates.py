@@ -6,7 +6,7 @@ is called a duplicate that is not one. A duplicate exactly at the threshold is m
 of 2 % at most, one above it far more seldom, and one of similarity 1 never. Everything is seeded:
 the same texts in the same order give the same answers in every process.
 
-Where all texts are there at once and few, ``demo/duplicates.py`` finds every pair.
+Where all texts are there at once and few, ``examples/pydocs/duplicates.py`` finds every pair.
 """
 
 from __future__ import annotations

@@ -9,10 +9,10 @@ from pathlib import Path
 from nvembed.building.build import default_folder
 from nvembed.core.config import load_config
 from nvembed.core.errors import ConfigError, DataError
+from nvembed.data.built_sets import MANIFEST, read_manifest
 from nvembed.data.record_shards import read_shards
 from nvembed.data.records import Kind
 from nvembed.data.sources import BadRow, Converted, DatasetConfig, open_dataset
-from nvembed.training.built import MANIFEST, read_manifest
 from nvembed.training.config import TrainConfig
 
 _RECIPE = (".yaml", ".yml")

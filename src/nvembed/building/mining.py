@@ -10,13 +10,13 @@ from typing import Any
 from nvembed.core.errors import DataError
 from nvembed.core.files import tidy, write_jsonl
 from nvembed.core.text_files import read_json_object, read_jsonl
+from nvembed.data.build_config import BuildMining
 from nvembed.data.record_shards import Rows, record_of
 from nvembed.data.records import Kind, PairRecord
 from nvembed.data.sources import Converted, DatasetConfig
 from nvembed.mining.miner import mine_file
 from nvembed.mining.report import MiningReport
 from nvembed.mining.teachers import BM25_NAME
-from nvembed.training.build_config import BuildMining
 
 
 def teacher_name(name: str, base_dir: Path) -> str:

@@ -1,4 +1,4 @@
-"""One data set on its way from source to shards, step by step; see ``training/built.py``.
+"""One data set on its way from source to shards, step by step; see ``data/built_sets.py``.
 
     read            rows of the source become records; bad rows are refused
     distinct        equal records and equal queries, once each
@@ -18,7 +18,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import nvembed
 from nvembed.building.contamination import Match
 from nvembed.building.distinct import Repeats, distinct
 from nvembed.building.mining import mined
@@ -30,11 +29,12 @@ from nvembed.core.errors import DataError
 from nvembed.core.files import atomic_folder, atomic_path, tidy, write_json
 from nvembed.core.ownership import remove
 from nvembed.core.progress import progress
+from nvembed.core.version import __version__
+from nvembed.data.build_config import BuildConfig
+from nvembed.data.built_sets import FORMAT, MANIFEST, mining_of, read_manifest, set_settings
 from nvembed.data.record_shards import Rows, write_shards
 from nvembed.data.records import LabelRecord
 from nvembed.data.sources import Converted, DatasetConfig, open_dataset
-from nvembed.training.build_config import BuildConfig
-from nvembed.training.built import FORMAT, MANIFEST, mining_of, read_manifest, set_settings
 
 BUILD = "data build"
 REFUSED = "refused.jsonl"
@@ -113,7 +113,7 @@ def build_set(job: SetJob, tools: Tools) -> dict[str, Any]:
             was built before is untouched.
     """
     settings, inputs = job.settings, job.inputs
-    source = [FORMAT, nvembed.__version__, settings["source"], inputs["source"]]
+    source = [FORMAT, __version__, settings["source"], inputs["source"]]
     source += [settings["max_refused"]]
     compared = [*source, settings["decontaminate"], inputs["tasks"]]
     names = {
@@ -270,7 +270,7 @@ def _finish(job: SetJob, done: list[Finished], tools: Tools) -> dict[str, Any]:
         if report is not None:
             steps["mine"] = {"in": written, "out": written, **report}
         manifest = {
-            "tool": f"nvembed {nvembed.__version__}",
+            "tool": f"nvembed {__version__}",
             "name": dataset.name,
             "kind": dataset.kind,
             "licence": dataset.licence,

@@ -17,7 +17,7 @@ import numpy as np
 
 from nvembed.building.shingles import jaccard, shingles, word_list
 
-# As mining/bm25.py, from Anserini.
+# As encoding/bm25.py, from Anserini.
 _K1, _B = 0.9, 0.4
 _ROUNDING = 1e-9
 
@@ -73,7 +73,7 @@ class ShingleIndex:
 class Bm25Index:
     """Texts by the share of their BM25 score that a query reaches, and the query's own share.
 
-    The score of query q for text d is that of ``mining/bm25.py`` with every different word of the
+    The score of query q for text d is that of ``encoding/bm25.py`` with every different word of the
     query once. So d scores most for queries that hold all its words, itself among them, and
     dividing by that gives a share from 0 (no word in common) to 1, whatever the lengths and the
     collection. Any long query reaches 1 for a short d, so that alone says little: the score is the

@@ -18,11 +18,11 @@ from nvembed.core.digests import content_hash
 from nvembed.core.errors import DataError
 from nvembed.core.files import atomic_folder, tidy, write_json
 from nvembed.core.ownership import remove_named
+from nvembed.core.store import WORK_FILES
 from nvembed.core.text_files import read_json_object
 from nvembed.data.record_shards import read_shards
 from nvembed.data.records import Kind
 from nvembed.data.sources import Converted
-from nvembed.mining.work import WORK_FILES
 
 # Of the intermediate files; the files of the set itself are as long as the recipe says.
 STEP_ROWS = 250_000

@@ -8,12 +8,12 @@ from typing import cast, get_args
 
 from nvembed.building.contamination import Contamination, EvaluationText
 from nvembed.building.evaluation_texts import evaluation_texts
+from nvembed.core.dtypes import Precision, PrecisionChoice
+from nvembed.data.build_config import BuildConfig
+from nvembed.data.built_sets import MANIFEST, read_manifest
+from nvembed.encoding.endpoint import is_endpoint
 from nvembed.evaluation.tasks import load_tasks
-from nvembed.inference.endpoint import is_endpoint
 from nvembed.mining.teachers import BM25_NAME
-from nvembed.model.settings import Precision, PrecisionChoice
-from nvembed.training.build_config import BuildConfig
-from nvembed.training.built import MANIFEST, read_manifest
 
 
 class Tools:
@@ -37,7 +37,7 @@ class Tools:
         assert mine is not None
         if mine.teacher == BM25_NAME or is_endpoint(mine.teacher):
             return mine.dtype
-        from nvembed.model.precision import settle_precision
+        from nvembed.kernels.precision import settle_precision
 
         return settle_precision(mine.dtype, begun=self._begun(), option="build.mine.dtype=float32")
 

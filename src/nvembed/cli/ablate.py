@@ -35,14 +35,14 @@ def ablate(
       nvembed ablate recipes/ablations/paper.yaml --processes 2
       nvembed ablate recipes/ablations/paper.yaml 'seeds=[0]' output=runs/quick
     """
-    from nvembed.ablation.arms import Run, grid_runs
-    from nvembed.ablation.config import GridConfig
-    from nvembed.ablation.outcome import ABLATE, Outcome, read_outcome
-    from nvembed.ablation.report import report_files, write_report
-    from nvembed.ablation.runner import run_grid
     from nvembed.core.config import load_config
     from nvembed.core.errors import UserError
     from nvembed.core.ownership import check_outputs
+    from nvembed.training.ablation.arms import Run, grid_runs
+    from nvembed.training.ablation.config import GridConfig
+    from nvembed.training.ablation.outcome import ABLATE, Outcome, read_outcome
+    from nvembed.training.ablation.report import report_files, write_report
+    from nvembed.training.ablation.runner import run_grid
 
     config = load_config(GridConfig, grid, overrides or ())
     base_dir = grid.parent

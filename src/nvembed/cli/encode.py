@@ -82,8 +82,8 @@ def encode(
         --truncate-dim 128 --precision int8
       nvembed encode MODEL --input books --output chunks.lance --long late --processes 2
     """
-    from nvembed.inference.files import encode_file
-    from nvembed.inference.outputs import OutputFormat
+    from nvembed.encoding.files import encode_file
+    from nvembed.encoding.outputs import OutputFormat
     from nvembed.model.settings import LongTexts
 
     form = OutputFormat(truncate_dim, precision)

@@ -131,7 +131,7 @@ def evaluate(
         raise _not_done(failed)
     precision = None
     if model != BM25_NAME:
-        from nvembed.inference.load import settle_dtype
+        from nvembed.encoding.load import settle_dtype
 
         begun = earlier_precision(output) if dtype == "auto" and not start_over else None
         precision = settle_dtype(model, dtype, begun=begun)

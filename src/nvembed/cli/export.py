@@ -40,7 +40,7 @@ def export(
       nvembed export runs/mean/model --to plain --format sentence-transformers
       nvembed export runs/mine/model --to graph --format onnx
     """
-    from nvembed.model.export import export_folder
+    from nvembed.encoding.export.folders import export_folder
 
     export_folder(model, to, format, dtype=dtype)
     typer.echo(f"written: {to} ({format})")

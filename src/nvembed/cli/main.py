@@ -16,11 +16,9 @@ from typing import Annotated
 import typer
 from typer.exceptions import Abort, TyperException
 
-import nvembed
 from nvembed.cli.ablate import ablate
 from nvembed.cli.compare import compare
 from nvembed.cli.data import data
-from nvembed.cli.demo import demo
 from nvembed.cli.doctor import doctor
 from nvembed.cli.encode import encode
 from nvembed.cli.evaluate import evaluate
@@ -33,6 +31,7 @@ from nvembed.cli.serve import serve
 from nvembed.cli.train import train
 from nvembed.core.errors import UserError
 from nvembed.core.notes import release_notes, show_notes
+from nvembed.core.version import __version__
 
 # Which extra brings a library that the base install lacks.
 _EXTRAS = {
@@ -60,7 +59,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for _command in (
-    demo,
     train,
     mine,
     evaluate,
@@ -79,7 +77,7 @@ app.add_typer(data, name="data")
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"nvembed {nvembed.__version__}")
+        typer.echo(f"nvembed {__version__}")
         raise typer.Exit
 
 
@@ -92,7 +90,7 @@ def _options(
 ) -> None:
     """Train, mine, evaluate and search with text-embedding models made from language models.
 
-    Start with: nvembed demo
+    Start with: nvembed train recipes/small.yaml --dry-run, or make demo in a checkout
     """
 
 
@@ -101,8 +99,8 @@ def main() -> None:
     sys.exit(run(sys.argv[1:]))
 
 
-def run(arguments: Sequence[str]) -> int:
-    """Run one command and return its exit code."""
+def run(arguments: Sequence[str], program: typer.Typer = app, name: str = "nvembed") -> int:
+    """Run one command of a program and return its exit code."""
     show_notes()
     # Reports and bars of the model libraries would bury our own lines; the user's setting wins.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -110,7 +108,8 @@ def run(arguments: Sequence[str]) -> int:
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
-        result = app(list(arguments) or ["--help"], prog_name="nvembed", standalone_mode=False)
+        given = list(arguments) or (["--help"] if program is app else [])
+        result = program(given, prog_name=name, standalone_mode=False)
         release_notes()
     except UserError as error:
         return _fail(str(error), error.exit_code)
@@ -119,7 +118,7 @@ def run(arguments: Sequence[str]) -> int:
         option = str(getattr(error, "option_name", ""))
         if option in OLD_OPTIONS:
             return _fail(f"No such option: {option}. It is {OLD_OPTIONS[option]} now", 2)
-        return _fail(f"{message} See nvembed --help", 2)
+        return _fail(f"{message} See {name} --help", 2)
     except (KeyboardInterrupt, Abort):
         return _fail("stopped by Ctrl-C", 130)
     except ModuleNotFoundError as error:

@@ -102,7 +102,7 @@ def mine(
     """
     from nvembed.core.config import load_config
     from nvembed.core.errors import ConfigError
-    from nvembed.mining.config import MiningConfig
+    from nvembed.data.mining_config import MiningConfig
     from nvembed.mining.miner import help_mining, mine_file
 
     config = load_config(MiningConfig, None, overrides or ())

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from nvembed.model.settings import PrecisionChoice
+from nvembed.core.dtypes import PrecisionChoice
 
 if TYPE_CHECKING:
     from nvembed.data.sources.config import Column

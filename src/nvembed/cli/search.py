@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from nvembed.cli.options import ColumnOption, DtypeOption, read_columns
-from nvembed.model.settings import PrecisionChoice
+from nvembed.core.dtypes import PrecisionChoice
 
 if TYPE_CHECKING:
     from nvembed.index.search import SearchOptions
@@ -84,7 +84,7 @@ def search(
             where="--documents",
             hint="nvembed index makes a database of the file",
         )
-    from nvembed.inference.search import search_file
+    from nvembed.encoding.file_search import search_file
 
     hits = search_file(
         place,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import typer
 
-from nvembed.model.settings import PrecisionChoice
+from nvembed.core.dtypes import PrecisionChoice
 
 
 def serve_page(

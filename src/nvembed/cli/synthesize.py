@@ -50,10 +50,10 @@ def synthesize(
     """
     from rich.console import Console
 
+    from nvembed.building.synthesis.config import SynthesisConfig, check_secrets
+    from nvembed.building.synthesis.report import print_summary
+    from nvembed.building.synthesis.run import synthesize as run
     from nvembed.core.config import load_config
-    from nvembed.synthesis.config import SynthesisConfig, check_secrets
-    from nvembed.synthesis.report import print_summary
-    from nvembed.synthesis.run import synthesize as run
 
     check_secrets(endpoint, key_variable)
     given = {"endpoint": endpoint, "model": model, "key_variable": key_variable}

@@ -3,7 +3,7 @@
 Examples enter, texts without repetition and three index arrays leave. The model embeds every text
 once, the loss sees embeddings and indices and never a text. Which document may stand against which
 query is decided here and only here. Next files: ``text/template.py``, then
-``losses/contrastive.py``.
+``training/contrastive_loss.py``.
 
 Shapes: B rows of the loss (a query and one of its positives), N unique documents, U unique texts,
 K own candidates of a row.

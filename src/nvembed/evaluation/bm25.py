@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+from nvembed.encoding.bm25 import BM25
 from nvembed.evaluation.task_files import RetrievalData
-from nvembed.mining.bm25 import BM25
 
 
 def bm25_ndcgs(

@@ -24,9 +24,9 @@ from numpy.typing import NDArray
 
 from nvembed.core.errors import DataError
 from nvembed.core.files import tidy
-from nvembed.inference.encoding import WINDOW_TEXTS, Side, encode_window
-from nvembed.inference.protocol import Encoder
-from nvembed.mining.work import key_of, make_missing, write_array
+from nvembed.core.store import key_of, make_missing, write_array
+from nvembed.encoding.bulk import WINDOW_TEXTS, Side, encode_window
+from nvembed.encoding.protocol import Encoder
 
 _KEY_BYTES = 16
 _KEY = np.dtype(f"S{_KEY_BYTES}")

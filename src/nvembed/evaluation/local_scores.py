@@ -17,6 +17,9 @@ from typing import Any, assert_never
 import numpy as np
 from numpy.typing import NDArray
 
+from nvembed.encoding.bulk import Side, encode_texts
+from nvembed.encoding.nearest import RunningTopK
+from nvembed.encoding.protocol import Encoder
 from nvembed.evaluation.items import ItemKind, Items, task_hash
 from nvembed.evaluation.metrics import classification, clustering
 from nvembed.evaluation.metrics.correlation import correlations
@@ -36,9 +39,6 @@ from nvembed.evaluation.task_files import (
     SummarizationData,
 )
 from nvembed.evaluation.tasks import LocalTask
-from nvembed.inference.encoding import Side, encode_texts
-from nvembed.inference.protocol import Encoder
-from nvembed.mining.search import RunningTopK
 
 CHUNK_DOCUMENTS = 50_000
 """Documents encoded and searched at once; mteb's number, so that products are rounded alike."""

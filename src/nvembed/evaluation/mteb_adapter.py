@@ -37,6 +37,8 @@ from mteb.types import PromptType
 from numpy.typing import NDArray
 
 from nvembed.core.seeding import capture_rng, restore_rng
+from nvembed.encoding.bulk import encode_texts
+from nvembed.encoding.protocol import Encoder
 from nvembed.evaluation.task_files import (
     ClassificationData,
     LabelledTexts,
@@ -46,8 +48,6 @@ from nvembed.evaluation.task_files import (
     SummarizationData,
 )
 from nvembed.evaluation.tasks import LocalTask, TaskType
-from nvembed.inference.encoding import encode_texts
-from nvembed.inference.protocol import Encoder
 
 # Reranking is retrieval from each query's own candidates, as in mteb's current tasks of that type.
 _CLASSES: dict[TaskType, type[AbsTask]] = {

@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterable
 import numpy as np
 
 from nvembed.core.errors import UserError
+from nvembed.encoding.protocol import Encoder
 from nvembed.evaluation.items import Items, task_hash
 from nvembed.evaluation.results import TaskResult
 from nvembed.evaluation.task_files import RetrievalData
 from nvembed.evaluation.tasks import LocalTask
-from nvembed.inference.protocol import Encoder
 
 BM25_NAME = "bm25"
 """The name under which BM25 is evaluated like a model."""

@@ -16,11 +16,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
+from nvembed.core.dtypes import Precision
 from nvembed.core.environment import describe_environment
 from nvembed.core.errors import ConfigError, UserError
 from nvembed.core.files import write_json
 from nvembed.core.ownership import check_outputs, remove
 from nvembed.core.text_files import check_ending, read_json_object
+from nvembed.encoding.fingerprint import computed_fingerprint, model_fingerprint
+from nvembed.encoding.protocol import Encoder
 from nvembed.evaluation.cached import CachedEncoder
 from nvembed.evaluation.items import items_folder, keep_items, task_hash, write_items
 from nvembed.evaluation.results import EVALUATE, TaskResult, read_results, write_results
@@ -34,9 +37,6 @@ from nvembed.evaluation.run import (
 )
 from nvembed.evaluation.shared import SharedEncoder
 from nvembed.evaluation.tasks import LocalTask
-from nvembed.inference.fingerprint import computed_fingerprint, model_fingerprint
-from nvembed.inference.protocol import Encoder
-from nvembed.model.settings import Precision
 
 if TYPE_CHECKING:
     from mteb.abstasks import AbsTask
@@ -228,7 +228,7 @@ def _loaded(settings: Settings, processes: int) -> Iterator[Encoder]:
         with SharedEncoder(settings.model, settings.dtype, processes) as shared:
             yield shared
     else:
-        from nvembed.inference.load import load_encoder
+        from nvembed.encoding.load import load_encoder
 
         yield load_encoder(settings.model, settings.dtype)
 
@@ -315,7 +315,7 @@ def _record(settings: Settings, jobs: Mapping[str, LocalTask | AbsTask]) -> dict
 def _computing(settings: Settings) -> dict[str, Any] | None:
     if settings.model == BM25_NAME:
         return None
-    from nvembed.model.precision import computing_record
+    from nvembed.kernels.precision import computing_record
 
     return computing_record(settings.dtype)
 

@@ -14,12 +14,12 @@ from typing import Self, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from nvembed.core.dtypes import Precision
 from nvembed.core.notes import release_notes
-from nvembed.inference.encoding import Side
-from nvembed.inference.load import load_encoder
-from nvembed.inference.processes import death_told, process_pool
-from nvembed.inference.protocol import Encoder
-from nvembed.model.settings import Precision
+from nvembed.encoding.bulk import Side
+from nvembed.encoding.load import load_encoder
+from nvembed.encoding.processes import death_told, process_pool
+from nvembed.encoding.protocol import Encoder
 
 T = TypeVar("T")
 

@@ -15,21 +15,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nvembed.core.dtypes import PrecisionChoice
 from nvembed.core.errors import ConfigError, DataError
 from nvembed.core.ownership import check_outputs
 from nvembed.core.progress import progress
 from nvembed.core.text_files import check_folder_name, open_text_file
 from nvembed.data.sources.config import Column
 from nvembed.data.sources.rows import BadRow, Table
+from nvembed.encoding.bulk import WINDOW_TEXTS, encode_window
+from nvembed.encoding.load import load_encoder, settle_dtype
+from nvembed.encoding.protocol import Encoder, prompts_of
+from nvembed.encoding.reading import Document, Skipped, input_files, read_documents
 from nvembed.index.database import ANN_ABOVE, INDEX, Database, is_database, text_hash, writing
 from nvembed.index.fields import same
 from nvembed.index.record import first_dimensions, new_record, recorded_encoder
 from nvembed.index.window_types import WindowTypes
-from nvembed.inference.encoding import WINDOW_TEXTS, encode_window
-from nvembed.inference.load import load_encoder, settle_dtype
-from nvembed.inference.protocol import Encoder, prompts_of
-from nvembed.inference.reading import Document, Skipped, input_files, read_documents
-from nvembed.model.settings import PrecisionChoice
 from nvembed.text.instructions import read_task
 
 

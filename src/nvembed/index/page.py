@@ -17,11 +17,11 @@ from fastapi.responses import HTMLResponse, JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from nvembed.core.errors import UserError
+from nvembed.encoding.protocol import Encoder
 from nvembed.index.database import Database
 from nvembed.index.fields import describe, plain
 from nvembed.index.search import Found, SearchOptions, find, map_of, query_vector
 from nvembed.index.where import MAX_CHARS
-from nvembed.inference.protocol import Encoder
 from nvembed.text.instructions import all_instructions
 
 _SHOWN_CHARS = 4000

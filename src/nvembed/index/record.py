@@ -9,13 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nvembed.core.config import StrictModel
+from nvembed.core.dtypes import Precision, PrecisionChoice
 from nvembed.core.errors import ConfigError, ModelError
-from nvembed.inference.encoding import encode_window
-from nvembed.inference.fingerprint import contents_fingerprint
-from nvembed.inference.load import load_encoder, settle_dtype
-from nvembed.inference.outputs import shorten
-from nvembed.inference.protocol import Encoder
-from nvembed.model.settings import Precision, PrecisionChoice
+from nvembed.encoding.bulk import encode_window
+from nvembed.encoding.fingerprint import contents_fingerprint
+from nvembed.encoding.load import load_encoder, settle_dtype
+from nvembed.encoding.outputs import shorten
+from nvembed.encoding.protocol import Encoder
 
 # Texts whose vectors are kept: an encoder that gives others is not the one of the database.
 _PROBE = ("how do I sort a list?", "The moon turns around the earth.", "bread 42")

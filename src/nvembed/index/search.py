@@ -9,10 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nvembed.core.errors import ConfigError
+from nvembed.encoding.bulk import encode_window
+from nvembed.encoding.protocol import Encoder
 from nvembed.index.database import Database
 from nvembed.index.record import first_dimensions
-from nvembed.inference.encoding import encode_window
-from nvembed.inference.protocol import Encoder
 
 # The constant of reciprocal-rank fusion (Cormack, Clarke, Büttcher 2009), and the least number of
 # candidates of each side.

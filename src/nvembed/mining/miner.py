@@ -15,16 +15,18 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from nvembed.core.dtypes import Precision, PrecisionChoice
 from nvembed.core.errors import ConfigError
 from nvembed.core.files import tidy, write_json, write_jsonl
 from nvembed.core.ownership import check_outputs, remove_named
+from nvembed.core.store import WORK_FILES
 from nvembed.core.text_files import check_ending
+from nvembed.data.mining_config import MiningConfig
 from nvembed.data.records import Kind, PairRecord, StsRecord
 from nvembed.data.sources import Column, file_dataset, load_records
-from nvembed.inference.endpoint import is_endpoint
-from nvembed.inference.protocol import Encoder
-from nvembed.inference.reading import read_documents
-from nvembed.mining.config import MiningConfig
+from nvembed.encoding.endpoint import is_endpoint
+from nvembed.encoding.protocol import Encoder
+from nvembed.encoding.reading import read_documents
 from nvembed.mining.output_rows import output_rows
 from nvembed.mining.plan import Plan, pairs_of, plan_pairs, plan_records, plan_sts
 from nvembed.mining.pool import DocumentPool, Pool, StoredPool
@@ -42,8 +44,6 @@ from nvembed.mining.teachers import (
     settled_dtype,
     take_device,
 )
-from nvembed.mining.work import WORK_FILES
-from nvembed.model.settings import Precision, PrecisionChoice
 
 MINE = "mine"
 # Columns that documents have; the others are of records.
@@ -299,7 +299,7 @@ def _computing(teacher: str | Encoder, dtype: Precision | None) -> dict[str, Any
     """Describe how vectors were computed here; None where another computed them, or none are."""
     if isinstance(teacher, str) and (teacher == BM25_NAME or is_endpoint(teacher)):
         return None
-    from nvembed.model.precision import computing_record
+    from nvembed.kernels.precision import computing_record
 
     return computing_record(dtype)
 

@@ -17,10 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nvembed.core.progress import progress
-from nvembed.mining.bm25 import BM25
-from nvembed.mining.search import GROUP_QUERIES, top_k
+from nvembed.core.store import key_of, make_missing, write_array
+from nvembed.encoding.bm25 import BM25
+from nvembed.encoding.nearest import GROUP_QUERIES, top_k
 from nvembed.mining.vectors import Vectors
-from nvembed.mining.work import key_of, make_missing, write_array
 
 NOTHING = -1
 """In place of a row where fewer documents were found."""

@@ -13,9 +13,9 @@ from typing import Any
 
 from nvembed.core.errors import UserError
 from nvembed.core.progress import progress
-from nvembed.inference.ray_data import join_cluster
+from nvembed.core.store import make_missing
+from nvembed.encoding.ray_data import join_cluster
 from nvembed.mining.vectors import Batch, Teacher, shard_of, write_shard
-from nvembed.mining.work import make_missing
 
 
 class EmbeddingWorker:

@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nvembed.core.errors import ModelError
+from nvembed.core.store import key_of, make_missing, write_array
 from nvembed.mining.ranking import NOTHING, Near, Ranking
-from nvembed.mining.work import key_of, make_missing, write_array
 
 PAIRS_PER_CALL = 1024
 # Queries at once: what a killed process loses.
@@ -40,7 +40,7 @@ def load_cross_encoder(name: str) -> PairScorer:
     """
     from sentence_transformers import CrossEncoder
 
-    from nvembed.model.loading import check_vocabulary, loading
+    from nvembed.interop.loading import check_vocabulary, loading
 
     with loading(name, expected="the folder or the hub id of a cross-encoder"):
         model = CrossEncoder(name)

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from nvembed.core.errors import DataError
 from nvembed.core.progress import progress
 from nvembed.data.convert import POSITIVE_SCORE
-from nvembed.mining.config import MiningConfig
+from nvembed.data.mining_config import MiningConfig
 from nvembed.mining.pool import Pool, text_key
 from nvembed.mining.ranking import NOTHING, Ranking
 from nvembed.mining.report import MiningReport

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nvembed.core.seeding import derive_seed
-from nvembed.mining.config import MiningConfig
+from nvembed.data.mining_config import MiningConfig
 from nvembed.mining.filters import (
     after_first,
     below_score,

@@ -13,12 +13,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal, cast
 
+from nvembed.core.dtypes import Precision, PrecisionChoice
 from nvembed.core.errors import ConfigError
-from nvembed.inference.endpoint import EndpointEncoder, is_endpoint
-from nvembed.inference.fingerprint import computed_fingerprint, model_fingerprint
-from nvembed.inference.load import load_encoder, settle_dtype
-from nvembed.inference.protocol import Encoder
-from nvembed.mining.config import MiningConfig
+from nvembed.core.store import key_of, remembered
+from nvembed.data.mining_config import MiningConfig
+from nvembed.encoding.endpoint import EndpointEncoder, is_endpoint
+from nvembed.encoding.fingerprint import computed_fingerprint, model_fingerprint
+from nvembed.encoding.load import load_encoder, settle_dtype
+from nvembed.encoding.protocol import Encoder
 from nvembed.mining.pool import Pool
 from nvembed.mining.ranking import BM25Ranking, Ranking, VectorRanking
 from nvembed.mining.rerank import Reranking, load_cross_encoder
@@ -30,8 +32,6 @@ from nvembed.mining.vectors import (
     embed_to_files,
     shard_paths,
 )
-from nvembed.mining.work import key_of, remembered
-from nvembed.model.settings import Precision, PrecisionChoice
 
 Engine = Literal["local", "ray"]
 BM25_NAME = "bm25"
@@ -180,7 +180,7 @@ def settled_dtype(
 
     def settle() -> Precision | None:
         if engine == "ray":
-            from nvembed.inference.ray_data import settle_by_ray
+            from nvembed.encoding.ray_data import settle_by_ray
 
             mine.append(settle_by_ray(dtype))
         else:

@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 
 from nvembed.core.errors import DataError
 from nvembed.core.progress import progress
-from nvembed.inference.encoding import WINDOW_TEXTS, Side, encode_texts, encode_window
-from nvembed.inference.protocol import Encoder
-from nvembed.mining.work import key_of, make_missing, write_array
+from nvembed.core.store import key_of, make_missing, write_array
+from nvembed.encoding.bulk import WINDOW_TEXTS, Side, encode_texts, encode_window
+from nvembed.encoding.protocol import Encoder
 
 # Texts of a file. What a killed process loses is less than one; 64 MB at a width of 4,096.
 SHARD_TEXTS = 4096

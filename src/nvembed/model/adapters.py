@@ -11,8 +11,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from nvembed.core.files import atomic_folder
 from nvembed.core.runs import TRAIN
+from nvembed.kernels.fused_lora import fuse_lora
 from nvembed.model.backbone import Backbone
-from nvembed.model.fused_lora import fuse_lora
 from nvembed.model.settings import LoraSettings
 
 

@@ -7,7 +7,7 @@ windows are ignored on purpose: an embedding needs the whole text (NV-Embed neve
 nv-embed.md 1.2).
 
 Four kernels: ``varlen_attn`` on CUDA in 16 bit, our own on a CPU in float32 and both directions
-(``model/native_attention.py``) and in bfloat16 without gradient (``model/native_bfloat16.py``),
+(``kernels/attention_float32.py``) and in bfloat16 without gradient (``kernels/attention_bfloat16.py``),
 dense blocks elsewhere (segments of equal length stand side by side and form one block; nothing is
 padded).
 
@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from nvembed.core.errors import ModelError
-from nvembed.model import native_bfloat16
-from nvembed.model.native_attention import (
+from nvembed.kernels import attention_bfloat16 as native_bfloat16
+from nvembed.kernels.attention_float32 import (
     available,
     checked_scaling,
     native_attention,

@@ -21,13 +21,13 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
 
 from nvembed.core.errors import ModelError
+from nvembed.interop.folder import read_values
+from nvembed.interop.loading import check_vocabulary, loading, reason
+from nvembed.interop.source import COPY_AGAIN, ModelSource
 from nvembed.model.attention import FLAT_ATTENTION, OTHER_BACKBONE
-from nvembed.model.folder import read_values
-from nvembed.model.loading import check_vocabulary, loading, reason
 from nvembed.model.placement import DeviceMap, main_device
 from nvembed.model.probe import probe_direction
 from nvembed.model.settings import AttentionDirection
-from nvembed.model.source import COPY_AGAIN, ModelSource
 from nvembed.text.packing import FlatBatch, flatten
 from nvembed.text.tokens import TextStyle, TextTokenizer, TokenizedText
 

@@ -3,7 +3,7 @@
 Saving, prompts, similarity, truncated and quantised outputs come from ``SentenceTransformer``. What
 is ours: loading without remote code, instructions (``task=``), and encoding in packs of a token
 budget instead of padded batches (``model/encoding.py``). Next file in the tour:
-``losses/contrastive.py``.
+``training/contrastive_loss.py``.
 """
 
 from __future__ import annotations
@@ -20,13 +20,17 @@ from sentence_transformers.util import get_device_name, import_from_string
 
 from nvembed.core.arguments import checked
 from nvembed.core.errors import ConfigError, ModelError
+from nvembed.interop.folder import ModuleEntry, read_modules, read_prompts
+from nvembed.interop.kind import model_kind
+from nvembed.interop.loading import loading, prove_encoding, usable_device
+from nvembed.interop.source import COPY_AGAIN, ModelSource
+from nvembed.interop.stock import read_stock
+from nvembed.interop.weights import check_finite
+from nvembed.kernels.decoder_layer import native_layers
+from nvembed.kernels.elementwise import native_elementwise
+from nvembed.kernels.matmul import fast_products
 from nvembed.model.backbone import Backbone
 from nvembed.model.encoding import PackModel
-from nvembed.model.folder import ModuleEntry, read_modules, read_prompts
-from nvembed.model.kind import model_kind
-from nvembed.model.loading import loading, prove_encoding, usable_device
-from nvembed.model.native_elementwise import native_elementwise
-from nvembed.model.native_layer import native_layers
 from nvembed.model.official_load import load_official
 from nvembed.model.placement import DeviceMap
 from nvembed.model.pooling import (
@@ -37,11 +41,7 @@ from nvembed.model.pooling import (
     SelfAttentionPooling,
     build_pooling,
 )
-from nvembed.model.products import fast_products
 from nvembed.model.settings import AttentionDirection, PoolingKind
-from nvembed.model.source import COPY_AGAIN, ModelSource
-from nvembed.model.stock import read_stock
-from nvembed.model.weights import check_finite
 from nvembed.text.instructions import resolve_prompt, task_prompts
 
 # What modules.json may name without remote code: our classes by name, and anything inside

@@ -29,12 +29,12 @@ from nvembed.core.arguments import checked, near_matches
 from nvembed.core.background import ahead
 from nvembed.core.errors import ConfigError, ModelError
 from nvembed.core.progress import Rates, progress
+from nvembed.interop.loading import usable_device
 from nvembed.model.backbone import Backbone
-from nvembed.model.loading import usable_device
+from nvembed.model.embedding_quantization import SmallPrecision, quantize
 from nvembed.model.packs import CPU_PACK_TOKENS, CUDA_PACK_TOKENS, embed_plan, plan_texts
 from nvembed.model.pooling import Pooling
 from nvembed.model.settings import LongTexts
-from nvembed.model.small_vectors import SmallPrecision, quantize
 from nvembed.model.work import Span, Work
 from nvembed.text.batches import batches
 from nvembed.text.instructions import resolve_prompt

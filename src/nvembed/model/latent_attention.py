@@ -26,7 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nvembed.model.products import product
+from nvembed.kernels.matmul import product
 
 
 class Folded(NamedTuple):

@@ -13,16 +13,16 @@ import torch
 from torch import Tensor
 from transformers import AutoModel, MistralConfig, PreTrainedModel, PreTrainedTokenizerFast
 
+from nvembed.interop.folder import read_limit
+from nvembed.interop.loading import loading
+from nvembed.interop.official import LatentShape, official_name, own_name, read_config
+from nvembed.interop.shards import read_tensor, stored_tensors
+from nvembed.interop.source import ModelSource
+from nvembed.interop.weights import check_finite_tensor, fit
 from nvembed.model.attention import FLAT_ATTENTION
 from nvembed.model.backbone import Backbone, prove_direction
-from nvembed.model.folder import read_limit
-from nvembed.model.loading import loading
-from nvembed.model.official import LatentShape, official_name, own_name, read_config
 from nvembed.model.placement import DeviceMap, place_of, plan_places, spread
 from nvembed.model.pooling import LatentAttentionPooling
-from nvembed.model.shards import read_tensor, stored_tensors
-from nvembed.model.source import ModelSource
-from nvembed.model.weights import check_finite_tensor, fit
 
 # The official default of encode(); used where the folder does not say.
 DEFAULT_MAX_TOKENS = 4096

@@ -15,7 +15,7 @@ from sentence_transformers.base.modules import Normalize
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from nvembed.core.allocator import keep_freed_memory
+from nvembed.kernels.allocator import keep_freed_memory
 from nvembed.model.backbone import Backbone
 from nvembed.model.settings import LongTexts
 from nvembed.model.work import Span

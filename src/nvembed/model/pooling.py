@@ -23,13 +23,13 @@ from sentence_transformers.base.modules import Module
 from torch import Tensor, nn
 
 from nvembed.core.errors import ModelError
+from nvembed.interop.folder import read_values
+from nvembed.interop.shards import stored_tensors
+from nvembed.interop.source import COPY_AGAIN, ModelSource
+from nvembed.interop.weights import fill
 from nvembed.model.attention import flat_attention
-from nvembed.model.folder import read_values
 from nvembed.model.latent_attention import GegluFeedForward, LatentAttention
 from nvembed.model.settings import PoolingKind
-from nvembed.model.shards import stored_tensors
-from nvembed.model.source import COPY_AGAIN, ModelSource
-from nvembed.model.weights import fill
 from nvembed.text.packing import Segments
 
 

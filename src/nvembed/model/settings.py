@@ -9,12 +9,10 @@ from pydantic import Field
 
 from nvembed.core.arguments import check_arguments
 from nvembed.core.config import StrictModel
+from nvembed.core.dtypes import Precision
 
 AttentionDirection = Literal["bidirectional", "causal"]
 PoolingKind = Literal["mean", "last", "latent", "self_attention"]
-Precision = Literal["float32", "bfloat16"]
-PrecisionChoice = Literal["auto", "float32", "bfloat16"]
-"""``auto`` is what the machine computes fastest in, see ``model/precision.py``."""
 
 
 LongTextWay = Literal["cut", "windows", "late"]

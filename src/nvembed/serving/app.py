@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-import nvembed
+from nvembed.core.version import __version__
 from nvembed.serving.config import ServerConfig
 from nvembed.serving.engine import Engine
 from nvembed.serving.errors import RequestError
@@ -45,7 +45,7 @@ def create_app(engine: Engine, config: ServerConfig, keys: ApiKeys | None = None
 
     app = FastAPI(
         title="nvembed",
-        version=nvembed.__version__,
+        version=__version__,
         lifespan=lifespan,
         docs_url=None,
         redoc_url=None,

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nvembed.core.errors import UserError
-from nvembed.inference.load import SentenceTransformerEncoder
-from nvembed.inference.protocol import Encoder, prompts_of, unit_rows
+from nvembed.encoding.load import SentenceTransformerEncoder
+from nvembed.encoding.protocol import Encoder, prompts_of, unit_rows
 from nvembed.serving.engine import Engine, Item, Token, Wish
 from nvembed.text.instructions import resolve_prompt
 from nvembed.text.long_texts import text_ends

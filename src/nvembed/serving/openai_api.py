@@ -12,7 +12,7 @@ from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import Response
 
-from nvembed.inference.outputs import shorten
+from nvembed.encoding.outputs import shorten
 from nvembed.serving.bodies import (
     ENCODING_FORMAT,
     Body,

@@ -10,9 +10,9 @@ from pathlib import Path
 import uvicorn
 
 from nvembed.core.config import load_config
+from nvembed.core.dtypes import PrecisionChoice
 from nvembed.core.errors import ConfigError
-from nvembed.inference.load import load_encoder, settle_dtype
-from nvembed.model.settings import PrecisionChoice
+from nvembed.encoding.load import load_encoder, settle_dtype
 from nvembed.serving.app import create_app
 from nvembed.serving.config import ServerConfig
 from nvembed.serving.connection import limited_connections

@@ -17,8 +17,8 @@ from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import Response
 
-import nvembed
-from nvembed.inference.outputs import shorten
+from nvembed.core.version import __version__
+from nvembed.encoding.outputs import shorten
 from nvembed.serving.bodies import (
     ENCODING_FORMAT,
     Body,
@@ -222,7 +222,7 @@ def _info(service: Service) -> dict[str, Any]:
         "max_client_batch_size": limits.max_texts,
         "auto_truncate": True,
         "tokenization_workers": 1,
-        "version": nvembed.__version__,
+        "version": __version__,
         "sha": None,
         "docker_label": None,
     }

@@ -32,7 +32,7 @@ from nvembed.core.errors import DataError, TrainingError, UserError
 from nvembed.core.files import atomic_folder, tidy
 from nvembed.core.ownership import remove_named, unnamed
 from nvembed.core.text_files import read_json_object
-from nvembed.model.weights import check_finite_tensor
+from nvembed.interop.weights import check_finite_tensor
 from nvembed.training.processes import Processes
 from nvembed.training.recipe_differences import recipe_differences
 from nvembed.training.tensor_files import (

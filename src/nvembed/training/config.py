@@ -11,10 +11,11 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from nvembed.core.config import StrictModel
+from nvembed.core.dtypes import PrecisionChoice
+from nvembed.data.build_config import BuildConfig
+from nvembed.data.mining_config import MiningConfig
 from nvembed.data.sources import DatasetConfig
-from nvembed.mining.config import MiningConfig
-from nvembed.model.settings import LoraSettings, ModelSettings, PrecisionChoice
-from nvembed.training.build_config import BuildConfig
+from nvembed.model.settings import LoraSettings, ModelSettings
 
 ScheduleKind = Literal["linear", "cosine", "constant"]
 OptimizerKind = Literal["adamw", "adamw_8bit", "schedule_free"]

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from nvembed.core.config import dump_config, load_config
+from nvembed.core.dtypes import Precision
 from nvembed.core.errors import TrainingError, UserError
 from nvembed.core.files import write_text
 from nvembed.core.ownership import check_outputs, problem_of
 from nvembed.core.runs import TRAIN, RunFolder
-from nvembed.model.precision import choose_precision, computing_record, kernels
-from nvembed.model.settings import Precision
+from nvembed.kernels.precision import choose_precision, computing_record, kernels
 from nvembed.training.checkpoint import remove_leftovers
 from nvembed.training.config import TrainConfig
 from nvembed.training.recipe_differences import recipe_differences

@@ -15,10 +15,10 @@ from nvembed.core.errors import DataError, TrainingError
 from nvembed.core.files import write_json
 from nvembed.core.runs import TRAIN, RunFolder
 from nvembed.core.text_files import read_json_object
+from nvembed.data.built_sets import MINED_KINDS
 from nvembed.data.mixture import Mixture
+from nvembed.encoding.fingerprint import contents_fingerprint
 from nvembed.evaluation.tasks import LocalTask
-from nvembed.inference.fingerprint import contents_fingerprint
-from nvembed.training.built import MINED_KINDS
 from nvembed.training.config import TrainConfig
 from nvembed.training.evaluating import load_evaluation_tasks
 from nvembed.training.model import backbone_source

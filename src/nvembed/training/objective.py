@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from nvembed.data.batch import ContrastiveBatch
-from nvembed.losses.contrastive import ScoreSums, info_nce, scores
-from nvembed.losses.distillation import distillation
 from nvembed.training.config import StageConfig
+from nvembed.training.contrastive_loss import ScoreSums, info_nce, scores
+from nvembed.training.distillation_loss import distillation
 
 # Scores of one piece: 4 MB in float32, of which a few copies live at once. With pieces of 16 MB
 # the allocator kept 160 MB more, and they were no faster.

@@ -8,13 +8,13 @@ from typing import cast
 
 from nvembed.core.files import write_json, write_jsonl
 from nvembed.core.runs import TRAIN
+from nvembed.data.built_sets import MINED_KINDS, training_datasets
+from nvembed.data.mining_config import MiningConfig
 from nvembed.data.mixture import Mixture, load_mixture
 from nvembed.data.records import PairRecord, Record, StsRecord
 from nvembed.data.sources import DatasetConfig, load_records
-from nvembed.inference.protocol import Encoder
-from nvembed.mining.config import MiningConfig
+from nvembed.encoding.protocol import Encoder
 from nvembed.mining.miner import mine_negatives, mine_sts_negatives
-from nvembed.training.built import MINED_KINDS, training_datasets
 from nvembed.training.config import TrainConfig
 from nvembed.training.fitting import check_distillation
 

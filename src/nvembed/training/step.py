@@ -26,10 +26,10 @@ from torch import Tensor
 
 from nvembed.core.seeding import derive_seed
 from nvembed.data.batch import ContrastiveBatch, effective_negatives
-from nvembed.losses.contrastive import ContrastiveStatistics, ScoreSums
 from nvembed.model.embedder import NVEmbed
 from nvembed.model.packs import embed_pack
 from nvembed.text.tokens import TokenizedText
+from nvembed.training.contrastive_loss import ContrastiveStatistics, ScoreSums
 from nvembed.training.objective import evaluate_objective
 from nvembed.training.plan import PassPlan, StepSettings, plan_step, recomputed_share
 from nvembed.training.processes import Processes

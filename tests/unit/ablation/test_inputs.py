@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 import yaml
 
-from nvembed.ablation.arms import Run, grid_runs
-from nvembed.ablation.config import GridConfig
-from nvembed.ablation.outcome import Outcome, read_outcome, write_outcome
-from nvembed.ablation.runner import run_grid
 from nvembed.core.config import dump_config, load_config
 from nvembed.core.digests import digest_of
 from nvembed.core.errors import ConfigError
 from nvembed.core.files import write_json, write_jsonl
 from nvembed.core.runs import RunFolder
+from nvembed.training.ablation.arms import Run, grid_runs
+from nvembed.training.ablation.config import GridConfig
+from nvembed.training.ablation.outcome import Outcome, read_outcome, write_outcome
+from nvembed.training.ablation.runner import run_grid
 from nvembed.training.inputs import read_inputs_of
 from task_folders import write_task
 from tiny_run import PAIRS, recipe, write_inputs

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from nvembed.ablation.arms import Run
-from nvembed.ablation.runner import with_one_precision
 from nvembed.core.config import dump_config
 from nvembed.core.files import write_text
+from nvembed.training.ablation.arms import Run
+from nvembed.training.ablation.runner import with_one_precision
 from nvembed.training.config import TrainConfig
 from tiny_run import recipe
 
@@ -31,7 +31,9 @@ def begin(run: Run, precision: str) -> None:
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     answers: list[str] = []
-    monkeypatch.setattr("nvembed.model.precision.fastest_precision", lambda device: answers.pop(0))
+    monkeypatch.setattr(
+        "nvembed.kernels.precision.fastest_precision", lambda device: answers.pop(0)
+    )
     return answers
 
 

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from nvembed.ablation.statistics import (
+from nvembed.evaluation.results import TaskResult
+from nvembed.evaluation.tasks import TaskType
+from nvembed.training.ablation.statistics import (
     ALL,
     ArmScores,
     arm_contrasts,
@@ -16,8 +18,6 @@ from nvembed.ablation.statistics import (
     smallest_visible,
     value_contrasts,
 )
-from nvembed.evaluation.results import TaskResult
-from nvembed.evaluation.tasks import TaskType
 
 
 def arm(name: str, *scores: float) -> ArmScores:

@@ -20,7 +20,7 @@ import pretrain_decoder as script
 from pretrain_model import ChunkedCrossEntropy, DecoderShape, PretrainDecoder, export_folder
 from pretrain_muon import orthogonalize
 
-from nvembed.demo.split import held_out
+from pydocs.split import held_out
 
 CPU = torch.device("cpu")
 SHAPE = DecoderShape(

@@ -18,11 +18,11 @@ from nvembed.core.config import load_config
 from nvembed.core.errors import DataError, SourceError
 from nvembed.core.files import alone_in, write_jsonl
 from nvembed.core.text_files import read_jsonl
+from nvembed.data.built_sets import training_datasets
+from nvembed.data.mining_config import MiningConfig
 from nvembed.data.records import LabelRecord, PairRecord, StsRecord, read_records
 from nvembed.data.sources import BadRow, Converted, DatasetConfig, OpenedDataset
-from nvembed.mining.config import MiningConfig
 from nvembed.mining.miner import mine_file
-from nvembed.training.built import training_datasets
 from nvembed.training.config import TrainConfig
 from nvembed.training.stages import load_mixtures
 from tiny_build import CLASSES, KINDS, PAIRS, STS, contents, write_inputs
@@ -471,7 +471,7 @@ def test_all_sets_of_a_build_are_mined_in_one_type(
     mine = {"teacher": str(tiny_decoder_dir), "num_negatives": 2, "strategy": "top_k"}
     recipe = write_inputs(tmp_path, mine=mine)
     measured = ["float32"]
-    monkeypatch.setattr("nvembed.model.precision.fastest_precision", lambda device: measured[-1])
+    monkeypatch.setattr("nvembed.kernels.precision.fastest_precision", lambda device: measured[-1])
     mined, calls = one_set.mined, []
 
     def stopped(dataset: Any, *arguments: Any, **options: Any) -> Any:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import runpy
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import typer
 import yaml
 
 from nvembed.cli.main import run
@@ -17,6 +19,8 @@ from nvembed.model.embedder import NVEmbed
 from task_folders import write_task
 
 DOCUMENTS = ["a cat sleeps on the mat", "the moon turns around the earth", "bread\nand soup"]
+
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture
@@ -152,11 +156,14 @@ def test_train_with_overrides_then_again_then_fresh(recipe, capsys):
 
 def test_demo_passes_its_options(monkeypatch):
     seen = []
-    module = pytest.importorskip("nvembed.demo.run")
+    module = pytest.importorskip("pydocs.run")
     monkeypatch.setattr(module, "run_demo", lambda *given, **named: seen.append((given, named)))
-    assert run(["demo", "--minutes", "3", "--backbone", "x/y", "--output", "here"]) == 0
+    main = runpy.run_path(str(ROOT / "examples" / "pydocs" / "__main__.py"))
+    program = typer.Typer()
+    program.command()(main["demo"])
+    assert run(["--minutes", "3", "--backbone", "x/y", "--output", "here"], program) == 0
     assert seen == [((3.0, "x/y", Path("here")), {})]
-    assert run(["demo"]) == 0
+    assert run([], program) == 0
     assert seen[1] == ((10.0, None, Path("runs/demo")), {})
 
 

@@ -30,7 +30,7 @@ def raise_from_search(monkeypatch, error: BaseException) -> list[str]:
     def search_file(*arguments, **options):
         raise error
 
-    monkeypatch.setattr("nvembed.inference.search.search_file", search_file)
+    monkeypatch.setattr("nvembed.encoding.file_search.search_file", search_file)
     return ["search", "model", "a query", "--documents", "docs.jsonl"]
 
 
@@ -137,7 +137,7 @@ def test_bugs_keep_their_traceback(monkeypatch, error):
 
 def test_ctrl_c_in_a_real_process():
     code = (
-        "import signal, sys, time, nvembed.inference.search as s\n"
+        "import signal, sys, time, nvembed.encoding.file_search as s\n"
         "from nvembed.cli.main import run\n"
         # Tests that run in the background of a shell are started with SIGINT ignored.
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"

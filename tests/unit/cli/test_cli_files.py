@@ -11,9 +11,9 @@ from nvembed.cli.options import read_columns
 from nvembed.core.errors import ConfigError
 from nvembed.core.files import write_jsonl
 from nvembed.core.text_files import check_ending, check_folder_name
-from nvembed.inference.fake import HashEncoder
-from nvembed.inference.files import encode_file
-from nvembed.inference.search import search_file
+from nvembed.encoding.fake import HashEncoder
+from nvembed.encoding.file_search import search_file
+from nvembed.encoding.files import encode_file
 from task_folders import write_task
 
 

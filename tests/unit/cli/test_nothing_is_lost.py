@@ -27,8 +27,8 @@ from nvembed.cli.main import run
 from nvembed.core.files import atomic_folder, write_jsonl, write_text
 from nvembed.core.overlaps import MARK
 from nvembed.core.ownership import problem_of
-from nvembed.inference import files as inference_files
-from nvembed.inference.fake import HashEncoder
+from nvembed.encoding import files as inference_files
+from nvembed.encoding.fake import HashEncoder
 from task_folders import write_task
 
 SOURCE = Path(nvembed.__file__).parent
@@ -187,41 +187,41 @@ UNMARKED = {
     "core/ownership.py": {"open", "unlink", "rmdir", "rmtree"},
     # In a cache folder, under a hash of all that the contents depend on.
     "core/cache.py": {"rmtree"},
-    "demo/harvest.py": {"write_jsonl", "unlink"},
+    "examples/pydocs/harvest.py": {"write_jsonl", "unlink"},
     "core/digests.py": {"write_text"},
-    "inference/search.py": {"atomic_path", "open", "save"},
-    "model/measured.py": {"write_json"},
-    "model/native_build.py": {"atomic_path", "write_text"},
+    "encoding/file_search.py": {"atomic_path", "open", "save"},
+    "kernels/timing.py": {"write_json"},
+    "kernels/build.py": {"atomic_path", "write_text"},
     "text/token_cache.py": {"rmtree", "atomic_folder", "save"},
     # In a working folder, under such a hash.
     "building/mining.py": {"write_jsonl"},
     "building/steps.py": {"rmdir", "atomic_folder", "write_json"},
-    "inference/parts.py": {"atomic_path", "open", "savez"},
-    "mining/work.py": {"atomic_path", "open", "save", "write_json"},
+    "encoding/parts.py": {"atomic_path", "open", "savez"},
+    "core/store.py": {"atomic_path", "open", "save", "write_json"},
     # In a folder or file that is being made, by the block around it.
-    "ablation/report.py": {"write_bytes"},
+    "training/ablation/report.py": {"write_bytes"},
     "building/distinct.py": {"rmtree", "open"},
     "building/one_set.py": {"write_json"},
     "building/rows.py": {"open"},
     "data/record_shards.py": {"open"},
-    "demo/dataset.py": {"write_json", "write_jsonl", "write_text"},
+    "examples/pydocs/dataset.py": {"write_json", "write_jsonl", "write_text"},
     "evaluation/items.py": {"open"},
-    "inference/files.py": {"open", "save", "write_json"},
-    "inference/outputs.py": {"create_table", "rmdir", "open", "rename"},
+    "encoding/files.py": {"open", "save", "write_json"},
+    "encoding/outputs.py": {"create_table", "rmdir", "open", "rename"},
     "model/adapters.py": {"save_pretrained"},
     "model/backbone.py": {"save_pretrained"},
-    "model/export.py": {"write_json", "save", "write_text", "save_pretrained"},
-    "model/export_onnx.py": {"write_json", "save", "save_pretrained"},
-    "model/export_stock.py": {"save_pretrained", "save", "write_json"},
-    "model/shards.py": {"write_json"},
+    "encoding/export/folders.py": {"write_json", "save", "write_text", "save_pretrained"},
+    "encoding/export/onnx.py": {"write_json", "save", "save_pretrained"},
+    "encoding/export/stock.py": {"save_pretrained", "save", "write_json"},
+    "interop/shards.py": {"write_json"},
     "training/model.py": {"save_pretrained"},
     "training/tensor_files.py": {"open"},
     # A checkpoint, after a look at what else lies in its place.
     "training/checkpoint.py": {"open", "atomic_folder"},
     # Appended to a log that carries a mark, or to a journal that is known by its first line.
-    "ablation/runner.py": {"open"},
+    "training/ablation/runner.py": {"open"},
     "core/runs.py": {"open"},
-    "synthesis/journal.py": {"open"},
+    "building/synthesis/journal.py": {"open"},
     # A database and its lock, after a look at the mark.
     "index/database.py": {"open", "rmtree", "create_table"},
 }
@@ -296,8 +296,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         raise AssertionError("work had begun before the refusal")
 
     monkeypatch.setattr("nvembed.model.embedder.NVEmbed.from_pretrained", loaded)
-    monkeypatch.setattr("nvembed.demo.run.harvest", loaded)
-    monkeypatch.setattr("nvembed.ablation.runner.load_tasks", loaded)
+    monkeypatch.setattr("pydocs.run.harvest", loaded)
+    monkeypatch.setattr("nvembed.training.ablation.runner.load_tasks", loaded)
     monkeypatch.setattr(inference_files, "load_encoder", loaded)
     return tmp_path
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from nvembed.encoding.bm25 import BM25
 from nvembed.evaluation.bm25 import bm25_ndcgs, ndcg
 from nvembed.evaluation.task_files import RetrievalData
 from nvembed.evaluation.tasks import load_task
-from nvembed.mining.bm25 import BM25
 from oracles import bm25 as oracle
 from task_folders import write_task
 
@@ -77,7 +77,7 @@ def test_no_words_at_all() -> None:
 def test_blocks_give_the_same_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
     documents, queries = _texts(40, 10, 1), _texts(23, 5, 2)
     whole = BM25(documents).top_k(queries, 7)
-    monkeypatch.setattr("nvembed.mining.bm25._BLOCK_CELLS", 100)
+    monkeypatch.setattr("nvembed.encoding.bm25._BLOCK_CELLS", 100)
     blocks = BM25(documents).top_k(queries, 7)
     assert np.array_equal(whole[0], blocks[0])
     assert np.array_equal(whole[1], blocks[1])

@@ -12,6 +12,7 @@ import pytest
 from numpy.typing import NDArray
 
 from nvembed.core.errors import ModelError
+from nvembed.encoding.fake import HashEncoder
 from nvembed.evaluation import local_scores
 from nvembed.evaluation.local_scores import score_local
 from nvembed.evaluation.task_files import (
@@ -23,7 +24,6 @@ from nvembed.evaluation.task_files import (
     SummarizationData,
 )
 from nvembed.evaluation.tasks import TASK_TYPES, LocalTask, load_task
-from nvembed.inference.fake import HashEncoder
 from task_folders import rows_of, write_rows, write_task
 
 

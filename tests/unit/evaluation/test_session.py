@@ -12,6 +12,8 @@ from noting import Counting
 from nvembed.cli.main import run
 from nvembed.core.errors import ConfigError, ModelError
 from nvembed.core.overlaps import MARK
+from nvembed.encoding.fake import HashEncoder
+from nvembed.encoding.protocol import Encoder
 from nvembed.evaluation import session
 from nvembed.evaluation.items import items_folder, read_items
 from nvembed.evaluation.results import TaskResult, read_results
@@ -19,15 +21,13 @@ from nvembed.evaluation.run import TaskOutcome
 from nvembed.evaluation.session import Settings, run_session
 from nvembed.evaluation.summary import published_results
 from nvembed.evaluation.tasks import LocalTask, load_tasks
-from nvembed.inference.fake import HashEncoder
-from nvembed.inference.protocol import Encoder
 from task_folders import rows_of, write_rows, write_task
 
 
 @pytest.fixture
 def model(monkeypatch: pytest.MonkeyPatch) -> Counting:
     encoder = Counting()
-    monkeypatch.setattr("nvembed.inference.load.load_encoder", lambda name, dtype: encoder)
+    monkeypatch.setattr("nvembed.encoding.load.load_encoder", lambda name, dtype: encoder)
     return encoder
 
 
@@ -158,7 +158,7 @@ def test_starting_over_leaves_nothing_of_other_tasks(
 
     written = output.read_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr("nvembed.inference.load.load_encoder", out_of_memory)
+        patch.setattr("nvembed.encoding.load.load_encoder", out_of_memory)
         with pytest.raises(ModelError):
             run_session(settings, load_tasks([tasks]), resume=False)
     assert output.read_bytes() == written
@@ -176,7 +176,7 @@ def test_auto_goes_on_with_the_number_type_that_was_measured(
     tasks: Path, tmp_path: Path, model: Counting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def evaluate(task: str, measured: str, *options: str) -> tuple[int, str]:
-        monkeypatch.setattr("nvembed.model.precision.fastest_precision", lambda device: measured)
+        monkeypatch.setattr("nvembed.kernels.precision.fastest_precision", lambda device: measured)
         output = tmp_path / "results.json"
         words = ["evaluate", "m", "--tasks", str(tasks / task), "--output", str(output)]
         code = run([*words, *options])
@@ -216,7 +216,7 @@ def test_other_results_are_not_mixed(
     with pytest.raises(ConfigError, match=r"with the revision .*not 'c0ffee'"):
         run_session(Settings("m", output), load_tasks([tasks]))
     monkeypatch.undo()
-    monkeypatch.setattr("nvembed.inference.load.load_encoder", lambda name, dtype: model)
+    monkeypatch.setattr("nvembed.encoding.load.load_encoder", lambda name, dtype: model)
     write_task(tasks / "similar", "STS", instruction="Something else")
     with pytest.raises(ConfigError, match=r"instruction of similar 'Find what fits', not 'Some"):
         run_session(Settings("m", output), load_tasks([tasks]))

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 
 from nvembed.core.errors import ModelError, UserError
+from nvembed.encoding.load import load_encoder
 from nvembed.evaluation.session import Settings, run_session
 from nvembed.evaluation.shared import SharedEncoder, shares
 from nvembed.evaluation.tasks import load_tasks
-from nvembed.inference.load import load_encoder
 from task_folders import write_task
 
 

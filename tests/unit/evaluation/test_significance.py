@@ -10,6 +10,7 @@ import pytest
 from scipy import stats
 
 from nvembed.core.errors import DataError
+from nvembed.encoding.fake import HashEncoder
 from nvembed.evaluation import significance
 from nvembed.evaluation.items import Items, items_folder, read_items, write_items
 from nvembed.evaluation.local_scores import score_local
@@ -22,7 +23,6 @@ from nvembed.evaluation.significance import (
     sign_flip_p,
 )
 from nvembed.evaluation.tasks import TASK_TYPES, load_task
-from nvembed.inference.fake import HashEncoder
 from oracles import evaluation as oracle
 from task_folders import write_task
 

@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 from nvembed.core.errors import ConfigError, DataError, ModelError
 from nvembed.core.files import write_jsonl
 from nvembed.core.ownership import mark_growing
+from nvembed.encoding.fake import HashEncoder
+from nvembed.encoding.load import load_encoder
 from nvembed.index import build, record
 from nvembed.index.build import IndexOptions, index_documents
 from nvembed.index.database import Database, writing
 from nvembed.index.record import recorded_encoder
 from nvembed.index.search import SearchOptions, find, map_of, search_database
-from nvembed.inference.fake import HashEncoder
-from nvembed.inference.load import load_encoder
 from oracles.index import fuse, nearest
 
 WORDS = ["red", "green", "blue", "tree", "moon", "river", "stone", "bread", "sail", "lamp"]
@@ -369,7 +369,7 @@ def test_all_documents_of_a_database_are_of_one_type(tmp_path, tiny_decoder_dir,
         )
 
     def index(text, measured, dtype="auto"):
-        monkeypatch.setattr("nvembed.model.precision.fastest_precision", lambda device: measured)
+        monkeypatch.setattr("nvembed.kernels.precision.fastest_precision", lambda device: measured)
         write_jsonl(tmp_path / "docs.jsonl", [{"id": text, "text": text}])
         return index_documents(
             tmp_path / "db", [tmp_path / "docs.jsonl"], model=str(tiny_decoder_dir), dtype=dtype

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from nvembed.core.errors import ConfigError, DataError
 from nvembed.core.files import write_jsonl
+from nvembed.encoding.fake import HashEncoder
 from nvembed.index.build import IndexOptions, IndexReport, index_documents
 from nvembed.index.database import Database
 from nvembed.index.fields import (
@@ -29,7 +30,6 @@ from nvembed.index.fields import (
     type_of_texts,
     wider_type,
 )
-from nvembed.inference.fake import HashEncoder
 
 UTC = dt.UTC
 

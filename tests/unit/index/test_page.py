@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 from nvembed.core.files import write_jsonl
+from nvembed.encoding.fake import HashEncoder
 from nvembed.index.build import index_documents
 from nvembed.index.database import Database
 from nvembed.index.search import SearchOptions, map_of, query_vector, search_database
-from nvembed.inference.fake import HashEncoder
 
 uvicorn = pytest.importorskip("uvicorn", reason="needs the extra nvembed[index]")
 from nvembed.index.page import page_app

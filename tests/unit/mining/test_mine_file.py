@@ -14,9 +14,9 @@ from nvembed.core.errors import ConfigError, DataError
 from nvembed.core.files import write_jsonl, write_text
 from nvembed.core.overlaps import MARK
 from nvembed.core.text_files import read_jsonl
+from nvembed.data.mining_config import MiningConfig
 from nvembed.data.records import PairRecord, read_records
-from nvembed.inference.fake import HashEncoder
-from nvembed.mining.config import MiningConfig
+from nvembed.encoding.fake import HashEncoder
 from nvembed.mining.miner import mine_file, mine_negatives
 
 CONFIG = MiningConfig(num_negatives=2)

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from nvembed.core.errors import DataError, ModelError
+from nvembed.data.mining_config import MiningConfig
 from nvembed.data.records import PairRecord, StsRecord
-from nvembed.inference.fake import HashEncoder
+from nvembed.encoding.fake import HashEncoder
 from nvembed.mining import run
-from nvembed.mining.config import MiningConfig
 from nvembed.mining.miner import mine_negatives, mine_sts_negatives
 from nvembed.mining.pool import text_key
 from oracles import mining as oracle

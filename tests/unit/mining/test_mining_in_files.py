@@ -23,10 +23,10 @@ from nvembed.cli.main import run
 from nvembed.core.errors import DataError, ModelError, UserError
 from nvembed.core.files import write_jsonl
 from nvembed.core.overlaps import MARK
-from nvembed.inference import ray_data
-from nvembed.inference.fake import HashEncoder
+from nvembed.data.mining_config import MiningConfig
+from nvembed.encoding import ray_data
+from nvembed.encoding.fake import HashEncoder
 from nvembed.mining import ranking, teachers, vectors
-from nvembed.mining.config import MiningConfig
 from nvembed.mining.miner import help_mining, mine_file
 from nvembed.mining.pool import DocumentPool, StoredPool, nearly_equal, word_overlap, words
 
@@ -301,7 +301,7 @@ def test_a_run_that_goes_on_keeps_the_type_it_was_begun_with(
     )
     monkeypatch.setattr(vectors, "SHARD_TEXTS", 4)
     measured = ["bfloat16"]
-    monkeypatch.setattr("nvembed.model.precision.fastest_precision", lambda device: measured[-1])
+    monkeypatch.setattr("nvembed.kernels.precision.fastest_precision", lambda device: measured[-1])
     asked, limit = encoder._encode, [2]
 
     def dying(texts: Sequence[str], task: str | None) -> NDArray[np.float32]:
@@ -328,12 +328,12 @@ def test_a_run_that_goes_on_keeps_the_type_it_was_begun_with(
 def test_vectors_of_other_kernels_are_not_taken(
     encoder: NotedEncoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nvembed.model.precision.kernels", lambda: ["onednn"])
+    monkeypatch.setattr("nvembed.kernels.precision.kernels", lambda: ["onednn"])
     _mine(work=Path("work"))
     before = len(encoder.asked())
     _mine(work=Path("work"))
     assert len(encoder.asked()) == before
-    monkeypatch.setattr("nvembed.model.precision.kernels", list)
+    monkeypatch.setattr("nvembed.kernels.precision.kernels", list)
     _mine(work=Path("work"))
     assert len(encoder.asked()) == 2 * before
 
@@ -358,7 +358,7 @@ def test_a_cluster_settles_on_what_its_workers_are_fastest_in(
             return answer[1]
 
     monkeypatch.setattr(ray_data, "join_cluster", lambda: (Ray(), "GPU", 2))
-    monkeypatch.setattr("nvembed.model.precision.fastest_precision", lambda device: "float32")
+    monkeypatch.setattr("nvembed.kernels.precision.fastest_precision", lambda device: "float32")
     assert ray_data.settle_by_ray("auto") == "bfloat16"
     assert asked == {"num_gpus": 1}
     assert ray_data.settle_by_ray("float32") == "float32"

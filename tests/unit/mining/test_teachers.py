@@ -15,10 +15,10 @@ from nvembed.core.errors import ConfigError, ModelError
 from nvembed.core.files import write_jsonl
 from nvembed.core.overlaps import MARK
 from nvembed.core.text_files import read_jsonl
+from nvembed.data.mining_config import MiningConfig
 from nvembed.data.records import PairRecord, read_records
-from nvembed.inference.fake import HashEncoder
+from nvembed.encoding.fake import HashEncoder
 from nvembed.mining import rerank, teachers, vectors
-from nvembed.mining.config import MiningConfig
 from nvembed.mining.miner import mine_file, mine_negatives
 from oracles import bm25 as bm25_oracle
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from nvembed.core.errors import ModelError
-from nvembed.model import attention, native_bfloat16
+from nvembed.kernels import attention_bfloat16 as native_bfloat16
+from nvembed.model import attention
 from nvembed.model.attention import block_attention, flat_attention, short_tokens
 from nvembed.text.packing import Segments
 from oracles.attention import attend

@@ -16,9 +16,9 @@ from sentence_transformers.sentence_transformer.modules import Pooling, Transfor
 from starlette.testclient import TestClient
 
 from nvembed import NVEmbed
-from nvembed.inference.fake import HashEncoder
-from nvembed.inference.load import SentenceTransformerEncoder
-from nvembed.inference.protocol import unit_rows
+from nvembed.encoding.fake import HashEncoder
+from nvembed.encoding.load import SentenceTransformerEncoder
+from nvembed.encoding.protocol import unit_rows
 from nvembed.model.packs import embed_pack
 from nvembed.serving.app import create_app
 from nvembed.serving.model_engines import EncoderEngine, build_engine

@@ -12,10 +12,10 @@ import pytest
 from pydantic import ValidationError
 
 from chat_endpoint import fake_endpoint
+from nvembed.building.synthesis.config import EXAMPLE_KINDS, ExampleKind, SynthesisConfig
+from nvembed.building.synthesis.endpoint import retry_after
+from nvembed.building.synthesis.prompts import example_prompt, tasks_prompt
 from nvembed.cli.main import run
-from nvembed.synthesis.config import EXAMPLE_KINDS, ExampleKind, SynthesisConfig
-from nvembed.synthesis.endpoint import retry_after
-from nvembed.synthesis.prompts import example_prompt, tasks_prompt
 
 NOW = 1_700_000_000.0
 

@@ -17,14 +17,14 @@ import numpy as np
 import pytest
 
 from chat_endpoint import FakeEndpoint, fake_endpoint, good_answer, word
+from nvembed.building.synthesis.config import SynthesisConfig
+from nvembed.building.synthesis.endpoint import EndpointError
+from nvembed.building.synthesis.run import Summary, synthesize
 from nvembed.core.errors import ConfigError, DataError, UserError
 from nvembed.core.overlaps import MARK
 from nvembed.data.mixture import load_source
 from nvembed.data.records import read_records
 from nvembed.data.sources import DatasetConfig
-from nvembed.synthesis.config import SynthesisConfig
-from nvembed.synthesis.endpoint import EndpointError
-from nvembed.synthesis.run import Summary, synthesize
 
 pytest.importorskip("httpx2")
 
@@ -336,8 +336,8 @@ def test_a_killed_run_loses_what_was_in_flight_at_most(fake: FakeEndpoint, tmp_p
     settings = config(fake, tasks=15, tasks_per_request=15, concurrency=4)
     code = (
         "import sys; from pathlib import Path\n"
-        "from nvembed.synthesis.config import SynthesisConfig\n"
-        "from nvembed.synthesis.run import synthesize\n"
+        "from nvembed.building.synthesis.config import SynthesisConfig\n"
+        "from nvembed.building.synthesis.run import synthesize\n"
         "synthesize(SynthesisConfig.model_validate_json(sys.argv[1]), Path(sys.argv[2]))\n"
     )
     source = str(Path(__file__).resolve().parents[3] / "src")

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from nvembed.data.batch import ContrastiveBatch, TeacherScores
-from nvembed.losses.contrastive import info_nce, scores
-from nvembed.losses.distillation import distillation
+from nvembed.training.contrastive_loss import info_nce, scores
+from nvembed.training.distillation_loss import distillation
 from nvembed.training.objective import Objective, evaluate_objective
 
 QUERIES, DOCUMENTS, WIDTH = 7, 11, 6

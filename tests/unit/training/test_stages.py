@@ -16,11 +16,11 @@ from nvembed.core.files import write_jsonl
 from nvembed.core.overlaps import MARK
 from nvembed.core.ownership import problem_of
 from nvembed.data.examples import Example
+from nvembed.data.mining_config import MiningConfig
 from nvembed.data.mixture import Mixture, tempered_weights
 from nvembed.data.records import PairRecord, StsRecord
 from nvembed.data.sources import DatasetConfig
-from nvembed.inference.fake import HashEncoder
-from nvembed.mining.config import MiningConfig
+from nvembed.encoding.fake import HashEncoder
 from nvembed.mining.miner import mine_negatives, mine_sts_negatives
 from nvembed.training.config import TrainConfig
 from nvembed.training.stages import load_mixtures, mine_mixture, mined_dataset, mined_file

@@ -11,12 +11,12 @@ import torch
 from nvembed.core.errors import TrainingError
 from nvembed.data.batch import build_batch
 from nvembed.data.convert import Example
-from nvembed.losses.contrastive import info_nce, scores
 from nvembed.model.adapters import add_lora
 from nvembed.model.embedder import NVEmbed
 from nvembed.model.packs import embed_pack
 from nvembed.model.settings import LoraSettings
 from nvembed.text.token_cache import TokenCache
+from nvembed.training.contrastive_loss import info_nce, scores
 from nvembed.training.graph_memory import counted_graph, graph_bytes_per_token
 from nvembed.training.objective import Objective
 from nvembed.training.plan import StepSettings

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from nvembed.data.batch import ContrastiveBatch, build_batch, effective_negatives
 from nvembed.data.convert import PairSource
 from nvembed.data.records import PairRecord
-from nvembed.losses.contrastive import ContrastiveStatistics, info_nce
 from nvembed.text.tokens import TokenizedText
 from nvembed.training import step
+from nvembed.training.contrastive_loss import ContrastiveStatistics, info_nce
 from nvembed.training.objective import Evaluated, Objective
 from nvembed.training.plan import StepSettings, plan_step, recomputed_share
 from nvembed.training.processes import Processes

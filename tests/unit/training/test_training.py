@@ -20,9 +20,9 @@ from nvembed.core.config import load_config
 from nvembed.core.errors import TrainingError
 from nvembed.core.files import write_jsonl, write_text
 from nvembed.core.runs import RunFolder
-from nvembed.model import precision
+from nvembed.encoding.export.folders import export_folder
+from nvembed.kernels import precision
 from nvembed.model.embedder import NVEmbed
-from nvembed.model.export import export_folder
 from nvembed.training import checkpoint, trainer
 from nvembed.training.checkpoint import latest_checkpoint
 from nvembed.training.config import TrainConfig

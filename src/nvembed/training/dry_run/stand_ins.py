@@ -15,15 +15,15 @@ from typing import cast
 import numpy as np
 
 from nvembed.core.seeding import derive_seed
+from nvembed.data.built_sets import MINED_KINDS, training_datasets
 from nvembed.data.convert import POSITIVE_SCORE, make_source
 from nvembed.data.examples import ExampleSource, sample_where
+from nvembed.data.mining_config import MiningConfig
 from nvembed.data.mixture import Mixture, load_source
 from nvembed.data.records import PairRecord, Record, StsRecord
 from nvembed.data.sources import DatasetConfig, load_records
-from nvembed.mining.config import MiningConfig
 from nvembed.mining.pool import DocumentPool
 from nvembed.mining.selection import Query
-from nvembed.training.built import MINED_KINDS, training_datasets
 from nvembed.training.config import TrainConfig
 from nvembed.training.stages import mined_dataset, mined_file, places_to_mine, with_mined
 

@@ -1,0 +1,108 @@
+"""What the demo tells its user in the end: the table, example searches, and what to type next."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from nvembed.encoding.file_search import Hit
+from nvembed.evaluation.results import TaskResult
+from pydocs.dataset import TASK_NAMES
+
+Results = Mapping[str, Mapping[str, TaskResult]]
+"""Model → task → result."""
+
+COLUMNS = ("retrieval\nnDCG@10", "classification\naccuracy", "clustering\nV-measure")
+
+# Answered by modules that are held out on every machine. None is a sentence of their documentation.
+EXAMPLE_QUERIES = (
+    "turn a picture by some degrees",
+    "read data from a JSON file",
+    "how many false positives did my classifier make?",
+    "cheapest route between two nodes when edges have costs",
+    "keep low frequencies of a signal",
+)
+
+SHOWN_CHARS = 66
+
+
+def main_scores(results: Results) -> dict[str, list[float | None]]:
+    """Return model → main score of each task in the order of `COLUMNS`; None where it has none."""
+    return {
+        model: [found[name].main_score if name in found else None for name in TASK_NAMES]
+        for model, found in results.items()
+    }
+
+
+def score_table(results: Results) -> Table:
+    """Lay out the main scores, one row a model, the best of a column in bold."""
+    rows = main_scores(results)
+    table = Table(title="Documentation of held-out modules", title_justify="left")
+    table.add_column("model", vertical="bottom")
+    for column in COLUMNS:
+        table.add_column(column, justify="right")
+    best = [
+        max((row[place] or 0.0 for row in rows.values()), default=0.0)
+        for place in range(len(COLUMNS))
+    ]
+    for model, row in rows.items():
+        cells = [
+            "–"
+            if score is None
+            else f"[bold]{score:.3f}[/bold]"
+            if score == top
+            else f"{score:.3f}"
+            for score, top in zip(row, best, strict=True)
+        ]
+        table.add_row(model, *cells)
+    return table
+
+
+def show_hits(console: Console, query: str, hits: Sequence[Hit]) -> None:
+    """Print a query and what was found, one line a hit."""
+    console.print(f"\n[bold]{escape(query)}[/bold]")
+    for hit in hits:
+        _, _, body = hit.text.partition("\n")
+        start = " ".join(body.split())
+        shown = start if len(start) <= SHOWN_CHARS else start[: SHOWN_CHARS - 1] + "…"
+        console.print(
+            f"  {hit.rank}  {hit.score:.3f}  [cyan]{escape(hit.id or '')}[/cyan]",
+            highlight=False,
+            no_wrap=True,
+            overflow="ellipsis",
+        )
+        console.print(
+            f"            [dim]{escape(shown)}[/dim]",
+            highlight=False,
+            no_wrap=True,
+            overflow="ellipsis",
+        )
+
+
+def next_commands(output: Path) -> list[tuple[str, str]]:
+    """Return (what it does, command) of what a user may want to do now."""
+    folder = shlex.quote(str(output))
+    return [
+        (
+            "search the documentation again",
+            f'nvembed search {folder}/model "rotate an image" '
+            f"--documents {folder}/tasks/{TASK_NAMES[0]}/corpus.jsonl",
+        ),
+        (
+            "search your own Python",
+            "python -m pydocs.own path/to/your/code my-docs.jsonl\n"
+            f'nvembed search {folder}/model "read the settings" --documents my-docs.jsonl',
+        ),
+        ("train longer", f"python examples/pydocs --minutes 60 --output {folder}-60"),
+        (
+            "start from another decoder",
+            f"python examples/pydocs --backbone HuggingFaceTB/SmolLM2-135M --minutes 120 "
+            f"--output {folder}-smollm2",
+        ),
+        ("train on your own data", "nvembed train recipes/demo.yaml   # a recipe to copy"),
+    ]

@@ -1,0 +1,1 @@
+"""Models written for other libraries: stock sentence-transformers, the layout of NVIDIA, ONNX."""

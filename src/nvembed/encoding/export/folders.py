@@ -1,0 +1,232 @@
+"""Write a trained model for others: NVIDIA's layout, our folder, or stock sentence-transformers.
+
+nv-embed                config.json and tensor names that the official code reads
+nvembed                 our own folder in another dtype, or an official checkpoint as one
+sentence-transformers   stock modules, no code of ours (``encoding/export/stock.py``)
+onnx                    one graph over padded rows (``encoding/export/onnx.py``)
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+from torch import Tensor
+
+from nvembed.core.arguments import checked
+from nvembed.core.errors import ConfigError, ModelError
+from nvembed.core.files import atomic_folder, write_json, write_text
+from nvembed.core.ownership import check_outputs
+from nvembed.core.text_files import check_folder_name
+from nvembed.encoding.export.card import model_card
+from nvembed.encoding.export.stock import prove_stock, write_modules, write_stock
+from nvembed.interop.kind import model_kind
+from nvembed.interop.official import LatentShape, official_name, write_config
+from nvembed.interop.shards import MAX_SHARD_BYTES, write_shards
+from nvembed.interop.source import ModelSource
+from nvembed.model.adapters import merge_lora
+from nvembed.model.backbone import Backbone
+from nvembed.model.embedder import NVEmbed
+from nvembed.model.pooling import LatentAttentionPooling
+from nvembed.text.template import query_prompt
+from nvembed.text.tokens import TextTokenizer
+
+EXPORT = "export"
+ExportFormat = Literal["nv-embed", "nvembed", "sentence-transformers", "onnx"]
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+# In NVIDIA's code the same texts must become the same tokens, with the same ones pooled.
+_PROBE_TASK = "Find it"  # short: it must leave room for text in a model of short texts
+_PROBE_TEXTS = ("how do I sort a list?", "A passage.", "")
+
+
+@checked
+def export_folder(
+    name: str,
+    to: str | Path,
+    kind: ExportFormat,
+    *,
+    dtype: Dtype | None = None,
+    max_shard_bytes: Annotated[int, Field(ge=1)] = MAX_SHARD_BYTES,
+) -> None:
+    """Load an embedding model and write it in another format.
+
+    Args:
+        name: folder or hub id of a model that was saved here or has the official layout.
+        to: the new folder; it appears when it is complete.
+        kind: see the module.
+        dtype: of the weights; ``None`` keeps the stored one (float32 for a graph).
+        max_shard_bytes: size of a weight file of the official layout.
+
+    Raises:
+        ConfigError: ``to`` holds something, lies in the model, or is called like a file.
+        ModelError: the model cannot be loaded, or not be expressed in that format.
+    """
+    to = Path(to)
+    check_folder_name(to)
+    check_outputs((), made_by=EXPORT, inputs=[name], places=[to])
+    if os.path.lexists(to) and (not to.is_dir() or any(to.iterdir())):
+        raise ConfigError(
+            "something is there already",
+            where=f"--to {to}",
+            expected="a new folder, or an empty one",
+        )
+    if model_kind(ModelSource(name)) == "language_model":
+        raise ModelError(
+            "a language model, not an embedding model",
+            where=name,
+            expected="a folder that nvembed saved, or the layout of nvidia/NV-Embed-v2",
+            hint="Train it first: nvembed train",
+        )
+    stored: Literal["float32", "auto"] = "float32" if kind == "onnx" else "auto"
+    model = NVEmbed.from_pretrained(name, device="cpu", dtype=dtype or stored)
+    if not isinstance(model[0], Backbone):
+        raise ModelError(
+            f"its first module is a {type(model[0]).__name__}",
+            where=name,
+            expected="a model that nvembed saved",
+            hint="It is a sentence-transformers model already",
+        )
+    export_model(model, to, kind, name=name, max_shard_bytes=max_shard_bytes)
+
+
+@checked
+def export_model(
+    model: NVEmbed,
+    to: str | Path,
+    kind: ExportFormat,
+    *,
+    name: str,
+    max_shard_bytes: Annotated[int, Field(ge=1)] = MAX_SHARD_BYTES,
+) -> None:
+    """Write a loaded model; adapters are merged into it first.
+
+    Args:
+        model: what to write, in its own dtype.
+        to: the new folder.
+        kind: see the module.
+        name: what the model is called in errors and in its card.
+        max_shard_bytes: see :func:`export_folder`.
+
+    Raises:
+        ModelError: it cannot be expressed in that format.
+    """
+    to = Path(to)
+    merge_lora(model.backbone)
+    stock = False
+    with atomic_folder(to, EXPORT) as temporary:
+        match kind:
+            case "nv-embed":
+                _write_official(model, temporary, to, name, max_shard_bytes)
+            case "nvembed":
+                model.save_pretrained(str(temporary), create_model_card=False)
+            case "sentence-transformers":
+                write_stock(model, temporary, name=name)
+                prove_stock(model, temporary, name=name)
+            case "onnx":
+                from nvembed.encoding.export.onnx import write_onnx  # needs the extra onnx
+
+                stock = write_onnx(model, temporary, name=name)
+        write_text(temporary / "README.md", model_card(model, kind, name, stock=stock))
+
+
+def _write_official(
+    model: NVEmbed, folder: Path, to: Path, name: str, max_shard_bytes: int
+) -> None:
+    backbone, pooling = model.backbone, model.pooling
+    config: Any = backbone.model.config
+    if not isinstance(pooling, LatentAttentionPooling) or config.model_type != "mistral":
+        raise ModelError(
+            f"{type(pooling).__name__} on a {config.model_type} backbone",
+            where=name,
+            expected="LatentAttentionPooling on a mistral backbone; the official code knows "
+            "no other",
+            hint="Use --format nvembed, or sentence-transformers for mean pooling",
+        )
+    _require_plain_mistral(backbone, name)
+    _require_official_tokens(backbone, name)
+    weights: dict[str, Tensor] = {}
+    for own, value in model.state_dict().items():
+        official = official_name(own)
+        assert official is not None, own
+        weights[official] = value
+    # One dtype for all: training keeps the pooling in float32 above a backbone in 16 bit.
+    dtype = backbone.model.dtype
+    sizes = {key: value.numel() * dtype.itemsize for key, value in weights.items()}
+    write_shards(
+        folder,
+        weights,
+        sizes,
+        lambda key: weights[key].detach().to("cpu", dtype).contiguous(),
+        max_bytes=max_shard_bytes,
+    )
+    layer = pooling.layer
+    shape = LatentShape(pooling.num_latents, layer.num_heads, layer.head_width)
+    write_json(
+        folder / "config.json", write_config(config, shape, dtype=dtype, tokenizer_path=str(to))
+    )
+    _write_official_tokenizer(backbone, folder)
+    write_modules(model, folder)
+
+
+def _require_plain_mistral(backbone: Backbone, name: str) -> None:
+    """Refuse what an official text_config cannot say."""
+    config: Any = backbone.model.config
+    found = {
+        "attention": backbone.attention,
+        "rope_type": config.rope_parameters.get("rope_type", "default"),
+        "head_dim": config.head_dim,
+    }
+    wanted = {
+        "attention": "bidirectional",
+        "rope_type": "default",
+        "head_dim": config.hidden_size // config.num_attention_heads,
+    }
+    for key, value in wanted.items():
+        if found[key] != value:
+            raise ModelError(f"{key} is {found[key]!r}", where=name, expected=repr(value))
+
+
+def _require_official_tokens(backbone: Backbone, name: str) -> None:
+    """Refuse a model for which NVIDIA's token rules would give other tokens than it learned."""
+    official = TextTokenizer(backbone.tokenizer, max_tokens=backbone.max_tokens, style="official")
+    for prompt in ("", query_prompt(_PROBE_TASK)):
+        ours = backbone.tokenize_texts(_PROBE_TEXTS, prompt)
+        theirs = official(_PROBE_TEXTS, prompt)
+        if backbone.text_style == "official" or ours == theirs:
+            continue
+        same_ids = [text.ids for text in ours] == [text.ids for text in theirs]
+        raise ModelError(
+            "the official code would "
+            + ("pool other tokens of a query" if same_ids else "read other token ids")
+            + " than this model was trained with",
+            where=name,
+            expected="a tokenizer like Mistral's, which puts BOS in front by itself and joins the "
+            "prompt's last space to the text",
+            hint="Use --format nvembed",
+        )
+
+
+def _write_official_tokenizer(backbone: Backbone, folder: Path) -> None:
+    tokenizer: Any = backbone.tokenizer
+    backend = type(tokenizer.backend_tokenizer).from_str(tokenizer.backend_tokenizer.to_str())
+    backend.no_truncation()  # left behind by the last call, and no part of the tokenizer
+    backend.no_padding()
+    backend.save(str(folder / "tokenizer.json"))
+    special = {
+        "bos_token": tokenizer.bos_token,
+        "eos_token": tokenizer.eos_token,
+        # The official code pads with EOS.
+        "pad_token": tokenizer.eos_token,
+        "unk_token": tokenizer.unk_token,
+    }
+    special = {key: value for key, value in special.items() if value is not None}
+    write_json(folder / "special_tokens_map.json", special)
+    # This class means: the file as it is, in transformers 4 and 5 alike.
+    settings = {**special, "model_max_length": backbone.max_tokens, "padding_side": "right"}
+    write_json(
+        folder / "tokenizer_config.json",
+        {**settings, "tokenizer_class": "PreTrainedTokenizerFast"},
+    )

@@ -1,0 +1,302 @@
+"""A model as an ONNX graph over padded rows, proven equal before it is kept.
+
+    model.onnx
+        input_ids       int64 (B, L)   padded on the right
+        attention_mask  int64 (B, L)   1 where there is a token
+        pool_mask       int64 (B, L)   1 where a token is pooled: 0 for a query's prompt
+        → sentence_embedding  float32 (B, D), of length 1
+    transformer/model.onnx
+        input_ids, attention_mask → last_hidden_state  float32 (B, L, D)
+        the same graph up to its mean, for ``SentenceTransformer(folder, backend="onnx")``. Both
+        read one file of weights. It is there only where stock modules can pool as we do.
+
+The tokenizer in the folder adds BOS and EOS by itself, so its ids are those of the model.
+
+The layers are those of transformers with another attention behind them (``padded_attention``), so
+direction and windows are decided here as they are in our own; the latents are folded, so a latent
+pooling is two small matrices and an MLP.
+
+Letters: B texts, L tokens of the longest, H heads, K key/value heads, E head width, D width.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from nvembed.core.errors import ModelError
+from nvembed.core.files import write_json
+from nvembed.encoding.export.stock import (
+    closed_tokenizer,
+    count_prompt_as_we_do,
+    open_attention,
+    write_modules,
+    write_tokenizer,
+)
+from nvembed.interop.kind import ONNX_FILE
+from nvembed.model.attention import block_attention
+from nvembed.model.embedder import NVEmbed
+from nvembed.model.pooling import LatentAttentionPooling, MeanPooling
+from nvembed.text.template import QUERY_PROMPT, query_prompt
+from nvembed.text.tokens import TokenizedText
+
+PADDED_ATTENTION = "nvembed_padded"
+FILE = "model.onnx"
+OUTPUT = "sentence_embedding"  # a plain "embedding" is the name of a node already
+STATES = "last_hidden_state"
+# Of what sentence-transformers loads; the weights lie there under the name that it asks for.
+_INNER = "transformer"
+_WEIGHTS = "model.onnx_data"
+INPUTS = ("input_ids", "attention_mask", "pool_mask")
+
+# A graph of more than 2 GB needs its weights in a file beside it.
+_MAX_INLINE_BYTES = 1_500_000_000
+_PROOF_TASK = "Find it"
+_PROOF_TEXTS = ("how do I sort a list?", "x", "A longer passage, " * 6 + "cut or not.", "")
+_TOLERANCE = 1e-5
+
+
+def padded_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    seen_BL: Tensor,
+    causal: bool,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """The function transformers calls in every layer of the graph.
+
+    Shapes: query ``(B, H, L, E)``, key and value ``(B, K, L, E)``; returns ``(B, L, H, E)``.
+    """
+    out_BHLE = block_attention(
+        query, key, value, causal=causal, scaling=scaling, softcap=softcap, seen_GL=seen_BL
+    )
+    return out_BHLE.transpose(1, 2), None
+
+
+AttentionInterface.register(PADDED_ATTENTION, padded_attention)
+
+
+class PaddedEmbedder(nn.Module):
+    """The computation of the graph."""
+
+    def __init__(self, model: NVEmbed, *, states: bool = False) -> None:
+        super().__init__()
+        self.decoder: Any = model.backbone.model
+        self.pooling = model.pooling
+        self.causal = model.backbone.attention == "causal"
+        self.states = states
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, pool_mask: Tensor
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """See the module docstring."""
+        position_BL = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+        hidden_BLD = self.decoder(
+            input_ids=input_ids,
+            position_ids=position_BL,
+            attention_mask=None,
+            seen_BL=attention_mask.bool(),
+            causal=self.causal,
+        ).last_hidden_state
+        if isinstance(self.pooling, LatentAttentionPooling):
+            batch, length, width = hidden_BLD.shape
+            hidden_BLD = self.pooling.layer(hidden_BLD.reshape(batch * length, width)).reshape(
+                batch, length, width
+            )
+        weight_BL1 = pool_mask.to(hidden_BLD.dtype)[:, :, None]
+        mean_BD = (hidden_BLD * weight_BL1).sum(1) / weight_BL1.sum(1).clamp(min=1)
+        vectors_BD = nn.functional.normalize(mean_BD, dim=-1)
+        return (vectors_BD, hidden_BLD) if self.states else vectors_BD
+
+
+def write_onnx(model: NVEmbed, folder: Path, *, name: str) -> bool:
+    """Write graph, tokenizer and what a caller has to know, then compare vectors.
+
+    Args:
+        model: in float32; it cannot be used for anything else afterwards.
+        folder: exists.
+        name: what the model is called in errors.
+
+    Returns:
+        Whether sentence-transformers can run it too.
+
+    Raises:
+        ModelError: the pooling has no such graph, or the graph gives other vectors.
+    """
+    import onnxruntime  # noqa: F401 - one that is missing is told before the work begins
+    import onnxscript  # noqa: F401
+
+    if not isinstance(model.pooling, LatentAttentionPooling | MeanPooling):
+        raise ModelError(
+            f"{type(model.pooling).__name__} has no graph",
+            where=name,
+            expected="latent attention or mean pooling",
+        )
+    if model.backbone.dtype != torch.float32:
+        raise ModelError(
+            f"an ONNX graph in {model.backbone.dtype}",
+            where=name,
+            expected="float32; runtimes convert it further",
+            hint="Leave --dtype out",
+        )
+    model.eval()
+    cases = [(list(_PROOF_TEXTS), ""), (list(_PROOF_TEXTS), query_prompt(_PROOF_TASK))]
+    expected = [model.encode(texts, prompt=prompt) for texts, prompt in cases]
+    tokens = [model.backbone.tokenize_texts(texts, prompt) for texts, prompt in cases]
+    stock = _write_tokenizer(model, folder, name)
+    _write_graph(model, folder / FILE, tokens[1][:2], shared=stock)
+    if stock:
+        _share_weights(folder)
+    write_json(
+        folder / ONNX_FILE,
+        {
+            "inputs": list(INPUTS),
+            "output": OUTPUT,
+            "query_prompt": QUERY_PROMPT,
+            "max_tokens": model.backbone.max_tokens,
+            "text_style": model.backbone.text_style,
+            "add_bos": model.backbone.add_bos,
+            "add_eos": model.backbone.add_eos,
+            "pool_mask": "1 from the first token that holds a character of the text",
+            "prompts": model.prompts,
+        },
+    )
+    for texts, wanted in zip(tokens, expected, strict=True):
+        _prove(folder / FILE, texts, wanted, name)
+    return stock
+
+
+def _write_tokenizer(model: NVEmbed, folder: Path, name: str) -> bool:
+    """Write the tokenizer, and where stock modules can pool as we do, what makes them load it.
+
+    Returns:
+        Whether they can.
+    """
+    backbone = model.backbone
+    write_tokenizer(closed_tokenizer(backbone), backbone, folder)
+    if backbone.text_style != "nvembed":
+        return False
+    counting = closed_tokenizer(backbone)
+    try:
+        count_prompt_as_we_do(counting, backbone, name)
+    except ModelError:
+        return False
+    inner = folder / _INNER
+    inner.mkdir()
+    write_tokenizer(counting, backbone, inner)
+    backbone.model.config.save_pretrained(inner)
+    open_attention(inner / "config.json", backbone)
+    write_modules(model, folder, transformer=_INNER)
+    return True
+
+
+def padded_inputs(texts: Sequence[TokenizedText]) -> dict[str, NDArray[np.int64]]:
+    """The graph's inputs for tokenised texts, padded with zeros on the right."""
+    width = max(len(text) for text in texts)
+    arrays = {name: np.zeros((len(texts), width), dtype=np.int64) for name in INPUTS}
+    for row, text in enumerate(texts):
+        arrays["input_ids"][row, : len(text)] = text.ids
+        arrays["attention_mask"][row, : len(text)] = 1
+        arrays["pool_mask"][row, text.pool_start : len(text)] = 1
+    return arrays
+
+
+def _write_graph(
+    model: NVEmbed, path: Path, example: Sequence[TokenizedText], *, shared: bool
+) -> None:
+    decoder: Any = model.backbone.model
+    decoder.set_attn_implementation(PADDED_ATTENTION)
+    inputs = tuple(torch.from_numpy(array) for array in padded_inputs(example).values())
+    size = {0: torch.export.Dim("texts", min=1), 1: torch.export.Dim("tokens", min=1)}
+    size_in_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+    with model.pooling.fixed_weights(), torch.no_grad(), _quiet():
+        torch.onnx.export(
+            PaddedEmbedder(model, states=shared),
+            inputs,
+            path,
+            input_names=list(INPUTS),
+            output_names=[OUTPUT, STATES] if shared else [OUTPUT],
+            dynamic_shapes=dict.fromkeys(INPUTS, size),
+            dynamo=True,
+            external_data=shared or size_in_bytes > _MAX_INLINE_BYTES,
+            verbose=False,
+        )
+
+
+def _share_weights(folder: Path) -> None:
+    """Make the graph with two outputs two graphs that read the same file of weights."""
+    import onnx
+    from onnx.external_data_helper import uses_external_data
+    from onnx.utils import Extractor
+
+    path = folder / FILE
+    graph = onnx.load(str(path), load_external_data=False)
+    for node in graph.graph.node:  # three inputs of one shape, and any may be asked for it
+        if node.op_type == "Shape" and node.input[0] == INPUTS[2]:
+            node.input[0] = INPUTS[1]
+    wanted = (
+        (INPUTS, OUTPUT, path, f"{_INNER}/{_WEIGHTS}"),
+        (INPUTS[:2], STATES, folder / _INNER / FILE, _WEIGHTS),
+    )
+    for inputs, output, place, location in wanted:
+        part = Extractor(graph).extract_model(list(inputs), [output])
+        for tensor in part.graph.initializer:
+            if uses_external_data(tensor):
+                for entry in tensor.external_data:
+                    if entry.key == "location":
+                        entry.value = location
+        onnx.save(part, str(place))
+    (folder / f"{FILE}.data").replace(folder / _INNER / _WEIGHTS)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hold back what the exporter says of its own parts, which a user can do nothing about."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+
+
+def _prove(
+    path: Path, texts: Sequence[TokenizedText], expected: NDArray[np.float32], name: str
+) -> None:
+    """Run the graph on a batch and on each text alone.
+
+    Raises:
+        ModelError: other vectors than the model's own.
+    """
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    (together,) = session.run([OUTPUT], dict(padded_inputs(texts)))
+    rows = [session.run([OUTPUT], dict(padded_inputs([text])))[0] for text in texts]
+    alone = np.concatenate(rows)
+    difference = max(float(np.abs(found - expected).max()) for found in (together, alone))
+    if not difference <= _TOLERANCE:
+        raise ModelError(
+            f"the ONNX graph gives other vectors (by up to {difference:.1e})",
+            where=name,
+            expected=f"the model's own to {_TOLERANCE:g}",
+            hint="Please report the model family",
+        )

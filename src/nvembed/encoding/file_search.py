@@ -1,0 +1,140 @@
+"""Search a file of documents with one query: exact, no index to build.
+
+In: a model, a file of texts, a query; out: the nearest texts. The document vectors are kept in a
+cache folder, under the contents of the file and the state of the model, so that the next query over
+the same file costs one short encode.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nvembed.core.cache import cache_folder, expanded
+from nvembed.core.dtypes import Precision, PrecisionChoice
+from nvembed.core.errors import ConfigError, DataError, UserError
+from nvembed.core.files import atomic_path
+from nvembed.data.sources.config import Column
+from nvembed.encoding.bulk import encode_texts, encode_window
+from nvembed.encoding.fingerprint import computed_fingerprint
+from nvembed.encoding.load import load_encoder, settle_dtype
+from nvembed.encoding.protocol import Encoder
+from nvembed.encoding.reading import Document, read_documents
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """One result: rank from 1, cosine, the line's id where it has one, the text with its title."""
+
+    rank: int
+    score: float
+    id: str | None
+    text: str
+
+
+def search_file(
+    model: str | Encoder,
+    documents: Path,
+    query: str,
+    *,
+    task: str | None,
+    top_k: int,
+    columns: Mapping[str, Column] | None = None,
+    dtype: PrecisionChoice | None = None,
+    cache: Path | Literal["default"] | None = "default",
+) -> list[Hit]:
+    """Find the texts of a file that are nearest to a query.
+
+    Args:
+        model: folder or hub id, or an encoder that is loaded already (whose vectors are not cached,
+            since nothing tells two encoders apart).
+        documents: a file or a folder; see ``read_documents``.
+        query: what to look for.
+        task: the query's instruction; ``None`` is no instruction.
+        top_k: number of hits, at least 1; fewer come back from a smaller file.
+        columns: where text and id are found, see ``read_documents``.
+        dtype: of the weights, see ``load_encoder``.
+        cache: folder of the cached vectors, by default that of the package (``core/cache.py``),
+            ``None`` keeps none. Nothing is ever removed from it.
+
+    Returns:
+        Hits by falling score, equal scores in file order.
+
+    Raises:
+        ConfigError: the query is empty or ``top_k`` below 1.
+        DataError: a line of the file cannot be used, or it has none.
+        ModelError: the model cannot be loaded or gives vectors that are no numbers.
+    """
+    if not query.strip():
+        raise ConfigError("the query is empty", where="query", expected="a text")
+    if top_k < 1:
+        raise ConfigError(f"{top_k} hits asked for", where="top_k", expected="at least 1")
+    rows = list(read_documents([documents], columns=columns, keep_going=None))
+    if not rows:
+        raise DataError("the file holds no texts", where=str(documents))
+    cached = None
+    if isinstance(model, str):
+        settled = settle_dtype(model, dtype)  # once: cached vectors and the query's are of one type
+        encoder = load_encoder(model, settled)
+        if cache is not None:
+            place = (
+                cache_folder("search")
+                if cache == "default"
+                else expanded(Path(cache), where=str(cache))
+            )
+            cached = place / f"{_cache_key(model, settled, rows)}.npy"
+    else:
+        encoder = model
+    query_vector = encode_window(encoder, [query], side="query", task=task)[0]
+    vectors = _document_vectors(encoder, rows, cached)
+    scores = vectors @ query_vector
+    order = np.argsort(-scores, kind="stable")[:top_k]
+    return [
+        Hit(rank, float(scores[row]), rows[row].id, rows[row].text)
+        for rank, row in enumerate(order.tolist(), start=1)
+    ]
+
+
+def _document_vectors(
+    encoder: Encoder, rows: list[Document], cached: Path | None
+) -> NDArray[np.float32]:
+    shape = (len(rows), encoder.dimension)
+    if cached is not None:
+        known = _read_cached(cached)
+        if known is not None and known.shape == shape and known.dtype == np.float32:
+            return known
+    vectors = encode_texts(encoder, [row.text for row in rows], side="document")
+    if cached is not None:
+        _write_cached(cached, vectors)
+    return vectors
+
+
+def _read_cached(path: Path) -> NDArray[np.float32] | None:
+    try:
+        vectors: NDArray[np.float32] = np.load(path)
+    except (OSError, ValueError, EOFError):
+        return None  # not there, or damaged: then it is computed and written again
+    return vectors
+
+
+def _write_cached(path: Path, vectors: NDArray[np.float32]) -> None:
+    try:
+        with atomic_path(path) as temporary, open(temporary, "wb") as file:
+            np.save(file, vectors)
+    except (OSError, UserError):
+        return  # a home folder that cannot be written must not stop a search
+
+
+def _cache_key(model: str, dtype: Precision | None, rows: Sequence[Document]) -> str:
+    """Name the vectors of texts: by these, in order, and by what the model folder holds."""
+    digest = hashlib.sha256(computed_fingerprint(model, dtype).encode())
+    for row in rows:
+        content = row.text.encode()
+        digest.update(len(content).to_bytes(8, "little") + content)
+    return digest.hexdigest()

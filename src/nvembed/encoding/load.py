@@ -1,0 +1,193 @@
+"""From a name to an encoder: our model, a bare language model, or any sentence-transformers model.
+
+torch and the model libraries are imported here and not before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nvembed.core.arguments import checked
+from nvembed.core.dtypes import Precision, PrecisionChoice
+from nvembed.core.errors import ModelError
+from nvembed.core.notes import release_notes
+from nvembed.encoding.protocol import Encoder, unit_rows
+from nvembed.text.instructions import resolve_prompt
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+_LISTINGS = ("modules.json", "config.json")
+
+
+@checked
+def load_encoder(name: str, dtype: PrecisionChoice | None = None) -> Encoder:
+    """Load an embedding model by folder or hub id.
+
+    A folder with an exported ONNX graph runs in onnxruntime. NVIDIA's releases, a folder saved by
+    this package (``modules.json`` names ``nvembed`` classes)
+    and a bare language model (no ``modules.json``) become an ``NVEmbed``; anything else is a plain
+    sentence-transformers model.
+
+    Args:
+        name: folder or hub id.
+        dtype: of the weights; ``auto`` is what this machine is fastest in, ``None`` keeps what was
+            saved.
+
+    Raises:
+        ConfigError: an argument of a wrong type.
+        ModelError: there is nothing of that name that can be loaded.
+    """
+    settled = settle_dtype(name, dtype)
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.base.modules import Transformer
+
+    from nvembed.interop.kind import ONNX_FILE
+    from nvembed.interop.loading import check_vocabulary, loading, prove_encoding
+    from nvembed.interop.weights import check_finite
+    from nvembed.model.embedder import NVEmbed
+
+    if (Path(name) / ONNX_FILE).is_file():
+        return _load_onnx(Path(name), settled)
+    if not _is_foreign(name):
+        encoder = cast(Encoder, NVEmbed.from_pretrained(name, dtype=settled))
+        release_notes()
+        return encoder
+    options = {} if settled is None else {"dtype": settled}
+    with loading(name):
+        model = SentenceTransformer(name, model_kwargs=options)
+        if isinstance(model[0], Transformer):
+            check_vocabulary(model[0].model, model.tokenizer, where=name)
+    check_finite(model, where=name)
+    prove_encoding(model, name=name)
+    release_notes()
+    return SentenceTransformerEncoder(model)
+
+
+def _load_onnx(folder: Path, dtype: Precision | None) -> Encoder:
+    from nvembed.encoding.onnx_encoder import OnnxEncoder
+
+    if dtype not in (None, "float32"):
+        raise ModelError(
+            f"an ONNX graph in {dtype}",
+            where=str(folder),
+            expected="float32, which it was exported in",
+            hint="Leave --dtype out, or use the model that it was exported from",
+        )
+    return OnnxEncoder(folder)
+
+
+def settle_dtype(
+    name: str, dtype: PrecisionChoice | None, *, begun: Precision | None = None
+) -> Precision | None:
+    """Settle the type that a model computes in, for a whole job; see ``settle_precision``.
+
+    Args:
+        name: folder or hub id.
+        dtype: of the weights, as the user chose it.
+        begun: that of the job, where it goes on.
+
+    Raises:
+        ModelError: there is no such model folder; told before anything is measured.
+    """
+    from nvembed.interop.source import ModelSource
+
+    ModelSource(name).check()
+    path = Path(name)
+    if path.is_file() or (not path.is_dir() and _is_path(name)):
+        raise ModelError("no such model folder", where=name, expected="a folder or a hub id")
+    graph = (path / "nvembed_onnx.json").is_file()
+    if path.is_dir() and not graph and not any((path / f).is_file() for f in _LISTINGS):
+        raise ModelError(
+            "no model in this folder", where=name, expected="modules.json or config.json in it"
+        )
+    if dtype != "auto":
+        return dtype
+    if graph:
+        return "float32"
+    from nvembed.kernels.precision import settle_precision
+
+    return settle_precision(dtype, begun=begun)
+
+
+class SentenceTransformerEncoder:
+    """A plain sentence-transformers model behind the encoder protocol, vectors normalised.
+
+    The task becomes a prompt only for a model that was trained with instructions, which shows in
+    its own prompts ("Instruct: ..."). Any other model keeps its own ``query`` and ``document``
+    prompts and never sees the task: an instruction in front of a text that it did not learn to read
+    harms its vectors. A task that is the name of one of its prompts is that prompt.
+    """
+
+    def __init__(self, model: SentenceTransformer) -> None:
+        self._model = model
+        prompts = (model.prompts or {}).values()
+        self.follows_instructions = any(p.strip().startswith("Instruct") for p in prompts if p)
+
+    @property
+    def model(self) -> SentenceTransformer:
+        """The wrapped model."""
+        return self._model
+
+    @property
+    def prompts(self) -> Mapping[str, str | None]:
+        """The model's own prompts by name."""
+        return self._model.prompts or {}
+
+    @property
+    def dimension(self) -> int:
+        """Width of the vectors."""
+        width = self._model.get_embedding_dimension()
+        if width is None:
+            raise ModelError("the model does not say how wide its vectors are")
+        return int(width)
+
+    def encode_query(self, texts: Sequence[str], *, task: str | None = None) -> NDArray[np.float32]:
+        """Embed queries; see :class:`Encoder`."""
+        return self._encode(self._model.encode_query, texts, task)
+
+    def encode_document(
+        self, texts: Sequence[str], *, task: str | None = None
+    ) -> NDArray[np.float32]:
+        """Embed documents; see :class:`Encoder`."""
+        return self._encode(self._model.encode_document, texts, task)
+
+    def prompt_of(self, task: str | None) -> str | None:
+        """Return the prompt of a task; ``None`` is the model's own of either side."""
+        prompt = resolve_prompt(task, self.prompts)
+        named = task is not None and task.strip() in self.prompts
+        return prompt if self.follows_instructions or named else None
+
+    def _encode(self, encode: Any, texts: Sequence[str], task: str | None) -> NDArray[np.float32]:
+        if not texts:
+            return np.empty((0, self.dimension), dtype=np.float32)
+        vectors = encode(
+            list(texts),
+            prompt=self.prompt_of(task),
+            normalize_embeddings=True,
+            show_progress_bar=False,
+        )
+        # A model in 16 bit normalises in 16 bit, to lengths that are off by up to 0.4 %.
+        return unit_rows(np.asarray(vectors, dtype=np.float32))
+
+
+def _is_path(name: str) -> bool:
+    # A hub id is "name" or "owner/name".
+    return name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
+def _is_foreign(name: str) -> bool:
+    """Tell a sentence-transformers model that has none of our modules."""
+    from nvembed.interop.folder import read_modules
+    from nvembed.interop.kind import model_kind
+    from nvembed.interop.source import ModelSource
+
+    source = ModelSource(name)
+    if model_kind(source) != "saved":
+        return False
+    return not any(entry.type.startswith("nvembed.") for entry in read_modules(source))

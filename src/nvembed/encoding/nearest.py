@@ -1,0 +1,280 @@
+"""Exact nearest documents by tiled matrix products with a running top-k.
+
+In: query and document vectors; out: the best ``k`` documents of every query. Next: ``filters.py``.
+
+The products are as fast as the machine multiplies; what costs is looking for the best in their
+results. So every query keeps a floor, the k-th best score at the last count: of a tile only scores
+above it are looked at, and of random documents that is about one in N/k·ln(N/k).
+
+Letters: Q queries, N documents, D width, K results per query, B and M rows and columns of a tile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import numpy as np
+from numpy.typing import NDArray
+
+# Ranks are held as one int64 per result: the score's bits above, the inverted row number below.
+_LOW_BITS = np.int64(0xFFFFFFFF)
+_MAGNITUDE_BITS = np.int32(0x7FFFFFFF)
+# Below every key of a real score: the bits of minus infinity are far above the smallest int32.
+_NO_RESULT = np.int64(np.iinfo(np.int64).min)
+
+# Queries that are held at once, each with its results so far; documents are read once for them.
+GROUP_QUERIES = 4096
+# Tiles that a thread looks at before it waits for the others.
+SLAB_TILES = 4
+# Places for what is found between two counts, where k is smaller.
+FEWEST_NEW = 256
+
+_RunAll = Callable[[Callable[[slice], None], Sequence[slice]], None]
+
+
+def top_k(
+    queries_QD: NDArray[np.float32],
+    documents_ND: NDArray[np.float32] | Iterable[NDArray[np.float32]],
+    k: int,
+    *,
+    block_queries: int = 256,
+    block_documents: int = 2048,
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Find the ``k`` documents with the largest inner product, best first, ties by the lower row.
+
+    Nothing is approximated. Memory beside the inputs and results is that of ``GROUP_QUERIES``
+    queries, each with ``k + max(k, FEWEST_NEW)`` integers of 8 bytes, and of a few tiles,
+    whatever N is.
+
+    Equal documents tie only as far as the matrix product gives them equal scores: the columns of
+    different tiles may be rounded differently, by one unit in the last place.
+
+    Args:
+        queries_QD: float32 vectors; unit length makes the scores cosines.
+        documents_ND: float32 vectors of the same width, as one matrix (which may be memory-mapped)
+            or in parts, one after the other. Parts are gone through once for every
+            ``GROUP_QUERIES`` queries, so with more than that they must not be an iterator.
+        k: results wanted, at least 1; K = min(k, N) come back.
+        block_queries: rows of a tile.
+        block_documents: columns of a tile.
+
+    Returns:
+        scores_QK, descending in each row, and indices_QK, rows of all documents.
+
+    Raises:
+        ValueError: widths differ, or ``k`` or a block size is below 1.
+
+    Source: checked against a full sort in tests/unit/mining/test_mining_search.py.
+    """
+    if queries_QD.ndim != 2:
+        raise ValueError("top_k takes two matrices, one vector a row")
+    if min(k, block_queries, block_documents) < 1:
+        raise ValueError(f"{k=}, {block_queries=}, {block_documents=}: all must be at least 1")
+    parts: Iterable[NDArray[np.float32]] = documents_ND
+    if isinstance(documents_ND, np.ndarray):
+        parts = [documents_ND]
+        k = max(min(k, len(documents_ND)), 1)
+    with _threads() as run_all:
+
+        def search(start: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+            group_BD = np.require(queries_QD[start : start + GROUP_QUERIES], np.float32, ["C", "W"])
+            best = _search_group(group_BD, parts, k, block_queries, block_documents, run_all)
+            return best.results()
+
+        scores_BK, indices_BK = search(0)
+        # Now it is known how many documents there are.
+        scores_QK = np.empty((len(queries_QD), scores_BK.shape[1]), dtype=np.float32)
+        indices_QK = np.empty(scores_QK.shape, dtype=np.int64)
+        scores_QK[:GROUP_QUERIES], indices_QK[:GROUP_QUERIES] = scores_BK, indices_BK
+        for start in range(GROUP_QUERIES, len(queries_QD), GROUP_QUERIES):
+            rows = slice(start, start + GROUP_QUERIES)
+            scores_QK[rows], indices_QK[rows] = search(start)
+    return scores_QK, indices_QK
+
+
+def _search_group(
+    group_BD: NDArray[np.float32],
+    parts: Iterable[NDArray[np.float32]],
+    k: int,
+    block_queries: int,
+    block_documents: int,
+    run_all: _RunAll,
+) -> RunningTopK:
+    best = RunningTopK(len(group_BD), k)
+    blocks = [
+        slice(row, min(row + block_queries, len(group_BD)))
+        for row in range(0, len(group_BD), block_queries)
+    ]
+    for slab_MD in _slabs(parts, group_BD.shape[1], SLAB_TILES * block_documents):
+        first = best.num_seen
+
+        def look(rows: slice, slab_MD: NDArray[np.float32] = slab_MD, first: int = first) -> None:
+            for start in range(0, len(slab_MD), block_documents):
+                tile_MD = slab_MD[start : start + block_documents]
+                best.offer(_product(group_BD[rows], tile_MD), rows, first + start)
+
+        run_all(look, blocks)
+        best.num_seen += len(slab_MD)
+    return best
+
+
+def _one_after_the_other(function: Callable[[slice], None], blocks: Sequence[slice]) -> None:
+    for rows in blocks:
+        function(rows)
+
+
+@contextmanager
+def _threads() -> Iterator[_RunAll]:
+    """Give a function that does something for all blocks, on as many threads as torch may use.
+
+    Each multiplies for itself, with one thread. OpenMP's threads wait for each other at every
+    product, which on a busy machine took ten times as long (docs/log.md), and looking for the best
+    would use one core. Besides, no result depends on the number of cores.
+    """
+    import torch
+
+    count = torch.get_num_threads()
+    if count == 1:
+        yield _one_after_the_other
+        return
+
+    def start() -> None:
+        torch.get_num_threads()  # sets what a new thread starts with, which the next line replaces
+        torch.set_num_threads(1)
+
+    with ThreadPoolExecutor(count, initializer=start) as pool:
+
+        def run_all(function: Callable[[slice], None], blocks: Sequence[slice]) -> None:
+            try:
+                list(pool.map(function, blocks))
+            finally:
+                torch.set_num_threads(count)  # the setting is this thread's and of threads to come
+
+        yield run_all
+
+
+class RunningTopK:
+    """The best so far of a group of queries, while documents come tile by tile, in order.
+
+    Args:
+        num_queries: of the group.
+        k: results wanted.
+    """
+
+    def __init__(self, num_queries: int, k: int) -> None:
+        self.num_seen = 0
+        self._k = k
+        # The first k of a row are its best at the last count, behind them what came since. Few, so
+        # that floors are fresh: the higher they are, the less is found above them.
+        self._keys = np.full((num_queries, k + max(k, FEWEST_NEW)), _NO_RESULT)
+        self._filled = np.zeros(num_queries, dtype=np.int64)
+        self._floor = np.full(num_queries, np.float32(-np.inf))
+
+    def offer(self, scores_BM: NDArray[np.float32], rows: slice, first_index: int) -> None:
+        """Look at the scores of some queries for documents ``first_index`` and following."""
+        num_rows, num_columns = scores_BM.shape
+        filled, keys = self._filled[rows], self._keys[rows]
+        if first_index + num_columns <= keys.shape[1]:
+            # All fit; there is no floor before they are more.
+            indices_M = np.arange(first_index, first_index + num_columns)
+            keys[:, first_index : first_index + num_columns] = _pack(scores_BM, indices_M)
+            filled[:] = first_index + num_columns
+            return
+        if first_index < self._k:
+            self._floor[rows] = self._first_floor(scores_BM)
+        # Later documents lose ties, so a score equal to the floor is out.
+        found = np.flatnonzero(scores_BM > self._floor[rows, None])
+        if not len(found):
+            return
+        row, column = np.divmod(found, num_columns)
+        new = np.bincount(row, minlength=num_rows)
+        if (filled + new > keys.shape[1]).any():
+            self._count(rows)
+            if (filled + new > keys.shape[1]).any():
+                self._merge(scores_BM, rows, first_index)
+                return
+        at = np.arange(len(found)) + (filled - (np.cumsum(new) - new))[row]
+        keys[row, at] = _pack(scores_BM[row, column], first_index + column)
+        filled += new
+
+    def results(self) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Return scores_BK and indices_BK, best first."""
+        self._count(slice(None))
+        wanted = min(self._k, self.num_seen)
+        return _unpack(np.sort(self._keys[:, :wanted])[:, ::-1])
+
+    def _first_floor(self, scores_BM: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return a floor just below the k-th best of a tile, which has more than k columns."""
+        place = scores_BM.shape[1] - self._k
+        kth_B = np.partition(scores_BM, place)[:, place]
+        return np.nextafter(kth_B, np.float32(-np.inf))
+
+    def _count(self, rows: slice) -> None:
+        """Keep the best k of each row and raise its floor to the k-th."""
+        keys, filled = self._keys[rows], self._filled[rows]
+        used = int(filled.max(initial=0))
+        if used <= self._k:
+            return
+        best = np.partition(keys[:, :used], used - self._k)[:, used - self._k :]
+        self._keep(best, rows)
+        keys[:, self._k : used] = _NO_RESULT
+
+    def _merge(self, scores_BM: NDArray[np.float32], rows: slice, first_index: int) -> None:
+        """Join a whole tile with what a count has left: for tiles with more than there is room."""
+        indices_M = np.arange(first_index, first_index + scores_BM.shape[1])
+        kept = self._keys[rows, : self._k]
+        joined = np.concatenate([kept, _pack(scores_BM, indices_M)], axis=1)
+        cut = joined.shape[1] - self._k
+        self._keep(np.partition(joined, cut)[:, cut:], rows)
+
+    def _keep(self, best_BK: NDArray[np.int64], rows: slice) -> None:
+        # Of a row with fewer results the other places hold none, wherever they lie among the k.
+        self._filled[rows] = self._k
+        self._keys[rows, : self._k] = best_BK
+        worst_B = best_BK.min(axis=1)
+        self._floor[rows] = np.where(worst_B == _NO_RESULT, -np.inf, _unpack(worst_B)[0])
+
+
+def _slabs(
+    parts: Iterable[NDArray[np.float32]], width: int, size: int
+) -> Iterator[NDArray[np.float32]]:
+    for part in parts:
+        if part.ndim != 2:
+            raise ValueError("top_k takes two matrices, one vector a row")
+        if part.shape[1] != width:
+            raise ValueError(f"widths differ: {width} and {part.shape[1]}")
+        for start in range(0, len(part), size):
+            # Of a memory-mapped matrix a copy, since torch takes nothing that cannot be written.
+            yield np.require(part[start : start + size], dtype=np.float32, requirements=["C", "W"])
+
+
+def _product(queries_BD: NDArray[np.float32], tile_MD: NDArray[np.float32]) -> NDArray[np.float32]:
+    import torch  # so that wrong input is told without waiting for it
+
+    from nvembed.kernels.matmul import same_in_every_process
+
+    # Training mines inside its autocast, which would round the scores to 16 bits.
+    with torch.inference_mode(), torch.autocast("cpu", enabled=False):
+        scores_BM = same_in_every_process(torch.from_numpy(queries_BD), torch.from_numpy(tile_MD))
+        return scores_BM.numpy()
+
+
+def _pack(scores: NDArray[np.float32], indices: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Give each score an integer of its own that sorts by score, then by lower document row.
+
+    Sortable form of a float: its bits, with the magnitude inverted for negative numbers.
+    """
+    # Adding zero turns -0.0 into 0.0, which would otherwise sort apart.
+    bits = np.ascontiguousarray(scores + np.float32(0.0)).view(np.int32)
+    sortable = bits ^ ((bits >> 31) & _MAGNITUDE_BITS)
+    keys: NDArray[np.int64] = (sortable.astype(np.int64) << 32) | (_LOW_BITS - indices)
+    return keys
+
+
+def _unpack(keys: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    indices = _LOW_BITS - (keys & _LOW_BITS)
+    sortable = (keys >> 32).astype(np.int32)
+    bits = sortable ^ ((sortable >> 31) & _MAGNITUDE_BITS)
+    return bits.view(np.float32), indices

@@ -1,0 +1,268 @@
+"""The one boundary to the libraries that load models: every weight in its place, or one line.
+
+    with loading(name):
+        model = AutoModel.from_pretrained(name)      # or SentenceTransformer, CrossEncoder, …
+
+transformers starts a model with random numbers wherever a checkpoint has no tensor of that name,
+and tells it in a log. Here its report of every model that is loaded in the block is read: tensors
+that are missing, unexpected or of another shape are an error with their names, as are values that
+are not finite. A prefix that all names share (``module.``, ``base_model.model.``, …) is taken off
+where the names fit without it. Whatever else a library raises becomes one line too.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from sentence_transformers import SentenceTransformer
+from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_FOR_PRETRAINING_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+)
+
+from nvembed.core.errors import ConfigError, ModelError, UserError
+from nvembed.interop.folder import check_files
+from nvembed.interop.source import COPY_AGAIN
+from nvembed.interop.weights import (
+    LM_HEAD,
+    Misfit,
+    check_finite,
+    check_finite_tensor,
+    shared_prefixes,
+)
+
+_HEADS = (
+    MODEL_FOR_PRETRAINING_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+)
+# BERT's. Nobody here reads what it gives, and masked language models are saved without it.
+_POOLER = "pooler"
+
+# transformers itself is not made for loading in several threads, and here its class is patched.
+_one_at_a_time = threading.RLock()
+
+
+@contextmanager
+def loading(name: str, *, expected: str = "the folder or the hub id of a model") -> Iterator[None]:
+    """Load models of transformers or sentence-transformers in a block.
+
+    Args:
+        name: folder or hub id, for errors; the files of a folder are looked at first.
+        expected: what ``name`` should have been, for errors.
+
+    Raises:
+        ModelError: a file is damaged, weights do not fit, or a library cannot load the model.
+    """
+    if Path(name).is_dir():
+        check_files(Path(name))
+    reports: list[_Report] = []
+    with _one_at_a_time:
+        try:
+            with _watched(name, reports):
+                yield
+        except UserError:
+            raise
+        except Exception as error:  # each library raises its own types, tokenizers a bare Exception
+            # A report that is not good says more than what became of it.
+            for report in reports:
+                report.check(name)
+            raise ModelError(
+                f"cannot be loaded ({reason(error)})",
+                where=name,
+                expected=expected,
+                hint=COPY_AGAIN
+                if Path(name).exists()
+                else "A hub id needs the network, or an earlier download",
+            ) from error
+    for report in reports:
+        report.check(name)
+    for model in {id(report.model): report.model for report in reports}.values():
+        check_finite(model, where=name)
+
+
+def usable_device(device: str | torch.device | None) -> str | None:
+    """The name of a device that this machine has; ``None`` stays.
+
+    Raises:
+        ConfigError: it has no such device.
+    """
+    if device is None:
+        return None
+    try:
+        torch.zeros(1, device=device).item()  # of the meta device there are no values
+    except Exception as error:  # RuntimeError, AssertionError, NotImplementedError, by device
+        raise ConfigError(
+            f"{str(device)!r} cannot be used ({reason(error)})",
+            where="device",
+            expected="a device of this machine, such as cpu",
+        ) from error
+    return str(device)
+
+
+def reason(error: BaseException) -> str:
+    """What a library said, as one line of at most 300 characters."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def prove_encoding(model: SentenceTransformer, *, name: str) -> None:
+    """Encode a text, so that what a model cannot do is told when it is loaded.
+
+    Raises:
+        ModelError: it cannot encode, or gives values that are no numbers.
+    """
+    if model.device.type == "meta":
+        return
+    with loading(name, expected="a model that encodes texts"):
+        vector = model.encode(
+            ["a text"], prompt="", convert_to_tensor=True, show_progress_bar=False
+        )
+    check_finite_tensor(vector, "of an embedding", where=name)
+
+
+def check_vocabulary(model: Any, tokenizer: Any, *, where: str) -> None:
+    """Make sure that every token of a tokenizer has an embedding.
+
+    Tokens that were added and that no text is turned into, such as a padding token, may have none.
+
+    Raises:
+        ModelError: one has not: the tokenizer is another model's.
+    """
+    try:
+        table = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):  # no table of tokens, as in models of images
+        return
+    rows = int(table.weight.shape[0]) if table is not None else None
+    special = (
+        getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos", "cls", "sep")
+    )
+    last = max([tokenizer.vocab_size - 1, *(token for token in special if token is not None)])
+    if rows is not None and last >= rows:
+        raise ModelError(
+            f"the tokenizer gives token ids up to {last} and the model has {rows} embeddings",
+            where=where,
+            expected="the tokenizer that the model was trained with",
+            hint=COPY_AGAIN,
+        )
+
+
+@dataclass(frozen=True)
+class _Report:
+    """What transformers says about one checkpoint that it has loaded into a model."""
+
+    model: PreTrainedModel
+    info: Any
+
+    @property
+    def misfit(self) -> Misfit:
+        model = self.model
+        computed = {name for name, _ in model.named_buffers()} - set(model.state_dict())
+        tied = getattr(model, "all_tied_weights_keys", None) or {}
+        unused = {_POOLER} if _is_base(model) else set()
+        spare = _heads(model) if self.info.unexpected_keys else set()
+        return Misfit(
+            [
+                name
+                for name in self.info.missing_keys
+                if name not in tied and name.split(".")[0] not in unused
+            ],
+            [
+                name
+                for name in self.info.unexpected_keys
+                if name not in computed and name.split(".")[0] not in spare
+            ],
+            {name: (stored, needed) for name, stored, needed in self.info.mismatched_keys},
+        )
+
+    def check(self, name: str) -> None:
+        self.misfit.check(name)
+
+
+@contextmanager
+def _watched(name: str, reports: list[_Report]) -> Iterator[None]:
+    """Collect the reports of all models that this thread loads in the block.
+
+    ``output_loading_info`` gives the same report to the caller of transformers alone, which here is
+    sentence-transformers at times, and that of the adapter alone where a folder has one.
+    """
+    kept = PreTrainedModel.__dict__["_load_pretrained_model"]
+    original = PreTrainedModel._load_pretrained_model
+    own_thread = threading.get_ident()
+
+    def load(
+        model: PreTrainedModel, state_dict: Any, checkpoint_files: Any, *given: Any, **options: Any
+    ) -> Any:
+        result = original(model, state_dict, checkpoint_files, *given, **options)
+        if threading.get_ident() != own_thread:
+            return result
+        report = _Report(model, result[0])
+        if report.misfit.missing and state_dict is None:
+            for stripped in _stripped(checkpoint_files):
+                again = original(model, stripped, checkpoint_files, *given, **options)
+                if len(again[0].missing_keys) < len(result[0].missing_keys):
+                    result, report = again, _Report(model, again[0])
+                    break
+        # transformers would now make room for what is missing or of another shape: of a damaged
+        # configuration any amount.
+        if report.info.mismatched_keys:
+            report.check(name)
+        reports.append(report)
+        return result
+
+    cls: Any = PreTrainedModel
+    cls._load_pretrained_model = staticmethod(load)
+    try:
+        yield
+    finally:
+        cls._load_pretrained_model = kept
+
+
+@contextmanager
+def _opened(files: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """The tensors of safetensors files by name, not read yet."""
+    with ExitStack() as stack:
+        handles = [stack.enter_context(safe_open(file, framework="pt")) for file in files]
+        yield {
+            name: handle.get_slice(name)
+            for handle in handles
+            for name in handle.keys()  # noqa: SIM118  # not a mapping
+        }
+
+
+def _stripped(files: Sequence[str] | None) -> Iterator[dict[str, Any]]:
+    """The tensors of a checkpoint under shorter and shorter names."""
+    if not files or not all(str(file).endswith(".safetensors") for file in files):
+        return
+    with _opened(files) as tensors:
+        for prefix in shared_prefixes(tensors):
+            yield {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+
+
+def _is_base(model: PreTrainedModel) -> bool:
+    """A model without a head: of one with a head the pooler is used."""
+    return model.base_model is model
+
+
+def _heads(model: PreTrainedModel) -> set[str]:
+    """Parts that models of this family have besides their base: heads, which may be left over."""
+    found = {LM_HEAD}
+    classes = [mapping.get(type(model.config), None) for mapping in _HEADS]
+    for group in classes:
+        for cls in group if isinstance(group, tuple) else (group,):
+            if cls is None or not model.base_model_prefix:
+                continue
+            with torch.device("meta"):
+                parts = [name for name, _ in cls(model.config).named_children()]
+            found.update(part for part in parts if part != model.base_model_prefix)
+    return found | ({_POOLER} if _is_base(model) else set())

@@ -1,0 +1,1 @@
+"""CPU kernels and what decides which of them compute."""

@@ -1,0 +1,125 @@
+"""Products of matrices in float32 on a CPU, by the library that is fastest on this machine.
+
+torch multiplies float32 matrices with MKL, which on CPUs of another maker leaves out their widest
+instructions; oneDNN, which torch carries too, takes them (an AMD EPYC: 200 against 440 GFLOP/s,
+docs/log.md). Which one it is here follows from the CPU's features (``kernels/cpu.py``). Both are
+float32 to the same accuracy, and differ in the last bits: a measurement could come out otherwise
+the next time, and vectors with it.
+
+All linear layers of a model go through here (``fast_products``), the latent attention too. In 16
+bit, under autocast and on other devices everything is as torch does it.
+
+Letters: T tokens, I and O widths of input and output.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nvembed.kernels.cpu import this_cpu
+
+
+def product(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    """``x Wᵀ + b``, differentiable in all three, for two-dimensional x."""
+    if not _in_float32_on_cpu(x_TI, weight_OI) or not onednn_pays():
+        return nn.functional.linear(x_TI, weight_OI, bias_O)
+    if not torch.is_grad_enabled():
+        return _onednn(x_TI, weight_OI, bias_O)
+    out_TO: Tensor = _Linear.apply(x_TI, weight_OI, bias_O)
+    return out_TO
+
+
+def times_transposed(x_TI: Tensor, weight_OI: Tensor) -> Tensor:
+    """``x Wᵀ`` without gradient."""
+    if not _in_float32_on_cpu(x_TI, weight_OI) or not onednn_pays():
+        return x_TI @ weight_OI.T
+    return _onednn(x_TI, weight_OI)
+
+
+def same_in_every_process(x_TI: Tensor, weight_OI: Tensor) -> Tensor:
+    """``x Wᵀ`` without gradient, by oneDNN wherever torch has it, whatever the CPU.
+
+    For results that processes on machines of different makers must find to the bit.
+    """
+    if _in_float32_on_cpu(x_TI, weight_OI) and _has_onednn():
+        return _onednn(x_TI, weight_OI)
+    return x_TI @ weight_OI.T
+
+
+def transposed_times(y_TO: Tensor, x_TI: Tensor) -> Tensor:
+    """``yᵀ x`` without gradient: the gradient ``(O, I)`` of a weight."""
+    if not _in_float32_on_cpu(y_TO, x_TI) or not onednn_pays():
+        return y_TO.T @ x_TI
+    # The first operand is the one that is rearranged: the smaller one.
+    if y_TO.shape[1] <= x_TI.shape[1]:
+        return _onednn(y_TO.T, x_TI.T)
+    return _onednn(x_TI.T, y_TO.T).T
+
+
+class FastLinear(nn.Linear):
+    """``nn.Linear`` with the products of this module."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``(…, I)`` → ``(…, O)``."""
+        # Weights of other types are those of quantisation.
+        if type(self.weight) is not nn.Parameter or not _in_float32_on_cpu(input, self.weight):
+            return super().forward(input)
+        out_TO = product(input.flatten(0, -2), self.weight, self.bias)
+        return out_TO.view(*input.shape[:-1], self.out_features)
+
+
+def fast_products(model: nn.Module) -> None:
+    """Let the linear layers of a model multiply by this module, in place."""
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            # The class alone decides how it computes: weights, names and copies stay as they are.
+            module.__class__ = FastLinear
+
+
+@cache
+def onednn_pays() -> bool:
+    """Whether float32 matrices are multiplied by oneDNN on this machine."""
+    return _has_onednn() and this_cpu().onednn_multiplies_float32_faster
+
+
+def _has_onednn() -> bool:
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def _in_float32_on_cpu(*tensors: Tensor) -> bool:
+    if torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
+        return False  # of the latter: an exported graph has no oneDNN
+    return all(
+        tensor.dtype is torch.float32 and tensor.device.type == "cpu" and tensor.ndim > 1
+        for tensor in tensors
+    )
+
+
+def _onednn(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    if not x_TI.shape[0] or not x_TI.shape[1]:
+        return nn.functional.linear(x_TI, weight_OI, bias_O)
+    # The operator that torch.compile puts in place of a linear layer.
+    out_TO: Tensor = torch.ops.mkldnn._linear_pointwise(x_TI, weight_OI, bias_O, "none", [], "")
+    return out_TO
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x_TI, weight_OI)
+        return _onednn(x_TI, weight_OI, bias_O)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (dy_TO,) = gradients
+        x_TI, weight_OI = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        return (
+            times_transposed(dy_TO, weight_OI.T) if needs_x else None,
+            transposed_times(dy_TO, x_TI) if needs_weight else None,
+            dy_TO.sum(0) if needs_bias else None,
+        )

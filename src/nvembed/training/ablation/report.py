@@ -1,0 +1,378 @@
+"""The report of a grid: what was found, what it cost, and what it does not show.
+
+In: the grid and its finished runs. Out: one ``Report``, and from it ``report.md``, ``scores.csv``,
+``figure.png`` and ``report.html``, which needs no other file.
+"""
+
+from __future__ import annotations
+
+import base64
+import csv
+import html
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from nvembed.core.environment import describe_environment
+from nvembed.core.files import atomic_path, write_text
+from nvembed.evaluation.reference import paper_tables
+from nvembed.evaluation.results import TaskResult, read_results
+from nvembed.training.ablation.arms import Run, runs_by_arm
+from nvembed.training.ablation.config import GridConfig
+from nvembed.training.ablation.figure import draw
+from nvembed.training.ablation.outcome import ABLATE, Outcome, read_outcome
+from nvembed.training.ablation.statistics import (
+    ALL,
+    ArmScores,
+    Contrast,
+    arm_contrasts,
+    arm_scores,
+    mean_and_spread,
+    pooled_spread,
+    smallest_visible,
+    value_contrasts,
+)
+
+_COLUMN_TITLES = {
+    ALL: "mean of all tasks",
+    "PairClassification": "Pair class.",
+    "Classification": "Class.",
+    "Summarization": "Summ.",
+}
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of the report, cells as text; the first column is the name of the row."""
+
+    title: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that the four files show."""
+
+    title: str
+    findings: tuple[str, ...]
+    tables: tuple[Table, ...]
+    figure: bytes | None
+    scores: tuple[tuple[str, int, str, str, float | None], ...]
+
+
+def write_report(grid: GridConfig, runs: Sequence[Run]) -> Path:
+    """Write the four files into the folder of the grid and return that of ``report.md``."""
+    report = make_report(grid, runs)
+    folder = Path(grid.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    if report.figure is not None:
+        with atomic_path(folder / "figure.png", ABLATE) as path:
+            path.write_bytes(report.figure)
+    write_text(folder / "scores.csv", _csv(report), ABLATE)
+    write_text(folder / "report.html", _html(report), ABLATE)
+    write_text(folder / "report.md", _markdown(report), ABLATE)
+    return folder / "report.md"
+
+
+def report_files(grid: GridConfig) -> list[Path]:
+    """The files that ``write_report`` writes."""
+    names = ("figure.png", "scores.csv", "report.html", "report.md")
+    return [Path(grid.output) / name for name in names]
+
+
+def make_report(grid: GridConfig, runs: Sequence[Run]) -> Report:
+    """Put together what the finished runs show."""
+    outcomes = {run: read_outcome(run) for run in runs}
+    results = {
+        run: read_results(run.results)
+        for run, outcome in outcomes.items()
+        if outcome.state == "finished"
+    }
+    arms = [
+        arm_scores(arm, [results[run] for run in of_arm if run in results])
+        for arm, of_arm in runs_by_arm(runs)
+    ]
+    contrasts = arm_contrasts(arms, grid.baseline_arm)
+    tables = [_arm_table(grid, arms, contrasts)]
+    effects = {}
+    if len(grid.axes) > 1:
+        for axis in grid.axes:
+            reference = _reference(grid, axis)
+            effects[axis] = value_contrasts(arms, grid.arms(), axis, reference)
+        tables.append(_effect_table(grid, effects))
+    tables += _paper_tables(grid, arms)
+    tables.append(_cost_table(grid, runs, outcomes))
+    if broken := [(run, o) for run, o in outcomes.items() if o.state == "failed"]:
+        rows = tuple((run.arm, str(run.seed), outcome.error or "") for run, outcome in broken)
+        tables.append(Table("Failed runs", ("arm", "seed", "error"), rows))
+    return Report(
+        title=grid.title,
+        findings=tuple(_findings(grid, runs, arms, contrasts, effects, results)),
+        tables=tuple(tables),
+        figure=draw(grid, arms) if any(arm.num_seeds for arm in arms) else None,
+        scores=tuple(
+            (run.arm, run.seed, name, result.type, result.main_score)
+            for run, by_task in results.items()
+            for name, result in by_task.items()
+        ),
+    )
+
+
+def _reference(grid: GridConfig, axis: str) -> str:
+    return grid.arms()[grid.baseline_arm][axis]
+
+
+# --- Tables ---------------------------------------------------------------------------------------
+
+
+def _arm_table(
+    grid: GridConfig, arms: Sequence[ArmScores], contrasts: Mapping[str, Contrast]
+) -> Table:
+    columns = list(dict.fromkeys(column for arm in arms for column in arm.columns))
+    rows = []
+    for arm in arms:
+        if not arm.num_seeds:
+            rows.append((arm.arm, "0", *["–"] * (len(columns) + 2)))
+            continue
+        cells = [_spread_cell(arm.columns[column]) for column in columns]
+        contrast = contrasts.get(arm.arm)
+        own = ["baseline", ""] if arm.arm == grid.baseline_arm else ["–", "–"]
+        rows.append(
+            (arm.arm, str(arm.num_seeds), *cells, *(_contrast_cells(contrast) if contrast else own))
+        )
+    return Table(
+        "Arms",
+        ("arm", "seeds", *(_COLUMN_TITLES.get(c, c) for c in columns), "difference", "p"),
+        tuple(rows),
+        "Main scores × 100, mean ± standard deviation over seeds. Difference and p: of the mean "
+        "of all tasks, against the baseline; * where p < 0.05 after Holm's correction for all "
+        "arms.",
+    )
+
+
+def _effect_table(grid: GridConfig, effects: Mapping[str, Mapping[str, Contrast]]) -> Table:
+    rows = [
+        (axis, value, _reference(grid, axis), *_contrast_cells(contrast))
+        for axis, contrasts in effects.items()
+        for value, contrast in contrasts.items()
+    ]
+    return Table(
+        "One axis at a time",
+        ("axis", "value", "against", "difference", "p"),
+        tuple(rows),
+        "Mean of all tasks, averaged over the arms that differ in this axis alone. Holm's "
+        "correction within each axis. It says little where the axes interact.",
+    )
+
+
+def _paper_tables(grid: GridConfig, arms: Sequence[ArmScores]) -> list[Table]:
+    found = {arm.arm: mean_and_spread(arm.columns[ALL])[0] for arm in arms if arm.num_seeds}
+    tables = []
+    for paper in grid.paper:
+        published = paper_tables()[paper.table]
+        base = grid.baseline_arm if grid.baseline_arm in paper.rows else next(iter(paper.rows))
+        base_theirs = published.rows[paper.rows[base]]["average"]
+        rows = []
+        for arm, row in paper.rows.items():
+            theirs = published.rows[row]["average"]
+            ours = found.get(arm)
+            known = ours is not None and base in found
+            rows.append(
+                (
+                    arm,
+                    "–" if ours is None else f"{ours:.2f}",
+                    f"{ours - found[base]:+.2f}" if ours is not None and known else "–",
+                    f"{theirs:.2f}",
+                    f"{theirs - base_theirs:+.2f}",
+                )
+            )
+        tables.append(
+            Table(
+                f"Beside the paper: {published.source}",
+                ("arm", "here", "difference", "paper, 56 tasks", "difference"),
+                tuple(rows),
+                f"Differences to {base}. Other tasks, data and model size: compare signs, not "
+                "numbers." + (f" {published.note}" if published.note else ""),
+            )
+        )
+    return tables
+
+
+def _cost_table(grid: GridConfig, runs: Sequence[Run], outcomes: Mapping[Run, Outcome]) -> Table:
+    rows = []
+    for arm, of_arm in runs_by_arm(runs):
+        done = [outcomes[run] for run in of_arm if outcomes[run].state == "finished"]
+        if not done:
+            rows.append((arm, "–", "–", "–", "–"))
+            continue
+        count = len(done)
+        losses = [outcome.loss for outcome in done if outcome.loss is not None]
+        rows.append(
+            (
+                arm,
+                f"{sum(o.tokens for o in done) / count:,.0f}",
+                f"{sum(o.training_seconds for o in done) / count:.0f}",
+                f"{sum(o.evaluation_seconds for o in done) / count:.0f}",
+                f"{sum(losses) / len(losses):.3f}" if losses else "–",
+            )
+        )
+    return Table(
+        "Cost per run",
+        ("arm", "tokens trained on", "training, s", "scoring, s", "loss at the end"),
+        tuple(rows),
+        "Means over seeds, wall time. Losses of different stages or negatives do not compare.",
+    )
+
+
+def _spread_cell(scores: Sequence[float]) -> str:
+    mean, spread = mean_and_spread(scores)
+    return f"{mean:.2f}" if spread is None else f"{mean:.2f} ± {spread:.2f}"
+
+
+def _contrast_cells(contrast: Contrast) -> tuple[str, str]:
+    if contrast.p is None:
+        return f"{contrast.difference:+.2f}", "–"
+    mark = " *" if contrast.stands_out else ""
+    return f"{contrast.difference:+.2f}{mark}", _shown_p(contrast.p)
+
+
+def _shown_p(p: float) -> str:
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+# --- Findings -------------------------------------------------------------------------------------
+
+
+def _findings(
+    grid: GridConfig,
+    runs: Sequence[Run],
+    arms: Sequence[ArmScores],
+    contrasts: Mapping[str, Contrast],
+    effects: Mapping[str, Mapping[str, Contrast]],
+    results: Mapping[Run, Mapping[str, TaskResult]],
+) -> list[str]:
+    tasks = {name for by_task in results.values() for name in by_task}
+    found = [
+        f"{len(results)} of {len(runs)} runs are finished: {len(arms)} arms, "
+        f"{len(grid.seeds)} seeds each, {len(tasks)} tasks."
+    ]
+    spread, freedom = pooled_spread(arms)
+    visible = smallest_visible(arms)
+    if visible is None:
+        found.append(
+            "No arm has two finished seeds, so nothing is known of the spread, and no difference "
+            "can be told from chance."
+        )
+        return found
+    found.append(
+        f"Other seeds move an arm's mean by {spread:.2f} (standard deviation, {freedom} degrees "
+        f"of freedom). Two arms must differ by {visible:.2f} to stand out even as the only "
+        "comparison; anything below is not shown to be a difference, nor to be none."
+    )
+    good = [name for name, c in contrasts.items() if c.stands_out and c.difference > 0]
+    bad = [name for name, c in contrasts.items() if c.stands_out and c.difference < 0]
+    open_ones = len(contrasts) - len(good) - len(bad)
+    found.append(
+        f"Against the baseline {grid.baseline_arm}: better {_listed(good)}; worse {_listed(bad)}; "
+        f"{open_ones} of {len(contrasts)} cannot be told from it."
+    )
+    for axis, values in effects.items():
+        for value, contrast in values.items():
+            what = f"{axis}: {value} against {_reference(grid, axis)} {contrast.difference:+.2f}"
+            found.append(
+                f"{what} over all else"
+                + (
+                    f" (p: {_shown_p(contrast.p)})."
+                    if contrast.stands_out and contrast.p is not None
+                    else ", which the spread does not allow to call a difference."
+                )
+            )
+    return found
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:6])
+    return f"{shown} and {len(names) - 6} more" if len(names) > 6 else shown or "none"
+
+
+# --- Files ----------------------------------------------------------------------------------------
+
+
+def _csv(report: Report) -> str:
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(("arm", "seed", "task", "type", "main_score"))
+    writer.writerows(report.scores)
+    return out.getvalue()
+
+
+def _markdown(report: Report) -> str:
+    lines = [f"# {report.title}", "", *(f"- {finding}" for finding in report.findings), ""]
+    if report.figure is not None:
+        lines += ["![arms of the grid](figure.png)", ""]
+    for table in report.tables:
+        lines += [f"## {table.title}", ""]
+        if table.note:
+            lines += [table.note, ""]
+        lines += [f"| {' | '.join(table.header)} |", "|" + "---|" * len(table.header)]
+        lines += [f"| {' | '.join(map(_escaped, row))} |" for row in table.rows]
+        lines.append("")
+    lines += [_made_with(), ""]
+    return "\n".join(lines)
+
+
+def _escaped(cell: str) -> str:
+    return cell.replace("|", "\\|")
+
+
+def _made_with() -> str:
+    environment = describe_environment()
+    git = environment["git"]
+    commit = f", commit {git['commit'][:10]}" if git else ""
+    return (
+        f"Made by nvembed {environment['packages']['nvembed']}{commit} on "
+        f"{environment['cpus']} cores of {environment['processor']}, {environment['started'][:10]}."
+    )
+
+
+_STYLE = """
+:root { color-scheme: light dark; }
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 13px; }
+.scroll { overflow-x: auto; }
+th, td { padding: .25rem .6rem; text-align: right; border-bottom: 1px solid #8884; }
+th:first-child, td:first-child { text-align: left; white-space: nowrap; }
+tr.base td { font-weight: 600; }
+img { max-width: 100%; background: #fff; border-radius: 6px; }
+.note { opacity: .75; font-size: 13px; }
+"""
+
+
+def _html(report: Report) -> str:
+    parts = [
+        "<!doctype html><html lang='en'><head><meta charset='utf-8'>",
+        "<meta name='viewport' content='width=device-width, initial-scale=1'>",
+        f"<title>{html.escape(report.title)}</title><style>{_STYLE}</style></head><body>",
+        f"<h1>{html.escape(report.title)}</h1><ul>",
+        *(f"<li>{html.escape(finding)}</li>" for finding in report.findings),
+        "</ul>",
+    ]
+    if report.figure is not None:
+        data = base64.b64encode(report.figure).decode("ascii")
+        parts.append(f"<img alt='arms of the grid' src='data:image/png;base64,{data}'>")
+    for table in report.tables:
+        parts.append(f"<h2>{html.escape(table.title)}</h2>")
+        if table.note:
+            parts.append(f"<p class='note'>{html.escape(table.note)}</p>")
+        head = "".join(f"<th>{html.escape(cell)}</th>" for cell in table.header)
+        parts.append(f"<div class='scroll'><table><thead><tr>{head}</tr></thead><tbody>")
+        for row in table.rows:
+            kind = " class='base'" if "baseline" in row else ""
+            cells = "".join(f"<td>{html.escape(cell)}</td>" for cell in row)
+            parts.append(f"<tr{kind}>{cells}</tr>")
+        parts.append("</tbody></table></div>")
+    parts.append(f"<p class='note'>{html.escape(_made_with())}</p></body></html>\n")
+    return "\n".join(parts)

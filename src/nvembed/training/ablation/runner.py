@@ -1,0 +1,254 @@
+"""Runs a grid: each arm in a process of its own, several at once, finished ones skipped.
+
+Several commands may work on one grid: a run is held by its process, the others pass it over.
+A run that breaks, by an error or killed, does not stop the others; started again, the grid goes on
+where it was: the training of an arm from its last checkpoint, its scores task by task.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from multiprocessing.connection import wait
+from multiprocessing.context import SpawnProcess
+from pathlib import Path
+
+from nvembed.core.background import end_with_parent
+from nvembed.core.config import load_config
+from nvembed.core.digests import digest_of
+from nvembed.core.dtypes import Precision
+from nvembed.core.errors import UserError
+from nvembed.core.files import alone_in
+from nvembed.core.overlaps import check_overlaps
+from nvembed.core.ownership import check_outputs, mark_growing, refuse_foreign
+from nvembed.core.progress import progress
+from nvembed.core.runs import RunFolder
+from nvembed.evaluation.results import EVALUATE
+from nvembed.evaluation.tasks import load_tasks
+from nvembed.training.ablation.arms import Run
+from nvembed.training.ablation.outcome import (
+    ABLATE,
+    Outcome,
+    begun_precision,
+    check_inputs,
+    check_same,
+    log_file,
+    outcome_file,
+    read_outcome,
+    training_cost,
+    write_outcome,
+)
+from nvembed.training.config import TrainConfig
+from nvembed.training.input_paths import training_inputs
+from nvembed.training.inputs import read_inputs_of, what_decides_inputs
+
+Done = Callable[[Run, Outcome], None]
+
+_BUSY = 75  # exit code: another process holds the run
+
+
+def run_grid(
+    runs: Sequence[Run],
+    *,
+    base_dir: Path,
+    task_folders: Sequence[Path],
+    task_names: Sequence[str] | None = None,
+    processes: int = 1,
+    keep_models: bool = False,
+    on_done: Done | None = None,
+) -> list[Outcome]:
+    """Run what is not finished, and return how every run stands, in order.
+
+    Args:
+        runs: of ``grid_runs``.
+        base_dir: folder that the paths of the recipe are relative to.
+        task_folders: tasks that every model is scored on.
+        task_names: only these; ``None`` is all.
+        processes: runs at once; the machine's cores are shared out among them.
+        keep_models: otherwise models and checkpoints of finished runs are deleted.
+        on_done: called with every run that ends.
+
+    Raises:
+        ConfigError: a run in the output folder is of another grid.
+        DataError: a task cannot be used.
+    """
+    _check_outputs(runs, base_dir, task_folders)
+    tasks = {task.name: digest_of(task.folder) for task in load_tasks(task_folders, task_names)}
+    inputs: dict[str, dict[str, str]] = {}
+    for run in runs:
+        check_same(run)
+        if read_outcome(run).state == "finished":
+            # Most arms are trained on the same data, which may take long to read.
+            if (key := what_decides_inputs(run.config)) not in inputs:
+                inputs[key] = read_inputs_of(run.config, base_dir)
+            check_inputs(run, inputs[key], tasks)
+    todo = [run for run in runs if read_outcome(run).state != "finished"]
+    todo = with_one_precision(todo, runs)
+    threads = max(1, len(os.sched_getaffinity(0)) // processes)
+    context = multiprocessing.get_context("spawn")
+    waiting = list(reversed(todo))
+    working: dict[int, tuple[SpawnProcess, Run]] = {}
+    with progress(len(runs), "runs") as bar:
+        bar.advance(len(runs) - len(todo))
+        try:
+            while waiting or working:
+                while waiting and len(working) < processes:
+                    run = waiting.pop()
+                    if read_outcome(run).state == "finished":  # by another command meanwhile
+                        bar.advance(1)
+                        continue
+                    options = (run, base_dir, list(task_folders), tasks, keep_models, threads)
+                    process = context.Process(target=_work, args=options)
+                    process.start()
+                    working[process.sentinel] = (process, run)
+                # Nothing to wait for where other commands have finished all the rest.
+                for sentinel in wait(list(working)) if working else ():
+                    assert isinstance(sentinel, int)
+                    process, run = working.pop(sentinel)
+                    process.join()
+                    outcome = _ended(run, process.exitcode)
+                    bar.advance(1)
+                    if on_done is not None:
+                        on_done(run, outcome)
+        finally:
+            for process, _ in working.values():
+                process.terminate()  # training writes a checkpoint and stops
+            for process, _ in working.values():
+                process.join()
+    return [read_outcome(run) for run in runs]
+
+
+def with_one_precision(todo: Sequence[Run], runs: Sequence[Run]) -> list[Run]:
+    """Settle ``precision: auto`` for all runs at once: arms that differ in it do not compare.
+
+    Args:
+        todo: runs that are to be done.
+        runs: all of the grid; the first that was begun decides.
+    """
+    if not any(run.config.precision == "auto" for run in todo):
+        return list(todo)
+    from nvembed.kernels.precision import settle_precision
+
+    chosen = {run.folder for run in runs if run.config.precision == "auto"}
+    begun = next((p for run in runs if run.folder in chosen and (p := begun_precision(run))), None)
+    settled = settle_precision("auto", begun=begun, option="precision=float32")
+    return [_with_precision(run, settled) for run in todo]
+
+
+def _with_precision(run: Run, precision: Precision) -> Run:
+    if run.config.precision != "auto":
+        return run
+    # A run that was begun for itself keeps its type; it could not go on in another.
+    update = {"precision": begun_precision(run) or precision}
+    return replace(run, config=run.config.model_copy(update=update))
+
+
+def _check_outputs(runs: Sequence[Run], base_dir: Path, task_folders: Sequence[Path]) -> None:
+    """Refuse to begin where a run would replace something of the user's."""
+    for run in runs:
+        if read_outcome(run).state == "finished":
+            continue
+        inputs = [*training_inputs(run.config, base_dir), *task_folders]
+        files = [outcome_file(run.folder), log_file(run.folder)]
+        check_outputs(files, made_by=ABLATE, inputs=inputs)
+        check_outputs([run.results], made_by=EVALUATE, inputs=inputs)
+        folder, stages = RunFolder(run.folder), [stage.name for stage in run.config.stages]
+        check_overlaps(folder.written(stages), inputs)
+        folder.refuse_foreign(stages)
+
+
+def _ended(run: Run, exit_code: int | None) -> Outcome:
+    if exit_code == _BUSY:
+        return Outcome("open", error="another process is at work on it")
+    outcome = read_outcome(run)
+    if exit_code == 0 or outcome.state == "failed":
+        return outcome
+    what = f"killed by signal {-exit_code}" if exit_code and exit_code < 0 else f"exit {exit_code}"
+    outcome = Outcome("failed", error=f"the process of the run ended: {what}")
+    write_outcome(run.folder, outcome)
+    return outcome
+
+
+def _work(
+    run: Run,
+    base_dir: Path,
+    task_folders: Sequence[Path],
+    tasks: dict[str, str],
+    keep_models: bool,
+    threads: int,
+) -> None:
+    """Do one run in a process of its own, unless another has it or has just finished it."""
+    # Training writes a checkpoint and stops.
+    end_with_parent(lambda: os.kill(os.getpid(), signal.SIGTERM))
+    try:
+        log = log_file(run.folder)
+        refuse_foreign(log, ABLATE)
+        with alone_in(run.folder) as alone:
+            if not alone:
+                sys.exit(_BUSY)
+            if read_outcome(run).state == "finished":
+                sys.exit(0)
+            mark_growing(log, ABLATE)
+            outcome = _logged(run, base_dir, task_folders, tasks, threads)
+            if outcome.state == "finished" and not keep_models:
+                _delete_models(run.folder)
+    except UserError as error:  # of the lock
+        outcome = Outcome("failed", error=" ".join(str(error).split()))
+        write_outcome(run.folder, outcome)
+    sys.exit(0 if outcome.state == "finished" else 1)
+
+
+def _logged(
+    run: Run,
+    base_dir: Path,
+    task_folders: Sequence[Path],
+    tasks: dict[str, str],
+    threads: int,
+) -> Outcome:
+    """Train and score; what is printed goes to ``arm.log``, errors end in ``outcome.json``."""
+    os.environ["NVEMBED_PROGRESS"] = "0"
+    with log_file(run.folder).open("a", encoding="utf-8") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+        try:
+            outcome = _train_and_score(run, base_dir, task_folders, tasks, threads)
+        except UserError as error:
+            outcome = Outcome("failed", error=" ".join(str(error).split()))
+        except Exception as error:
+            traceback.print_exc()
+            outcome = Outcome("failed", error=f"{type(error).__name__}: {error}".splitlines()[0])
+        write_outcome(run.folder, outcome)
+    return outcome
+
+
+def _train_and_score(
+    run: Run,
+    base_dir: Path,
+    task_folders: Sequence[Path],
+    tasks: dict[str, str],
+    threads: int,
+) -> Outcome:
+    import torch
+
+    from nvembed.evaluation.session import Settings, run_session
+    from nvembed.training.trainer import train
+
+    torch.set_num_threads(threads)
+    model = train(run.config, base_dir=base_dir)
+    started = time.monotonic()
+    dtype = load_config(TrainConfig, RunFolder(run.folder).config).precision
+    assert dtype != "auto"  # training has settled it
+    settings = Settings(model=str(model), output=run.results, dtype=dtype)
+    run_session(settings, load_tasks(task_folders, list(tasks)))
+    seconds, tokens, loss = training_cost(run.folder)
+    return Outcome("finished", None, seconds, time.monotonic() - started, tokens, loss, tasks)
+
+
+def _delete_models(folder: Path) -> None:
+    RunFolder(folder).remove_models()

@@ -1,0 +1,144 @@
+"""Norms and gates in one pass: the values and gradients of the modules they stand in for."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig
+from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+
+from nvembed.kernels import build as native_build
+from nvembed.kernels.elementwise import _takes, native_elementwise
+
+try:
+    native_build._compiler()
+except native_build.NativeError as error:
+    pytest.skip(str(error), allow_module_level=True)
+
+
+def mlp(activation: str = "silu") -> LlamaMLP:
+    return LlamaMLP(LlamaConfig(hidden_size=32, intermediate_size=48, hidden_act=activation))
+
+
+def norm() -> LlamaRMSNorm:
+    made = LlamaRMSNorm(48, eps=1e-3)
+    nn.init.normal_(made.weight)
+    return made
+
+
+def results(module: nn.Module, x: Tensor) -> list[Tensor]:
+    """Output and gradients, of the input first."""
+    x = x.clone().requires_grad_()
+    out = module(x)
+    torch.manual_seed(3)
+    leaves = [x, *module.parameters()]
+    return [out, *torch.autograd.grad(out, leaves, torch.randn(out.shape).to(out))]
+
+
+@pytest.mark.parametrize("kind", [norm, mlp])
+@pytest.mark.parametrize("shape", [(1, 7), (300,)])
+@pytest.mark.parametrize("spread", [1e-3, 1.0, 50.0])
+def test_values_and_gradients(kind: Any, shape: tuple[int, ...], spread: float) -> None:
+    module = kind()
+    x = torch.randn(*shape, 48 if kind is norm else 32) * spread
+    expected = results(copy.deepcopy(module).double(), x.double())
+    assert native_elementwise(module) == 1
+    assert _takes(x)
+    names = [name for name, _ in module.named_parameters()]
+    assert names == [name for name, _ in kind().named_parameters()]
+    for got, want in zip(results(module, x), expected, strict=True):
+        largest = want.abs().max().item()
+        assert largest > 0
+        assert (got.double() - want).abs().max().item() < 3e-6 * largest
+    same = results(copy.deepcopy(module), x)
+    assert all(torch.equal(a, b) for a, b in zip(results(module, x), same, strict=True))
+
+
+def test_gates_far_from_zero_and_no_numbers() -> None:
+    from nvembed.kernels.elementwise import _Gate
+
+    gate = torch.tensor([-1e30, -200.0, -88.0, 0.0, 88.0, 200.0, 1e30, float("nan")] * 2)
+    gate = gate.requires_grad_()
+    up = torch.ones(16, requires_grad=True)
+    out = _Gate.apply(gate, up)
+    wanted = nn.functional.silu(gate) * up
+    for got, want in zip(
+        (out, *torch.autograd.grad(out.sum(), (gate, up))),
+        (wanted, *torch.autograd.grad(wanted.sum(), (gate, up))),
+        strict=True,
+    ):
+        torch.testing.assert_close(got[1:7], want[1:7], atol=1e-6, rtol=1e-6)
+        assert got[7].isnan()
+
+
+def test_only_what_computes_so_is_replaced() -> None:
+    assert native_elementwise(nn.ModuleList([mlp("gelu"), GemmaRMSNorm(16), nn.RMSNorm(16)])) == 0
+
+
+@pytest.mark.parametrize("kind", [norm, mlp])
+def test_other_types_compute_as_before(kind: Any) -> None:
+    module = kind()
+    plain = copy.deepcopy(module)
+    native_elementwise(module)
+    x = torch.randn(5, 48 if kind is norm else 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(module(x), plain(x))
+    assert torch.equal(module.double()(x.double()), plain.double()(x.double()))
+    graph = torch.export.export(module.float(), (x,)).module()
+    assert torch.equal(graph(x), plain.float()(x))
+
+
+@pytest.fixture
+def _fresh() -> Iterator[None]:
+    """Forget the library before and after."""
+    native_build.elementwise_library.cache_clear()
+    yield
+    native_build.elementwise_library.cache_clear()
+
+
+@pytest.mark.usefixtures("_fresh")
+@pytest.mark.parametrize("kind", [norm, mlp])
+def test_no_compiler_is_no_error(
+    kind: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = kind()
+    plain = copy.deepcopy(module)
+    native_elementwise(module)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    x = torch.randn(5, 48 if kind is norm else 32)
+    assert all(
+        torch.equal(a, b) for a, b in zip(results(module, x), results(plain, x), strict=True)
+    )
+
+
+@pytest.mark.parametrize("bits", [0x7F800001, 0x7FC00001, 0x7FFFFFFF, -1, -0x7FFFFF])
+def test_a_nan_with_a_payload_stays_one(bits: int) -> None:
+    from nvembed.kernels.elementwise import _Gate, _Norm
+
+    for which in (0, 1):
+        inputs = [torch.ones(2, 16), torch.ones(2, 16)]
+        inputs[which].view(torch.int32)[1, 4] = bits
+        leaves = [x.requires_grad_() for x in inputs]
+        out = _Gate.apply(*leaves)
+        assert out.isnan().nonzero().tolist() == [[1, 4]]
+        assert any(d.isnan().any() for d in torch.autograd.grad(out.sum(), leaves))
+    x, weight = torch.ones(2, 16), torch.ones(16)
+    x.view(torch.int32)[1, 4] = bits
+    assert _Norm.apply(x, weight, 1e-6).isnan().any(-1).tolist() == [False, True]
+
+
+def test_denormals_infinities_and_zeros_of_gates() -> None:
+    from nvembed.kernels.elementwise import _Gate
+
+    up = torch.tensor([1e-40, -1e-45, 0.0, -0.0, torch.inf, -torch.inf, 3e38, -3e38] * 2)
+    gate = torch.full((16,), 100.0)  # its sigmoid is 1
+    assert torch.equal(_Gate.apply(gate, up), gate * up)
+    assert torch.equal(_Gate.apply(gate, up).signbit(), up.signbit())

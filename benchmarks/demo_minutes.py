@@ -1,4 +1,4 @@
-"""What more time gives: run `python examples/pydocs` for several numbers of minutes and draw the scores.
+"""What more time gives: the demo for several numbers of minutes, and its scores drawn.
 
     python benchmarks/demo_minutes.py 3 5 10 20 --output runs/minutes
 

@@ -1,4 +1,4 @@
-"""``python examples/pydocs``: from the documentation on this machine to a searchable embedding model.
+"""The demo: from the documentation on this machine to a searchable embedding model.
 
 Data set → BM25 and the untrained base → stage 1 → hard negatives → stage 2 → scores on held-out
 modules → example searches, plots, and what to type next. Everything lands in one run folder; the

@@ -1,8 +1,8 @@
 """The layout of ``nvidia/NV-Embed-v1`` and ``-v2``: names of the weights and configuration.
 
 One table serves both directions: loading (``model/official_load.py``) and exporting
-(``encoding/export/folders.py``). Facts are those of the released files: 304 tensors, ``model_type: nvembed``,
-a ``MistralModel`` without head under ``embedding_model.`` and the latent attention layer under
+(``encoding/export/folders.py``). Facts are those of the released files: 304 tensors,
+``model_type: nvembed``, a ``MistralModel`` without head under ``embedding_model.`` and the latent attention layer under
 ``latent_attention_model.``.
 """
 

@@ -13,14 +13,14 @@ from typing import Any, overload
 
 import torch
 
+from nvembed.core.dtypes import Precision, PrecisionChoice
 from nvembed.core.notes import hold_note
-from nvembed.kernels import attention_float32 as native_attention
 from nvembed.kernels import attention_bfloat16 as native_bfloat16
+from nvembed.kernels import attention_float32 as native_attention
 from nvembed.kernels import matmul as products
+from nvembed.kernels.build import elementwise_library
 from nvembed.kernels.cpu import this_cpu
 from nvembed.kernels.timing import kept_gain
-from nvembed.kernels.build import elementwise_library
-from nvembed.core.dtypes import Precision, PrecisionChoice
 
 MIN_GAIN = 1.5
 """How much faster products in bfloat16 must be: everything around them gains nothing, and whatever
@@ -106,7 +106,7 @@ def kernels() -> list[str]:
     """Name what computes in torch's place here; another set changes the last bits of vectors."""
     if _device_type() != "cpu":
         return []
-    from nvembed.model import which settling a type does not need
+    # With transformers, which settling a type does not need.
     from nvembed.kernels import decoder_layer as native_layer
 
     used = {

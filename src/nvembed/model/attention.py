@@ -8,8 +8,8 @@ nv-embed.md 1.2).
 
 Four kernels: ``varlen_attn`` on CUDA in 16 bit, our own on a CPU in float32 and both directions
 (``kernels/attention_float32.py``) and in bfloat16 without gradient
-(``kernels/attention_bfloat16.py``), dense blocks elsewhere (segments of equal length stand side by side and form one block; nothing is
-padded).
+(``kernels/attention_bfloat16.py``), dense blocks elsewhere (segments of equal length
+stand side by side and form one block; nothing is padded).
 
 Letters: T tokens of the pack, H heads, K key/value heads, E head width, G segments of one block, L
 their length.

@@ -14,10 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import nvembed
 from nvembed.core import cache
 from nvembed.kernels import cpu, precision
-from nvembed.kernels import timing as measured
+from nvembed.kernels import timing
 from nvembed.kernels.timing import KEPT, kept_gain, measured_gain
 
 
@@ -109,7 +108,7 @@ def never() -> None:
 
 def times(gain: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the next measurement come out so."""
-    monkeypatch.setattr(measured, "measured_gain", lambda plain, other: gain)
+    monkeypatch.setattr(timing, "measured_gain", lambda plain, other: gain)
 
 
 def kept_file(tmp_path: Path) -> Path:
@@ -137,19 +136,19 @@ def test_it_is_measured_again_where_something_else_computes(
     times(0.5, monkeypatch)
     lines = {"model": ["model name : Other"], "flags": ["flags : avx"]}.get(what)
     if what == "nvembed":
-        monkeypatch.setattr(nvembed, "__version__", "0.0.1")
+        monkeypatch.setattr(timing, "__version__", "0.0.1")
     elif what == "torch":
         monkeypatch.setattr(torch, "__version__", "0.0.1")
     elif what == "kernels":
         (tmp_path / "native").mkdir()
         (tmp_path / "native" / "other.cpp").touch()
-        monkeypatch.setattr(measured, "_NATIVE", tmp_path / "native")
+        monkeypatch.setattr(timing, "_NATIVE", tmp_path / "native")
     else:
         if lines is None:
             monkeypatch.setattr(os, "cpu_count", lambda: 77)
             lines = Path("/proc/cpuinfo").read_text().splitlines()
         other = cpu.read_cpu(lines)
-        monkeypatch.setattr(measured, "this_cpu", lambda: other)
+        monkeypatch.setattr(timing, "this_cpu", lambda: other)
     assert kept_gain("bfloat16", never, never) == 0.5
 
 
@@ -188,7 +187,7 @@ def test_it_expires(
     kept_gain("bfloat16", never, never)
     file = kept_file(tmp_path)
     content = {"gain": 2.5, "measured": (datetime.now(UTC) - age).isoformat()}
-    file.write_text(json.dumps(content | {"checksum": measured._checksum(content)}))
+    file.write_text(json.dumps(content | {"checksum": timing._checksum(content)}))
     times(4.0, monkeypatch)
     assert kept_gain("bfloat16", never, never) == expected
 
@@ -226,5 +225,5 @@ def test_of_two_that_measure_at_once_the_later_takes_the_first_answer(
         assert kept_gain("bfloat16", never, never) == 2.5  # another process, meanwhile
         return 0.5
 
-    monkeypatch.setattr(measured, "measured_gain", slowly)
+    monkeypatch.setattr(timing, "measured_gain", slowly)
     assert kept_gain("bfloat16", never, never) == 2.5

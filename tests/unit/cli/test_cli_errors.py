@@ -41,7 +41,7 @@ def test_version(capsys):
 
 def test_no_arguments_show_the_help(capsys):
     assert run([]) == 0
-    assert "nvembed demo" in capsys.readouterr().out
+    assert "make demo" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,10 @@ import typer
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
+program = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@program.command()
 def demo(
     minutes: Annotated[
         float, typer.Option(min=0.5, help="Time to take on 2 CPU cores; more trains longer.")
@@ -44,6 +48,4 @@ def demo(
 if __name__ == "__main__":
     from nvembed.cli.main import run
 
-    program = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    program.command()(demo)
     sys.exit(run(sys.argv[1:], program, "python examples/pydocs"))

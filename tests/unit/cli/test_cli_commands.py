@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import typer
 import yaml
 
 from nvembed.cli.main import run
@@ -158,9 +157,7 @@ def test_demo_passes_its_options(monkeypatch):
     seen = []
     module = pytest.importorskip("pydocs.run")
     monkeypatch.setattr(module, "run_demo", lambda *given, **named: seen.append((given, named)))
-    main = runpy.run_path(str(ROOT / "examples" / "pydocs" / "__main__.py"))
-    program = typer.Typer()
-    program.command()(main["demo"])
+    program = runpy.run_path(str(ROOT / "examples" / "pydocs" / "__main__.py"))["program"]
     assert run(["--minutes", "3", "--backbone", "x/y", "--output", "here"], program) == 0
     assert seen == [((3.0, "x/y", Path("here")), {})]
     assert run([], program) == 0

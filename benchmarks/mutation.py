@@ -54,7 +54,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     ),
     "training/stages.py": ("training/test_stages.py",),
     "building/contamination.py": ("building/test_contamination.py",),
-    "encoding/nearest.py": ("mining/test_mining_search.py",),
+    "encoding/nearest.py": ("encoding/test_mining_search.py",),
     "text/tokens.py": (
         "text/test_tokens.py",
         "text/test_tokens_merges.py",
@@ -70,7 +70,7 @@ FURTHER_TESTS: dict[str, tuple[str, ...]] = {
     "mining/selection.py": ("mining/test_mining_filters.py", "mining/test_miner.py"),
     "text/template.py": ("text/test_tokens.py",),
     "text/packing.py": ("text/test_packing.py", "text/test_batches.py"),
-    "training/contrastive_loss.py": ("losses/test_contrastive.py",),
+    "training/contrastive_loss.py": ("training/test_contrastive.py",),
 }
 
 # Run before the rate of a module is known; fewer are not worth another start.

@@ -66,7 +66,7 @@ def top_k(
     Raises:
         ValueError: widths differ, or ``k`` or a block size is below 1.
 
-    Source: checked against a full sort in tests/unit/mining/test_mining_search.py.
+    Source: checked against a full sort in tests/unit/encoding/test_mining_search.py.
     """
     if queries_QD.ndim != 2:
         raise ValueError("top_k takes two matrices, one vector a row")

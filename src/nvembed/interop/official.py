@@ -2,8 +2,8 @@
 
 One table serves both directions: loading (``model/official_load.py``) and exporting
 (``encoding/export/folders.py``). Facts are those of the released files: 304 tensors,
-``model_type: nvembed``, a ``MistralModel`` without head under ``embedding_model.`` and the latent attention
-layer under ``latent_attention_model.``.
+``model_type: nvembed``, a ``MistralModel`` without head under ``embedding_model.`` and the latent
+attention layer under ``latent_attention_model.``.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Its ``Transformer`` becomes the backbone; its length limit, its pooling (where no other is asked
 for) and its prompts are taken over. With ``mean`` pooling the vectors are those of the model itself
-(``tests/unit/model/test_stock.py``).
+(``tests/unit/interop/test_stock.py``).
 """
 
 from __future__ import annotations

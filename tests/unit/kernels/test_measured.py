@@ -15,8 +15,7 @@ import pytest
 import torch
 
 from nvembed.core import cache
-from nvembed.kernels import cpu, precision
-from nvembed.kernels import timing
+from nvembed.kernels import cpu, precision, timing
 from nvembed.kernels.timing import KEPT, kept_gain, measured_gain
 
 

@@ -89,10 +89,17 @@ class LatentAttention(nn.Module):
         nn.init.zeros_(self.feed_forward.down.weight)
         nn.init.zeros_(self.feed_forward.down.bias)
         self._kept: Folded | None = None
+        # Tokens read in a block of fixed weights; None outside of one.
+        self._tokens_read: int | None = None
 
     def forward(self, hidden_TD: Tensor) -> Tensor:
         """Transform token states ``(T, D)``; chooses the cheaper of the two equal forms."""
-        if self.folding_pays(hidden_TD.shape[0]):
+        num_tokens = hidden_TD.shape[0]
+        if self._tokens_read is not None and self._kept is None:
+            self._tokens_read += num_tokens
+            if self.folding_pays(self._tokens_read):
+                self._kept = self.fold()
+        if self.folding_pays(num_tokens):
             attended_TD = self.attend_folded(hidden_TD)
         else:
             attended_TD = self.attend_plain(hidden_TD)
@@ -126,13 +133,18 @@ class LatentAttention(nn.Module):
         return product(weight_THR.flatten(1), folded.value_SD.T)
 
     @contextmanager
-    def fixed_weights(self) -> Iterator[None]:
-        """Fold once for the whole block, in which no weight may change."""
-        self._kept = self.fold()
+    def fixed_weights(self, *, fold_now: bool = False) -> Iterator[None]:
+        """Fold at most once in the block, in which no weight may change.
+
+        Folding costs as much as hundreds of tokens, so it waits until the block has read so many
+        that it would have paid for them; ``fold_now`` does not wait.
+        """
+        self._kept = self.fold() if fold_now else None
+        self._tokens_read = 0
         try:
             yield
         finally:
-            self._kept = None
+            self._kept = self._tokens_read = None
 
     def fold(self) -> Folded:
         """Fold the projections into the latents; differentiable."""

@@ -75,8 +75,12 @@ class Pooling(Module):
     def pool(self, hidden_TD: Tensor, pool_mask_T: Tensor, segments: Segments) -> Tensor:
         """Pool ``(T, D)`` token states to ``(N, D)`` float32."""
 
-    def fixed_weights(self) -> AbstractContextManager[None]:
-        """A block in which no weight changes, so that work on weights alone is done once."""
+    def fixed_weights(self, *, fold_now: bool = False) -> AbstractContextManager[None]:
+        """A block in which no weight changes, so that work on weights alone is done once.
+
+        Args:
+            fold_now: do that work at the start, and not when it begins to pay.
+        """
         return nullcontext()
 
     def forward(self, features: dict[str, Any], **_: Any) -> dict[str, Any]:
@@ -171,9 +175,9 @@ class LatentAttentionPooling(Pooling):
         self.head_width = head_width
         self.layer = LatentAttention(width, num_latents, num_heads, head_width)
 
-    def fixed_weights(self) -> AbstractContextManager[None]:
+    def fixed_weights(self, *, fold_now: bool = False) -> AbstractContextManager[None]:
         """See the base class."""
-        return self.layer.fixed_weights()
+        return self.layer.fixed_weights(fold_now=fold_now)
 
     def pool(self, hidden_TD: Tensor, pool_mask_T: Tensor, segments: Segments) -> Tensor:
         """See the base class."""

@@ -57,13 +57,29 @@ def test_weights_are_folded_once_inside_a_block_and_afresh_outside() -> None:
     hidden_TD = torch.randn(3, 12, dtype=torch.float64)
     with torch.no_grad():
         before = layer(hidden_TD)
-        with layer.fixed_weights():
+        with layer.fixed_weights(fold_now=True):
             assert layer.fold() is layer.fold()
             torch.testing.assert_close(layer(hidden_TD), before)
         layer.to_query.weight.data.mul_(-1.0)
         after = layer(hidden_TD)
     assert (before - after).abs().max() > 1e-3
     torch.testing.assert_close(after, latent_attention(layer, hidden_TD))
+
+
+def test_a_block_folds_once_it_has_read_enough_tokens() -> None:
+    layer = random_layer()
+    pays = next(count for count in range(1, 10_000) if layer.folding_pays(count))
+    assert pays > 1
+    hidden_TD = torch.randn(pays, 12, dtype=torch.float64)
+    with torch.no_grad(), layer.fixed_weights():
+        for row in range(pays):
+            out_TD = layer(hidden_TD[row : row + 1])
+            torch.testing.assert_close(out_TD, latent_attention(layer, hidden_TD[row : row + 1]))
+            assert (layer._kept is not None) == (row + 1 == pays)
+        kept = layer._kept
+        layer(hidden_TD)
+        assert layer._kept is kept
+    assert layer._kept is None
 
 
 def test_a_new_layer_returns_its_input() -> None:

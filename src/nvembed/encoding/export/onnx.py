@@ -225,7 +225,7 @@ def _write_graph(
     inputs = tuple(torch.from_numpy(array) for array in padded_inputs(example).values())
     size = {0: torch.export.Dim("texts", min=1), 1: torch.export.Dim("tokens", min=1)}
     size_in_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
-    with model.pooling.fixed_weights(), torch.no_grad(), _quiet():
+    with model.pooling.fixed_weights(fold_now=True), torch.no_grad(), _quiet():
         torch.onnx.export(
             PaddedEmbedder(model, states=shared),
             inputs,

@@ -22,8 +22,7 @@ from nvembed.training.dry_run import rehearsal, report
 from nvembed.training.dry_run.forecast import SeveralError, dry_run
 from nvembed.training.dry_run.memory import optimizer_bytes
 from nvembed.training.dry_run.stand_ins import plan_mining
-from nvembed.training.graph_memory import graph_bytes_per_token
-from nvembed.training.model import starting_model
+from nvembed.training.model import graph_bytes_per_token, starting_model
 from nvembed.training.optim import build_optimizer
 from nvembed.training.stages import load_mixtures
 from nvembed.training.trainer import train

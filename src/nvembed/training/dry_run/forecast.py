@@ -20,16 +20,19 @@ from nvembed.core.runs import RunFolder
 from nvembed.data.mixture import Mixture
 from nvembed.evaluation.tasks import LocalTask
 from nvembed.training.checkpoint import Position, check_recipe, latest_checkpoint, read_position
-from nvembed.training.config import TrainConfig
+from nvembed.training.config import TrainConfig, training_inputs
+from nvembed.training.distributed import DistributedContext
 from nvembed.training.dry_run.findings import DryRun
 from nvembed.training.dry_run.rehearsal import Rehearsal
-from nvembed.training.evaluating import load_evaluation_tasks
-from nvembed.training.folder import check_folder, is_finished, with_settled_precision
-from nvembed.training.input_paths import training_inputs
-from nvembed.training.inputs import check_inputs, inputs_of
-from nvembed.training.processes import Processes
+from nvembed.training.metrics import load_evaluation_tasks, tracker_options
+from nvembed.training.run_folder import (
+    check_folder,
+    check_inputs,
+    inputs_of,
+    is_finished,
+    with_settled_precision,
+)
 from nvembed.training.stages import load_mixtures
-from nvembed.training.tracking import tracker_options
 
 Found = TypeVar("Found")
 
@@ -70,7 +73,7 @@ def dry_run(config: TrainConfig, *, base_dir: Path, fresh: bool = False) -> DryR
         _noted(problems, lambda: _check_inputs(run, config, base_dir, mixtures, tasks))
     if problems or mixtures is None or tasks is None:
         raise SeveralError(problems)
-    processes = Processes.of_environment()
+    processes = DistributedContext.of_environment()
     position = read_position(resumed) if resumed else Position()
     found = DryRun(
         config,

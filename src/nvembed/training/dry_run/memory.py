@@ -24,7 +24,7 @@ from nvembed.model.attention import short_tokens
 from nvembed.model.embedder import NVEmbed
 from nvembed.model.memory import Shape, activation_bytes, weight_bytes
 from nvembed.training.config import OptimizerKind, TrainConfig
-from nvembed.training.graph_memory import GraphMemory
+from nvembed.training.model import ActivationBudget
 from nvembed.training.objective import PIECE_SCORES
 
 # bitsandbytes: smaller tensors keep their moments in float32, larger ones a scale per block.
@@ -56,7 +56,7 @@ class TrainingMemory:
     trained: int
     gradients: int
     optimizer: int
-    graph: GraphMemory
+    graph: ActivationBudget
     graphs: int
     pack: int
     loss: int
@@ -79,7 +79,7 @@ def forecast_memory(
     config: TrainConfig,
     model: NVEmbed,
     trained: Iterable[nn.Parameter],
-    graph: GraphMemory,
+    graph: ActivationBudget,
     *,
     kept_tokens: int,
     pack_tokens: int,
@@ -87,19 +87,7 @@ def forecast_memory(
     measured: int,
     free: int,
 ) -> TrainingMemory:
-    """Add up a step.
-
-    Args:
-        config: the run.
-        model: on its device.
-        trained: its tuned parameters.
-        graph: measured.
-        kept_tokens: most tokens whose graphs are held at once.
-        pack_tokens: of the largest pack.
-        scores: most queries times documents of a step.
-        measured: bytes that the steps of the dry run took.
-        free: bytes on the device before the model was loaded.
-    """
+    """Add up a step."""
     parameters = list(trained)
     return TrainingMemory(
         weights=sum(weight_bytes(model).values()),

@@ -24,6 +24,7 @@ from nvembed.model.embedder import NVEmbed
 from nvembed.model.memory import free_bytes
 from nvembed.text.token_cache import TokenCache, default_cache_folder
 from nvembed.training.checkpoint import trained_parameters
+from nvembed.training.distributed import DistributedContext
 from nvembed.training.dry_run.findings import (
     BatchForecast,
     DataForecast,
@@ -33,20 +34,18 @@ from nvembed.training.dry_run.findings import (
 )
 from nvembed.training.dry_run.memory import forecast_memory
 from nvembed.training.dry_run.stand_ins import PlannedMining, plan_mining
-from nvembed.training.evaluating import evaluation_is_due
-from nvembed.training.feed import Fed, Feed
-from nvembed.training.graph_memory import (
-    GraphMemory,
-    measure_graph_memory,
+from nvembed.training.metrics import evaluation_is_due
+from nvembed.training.model import (
+    ActivationBudget,
+    computing,
+    measure_activation_budget,
     peak_bytes,
-    read_graph_memory,
+    read_activation_budget,
+    starting_model,
 )
-from nvembed.training.model import computing, starting_model
-from nvembed.training.plan import plan_step, recomputed_share
-from nvembed.training.processes import Processes
-from nvembed.training.stage import StageAtWork, start_stage
-from nvembed.training.step import contrastive_step
-from nvembed.training.temperature import new_temperature
+from nvembed.training.objective import new_temperature
+from nvembed.training.stages import DataLoader, PreparedBatch, Stage, start_stage
+from nvembed.training.step import contrastive_step, plan_step, recomputed_share
 
 SAMPLED_STEPS = 20
 """Batches of a stage that are looked at, spread over it; all of a shorter stage."""
@@ -68,7 +67,7 @@ class Rehearsal:
         run: RunFolder,
         base_dir: Path,
         mixtures: list[Mixture],
-        processes: Processes,
+        processes: DistributedContext,
         *,
         fresh: bool,
     ) -> None:
@@ -112,13 +111,11 @@ class Rehearsal:
         )
         return replace(self.found, stages=stages, memory=memory)
 
-    def _graph_memory(self) -> GraphMemory:
-        known = None if self.fresh else read_graph_memory(self.run.graph_memory)
-        return known or measure_graph_memory(
-            self.embedder, memory_gb=self.config.memory_gb, pack_tokens=self.config.pack_tokens
-        )
+    def _graph_memory(self) -> ActivationBudget:
+        known = None if self.fresh else read_activation_budget(self.run.graph_memory)
+        return known or measure_activation_budget(self.embedder, self.config)
 
-    def _stage(self, number: int, graph: GraphMemory, bar: ProgressBar) -> StageForecast:
+    def _stage(self, number: int, graph: ActivationBudget, bar: ProgressBar) -> StageForecast:
         config = self.config.stages[number]
         position = self.found.position
         start = position.stage_step if number == position.stage else 0
@@ -128,15 +125,15 @@ class Rehearsal:
         stage = start_stage(
             self.config,
             number,
-            Feed(mixture, config, seed=self.config.seed, tokens=self.tokens),
+            DataLoader(mixture, config, seed=self.config.seed, tokens=self.tokens),
             trained_parameters(self.embedder, **extra),
             head=self.embedder.pooling,
-            graph_tokens=graph.tokens,
+            activation_budget=graph.tokens,
             checkpoint=None,
         )
         left = config.steps - start
         chosen = np.linspace(start, config.steps - 1, min(SAMPLED_STEPS, left)).astype(int)
-        sampled = [stage.feed.step(int(step)) for step in chosen]
+        sampled = [stage.loader.step(int(step)) for step in chosen]
         batches = _look_at(sampled, stage, self.embedder.backbone.max_tokens)
         per_token = self._seconds_per_token(sampled, stage, log_temperature, bar)
         to_mine = {each.dataset for each in planned}
@@ -169,9 +166,9 @@ class Rehearsal:
             mined_dir=folder / "none" if self.fresh else folder,
         )
 
-    def _data(self, stage: StageAtWork, to_mine: set[str]) -> tuple[DataForecast, ...]:
+    def _data(self, stage: Stage, to_mine: set[str]) -> tuple[DataForecast, ...]:
         kinds = {dataset.name: dataset.kind for dataset in self.config.datasets}
-        mixture, used = stage.feed.mixture, stage.feed.queries_used()
+        mixture, used = stage.loader.mixture, stage.loader.queries_used()
         rows = []
         for source, weight, slots in zip(mixture.sources, mixture.weights, used, strict=True):
             counts = _own_negatives(source, stage.config.num_negatives)
@@ -191,8 +188,8 @@ class Rehearsal:
 
     def _seconds_per_token(
         self,
-        sampled: Sequence[Fed],
-        stage: StageAtWork,
+        sampled: Sequence[PreparedBatch],
+        stage: Stage,
         log_temperature: torch.nn.Parameter | None,
         bar: ProgressBar,
     ) -> float:
@@ -262,7 +259,7 @@ def _own_negatives(source: ExampleSource, most: int) -> list[int]:
     ]
 
 
-def _look_at(sampled: Sequence[Fed], stage: StageAtWork, max_tokens: int) -> BatchForecast:
+def _look_at(sampled: Sequence[PreparedBatch], stage: Stage, max_tokens: int) -> BatchForecast:
     """Count batches as they would be computed."""
     lengths = [[len(text) for text in texts] for _, texts in sampled]
     plans = [

@@ -213,8 +213,7 @@ class _Run:
         )
         self.processes.barrier()
 
-    def log(self, line: str) -> None:
-        """One line to the terminal and to ``train.log``."""
+    def log(self, line: str) -> None:  # to the terminal and to train.log
         if self.processes.is_main:
             print(line, flush=True)
             self.run.append_log(line)

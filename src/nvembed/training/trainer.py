@@ -192,8 +192,7 @@ class _Run:
             start_trackers(self.accelerator, self.run, self.recipe, step=self.position.step)
         for number in range(self.position.stage, len(self.config.stages)):
             self._stage(number)
-        lora = self.config.lora
-        if lora is not None and lora.save_adapter and self.processes.is_main:
+        if (lora := self.config.lora) and lora.save_adapter and self.processes.is_main:
             save_adapters(self.embedder, self.run.adapter)
         self._save_model(self.run.model, final=True)
         self.log(f"model written to {self.run.model}")

@@ -16,8 +16,7 @@ from nvembed.cli.main import run
 from nvembed.core.config import load_config
 from nvembed.core.files import write_jsonl
 from nvembed.evaluation.reference import paper_tables
-from nvembed.training.ablation.arms import grid_runs
-from nvembed.training.ablation.config import GridConfig
+from nvembed.training.ablation.grid import GridConfig, grid_runs
 from nvembed.training.config import TrainConfig
 from official_folders import write_official
 from task_folders import write_task

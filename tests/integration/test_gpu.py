@@ -15,10 +15,9 @@ from nvembed.data.records import PairRecord
 from nvembed.model.attention import flat_attention
 from nvembed.model.embedder import NVEmbed
 from nvembed.text.packing import Segments
+from nvembed.training.distributed import DistributedContext
 from nvembed.training.objective import Objective
-from nvembed.training.plan import StepSettings
-from nvembed.training.processes import Processes
-from nvembed.training.step import StepResult, contrastive_step
+from nvembed.training.step import StepResult, StepSettings, contrastive_step
 from oracles.attention import attend
 
 pytestmark = pytest.mark.gpu
@@ -64,7 +63,7 @@ def test_attention_and_its_gradients_equal_the_dense_oracle(
             torch.testing.assert_close(left, right, rtol=4 * tolerance, atol=4 * tolerance)
 
 
-def step(model: NVEmbed, device: str, graph_tokens: int) -> tuple[StepResult, torch.Tensor]:
+def step(model: NVEmbed, device: str, activation_budget: int) -> tuple[StepResult, torch.Tensor]:
     """A step of ten queries; the gradients end to end on the CPU."""
     records = [
         PairRecord(f"what is {TEXTS[i]}", (TEXTS[i],), (TEXTS[i + 10], TEXTS[i + 20]))
@@ -79,8 +78,8 @@ def step(model: NVEmbed, device: str, graph_tokens: int) -> tuple[StepResult, to
         model,
         batch,
         texts,
-        StepSettings(Objective(0.1), True, 400, graph_tokens),
-        Processes(device=torch.device(device)),
+        StepSettings(Objective(0.1), True, 400, activation_budget),
+        DistributedContext(device=torch.device(device)),
         seed=1,
     )
     gradients = [p.grad.float().flatten() for p in model.parameters() if p.grad is not None]
@@ -100,12 +99,12 @@ def test_a_bfloat16_step_has_the_loss_and_gradients_of_a_float32_one(
     exact, gradients = step(model, "cuda", EVERYTHING)
     assert exact.loss == pytest.approx(expected.loss, rel=1e-3)
     assert torch.cosine_similarity(gradients, wanted, dim=0) > 0.9999
-    for graph_tokens in (EVERYTHING, 400):  # everything kept, or all but one pack recomputed
+    for activation_budget in (EVERYTHING, 400):  # everything kept, or all but one pack recomputed
         with torch.autocast("cuda", torch.bfloat16):
-            result, gradients = step(model, "cuda", graph_tokens)
+            result, gradients = step(model, "cuda", activation_budget)
         assert result.loss == pytest.approx(expected.loss, rel=3e-2)
         assert torch.cosine_similarity(gradients, wanted, dim=0) > 0.99
-        assert (result.recomputed > 0) is (graph_tokens == 400)
+        assert (result.recomputed > 0) is (activation_budget == 400)
 
 
 @pytest.mark.parametrize("pooling", ["mean", "last", "latent", "self_attention"])

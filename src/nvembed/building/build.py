@@ -29,8 +29,7 @@ from nvembed.data.sources import DatasetConfig
 from nvembed.data.sources.config import local_sources
 from nvembed.encoding.fingerprint import contents_fingerprint
 from nvembed.mining.teachers import check_teacher
-from nvembed.training.config import TrainConfig
-from nvembed.training.input_paths import recipe_inputs
+from nvembed.training.config import TrainConfig, recipe_inputs
 
 _FOLDER_NAME = re.compile(r"\w[\w .+-]*")
 

@@ -38,11 +38,9 @@ def ablate(
     from nvembed.core.config import load_config
     from nvembed.core.errors import UserError
     from nvembed.core.ownership import check_outputs
-    from nvembed.training.ablation.arms import Run, grid_runs
-    from nvembed.training.ablation.config import GridConfig
-    from nvembed.training.ablation.outcome import ABLATE, Outcome, read_outcome
+    from nvembed.training.ablation.grid import GridConfig, Run, grid_runs
     from nvembed.training.ablation.report import report_files, write_report
-    from nvembed.training.ablation.runner import run_grid
+    from nvembed.training.ablation.runner import ABLATE, Outcome, read_outcome, run_grid
 
     config = load_config(GridConfig, grid, overrides or ())
     base_dir = grid.parent

@@ -15,17 +15,30 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError
 
 from nvembed.core.arguments import checked, kind_of, near_matches, shown_value
 from nvembed.core.errors import ConfigError
 from nvembed.core.strict_yaml import Dumper, KeyPath, ParsedYaml, YamlError, parse_yaml
 
 
+@dataclass(frozen=True)
+class _Origin:
+    """Where a configuration comes from, which is no part of what it says: all are equal."""
+
+    folder: Path | None = field(default=None, compare=False)
+
+
 class StrictModel(BaseModel):
     """Base of all configuration: unknown keys are refused and instances never change."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+    _origin: _Origin = PrivateAttr(default_factory=lambda: _Origin())
+
+    @property
+    def source_folder(self) -> Path | None:
+        """Folder of the file that it was loaded from; ``None`` where there is none."""
+        return self._origin.folder
 
 
 ModelT = TypeVar("ModelT", bound=StrictModel)
@@ -61,6 +74,8 @@ def load_config(
         problems = list(dict.fromkeys(source.problems))
         count = f"{len(problems)} problems: " if len(problems) > 1 else ""
         raise ConfigError(count + "; ".join(problems), where=source.name)
+    if path is not None:
+        config._origin = _Origin(Path(path).parent)
     return config
 
 

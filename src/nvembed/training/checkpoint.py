@@ -20,12 +20,13 @@ import os
 import re
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from nvembed.core.errors import DataError, TrainingError, UserError
@@ -33,24 +34,18 @@ from nvembed.core.files import atomic_folder, tidy
 from nvembed.core.ownership import remove_named, unnamed
 from nvembed.core.text_files import read_json_object
 from nvembed.interop.weights import check_finite_tensor
-from nvembed.training.processes import Processes
-from nvembed.training.recipe_differences import recipe_differences
-from nvembed.training.tensor_files import (
-    file_order,
-    full,
-    read_tensors,
-    spread,
-    sync_folder,
-    tensor_shapes,
-    write_tensors,
-)
+from nvembed.training.config import recipe_differences
+from nvembed.training.distributed import DistributedContext, full, spread
+from nvembed.training.optim import load_optimizer_state, optimizer_state
 
 _NAME = re.compile(r"step-\d{10}(-end)?")
+
+
 _FILES = re.compile(r"(weights|optimizer)\.safetensors|state\.json")
+
+
 _WEIGHTS, _OPTIMIZER, _STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
 
-# Of a parameter group: how this machine computes, which is not part of the run's state.
-_MACHINE = {"params", "fused", "foreach", "capturable"}
 
 Parameters = Mapping[str, nn.Parameter]
 
@@ -89,19 +84,10 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     *,
     recipe: Mapping[str, Any],
-    processes: Processes,
+    processes: DistributedContext,
     keep: int,
 ) -> Path:
     """Write ``folder/step-…`` and drop all but the latest ``keep`` checkpoints.
-
-    Args:
-        folder: of all checkpoints.
-        position: where the run stands.
-        trained: by name, see ``trained_parameters``.
-        optimizer: of the current stage.
-        recipe: the configuration as plain data, see ``check_recipe``.
-        processes: those that train together; the first one writes, the others give their shares.
-        keep: checkpoints to keep.
 
     Raises:
         UserError: it could not be written (disk full), in every process; older checkpoints are
@@ -110,7 +96,8 @@ def save_checkpoint(
     ended = "-end" if position.stage and not position.stage_step else ""
     target = folder / f"step-{position.step:010d}{ended}"
     weights = file_order(trained)
-    moments, numbers = _optimizer_state(trained, optimizer)
+    tensors, numbers = optimizer_state(trained, optimizer)
+    moments = file_order(tensors)
     state = {
         "position": asdict(position),
         "optimizer": numbers,
@@ -135,12 +122,8 @@ def save_checkpoint(
     return target
 
 
-def save_weights(target: Path, trained: Parameters, processes: Processes) -> None:
-    """Write the folder ``target`` with the trained parameters alone, for ``restore_weights``.
-
-    Raises:
-        UserError: it could not be written, in every process; the folder is as it was.
-    """
+def save_weights(target: Path, trained: Parameters, processes: DistributedContext) -> None:
+    """Write the folder ``target`` with the trained parameters alone, for ``restore_weights``."""
     weights = file_order(trained)
 
     def fill(temporary: Path, values: Iterator[Tensor]) -> None:
@@ -151,10 +134,6 @@ def save_weights(target: Path, trained: Parameters, processes: Processes) -> Non
 
 def latest_checkpoint(folder: Path, *, log: Callable[[str], None] | None = None) -> Path | None:
     """The newest checkpoint that can be read, or ``None`` where there are none.
-
-    Args:
-        folder: of all checkpoints.
-        log: told one line for every newer one that cannot be read.
 
     Raises:
         TrainingError: there are checkpoints and none can be read.
@@ -251,50 +230,8 @@ def restore_weights(checkpoint: Path, trained: Parameters) -> None:
 def restore_optimizer(
     checkpoint: Path, trained: Parameters, optimizer: torch.optim.Optimizer
 ) -> None:
-    """Put the state of the optimizer back, after it was built for the same stage.
-
-    Raises:
-        TrainingError: it is the state of other parameters, or of another optimizer.
-    """
+    """Put the state of the optimizer back, after it was built for the same stage."""
     numbers = _read_state(checkpoint)["optimizer"]
-    _check_optimizer(checkpoint, numbers, trained, optimizer)
-    machine = {
-        id(parameter): group for group in optimizer.param_groups for parameter in group["params"]
-    }
-    state: dict[Tensor, dict[str, Any]] = {
-        trained[name]: dict(values) for name, values in numbers["parameters"].items()
-    }
-    for entry, value in read_tensors(checkpoint / _OPTIMIZER):
-        name, _, key = entry.rpartition("|")
-        parameter = trained[name]
-        group = machine[id(parameter)]
-        if value.shape == parameter.shape:
-            # Moments of a run whose weights were not held in float32 yet are of 16 bits.
-            is_narrow = value.dtype in (torch.bfloat16, torch.float16)
-            wide = value.float() if is_narrow and parameter.dtype == torch.float32 else value
-            restored = spread(wide, parameter)
-        elif key == "step" and not (group.get("fused") or group.get("capturable")):
-            restored = value.clone()  # torch's loops count on the CPU, its kernels on the device
-        else:
-            restored = value.to(parameter.device, copy=True)
-        state.setdefault(parameter, {})[key] = restored
-    optimizer.state.clear()
-    optimizer.state.update(state)
-    # By rate and decay: sharded parameters have groups of their own, and a run may go on without
-    # sharding.
-    groups = {(group["peak"], group["weight_decay"]): group for group in numbers["groups"]}
-    for group in optimizer.param_groups:
-        saved = groups[group["peak"], group["weight_decay"]]
-        for key, value in saved.items():
-            group[key] = tuple(value) if isinstance(group.get(key), tuple) else value
-
-
-def _check_optimizer(
-    checkpoint: Path,
-    numbers: Mapping[str, Any],
-    trained: Parameters,
-    optimizer: torch.optim.Optimizer,
-) -> None:
     names = {*numbers["parameters"]}
     names.update(entry.rpartition("|")[0] for entry in tensor_shapes(checkpoint / _OPTIMIZER))
     saved = {(group["peak"], group["weight_decay"]) for group in numbers["groups"]}
@@ -305,32 +242,14 @@ def _check_optimizer(
             where=str(checkpoint),
             hint="Copy the folder back if it was copied, or start over with --fresh",
         )
-
-
-def _optimizer_state(
-    trained: Parameters, optimizer: torch.optim.Optimizer
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors by ``parameter|key`` in file order, and everything else as plain data."""
-    tensors: dict[str, Tensor] = {}
-    parameters: dict[str, dict[str, Any]] = {}
-    for name, parameter in trained.items():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            if isinstance(value, Tensor):
-                tensors[f"{name}|{key}"] = value
-            else:
-                parameters.setdefault(name, {})[key] = value
-    groups = [
-        {key: value for key, value in group.items() if key not in _MACHINE}
-        for group in optimizer.param_groups
-    ]
-    return file_order(tensors), {"parameters": parameters, "groups": groups}
+    load_optimizer_state(optimizer, trained, numbers, read_tensors(checkpoint / _OPTIMIZER))
 
 
 def _write_together(
     target: Path,
     tensors: list[Tensor],
     fill: Callable[[Path, Iterator[Tensor]], None],
-    processes: Processes,
+    processes: DistributedContext,
 ) -> None:
     """Let one process fill the folder ``target`` while all give their shares of the tensors."""
     values = (full(tensor) for tensor in tensors)
@@ -366,11 +285,7 @@ def _write_state(path: Path, state: dict[str, Any]) -> None:
 
 
 def _read_state(checkpoint: Path) -> dict[str, Any]:
-    """Read where the run stood, and all that is no tensor.
-
-    Raises:
-        DataError: it is not what ``save_checkpoint`` writes.
-    """
+    """Read where the run stood, and all that is no tensor."""
     file = checkpoint / _STATE
     state = read_json_object(file, "the state of a checkpoint")
     try:
@@ -389,3 +304,78 @@ def _read_state(checkpoint: Path) -> dict[str, Any]:
     if not is_sound:
         raise DataError("not the state of a checkpoint", where=str(file))
     return state
+
+
+# By width, widest first: every tensor of a file then starts at a multiple of its width.
+_NAMES = {
+    torch.float64: "F64",
+    torch.int64: "I64",
+    torch.float32: "F32",
+    torch.int32: "I32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+def file_order(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors in the order of a file, the same in all processes."""
+    return dict(sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])))
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], values: Iterator[Tensor]) -> None:
+    """Write a safetensors file and wait until it is on the disk.
+
+    Args:
+        path: the file.
+        tensors: in the order of ``file_order``; only shapes and dtypes are looked at.
+        values: gives their whole values in the same order; no more are taken than needed.
+    """
+    header: dict[str, Any] = {}
+    end = 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.numel() * tensor.dtype.itemsize
+        header[name] = {
+            "dtype": _NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for _ in tensors:
+            value = next(values)
+            out.write(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            del value  # before the next one is gathered
+        out.flush()
+        os.fsync(out.fileno())
+
+
+def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """Names and values, one after the other; a value is a view of the file's pages."""
+    with safe_open(path, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118  # not a mapping
+            yield name, file.get_tensor(name)
+
+
+def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes by name, from the header; a file that was cut off is noticed by its length."""
+    with safe_open(path, framework="pt") as file:
+        return {
+            name: tuple(file.get_slice(name).get_shape())
+            for name in file.keys()  # noqa: SIM118
+        }
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the names in a folder are on the disk, where the file system can do that."""
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -6,7 +6,10 @@ tokens. ``None`` means off.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -15,10 +18,15 @@ from nvembed.core.dtypes import PrecisionChoice
 from nvembed.data.build_config import BuildConfig
 from nvembed.data.mining_config import MiningConfig
 from nvembed.data.sources import DatasetConfig
+from nvembed.data.sources.config import local_sources
 from nvembed.model.settings import LoraSettings, ModelSettings
 
 ScheduleKind = Literal["linear", "cosine", "constant"]
+
+
 OptimizerKind = Literal["adamw", "adamw_8bit", "schedule_free"]
+
+
 TrackerKind = Literal["tensorboard", "trackio", "wandb"]
 
 
@@ -273,3 +281,71 @@ class TrainConfig(StrictModel):
                 raise ValueError(f"{key} names {', '.join(unknown)}, which is no data set")
         if build.bm25 and not build.tasks:
             raise ValueError("build.bm25 is given without build.tasks to compare with")
+
+
+FREE_KEYS = frozenset(
+    {
+        "output",
+        "log_every",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "trackers",
+        "peer_timeout_minutes",
+    }
+)
+"""Keys of a recipe that may change while a run is stopped: no weight depends on them."""
+
+
+def recipe_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """``key: old → new`` for every key that differs and is not one of ``FREE_KEYS``."""
+    before, after = dict(_leaves(old)), dict(_leaves(new))
+    keys = [key for key in {**before, **after} if key.split(".")[0] not in FREE_KEYS]
+    return [
+        f"{key}: {_shown(before, key)} → {_shown(after, key)}"
+        for key in keys
+        if _shown(before, key) != _shown(after, key)
+    ]
+
+
+def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Values of nested data by dotted path."""
+    inside: Iterator[tuple[Any, Any]] | None = None
+    if isinstance(value, Mapping):
+        inside = iter(value.items())
+    elif isinstance(value, list | tuple):
+        inside = iter(enumerate(value))
+    if inside is None:
+        yield path, value
+        return
+    for key, item in inside:
+        yield from _leaves(item, f"{path}.{key}" if path else str(key))
+
+
+def _shown(values: Mapping[str, Any], key: str) -> str:
+    return json.dumps(values[key], ensure_ascii=False) if key in values else "not there"
+
+
+def recipe_inputs(config: TrainConfig, base_dir: Path, recipe: Path | None = None) -> list[Path]:
+    """The files and folders that building and training read; names of the hub lead nowhere."""
+    found = [] if recipe is None else [recipe]
+    for dataset in config.datasets:
+        found += local_sources(dataset, base_dir)
+    names = [config.model.backbone]
+    names += config.evaluation.tasks if config.evaluation else ()
+    names += config.build.tasks if config.build else ()
+    mining = [stage.mine for stage in config.stages]
+    if config.build is not None and config.build.mine is not None:
+        names.append(config.build.mine.teacher)
+        mining.append(config.build.mine)
+    names += [mine.rerank for mine in mining if mine is not None and mine.rerank is not None]
+    # Some of them are looked for beside the recipe, some where the command runs.
+    return [*found, *(base_dir / name for name in names), *map(Path, names)]
+
+
+def training_inputs(config: TrainConfig, base_dir: Path, recipe: Path | None = None) -> list[Path]:
+    """What training reads: as ``recipe_inputs``, and the built sets where there are some."""
+    found = recipe_inputs(config, base_dir, recipe)
+    if config.build is not None:
+        folder = base_dir / config.build.folder
+        found += [folder / dataset.name for dataset in config.datasets]
+    return found

@@ -1,20 +1,32 @@
-"""The model of a run: what it starts from, and the folder it ends as."""
+"""The model of a run: what it starts from, the memory its activations need, the folder it ends as.
+
+What a graph holds between forward and backward is counted by hooks on the tensors that autograd
+saves, on one pack of texts of the full length (attention of longer texts holds more per token, so
+shorter ones need less). The number is written into the run folder, because in a stage without
+in-batch negatives it decides which queries are sent back together, and a resumed run must add up
+floats in the same order.
+"""
 
 from __future__ import annotations
 
 import copy
+import math
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, UntypedStorage
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
-from nvembed.core.errors import ConfigError, TrainingError, UserError
-from nvembed.core.files import atomic_folder
+from nvembed.core.errors import ConfigError, DataError, TrainingError, UserError
+from nvembed.core.files import atomic_folder, write_json
 from nvembed.core.runs import TRAIN
 from nvembed.core.seeding import derive_seed, seed_everything
+from nvembed.core.text_files import read_json_object
 from nvembed.interop.kind import model_kind
 from nvembed.interop.source import ModelSource
 from nvembed.kernels.compiled import compile_elementwise
@@ -22,22 +34,20 @@ from nvembed.model.activation_checkpointing import recompute_layers
 from nvembed.model.adapters import add_lora, hold_frozen, merge_lora, save_adapter
 from nvembed.model.embedder import NVEmbed
 from nvembed.model.master_weights import hold_masters, release_masters
+from nvembed.model.memory import free_bytes
+from nvembed.model.packs import embed_pack
 from nvembed.model.quantization import quantize_frozen
 from nvembed.model.settings import PoolingSettings
 from nvembed.text.instructions import task_prompts
 from nvembed.text.template import query_prompt
+from nvembed.text.tokens import TokenizedText
 from nvembed.training.checkpoint import trained_parameters
 from nvembed.training.config import TrainConfig
-from nvembed.training.fitting import check_widths
-from nvembed.training.tensor_files import full
+from nvembed.training.distributed import DistributedContext, full
 
 
 def starting_model(config: TrainConfig, base_dir: Path, *, device: str) -> NVEmbed:
-    """``build_model`` with new weights that the seed of the run decides.
-
-    Raises:
-        ConfigError: the recipe asks for more than the model has.
-    """
+    """``build_model`` with new weights that the seed of the run decides."""
     seed_everything(derive_seed(config.seed, "weights"))
     model = build_model(config, base_dir, device=device)
     check_widths(config, model.dimension)
@@ -112,18 +122,6 @@ def save_model(
     """Write an ordinary sentence-transformers folder with adapters merged and prompts set.
 
     Weights are saved in the types that they were loaded in.
-
-    Args:
-        model: the model in training; left as it is unless ``final``.
-        config: for the prompts: one per data set, and ``query`` where all retrieval sets share one;
-            besides them those of the MTEB tasks.
-        folder: written beside and moved into place.
-        base_dir: folder of the recipe, to find the base again where it was rounded or sharded.
-        final: merge and round in place, which needs no second copy of the weights.
-        write: in one process; all of them call, because weights may be shared out.
-
-    Raises:
-        TrainingError: it could not be written; the checkpoint is there.
     """
     lossy = config.model.quantization or (config.lora and config.precision == "bfloat16")
     if lossy or isinstance(model.backbone.model, FSDPModule):
@@ -144,11 +142,7 @@ def save_model(
 
 
 def save_adapters(model: NVEmbed, folder: Path) -> None:
-    """Write the adapters alone, before ``save_model`` merges them.
-
-    Raises:
-        TrainingError: they could not be written; the checkpoint is there.
-    """
+    """Write the adapters alone, before ``save_model`` merges them."""
     with _unwritten_is_an_error(folder):
         save_adapter(model.backbone, folder)
 
@@ -185,3 +179,119 @@ def _rebuilt(model: NVEmbed, config: TrainConfig, base_dir: Path, *, build: bool
         if build:
             into[name].copy_(value)
     return fresh if build else model
+
+
+def check_widths(config: TrainConfig, width: int) -> None:
+    """Make sure that embeddings are as wide as the widths they are cut to."""
+    for number, stage in enumerate(config.stages):
+        for wide in stage.matryoshka or ():
+            if wide > width:
+                raise ConfigError(
+                    f"width {wide} is larger than the model's embeddings",
+                    where=f"stages.{number}.matryoshka",
+                    expected=f"1 to {width}",
+                )
+
+
+# Of what is free when a run starts: graphs are not all that a step needs (one layer's work in
+# progress, gradients, moments, the loss), and others may want memory too.
+FREE_SHARE = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class ActivationBudget:
+    """What was found.
+
+    Args:
+        bytes_per_token: a graph holds per token, for texts of the full length.
+        budget_bytes: for graphs.
+    """
+
+    bytes_per_token: float
+    budget_bytes: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens whose graphs fit."""
+        return int(self.budget_bytes / self.bytes_per_token)
+
+
+def settle_activation_budget(
+    file: Path, model: NVEmbed, config: TrainConfig, processes: DistributedContext
+) -> ActivationBudget:
+    """Read what the run settled on, or measure and write it; the first process's budget counts.
+
+    The model is on its device, in training mode, in the block of the run's precision.
+    """
+    known = read_activation_budget(file)
+    if processes.agree(known is None):
+        known = measure_activation_budget(model, config)
+        if processes.is_main:
+            write_json(file, asdict(known), TRAIN)
+    return ActivationBudget(**processes.of_main(asdict(known)))  # type: ignore[arg-type]
+
+
+def read_activation_budget(file: Path) -> ActivationBudget | None:
+    """Read what a run settled on; ``None`` where it did not, or the file is damaged."""
+    try:
+        values = read_json_object(file, "what graphs need")
+        memory = ActivationBudget(float(values["bytes_per_token"]), int(values["budget_bytes"]))
+    except (DataError, KeyError, TypeError, ValueError, OverflowError):
+        return None
+    sizes = (memory.bytes_per_token, memory.budget_bytes)
+    return memory if all(math.isfinite(size) and size > 0 for size in sizes) else None
+
+
+def measure_activation_budget(model: NVEmbed, config: TrainConfig) -> ActivationBudget:
+    """What a run that started now would settle on."""
+    given = config.memory_gb
+    budget = int(given * 1e9) if given else int(free_bytes(model.device) * FREE_SHARE)
+    return ActivationBudget(graph_bytes_per_token(model, config.pack_tokens), budget)
+
+
+def graph_bytes_per_token(model: NVEmbed, pack_tokens: int) -> float:
+    """Run one pack of texts of the full length and count what its graph holds."""
+    length = min(model.backbone.max_tokens, pack_tokens)
+    count = max(1, pack_tokens // length)
+    vocabulary = int(model.backbone.model.config.get_text_config().vocab_size)
+    generator = torch.Generator().manual_seed(0)
+    ids_NL = torch.randint(vocabulary, (count, length), generator=generator).tolist()
+    with counted_graph(model) as held:
+        embed_pack(model, [TokenizedText(tuple(ids), 0) for ids in ids_NL])
+    return sum(storage.nbytes() for storage in held.values()) / (count * length)
+
+
+@contextmanager
+def counted_graph(model: torch.nn.Module) -> Iterator[dict[int, UntypedStorage]]:
+    """Collect all storages that graphs made in the block save, parameters left out.
+
+    Yields:
+        Storages by identity. Weights that were gathered for a layer and are given up after it have
+        no bytes by the end of the block.
+    """
+    held: dict[int, UntypedStorage] = {}
+    own = {_storage(tensor)._cdata for tensor in (*model.parameters(), *model.buffers())}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = _storage(tensor)
+        if storage._cdata not in own:
+            held[storage._cdata] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        yield held
+
+
+def _storage(tensor: Tensor) -> UntypedStorage:
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return local.untyped_storage()
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Most memory that this process has held on a device so far; on a CPU all of the process's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    import resource  # not on Windows, where only the dry run needs it
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

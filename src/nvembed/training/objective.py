@@ -6,20 +6,59 @@ exists, and the gradient with respect to the embeddings is all that leaves. Next
 ``training/step.py``.
 
 Shapes: U unique texts, B queries (rows of the loss), b rows of a piece, N documents, D width, K own
-candidates of a query.
+candidates of a query (its positive first).
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nvembed.data.batch import ContrastiveBatch
 from nvembed.training.config import StageConfig
 from nvembed.training.contrastive_loss import ScoreSums, info_nce, scores
-from nvembed.training.distillation_loss import distillation
+
+
+def distillation(
+    score_BK: Tensor,
+    teacher_BK: Tensor,
+    *,
+    temperature: float | Tensor,
+    teacher_temperature: float,
+    weight_B: Tensor,
+) -> Tensor:
+    """Weighted sum of KL(softmax(teacher / τₜ) ‖ softmax(score / τ)) over scored candidates.
+
+    Candidates that the teacher did not score are left out of both distributions; a row with fewer
+    than two scored ones adds nothing.
+
+    Args:
+        score_BK: cosines of the query and its own candidates, float32.
+        teacher_BK: the teacher's scores, on any scale; nan where there is none.
+        temperature: τ of the student.
+        teacher_temperature: τₜ, which makes up for the teacher's scale.
+        weight_B: of the rows.
+
+    Returns:
+        Scalar.
+    """
+    scored_BK = teacher_BK.isfinite()
+    used_B = scored_BK.sum(dim=1) > 1
+    if not used_B.any():
+        return score_BK.sum() * 0.0
+    scored_BK = scored_BK[used_B]
+    teacher = teacher_BK[used_B].nan_to_num(0.0) / teacher_temperature
+    target_BK = teacher.masked_fill(~scored_BK, float("-inf")).softmax(dim=1)
+    student = score_BK[used_B] / temperature
+    log_student_BK = student.masked_fill(~scored_BK, float("-inf")).log_softmax(dim=1)
+    # 0 · -inf is nan, so what was left out of both is left out of the product as well.
+    cross_B = -(target_BK * log_student_BK.masked_fill(~scored_BK, 0.0)).sum(dim=1)
+    entropy_B = torch.special.entr(target_BK).sum(dim=1)
+    return ((cross_B - entropy_B) * weight_B[used_B]).sum()
+
 
 # Scores of one piece: 4 MB in float32, of which a few copies live at once. With pieces of 16 MB
 # the allocator kept 160 MB more, and they were no faster.
@@ -191,3 +230,23 @@ def _teacher(
     column_bK = torch.as_tensor(batch.teacher.column_BK[piece], device=device)
     score_bK = torch.as_tensor(batch.teacher.score_BK[piece], device=device).to(dtype)
     return column_bK, score_bK.masked_fill(column_bK < 0, float("nan"))
+
+
+MIN_TEMPERATURE = 0.005
+"""A learned temperature goes no lower."""
+
+
+def new_temperature(stage: StageConfig | None, device: torch.device) -> nn.Parameter | None:
+    """Log τ to be learned, if the stage wants it."""
+    if stage is None or not stage.learn_temperature:
+        return None
+    return nn.Parameter(torch.tensor(math.log(stage.temperature), device=device))
+
+
+@torch.no_grad()
+def bounded(log_temperature: nn.Parameter | None) -> float | None:
+    """Keep a learned τ from running to zero, and return it."""
+    if log_temperature is None:
+        return None
+    log_temperature.clamp_(min=math.log(MIN_TEMPERATURE))
+    return float(log_temperature.exp())

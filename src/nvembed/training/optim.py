@@ -9,19 +9,25 @@ schedule_free  AdamW that trains at one point and is evaluated at an average of 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from nvembed.core.errors import ConfigError
 from nvembed.training.config import OptimizerConfig, ScheduleKind, StageConfig
+from nvembed.training.distributed import spread
+
+# Of a parameter group: how this machine computes, which is not part of the run's state.
+_MACHINE = {"params", "fused", "foreach", "capturable"}
 
 # What torch's fused kernels, and bitsandbytes' 8-bit ones, exist for.
 _FUSED_DEVICES = {"cpu", "cuda"}
+
+
 _EIGHT_BIT_DEVICES = {"cpu", "cuda", "xpu"}
 
 
@@ -196,3 +202,60 @@ def evaluation_weights(optimizer: torch.optim.Optimizer) -> Iterator[None]:
         with torch.no_grad():
             for parameter, value in zip(parameters, kept, strict=True):
                 parameter.copy_(value)
+
+
+def optimizer_state(
+    trained: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors of the state by ``parameter|key``, and everything else as plain data."""
+    tensors: dict[str, Tensor] = {}
+    parameters: dict[str, dict[str, Any]] = {}
+    for name, parameter in trained.items():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor):
+                tensors[f"{name}|{key}"] = value
+            else:
+                parameters.setdefault(name, {})[key] = value
+    groups = [
+        {key: value for key, value in group.items() if key not in _MACHINE}
+        for group in optimizer.param_groups
+    ]
+    return tensors, {"parameters": parameters, "groups": groups}
+
+
+def load_optimizer_state(
+    optimizer: torch.optim.Optimizer,
+    trained: Mapping[str, nn.Parameter],
+    numbers: Mapping[str, Any],
+    tensors: Iterable[tuple[str, Tensor]],
+) -> None:
+    """Put back what ``optimizer_state`` gave, on the devices and shares of the parameters."""
+    machine = {
+        id(parameter): group for group in optimizer.param_groups for parameter in group["params"]
+    }
+    state: dict[Tensor, dict[str, Any]] = {
+        trained[name]: dict(values) for name, values in numbers["parameters"].items()
+    }
+    for entry, value in tensors:
+        name, _, key = entry.rpartition("|")
+        parameter = trained[name]
+        group = machine[id(parameter)]
+        if value.shape == parameter.shape:
+            # Moments of a run whose weights were not held in float32 yet are of 16 bits.
+            is_narrow = value.dtype in (torch.bfloat16, torch.float16)
+            wide = value.float() if is_narrow and parameter.dtype == torch.float32 else value
+            restored = spread(wide, parameter)
+        elif key == "step" and not (group.get("fused") or group.get("capturable")):
+            restored = value.clone()  # torch's loops count on the CPU, its kernels on the device
+        else:
+            restored = value.to(parameter.device, copy=True)
+        state.setdefault(parameter, {})[key] = restored
+    optimizer.state.clear()
+    optimizer.state.update(state)
+    # By rate and decay: sharded parameters have groups of their own, and a run may go on without
+    # sharding.
+    groups = {(group["peak"], group["weight_decay"]): group for group in numbers["groups"]}
+    for group in optimizer.param_groups:
+        saved = groups[group["peak"], group["weight_decay"]]
+        for key, value in saved.items():
+            group[key] = tuple(value) if isinstance(group.get(key), tuple) else value

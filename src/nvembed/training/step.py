@@ -21,19 +21,135 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from nvembed.core.errors import TrainingError
 from nvembed.core.seeding import derive_seed
-from nvembed.data.batch import ContrastiveBatch, effective_negatives
+from nvembed.data.batch import ContrastiveBatch, effective_negatives, needed_texts, select_queries
 from nvembed.model.embedder import NVEmbed
 from nvembed.model.packs import embed_pack
+from nvembed.text.packing import plan_groups, share_packs
 from nvembed.text.tokens import TokenizedText
 from nvembed.training.contrastive_loss import ContrastiveStatistics, ScoreSums
-from nvembed.training.objective import evaluate_objective
-from nvembed.training.plan import PassPlan, StepSettings, plan_step, recomputed_share
-from nvembed.training.processes import Processes
-from nvembed.training.sharding import FILLER
+from nvembed.training.distributed import FILLER, DistributedContext
+from nvembed.training.objective import Objective, evaluate_objective
+
+
+@dataclass(frozen=True, slots=True)
+class StepSettings:
+    """What is the same in all steps of a stage.
+
+    Args:
+        objective: the loss.
+        coupled: in-batch negatives make every query depend on all documents.
+        pack_tokens: tokens per forward.
+        activation_budget: tokens whose graphs a process holds at once.
+    """
+
+    objective: Objective
+    coupled: bool
+    pack_tokens: int
+    activation_budget: int
+
+
+@dataclass(frozen=True, slots=True)
+class PassPlan:
+    """Queries whose texts are embedded, contrasted and sent back before the next ones.
+
+    Args:
+        part: the queries and who stands against whom.
+        rows: the step's texts that they need, in the order of ``part.texts``.
+        shares: per process its packs, as places in ``rows``.
+        sizes: tokens of each of these packs.
+        kept: how many packs, from the first on, are held with their graphs; the others are embedded
+            twice. As many in all processes: sharded weights are gathered by all of them together.
+    """
+
+    part: ContrastiveBatch
+    rows: Sequence[int]
+    shares: list[list[list[int]]]
+    sizes: list[list[int]]
+    kept: int
+
+    def tokens(self, rank: int) -> int:
+        """Tokens that a process embeds, once."""
+        return sum(self.sizes[rank])
+
+    def kept_tokens(self, rank: int) -> int:
+        """Those whose graphs it holds at once."""
+        return sum(self.sizes[rank][: self.kept])
+
+    def recomputed_tokens(self, rank: int) -> int:
+        """Those that it embeds twice."""
+        return sum(self.sizes[rank][self.kept :])
+
+
+def plan_step(
+    batch: ContrastiveBatch, lengths: Sequence[int], settings: StepSettings, num_processes: int
+) -> list[PassPlan]:
+    """Cut a step into passes, and each pass into packs.
+
+    A step with in-batch negatives is one pass. Without them queries do not touch each other: there
+    are as many passes of whole queries as it takes to hold the graphs of each.
+    """
+    room = settings.activation_budget * num_processes
+    if settings.coupled or sum(lengths) <= room:
+        return [_plan_pass(batch, range(len(lengths)), lengths, settings, num_processes)]
+    # Texts that groups share are embedded once in each; that is cheaper than everything twice.
+    groups = plan_groups(needed_texts(batch), lengths, room)
+    parts = (select_queries(batch, group) for group in groups)
+    return [
+        _plan_pass(part, rows.tolist(), [lengths[row] for row in rows], settings, num_processes)
+        for part, rows in parts
+    ]
+
+
+def recomputed_share(passes: Sequence[PassPlan], rank: int) -> float:
+    """Share of a process's tokens that are embedded twice."""
+    embedded = sum(each.tokens(rank) for each in passes)
+    return sum(each.recomputed_tokens(rank) for each in passes) / max(1, embedded)
+
+
+def _plan_pass(
+    part: ContrastiveBatch,
+    rows: Sequence[int],
+    lengths: Sequence[int],
+    settings: StepSettings,
+    num_processes: int,
+) -> PassPlan:
+    shares = share_packs(lengths, settings.pack_tokens, num_processes)
+    sizes = [[sum(lengths[row] for row in pack) for pack in share] for share in shares]
+    _require_room(part, shares, sizes, lengths, settings.activation_budget)
+    kept = min(_first_that_fit(own, settings.activation_budget) for own in sizes)
+    return PassPlan(part, rows, shares, sizes, kept)
+
+
+def _first_that_fit(sizes: Sequence[int], room: int) -> int:
+    """How many packs, from the first on, fit together."""
+    return int(np.searchsorted(np.cumsum(sizes), room, side="right"))
+
+
+def _require_room(
+    part: ContrastiveBatch,
+    shares: Sequence[Sequence[Sequence[int]]],
+    sizes: Sequence[Sequence[int]],
+    lengths: Sequence[int],
+    activation_budget: int,
+) -> None:
+    for share, own in zip(shares, sizes, strict=True):
+        for pack, size in zip(share, own, strict=True):
+            if size > activation_budget:
+                longest = max(pack, key=lambda row: lengths[row])
+                raise TrainingError(
+                    f"a pack of {size:,} tokens does not fit: its longest text has "
+                    f"{lengths[longest]:,} tokens ({part.texts[longest][1][:40]!r}), and memory "
+                    f"holds the graph of {activation_budget:,}",
+                    where="memory_gb, pack_tokens",
+                    hint="Lower pack_tokens or model.max_tokens, raise memory_gb, or set "
+                    "activation_checkpointing=true",
+                )
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +181,7 @@ def contrastive_step(
     batch: ContrastiveBatch,
     texts: Sequence[TokenizedText],
     settings: StepSettings,
-    processes: Processes,
+    processes: DistributedContext,
     *,
     seed: int,
     log_temperature: Tensor | None = None,
@@ -124,7 +240,7 @@ class _Pass:
         model: NVEmbed,
         texts: Sequence[TokenizedText],
         plan: PassPlan,
-        processes: Processes,
+        processes: DistributedContext,
         seed: int,
         number: int,
     ) -> None:

@@ -1,9 +1,7 @@
 """The training loop: stages in order, one contrastive step after the other.
 
 Every batch and all dropout are pure functions of (seed, stage, step), so the place in the run is
-the whole state of data and randomness. A run folder holds ``config.yaml``, ``env.json``,
-``metrics.jsonl``, ``train.log``, ``checkpoints/``, ``mined/<stage>/``, a model per finished stage
-(``model-<stage>/``) and the last one as ``model/``.
+the whole state of data and randomness. What a run folder holds: ``core/runs.py``.
 """
 
 from __future__ import annotations
@@ -34,48 +32,61 @@ from nvembed.training.checkpoint import (
     save_checkpoint,
     trained_parameters,
 )
-from nvembed.training.config import TrainConfig
-from nvembed.training.evaluating import (
+from nvembed.training.config import TrainConfig, training_inputs
+from nvembed.training.distributed import DistributedContext, dead_peer_is_an_error, shard_backbone
+from nvembed.training.metrics import (
     Best,
+    describe,
     evaluate_step,
     evaluation_is_due,
     load_evaluation_tasks,
+    metrics_row,
     put_back_best,
     should_stop,
+    start_trackers,
+    track,
+    tracker_options,
 )
-from nvembed.training.failures import interrupted, not_finite, out_of_memory
-from nvembed.training.feed import Fed, Feed
-from nvembed.training.folder import (
+from nvembed.training.model import (
+    computing,
+    save_adapters,
+    save_model,
+    settle_activation_budget,
+    starting_model,
+)
+from nvembed.training.objective import bounded, new_temperature
+from nvembed.training.optim import averaged_weights, set_learning_rate, stage_schedule
+from nvembed.training.run_folder import (
     changed_kernels,
+    check_finished,
+    inputs_of,
+    interrupted,
     is_finished,
+    not_finite,
+    out_of_memory,
     prepare_folder,
+    settle_inputs,
+    settle_mined,
+    sigterm_is_an_error,
+    stop_signals,
     with_settled_precision,
 )
-from nvembed.training.graph_memory import settle_graph_memory
-from nvembed.training.input_paths import training_inputs
-from nvembed.training.inputs import check_finished, inputs_of, settle_inputs, settle_mined
-from nvembed.training.metrics import describe, metrics_row
-from nvembed.training.model import computing, save_adapters, save_model, starting_model
-from nvembed.training.optim import (
-    averaged_weights,
-    set_learning_rate,
-    stage_schedule,
+from nvembed.training.stages import (
+    DataLoader,
+    PreparedBatch,
+    Stage,
+    load_mixtures,
+    mine_mixture,
+    start_stage,
 )
-from nvembed.training.processes import Processes, dead_peer_is_an_error
-from nvembed.training.sharding import shard_backbone
-from nvembed.training.signals import sigterm_is_an_error, stop_signals
-from nvembed.training.stage import StageAtWork, start_stage
-from nvembed.training.stages import load_mixtures, mine_mixture
 from nvembed.training.step import contrastive_step
-from nvembed.training.temperature import bounded, new_temperature
-from nvembed.training.tracking import start_trackers, track, tracker_options
 
 
 @checked
 def train(
     config: TrainConfig,
     *,
-    base_dir: str | Path,
+    base_dir: str | Path | None = None,
     fresh: bool = False,
     recipe: str | Path | None = None,
 ) -> Path:
@@ -86,7 +97,8 @@ def train(
 
     Args:
         config: the run.
-        base_dir: folder that relative data and backbone paths start from (that of the recipe).
+        base_dir: folder that relative data and backbone paths start from; ``None`` is that of the
+            recipe, or of the file that the configuration was loaded from, or the working folder.
         fresh: delete what an earlier run left in the output folder and start over.
         recipe: file of the configuration, which must not be among what the run writes.
 
@@ -97,9 +109,11 @@ def train(
         UserError: data, model or output folder cannot be used, or are not those that the run was
             started with; the loss is not finite; interrupted.
     """
+    if base_dir is None:
+        base_dir = Path(recipe).parent if recipe else config.source_folder or Path()
     base_dir = Path(base_dir)
     run = RunFolder(Path(config.output))
-    processes = Processes.of_environment(
+    processes = DistributedContext.of_environment(
         shard=config.shard, timeout_minutes=config.peer_timeout_minutes
     )
     with dead_peer_is_an_error(str(run.checkpoints)), sigterm_is_an_error(str(run.path)):
@@ -126,7 +140,7 @@ class _Run:
         config: TrainConfig,
         run: RunFolder,
         base_dir: Path,
-        processes: Processes,
+        processes: DistributedContext,
         why: str | None,
     ) -> None:
         self.config = config
@@ -168,23 +182,17 @@ class _Run:
     def train(self) -> Path:
         with computing(self.config, self.processes.device):
             self.embedder.train()
-            self.memory = settle_graph_memory(
-                self.run.graph_memory,
-                self.embedder,
-                self.processes,
-                memory_gb=self.config.memory_gb,
-                pack_tokens=self.config.pack_tokens,
+            self.memory = settle_activation_budget(
+                self.run.graph_memory, self.embedder, self.config, self.processes
             )
-        self.log(
-            f"memory for graphs {self.memory.budget_bytes / 1e9:.2f} GB: {self.memory.tokens:,} "
-            f"tokens ({self.memory.bytes_per_token / 1e3:,.0f} kB each)"
-        )
+        tokens, size = self.memory.tokens, self.memory.bytes_per_token / 1e3
+        gigabytes = self.memory.budget_bytes / 1e9
+        self.log(f"memory for graphs {gigabytes:.2f} GB: {tokens:,} tokens ({size:,.0f} kB each)")
         if self.processes.is_main and self.config.trackers:
             start_trackers(self.accelerator, self.run, self.recipe, step=self.position.step)
         for number in range(self.position.stage, len(self.config.stages)):
             self._stage(number)
-        lora = self.config.lora
-        if lora is not None and lora.save_adapter and self.processes.is_main:
+        if (lora := self.config.lora) and lora.save_adapter and self.processes.is_main:
             save_adapters(self.embedder, self.run.adapter)
         self._save_model(self.run.model, final=True)
         self.log(f"model written to {self.run.model}")
@@ -193,23 +201,18 @@ class _Run:
 
     def _trained(self) -> dict[str, nn.Parameter]:
         """What is tuned now, by name."""
-        temperature = self.log_temperature
-        extra = {} if temperature is None else {"log_temperature": temperature}
+        learned = self.log_temperature
+        extra = {} if learned is None else {"log_temperature": learned}
         return trained_parameters(self.embedder, **extra)
 
     def _save_model(self, folder: Path, *, final: bool) -> None:
+        write = self.processes.is_main
         save_model(
-            self.embedder,
-            self.config,
-            folder,
-            base_dir=self.base_dir,
-            final=final,
-            write=self.processes.is_main,
+            self.embedder, self.config, folder, base_dir=self.base_dir, final=final, write=write
         )
         self.processes.barrier()
 
-    def log(self, line: str) -> None:
-        """One line to the terminal and to ``train.log``."""
+    def log(self, line: str) -> None:  # to the terminal and to train.log
         if self.processes.is_main:
             print(line, flush=True)
             self.run.append_log(line)
@@ -217,15 +220,15 @@ class _Run:
     def _stage(self, number: int) -> None:
         config = self.config.stages[number]
         stage = self._start(number, self._mixture(number))
-        self.log(describe(config, stage.feed))
+        self.log(describe(config, stage.loader))
         start = self.position.stage_step
         with stop_signals() as stopping:
             with (
                 progress(config.steps - start, config.name, shown=self.processes.is_main) as bar,
-                stage.feed.steps(start, ahead=self.processes.device.type != "cpu") as fed,
+                stage.loader.steps(start, prefetch=self.processes.device.type != "cpu") as batches,
             ):
                 started = time.perf_counter()
-                for stage_step, batch in enumerate(fed, start):
+                for stage_step, batch in enumerate(batches, start):
                     if self.config.evaluation and should_stop(self.config.evaluation, self.best):
                         self.log(f"{config.name}: no better in {self.best.since} evaluations")
                         break
@@ -252,12 +255,11 @@ class _Run:
             self.run.append_metrics(row)
         track(self.accelerator, row)
 
-    def _maybe_evaluate(self, stage: StageAtWork) -> None:
+    def _maybe_evaluate(self, stage: Stage) -> None:
         """Score the model on the recipe's tasks when it is time, and keep the best weights."""
         evaluation, position = self.config.evaluation, self.position
-        if evaluation is None or not evaluation_is_due(
-            evaluation, position.stage_step, stage.config.steps
-        ):
+        done, steps = position.stage_step, stage.config.steps
+        if evaluation is None or not evaluation_is_due(evaluation, done, steps):
             return
         with computing(self.config, self.processes.device):
             self.best, scores = evaluate_step(
@@ -276,13 +278,14 @@ class _Run:
 
     def _mixture(self, number: int) -> Mixture:
         """The data of a stage, with negatives mined by the model as it is now where asked for."""
-        config = self.config.stages[number]
+        config, processes = self.config.stages[number], self.processes
         if config.mine is None:
             return self.mixtures[number]
         # One process mines and the others read its files; with sharded weights all mine together,
         # forward by forward, and write the same files.
-        if not (self.processes.is_main or self.processes.sharded):
-            self.processes.barrier()
+        mines = processes.is_main or processes.sharded
+        if not mines:
+            processes.barrier()
         with computing(self.config, self.processes.device):
             mixture = mine_mixture(
                 self.config,
@@ -293,13 +296,13 @@ class _Run:
                 teacher=self.embedder,
                 log=self.log,
             )
-        if self.processes.is_main:
+        if processes.is_main:
             settle_mined(self.run, self.config, config.name, mixture)
-        if self.processes.is_main or self.processes.sharded:
-            self.processes.barrier()
+        if mines:
+            processes.barrier()
         return mixture
 
-    def _start(self, number: int, mixture: Mixture) -> StageAtWork:
+    def _start(self, number: int, mixture: Mixture) -> Stage:
         config = self.config.stages[number]
         going_on = self.position.stage_step > 0
         if not going_on:
@@ -307,15 +310,15 @@ class _Run:
         return start_stage(
             self.config,
             number,
-            Feed(mixture, config, seed=self.config.seed, tokens=self.tokens),
+            DataLoader(mixture, config, seed=self.config.seed, tokens=self.tokens),
             self._trained(),
             head=self.embedder.pooling,
-            graph_tokens=self.memory.tokens,
+            activation_budget=self.memory.tokens,
             checkpoint=self.checkpoint if going_on else None,
         )
 
     def _step(
-        self, stage: StageAtWork, stage_step: int, fed: Fed, started: float
+        self, stage: Stage, stage_step: int, prepared: PreparedBatch, started: float
     ) -> dict[str, Any]:
         """One update; returns its metrics. A number that is not finite changes nothing.
 
@@ -326,7 +329,7 @@ class _Run:
         set_learning_rate(stage.optimizer, share)
         self.embedder.train()
         step = self.position.step + 1
-        batch, texts = fed
+        batch, texts = prepared
         try:
             with computing(self.config, self.processes.device):
                 result = contrastive_step(
@@ -352,22 +355,21 @@ class _Run:
         seconds = time.perf_counter() - started
         return metrics_row(config, step, norm, share, temperature, result, seconds)
 
-    def _summed_norm(self, stage: StageAtWork) -> float:
+    def _summed_norm(self, stage: Stage) -> float:
         """Sum the gradients over the processes, clip them, return their norm."""
-        shared = [p for p in stage.trained.values() if p is not self.log_temperature]
+        trained, limit = stage.trained.values(), self.config.optimizer.max_grad_norm
         # The temperature's gradient is whole already: every process computes the whole loss.
-        self.processes.sum_gradients(shared)
-        limit = self.config.optimizer.max_grad_norm
-        return self.processes.clip_gradients(stage.trained.values(), limit)
+        self.processes.sum_gradients(p for p in trained if p is not self.log_temperature)
+        return self.processes.clip_gradients(trained, limit)
 
-    def _maybe_checkpoint(self, stage: StageAtWork, stopping: Callable[[], bool]) -> None:
+    def _maybe_checkpoint(self, stage: Stage, stopping: Callable[[], bool]) -> None:
         stop = self.processes.agree(stopping())
         if stop or self.position.step % self.config.checkpoint_every == 0:
             self._checkpoint(stage, stage.trained)
         if stop:
             raise interrupted(self.run, self.position.step)
 
-    def _checkpoint(self, stage: StageAtWork, trained: Mapping[str, nn.Parameter]) -> None:
+    def _checkpoint(self, stage: Stage, trained: Mapping[str, nn.Parameter]) -> None:
         self.checkpoint = save_checkpoint(
             self.run.checkpoints,
             self.position,
@@ -378,7 +380,7 @@ class _Run:
             keep=self.config.keep_checkpoints,
         )
 
-    def _finish_stage(self, stage: StageAtWork) -> None:
+    def _finish_stage(self, stage: Stage) -> None:
         # What the next stage, and the model, start from.
         averaged_weights(stage.optimizer)
         if self.config.evaluation and put_back_best(

@@ -10,8 +10,7 @@ import yaml
 
 from nvembed.core.config import load_config
 from nvembed.core.errors import ConfigError
-from nvembed.training.ablation.arms import grid_runs
-from nvembed.training.ablation.config import GridConfig
+from nvembed.training.ablation.grid import GridConfig, grid_runs
 
 STAGE = {"steps": 5, "batch_size": 4, "warmup_steps": 1, "num_negatives": 2}
 RECIPE = {

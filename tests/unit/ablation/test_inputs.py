@@ -13,11 +13,9 @@ from nvembed.core.digests import digest_of
 from nvembed.core.errors import ConfigError
 from nvembed.core.files import write_json, write_jsonl
 from nvembed.core.runs import RunFolder
-from nvembed.training.ablation.arms import Run, grid_runs
-from nvembed.training.ablation.config import GridConfig
-from nvembed.training.ablation.outcome import Outcome, read_outcome, write_outcome
-from nvembed.training.ablation.runner import run_grid
-from nvembed.training.inputs import read_inputs_of
+from nvembed.training.ablation.grid import GridConfig, Run, grid_runs
+from nvembed.training.ablation.runner import Outcome, read_outcome, run_grid, write_outcome
+from nvembed.training.run_folder import read_inputs_of
 from task_folders import write_task
 from tiny_run import PAIRS, recipe, write_inputs
 

@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 
 from nvembed.evaluation.results import TaskResult, write_results
-from nvembed.training.ablation.arms import Run
-from nvembed.training.ablation.config import GridConfig
-from nvembed.training.ablation.outcome import Outcome, write_outcome
+from nvembed.training.ablation.grid import GridConfig, Run
 from nvembed.training.ablation.report import make_report, write_report
+from nvembed.training.ablation.runner import Outcome, write_outcome
 from nvembed.training.config import TrainConfig
 
 CONFIG = TrainConfig.model_validate(

@@ -9,7 +9,7 @@ import pytest
 
 from nvembed.core.config import dump_config
 from nvembed.core.files import write_text
-from nvembed.training.ablation.arms import Run
+from nvembed.training.ablation.grid import Run
 from nvembed.training.ablation.runner import with_one_precision
 from nvembed.training.config import TrainConfig
 from tiny_run import recipe

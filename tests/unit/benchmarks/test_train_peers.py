@@ -21,7 +21,7 @@ from train_scaling import loss_seconds, synthetic_batch
 from nvembed.core.files import write_jsonl
 from nvembed.data.mixture import load_mixture
 from nvembed.text.token_cache import TokenCache
-from nvembed.training.feed import Feed
+from nvembed.training.stages import DataLoader
 
 
 def make_pairs(count: int, *, shared_by: int = 1) -> list[Pair]:
@@ -92,9 +92,9 @@ def test_our_trainer_reads_the_rows_in_the_order_of_the_steps(tmp_path: Path) ->
     assert config.stages[0].name == STAGE
     mixture = load_mixture(config.datasets, stage=1, base_dir=tmp_path)
     tokens = TokenCache(None, None)  # type: ignore[arg-type]  # nothing is tokenised
-    feed = Feed(mixture, config.stages[0], seed=config.seed, tokens=tokens)
+    loader = DataLoader(mixture, config.stages[0], seed=config.seed, tokens=tokens)
     for number, rows in enumerate(step_rows(steps, 4)):
-        batch = feed.batch(number)
+        batch = loader.batch(number)
         texts = [text for _, text in batch.texts]
         assert [texts[row] for row in batch.query_B] == [row.query for row in rows]
         documents = [texts[row] for row in batch.document_N]

@@ -222,7 +222,6 @@ UNMARKED = {
     "encoding/export/stock.py": {"save_pretrained", "save", "write_json"},
     "interop/shards.py": {"write_json"},
     "training/model.py": {"save_pretrained"},
-    "training/tensor_files.py": {"open"},
     # A checkpoint, after a look at what else lies in its place.
     "training/checkpoint.py": {"open", "atomic_folder"},
     # Appended to a log that carries a mark, or to a journal that is known by its first line.

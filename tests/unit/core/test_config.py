@@ -340,3 +340,14 @@ def test_dump_is_readable_yaml_in_field_order():
     text = dump_config(Recipe(stages=(Stage(steps=1, learning_rate=1e-4),)))
     assert list(yaml.safe_load(text)) == list(Recipe.model_fields)
     assert "learning_rate: 0.0001" in text
+
+
+def test_a_configuration_knows_its_folder_and_is_equal_without_it(recipe):
+    path = recipe("seed: 3\n")
+    config = load_config(Recipe, path)
+    assert config.source_folder == path.parent
+    assert config.model_copy(update={"seed": 4}).source_folder == path.parent
+    assert config == Recipe(seed=3)
+    assert Recipe(seed=3).source_folder is None
+    assert load_config(Recipe, None).source_folder is None
+    assert "folder" not in dump_config(config)

@@ -18,7 +18,7 @@ from nvembed.model.embedder import NVEmbed
 from nvembed.model.packs import embed_pack
 from nvembed.model.settings import LoraSettings
 from nvembed.text.tokens import TokenizedText
-from nvembed.training.graph_memory import counted_graph
+from nvembed.training.model import counted_graph
 
 PACK = [TokenizedText(tuple(range(3, 3 + length)), 0) for length in (17, 9, 17, 30)]
 

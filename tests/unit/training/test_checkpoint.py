@@ -19,8 +19,10 @@ from nvembed.core.errors import ModelError, TrainingError, UserError
 from nvembed.training.checkpoint import (
     Position,
     check_recipe,
+    file_order,
     latest_checkpoint,
     read_position,
+    read_tensors,
     recipe_differences,
     remove_leftovers,
     restore_optimizer,
@@ -28,11 +30,11 @@ from nvembed.training.checkpoint import (
     save_checkpoint,
     save_weights,
     trained_parameters,
+    write_tensors,
 )
 from nvembed.training.config import OptimizerConfig, StageConfig
+from nvembed.training.distributed import DistributedContext
 from nvembed.training.optim import build_optimizer, set_learning_rate, training_weights
-from nvembed.training.processes import Processes
-from nvembed.training.tensor_files import file_order, read_tensors, write_tensors
 
 STAGE = StageConfig(name="one", steps=6, in_batch_negatives=True, learning_rate=0.01)
 RECIPE = {"seed": 1, "stages": [{"steps": 6, "learning_rate": 0.01}], "log_every": 1}
@@ -50,7 +52,7 @@ class Toy(nn.Module):
         self.base = nn.Linear(100, 100).requires_grad_(False)
 
 
-class Counted(Processes):
+class Counted(DistributedContext):
     """The first of several processes, of which the others are not there."""
 
     def agree(self, flag: bool) -> bool:
@@ -82,7 +84,7 @@ class Run:
 
     def save(self, folder: Path, step: int, *, keep: int = 2, **options) -> Path:
         position = options.pop("position", Position(step, 0, step, 0.1 * step))
-        options.setdefault("processes", Processes())
+        options.setdefault("processes", DistributedContext())
         return save_checkpoint(
             folder, position, self.trained, self.optimizer, recipe=RECIPE, keep=keep, **options
         )
@@ -242,7 +244,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path, request) -> None
         file.name: file.read_bytes() for file in (tmp_path / "step-0000000001").iterdir()
     }
     with pytest.raises(UserError, match="best: cannot write"):
-        save_weights(tmp_path / "best", run.trained, Processes())
+        save_weights(tmp_path / "best", run.trained, DistributedContext())
     assert [path.name for path in tmp_path.iterdir()] == ["step-0000000001"]
 
 
@@ -322,7 +324,7 @@ def test_the_best_weights_alone(tmp_path: Path) -> None:
     run.steps(0, 2)
     for number in range(2):
         run.steps(2 + number, 3 + number)
-        save_weights(tmp_path / "best", run.trained, Processes())
+        save_weights(tmp_path / "best", run.trained, DistributedContext())
     restore_weights(tmp_path / "best", other.trained)
     assert all(torch.equal(p, other.trained[name]) for name, p in run.trained.items())
 
@@ -380,5 +382,5 @@ def test_spread_parameters_are_written_whole_and_spread_again(tmp_path: Path) ->
 @pytest.mark.usefixtures("one_process")
 def test_a_process_that_does_not_write_leaves_no_trace(tmp_path: Path) -> None:
     run = Run()
-    run.save(tmp_path / "c", 1, processes=Processes(rank=1))
+    run.save(tmp_path / "c", 1, processes=DistributedContext(rank=1))
     assert not (tmp_path / "c").exists()

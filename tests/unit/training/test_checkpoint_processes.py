@@ -21,8 +21,8 @@ from nvembed.training.checkpoint import (
     trained_parameters,
 )
 from nvembed.training.config import OptimizerConfig, StageConfig
+from nvembed.training.distributed import DistributedContext
 from nvembed.training.optim import build_optimizer, training_weights
-from nvembed.training.processes import Processes
 
 STAGE = StageConfig(name="one", steps=6, in_batch_negatives=True, learning_rate=0.01)
 
@@ -47,7 +47,7 @@ def steps(trained: dict[str, nn.Parameter], optimizer, first: int, last: int) ->
         optimizer.step()
 
 
-def save(folder: Path, trained, optimizer, step: int, processes: Processes) -> Path:
+def save(folder: Path, trained, optimizer, step: int, processes: DistributedContext) -> Path:
     position = Position(step, 0, step)
     return save_checkpoint(
         folder,
@@ -66,7 +66,7 @@ def train(rank: int, folder: str, kind: str) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1"}
     store = torch.distributed.FileStore(str(root / "store"), 2)
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
-    processes = Processes(rank, 2, control=torch.distributed.new_group(backend="gloo"))
+    processes = DistributedContext(rank, 2, control=torch.distributed.new_group(backend="gloo"))
     trained, optimizer = build(kind, spread=True)
     steps(trained, optimizer, 0, 3)
     path = save(root / "c", trained, optimizer, 3, processes)

@@ -18,12 +18,12 @@ from nvembed.core.text_files import read_jsonl
 from nvembed.data.mixture import Mixture
 from nvembed.training import step, trainer
 from nvembed.training.config import TrainConfig
-from nvembed.training.dry_run import rehearsal, report
+from nvembed.training.dry_run import forecast as dry_run_forecast
+from nvembed.training.dry_run import report
+from nvembed.training.dry_run.findings import optimizer_bytes
 from nvembed.training.dry_run.forecast import SeveralError, dry_run
-from nvembed.training.dry_run.memory import optimizer_bytes
 from nvembed.training.dry_run.stand_ins import plan_mining
-from nvembed.training.graph_memory import graph_bytes_per_token
-from nvembed.training.model import starting_model
+from nvembed.training.model import graph_bytes_per_token, starting_model
 from nvembed.training.optim import build_optimizer
 from nvembed.training.stages import load_mixtures
 from nvembed.training.trainer import train
@@ -170,7 +170,7 @@ def test_nothing_changes(tmp_path: Path, tiny_decoder_dir: Path, monkeypatch) ->
         built.append((model, {k: v.clone() for k, v in model.state_dict().items()}))
         return model
 
-    monkeypatch.setattr(rehearsal, "starting_model", build)
+    monkeypatch.setattr(dry_run_forecast, "starting_model", build)
     before = files(tmp_path)
     dry_run(config, base_dir=tmp_path)
     dry_run(config, base_dir=tmp_path, fresh=True)
@@ -307,7 +307,7 @@ def test_a_loss_that_is_not_finite(tmp_path: Path, tiny_decoder_dir: Path, monke
     def broken(*arguments, **options):
         raise FloatingPointError(float("nan"))
 
-    monkeypatch.setattr(rehearsal, "contrastive_step", broken)
+    monkeypatch.setattr(dry_run_forecast, "contrastive_step", broken)
     with pytest.raises(TrainingError, match="one: the loss of a step is nan"):
         dry_run(recipe(tmp_path, tiny_decoder_dir), base_dir=tmp_path)
 
@@ -321,7 +321,7 @@ def test_one_process_only(tmp_path: Path, tiny_decoder_dir: Path, monkeypatch) -
 def test_a_warning_where_memory_is_short(
     tmp_path: Path, tiny_decoder_dir: Path, monkeypatch, capsys
 ) -> None:
-    monkeypatch.setattr(rehearsal, "free_bytes", lambda device: 10**5)
+    monkeypatch.setattr(dry_run_forecast, "free_bytes", lambda device: 10**5)
     found = dry_run(recipe(tmp_path, tiny_decoder_dir), base_dir=tmp_path)
     assert "are needed and 0.0 GB are free" in found.warnings[-1]
     report.print_dry_run(found)

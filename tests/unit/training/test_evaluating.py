@@ -18,10 +18,11 @@ from nvembed.evaluation.results import TaskResult
 from nvembed.evaluation.run import evaluate
 from nvembed.evaluation.tasks import LocalTask, load_tasks
 from nvembed.model.embedder import NVEmbed
-from nvembed.training import evaluating
+from nvembed.training import metrics
 from nvembed.training.checkpoint import trained_parameters
 from nvembed.training.config import EvaluationConfig, OptimizerConfig, StageConfig
-from nvembed.training.evaluating import (
+from nvembed.training.distributed import DistributedContext
+from nvembed.training.metrics import (
     Best,
     Scores,
     evaluate_model,
@@ -32,7 +33,6 @@ from nvembed.training.evaluating import (
     should_stop,
 )
 from nvembed.training.optim import averaged_weights, build_optimizer, training_weights
-from nvembed.training.processes import Processes
 from task_folders import write_task
 
 TASKS = [LocalTask("t", "STS", None, "cosine_spearman", Path("t"), [])]
@@ -92,7 +92,7 @@ def test_tasks_are_read_at_once_and_told_if_they_cannot(tmp_path: Path, monkeypa
     assert [t.name for t in load_evaluation_tasks(evaluation(), tmp_path)] == ["similar"]
     with pytest.raises(DataError, match="nowhere: no such folder"):
         load_evaluation_tasks(evaluation(tasks=("tasks", "nowhere")), tmp_path)
-    monkeypatch.setattr(evaluating, "find_spec", lambda name: None)
+    monkeypatch.setattr(metrics, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"package 'scikit-learn'.* pip install 'nvembed\[eval\]'"):
         load_evaluation_tasks(evaluation(), tmp_path)
 
@@ -111,7 +111,7 @@ def test_training_goes_on_as_if_nothing_had_been_asked(tmp_path: Path, model: NV
     modes = [module.training for module in model.modules()]
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     generators = (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state())
-    scores = evaluate_model(model, tasks, Processes())
+    scores = evaluate_model(model, tasks, DistributedContext())
     assert [module.training for module in model.modules()] == modes
     assert len(set(modes)) == 2
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
@@ -125,7 +125,7 @@ def test_training_goes_on_as_if_nothing_had_been_asked(tmp_path: Path, model: NV
 
 
 @dataclass(frozen=True)
-class OneOfTwo(Processes):
+class OneOfTwo(DistributedContext):
     """A process whose other one has scores of its own."""
 
     count: int = 2
@@ -149,7 +149,7 @@ def test_processes_share_out_the_tasks(
         given.extend(task.name for task in tasks)
         return {t.name: TaskResult("STS", "cosine_spearman", 0.5, 0.0, {}) for t in tasks}
 
-    monkeypatch.setattr(evaluating, "evaluate", fake)
+    monkeypatch.setattr(metrics, "evaluate", fake)
     tasks = [LocalTask(name, "STS", None, "cosine_spearman", Path(name), []) for name in "abc"]
     others = tuple((name, 0.25) for name in "abc" if sharded or name not in own)
     scores = evaluate_model(model, tasks, OneOfTwo(rank, others=others, sharded=sharded))
@@ -166,7 +166,7 @@ def scored(monkeypatch: pytest.MonkeyPatch, scores: list[float | None]) -> None:
     def fake(model: Any, tasks: Any) -> dict[str, TaskResult]:
         return {"t": TaskResult("STS", "cosine_spearman", next(left), 0.0, {})}
 
-    monkeypatch.setattr(evaluating, "evaluate", fake)
+    monkeypatch.setattr(metrics, "evaluate", fake)
 
 
 @pytest.mark.parametrize("kind", ["adamw", "schedule_free"])
@@ -182,13 +182,13 @@ def test_the_best_weights_are_kept_and_put_back(
     scored(monkeypatch, [0.1, 0.7, None, 0.7, 0.3])
     best, rows, evaluated = Best(), [], []
     watched = next(iter(trained.values()))
-    fake = evaluating.evaluate
+    fake = metrics.evaluate
 
     def noted(model: Any, tasks: Any) -> Any:
         evaluated.append(watched.detach().clone())
         return fake(model, tasks)
 
-    monkeypatch.setattr(evaluating, "evaluate", noted)
+    monkeypatch.setattr(metrics, "evaluate", noted)
     for step in range(1, 6):
         for parameter in trained.values():
             parameter.grad = torch.sin(parameter.detach() * step)
@@ -203,7 +203,7 @@ def test_the_best_weights_are_kept_and_put_back(
             best,
             step=step,
             folder=tmp_path,
-            processes=Processes(),
+            processes=DistributedContext(),
         )
         assert torch.equal(watched, before)
         assert torch.equal(evaluated[-1], before) == (kind == "adamw" or step == 1)
@@ -232,7 +232,7 @@ def test_nothing_is_put_back_where_the_last_is_the_best_or_none_is_kept(
         Best(),
         step=1,
         folder=tmp_path / "kept",
-        processes=Processes(),
+        processes=DistributedContext(),
     )
     assert not put_back_best(trained, evaluation(), best, step=1, folder=tmp_path / "kept")
     off = evaluation(keep_best=False)
@@ -245,7 +245,7 @@ def test_nothing_is_put_back_where_the_last_is_the_best_or_none_is_kept(
         best,
         step=2,
         folder=tmp_path / "off",
-        processes=Processes(),
+        processes=DistributedContext(),
     )
     assert best.step == 2
     assert not (tmp_path / "off").exists()

@@ -18,8 +18,7 @@ from nvembed.model.packs import embed_pack
 from nvembed.training.checkpoint import latest_checkpoint
 from nvembed.training.config import TrainConfig
 from nvembed.training.dry_run.forecast import dry_run
-from nvembed.training.graph_memory import graph_bytes_per_token
-from nvembed.training.model import starting_model
+from nvembed.training.model import graph_bytes_per_token, starting_model
 from nvembed.training.trainer import train
 
 PAIRS = [{"query": f"what is {c}", "positive": f"{c} it is, {c * 3}"} for c in "abcdefghijklmnop"]

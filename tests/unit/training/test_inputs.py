@@ -18,9 +18,9 @@ from nvembed.core.runs import TRAIN, RunFolder
 from nvembed.core.text_files import read_jsonl
 from nvembed.data.records import PairRecord, StsRecord, records_digest
 from nvembed.training.config import TrainConfig
+from nvembed.training.distributed import DistributedContext
 from nvembed.training.dry_run.forecast import dry_run
-from nvembed.training.inputs import settle_inputs
-from nvembed.training.processes import Processes
+from nvembed.training.run_folder import settle_inputs
 from nvembed.training.trainer import train
 from task_folders import write_task
 from tiny_run import PAIRS, recipe
@@ -202,7 +202,7 @@ def test_a_record_that_cannot_be_read_is_told(folder: Path, content: str) -> Non
 
 
 def test_processes_that_read_other_files_are_told(tmp_path: Path) -> None:
-    class Second(Processes):
+    class Second(DistributedContext):
         def of_main(self, value: Any) -> Any:
             return {**value, "data set pairs": "of the first"}
 

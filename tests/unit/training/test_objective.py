@@ -10,8 +10,7 @@ import torch
 
 from nvembed.data.batch import ContrastiveBatch, TeacherScores
 from nvembed.training.contrastive_loss import info_nce, scores
-from nvembed.training.distillation_loss import distillation
-from nvembed.training.objective import Objective, evaluate_objective
+from nvembed.training.objective import Objective, distillation, evaluate_objective
 
 QUERIES, DOCUMENTS, WIDTH = 7, 11, 6
 

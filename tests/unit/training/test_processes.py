@@ -25,13 +25,16 @@ from nvembed.model.packs import embed_pack
 from nvembed.model.settings import LoraSettings
 from nvembed.text.packing import share_packs
 from nvembed.text.tokens import TokenizedText
-from nvembed.training import processes as module
+from nvembed.training import distributed as module
+from nvembed.training.distributed import (
+    FILLER,
+    DistributedContext,
+    dead_peer_is_an_error,
+    shard_backbone,
+)
+from nvembed.training.distributed import full as whole
 from nvembed.training.objective import Objective
-from nvembed.training.plan import StepSettings
-from nvembed.training.processes import Processes, dead_peer_is_an_error
-from nvembed.training.sharding import FILLER, shard_backbone
-from nvembed.training.step import contrastive_step
-from nvembed.training.tensor_files import full as whole
+from nvembed.training.step import StepSettings, contrastive_step
 
 
 def parameter(values: list[float], gradient: list[float] | None = None, **kind) -> nn.Parameter:
@@ -42,7 +45,7 @@ def parameter(values: list[float], gradient: list[float] | None = None, **kind) 
 
 def plain_collectives() -> dict[str, Any]:
     """What every collective does to small tensors, in a process of two."""
-    here = Processes.of_environment()
+    here = DistributedContext.of_environment()
     first = here.is_main
     sums = [
         parameter([0.0, 0.0], [1.0, 2.0] if first else [10.0, 20.0]),
@@ -99,7 +102,7 @@ def test_collectives_of_two_processes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_one_process_is_alone() -> None:
-    alone = Processes.of_environment(shard=True)
+    alone = DistributedContext.of_environment(shard=True)
     assert (alone.rank, alone.count, alone.is_main) == (0, 1, True)
     rows_ND = torch.ones(2, 3, requires_grad=True)
     assert not alone.gather_rows(rows_ND, [2]).requires_grad
@@ -137,16 +140,16 @@ def test_one_process_is_alone() -> None:
 def test_what_training_does_not_do_is_one_line(
     environment: dict[str, str], words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    Processes.of_environment()  # accelerate's state is that of one process
+    DistributedContext.of_environment()  # accelerate's state is that of one process
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(TrainingError, match=words) as raised:
-        Processes.of_environment()
+        DistributedContext.of_environment()
     assert "\n" not in str(raised.value)
 
 
 def launcher_shards() -> bool:
-    return Processes.of_environment().sharded
+    return DistributedContext.of_environment().sharded
 
 
 def test_the_launcher_may_ask_for_sharding(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,7 +193,12 @@ def small_model(folder: Path, *, lora: bool, base: torch.dtype = torch.float32) 
 
 
 def step_of(
-    model: NVEmbed, here: Processes, packs: list[list[list[int]]], *, keep: int, updates: int
+    model: NVEmbed,
+    here: DistributedContext,
+    packs: list[list[list[int]]],
+    *,
+    keep: int,
+    updates: int,
 ) -> dict[str, Any]:
     """Updates from given gradients of the embeddings; all but ``keep`` packs are recomputed."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -224,11 +232,11 @@ def step_of(
 def one_process(folder: Path, *, lora: bool, keep: int) -> dict[str, Any]:
     packs = [pack for own in PACKS for pack in own if pack]
     model = small_model(folder, lora=lora)
-    return step_of(model, Processes(), packs, keep=keep, updates=2)
+    return step_of(model, DistributedContext(), packs, keep=keep, updates=2)
 
 
 def of_two(folder: Path, lora: bool, shard: bool, keep: int) -> dict[str, Any]:
-    here = Processes.of_environment(shard=shard)
+    here = DistributedContext.of_environment(shard=shard)
     model = small_model(folder, lora=lora)
     if here.sharded:
         shard_backbone(model, here)
@@ -263,7 +271,7 @@ def test_two_processes_step_as_one(
 
 
 def mixed_types(folder: Path) -> dict[str, Any]:
-    here = Processes.of_environment(shard=True)
+    here = DistributedContext.of_environment(shard=True)
     model = small_model(folder, lora=True, base=torch.bfloat16)
     for name, weight in model.named_parameters():
         if "lora" in name:
@@ -283,7 +291,7 @@ def test_a_16_bit_base_under_float32_adapters_is_sharded(tiny_decoder_dir: Path)
 
 
 def refusals(folder: Path) -> list[str]:
-    here = Processes.of_environment(shard=True)
+    here = DistributedContext.of_environment(shard=True)
     messages = []
     spread = small_model(folder, lora=True)
     spread.backbone.model.hf_device_map = {"": "cpu"}
@@ -310,7 +318,7 @@ def test_what_cannot_be_sharded_is_one_line(tiny_decoder_dir: Path) -> None:
 
 
 def lose_a_process() -> str:
-    here = Processes.of_environment()
+    here = DistributedContext.of_environment()
     if not here.is_main:
         os.kill(os.getpid(), signal.SIGKILL)
     started = time.monotonic()
@@ -336,13 +344,13 @@ def test_other_errors_pass_through() -> None:
         raise RuntimeError("shape")
 
 
-def step_with_graphs_of(folder: Path, graph_tokens: int, shard: bool) -> tuple[float, float]:
-    here = Processes.of_environment(shard=shard)
+def step_with_graphs_of(folder: Path, activation_budget: int, shard: bool) -> tuple[float, float]:
+    here = DistributedContext.of_environment(shard=shard)
     model = small_model(folder, lora=True)
     if here.sharded:
         shard_backbone(model, here)
     batch, texts = batch_and_texts(model)
-    settings = StepSettings(Objective(0.1), True, 100, graph_tokens)
+    settings = StepSettings(Objective(0.1), True, 100, activation_budget)
     result = contrastive_step(model, batch, texts, settings, here, seed=1)
     trained = [p for p in model.parameters() if p.requires_grad]
     here.sum_gradients(trained)
@@ -379,8 +387,8 @@ def test_a_budget_that_ends_in_other_packs_of_other_processes(
         for share in share_packs(lengths, 100, 2)
     )
     # Memory that would keep another number of graphs in one process than in the other.
-    graph_tokens = next(max(a, b) - 1 for a, b in zip(first, second, strict=True) if a != b)
-    assert graph_tokens >= 100
+    activation_budget = next(max(a, b) - 1 for a, b in zip(first, second, strict=True) if a != b)
+    assert activation_budget >= 100
     alone = step_with_graphs_of(tiny_decoder_dir, 10**6, shard)
-    for result in in_processes(step_with_graphs_of, tiny_decoder_dir, graph_tokens, shard):
+    for result in in_processes(step_with_graphs_of, tiny_decoder_dir, activation_budget, shard):
         assert result == pytest.approx(alone, rel=1e-5)

@@ -17,11 +17,10 @@ from nvembed.model.packs import embed_pack
 from nvembed.model.settings import LoraSettings
 from nvembed.text.token_cache import TokenCache
 from nvembed.training.contrastive_loss import info_nce, scores
-from nvembed.training.graph_memory import counted_graph, graph_bytes_per_token
+from nvembed.training.distributed import DistributedContext
+from nvembed.training.model import counted_graph, graph_bytes_per_token
 from nvembed.training.objective import Objective
-from nvembed.training.plan import StepSettings
-from nvembed.training.processes import Processes
-from nvembed.training.step import StepResult, contrastive_step
+from nvembed.training.step import StepResult, StepSettings, contrastive_step
 
 EVERYTHING = 10**9
 PACK = 120
@@ -60,13 +59,15 @@ def model(decoder: Path, *, lora: bool = True, dropout: float = 0.0) -> NVEmbed:
 
 
 def run(
-    made: NVEmbed, *, coupled: bool, graph_tokens: int, pack_tokens: int = PACK, seed: int = 3
+    made: NVEmbed, *, coupled: bool, activation_budget: int, pack_tokens: int = PACK, seed: int = 3
 ) -> tuple[StepResult, dict[str, torch.Tensor]]:
     made.zero_grad()
     batch = build_batch(examples(), in_batch_negatives=coupled)
     texts = TokenCache(None, made.backbone.text_tokenizer)(batch.texts)
-    settings = StepSettings(Objective(0.1), coupled, pack_tokens, graph_tokens)
-    result = contrastive_step(made, batch, texts, settings, Processes.of_environment(), seed=seed)
+    settings = StepSettings(Objective(0.1), coupled, pack_tokens, activation_budget)
+    result = contrastive_step(
+        made, batch, texts, settings, DistributedContext.of_environment(), seed=seed
+    )
     gradients = {name: p.grad.clone() for name, p in made.named_parameters() if p.grad is not None}
     return result, gradients
 
@@ -91,13 +92,13 @@ def one_graph(made: NVEmbed, *, coupled: bool) -> tuple[float, dict[str, torch.T
 
 @pytest.mark.parametrize("lora", [True, False])
 @pytest.mark.parametrize("coupled", [True, False])
-@pytest.mark.parametrize("graph_tokens", [EVERYTHING, 300, PACK])
+@pytest.mark.parametrize("activation_budget", [EVERYTHING, 300, PACK])
 def test_loss_and_every_gradient_equal_one_graph(
-    tiny_decoder_dir: Path, lora: bool, coupled: bool, graph_tokens: int
+    tiny_decoder_dir: Path, lora: bool, coupled: bool, activation_budget: int
 ) -> None:
     made = model(tiny_decoder_dir, lora=lora)
     loss, expected = one_graph(made, coupled=coupled)
-    result, gradients = run(made, coupled=coupled, graph_tokens=graph_tokens)
+    result, gradients = run(made, coupled=coupled, activation_budget=activation_budget)
     assert result.loss == pytest.approx(loss, rel=1e-5)
     assert loss > 0.1
     assert gradients.keys() == expected.keys()
@@ -111,18 +112,18 @@ def test_loss_and_every_gradient_equal_one_graph(
     assert sum(bool(value.abs().max() > 1e-4) for value in expected.values()) > len(expected) / 2
 
 
-@pytest.mark.parametrize("graph_tokens", [PACK, 250, 400])
+@pytest.mark.parametrize("activation_budget", [PACK, 250, 400])
 def test_recomputing_changes_no_bit_even_with_dropout(
-    tiny_decoder_dir: Path, graph_tokens: int
+    tiny_decoder_dir: Path, activation_budget: int
 ) -> None:
     made = model(tiny_decoder_dir, dropout=0.3)
-    whole, expected = run(made, coupled=True, graph_tokens=EVERYTHING)
-    result, gradients = run(made, coupled=True, graph_tokens=graph_tokens)
+    whole, expected = run(made, coupled=True, activation_budget=EVERYTHING)
+    result, gradients = run(made, coupled=True, activation_budget=activation_budget)
     assert whole.recomputed == 0
     assert 0.3 < result.recomputed < 1
     assert result.loss == whole.loss
     assert all(torch.equal(gradients[name], value) for name, value in expected.items())
-    other, changed = run(made, coupled=True, graph_tokens=EVERYTHING, seed=4)
+    other, changed = run(made, coupled=True, activation_budget=EVERYTHING, seed=4)
     assert other.loss != whole.loss  # there is dropout, and its seed matters
     assert any(not torch.equal(changed[name], value) for name, value in expected.items())
 
@@ -130,25 +131,25 @@ def test_recomputing_changes_no_bit_even_with_dropout(
 def test_recomputing_under_autocast_changes_no_bit(tiny_decoder_dir: Path) -> None:
     made = model(tiny_decoder_dir, lora=False)
     with torch.autocast("cpu", torch.bfloat16):
-        _, expected = run(made, coupled=True, graph_tokens=EVERYTHING)
-    for graph_tokens in (PACK, 250):
+        _, expected = run(made, coupled=True, activation_budget=EVERYTHING)
+    for activation_budget in (PACK, 250):
         with torch.autocast("cpu", torch.bfloat16):
-            _, gradients = run(made, coupled=True, graph_tokens=graph_tokens)
+            _, gradients = run(made, coupled=True, activation_budget=activation_budget)
         assert gradients.keys() == expected.keys()
         assert all(torch.equal(gradients[name], value) for name, value in expected.items())
 
 
 def test_a_stage_without_in_batch_negatives_never_recomputes(tiny_decoder_dir: Path) -> None:
     made = model(tiny_decoder_dir)
-    result, _ = run(made, coupled=False, graph_tokens=2 * PACK)
+    result, _ = run(made, coupled=False, activation_budget=2 * PACK)
     assert result.recomputed == 0
     with counted_graph(made) as held:
-        run(made, coupled=False, graph_tokens=2 * PACK)
+        run(made, coupled=False, activation_budget=2 * PACK)
     assert held
 
 
 def test_duplicates_are_counted(tiny_decoder_dir: Path) -> None:
-    result, _ = run(model(tiny_decoder_dir), coupled=True, graph_tokens=EVERYTHING)
+    result, _ = run(model(tiny_decoder_dir), coupled=True, activation_budget=EVERYTHING)
     batch = build_batch(examples(), in_batch_negatives=True)
     mentioned = 10 * 5
     assert result.num_texts == len(batch.texts) < mentioned
@@ -160,7 +161,7 @@ def test_a_text_that_does_not_fit_is_named(tiny_decoder_dir: Path) -> None:
     with pytest.raises(
         TrainingError, match=r"pack of .* longest text has \d+ tokens \('what is .*graph of 30"
     ):
-        run(made, coupled=True, graph_tokens=30)
+        run(made, coupled=True, activation_budget=30)
 
 
 def test_bytes_per_token_are_those_of_a_real_graph(tiny_decoder_dir: Path) -> None:

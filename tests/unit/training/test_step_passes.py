@@ -22,11 +22,15 @@ from nvembed.data.records import PairRecord
 from nvembed.text.tokens import TokenizedText
 from nvembed.training import step
 from nvembed.training.contrastive_loss import ContrastiveStatistics, info_nce
+from nvembed.training.distributed import FILLER, DistributedContext
 from nvembed.training.objective import Evaluated, Objective
-from nvembed.training.plan import StepSettings, plan_step, recomputed_share
-from nvembed.training.processes import Processes
-from nvembed.training.sharding import FILLER
-from nvembed.training.step import StepResult, contrastive_step
+from nvembed.training.step import (
+    StepResult,
+    StepSettings,
+    contrastive_step,
+    plan_step,
+    recomputed_share,
+)
 
 EVERYTHING = 10**9
 WIDTH = 6
@@ -75,7 +79,7 @@ def batch_of(count: int = 7, *, coupled: bool = True) -> tuple[ContrastiveBatch,
 
 
 @dataclass(frozen=True)
-class Alone(Processes):
+class Alone(DistributedContext):
     """One process that notes which backward pass is said to be the last."""
 
     lasts: list[bool] = field(default_factory=list)
@@ -103,8 +107,8 @@ class Together(Alone):
         return stacked
 
 
-def settings_of(coupled: bool, graph_tokens: int, pack_tokens: int = 16) -> StepSettings:
-    return StepSettings(Objective(0.2), coupled, pack_tokens, graph_tokens)
+def settings_of(coupled: bool, activation_budget: int, pack_tokens: int = 16) -> StepSettings:
+    return StepSettings(Objective(0.2), coupled, pack_tokens, activation_budget)
 
 
 def plain(
@@ -135,11 +139,11 @@ def statistics_of(batch: ContrastiveBatch, score_BN: Tensor) -> tuple[float, ...
 
 
 @pytest.mark.parametrize("coupled", [True, False])
-@pytest.mark.parametrize("graph_tokens", [EVERYTHING, 40, 16])
+@pytest.mark.parametrize("activation_budget", [EVERYTHING, 40, 16])
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_processes_sum_to_one_graph(coupled: bool, graph_tokens: int, count: int) -> None:
+def test_processes_sum_to_one_graph(coupled: bool, activation_budget: int, count: int) -> None:
     batch, texts = batch_of(coupled=coupled)
-    settings = settings_of(coupled, graph_tokens)
+    settings = settings_of(coupled, activation_budget)
     model = Table()
     loss, score_BN = plain(batch, texts, model.weight_VD, 0.2)
     (expected,) = torch.autograd.grad(loss, model.weight_VD)
@@ -158,7 +162,7 @@ def test_processes_sum_to_one_graph(coupled: bool, graph_tokens: int, count: int
     gradient = sum(made.weight_VD.grad for made in copies)
     torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-7)
     plans = plan_step(batch, [len(text) for text in texts], settings, count)
-    assert (len(plans) > 1) is (not coupled and graph_tokens != EVERYTHING)
+    assert (len(plans) > 1) is (not coupled and activation_budget != EVERYTHING)
     for rank, result in enumerate(results):
         assert result.loss == pytest.approx(loss.item(), rel=1e-6)
         assert result.num_tokens == sum(len(text) for text in texts)
@@ -219,26 +223,26 @@ class Beside(Alone):
         return stacked
 
 
-def draws(coupled: bool, graph_tokens: int, seed: int, rank: int, count: int) -> list[Any]:
+def draws(coupled: bool, activation_budget: int, seed: int, rank: int, count: int) -> list[Any]:
     batch, texts = batch_of(coupled=coupled)
     model = Table()
-    settings = settings_of(coupled, graph_tokens)
+    settings = settings_of(coupled, activation_budget)
     contrastive_step(model, batch, texts, settings, Beside(rank, count), seed=seed)
     return model.calls
 
 
 @pytest.mark.parametrize("coupled", [True, False])
 def test_dropout_differs_between_packs_passes_processes_and_steps(coupled: bool) -> None:
-    graph_tokens = EVERYTHING if coupled else 40  # many packs of one pass, or many passes
+    activation_budget = EVERYTHING if coupled else 40  # many packs of one pass, or many passes
     found = [
         tuple(draw.tolist())
         for seed in (1, 2)
         for rank in (0, 1)
-        for _, _, draw in draws(coupled, graph_tokens, seed, rank, 2)
+        for _, _, draw in draws(coupled, activation_budget, seed, rank, 2)
     ]
     assert len(found) > 12
     assert len(set(found)) == len(found)
-    again = [tuple(draw.tolist()) for _, _, draw in draws(coupled, graph_tokens, 1, 0, 2)]
+    again = [tuple(draw.tolist()) for _, _, draw in draws(coupled, activation_budget, 1, 0, 2)]
     assert again == found[: len(again)]
 
 

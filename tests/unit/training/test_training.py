@@ -15,8 +15,9 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
+import tiny_run
 from interruption import interrupt_after
-from nvembed.core.config import load_config
+from nvembed.core.config import dump_config, load_config
 from nvembed.core.errors import TrainingError
 from nvembed.core.files import write_jsonl, write_text
 from nvembed.core.runs import RunFolder
@@ -26,8 +27,8 @@ from nvembed.model.embedder import NVEmbed
 from nvembed.training import checkpoint, trainer
 from nvembed.training.checkpoint import latest_checkpoint
 from nvembed.training.config import TrainConfig
-from nvembed.training.folder import changed_kernels, with_settled_precision
 from nvembed.training.optim import schedule
+from nvembed.training.run_folder import changed_kernels, with_settled_precision
 from nvembed.training.trainer import train
 from official_folders import write_official
 
@@ -420,7 +421,7 @@ def test_a_run_that_goes_on_with_other_kernels_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = RunFolder(tmp_path)
-    monkeypatch.setattr("nvembed.training.folder.kernels", lambda: ["onednn"])
+    monkeypatch.setattr("nvembed.training.run_folder.kernels", lambda: ["onednn"])
     for content in ("", "[1]", '{"computing": null}', '{"computing": {"kernels": ["onednn"]}}'):
         run.env.write_text(content)
         assert changed_kernels(run) is None
@@ -436,7 +437,7 @@ def test_the_first_process_settles_the_type_for_all(
     config = recipe(tmp_path, tiny_decoder_dir, precision="auto", **one_stage(steps=1))
     given: list[str] = []
 
-    class Other(trainer.Processes):
+    class Other(trainer.DistributedContext):
         """The second of two processes, which is told what the first has."""
 
         def of_main(self, value: Any) -> Any:
@@ -447,7 +448,9 @@ def test_the_first_process_settles_the_type_for_all(
             pass
 
     monkeypatch.setattr(
-        trainer.Processes, "of_environment", classmethod(lambda cls, **_: Other(rank=1, count=2))
+        trainer.DistributedContext,
+        "of_environment",
+        classmethod(lambda cls, **_: Other(rank=1, count=2)),
     )
     monkeypatch.setattr(precision, "fastest_precision", lambda device: pytest.fail("measured"))
     monkeypatch.setattr(
@@ -470,3 +473,25 @@ def test_a_dry_run_settles_as_the_run_does(
         settled = config.model_copy(update={"output": str(folder.path)})
         train(settled, base_dir=tmp_path)
         assert load_config(TrainConfig, folder.config).precision == rehearsed.precision == measured
+
+
+@pytest.mark.parametrize("how", ["loaded", "recipe", "working folder"])
+def test_relative_paths_start_from_the_recipe_or_the_working_folder(
+    tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_run.recipe(tmp_path)
+    asked: list[Path] = []
+
+    def stop(config: TrainConfig, base_dir: Path, recipe: Path | None) -> None:
+        asked.append(base_dir.resolve())
+        raise TrainingError("far enough")
+
+    monkeypatch.setattr(trainer, "training_inputs", stop)
+    file = tmp_path / "recipe.yaml"
+    file.write_text(dump_config(config), encoding="utf-8")
+    if how == "working folder":
+        monkeypatch.chdir(tmp_path)
+    given = load_config(TrainConfig, file) if how == "loaded" else config
+    with pytest.raises(TrainingError, match="far enough"):
+        train(given, recipe=file if how == "recipe" else None)
+    assert asked == [tmp_path.resolve()]

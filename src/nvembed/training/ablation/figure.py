@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 
-from nvembed.training.ablation.config import GridConfig
+from nvembed.training.ablation.grid import GridConfig
 from nvembed.training.ablation.statistics import ALL, ArmScores, mean_and_spread
 
 _COLOURS = ("#0b6fb8", "#c8502c", "#3d8f45", "#8a5bb0", "#9a7a1f", "#4f5b66")

@@ -18,10 +18,9 @@ from nvembed.core.environment import describe_environment
 from nvembed.core.files import atomic_path, write_text
 from nvembed.evaluation.reference import paper_tables
 from nvembed.evaluation.results import TaskResult, read_results
-from nvembed.training.ablation.arms import Run, runs_by_arm
-from nvembed.training.ablation.config import GridConfig
 from nvembed.training.ablation.figure import draw
-from nvembed.training.ablation.outcome import ABLATE, Outcome, read_outcome
+from nvembed.training.ablation.grid import GridConfig, Run, runs_by_arm
+from nvembed.training.ablation.runner import ABLATE, Outcome, read_outcome
 from nvembed.training.ablation.statistics import (
     ALL,
     ArmScores,

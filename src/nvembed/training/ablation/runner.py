@@ -3,52 +3,172 @@
 Several commands may work on one grid: a run is held by its process, the others pass it over.
 A run that breaks, by an error or killed, does not stop the others; started again, the grid goes on
 where it was: the training of an arm from its last checkpoint, its scores task by task.
+
+``outcome.json`` in the folder of a run: state, cost and error. ``results.json``: its scores.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import multiprocessing
 import os
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from multiprocessing.connection import wait
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
+from typing import Literal, get_args
 
 from nvembed.core.background import end_with_parent
-from nvembed.core.config import load_config
+from nvembed.core.config import dump_config, load_config
 from nvembed.core.digests import digest_of
 from nvembed.core.dtypes import Precision
-from nvembed.core.errors import UserError
-from nvembed.core.files import alone_in
+from nvembed.core.errors import ConfigError, DataError, UserError
+from nvembed.core.files import alone_in, write_json
 from nvembed.core.overlaps import check_overlaps
 from nvembed.core.ownership import check_outputs, mark_growing, refuse_foreign
 from nvembed.core.progress import progress
 from nvembed.core.runs import RunFolder
 from nvembed.evaluation.results import EVALUATE
 from nvembed.evaluation.tasks import load_tasks
-from nvembed.training.ablation.arms import Run
-from nvembed.training.ablation.outcome import (
-    ABLATE,
-    Outcome,
-    begun_precision,
-    check_inputs,
-    check_same,
-    log_file,
-    outcome_file,
-    read_outcome,
-    training_cost,
-    write_outcome,
-)
-from nvembed.training.config import TrainConfig
-from nvembed.training.input_paths import training_inputs
-from nvembed.training.inputs import read_inputs_of, what_decides_inputs
+from nvembed.training.ablation.grid import Run
+from nvembed.training.config import TrainConfig, recipe_differences, training_inputs
+from nvembed.training.run_folder import changed_inputs, read_inputs_of, what_decides_inputs
+
+_OTHER_FOLDER = "Choose another output folder, or delete the folder of the arm"
+
+
+ABLATE = "ablate"
+
+
+State = Literal["finished", "failed", "open"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Where a run stands and what it cost.
+
+    Attributes:
+        state: ``open``: not finished, started or not.
+        error: why it failed, one line.
+        training_seconds: wall time of its steps.
+        evaluation_seconds: wall time of its scores.
+        tokens: trained on, over all steps.
+        loss: mean of the last ten steps of the last stage.
+        tasks: digests of the tasks that it was scored on, by name; ``None``: not recorded.
+    """
+
+    state: State
+    error: str | None = None
+    training_seconds: float = 0.0
+    evaluation_seconds: float = 0.0
+    tokens: int = 0
+    loss: float | None = None
+    tasks: dict[str, str] | None = None
+
+
+def outcome_file(folder: Path) -> Path:
+    """Path of the outcome of the run in ``folder``."""
+    return folder / "outcome.json"
+
+
+def log_file(folder: Path) -> Path:
+    """Path of what the run in ``folder`` printed."""
+    return folder / "arm.log"
+
+
+def write_outcome(folder: Path, outcome: Outcome) -> None:
+    """Write ``outcome.json``, atomically."""
+    write_json(outcome_file(folder), dataclasses.asdict(outcome), ABLATE)
+
+
+def read_outcome(run: Run) -> Outcome:
+    """Read where a run stands; one that never ended is ``open``."""
+    try:
+        values = json.loads(outcome_file(run.folder).read_text("utf-8"))
+        outcome = Outcome(**values)
+    except (OSError, ValueError, TypeError, RecursionError):
+        return Outcome("open")
+    return outcome if outcome.state in get_args(State) else Outcome("open")
+
+
+def training_cost(folder: Path) -> tuple[float, int, float | None]:
+    """Sum up ``metrics.jsonl``: seconds, tokens, and the loss at the end."""
+    rows = RunFolder(folder).read_metrics()
+    try:
+        steps = {(row["stage"], row["step"]): row for row in rows if "loss" in row}
+        if not steps:
+            return 0.0, 0, None
+        final = [row["loss"] for (stage, _), row in steps.items() if stage == rows[-1]["stage"]]
+        return (
+            sum(row["seconds"] for row in steps.values()),
+            sum(row["tokens"] for row in steps.values()),
+            sum(final[-10:]) / len(final[-10:]),
+        )
+    except (KeyError, TypeError, ZeroDivisionError) as error:
+        raise DataError(
+            "not the metrics of a run",
+            where=str(RunFolder(folder).metrics),
+            expected="stage, step, loss, seconds and tokens in every row of a step",
+            hint="Delete the folder of the arm to run it again",
+        ) from error
+
+
+def begun_precision(run: Run) -> Precision | None:
+    """Return the type that a run computes in, settled when it began; None where it has not."""
+    file = RunFolder(run.folder).config
+    if not file.is_file():
+        return None
+    precision = load_config(TrainConfig, file).precision
+    return None if precision == "auto" else precision
+
+
+def check_same(run: Run) -> None:
+    """Make sure that a finished run is the one that the grid asks for."""
+    file = RunFolder(run.folder).config
+    if not file.is_file():
+        return
+    # The precision is settled when a run starts.
+    earlier = load_config(TrainConfig, file)
+    wanted = run.config
+    if wanted.precision == "auto":
+        wanted = wanted.model_copy(update={"precision": earlier.precision})
+    if dump_config(earlier) == dump_config(wanted):
+        return
+    different = recipe_differences(earlier.model_dump(mode="json"), wanted.model_dump(mode="json"))
+    if different:
+        raise ConfigError(
+            f"arm {run.arm} was run with another configuration: {'; '.join(different)}",
+            where=str(file),
+            hint=_OTHER_FOLDER,
+        )
+
+
+def check_inputs(run: Run, inputs: Mapping[str, str], tasks: Mapping[str, str]) -> None:
+    """Make sure that a finished run was made from what there is now, and scored on it.
+
+    Raises:
+        ConfigError: something changed; names it.
+    """
+    scored = read_outcome(run).tasks or {}
+    changed = changed_inputs(RunFolder(run.folder), inputs)
+    changed += [f"task {name}" for name in tasks if scored.get(name, tasks[name]) != tasks[name]]
+    if changed:
+        raise ConfigError(
+            f"arm {run.arm} with seed {run.seed} is finished, and changed since: "
+            f"{', '.join(changed)}",
+            where=str(run.folder),
+            hint=_OTHER_FOLDER,
+        )
+
 
 Done = Callable[[Run, Outcome], None]
+
 
 _BUSY = 75  # exit code: another process holds the run
 
@@ -125,12 +245,7 @@ def run_grid(
 
 
 def with_one_precision(todo: Sequence[Run], runs: Sequence[Run]) -> list[Run]:
-    """Settle ``precision: auto`` for all runs at once: arms that differ in it do not compare.
-
-    Args:
-        todo: runs that are to be done.
-        runs: all of the grid; the first that was begun decides.
-    """
+    """Settle ``precision: auto`` for all runs at once: arms that differ in it do not compare."""
     if not any(run.config.precision == "auto" for run in todo):
         return list(todo)
     from nvembed.kernels.precision import settle_precision

@@ -115,15 +115,7 @@ def value_contrasts(
     reference: str,
     column: str = ALL,
 ) -> dict[str, Contrast]:
-    """Compare the values of one axis, averaged over all else: the arms that have both values.
-
-    Args:
-        arms: with scores.
-        values: arm → value per axis.
-        axis: to compare along.
-        reference: the value that others are compared with.
-        column: of the scores.
-    """
+    """Compare the values of one axis, averaged over all else: the arms that have both values."""
     means = {arm.arm: (arm.columns[column]) for arm in arms if arm.num_seeds}
     places = {
         (values[name][axis], _elsewhere(values[name], axis)): scores

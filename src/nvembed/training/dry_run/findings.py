@@ -1,39 +1,51 @@
-"""What a dry run finds: plain numbers, printed by ``report.py``."""
+"""What a dry run finds: plain numbers, and how the memory of a step adds up.
+
+    weights         counted
+    gradients       of the trained parameters, as large as they are
+    optimizer       two more numbers for each of them; of adamw_8bit one byte per number
+    graphs          tokens held between forward and backward times what was measured per token
+    one pack        values and gradients at the fullest point of one layer; see ``model/memory.py``
+    loss            scores of a piece: a few copies in float32
+
+What the steps of the dry run took is measured besides: the allocator of a CPU keeps more than it
+was asked for, and the larger number counts. Python and its libraries come on top.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nvembed.training.checkpoint import Position
-from nvembed.training.config import StageConfig, TrainConfig
-from nvembed.training.dry_run.memory import TrainingMemory
+import torch
+from torch import nn
+
+from nvembed.model.attention import short_tokens
+from nvembed.model.embedder import NVEmbed
+from nvembed.model.memory import Shape, activation_bytes, weight_bytes
+from nvembed.training.checkpoint import Position, trained_parameters
+from nvembed.training.config import OptimizerKind, StageConfig, TrainConfig
+from nvembed.training.model import ActivationBudget
+from nvembed.training.objective import PIECE_SCORES
+
+# bitsandbytes: smaller tensors keep their moments in float32, larger ones a scale per block.
+_EIGHT_BIT_FROM, _EIGHT_BIT_BLOCK = 4096, 256
+_SCORE_COPIES = 4
 
 
 @dataclass(frozen=True, slots=True)
 class DataForecast:
-    """A data set in a stage.
-
-    Attributes:
-        name: of the set.
-        kind: of its records.
-        queries: that it gives.
-        share: of the stage's slots, by the weights.
-        used: slots that it fills in the steps of the stage.
-        negatives: own negatives drawn per query, mean.
-        without: share of its queries that have none.
-        to_mine: whether they are mined first, and these are their stand-ins.
-    """
+    """A data set in a stage."""
 
     name: str
     kind: str
     queries: int
-    share: float
-    used: int
-    negatives: float
-    without: float
-    to_mine: bool
+    share: float  # of the stage's slots, by the weights
+    used: int  # slots that it fills in the steps of the stage
+    negatives: float  # own ones drawn per query, mean
+    without: float  # share of its queries that have none
+    to_mine: bool  # they are mined first, and these are their stand-ins
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,56 +60,28 @@ class MiningForecast:
 
 @dataclass(frozen=True, slots=True)
 class BatchForecast:
-    """The batches of a stage, from a sample of them; means unless said otherwise.
-
-    Attributes:
-        sampled: batches looked at.
-        texts: different ones of a step.
-        most_texts: of any step.
-        tokens: of them.
-        most_tokens: of any step.
-        full: share of the texts that reach the limit of tokens, and are cut or just fit.
-        duplicates: share of the texts that are embedded once for several places.
-        negatives: effective negatives per query.
-        packs: of a step.
-        fill: tokens of a pack as a share of ``pack_tokens``.
-        passes: groups of queries that a step goes in.
-        recomputed: share of the tokens that are embedded twice.
-        most_kept: tokens whose graphs are held at once, in any step.
-        most_pack: tokens of the largest pack.
-        most_scores: most queries times documents.
-    """
+    """The steps of a stage, from a sample of its batches; means, and the ``most`` of any step."""
 
     sampled: int
-    texts: float
+    texts: float  # different ones
     most_texts: int
     tokens: float
     most_tokens: int
-    full: float
-    duplicates: float
-    negatives: float
+    full: float  # share of the texts that reach the limit of tokens, and are cut or just fit
+    duplicates: float  # share of the texts that are embedded once for several places
+    negatives: float  # effective ones per query
     packs: float
-    fill: float
-    passes: float
-    recomputed: float
-    most_kept: int
-    most_pack: int
-    most_scores: int
+    fill: float  # tokens of a pack as a share of ``pack_tokens``
+    passes: float  # groups of queries that a step goes in
+    recomputed: float  # share of the tokens that are embedded twice
+    most_kept: int  # tokens whose graphs are held at once
+    most_pack: int  # tokens of a pack
+    most_scores: int  # queries times documents
 
 
 @dataclass(frozen=True, slots=True)
 class StageForecast:
-    """A stage, or what is left of it.
-
-    Attributes:
-        config: its part of the recipe.
-        steps: that are left.
-        data: its sets.
-        mining: sets that are mined before it.
-        batches: its steps.
-        evaluations: on the way and at its end.
-        seconds_per_step: forward and backward.
-    """
+    """A stage, or what is left of it; evaluations are those on the way and at its end."""
 
     config: StageConfig
     steps: int
@@ -124,30 +108,51 @@ class StageForecast:
 
 
 @dataclass(frozen=True, slots=True)
+class TrainingMemory:
+    """Bytes of one process; ``elements`` and ``trained`` are numbers of parameters."""
+
+    weights: int
+    elements: int
+    trained: int
+    gradients: int
+    optimizer: int
+    graph: ActivationBudget
+    graphs: int  # held at once at most in the steps looked at
+    pack: int  # work in progress of one pack
+    loss: int  # of one piece
+    measured: int  # taken since the model was loaded, steps included; there was no optimizer
+    free: int  # on the device before the model was loaded
+
+    @property
+    def counted(self) -> int:
+        """The sum of the parts."""
+        held = self.weights + self.gradients + self.optimizer
+        return held + self.graphs + self.pack + self.loss
+
+    @property
+    def peak(self) -> int:
+        """What the run will need at most: as counted, or as measured if that was more."""
+        return max(self.counted, self.measured + self.optimizer)
+
+
+@dataclass(frozen=True, slots=True)
 class DryRun:
-    """What a run would do.
+    """What a run would do; ``stages`` are those that are left."""
 
-    Attributes:
-        config: with settled precision.
-        position: from where it goes on.
-        resumed: the checkpoint it goes on from; ``None`` for a new run.
-        finished: the run is over, nothing is left to do.
-        replaces: an earlier run in the folder would be deleted.
-        device: in words.
-        tasks: names of the evaluation tasks.
-        stages: those that are left.
-        memory: of the whole run; ``None`` where it is finished.
-    """
-
-    config: TrainConfig
+    config: TrainConfig  # with settled precision
     position: Position
-    resumed: Path | None
+    resumed: Path | None  # the checkpoint it goes on from
     finished: bool
-    replaces: bool
+    replaces: bool  # an earlier run in the folder would be deleted
     device: str
     tasks: tuple[str, ...] = ()
     stages: tuple[StageForecast, ...] = ()
     memory: TrainingMemory | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Of steps and mining."""
+        return sum(stage.seconds + stage.mining_seconds for stage in self.stages)
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -160,11 +165,6 @@ class DryRun:
                 "pack_tokens, or train adapters"
             )
         return tuple(found)
-
-    @property
-    def seconds(self) -> float:
-        """Of steps and mining."""
-        return sum(stage.seconds + stage.mining_seconds for stage in self.stages)
 
 
 def _stage_warnings(stage: StageForecast, memory: TrainingMemory | None) -> list[str]:
@@ -184,3 +184,56 @@ def _stage_warnings(stage: StageForecast, memory: TrainingMemory | None) -> list
             f"memory_gb={whole:.1f} none would be"
         )
     return found
+
+
+def forecast_memory(
+    config: TrainConfig,
+    model: NVEmbed,
+    graph: ActivationBudget,
+    stages: Sequence[StageForecast],
+    *,
+    measured: int,
+    free: int,
+) -> TrainingMemory:
+    """Add up the largest step of the stages, for the model on its device."""
+    parameters = list(trained_parameters(model).values())
+    batches = [stage.batches for stage in stages]
+    kept = max((each.most_kept for each in batches), default=0)
+    scores = max((each.most_scores for each in batches), default=0)
+    return TrainingMemory(
+        weights=sum(weight_bytes(model).values()),
+        elements=sum(parameter.numel() for parameter in model.parameters()),
+        trained=sum(parameter.numel() for parameter in parameters),
+        gradients=sum(parameter.nbytes for parameter in parameters),
+        optimizer=optimizer_bytes(config.optimizer.kind, parameters),
+        graph=graph,
+        graphs=int(kept * graph.bytes_per_token),
+        pack=_pack_bytes(config, model, max((each.most_pack for each in batches), default=0)),
+        loss=_SCORE_COPIES * 4 * min(scores, PIECE_SCORES),
+        measured=measured,
+        free=free,
+    )
+
+
+def optimizer_bytes(kind: OptimizerKind, parameters: Iterable[nn.Parameter]) -> int:
+    """What an optimizer keeps from step to step."""
+    return sum(_state_bytes(kind, parameter) for parameter in parameters)
+
+
+def _state_bytes(kind: OptimizerKind, parameter: nn.Parameter) -> int:
+    if kind == "adamw_8bit" and parameter.numel() >= _EIGHT_BIT_FROM:
+        scales = -(-parameter.numel() // _EIGHT_BIT_BLOCK) * 4
+        return 2 * (parameter.numel() + scales)
+    return 2 * (parameter.numel() * 4 if kind == "adamw_8bit" else parameter.nbytes)
+
+
+def _pack_bytes(config: TrainConfig, model: NVEmbed, tokens: int) -> int:
+    shape = Shape.of_config(
+        model.backbone.model.config.get_text_config(),
+        pooling_heads=int(getattr(model.pooling, "num_heads", 0)),
+        pooling_latents=int(getattr(model.pooling, "num_latents", 0)),
+    )
+    dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
+    on_cpu = model.device.type == "cpu"
+    scored = min(model.backbone.max_tokens, short_tokens(dtype)) if on_cpu else 0
+    return 2 * activation_bytes(shape, tokens, dtype.itemsize, score_tokens=scored)

@@ -3,33 +3,80 @@
 Data, model, batches, packs and graphs are those of the run; a few steps of every stage go forward
 and backward, and no weight is updated. Nothing is written but the token cache. What only the run
 itself can know is stood in for: negatives that are not mined yet by random documents
-(``stand_ins.py``). Next file: ``rehearsal.py``.
+(``stand_ins.py``).
 """
 
 from __future__ import annotations
 
+import itertools
 import os
+import statistics
+import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 import torch
 
-from nvembed.core.errors import ConfigError, UserError
+from nvembed.core.errors import ConfigError, TrainingError, UserError
+from nvembed.core.progress import ProgressBar, progress
 from nvembed.core.runs import RunFolder
+from nvembed.core.seeding import derive_seed
+from nvembed.data.batch import effective_negatives
+from nvembed.data.examples import ExampleSource
 from nvembed.data.mixture import Mixture
-from nvembed.evaluation.tasks import LocalTask
-from nvembed.training.checkpoint import Position, check_recipe, latest_checkpoint, read_position
-from nvembed.training.config import TrainConfig
-from nvembed.training.dry_run.findings import DryRun
-from nvembed.training.dry_run.rehearsal import Rehearsal
-from nvembed.training.evaluating import load_evaluation_tasks
-from nvembed.training.folder import check_folder, is_finished, with_settled_precision
-from nvembed.training.input_paths import training_inputs
-from nvembed.training.inputs import check_inputs, inputs_of
-from nvembed.training.processes import Processes
-from nvembed.training.stages import load_mixtures
-from nvembed.training.tracking import tracker_options
+from nvembed.encoding.bulk import encode_texts
+from nvembed.model.embedder import NVEmbed
+from nvembed.model.memory import free_bytes
+from nvembed.text.token_cache import TokenCache, default_cache_folder
+from nvembed.training.checkpoint import (
+    Position,
+    check_recipe,
+    latest_checkpoint,
+    read_position,
+    trained_parameters,
+)
+from nvembed.training.config import TrainConfig, training_inputs
+from nvembed.training.distributed import DistributedContext
+from nvembed.training.dry_run.findings import (
+    BatchForecast,
+    DataForecast,
+    DryRun,
+    MiningForecast,
+    StageForecast,
+    forecast_memory,
+)
+from nvembed.training.dry_run.stand_ins import PlannedMining, plan_mining
+from nvembed.training.metrics import evaluation_is_due, load_evaluation_tasks, tracker_options
+from nvembed.training.model import (
+    computing,
+    measure_activation_budget,
+    peak_bytes,
+    read_activation_budget,
+    starting_model,
+)
+from nvembed.training.objective import new_temperature
+from nvembed.training.run_folder import (
+    check_folder,
+    check_inputs,
+    inputs_of,
+    is_finished,
+    with_settled_precision,
+)
+from nvembed.training.stages import DataLoader, PreparedBatch, Stage, load_mixtures, start_stage
+from nvembed.training.step import contrastive_step, plan_step, recomputed_share
+
+SAMPLED_STEPS = 20
+"""Batches of a stage that are looked at, spread over it; all of a shorter stage."""
+
+TIMED_STEPS = 4
+"""Of them so many are computed, the first one to warm up; fewer where they take long."""
+
+_MOST_SECONDS = 60.0
+_SAMPLED_QUERIES = 2000
+_SAMPLED_TEXTS = 256
 
 Found = TypeVar("Found")
 
@@ -58,39 +105,41 @@ def dry_run(config: TrainConfig, *, base_dir: Path, fresh: bool = False) -> DryR
     run = RunFolder(Path(config.output))
     config, _ = with_settled_precision(config, run, fresh=fresh)
     problems: list[UserError] = []
-    inputs = training_inputs(config, base_dir)
-    resumed = _noted(problems, lambda: _checkpoint(run, config, inputs, fresh=fresh))
-    mixtures = _noted(problems, lambda: load_mixtures(config, base_dir))
+
+    def noted(find: Callable[[], Found]) -> Found | None:
+        """What ``find`` finds; its error is kept, so that the next question can be asked too."""
+        try:
+            return find()
+        except UserError as error:
+            problems.append(error)
+            return None
+
     evaluation = config.evaluation
-    tasks = _noted(
-        problems, lambda: load_evaluation_tasks(evaluation, base_dir) if evaluation else []
-    )
-    _noted(problems, lambda: tracker_options(config.trackers, run))
-    if mixtures is not None and tasks is not None and not fresh:
-        _noted(problems, lambda: _check_inputs(run, config, base_dir, mixtures, tasks))
+    resumed = noted(lambda: _checkpoint(run, config, base_dir, fresh=fresh))
+    mixtures = noted(lambda: load_mixtures(config, base_dir))
+    tasks = noted(lambda: load_evaluation_tasks(evaluation, base_dir) if evaluation else [])
+    noted(lambda: tracker_options(config.trackers, run))
+    begun = not fresh and run.exists and run.has_results and run.inputs.exists()
+    if mixtures is not None and tasks is not None and begun:
+        noted(lambda: check_inputs(run, inputs_of(config, base_dir, mixtures, tasks)))
     if problems or mixtures is None or tasks is None:
         raise SeveralError(problems)
-    processes = Processes.of_environment()
-    position = read_position(resumed) if resumed else Position()
+    device = DistributedContext.of_environment().device
     found = DryRun(
         config,
-        position,
+        read_position(resumed) if resumed else Position(),
         resumed,
         finished=not fresh and is_finished(run),
         replaces=fresh and run.exists,
-        device=_device_name(processes.device),
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper(),
         tasks=tuple(task.name for task in tasks),
     )
-    if found.finished:
-        return found
-    return Rehearsal(found, run, base_dir, mixtures, processes, fresh=fresh).play()
+    return found if found.finished else _Rehearsal(found, run, base_dir, mixtures, fresh).play()
 
 
-def _checkpoint(
-    run: RunFolder, config: TrainConfig, inputs: Sequence[Path], *, fresh: bool
-) -> Path | None:
+def _checkpoint(run: RunFolder, config: TrainConfig, base_dir: Path, *, fresh: bool) -> Path | None:
     """What the run would go on from; refuses a folder that the run would refuse."""
-    check_folder(run, config, fresh=fresh, inputs=inputs)
+    check_folder(run, config, fresh=fresh, inputs=training_inputs(config, base_dir))
     if fresh or not run.exists:
         return None
     checkpoint = latest_checkpoint(run.checkpoints)
@@ -99,26 +148,191 @@ def _checkpoint(
     return checkpoint
 
 
-def _check_inputs(
-    run: RunFolder,
-    config: TrainConfig,
-    base_dir: Path,
-    mixtures: Sequence[Mixture],
-    tasks: Sequence[LocalTask],
-) -> None:
-    """Refuse what the run would refuse, of one that goes on or is finished."""
-    if run.exists and run.has_results and run.inputs.exists():
-        check_inputs(run, inputs_of(config, base_dir, mixtures, tasks))
+class _Rehearsal:
+    """The model and a few steps of each stage, up to the gradients."""
+
+    def __init__(
+        self, found: DryRun, run: RunFolder, base_dir: Path, mixtures: list[Mixture], fresh: bool
+    ) -> None:
+        self.found, self.config = found, found.config
+        self.run, self.base_dir, self.mixtures, self.fresh = run, base_dir, mixtures, fresh
+        self.processes = DistributedContext.of_environment()
+        device = self.processes.device
+        self.free, self.peak_before = free_bytes(device), peak_bytes(device)
+        self.embedder = starting_model(self.config, base_dir, device=str(device))
+        self.tokens = TokenCache(default_cache_folder(), self.embedder.backbone.text_tokenizer)
+
+    def play(self) -> DryRun:
+        """All stages that are left."""
+        config, device = self.config, self.processes.device
+        numbers = range(self.found.position.stage, len(config.stages))
+        steps = sum(min(TIMED_STEPS, config.stages[number].steps) for number in numbers)
+        with computing(config, device), progress(steps, "dry run") as bar:
+            self.embedder.train()
+            known = None if self.fresh else read_activation_budget(self.run.graph_memory)
+            self.budget = known or measure_activation_budget(self.embedder, config)
+            try:
+                stages = tuple(self._stage(number, bar) for number in numbers)
+            finally:
+                self.tokens.flush()
+        measured = peak_bytes(device) - self.peak_before
+        memory = forecast_memory(
+            config, self.embedder, self.budget, stages, measured=measured, free=self.free
+        )
+        return replace(self.found, stages=stages, memory=memory)
+
+    def _stage(self, number: int, bar: ProgressBar) -> StageForecast:
+        config, position = self.config.stages[number], self.found.position
+        start = position.stage_step if number == position.stage else 0
+        mixture, planned = self._mixture(number)
+        log_temperature = new_temperature(config, self.processes.device)
+        extra = {} if log_temperature is None else {"log_temperature": log_temperature}
+        stage = start_stage(
+            self.config,
+            number,
+            DataLoader(mixture, config, seed=self.config.seed, tokens=self.tokens),
+            trained_parameters(self.embedder, **extra),
+            head=self.embedder.pooling,
+            activation_budget=self.budget.tokens,
+            checkpoint=None,
+        )
+        left = config.steps - start
+        chosen = np.linspace(start, config.steps - 1, min(SAMPLED_STEPS, left)).astype(int)
+        sampled = [stage.loader.step(int(step)) for step in chosen]
+        batches = _count(sampled, stage, self.embedder.backbone.max_tokens)
+        per_token = self._seconds_per_token(sampled, stage, log_temperature, bar)
+        evaluation = self.config.evaluation
+        return StageForecast(
+            config,
+            left,
+            self._data(stage, {each.dataset for each in planned}),
+            tuple(self._mining(each) for each in planned),
+            batches,
+            sum(
+                evaluation is not None and evaluation_is_due(evaluation, step + 1, config.steps)
+                for step in range(start, config.steps)
+            ),
+            per_token * batches.tokens,
+        )
+
+    def _mixture(self, number: int) -> tuple[Mixture, list[PlannedMining]]:
+        stage, mixture = self.config.stages[number], self.mixtures[number]
+        if stage.mine is None:
+            return mixture, []
+        # Of a run that is to be replaced nothing counts.
+        folder = self.run.mined / stage.name / ("none" if self.fresh else "")
+        return plan_mining(
+            self.config, number, stage.mine, mixture, base_dir=self.base_dir, mined_dir=folder
+        )
+
+    def _data(self, stage: Stage, to_mine: set[str]) -> tuple[DataForecast, ...]:
+        kinds = {dataset.name: dataset.kind for dataset in self.config.datasets}
+        mixture, used = stage.loader.mixture, stage.loader.queries_used()
+        rows = []
+        for source, weight, slots in zip(mixture.sources, mixture.weights, used, strict=True):
+            name, counts = source.name, _own_negatives(source, stage.config.num_negatives)
+            share = weight / sum(mixture.weights)
+            mean, without = statistics.fmean(counts), counts.count(0) / len(counts)
+            mined = name in to_mine
+            rows.append(
+                DataForecast(name, kinds[name], len(source), share, slots, mean, without, mined)
+            )
+        return tuple(rows)
+
+    def _seconds_per_token(
+        self,
+        sampled: Sequence[PreparedBatch],
+        stage: Stage,
+        log_temperature: torch.nn.Parameter | None,
+        bar: ProgressBar,
+    ) -> float:
+        """Compute a few steps up to the gradients, which are thrown away; the median of them."""
+        found: list[float] = []
+        name, began = stage.config.name, time.perf_counter()
+        timed = itertools.islice(itertools.cycle(sampled), TIMED_STEPS)
+        for number, (batch, texts) in enumerate(timed):
+            started = time.perf_counter()
+            try:
+                result = contrastive_step(
+                    self.embedder,
+                    batch,
+                    texts,
+                    stage.settings,
+                    self.processes,
+                    seed=derive_seed(self.config.seed, "dropout", name, number),
+                    log_temperature=log_temperature,
+                )
+            except FloatingPointError as error:
+                raise TrainingError(
+                    f"the loss of a step is {error.args[0]}",
+                    where=name,
+                    expected="a finite number",
+                    hint="Raise the temperature, or compute in float32",
+                ) from error
+            except torch.OutOfMemoryError as error:
+                raise TrainingError(
+                    "a step does not fit into memory",
+                    where=name,
+                    hint="Lower memory_gb, pack_tokens or batch_size",
+                ) from error
+            self.processes.clip_gradients(stage.trained.values(), None)  # waits for the device
+            if number:
+                found.append((time.perf_counter() - started) / result.num_tokens)
+            stage.optimizer.zero_grad()
+            bar.advance(1)
+            if found and time.perf_counter() - began > _MOST_SECONDS:
+                break
+        return statistics.median(found)
+
+    def _mining(self, planned: PlannedMining) -> MiningForecast:
+        """Embed a sample of the texts, and take the others to need as much per character."""
+        seconds = _scaled_seconds(self.embedder, planned.documents, None)
+        seconds += _scaled_seconds(self.embedder, planned.queries, planned.instruction)
+        self.embedder.train()
+        queries, documents = len(planned.queries), len(planned.documents)
+        return MiningForecast(planned.dataset, queries, documents, seconds)
 
 
-def _noted(problems: list[UserError], find: Callable[[], Found]) -> Found | None:
-    """What ``find`` finds; its error is kept, so that the next question can be asked too."""
-    try:
-        return find()
-    except UserError as error:
-        problems.append(error)
-        return None
+def _scaled_seconds(model: NVEmbed, texts: Sequence[str], task: str | None) -> float:
+    sample = texts[:: max(1, len(texts) // _SAMPLED_TEXTS)]
+    started = time.perf_counter()
+    encode_texts(model, sample, side="document" if task is None else "query", task=task)
+    seconds = time.perf_counter() - started
+    return seconds * sum(map(len, texts)) / sum(map(len, sample))
 
 
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
+def _own_negatives(source: ExampleSource, most: int) -> list[int]:
+    """How many negatives the queries of a set have, of a sample spread over a large one."""
+    rng = np.random.default_rng(0)
+    chosen = range(0, len(source), max(1, len(source) // _SAMPLED_QUERIES))
+    return [len(source.example(index, rng, most).negatives) for index in chosen]
+
+
+def _count(sampled: Sequence[PreparedBatch], stage: Stage, max_tokens: int) -> BatchForecast:
+    """Count batches as they would be computed."""
+    lengths = [[len(text) for text in texts] for _, texts in sampled]
+    plans = [
+        plan_step(batch, own, stage.settings, 1)
+        for (batch, _), own in zip(sampled, lengths, strict=True)
+    ]
+    passes = [each for plan in plans for each in plan]
+    packs = [size for each in passes for size in each.sizes[0]]
+    every = [length for own in lengths for length in own]
+    mean = statistics.fmean
+    return BatchForecast(
+        sampled=len(sampled),
+        texts=mean(map(len, lengths)),
+        most_texts=max(map(len, lengths)),
+        tokens=mean(map(sum, lengths)),
+        most_tokens=max(map(sum, lengths)),
+        full=sum(length >= max_tokens for length in every) / len(every),
+        duplicates=mean(1 - len(batch.texts) / batch.mentioned for batch, _ in sampled),
+        negatives=mean(effective_negatives(batch) for batch, _ in sampled),
+        packs=len(packs) / len(sampled),
+        fill=mean(packs) / stage.settings.pack_tokens,
+        passes=mean(map(len, plans)),
+        recomputed=mean(recomputed_share(plan, 0) for plan in plans),
+        most_kept=max(each.kept_tokens(0) for each in passes),
+        most_pack=max(packs),
+        most_scores=max(each.part.negative_BN.size for each in passes),
+    )

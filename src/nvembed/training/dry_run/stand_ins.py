@@ -56,14 +56,6 @@ def plan_mining(
 ) -> tuple[Mixture, list[PlannedMining]]:
     """Give the sets that will be mined negatives of the right number; nothing is written.
 
-    Args:
-        config: the run.
-        stage: index of the stage, from 0.
-        settings: how will be mined.
-        mixture: the stage's data as the files hold them.
-        base_dir: folder of the recipe.
-        mined_dir: of this stage; what was mined there before is taken.
-
     Returns:
         The mixture, whose queries come in the order of the run, and what is left to be mined.
     """

@@ -12,10 +12,10 @@ from nvembed.data.records import PairRecord
 from nvembed.text.token_cache import TokenCache
 from nvembed.text.tokens import TextTokenizer
 from nvembed.training.config import StageConfig
-from nvembed.training.feed import Feed
+from nvembed.training.stages import DataLoader
 
 
-def feed(tiny_tokenizer: Any, **options: Any) -> Feed:
+def loader(tiny_tokenizer: Any, **options: Any) -> DataLoader:
     sources = [
         make_source(
             [PairRecord(f"{name}-q{n}", (f"{name}-p{n}", f"{name}-o{n}")) for n in range(12)],
@@ -27,12 +27,12 @@ def feed(tiny_tokenizer: Any, **options: Any) -> Feed:
     ]
     stage = StageConfig(name="s", steps=20, batch_size=4, in_batch_negatives=True, **options)
     tokens = TokenCache(None, TextTokenizer(tiny_tokenizer))
-    return Feed(Mixture(sources, [1.0, 1.0]), stage, seed=0, tokens=tokens)
+    return DataLoader(Mixture(sources, [1.0, 1.0]), stage, seed=0, tokens=tokens)
 
 
 @pytest.mark.parametrize("batches", ["mixed", "homogeneous"])
 def test_sources_of_a_step(tiny_tokenizer: Any, batches: str) -> None:
-    of = feed(tiny_tokenizer, batches=batches)
+    of = loader(tiny_tokenizer, batches=batches)
     sources = []
     for step in range(20):
         batch = of.batch(step)
@@ -46,7 +46,7 @@ def test_sources_of_a_step(tiny_tokenizer: Any, batches: str) -> None:
 
 
 def test_queries_of_a_step_count_once_each(tiny_tokenizer: Any) -> None:
-    one, two = feed(tiny_tokenizer), feed(tiny_tokenizer, num_positives=2)
+    one, two = loader(tiny_tokenizer), loader(tiny_tokenizer, num_positives=2)
     for step in range(20):
         single, double = one.batch(step), two.batch(step)
         queries = [single.texts[row] for row in single.query_B]
@@ -57,19 +57,19 @@ def test_queries_of_a_step_count_once_each(tiny_tokenizer: Any) -> None:
 
 
 def test_prepared_ahead_is_the_same_and_ends_early_in_order(tiny_tokenizer: Any, tmp_path) -> None:
-    of = feed(tiny_tokenizer)
-    with of.steps(3, ahead=False) as fed:
+    of = loader(tiny_tokenizer)
+    with of.steps(3, prefetch=False) as fed:
         expected = list(fed)
     assert len(expected) == 17
-    with of.steps(3, ahead=True) as fed:
+    with of.steps(3, prefetch=True) as fed:
         for (batch, tokens), (other, others) in zip(fed, expected, strict=True):
             assert batch.texts == other.texts
             np.testing.assert_array_equal(batch.negative_BN, other.negative_BN)
             assert tokens == others
     # Left after one step while the next is in preparation: both steps' tokens are written.
-    early = feed(tiny_tokenizer)
+    early = loader(tiny_tokenizer)
     early.tokens = TokenCache(tmp_path, TextTokenizer(tiny_tokenizer))
-    with early.steps(0, ahead=True) as fed:
+    with early.steps(0, prefetch=True) as fed:
         next(iter(fed))
     again = TokenCache(tmp_path, TextTokenizer(tiny_tokenizer))
     for step in range(2):

@@ -1,11 +1,17 @@
-"""The other processes of a run: rows gathered, gradients summed, flags agreed on.
+"""Several processes train one model: gathered rows, summed gradients, agreement, sharded weights.
 
 A step needs no wrapper around the model. Its backward passes start from given gradients of the
 embeddings, so the gradient of a step is the sum over packs, wherever a pack was computed, and one
 sum over the processes at its end is all there is to exchange. Sums, never averages: the loss of a
-step already divides by its queries. Weights that are sharded: ``training/sharding.py``.
+step already divides by its queries. With one process everything here does nothing.
 
-With one process everything here does nothing.
+Sharding (FSDP2) is for a backbone that one device cannot hold. Every process holds a share of each
+weight; a layer is gathered for its forward and its backward pass. With LoRA only the frozen base is
+sharded: adapters are small, so they stay replicated, FSDP never reduces a gradient, and their type
+may differ from that of the base. In full fine-tuning gradients of the backbone are reduce-scattered
+after every pack, since waiting for the last one would keep a whole gradient on every process. The
+pooling head lies outside FSDP in both cases. Gathering is collective: every process must run as
+many packs as the others, in the same order. An empty pack is filled with ``FILLER``.
 """
 
 from __future__ import annotations
@@ -23,16 +29,21 @@ import torch
 import torch.distributed as dist
 from accelerate import PartialState
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from nvembed.core.errors import TrainingError
 from nvembed.model.embedder import NVEmbed
+from nvembed.model.packs import embed_pack
+from nvembed.text.tokens import TokenizedText
 
 Json = TypeVar("Json", bound=Any)
 
+
 # Bytes of one all-reduce: large enough for full bandwidth, small beside the gradients.
 BUCKET_BYTES = 64 * 2**20
+
 
 # One process may work alone for long (mining, writing the model) while the others wait for it. One
 # that dies closes its connection, which is noticed at once.
@@ -40,7 +51,7 @@ _PATIENCE = timedelta(days=30)
 
 
 @dataclass(frozen=True)
-class Processes:
+class DistributedContext:
     """What a run has to know of its other processes.
 
     Attributes:
@@ -62,10 +73,6 @@ class Processes:
         """Join the processes that ``accelerate launch`` or ``torchrun`` started, or be alone.
 
         Must run before anything else of accelerate, which would not join on a CPU.
-
-        Args:
-            shard: shard the weights even where the launcher does not ask for it.
-            timeout_minutes: how long a process may wait for another within a step.
 
         Raises:
             TrainingError: the launcher asks for something that training does not do.
@@ -150,12 +157,7 @@ class Processes:
 
     @torch.no_grad()
     def clip_gradients(self, parameters: Iterable[nn.Parameter], max_norm: float | None) -> float:
-        """Scale gradients down to a norm and return what it was, equal on all processes.
-
-        Args:
-            parameters: all trained ones, replicated and sharded, after ``sum_gradients``.
-            max_norm: of all gradients together; ``None`` only measures.
-        """
+        """Scale gradients down to a norm and return what it was, equal on all processes."""
         gradients = [p.grad for p in parameters if p.grad is not None]
         sharded = [g.to_local() for g in gradients if isinstance(g, DTensor)]
         replicated = [g for g in gradients if not isinstance(g, DTensor)]
@@ -217,9 +219,6 @@ class Processes:
 def dead_peer_is_an_error(checkpoints: str) -> Iterator[None]:
     """Turn a broken connection into one line.
 
-    Args:
-        checkpoints: the folder of those that the run can go on from.
-
     Raises:
         TrainingError: another process died, or did not answer in time.
     """
@@ -260,11 +259,7 @@ def _flag(name: str) -> bool:
 
 
 def _launcher_shards() -> bool:
-    """Whether ``accelerate launch`` asks for FSDP2.
-
-    Raises:
-        TrainingError: it asks for another way of sharding.
-    """
+    """Whether ``accelerate launch`` asks for FSDP2."""
     if _flag("ACCELERATE_USE_DEEPSPEED"):
         raise TrainingError(
             "training does not run on DeepSpeed",
@@ -283,3 +278,111 @@ def _launcher_shards() -> bool:
     if _flag("FSDP_OFFLOAD_PARAMS"):
         raise TrainingError("training does not offload weights", hint="Unset fsdp_offload_params")
     return True
+
+
+FILLER = TokenizedText(ids=(0,), pool_start=0)
+"""Stands in an empty pack.
+
+``embed_pack(model, texts or [FILLER])[: len(texts)]`` has no rows, and its backward pass adds zero
+to every gradient.
+"""
+
+
+def shard_backbone(
+    model: NVEmbed, processes: DistributedContext, *, compute_dtype: torch.dtype | None = None
+) -> None:
+    """Shard the backbone over the processes, in place, and move the rest to the device.
+
+    The model may still lie on the CPU: only the shares go to the device. A sharded model cannot be
+    copied or saved as it is: ``training/checkpoint.py`` gathers tensor by tensor.
+
+    Args:
+        model: loaded, with its adapters, equal on all processes.
+        processes: the run's; with one there is nothing to shard.
+        compute_dtype: weights are gathered in it: autocast's, where it is on, which would otherwise
+            keep a second copy of whole weights; ``None`` leaves them as they are.
+
+    Raises:
+        TrainingError: the backbone is spread over devices, quantised, or trained in a mix of types.
+    """
+    if processes.count == 1:
+        return
+    decoder: Any = model.backbone.model
+    adapters = _check_shardable(decoder)
+    policy = MixedPrecisionPolicy(
+        param_dtype=compute_dtype,
+        reduce_dtype=torch.float32 if compute_dtype else None,
+        cast_forward_inputs=False,  # the residual stream keeps its type, as under autocast
+    )
+    mesh = init_device_mesh(processes.device.type, (processes.count,))
+    for module in (*_layers(decoder), decoder):
+        fully_shard(
+            module,
+            mesh=mesh,
+            mp_policy=policy,
+            ignored_params=adapters,
+            # Of the root too: between two packs its parameters are then the sharded ones.
+            reshard_after_forward=True,
+        )
+        module.set_gradient_divide_factor(1.0)  # a sum, as everywhere
+        module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
+    for adapter in adapters:
+        adapter.data = adapter.data.to(processes.device)
+    model.pooling.to(processes.device)
+    with torch.no_grad():
+        # FSDP allocates at the first use; that must not be a forward in inference mode.
+        embed_pack(model, [FILLER])
+
+
+def _layers(decoder: nn.Module) -> list[nn.Module]:
+    """The layers: of all lists of modules the one that holds most weights."""
+    lists = [list(m) for m in decoder.modules() if isinstance(m, nn.ModuleList)]
+    return max(
+        lists, key=lambda layers: sum(p.numel() for m in layers for p in m.parameters()), default=[]
+    )
+
+
+def _check_shardable(decoder: Any) -> set[nn.Parameter]:
+    """The trained parameters among frozen ones (adapters), which stay replicated."""
+    parameters = list(decoder.parameters())
+    spread = getattr(decoder, "hf_device_map", None)
+    plain = all(type(p) is nn.Parameter and p.is_floating_point() for p in parameters)
+    if spread or not plain:
+        raise TrainingError(
+            f"a {'spread' if spread else 'quantised'} backbone cannot be sharded",
+            where="shard",
+            expected="floating point weights on one device",
+            hint="Leave sharding out",
+        )
+    trained = {p for p in parameters if p.requires_grad}
+    if len(trained) < len(parameters):
+        return trained
+    if len(dtypes := {str(p.dtype) for p in trained}) > 1:
+        raise TrainingError(
+            f"weights of types {', '.join(sorted(dtypes))} cannot be sharded together",
+            where="model.dtype",
+            hint="Load the model in one type",
+        )
+    return set()
+
+
+def full(tensor: Tensor) -> Tensor:
+    """The whole tensor, where it is spread over processes; all of them must ask at once."""
+    from torch.distributed.tensor import DTensor
+
+    detached = tensor.detach()
+    return detached.full_tensor() if isinstance(detached, DTensor) else detached
+
+
+def spread(value: Tensor, like: Tensor) -> Tensor:
+    """``value`` on the device of ``like``, and this process's share of it where that is spread.
+
+    Nothing is sent: every process has the whole value.
+    """
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    # A copy in any case: values read from a file are its pages.
+    moved = value.to(like.device, copy=True)
+    if not isinstance(like, DTensor):
+        return moved
+    return distribute_tensor(moved, like.device_mesh, like.placements, src_data_rank=None)

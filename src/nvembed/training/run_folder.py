@@ -1,0 +1,375 @@
+"""The folder of a run: started, or found to be of this run and its inputs; how a run is stopped.
+
+``inputs.json`` holds a digest of every input: the records of the data sets, the tasks that the run
+is evaluated on, the model that it starts from, the cross-encoder that it mines with, and, once they
+are there, the mined sets. A run that goes on must find them as they were.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from nvembed.core.config import dump_config, load_config
+from nvembed.core.digests import content_hash, digest_of
+from nvembed.core.dtypes import Precision
+from nvembed.core.errors import DataError, TrainingError, UserError
+from nvembed.core.files import write_json, write_text
+from nvembed.core.ownership import check_outputs, problem_of
+from nvembed.core.runs import TRAIN, RunFolder
+from nvembed.core.text_files import read_json_object
+from nvembed.data.built_sets import MINED_KINDS
+from nvembed.data.mixture import Mixture
+from nvembed.encoding.fingerprint import contents_fingerprint
+from nvembed.evaluation.tasks import LocalTask
+from nvembed.kernels.precision import choose_precision, computing_record, kernels
+from nvembed.training.checkpoint import latest_checkpoint, remove_leftovers
+from nvembed.training.config import StageConfig, TrainConfig, recipe_differences
+from nvembed.training.distributed import DistributedContext
+from nvembed.training.metrics import load_evaluation_tasks
+from nvembed.training.model import backbone_source
+from nvembed.training.stages import load_mixtures
+
+
+def prepare_folder(
+    run: RunFolder, config: TrainConfig, *, fresh: bool, inputs: Sequence[Path] = ()
+) -> None:
+    """Start the run's folder, or make sure that it is of this run."""
+    check_folder(run, config, fresh=fresh, inputs=inputs)
+    resolved = dump_config(config)
+    stages = [stage.name for stage in config.stages]
+    run.tidy()
+    if fresh or not run.exists:
+        run.create(resolved, stages=stages, replace=fresh, computing=_computing(config))
+        return
+    remove_leftovers(run.checkpoints)
+    if _recorded(run) == resolved:
+        return
+    if run.has_results:
+        write_text(run.config, resolved, TRAIN)
+    else:
+        run.create(resolved, stages=stages, replace=True, computing=_computing(config))
+
+
+def _computing(config: TrainConfig) -> dict[str, Any]:
+    return computing_record(None if config.precision == "auto" else config.precision)
+
+
+def changed_kernels(run: RunFolder) -> str | None:
+    """Say that a run goes on with other kernels than it was begun with; None where it does not.
+
+    The machine is another one then, or its compiler is gone. Numbers differ in the last bits.
+    """
+    begun: object = None
+    with suppress(OSError, ValueError, KeyError, TypeError):  # of an earlier version, or damaged
+        begun = json.loads(run.env.read_text("utf-8"))["computing"]["kernels"]
+    now = kernels()
+    if not isinstance(begun, list) or begun == now:
+        return None
+    names = " to ".join(", ".join(map(str, found)) or "torch's own" for found in (begun, now))
+    return f"the kernels have changed, from {names}: the last bits of all numbers may, too"
+
+
+def is_finished(run: RunFolder) -> bool:
+    """Whether the run has come to its end: its model is there."""
+    return (run.model / "modules.json").is_file()
+
+
+def check_folder(
+    run: RunFolder, config: TrainConfig, *, fresh: bool, inputs: Sequence[Path] = ()
+) -> None:
+    """Make sure that a run may write to its folder, without changing anything.
+
+    Raises:
+        TrainingError: it holds another run; names the keys.
+        ConfigError: something of the user's would be lost.
+        UserError: it cannot be made.
+    """
+    stages = [stage.name for stage in config.stages]
+    known = not fresh and run.exists and problem_of(run.config, TRAIN) is None
+    kept: set[Path] = set()
+    if known and run.has_results:
+        _check_same(run, config)
+        if is_finished(run):  # then nothing is written
+            return
+        kept = {run.env, run.inputs}
+    if known and _recorded(run) == dump_config(config):
+        kept.add(run.config)
+    written = [path for path in run.written(stages) if path not in kept]
+    check_outputs((), made_by=TRAIN, inputs=inputs, places=[run.checkpoints, run.mined])
+    check_outputs(written, made_by=TRAIN, inputs=inputs)
+    if not known:
+        run.refuse_foreign(stages)
+        check_writable(run)
+
+
+def _check_same(run: RunFolder, config: TrainConfig) -> None:
+    if _recorded(run) == dump_config(config):
+        return
+    try:
+        different = recipe_differences(
+            load_config(TrainConfig, run.config).model_dump(mode="json"),
+            config.model_dump(mode="json"),
+        )
+    except UserError:
+        different = ["the recipe of the run cannot be read"]
+    if different:
+        raise TrainingError(
+            f"the folder holds a run with another configuration: {'; '.join(different)}",
+            where=str(run.config),
+            hint="Choose another output folder, or start over with --fresh",
+        )
+
+
+def _recorded(run: RunFolder) -> str | None:
+    """The configuration in the folder; ``None`` where nothing can read it."""
+    with suppress(OSError, UnicodeDecodeError):
+        return run.config.read_text(encoding="utf-8")
+    return None
+
+
+def check_writable(run: RunFolder) -> None:
+    """Make sure that the run's folder can be made, without making it."""
+    place = run.path.absolute()
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise UserError(
+            "cannot make the run folder: "
+            + ("not allowed to write there" if place.is_dir() else "that is a file"),
+            where=str(place),
+            hint="Choose another output folder",
+        )
+
+
+def with_settled_precision(
+    config: TrainConfig, run: RunFolder, *, fresh: bool
+) -> tuple[TrainConfig, str | None]:
+    """Replace ``auto``: by what the run was started with, which must not change half-way.
+
+    Returns:
+        The configuration, and a line that says what ``auto`` has become; ``None`` where the recipe
+        says the type.
+    """
+    if config.precision != "auto":
+        return config, None
+    begun: Precision | None = None
+    if run.exists and not fresh:
+        with suppress(UserError):  # not readable: the comparison of configurations refuses it
+            earlier = load_config(TrainConfig, run.config).precision
+            begun = None if earlier == "auto" else earlier
+    precision, line = choose_precision(begun, "precision=float32")
+    return config.model_copy(update={"precision": precision}), line
+
+
+Inputs = Mapping[str, str]
+
+
+_MINED = "mined set "
+
+
+def inputs_of(
+    config: TrainConfig, base_dir: Path, mixtures: Sequence[Mixture], tasks: Sequence[LocalTask]
+) -> dict[str, str]:
+    """Digests of all inputs, by what an error calls them."""
+    found: dict[str, str] = {}
+    for mixture in mixtures:
+        found |= {f"data set {name}": digest for name, digest in mixture.digests.items()}
+    found |= {f"evaluation task {task.name}": digest_of(task.folder) for task in tasks}
+    found["model.backbone"] = contents_fingerprint(backbone_source(config, base_dir))
+    for stage in config.stages:
+        # One of the hub is known by its id, and is not asked for again once negatives are mined.
+        if stage.mine and stage.mine.rerank and Path(stage.mine.rerank).is_dir():
+            key = f"mine.rerank of {stage.name}"
+            found[key] = contents_fingerprint(stage.mine.rerank)
+    return found
+
+
+def read_inputs_of(config: TrainConfig, base_dir: Path) -> dict[str, str]:
+    """``inputs_of`` for a run whose data are not in memory."""
+    mixtures = load_mixtures(config, base_dir)
+    tasks = load_evaluation_tasks(config.evaluation, base_dir) if config.evaluation else []
+    return inputs_of(config, base_dir, mixtures, tasks)
+
+
+def what_decides_inputs(config: TrainConfig) -> str:
+    """The same for runs of the same inputs, whose data then need to be read once."""
+    datasets = [dataset.model_dump(mode="json") for dataset in config.datasets]
+    build = config.build and config.build.model_dump(mode="json")
+    mining = [[stage.name, stage.mine and stage.mine.rerank] for stage in config.stages]
+    tasks = config.evaluation and list(config.evaluation.tasks)
+    return content_hash(datasets, build, config.model.backbone, mining, tasks)
+
+
+def changed_inputs(run: RunFolder, inputs: Inputs) -> list[str]:
+    """Names of inputs that are others than those that the run was started with.
+
+    Inputs that come into being with the run (mined sets) are none of them; of a run that recorded
+    nothing, nothing is known to have changed.
+    """
+    recorded = _recorded_inputs(run)
+    if recorded is None:
+        return []
+    started = {name: digest for name, digest in recorded.items() if not name.startswith(_MINED)}
+    names = dict.fromkeys((*started, *inputs))
+    return [name for name in names if started.get(name) != inputs.get(name)]
+
+
+def check_inputs(run: RunFolder, inputs: Inputs) -> None:
+    """Make sure that a run that goes on, or is finished, was made from these inputs.
+
+    Raises:
+        TrainingError: names those that changed; or the record cannot be read.
+    """
+    if changed := changed_inputs(run, inputs):
+        raise _changed(run, changed)
+
+
+def settle_inputs(
+    run: RunFolder, inputs: Inputs, processes: DistributedContext, log: Callable[[str], None]
+) -> None:
+    """Record the inputs of a run that starts, or compare them where it goes on."""
+    first = processes.of_main(dict(inputs))
+    if different := [name for name in inputs if inputs[name] != first.get(name)]:
+        raise TrainingError(
+            f"process {processes.rank} finds another {', '.join(different)} than the first one",
+            expected="the same files on all machines",
+        )
+    if not processes.is_main:
+        return
+    if not run.has_results:
+        write_json(run.inputs, inputs, TRAIN)
+    elif run.inputs.exists():
+        check_inputs(run, inputs)
+    else:
+        log("what the run was started with is not recorded; what is there now is taken for it")
+        write_json(run.inputs, inputs, TRAIN)
+
+
+def check_finished(run: RunFolder, config: TrainConfig, base_dir: Path) -> None:
+    """Make sure that a finished run was made from the inputs that there are now."""
+    if run.inputs.exists():
+        check_inputs(run, read_inputs_of(config, base_dir))
+
+
+def settle_mined(run: RunFolder, config: TrainConfig, stage: str, mixture: Mixture) -> None:
+    """Record what was mined for a stage, or make sure that it is as it was."""
+    recorded = _recorded_inputs(run) or {}
+    mined = {dataset.name for dataset in config.datasets if dataset.kind in MINED_KINDS}
+    found = {
+        f"{_MINED}{name} in {stage}": digest
+        for name, digest in mixture.digests.items()
+        if name in mined
+    }
+    if changed := [key for key in found if recorded.get(key, found[key]) != found[key]]:
+        raise _changed(run, changed)
+    if not found.keys() <= recorded.keys():
+        write_json(run.inputs, {**recorded, **found}, TRAIN)
+
+
+def _changed(run: RunFolder, names: Sequence[str]) -> TrainingError:
+    return TrainingError(
+        f"changed since the run was started: {', '.join(names)}",
+        where=str(run.path),
+        expected="what it was started with",
+        hint="Put it back as it was, choose another output folder, or start over with --fresh",
+    )
+
+
+def _recorded_inputs(run: RunFolder) -> dict[str, str] | None:
+    if not run.inputs.exists():
+        return None
+    hint = "Put the file back, or delete it to go on with the inputs as they are now"
+    try:
+        values = read_json_object(run.inputs, "digests of inputs", hint=hint)
+    except DataError as error:
+        raise TrainingError(str(error)) from error
+    if not all(isinstance(digest, str) for digest in values.values()):
+        raise TrainingError("not digests of inputs", where=str(run.inputs), hint=hint)
+    return values
+
+
+class _TerminatedError(BaseException):
+    """SIGTERM; no ``except Exception`` on the way may take it for its own."""
+
+
+@contextmanager
+def sigterm_is_an_error(folder: str) -> Iterator[None]:
+    """Let SIGTERM leave at once, but in order: half-written files go, and one line is told."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        raise _TerminatedError
+
+    old = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    except _TerminatedError:
+        raise TrainingError(
+            "stopped by SIGTERM",
+            where=folder,
+            hint="The same command goes on from the last checkpoint",
+        ) from None
+    finally:
+        signal.signal(signal.SIGTERM, old)
+
+
+@contextmanager
+def stop_signals() -> Iterator[Callable[[], bool]]:
+    """Turn Ctrl-C and SIGTERM into a flag that a stage looks at after each step and at its end.
+
+    Outside the block (loading, mining) they stop at once: nothing there is lost by it. So does a
+    second one inside.
+    """
+    asked: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    old = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def not_finite(
+    run: RunFolder, value: float, what: str, stage: StageConfig, step: int
+) -> TrainingError:
+    """Say that a run stopped at a number that is no number, before the weights were changed."""
+    last = latest_checkpoint(run.checkpoints)
+    return TrainingError(
+        f"the {what} of step {step} ({stage.name}) is {value}; the weights were not changed",
+        where=str(run.path),
+        expected="finite numbers",
+        hint=f"Lower the learning rate or raise the temperature; last checkpoint: "
+        f"{last.name if last else 'none'}",
+    )
+
+
+def interrupted(run: RunFolder, step: int) -> TrainingError:
+    """Say that a run was stopped, and how it goes on."""
+    return TrainingError(
+        f"interrupted after step {step}; a checkpoint was written",
+        where=str(run.checkpoints),
+        hint="The same command goes on from there",
+    )
+
+
+def out_of_memory(stage: StageConfig, step: int, pack_tokens: int, longest: int) -> TrainingError:
+    """Say that the device was too small for a step, whose longest text has so many tokens."""
+    return TrainingError(
+        f"the device ran out of memory in step {step} ({stage.name}): packs of "
+        f"{pack_tokens:,} tokens, longest text {longest:,}",
+        where="memory_gb, pack_tokens",
+        hint="Lower pack_tokens, memory_gb or model.max_tokens, or set "
+        "activation_checkpointing=true; the run goes on from its last checkpoint",
+    )

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from nvembed.core.arguments import checked
 from nvembed.core.dtypes import Precision, PrecisionChoice
 from nvembed.core.errors import ModelError
-from nvembed.core.notes import release_notes
+from nvembed.core.reporting import release_notes
 from nvembed.encoding.protocol import Encoder, unit_rows
 from nvembed.text.instructions import resolve_prompt
 

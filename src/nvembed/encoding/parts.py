@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from nvembed.core.background import ahead, behind
 from nvembed.core.errors import DataError
 from nvembed.core.files import atomic_path
-from nvembed.core.progress import ProgressBar, Rates
+from nvembed.core.reporting import ProgressBar, Rates
 from nvembed.encoding.bulk import WINDOW_TEXTS, Way, check_vectors, prepare_window
 from nvembed.encoding.protocol import Encoder
 from nvembed.model.work import Work

@@ -28,7 +28,7 @@ from torch.nn.functional import normalize
 from nvembed.core.arguments import checked, near_matches
 from nvembed.core.background import ahead
 from nvembed.core.errors import ConfigError, ModelError
-from nvembed.core.progress import Rates, progress
+from nvembed.core.reporting import Rates, progress
 from nvembed.interop.loading import usable_device
 from nvembed.model.backbone import Backbone
 from nvembed.model.embedding_quantization import SmallPrecision, quantize

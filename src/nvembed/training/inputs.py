@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from nvembed.core.digests import content_hash, digest_of
+from nvembed.core.cache import content_hash, digest_of
 from nvembed.core.errors import DataError, TrainingError
 from nvembed.core.files import write_json
 from nvembed.core.runs import TRAIN, RunFolder

@@ -20,14 +20,13 @@ from multiprocessing.context import SpawnProcess
 from pathlib import Path
 
 from nvembed.core.background import end_with_parent
+from nvembed.core.cache import digest_of
 from nvembed.core.config import load_config
-from nvembed.core.digests import digest_of
 from nvembed.core.dtypes import Precision
 from nvembed.core.errors import UserError
 from nvembed.core.files import alone_in
-from nvembed.core.overlaps import check_overlaps
-from nvembed.core.ownership import check_outputs, mark_growing, refuse_foreign
-from nvembed.core.progress import progress
+from nvembed.core.ownership import check_outputs, check_overlaps, mark_growing, refuse_foreign
+from nvembed.core.reporting import progress
 from nvembed.core.runs import RunFolder
 from nvembed.evaluation.results import EVALUATE
 from nvembed.evaluation.tasks import load_tasks

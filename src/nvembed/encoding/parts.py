@@ -30,7 +30,7 @@ from nvembed.core.reporting import ProgressBar, Rates
 from nvembed.encoding.bulk import WINDOW_TEXTS, Way, check_vectors, prepare_window
 from nvembed.encoding.protocol import Encoder
 from nvembed.model.work import Work
-from nvembed.text.batches import batches
+from nvembed.text.tokens import batches
 
 # What lies in a folder of parts.
 BEGUN = "begun.json"  # what the output was begun with

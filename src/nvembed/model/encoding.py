@@ -36,10 +36,8 @@ from nvembed.model.packs import CPU_PACK_TOKENS, CUDA_PACK_TOKENS, embed_plan, p
 from nvembed.model.pooling import Pooling
 from nvembed.model.settings import LongTexts
 from nvembed.model.work import Span, Work
-from nvembed.text.batches import batches
-from nvembed.text.instructions import resolve_prompt
-from nvembed.text.template import side_prompt
-from nvembed.text.tokens import check_strings
+from nvembed.text.instructions import resolve_prompt, side_prompt
+from nvembed.text.tokens import batches, check_strings
 
 _CUT = LongTexts()
 

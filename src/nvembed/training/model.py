@@ -15,7 +15,7 @@ from nvembed.core.errors import ConfigError, TrainingError, UserError
 from nvembed.core.files import atomic_folder
 from nvembed.core.runs import TRAIN
 from nvembed.core.seeding import derive_seed, seed_everything
-from nvembed.interop.kind import model_kind
+from nvembed.interop.model_folder import model_kind
 from nvembed.interop.source import ModelSource
 from nvembed.kernels.compiled import compile_elementwise
 from nvembed.model.activation_checkpointing import recompute_layers
@@ -24,8 +24,7 @@ from nvembed.model.embedder import NVEmbed
 from nvembed.model.master_weights import hold_masters, release_masters
 from nvembed.model.quantization import quantize_frozen
 from nvembed.model.settings import PoolingSettings
-from nvembed.text.instructions import task_prompts
-from nvembed.text.template import query_prompt
+from nvembed.text.instructions import query_prompt, task_prompts
 from nvembed.training.checkpoint import trained_parameters
 from nvembed.training.config import TrainConfig
 from nvembed.training.fitting import check_widths

@@ -211,7 +211,7 @@ UNMARKED = {
     "encoding/export/folders.py": {"write_json", "save", "write_text", "save_pretrained"},
     "encoding/export/onnx.py": {"write_json", "save", "save_pretrained"},
     "encoding/export/stock.py": {"save_pretrained", "save", "write_json"},
-    "interop/shards.py": {"write_json"},
+    "interop/weights.py": {"write_json"},
     "training/model.py": {"save_pretrained"},
     "training/tensor_files.py": {"open"},
     # A checkpoint, after a look at what else lies in its place.

@@ -22,15 +22,15 @@ from nvembed.core.ownership import check_outputs
 from nvembed.core.text_files import check_folder_name
 from nvembed.encoding.export.card import model_card
 from nvembed.encoding.export.stock import prove_stock, write_modules, write_stock
-from nvembed.interop.kind import model_kind
+from nvembed.interop.model_folder import model_kind
 from nvembed.interop.official import LatentShape, official_name, write_config
-from nvembed.interop.shards import MAX_SHARD_BYTES, write_shards
 from nvembed.interop.source import ModelSource
+from nvembed.interop.weights import MAX_SHARD_BYTES, write_shards
 from nvembed.model.adapters import merge_lora
 from nvembed.model.backbone import Backbone
 from nvembed.model.embedder import NVEmbed
 from nvembed.model.pooling import LatentAttentionPooling
-from nvembed.text.template import query_prompt
+from nvembed.text.instructions import query_prompt
 from nvembed.text.tokens import TextTokenizer
 
 EXPORT = "export"

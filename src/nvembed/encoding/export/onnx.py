@@ -43,11 +43,11 @@ from nvembed.encoding.export.stock import (
     write_modules,
     write_tokenizer,
 )
-from nvembed.interop.kind import ONNX_FILE
+from nvembed.interop.model_folder import ONNX_FILE
 from nvembed.model.attention import block_attention
 from nvembed.model.embedder import NVEmbed
 from nvembed.model.pooling import LatentAttentionPooling, MeanPooling
-from nvembed.text.template import QUERY_PROMPT, query_prompt
+from nvembed.text.instructions import QUERY_PROMPT, query_prompt
 from nvembed.text.tokens import TokenizedText
 
 PADDED_ATTENTION = "nvembed_padded"

@@ -23,7 +23,7 @@ from nvembed.core.files import write_json
 from nvembed.model.backbone import Backbone
 from nvembed.model.embedder import NVEmbed
 from nvembed.model.pooling import MeanPooling
-from nvembed.text.template import query_prompt
+from nvembed.text.instructions import query_prompt
 
 _TASK = "Find it"  # short: it must leave room for text in a model of short texts
 _TEXTS = ("how do I sort a list?", "x", "A longer passage, " * 6 + "cut or not.")

@@ -114,7 +114,7 @@ class TextTokenizer:
             )
         self._head = (bos,) if add_bos and bos is not None else ()
         self._tail = (eos,) if add_eos and eos is not None else ()
-        self._backend = _plain_backend(tokenizer)
+        self._backend = plain_backend(tokenizer)
         self.max_tokens = max_tokens
 
     @property
@@ -272,7 +272,7 @@ class TextTokenizer:
         return tuple(encoded.ids[: encoded.special_tokens_mask.index(0)])
 
 
-def _plain_backend(tokenizer: Any) -> tokenizers.Tokenizer:
+def plain_backend(tokenizer: Any) -> tokenizers.Tokenizer:
     """Copy what tokenises, without truncation and padding."""
     backend = tokenizers.Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.no_truncation()

@@ -208,7 +208,7 @@ UNMARKED = {
     "encoding/outputs.py": {"create_table", "rmdir", "open", "rename"},
     "model/adapters.py": {"save_pretrained"},
     "model/backbone.py": {"save_pretrained"},
-    "encoding/export/folders.py": {"write_json", "save", "write_text", "save_pretrained"},
+    "encoding/export/folders.py": {"write_json", "write_text", "save_pretrained"},
     "encoding/export/onnx.py": {"write_json", "save", "save_pretrained"},
     "encoding/export/stock.py": {"save_pretrained", "save", "write_json"},
     "interop/weights.py": {"write_json"},

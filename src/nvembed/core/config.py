@@ -201,9 +201,6 @@ def _step(here: Any, parts: Sequence[str], path: str) -> tuple[str | int, int]:
     raise ValueError(f"{path} is a list, expected {expected} instead of {part!r}")
 
 
-# --- Errors ---------------------------------------------------------------------------------------
-
-
 def _readable(error: ValidationError) -> Iterator[dict[str, Any]]:
     """Yield the errors as plain dictionaries, without those that only follow from others."""
     items = error.errors(include_url=False, include_context=False)

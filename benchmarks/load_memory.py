@@ -66,7 +66,7 @@ def write_checkpoint(folder: Path, scale: float) -> int:
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     from nvembed.interop.official import read_config
-    from nvembed.interop.shards import write_shards
+    from nvembed.interop.weights import write_shards
     from nvembed.model.official_load import empty_modules, official_shapes
 
     values = config(scale)

@@ -68,7 +68,7 @@ FURTHER_TESTS: dict[str, tuple[str, ...]] = {
     "index/where.py": ("index/test_where.py",),
     "training/optim.py": ("training/test_optim.py",),
     "mining/selection.py": ("mining/test_mining_filters.py", "mining/test_miner.py"),
-    "text/template.py": ("text/test_tokens.py",),
+    "text/instructions.py": ("text/test_tokens.py",),
     "text/packing.py": ("text/test_packing.py", "text/test_batches.py"),
     "training/contrastive_loss.py": ("training/test_contrastive.py",),
 }

@@ -17,7 +17,7 @@ from faults import Outcome, in_child
 from nvembed.cli.main import run as run_command
 from nvembed.core.config import dump_config
 from nvembed.core.files import write_jsonl
-from nvembed.core.overlaps import MARK
+from nvembed.core.ownership import MARK
 from nvembed.training.config import TrainConfig
 from task_folders import write_task
 

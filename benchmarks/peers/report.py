@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from nvembed.core.environment import describe_environment
 from nvembed.core.files import write_json
+from nvembed.core.runs import describe_environment
 
 
 def say(line: str) -> None:

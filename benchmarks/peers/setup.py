@@ -12,7 +12,7 @@ from nvembed.data.mixture import load_mixture
 from nvembed.encoding.export.folders import export_model
 from nvembed.model.adapters import save_adapter
 from nvembed.model.embedder import NVEmbed
-from nvembed.text.template import query_prompt
+from nvembed.text.instructions import query_prompt
 from nvembed.training.config import TrainConfig
 from nvembed.training.model import build_model
 from peers.data import Steps

@@ -18,8 +18,7 @@ from nvembed.core.cache import cache_folder, expanded
 from nvembed.core.config import load_config
 from nvembed.core.errors import ConfigError, ModelError, UserError
 from nvembed.core.files import write_json
-from nvembed.core.overlaps import check_overlaps
-from nvembed.core.ownership import check_outputs
+from nvembed.core.ownership import check_outputs, check_overlaps
 from nvembed.core.runs import RunFolder
 from nvembed.encoding.file_search import search_file
 from nvembed.evaluation.results import TaskResult, write_results

@@ -8,7 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from nvembed.core.version import __version__
+from nvembed.core import __version__
 
 if TYPE_CHECKING:
     from nvembed.core.config import load_config

@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from nvembed.core.files import write_jsonl
-from nvembed.core.overlaps import MARK
+from nvembed.core.ownership import MARK
 from nvembed.model.embedder import NVEmbed
 
 pytestmark = pytest.mark.slow

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from nvembed.cli.main import run
-from nvembed.core.overlaps import MARK
+from nvembed.core.ownership import MARK
 from nvembed.encoding import load
 from nvembed.evaluation.items import items_folder, read_items
 from nvembed.evaluation.results import read_results

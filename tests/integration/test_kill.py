@@ -20,7 +20,7 @@ import pytest
 from faults import Fault, in_child
 from nvembed.core import files
 from nvembed.core.files import atomic_folder, tidy
-from nvembed.core.overlaps import MARK
+from nvembed.core.ownership import MARK
 from nvembed.training import stages, trainer
 from nvembed.training.checkpoint import latest_checkpoint
 from tiny_run import assert_same, attempt, command, finish, write_inputs

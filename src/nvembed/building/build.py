@@ -18,11 +18,10 @@ from nvembed.building.one_set import (
     steps_folder,
 )
 from nvembed.building.tools import Tools
-from nvembed.core.digests import content_hash, digest_of
+from nvembed.core.cache import content_hash, digest_of
 from nvembed.core.errors import ConfigError, UserError
 from nvembed.core.files import alone_in
-from nvembed.core.overlaps import check_overlaps
-from nvembed.core.ownership import check_outputs
+from nvembed.core.ownership import check_outputs, check_overlaps
 from nvembed.data.build_config import BuildConfig
 from nvembed.data.built_sets import mining_of, read_manifest, set_settings
 from nvembed.data.sources import DatasetConfig

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nvembed.core.problems import ProblemCounts
+from nvembed.core.reporting import ProblemCounts
 from nvembed.data.convert import POSITIVE_SCORE
 from nvembed.data.records import (
     MAX_SCORE,

@@ -18,8 +18,7 @@ import numpy as np
 
 from nvembed.building.distinct import Digests, identity
 from nvembed.core.errors import ConfigError
-from nvembed.core.problems import ProblemCounts
-from nvembed.core.progress import progress
+from nvembed.core.reporting import ProblemCounts, progress
 from nvembed.data.convert import POSITIVE_SCORE
 from nvembed.data.records import Kind, LabelRecord, PairRecord, Record, StsRecord
 from nvembed.data.sources import BadRow, Converted

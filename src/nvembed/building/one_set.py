@@ -24,12 +24,12 @@ from nvembed.building.mining import mined
 from nvembed.building.rows import Notes, capped, class_problems, usable
 from nvembed.building.steps import STEP_ROWS, Finished, Steps, name_of
 from nvembed.building.tools import Tools
-from nvembed.core.digests import content_hash
+from nvembed.core import __version__
+from nvembed.core.cache import content_hash
 from nvembed.core.errors import DataError
 from nvembed.core.files import atomic_folder, atomic_path, tidy, write_json
 from nvembed.core.ownership import remove
-from nvembed.core.progress import progress
-from nvembed.core.version import __version__
+from nvembed.core.reporting import progress
 from nvembed.data.build_config import BuildConfig
 from nvembed.data.built_sets import FORMAT, MANIFEST, mining_of, read_manifest, set_settings
 from nvembed.data.record_shards import Rows, write_shards

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nvembed.core.digests import content_hash
+from nvembed.core.cache import content_hash
 from nvembed.core.errors import DataError
 from nvembed.core.files import atomic_folder, tidy, write_json
 from nvembed.core.ownership import remove_named

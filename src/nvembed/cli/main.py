@@ -29,9 +29,9 @@ from nvembed.cli.options import OLD_OPTIONS
 from nvembed.cli.search import search
 from nvembed.cli.serve import serve
 from nvembed.cli.train import train
+from nvembed.core import __version__
 from nvembed.core.errors import UserError
-from nvembed.core.notes import release_notes, show_notes
-from nvembed.core.version import __version__
+from nvembed.core.reporting import release_notes, show_notes
 
 # Which extra brings a library that the base install lacks.
 _EXTRAS = {

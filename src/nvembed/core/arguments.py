@@ -51,13 +51,20 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
         try:
             bound = signature.bind(*args, **kwargs)
         except TypeError as error:
-            raise ConfigError(
-                f"{error}{_nearest(str(error), signature)}", where=f"{function.__qualname__}()"
-            ) from error
-        check_arguments(function, bound.arguments)
+            message = f"{error}{_nearest(str(error), signature)}"
+            raise ConfigError(message, where=_called(function, args)) from error
+        check_arguments(function, bound.arguments, where=_called(function, args))
         return function(*args, **kwargs)
 
     return call
+
+
+def _called(function: Callable[..., Any], args: Sequence[Any]) -> str:
+    """The name of a function as its caller knows it: a method is that of the object's class."""
+    if args and next(iter(inspect.signature(function).parameters), "") in ("self", "cls"):
+        owner = args[0] if isinstance(args[0], type) else type(args[0])
+        return f"{owner.__qualname__}.{function.__name__}()"
+    return f"{function.__qualname__}()"
 
 
 def check_arguments(
@@ -65,13 +72,7 @@ def check_arguments(
 ) -> None:
     """Check values by name against the parameters of a function or of a class's constructor.
 
-    Args:
-        function: whose annotated parameters say what is allowed.
-        values: arguments by name; parameters without an annotation are not looked at.
-        where: for the error; ``None`` is the function's own name.
-
-    Raises:
-        ConfigError: naming every value that is wrong.
+    Parameters without an annotation are not looked at. The ConfigError names every wrong value.
     """
     function = inspect.unwrap(function)
     values = {name: value for name, value in values.items() if name in _named(function)}
@@ -93,11 +94,7 @@ def check_arguments(
 
 
 def check_settings(function: Callable[..., Any], values: Mapping[str, Any], *, where: str) -> None:
-    """Check a settings file whose keys are the arguments of a constructor: all there, none else.
-
-    Raises:
-        ConfigError: naming every key that is wrong, missing or unknown.
-    """
+    """Check a settings file whose keys are the arguments of a constructor: all there, none else."""
     parameters = _named(function)
     unknown = [name for name in values if name not in parameters]
     if unknown:

@@ -1,25 +1,37 @@
-"""Folders for what can be made again, kept between runs.
+"""Folders for what can be made again, kept between runs, and digests that name what is in them.
 
 ``cache_folder`` is for data. ``open_private`` is for what is used without being looked at, such as
-compiled code: it opens folders in which nobody but this user can have put anything.
+compiled code: it opens folders in which nobody but this user can have put anything. A digest of a
+file, a folder or plain data is the same as long as they are. Large files are read once: their sums
+are kept under everything that changes with a write, which is inode, size, time of the last write,
+and time of the last change, which no program can set back.
 """
 
 from __future__ import annotations
 
 import atexit
+import hashlib
+import json
 import logging
 import os
 import shutil
 import stat
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
+from typing import Any
 
-from nvembed.core.errors import UserError
+from nvembed.core.errors import DataError, UserError
+from nvembed.core.files import write_text
 
 _VARIABLE = "NVEMBED_CACHE"
+# Smaller files are read each time.
+_LARGE = 32 * 2**20
+# Clocks of file systems tick: a file that was written just now may change without a trace.
+_SETTLED_SECONDS = 3.0
 _log = logging.getLogger(__name__)
 
 
@@ -44,15 +56,7 @@ def cache_folder(name: str) -> Path:
 
 
 def expanded(path: Path, *, where: str) -> Path:
-    """Replace a leading ``~``.
-
-    Args:
-        path: as the user wrote it.
-        where: its place, for the error.
-
-    Raises:
-        UserError: there is no home folder of that user.
-    """
+    """Replace a leading ``~``; ``where`` is the place of the path, for the error."""
     try:
         return path.expanduser()
     except RuntimeError as error:
@@ -65,9 +69,7 @@ def expanded(path: Path, *, where: str) -> Path:
 def open_private(folder: Path) -> Iterator[int | None]:
     """Open a folder, made where there is none, in which nobody else can write.
 
-    Args:
-        folder: to be opened. It must be a folder and no link, belong to this user, and be writable
-            for no one else.
+    It must be a folder and no link, belong to this user, and be writable for no one else.
 
     Yields:
         Its file descriptor, which stays that of the folder that was checked even if someone renames
@@ -166,3 +168,54 @@ def _of_this_process() -> Path:
 
     atexit.register(delete)
     return folder
+
+
+# --- Digests --------------------------------------------------------------------------------------
+
+
+def content_hash(*values: Any) -> str:
+    """SHA-256 of plain data."""
+    text = json.dumps(values, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def digest_of(path: Path) -> str:
+    """SHA-256 of the contents of a file, or of all files of a folder with their names.
+
+    Raises:
+        DataError: there is no such file, or it cannot be read.
+    """
+    files = [path]
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+    hashed = hashlib.sha256()
+    try:
+        for file in files:
+            name = file.relative_to(path).as_posix()
+            hashed.update(json.dumps([name, file_digest(file)]).encode())
+    except FileNotFoundError as error:
+        raise DataError(
+            "no such file", where=str(path), hint="Check the path; it starts at the recipe's folder"
+        ) from error
+    except OSError as error:
+        raise DataError(f"cannot read: {error.strerror or error}", where=str(path)) from error
+    return hashed.hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of the contents of a file; raises OSError where it cannot be read."""
+    status = path.stat()
+    kept: Path | None = None
+    if status.st_size >= _LARGE:
+        times = f"{status.st_mtime_ns} {status.st_ctime_ns}"
+        state = f"{path.resolve()} {status.st_dev} {status.st_ino} {status.st_size} {times}"
+        kept = cache_folder("sums") / hashlib.sha256(state.encode()).hexdigest()
+        with suppress(OSError, UnicodeDecodeError):
+            if len(known := kept.read_text("ascii")) == 64:
+                return known
+    with open(path, "rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if kept is not None and time.time() - status.st_ctime > _SETTLED_SECONDS:
+        with suppress(UserError):  # then it is read again next time
+            write_text(kept, found)
+    return found

@@ -3,11 +3,17 @@
 A recipe with five mistakes is reported once, with all five: key path, line, what was found, what
 was expected, and the near match of a misspelt key. Nothing is converted behind the user's back:
 ``"10"`` is not an integer and ``true`` is not 1.
+
+The YAML is 1.2 as recipes need it. PyYAML follows YAML 1.1, where ``1e-4`` is a text, ``no`` is
+false and ``2024-01-01`` a date. Here these are a number and two texts, keys are texts as they are
+written, and only the types of JSON exist. A key given twice is reported, and so are aliases that
+contain themselves or that unfold to more values than a recipe can have.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import types
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +25,8 @@ from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError
 
 from nvembed.core.arguments import checked, kind_of, near_matches, shown_value
 from nvembed.core.errors import ConfigError
-from nvembed.core.strict_yaml import Dumper, KeyPath, ParsedYaml, YamlError, parse_yaml
+
+KeyPath = tuple[str | int, ...]
 
 
 @dataclass(frozen=True)
@@ -80,11 +87,7 @@ def load_config(
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Read a YAML file that holds a mapping, as plain data.
-
-    Raises:
-        ConfigError: it cannot be read, or holds something else.
-    """
+    """Read a YAML file that holds a mapping, as plain data."""
     return _read(str(path))[0]
 
 
@@ -105,20 +108,15 @@ def _read(name: str) -> tuple[dict[str, Any], ParsedYaml]:
         raise ConfigError(f"not valid YAML ({error})", where=name + line) from error
     data = {} if parsed.value is None else parsed.value
     if not isinstance(data, dict):
-        kind = kind_of(data)
-        raise ConfigError(f"the file holds {kind}", where=name, expected="key: value lines")
+        message = f"the file holds {kind_of(data)}"
+        raise ConfigError(message, where=name, expected="key: value lines")
     return data, parsed
 
 
 def dump_config(model: StrictModel) -> str:
     """Render a configuration as YAML that ``load_config`` reads back to an equal object."""
-    return yaml.dump(
-        model.model_dump(mode="json"),
-        Dumper=Dumper,
-        sort_keys=False,
-        allow_unicode=True,
-        width=100,
-    )
+    values = model.model_dump(mode="json")
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
 
 
 @dataclass
@@ -200,10 +198,7 @@ class _Source:
 
 
 def _step(here: Any, parts: Sequence[str], path: str) -> tuple[str | int, int]:
-    """Find what the next parts of a key lead to: its key or index, and how many parts say so.
-
-    Names of list members may have dots in them.
-    """
+    """The key or index that the next parts say, and how many they are: names may have dots."""
     part = parts[0]
     if isinstance(here, dict):
         return part, 1
@@ -221,26 +216,16 @@ def _step(here: Any, parts: Sequence[str], path: str) -> tuple[str | int, int]:
     raise ValueError(f"{path} is a list, expected {expected} instead of {part!r}")
 
 
-# --- Errors ---------------------------------------------------------------------------------------
-
-
 def _readable(error: ValidationError) -> Iterator[dict[str, Any]]:
     """Yield the errors as plain dictionaries, without those that only follow from others."""
     items = error.errors(include_url=False, include_context=False)
     for item in items:
+        own = item["loc"]
         # A list whose members are wrong counts as empty, and so as too short as well.
-        inside = (other["loc"] for other in items if len(other["loc"]) > len(item["loc"]))
-        if item["type"] == "too_short" and any(
-            loc[: len(item["loc"])] == item["loc"] for loc in inside
+        if item["type"] != "too_short" or not any(
+            len(other["loc"]) > len(own) and other["loc"][: len(own)] == own for other in items
         ):
-            continue
-        yield dict(item)
-
-
-def _has(here: Any, part: str | int) -> bool:
-    if isinstance(here, dict):
-        return part in here
-    return isinstance(here, list) and isinstance(part, int) and part < len(here)
+            yield dict(item)
 
 
 def _path_in(data: Any, loc: Sequence[str | int]) -> KeyPath:
@@ -248,10 +233,12 @@ def _path_in(data: Any, loc: Sequence[str | int]) -> KeyPath:
     path: list[str | int] = []
     here = data
     for position, part in enumerate(loc):
-        if _has(here, part):
-            here = here[part]
-        elif not (isinstance(here, dict) and position == len(loc) - 1):
-            continue
+        inside = here if isinstance(here, dict | list) else {}
+        try:
+            here = inside[part]  # type: ignore[index]
+        except (LookupError, TypeError):  # a tag, or the key that is missing
+            if not (isinstance(here, dict) and position == len(loc) - 1):
+                continue
         path.append(part)
     return tuple(path)
 
@@ -279,3 +266,148 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
 
 def _dotted(path: Sequence[str | int]) -> str:
     return ".".join(str(part) for part in path)
+
+
+# --- YAML -----------------------------------------------------------------------------------------
+
+MAX_VALUES = 100_000  # that aliases may unfold to
+_MAX_DEPTH = 100
+_TAG = "tag:yaml.org,2002:"
+_MERGE = f"{_TAG}merge"
+_KNOWN_TAGS = {f"{_TAG}{name}" for name in ("null", "bool", "int", "float", "str", "seq", "map")}
+
+_FLOAT = (
+    r"^(?:[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?"
+    r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
+)
+# Type, pattern, characters that it can begin with.
+_RESOLVERS = (
+    ("null", r"^(?:~|null|Null|NULL|)$", ["~", "n", "N", ""]),
+    ("bool", r"^(?:true|True|TRUE|false|False|FALSE)$", list("tTfF")),
+    ("int", r"^[-+]?[0-9][0-9_]*$", list("-+0123456789")),
+    ("float", _FLOAT, list("-+0123456789.")),
+    ("merge", r"^(?:<<)$", ["<"]),
+)
+
+
+class YamlError(ValueError):
+    """A text that is not YAML of this sort; ``line`` counts from 1."""
+
+    def __init__(self, what: str, line: int | None = None) -> None:
+        super().__init__(what)
+        self.line = line
+
+
+@dataclass
+class ParsedYaml:
+    """What a text holds; of an empty text the value is ``None``."""
+
+    value: Any = None
+    lines: dict[KeyPath, int] = field(default_factory=dict)  # of every key and list member, from 1
+    # Keys given twice or more: path, line, line of the first. The last one counts.
+    repeated: list[tuple[KeyPath, int, int]] = field(default_factory=list)
+
+
+def parse_yaml(text: str) -> ParsedYaml:
+    """Read one document; a YamlError where it is not YAML, or not of this sort."""
+    try:
+        loader = _Loader(text)
+        try:
+            walk = _Walk()
+            if (node := loader.get_single_node()) is not None:
+                walk.visit(node, ())
+                walk.found.value = loader.construct_document(node)
+            return walk.found
+        finally:
+            loader.dispose()
+    except yaml.reader.ReaderError as error:
+        message = f"a character that YAML does not allow: {error.character:#x}"
+        raise YamlError(message, text.count("\n", 0, error.position) + 1) from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        what = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise YamlError(what, mark.line + 1 if mark is not None else None) from error
+    except RecursionError as error:
+        raise YamlError("nested too deep") from error
+
+
+class _Loader(yaml.SafeLoader):
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        self.flatten_mapping(node)
+        return {
+            str(key.value): self.construct_object(child, deep=deep) for key, child in node.value
+        }
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep=deep)
+        except (ValueError, KeyError) as error:  # of !!int and the like, and of gigantic numbers
+            shown = str(node.value)[:20]
+            kind = node.tag.removeprefix(_TAG)
+            raise YamlError(f"{shown!r} as {kind}", node.start_mark.line + 1) from error
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes exactly the texts that the loader would take for more."""
+
+
+_Loader.yaml_implicit_resolvers = {}
+_Dumper.yaml_implicit_resolvers = {}
+for _name, _pattern, _first in _RESOLVERS:
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(_TAG + _name, re.compile(_pattern), _first)
+# The stock constructor reads 010 as octal.
+_Loader.add_constructor(f"{_TAG}int", lambda _, node: int(str(node.value).replace("_", "")))
+
+
+class _Walk:
+    """Walks a document as its aliases unfold it, before anything is made of it.
+
+    It notes the line of every key, and which keys are given twice (YAML keeps the last).
+    """
+
+    def __init__(self) -> None:
+        self.found = ParsedYaml()
+        self._count = 0
+        self._above: list[int] = []
+
+    def visit(self, node: yaml.Node, path: KeyPath) -> None:
+        line = node.start_mark.line + 1
+        self._count += 1
+        if self._count > MAX_VALUES:
+            raise YamlError(f"aliases unfold to more than {MAX_VALUES:,} values", line)
+        if id(node) in self._above:
+            raise YamlError("an alias contains itself", line)
+        if len(self._above) > _MAX_DEPTH:
+            raise YamlError("nested too deep", line)
+        if node.tag not in _KNOWN_TAGS:
+            shown = node.tag.replace(_TAG, "!!")
+            raise YamlError(f"the tag {shown} has no meaning here", line)
+        self._above.append(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            for index, child in enumerate(node.value):
+                self._note((*path, index), child.start_mark.line + 1, child)
+        elif isinstance(node, yaml.MappingNode):
+            self._visit_mapping(node, path)
+        self._above.pop()
+
+    def _note(self, path: KeyPath, line: int, child: yaml.Node) -> None:
+        self.found.lines.setdefault(path, line)
+        self.visit(child, path)
+
+    def _visit_mapping(self, node: yaml.MappingNode, path: KeyPath) -> None:
+        first: dict[str, int] = {}
+        merged: list[yaml.Node] = []
+        for key_node, child in node.value:
+            key, line = str(key_node.value), key_node.start_mark.line + 1
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise YamlError("a key is a list or a mapping", line)
+            if key_node.tag == _MERGE:
+                merged += child.value if isinstance(child, yaml.SequenceNode) else [child]
+                continue
+            if key in first:
+                self.found.repeated.append(((*path, key), line, first[key]))
+            first.setdefault(key, line)
+            self._note((*path, key), line, child)
+        for child in merged:  # after the mapping's own keys, which come before theirs
+            self.visit(child, path)

@@ -32,6 +32,7 @@ from nvembed.core.ownership import (
     mark_file,
     mark_folder,
     refuse_foreign,
+    remove_any,
 )
 from nvembed.core.text_files import is_gzip
 
@@ -130,10 +131,8 @@ def atomic_folder(path: str | Path, made_by: str | None = None) -> Iterator[Path
 def alone_in(folder: Path) -> Iterator[bool]:
     """Hold a folder, which is made, for this process while the block runs.
 
-    Yields False where another process holds it. One that was killed holds nothing.
-
-    Raises:
-        UserError: the folder cannot be made or locked.
+    Yields False where another process holds it. One that was killed holds nothing, and no lock file
+    is left in a folder of the user's.
     """
     import fcntl
 
@@ -163,11 +162,7 @@ def tidy(folder: Path, names: str) -> None:
     """Clear up after a process that was killed while it wrote; nothing else may be writing there.
 
     What was written half is deleted, and a folder that was to be replaced goes back to its place
-    where that is empty. Both have names that no user gives.
-
-    Args:
-        folder: in which ``atomic_path`` and ``atomic_folder`` wrote.
-        names: of their targets, as a pattern such as ``model*``.
+    where that is empty. ``names`` is a pattern of the targets, such as ``model*``.
     """
     for path in folder.glob(".*"):
         found = LEFTOVER.fullmatch(path.name)
@@ -176,10 +171,8 @@ def tidy(folder: Path, names: str) -> None:
         target = path.with_name(found["target"])
         if path.name.endswith(OLD) and not os.path.lexists(target):
             os.replace(path, target)
-        elif path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
         else:
-            path.unlink(missing_ok=True)
+            remove_any(path)
 
 
 def _exchange(first: Path, second: Path) -> bool:

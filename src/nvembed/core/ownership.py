@@ -20,12 +20,12 @@ import shutil
 import stat
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from nvembed.core.errors import ConfigError, UserError
-from nvembed.core.overlaps import MARK, check_overlaps
 
+MARK = ".nvembed.jsonl"
 # Ends of names that no user gives to a file: of what is being written, and of the folder that is
 # being replaced, where two names cannot be exchanged in one step.
 NEW = ".nvembed-new"
@@ -34,34 +34,11 @@ LEFTOVER = re.compile(rf"\.(?P<target>.+?)(?:\.\w{{8}}{re.escape(NEW)}|{re.escap
 # Files beyond this size are known by their size and their ends.
 _LARGE_BYTES = 64_000_000
 _END_BYTES = 1_000_000
-_GROWS = "grows"
+_GROWS = "grows"  # stands for the digest of a log or table that is added to
 
 
-def _digest(path: Path) -> str:
-    """SHA-256 of a file's contents; of a file beyond 64 MB, of its size and both ends.
-
-    Raises:
-        OSError: it cannot be read.
-    """
-    with open(path, "rb") as content:
-        size = os.fstat(content.fileno()).st_size
-        if size <= _LARGE_BYTES:
-            return hashlib.file_digest(content, "sha256").hexdigest()
-        first = content.read(_END_BYTES)
-        content.seek(-_END_BYTES, 2)
-        return hashlib.sha256(str(size).encode() + first + content.read()).hexdigest()
-
-
-@dataclass(frozen=True, slots=True)
-class _Line:
-    """One line of a mark: which command wrote ``name``, relative to the folder of the mark.
-
-    Attributes:
-        name: of a file, or of a folder that grows.
-        by: the command.
-        size: in bytes.
-        digest: of the contents; ``grows`` for a log or table that is added to.
-    """
+class _Line(NamedTuple):
+    """One line of a mark; ``name`` is relative to its folder."""
 
     name: str
     by: str
@@ -71,6 +48,9 @@ class _Line:
     def to_json(self) -> str:
         values = {"name": self.name, "by": self.by, "bytes": self.size, "sha256": self.digest}
         return json.dumps(values, ensure_ascii=False) + "\n"
+
+    def is_by(self, made_by: str | None) -> bool:
+        return made_by is None or self.by == made_by
 
 
 # --- Reading marks --------------------------------------------------------------------------------
@@ -92,28 +72,23 @@ def problem_of(path: Path, made_by: str | None = None, *, contents: bool = True)
         return None
     except OSError as error:
         return f"cannot be looked at ({error.strerror})"
-    if any(line.digest == _GROWS and _is_by(line, made_by) for line in _lines(path)):
+    lines = _lines_of(path)
+    if any(line.digest == _GROWS and line.is_by(made_by) for line in lines):
         return None
     if stat.S_ISDIR(mode):
-        return _problem_in(path, made_by, contents)
+        for file, known in _files_below(path):
+            if (problem := _problem(file, known, made_by, contents)) is not None:
+                return f"{problem}: {file.relative_to(path)}"
+        return None
     if not stat.S_ISREG(mode):
         return "is a symbolic link" if stat.S_ISLNK(mode) else "is no ordinary file"
-    if path.stat().st_size == 0:
-        return None
-    return _problem(path, list(_lines(path)), made_by, contents)
-
-
-def _problem_in(folder: Path, made_by: str | None, contents: bool) -> str | None:
-    for path, lines in _files_below(folder):
-        if (problem := _problem(path, lines, made_by, contents)) is not None:
-            return f"{problem}: {path.relative_to(folder)}"
-    return None
+    return _problem(path, lines, made_by, contents) if path.stat().st_size else None
 
 
 def _problem(path: Path, lines: list[_Line], made_by: str | None, contents: bool) -> str | None:
     if not lines:
         return "is there already, and nvembed did not make it"
-    wanted = [line for line in lines if _is_by(line, made_by)]
+    wanted = [line for line in lines if line.is_by(made_by)]
     if not wanted:
         return f"is there already, made by another command ({lines[-1].by})"
     if path.is_symlink():
@@ -133,13 +108,20 @@ def _problem(path: Path, lines: list[_Line], made_by: str | None, contents: bool
     return "was changed since nvembed made it"
 
 
-def _is_by(line: _Line, made_by: str | None) -> bool:
-    return made_by is None or line.by == made_by
+def _digest(path: Path) -> str:
+    """SHA-256 of a file's contents; of a file beyond 64 MB, of its size and both ends."""
+    with open(path, "rb") as content:
+        size = os.fstat(content.fileno()).st_size
+        if size <= _LARGE_BYTES:
+            return hashlib.file_digest(content, "sha256").hexdigest()
+        first = content.read(_END_BYTES)
+        content.seek(-_END_BYTES, 2)
+        return hashlib.sha256(str(size).encode() + first + content.read()).hexdigest()
 
 
-def _lines(path: Path) -> Iterator[_Line]:
+def _lines_of(path: Path) -> list[_Line]:
     """What the mark beside a file says of it."""
-    return (line for line in _read_mark(path.parent) if line.name == path.name)
+    return [line for line in _read_mark(path.parent) if line.name == path.name]
 
 
 def _files_below(folder: Path) -> Iterator[tuple[Path, list[_Line]]]:
@@ -184,18 +166,13 @@ def _read_mark(folder: Path) -> list[_Line]:
 
 def mark_file(path: Path, content: Path, made_by: str) -> None:
     """Say beside ``path`` that a command makes it of the file ``content``, before that is moved."""
-    if any(line.digest == _GROWS and line.by == made_by for line in _lines(path)):
+    if any(line.digest == _GROWS and line.by == made_by for line in _lines_of(path)):
         return
-    digest = _digest(content)
-    _append(path.parent, _Line(path.name, made_by, content.stat().st_size, digest))
+    _append(path.parent, _Line(path.name, made_by, content.stat().st_size, _digest(content)))
 
 
 def mark_growing(path: Path, made_by: str) -> None:
-    """Say beside ``path``, a log or a table that is not there yet, that a command adds to it.
-
-    Raises:
-        UserError: the mark cannot be written.
-    """
+    """Say beside ``path``, a log or a table that is not there yet, that a command adds to it."""
     try:
         _append(path.parent, _Line(path.name, made_by, 0, _GROWS))
     except OSError as error:
@@ -204,17 +181,12 @@ def mark_growing(path: Path, made_by: str) -> None:
 
 def mark_folder(folder: Path, made_by: str) -> None:
     """List all files of a folder in it, before it is moved to its place."""
-    lines = [
-        _Line(
-            path.relative_to(folder).as_posix(),
-            made_by,
-            path.stat().st_size,
-            _digest(path),
-        )
+    lines = sorted(
+        _Line(path.relative_to(folder).as_posix(), made_by, path.stat().st_size, _digest(path))
         for path, _ in _files_below(folder)
-    ]
+    )
     with open(folder / MARK, "w", encoding="utf-8", newline="\n") as out:
-        out.writelines(line.to_json() for line in sorted(lines, key=lambda line: line.name))
+        out.writelines(line.to_json() for line in lines)
         out.flush()
         os.fsync(out.fileno())
 
@@ -266,15 +238,75 @@ def check_outputs(
 
 
 def refuse_foreign(path: Path, made_by: str, *, contents: bool = True) -> None:
-    """Refuse to replace what a command did not make, or what was changed since.
-
-    Raises:
-        ConfigError: with what is there.
-    """
+    """Refuse to replace what a command did not make, or what was changed since."""
     if (problem := problem_of(path, made_by, contents=contents)) is not None:
         raise ConfigError(
             problem, where=str(path), hint="Move or delete it, or choose another output"
         )
+
+
+def check_overlaps(outputs: Iterable[Path], inputs: Iterable[Path | str | None]) -> None:
+    """Refuse an output that is an input, holds one or lies inside one, by whatever names.
+
+    Args:
+        outputs: files and folders; they need not be there.
+        inputs: files and folders that are read. Names that are no path here (of the hub, of an
+            endpoint, ``-``) and None are passed over.
+
+    Raises:
+        ConfigError: names both.
+    """
+    read = [path for given in inputs if given is not None and (path := Path(given)).exists()]
+    for output in outputs:
+        for path in read:
+            if (problem := _overlap(output, path)) is not None:
+                shown = output.parent if output.name == MARK else output
+                raise ConfigError(problem, where=str(shown), hint="Choose another output")
+
+
+def _overlap(output: Path, source: Path) -> str | None:
+    """What is wrong between an output and something that is read; None where nothing is."""
+    own, other = _identity(output), _identity(source)
+    if own is not None and own == other:
+        return f"output and input are the same {'folder' if source.is_dir() else 'file'}"
+    if other is not None and other in _above(output):
+        return f"the output lies inside an input, {source}"
+    if own is None:
+        return None
+    if own in _above(source):
+        return f"the output would replace a folder that holds an input, {source}"
+    for path in _linked(source):
+        if _identity(path) == own or own in _above(path):
+            return f"the output is read as well: {path} leads to it"
+    return None
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """The same for all names of a file or folder; None where nothing is there."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _above(path: Path) -> set[tuple[int, int]]:
+    """The folders that a path lies in, by the path as given and as it is with links followed."""
+    written = Path(os.path.normpath(path.absolute()))
+    parents = {*written.parents, *Path(os.path.realpath(path)).parents}
+    return {identity for place in parents if (identity := _identity(place)) is not None}
+
+
+def _linked(folder: Path) -> Iterator[Path]:
+    """Files of a folder that other names may lead to: links, and files with several names."""
+    for place, folders, names in os.walk(folder):
+        for name in (*folders, *names):
+            path = Path(place) / name
+            with suppress(OSError):
+                found = path.lstat()
+                shared = stat.S_ISREG(found.st_mode) and found.st_nlink > 1
+                if stat.S_ISLNK(found.st_mode) or shared:
+                    yield path
 
 
 # --- Deleting -------------------------------------------------------------------------------------
@@ -297,12 +329,7 @@ def remove(path: Path) -> None:
 
 
 def remove_named(folder: Path, names: re.Pattern[str]) -> None:
-    """Delete the files of a working folder by their names; whatever else is in it stays.
-
-    Args:
-        folder: ours by its place.
-        names: of the files, as paths below the folder.
-    """
+    """Delete the files of a working folder by their paths in it; whatever else is in it stays."""
     _remove_leftovers(folder)
     others = set(unnamed(folder, names))
     for path, _ in list(_files_below(folder)):
@@ -313,22 +340,25 @@ def remove_named(folder: Path, names: re.Pattern[str]) -> None:
 
 def unnamed(folder: Path, names: re.Pattern[str]) -> list[Path]:
     """What else lies in a working folder than the files that ``names`` describes."""
-    found = [path for path, _ in _files_below(folder)]
     return [
         path
-        for path in found
+        for path, _ in _files_below(folder)
         if path.is_symlink() or not names.fullmatch(path.relative_to(folder).as_posix())
     ]
 
 
 def _remove_leftovers(folder: Path) -> None:
     for path in list(folder.rglob(".*")):
-        if LEFTOVER.fullmatch(path.name) is None:
-            continue
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+        if LEFTOVER.fullmatch(path.name):
+            remove_any(path)
+
+
+def remove_any(path: Path) -> None:
+    """Delete a file or a folder, whatever it holds."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _remove_empty(folder: Path) -> None:

@@ -19,15 +19,20 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import platform
 import re
+import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from nvembed.core.config import read_yaml
-from nvembed.core.environment import describe_environment
 from nvembed.core.errors import ConfigError, DataError, UserError
 from nvembed.core.files import tidy, write_json, write_text
 from nvembed.core.ownership import (
@@ -52,7 +57,11 @@ _NOTHING = re.compile(r"(?!)")
 # A line of the log: its time, then what was printed.
 _LOG_LINE = re.compile(rb"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d .*")
 
-
+# The libraries whose version can change a result.
+RECORDED_PACKAGES = (
+    *("nvembed", "torch", "transformers", "sentence-transformers", "tokenizers", "peft"),
+    *("accelerate", "numpy", "mteb"),
+)
 _A_ROW = 'a row of metrics, as in {"step": 1, "loss": 0.5}'
 _RESTORE = "Put the file of the run back, choose another output folder, or start over with --fresh"
 
@@ -130,11 +139,7 @@ class RunFolder:
         return bool(self.read_metrics()) or any(True for paths in made for _ in paths)
 
     def written(self, stages: Sequence[str] = ()) -> list[Path]:
-        """All files and folders that a run writes, but for its checkpoints.
-
-        Args:
-            stages: names of its stages.
-        """
+        """All files and folders that a run with these stages writes, but for its checkpoints."""
         models = [self.path / f"model-{stage}" for stage in stages]
         return [*self._files, self.mined, *models, self.model, self.adapter]
 
@@ -144,15 +149,7 @@ class RunFolder:
         return (*named, self.config)  # which goes last, see ``_clear``
 
     def refuse_foreign(self, stages: Sequence[str] = ()) -> None:
-        """Refuse to start a run, or to start over, where something of the user's would be lost.
-
-        Args:
-            stages: names of the stages of the new run.
-
-        Raises:
-            ConfigError: a file or folder that a run writes is there, and no run made it, or it was
-                changed since.
-        """
+        """Refuse to start a run with these stages where something of the user's would be lost."""
         for path in self.written(stages):
             refuse_foreign(path, TRAIN)
         # Without a run beside them they are not of one.
@@ -185,12 +182,8 @@ class RunFolder:
             config_yaml: the resolved configuration.
             stages: names of its stages.
             replace: delete the earlier run of this folder (only the names listed above, and only
-                what nvembed made).
+                what nvembed made); else a run that is there is a ConfigError.
             computing: how its numbers are computed, for ``env.json``.
-
-        Raises:
-            ConfigError: the folder holds a run already and ``replace`` is off, or see
-                ``refuse_foreign``.
         """
         if self.exists and not replace and problem_of(self.config, TRAIN) is None:
             raise ConfigError(
@@ -262,11 +255,7 @@ class RunFolder:
             ) from error
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """Read all rows; a last line that a killed process left half written is dropped.
-
-        Raises:
-            DataError: the file is not what training writes; names the line.
-        """
+        """Read all rows; a last line that a killed process left half written is dropped."""
         if not self.metrics.is_file():
             return []
         # Whole lines end with a line break, so what follows the last one is a torn line or nothing.
@@ -283,19 +272,11 @@ class RunFolder:
         ]
 
     def read_recipe(self) -> dict[str, Any]:
-        """Read ``config.yaml`` as plain data.
-
-        Raises:
-            ConfigError: it cannot be read.
-        """
+        """Read ``config.yaml`` as plain data."""
         return read_yaml(self.config)
 
     def read_env(self) -> dict[str, Any]:
-        """Read ``env.json``: ``describe_environment`` of when the run was started.
-
-        Raises:
-            DataError: it is not there, or does not say when that was.
-        """
+        """Read ``env.json``: ``describe_environment`` of when the run was started."""
         values = read_json_object(self.env, "the environment of a run", hint=_RESTORE)
         if not isinstance(values.get("started"), str):
             raise DataError(
@@ -314,10 +295,7 @@ class RunFolder:
 
 
 def _metrics_row(line: bytes, where: str) -> dict[str, Any]:
-    try:
-        row = parse_json(line, where)
-    except DataError as error:
-        raise DataError(error.message, where=where, expected=_A_ROW, hint=_RESTORE) from error
+    row = parse_json(line, where, expected=_A_ROW, hint=_RESTORE)
     step = row.get("step") if isinstance(row, dict) else None
     if not isinstance(row, dict) or not isinstance(step, int) or step < 0:
         found = "a row without a step" if isinstance(row, dict) else type(row).__name__
@@ -335,3 +313,64 @@ def _is_row(line: bytes) -> bool:
 
 def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# --- What a result was made with ------------------------------------------------------------------
+
+
+def describe_environment() -> dict[str, Any]:
+    """Say what a result was made with: versions, machine, accelerator, git state, command."""
+    return {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cpus": os.cpu_count(),
+        "accelerators": _accelerators(),
+        "packages": {name: _version(name) for name in RECORDED_PACKAGES},
+        "git": _git_state(Path(__file__).parent),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _accelerators() -> list[str]:
+    # Asked only of a torch that is loaded already: importing it here would cost seconds.
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
+        return []
+    return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+
+
+def _git_state(folder: Path) -> dict[str, Any] | None:
+    """Commit and whether files differ from it; None outside a git checkout."""
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(
+            ["git", "-C", str(folder), *arguments],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+        return done.stdout.strip()
+
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain"))}
+    except (OSError, subprocess.SubprocessError):
+        return None

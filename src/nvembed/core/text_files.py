@@ -17,7 +17,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from nvembed.core.errors import ConfigError, DataError
+from nvembed.core.errors import ConfigError, DataError, UserError
 
 STDIN = "-"  # as users write it
 STDIN_NAME = "standard input"  # as errors and places call it
@@ -44,15 +44,9 @@ def is_gzip(name: str | Path) -> bool:
 
 
 def check_ending(output: str | Path, endings: Sequence[str], *, packed: bool = False) -> None:
-    """Refuse a name for an output that says another format than it will have.
+    """Refuse a name for an output that does not end in one of ``endings`` (of lower case).
 
-    Args:
-        output: the file that is to be written.
-        endings: that say its format, in lower case.
-        packed: whether ``.gz`` may follow.
-
-    Raises:
-        ConfigError: it ends otherwise.
+    With ``packed``, ``.gz`` may follow.
     """
     if ending_of(output) in endings and (packed or not is_gzip(output)):
         return
@@ -66,11 +60,7 @@ def check_ending(output: str | Path, endings: Sequence[str], *, packed: bool = F
 
 
 def check_folder_name(output: str | Path) -> None:
-    """Refuse the name of a file for a folder that is to be made.
-
-    Raises:
-        ConfigError: it ends like a file of data or of a model.
-    """
+    """Refuse the name of a file, of data or of a model, for a folder that is to be made."""
     if not Path(output).is_dir() and (ending_of(output) in _FILES or is_gzip(output)):
         raise ConfigError(
             f"{Path(output).name!r} is the name of a file", where=str(output), expected="a folder"
@@ -110,11 +100,7 @@ def open_bytes(opener: Callable[[], IO[bytes]], name: str) -> Iterator[io.Buffer
 
 
 def open_text_file(path: str | Path) -> AbstractContextManager[io.BufferedReader]:
-    """Open a file of UTF-8 text: ``open_bytes`` of a path, or of standard input for ``-``.
-
-    Raises:
-        DataError: see ``open_bytes``; or there is no such file.
-    """
+    """Open a file of UTF-8 text: ``open_bytes`` of a path, or of standard input for ``-``."""
     if str(path) == STDIN:
         return open_bytes(stdin_bytes, STDIN_NAME)
     if not Path(path).is_file():
@@ -210,73 +196,56 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
             place = f"{name}:{number}"
             if line is None:
                 raise DataError(too_long(), where=place)
-            if line.strip():
-                yield number, _parse_line(line, place)
+            if not line.strip():
+                continue
+            value = parse_json(line, place)
+            if not isinstance(value, dict):
+                message = f"a line holds {type(value).__name__}"
+                raise DataError(message, where=place, expected="one JSON object per line")
+            yield number, value
 
 
-def parse_json(line: bytes, where: str) -> Any:
-    """Read one JSON value.
+def parse_json(
+    data: bytes,
+    where: str,
+    *,
+    error: type[UserError] = DataError,
+    expected: str | None = "one JSON object per line",
+    hint: str | None = None,
+    is_file: bool = False,
+) -> Any:
+    """Read one JSON value of UTF-8 bytes: the one place where broken JSON becomes an error.
 
     Args:
-        line: its UTF-8 bytes.
-        where: place of the line, for the error.
-
-    Raises:
-        DataError: it is not UTF-8 or not JSON.
+        data: a line, or the contents of a file.
+        where: place of the line, or path of the file.
+        error: what is raised.
+        expected: what it should have been.
+        hint: what to do about it.
+        is_file: the error names the line as well.
     """
+    cause: Exception
     try:
-        return json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise DataError("not UTF-8 text", where=where, expected="UTF-8 JSONL") from error
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"not valid JSON ({error.msg} at column {error.colno})",
-            where=where,
-            expected="one JSON object per line",
-        ) from error
-    except (ValueError, RecursionError) as error:  # integers of thousands of digits, deep nesting
-        raise DataError(
-            "numbers too long or nesting too deep", where=where, expected="one JSON object per line"
-        ) from error
+        return json.loads(data.decode("utf-8"))
+    except UnicodeDecodeError as broken:
+        message, cause = "not UTF-8 text", broken
+    except json.JSONDecodeError as broken:
+        message, cause = f"not valid JSON ({broken.msg} at column {broken.colno})", broken
+        where = f"{where}:{broken.lineno}" if is_file else where
+    except (ValueError, RecursionError) as broken:  # integers of thousands of digits, deep nesting
+        message, cause = "numbers too long or nesting too deep", broken
+    raise error(message, where=where, expected=expected, hint=hint) from cause
 
 
 def read_json_object(path: Path, expected: str, *, hint: str | None = None) -> dict[str, Any]:
-    """Read a JSON file that holds an object.
-
-    Args:
-        path: the file.
-        expected: what it should hold, for the error.
-        hint: what to do where it does not.
-
-    Raises:
-        DataError: there is no such file or it holds something else.
-    """
+    """Read a JSON file that holds an object; ``expected`` and ``hint`` are for the DataError."""
     try:
         with open_bytes(lambda: open(path, "rb"), str(path)) as file:
-            values = json.loads(file.read().decode("utf-8"))
+            content = file.read()
     except DataError as error:
         raise DataError(error.message, where=str(path), expected=expected, hint=hint) from error
-    except UnicodeDecodeError as error:
-        raise DataError("not UTF-8 text", where=str(path), expected=expected, hint=hint) from error
-    except json.JSONDecodeError as error:
-        where = f"{path}:{error.lineno}"
-        message = f"not valid JSON ({error.msg})"
-        raise DataError(message, where=where, expected=expected, hint=hint) from error
-    except (ValueError, RecursionError) as error:  # integers of thousands of digits, deep nesting
-        message = "numbers too long or nesting too deep"
-        raise DataError(message, where=str(path), expected=expected, hint=hint) from error
+    values = parse_json(content, str(path), expected=expected, hint=hint, is_file=True)
     if not isinstance(values, dict):
         message = f"the file holds {type(values).__name__}"
         raise DataError(message, where=str(path), expected=expected, hint=hint)
     return values
-
-
-def _parse_line(line: bytes, where: str) -> dict[str, Any]:
-    value = parse_json(line, where)
-    if not isinstance(value, dict):
-        raise DataError(
-            f"a line holds {type(value).__name__}",
-            where=where,
-            expected="one JSON object per line",
-        )
-    return value

@@ -2,7 +2,7 @@
 
 Examples enter, texts without repetition and three index arrays leave. The model embeds every text
 once, the loss sees embeddings and indices and never a text. Which document may stand against which
-query is decided here and only here. Next files: ``text/template.py``, then
+query is decided here and only here. Next files: ``text/instructions.py``, then
 ``training/contrastive_loss.py``.
 
 Shapes: B rows of the loss (a query and one of its positives), N unique documents, U unique texts,
@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nvembed.data.examples import Example
-from nvembed.text.template import PromptedText, query_prompt
+from nvembed.text.instructions import PromptedText, query_prompt
 
 KeyT = TypeVar("KeyT")
 

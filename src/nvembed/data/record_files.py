@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from nvembed.core.errors import DataError
-from nvembed.core.problems import ProblemCounts
+from nvembed.core.reporting import ProblemCounts
 from nvembed.core.text_files import ending_of, read_jsonl
 
 MAX_PROBLEMS_SHOWN = 5

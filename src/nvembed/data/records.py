@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Literal, overload
 
 from nvembed.core.errors import ConfigError, DataError
-from nvembed.core.problems import ProblemCounts
+from nvembed.core.reporting import ProblemCounts
 from nvembed.data.record_files import read_rows, refuse_rows
 from nvembed.text.instructions import read_task
 

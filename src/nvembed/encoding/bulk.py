@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from nvembed.core.background import ahead
 from nvembed.core.errors import ConfigError, ModelError
-from nvembed.core.progress import Rates, progress
+from nvembed.core.reporting import Rates, progress
 from nvembed.encoding.protocol import Encoder, unit_rows
 from nvembed.model.settings import LongTexts
 from nvembed.model.work import Work

@@ -26,7 +26,7 @@ from nvembed.core.dtypes import Precision, PrecisionChoice
 from nvembed.core.errors import ConfigError, DataError
 from nvembed.core.files import atomic_path, tidy, write_json
 from nvembed.core.ownership import NEW, check_outputs, remove, remove_named
-from nvembed.core.progress import progress
+from nvembed.core.reporting import progress
 from nvembed.core.text_files import STDIN, STDIN_NAME, ending_of, stdin_bytes
 from nvembed.data.sources.config import Column
 from nvembed.encoding.bulk import Side, Way

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from nvembed.core.digests import file_digest
-from nvembed.core.version import __version__
+from nvembed.core import __version__
+from nvembed.core.cache import file_digest
 
 
 def model_fingerprint(model: str, *settings: object) -> str:
@@ -58,7 +58,7 @@ def contents_fingerprint(model: str) -> str:
     """Name a model by the contents of its files, wherever they lie; a hub id by its commit.
 
     Unlike ``model_fingerprint`` it stays the same when the folder is copied or touched. Large files
-    are read once, see ``core/digests.py``.
+    are read once, see ``core/cache.py``.
 
     Args:
         model: folder or hub id.

@@ -15,14 +15,12 @@ from numpy.typing import NDArray
 from nvembed.core.arguments import checked
 from nvembed.core.dtypes import Precision, PrecisionChoice
 from nvembed.core.errors import ModelError
-from nvembed.core.notes import release_notes
+from nvembed.core.reporting import release_notes
 from nvembed.encoding.protocol import Encoder, unit_rows
 from nvembed.text.instructions import resolve_prompt
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
-
-_LISTINGS = ("modules.json", "config.json")
 
 
 @checked
@@ -47,14 +45,15 @@ def load_encoder(name: str, dtype: PrecisionChoice | None = None) -> Encoder:
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.base.modules import Transformer
 
-    from nvembed.interop.kind import ONNX_FILE
     from nvembed.interop.loading import check_vocabulary, loading, prove_encoding
+    from nvembed.interop.model_folder import holds_graph, is_foreign
+    from nvembed.interop.source import ModelSource
     from nvembed.interop.weights import check_finite
     from nvembed.model.embedder import NVEmbed
 
-    if (Path(name) / ONNX_FILE).is_file():
+    if holds_graph(name):
         return _load_onnx(Path(name), settled)
-    if not _is_foreign(name):
+    if not is_foreign(ModelSource(name)):
         encoder = cast(Encoder, NVEmbed.from_pretrained(name, dtype=settled))
         release_notes()
         return encoder
@@ -95,20 +94,12 @@ def settle_dtype(
     Raises:
         ModelError: there is no such model folder; told before anything is measured.
     """
-    from nvembed.interop.source import ModelSource
+    from nvembed.interop.model_folder import check_model_name, holds_graph
 
-    ModelSource(name).check()
-    path = Path(name)
-    if path.is_file() or (not path.is_dir() and _is_path(name)):
-        raise ModelError("no such model folder", where=name, expected="a folder or a hub id")
-    graph = (path / "nvembed_onnx.json").is_file()
-    if path.is_dir() and not graph and not any((path / f).is_file() for f in _LISTINGS):
-        raise ModelError(
-            "no model in this folder", where=name, expected="modules.json or config.json in it"
-        )
+    check_model_name(name)
     if dtype != "auto":
         return dtype
-    if graph:
+    if holds_graph(name):
         return "float32"
     from nvembed.kernels.precision import settle_precision
 
@@ -174,20 +165,3 @@ class SentenceTransformerEncoder:
         )
         # A model in 16 bit normalises in 16 bit, to lengths that are off by up to 0.4 %.
         return unit_rows(np.asarray(vectors, dtype=np.float32))
-
-
-def _is_path(name: str) -> bool:
-    # A hub id is "name" or "owner/name".
-    return name.startswith((".", "/", "~")) or name.count("/") > 1
-
-
-def _is_foreign(name: str) -> bool:
-    """Tell a sentence-transformers model that has none of our modules."""
-    from nvembed.interop.folder import read_modules
-    from nvembed.interop.kind import model_kind
-    from nvembed.interop.source import ModelSource
-
-    source = ModelSource(name)
-    if model_kind(source) != "saved":
-        return False
-    return not any(entry.type.startswith("nvembed.") for entry in read_modules(source))

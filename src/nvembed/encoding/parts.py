@@ -26,11 +26,11 @@ from numpy.typing import NDArray
 from nvembed.core.background import ahead, behind
 from nvembed.core.errors import DataError
 from nvembed.core.files import atomic_path
-from nvembed.core.progress import ProgressBar, Rates
+from nvembed.core.reporting import ProgressBar, Rates
 from nvembed.encoding.bulk import WINDOW_TEXTS, Way, check_vectors, prepare_window
 from nvembed.encoding.protocol import Encoder
 from nvembed.model.work import Work
-from nvembed.text.batches import batches
+from nvembed.text.tokens import batches
 
 # What lies in a folder of parts.
 BEGUN = "begun.json"  # what the output was begun with

@@ -17,7 +17,7 @@ from typing import Any
 from nvembed.core.background import end_with_parent
 from nvembed.core.dtypes import Precision
 from nvembed.core.errors import UserError
-from nvembed.core.notes import release_notes
+from nvembed.core.reporting import release_notes
 from nvembed.encoding.bulk import Way, prepare_window
 from nvembed.encoding.load import load_encoder
 from nvembed.encoding.parts import Part, Tally, Window, part_of, save_part

@@ -17,7 +17,7 @@ import numpy as np
 from nvembed.core import errors
 from nvembed.core.dtypes import Precision, PrecisionChoice
 from nvembed.core.errors import UserError
-from nvembed.core.notes import hold_note, release_notes
+from nvembed.core.reporting import hold_note, release_notes
 from nvembed.encoding.parts import Part, Tally, Window, save_part
 from nvembed.encoding.processes import Worker
 

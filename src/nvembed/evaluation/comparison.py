@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nvembed.core.errors import DataError
-from nvembed.core.progress import progress
+from nvembed.core.reporting import progress
 from nvembed.core.text_files import read_json_object
 from nvembed.evaluation.items import items_folder, read_items
 from nvembed.evaluation.results import TaskResult, read_results

@@ -28,11 +28,11 @@ from mteb.models.abs_encoder import AbsEncoder
 from mteb.types import Licenses, PromptType
 from numpy.typing import NDArray
 
+from nvembed.core.config import parse_yaml
 from nvembed.core.errors import ConfigError, DataError, UserError
 from nvembed.core.files import write_text
 from nvembed.core.runs import RunFolder
 from nvembed.core.seeding import capture_rng, restore_rng
-from nvembed.core.strict_yaml import parse_yaml
 from nvembed.encoding.bulk import encode_texts
 from nvembed.encoding.protocol import Encoder
 from nvembed.evaluation.mteb_adapter import quiet

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from nvembed.core.dtypes import Precision
-from nvembed.core.environment import describe_environment
 from nvembed.core.errors import ConfigError, UserError
 from nvembed.core.files import write_json
 from nvembed.core.ownership import check_outputs, remove
+from nvembed.core.runs import describe_environment
 from nvembed.core.text_files import check_ending, read_json_object
 from nvembed.encoding.fingerprint import computed_fingerprint, model_fingerprint
 from nvembed.encoding.protocol import Encoder

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nvembed.core.dtypes import Precision
-from nvembed.core.notes import release_notes
+from nvembed.core.reporting import release_notes
 from nvembed.encoding.bulk import Side
 from nvembed.encoding.load import load_encoder
 from nvembed.encoding.processes import death_told, process_pool

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from nvembed.core.errors import DataError
-from nvembed.core.problems import ProblemCounts
+from nvembed.core.reporting import ProblemCounts
 from nvembed.data.sources.beir import find_rows
 from nvembed.data.sources.files import open_file
 from nvembed.data.sources.rows import BadRow, Table

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from nvembed.core.dtypes import PrecisionChoice
 from nvembed.core.errors import ConfigError, DataError
 from nvembed.core.ownership import check_outputs
-from nvembed.core.progress import progress
+from nvembed.core.reporting import progress
 from nvembed.core.text_files import check_folder_name, open_text_file
 from nvembed.data.sources.config import Column
 from nvembed.data.sources.rows import BadRow, Table

@@ -27,8 +27,7 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from nvembed.core.errors import ConfigError, DataError
-from nvembed.core.overlaps import MARK
-from nvembed.core.ownership import mark_growing, refuse_foreign
+from nvembed.core.ownership import MARK, mark_growing, refuse_foreign
 from nvembed.index.fields import (
     JSON,
     column_name,

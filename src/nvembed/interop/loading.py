@@ -31,14 +31,17 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from nvembed.core.errors import ConfigError, ModelError, UserError
-from nvembed.interop.folder import check_files
-from nvembed.interop.source import COPY_AGAIN
+from nvembed.interop.model_folder import read_modules
+from nvembed.interop.source import COPY_AGAIN, ModelSource, check_present
 from nvembed.interop.weights import (
+    INDEX,
     LM_HEAD,
     Misfit,
     check_finite,
     check_finite_tensor,
+    read_header,
     shared_prefixes,
+    stored_tensors,
 )
 
 _HEADS = (
@@ -50,6 +53,21 @@ _HEADS = (
 # BERT's. Nobody here reads what it gives, and masked language models are saved without it.
 _POOLER = "pooler"
 
+# Settings that transformers and sentence-transformers read where they are there; all are objects.
+_SETTINGS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "sentence_bert_config.json",
+    "config_sentence_transformers.json",
+    "nvembed_config.json",
+    "adapter_config.json",
+)
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt")
+_WEIGHTS = ("model.safetensors", "adapter_model.safetensors", "pytorch_model.bin")
+
 # transformers itself is not made for loading in several threads, and here its class is patched.
 _one_at_a_time = threading.RLock()
 
@@ -58,12 +76,8 @@ _one_at_a_time = threading.RLock()
 def loading(name: str, *, expected: str = "the folder or the hub id of a model") -> Iterator[None]:
     """Load models of transformers or sentence-transformers in a block.
 
-    Args:
-        name: folder or hub id, for errors; the files of a folder are looked at first.
-        expected: what ``name`` should have been, for errors.
-
-    Raises:
-        ModelError: a file is damaged, weights do not fit, or a library cannot load the model.
+    The files of a folder are looked at first. A ModelError where one is damaged, weights do not
+    fit, or a library cannot load the model; ``expected`` says what ``name`` should have been.
     """
     if Path(name).is_dir():
         check_files(Path(name))
@@ -93,11 +107,7 @@ def loading(name: str, *, expected: str = "the folder or the hub id of a model")
 
 
 def usable_device(device: str | torch.device | None) -> str | None:
-    """The name of a device that this machine has; ``None`` stays.
-
-    Raises:
-        ConfigError: it has no such device.
-    """
+    """The name of a device that this machine has; ``None`` stays."""
     if device is None:
         return None
     try:
@@ -117,11 +127,7 @@ def reason(error: BaseException) -> str:
 
 
 def prove_encoding(model: SentenceTransformer, *, name: str) -> None:
-    """Encode a text, so that what a model cannot do is told when it is loaded.
-
-    Raises:
-        ModelError: it cannot encode, or gives values that are no numbers.
-    """
+    """Encode a text, so that what a model cannot do is told when it is loaded."""
     if model.device.type == "meta":
         return
     with loading(name, expected="a model that encodes texts"):
@@ -135,9 +141,6 @@ def check_vocabulary(model: Any, tokenizer: Any, *, where: str) -> None:
     """Make sure that every token of a tokenizer has an embedding.
 
     Tokens that were added and that no text is turned into, such as a padding token, may have none.
-
-    Raises:
-        ModelError: one has not: the tokenizer is another model's.
     """
     try:
         table = model.get_input_embeddings()
@@ -153,6 +156,48 @@ def check_vocabulary(model: Any, tokenizer: Any, *, where: str) -> None:
             f"the tokenizer gives token ids up to {last} and the model has {rows} embeddings",
             where=where,
             expected="the tokenizer that the model was trained with",
+            hint=COPY_AGAIN,
+        )
+
+
+def check_files(folder: Path) -> None:
+    """Look at every file of a model folder that will be read: libraries fail far from a damage."""
+    for place in _module_folders(folder):
+        source = ModelSource(str(place))
+        for name in _SETTINGS:
+            source.read_json(name)
+        for name in (*_TOKENIZERS, *_WEIGHTS):
+            path = place / name
+            if path.is_file():
+                check_present(path)
+                if path.suffix == ".safetensors":
+                    read_header(path)
+        if (place / INDEX).is_file():
+            stored_tensors(source)
+        _check_depth(source)
+
+
+def _module_folders(folder: Path) -> Iterator[Path]:
+    yield folder
+    if (folder / "modules.json").is_file():
+        for entry in read_modules(ModelSource(str(folder))):
+            place = folder / entry.path
+            # A module without settings, such as a normalisation, may have no folder.
+            if place != folder and place.is_dir():
+                yield place
+
+
+def _check_depth(source: ModelSource) -> None:
+    """Refuse more layers than there are tensors, which a library would build for hours."""
+    config = source.read_json("config.json") or {}
+    inner = config.get("text_config")
+    layers = (inner if isinstance(inner, dict) else config).get("num_hidden_layers")
+    weights = [name for name in (INDEX, _WEIGHTS[0]) if source.find(name) is not None]
+    if isinstance(layers, int) and weights and layers > (count := len(stored_tensors(source))):
+        raise ModelError(
+            f"num_hidden_layers is {layers}",
+            where=f"{source.name}/config.json",
+            expected=f"those of the weights, which are {count} tensors",
             hint=COPY_AGAIN,
         )
 
@@ -228,23 +273,17 @@ def _watched(name: str, reports: list[_Report]) -> Iterator[None]:
         cls._load_pretrained_model = kept
 
 
-@contextmanager
-def _opened(files: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """The tensors of safetensors files by name, not read yet."""
-    with ExitStack() as stack:
-        handles = [stack.enter_context(safe_open(file, framework="pt")) for file in files]
-        yield {
-            name: handle.get_slice(name)
-            for handle in handles
-            for name in handle.keys()  # noqa: SIM118  # not a mapping
-        }
-
-
 def _stripped(files: Sequence[str] | None) -> Iterator[dict[str, Any]]:
     """The tensors of a checkpoint under shorter and shorter names."""
     if not files or not all(str(file).endswith(".safetensors") for file in files):
         return
-    with _opened(files) as tensors:
+    with ExitStack() as stack:
+        handles = [stack.enter_context(safe_open(file, framework="pt")) for file in files]
+        tensors = {
+            name: handle.get_slice(name)
+            for handle in handles
+            for name in handle.keys()  # noqa: SIM118  # not a mapping
+        }
         for prefix in shared_prefixes(tensors):
             yield {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 

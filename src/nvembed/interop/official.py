@@ -8,7 +8,7 @@ attention layer under ``latent_attention_model.``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +16,7 @@ import torch
 from transformers import MistralConfig
 
 from nvembed.core.errors import ModelError
-
-MODEL_TYPE = "nvembed"
+from nvembed.interop.model_folder import OFFICIAL_TYPE
 
 # Official name, ours in ``NVEmbed`` (module 0 is the backbone, 1 the pooling). A name that ends in
 # a dot stands for all that begin so; below embedding_model. both sides use transformers' names.
@@ -37,20 +36,10 @@ NAMES = (
 # What the model needs of text_config. Not among them: sliding_window, which the released code never
 # applies, and use_cache.
 _TEXT_KEYS = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "hidden_act",
-    "max_position_embeddings",
-    "initializer_range",
-    "rms_norm_eps",
-    "rope_theta",
-    "attention_dropout",
-    "bos_token_id",
-    "eos_token_id",
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
+    *("num_attention_heads", "num_key_value_heads", "hidden_act", "max_position_embeddings"),
+    *("initializer_range", "rms_norm_eps", "rope_theta", "attention_dropout"),
+    *("bos_token_id", "eos_token_id"),
 )
 _MISTRAL_TYPES = ("bidir_mistral", "mistral")
 
@@ -76,7 +65,7 @@ class LatentShape:
 
 def own_name(official: str) -> str | None:
     """Our name of an official tensor; ``None`` for one that is not part of the layout."""
-    return _translated(official, ((theirs, ours) for theirs, ours in NAMES))
+    return _translated(official, NAMES)
 
 
 def official_name(own: str) -> str | None:
@@ -84,27 +73,17 @@ def official_name(own: str) -> str | None:
     return _translated(own, ((ours, theirs) for theirs, ours in NAMES))
 
 
-def _translated(name: str, table: Any) -> str | None:
+def _translated(name: str, table: Iterable[tuple[str, str]]) -> str | None:
     for old, new in table:
         if name == old or (old.endswith(".") and name.startswith(old)):
-            return str(new + name[len(old) :])
+            return new + name[len(old) :]
     return None
-
-
-def is_official(config: Mapping[str, Any] | None) -> bool:
-    """Whether a ``config.json`` is that of the official layout."""
-    return config is not None and config.get("model_type") == MODEL_TYPE
 
 
 def read_config(config: Mapping[str, Any], *, where: str) -> tuple[MistralConfig, LatentShape]:
     """Backbone configuration and sizes of the latent layer from an official ``config.json``.
 
-    Args:
-        config: content of the file.
-        where: its path, for errors.
-
-    Raises:
-        ModelError: a part is missing, or it asks for something that the released models do not do.
+    A ModelError where a part is missing, or it asks for what the released models do not do.
     """
     text = _part(config, "text_config", where)
     latent = _part(config, "latent_attention_config", where)
@@ -160,11 +139,7 @@ def write_config(
 ) -> dict[str, Any]:
     """An official ``config.json`` for a backbone and a latent layer.
 
-    Args:
-        decoder: configuration of the backbone.
-        latent: sizes of the latent layer.
-        dtype: of the weights in the folder.
-        tokenizer_path: where the official code loads the tokenizer from, folder or hub id.
+    ``tokenizer_path`` is where the official code loads the tokenizer from, a folder or a hub id.
     """
     dtype_name = str(dtype).removeprefix("torch.")
     values = decoder.to_dict()
@@ -187,7 +162,7 @@ def write_config(
             "latent_dim": decoder.hidden_size,
             "cross_dim_head": latent.head_width,
         },
-        "model_type": MODEL_TYPE,
+        "model_type": OFFICIAL_TYPE,
         "text_config": {
             "_name_or_path": tokenizer_path,
             "architectures": ["MistralModel"],

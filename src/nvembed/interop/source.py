@@ -5,7 +5,6 @@ Everything that can go wrong on the way to a file is a :class:`ModelError` of on
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from huggingface_hub.errors import (
 
 from nvembed.core.arguments import kind_of
 from nvembed.core.errors import ModelError
+from nvembed.core.text_files import parse_json
 
 
 class _UnreachableError(ModelError):
@@ -33,40 +33,25 @@ class _UnreachableError(ModelError):
 # a minute of retries again.
 _gave_no_answer: set[str] = set()
 
-
 COPY_AGAIN = "Copy or download the folder again, completely"
 _LFS = b"version https://git-lfs"
 
 
 def read_json_file(path: Path) -> Any:
-    """Content of a JSON file of a model.
-
-    Raises:
-        ModelError: it is empty, stands for a file of Git LFS, or is not JSON in UTF-8.
-    """
+    """Content of a JSON file of a model."""
     check_present(path)
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ModelError(
-            f"not valid JSON ({error.msg} at column {error.colno})",
-            where=f"{path}:{error.lineno}",
-            hint=COPY_AGAIN,
-        ) from error
-    except UnicodeDecodeError as error:
-        raise ModelError("not UTF-8 text", where=str(path), hint=COPY_AGAIN) from error
-    except (OSError, ValueError, RecursionError) as error:  # unreadable, or absurdly deep or long
-        raise ModelError(
-            f"cannot be read as JSON ({error})", where=str(path), hint=COPY_AGAIN
-        ) from error
+    return parse_json(
+        path.read_bytes(),
+        str(path),
+        error=ModelError,
+        expected=None,
+        hint=COPY_AGAIN,
+        is_file=True,
+    )
 
 
 def check_present(path: Path) -> None:
-    """Refuse a file that cannot be read, is empty, or only points at the file itself.
-
-    Raises:
-        ModelError: as said.
-    """
+    """Refuse a file that cannot be read, is empty, or only points at the file itself."""
     try:
         with open(path, "rb") as file:
             start = file.read(len(_LFS))
@@ -117,11 +102,7 @@ class ModelSource:
         }
 
     def check(self) -> None:
-        """Refuse a name that is a file or a path to nothing.
-
-        Raises:
-            ModelError: as said.
-        """
+        """Refuse a name that is a file or a path to nothing."""
         try:
             is_file, is_folder = Path(self.name).is_file(), self.is_folder
         except OSError as error:  # a name that is too long, or a folder that may not be read
@@ -149,11 +130,7 @@ class ModelSource:
             return None
 
     def require(self, filename: str, *, hint: str | None = None) -> Path:
-        """Path of a file that must be there.
-
-        Raises:
-            ModelError: it is not, or cannot be had.
-        """
+        """Path of a file that must be there."""
         path = self.find(filename) if self.is_folder else self._download(filename)
         if path is None:
             where = str(Path(self.name) / self.inside)
@@ -161,11 +138,7 @@ class ModelSource:
         return path
 
     def read_json(self, filename: str) -> dict[str, Any] | None:
-        """Content of a JSON object file; ``None`` where there is none.
-
-        Raises:
-            ModelError: the file holds something else.
-        """
+        """Content of a JSON object file; ``None`` where there is none."""
         path = self.find(filename)
         if path is None:
             return None

@@ -14,7 +14,7 @@ from typing import Any, overload
 import torch
 
 from nvembed.core.dtypes import Precision, PrecisionChoice
-from nvembed.core.notes import hold_note
+from nvembed.core.reporting import hold_note
 from nvembed.kernels import attention_bfloat16 as native_bfloat16
 from nvembed.kernels import attention_float32 as native_attention
 from nvembed.kernels import matmul as products
@@ -46,7 +46,7 @@ def settle_precision(
     begun: Precision | None = None,
     option: str | None = "--dtype",
 ) -> Precision | None:
-    """Return the choice, ``auto`` replaced by a type; a note says which one (``core/notes.py``).
+    """Return the choice, ``auto`` replaced by a type; a note says which one.
 
     Args:
         choice: of the user; ``None``, what was saved, stays.

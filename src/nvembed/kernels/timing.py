@@ -21,10 +21,10 @@ from typing import Any
 
 import torch
 
+from nvembed.core import __version__
 from nvembed.core.cache import is_own_file, open_private, private_folders
 from nvembed.core.errors import UserError
 from nvembed.core.files import write_json
-from nvembed.core.version import __version__
 from nvembed.kernels.cpu import this_cpu
 
 KEPT = timedelta(days=30)

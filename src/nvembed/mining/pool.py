@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nvembed.core.errors import UserError
-from nvembed.core.progress import progress
+from nvembed.core.reporting import progress
 
 _WORD = re.compile(r"\w+")
 _ADVANCE = 1024

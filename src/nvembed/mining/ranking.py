@@ -16,7 +16,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from nvembed.core.progress import progress
+from nvembed.core.reporting import progress
 from nvembed.core.store import key_of, make_missing, write_array
 from nvembed.encoding.bm25 import BM25
 from nvembed.encoding.nearest import GROUP_QUERIES, top_k

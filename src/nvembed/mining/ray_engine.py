@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nvembed.core.errors import UserError
-from nvembed.core.progress import progress
+from nvembed.core.reporting import progress
 from nvembed.core.store import make_missing
 from nvembed.encoding.ray_data import join_cluster
 from nvembed.mining.vectors import Batch, Teacher, shard_of, write_shard

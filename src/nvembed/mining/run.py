@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nvembed.core.errors import DataError
-from nvembed.core.progress import progress
+from nvembed.core.reporting import progress
 from nvembed.data.convert import POSITIVE_SCORE
 from nvembed.data.mining_config import MiningConfig
 from nvembed.mining.pool import Pool, text_key

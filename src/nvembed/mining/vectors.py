@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nvembed.core.errors import DataError
-from nvembed.core.progress import progress
+from nvembed.core.reporting import progress
 from nvembed.core.store import key_of, make_missing, write_array
 from nvembed.encoding.bulk import WINDOW_TEXTS, Side, encode_texts, encode_window
 from nvembed.encoding.protocol import Encoder

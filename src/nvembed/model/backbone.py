@@ -21,8 +21,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
 
 from nvembed.core.errors import ModelError
-from nvembed.interop.folder import read_values
 from nvembed.interop.loading import check_vocabulary, loading, reason
+from nvembed.interop.model_folder import read_values
 from nvembed.interop.source import COPY_AGAIN, ModelSource
 from nvembed.model.attention import FLAT_ATTENTION, OTHER_BACKBONE
 from nvembed.model.placement import DeviceMap, main_device

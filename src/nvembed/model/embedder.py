@@ -20,11 +20,15 @@ from sentence_transformers.util import get_device_name, import_from_string
 
 from nvembed.core.arguments import checked
 from nvembed.core.errors import ConfigError, ModelError
-from nvembed.interop.folder import ModuleEntry, read_modules, read_prompts
-from nvembed.interop.kind import model_kind
 from nvembed.interop.loading import loading, prove_encoding, usable_device
+from nvembed.interop.model_folder import (
+    ModuleEntry,
+    model_kind,
+    read_modules,
+    read_prompts,
+    read_stock,
+)
 from nvembed.interop.source import COPY_AGAIN, ModelSource
-from nvembed.interop.stock import read_stock
 from nvembed.interop.weights import check_finite
 from nvembed.kernels.decoder_layer import native_layers
 from nvembed.kernels.elementwise import native_elementwise

@@ -28,7 +28,7 @@ from torch.nn.functional import normalize
 from nvembed.core.arguments import checked, near_matches
 from nvembed.core.background import ahead
 from nvembed.core.errors import ConfigError, ModelError
-from nvembed.core.progress import Rates, progress
+from nvembed.core.reporting import Rates, progress
 from nvembed.interop.loading import usable_device
 from nvembed.model.backbone import Backbone
 from nvembed.model.embedding_quantization import SmallPrecision, quantize
@@ -36,10 +36,8 @@ from nvembed.model.packs import CPU_PACK_TOKENS, CUDA_PACK_TOKENS, embed_plan, p
 from nvembed.model.pooling import Pooling
 from nvembed.model.settings import LongTexts
 from nvembed.model.work import Span, Work
-from nvembed.text.batches import batches
-from nvembed.text.instructions import resolve_prompt
-from nvembed.text.template import side_prompt
-from nvembed.text.tokens import check_strings
+from nvembed.text.instructions import resolve_prompt, side_prompt
+from nvembed.text.tokens import batches, check_strings
 
 _CUT = LongTexts()
 

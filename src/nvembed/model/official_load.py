@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModel, MistralConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from nvembed.interop.folder import read_limit
 from nvembed.interop.loading import loading
+from nvembed.interop.model_folder import read_limit
 from nvembed.interop.official import LatentShape, official_name, own_name, read_config
-from nvembed.interop.shards import read_tensor, stored_tensors
 from nvembed.interop.source import ModelSource
-from nvembed.interop.weights import check_finite_tensor, fit
+from nvembed.interop.weights import check_finite_tensor, fit, read_tensor, stored_tensors
 from nvembed.model.attention import FLAT_ATTENTION
 from nvembed.model.backbone import Backbone, prove_direction
 from nvembed.model.placement import DeviceMap, place_of, plan_places, spread

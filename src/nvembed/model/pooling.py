@@ -23,10 +23,9 @@ from sentence_transformers.base.modules import Module
 from torch import Tensor, nn
 
 from nvembed.core.errors import ModelError
-from nvembed.interop.folder import read_values
-from nvembed.interop.shards import stored_tensors
+from nvembed.interop.model_folder import read_values
 from nvembed.interop.source import COPY_AGAIN, ModelSource
-from nvembed.interop.weights import fill
+from nvembed.interop.weights import fill, stored_tensors
 from nvembed.model.attention import flat_attention
 from nvembed.model.latent_attention import GegluFeedForward, LatentAttention
 from nvembed.model.settings import PoolingKind

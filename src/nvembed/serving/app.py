@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from nvembed.core.version import __version__
+from nvembed.core import __version__
 from nvembed.serving.config import ServerConfig
 from nvembed.serving.engine import Engine
 from nvembed.serving.errors import RequestError

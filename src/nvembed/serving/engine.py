@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from nvembed.text.template import Side
+from nvembed.text.instructions import Side
 
 Cut = Literal["end", "start", "none"]
 """What is cut of a text that is too long for the model; ``none`` keeps it all."""

@@ -8,8 +8,7 @@ from nvembed.core.errors import UserError
 from nvembed.serving.engine import Cut, Engine, Item, Wish
 from nvembed.serving.errors import RequestError
 from nvembed.serving.service import Service
-from nvembed.text.instructions import find_instruction, read_task, resolve_prompt
-from nvembed.text.template import Side
+from nvembed.text.instructions import Side, find_instruction, read_task, resolve_prompt
 
 Inputs = str | list[str] | list[int] | list[list[int]]
 """A text, a list of texts, the ids of a text, or a list of such lists."""

@@ -13,9 +13,8 @@ from nvembed.core.errors import UserError
 from nvembed.encoding.load import SentenceTransformerEncoder
 from nvembed.encoding.protocol import Encoder, prompts_of, unit_rows
 from nvembed.serving.engine import Engine, Item, Token, Wish
-from nvembed.text.instructions import resolve_prompt
+from nvembed.text.instructions import resolve_prompt, side_prompt
 from nvembed.text.long_texts import text_ends
-from nvembed.text.template import side_prompt
 from nvembed.text.tokens import TokenizedText
 
 if TYPE_CHECKING:

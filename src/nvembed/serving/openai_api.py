@@ -36,7 +36,7 @@ from nvembed.serving.inputs import (
     read_wish,
 )
 from nvembed.serving.service import Service
-from nvembed.text.template import Side
+from nvembed.text.instructions import Side
 
 _SIDES: dict[str, Side] = {"query": "query", "document": "document", "passage": "document"}
 _CUTS: dict[str, Cut] = {"END": "end", "START": "start", "NONE": "none"}

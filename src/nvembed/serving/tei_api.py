@@ -17,7 +17,7 @@ from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import Response
 
-from nvembed.core.version import __version__
+from nvembed.core import __version__
 from nvembed.encoding.outputs import shorten
 from nvembed.serving.bodies import (
     ENCODING_FORMAT,

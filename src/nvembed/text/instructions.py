@@ -1,8 +1,12 @@
-"""The instructions of the MTEB tasks, by name: what NV-Embed puts in front of whose texts.
+"""The template of prompts, and the instructions of the MTEB tasks by name.
 
-In: the name of a task of MTEB English v1, or of a renamed or reduced version of it; out: its
-instruction, whether both sides carry it, and how sure that is. The table is ``instructions.yaml``
-beside this file.
+A query is ``Instruct: {instruction}\\nQuery: {text}``, a document the bare text (paper s4;
+symmetric tasks such as STS carry the instruction on both sides). The rendered part before the text
+is called the *prompt*, as in sentence-transformers, and everything downstream takes a prompt.
+
+``instructions.yaml`` beside this file says for a task of MTEB English v1, or of a renamed or
+reduced version of it, its instruction, whether both sides carry it, and how sure that is. Next
+file: ``text/tokens.py``.
 """
 
 from __future__ import annotations
@@ -19,9 +23,12 @@ from typing import Any, Literal
 import yaml
 
 from nvembed.core.errors import ConfigError
-from nvembed.text.template import query_prompt
 
+Side = Literal["query", "document"]
+PromptedText = tuple[str, str]  # (prompt, text)
 Source = Literal["official", "mteb", "recalled"]
+
+QUERY_PROMPT = "Instruct: {instruction}\nQuery: "
 
 # So near to a task's name that it was meant as one: "FiQA2019" but not "Summarise".
 _TYPO_CUTOFF = 0.85
@@ -29,6 +36,29 @@ _TYPO_CUTOFF = 0.85
 _SHORTEST_BEGINNING = 5
 # What words of a sentence do not have: a digit, "_" or "." inside, a capital after a small one.
 _NAME_MARK = re.compile(r"[0-9_.]|[a-z][A-Z]")
+
+
+def query_prompt(instruction: str | None) -> str:
+    """Render the prompt of an instruction; no instruction gives the empty prompt.
+
+    >>> query_prompt("Given a question, retrieve passages that answer the question")
+    'Instruct: Given a question, retrieve passages that answer the question\\nQuery: '
+    """
+    if instruction is None or not instruction.strip():
+        return ""
+    return QUERY_PROMPT.replace("{instruction}", instruction.strip())
+
+
+def side_prompt(
+    prompts: Mapping[str, str | None], side: Side, default_name: str | None = None
+) -> str:
+    """Return a model's own prompt of a side, as encode_query and encode_document choose it.
+
+    ``default_name`` is that of the prompt where the model has none of that side.
+    """
+    names = ("query",) if side == "query" else ("document", "passage", "corpus")
+    name = next((name for name in names if name in prompts), default_name)
+    return (prompts.get(name) or "") if name is not None else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,19 +193,17 @@ def task_prompts() -> dict[str, str]:
     the prompt of the task in front of its documents.
     """
     prompts = {}
-    for task in all_instructions().values():
-        for name in (task.name, *task.aliases):
-            prompts[name] = query_prompt(task.instruction)
-            if task.type in ("Retrieval", "Reranking") and not task.symmetric:
-                prompts[f"{name}-document"] = ""
+    for name, task in _by_any_name().items():
+        prompts[name] = query_prompt(task.instruction)
+        if task.type in ("Retrieval", "Reranking") and not task.symmetric:
+            prompts[f"{name}-document"] = ""
     return prompts
 
 
 @cache
 def _by_any_name() -> dict[str, TaskInstruction]:
-    return {
-        name: task for task in all_instructions().values() for name in (task.name, *task.aliases)
-    }
+    tasks = all_instructions().values()
+    return {name: task for task in tasks for name in (task.name, *task.aliases)}
 
 
 def _looks_like_a_name(word: str, prompts: Collection[str]) -> bool:

@@ -18,18 +18,12 @@ from nvembed.text.tokens import TextTokenizer, TokenizedText, WholeText
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """A text, or as many chunks of it as the model can read at once.
-
-    Attributes:
-        text: the tokens.
-        chunks: lengths in tokens, in order; together those of ``text``. BOS and prompt belong to
-            the first, EOS to the last.
-        spans: first and last-plus-one character of each chunk in the text.
-    """
+    """A text, or as many chunks of it as the model can read at once."""
 
     text: TokenizedText
+    # Lengths in tokens, in order; BOS and prompt belong to the first, EOS to the last.
     chunks: tuple[int, ...]
-    spans: tuple[tuple[int, int], ...]
+    spans: tuple[tuple[int, int], ...]  # first and last-plus-one character of each in the text
 
 
 def text_ends(
@@ -37,14 +31,7 @@ def text_ends(
 ) -> list[TokenizedText]:
     """Keep the end of texts that are too long, with BOS, prompt and EOS around it.
 
-    Args:
-        tokenizer: of the model.
-        texts: of any length.
-        prompt: what stands in front of each.
-        cut: False keeps all of a text, also where it has more than ``tokenizer.max_tokens``.
-
-    Raises:
-        DataError: the prompt leaves no room for a text.
+    Without ``cut`` all of a text is kept, also where it has more than ``tokenizer.max_tokens``.
     """
     ends = []
     for whole in tokenizer.whole(texts, prompt):
@@ -59,18 +46,10 @@ def text_windows(
 ) -> list[list[TokenizedText]]:
     """Cut texts into windows of at most ``tokenizer.max_tokens``, each with BOS, prompt and EOS.
 
-    Args:
-        tokenizer: of the model.
-        texts: of any length.
-        prompt: what stands in front of each window.
-        overlap: tokens that a window shares with the one before.
-
-    Raises:
-        ConfigError: the overlap, or the prompt, leaves no room for a window.
+    A window shares ``overlap`` tokens with the one before.
     """
-    return [
-        _windows(whole, tokenizer.max_tokens, overlap) for whole in tokenizer.whole(texts, prompt)
-    ]
+    limit = tokenizer.max_tokens
+    return [_windows(whole, limit, overlap) for whole in tokenizer.whole(texts, prompt)]
 
 
 def text_contexts(
@@ -89,9 +68,6 @@ def text_contexts(
         prompt: what stands in front of each context.
         chunk_tokens: limit of a chunk, without BOS, prompt and EOS.
         max_tokens: limit of a context; a longer text gets several, which do not see each other.
-
-    Raises:
-        ConfigError: ``chunk_tokens`` is below 1, or the prompt leaves no room for a chunk.
     """
     if chunk_tokens < 1:
         raise ConfigError(f"{chunk_tokens} tokens in a chunk", expected="at least 1")

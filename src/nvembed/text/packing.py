@@ -28,15 +28,10 @@ from nvembed.text.tokens import TokenizedText
 
 @dataclass(frozen=True, slots=True)
 class Segments:
-    """Where the texts of a flat batch begin and end.
+    """Where the texts of a flat batch begin and end."""
 
-    Attributes:
-        cu_seqlens: int32 ``(N + 1,)`` on the device of the tokens: starts of the segments, then T.
-        lengths: the same as Python numbers, for grouping without waiting for the device.
-    """
-
-    cu_seqlens: Tensor
-    lengths: tuple[int, ...]
+    cu_seqlens: Tensor  # int32 (N + 1,) on the device of the tokens: starts of the segments, then T
+    lengths: tuple[int, ...]  # for grouping without waiting for the device
 
     @property
     def max_length(self) -> int:
@@ -67,21 +62,13 @@ class Segments:
 
 @dataclass(frozen=True, slots=True)
 class FlatBatch:
-    """The one batch type: every text of a pack, end to end.
+    """The one batch type: every text of a pack, end to end."""
 
-    Attributes:
-        token_ids_T: int64 token ids.
-        position_ids_T: int64 positions, from 0 in every segment.
-        pool_mask_T: bool, True where a token is pooled.
-        segments: boundaries.
-        order: ``order[n]`` is the row (of what was flattened) that became segment ``n``.
-    """
-
-    token_ids_T: Tensor
-    position_ids_T: Tensor
-    pool_mask_T: Tensor
+    token_ids_T: Tensor  # int64
+    position_ids_T: Tensor  # int64, from 0 in every segment
+    pool_mask_T: Tensor  # bool, True where a token is pooled
     segments: Segments
-    order: tuple[int, ...]
+    order: tuple[int, ...]  # order[n] is the row of what was flattened that became segment n
 
     def to(self, device: torch.device | str) -> FlatBatch:
         """Copy to a device."""
@@ -96,11 +83,7 @@ class FlatBatch:
 
 
 def flatten(texts: Sequence[TokenizedText]) -> FlatBatch:
-    """Lay tokenised texts end to end, longest first.
-
-    Raises:
-        ValueError: no texts, or a text without tokens.
-    """
+    """Lay tokenised texts end to end, longest first."""
     if not texts or not all(len(text) for text in texts):
         raise ValueError("a flat batch needs at least one text and at least one token per text")
     order = tuple(sorted(range(len(texts)), key=lambda row: (-len(texts[row]), row)))
@@ -125,10 +108,6 @@ def plan_packs(lengths: Sequence[int], budget: int) -> list[list[int]]:
     Texts are walked from long to short, and each goes to the fullest pack that still has room for
     it (of equally full ones, to the one begun first). That never takes more packs than filling one
     after the other. A text longer than the budget gets its own pack. Takes ``n log n`` steps.
-
-    Args:
-        lengths: tokens of each text.
-        budget: tokens a pack may hold.
 
     Returns:
         Row numbers per pack, from long texts to short ones; every row exactly once.
@@ -166,11 +145,6 @@ def share_packs(lengths: Sequence[int], budget: int, num_processes: int) -> list
     each process packs its own. Where one has fewer packs than another, its largest are split in two
     until the numbers agree, since processes that share weights must run equally many forwards; if
     its texts are too few for that, it gets empty packs.
-
-    Args:
-        lengths: tokens of each text.
-        budget: tokens a pack may hold.
-        num_processes: how many share the texts.
 
     Returns:
         Per process its packs of row numbers, as ``plan_packs`` gives them; every row exactly once.

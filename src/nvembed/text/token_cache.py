@@ -35,7 +35,7 @@ from numpy.typing import NDArray
 from nvembed.core.cache import cache_folder
 from nvembed.core.errors import UserError
 from nvembed.core.files import atomic_folder
-from nvembed.text.template import PromptedText
+from nvembed.text.instructions import PromptedText
 from nvembed.text.tokens import TextTokenizer, TokenizedText
 
 FORMAT = 1

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -40,9 +40,11 @@ TextStyle = Literal["nvembed", "official"]
 # texts at once took 0.7 GB.
 CHUNK_TEXTS = 512
 
-
+# So many are tried first where a long text is cut; English has four or five.
 CHARACTERS_PER_TOKEN = 8
-"""So many are tried first where a long text is cut; English has four or five."""
+
+# Some two million tokens, of which each takes about a hundred bytes while it is described.
+BATCH_CHARACTERS = 8 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,20 +60,13 @@ class TokenizedText:
 
 @dataclass(frozen=True, slots=True)
 class WholeText:
-    """A text of any length, not cut.
+    """A text of any length, not cut."""
 
-    Attributes:
-        head: BOS and prompt.
-        body: the tokens of the text.
-        tail: EOS.
-        pool_start: where pooling starts, counted from BOS.
-        spans: first and last-plus-one character of each token of the body in the text.
-    """
-
-    head: tuple[int, ...]
-    body: tuple[int, ...]
-    tail: tuple[int, ...]
-    pool_start: int
+    head: tuple[int, ...]  # BOS and prompt
+    body: tuple[int, ...]  # the tokens of the text
+    tail: tuple[int, ...]  # EOS
+    pool_start: int  # where pooling starts, counted from BOS
+    # First and last-plus-one character of each token of the body in the text.
     spans: tuple[tuple[int, int], ...]
 
     def part(self, start: int, end: int) -> TokenizedText:
@@ -119,7 +114,7 @@ class TextTokenizer:
             )
         self._head = (bos,) if add_bos and bos is not None else ()
         self._tail = (eos,) if add_eos and eos is not None else ()
-        self._backend = _plain_backend(tokenizer)
+        self._backend = plain_backend(tokenizer)
         self.max_tokens = max_tokens
 
     @property
@@ -167,11 +162,7 @@ class TextTokenizer:
         return [one.ids for one in encoded]
 
     def whole(self, texts: Sequence[str], prompt: str = "") -> list[WholeText]:
-        """Tokenise texts that share a prompt, cutting none; see ``text/long_texts.py``.
-
-        Raises:
-            DataError: something other than a string was given.
-        """
+        """Tokenise texts that share a prompt, cutting none; see ``text/long_texts.py``."""
         check_strings(texts)
         # One by one: of long texts a few fill the memory with what describes their tokens.
         return [self._whole(text, prompt) for text in texts]
@@ -197,10 +188,8 @@ class TextTokenizer:
     def from_ids(self, rows: Sequence[Sequence[int]], vocabulary_size: int) -> list[TokenizedText]:
         """Take texts that were tokenised elsewhere: ids of this tokenizer, no special tokens.
 
-        The same sequences as from the texts, where the ids are those of the bare texts.
-
-        Raises:
-            DataError: no ids, or one outside the vocabulary.
+        The same sequences as from the texts, where the ids are those of the bare texts. A DataError
+        where there are no ids, or one is outside the vocabulary.
         """
         for number, ids in enumerate(rows):
             if not ids:
@@ -283,7 +272,7 @@ class TextTokenizer:
         return tuple(encoded.ids[: encoded.special_tokens_mask.index(0)])
 
 
-def _plain_backend(tokenizer: Any) -> tokenizers.Tokenizer:
+def plain_backend(tokenizer: Any) -> tokenizers.Tokenizer:
     """Copy what tokenises, without truncation and padding."""
     backend = tokenizers.Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.no_truncation()
@@ -292,12 +281,25 @@ def _plain_backend(tokenizer: Any) -> tokenizers.Tokenizer:
     return backend
 
 
-def check_strings(texts: Sequence[object]) -> None:
-    """Refuse what is no text.
+def batches(texts: Iterable[str], count: int) -> Iterator[list[str]]:
+    """Cut texts into runs of at most ``count``, and of at most eight million characters.
 
-    Raises:
-        DataError: names the first such row.
+    A text beyond that is a run of its own. Every text comes once, in order.
     """
+    batch: list[str] = []
+    characters = 0
+    for text in texts:
+        if batch and (len(batch) == count or characters + len(text) > BATCH_CHARACTERS):
+            yield batch
+            batch, characters = [], 0
+        batch.append(text)
+        characters += len(text)
+    if batch:
+        yield batch
+
+
+def check_strings(texts: Sequence[object]) -> None:
+    """Refuse what is no text; a DataError names the first such row."""
     for row, text in enumerate(texts):
         if not isinstance(text, str):
             raise DataError(f"got {type(text).__name__}", where=f"text {row}", expected="a string")

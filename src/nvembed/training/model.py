@@ -27,7 +27,7 @@ from nvembed.core.files import atomic_folder, write_json
 from nvembed.core.runs import TRAIN
 from nvembed.core.seeding import derive_seed, seed_everything
 from nvembed.core.text_files import read_json_object
-from nvembed.interop.kind import model_kind
+from nvembed.interop.model_folder import model_kind
 from nvembed.interop.source import ModelSource
 from nvembed.kernels.compiled import compile_elementwise
 from nvembed.model.activation_checkpointing import recompute_layers
@@ -38,8 +38,7 @@ from nvembed.model.memory import free_bytes
 from nvembed.model.packs import embed_pack
 from nvembed.model.quantization import quantize_frozen
 from nvembed.model.settings import PoolingSettings
-from nvembed.text.instructions import task_prompts
-from nvembed.text.template import query_prompt
+from nvembed.text.instructions import query_prompt, task_prompts
 from nvembed.text.tokens import TokenizedText
 from nvembed.training.checkpoint import trained_parameters
 from nvembed.training.config import TrainConfig

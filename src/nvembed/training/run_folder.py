@@ -16,8 +16,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from nvembed.core.cache import content_hash, digest_of
 from nvembed.core.config import dump_config, load_config
-from nvembed.core.digests import content_hash, digest_of
 from nvembed.core.dtypes import Precision
 from nvembed.core.errors import DataError, TrainingError, UserError
 from nvembed.core.files import write_json, write_text

@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from nvembed.core.arguments import checked
-from nvembed.core.progress import progress
+from nvembed.core.reporting import progress
 from nvembed.core.runs import RunFolder
 from nvembed.core.seeding import derive_seed
 from nvembed.data.mixture import Mixture

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from nvembed.core.cache import digest_of
 from nvembed.core.config import dump_config, load_config
-from nvembed.core.digests import digest_of
 from nvembed.core.errors import ConfigError
 from nvembed.core.files import write_json, write_jsonl
 from nvembed.core.runs import RunFolder

@@ -24,8 +24,7 @@ from hypothesis import strategies as st
 import nvembed
 from nvembed.cli import main
 from nvembed.core.files import atomic_folder, write_jsonl, write_text
-from nvembed.core.overlaps import MARK
-from nvembed.core.ownership import problem_of
+from nvembed.core.ownership import MARK, problem_of
 from nvembed.encoding import files as inference_files
 from nvembed.encoding.fake import HashEncoder
 from pydocs.__main__ import program as demo
@@ -193,9 +192,8 @@ UNMARKED = {
     "core/files.py": {"replace", "write_text", "open", "unlink", "rmtree"},
     "core/ownership.py": {"open", "unlink", "rmdir", "rmtree"},
     # In a cache folder, under a hash of all that the contents depend on.
-    "core/cache.py": {"rmtree"},
+    "core/cache.py": {"rmtree", "write_text"},
     "examples/pydocs/harvest.py": {"write_jsonl", "unlink"},
-    "core/digests.py": {"write_text"},
     "encoding/file_search.py": {"atomic_path", "open", "save"},
     "kernels/timing.py": {"write_json"},
     "kernels/build.py": {"atomic_path", "write_text"},
@@ -217,10 +215,10 @@ UNMARKED = {
     "encoding/outputs.py": {"create_table", "rmdir", "open", "rename"},
     "model/adapters.py": {"save_pretrained"},
     "model/backbone.py": {"save_pretrained"},
-    "encoding/export/folders.py": {"write_json", "save", "write_text", "save_pretrained"},
+    "encoding/export/folders.py": {"write_json", "write_text", "save_pretrained"},
     "encoding/export/onnx.py": {"write_json", "save", "save_pretrained"},
     "encoding/export/stock.py": {"save_pretrained", "save", "write_json"},
-    "interop/shards.py": {"write_json"},
+    "interop/weights.py": {"write_json"},
     "training/model.py": {"save_pretrained"},
     # A checkpoint, after a look at what else lies in its place.
     "training/checkpoint.py": {"open", "atomic_folder"},

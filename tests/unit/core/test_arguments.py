@@ -94,3 +94,18 @@ def test_settings_files() -> None:
 
 def test_an_error_is_one_line_whatever_was_given() -> None:
     assert "\n" not in str(UserError("a\nb", where="x\r\ny"))
+
+
+def test_a_method_is_named_by_the_class_of_its_object() -> None:
+    class Other(Thing):
+        @classmethod
+        @checked
+        def made(cls, count: int) -> int:
+            return count
+
+    with pytest.raises(ConfigError, match=r"Other\.work\(\): count: 0 given"):
+        Other().work(0)
+    with pytest.raises(ConfigError, match=r"Other\.work\(\): missing a required argument"):
+        Other().work()
+    with pytest.raises(ConfigError, match=r"Other\.made\(\): count: \"1\" given"):
+        Other.made("1")

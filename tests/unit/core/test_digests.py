@@ -5,15 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from nvembed.core import digests
-from nvembed.core.digests import content_hash, digest_of, file_digest
+from nvembed.core import cache
+from nvembed.core.cache import content_hash, digest_of, file_digest
 from nvembed.core.errors import DataError
 
 
 @pytest.fixture(autouse=True)
 def every_file_is_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(digests, "_LARGE", 1)
-    monkeypatch.setattr(digests, "_SETTLED_SECONDS", -1.0)
+    monkeypatch.setattr(cache, "_LARGE", 1)
+    monkeypatch.setattr(cache, "_SETTLED_SECONDS", -1.0)
     monkeypatch.setenv("NVEMBED_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache" / "sums"
 
@@ -45,7 +45,7 @@ def test_a_large_file_is_read_once_and_a_changed_one_again(
 def test_a_file_that_was_written_just_now_is_not_remembered(
     tmp_path: Path, every_file_is_large: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(digests, "_SETTLED_SECONDS", 3.0)
+    monkeypatch.setattr(cache, "_SETTLED_SECONDS", 3.0)
     (tmp_path / "weights").write_bytes(b"one")
     file_digest(tmp_path / "weights")
     assert not every_file_is_large.exists()

@@ -11,8 +11,7 @@ import pytest
 from nvembed.core import ownership
 from nvembed.core.errors import ConfigError, UserError
 from nvembed.core.files import atomic_folder, write_text
-from nvembed.core.overlaps import MARK
-from nvembed.core.ownership import problem_of, refuse_foreign, remove
+from nvembed.core.ownership import MARK, problem_of, refuse_foreign, remove
 
 
 def test_a_file_is_ours_until_it_is_changed(tmp_path: Path) -> None:

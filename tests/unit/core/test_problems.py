@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from nvembed.core.problems import ProblemCounts
+from nvembed.core.reporting import ProblemCounts
 
 
 def test_a_kind_is_told_once_with_its_lines() -> None:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from nvembed.core.progress import progress
+from nvembed.core.reporting import progress
 
 
 def test_silent_when_stderr_is_no_terminal(capsys, monkeypatch):

@@ -15,8 +15,7 @@ from nvembed.cli.main import run
 from nvembed.core.errors import ConfigError, ModelError
 from nvembed.encoding.doctor import checks
 from nvembed.encoding.doctor.examine import DoctorOptions, examine, examine_model
-from nvembed.encoding.doctor.findings import Diagnosis, Finding, Placement, Sample
-from nvembed.encoding.doctor.report import print_diagnosis
+from nvembed.encoding.doctor.report import Diagnosis, Finding, Placement, Sample, print_diagnosis
 from nvembed.encoding.doctor.subject import Subject
 from nvembed.encoding.load import SentenceTransformerEncoder, load_encoder
 from nvembed.model.embedder import NVEmbed

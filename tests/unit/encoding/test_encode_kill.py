@@ -9,7 +9,7 @@ import pytest
 
 from faults import Fault, in_child
 from nvembed.core.files import write_jsonl
-from nvembed.core.overlaps import MARK
+from nvembed.core.ownership import MARK
 from nvembed.encoding import files, parts
 from nvembed.encoding.fake import HashEncoder
 from nvembed.encoding.files import encode_file

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from nvembed.cli.main import run
 from nvembed.core.errors import ConfigError, DataError, ModelError, UserError
 from nvembed.core.files import write_jsonl
-from nvembed.core.overlaps import MARK
+from nvembed.core.ownership import MARK
 from nvembed.encoding import files, parts
 from nvembed.encoding.fake import HashEncoder
 from nvembed.encoding.files import encode_file

@@ -10,7 +10,7 @@ import pytest
 from nvembed.cli.main import run
 from nvembed.core.errors import ConfigError
 from nvembed.core.files import write_jsonl
-from nvembed.core.overlaps import MARK
+from nvembed.core.ownership import MARK
 from nvembed.encoding import parts
 from nvembed.encoding.fake import HashEncoder
 from nvembed.encoding.files import encode_file

@@ -11,7 +11,7 @@ import pytest
 from noting import Counting
 from nvembed.cli.main import run
 from nvembed.core.errors import ConfigError, ModelError
-from nvembed.core.overlaps import MARK
+from nvembed.core.ownership import MARK
 from nvembed.encoding.fake import HashEncoder
 from nvembed.encoding.protocol import Encoder
 from nvembed.evaluation import session

@@ -120,7 +120,7 @@ def test_the_record_names_what_computes(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_notes_are_shown_by_the_command_line_and_silent_in_python() -> None:
     code = (
-        "from nvembed.core.notes import hold_note, release_notes, show_notes;"
+        "from nvembed.core.reporting import hold_note, release_notes, show_notes;"
         "hold_note('silent'); release_notes(); hold_note('of before'); show_notes();"
         "hold_note('shown'); release_notes(); release_notes(); hold_note('held')"
     )

@@ -12,7 +12,7 @@ import pytest
 
 from nvembed.core.errors import ConfigError, DataError
 from nvembed.core.files import write_jsonl, write_text
-from nvembed.core.overlaps import MARK
+from nvembed.core.ownership import MARK
 from nvembed.core.text_files import read_jsonl
 from nvembed.data.mining_config import MiningConfig
 from nvembed.data.records import PairRecord, read_records

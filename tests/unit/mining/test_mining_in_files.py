@@ -22,7 +22,7 @@ from forked import in_processes
 from nvembed.cli.main import run
 from nvembed.core.errors import DataError, ModelError, UserError
 from nvembed.core.files import write_jsonl
-from nvembed.core.overlaps import MARK
+from nvembed.core.ownership import MARK
 from nvembed.data.mining_config import MiningConfig
 from nvembed.encoding import ray_data
 from nvembed.encoding.fake import HashEncoder

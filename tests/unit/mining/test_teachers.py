@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from nvembed.core.errors import ConfigError, ModelError
 from nvembed.core.files import write_jsonl
-from nvembed.core.overlaps import MARK
+from nvembed.core.ownership import MARK
 from nvembed.core.text_files import read_jsonl
 from nvembed.data.mining_config import MiningConfig
 from nvembed.data.records import PairRecord, read_records

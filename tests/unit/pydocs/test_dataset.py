@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from nvembed.core.errors import DataError
-from nvembed.core.overlaps import MARK
+from nvembed.core.ownership import MARK
 from nvembed.core.text_files import read_jsonl
 from nvembed.data.records import read_records
 from nvembed.evaluation.task_files import RetrievalData

@@ -21,7 +21,7 @@ from nvembed.building.synthesis.config import SynthesisConfig
 from nvembed.building.synthesis.endpoint import EndpointError
 from nvembed.building.synthesis.run import Summary, synthesize
 from nvembed.core.errors import ConfigError, DataError, UserError
-from nvembed.core.overlaps import MARK
+from nvembed.core.ownership import MARK
 from nvembed.data.mixture import load_source
 from nvembed.data.records import read_records
 from nvembed.data.sources import DatasetConfig

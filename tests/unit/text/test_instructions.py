@@ -11,12 +11,12 @@ import pytest
 from nvembed.core.errors import ConfigError
 from nvembed.text.instructions import (
     all_instructions,
+    query_prompt,
     read_task,
     resolve_prompt,
     task_instruction,
     task_prompts,
 )
-from nvembed.text.template import query_prompt
 
 ROOT = Path(__file__).resolve().parents[3]
 

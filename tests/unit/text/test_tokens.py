@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 
 from nvembed.core.errors import DataError, ModelError, UserError
-from nvembed.text.template import query_prompt
+from nvembed.text.instructions import query_prompt
 from nvembed.text.tokens import TextTokenizer
 
 PROMPT = query_prompt("find it")

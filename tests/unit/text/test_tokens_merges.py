@@ -9,7 +9,7 @@ import pytest
 
 from nvembed.core.errors import DataError
 from nvembed.text import tokens as module
-from nvembed.text.template import query_prompt
+from nvembed.text.instructions import query_prompt
 from nvembed.text.tokens import TextTokenizer, TokenizedText, WholeText
 
 TOKENIZERS = ("byte_level_tokenizer", "metaspace_tokenizer")

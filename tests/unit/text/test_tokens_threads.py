@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from nvembed.text.template import query_prompt
+from nvembed.text.instructions import query_prompt
 from nvembed.text.tokens import TextTokenizer
 
 PROMPT = query_prompt("find it")

@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 
 from nvembed.core.errors import ConfigError, DataError
 from nvembed.core.files import write_jsonl
-from nvembed.core.overlaps import MARK
-from nvembed.core.ownership import problem_of
+from nvembed.core.ownership import MARK, problem_of
 from nvembed.data.examples import Example
 from nvembed.data.mining_config import MiningConfig
 from nvembed.data.mixture import Mixture, tempered_weights

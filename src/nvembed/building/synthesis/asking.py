@@ -14,7 +14,7 @@ from nvembed.building.synthesis.answers import AnswerError, TaskList, WrittenExa
 from nvembed.building.synthesis.config import SynthesisConfig
 from nvembed.building.synthesis.endpoint import ChatEndpoint, EndpointError, UnansweredError
 from nvembed.building.synthesis.journal import Journal
-from nvembed.core.progress import ProgressBar
+from nvembed.core.reporting import ProgressBar
 
 # That many requests in a row without any answer: the endpoint is gone, not busy.
 _GONE_AFTER = 10

@@ -31,7 +31,7 @@ from nvembed.building.synthesis.journal import Journal
 from nvembed.building.synthesis.prompts import VERSION, example_prompt, tasks_prompt
 from nvembed.core.files import tidy, write_json, write_jsonl
 from nvembed.core.ownership import check_outputs
-from nvembed.core.progress import progress
+from nvembed.core.reporting import progress
 from nvembed.core.text_files import check_folder_name
 from nvembed.data.records import PairRecord
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nvembed.core.errors import DataError, SourceError
-from nvembed.core.problems import ProblemCounts
+from nvembed.core.reporting import ProblemCounts
 from nvembed.data.record_files import MAX_PROBLEMS_SHOWN, refuse_rows, shard_files
 from nvembed.data.records import EXPECTED, LABEL_HINTS, Records, label_problems, read_records
 from nvembed.data.sources.config import LABEL_KINDS, DatasetConfig

@@ -1,7 +1,4 @@
-"""Runs the checks on a model: name → loaded model → ``Diagnosis``.
-
-Next file: ``encoding/doctor/report.py``.
-"""
+"""Runs the checks on a model: name → loaded model → ``Diagnosis``."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ from numpy.typing import NDArray
 
 from nvembed.core.errors import ConfigError, ModelError
 from nvembed.encoding.doctor import checks
-from nvembed.encoding.doctor.findings import Diagnosis, Memory, Placement, Sample
+from nvembed.encoding.doctor.report import Diagnosis, Memory, Placement, Sample
 from nvembed.encoding.doctor.subject import Subject
 from nvembed.encoding.load import SentenceTransformerEncoder, load_encoder
 from nvembed.encoding.protocol import Encoder, prompts_of
@@ -42,40 +39,22 @@ DOCUMENTS = (
 
 @dataclass(frozen=True, slots=True)
 class DoctorOptions:
-    """What to examine a model with.
+    """What to examine a model with; ``None`` is what is built in."""
 
-    Attributes:
-        task: instruction of the sample query; ``None`` is that of MTEB's NQ.
-        query: the sample query; ``None`` is a built-in one.
-        document: the sample document; ``None`` is a built-in one.
-        batch: texts of the memory forecast.
-        max_tokens: tokens of each of them; ``None`` is the model's limit.
-    """
-
-    task: str | None = None
+    task: str | None = None  # of the sample query; the built-in one is that of MTEB's NQ
     query: str | None = None
     document: str | None = None
-    batch: int = 32
-    max_tokens: int | None = None
+    batch: int = 32  # texts of the memory forecast
+    max_tokens: int | None = None  # of each of them; the model's limit
 
 
 def examine_model(name: str, options: DoctorOptions) -> Diagnosis:
-    """Load a model by folder or hub id and examine it.
-
-    Raises:
-        ModelError: it cannot be loaded, which includes a backbone whose attention does not go the
-            way that its settings say.
-    """
+    """Load a model by folder or hub id and examine it."""
     return examine(load_encoder(name), Path(name).name or name, options)
 
 
 def examine(encoder: Encoder, name: str, options: DoctorOptions) -> Diagnosis:
-    """Examine a loaded model; it is left as it was.
-
-    Raises:
-        ConfigError: a sample text is empty.
-        ModelError: neither ours nor a sentence-transformers model.
-    """
+    """Examine a loaded model; it is left as it was."""
     query_text, document_text = options.query or QUERIES[0], options.document or DOCUMENTS[0]
     for what, text in (("query", query_text), ("document", document_text)):
         if not text.strip():
@@ -162,11 +141,7 @@ def _memory(subject: Subject, options: DoctorOptions) -> tuple[Memory, ...]:
 
 
 def _drift(subject: Subject, task: str) -> tuple[dict[str, float] | None, str]:
-    """Compare bfloat16 weights and autocast with float32, on copies.
-
-    Returns:
-        the smallest cosine over the built-in texts by name, or ``None`` and the reason.
-    """
+    """The smallest cosines of bfloat16 weights and autocast to float32, or why there are none."""
     needed = 6 * sum(parameter.numel() for parameter in subject.model.parameters())
     free = free_bytes(subject.device)
     if needed > free:

@@ -1,16 +1,90 @@
-"""A diagnosis on the terminal: findings, the pooled tokens of the samples, memory."""
+"""A diagnosis: its parts as plain data, without torch, and how it is printed."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import asdict, dataclass
 from itertools import groupby
+from typing import Any, Literal
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from nvembed.encoding.doctor.findings import Diagnosis, Sample, SampleToken, Status
+Status = Literal["ok", "warning", "problem"]
+Role = Literal["BOS", "instruction", "text", "EOS", "special"]
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One checked property; ``problem``: vectors are wrong or not what NV-Embed means."""
+
+    name: str
+    status: Status
+    message: str
+    advice: str | None = None  # one line on what to do
+
+
+@dataclass(frozen=True, slots=True)
+class SampleToken:
+    """One token of a sample text, and whether it is pooled (``None``: cannot be told)."""
+
+    text: str
+    role: Role
+    pooled: bool | None
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A sample text as the model sees it."""
+
+    side: Literal["query", "document"]
+    tokens: tuple[SampleToken, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where the weights of a module are, and in which dtype."""
+
+    module: str
+    device: str
+    dtype: str
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """The forecast of encoding a batch, in bytes."""
+
+    dtype: str
+    tokens: int
+    weights: int
+    activations: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
+class Diagnosis:
+    """Everything that ``nvembed doctor`` has to say about a model."""
+
+    model: str
+    description: str
+    findings: tuple[Finding, ...]
+    samples: tuple[Sample, ...]
+    placement: tuple[Placement, ...]
+    memory: tuple[Memory, ...]
+    memory_formula: str
+
+    @property
+    def healthy(self) -> bool:
+        """No finding is a problem; warnings may be there."""
+        return all(finding.status != "problem" for finding in self.findings)
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data, with ``healthy`` in it."""
+        return {"healthy": self.healthy, **asdict(self)}
+
 
 _MARKS: dict[Status, tuple[str, str]] = {
     "ok": ("✓", "green"),
@@ -70,17 +144,13 @@ def _samples(samples: list[Sample]) -> Table:
     table.add_column("pooled", justify="center")
     for sample in samples:
         side = f"{sample.side} ({len(sample.tokens)} tokens)"
-        for (role, pooled), run in groupby(sample.tokens, key=_kind):
+        for (role, pooled), run in groupby(sample.tokens, key=lambda t: (t.role, t.pooled)):
             tokens = Text(" ").join(Text(token.text) for token in run)
             tokens.style = "green" if pooled else "dim"
             mark = {True: Text("✓", "green"), False: Text("–", "dim"), None: Text("?")}[pooled]
             table.add_row(side, role, tokens, mark)
             side = ""
     return table
-
-
-def _kind(token: SampleToken) -> tuple[str, bool | None]:
-    return token.role, token.pooled
 
 
 def _memory(diagnosis: Diagnosis) -> Table:

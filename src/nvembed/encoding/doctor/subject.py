@@ -10,7 +10,7 @@ import torch
 from sentence_transformers.util import batch_to_device
 from torch import Tensor
 
-from nvembed.encoding.doctor.findings import Role, SampleToken
+from nvembed.encoding.doctor.report import Role, SampleToken
 from nvembed.encoding.load import SentenceTransformerEncoder
 from nvembed.encoding.protocol import Encoder
 from nvembed.model.embedder import NVEmbed
@@ -24,17 +24,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Subject:
-    """A loaded model with the texts that it is examined with.
-
-    Attributes:
-        encoder: what evaluation and search would use.
-        prompt: rendered instruction of the sample query; empty for a model that takes none.
-        query: the sample query.
-        document: the sample document.
-    """
+    """A loaded model, ours or foreign, with the texts that it is examined with."""
 
     encoder: Encoder
-    prompt: str
+    prompt: str  # of the sample query; empty for a model that takes none
     query: str
     document: str
 
@@ -65,9 +58,11 @@ class Subject:
     @property
     def pools_last(self) -> bool:
         """One token stands for the text: the last."""
-        kind = type(self.model[1]).__name__ if len(self.model) > 1 else ""
-        mode = getattr(self.model[1], "pooling_mode", "") if len(self.model) > 1 else ""
-        return kind == "LastTokenPooling" or mode == "lasttoken"
+        if len(self.model) < 2:
+            return False
+        pooling = self.model[1]
+        mode = getattr(pooling, "pooling_mode", "")
+        return type(pooling).__name__ == "LastTokenPooling" or mode == "lasttoken"
 
     def states(self, rows: Sequence[Sequence[int]]) -> Tensor:
         """Last hidden states ``(T, D)`` of rows of ids, end to end; the longest row first."""
@@ -80,19 +75,19 @@ class Subject:
         padded: Tensor = self.model[0](batch_to_device(features, self.device))["token_embeddings"]
         return padded[mask.bool()]
 
-    def features(self, text: str, prompt: str) -> dict[str, Any]:
-        """What the model's own path from text to tokens gives for one text."""
+    def read(self, text: str, prompt: str) -> tuple[dict[str, Any], list[int] | None]:
+        """What the model makes of one text, and its token ids; ``None`` if it shows none."""
         features = self.model.preprocess([text], prompt=prompt or None)
-        return batch_to_device(features, self.device)
-
-    def ids(self, text: str, prompt: str) -> list[int] | None:
-        """Token ids of one text as the model sees it; ``None`` if it shows none."""
-        return _ids(self.features(text, prompt))
+        features = batch_to_device(features, self.device)
+        if "flat" in features:
+            return features, features["flat"].token_ids_T.tolist()
+        if "input_ids" not in features or "attention_mask" not in features:
+            return features, None
+        return features, features["input_ids"][features["attention_mask"].bool()].tolist()
 
     def tokens(self, text: str, prompt: str) -> tuple[SampleToken, ...]:
         """The tokens of one text, each with its role and whether it is pooled."""
-        features = self.features(text, prompt)
-        ids = _ids(features)
+        features, ids = self.read(text, prompt)
         if ids is None:
             return ()
         roles = _roles(self.model.tokenizer, ids, prompt, text)
@@ -103,17 +98,9 @@ class Subject:
             pooled = probe_pooled(list(self.model), features)
         marks = [None] * len(ids) if pooled is None else pooled.tolist()
         pieces = self.model.tokenizer.convert_ids_to_tokens(ids)
-        return tuple(map(SampleToken, map(_readable, pieces), roles, marks))
-
-
-def _ids(features: dict[str, Any]) -> list[int] | None:
-    if "flat" in features:
-        found: list[int] = features["flat"].token_ids_T.tolist()
-        return found
-    if "input_ids" not in features or "attention_mask" not in features:
-        return None
-    found = features["input_ids"][features["attention_mask"].bool()].tolist()
-    return found
+        for mark, shown in (("Ġ", "␣"), ("▁", "␣"), ("Ċ", "⏎"), ("<0x0A>", "⏎")):
+            pieces = [piece.replace(mark, shown) for piece in pieces]
+        return tuple(map(SampleToken, pieces, roles, marks))
 
 
 def _roles(tokenizer: Any, ids: list[int], prompt: str, text: str) -> list[Role]:
@@ -129,11 +116,4 @@ def _roles(tokenizer: Any, ids: list[int], prompt: str, text: str) -> list[Role]
             roles.append("special")
         else:
             roles.append("text" if offsets[position][1] > len(prompt) else "instruction")
-    if last:
-        roles.append("EOS")
-    return roles
-
-
-def _readable(piece: str) -> str:
-    """Show the marks that tokenizers use for spaces and line ends."""
-    return piece.replace("Ġ", "␣").replace("▁", "␣").replace("Ċ", "⏎").replace("<0x0A>", "⏎")
+    return [*roles, "EOS"] if last else roles

@@ -21,24 +21,29 @@ from nvembed.core.files import atomic_folder, write_json, write_text
 from nvembed.core.ownership import check_outputs
 from nvembed.core.text_files import check_folder_name
 from nvembed.encoding.export.card import model_card
-from nvembed.encoding.export.stock import prove_stock, write_modules, write_stock
-from nvembed.interop.kind import model_kind
+from nvembed.encoding.export.stock import (
+    PROOF_TASK,
+    prove_stock,
+    write_modules,
+    write_stock,
+    write_tokenizer,
+)
+from nvembed.interop.model_folder import model_kind
 from nvembed.interop.official import LatentShape, official_name, write_config
-from nvembed.interop.shards import MAX_SHARD_BYTES, write_shards
 from nvembed.interop.source import ModelSource
+from nvembed.interop.weights import MAX_SHARD_BYTES, write_shards
 from nvembed.model.adapters import merge_lora
 from nvembed.model.backbone import Backbone
 from nvembed.model.embedder import NVEmbed
 from nvembed.model.pooling import LatentAttentionPooling
-from nvembed.text.template import query_prompt
-from nvembed.text.tokens import TextTokenizer
+from nvembed.text.instructions import query_prompt
+from nvembed.text.tokens import TextTokenizer, plain_backend
 
 EXPORT = "export"
 ExportFormat = Literal["nv-embed", "nvembed", "sentence-transformers", "onnx"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 # In NVIDIA's code the same texts must become the same tokens, with the same ones pooled.
-_PROBE_TASK = "Find it"  # short: it must leave room for text in a model of short texts
 _PROBE_TEXTS = ("how do I sort a list?", "A passage.", "")
 
 
@@ -101,17 +106,9 @@ def export_model(
     name: str,
     max_shard_bytes: Annotated[int, Field(ge=1)] = MAX_SHARD_BYTES,
 ) -> None:
-    """Write a loaded model; adapters are merged into it first.
+    """Write a loaded model in its own dtype; adapters are merged into it first.
 
-    Args:
-        model: what to write, in its own dtype.
-        to: the new folder.
-        kind: see the module.
-        name: what the model is called in errors and in its card.
-        max_shard_bytes: see :func:`export_folder`.
-
-    Raises:
-        ModelError: it cannot be expressed in that format.
+    ``name`` is what it is called in errors and in its card; the rest as of :func:`export_folder`.
     """
     to = Path(to)
     merge_lora(model.backbone)
@@ -167,32 +164,27 @@ def _write_official(
     write_json(
         folder / "config.json", write_config(config, shape, dtype=dtype, tokenizer_path=str(to))
     )
-    _write_official_tokenizer(backbone, folder)
+    write_tokenizer(plain_backend(backbone.tokenizer), backbone, folder, official=True)
     write_modules(model, folder)
 
 
 def _require_plain_mistral(backbone: Backbone, name: str) -> None:
     """Refuse what an official text_config cannot say."""
     config: Any = backbone.model.config
-    found = {
-        "attention": backbone.attention,
-        "rope_type": config.rope_parameters.get("rope_type", "default"),
-        "head_dim": config.head_dim,
-    }
-    wanted = {
-        "attention": "bidirectional",
-        "rope_type": "default",
-        "head_dim": config.hidden_size // config.num_attention_heads,
-    }
-    for key, value in wanted.items():
-        if found[key] != value:
-            raise ModelError(f"{key} is {found[key]!r}", where=name, expected=repr(value))
+    head_dim = config.hidden_size // config.num_attention_heads
+    for key, found, wanted in (
+        ("attention", backbone.attention, "bidirectional"),
+        ("rope_type", config.rope_parameters.get("rope_type", "default"), "default"),
+        ("head_dim", config.head_dim, head_dim),
+    ):
+        if found != wanted:
+            raise ModelError(f"{key} is {found!r}", where=name, expected=repr(wanted))
 
 
 def _require_official_tokens(backbone: Backbone, name: str) -> None:
     """Refuse a model for which NVIDIA's token rules would give other tokens than it learned."""
     official = TextTokenizer(backbone.tokenizer, max_tokens=backbone.max_tokens, style="official")
-    for prompt in ("", query_prompt(_PROBE_TASK)):
+    for prompt in ("", query_prompt(PROOF_TASK)):
         ours = backbone.tokenize_texts(_PROBE_TEXTS, prompt)
         theirs = official(_PROBE_TEXTS, prompt)
         if backbone.text_style == "official" or ours == theirs:
@@ -207,26 +199,3 @@ def _require_official_tokens(backbone: Backbone, name: str) -> None:
             "prompt's last space to the text",
             hint="Use --format nvembed",
         )
-
-
-def _write_official_tokenizer(backbone: Backbone, folder: Path) -> None:
-    tokenizer: Any = backbone.tokenizer
-    backend = type(tokenizer.backend_tokenizer).from_str(tokenizer.backend_tokenizer.to_str())
-    backend.no_truncation()  # left behind by the last call, and no part of the tokenizer
-    backend.no_padding()
-    backend.save(str(folder / "tokenizer.json"))
-    special = {
-        "bos_token": tokenizer.bos_token,
-        "eos_token": tokenizer.eos_token,
-        # The official code pads with EOS.
-        "pad_token": tokenizer.eos_token,
-        "unk_token": tokenizer.unk_token,
-    }
-    special = {key: value for key, value in special.items() if value is not None}
-    write_json(folder / "special_tokens_map.json", special)
-    # This class means: the file as it is, in transformers 4 and 5 alike.
-    settings = {**special, "model_max_length": backbone.max_tokens, "padding_side": "right"}
-    write_json(
-        folder / "tokenizer_config.json",
-        {**settings, "tokenizer_class": "PreTrainedTokenizerFast"},
-    )

@@ -37,17 +37,18 @@ from transformers import AttentionInterface
 from nvembed.core.errors import ModelError
 from nvembed.core.files import write_json
 from nvembed.encoding.export.stock import (
+    PROOF_TASK,
     closed_tokenizer,
     count_prompt_as_we_do,
     open_attention,
     write_modules,
     write_tokenizer,
 )
-from nvembed.interop.kind import ONNX_FILE
+from nvembed.interop.model_folder import ONNX_FILE
 from nvembed.model.attention import block_attention
 from nvembed.model.embedder import NVEmbed
 from nvembed.model.pooling import LatentAttentionPooling, MeanPooling
-from nvembed.text.template import QUERY_PROMPT, query_prompt
+from nvembed.text.instructions import QUERY_PROMPT, query_prompt
 from nvembed.text.tokens import TokenizedText
 
 PADDED_ATTENTION = "nvembed_padded"
@@ -58,10 +59,11 @@ STATES = "last_hidden_state"
 _INNER = "transformer"
 _WEIGHTS = "model.onnx_data"
 INPUTS = ("input_ids", "attention_mask", "pool_mask")
+# Of the backbone, which a caller of the graph has to know.
+_CALLER_SETTINGS = ("max_tokens", "text_style", "add_bos", "add_eos")
 
 # A graph of more than 2 GB needs its weights in a file beside it.
 _MAX_INLINE_BYTES = 1_500_000_000
-_PROOF_TASK = "Find it"
 _PROOF_TEXTS = ("how do I sort a list?", "x", "A longer passage, " * 6 + "cut or not.", "")
 _TOLERANCE = 1e-5
 
@@ -128,16 +130,8 @@ class PaddedEmbedder(nn.Module):
 def write_onnx(model: NVEmbed, folder: Path, *, name: str) -> bool:
     """Write graph, tokenizer and what a caller has to know, then compare vectors.
 
-    Args:
-        model: in float32; it cannot be used for anything else afterwards.
-        folder: exists.
-        name: what the model is called in errors.
-
-    Returns:
-        Whether sentence-transformers can run it too.
-
-    Raises:
-        ModelError: the pooling has no such graph, or the graph gives other vectors.
+    The model, in float32, cannot be used for anything else afterwards. Returns whether
+    sentence-transformers can run the graph too.
     """
     import onnxruntime  # noqa: F401 - one that is missing is told before the work begins
     import onnxscript  # noqa: F401
@@ -156,38 +150,29 @@ def write_onnx(model: NVEmbed, folder: Path, *, name: str) -> bool:
             hint="Leave --dtype out",
         )
     model.eval()
-    cases = [(list(_PROOF_TEXTS), ""), (list(_PROOF_TEXTS), query_prompt(_PROOF_TASK))]
+    cases = [(list(_PROOF_TEXTS), ""), (list(_PROOF_TEXTS), query_prompt(PROOF_TASK))]
     expected = [model.encode(texts, prompt=prompt) for texts, prompt in cases]
     tokens = [model.backbone.tokenize_texts(texts, prompt) for texts, prompt in cases]
     stock = _write_tokenizer(model, folder, name)
     _write_graph(model, folder / FILE, tokens[1][:2], shared=stock)
     if stock:
         _share_weights(folder)
-    write_json(
-        folder / ONNX_FILE,
-        {
-            "inputs": list(INPUTS),
-            "output": OUTPUT,
-            "query_prompt": QUERY_PROMPT,
-            "max_tokens": model.backbone.max_tokens,
-            "text_style": model.backbone.text_style,
-            "add_bos": model.backbone.add_bos,
-            "add_eos": model.backbone.add_eos,
-            "pool_mask": "1 from the first token that holds a character of the text",
-            "prompts": model.prompts,
-        },
-    )
+    settings = {
+        "inputs": list(INPUTS),
+        "output": OUTPUT,
+        "query_prompt": QUERY_PROMPT,
+        **{name: getattr(model.backbone, name) for name in _CALLER_SETTINGS},
+        "pool_mask": "1 from the first token that holds a character of the text",
+        "prompts": model.prompts,
+    }
+    write_json(folder / ONNX_FILE, settings)
     for texts, wanted in zip(tokens, expected, strict=True):
         _prove(folder / FILE, texts, wanted, name)
     return stock
 
 
 def _write_tokenizer(model: NVEmbed, folder: Path, name: str) -> bool:
-    """Write the tokenizer, and where stock modules can pool as we do, what makes them load it.
-
-    Returns:
-        Whether they can.
-    """
+    """Write the tokenizer, and where stock modules can pool as we do (the result), their files."""
     backbone = model.backbone
     write_tokenizer(closed_tokenizer(backbone), backbone, folder)
     if backbone.text_style != "nvembed":
@@ -281,11 +266,7 @@ def _quiet() -> Iterator[None]:
 def _prove(
     path: Path, texts: Sequence[TokenizedText], expected: NDArray[np.float32], name: str
 ) -> None:
-    """Run the graph on a batch and on each text alone.
-
-    Raises:
-        ModelError: other vectors than the model's own.
-    """
+    """Run the graph on a batch and on each text alone; refuse other vectors than the model's."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])

@@ -23,20 +23,16 @@ from nvembed.core.files import write_json
 from nvembed.model.backbone import Backbone
 from nvembed.model.embedder import NVEmbed
 from nvembed.model.pooling import MeanPooling
-from nvembed.text.template import query_prompt
+from nvembed.text.instructions import query_prompt
+from nvembed.text.tokens import plain_backend
 
-_TASK = "Find it"  # short: it must leave room for text in a model of short texts
+PROOF_TASK = "Find it"  # short: it must leave room for text in a model of short texts
 _TEXTS = ("how do I sort a list?", "x", "A longer passage, " * 6 + "cut or not.")
 _HINT = "Use --format nvembed"
 
 
 def write_stock(model: NVEmbed, folder: Path, *, name: str) -> None:
-    """Write the files.
-
-    Raises:
-        ModelError: the pooling has no stock counterpart, or the tokens cannot be had from a stock
-            tokenizer.
-    """
+    """Write the files; a ModelError where the pooling or the tokens have no stock counterpart."""
     backbone = model.backbone
     if not isinstance(model.pooling, MeanPooling) or backbone.text_style != "nvembed":
         raise ModelError(
@@ -57,10 +53,7 @@ def write_stock(model: NVEmbed, folder: Path, *, name: str) -> None:
 def write_modules(model: NVEmbed, folder: Path, *, transformer: str = "") -> None:
     """Write what makes a folder one of sentence-transformers: stock modules, limit and prompts.
 
-    Args:
-        model: whose limit and prompts those are.
-        folder: the folder.
-        transformer: folder of the first module inside it; "" is itself.
+    ``transformer`` is the folder of the first module inside it; "" is itself.
     """
     path = "sentence_transformers.models"
     modules = ((transformer, "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize"))
@@ -72,35 +65,22 @@ def write_modules(model: NVEmbed, folder: Path, *, transformer: str = "") -> Non
         ],
     )
     # The keys of earlier versions, which later ones read too.
+    pooling = {"word_embedding_dimension": model.dimension, "pooling_mode_mean_tokens": True}
+    write_json(folder / "1_Pooling" / "config.json", {**pooling, "include_prompt": False})
+    limit = {"max_seq_length": model.backbone.max_tokens, "do_lower_case": False}
+    write_json(folder / transformer / "sentence_bert_config.json", limit)
+    prompts = {"prompts": model.prompts, "default_prompt_name": model.default_prompt_name}
     write_json(
-        folder / "1_Pooling" / "config.json",
-        {
-            "word_embedding_dimension": model.dimension,
-            "pooling_mode_mean_tokens": True,
-            "include_prompt": False,
-        },
-    )
-    write_json(
-        folder / transformer / "sentence_bert_config.json",
-        {"max_seq_length": model.backbone.max_tokens, "do_lower_case": False},
-    )
-    write_json(
-        folder / "config_sentence_transformers.json",
-        {
-            "prompts": model.prompts,
-            "default_prompt_name": model.default_prompt_name,
-            "similarity_fn_name": "cosine",
-        },
+        folder / "config_sentence_transformers.json", {**prompts, "similarity_fn_name": "cosine"}
     )
 
 
 def prove_stock(model: NVEmbed, folder: Path, *, name: str) -> None:
     """Load the folder in plain sentence-transformers and compare vectors, alone and in a batch.
 
-    Raises:
-        ModelError: they differ: the family does not do what its configuration says.
+    They differ where a family does not do what its configuration says.
     """
-    for prompt in ("", query_prompt(_TASK)):
+    for prompt in ("", query_prompt(PROOF_TASK)):
         options: dict[str, Any] = {"prompt": prompt, "show_progress_bar": False}
         expected = model.encode(list(_TEXTS), **options)
         try:
@@ -143,9 +123,7 @@ def open_attention(config_path: Path, backbone: Backbone) -> None:
 def closed_tokenizer(backbone: Backbone) -> Tokenizer:
     """A copy of the model's tokenizer whose own template adds the BOS and EOS of the model."""
     tokenizer: Any = backbone.tokenizer
-    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    backend.no_truncation()
-    backend.no_padding()
+    backend = plain_backend(tokenizer)
     ids = backbone.tokenize_texts(["x"])[0].ids
     inner = backend.encode("x", add_special_tokens=False).ids
     head, tail = ids[: ids.index(inner[0])], ids[ids.index(inner[0]) + len(inner) :]
@@ -159,12 +137,8 @@ def closed_tokenizer(backbone: Backbone) -> Tokenizer:
 
 
 def count_prompt_as_we_do(backend: Tokenizer, backbone: Backbone, name: str) -> None:
-    """Let a closed tokenizer give a prompt by itself as many tokens as we leave out of pooling.
-
-    Raises:
-        ModelError: that number cannot be had from this tokenizer.
-    """
-    prompt = query_prompt(_TASK)
+    """Let a closed tokenizer give a prompt by itself as many tokens as we leave out of pooling."""
+    prompt = query_prompt(PROOF_TASK)
     tail = int(backbone.add_eos)
     ours = backbone.tokenize_texts(["how"], prompt)[0].pool_start
     if len(backend.encode(prompt).ids) - tail == ours + 1:
@@ -181,18 +155,26 @@ def count_prompt_as_we_do(backend: Tokenizer, backbone: Backbone, name: str) -> 
         )
 
 
-def write_tokenizer(backend: Tokenizer, backbone: Backbone, folder: Path) -> None:
-    """Write a tokenizer as every version of transformers, 4 and 5, reads it: the file as it is."""
+def write_tokenizer(
+    backend: Tokenizer, backbone: Backbone, folder: Path, *, official: bool = False
+) -> None:
+    """Write a tokenizer as every version of transformers, 4 and 5, reads it: the file as it is.
+
+    The ``official`` code pads with EOS and knows neither CLS nor SEP.
+    """
     tokenizer: Any = backbone.tokenizer
     backend.save(str(folder / "tokenizer.json"))
-    names = ("bos_token", "eos_token", "unk_token", "cls_token", "sep_token")
-    found = {name: getattr(tokenizer, name) for name in names}
-    special = {name: token for name, token in found.items() if token is not None}
-    special["pad_token"] = tokenizer.pad_token or tokenizer.eos_token
+    special = {
+        "bos_token": tokenizer.bos_token,
+        "eos_token": tokenizer.eos_token,
+        "pad_token": (None if official else tokenizer.pad_token) or tokenizer.eos_token,
+        "unk_token": tokenizer.unk_token,
+    }
+    if not official:
+        special |= {"cls_token": tokenizer.cls_token, "sep_token": tokenizer.sep_token}
+    special = {name: token for name, token in special.items() if token is not None}
     write_json(folder / "special_tokens_map.json", special)
     settings = {**special, "model_max_length": backbone.max_tokens, "padding_side": "right"}
     # transformers 5 would name a class that 4 does not have.
-    write_json(
-        folder / "tokenizer_config.json",
-        {**settings, "tokenizer_class": "PreTrainedTokenizerFast"},
-    )
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    write_json(folder / "tokenizer_config.json", settings)

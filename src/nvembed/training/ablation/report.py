@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nvembed.core.environment import describe_environment
 from nvembed.core.files import atomic_path, write_text
+from nvembed.core.runs import describe_environment
 from nvembed.evaluation.reference import paper_tables
 from nvembed.evaluation.results import TaskResult, read_results
 from nvembed.training.ablation.figure import draw

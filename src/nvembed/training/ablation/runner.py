@@ -25,14 +25,13 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from nvembed.core.background import end_with_parent
+from nvembed.core.cache import digest_of
 from nvembed.core.config import dump_config, load_config
-from nvembed.core.digests import digest_of
 from nvembed.core.dtypes import Precision
 from nvembed.core.errors import ConfigError, DataError, UserError
 from nvembed.core.files import alone_in, write_json
-from nvembed.core.overlaps import check_overlaps
-from nvembed.core.ownership import check_outputs, mark_growing, refuse_foreign
-from nvembed.core.progress import progress
+from nvembed.core.ownership import check_outputs, check_overlaps, mark_growing, refuse_foreign
+from nvembed.core.reporting import progress
 from nvembed.core.runs import RunFolder
 from nvembed.evaluation.results import EVALUATE
 from nvembed.evaluation.tasks import load_tasks

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from nvembed.core.errors import ConfigError, TrainingError, UserError
-from nvembed.core.progress import ProgressBar, progress
+from nvembed.core.reporting import ProgressBar, progress
 from nvembed.core.runs import RunFolder
 from nvembed.core.seeding import derive_seed
 from nvembed.data.batch import effective_negatives

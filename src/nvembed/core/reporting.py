@@ -1,0 +1,212 @@
+"""What a job tells its user while it runs: notes, problems of many rows, and a progress bar.
+
+A note tells what was decided for the user. It is shown by the command line, silent in Python, and
+held back until the work that it speaks of has begun, so a command that fails before, for a mistake
+in the input, says nothing but its error. The bar is silent when stderr is no terminal (logs, pipes,
+tests); ``NVEMBED_PROGRESS=1`` shows it all the same, ``NVEMBED_PROGRESS=0`` never.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+# --- Notes ----------------------------------------------------------------------------------------
+
+_held: list[str] = []
+_shown = False
+
+
+def hold_note(line: str) -> None:
+    """Keep a line for ``release_notes``."""
+    _held.append(line)
+
+
+def release_notes() -> None:
+    """Show the lines that are held: what they speak of has begun."""
+    lines = _held[:]
+    _held.clear()
+    if _shown:
+        for line in lines:
+            print(line, file=sys.stderr, flush=True)
+
+
+def show_notes() -> None:
+    """Print notes on stderr from now on; those of an earlier command are forgotten."""
+    global _shown
+    _shown = True
+    _held.clear()
+
+
+# --- Problems of rows, each kind told once --------------------------------------------------------
+
+# What differs between two rows with one problem: numbers, and the user's values in single quotes.
+_VARYING = re.compile(r"'(?:[^'\\]|\\.)*'|\d+")
+_MAX_KINDS = 1000  # more kinds than that are counted together
+_MAX_RANGES = 10
+
+
+@dataclass
+class ProblemKind:
+    """The rows that have one problem.
+
+    Attributes:
+        place: of the first row: ``file:line``.
+        text: what is wrong with it.
+        count: number of rows.
+        ranges: [first, last] line of the other rows of the same file, as far as they are kept.
+    """
+
+    place: str
+    text: str
+    count: int = 1
+    ranges: list[list[int]] = field(default_factory=list)
+
+    def add(self, place: str) -> None:
+        """Count another row."""
+        self.count += 1
+        file, _, line = place.rpartition(":")
+        if file != self.place.rpartition(":")[0] or not line.isdecimal():
+            return
+        number = int(line)
+        if self.ranges and self.ranges[-1][1] == number - 1:
+            self.ranges[-1][1] = number
+        elif len(self.ranges) <= _MAX_RANGES:
+            self.ranges.append([number, number])
+
+    @property
+    def message(self) -> str:
+        """The problem, and how many other rows have it."""
+        if self.count == 1:
+            return self.text
+        ranges = self.ranges[:_MAX_RANGES]
+        lines = [str(low) if low == high else f"{low}-{high}" for low, high in ranges]
+        lines += ["…"] if len(self.ranges) > _MAX_RANGES else []
+        named = f": line{'' if lines == [str(ranges[0][0])] else 's'} " if lines else ""
+        return f"{self.text} ({self.count - 1:,} more like it{named}{', '.join(lines)})"
+
+    def __str__(self) -> str:
+        return f"{self.place}: {self.message}"
+
+
+class ProblemCounts:
+    """Problems by kind, in the order in which the kinds were met.
+
+    Two rows have one problem when what is said of them differs in numbers and in values in single
+    quotes only. Memory does not grow with the number of rows.
+
+    Args:
+        problems: (place, text) of those to begin with.
+        by_value: values in quotes tell kinds apart, as names of classes do.
+    """
+
+    def __init__(self, problems: Iterable[tuple[str, str]] = (), *, by_value: bool = False) -> None:
+        self.count = 0
+        self._by_value = by_value
+        self._kinds: dict[str, ProblemKind] = {}
+        for place, text in problems:
+            self.add(place, text)
+
+    @property
+    def kinds(self) -> list[ProblemKind]:
+        """The kinds that were met."""
+        return list(self._kinds.values())
+
+    def add(self, place: str, text: str, *, by_value: bool | None = None) -> None:
+        """Count a problem of the row at ``place`` (``file:line``); ``by_value`` as of the whole."""
+        self.count += 1
+        exact = self._by_value if by_value is None else by_value
+        key = _VARYING.sub(lambda found: found[0] if exact and found[0][0] == "'" else "#", text)
+        if key not in self._kinds and len(self._kinds) >= _MAX_KINDS:
+            key, text = "", "other problems"
+        if (kind := self._kinds.get(key)) is not None:
+            kind.add(place)
+        else:
+            self._kinds[key] = ProblemKind(place, text)
+
+    def summary(self, most: int) -> str:
+        """Describe ``most`` kinds in one line, which lacks the place of the first problem."""
+        first, *others = self.kinds[:most]
+        file = first.place.rpartition(":")[0]
+        parts = [first.message]
+        for kind in others:
+            own_file, _, line = kind.place.rpartition(":")
+            place = f"line {line}" if own_file == file and line.isdecimal() else kind.place
+            parts.append(f"{place}: {kind.message}")
+        beyond = sum(kind.count for kind in self.kinds[most:])
+        parts += [f"and {beyond:,} more problem{'s' if beyond > 1 else ''}"] if beyond else []
+        return "; ".join(parts)
+
+
+# --- Progress -------------------------------------------------------------------------------------
+
+
+class ProgressBar:
+    """What ``progress`` yields; does nothing when there is nobody to look."""
+
+    def __init__(self, shown: Progress | None, task: TaskID | None) -> None:
+        self._shown = shown
+        self._task = task
+
+    def advance(self, n: int = 1, **fields: float | str) -> None:
+        """Move on by ``n`` and show ``fields`` (``loss=0.41``) beside the bar."""
+        if self._shown is None or self._task is None:
+            return
+        if fields:
+            text = "  ".join(f"{name} {_short(value)}" for name, value in fields.items())
+            self._shown.update(self._task, advance=n, fields=text)
+        else:
+            self._shown.update(self._task, advance=n)
+
+
+class Rates:
+    """Counts per second since this was made, as fields of a bar."""
+
+    def __init__(self) -> None:
+        self._started = time.monotonic()
+        self._counts: dict[str, int] = {}
+
+    def add(self, **counts: int) -> dict[str, float]:
+        """Add to the counts and return all rates: ``{"texts/s": 12.5, "tokens/s": 800.0}``."""
+        for name, count in counts.items():
+            self._counts[name] = self._counts.get(name, 0) + count
+        seconds = max(time.monotonic() - self._started, 1e-9)
+        return {f"{name}/s": count / seconds for name, count in self._counts.items()}
+
+
+@contextmanager
+def progress(total: int | None, description: str, *, shown: bool = True) -> Iterator[ProgressBar]:
+    """Show progress towards ``total`` (None: unknown) while the block runs, if ``shown``."""
+    setting = os.environ.get("NVEMBED_PROGRESS")
+    if not shown or not (sys.stderr.isatty() if setting is None else setting != "0"):
+        yield ProgressBar(None, None)
+        return
+    from rich import progress as bar  # --help must not wait for it
+    from rich.console import Console
+
+    columns = (
+        bar.TextColumn("{task.description}"),
+        bar.BarColumn(),
+        bar.MofNCompleteColumn(),
+        bar.TextColumn("{task.fields[fields]}"),
+        bar.TimeElapsedColumn(),
+        bar.TextColumn("left"),
+        bar.TimeRemainingColumn(),
+    )
+    with bar.Progress(*columns, console=Console(stderr=True)) as bars:
+        yield ProgressBar(bars, bars.add_task(description, total=total, fields=""))
+
+
+def _short(value: float | str) -> str:
+    if isinstance(value, str):
+        return value
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"

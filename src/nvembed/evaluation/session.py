@@ -25,8 +25,16 @@ from nvembed.core.text_files import check_ending, read_json_object
 from nvembed.encoding.fingerprint import computed_fingerprint, model_fingerprint
 from nvembed.encoding.protocol import Encoder
 from nvembed.evaluation.cached import CachedEncoder
-from nvembed.evaluation.items import items_folder, keep_items, task_hash, write_items
-from nvembed.evaluation.results import EVALUATE, TaskResult, read_results, write_results
+from nvembed.evaluation.results import (
+    EVALUATE,
+    TaskResult,
+    items_folder,
+    keep_items,
+    read_results,
+    task_hash,
+    write_items,
+    write_results,
+)
 from nvembed.evaluation.run import (
     BM25_NAME,
     TaskOutcome,

@@ -125,9 +125,7 @@ def earlier_precision(output: Path) -> Precision | None:
 def check_session(settings: Settings, inputs: Iterable[Path] = ()) -> None:
     """Refuse to evaluate where the results would replace something of the user's.
 
-    Args:
-        settings: of the evaluation.
-        inputs: folders of its tasks.
+    ``inputs`` are the folders of the tasks.
 
     Raises:
         ConfigError: the output is a folder, lies in the model or a task, or something is there

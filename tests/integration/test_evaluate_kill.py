@@ -14,8 +14,7 @@ import pytest
 from nvembed.cli.main import run
 from nvembed.core.ownership import MARK
 from nvembed.encoding import load
-from nvembed.evaluation.items import items_folder, read_items
-from nvembed.evaluation.results import read_results
+from nvembed.evaluation.results import items_folder, read_items, read_results
 from task_folders import write_task
 
 # Says so and waits in the middle of the second task, its queries being embedded.

@@ -7,7 +7,6 @@ text, Markdown or JSON. Neither torch nor mteb is needed. Next file: ``cli/compa
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,14 +14,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 from nvembed.core.errors import DataError
 from nvembed.core.reporting import progress
 from nvembed.core.text_files import read_json_object
-from nvembed.evaluation.items import items_folder, read_items
-from nvembed.evaluation.results import TaskResult, read_results
+from nvembed.evaluation.results import TaskResult, items_folder, read_items, read_results
 from nvembed.evaluation.significance import (
     RESAMPLES,
     Difference,
@@ -31,6 +27,7 @@ from nvembed.evaluation.significance import (
     mean_difference,
     sign_flip_p,
 )
+from nvembed.evaluation.summary import count_of_tasks, markdown_table, terminal_table
 from nvembed.evaluation.tasks import TASK_TYPES
 
 SIGNIFICANT = 0.05
@@ -241,7 +238,7 @@ def _average(
         _, low, high = mean_difference([tested[name] for name in names])
     differences_T = np.array([scores[name][1] - scores[name][0] for name in names])
     p = sign_flip_p(differences_T, resamples=100_000) if len(names) > 1 else None
-    count = "1 task" if len(names) == 1 else f"mean of {len(names)} tasks"
+    count = count_of_tasks(names)
     significant = p is not None and p < SIGNIFICANT
     return ComparedRow(
         kind, label, count, first, second, second - first, low, high, p, None, significant
@@ -264,38 +261,29 @@ _EXPLANATION = (
 
 def format_text(comparison: Comparison) -> str:
     """Render a comparison for a terminal."""
-    table = Table()
-    for title in ("task", "score"):
-        table.add_column(title, no_wrap=True)
-    for title in (comparison.first, comparison.second, "difference", "95 %", "p"):
-        table.add_column(title, justify="right", overflow="fold", min_width=6)
-    for row in comparison.rows:
-        name = f"  {row.name}" if row.kind == "task" else row.name
-        table.add_row(name, *_cells(row), end_section=row.kind != "task")
-    out = io.StringIO()
-    Console(file=out, width=120, no_color=True).print(table)
-    return "\n".join([out.getvalue().rstrip("\n"), _EXPLANATION, *_note_lines(comparison)])
+    rows = [(row.kind, row.name, _cells(row)) for row in comparison.rows]
+    table = terminal_table(_titles(comparison), rows, width=120)
+    return "\n".join([table, _EXPLANATION, *_note_lines(comparison)])
 
 
 def format_markdown(comparison: Comparison) -> str:
     """Render a comparison as a Markdown table, averages in bold."""
-    models = [name.replace("|", "\\|") for name in (comparison.first, comparison.second)]
-    lines = [
-        f"| task | score | {models[0]} | {models[1]} | difference | 95 % | p |",
-        "|---|---|---:|---:|---:|---:|---:|",
+    rows = [
+        (row.kind, row.name, [cell.replace("*", "\\*") for cell in _cells(row)])
+        for row in comparison.rows
     ]
-    for row in comparison.rows:
-        cells = [row.name.replace("|", "\\|"), *(cell.replace("*", "\\*") for cell in _cells(row))]
-        if row.kind != "task":
-            cells = [f"**{cell}**" if cell else cell for cell in cells]
-        lines.append(f"| {' | '.join(cells)} |")
     explanation = _EXPLANATION.replace("*", "\\*")
-    return "\n\n".join(["\n".join(lines), explanation, *_note_lines(comparison)])
+    table = markdown_table(_titles(comparison), rows)
+    return "\n\n".join([table, explanation, *_note_lines(comparison)])
 
 
 def format_json(comparison: Comparison) -> str:
     """Render a comparison as JSON, scores as they are (not times 100)."""
     return json.dumps(dataclasses.asdict(comparison), indent=2, ensure_ascii=False)
+
+
+def _titles(comparison: Comparison) -> list[str]:
+    return [comparison.first, comparison.second, "difference", "95 %", "p"]
 
 
 def _note_lines(comparison: Comparison) -> list[str]:

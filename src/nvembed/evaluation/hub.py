@@ -32,10 +32,10 @@ from nvembed.core.config import parse_yaml
 from nvembed.core.errors import ConfigError, DataError, UserError
 from nvembed.core.files import write_text
 from nvembed.core.runs import RunFolder
-from nvembed.core.seeding import capture_rng, restore_rng
-from nvembed.encoding.bulk import encode_texts
+from nvembed.encoding.bulk import Side
 from nvembed.encoding.protocol import Encoder
-from nvembed.evaluation.mteb_adapter import quiet
+from nvembed.evaluation.local_scores import encode_distinct
+from nvembed.evaluation.mteb_adapter import finite_or_none, quiet, run_mteb
 from nvembed.evaluation.reference import InstructionSource, instruction_for
 from nvembed.evaluation.results import TaskResult
 from nvembed.text.instructions import find_instruction
@@ -149,15 +149,9 @@ class HubEncoder(AbsEncoder):
         is_document = prompt_type == PromptType.document
         bare = is_document and not _is_symmetric(task_metadata)
         texts = [text for batch in inputs for text in batch["text"]]
-        rows = {text: row for row, text in enumerate(dict.fromkeys(texts))}
-        vectors = encode_texts(
-            self._encoder,
-            list(rows),
-            side="document" if is_document else "query",
-            task=None if bare else hub_instruction(task_metadata, self._source),
-            description=task_metadata.name,
-        )
-        return vectors if len(rows) == len(texts) else vectors[[rows[text] for text in texts]]
+        instruction = None if bare else hub_instruction(task_metadata, self._source)
+        side: Side = "document" if is_document else "query"
+        return encode_distinct(self._encoder, texts, side, instruction, task_metadata.name)
 
 
 def score_hub(
@@ -167,30 +161,17 @@ def score_hub(
 
     mteb writes into a folder for the moment; from there its files come to their places.
 
-    Args:
-        task: of mteb.
-        encoder: the model.
-        folder: of mteb's files.
-        made_by: as in ``core.files.atomic_path``.
-
     Raises:
         UnreachableTaskError: its data set cannot be loaded.
         ModelError: the encoder gives vectors of another shape or that are not finite.
     """
     started = time.perf_counter()
     name = task.metadata.name
-    rng = capture_rng()
     try:
-        with quiet(), TemporaryDirectory() as place:
-            done = mteb.evaluate(
-                encoder,
-                task,
-                cache=ResultCache(place),
-                overwrite_strategy="always",  # its files do not tell instructions apart
-                co2_tracker=False,
-                show_progress_bar=False,
-                encode_kwargs={"batch_size": 512, "show_progress_bar": False},
-            )
+        with TemporaryDirectory() as place:
+            # Always anew: its files do not tell instructions apart.
+            cache = ResultCache(place)
+            done = run_mteb(encoder, task, cache=cache, overwrite_strategy="always")
             for made in sorted(Path(place).rglob("*.json")):
                 text = made.read_text(encoding="utf-8")
                 write_text(folder / made.relative_to(place), text, made_by)
@@ -201,18 +182,16 @@ def score_hub(
             where=name,
             hint="It needs the network, or an earlier download",
         ) from error
-    finally:
-        restore_rng(rng)
     if done.exceptions:
         reason = done.exceptions[0].exception.strip().splitlines()[0]
         raise UnreachableTaskError(f"cannot be loaded ({reason})", where=name)
     result = done.task_results[0]
     parts = {
-        f"{split}/{entry['hf_subset']}": _number(entry["main_score"])
+        f"{split}/{entry['hf_subset']}": finite_or_none(entry["main_score"])
         for split, entries in result.scores.items()
         for entry in entries
     }
-    main = _number(result.get_score())
+    main = finite_or_none(result.get_score())
     return TaskResult(
         type=task.metadata.type,
         main_score_name=task.metadata.main_score,
@@ -220,10 +199,6 @@ def score_hub(
         seconds=round(time.perf_counter() - started, 2),
         scores={task.metadata.main_score: main, **parts},
     )
-
-
-def _number(value: float) -> float | None:
-    return float(value) if np.isfinite(value) else None
 
 
 def describe_model(name: str, encoder: Encoder, revision: str) -> ModelMeta:

@@ -20,16 +20,15 @@ from numpy.typing import NDArray
 from nvembed.encoding.bulk import Side, encode_texts
 from nvembed.encoding.nearest import RunningTopK
 from nvembed.encoding.protocol import Encoder
-from nvembed.evaluation.items import ItemKind, Items, task_hash
-from nvembed.evaluation.metrics import classification, clustering
-from nvembed.evaluation.metrics.correlation import correlations
-from nvembed.evaluation.metrics.pairs import PAIR_METRICS, pair_metrics, pair_similarities
-from nvembed.evaluation.metrics.ranking import (
+from nvembed.evaluation import metrics
+from nvembed.evaluation.metrics import correlations
+from nvembed.evaluation.ranking_metrics import (
     TOP_K,
     order_with_ties,
     ranking_scores,
     ranking_values,
 )
+from nvembed.evaluation.results import ItemKind, Items, task_hash
 from nvembed.evaluation.task_files import (
     ClassificationData,
     LabelledTexts,
@@ -98,21 +97,21 @@ def score_local(task: LocalTask, encoder: Encoder) -> Scored:
     return Scored(scores, Items(kind, task.main_score, task_hash(task), arrays))
 
 
+def encode_distinct(
+    encoder: Encoder, texts: Sequence[str], side: Side, instruction: str | None, name: str
+) -> NDArray[np.float32]:
+    """Encode texts for the task ``name``, one row each; equal texts once."""
+    rows = {text: row for row, text in enumerate(dict.fromkeys(texts))}
+    vectors = encode_texts(encoder, list(rows), side=side, task=instruction, description=name)
+    return vectors if len(rows) == len(texts) else vectors[[rows[text] for text in texts]]
+
+
 def _encode(
     task: LocalTask, encoder: Encoder, texts: Sequence[str], side: Side
 ) -> NDArray[np.float32]:
-    """Encode equal texts once; documents bare, all others with the instruction of the task."""
-    rows = {text: row for row, text in enumerate(dict.fromkeys(texts))}
-    vectors = encode_texts(
-        encoder,
-        list(rows),
-        side=side,
-        task=None if side == "document" else task.instruction,
-        description=task.name,
-    )
-    if len(rows) == len(texts):
-        return vectors
-    return vectors[[rows[text] for text in texts]]
+    """Encode documents bare, all others with the instruction of the task."""
+    instruction = None if side == "document" else task.instruction
+    return encode_distinct(encoder, texts, side, instruction, task.name)
 
 
 # --- rankings -------------------------------------------------------------------------------------
@@ -233,7 +232,7 @@ def _similarities(
     task: LocalTask, data: PairData, encoder: Encoder
 ) -> dict[str, NDArray[np.float64]]:
     vectors = _encode(task, encoder, [*data.first, *data.second], "query")
-    return pair_similarities(vectors[: len(data.first)], vectors[len(data.first) :])
+    return metrics.pair_similarities(vectors[: len(data.first)], vectors[len(data.first) :])
 
 
 def _sts(task: LocalTask, data: PairData, encoder: Encoder) -> _Found:
@@ -251,10 +250,10 @@ def _sts(task: LocalTask, data: PairData, encoder: Encoder) -> _Found:
 def _pairs(task: LocalTask, data: PairData, encoder: Encoder) -> _Found:
     labels_N = np.array(data.values).astype(np.int64)
     similarities = _similarities(task, data, encoder)
-    found = {name: pair_metrics(values, labels_N) for name, values in similarities.items()}
-    scores = {f"{name}_{m}": v for name, metrics in found.items() for m, v in metrics.items()}
-    for metric in PAIR_METRICS:
-        scores[f"max_{metric}"] = max(metrics[metric] for metrics in found.values())
+    found = {name: metrics.pair_metrics(v, labels_N) for name, v in similarities.items()}
+    scores = {f"{name}_{m}": v for name, each in found.items() for m, v in each.items()}
+    for metric in metrics.PAIR_METRICS:
+        scores[f"max_{metric}"] = max(each[metric] for each in found.values())
     which = task.main_score.partition("_")[0]
     used = list(similarities.values()) if which == "max" else [similarities[which]]
     return scores, "pairs", {"gold_N": labels_N, "similarities_SN": np.stack(used)}
@@ -308,20 +307,18 @@ def _classification(task: LocalTask, data: ClassificationData, encoder: Encoder)
     codes = {label: code for code, label in enumerate(names)}
     train = np.array([codes[label] for label in data.train.labels])
     gold_N = np.array([codes[label] for label in data.test.labels])
-    chosen = classification.undersample(train)
+    chosen = metrics.undersample(train)
     used = np.unique(np.concatenate(chosen))
     texts = [data.train.texts[row] for row in used.tolist()]
     vectors = _encode(task, encoder, [*texts, *data.test.texts], "query")
     train_vectors, test_vectors = vectors[: len(used)], vectors[len(used) :]
     predicted_EN = np.stack(
         [
-            classification.predict(
-                train_vectors[np.searchsorted(used, rows)], train[rows], test_vectors
-            )
+            metrics.predict(train_vectors[np.searchsorted(used, rows)], train[rows], test_vectors)
             for rows in chosen
         ]
     )
-    found = [classification.class_scores(gold_N, predicted_N) for predicted_N in predicted_EN]
+    found = [metrics.class_scores(gold_N, predicted_N) for predicted_N in predicted_EN]
     scores = {name: float(np.mean([one[name] for one in found])) for name in found[0]}
     scores = {"ap": math.nan, "ap_weighted": math.nan} | scores
     small = np.min_scalar_type(len(names))
@@ -336,11 +333,11 @@ def _clustering(task: LocalTask, data: LabelledTexts, encoder: Encoder) -> _Foun
     names = sorted(set(data.labels))
     gold_N = np.array([names.index(label) for label in data.labels])
     vectors_ND = _encode(task, encoder, data.texts, "query")
-    assigned_EN = np.zeros((clustering.EXPERIMENTS, len(gold_N)), dtype=np.int32)
+    assigned_EN = np.zeros((metrics.EXPERIMENTS, len(gold_N)), dtype=np.int32)
     drawn_EN = np.zeros(assigned_EN.shape, dtype=np.int32)
     found = []
-    for number, (texts_S, clusters_S) in enumerate(clustering.cluster(vectors_ND, len(names))):
-        found.append(clustering.cluster_scores(gold_N[texts_S], clusters_S))
+    for number, (texts_S, clusters_S) in enumerate(metrics.cluster(vectors_ND, len(names))):
+        found.append(metrics.cluster_scores(gold_N[texts_S], clusters_S))
         assigned_EN[number, texts_S] = clusters_S
         drawn_EN[number] = np.bincount(texts_S, minlength=len(gold_N))
     scores: dict[str, float] = {}

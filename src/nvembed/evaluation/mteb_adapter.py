@@ -1,7 +1,6 @@
 """Scores a local task with mteb: its metrics and protocols, on data that is already here.
 
-It and ``hub.py`` are the only files that import mteb. In: a ``LocalTask`` and an ``Encoder``; out:
-the scores of mteb's task of that type. mteb's settings are kept but for one of
+It and ``hub.py`` are the only files that import mteb. mteb's settings are kept but for one of
 clustering, noted at ``_SETTINGS``.
 """
 
@@ -37,8 +36,9 @@ from mteb.types import PromptType
 from numpy.typing import NDArray
 
 from nvembed.core.seeding import capture_rng, restore_rng
-from nvembed.encoding.bulk import encode_texts
+from nvembed.encoding.bulk import Side
 from nvembed.encoding.protocol import Encoder
+from nvembed.evaluation.local_scores import encode_distinct
 from nvembed.evaluation.task_files import (
     ClassificationData,
     LabelledTexts,
@@ -82,26 +82,34 @@ def score(task: LocalTask, encoder: Encoder) -> dict[str, float | None]:
     Raises:
         ModelError: the encoder gives vectors of another shape or that are not finite.
     """
-    rng = capture_rng()  # mteb seeds the global generators; a training run must not notice
-    try:
-        with quiet():
-            result = mteb.evaluate(
-                _TaskEncoder(task, encoder),
-                _mteb_task(task),
-                cache=None,
-                co2_tracker=False,
-                show_progress_bar=False,
-                encode_kwargs={"batch_size": 512, "show_progress_bar": False},
-            )
-    finally:
-        restore_rng(rng)
+    result = run_mteb(_TaskEncoder(task, encoder), _mteb_task(task), cache=None)
     found = result.task_results[0].scores["test"][0]
-    scores = {name: _finite(value) for name, value in found.items() if isinstance(value, float)}
+    scores = {
+        name: finite_or_none(value) for name, value in found.items() if isinstance(value, float)
+    }
     scores[task.main_score] = scores[_MTEB_NAMES.get(task.main_score, task.main_score)]
     return scores
 
 
-def _finite(value: float) -> float | None:
+def run_mteb(encoder: AbsEncoder, task: AbsTask, **options: Any) -> Any:
+    """Call ``mteb.evaluate`` without its output; the global random generators stay as they are."""
+    rng = capture_rng()  # mteb seeds the global generators; a training run must not notice
+    try:
+        with quiet():
+            return mteb.evaluate(
+                encoder,
+                task,
+                co2_tracker=False,
+                show_progress_bar=False,
+                encode_kwargs={"batch_size": 512, "show_progress_bar": False},
+                **options,
+            )
+    finally:
+        restore_rng(rng)
+
+
+def finite_or_none(value: float) -> float | None:
+    """Return a score as a float, ``None`` where it is undefined."""
     return float(value) if math.isfinite(value) else None
 
 
@@ -129,13 +137,9 @@ class _TaskEncoder(AbsEncoder):
         texts = [text for batch in inputs for text in batch["text"]]
         new = [text for text in dict.fromkeys(texts) if (is_document, text) not in self._known]
         if new:
-            vectors = encode_texts(
-                self._encoder,
-                new,
-                side="document" if is_document else "query",
-                task=None if is_document else self._task.instruction,
-                description=self._task.name,
-            )
+            side: Side = "document" if is_document else "query"
+            instruction = None if is_document else self._task.instruction
+            vectors = encode_distinct(self._encoder, new, side, instruction, self._task.name)
             self._known.update(((is_document, t), v) for t, v in zip(new, vectors, strict=True))
         return np.stack([self._known[is_document, text] for text in texts])
 

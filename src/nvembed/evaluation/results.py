@@ -1,18 +1,29 @@
-"""What an evaluation leaves behind: ``results.json``, one entry per finished task.
+"""What an evaluation leaves: ``results.json``, and the items that each main score is made of.
 
-No model, mteb or torch is needed to read it: ``summary`` makes tables of it.
+``results.json`` has one entry per finished task; ``summary`` makes tables of it. The items, for
+resampling, are one ``.npz`` without pickle per task in the folder ``<results>.items`` beside it;
+``significance`` reads them. Neither torch nor mteb is needed.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from dataclasses import dataclass
+import hashlib
+import zipfile
+from collections.abc import Collection, Mapping
+from dataclasses import astuple, dataclass
 from pathlib import Path
+from typing import Any, Literal, cast, get_args
+from urllib.parse import quote
+
+import numpy as np
+from numpy.typing import NDArray
 
 from nvembed.core.errors import DataError
-from nvembed.core.files import write_json
+from nvembed.core.files import atomic_path, write_json
+from nvembed.core.ownership import remove
 from nvembed.core.text_files import read_json_object
+from nvembed.evaluation.tasks import LocalTask
 
 EVALUATE = "evaluate"
 
@@ -59,3 +70,109 @@ def read_results(path: str | Path) -> dict[str, TaskResult]:
     except (TypeError, ValueError) as error:
         raise DataError("not evaluation results", where=str(path), expected=expected) from error
     return results
+
+
+# --- items ----------------------------------------------------------------------------------------
+
+
+ItemKind = Literal["values", "correlation", "pairs", "classes", "clusters"]
+
+_ARRAYS: dict[ItemKind, frozenset[str]] = {
+    "values": frozenset({"values_N"}),
+    "correlation": frozenset({"gold_N", "similarities_N"}),
+    "pairs": frozenset({"gold_N", "similarities_SN"}),
+    "classes": frozenset({"gold_N", "predicted_EN"}),
+    "clusters": frozenset({"gold_N", "assigned_EN", "drawn_EN"}),
+}
+
+
+@dataclass(frozen=True)
+class Items:
+    """The items of one model on one task.
+
+    Attributes:
+        kind: how the main score comes from the arrays:
+            ``values``: the mean of values_N, per query or article;
+            ``correlation``: of similarities_N with gold_N, per pair;
+            ``pairs``: labels gold_N and the similarities that the score is the best of;
+            ``classes``: gold_N and the predictions of E experiments, per test text;
+            ``clusters``: gold_N, and for E experiments how often each text was drawn and the
+            cluster that it got.
+        score: name of the main score.
+        task_hash: of the task's data: only items of equal data can be paired.
+        arrays: by name, the last axis running over the items.
+    """
+
+    kind: ItemKind
+    score: str
+    task_hash: str
+    arrays: Mapping[str, NDArray[Any]]
+
+    def __len__(self) -> int:
+        return int(next(iter(self.arrays.values())).shape[-1])
+
+
+def task_hash(task: LocalTask) -> str:
+    """Name the contents of a task: texts, gold values and what is scored, not the instruction."""
+    digest = hashlib.sha256(f"{task.type} {task.main_score}".encode())
+    if task.ignore_identical_ids:
+        digest.update(b" without identical ids")
+    for part in astuple(task.data):
+        digest.update(repr(part).encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()
+
+
+def items_folder(results: str | Path) -> Path:
+    """Where the items of a results file lie: ``runs/a.json`` → ``runs/a.items``."""
+    return Path(results).with_suffix(".items")
+
+
+def write_items(folder: str | Path, name: str, items: Items, made_by: str | None = None) -> None:
+    """Write the items of the task ``name`` atomically; ``made_by`` as in ``atomic_path``."""
+    header = {"kind": items.kind, "score": items.score, "task_hash": items.task_hash}
+    arrays: dict[str, Any] = {**items.arrays, **{k: np.array(v) for k, v in header.items()}}
+    with atomic_path(items_file(folder, name), made_by) as temporary, open(temporary, "wb") as file:
+        np.savez_compressed(file, **arrays)
+
+
+def keep_items(folder: str | Path, names: Collection[str]) -> None:
+    """Delete the items of all other tasks: they may be another model's."""
+    kept = {items_file(folder, name) for name in names}
+    for path in set(Path(folder).glob("*.npz")) - kept:
+        remove(path)
+
+
+def read_items(folder: str | Path, name: str) -> Items | None:
+    """Read the items of the task ``name``; ``None`` where none were written.
+
+    Raises:
+        DataError: the file is damaged or holds something else.
+    """
+    path = items_file(folder, name)
+    if not path.is_file():
+        return None
+    try:
+        # Opened here, since np.load leaves a damaged file open.
+        with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
+            arrays = {key: file[key] for key in file.files}
+        kind = str(arrays.pop("kind"))
+        score, hashed = str(arrays.pop("score")), str(arrays.pop("task_hash"))
+        if kind not in get_args(ItemKind) or set(arrays) != _ARRAYS[cast(ItemKind, kind)]:
+            raise ValueError
+        if len({array.shape[-1:] for array in arrays.values()}) != 1:
+            raise ValueError
+    # TypeError: a single array is no archive.
+    except (OSError, EOFError, ValueError, TypeError, KeyError, zipfile.BadZipFile) as error:
+        raise DataError(
+            "not items of an evaluation",
+            where=str(path),
+            expected="a file that `nvembed evaluate` wrote",
+            hint="Delete it and evaluate the task again",
+        ) from error
+    return Items(cast(ItemKind, kind), score, hashed, arrays)
+
+
+def items_file(folder: str | Path, name: str) -> Path:
+    """Where the items of a task lie."""
+    # Names of tasks may hold slashes.
+    return Path(folder) / f"{quote(name, safe=' ')}.npz"

@@ -31,12 +31,7 @@ _Texts = dict[str, tuple[str, str]]  # text and place by id
 
 
 def read_retrieval(problems: Problems, split: str | None = None) -> RetrievalData:
-    """Read ``corpus``, ``queries`` and ``qrels/<split>``.
-
-    Args:
-        problems: of the folder.
-        split: of the judgements; ``None`` is ``first_split``.
-    """
+    """Read ``corpus``, ``queries`` and ``qrels/<split>``; ``None`` is ``first_split``."""
     documents = _read_texts("corpus", problems)
     queries = _read_texts("queries", problems)
     judgements, where = _read_grades(problems, split)

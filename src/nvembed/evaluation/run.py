@@ -6,15 +6,15 @@ which keeps the results on disk.
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
 from nvembed.core.errors import UserError
 from nvembed.encoding.protocol import Encoder
-from nvembed.evaluation.items import Items, task_hash
-from nvembed.evaluation.results import TaskResult
+from nvembed.evaluation.results import Items, TaskResult, task_hash
 from nvembed.evaluation.task_files import RetrievalData
 from nvembed.evaluation.tasks import LocalTask
 
@@ -67,16 +67,48 @@ def score_task(task: LocalTask, encoder: Encoder) -> TaskOutcome:
 
 def score_bm25(task: LocalTask) -> TaskOutcome:
     """Score BM25 on a task that fits it; see ``evaluate_bm25``."""
-    try:
-        from nvembed.evaluation.bm25 import bm25_ndcgs
-    except ModuleNotFoundError as error:
-        raise _missing_extra(error) from error
     assert isinstance(task.data, RetrievalData)
     started = time.perf_counter()
-    ndcgs = bm25_ndcgs(task.data, ignore_identical_ids=task.ignore_identical_ids)
+    try:
+        ndcgs = bm25_ndcgs(task.data, ignore_identical_ids=task.ignore_identical_ids)
+    except ModuleNotFoundError as error:
+        raise _missing_extra(error) from error
     values_N = np.array(ndcgs)
     result = task_result(task, {task.main_score: float(values_N.mean())}, started)
     return result, Items("values", task.main_score, task_hash(task), {"values_N": values_N})
+
+
+def bm25_ndcgs(
+    data: RetrievalData, k: int = 10, *, ignore_identical_ids: bool = False
+) -> list[float]:
+    """nDCG@k of BM25 per query of a retrieval task; documents without a shared word do not rank.
+
+    With ``ignore_identical_ids`` a document with the id of the query does not rank either.
+    """
+    from nvembed.encoding.bm25 import BM25  # needs scipy, which is optional
+
+    scores, indices = BM25(data.documents).top_k(data.queries, k + ignore_identical_ids)
+    values = []
+    for query, row_scores, row in zip(data.query_ids, scores, indices, strict=True):
+        ranked = [data.document_ids[i] for i in row[row_scores > 0]]
+        if ignore_identical_ids:
+            ranked = [document for document in ranked if document != query]
+        values.append(ndcg(ranked, data.judgements[query], k))
+    return values
+
+
+def ndcg(ranked: Sequence[str], judged: Mapping[str, int], k: int) -> float:
+    """DCG of the first ``k`` document ids over that of the best possible order; gain = grade.
+
+    0 where nothing is relevant.
+    """
+    gained = _dcg([judged.get(document, 0) for document in ranked[:k]])
+    best = _dcg(sorted(judged.values(), reverse=True)[:k])
+    return gained / best if best else 0.0
+
+
+def _dcg(grades: Sequence[int]) -> float:
+    return sum(grade / math.log2(rank + 2) for rank, grade in enumerate(grades))
 
 
 def fits_bm25(task: LocalTask) -> bool:

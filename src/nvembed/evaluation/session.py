@@ -25,8 +25,16 @@ from nvembed.core.text_files import check_ending, read_json_object
 from nvembed.encoding.fingerprint import computed_fingerprint, model_fingerprint
 from nvembed.encoding.protocol import Encoder
 from nvembed.evaluation.cached import CachedEncoder
-from nvembed.evaluation.items import items_folder, keep_items, task_hash, write_items
-from nvembed.evaluation.results import EVALUATE, TaskResult, read_results, write_results
+from nvembed.evaluation.results import (
+    EVALUATE,
+    TaskResult,
+    items_folder,
+    keep_items,
+    read_results,
+    task_hash,
+    write_items,
+    write_results,
+)
 from nvembed.evaluation.run import (
     BM25_NAME,
     TaskOutcome,
@@ -117,9 +125,7 @@ def earlier_precision(output: Path) -> Precision | None:
 def check_session(settings: Settings, inputs: Iterable[Path] = ()) -> None:
     """Refuse to evaluate where the results would replace something of the user's.
 
-    Args:
-        settings: of the evaluation.
-        inputs: folders of its tasks.
+    ``inputs`` are the folders of the tasks.
 
     Raises:
         ConfigError: the output is a folder, lies in the model or a task, or something is there

@@ -21,11 +21,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nvembed.core.seeding import derive_seed
-from nvembed.evaluation.items import Items
-from nvembed.evaluation.metrics.classification import confusion_scores
-from nvembed.evaluation.metrics.clustering import v_measures
-from nvembed.evaluation.metrics.correlation import pearson_of_resamples, spearman_of_resamples
-from nvembed.evaluation.metrics.pairs import pairs_of_resamples
+from nvembed.evaluation.metrics import (
+    confusion_scores,
+    pairs_of_resamples,
+    pearson_of_resamples,
+    spearman_of_resamples,
+    v_measures,
+)
+from nvembed.evaluation.results import Items
 
 Floats = NDArray[np.float64]
 Statistic = Callable[[Floats], Floats]

@@ -20,6 +20,8 @@ from nvembed.evaluation.results import TaskResult
 from nvembed.evaluation.tasks import TASK_TYPES
 
 ResultsByModel = Mapping[str, Mapping[str, TaskResult]]
+TableRow = tuple[Literal["task", "type", "all"], str, Sequence[str]]
+"""Kind, label, and the cells after the label."""
 
 
 @dataclass(frozen=True)
@@ -57,35 +59,52 @@ def summary_rows(results_by_model: ResultsByModel) -> list[Row]:
 
 def format_table(results_by_model: ResultsByModel) -> str:
     """Render the results for a terminal, scores times 100, one column per model."""
-    table = Table()
-    table.add_column("task", no_wrap=True)
-    table.add_column("score", no_wrap=True)
-    for model in results_by_model:
-        table.add_column(model, justify="right", overflow="fold", min_width=6)
-    for row in summary_rows(results_by_model):
-        label = f"  {row.label}" if row.kind == "task" else row.label
-        table.add_row(
-            label, row.score_name, *map(_shown, row.scores), end_section=row.kind != "task"
-        )
-    out = io.StringIO()
-    console = Console(file=out, width=max(80, 44 + 14 * len(results_by_model)), no_color=True)
-    console.print(table)
-    return out.getvalue().rstrip("\n")
+    width = max(80, 44 + 14 * len(results_by_model))
+    return terminal_table(list(results_by_model), _cells(results_by_model), width)
 
 
 def format_markdown(results_by_model: ResultsByModel) -> str:
     """Render the results as a Markdown table, averages in bold."""
-    models = [model.replace("|", "\\|") for model in results_by_model]
-    lines = [
-        f"| task | score | {' | '.join(models)} |",
-        f"|---|---|{'---:|' * len(models)}",
+    return markdown_table(list(results_by_model), _cells(results_by_model))
+
+
+def _cells(results_by_model: ResultsByModel) -> list[TableRow]:
+    return [
+        (row.kind, row.label, [row.score_name, *map(_shown, row.scores)])
+        for row in summary_rows(results_by_model)
     ]
-    for row in summary_rows(results_by_model):
-        cells = [row.label.replace("|", "\\|"), row.score_name, *map(_shown, row.scores)]
-        if row.kind != "task":
-            cells = [f"**{cell}**" for cell in cells]
-        lines.append(f"| {' | '.join(cells)} |")
+
+
+def terminal_table(titles: Sequence[str], rows: Sequence[TableRow], width: int) -> str:
+    """Draw rows of tasks and averages; ``titles`` are those after task and score."""
+    table = Table()
+    for title in ("task", "score"):
+        table.add_column(title, no_wrap=True)
+    for title in titles:
+        table.add_column(title, justify="right", overflow="fold", min_width=6)
+    for kind, label, cells in rows:
+        indented = f"  {label}" if kind == "task" else label
+        table.add_row(indented, *cells, end_section=kind != "task")
+    out = io.StringIO()
+    Console(file=out, width=width, no_color=True).print(table)
+    return out.getvalue().rstrip("\n")
+
+
+def markdown_table(titles: Sequence[str], rows: Sequence[TableRow]) -> str:
+    """Write rows of tasks and averages as Markdown, averages in bold."""
+    escaped = [title.replace("|", "\\|") for title in titles]
+    lines = [f"| task | score | {' | '.join(escaped)} |", f"|---|---|{'---:|' * len(titles)}"]
+    for kind, label, cells in rows:
+        shown = [label.replace("|", "\\|"), *cells]
+        if kind != "task":
+            shown = [f"**{cell}**" if cell else cell for cell in shown]
+        lines.append(f"| {' | '.join(shown)} |")
     return "\n".join(lines)
+
+
+def count_of_tasks(names: Sequence[str]) -> str:
+    """Say over how many tasks an average is taken."""
+    return "1 task" if len(names) == 1 else f"mean of {len(names)} tasks"
 
 
 def published_results(name: str, results: Mapping[str, TaskResult]) -> dict[str, TaskResult]:
@@ -116,8 +135,7 @@ def _average(
     for results in models:
         known = [value for name in names if (value := _score(results, name)) is not None]
         means.append(sum(known) / len(known) if len(known) == len(names) else None)
-    count = "1 task" if len(names) == 1 else f"mean of {len(names)} tasks"
-    return Row(kind, label, count, tuple(means))
+    return Row(kind, label, count_of_tasks(names), tuple(means))
 
 
 def _score(results: Mapping[str, TaskResult], name: str) -> float | None:

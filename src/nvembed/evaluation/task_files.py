@@ -96,11 +96,7 @@ TaskData = (
 class Problems:
     """Everything found wrong with one task folder, and what was read by a rule of its own.
 
-    Args:
-        folder: of the task.
-
-    Attributes:
-        remarks: what the scores are computed in spite of, such as documents without a text.
+    ``remarks`` is what the scores are computed in spite of, such as documents without a text.
     """
 
     def __init__(self, folder: Path) -> None:

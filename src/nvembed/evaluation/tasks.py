@@ -19,7 +19,7 @@ from nvembed.core.errors import ConfigError, DataError
 from nvembed.core.text_files import read_json_object
 from nvembed.data.sources.beir import first_split, is_beir_folder
 from nvembed.evaluation import task_files
-from nvembed.evaluation.reference.identical_ids import ignores_identical_ids
+from nvembed.evaluation.reference import ignores_identical_ids
 from nvembed.evaluation.retrieval_files import read_retrieval
 from nvembed.evaluation.task_files import Problems, RetrievalData, TaskData
 from nvembed.text.instructions import read_task

@@ -11,8 +11,7 @@ import pytest
 
 from nvembed.cli.main import run
 from nvembed.core.files import write_json
-from nvembed.evaluation.items import Items, items_folder, write_items
-from nvembed.evaluation.results import TaskResult, write_results
+from nvembed.evaluation.results import Items, TaskResult, items_folder, write_items, write_results
 
 QUERIES = 60
 

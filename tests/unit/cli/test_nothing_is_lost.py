@@ -210,7 +210,7 @@ UNMARKED = {
     "building/rows.py": {"open"},
     "data/record_shards.py": {"open"},
     "examples/pydocs/dataset.py": {"write_json", "write_jsonl", "write_text"},
-    "evaluation/items.py": {"open"},
+    "evaluation/results.py": {"open"},
     "encoding/files.py": {"open", "save", "write_json"},
     "encoding/outputs.py": {"create_table", "rmdir", "open", "rename"},
     "model/adapters.py": {"save_pretrained"},

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from nvembed.encoding.bm25 import BM25
-from nvembed.evaluation.bm25 import bm25_ndcgs, ndcg
+from nvembed.evaluation.run import bm25_ndcgs, ndcg
 from nvembed.evaluation.task_files import RetrievalData
 from nvembed.evaluation.tasks import load_task
 from oracles import bm25 as oracle

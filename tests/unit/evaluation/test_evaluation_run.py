@@ -13,9 +13,8 @@ from nvembed.cli.main import run as run_command
 from nvembed.core.errors import DataError, ModelError, UserError
 from nvembed.encoding.fake import HashEncoder
 from nvembed.evaluation import run
-from nvembed.evaluation.bm25 import bm25_ndcgs
-from nvembed.evaluation.items import items_folder, read_items
-from nvembed.evaluation.results import read_results
+from nvembed.evaluation.results import items_folder, read_items, read_results
+from nvembed.evaluation.run import bm25_ndcgs
 from nvembed.evaluation.session import Settings, run_session
 from nvembed.evaluation.tasks import load_task, load_tasks
 from task_folders import write_task

@@ -7,11 +7,17 @@ import pytest
 from scipy import stats
 from sklearn import metrics as sklearn_metrics
 
-from nvembed.evaluation.metrics.classification import class_scores, confusion_scores, undersample
-from nvembed.evaluation.metrics.clustering import v_measures
-from nvembed.evaluation.metrics.correlation import pearson_of_resamples, spearman_of_resamples
-from nvembed.evaluation.metrics.pairs import pair_metrics, pairs_of_resamples
-from nvembed.evaluation.metrics.ranking import CUTS, order_with_ties, ranking_values
+from nvembed.evaluation.metrics import (
+    class_scores,
+    confusion_scores,
+    pair_metrics,
+    pairs_of_resamples,
+    pearson_of_resamples,
+    spearman_of_resamples,
+    undersample,
+    v_measures,
+)
+from nvembed.evaluation.ranking_metrics import CUTS, order_with_ties, ranking_values
 from oracles import evaluation as oracle
 
 

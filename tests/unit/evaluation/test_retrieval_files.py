@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from nvembed.core.errors import DataError
 from nvembed.data.sources import Converted, DatasetConfig, load_records, open_dataset
 from nvembed.encoding.fake import HashEncoder
-from nvembed.evaluation.items import task_hash
 from nvembed.evaluation.local_scores import score_local
-from nvembed.evaluation.reference.identical_ids import ignores_identical_ids
+from nvembed.evaluation.reference import ignores_identical_ids
+from nvembed.evaluation.results import task_hash
 from nvembed.evaluation.run import score_bm25
 from nvembed.evaluation.task_files import RetrievalData
 from nvembed.evaluation.tasks import LocalTask, find_tasks, load_task, load_tasks

@@ -15,8 +15,7 @@ from nvembed.core.ownership import MARK
 from nvembed.encoding.fake import HashEncoder
 from nvembed.encoding.protocol import Encoder
 from nvembed.evaluation import session
-from nvembed.evaluation.items import items_folder, read_items
-from nvembed.evaluation.results import TaskResult, read_results
+from nvembed.evaluation.results import TaskResult, items_folder, read_items, read_results
 from nvembed.evaluation.run import TaskOutcome
 from nvembed.evaluation.session import Settings, run_session
 from nvembed.evaluation.summary import published_results

@@ -12,8 +12,8 @@ from scipy import stats
 from nvembed.core.errors import DataError
 from nvembed.encoding.fake import HashEncoder
 from nvembed.evaluation import significance
-from nvembed.evaluation.items import Items, items_folder, read_items, write_items
 from nvembed.evaluation.local_scores import score_local
+from nvembed.evaluation.results import Items, items_folder, read_items, write_items
 from nvembed.evaluation.significance import (
     bootstrap_p,
     compare_items,

@@ -116,3 +116,19 @@ def _read(name: str) -> dict[str, dict[str, Any]]:
     text = files("nvembed.evaluation.reference").joinpath(f"{name}.yaml").read_text("utf-8")
     table: dict[str, dict[str, Any]] = yaml.safe_load(text)
     return table
+
+
+def ignores_identical_ids(name: str) -> str | None:
+    """Look up a retrieval task by its name in mteb, or by the name of its folder in BEIR's release.
+
+    Returns:
+        The name in mteb of a task whose results may not have the id of their query, ``None`` for
+        all others.
+    """
+    return _identical_ids().get(name.casefold())
+
+
+@cache
+def _identical_ids() -> dict[str, str]:
+    table: dict[str, Any] = _read("identical_ids")
+    return table["beir"] | {task.casefold(): task for task in table["tasks"]}

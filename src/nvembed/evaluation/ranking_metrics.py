@@ -13,14 +13,14 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from nvembed.evaluation.metrics import run_starts
+
 CUTS = (1, 3, 5, 10, 20, 100, 1000)
 """The ranks at which mteb cuts."""
 
 TOP_K = max(CUTS)
 
 _ABSTENTION_RATES = np.linspace(0, 1, 11)[:-1]
-_DECIMALS = 5
-"""mteb rounds the means of what pytrec_eval gives, and not its own MRR."""
 
 
 def order_with_ties(
@@ -89,7 +89,8 @@ def ranking_scores(
     found: dict[str, float] = {}
     for name, values_Q in values.items():
         mean = sum(values_Q.tolist()) / len(values_Q)
-        found[name] = mean if name.startswith("mrr") else round(mean, _DECIMALS)
+        # mteb rounds the means of what pytrec_eval gives, and not its own MRR.
+        found[name] = mean if name.startswith("mrr") else round(mean, 5)
     found["accuracy"] = found["recall_at_1"]
     confidences = {name: _Grouped(values_Q) for name, values_Q in _confidences(scores).items()}
     for name, values_Q in values.items():
@@ -116,7 +117,7 @@ class _Grouped:
     def __init__(self, confidence_Q: NDArray[np.float64]) -> None:
         self._order = np.argsort(confidence_Q, kind="stable")
         ranked = confidence_Q[self._order]
-        self._starts = np.flatnonzero(np.r_[True, ranked[1:] != ranked[:-1]])
+        self._starts = run_starts(ranked)
         self._sizes = np.diff(np.r_[self._starts, len(ranked)])
 
     def abstention_curve(self, values_Q: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -33,7 +33,7 @@ from nvembed.core.files import write_text
 from nvembed.core.runs import RunFolder
 from nvembed.core.seeding import capture_rng, restore_rng
 from nvembed.core.strict_yaml import parse_yaml
-from nvembed.encoding.bulk import encode_texts
+from nvembed.encoding.embed import encode_texts
 from nvembed.encoding.protocol import Encoder
 from nvembed.evaluation.mteb_adapter import quiet
 from nvembed.evaluation.reference import InstructionSource, instruction_for

@@ -17,7 +17,7 @@ from typing import Any, assert_never
 import numpy as np
 from numpy.typing import NDArray
 
-from nvembed.encoding.bulk import Side, encode_texts
+from nvembed.encoding.embed import InputType, encode_texts
 from nvembed.encoding.nearest import RunningTopK
 from nvembed.encoding.protocol import Encoder
 from nvembed.evaluation.items import ItemKind, Items, task_hash
@@ -99,7 +99,7 @@ def score_local(task: LocalTask, encoder: Encoder) -> Scored:
 
 
 def _encode(
-    task: LocalTask, encoder: Encoder, texts: Sequence[str], side: Side
+    task: LocalTask, encoder: Encoder, texts: Sequence[str], side: InputType
 ) -> NDArray[np.float32]:
     """Encode equal texts once; documents bare, all others with the instruction of the task."""
     rows = {text: row for row, text in enumerate(dict.fromkeys(texts))}

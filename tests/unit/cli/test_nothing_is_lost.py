@@ -28,6 +28,7 @@ from nvembed.core.files import atomic_folder, write_jsonl, write_text
 from nvembed.core.overlaps import MARK
 from nvembed.core.ownership import problem_of
 from nvembed.encoding import files as inference_files
+from nvembed.encoding import workers
 from nvembed.encoding.fake import HashEncoder
 from task_folders import write_task
 
@@ -189,15 +190,14 @@ UNMARKED = {
     "core/cache.py": {"rmtree"},
     "examples/pydocs/harvest.py": {"write_jsonl", "unlink"},
     "core/digests.py": {"write_text"},
-    "encoding/file_search.py": {"atomic_path", "open", "save"},
+    "encoding/file_search.py": {"write_array"},
     "kernels/timing.py": {"write_json"},
     "kernels/build.py": {"atomic_path", "write_text"},
     "text/token_cache.py": {"rmtree", "atomic_folder", "save"},
     # In a working folder, under such a hash.
     "building/mining.py": {"write_jsonl"},
     "building/steps.py": {"rmdir", "atomic_folder", "write_json"},
-    "encoding/parts.py": {"atomic_path", "open", "savez"},
-    "core/store.py": {"atomic_path", "open", "save", "write_json"},
+    "core/store.py": {"atomic_path", "open", "save", "savez", "write_json"},
     # In a folder or file that is being made, by the block around it.
     "training/ablation/report.py": {"write_bytes"},
     "building/distinct.py": {"rmtree", "open"},
@@ -298,7 +298,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr("nvembed.model.embedder.NVEmbed.from_pretrained", loaded)
     monkeypatch.setattr("pydocs.run.harvest", loaded)
     monkeypatch.setattr("nvembed.training.ablation.runner.load_tasks", loaded)
-    monkeypatch.setattr(inference_files, "load_encoder", loaded)
+    monkeypatch.setattr(workers, "load_encoder", loaded)
     return tmp_path
 
 
@@ -586,7 +586,7 @@ JOBS = [
 def test_neighbours_of_what_is_written_stay(
     tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(inference_files, "load_encoder", lambda model, dtype: HashEncoder(8))
+    monkeypatch.setattr(workers, "load_encoder", lambda model, dtype: HashEncoder(8))
     monkeypatch.setattr(inference_files, "computed_fingerprint", lambda model, dtype: "m")
     done: Counter[int] = Counter()
 
@@ -620,7 +620,7 @@ def test_what_is_ours_is_replaced(
     job: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same command again works, also after a change of what it reads."""
-    monkeypatch.setattr(inference_files, "load_encoder", lambda model, dtype: HashEncoder(8))
+    monkeypatch.setattr(workers, "load_encoder", lambda model, dtype: HashEncoder(8))
     monkeypatch.setattr(inference_files, "computed_fingerprint", lambda model, dtype: "m")
     monkeypatch.chdir(tmp_path)
     write_inputs(tmp_path)

@@ -155,14 +155,6 @@ def encode_texts(
 ) -> NDArray[np.float32]:
     """Embed all texts into memory, with a progress bar.
 
-    Args:
-        encoder: the model.
-        texts: any number, none included.
-        side: which of the encoder's two methods is called.
-        task: the instruction; ``None`` is no instruction.
-        description: what the progress bar says.
-        own_tasks: by its row, the instruction of a text that has one of its own.
-
     Returns:
         ``(len(texts), encoder.dimension)`` float32 in the order of the texts.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import glob
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -274,7 +274,12 @@ class _Job:
         """Embed and search; give the run, and the type of the teacher's weights."""
         queries = queries_of(self.plan.cases)
         texts = pool_texts(self.plan.cases, chain(self.plan.texts, self.corpus))
-        with _pool(texts, self.folder) as pool:
+        pool: Pool
+        with ExitStack() as stack:
+            if self.folder is None:
+                pool = DocumentPool(texts)
+            else:
+                pool = stack.enter_context(StoredPool(texts, self.folder))
             task = self.instruction if self.plan.symmetric else None
             search = Search(queries, pool, self.instruction, task)
             settled = None
@@ -291,15 +296,6 @@ class _Job:
                 ranking = rank_in_files(search, named, self.config, self.folder, self.engine)
             run = Run(self.plan.cases, pool, ranking, self.config, further=self.plan.further)
             yield run, settled
-
-
-@contextmanager
-def _pool(texts: Iterable[str], folder: Path | None) -> Iterator[Pool]:
-    if folder is None:
-        yield DocumentPool(texts)
-        return
-    with StoredPool(texts, folder) as pool:
-        yield pool
 
 
 def _computing(teacher: str | Encoder, dtype: Precision | None) -> dict[str, Any] | None:

@@ -197,6 +197,9 @@ UNMARKED = {
     # In a working folder, under such a hash.
     "building/mining.py": {"write_jsonl"},
     "building/steps.py": {"rmdir", "atomic_folder", "write_json"},
+    "encoding/embed.py": {"write_array", "write_arrays"},
+    "mining/ranking.py": {"write_array"},
+    "evaluation/cached.py": {"write_array"},
     "core/store.py": {"atomic_path", "open", "save", "savez", "write_json"},
     # In a folder or file that is being made, by the block around it.
     "training/ablation/report.py": {"write_bytes"},
@@ -206,7 +209,7 @@ UNMARKED = {
     "data/record_shards.py": {"open"},
     "examples/pydocs/dataset.py": {"write_json", "write_jsonl", "write_text"},
     "evaluation/items.py": {"open"},
-    "encoding/files.py": {"open", "save", "write_json"},
+    "encoding/files.py": {"write_json"},
     "encoding/outputs.py": {"create_table", "rmdir", "open", "rename"},
     "model/adapters.py": {"save_pretrained"},
     "model/backbone.py": {"save_pretrained"},
@@ -231,6 +234,8 @@ MARKED = {
     "write_text",
     "write_json",
     "write_jsonl",
+    "write_array",
+    "write_arrays",
     "write_results",
 }
 WRITING = MARKED | {

@@ -18,7 +18,7 @@ from nvembed.core.cache import content_hash
 from nvembed.core.errors import DataError
 from nvembed.core.files import atomic_folder, tidy, write_json
 from nvembed.core.ownership import remove_named
-from nvembed.core.store import WORK_FILES
+from nvembed.core.store import STORED
 from nvembed.core.text_files import read_json_object
 from nvembed.data.record_shards import read_shards
 from nvembed.data.records import Kind
@@ -31,7 +31,7 @@ _NAME = re.compile(r"(read|distinct|decontaminate|mine)-[0-9a-f]{16}")
 # What the steps leave, the miner's files among them.
 _FILES = re.compile(
     rf"{COUNTS}|part-\d+\.parquet|(refused|contaminated|in|further|documents|out)\.jsonl"
-    rf"|out\.jsonl\.report\.json|spilled/\d+\.jsonl|{WORK_FILES.pattern}"
+    rf"|out\.jsonl\.report\.json|spilled/\d+\.jsonl|{STORED.pattern}"
 )
 
 

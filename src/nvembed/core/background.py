@@ -1,4 +1,4 @@
-"""A thread beside the one that computes: one item ahead or behind, or watching the parent process.
+"""A thread beside the one that computes: prefetch, write-behind, or watching the parent process.
 
 Memory holds few items. It pays where both let go of Python's lock, as tokenizers, torch and files
 do.
@@ -18,7 +18,7 @@ Item = TypeVar("Item")
 _END = object()
 
 
-def ahead(items: Iterable[Item], count: int = 1) -> Iterator[Item]:
+def prefetch(items: Iterable[Item], count: int = 1) -> Iterator[Item]:
     """Take items in a thread, before they are asked for.
 
     Args:
@@ -30,20 +30,20 @@ def ahead(items: Iterable[Item], count: int = 1) -> Iterator[Item]:
     def take() -> object:
         return next(source, _END)
 
-    with ThreadPoolExecutor(1, "nvembed-ahead") as thread:
+    with ThreadPoolExecutor(1, "nvembed-prefetch") as thread:
         waiting = deque(thread.submit(take) for _ in range(count))
         while (item := waiting.popleft().result()) is not _END:
             waiting.append(thread.submit(take))
             yield item  # type: ignore[misc]  # mypy cannot tell the end from an item
 
 
-def behind(items: Iterable[Item], use: Callable[[Item], object]) -> None:
+def write_behind(items: Iterable[Item], use: Callable[[Item], object]) -> None:
     """Use each item in a thread while the next one is made.
 
     Raises:
         Exception: whatever ``use`` raises; no further item is used then.
     """
-    with ThreadPoolExecutor(1, "nvembed-behind") as thread:
+    with ThreadPoolExecutor(1, "nvembed-write-behind") as thread:
         last: Future[object] | None = None
         for item in items:
             if last is not None:

@@ -1,9 +1,13 @@
-"""Files that are made once, by whichever process comes to them first.
+"""Artifacts: files that are made once, by whichever process comes to them first.
 
-A work folder holds what mining has computed so far: a file per piece of work, named after
-everything that its contents depend on, and written whole or not at all. So a run that was killed
-goes on with what is missing, and processes that share the folder share the work: a piece is locked
-by the one that makes it, and the system lets go of the lock when that process dies.
+A store is a folder of artifacts. Each is named after everything that its contents depend on and is
+written whole or not at all, so a run that was killed goes on with what is missing, and processes
+that share the folder share the work. The one that makes an artifact holds a lock on it, and the
+system lets go of that lock when the process dies.
+
+A lock is one byte of one file, at an offset that the artifact's name decides. ``filelock`` locks
+whole files: a folder of thousands of artifacts would hold as many lock files, and deleting those
+while others wait for them is a race.
 """
 
 from __future__ import annotations
@@ -13,10 +17,12 @@ import hashlib
 import json
 import os
 import re
+import time
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, cast
+from typing import IO, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,8 +33,11 @@ from nvembed.core.text_files import read_json_object
 
 _LOCKS = "locks"
 _AGAIN = "Delete it; it will be made again"
-# What lies in a work folder.
-WORK_FILES = re.compile(rf"{_LOCKS}|dtype\.json|\w+-[0-9a-f]{{32}}(-\d+)?\.npy")
+_POLL_SECONDS = 0.05
+# What lies in a store.
+STORED = re.compile(
+    rf"{_LOCKS}|(dtype|begun)\.json|\w+-[0-9a-f]{{32}}(-\d+)?\.npy|[0-9a-f]{{32}}\.npz"
+)
 
 
 def key_of(*parts: object) -> str:
@@ -37,76 +46,122 @@ def key_of(*parts: object) -> str:
     return digest.hexdigest()[:32]
 
 
-def write_array(path: Path, values: NDArray[np.generic]) -> None:
-    """Write an array as ``.npy``, whole or not at all."""
-    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+def write_array(path: Path, values: NDArray[np.generic], made_by: str | None = None) -> None:
+    """Write an array as ``.npy``, whole or not at all; ``made_by`` as in ``atomic_path``."""
+    with atomic_path(path, made_by) as temporary, open(temporary, "wb") as file:
         np.save(file, values, allow_pickle=False)
 
 
-def make_missing(paths: Sequence[Path], make: Callable[[int], None]) -> None:
-    """Make every file that is not there, together with other processes that do the same.
+def write_arrays(path: Path, arrays: dict[str, NDArray[np.generic]]) -> None:
+    """Write named arrays as ``.npz``, whole or not at all."""
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, **cast(Any, arrays))
 
-    First goes everything that nobody else is making; then this process waits for what others have
-    in hand, and makes it where they died over it.
+
+def read_array(path: Path, *, mapped: bool = False, hint: str = _AGAIN) -> NDArray[Any]:
+    """Read or map what ``write_array`` wrote.
+
+    Raises:
+        DataError: it is not there, or damaged.
+    """
+    # "c": torch takes only memory that could be written, and nothing here writes.
+    with _readable(path, hint):
+        return cast(
+            NDArray[Any], np.load(path, mmap_mode="c" if mapped else None, allow_pickle=False)
+        )
+
+
+def read_arrays(path: Path, *names: str) -> list[NDArray[Any]]:
+    """Read arrays that ``write_arrays`` wrote.
+
+    Raises:
+        DataError: they are not there, or damaged.
+    """
+    with _readable(path, _AGAIN), np.load(path, allow_pickle=False) as arrays:
+        return [arrays[name] for name in names]
+
+
+@contextmanager
+def _readable(path: Path, hint: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        raise DataError(f"cannot be read ({error})", where=str(path), hint=hint) from error
+
+
+@contextmanager
+def claims(paths: Sequence[Path]) -> Iterator[Iterator[int]]:
+    """Yield the numbers of artifacts that this process is to make, while the block runs.
+
+    First come all that nobody else is making; then those that another process had in hand, where it
+    died over them. What is made must be written before the block ends, and with it the locks.
 
     Args:
         paths: of one folder, named by ``key_of``.
-        make: makes the file of a number; called for missing ones alone.
     """
-    left = [number for number, path in enumerate(paths) if not path.is_file()]
-    if not left:
+    if all(path.is_file() for path in paths):
+        yield iter(())
         return
     folder = paths[0].parent
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / _LOCKS, "ab") as locks:
-        for wait in (False, True):
-            busy = []
-            for number in left:
-                with _locked(locks, paths[number], wait=wait) as mine:
-                    if not mine:
-                        busy.append(number)
-                    elif not paths[number].is_file():
-                        tidy(folder, glob.escape(paths[number].name))
-                        make(number)
-            left = busy
+        yield _claimed(paths, locks)
+
+
+def _claimed(paths: Sequence[Path], locks: IO[bytes]) -> Iterator[int]:
+    left = list(range(len(paths)))
+    while True:
+        busy = []
+        for number in left:
+            path = paths[number]
+            if path.is_file():
+                continue
+            if not _lock(locks, path):
+                busy.append(number)
+            elif not path.is_file():
+                tidy(path.parent, glob.escape(path.name))
+                yield number
+        if not busy:
+            return
+        # Not a waiting lock: two processes that wait for each other's artifacts, which threads of
+        # theirs are about to finish, look like a deadlock to the system.
+        left = busy
+        time.sleep(_POLL_SECONDS)
+
+
+def make_missing(paths: Sequence[Path], make: Callable[[int], None]) -> None:
+    """Make every artifact that is not there, together with other processes that do the same."""
+    with claims(paths) as numbers:
+        for number in numbers:
+            make(number)
 
 
 def remembered(folder: Path, name: str, decide: Callable[[], str | None]) -> str | None:
     """Return what the first process decided; later ones, and later runs, are bound by it."""
     path = folder / f"{name}.json"
-
-    def write(_: int) -> None:
-        write_json(path, {"value": decide()})
-
-    make_missing([path], write)
+    make_missing([path], lambda _: write_json(path, {"value": decide()}))
     values = read_json_object(path, "what a run decided", hint=_AGAIN)
     if not isinstance(values.get("value", 0), str | None):
         raise DataError("holds no decision", where=str(path), expected="a value", hint=_AGAIN)
     return cast(str | None, values["value"])
 
 
-@contextmanager
-def _locked(locks: IO[bytes], path: Path, *, wait: bool) -> Iterator[bool]:
+def _lock(locks: IO[bytes], path: Path) -> bool:
     """Lock the byte that stands for a file; False where another process has it."""
     try:
         import fcntl
     except ImportError:  # Windows: one process at a time
-        yield True
-        return
+        return True
     # Bytes beyond the end can be locked; two files that share one only wait for each other.
     place = int.from_bytes(hashlib.sha256(path.name.encode()).digest()[:7], "big")
     try:
-        fcntl.lockf(locks, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), 1, place, os.SEEK_SET)
+        fcntl.lockf(locks, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, place, os.SEEK_SET)
     except BlockingIOError:
-        yield False
-        return
+        return False
     except OSError as error:
         raise UserError(
             f"files cannot be locked here ({error.strerror})",
             where=str(path.parent),
             hint="Choose a folder on another file system with --work",
         ) from error
-    try:
-        yield True
-    finally:
-        fcntl.lockf(locks, fcntl.LOCK_UN, 1, place, os.SEEK_SET)
+    return True

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -19,9 +20,9 @@ from numpy.typing import NDArray
 from nvembed.core.cache import cache_folder, expanded
 from nvembed.core.dtypes import Precision, PrecisionChoice
 from nvembed.core.errors import ConfigError, DataError, UserError
-from nvembed.core.files import atomic_path
+from nvembed.core.store import read_array, write_array
 from nvembed.data.sources.config import Column
-from nvembed.encoding.bulk import encode_texts, encode_window
+from nvembed.encoding.embed import encode_texts, encode_window
 from nvembed.encoding.fingerprint import computed_fingerprint
 from nvembed.encoding.load import load_encoder, settle_dtype
 from nvembed.encoding.protocol import Encoder
@@ -104,31 +105,16 @@ def search_file(
 def _document_vectors(
     encoder: Encoder, rows: list[Document], cached: Path | None
 ) -> NDArray[np.float32]:
-    shape = (len(rows), encoder.dimension)
     if cached is not None:
-        known = _read_cached(cached)
-        if known is not None and known.shape == shape and known.dtype == np.float32:
-            return known
+        with suppress(DataError):  # not there, or damaged: then it is computed and written again
+            known = read_array(cached)
+            if known.shape == (len(rows), encoder.dimension) and known.dtype == np.float32:
+                return known
     vectors = encode_texts(encoder, [row.text for row in rows], side="document")
     if cached is not None:
-        _write_cached(cached, vectors)
+        with suppress(OSError, UserError):  # a home folder that cannot be written stops no search
+            write_array(cached, vectors)
     return vectors
-
-
-def _read_cached(path: Path) -> NDArray[np.float32] | None:
-    try:
-        vectors: NDArray[np.float32] = np.load(path)
-    except (OSError, ValueError, EOFError):
-        return None  # not there, or damaged: then it is computed and written again
-    return vectors
-
-
-def _write_cached(path: Path, vectors: NDArray[np.float32]) -> None:
-    try:
-        with atomic_path(path) as temporary, open(temporary, "wb") as file:
-            np.save(file, vectors)
-    except (OSError, UserError):
-        return  # a home folder that cannot be written must not stop a search
 
 
 def _cache_key(model: str, dtype: Precision | None, rows: Sequence[Document]) -> str:

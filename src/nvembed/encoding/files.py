@@ -17,21 +17,20 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import NamedTemporaryFile, TemporaryDirectory
-from typing import Literal, cast, get_args
+from typing import cast, get_args
 
 import numpy as np
-from numpy.typing import NDArray
 
 from nvembed.core.dtypes import Precision, PrecisionChoice
 from nvembed.core.errors import ConfigError, DataError
-from nvembed.core.files import atomic_path, tidy, write_json
+from nvembed.core.files import tidy, write_json
 from nvembed.core.ownership import NEW, check_outputs, remove, remove_named
-from nvembed.core.reporting import progress
+from nvembed.core.reporting import ProgressBar, Rates, progress
+from nvembed.core.store import STORED, write_array
 from nvembed.core.text_files import STDIN, STDIN_NAME, ending_of, stdin_bytes
 from nvembed.data.sources.config import Column
-from nvembed.encoding.bulk import Side, Way
+from nvembed.encoding.embed import EncodeOptions, Job, embed, windows
 from nvembed.encoding.fingerprint import computed_fingerprint
-from nvembed.encoding.load import load_encoder, settle_dtype
 from nvembed.encoding.outputs import (
     ENCODE,
     TABLES,
@@ -42,13 +41,10 @@ from nvembed.encoding.outputs import (
     value_ranges,
     write_vectors,
 )
-from nvembed.encoding.parts import BEGUN, PARTS, Tally, Window, make_here, windows
-from nvembed.encoding.processes import Worker, make_by_processes
 from nvembed.encoding.protocol import Encoder
 from nvembed.encoding.reading import Document, Skipped, input_files, read_documents
+from nvembed.encoding.workers import Engine, Loader, settle_for
 from nvembed.model.settings import LongTexts
-
-Engine = Literal["local", "ray"]
 
 _BESIDE = {
     "ids": ".ids.json",
@@ -149,33 +145,32 @@ def encode_file(
         if not names:
             names = [STDIN_NAME if str(path) == STDIN else str(path) for path in paths]
             raise DataError("the file holds no texts", where=", ".join(names))
-        side: Side = "document" if task is None else "query"
-        job = _Job(documents, len(names), Way(side, task, form.truncate_dim, long))
+        options = EncodeOptions(
+            "document" if task is None else "query", task, form.truncate_dim, long
+        )
         for path in outputs:
             tidy(path.parent, glob.escape(path.name))  # of a run that was killed
-        if not isinstance(model, str):  # nothing names its state: its parts are of no use later
+        source: Encoder | Loader
+        if isinstance(model, str):
+            settled = _settled(model, dtype, folder, engine)
+            source = Loader(model, settled)
+        else:  # nothing names its state: its parts are of no use later
             folder = stack.enter_context(_folder_for_now(output))
-        settled = _settled(model, dtype, folder, engine) if isinstance(model, str) else None
-        made = _make_parts(job, model, settled, folder, processes, engine)
-        parts = Parts(made, names, chunked=long.way == "late")
+            source, settled = model, None
+        with progress(len(names), "encode") as bar:
+            work = _Parts(documents, options, folder, source, bar)
+            embed(work.missing(), source, options, work.made, processes=processes, engine=engine)
+        work.check(len(names))
+        parts = Parts(work.paths, names, chunked=long.way == "late")
         rows, dimension = parts.shape
         write_vectors(parts, output, form.precision)
         beside = _write_beside(parts, output, form.precision, with_ids=with_ids)
         record = output.with_name(output.name + _BESIDE["record"])
         write_json(record, _record(model, settled, task), ENCODE)
-        remove_named(folder, PARTS)
+        remove_named(folder, STORED)
     return EncodedFile(
         output, beside.get("ids"), rows, dimension, beside.get("ranges"), skipped, settled
     )
-
-
-@dataclass(frozen=True, slots=True)
-class _Job:
-    """What is encoded: documents that are read anew each time, so many of them."""
-
-    documents: Callable[[], Iterator[Document]]
-    count: int
-    way: Way
 
 
 def _names(documents: Iterator[Document]) -> tuple[bool, list[str]]:
@@ -195,66 +190,57 @@ def _names(documents: Iterator[Document]) -> tuple[bool, list[str]]:
     return bool(with_ids), names
 
 
-def _make_parts(
-    job: _Job,
-    model: str | Encoder,
-    dtype: Precision | None,
-    folder: Path,
-    processes: int,
-    engine: Engine,
-) -> list[Path]:
-    """Make the parts that are not there; return all, in order."""
-    identity = computed_fingerprint(model, dtype) if isinstance(model, str) else ""
-    paths: list[Path] = []
-    texts = 0
-    with progress(job.count, "encode") as bar:
-        tally = Tally(bar)
+class _Parts:
+    """The parts of an output: those that are there are counted, the others are to be made."""
 
-        def missing() -> Iterator[Window]:
-            nonlocal texts
-            read = (document.text for document in job.documents())
-            for window in windows(read, folder, identity, job.way):
-                paths.append(window.path)
-                texts += len(window.texts)
-                if window.path.is_file():
-                    tally.found(len(window.texts))
-                else:
-                    yield window
+    def __init__(
+        self,
+        documents: Callable[[], Iterator[Document]],
+        options: EncodeOptions,
+        folder: Path,
+        model: Encoder | Loader,
+        bar: ProgressBar,
+    ) -> None:
+        identity = (
+            computed_fingerprint(model.name, model.dtype) if isinstance(model, Loader) else ""
+        )
+        texts = (document.text for document in documents())
+        self.paths: list[Path] = []
+        self._jobs = windows(texts, folder, identity, options)
+        self._texts = 0
+        self._bar, self._rates = bar, Rates()
 
-        if engine == "ray" or processes > 1:
-            assert isinstance(model, str)
-            worker = Worker(model, dtype, job.way)
-            if engine == "ray":
-                from nvembed.encoding.ray_data import make_by_ray
-
-                make_by_ray(missing(), worker, tally)
+    def missing(self) -> Iterator[Job]:
+        for job in self._jobs:
+            self.paths.append(job.path)
+            self._texts += len(job.texts)
+            if job.path.is_file():
+                self._bar.advance(len(job.texts))
             else:
-                make_by_processes(missing(), worker, processes, tally)
-        else:
-            encoder = load_encoder(model, dtype) if isinstance(model, str) else model
-            job.way.width(encoder)  # a wrong number of dimensions is told before texts are read
-            make_here(missing(), encoder, job.way, tally)
-    if texts != job.count:
-        raise DataError(f"the input changed while it was read ({job.count} texts, then {texts})")
-    return paths
+                yield job
+
+    def made(self, texts: int, tokens: int | None) -> None:
+        counts = {"texts": texts} if tokens is None else {"texts": texts, "tokens": tokens}
+        self._bar.advance(texts, **self._rates.add(**counts))
+
+    def check(self, count: int) -> None:
+        if self._texts != count:
+            raise DataError(
+                f"the input changed while it was read ({count} texts, then {self._texts})"
+            )
 
 
 def _settled(
     model: str, dtype: PrecisionChoice | None, folder: Path, engine: Engine
 ) -> Precision | None:
     """Settle the type of the weights: an output that was begun keeps its own."""
-    file = folder / BEGUN
+    file = folder / "begun.json"
     begun: object = None
     with suppress(OSError, ValueError, KeyError, TypeError):  # it is new, or the file is damaged
         earlier = json.loads(file.read_text("utf-8"))
         begun = earlier["dtype"] if earlier["model"] == model else None
     known = cast(Precision, begun) if begun in get_args(Precision) else None
-    if engine == "ray" and known is None:
-        from nvembed.encoding.ray_data import settle_by_ray
-
-        settled = settle_by_ray(dtype)
-    else:
-        settled = settle_dtype(model, dtype, begun=known)
+    settled = settle_for(engine, model, dtype, known)
     write_json(file, {"model": model, "dtype": settled})
     return settled
 
@@ -279,9 +265,10 @@ def _write_beside(
             write_json(paths["ids"], parts.names, ENCODE)
             written["ids"] = paths["ids"]
         if parts.chunked:
-            _save(paths["spans"], np.concatenate([part.spans for _, part in parts]))
+            spans = np.concatenate([part.spans for _, part in parts])
+            write_array(paths["spans"], spans, ENCODE)
         if precision in ("int8", "uint8"):
-            _save(paths["ranges"], value_ranges(parts))
+            write_array(paths["ranges"], value_ranges(parts), ENCODE)
             written["ranges"] = paths["ranges"]
     return written
 
@@ -289,11 +276,6 @@ def _write_beside(
 def _beside(output: Path) -> dict[str, Path]:
     """The files that may lie beside an output."""
     return {name: output.with_name(output.name + end) for name, end in _BESIDE.items()}
-
-
-def _save(path: Path, values: NDArray[np.generic]) -> None:
-    with atomic_path(path, ENCODE) as temporary, open(temporary, "wb") as file:
-        np.save(file, values, allow_pickle=False)
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """Exact nearest documents by tiled matrix products with a running top-k.
 
-In: query and document vectors; out: the best ``k`` documents of every query. Next: ``filters.py``.
+In: query and document vectors; out: the best ``k`` documents of every query.
 
 The products are as fast as the machine multiplies; what costs is looking for the best in their
 results. So every query keeps a floor, the k-th best score at the last count: of a tile only scores

@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 
 from nvembed.core.errors import ConfigError, UserError
 from nvembed.core.files import atomic_folder, atomic_path
+from nvembed.core.store import read_arrays
 from nvembed.core.text_files import check_ending, ending_of
-from nvembed.encoding.parts import Part, read_counts, read_part
+from nvembed.encoding.embed import Part, read_part
 from nvembed.encoding.protocol import unit_rows
 
 OutputPrecision = Literal["float32", "int8", "uint8", "binary"]
@@ -63,7 +64,7 @@ class Parts:
         self._names: list[list[str]] = []
         done = 0
         for path in paths:
-            counts = read_counts(path).tolist()
+            counts = read_arrays(path, "counts")[0].tolist()
             mine = list(names[done : done + len(counts)])
             done += len(counts)
             if chunked:

@@ -24,8 +24,8 @@ from numpy.typing import NDArray
 
 from nvembed.core.errors import DataError
 from nvembed.core.files import tidy
-from nvembed.core.store import key_of, make_missing, write_array
-from nvembed.encoding.bulk import WINDOW_TEXTS, Side, encode_window
+from nvembed.core.store import key_of, make_missing, read_array, write_array
+from nvembed.encoding.embed import WINDOW_TEXTS, InputType, encode_window
 from nvembed.encoding.protocol import Encoder
 
 _KEY_BYTES = 16
@@ -62,8 +62,10 @@ class CachedEncoder:
         """Embed documents; see :class:`Encoder`."""
         return self._encode(texts, "document", task)
 
-    def _encode(self, texts: Sequence[str], side: Side, task: str | None) -> NDArray[np.float32]:
-        keys_N = _keys(texts, side, task)
+    def _encode(
+        self, texts: Sequence[str], input_type: InputType, task: str | None
+    ) -> NDArray[np.float32]:
+        keys_N = _keys(texts, input_type, task)
         places_N2 = self._known.find(keys_N)
         if (places_N2 < 0).any():
             self._look_again()  # another process may have written them
@@ -71,13 +73,17 @@ class CachedEncoder:
             new = new[np.sort(np.unique(keys_N[new], return_index=True)[1])]
             for start in range(0, len(new), WINDOW_TEXTS):
                 rows = new[start : start + WINDOW_TEXTS]
-                self._embed([texts[row] for row in rows.tolist()], keys_N[rows], side, task)
+                self._embed([texts[row] for row in rows.tolist()], keys_N[rows], input_type, task)
             self._look_again()
             places_N2 = self._known.find(keys_N)
         return self._take(places_N2)
 
     def _embed(
-        self, texts: Sequence[str], keys_N: NDArray[np.bytes_], side: Side, task: str | None
+        self,
+        texts: Sequence[str],
+        keys_N: NDArray[np.bytes_],
+        input_type: InputType,
+        task: str | None,
     ) -> None:
         name = hashlib.blake2b(keys_N.tobytes(), digest_size=_KEY_BYTES).hexdigest()
         path = self._folder / f"keys-{name}.npy"
@@ -85,7 +91,7 @@ class CachedEncoder:
         def make(_: int) -> None:
             vectors = _vectors_file(path)
             tidy(vectors.parent, glob.escape(vectors.name))
-            write_array(vectors, encode_window(self._encoder, texts, side=side, task=task))
+            write_array(vectors, encode_window(self._encoder, texts, side=input_type, task=task))
             write_array(path, keys_N)
 
         make_missing([path], make)
@@ -142,8 +148,8 @@ class _Known:
         return places_N2
 
 
-def _keys(texts: Sequence[str], side: Side, task: str | None) -> NDArray[np.bytes_]:
-    start = hashlib.blake2b(repr((side, task)).encode(), digest_size=_KEY_BYTES)
+def _keys(texts: Sequence[str], input_type: InputType, task: str | None) -> NDArray[np.bytes_]:
+    start = hashlib.blake2b(repr((input_type, task)).encode(), digest_size=_KEY_BYTES)
     keys = []
     for text in texts:
         digest = start.copy()
@@ -157,11 +163,5 @@ def _vectors_file(keys: Path) -> Path:
 
 
 def _load(path: Path, *, mapped: bool) -> NDArray[Any]:
-    try:
-        return np.load(path, mmap_mode="r" if mapped else None, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise DataError(
-            f"cannot be read ({error})",
-            where=str(path),
-            hint=f"Delete {path.parent}; what it holds is embedded again",
-        ) from error
+    hint = f"Delete {path.parent}; what it holds is embedded again"
+    return read_array(path, mapped=mapped, hint=hint)

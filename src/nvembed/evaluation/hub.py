@@ -32,13 +32,12 @@ from nvembed.core.config import parse_yaml
 from nvembed.core.errors import ConfigError, DataError, UserError
 from nvembed.core.files import write_text
 from nvembed.core.runs import RunFolder
-from nvembed.encoding.bulk import Side
 from nvembed.encoding.protocol import Encoder
 from nvembed.evaluation.local_scores import encode_distinct
 from nvembed.evaluation.mteb_adapter import finite_or_none, quiet, run_mteb
 from nvembed.evaluation.reference import InstructionSource, instruction_for
 from nvembed.evaluation.results import TaskResult
-from nvembed.text.instructions import find_instruction
+from nvembed.text.instructions import Side, find_instruction
 
 # What mteb raises where a data set cannot be fetched.
 _OUT_OF_REACH = (OSError, HfHubHTTPError)

@@ -17,7 +17,7 @@ from typing import Any, assert_never
 import numpy as np
 from numpy.typing import NDArray
 
-from nvembed.encoding.bulk import Side, encode_texts
+from nvembed.encoding.embed import InputType, encode_texts
 from nvembed.encoding.nearest import RunningTopK
 from nvembed.encoding.protocol import Encoder
 from nvembed.evaluation import metrics
@@ -98,7 +98,7 @@ def score_local(task: LocalTask, encoder: Encoder) -> Scored:
 
 
 def encode_distinct(
-    encoder: Encoder, texts: Sequence[str], side: Side, instruction: str | None, name: str
+    encoder: Encoder, texts: Sequence[str], side: InputType, instruction: str | None, name: str
 ) -> NDArray[np.float32]:
     """Encode texts for the task ``name``, one row each; equal texts once."""
     rows = {text: row for row, text in enumerate(dict.fromkeys(texts))}
@@ -107,7 +107,7 @@ def encode_distinct(
 
 
 def _encode(
-    task: LocalTask, encoder: Encoder, texts: Sequence[str], side: Side
+    task: LocalTask, encoder: Encoder, texts: Sequence[str], side: InputType
 ) -> NDArray[np.float32]:
     """Encode documents bare, all others with the instruction of the task."""
     instruction = None if side == "document" else task.instruction

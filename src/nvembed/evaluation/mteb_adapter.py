@@ -32,11 +32,11 @@ from mteb.abstasks.retrieval_dataset_loaders import RetrievalSplitData
 from mteb.abstasks.task_metadata import TaskMetadata
 from mteb.models import ModelMeta
 from mteb.models.abs_encoder import AbsEncoder
+from mteb.models.models_protocols import EncoderProtocol
 from mteb.types import PromptType
 from numpy.typing import NDArray
 
 from nvembed.core.seeding import capture_rng, restore_rng
-from nvembed.encoding.bulk import Side
 from nvembed.encoding.protocol import Encoder
 from nvembed.evaluation.local_scores import encode_distinct
 from nvembed.evaluation.task_files import (
@@ -48,6 +48,7 @@ from nvembed.evaluation.task_files import (
     SummarizationData,
 )
 from nvembed.evaluation.tasks import LocalTask, TaskType
+from nvembed.text.instructions import Side
 
 # Reranking is retrieval from each query's own candidates, as in mteb's current tasks of that type.
 _CLASSES: dict[TaskType, type[AbsTask]] = {
@@ -91,7 +92,7 @@ def score(task: LocalTask, encoder: Encoder) -> dict[str, float | None]:
     return scores
 
 
-def run_mteb(encoder: AbsEncoder, task: AbsTask, **options: Any) -> Any:
+def run_mteb(encoder: EncoderProtocol, task: AbsTask, **options: Any) -> Any:
     """Call ``mteb.evaluate`` without its output; the global random generators stay as they are."""
     rng = capture_rng()  # mteb seeds the global generators; a training run must not notice
     try:

@@ -16,10 +16,9 @@ from numpy.typing import NDArray
 
 from nvembed.core.dtypes import Precision
 from nvembed.core.reporting import release_notes
-from nvembed.encoding.bulk import Side
-from nvembed.encoding.load import load_encoder
-from nvembed.encoding.processes import death_told, process_pool
+from nvembed.encoding.embed import InputType, encode_window
 from nvembed.encoding.protocol import Encoder
+from nvembed.encoding.workers import Loader, process_pool, result_of
 
 T = TypeVar("T")
 
@@ -40,7 +39,7 @@ class SharedEncoder:
     def __init__(self, model: str, dtype: Precision | None, processes: int) -> None:
         self._count = processes
         self._ending = ExitStack()
-        self._pool = self._ending.enter_context(process_pool(processes, _start, model, dtype))
+        self._pool = self._ending.enter_context(process_pool(processes, Loader(model, dtype)))
         try:
             self.dimension, self.max_seq_length = self.ask(_facts)
             release_notes()
@@ -56,8 +55,7 @@ class SharedEncoder:
 
     def ask(self, question: Callable[[Encoder], T]) -> T:
         """Ask the encoder of one of the processes; question and answer go through a pipe."""
-        with death_told():
-            return self._pool.submit(_answer, question).result()
+        return result_of(self._pool.submit(question))
 
     def encode_query(self, texts: Sequence[str], *, task: str | None = None) -> NDArray[np.float32]:
         """Embed queries; see :class:`Encoder`."""
@@ -69,15 +67,17 @@ class SharedEncoder:
         """Embed documents; see :class:`Encoder`."""
         return self._encode(texts, "document", task)
 
-    def _encode(self, texts: Sequence[str], side: Side, task: str | None) -> NDArray[np.float32]:
+    def _encode(
+        self, texts: Sequence[str], input_type: InputType, task: str | None
+    ) -> NDArray[np.float32]:
         vectors = np.empty((len(texts), self.dimension), dtype=np.float32)
-        with death_told():
-            parts = [
-                (rows, self._pool.submit(_embed, [texts[row] for row in rows], side, task))
-                for rows in shares(texts, self._count)
-            ]
-            for rows, part in parts:
-                vectors[rows] = part.result()
+        parts = []
+        for rows in shares(texts, self._count):
+            mine = [texts[row] for row in rows]
+            ask = partial(encode_window, texts=mine, side=input_type, task=task)
+            parts.append((rows, self._pool.submit(ask)))
+        for rows, part in parts:
+            vectors[rows] = result_of(part)
         return vectors
 
 
@@ -87,35 +87,5 @@ def shares(texts: Sequence[str], count: int) -> list[list[int]]:
     return [part for start in range(count) if (part := rows[start::count])]
 
 
-# --- in the processes -----------------------------------------------------------------------------
-
-_load: Callable[[], Encoder] | None = None
-_encoder: Encoder | None = None
-
-
-def _start(model: str, dtype: Precision | None) -> None:
-    """Prepare a process; the model is loaded by its first job, whose error reaches the caller."""
-    global _load
-    _load = partial(load_encoder, model, dtype)
-
-
-def _own_encoder() -> Encoder:
-    global _encoder
-    if _encoder is None:
-        assert _load is not None
-        _encoder = _load()
-    return _encoder
-
-
-def _answer(question: Callable[[Encoder], T]) -> T:
-    return question(_own_encoder())
-
-
 def _facts(encoder: Encoder) -> tuple[int, int | None]:
     return encoder.dimension, getattr(encoder, "max_seq_length", None)
-
-
-def _embed(texts: Sequence[str], side: Side, task: str | None) -> NDArray[np.float32]:
-    encoder = _own_encoder()
-    encode = encoder.encode_query if side == "query" else encoder.encode_document
-    return encode(texts, task=task)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from nvembed.core.config import StrictModel
 from nvembed.core.dtypes import Precision, PrecisionChoice
 from nvembed.core.errors import ConfigError, ModelError
-from nvembed.encoding.bulk import encode_window
+from nvembed.encoding.embed import encode_window
 from nvembed.encoding.fingerprint import contents_fingerprint
 from nvembed.encoding.load import load_encoder, settle_dtype
 from nvembed.encoding.outputs import shorten

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nvembed.core.errors import ConfigError
-from nvembed.encoding.bulk import encode_window
+from nvembed.encoding.embed import encode_window
 from nvembed.encoding.protocol import Encoder
 from nvembed.index.database import Database
 from nvembed.index.record import first_dimensions

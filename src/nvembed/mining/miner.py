@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import glob
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -19,7 +19,7 @@ from nvembed.core.dtypes import Precision, PrecisionChoice
 from nvembed.core.errors import ConfigError
 from nvembed.core.files import tidy, write_json, write_jsonl
 from nvembed.core.ownership import check_outputs, remove_named
-from nvembed.core.store import WORK_FILES
+from nvembed.core.store import STORED
 from nvembed.core.text_files import check_ending
 from nvembed.data.mining_config import MiningConfig
 from nvembed.data.records import Kind, PairRecord, StsRecord
@@ -27,15 +27,22 @@ from nvembed.data.sources import Column, file_dataset, load_records
 from nvembed.encoding.endpoint import is_endpoint
 from nvembed.encoding.protocol import Encoder
 from nvembed.encoding.reading import read_documents
+from nvembed.encoding.workers import Engine, Loader
 from nvembed.mining.output_rows import output_rows
-from nvembed.mining.plan import Plan, pairs_of, plan_pairs, plan_records, plan_sts
 from nvembed.mining.pool import DocumentPool, Pool, StoredPool
 from nvembed.mining.report import MiningReport
-from nvembed.mining.run import Run, pool_texts, queries_of
+from nvembed.mining.run import (
+    Plan,
+    Run,
+    pairs_of,
+    plan_pairs,
+    plan_records,
+    plan_sts,
+    pool_texts,
+    queries_of,
+)
 from nvembed.mining.teachers import (
     BM25_NAME,
-    Engine,
-    NamedTeacher,
     Search,
     check_teacher,
     rank_by_bm25,
@@ -267,7 +274,12 @@ class _Job:
         """Embed and search; give the run, and the type of the teacher's weights."""
         queries = queries_of(self.plan.cases)
         texts = pool_texts(self.plan.cases, chain(self.plan.texts, self.corpus))
-        with _pool(texts, self.folder) as pool:
+        pool: Pool
+        with ExitStack() as stack:
+            if self.folder is None:
+                pool = DocumentPool(texts)
+            else:
+                pool = stack.enter_context(StoredPool(texts, self.folder))
             task = self.instruction if self.plan.symmetric else None
             search = Search(queries, pool, self.instruction, task)
             settled = None
@@ -280,19 +292,10 @@ class _Job:
                 take_device()
                 if not is_endpoint(teacher):
                     settled = settled_dtype(teacher, dtype, self.folder, self.engine)
-                named = NamedTeacher(teacher, model, settled)
+                named = Loader(teacher, settled, model)
                 ranking = rank_in_files(search, named, self.config, self.folder, self.engine)
             run = Run(self.plan.cases, pool, ranking, self.config, further=self.plan.further)
             yield run, settled
-
-
-@contextmanager
-def _pool(texts: Iterable[str], folder: Path | None) -> Iterator[Pool]:
-    if folder is None:
-        yield DocumentPool(texts)
-        return
-    with StoredPool(texts, folder) as pool:
-        yield pool
 
 
 def _computing(teacher: str | Encoder, dtype: Precision | None) -> dict[str, Any] | None:
@@ -328,10 +331,10 @@ def _temporary(folder: Path | None) -> Iterator[None]:
         yield
     except BaseException:
         if folder is not None and not any(folder.glob("*.npy")):
-            remove_named(folder, WORK_FILES)
+            remove_named(folder, STORED)
         raise
     if folder is not None:
-        remove_named(folder, WORK_FILES)
+        remove_named(folder, STORED)
 
 
 def _check_request(output: Path, kind: Kind, config: MiningConfig) -> None:

@@ -6,35 +6,49 @@ everything is computed into files there, and by all processes that share it. Nex
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, cast
+from typing import cast
 
 from nvembed.core.dtypes import Precision, PrecisionChoice
 from nvembed.core.errors import ConfigError
-from nvembed.core.store import key_of, remembered
+from nvembed.core.reporting import progress
+from nvembed.core.store import claims, key_of, remembered
 from nvembed.data.mining_config import MiningConfig
-from nvembed.encoding.endpoint import EndpointEncoder, is_endpoint
+from nvembed.encoding.embed import EncodeOptions, InputType, Job, embed, encode_texts
+from nvembed.encoding.endpoint import is_endpoint
 from nvembed.encoding.fingerprint import computed_fingerprint, model_fingerprint
-from nvembed.encoding.load import load_encoder, settle_dtype
+from nvembed.encoding.load import settle_dtype
 from nvembed.encoding.protocol import Encoder
+from nvembed.encoding.workers import Engine, Loader, settle_for
 from nvembed.mining.pool import Pool
-from nvembed.mining.ranking import BM25Ranking, Ranking, VectorRanking
-from nvembed.mining.rerank import Reranking, load_cross_encoder
-from nvembed.mining.selection import Query
-from nvembed.mining.vectors import (
-    Batch,
+from nvembed.mining.ranking import (
+    BM25Ranking,
+    Ranking,
+    Reranking,
+    VectorRanking,
     Vectors,
-    embed_in_memory,
-    embed_to_files,
-    shard_paths,
+    load_cross_encoder,
 )
+from nvembed.mining.selection import Query
 
-Engine = Literal["local", "ray"]
+# Texts of a file. What a killed process loses is less than one; 64 MB at a width of 4,096.
+SHARD_TEXTS = 4096
 BM25_NAME = "bm25"
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Texts of one input type; ``own_tasks`` has the instructions of single texts, by row."""
+
+    texts: Sequence[str]
+    input_type: InputType
+    task: str | None
+    description: str
+    own_tasks: Mapping[int, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,33 +85,49 @@ class Search:
         return min(config.search_depth, len(self.pool.texts))
 
 
-@dataclass(frozen=True)
-class NamedTeacher:
-    """A model that can be loaded by name, here and on other machines.
+def _fingerprint(teacher: Loader) -> str:
+    """What its vectors are kept under."""
+    name = model_fingerprint if is_endpoint(teacher.name) else computed_fingerprint
+    return name(teacher.name, teacher.dtype, teacher.endpoint_model)
 
-    Args:
-        name: folder, hub id or address.
-        model: what an endpoint knows it by.
-        dtype: of the weights; settled, or ``None`` for what was saved.
-    """
 
-    name: str
-    model: str | None = None
-    dtype: Precision | None = None
+def _embed_in_memory(batch: Batch, encoder: Encoder) -> Vectors:
+    vectors_ND = encode_texts(
+        encoder,
+        batch.texts,
+        side=batch.input_type,
+        task=batch.task,
+        description=batch.description,
+        own_tasks=batch.own_tasks,
+    )
+    return Vectors([vectors_ND], max(len(batch.texts), 1))
 
-    @cached_property
-    def fingerprint(self) -> str:
-        """What its vectors are kept under."""
-        if is_endpoint(self.name):
-            return model_fingerprint(self.name, self.dtype, self.model)
-        return computed_fingerprint(self.name, self.dtype, self.model)
 
-    @cached_property
-    def encoder(self) -> Encoder:
-        """The model, loaded when it is first asked for."""
-        if is_endpoint(self.name):
-            return cast(Encoder, EndpointEncoder(self.name, self.model or ""))
-        return load_encoder(self.name, self.dtype)
+def _embed_to_files(batch: Batch, teacher: Loader, work: Path, engine: Engine) -> list[Path]:
+    """Embed what no file holds yet; several processes may do so at once."""
+    identity = _fingerprint(teacher)
+    numbers = range(-(-len(batch.texts) // SHARD_TEXTS))
+    paths = [_shard(batch, number, work, identity).path for number in numbers]
+    options = EncodeOptions(batch.input_type, batch.task)
+    with progress(len(batch.texts), batch.description) as bar, claims(paths) as missing:
+        bar.advance(sum(path.is_file() for path in paths) * SHARD_TEXTS)
+        jobs = (_shard(batch, number, work, identity) for number in missing)
+        embed(jobs, teacher, options, lambda texts, _: bar.advance(texts), engine=engine)
+    return paths
+
+
+def _shard(batch: Batch, number: int, work: Path, identity: str) -> Job:
+    """The texts of one file, with the instructions of their own."""
+    start = number * SHARD_TEXTS
+    texts = batch.texts[start : start + SHARD_TEXTS]
+    rows = range(start, start + len(texts))
+    own = {row - start: batch.own_tasks[row] for row in rows if row in batch.own_tasks}
+    digest = hashlib.sha256()
+    for text in texts:
+        data = text.encode("utf-8", "surrogatepass")
+        digest.update(len(data).to_bytes(8, "little") + data)
+    key = key_of(identity, batch.input_type, batch.task, digest.hexdigest(), *sorted(own.items()))
+    return Job(texts, work / f"vectors-{key}.npy", own)
 
 
 def rank_in_memory(search: Search, encoder: Encoder, config: MiningConfig) -> Ranking:
@@ -106,13 +136,13 @@ def rank_in_memory(search: Search, encoder: Encoder, config: MiningConfig) -> Ra
     Raises:
         ModelError: the encoder, or the cross-encoder, cannot be used.
     """
-    queries, documents = (embed_in_memory(batch, encoder) for batch in search.batches())
+    queries, documents = (_embed_in_memory(batch, encoder) for batch in search.batches())
     ranking = VectorRanking(queries, documents, search.depth(config))
     return _reranked(ranking, search, config)
 
 
 def rank_in_files(
-    search: Search, teacher: NamedTeacher, config: MiningConfig, work: Path, engine: Engine
+    search: Search, teacher: Loader, config: MiningConfig, work: Path, engine: Engine
 ) -> Ranking:
     """Rank with vectors that lie in files, made where they are missing.
 
@@ -120,17 +150,13 @@ def rank_in_files(
         ModelError: the teacher, or the cross-encoder, cannot be used.
         UserError: the disk is full, or ray is not installed.
     """
-    vectors, keys = [], []
-    for batch in search.batches():
-        paths = shard_paths(batch, work, teacher.fingerprint)
-        if engine == "ray":
-            from nvembed.mining.ray_engine import embed_by_ray
-
-            embed_by_ray(batch, paths, teacher)
-        vectors.append(embed_to_files(batch, paths, teacher))
-        keys += [path.name for path in paths]
-    queries, documents = cast(tuple[Vectors, Vectors], tuple(vectors))
-    ranking = VectorRanking(queries, documents, search.depth(config))
+    queries, documents = (
+        _embed_to_files(batch, teacher, work, engine) for batch in search.batches()
+    )
+    keys = [path.name for path in (*queries, *documents)]
+    ranking = VectorRanking(
+        Vectors(queries, SHARD_TEXTS), Vectors(documents, SHARD_TEXTS), search.depth(config)
+    )
     ranking.search_to_files(len(search.asked), work, keys)
     return _reranked(ranking, search, config, work, keys)
 
@@ -179,12 +205,7 @@ def settled_dtype(
     mine: list[Precision | None] = []
 
     def settle() -> Precision | None:
-        if engine == "ray":
-            from nvembed.encoding.ray_data import settle_by_ray
-
-            mine.append(settle_by_ray(dtype))
-        else:
-            mine.append(settle_dtype(teacher, dtype))
+        mine.append(settle_for(engine, teacher, dtype))
         return mine[-1]
 
     kept = cast(Precision, remembered(work, "dtype", settle))

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from nvembed.core.arguments import checked, near_matches
-from nvembed.core.background import ahead
+from nvembed.core.background import prefetch
 from nvembed.core.errors import ConfigError, ModelError
 from nvembed.core.reporting import Rates, progress
 from nvembed.interop.loading import usable_device
@@ -260,7 +260,7 @@ class PackModel(SentenceTransformer):
         with progress(len(texts), "encode", shown=show_progress_bar) as bar:
             windows = list(batches(texts, budget))
             works = (self.prepare(w, side="document", task=task, long=long) for w in windows)
-            for work in ahead(works) if len(windows) > 1 else works:
+            for work in prefetch(works) if len(windows) > 1 else works:
                 assert work.spans is not None
                 assert work.tokens is not None
                 vectors = work.launch()()
@@ -313,7 +313,7 @@ class PackModel(SentenceTransformer):
             def done(texts: int, tokens: int) -> None:
                 bar.advance(texts, **rates.add(texts=texts, tokens=tokens))
 
-            for plan in ahead(plans) if len(windows) > 1 else plans:
+            for plan in prefetch(plans) if len(windows) > 1 else plans:
                 rows_ND = _finish(
                     embed_plan(self, plan, done),
                     truncate_dim,

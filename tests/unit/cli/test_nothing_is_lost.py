@@ -26,6 +26,7 @@ from nvembed.cli import main
 from nvembed.core.files import atomic_folder, write_jsonl, write_text
 from nvembed.core.ownership import MARK, problem_of
 from nvembed.encoding import files as inference_files
+from nvembed.encoding import workers
 from nvembed.encoding.fake import HashEncoder
 from pydocs.__main__ import program as demo
 from task_folders import write_task
@@ -194,15 +195,17 @@ UNMARKED = {
     # In a cache folder, under a hash of all that the contents depend on.
     "core/cache.py": {"rmtree", "write_text"},
     "examples/pydocs/harvest.py": {"write_jsonl", "unlink"},
-    "encoding/file_search.py": {"atomic_path", "open", "save"},
+    "encoding/file_search.py": {"write_array"},
     "kernels/timing.py": {"write_json"},
     "kernels/build.py": {"atomic_path", "write_text"},
     "text/token_cache.py": {"rmtree", "atomic_folder", "save"},
     # In a working folder, under such a hash.
     "building/mining.py": {"write_jsonl"},
     "building/steps.py": {"rmdir", "atomic_folder", "write_json"},
-    "encoding/parts.py": {"atomic_path", "open", "savez"},
-    "core/store.py": {"atomic_path", "open", "save", "write_json"},
+    "encoding/embed.py": {"write_array", "write_arrays"},
+    "mining/ranking.py": {"write_array"},
+    "evaluation/cached.py": {"write_array"},
+    "core/store.py": {"atomic_path", "open", "save", "savez", "write_json"},
     # In a folder or file that is being made, by the block around it.
     "training/ablation/report.py": {"write_bytes"},
     "building/distinct.py": {"rmtree", "open"},
@@ -211,7 +214,7 @@ UNMARKED = {
     "data/record_shards.py": {"open"},
     "examples/pydocs/dataset.py": {"write_json", "write_jsonl", "write_text"},
     "evaluation/results.py": {"open"},
-    "encoding/files.py": {"open", "save", "write_json"},
+    "encoding/files.py": {"write_json"},
     "encoding/outputs.py": {"create_table", "rmdir", "open", "rename"},
     "model/adapters.py": {"save_pretrained"},
     "model/backbone.py": {"save_pretrained"},
@@ -235,6 +238,8 @@ MARKED = {
     "write_text",
     "write_json",
     "write_jsonl",
+    "write_array",
+    "write_arrays",
     "write_results",
 }
 WRITING = MARKED | {
@@ -304,7 +309,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr("nvembed.model.embedder.NVEmbed.from_pretrained", loaded)
     monkeypatch.setattr("pydocs.run.harvest", loaded)
     monkeypatch.setattr("nvembed.training.ablation.runner.load_tasks", loaded)
-    monkeypatch.setattr(inference_files, "load_encoder", loaded)
+    monkeypatch.setattr(workers, "load_encoder", loaded)
     return tmp_path
 
 
@@ -592,7 +597,7 @@ JOBS = [
 def test_neighbours_of_what_is_written_stay(
     tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(inference_files, "load_encoder", lambda model, dtype: HashEncoder(8))
+    monkeypatch.setattr(workers, "load_encoder", lambda model, dtype: HashEncoder(8))
     monkeypatch.setattr(inference_files, "computed_fingerprint", lambda model, dtype: "m")
     done: Counter[int] = Counter()
 
@@ -626,7 +631,7 @@ def test_what_is_ours_is_replaced(
     job: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same command again works, also after a change of what it reads."""
-    monkeypatch.setattr(inference_files, "load_encoder", lambda model, dtype: HashEncoder(8))
+    monkeypatch.setattr(workers, "load_encoder", lambda model, dtype: HashEncoder(8))
     monkeypatch.setattr(inference_files, "computed_fingerprint", lambda model, dtype: "m")
     monkeypatch.chdir(tmp_path)
     write_inputs(tmp_path)

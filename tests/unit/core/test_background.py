@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from nvembed.core.background import ahead, behind
+from nvembed.core.background import prefetch, write_behind
 
 
 def test_items_come_in_order_and_no_more_than_one_is_waiting() -> None:
@@ -17,11 +17,11 @@ def test_items_come_in_order_and_no_more_than_one_is_waiting() -> None:
             yield number
 
     found = []
-    for item in ahead(items()):
+    for item in prefetch(items()):
         found.append(item)
         assert len(made) <= item + 3  # this one, the one that is ready, the one in the making
     assert found == made == list(range(6))
-    assert list(ahead(())) == []
+    assert list(prefetch(())) == []
 
 
 def test_the_next_item_is_made_while_this_one_is_used() -> None:
@@ -32,7 +32,7 @@ def test_the_next_item_is_made_while_this_one_is_used() -> None:
             begun[number].set()
             yield number
 
-    for number in ahead(items()):
+    for number in prefetch(items()):
         # Would wait for ever if the next item was made when it is asked for.
         assert all(event.wait(10) for event in begun[: number + 2])
         assert threading.current_thread() is threading.main_thread()
@@ -45,7 +45,7 @@ def test_an_error_comes_in_its_place() -> None:
 
     found: list[int] = []
     with pytest.raises(KeyError, match="two"):
-        found.extend(ahead(items()))
+        found.extend(prefetch(items()))
     assert found == [1]
 
 
@@ -64,7 +64,7 @@ def test_used_behind_in_order_while_the_next_is_made() -> None:
         assert release[item].wait(10)
         used.append(item)
 
-    behind(items(), use)
+    write_behind(items(), use)
     assert used == [0, 1, 2]
 
 
@@ -80,5 +80,5 @@ def test_what_using_raises_stops_the_making() -> None:
         raise OSError(f"disk {item}")
 
     with pytest.raises(OSError, match="disk 0"):
-        behind(items(), use)
+        write_behind(items(), use)
     assert made == [0, 1]

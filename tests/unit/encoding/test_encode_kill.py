@@ -10,7 +10,7 @@ import pytest
 from faults import Fault, in_child
 from nvembed.core.files import write_jsonl
 from nvembed.core.ownership import MARK
-from nvembed.encoding import files, parts
+from nvembed.encoding import embed, files, workers
 from nvembed.encoding.fake import HashEncoder
 from nvembed.encoding.files import encode_file
 from nvembed.encoding.outputs import OutputFormat
@@ -18,9 +18,9 @@ from nvembed.encoding.outputs import OutputFormat
 
 @pytest.fixture
 def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(parts, "WINDOW_TEXTS", 3)
+    monkeypatch.setattr(embed, "WINDOW_TEXTS", 3)
     monkeypatch.setattr(files, "computed_fingerprint", lambda model, dtype: "m")
-    monkeypatch.setattr(files, "load_encoder", lambda model, dtype: HashEncoder(32))
+    monkeypatch.setattr(workers, "load_encoder", lambda model, dtype: HashEncoder(32))
     rows = [{"id": i, "text": f"text number {i} of {i * i}"} for i in range(10)]
     write_jsonl(tmp_path / "in.jsonl", rows)
     return tmp_path / "in.jsonl"

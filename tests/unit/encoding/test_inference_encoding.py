@@ -7,8 +7,8 @@ import pytest
 from numpy.typing import NDArray
 
 from nvembed.core.errors import ModelError
-from nvembed.encoding import bulk as encoding
-from nvembed.encoding.bulk import encode_texts
+from nvembed.encoding import embed as encoding
+from nvembed.encoding.embed import encode_texts
 from nvembed.encoding.fake import HashEncoder
 
 

@@ -3,7 +3,9 @@ from __future__ import annotations
 import errno
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +19,7 @@ from nvembed.cli.main import run
 from nvembed.core.errors import ConfigError, DataError, ModelError, UserError
 from nvembed.core.files import write_jsonl
 from nvembed.core.ownership import MARK
-from nvembed.encoding import files, parts
+from nvembed.encoding import embed, files, workers
 from nvembed.encoding.fake import HashEncoder
 from nvembed.encoding.files import encode_file
 from nvembed.encoding.outputs import OutputFormat
@@ -69,7 +71,7 @@ def test_windows_change_nothing_and_a_task_makes_queries(
 ) -> None:
     rows = [{"question": f"text number {i}", "text": "no", "title": "no"} for i in range(10)]
     write_jsonl(tmp_path / "in.jsonl", rows)
-    monkeypatch.setattr(parts, "WINDOW_TEXTS", 4)
+    monkeypatch.setattr(embed, "WINDOW_TEXTS", 4)
     encoder = CountingEncoder()
     output = tmp_path / "out.npy"
     done = encode_file(
@@ -136,7 +138,7 @@ def test_a_failing_run_leaves_the_earlier_output(
     encode_file(HashEncoder(), tmp_path / "in.jsonl", output, task=None)
     before = output.read_bytes()
     names = sorted(path.name for path in tmp_path.iterdir())
-    monkeypatch.setattr(parts, "WINDOW_TEXTS", 2)
+    monkeypatch.setattr(embed, "WINDOW_TEXTS", 2)
 
     class FailingEncoder(HashEncoder):
         def encode_document(
@@ -151,7 +153,7 @@ def test_a_failing_run_leaves_the_earlier_output(
     def full(file: Any, **arrays: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(parts.np, "savez", full)
+    monkeypatch.setattr(embed.np, "savez", full)
     with pytest.raises(UserError, match="No space left"):
         encode_file(HashEncoder(), tmp_path / "in.jsonl", output, task=None)
     assert output.read_bytes() == before
@@ -163,7 +165,7 @@ def test_a_killed_run_goes_on_and_writes_the_same(
 ) -> None:
     rows = [{"id": i, "text": f"text number {i}"} for i in range(10)]
     write_jsonl(tmp_path / "in.jsonl", rows)
-    monkeypatch.setattr(parts, "WINDOW_TEXTS", 3)
+    monkeypatch.setattr(embed, "WINDOW_TEXTS", 3)
     monkeypatch.setattr(files, "computed_fingerprint", lambda model, dtype: "m")
     calls: list[int] = []
 
@@ -176,7 +178,7 @@ def test_a_killed_run_goes_on_and_writes_the_same(
                 raise KeyboardInterrupt
             return super().encode_document(texts, task=task)
 
-    monkeypatch.setattr(files, "load_encoder", lambda model, dtype: Dying())
+    monkeypatch.setattr(workers, "load_encoder", lambda model, dtype: Dying())
     output = tmp_path / "out.npy"
     with pytest.raises(KeyboardInterrupt):
         encode_file("m", tmp_path / "in.jsonl", output, task=None)
@@ -197,7 +199,7 @@ def test_a_machine_that_measures_otherwise_after_a_kill_does_not_mix_types(
 ) -> None:
     """The flip is forced between two starts: the second goes on in the type of the first."""
     write_jsonl(tmp_path / "in.jsonl", [{"text": f"text number {i}"} for i in range(10)])
-    monkeypatch.setattr(parts, "WINDOW_TEXTS", 3)
+    monkeypatch.setattr(embed, "WINDOW_TEXTS", 3)
     model, output = str(tiny_decoder_dir), tmp_path / "out.npy"
     wanted = {}
     for dtype in ("float32", "bfloat16"):
@@ -209,16 +211,16 @@ def test_a_machine_that_measures_otherwise_after_a_kill_does_not_mix_types(
     assert not np.array_equal(wanted["float32"], wanted["bfloat16"])
     measured = ["float32"]
     monkeypatch.setattr("nvembed.kernels.precision.fastest_precision", lambda device: measured[-1])
-    save, saved = parts.save_part, []
+    save, saved = embed.save_part, []
 
-    def dying(path: Path, part: parts.Part) -> None:
+    def dying(path: Path, part: embed.Part) -> None:
         if len(saved) == 2:
             raise KeyboardInterrupt
         saved.append(path)
         save(path, part)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(parts, "save_part", dying)
+        patch.setattr(embed, "save_part", dying)
         with pytest.raises(KeyboardInterrupt):
             encode_file(model, tmp_path / "in.jsonl", output, task=None, dtype="auto")
     measured.append("bfloat16")
@@ -253,16 +255,21 @@ def test_all_workers_are_given_the_settled_type(
     monkeypatch.setattr("nvembed.kernels.precision.fastest_precision", lambda device: "bfloat16")
     given = []
 
-    def make(missing: Any, worker: Any, *rest: Any) -> None:
-        given.append(worker.dtype)
-        parts.make_here(missing, worker_encoder(worker), worker.way, rest[-1])
+    @contextmanager
+    def pool(*arguments: Any) -> Iterator[Any]:
+        loader = arguments[-1]
+        given.append(loader.dtype)
 
-    def worker_encoder(worker: Any) -> Any:
-        return files.load_encoder(worker.model, worker.dtype)
+        def submit(function: Any, *rest: Any) -> Future[Any]:
+            future: Future[Any] = Future()
+            future.set_result(function(loader.encoder, *rest))
+            return future
 
-    monkeypatch.setattr(files, "make_by_processes", make)
-    monkeypatch.setattr("nvembed.encoding.ray_data.make_by_ray", make)
-    monkeypatch.setattr("nvembed.encoding.ray_data.settle_by_ray", lambda dtype: "float32")
+        yield SimpleNamespace(size=2, submit=submit)
+
+    monkeypatch.setattr(embed, "process_pool", pool)
+    monkeypatch.setattr(embed, "ray_pool", pool)
+    monkeypatch.setattr("nvembed.encoding.workers.settle_by_ray", lambda dtype: "float32")
     encode_file(
         str(tiny_decoder_dir),
         tmp_path / "in.jsonl",
@@ -333,7 +340,7 @@ def test_stdin_is_encoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_a_lance_table_is_what_lancedb_opens(tmp_path: Path, monkeypatch) -> None:
     lancedb = pytest.importorskip("lancedb")
-    monkeypatch.setattr(parts, "WINDOW_TEXTS", 4)
+    monkeypatch.setattr(embed, "WINDOW_TEXTS", 4)
     rows = [{"id": i, "text": f"text number {i}"} for i in range(10)]
     write_jsonl(tmp_path / "in.jsonl", rows)
     output = tmp_path / "new" / "out.lance"
@@ -396,4 +403,4 @@ def test_long_texts_by_windows_and_by_chunks(tmp_path: Path, tiny_decoder_dir: P
 def test_a_damaged_part_is_named(tmp_path: Path) -> None:
     (tmp_path / "x.npz").write_bytes(b"PK not a zip")
     with pytest.raises(DataError, match=r"x\.npz: cannot be read .* made again"):
-        parts.read_part(tmp_path / "x.npz")
+        embed.read_part(tmp_path / "x.npz")

@@ -11,7 +11,7 @@ from nvembed.cli.main import run
 from nvembed.core.errors import ConfigError
 from nvembed.core.files import write_jsonl
 from nvembed.core.ownership import MARK
-from nvembed.encoding import parts
+from nvembed.encoding import embed
 from nvembed.encoding.fake import HashEncoder
 from nvembed.encoding.files import encode_file
 from nvembed.encoding.outputs import OutputFormat, OutputPrecision
@@ -34,7 +34,7 @@ def write(source: Path, truncate_dim: int | None, precision: OutputPrecision):
 
 @pytest.mark.parametrize("window", [4096, 7])
 def test_values(source: Path, window: int, monkeypatch) -> None:
-    monkeypatch.setattr(parts, "WINDOW_TEXTS", window)
+    monkeypatch.setattr(embed, "WINDOW_TEXTS", window)
     full = HashEncoder(64).encode_document(TEXTS)
     cut = full[:, :20] / np.linalg.norm(full[:, :20], axis=1, keepdims=True)
     done, vectors = write(source, 20, "float32")

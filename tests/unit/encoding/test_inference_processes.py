@@ -9,7 +9,7 @@ import pytest
 
 from nvembed.core.errors import ConfigError
 from nvembed.core.files import write_jsonl
-from nvembed.encoding import parts
+from nvembed.encoding import embed
 from nvembed.encoding.fake import HashEncoder
 from nvembed.encoding.files import encode_file
 from nvembed.encoding.outputs import OutputFormat
@@ -18,7 +18,7 @@ from nvembed.model.settings import LongTexts
 
 @pytest.fixture
 def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(parts, "WINDOW_TEXTS", 8)
+    monkeypatch.setattr(embed, "WINDOW_TEXTS", 8)
     rows = [{"id": f"d{i}", "text": f"text number {i} " * (1 + i % 30)} for i in range(60)]
     write_jsonl(tmp_path / "in.jsonl", rows)
     return tmp_path / "in.jsonl"

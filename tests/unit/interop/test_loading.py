@@ -19,7 +19,7 @@ from transformers import AutoModel, BertConfig, BertForMaskedLM, BertForSequence
 from nvembed.core.errors import ModelError
 from nvembed.encoding.load import load_encoder
 from nvembed.interop.weights import shared_prefixes
-from nvembed.mining.rerank import load_cross_encoder
+from nvembed.mining.ranking import load_cross_encoder
 from nvembed.model.adapters import add_lora, save_adapter
 from nvembed.model.backbone import Backbone
 from nvembed.model.embedder import NVEmbed

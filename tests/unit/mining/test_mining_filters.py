@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nvembed.core.errors import ConfigError
-from nvembed.mining.filters import (
+from nvembed.mining.selection import (
     after_first,
     below_score,
     margin_below_positive,

@@ -24,9 +24,9 @@ from nvembed.core.errors import DataError, ModelError, UserError
 from nvembed.core.files import write_jsonl
 from nvembed.core.ownership import MARK
 from nvembed.data.mining_config import MiningConfig
-from nvembed.encoding import ray_data
+from nvembed.encoding import workers
 from nvembed.encoding.fake import HashEncoder
-from nvembed.mining import ranking, teachers, vectors
+from nvembed.mining import ranking, teachers
 from nvembed.mining.miner import help_mining, mine_file
 from nvembed.mining.pool import DocumentPool, StoredPool, nearly_equal, word_overlap, words
 
@@ -63,8 +63,8 @@ class NotedEncoder(HashEncoder):
 def encoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> NotedEncoder:
     """A teacher by the name "noted", files of a few texts, and 30 records over 40 documents."""
     made = NotedEncoder(tmp_path.parent / f"{tmp_path.name}-calls")
-    monkeypatch.setattr(teachers, "load_encoder", lambda name, dtype: made)
-    monkeypatch.setattr(vectors, "SHARD_TEXTS", 16)
+    monkeypatch.setattr(workers, "load_encoder", lambda name, dtype: made)
+    monkeypatch.setattr(teachers, "SHARD_TEXTS", 16)
     monkeypatch.setattr(ranking, "GROUP_QUERIES", 8)
     monkeypatch.chdir(tmp_path)
     pairs = [{"query": f"{WORDS[i % 16]} {i % 25}", "positive": _text(i)} for i in range(30)]
@@ -160,17 +160,17 @@ def test_a_kept_folder_saves_embedding(
     first, asked = _outputs(), len(encoder.asked())
     # Another rule needs the same vectors and the same search.
     _mine(work=work, config=MiningConfig(strategy="top_k", num_negatives=2, search_depth=9))
-    monkeypatch.setattr(teachers, "load_encoder", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr(workers, "load_encoder", lambda *_: pytest.fail("loaded"))
     _mine(work=work)
     assert _outputs() == first
     assert len(encoder.asked()) == asked
-    monkeypatch.setattr(teachers, "load_encoder", lambda *_: encoder)
+    monkeypatch.setattr(workers, "load_encoder", lambda *_: encoder)
     # Documents that come at the end leave all files but the last as they are.
     write_jsonl("documents.jsonl", ({"text": _text(i)} for i in range(20, 70)))
     _mine(work=work)
     new = [text for _, text in encoder.asked()[asked:]]
     assert {_text(i) for i in range(60, 70)} <= set(new)
-    assert len(new) <= 10 + vectors.SHARD_TEXTS
+    assert len(new) <= 10 + teachers.SHARD_TEXTS
     # Another instruction, or another model, has vectors of its own.
     asked = len(encoder.asked())
     _mine(work=work, instruction="Find")
@@ -270,7 +270,7 @@ def test_what_cannot_be_used_leaves_no_folder(
     def fail(*_: Any) -> Any:
         raise ModelError("no such model")
 
-    monkeypatch.setattr(teachers, "load_encoder", fail)
+    monkeypatch.setattr(workers, "load_encoder", fail)
     with pytest.raises(ModelError):
         _mine()
     Path("documents.jsonl").write_text('{"text": ""}\n', encoding="utf-8")
@@ -297,9 +297,9 @@ def test_a_run_that_goes_on_keeps_the_type_it_was_begun_with(
     """The machine measures otherwise the second time; helpers are bound by the first, too."""
     loaded: list[str | None] = []
     monkeypatch.setattr(
-        teachers, "load_encoder", lambda name, dtype: (loaded.append(dtype), encoder)[1]
+        workers, "load_encoder", lambda name, dtype: (loaded.append(dtype), encoder)[1]
     )
-    monkeypatch.setattr(vectors, "SHARD_TEXTS", 4)
+    monkeypatch.setattr(teachers, "SHARD_TEXTS", 4)
     measured = ["bfloat16"]
     monkeypatch.setattr("nvembed.kernels.precision.fastest_precision", lambda device: measured[-1])
     asked, limit = encoder._encode, [2]
@@ -357,9 +357,9 @@ def test_a_cluster_settles_on_what_its_workers_are_fastest_in(
             assert answer[0] == "auto"
             return answer[1]
 
-    monkeypatch.setattr(ray_data, "join_cluster", lambda: (Ray(), "GPU", 2))
+    monkeypatch.setattr(workers, "join_cluster", lambda: (Ray(), "GPU", 2))
     monkeypatch.setattr("nvembed.kernels.precision.fastest_precision", lambda device: "float32")
-    assert ray_data.settle_by_ray("auto") == "bfloat16"
+    assert workers.settle_by_ray("auto") == "bfloat16"
     assert asked == {"num_gpus": 1}
-    assert ray_data.settle_by_ray("float32") == "float32"
+    assert workers.settle_by_ray("float32") == "float32"
     assert teachers.settled_dtype("m", "auto", tmp_path, "ray") == "bfloat16"

@@ -17,8 +17,9 @@ from nvembed.core.ownership import MARK
 from nvembed.core.text_files import read_jsonl
 from nvembed.data.mining_config import MiningConfig
 from nvembed.data.records import PairRecord, read_records
+from nvembed.encoding import workers
 from nvembed.encoding.fake import HashEncoder
-from nvembed.mining import rerank, teachers, vectors
+from nvembed.mining import ranking, teachers
 from nvembed.mining.miner import mine_file, mine_negatives
 from oracles import bm25 as bm25_oracle
 
@@ -103,7 +104,7 @@ def test_scores_of_a_cross_encoder_replace_the_cosines(monkeypatch: pytest.Monke
 
 def test_scores_of_a_cross_encoder_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     scorer = LengthScorer()
-    monkeypatch.setattr(teachers, "load_encoder", lambda *_: HashEncoder())
+    monkeypatch.setattr(workers, "load_encoder", lambda *_: HashEncoder())
     monkeypatch.setattr(teachers, "load_cross_encoder", lambda name: scorer)
     config = MiningConfig(near_duplicate=None, rerank="by length", num_negatives=2)
     options: dict[str, Any] = {"dtype": "float32", "work": Path("work")}
@@ -132,12 +133,12 @@ def test_a_real_cross_encoder(tmp_path: Path) -> None:
     config = transformers.BertConfig(vocab_size=9, num_hidden_layers=1, num_labels=1, **sizes)
     transformers.BertForSequenceClassification(config).save_pretrained(folder)
     transformers.BertTokenizerFast(vocab=str(tmp_path / "vocab.txt")).save_pretrained(folder)
-    score = rerank.load_cross_encoder(str(folder))
+    score = ranking.load_cross_encoder(str(folder))
     scores = score([("cat", "mat"), ("moon", "dog")])
     assert scores.shape == (2,)
     assert scores.dtype == np.float32
     with pytest.raises(ModelError, match="cannot be loaded"):
-        rerank.load_cross_encoder(str(tmp_path / "nothing"))
+        ranking.load_cross_encoder(str(tmp_path / "nothing"))
 
 
 @pytest.mark.slow
@@ -147,11 +148,11 @@ def test_ray_workers_write_the_same_files(
     ray = pytest.importorskip("ray")
     request.addfinalizer(ray.shutdown)
     config = MiningConfig(num_negatives=2, near_duplicate=None)
-    monkeypatch.setattr(vectors, "SHARD_TEXTS", 2)
+    monkeypatch.setattr(teachers, "SHARD_TEXTS", 2)
     options: dict[str, Any] = {"dtype": "float32"}
     expected = _mined(str(tiny_decoder_dir), config, work=Path("local"), **options)
     made = sorted(path.name for path in Path("local").glob("vectors-*"))
-    monkeypatch.setattr(teachers, "load_encoder", lambda *_: pytest.fail("loaded here"))
+    monkeypatch.setattr(workers, "load_encoder", lambda *_: pytest.fail("loaded here"))
     assert _mined(str(tiny_decoder_dir), config, work=Path("ray"), engine="ray", **options) == (
         expected
     )

@@ -27,7 +27,7 @@ from nvembed.core.seeding import derive_seed
 from nvembed.data.batch import effective_negatives
 from nvembed.data.examples import ExampleSource
 from nvembed.data.mixture import Mixture
-from nvembed.encoding.bulk import encode_texts
+from nvembed.encoding.embed import encode_texts
 from nvembed.model.embedder import NVEmbed
 from nvembed.model.memory import free_bytes
 from nvembed.text.token_cache import TokenCache, default_cache_folder

@@ -1,0 +1,397 @@
+"""Many texts through a model: the one bulk embedder, in memory or to a store of artifacts.
+
+    texts → jobs (one artifact each) → windows of one instruction → prefetch: tokenised
+          → the model, here or in workers → write-behind: checked and written
+
+Used by encoding to files, the index, search, mining and evaluation, so that no model can hand any
+of them vectors of the wrong shape or with NaN in them. A file is named after everything its vectors
+depend on, so a run that was killed goes on with what is missing (``core/store.py``). Memory holds
+few windows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import astuple, dataclass, field, replace
+from itertools import chain
+from pathlib import Path
+from typing import Literal, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nvembed.core.background import prefetch, write_behind
+from nvembed.core.errors import ConfigError, ModelError
+from nvembed.core.reporting import Rates, progress, release_notes
+from nvembed.core.store import read_arrays, write_array, write_arrays
+from nvembed.encoding.protocol import Encoder, unit_rows
+from nvembed.encoding.workers import Engine, Loader, Pool, process_pool, ray_pool, result_of
+from nvembed.model.settings import LongTexts
+from nvembed.model.work import Work
+from nvembed.text.tokens import batches
+
+InputType = Literal["query", "document"]
+
+# Texts per call of the encoder: enough for it to sort by length, few enough to show progress.
+WINDOW_TEXTS = 1024
+
+_Arriving = Callable[[], NDArray[np.float32]]
+
+
+@dataclass(frozen=True, slots=True)
+class EncodeOptions:
+    """How texts are embedded.
+
+    Attributes:
+        input_type: which of the encoder's two methods is called.
+        task: the instruction; ``None`` is none.
+        truncate_dim: keep the first dimensions, at length 1; ``None`` keeps all.
+        long: what becomes of texts beyond the model's limit.
+    """
+
+    input_type: InputType
+    task: str | None = None
+    truncate_dim: int | None = None
+    long: LongTexts = field(default_factory=LongTexts)
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """All that vectors depend on, besides model and text."""
+        return (self.input_type, self.task, self.truncate_dim, *astuple(self.long))
+
+    def width(self, encoder: Encoder) -> int:
+        """Numbers in a vector.
+
+        Raises:
+            ConfigError: the model has fewer than are wanted.
+        """
+        width = encoder.dimension
+        wanted = width if self.truncate_dim is None else self.truncate_dim
+        if not 1 <= wanted <= width:
+            raise ConfigError(
+                f"{wanted} dimensions asked for",
+                where="truncate_dim",
+                expected=f"1 to {width}, the width of the model",
+            )
+        return wanted
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """Texts whose vectors lie in one file.
+
+    Attributes:
+        texts: in order.
+        path: ``.npz`` holds a whole ``Part``, ``.npy`` its vectors.
+        own_tasks: by its row, the instruction of a text that has one of its own.
+    """
+
+    texts: Sequence[str]
+    path: Path
+    own_tasks: Mapping[int, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What comes out of a job.
+
+    Attributes:
+        vectors: ``(N, D)``.
+        spans: ``(N, 2)`` int64, characters of chunks; empty where a text has one vector.
+        counts: int64, vectors per text.
+    """
+
+    vectors: NDArray[np.generic]
+    spans: NDArray[np.int64]
+    counts: NDArray[np.int64]
+
+
+def save_part(path: Path, part: Part) -> None:
+    """Write a part, whole or not at all."""
+    if path.suffix == ".npy":
+        write_array(path, part.vectors)
+    else:
+        write_arrays(path, {"vectors": part.vectors, "spans": part.spans, "counts": part.counts})
+
+
+def read_part(path: Path) -> Part:
+    """Read a part.
+
+    Raises:
+        DataError: it is damaged.
+    """
+    return Part(*read_arrays(path, "vectors", "spans", "counts"))
+
+
+# --- Embedding ------------------------------------------------------------------------------------
+
+
+def encode_window(
+    encoder: Encoder, texts: Sequence[str], *, side: InputType, task: str | None = None
+) -> NDArray[np.float32]:
+    """Embed a few texts in one call of the encoder and check what comes back.
+
+    Raises:
+        ModelError: the encoder gave another shape, or values that are not finite.
+    """
+    encode = encoder.encode_query if side == "query" else encoder.encode_document
+    vectors = np.asarray(encode(texts, task=task), dtype=np.float32)
+    check_vectors(vectors, (len(texts), encoder.dimension), texts)
+    return vectors
+
+
+def encode_texts(
+    encoder: Encoder,
+    texts: Sequence[str],
+    *,
+    side: InputType,
+    task: str | None = None,
+    description: str = "encode",
+    own_tasks: Mapping[int, str] | None = None,
+) -> NDArray[np.float32]:
+    """Embed all texts into memory, with a progress bar.
+
+    Returns:
+        ``(len(texts), encoder.dimension)`` float32 in the order of the texts.
+
+    Raises:
+        ModelError: the encoder gave another shape, or values that are not finite.
+    """
+    job, width = Job(texts, Path(), own_tasks or {}), encoder.dimension
+    vectors = np.empty((len(texts), width), dtype=np.float32)
+    rates = Rates()
+    with progress(len(texts), description) as bar:
+        for window in _launched([job], encoder, EncodeOptions(side, task)):
+            vectors[window.rows] = window.part(width).vectors
+            bar.advance(len(window.rows), **rates.add(texts=len(window.rows)))
+    return vectors
+
+
+def embed(
+    missing: Iterable[Job],
+    model: Encoder | Loader,
+    options: EncodeOptions,
+    made: Callable[[int, int | None], None],
+    *,
+    processes: int = 1,
+    engine: Engine = "local",
+) -> None:
+    """Embed the texts of jobs and write their files.
+
+    Args:
+        missing: jobs whose file is not there; read as they are needed.
+        model: a ``Loader`` where other processes are to load it; not loaded if nothing is missing.
+        options: how the texts are embedded.
+        made: is told how many texts were embedded, and how many tokens that were.
+        processes: share out the jobs, each with a GPU where there are some.
+        engine: ``ray`` embeds on the workers of a Ray cluster.
+
+    Raises:
+        ConfigError: the model has fewer dimensions than are wanted.
+        ModelError: vectors of another shape, or that are no numbers.
+        UserError: the disk is full, a process died, or ray is not installed.
+    """
+    jobs = iter(missing)
+    if (first := next(jobs, None)) is None:
+        return
+    jobs = chain([first], jobs)
+    if engine == "ray" or processes > 1:
+        assert isinstance(model, Loader)
+        with ray_pool(model) if engine == "ray" else process_pool(processes, model) as pool:
+            _embed_in_workers(jobs, pool, options, made)
+    else:
+        _embed_here(jobs, model.encoder if isinstance(model, Loader) else model, options, made)
+
+
+def _embed_here(
+    jobs: Iterable[Job],
+    encoder: Encoder,
+    options: EncodeOptions,
+    made: Callable[[int, int | None], None],
+) -> None:
+    width = options.width(encoder)
+    done: list[tuple[_Window, Part]] = []
+
+    def write(window: _Window) -> None:
+        done.append((window, window.part(width)))
+        if window.is_last:
+            save_part(window.job.path, _joined(done))
+            done.clear()
+        made(len(window.rows), window.work.tokens)
+
+    write_behind(_launched(jobs, encoder, options), write)
+
+
+def _embed_in_workers(
+    jobs: Iterable[Job],
+    pool: Pool,
+    options: EncodeOptions,
+    made: Callable[[int, int | None], None],
+) -> None:
+    """Only as many jobs are read ahead as keep all workers busy; this process writes the files."""
+    running: dict[Future[tuple[Part, int | None]], Job] = {}
+
+    def collect() -> None:
+        for future in wait(running, return_when=FIRST_COMPLETED).done:
+            job = running.pop(future)
+            part, tokens = result_of(future)
+            save_part(job.path, part)
+            release_notes()  # a model has been loaded
+            made(len(job.texts), tokens)
+
+    for job in jobs:
+        running[pool.submit(embed_job, job, options)] = job
+        if len(running) >= 2 * pool.size:
+            collect()
+    while running:
+        collect()
+
+
+def embed_job(encoder: Encoder, job: Job, options: EncodeOptions) -> tuple[Part, int | None]:
+    """Embed the texts of one job; also tells how many tokens the model has read."""
+    width = options.width(encoder)
+    done = [(window, window.part(width)) for window in _launched([job], encoder, options)]
+    tokens = [window.work.tokens for window, _ in done]
+    known = [count for count in tokens if count is not None]
+    return _joined(done), sum(known) if len(known) == len(tokens) else None
+
+
+# --- Windows --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Window:
+    """Rows of a job with one instruction, on their way through the model."""
+
+    job: Job
+    rows: list[int]
+    texts: list[str]
+    is_last: bool
+    work: Work
+    arriving: _Arriving = lambda: np.empty((0, 0), np.float32)
+
+    def part(self, width: int) -> Part:
+        """Wait for the vectors and check them."""
+        vectors, spans = self.arriving(), self.work.spans
+        counts = [1] * len(self.texts) if spans is None else list(map(len, spans))
+        check_vectors(vectors, (sum(counts), width), self.texts)
+        flat = [span for mine in spans or () for span in mine]
+        return Part(
+            vectors,
+            np.array(flat, dtype=np.int64).reshape(-1, 2),
+            np.array(counts, dtype=np.int64),
+        )
+
+
+def _launched(jobs: Iterable[Job], encoder: Encoder, options: EncodeOptions) -> Iterator[_Window]:
+    """Run the model on window after window, the next of which is tokenised meanwhile."""
+
+    def prepared() -> Iterator[_Window]:
+        for job in jobs:
+            windows = list(_rows_by_task(job, options.task))
+            for number, (task, rows) in enumerate(windows, start=1):
+                texts = [job.texts[row] for row in rows]
+                work = prepare_window(encoder, texts, replace(options, task=task))
+                yield _Window(job, rows, texts, number == len(windows), work)
+
+    for window in prefetch(prepared()):
+        yield replace(window, arriving=window.work.launch())
+
+
+def _rows_by_task(job: Job, task: str | None) -> Iterator[tuple[str | None, list[int]]]:
+    by_task: dict[str | None, list[int]] = {}
+    for row in range(len(job.texts)):
+        by_task.setdefault(job.own_tasks.get(row, task), []).append(row)
+    for own, rows in by_task.items():
+        for start in range(0, len(rows), WINDOW_TEXTS):
+            yield own, rows[start : start + WINDOW_TEXTS]
+
+
+def _joined(done: Sequence[tuple[_Window, Part]]) -> Part:
+    """Put the windows of a job in the order of its rows."""
+    parts = [part for _, part in done]
+    if len(parts) == 1:
+        return parts[0]
+    assert all(window.work.spans is None for window, _ in done), "chunked jobs are one window"
+    vectors = np.concatenate([part.vectors for part in parts])
+    order = np.concatenate([np.array(window.rows) for window, _ in done])
+    vectors[order] = vectors.copy()
+    return Part(vectors, parts[0].spans, np.ones(len(vectors), dtype=np.int64))
+
+
+def windows(
+    texts: Iterable[str], folder: Path, identity: str, options: EncodeOptions
+) -> Iterator[Job]:
+    """Cut texts into jobs of one window each; ``identity`` is the fingerprint of the model."""
+    for window in batches(texts, WINDOW_TEXTS):
+        settings = json.dumps([identity, *options.key, window])
+        key = hashlib.sha256(settings.encode()).hexdigest()[:32]
+        yield Job(window, folder / f"{key}.npz")
+
+
+@runtime_checkable
+class PreparingEncoder(Protocol):
+    """An encoder that can do a part of its work before the model is free: ``NVEmbed``."""
+
+    def prepare(
+        self,
+        texts: Sequence[str],
+        *,
+        side: InputType,
+        task: str | None = None,
+        truncate_dim: int | None = None,
+        long: LongTexts = ...,
+    ) -> Work:
+        """Tokenise, as if for ``encode_query`` or ``encode_document``."""
+        ...
+
+
+def prepare_window(encoder: Encoder, texts: Sequence[str], options: EncodeOptions) -> Work:
+    """Do what can be done before the model is free.
+
+    Raises:
+        ConfigError: the encoder has not so many dimensions, or does not know windows or chunks.
+    """
+    width = options.width(encoder)
+    side, task, long = options.input_type, options.task, options.long
+    if isinstance(encoder, PreparingEncoder):
+        return encoder.prepare(
+            texts, side=side, task=task, truncate_dim=options.truncate_dim, long=long
+        )
+    if long.way != "cut":
+        raise ConfigError(
+            f"this model cannot read long texts by {long.way!r}",
+            where="long",
+            hint="NVEmbed models and bare language models can; others cut",
+        )
+
+    def launch() -> _Arriving:
+        vectors = encode_window(encoder, texts, side=side, task=task)
+        if width != vectors.shape[1]:
+            vectors = unit_rows(vectors[:, :width])
+        return lambda: vectors
+
+    return Work(launch)
+
+
+def check_vectors(
+    vectors: NDArray[np.float32], expected: tuple[int, int], texts: Sequence[str]
+) -> None:
+    """Refuse vectors that nobody could use; one of the texts is named.
+
+    Raises:
+        ModelError: the shape is another, or values are not finite.
+    """
+    if vectors.shape != expected:
+        raise ModelError(f"the model gave vectors of shape {vectors.shape}", expected=str(expected))
+    bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
+    if len(bad):
+        text = texts[min(int(bad[0]), len(texts) - 1)]
+        raise ModelError(
+            f"the model gave NaN or infinity for {len(bad)} of {len(vectors)} texts, "
+            f"the first is {text[:60]!r}",
+            hint="Load it in float32; if that does not help, the weights are damaged",
+        )

@@ -26,9 +26,7 @@ from nvembed.interop.loading import loading, prove_encoding, usable_device
 from nvembed.interop.source import COPY_AGAIN, ModelSource
 from nvembed.interop.stock import read_stock
 from nvembed.interop.weights import check_finite
-from nvembed.kernels.decoder_layer import native_layers
-from nvembed.kernels.elementwise import native_elementwise
-from nvembed.kernels.matmul import fast_products
+from nvembed.kernels.accelerate import accelerate
 from nvembed.model.backbone import Backbone
 from nvembed.model.encoding import PackModel
 from nvembed.model.official_load import load_official
@@ -86,29 +84,7 @@ class NVEmbed(PackModel):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.types_before_training = {}
-        self._compute_fast()
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._compute_fast()
-
-    def _compute_fast(self) -> None:
-        fast_products(self)
-        native_elementwise(self)
-        native_layers(self)
-
-    def start_multi_process_pool(self, *given: Any, **options: Any) -> Any:
-        """As in sentence-transformers, which ``encode(device=[…])`` calls for several devices."""
-        # Classes that were derived here have no name to send: each process derives its own.
-        derived = [m for m in self.modules() if type(m).__name__.startswith("Native")]
-        kinds = [type(module) for module in derived]
-        for module in derived:
-            module.__class__ = type(module).__bases__[0]
-        try:
-            return super().start_multi_process_pool(*given, **options)
-        finally:
-            for module, kind in zip(derived, kinds, strict=True):
-                module.__class__ = kind
+        accelerate(self)
 
     @classmethod
     @checked

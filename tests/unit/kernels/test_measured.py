@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import nvembed
 from nvembed.core import cache
 from nvembed.kernels import cpu, precision
 from nvembed.kernels import timing as measured
@@ -75,7 +74,7 @@ def test_the_decision_stays_on_a_busy_machine(
     machine = BusyMachine(monkeypatch, seed)
     milliseconds = {torch.float32: 4.0, torch.bfloat16: 4.0 / gain}
     monkeypatch.setattr(
-        precision.products, "product", lambda x, _: machine.work(milliseconds[x.dtype])()
+        precision.matmul, "product", lambda x, _: machine.work(milliseconds[x.dtype])()
     )
     monkeypatch.setattr(
         precision, "this_cpu", lambda: cpu.read_cpu(["flags : avx512f avx512_bf16"])
@@ -137,7 +136,7 @@ def test_it_is_measured_again_where_something_else_computes(
     times(0.5, monkeypatch)
     lines = {"model": ["model name : Other"], "flags": ["flags : avx"]}.get(what)
     if what == "nvembed":
-        monkeypatch.setattr(nvembed, "__version__", "0.0.1")
+        monkeypatch.setattr(measured, "__version__", "0.0.1")
     elif what == "torch":
         monkeypatch.setattr(torch, "__version__", "0.0.1")
     elif what == "kernels":

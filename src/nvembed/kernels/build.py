@@ -46,28 +46,13 @@ class NativeError(Exception):
 
 
 @cache
-def attention_library() -> ctypes.CDLL | None:
-    """The attention kernel, or None where it cannot be had; compiled or loaded once."""
+def library(name: str) -> ctypes.CDLL | None:
+    """The library of a source file of this package, compiled or loaded once; None without one."""
     try:
-        return load(_SOURCES / "varlen_attention.cpp")
+        return load(_SOURCES / name)
     except NativeError as error:
-        _log.info("attention is torch's own: %s", error)
+        _log.info("torch computes in place of %s: %s", name, error)
         return None
-
-
-@cache
-def elementwise_library() -> ctypes.CDLL | None:
-    """Norms and gates, or None where they cannot be had; compiled or loaded once."""
-    try:
-        return load(_SOURCES / "elementwise.cpp")
-    except NativeError as error:
-        _log.info("norms and gates are torch's own: %s", error)
-        return None
-
-
-def load_named(name: str) -> ctypes.CDLL:
-    """Load the library of a source file of this package; see ``load``."""
-    return load(_SOURCES / name)
 
 
 def load(source: Path) -> ctypes.CDLL:

@@ -20,44 +20,36 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
-from nvembed.kernels.matmul import FastLinear, product, times_transposed, transposed_times
-
-_BASES = (nn.Linear, FastLinear)
+from nvembed.kernels.matmul import product, times_transposed, transposed_times
 
 
-def fuse_lora(backbone: nn.Module) -> None:
-    """Let the adapters on plain linear layers compute as above, in place."""
-    for module in backbone.modules():
-        if type(module) is LoraLinear and type(module.get_base_layer()) in _BASES:
-            # The class alone decides how it computes: nothing to copy, and peft's merging works.
-            module.__class__ = FusedLoraLinear
+def has_plain_base(module: Any) -> bool:
+    """Whether an adapter's layer is a plain linear one: quantised layers are of other classes."""
+    return type(module.get_base_layer()) is nn.Linear
 
 
-class FusedLoraLinear(LoraLinear):
-    """peft's layer with the forward of this module."""
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """``(…, I)`` → ``(…, O)``."""
-        if self.disable_adapters or self.merged or len(self.active_adapters) != 1:
-            return super().forward(x, *args, **kwargs)
-        name = self.active_adapters[0]
-        base = self.get_base_layer()
-        dropout = self.lora_dropout[name]
-        # Dropout that does nothing must not cost the sum of two gradients.
-        dropped = dropout(x) if self.training and not isinstance(dropout, nn.Identity) else None
-        output: Tensor = _Product.apply(
-            x,
-            dropped,
-            base.weight,
-            base.bias,
-            self.lora_A[name].weight,
-            self.lora_B[name].weight,
-            self.scaling[name],
-        )
-        return output
+def fused_lora(module: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """``(…, I)`` → ``(…, O)``."""
+    if module.disable_adapters or module.merged or len(module.active_adapters) != 1:
+        out: Tensor = type(module).forward(module, x, *args, **kwargs)
+        return out
+    name = module.active_adapters[0]
+    base = module.get_base_layer()
+    dropout = module.lora_dropout[name]
+    # Dropout that does nothing must not cost the sum of two gradients.
+    dropped = dropout(x) if module.training and not isinstance(dropout, nn.Identity) else None
+    output: Tensor = _Product.apply(
+        x,
+        dropped,
+        base.weight,
+        base.bias,
+        module.lora_A[name].weight,
+        module.lora_B[name].weight,
+        module.scaling[name],
+    )
+    return output
 
 
 class _Product(torch.autograd.Function):

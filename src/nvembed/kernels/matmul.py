@@ -6,8 +6,8 @@ docs/log.md). Which one it is here follows from the CPU's features (``kernels/cp
 float32 to the same accuracy, and differ in the last bits: a measurement could come out otherwise
 the next time, and vectors with it.
 
-All linear layers of a model go through here (``fast_products``), the latent attention too. In 16
-bit, under autocast and on other devices everything is as torch does it.
+All linear layers of a model go through here (``kernels/accelerate.py``), the latent attention too.
+In 16 bit, under autocast and on other devices everything is as torch does it.
 
 Letters: T tokens, I and O widths of input and output.
 """
@@ -60,24 +60,14 @@ def transposed_times(y_TO: Tensor, x_TI: Tensor) -> Tensor:
     return _onednn(x_TI.T, y_TO.T).T
 
 
-class FastLinear(nn.Linear):
-    """``nn.Linear`` with the products of this module."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """``(…, I)`` → ``(…, O)``."""
-        # Weights of other types are those of quantisation.
-        if type(self.weight) is not nn.Parameter or not _in_float32_on_cpu(input, self.weight):
-            return super().forward(input)
-        out_TO = product(input.flatten(0, -2), self.weight, self.bias)
-        return out_TO.view(*input.shape[:-1], self.out_features)
-
-
-def fast_products(model: nn.Module) -> None:
-    """Let the linear layers of a model multiply by this module, in place."""
-    for module in model.modules():
-        if type(module) is nn.Linear:
-            # The class alone decides how it computes: weights, names and copies stay as they are.
-            module.__class__ = FastLinear
+def linear(module: Any, x: Tensor) -> Tensor:
+    """The forward of ``nn.Linear``, ``(…, I)`` → ``(…, O)``."""
+    weight: Any = module.weight
+    # Weights of other types are those of quantisation.
+    if type(weight) is not nn.Parameter or not _in_float32_on_cpu(x, weight):
+        out: Tensor = type(module).forward(module, x)
+        return out
+    return product(x.flatten(0, -2), weight, module.bias).view(*x.shape[:-1], module.out_features)
 
 
 @cache

@@ -15,10 +15,8 @@ import torch
 
 from nvembed.core.dtypes import Precision, PrecisionChoice
 from nvembed.core.reporting import hold_note
-from nvembed.kernels import attention_bfloat16 as native_bfloat16
-from nvembed.kernels import attention_float32 as native_attention
-from nvembed.kernels import matmul as products
-from nvembed.kernels.build import elementwise_library
+from nvembed.kernels import attention, matmul
+from nvembed.kernels.build import library
 from nvembed.kernels.cpu import this_cpu
 from nvembed.kernels.timing import kept_gain
 
@@ -46,7 +44,7 @@ def settle_precision(
     begun: Precision | None = None,
     option: str | None = "--dtype",
 ) -> Precision | None:
-    """Return the choice, ``auto`` replaced by a type; a note says which one.
+    """Return the choice, ``auto`` replaced by a type; a note says which one (``core/notes.py``).
 
     Args:
         choice: of the user; ``None``, what was saved, stays.
@@ -97,24 +95,21 @@ def bfloat16_gain() -> float:
         for dtype in (torch.float32, torch.bfloat16)
     )
     with torch.inference_mode():
-        return kept_gain(
-            "bfloat16", lambda: products.product(*wide), lambda: products.product(*narrow)
-        )
+        return kept_gain("bfloat16", lambda: matmul.product(*wide), lambda: matmul.product(*narrow))
 
 
 def kernels() -> list[str]:
     """Name what computes in torch's place here; another set changes the last bits of vectors."""
     if _device_type() != "cpu":
         return []
-    # With transformers, which settling a type does not need.
-    from nvembed.kernels import decoder_layer as native_layer
+    from nvembed.kernels import layers  # imports transformers, which settling a type does not need
 
     used = {
-        "onednn": products.onednn_pays(),
-        "attention": native_attention.available(),
-        "bfloat16-attention": native_bfloat16.available(),
-        "layers": native_layer.available(),
-        "norms-and-gates": elementwise_library() is not None,
+        "onednn": matmul.onednn_pays(),
+        "attention": attention.float32_available(),
+        "bfloat16-attention": attention.bfloat16_available(),
+        "layers": layers.available(),
+        "norms-and-gates": library("elementwise.cpp") is not None,
     }
     return [name for name, is_used in used.items() if is_used]
 

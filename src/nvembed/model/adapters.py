@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from nvembed.core.files import atomic_folder
 from nvembed.core.runs import TRAIN
-from nvembed.kernels.fused_lora import fuse_lora
+from nvembed.kernels.accelerate import accelerate
 from nvembed.model.backbone import Backbone
 from nvembed.model.settings import LoraSettings
 
@@ -34,7 +34,7 @@ def add_lora(backbone: Backbone, settings: LoraSettings) -> None:
         # Of an int8 base: that adapters could not be merged into it, which nobody does.
         warnings.filterwarnings("ignore", message=".*get_apply_tensor_subclass")
         adapted: Any = get_peft_model(backbone.model, config)
-    fuse_lora(adapted)
+    accelerate(adapted)
     backbone.model = adapted
 
 

@@ -3,13 +3,11 @@
 Every backbone runs with ``attn_implementation="nvembed_flat"``. transformers then builds no mask at
 all and hands queries, keys and values of the whole pack to :func:`flat_attention`, which lets a
 token see its own segment only: all of it (bidirectional) or what came before (causal). Sliding
-windows are ignored on purpose: an embedding needs the whole text (NV-Embed never applies Mistral's,
-nv-embed.md 1.2).
+windows are ignored on purpose: an embedding needs the whole text.
 
-Four kernels: ``varlen_attn`` on CUDA in 16 bit, our own on a CPU in float32 and both directions
-(``kernels/attention_float32.py``) and in bfloat16 without gradient
-(``kernels/attention_bfloat16.py``), dense blocks elsewhere (segments of equal length
-stand side by side and form one block; nothing is padded).
+Four kernels: ``varlen_attn`` on CUDA in 16 bit, our own on a CPU (``kernels/attention.py``) in
+bidirectional float32 and in bfloat16 without gradient, dense blocks elsewhere (segments of equal
+length stand side by side and form one block; nothing is padded).
 
 Letters: T tokens of the pack, H heads, K key/value heads, E head width, G segments of one block, L
 their length.
@@ -24,13 +22,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from nvembed.core.errors import ModelError
-from nvembed.kernels import attention_bfloat16 as native_bfloat16
-from nvembed.kernels.attention_float32 import (
-    available,
-    checked_scaling,
-    native_attention,
-    takes,
-)
+from nvembed.kernels import attention as kernels
 from nvembed.text.packing import Segments
 
 FLAT_ATTENTION = "nvembed_flat"
@@ -73,7 +65,7 @@ def flat_attention(
         ModelError: the backbone asks for something that would silently be left out (attention
             sinks, position biases, a mask of its own), or scales the scores by 0 or less.
     """
-    checked_scaling(scaling, query.shape[-1])
+    kernels.checked_scaling(scaling, query.shape[-1])
     asked = [name for name in _UNSUPPORTED if others.get(name) is not None]
     if attention_mask is not None:
         asked.append("attention_mask")
@@ -83,20 +75,17 @@ def flat_attention(
             expected="a backbone whose attention is a plain softmax over keys",
             hint=OTHER_BACKBONE,
         )
-    if (
-        query.is_cuda
-        and query.dtype in (torch.bfloat16, torch.float16)
-        and not (softcap or dropout)
-    ):
-        out_THE = _varlen(query[0], key[0], value[0], segments, causal, scaling)
-    elif not (causal or softcap or dropout) and takes(query[0], key[0], value[0]):
-        out_THE = native_attention(query[0], key[0], value[0], segments, scaling)
-    elif not (softcap or dropout) and native_bfloat16.takes(query[0], key[0], value[0]):
-        out_THE = native_bfloat16.bfloat16_attention(
-            query[0], key[0], value[0], segments, causal=causal, scaling=scaling
-        )
+    inputs = (query[0], key[0], value[0])
+    plain = not (softcap or dropout)
+    starts = segments.cu_seqlens
+    if plain and query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+        out_THE = _varlen(*inputs, segments, causal, scaling)
+    elif plain and not causal and kernels.supports_float32(*inputs):
+        out_THE = kernels.float32_attention(*inputs, starts, scaling)
+    elif plain and kernels.supports_bfloat16(*inputs):
+        out_THE = kernels.bfloat16_attention(*inputs, starts, causal=causal, scaling=scaling)
     else:
-        out_THE = _grouped(query[0], key[0], value[0], segments, causal, scaling, dropout, softcap)
+        out_THE = _grouped(*inputs, segments, causal, scaling, dropout, softcap)
     return out_THE[None], None
 
 
@@ -108,7 +97,9 @@ def short_tokens(dtype: torch.dtype) -> int:
 
     0 where our own kernel computes them, which holds none.
     """
-    return 0 if dtype is torch.float32 and available() else _longest_by_products(dtype)
+    return (
+        0 if dtype is torch.float32 and kernels.float32_available() else _longest_by_products(dtype)
+    )
 
 
 def _longest_by_products(dtype: torch.dtype) -> int:

@@ -3,8 +3,7 @@
 Loads any decoder (or encoder) without its language-model head, puts it behind our flat attention,
 switches the cache off, and checks by a probe that attention really goes the way that was asked for.
 Model families ignore flags silently, so a model that stays causal is an error here, not a warning.
-Next:
-``model/pooling.py``.
+Next file: ``model/pooling.py``.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from nvembed.interop.loading import check_vocabulary, loading, reason
 from nvembed.interop.model_folder import read_values
 from nvembed.interop.source import COPY_AGAIN, ModelSource
 from nvembed.model.attention import FLAT_ATTENTION, OTHER_BACKBONE
-from nvembed.model.placement import DeviceMap, main_device
+from nvembed.model.placement import DeviceMap
 from nvembed.model.probe import probe_direction
 from nvembed.model.settings import AttentionDirection
 from nvembed.text.packing import FlatBatch, flatten
@@ -322,6 +321,15 @@ class Backbone(InputModule):
             **source.options(),
             **read_values(SavedBackbone, settings, where=str(file)),
         )
+
+
+def main_device(decoder: torch.nn.Module) -> torch.device:
+    """Where inputs go: of a spread backbone the first place that is not the CPU beside a GPU."""
+    spread_over = getattr(decoder, "hf_device_map", None)
+    if not spread_over:
+        return next(decoder.parameters()).device
+    places = [torch.device(place) for place in spread_over.values()]
+    return next((place for place in places if place.type != "cpu"), torch.device("cpu"))
 
 
 def prove_direction(backbone: Backbone, *, name: str) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, TypedDict, Unpack, get_args
 
 import torch
 from pydantic import Field
@@ -30,11 +30,9 @@ from nvembed.interop.model_folder import (
 )
 from nvembed.interop.source import COPY_AGAIN, ModelSource
 from nvembed.interop.weights import check_finite
-from nvembed.kernels.decoder_layer import native_layers
-from nvembed.kernels.elementwise import native_elementwise
-from nvembed.kernels.matmul import fast_products
+from nvembed.kernels.accelerate import accelerate
 from nvembed.model.backbone import Backbone
-from nvembed.model.encoding import PackModel
+from nvembed.model.encoding import EncodingModel
 from nvembed.model.official_load import load_official
 from nvembed.model.placement import DeviceMap
 from nvembed.model.pooling import (
@@ -45,7 +43,7 @@ from nvembed.model.pooling import (
     SelfAttentionPooling,
     build_pooling,
 )
-from nvembed.model.settings import AttentionDirection, PoolingKind
+from nvembed.model.settings import AttentionDirection, LongTexts, PoolingKind
 from nvembed.text.instructions import resolve_prompt, task_prompts
 
 # What modules.json may name without remote code: our classes by name, and anything inside
@@ -66,6 +64,23 @@ DtypeName = Literal["float32", "bfloat16", "float16", "float64", "auto"]
 """Types that weights are computed in; ``auto`` is the stored one."""
 
 
+class EncodeOptions(TypedDict, total=False):
+    """What ``encode_query`` and ``encode_document`` hand on; see ``NVEmbed.encode``."""
+
+    batch_size: int
+    show_progress_bar: bool | None
+    output_value: Literal["sentence_embedding"]
+    precision: Literal["float32", "int8", "uint8", "binary", "ubinary"]
+    convert_to_numpy: bool
+    convert_to_tensor: bool
+    device: str | torch.device | list[str | torch.device] | None
+    normalize_embeddings: bool
+    truncate_dim: int | None
+    pool: dict[str, Any] | None
+    chunk_size: int | None
+    long: LongTexts
+
+
 @dataclass(frozen=True, slots=True)
 class _Place:
     """Where and in which type the weights of a model are wanted; see ``from_pretrained``."""
@@ -75,7 +90,7 @@ class _Place:
     dtype: torch.dtype | Literal["auto"] | None
 
 
-class NVEmbed(PackModel):
+class NVEmbed(EncodingModel):
     """A text-embedding model made from a decoder LM by the NV-Embed recipe.
 
     Use :meth:`from_pretrained`; the constructor is that of ``SentenceTransformer``.
@@ -90,29 +105,7 @@ class NVEmbed(PackModel):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.types_before_training = {}
-        self._compute_fast()
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._compute_fast()
-
-    def _compute_fast(self) -> None:
-        fast_products(self)
-        native_elementwise(self)
-        native_layers(self)
-
-    def start_multi_process_pool(self, *given: Any, **options: Any) -> Any:
-        """As in sentence-transformers, which ``encode(device=[…])`` calls for several devices."""
-        # Classes that were derived here have no name to send: each process derives its own.
-        derived = [m for m in self.modules() if type(m).__name__.startswith("Native")]
-        kinds = [type(module) for module in derived]
-        for module in derived:
-            module.__class__ = type(module).__bases__[0]
-        try:
-            return super().start_multi_process_pool(*given, **options)
-        finally:
-            for module, kind in zip(derived, kinds, strict=True):
-                module.__class__ = kind
+        accelerate(self)
 
     @classmethod
     @checked
@@ -279,7 +272,7 @@ class NVEmbed(PackModel):
         prompt: str | None = None,
         *,
         task: str | None = None,
-        **options: Any,
+        **options: Unpack[EncodeOptions],
     ) -> Any:
         """Embed queries.
 
@@ -291,11 +284,12 @@ class NVEmbed(PackModel):
                 the instruction itself, e.g. "Given a question, retrieve passages that answer the
                 question", which is rendered by the template. Wins over both. Without any of them
                 the model's ``query`` prompt is used if it has one.
-            **options: those of ``SentenceTransformer.encode``.
+            **options: those of ``encode``.
         """
         if task is not None:
             prompt, prompt_name = resolve_prompt(task, self.prompts), None
-        return super().encode_query(inputs, prompt_name=prompt_name, prompt=prompt, **options)
+        given: dict[str, Any] = {**options}
+        return super().encode_query(inputs, prompt_name=prompt_name, prompt=prompt, **given)
 
     @checked
     def encode_document(  # type: ignore[override]
@@ -305,12 +299,13 @@ class NVEmbed(PackModel):
         prompt: str | None = None,
         *,
         task: str | None = None,
-        **options: Any,
+        **options: Unpack[EncodeOptions],
     ) -> Any:
         """Embed documents: bare texts; in symmetric tasks both sides carry ``task``."""
         if task is not None:
             prompt, prompt_name = resolve_prompt(task, self.prompts), None
-        return super().encode_document(inputs, prompt_name=prompt_name, prompt=prompt, **options)
+        given: dict[str, Any] = {**options}
+        return super().encode_document(inputs, prompt_name=prompt_name, prompt=prompt, **given)
 
 
 def _module_class(entry: ModuleEntry, source: ModelSource) -> type[Module]:

@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import Field
-from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import truncate_embeddings
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -30,10 +29,14 @@ from nvembed.core.background import prefetch
 from nvembed.core.errors import ConfigError, ModelError
 from nvembed.core.reporting import Rates, progress
 from nvembed.interop.loading import usable_device
-from nvembed.model.backbone import Backbone
 from nvembed.model.embedding_quantization import SmallPrecision, quantize
-from nvembed.model.packs import CPU_PACK_TOKENS, CUDA_PACK_TOKENS, embed_plan, plan_texts
-from nvembed.model.pooling import Pooling
+from nvembed.model.packs import (
+    CPU_PACK_TOKENS,
+    CUDA_PACK_TOKENS,
+    PackModel,
+    embed_plan,
+    plan_texts,
+)
 from nvembed.model.settings import LongTexts
 from nvembed.model.work import Span, Work
 from nvembed.text.instructions import resolve_prompt, side_prompt
@@ -55,28 +58,8 @@ class Chunks:
     spans: tuple[Span, ...]
 
 
-class PackModel(SentenceTransformer):
-    """A backbone, a pooling and a normalisation; ``NVEmbed`` adds loading and instructions."""
-
-    @property
-    def backbone(self) -> Backbone:
-        """The first module."""
-        module = self[0]
-        assert isinstance(module, Backbone)
-        return module
-
-    @property
-    def pooling(self) -> Pooling:
-        """The second module."""
-        module = self[1]
-        assert isinstance(module, Pooling)
-        return module
-
-    @property
-    def dimension(self) -> int:
-        """Width of the embeddings, after truncation where ``truncate_dim`` is set."""
-        width = self.pooling.width
-        return width if self.truncate_dim is None else min(width, self.truncate_dim)
+class EncodingModel(PackModel):
+    """``encode`` and its kin over packs; ``NVEmbed`` adds loading and instructions."""
 
     def get_model_kwargs(self) -> list[str]:
         """What ``encode`` takes besides the options of sentence-transformers."""
@@ -172,7 +155,8 @@ class PackModel(SentenceTransformer):
         self._check_prompt_name(prompt_name)
         self._check_width(truncate_dim)
         for place in device if isinstance(device, list) else [device]:
-            usable_device(place)
+            if place is not None:
+                usable_device(place)
         if device == [] or (pool is not None and not pool.keys() >= {"input", "processes"}):
             raise ConfigError(
                 "no process to work in",

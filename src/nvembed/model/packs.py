@@ -8,27 +8,50 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Normalize
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from nvembed.kernels.allocator import keep_freed_memory
 from nvembed.model.backbone import Backbone
+from nvembed.model.pooling import Pooling
 from nvembed.model.settings import LongTexts
 from nvembed.model.work import Span
 from nvembed.text.long_texts import text_contexts, text_windows
 from nvembed.text.packing import Segments, flatten, plan_packs
 from nvembed.text.tokens import TokenizedText
 
-if TYPE_CHECKING:
-    from nvembed.model.encoding import PackModel
-
 # Tokens per forward in encode. On a CPU a pack should stay in its caches; a GPU wants to be filled.
 CPU_PACK_TOKENS = 1024
 CUDA_PACK_TOKENS = 16384
+
+
+class PackModel(SentenceTransformer):
+    """A backbone, a pooling and a normalisation."""
+
+    @property
+    def backbone(self) -> Backbone:
+        """The first module."""
+        module = self[0]
+        assert isinstance(module, Backbone)
+        return module
+
+    @property
+    def pooling(self) -> Pooling:
+        """The second module."""
+        module = self[1]
+        assert isinstance(module, Pooling)
+        return module
+
+    @property
+    def dimension(self) -> int:
+        """Width of the embeddings, after truncation where ``truncate_dim`` is set."""
+        width = self.pooling.width
+        return width if self.truncate_dim is None else min(width, self.truncate_dim)
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,7 +29,7 @@ from nvembed.core.seeding import derive_seed, seed_everything
 from nvembed.core.text_files import read_json_object
 from nvembed.interop.model_folder import model_kind
 from nvembed.interop.source import ModelSource
-from nvembed.kernels.compiled import compile_elementwise
+from nvembed.kernels.accelerate import compile_elementwise
 from nvembed.model.activation_checkpointing import recompute_layers
 from nvembed.model.adapters import add_lora, hold_frozen, merge_lora, save_adapter
 from nvembed.model.embedder import NVEmbed

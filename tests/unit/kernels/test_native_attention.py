@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nvembed.core.errors import ModelError
-from nvembed.kernels import attention_float32 as native_attention
+from nvembed.kernels import attention as native_attention
 from nvembed.kernels import build as native_build
-from nvembed.kernels.attention_float32 import takes
+from nvembed.kernels.attention import supports_float32
 from nvembed.kernels.cpu import read_cpu
 from nvembed.model import attention
 from nvembed.model.attention import flat_attention
@@ -45,7 +45,7 @@ def tensors(
 
 def run(inputs: list[Tensor], lengths: list[int], scaling: float | None = None) -> Tensor:
     """Through the seam that the backbone uses; ``(T, H, E)``."""
-    assert takes(*inputs)
+    assert supports_float32(*inputs)
     out, _ = flat_attention(
         nn.Identity(),
         *(x_HTE[None] for x_HTE in inputs),
@@ -166,14 +166,14 @@ def test_no_scores_are_kept() -> None:
 
 def test_what_the_kernel_leaves_to_torch() -> None:
     query, key, value = (x_HTE.detach() for x_HTE in tensors(4, 2, 8, 16))
-    assert takes(query, key, value)
-    assert not takes(query.double(), key.double(), value.double())
-    assert not takes(query.bfloat16(), key.bfloat16(), value.bfloat16())
-    assert not takes(query[..., :8], key[..., :8], value[..., :8])
-    assert not takes(query[:3], key, value)
-    assert not takes(query.to("meta"), key.to("meta"), value.to("meta"))
+    assert supports_float32(query, key, value)
+    assert not supports_float32(query.double(), key.double(), value.double())
+    assert not supports_float32(query.bfloat16(), key.bfloat16(), value.bfloat16())
+    assert not supports_float32(query[..., :8], key[..., :8], value[..., :8])
+    assert not supports_float32(query[:3], key, value)
+    assert not supports_float32(query.to("meta"), key.to("meta"), value.to("meta"))
     with torch.autocast("cpu", torch.bfloat16):
-        assert not takes(query, key, value)
+        assert not supports_float32(query, key, value)
 
 
 def test_segments_that_leave_tokens_out_are_an_error() -> None:
@@ -184,20 +184,20 @@ def test_segments_that_leave_tokens_out_are_an_error() -> None:
 @pytest.fixture(autouse=True, scope="module")
 def _however_slow() -> Iterator[None]:
     """The kernel is tested where it is not faster, too."""
-    native_attention._kernel.cache_clear()
+    native_attention._float32_kernel.cache_clear()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(native_attention, "this_cpu", lambda: read_cpu(["flags : avx512f"]))
         yield
-    native_attention._kernel.cache_clear()
+    native_attention._float32_kernel.cache_clear()
 
 
 @pytest.fixture
 def _fresh() -> Iterator[None]:
     """Forget the library before and after."""
-    for function in (native_build.attention_library, native_attention._kernel):
+    for function in (native_build.library, native_attention._float32_kernel):
         function.cache_clear()
     yield
-    for function in (native_build.attention_library, native_attention._kernel):
+    for function in (native_build.library, native_attention._float32_kernel):
         function.cache_clear()
 
 
@@ -205,7 +205,7 @@ def attention_by_torch(caplog: pytest.LogCaptureFixture, level: int) -> str:
     """Check that attention works without the kernel; what was logged."""
     inputs = tensors(2, 1, 30, 16)
     with caplog.at_level(level, logger="nvembed"):
-        assert not takes(*inputs)
+        assert not supports_float32(*inputs)
     out, _ = flat_attention(
         nn.Identity(),
         *(x_HTE[None] for x_HTE in inputs),
@@ -247,7 +247,7 @@ def test_a_cache_that_cannot_be_written_costs_a_compilation_only(
     (tmp_path / "temporary").mkdir()
     monkeypatch.setenv("NVEMBED_CACHE", str(tmp_path / "file"))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
-    assert takes(*tensors(2, 1, 30, 16))
+    assert supports_float32(*tensors(2, 1, 30, 16))
     (library,) = (tmp_path / "temporary").glob("nvembed-*/native/*.so")
     assert stat.S_IMODE(library.parent.stat().st_mode) == 0o700
 
@@ -256,7 +256,7 @@ def test_a_cache_that_cannot_be_written_costs_a_compilation_only(
 def test_a_kernel_that_computes_wrongly_is_not_used(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(native_attention, "TOLERANCE", 1e-9)
+    monkeypatch.setattr(native_attention, "FLOAT32_TOLERANCE", 1e-9)
     assert "the compiled one is wrong by" in attention_by_torch(caplog, logging.WARNING)
 
 
@@ -275,7 +275,7 @@ def test_no_clock_decides_on_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None
 
     for clock in ("perf_counter", "monotonic", "thread_time_ns", "process_time"):
         monkeypatch.setattr(time, clock, stopped)
-    assert native_attention._kernel() is not None
+    assert native_attention._float32_kernel() is not None
 
 
 def test_compiled_once_and_again_where_damaged(
@@ -341,4 +341,4 @@ def test_a_scaling_that_is_not_above_zero_is_refused(scaling: float) -> None:
                 scaling=scaling,
             )
     with pytest.raises(ModelError, match="above 0"):
-        native_attention.native_attention(*inputs, Segments.of_lengths([8]), scaling)
+        native_attention.float32_attention(*inputs, torch.tensor([0, 8]), scaling)

@@ -9,13 +9,16 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from nvembed.core.errors import ModelError
-from nvembed.kernels import attention_bfloat16 as native_bfloat16
-from nvembed.kernels.attention_bfloat16 import bfloat16_attention, takes
+from nvembed.kernels.attention import (
+    bfloat16_attention,
+    bfloat16_available,
+    supports_bfloat16,
+)
 from nvembed.model.attention import flat_attention
 from nvembed.text.packing import Segments
 from oracles.attention import attend
 
-if not native_bfloat16.available():
+if not bfloat16_available():
     pytest.skip("no compiled kernel for bfloat16 on this machine", allow_module_level=True)
 
 
@@ -29,7 +32,7 @@ def tensors(heads: int, key_heads: int, tokens: int, width: int) -> list[Tensor]
 
 def run(inputs: list[Tensor], lengths: list[int], causal: bool, scaling: float) -> Tensor:
     with torch.inference_mode():
-        assert takes(*inputs)
+        assert supports_bfloat16(*inputs)
         out, _ = flat_attention(
             nn.Identity(),
             *(x_HTE[None] for x_HTE in inputs),
@@ -118,12 +121,12 @@ def test_the_same_bits_whatever_the_threads() -> None:
 
 def test_what_it_does_not_take() -> None:
     query, key, value = tensors(2, 1, 8, 32)
-    assert not takes(query.float(), key.float(), value.float())
-    assert not takes(*tensors(2, 1, 8, 16))
-    assert not takes(query.clone().requires_grad_(), key, value)
-    assert not takes(*tensors(3, 2, 8, 32))
+    assert not supports_bfloat16(query.float(), key.float(), value.float())
+    assert not supports_bfloat16(*tensors(2, 1, 8, 16))
+    assert not supports_bfloat16(query.clone().requires_grad_(), key, value)
+    assert not supports_bfloat16(*tensors(3, 2, 8, 32))
     with pytest.raises(ValueError, match="segments cover 7 of 8 tokens"):
-        bfloat16_attention(query, key, value, Segments.of_lengths([7]), causal=False)
+        bfloat16_attention(query, key, value, torch.tensor([0, 7]), causal=False)
 
 
 @pytest.mark.parametrize("scaling", [0.0, -0.5, float("nan"), float("inf")])

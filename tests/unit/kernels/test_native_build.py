@@ -210,8 +210,7 @@ def test_a_model_loads_where_there_is_no_home(
     tiny_decoder_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its kernels are compiled when the family is tried at load; that must not be an error."""
-    from nvembed.kernels import attention_float32 as native_attention
-    from nvembed.kernels import decoder_layer as native_layer
+    from nvembed.kernels import attention
     from nvembed.model.embedder import NVEmbed
 
     def no_home() -> Path:
@@ -220,10 +219,9 @@ def test_a_model_loads_where_there_is_no_home(
     monkeypatch.delenv("NVEMBED_CACHE")
     monkeypatch.setattr(Path, "home", no_home)
     libraries = (
-        native_build.attention_library,
-        native_build.elementwise_library,
-        native_attention._kernel,
-        native_layer._library,
+        native_build.library,
+        attention._float32_kernel,
+        attention._bfloat16_kernel,
     )
     for function in libraries:
         function.cache_clear()

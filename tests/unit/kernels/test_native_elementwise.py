@@ -15,7 +15,8 @@ from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from nvembed.kernels import build as native_build
-from nvembed.kernels.elementwise import _takes, native_elementwise
+from nvembed.kernels.accelerate import accelerate
+from nvembed.kernels.layers import _supports
 
 try:
     native_build._compiler()
@@ -49,8 +50,9 @@ def test_values_and_gradients(kind: Any, shape: tuple[int, ...], spread: float) 
     module = kind()
     x = torch.randn(*shape, 48 if kind is norm else 32) * spread
     expected = results(copy.deepcopy(module).double(), x.double())
-    assert native_elementwise(module) == 1
-    assert _takes(x)
+    counts = accelerate(module)
+    assert counts["rms_norm"] + counts["gated_mlp"] == 1
+    assert _supports(x)
     names = [name for name, _ in module.named_parameters()]
     assert names == [name for name, _ in kind().named_parameters()]
     for got, want in zip(results(module, x), expected, strict=True):
@@ -62,7 +64,7 @@ def test_values_and_gradients(kind: Any, shape: tuple[int, ...], spread: float) 
 
 
 def test_gates_far_from_zero_and_no_numbers() -> None:
-    from nvembed.kernels.elementwise import _Gate
+    from nvembed.kernels.layers import _Gate
 
     gate = torch.tensor([-1e30, -200.0, -88.0, 0.0, 88.0, 200.0, 1e30, float("nan")] * 2)
     gate = gate.requires_grad_()
@@ -79,14 +81,15 @@ def test_gates_far_from_zero_and_no_numbers() -> None:
 
 
 def test_only_what_computes_so_is_replaced() -> None:
-    assert native_elementwise(nn.ModuleList([mlp("gelu"), GemmaRMSNorm(16), nn.RMSNorm(16)])) == 0
+    modules = nn.ModuleList([mlp("gelu"), GemmaRMSNorm(16), nn.RMSNorm(16)])
+    assert set(accelerate(modules)) == {"linear"}
 
 
 @pytest.mark.parametrize("kind", [norm, mlp])
 def test_other_types_compute_as_before(kind: Any) -> None:
     module = kind()
     plain = copy.deepcopy(module)
-    native_elementwise(module)
+    accelerate(module)
     x = torch.randn(5, 48 if kind is norm else 32)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(module(x), plain(x))
@@ -98,9 +101,9 @@ def test_other_types_compute_as_before(kind: Any) -> None:
 @pytest.fixture
 def _fresh() -> Iterator[None]:
     """Forget the library before and after."""
-    native_build.elementwise_library.cache_clear()
+    native_build.library.cache_clear()
     yield
-    native_build.elementwise_library.cache_clear()
+    native_build.library.cache_clear()
 
 
 @pytest.mark.usefixtures("_fresh")
@@ -110,7 +113,7 @@ def test_no_compiler_is_no_error(
 ) -> None:
     module = kind()
     plain = copy.deepcopy(module)
-    native_elementwise(module)
+    accelerate(module)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
     x = torch.randn(5, 48 if kind is norm else 32)
@@ -121,7 +124,7 @@ def test_no_compiler_is_no_error(
 
 @pytest.mark.parametrize("bits", [0x7F800001, 0x7FC00001, 0x7FFFFFFF, -1, -0x7FFFFF])
 def test_a_nan_with_a_payload_stays_one(bits: int) -> None:
-    from nvembed.kernels.elementwise import _Gate, _Norm
+    from nvembed.kernels.layers import _Gate, _Norm
 
     for which in (0, 1):
         inputs = [torch.ones(2, 16), torch.ones(2, 16)]
@@ -136,7 +139,7 @@ def test_a_nan_with_a_payload_stays_one(bits: int) -> None:
 
 
 def test_denormals_infinities_and_zeros_of_gates() -> None:
-    from nvembed.kernels.elementwise import _Gate
+    from nvembed.kernels.layers import _Gate
 
     up = torch.tensor([1e-40, -1e-45, 0.0, -0.0, torch.inf, -torch.inf, 3e38, -3e38] * 2)
     gate = torch.full((16,), 100.0)  # its sigmoid is 1

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, LlamaConfig, MistralConfig, Qwen2Config
 
-from nvembed.kernels import decoder_layer as native_layer
-from nvembed.kernels.attention_float32 import available
-from nvembed.kernels.decoder_layer import native_layers
+from nvembed.kernels import accelerate as hook
+from nvembed.kernels import layers as native_layer
+from nvembed.kernels.accelerate import accelerate
 from nvembed.model.attention import FLAT_ATTENTION
 from nvembed.text.packing import Segments
 
@@ -24,8 +24,15 @@ SIZES: dict[str, Any] = {
     "max_position_embeddings": 64,
 }
 
-if not (available() and native_layer._library()):
+if not native_layer.available():
     pytest.skip("no compiled kernels on this machine", allow_module_level=True)
+
+
+@pytest.fixture(autouse=True)
+def _layers_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Norms, MLPs and linear layers have tests of their own."""
+    layers = {name: kind for name, kind in hook.KINDS.items() if name.endswith("DecoderLayer")}
+    monkeypatch.setattr(hook, "KINDS", layers)
 
 
 @pytest.fixture(params=["mistral", "llama", "qwen2"])
@@ -63,9 +70,9 @@ def _calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     called: list[str] = []
     call = native_layer._call
 
-    def counted(name: str, *arguments: Any) -> None:
+    def counted(source: str, name: str, *arguments: Any) -> None:
         called.append(name)
-        call(name, *arguments)
+        call(source, name, *arguments)
 
     monkeypatch.setattr(native_layer, "_call", counted)
     return called
@@ -77,7 +84,7 @@ def test_float32_layers_give_what_float64_ones_of_transformers_give(
 ) -> None:
     called = _calls(monkeypatch)
     wanted = _hidden(model.double(), causal=causal)
-    assert native_layers(model.float()) == 3
+    assert accelerate(model.float()) == {"decoder_layer": 3}
     with torch.inference_mode():
         found = _hidden(model, causal=causal)
     assert len(called) == 3 * 6  # two norms, two rotations, a gate and a sum per layer
@@ -89,7 +96,7 @@ def test_bfloat16_layers_are_nearer_to_float64_than_those_of_transformers(model:
     with torch.inference_mode():
         plain = _hidden(model).double()
         wanted = _hidden(model.double())
-        native_layers(model.bfloat16())
+        accelerate(model.bfloat16())
         found = _hidden(model)
     assert found.dtype == torch.float32  # the sum through the layers
     errors = [float((x.double() - wanted).norm() / wanted.norm()) for x in (found, plain)]
@@ -144,10 +151,10 @@ def test_with_gradients_and_without_the_library_layers_compute_as_they_did(
     model: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wanted = _hidden(model)
-    native_layers(model)
+    accelerate(model)
     called = _calls(monkeypatch)
     assert torch.equal(_hidden(model), wanted)
-    monkeypatch.setattr(native_layer, "_library", lambda: None)
+    monkeypatch.setattr(native_layer, "available", lambda: False)
     with torch.no_grad():
         assert torch.allclose(_hidden(model), wanted, atol=1e-5)
     assert not called

@@ -105,11 +105,11 @@ def test_which_library_multiplies_follows_from_the_features(
 def test_the_record_names_what_computes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(products, "onednn_pays", lambda: True)
-    monkeypatch.setattr(precision.native_attention, "available", lambda: False)
-    monkeypatch.setattr(precision.native_bfloat16, "available", lambda: True)
+    monkeypatch.setattr(precision.attention, "float32_available", lambda: False)
+    monkeypatch.setattr(precision.attention, "bfloat16_available", lambda: True)
     monkeypatch.setattr(precision, "this_cpu", lambda: read_cpu(AMD))
-    monkeypatch.setattr("nvembed.kernels.decoder_layer.attention_available", lambda: False)
-    monkeypatch.setattr(precision, "elementwise_library", lambda: None)
+    monkeypatch.setattr("nvembed.kernels.layers.float32_available", lambda: False)
+    monkeypatch.setattr(precision, "library", lambda name: None)
     assert precision.computing_record("bfloat16") == {
         "dtype": "bfloat16",
         "kernels": ["onednn", "bfloat16-attention"],

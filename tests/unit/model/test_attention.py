@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from nvembed.core.errors import ModelError
-from nvembed.kernels import attention_bfloat16 as native_bfloat16
+from nvembed.kernels import attention as kernels
 from nvembed.model import attention
 from nvembed.model.attention import block_attention, flat_attention, short_tokens
 from nvembed.text.packing import Segments
@@ -160,8 +160,8 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[Any, ...], d
         return kernel
 
     monkeypatch.setattr(attention, "_varlen", stub("varlen"))
-    monkeypatch.setattr(attention, "native_attention", stub("native"))
-    monkeypatch.setattr(native_bfloat16, "bfloat16_attention", stub("bfloat16"))
+    monkeypatch.setattr(kernels, "float32_attention", stub("native"))
+    monkeypatch.setattr(kernels, "bfloat16_attention", stub("bfloat16"))
     monkeypatch.setattr(attention, "_grouped", stub("grouped"))
     return calls
 
@@ -194,8 +194,8 @@ def test_the_kernel_that_can_and_is_fastest_is_taken(
 
     plain = not dropout and softcap is None
     for float32_takes, bfloat16_takes in itertools.product((False, True), repeat=2):
-        monkeypatch.setattr(attention, "takes", takes(float32_takes))
-        monkeypatch.setattr(native_bfloat16, "takes", takes(bfloat16_takes))
+        monkeypatch.setattr(kernels, "supports_float32", takes(float32_takes))
+        monkeypatch.setattr(kernels, "supports_bfloat16", takes(bfloat16_takes))
         if cuda and dtype is not torch.float32 and plain:
             expected = "varlen"
         elif plain and not causal and float32_takes:
@@ -224,8 +224,8 @@ def test_the_kernel_that_can_and_is_fastest_is_taken(
             assert torch.equal(given, whole[0])
         assert (args[3:], options) == {
             "varlen": ((segments, causal, 0.3), {}),
-            "native": ((segments, 0.3), {}),
-            "bfloat16": ((segments,), {"causal": causal, "scaling": 0.3}),
+            "native": ((segments.cu_seqlens, 0.3), {}),
+            "bfloat16": ((segments.cu_seqlens,), {"causal": causal, "scaling": 0.3}),
             "grouped": ((segments, causal, 0.3, dropout, softcap), {}),
         }[name]
 
@@ -298,7 +298,7 @@ def test_a_single_run_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_longest_text_whose_scores_are_held(
     compiled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention, "available", lambda: compiled)
+    monkeypatch.setattr(kernels, "float32_available", lambda: compiled)
     assert short_tokens(torch.float32) == (0 if compiled else 128)
     assert short_tokens(torch.bfloat16) == 1024
     assert short_tokens(torch.float16) == 1024

@@ -155,8 +155,6 @@ def test_wrong_uses_are_told(model: NVEmbed) -> None:
 @pytest.mark.slow
 def test_several_devices(wide_decoder_dir: Path) -> None:
     model = NVEmbed.from_pretrained(wide_decoder_dir, device="cpu")
-    kinds = [type(module) for module in model.modules()]
-    assert any(kind.__name__.startswith("Native") for kind in kinds)
+    assert any("forward" in vars(module) for module in model.modules())
     found = model.encode_query(TEXTS, task=TASK, device=["cpu", "cpu"], chunk_size=7)
-    assert [type(module) for module in model.modules()] == kinds
     np.testing.assert_allclose(found, model.encode_query(TEXTS, task=TASK), atol=1e-5)

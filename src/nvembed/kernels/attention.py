@@ -1,0 +1,283 @@
+"""Attention on a CPU by compiled kernels: float32 with gradients, bfloat16 without.
+
+    float32     native/varlen_attention.cpp      bidirectional; CPUs with AVX-512
+    bfloat16    native/bfloat16_attention.cpp    both directions; CPUs with AVX512-BF16
+
+Both take the whole pack at once, whatever the lengths of its segments, read queries, keys and
+values where they lie, and keep nothing as large as the scores: of a float32 forward pass, one
+number per token and head for the backward pass. Products in bfloat16 sum in float32, and softmax is
+float32. What they gain over torch's kernels is in docs/results.md.
+
+Letters: T tokens of the pack, N segments, H heads, K key/value heads (a divisor of H), E head
+width.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import math
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from nvembed.core.errors import ModelError
+from nvembed.kernels.build import library
+from nvembed.kernels.cpu import this_cpu
+
+# Head widths must be a multiple of these.
+FLOAT32_WIDTH_UNIT, BFLOAT16_WIDTH_UNIT = 16, 32
+
+# Of the checks when a kernel is loaded, relative to the largest number.
+FLOAT32_TOLERANCE, BFLOAT16_TOLERANCE = 1e-4, 0.02
+
+_log = logging.getLogger(__name__)
+
+
+def float32_available() -> bool:
+    """Whether there is a float32 kernel here; compiles it where there is not yet one."""
+    return _float32_kernel() is not None
+
+
+def bfloat16_available() -> bool:
+    """Whether there is a bfloat16 kernel here; compiles it where there is not yet one."""
+    return _bfloat16_kernel() is not None
+
+
+def supports_float32(query_HTE: Tensor, key_KTE: Tensor, value_KTE: Tensor) -> bool:
+    """Whether the float32 kernel computes these: bidirectional, no dropout, no soft cap."""
+    return (
+        _fit(torch.float32, FLOAT32_WIDTH_UNIT, query_HTE, key_KTE, value_KTE)
+        and not torch.is_autocast_enabled("cpu")
+        and float32_available()
+    )
+
+
+def supports_bfloat16(query_HTE: Tensor, key_KTE: Tensor, value_KTE: Tensor) -> bool:
+    """Whether the bfloat16 kernel computes these: no gradient, no dropout, no soft cap."""
+    tensors = (query_HTE, key_KTE, value_KTE)
+    return (
+        _fit(torch.bfloat16, BFLOAT16_WIDTH_UNIT, *tensors)
+        and not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
+        and bfloat16_available()
+    )
+
+
+def _fit(dtype: torch.dtype, unit: int, query: Tensor, key: Tensor, value: Tensor) -> bool:
+    return (
+        all(
+            # A subclass has no memory of its own, or computes otherwise.
+            type(x) in (Tensor, nn.Parameter) and x.dtype is dtype and x.device.type == "cpu"
+            for x in (query, key, value)
+        )
+        and query.shape[-1] % unit == 0
+        and key.shape == value.shape
+        and key.shape[1:] == query.shape[1:]
+        and query.shape[0] % key.shape[0] == 0
+        and not torch.compiler.is_compiling()
+    )
+
+
+def float32_attention(
+    query_HTE: Tensor,
+    key_KTE: Tensor,
+    value_KTE: Tensor,
+    starts: Tensor,
+    scaling: float | None = None,
+) -> Tensor:
+    """Attention within each segment, ``(T, H, E)``, differentiable in all three tensors.
+
+    Args:
+        query_HTE: queries. Of all three only the last dimension must lie without gaps; they are
+            copied where it does not.
+        key_KTE: keys.
+        value_KTE: values.
+        starts: ``(N + 1,)``, the first token of each segment, then T.
+        scaling: of the scores; ``None`` is one over the root of E.
+
+    Raises:
+        ModelError: the scaling is not above 0.
+    """
+    starts = _checked_starts(starts, query_HTE)
+    scale = checked_scaling(scaling, query_HTE.shape[-1])
+    out_THE: Tensor = _Attention.apply(query_HTE, key_KTE, value_KTE, starts, scale)
+    return out_THE
+
+
+def bfloat16_attention(
+    query_HTE: Tensor,
+    key_KTE: Tensor,
+    value_KTE: Tensor,
+    starts: Tensor,
+    *,
+    causal: bool,
+    scaling: float | None = None,
+) -> Tensor:
+    """Attention within each segment without gradient; see ``float32_attention``."""
+    starts = _checked_starts(starts, query_HTE)
+    scale = checked_scaling(scaling, query_HTE.shape[-1])
+    return _bfloat16(_bfloat16_kernel(), (query_HTE, key_KTE, value_KTE), starts, scale, causal)
+
+
+def _bfloat16(
+    kernel: Any, inputs: Sequence[Tensor], starts: Tensor, scale: float, causal: bool
+) -> Tensor:
+    num_heads, num_tokens, width = inputs[0].shape
+    out_THE = torch.empty(num_tokens, num_heads, width, dtype=torch.bfloat16)
+    function = kernel.nvembed_bfloat16_attention
+    _call(function, [_dense_rows(x_HTE) for x_HTE in inputs], starts, scale, [out_THE], causal)
+    return out_THE
+
+
+def checked_scaling(scaling: float | None, width: int) -> float:
+    """Return what scores are multiplied by; ``None`` is one over the root of the head width.
+
+    Raises:
+        ModelError: it is not above 0, or no number.
+    """
+    if scaling is None:
+        return float(width**-0.5)
+    if not 0 < scaling < math.inf:
+        raise ModelError(
+            f"attention scores are scaled by {scaling}",
+            where="config.json",
+            expected="a factor above 0",
+            hint="Correct the model's configuration",
+        )
+    return float(scaling)
+
+
+def _checked_starts(starts: Tensor, query_HTE: Tensor) -> Tensor:
+    starts = starts.to("cpu", torch.int32).contiguous()
+    if int(starts[-1]) != query_HTE.shape[1]:
+        raise ValueError(f"segments cover {int(starts[-1])} of {query_HTE.shape[1]} tokens")
+    return starts
+
+
+def _dense_rows(x_HTE: Tensor) -> Tensor:
+    return x_HTE if x_HTE.stride(-1) == 1 else x_HTE.contiguous()
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, starts: Tensor, scale: float
+    ) -> Tensor:
+        inputs = [_dense_rows(x_HTE) for x_HTE in (query, key, value)]
+        out_THE, log_sum_HT = _float32_forward(_float32_kernel(), inputs, starts, scale)
+        ctx.save_for_backward(*inputs, out_THE, log_sum_HT)
+        ctx.starts, ctx.scale = starts, scale
+        return out_THE
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        *inputs, out_THE, log_sum_HT = ctx.saved_tensors
+        inputs.append(_dense_rows(gradients[0].transpose(0, 1)))
+        found = _float32_backward(
+            _float32_kernel(), inputs, ctx.starts, ctx.scale, [out_THE, log_sum_HT]
+        )
+        return (*(x_THE.transpose(0, 1) for x_THE in found), None, None)
+
+
+def _float32_forward(
+    kernel: Any, inputs: Sequence[Tensor], starts: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Outputs ``(T, H, E)`` and logarithms of the sums of softmax ``(H, T)``."""
+    num_heads, num_tokens, width = inputs[0].shape
+    out_THE = inputs[0].new_empty(num_tokens, num_heads, width)
+    log_sum_HT = inputs[0].new_empty(num_heads, num_tokens)
+    _call(kernel.nvembed_attention_forward, inputs, starts, scale, [out_THE, log_sum_HT])
+    return out_THE, log_sum_HT
+
+
+def _float32_backward(
+    kernel: Any, inputs: Sequence[Tensor], starts: Tensor, scale: float, results: list[Tensor]
+) -> list[Tensor]:
+    """Gradients ``(T, H, E)`` and twice ``(T, K, E)``; the last input is that of the output."""
+    found = [x.new_empty(x.shape[1], x.shape[0], x.shape[2]) for x in inputs[:3]]
+    _call(kernel.nvembed_attention_backward, inputs, starts, scale, [*results, *found])
+    return found
+
+
+def _call(
+    function: Any,
+    inputs: Sequence[Tensor],
+    starts: Tensor,
+    scale: float,
+    results: Sequence[Tensor],
+    *flags: bool,
+) -> None:
+    query_HTE, key_KTE = inputs[:2]
+    strides = [stride for x_HTE in inputs for stride in (x_HTE.stride(1), x_HTE.stride(0))]
+    shape = (len(starts) - 1, query_HTE.shape[0], key_KTE.shape[0], query_HTE.shape[2])
+    failed = function(
+        *(ctypes.c_void_p(x_HTE.data_ptr()) for x_HTE in inputs),
+        (ctypes.c_int64 * len(strides))(*strides),
+        ctypes.c_void_p(starts.data_ptr()),
+        *map(ctypes.c_int64, shape),
+        ctypes.c_float(scale),
+        *map(ctypes.c_int, (*flags, torch.get_num_threads())),
+        *(ctypes.c_void_p(x.data_ptr()) for x in results),
+    )
+    if failed:
+        raise MemoryError("no memory for the scores of a block of attention")
+
+
+@cache
+def _float32_kernel() -> Any | None:
+    """The library where it can be had, computes rightly and is faster than torch's."""
+    if not this_cpu().has_wide_registers:
+        _log.info("attention is torch's own: on this CPU the compiled one is no faster")
+        return None
+    found = library("varlen_attention.cpp")
+    return found and _if_right(found, _float32_error(found), FLOAT32_TOLERANCE)
+
+
+@cache
+def _bfloat16_kernel() -> Any | None:
+    """The library where it can be had, this CPU runs it, and it computes rightly."""
+    found: Any = library("bfloat16_attention.cpp")
+    if found is None or not found.nvembed_bfloat16_supported():
+        return None
+    return _if_right(found, _bfloat16_error(found), BFLOAT16_TOLERANCE)
+
+
+def _if_right(kernel: Any, error: float, tolerance: float) -> Any | None:
+    if error < tolerance:
+        return kernel
+    _log.warning("attention is torch's own: the compiled one is wrong by %.1e", error)
+    return None
+
+
+# Both are tried on a small example when they are loaded: compilers have errors too.
+def _bfloat16_error(kernel: Any) -> float:
+    random = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(h, 37, 32, generator=random).bfloat16() for h in (2, 1, 1))
+    wanted_HTE = (query.double() @ key.double().transpose(1, 2)).softmax(-1) @ value.double()
+    starts = torch.tensor([0, 37], dtype=torch.int32)
+    found_THE = _bfloat16(kernel, (query, key, value), starts, 1.0, False)
+    return float((found_THE.transpose(0, 1) - wanted_HTE).abs().max() / wanted_HTE.abs().max())
+
+
+def _float32_error(kernel: Any) -> float:
+    random = torch.Generator().manual_seed(0)
+    query, key, value, d_out = (
+        torch.randn(heads, 37, 32, generator=random) for heads in (2, 1, 1, 2)
+    )
+    with torch.inference_mode(False), torch.enable_grad():
+        leaves = [x_HTE.double().clone().requires_grad_() for x_HTE in (query, key, value)]
+        weights = (leaves[0] @ leaves[1].transpose(1, 2)).softmax(-1)
+        wanted = weights @ leaves[2]
+        gradients = torch.autograd.grad(wanted, leaves, d_out.double())
+    starts = torch.tensor([0, 37], dtype=torch.int32)
+    out, log_sum = _float32_forward(kernel, (query, key, value), starts, 1.0)
+    found = _float32_backward(kernel, (query, key, value, d_out), starts, 1.0, [out, log_sum])
+    return max(
+        float((left.transpose(0, 1) - right).abs().max() / right.abs().max())
+        for left, right in zip((out, *found), (wanted.detach(), *gradients), strict=True)
+    )

@@ -1,0 +1,267 @@
+"""Norms, gated MLPs and decoder layers on a CPU, by compiled code.
+
+    native/elementwise.cpp      norms and gates, forward and backward
+    native/decoder_layer.cpp    whole layers without gradient
+
+torch takes a pass over memory for each operation of a norm or a gate. Here they take one forward
+and one backward in float32, and keep less for the way back.
+
+Without gradient a whole decoder layer is its products with compiled code between them. The sum that
+runs through the layers (the residual) is float32 whatever the weights are; products take the type
+of the weights, and so does attention where the CPU multiplies bfloat16. So a model in bfloat16 is
+both faster and nearer to float32 than as transformers runs it.
+
+Under ``torch.compile`` and autocast, in other types, on other devices and without a compiler the
+modules compute as they did.
+
+Letters: T tokens of the pack, D width, H heads, E head width, F inner width of the MLP.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from nvembed.kernels.attention import bfloat16_available, float32_available
+from nvembed.kernels.build import library
+
+UNIT = 16
+"""Widths must be a multiple of it, head widths of twice as many."""
+
+
+def available() -> bool:
+    """Whether whole layers can compute so on this machine; compiles what they need."""
+    return float32_available() and library("decoder_layer.cpp") is not None
+
+
+def rms_norm(module: Any, x: Tensor) -> Tensor:
+    """``weight · x / rms(x)``."""
+    if not _supports(x, module.weight):
+        out: Tensor = type(module).forward(module, x)
+        return out
+    return _Norm.apply(x, module.weight, module.variance_epsilon)
+
+
+def gated_mlp(module: Any, x: Tensor) -> Tensor:
+    """``down(silu(gate x) · up x)``."""
+    if torch.compiler.is_compiling():
+        out: Tensor = type(module).forward(module, x)
+        return out
+    gate, up = module.gate_proj(x), module.up_proj(x)
+    out = module.down_proj(
+        _Gate.apply(gate, up) if _supports(gate, up) else module.act_fn(gate) * up
+    )
+    return out
+
+
+def is_silu(mlp: Any) -> bool:
+    """Whether the gate of an MLP is SiLU."""
+    return type(mlp.act_fn).__name__ in ("SiLU", "SiLUActivation")
+
+
+def fits_decoder_layer(layer: Any) -> bool:
+    """Whether the widths and the activation of a layer are those of the compiled code."""
+    widths = (layer.input_layernorm.weight.numel(), layer.mlp.gate_proj.weight.shape[0])
+    return (
+        all(width % UNIT == 0 for width in widths)
+        and layer.self_attn.head_dim % (2 * UNIT) == 0
+        and is_silu(layer.mlp)
+    )
+
+
+def decoder_layer(module: Any, hidden_states: Tensor, *arguments: Any, **options: Any) -> Tensor:
+    """Norm, attention with rotary positions, norm, gated MLP, each half added to the residual."""
+    positions = options.get("position_embeddings")
+    segments = options.get("segments")
+    if arguments or positions is None or segments is None or not _runs(module, hidden_states):
+        out: Tensor = type(module).forward(module, hidden_states, *arguments, **options)
+        return out
+    mlp, attention = module.mlp, module.self_attn
+    dtype = mlp.gate_proj.weight.dtype
+    residual_TD = hidden_states[0].to(torch.float32, copy=True)
+    normed_TD = _add_norm(residual_TD, None, module.input_layernorm, dtype)
+    # In bfloat16 where there is a kernel for it, else in float32: torch's own is slower.
+    inner = dtype if bfloat16_available() else torch.float32
+    query, key = (
+        _rotate(project(normed_TD), positions, attention.head_dim, inner)
+        for project in (attention.q_proj, attention.k_proj)
+    )
+    value = attention.v_proj(normed_TD).to(inner).unflatten(1, (-1, attention.head_dim))
+    # The function that transformers would call.
+    attend = ALL_ATTENTION_FUNCTIONS[attention.config._attn_implementation]
+    mixed_1THE, _ = attend(
+        attention,
+        *(x_THE.transpose(0, 1)[None] for x_THE in (query, key, value)),
+        options.get("attention_mask"),
+        segments=segments,
+        causal=options["causal"],
+        scaling=attention.scaling,
+    )
+    attended_TD = attention.o_proj(mixed_1THE[0].flatten(1).to(dtype))
+    normed_TD = _add_norm(residual_TD, attended_TD, module.post_attention_layernorm, dtype)
+    gated_TF = _gate(mlp.gate_proj(normed_TD), mlp.up_proj(normed_TD))
+    return _add(residual_TD, mlp.down_proj(gated_TF))[None]
+
+
+def _runs(layer: Any, hidden_1TD: Tensor) -> bool:
+    attention, mlp = layer.self_attn, layer.mlp
+    # Adapters and quantised weights are modules of other kinds.
+    linears = (
+        *(attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj),
+        *(mlp.gate_proj, mlp.up_proj, mlp.down_proj),
+    )
+    plain = all(
+        isinstance(linear, nn.Linear)
+        and type(linear.weight) is nn.Parameter
+        and linear.weight.device.type == "cpu"
+        for linear in linears
+    )
+    if not plain or layer.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    dtypes = {linear.weight.dtype for linear in linears}
+    return (
+        dtypes <= {torch.float32, torch.bfloat16}
+        and len(dtypes) == 1
+        and hidden_1TD.device.type == "cpu"
+        and type(hidden_1TD) is Tensor
+        and hidden_1TD.shape[0] == 1
+        and not torch.is_autocast_enabled("cpu")
+        and available()
+    )
+
+
+def _supports(*tensors: Tensor) -> bool:
+    return (
+        all(
+            type(x) in (Tensor, nn.Parameter)
+            and x.dtype is torch.float32
+            and x.device.type == "cpu"
+            and x.shape[-1] % UNIT == 0
+            for x in tensors
+        )
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+        and library("elementwise.cpp") is not None
+    )
+
+
+def _call(source: str, name: str, *arguments: Tensor | int | float | None) -> None:
+    function = getattr(library(source), name)
+    function.restype = None
+
+    def converted(argument: Tensor | int | float | None) -> Any:
+        if isinstance(argument, Tensor):
+            return ctypes.c_void_p(argument.data_ptr())
+        if isinstance(argument, bool):
+            return ctypes.c_int(argument)
+        if isinstance(argument, float):
+            return ctypes.c_float(argument)
+        return ctypes.c_void_p(None) if argument is None else ctypes.c_int64(argument)
+
+    function(*map(converted, arguments), ctypes.c_int(torch.get_num_threads()))
+
+
+def _elementwise(name: str, *arguments: Tensor | int | float) -> None:
+    _call("elementwise.cpp", f"nvembed_{name}", *arguments)
+
+
+def _layer(name: str, *arguments: Tensor | int | float | None) -> None:
+    _call("decoder_layer.cpp", f"nvembed_{name}", *arguments)
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        x, weight_D = x.contiguous(), weight_D.contiguous()
+        out = torch.empty_like(x)
+        inverse = x.new_empty(x.shape[:-1])
+        shape = (inverse.numel(), x.shape[-1])
+        _elementwise("norm_forward", x, weight_D, out, inverse, *shape, float(eps))
+        ctx.save_for_backward(x, weight_D, inverse)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight_D, inverse = ctx.saved_tensors
+        d_out = gradients[0].contiguous()
+        d_x = torch.empty_like(x)
+        shape = (inverse.numel(), x.shape[-1])
+        _elementwise("norm_backward", x, weight_D, inverse, d_out, d_x, *shape)
+        d_weight_D = None
+        if ctx.needs_input_grad[1]:
+            d_weight_D = (d_out * x * inverse[..., None]).flatten(0, -2).sum(0)
+        return d_x, d_weight_D, None
+
+
+class _Gate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        gate, up = gate.contiguous(), up.contiguous()
+        out = torch.empty_like(gate)
+        _elementwise("gate_forward", gate, up, out, out.numel())
+        ctx.save_for_backward(gate, up)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        d_out = gradients[0].contiguous()
+        d_gate, d_up = torch.empty_like(gate), torch.empty_like(up)
+        _elementwise("gate_backward", gate, up, d_out, d_gate, d_up, gate.numel())
+        return d_gate, d_up
+
+
+def _add_norm(
+    residual_TD: Tensor, added_TD: Tensor | None, norm: Any, dtype: torch.dtype
+) -> Tensor:
+    """Add to the residual in place, and return its norm in ``dtype``."""
+    if added_TD is not None:
+        added_TD = added_TD.contiguous()
+    out_TD = torch.empty(residual_TD.shape, dtype=dtype)
+    weight_D = norm.weight.float().contiguous()
+    rows, width = residual_TD.shape
+    eps, wide = float(norm.variance_epsilon), dtype is torch.float32
+    _layer("add_norm", residual_TD, added_TD, weight_D, out_TD, wide, rows, width, eps)
+    return out_TD
+
+
+def _gate(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
+    gate_TF, up_TF = gate_TF.contiguous(), up_TF.contiguous()
+    out_TF = torch.empty_like(gate_TF)
+    _layer("gate", gate_TF, up_TF, out_TF, gate_TF.dtype is torch.float32, out_TF.numel())
+    return out_TF
+
+
+def _add(residual_TD: Tensor, added_TD: Tensor) -> Tensor:
+    """Add to the residual in place."""
+    added_TD = added_TD.contiguous()
+    _layer("add", residual_TD, added_TD, added_TD.dtype is torch.float32, *residual_TD.shape)
+    return residual_TD
+
+
+def _rotate(
+    x_TI: Tensor, positions: tuple[Tensor, Tensor], width: int, dtype: torch.dtype
+) -> Tensor:
+    """Rotary positions on ``(T, H · E)``; returns ``(T, H, E)`` in ``dtype``.
+
+    Args:
+        x_TI: queries or keys.
+        positions: cosines and sines, ``(1, T, E)``; the second half repeats the first.
+        width: E.
+        dtype: that of ``x_TI``, or float32.
+    """
+    x_TI = x_TI.contiguous()
+    cos_TE, sin_TE = (angles[0].to(x_TI.dtype).contiguous() for angles in positions)
+    tokens, heads = x_TI.shape[0], x_TI.shape[1] // width
+    out_THE = torch.empty(tokens, heads, width, dtype=dtype)
+    wide, wide_out = x_TI.dtype is torch.float32, dtype is torch.float32
+    shape = (tokens, heads, width, cos_TE.shape[1])
+    _layer("rotate", x_TI, cos_TE, sin_TE, out_THE, wide, wide_out, *shape)
+    return out_THE

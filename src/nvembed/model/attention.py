@@ -4,7 +4,7 @@ Every backbone runs with ``attn_implementation="nvembed_flat"``. transformers th
 all and hands queries, keys and values of the whole pack to :func:`flat_attention`, which lets a
 token see its own segment only: all of it (bidirectional) or what came before (causal). Sliding
 windows are ignored on purpose: an embedding needs the whole text (NV-Embed never applies Mistral's,
-nv-embed.md 1.2).
+arXiv 2405.17428).
 
 Four kernels: ``varlen_attn`` on CUDA in 16 bit, our own on a CPU in float32 and both directions
 (``kernels/attention_float32.py``) and in bfloat16 without gradient

@@ -93,8 +93,7 @@ def evaluate(
     session.check_session(session.Settings(model, output, cache=cache), folders)
     failed: dict[str, str] = {}
     local = _local_tasks(model, folders, broken=failed if keep_going else None)
-    hub, refused = _hub_tasks(benchmark or (), task or (), type)
-    failed |= refused
+    hub, failed = _hub_tasks(benchmark or (), task or (), type, failed)
     if not (local or hub):
         raise _not_done(failed)
     precision = _precision(model, dtype, None if start_over else output)
@@ -127,15 +126,18 @@ def _local_tasks(
 
 
 def _hub_tasks(
-    benchmarks: Sequence[str], names: Sequence[str], types: Sequence[str] | None
+    benchmarks: Sequence[str],
+    names: Sequence[str],
+    types: Sequence[str] | None,
+    failed: dict[str, str],
 ) -> tuple[list[AbsTask], dict[str, str]]:
-    """Find tasks of mteb; the second is those that cannot be scored, and why."""
+    """Find tasks of mteb; those that cannot be scored, and why, are added to ``failed``."""
     if not (benchmarks or names):
-        return [], {}
+        return [], failed
     from nvembed.evaluation.hub import find_hub_tasks
 
     found = find_hub_tasks(benchmarks, names, types)
-    return list(found.tasks), found.refused
+    return list(found.tasks), failed | found.refused
 
 
 def _precision(model: str, dtype: PrecisionChoice, begun: Path | None) -> Precision | None:

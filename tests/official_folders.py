@@ -31,7 +31,7 @@ FULL = {
 def official_tensors(
     size: dict[str, int], latents: int = 512, heads: int = 8, head_width: int = 4096
 ) -> dict[str, tuple[int, ...]]:
-    """Names and shapes as nv-embed.md 1.4 lists them."""
+    """Names and shapes as in NVIDIA's release (arXiv 2405.17428)."""
     width, inner = size["hidden_size"], heads * head_width
     keys = size["num_key_value_heads"] * (width // size["num_attention_heads"])
     up = size["intermediate_size"]
@@ -68,7 +68,7 @@ def official_tensors(
 
 
 def official_config(size: dict[str, int], latent: dict[str, int]) -> dict[str, Any]:
-    """A config.json as nv-embed.md 1.5 describes it."""
+    """A config.json as in NVIDIA's release (arXiv 2405.17428)."""
     return {
         "model_type": "nvembed",
         "architectures": ["NVEmbedModel"],

@@ -12,6 +12,8 @@ import huggingface_hub.constants
 import pytest
 import yaml
 
+import nvembed
+from api_page import PAGE, api_page
 from nvembed.cli.main import run
 from nvembed.core.config import load_config
 from nvembed.core.files import write_jsonl
@@ -26,6 +28,10 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 GRIDS = sorted((ROOT / "recipes" / "ablations").glob("*.yaml"))
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+# The guides whose every command, snippet and recipe is run with the README's.
+GUIDES = "\n".join(
+    [README, *((ROOT / "docs" / f"{n}.md").read_text("utf-8") for n in ("usage", "nv-embed-v2"))]
+)
 
 
 def blocks(language: str, document: str = README) -> list[str]:
@@ -77,7 +83,7 @@ def place(
 
 
 def test_readme_commands_run(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    commands = [words[1:] for words in command_lines() if words[0] == "nvembed"]
+    commands = [words[1:] for words in command_lines(GUIDES) if words[0] == "nvembed"]
     expected = {"train", "data", "mine", "evaluate", "encode", "search", "export"}
     assert {words[0] for words in commands} >= expected
     for words in commands:
@@ -95,11 +101,11 @@ def test_readme_make_targets_exist() -> None:
 
 def test_readme_holds_no_other_commands() -> None:
     # Otherwise the tests above would pass over them.
-    assert {words[0] for words in command_lines()} <= {"nvembed", "make"}
+    assert {words[0] for words in command_lines(GUIDES)} <= {"nvembed", "make"}
 
 
 def test_readme_python_runs(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    snippets = blocks("python")
+    snippets = blocks("python", GUIDES)
     assert snippets
     for snippet in snippets:
         exec(compile(snippet, "README.md", "exec"), {})
@@ -108,9 +114,44 @@ def test_readme_python_runs(place: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert out.endswith("(1, 32)\n")
 
 
+def test_readme_output_is_what_its_snippet_prints(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)  # with the decoder of the repository
+    exec(compile(blocks("python")[0], "README.md", "exec"), {})
+    printed, shown = capsys.readouterr().out, blocks("text")[0]
+    assert [float(n) for n in re.findall(r"\d\.\d+", printed)] == pytest.approx(
+        [float(n) for n in re.findall(r"\d\.\d+", shown)], abs=2e-3
+    )
+
+
+def test_readme_is_short() -> None:
+    assert len(README.splitlines()) <= 150
+    assert len(README.split()) <= 1100
+
+
+def test_every_number_of_the_readme_stands_in_the_results() -> None:
+    prose = re.sub(
+        r"```.*?```|`[^`]*`|\]\([^)]*\)|arXiv [\d.]+|Python 3\.\d+", " ", README, flags=re.S
+    )
+    numbers = {
+        n for n in re.findall(r"\d+(?:[.,]\d+)+(?:e-\d+)?", prose) if n not in {"2.0", "4.0"}
+    }
+    results = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    assert len(numbers) > 10
+    assert {number for number in numbers if number not in results} == set()
+
+
+def test_the_page_of_the_api_is_that_of_the_code() -> None:
+    told = "write it anew with: python tests/api_page.py"
+    assert PAGE.read_text(encoding="utf-8") == api_page(), told
+    headings = re.findall(r"^(?:### |- `)(\w+)", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+    assert {*nvembed.__all__} - {"__version__"} <= set(headings)
+
+
 def test_readme_recipes_run(place: Path) -> None:
     recipe = yaml.safe_load((place / "recipes" / "small.yaml").read_text())
-    fragments = [yaml.safe_load(block) for block in blocks("yaml")]
+    fragments = [yaml.safe_load(block) for block in blocks("yaml", GUIDES)]
     assert fragments
     for number, fragment in enumerate(fragments):
         for stage in fragment.get("stages", ()):
@@ -125,7 +166,9 @@ def test_readme_recipes_run(place: Path) -> None:
 
 def test_every_block_of_the_documents_is_run() -> None:
     # docs/server.md by tests/integration/test_server_docs.py, the others here.
-    run_here = {"README.md": None, "index.md": {"bash"}, "evaluation.md": {"yaml"}}
+    run_here = {"README.md": None, "usage.md": None, "nv-embed-v2.md": None}
+    run_here |= {"index.md": {"bash"}, "evaluation.md": {"yaml"}}
+    run_here |= {"api.md": {"python"}}  # signatures, compared with the code
     run_there = {"server.md": {"bash", "sh", "python"}}
     for document in DOCUMENTS:
         text = document.read_text(encoding="utf-8")

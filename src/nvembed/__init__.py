@@ -1,6 +1,7 @@
 """NV-Embed in the open: train, mine, evaluate and search with text-embedding models.
 
 Names are loaded on first use, so ``import nvembed`` costs nothing and does not import torch.
+``docs/api.md`` lists them with their arguments.
 """
 
 from __future__ import annotations
@@ -11,36 +12,115 @@ from typing import TYPE_CHECKING, Any
 from nvembed.core import __version__
 
 if TYPE_CHECKING:
+    from nvembed.building.build import build_recipe as build_data
     from nvembed.core.config import load_config
-    from nvembed.core.errors import NVEmbedError, UserError
+    from nvembed.core.errors import (
+        ConfigError,
+        DataError,
+        ModelError,
+        NVEmbedError,
+        SourceError,
+        TrainingError,
+        UserError,
+    )
+    from nvembed.data.mining_config import MiningConfig
+    from nvembed.encoding.doctor.examine import DoctorOptions
+    from nvembed.encoding.doctor.examine import examine_model as doctor
+    from nvembed.encoding.export.folders import export_folder as export
+    from nvembed.encoding.file_search import search_file
+    from nvembed.encoding.files import encode_file
+    from nvembed.encoding.load import load_encoder
+    from nvembed.encoding.outputs import OutputFormat
+    from nvembed.evaluation.comparison import compare_results as compare
+    from nvembed.evaluation.run import evaluate
+    from nvembed.evaluation.tasks import load_tasks
+    from nvembed.index.build import IndexOptions
+    from nvembed.index.build import index_documents as build_index
+    from nvembed.index.search import SearchOptions, search_index
+    from nvembed.mining.miner import mine_file as mine
+    from nvembed.mining.miner import mine_negatives
     from nvembed.model.embedder import NVEmbed
+    from nvembed.model.settings import LongTexts
+    from nvembed.serving.run import serve
     from nvembed.training.config import TrainConfig
     from nvembed.training.trainer import train
 
 __all__ = [
+    "ConfigError",
+    "DataError",
+    "DoctorOptions",
+    "IndexOptions",
+    "LongTexts",
+    "MiningConfig",
+    "ModelError",
     "NVEmbed",
     "NVEmbedError",
+    "OutputFormat",
+    "SearchOptions",
+    "SourceError",
     "TrainConfig",
+    "TrainingError",
     "UserError",
     "__version__",
+    "build_data",
+    "build_index",
+    "compare",
+    "doctor",
+    "encode_file",
+    "evaluate",
+    "export",
     "load_config",
+    "load_encoder",
+    "load_tasks",
+    "mine",
+    "mine_negatives",
+    "search_file",
+    "search_index",
+    "serve",
     "train",
 ]
 
+# Where a name is defined, as ``module.attribute`` below ``nvembed``.
 _HOMES = {
-    "NVEmbed": "nvembed.model.embedder",
-    "NVEmbedError": "nvembed.core.errors",
-    "TrainConfig": "nvembed.training.config",
-    "UserError": "nvembed.core.errors",
-    "load_config": "nvembed.core.config",
-    "train": "nvembed.training.trainer",
+    "ConfigError": "core.errors.ConfigError",
+    "DataError": "core.errors.DataError",
+    "DoctorOptions": "encoding.doctor.examine.DoctorOptions",
+    "IndexOptions": "index.build.IndexOptions",
+    "LongTexts": "model.settings.LongTexts",
+    "MiningConfig": "data.mining_config.MiningConfig",
+    "ModelError": "core.errors.ModelError",
+    "NVEmbed": "model.embedder.NVEmbed",
+    "NVEmbedError": "core.errors.NVEmbedError",
+    "OutputFormat": "encoding.outputs.OutputFormat",
+    "SearchOptions": "index.search.SearchOptions",
+    "SourceError": "core.errors.SourceError",
+    "TrainConfig": "training.config.TrainConfig",
+    "TrainingError": "core.errors.TrainingError",
+    "UserError": "core.errors.UserError",
+    "build_data": "building.build.build_recipe",
+    "build_index": "index.build.index_documents",
+    "compare": "evaluation.comparison.compare_results",
+    "doctor": "encoding.doctor.examine.examine_model",
+    "encode_file": "encoding.files.encode_file",
+    "evaluate": "evaluation.run.evaluate",
+    "export": "encoding.export.folders.export_folder",
+    "load_config": "core.config.load_config",
+    "load_encoder": "encoding.load.load_encoder",
+    "load_tasks": "evaluation.tasks.load_tasks",
+    "mine": "mining.miner.mine_file",
+    "mine_negatives": "mining.miner.mine_negatives",
+    "search_file": "encoding.file_search.search_file",
+    "search_index": "index.search.search_index",
+    "serve": "serving.run.serve",
+    "train": "training.trainer.train",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    module, _, attribute = _HOMES[name].rpartition(".")
+    return getattr(import_module(f"nvembed.{module}"), attribute)
 
 
 def __dir__() -> list[str]:

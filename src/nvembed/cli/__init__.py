@@ -1,1 +1,1 @@
-"""The command line: one file per command, each parses its options and calls one function."""
+"""The command line: each command reads its options, calls one function and prints."""

@@ -1,19 +1,26 @@
-"""``nvembed data``: training files from sources, and a look into them."""
+"""``nvembed data``: training files from sources or a language model, and a look into them."""
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from nvembed.cli.options import ColumnOption, read_columns
-from nvembed.cli.synthesize import synthesize
+from nvembed.cli.options import (
+    Columns,
+    Layout,
+    Recipe,
+    argument,
+    console,
+    overrides,
+    read_columns,
+    value,
+)
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from nvembed.building.inspection import Inspection
 
 
@@ -21,26 +28,19 @@ data = typer.Typer(
     help="Build training data from files and hub data sets, look into it, check it.",
     no_args_is_help=True,
 )
-data.command()(synthesize)
-
-
-KeepGoingOption = Annotated[
+KeepGoing = Annotated[
     bool, typer.Option("--keep-going", help="Go on with the other sets where one fails.")
 ]
 
 
 @data.command()
 def build(
-    recipe: Annotated[Path, typer.Argument(help="YAML file; see recipes/.", show_default=False)],
-    overrides: Annotated[
+    recipe: Recipe,
+    changes: Annotated[
         list[str] | None,
-        typer.Argument(
-            metavar="KEY=VALUE",
-            help="Changes to the recipe: a key path such as build.max_refused=0.1.",
-            show_default=False,
-        ),
+        overrides("Changes to the recipe: a key path such as build.max_refused=0.1."),
     ] = None,
-    keep_going: KeepGoingOption = False,
+    keep_going: KeepGoing = False,
 ) -> None:
     """Build the data sets of a recipe: read, check, de-duplicate, decontaminate, mine, write.
 
@@ -62,7 +62,7 @@ def build(
     from nvembed.core.errors import DataError
     from nvembed.training.config import TrainConfig
 
-    config = load_config(TrainConfig, recipe, overrides or ())
+    config = load_config(TrainConfig, recipe, changes or ())
     folder = default_folder(recipe)
     outcomes = build_recipe(
         config,
@@ -72,7 +72,7 @@ def build(
         keep_going=keep_going,
         log=lambda line: typer.echo(line, err=True),
     )
-    print_outcomes(outcomes, _console())
+    print_outcomes(outcomes, console())
     failed = [outcome for outcome in outcomes if outcome.state == "failed"]
     if failed:
         raise DataError(
@@ -89,33 +89,25 @@ def build(
         typer.echo(f"for training on it, add to the recipe: build: {{folder: {folder}}}")
 
 
-KindOption = Annotated[
-    Literal["retrieval", "nli", "sts", "classification", "clustering"] | None,
-    typer.Option(help="What the records of the file are.", show_default=False),
-]
-LayoutOption = Annotated[
-    str, typer.Option(help="How its rows become records; see data/sources/layouts.py.")
-]
+Kind = Literal["retrieval", "nli", "sts", "classification", "clustering"]
 
 
 @data.command()
 def inspect(
     path: Annotated[
         Path,
-        typer.Argument(
-            help="A recipe, a built set, a folder of them, or a file.", show_default=False
-        ),
+        argument("A recipe, a built set, a folder of them, or a file."),
     ],
-    kind: KindOption = None,
-    layout: LayoutOption = "records",
-    columns: ColumnOption = None,
+    kind: Annotated[Kind | None, value("What the records of the file are.")] = None,
+    layout: Layout = "records",
+    columns: Columns = None,
     tokenizer: Annotated[
         Path | None,
-        typer.Option(help="Model folder whose tokens are counted too.", show_default=False),
+        value("Model folder whose tokens are counted too."),
     ] = None,
     samples: Annotated[int, typer.Option(min=0, help="Records to show of each set.")] = 2,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")] = False,
-    keep_going: KeepGoingOption = False,
+    keep_going: KeepGoing = False,
 ) -> None:
     """Look into training data: samples, lengths, classes, duplicates, negatives.
 
@@ -128,8 +120,6 @@ def inspect(
       nvembed data inspect pairs.jsonl --kind retrieval --tokenizer MODEL
       nvembed data inspect built/squad --json
     """
-    import json
-
     from nvembed.building.inspection import inspect as look
     from nvembed.building.inspection import load_token_counter
     from nvembed.building.inspection_report import print_inspection
@@ -154,7 +144,7 @@ def inspect(
             typer.echo(f"not done: {name}: {error}", err=True)
             continue
         if not as_json:
-            print_inspection(found[-1], _console())
+            print_inspection(found[-1], console())
     if as_json:
         rows_of_json = [inspection.to_json() for inspection in found]
         typer.echo(json.dumps(rows_of_json, indent=2, ensure_ascii=False))
@@ -164,13 +154,10 @@ def inspect(
 
 @data.command()
 def check(
-    file: Annotated[Path, typer.Argument(help="The file.", show_default=False)],
-    kind: Annotated[
-        Literal["retrieval", "nli", "sts", "classification", "clustering"],
-        typer.Option(help="What its records are.", show_default=False),
-    ],
-    layout: LayoutOption = "records",
-    columns: ColumnOption = None,
+    file: Annotated[Path, argument("The file.")],
+    kind: Annotated[Kind, value("What its records are.")],
+    layout: Layout = "records",
+    columns: Columns = None,
     conversion: Annotated[
         Literal["example", "label"], typer.Option(help="What classes are turned into.")
     ] = "example",
@@ -207,9 +194,45 @@ def check(
     typer.echo(f"{file}: {good:,} records, {told}")
 
 
-def _console() -> Console:
-    """Stdout, with room for a table where it is no terminal."""
-    from rich.console import Console
+@data.command()
+def synthesize(
+    output: Annotated[Path, argument("Folder for the examples.")],
+    settings: Annotated[
+        list[str] | None, overrides("Settings, such as tasks=20000 or concurrency=64.")
+    ] = None,
+    *,
+    endpoint: Annotated[
+        str,
+        value("Base URL of an OpenAI-compatible API, such as http://localhost:8000/v1."),
+    ],
+    model: Annotated[str, value("Name of the model there.")],
+    key_variable: Annotated[
+        str, typer.Option(help="Environment variable that holds the key, if one is needed.")
+    ] = "OPENAI_API_KEY",
+) -> None:
+    """Let a language model write training examples: first tasks, then examples of each.
 
-    console = Console()
-    return console if console.is_terminal else Console(width=120)
+    Examples are pairs of a short query and a long document, of a long text and a short label, and
+    of two short texts, each with a wrong document and the task as its instruction. Run the same
+    command again to go on after it was stopped.
+
+    Examples:
+
+    \b
+      nvembed data synthesize data/synthetic --endpoint http://localhost:8000/v1 \\
+        --model mistralai/Mixtral-8x22B-Instruct-v0.1 tasks=20000 concurrency=64
+      nvembed data synthesize data/synthetic --endpoint https://api.example.com/v1 \\
+        --model large --key-variable EXAMPLE_KEY requests_per_minute=60
+      nvembed data synthesize data/labels --endpoint http://localhost:8000/v1 \\
+        --model local 'kinds=["long-short"]' tasks=50 examples_per_task=4
+    """
+    from nvembed.building.synthesis.config import SynthesisConfig, check_secrets
+    from nvembed.building.synthesis.report import print_summary
+    from nvembed.building.synthesis.run import synthesize as run
+    from nvembed.core.config import load_config
+
+    check_secrets(endpoint, key_variable)
+    given = {"endpoint": endpoint, "model": model, "key_variable": key_variable}
+    first = [f"{key}={json.dumps(text)}" for key, text in given.items()]
+    config = load_config(SynthesisConfig, None, [*first, *(settings or ())])
+    print_summary(run(config, output), output, console())

@@ -1,82 +1,70 @@
-"""``nvembed evaluate``."""
+"""``nvembed evaluate`` and ``nvembed compare``."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from nvembed.cli.options import DtypeOption
+from nvembed.cli.options import Dtype, argument, value
+from nvembed.core.dtypes import PrecisionChoice
 
 if TYPE_CHECKING:
+    from mteb.abstasks import AbsTask
+
+    from nvembed.core.dtypes import Precision
     from nvembed.core.errors import UserError
+    from nvembed.evaluation.session import Evaluation
+    from nvembed.evaluation.tasks import LocalTask
+
+Folders = Annotated[
+    list[Path] | None,
+    value("Task folders or BEIR folders, or a folder of such folders.", metavar="FOLDER..."),
+]
+Benchmarks = Annotated[list[str] | None, value('A benchmark of mteb, such as "MTEB(eng, v1)".')]
+Instructions = Annotated[
+    Literal["paper", "official", "mteb", "none"],
+    typer.Option(help="For mteb's tasks: the package's table, or mteb's prompts."),
+]
+Engine = Annotated[
+    Literal["local", "mteb"],
+    typer.Option(help="Who scores task folders: equal scores, local is faster."),
+]
+Processes = Annotated[
+    int, typer.Option(min=1, help="Share the texts of each task; each process has a GPU.")
+]
+Against = Annotated[
+    list[str] | None, value("Show published scores beside: a hub id such as nvidia/NV-Embed-v2.")
+]
+Bm25 = Annotated[bool, typer.Option("--bm25", help="Show BM25 beside the model.")]
+StartOver = Annotated[bool, typer.Option("--start-over", help="Replace what the output holds.")]
+KeepGoing = Annotated[
+    bool, typer.Option("--keep-going", help="Score the other tasks where one is broken.")
+]
 
 
 def evaluate(
     model: Annotated[
-        str,
-        typer.Argument(
-            help="Folder or hub id of any sentence-transformers model, or bm25.",
-            show_default=False,
-        ),
+        str, argument("Folder or hub id of any sentence-transformers model, or bm25.")
     ],
-    more: Annotated[
-        list[Path] | None,
-        typer.Argument(metavar="FOLDER", help="More task folders.", show_default=False),
-    ] = None,
+    more: Annotated[list[Path] | None, argument("More task folders.", metavar="FOLDER")] = None,
     *,
-    tasks: Annotated[
-        list[Path] | None,
-        typer.Option(
-            metavar="FOLDER...",
-            help="Task folders or BEIR folders, or a folder of such folders.",
-            show_default=False,
-        ),
-    ] = None,
-    benchmark: Annotated[
-        list[str] | None,
-        typer.Option(help='A benchmark of mteb, such as "MTEB(eng, v1)".', show_default=False),
-    ] = None,
-    task: Annotated[
-        list[str] | None, typer.Option(help="A task of mteb, such as STS12.", show_default=False)
-    ] = None,
-    type: Annotated[
-        list[str] | None,
-        typer.Option(help="Only mteb's tasks of this type.", show_default=False),
-    ] = None,
-    instructions: Annotated[
-        Literal["paper", "official", "mteb", "none"],
-        typer.Option(help="For mteb's tasks: the package's table, or mteb's prompts."),
-    ] = "paper",
-    engine: Annotated[
-        Literal["local", "mteb"],
-        typer.Option(help="Who scores task folders: equal scores, local is faster."),
-    ] = "local",
-    cache: Annotated[
-        Path | None,
-        typer.Option(help="Folder that keeps the vectors. Default: none.", show_default=False),
-    ] = None,
-    processes: Annotated[
-        int, typer.Option(min=1, help="Share the texts of each task; each process has a GPU.")
-    ] = 1,
-    bm25: Annotated[bool, typer.Option("--bm25", help="Show BM25 beside the model.")] = False,
-    against: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Show published scores beside: a hub id such as nvidia/NV-Embed-v2.",
-            show_default=False,
-        ),
-    ] = None,
-    start_over: Annotated[
-        bool, typer.Option("--start-over", help="Replace what the output holds.")
-    ] = False,
-    keep_going: Annotated[
-        bool, typer.Option("--keep-going", help="Score the other tasks where one is broken.")
-    ] = False,
+    tasks: Folders = None,
+    benchmark: Benchmarks = None,
+    task: Annotated[list[str] | None, value("A task of mteb, such as STS12.")] = None,
+    type: Annotated[list[str] | None, value("Only mteb's tasks of this type.")] = None,
+    instructions: Instructions = "paper",
+    engine: Engine = "local",
+    cache: Annotated[Path | None, value("Folder that keeps the vectors. Default: none.")] = None,
+    processes: Processes = 1,
+    bm25: Bm25 = False,
+    against: Against = None,
+    start_over: StartOver = False,
+    keep_going: KeepGoing = False,
     output: Annotated[Path, typer.Option(help="Where the scores go.")] = Path("results.json"),
-    dtype: DtypeOption = "auto",
+    dtype: Dtype = "auto",
 ) -> None:
     """Score a model on task folders and on tasks of mteb; print a table, write the scores as JSON.
 
@@ -93,61 +81,89 @@ def evaluate(
       nvembed evaluate nvidia/NV-Embed-v2 --benchmark "MTEB(eng, v1)" --cache vectors --processes 8
       nvembed evaluate sentence-transformers/all-MiniLM-L6-v2 --task STS12 --task SciFact
     """
-    from nvembed.core.errors import ConfigError, DataError
-    from nvembed.evaluation.reference import published_model
-    from nvembed.evaluation.run import BM25_NAME, evaluate_bm25, fits_bm25
-    from nvembed.evaluation.session import (
-        Settings,
-        check_session,
-        earlier_precision,
-        run_session,
-    )
-    from nvembed.evaluation.summary import format_table, published_results
-    from nvembed.evaluation.tasks import load_tasks
+    from nvembed.core.errors import ConfigError
+    from nvembed.evaluation import reference, session
 
     # An option takes one value, so the other folders of `--tasks a b c` arrive as arguments.
     folders = [*(tasks or ()), *(more or ())]
     if not (folders or benchmark or task):
         raise ConfigError("nothing to evaluate", expected="--tasks, --benchmark or --task")
     for name in against or ():
-        published_model(name)  # an unknown one is told before hours of work
-    check_session(Settings(model, output, cache=cache), folders)
+        reference.published_model(name)  # an unknown one is told before hours of work
+    session.check_session(session.Settings(model, output, cache=cache), folders)
     failed: dict[str, str] = {}
-    local = load_tasks(folders, broken=failed if keep_going else None)
-    if model == BM25_NAME:
-        local = [task for task in local if fits_bm25(task)]
-        if not local:
-            raise DataError(
-                "BM25 has no score for any of these tasks",
-                expected="a Retrieval task in a folder, with the main score ndcg_at_10",
-            )
-    hub = []
-    if benchmark or task:
-        from nvembed.evaluation.hub import find_hub_tasks
-
-        found = find_hub_tasks(benchmark or (), task or (), type)
-        hub, failed = list(found.tasks), failed | found.refused
+    local = _local_tasks(model, folders, broken=failed if keep_going else None)
+    hub, failed = _hub_tasks(benchmark or (), task or (), type, failed)
     if not (local or hub):
         raise _not_done(failed)
-    precision = None
-    if model != BM25_NAME:
-        from nvembed.encoding.load import settle_dtype
-
-        begun = earlier_precision(output) if dtype == "auto" and not start_over else None
-        precision = settle_dtype(model, dtype, begun=begun)
-    settings = Settings(model, output, precision, instructions, cache, engine)
-    done = run_session(
+    precision = _precision(model, dtype, None if start_over else output)
+    settings = session.Settings(model, output, precision, instructions, cache, engine)
+    done = session.run_session(
         settings, local, hub, processes=processes, resume=not start_over, keep_going=keep_going
     )
-    columns = {model: done.results}
-    if bm25 and model != BM25_NAME:
-        columns[BM25_NAME] = evaluate_bm25(local)
-    for name in against or ():
-        columns[f"{name} (published)"] = published_results(name, done.results)
-    typer.echo(format_table(columns))
+    _show_table(model, done, local if bm25 else None, against or ())
     typer.echo(f"written: {output}")
     if failed := failed | done.failed:
         raise _not_done(failed)
+
+
+def _local_tasks(
+    model: str, folders: Sequence[Path], *, broken: dict[str, str] | None
+) -> list[LocalTask]:
+    from nvembed.core.errors import DataError
+    from nvembed.evaluation.run import BM25_NAME, fits_bm25
+    from nvembed.evaluation.tasks import load_tasks
+
+    tasks = load_tasks(folders, broken=broken)
+    if model != BM25_NAME:
+        return tasks
+    if not (fitting := [task for task in tasks if fits_bm25(task)]):
+        raise DataError(
+            "BM25 has no score for any of these tasks",
+            expected="a Retrieval task in a folder, with the main score ndcg_at_10",
+        )
+    return fitting
+
+
+def _hub_tasks(
+    benchmarks: Sequence[str],
+    names: Sequence[str],
+    types: Sequence[str] | None,
+    failed: dict[str, str],
+) -> tuple[list[AbsTask], dict[str, str]]:
+    """Find tasks of mteb; those that cannot be scored, and why, are added to ``failed``."""
+    if not (benchmarks or names):
+        return [], failed
+    from nvembed.evaluation.hub import find_hub_tasks
+
+    found = find_hub_tasks(benchmarks, names, types)
+    return list(found.tasks), failed | found.refused
+
+
+def _precision(model: str, dtype: PrecisionChoice, begun: Path | None) -> Precision | None:
+    """Settle the type to compute in; ``auto`` goes on with that of the results in ``begun``."""
+    from nvembed.encoding.load import settle_dtype
+    from nvembed.evaluation.run import BM25_NAME
+    from nvembed.evaluation.session import earlier_precision
+
+    if model == BM25_NAME:
+        return None
+    earlier = earlier_precision(begun) if dtype == "auto" and begun is not None else None
+    return settle_dtype(model, dtype, begun=earlier)
+
+
+def _show_table(
+    model: str, done: Evaluation, for_bm25: Sequence[LocalTask] | None, against: Sequence[str]
+) -> None:
+    from nvembed.evaluation.run import BM25_NAME, evaluate_bm25
+    from nvembed.evaluation.summary import format_table, published_results
+
+    columns = {model: done.results}
+    if for_bm25 is not None and model != BM25_NAME:
+        columns[BM25_NAME] = evaluate_bm25(for_bm25)
+    for name in against:
+        columns[f"{name} (published)"] = published_results(name, done.results)
+    typer.echo(format_table(columns))
 
 
 def _not_done(failed: Mapping[str, str]) -> UserError:
@@ -158,3 +174,39 @@ def _not_done(failed: Mapping[str, str]) -> UserError:
         typer.echo(f"not done: {name}: {reason}", err=True)
     count = f"{len(failed)} task{'s' if len(failed) > 1 else ''}"
     return DataError(f"{count} could not be done", where=", ".join(failed))
+
+
+def compare(
+    first: Annotated[
+        Path,
+        argument(
+            "Results file of `nvembed evaluate`, or a folder with a results.json.", metavar="A"
+        ),
+    ],
+    second: Annotated[Path, argument("The same of the other model.", metavar="B")],
+    *,
+    resamples: Annotated[
+        int, typer.Option(min=100, help="Resamples of every interval and test.")
+    ] = 2000,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Compare two models' results: differences, their intervals, and what chance explains.
+
+    Intervals and tests need the items that `nvembed evaluate` leaves beside its results.
+
+    Examples:
+
+    \b
+      nvembed compare base.json tuned.json
+      nvembed compare runs/one/results.json runs/two/results.json --markdown > table.md
+      nvembed compare base.json tuned.json --json --resamples 10000
+    """
+    from nvembed.core.errors import ConfigError
+    from nvembed.evaluation import comparison
+
+    if markdown and as_json:
+        raise ConfigError("--markdown and --json exclude each other", expected="one of them")
+    found = comparison.compare_results(first, second, resamples=resamples)
+    render = comparison.format_markdown if markdown else comparison.format_text
+    typer.echo(comparison.format_json(found) if as_json else render(found))

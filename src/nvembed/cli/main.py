@@ -10,25 +10,21 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated
 
 import typer
 from typer.exceptions import Abort, TyperException
 
-from nvembed.cli.ablate import ablate
-from nvembed.cli.compare import compare
 from nvembed.cli.data import data
-from nvembed.cli.doctor import doctor
 from nvembed.cli.encode import encode
-from nvembed.cli.evaluate import evaluate
-from nvembed.cli.export import export
-from nvembed.cli.index import index
+from nvembed.cli.evaluate import compare, evaluate
 from nvembed.cli.mine import mine
+from nvembed.cli.models import doctor, export
 from nvembed.cli.options import OLD_OPTIONS
-from nvembed.cli.search import search
+from nvembed.cli.search import index, search
 from nvembed.cli.serve import serve
-from nvembed.cli.train import train
+from nvembed.cli.train import ablate, train
 from nvembed.core import __version__
 from nvembed.core.errors import UserError
 from nvembed.core.reporting import release_notes, show_notes
@@ -58,7 +54,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (
+_COMMANDS: list[Callable[..., None]] = [
     train,
     mine,
     evaluate,
@@ -70,7 +66,8 @@ for _command in (
     serve,
     doctor,
     export,
-):
+]
+for _command in _COMMANDS:
     app.command()(_command)
 app.add_typer(data, name="data")
 

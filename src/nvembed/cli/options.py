@@ -1,31 +1,59 @@
-"""Options that several commands have."""
+"""Options that several commands have, and what is read from them and printed in one way."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from nvembed.core.dtypes import PrecisionChoice
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from nvembed.data.sources.config import Column
 
-DtypeOption = Annotated[
+
+def value(help: str, *names: str, **more: Any) -> Any:
+    """An option whose default is not worth showing."""
+    return typer.Option(*names, help=help, show_default=False, **more)
+
+
+def argument(help: str, **more: Any) -> Any:
+    """An argument whose default is not worth showing."""
+    return typer.Argument(help=help, show_default=False, **more)
+
+
+def overrides(help: str) -> Any:
+    """``KEY=VALUE`` arguments, which change a configuration."""
+    return typer.Argument(metavar="KEY=VALUE", help=help, show_default=False)
+
+
+Recipe = Annotated[Path, argument("YAML file; see recipes/.")]
+AnyModel = Annotated[str, argument("Folder or hub id of any sentence-transformers model.")]
+Dtype = Annotated[
     PrecisionChoice,
     typer.Option(help="Type of the weights; auto is what this machine computes fastest in."),
 ]
-
-ColumnOption = Annotated[
+Columns = Annotated[
     list[str] | None,
-    typer.Option(
+    value(
+        "Where a value is found, as `columns` of a recipe says it: text=body, id=key, "
+        "query=question. May be repeated; columns of one name are joined.",
         "--column",
         metavar="NAME=COLUMN",
-        help="Where a value is found, as `columns` of a recipe says it: text=body, id=key, "
-        "query=question. May be repeated; columns of one name are joined.",
-        show_default=False,
     ),
+]
+Layout = Annotated[
+    str, typer.Option(help="How its rows become records; see data/sources/layouts.py.")
+]
+SkipBadLines = Annotated[
+    bool, typer.Option("--keep-going", help="Leave bad lines out and count them.")
+]
+Engine = Annotated[
+    Literal["local", "ray"], typer.Option(help="Who embeds: ray is a cluster's workers.")
 ]
 
 # Other spellings, which earlier versions had or which are near, by the present one.
@@ -55,3 +83,17 @@ def read_columns(given: Sequence[str] | None) -> dict[str, Column]:
         before = (before,) if isinstance(before, str) else before
         columns[name] = column if before is None else (*before, column)
     return columns
+
+
+def console() -> Console:
+    """Stdout, with room for a table where it is no terminal."""
+    from rich.console import Console
+
+    terminal = Console()
+    return terminal if terminal.is_terminal else Console(width=120)
+
+
+def one_line(text: str, characters: int) -> str:
+    """Enough of a text to judge it by."""
+    line = " ".join(text.split())
+    return line if len(line) <= characters else line[: characters - 1] + "…"

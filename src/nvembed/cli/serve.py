@@ -1,4 +1,4 @@
-"""``nvembed serve``."""
+"""``nvembed serve``: the model server, or with ``--ui`` the page of a database."""
 
 from __future__ import annotations
 
@@ -7,17 +7,15 @@ from typing import Annotated
 
 import typer
 
-from nvembed.cli.options import DtypeOption
+from nvembed.cli.options import Dtype, argument
+from nvembed.core.dtypes import PrecisionChoice
 from nvembed.core.errors import ConfigError
 
 
 def serve(
     model: Annotated[
         str,
-        typer.Argument(
-            help="Folder or hub id of any sentence-transformers model; with --ui a database.",
-            show_default=False,
-        ),
+        argument("Folder or hub id of any sentence-transformers model; with --ui a database."),
     ],
     overrides: Annotated[
         list[str] | None,
@@ -31,7 +29,7 @@ def serve(
         typer.Option(help="File of API keys, one name:key per line. Without: no key is needed."),
     ] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file of settings.")] = None,
-    dtype: DtypeOption = "auto",
+    dtype: Dtype = "auto",
     ui: Annotated[
         bool, typer.Option("--ui", help="A page to search a database of `nvembed index`.")
     ] = False,
@@ -54,28 +52,35 @@ def serve(
       nvembed serve runs/demo/model --host 0.0.0.0 --keys keys.txt --config server.yaml
       nvembed serve runs/demo/db --ui
     """
+    settings = overrides or ()
     if ui:
-        from nvembed.cli.serve_ui import serve_page
-
-        if overrides or keys is not None or config is not None:
+        if settings or keys is not None or config is not None:
             raise ConfigError(
                 "settings, --keys and --config are of the model server",
                 expected="none of them with --ui",
             )
-        serve_page(model, host=host, port=port, model=moved, dtype=dtype)
+        _serve_page(model, host, port, moved, dtype)
         return
     if moved is not None:
         raise ConfigError("--model goes with --ui", expected="the model as the first argument")
     if (Path(model) / "documents.lance").is_dir():
         raise ConfigError("is a database, not a model", where=model, expected="--ui to search it")
-    from nvembed.serving.run import serve as serve_model
+    from nvembed.serving.run import serve as run
 
-    serve_model(
-        model,
-        host=host,
-        port=port,
-        config=config,
-        overrides=overrides or (),
-        keys=keys,
-        dtype=dtype,
-    )
+    run(model, host=host, port=port, config=config, overrides=settings, keys=keys, dtype=dtype)
+
+
+def _serve_page(
+    place: str, host: str, port: int, model: str | None, dtype: PrecisionChoice
+) -> None:
+    """Serve the page of a database until Ctrl-C."""
+    import uvicorn
+
+    from nvembed.index.database import Database
+    from nvembed.index.page import page_app
+    from nvembed.index.record import recorded_encoder
+
+    database = Database.open(Path(place))
+    encoder = recorded_encoder(database.record, model, dtype, place)
+    typer.echo(f"{database.count()} documents: http://{host}:{port}/ (Ctrl-C ends it)")
+    uvicorn.run(page_app(database, encoder), host=host, port=port, log_level="warning")

@@ -1,4 +1,4 @@
-"""``nvembed train``."""
+"""``nvembed train`` and ``nvembed ablate``."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from nvembed.cli.options import Recipe, overrides
+
 if TYPE_CHECKING:
+    from nvembed.training.ablation.grid import GridConfig, Run
+    from nvembed.training.ablation.runner import Outcome
     from nvembed.training.config import TrainConfig
 
 
 def train(
-    recipe: Annotated[Path, typer.Argument(help="YAML file; see recipes/.", show_default=False)],
-    overrides: Annotated[
+    recipe: Recipe,
+    changes: Annotated[
         list[str] | None,
-        typer.Argument(
-            metavar="KEY=VALUE",
-            help="Changes to the recipe, such as stages.0.steps=100 or stages.NAME.steps=100.",
-            show_default=False,
-        ),
+        overrides("Changes to the recipe, such as stages.0.steps=100 or stages.NAME.steps=100."),
     ] = None,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Delete the earlier run in the output folder.")
@@ -46,7 +46,7 @@ def train(
     from nvembed.core.config import load_config
     from nvembed.training.config import TrainConfig
 
-    config = load_config(TrainConfig, recipe, overrides or ())
+    config = load_config(TrainConfig, recipe, changes or ())
     if dry_run:
         _dry_run(config, recipe.parent, fresh=fresh)
         return
@@ -67,3 +67,77 @@ def _dry_run(config: TrainConfig, base_dir: Path, *, fresh: bool) -> None:
         for problem in error.problems:
             typer.echo(f"error: {' '.join(str(problem).split())}", err=True)
         raise typer.Exit(error.exit_code) from error
+
+
+def ablate(
+    grid: Annotated[Path, typer.Argument(metavar="GRID.yaml", show_default=False)],
+    changes: Annotated[list[str] | None, overrides("Keys of the grid to set.")] = None,
+    *,
+    processes: Annotated[int, typer.Option(min=1, help="Runs at once.")] = 1,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List the runs and where they stand; run nothing.")
+    ] = False,
+    report_only: Annotated[
+        bool, typer.Option("--report", help="Write the report of what is finished; run nothing.")
+    ] = False,
+) -> None:
+    """Train and score every arm of a grid over several seeds, and report what differs.
+
+    Run again, it skips what is finished and goes on with the rest. Runs that another command is at
+    work on are passed over, so two of them share a grid.
+
+    Examples:
+
+    \b
+      nvembed ablate recipes/ablations/paper.yaml --dry-run
+      nvembed ablate recipes/ablations/paper.yaml --processes 2
+      nvembed ablate recipes/ablations/paper.yaml 'seeds=[0]' output=runs/quick
+    """
+    from nvembed.core.config import load_config
+    from nvembed.core.ownership import check_outputs
+    from nvembed.training.ablation.grid import GridConfig, grid_runs
+    from nvembed.training.ablation.report import report_files, write_report
+    from nvembed.training.ablation.runner import ABLATE, read_outcome
+
+    config = load_config(GridConfig, grid, changes or ())
+    runs = grid_runs(config, grid.parent)
+    if dry_run:
+        for run in runs:
+            typer.echo(f"{run.arm} seed {run.seed}: {read_outcome(run).state}")
+        return
+    inputs = [config.recipe, *config.tasks]
+    read = [grid, *(grid.parent / path for path in inputs)]
+    check_outputs(report_files(config), made_by=ABLATE, inputs=read)
+    failed = [] if report_only else _run_grid(config, runs, grid.parent, processes)
+    typer.echo(f"report: {write_report(config, runs)}")
+    if failed:
+        from nvembed.core.errors import UserError
+
+        raise UserError(
+            f"{len(failed)} of {len(runs)} runs failed, the first is {failed[0].arm} with seed "
+            f"{failed[0].seed}",
+            where=str(failed[0].folder / "arm.log"),
+            hint="Run the command again to try them once more",
+        )
+
+
+def _run_grid(config: GridConfig, runs: list[Run], base_dir: Path, processes: int) -> list[Run]:
+    """Run what is not finished; return the runs that failed."""
+    from nvembed.training.ablation.runner import run_grid
+
+    def tell(run: Run, outcome: Outcome) -> None:
+        detail = outcome.error or (
+            f"trained {outcome.training_seconds:.0f} s, scored {outcome.evaluation_seconds:.0f} s"
+        )
+        typer.echo(f"{run.arm} seed {run.seed}: {outcome.state}, {detail}")
+
+    outcomes = run_grid(
+        runs,
+        base_dir=(base_dir / config.recipe).parent,
+        task_folders=[base_dir / folder for folder in config.tasks],
+        task_names=config.task_names,
+        processes=processes,
+        keep_models=config.keep_models,
+        on_done=tell,
+    )
+    return [run for run, o in zip(runs, outcomes, strict=True) if o.state == "failed"]

@@ -10,7 +10,7 @@ from nvembed.core.config import StrictModel
 
 Strategy = Literal["percent_of_positive", "margin", "absolute", "top_k"]
 
-# NV-Retriever's best setting of each rule, nv-embed.md 4.2.
+# NV-Retriever's best setting of each rule (arXiv 2407.15831).
 DEFAULT_THRESHOLDS: dict[Strategy, float] = {
     "percent_of_positive": 0.95,
     "margin": 0.05,

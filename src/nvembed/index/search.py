@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from nvembed.core.dtypes import PrecisionChoice
 from nvembed.core.errors import ConfigError
 from nvembed.encoding.embed import encode_window
 from nvembed.encoding.protocol import Encoder
-from nvembed.index.database import Database
-from nvembed.index.record import first_dimensions
+from nvembed.index.database import Database, is_database
+from nvembed.index.record import first_dimensions, recorded_encoder
 
 # The constant of reciprocal-rank fusion (Cormack, Clarke, Büttcher 2009), and the least number of
 # candidates of each side.
@@ -62,6 +64,41 @@ class Found:
     words: float | None
     fused: float | None
     vector: NDArray[np.float32]
+
+
+def search_index(
+    path: str | Path,
+    query: str,
+    options: SearchOptions | None = None,
+    *,
+    model: str | Encoder | None = None,
+    dtype: PrecisionChoice | None = "auto",
+) -> list[Found]:
+    """Find the documents of a database that are nearest to a query.
+
+    Args:
+        path: folder of the database.
+        query: what to look for.
+        options: how to search.
+        model: where the model of the database lies now, or the loaded model; None is where it lay.
+        dtype: of the weights; ``auto`` is the type that the database was made in.
+
+    Raises:
+        ConfigError: there is no database, or the filter or the query cannot be used.
+        ModelError: another model than the database's.
+    """
+    if not is_database(path):
+        raise ConfigError(
+            "no database",
+            where=str(path),
+            expected="a folder that nvembed index has made",
+            hint="To search a file with a model, give --documents FILE",
+        )
+    options = options or SearchOptions()
+    database = Database.open(Path(path))
+    database.count(options.where)  # a wrong filter is told before the model is loaded
+    encoder = recorded_encoder(database.record, model, dtype, str(path))
+    return search_database(database, encoder, query, options)
 
 
 def query_vector(

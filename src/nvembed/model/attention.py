@@ -3,7 +3,8 @@
 Every backbone runs with ``attn_implementation="nvembed_flat"``. transformers then builds no mask at
 all and hands queries, keys and values of the whole pack to :func:`flat_attention`, which lets a
 token see its own segment only: all of it (bidirectional) or what came before (causal). Sliding
-windows are ignored on purpose: an embedding needs the whole text.
+windows are ignored on purpose: an embedding needs the whole text (NV-Embed never applies Mistral's,
+arXiv 2405.17428).
 
 Four kernels: ``varlen_attn`` on CUDA in 16 bit, our own on a CPU (``kernels/attention.py``) in
 bidirectional float32 and in bfloat16 without gradient, dense blocks elsewhere (segments of equal

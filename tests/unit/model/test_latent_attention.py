@@ -97,4 +97,6 @@ def test_shapes_are_those_of_the_release() -> None:
     assert shapes["to_out.weight"] == (4096, 32768)
     assert shapes["feed_forward.up.weight"] == (32768, 4096)
     assert shapes["feed_forward.down.weight"] == (4096, 16384)
-    assert sum(p.numel() for p in layer.parameters()) == 740_356_096  # nv-embed.md 1.4
+    assert (
+        sum(p.numel() for p in layer.parameters()) == 740_356_096
+    )  # the released layer, arXiv 2405.17428

@@ -1,19 +1,19 @@
-"""``nvembed doctor``."""
+"""``nvembed doctor`` and ``nvembed export``: a model examined, and written in another format."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Literal
 
 import typer
+
+from nvembed.cli.options import argument, value
 
 
 def doctor(
     model: Annotated[
         str,
-        typer.Argument(
-            help="Folder or hub id of any sentence-transformers model or language model.",
-            show_default=False,
-        ),
+        argument("Folder or hub id of any sentence-transformers model or language model."),
     ],
     *,
     task: Annotated[
@@ -56,3 +56,35 @@ def doctor(
     print_diagnosis(diagnosis, as_json=json)
     if not diagnosis.healthy:
         raise typer.Exit(1)
+
+
+def export(
+    model: Annotated[str, argument("Folder or hub id: saved by nvembed, or NVIDIA's layout.")],
+    *,
+    to: Annotated[Path, value("The new folder.")],
+    format: Annotated[
+        Literal["nv-embed", "nvembed", "sentence-transformers", "onnx"],
+        value(
+            "NVIDIA's layout, our own folder, stock sentence-transformers modules "
+            "(mean pooling only), or an ONNX graph."
+        ),
+    ],
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None,
+        typer.Option(help="Of the weights. Default: as they are stored."),
+    ] = None,
+) -> None:
+    """Write an embedding model in another format, with a model card.
+
+    Examples:
+
+    \b
+      nvembed export runs/mine/model --to out --format nv-embed --dtype float16
+      nvembed export nvidia/NV-Embed-v2 --to v2 --format nvembed --dtype bfloat16
+      nvembed export runs/mean/model --to plain --format sentence-transformers
+      nvembed export runs/mine/model --to graph --format onnx
+    """
+    from nvembed.encoding.export.folders import export_folder
+
+    export_folder(model, to, format, dtype=dtype)
+    typer.echo(f"written: {to} ({format})")

@@ -83,7 +83,8 @@ def score(task: LocalTask, encoder: Encoder) -> dict[str, float | None]:
     Raises:
         ModelError: the encoder gives vectors of another shape or that are not finite.
     """
-    result = run_mteb(_TaskEncoder(task, encoder), _mteb_task(task), cache=None)
+    with same_random_state():
+        result = run_mteb(_TaskEncoder(task, encoder), _mteb_task(task), cache=None)
     found = result.task_results[0].scores["test"][0]
     scores = {
         name: finite_or_none(value) for name, value in found.items() if isinstance(value, float)
@@ -94,17 +95,23 @@ def score(task: LocalTask, encoder: Encoder) -> dict[str, float | None]:
 
 def run_mteb(encoder: EncoderProtocol, task: AbsTask, **options: Any) -> Any:
     """Call ``mteb.evaluate`` without its output; the global random generators stay as they are."""
-    rng = capture_rng()  # mteb seeds the global generators; a training run must not notice
+    with quiet(), same_random_state():
+        return mteb.evaluate(
+            encoder,
+            task,
+            co2_tracker=False,
+            show_progress_bar=False,
+            encode_kwargs={"batch_size": 512, "show_progress_bar": False},
+            **options,
+        )
+
+
+@contextmanager
+def same_random_state() -> Iterator[None]:
+    """Put the global generators back at the end: mteb seeds and draws from them."""
+    rng = capture_rng()
     try:
-        with quiet():
-            return mteb.evaluate(
-                encoder,
-                task,
-                co2_tracker=False,
-                show_progress_bar=False,
-                encode_kwargs={"batch_size": 512, "show_progress_bar": False},
-                **options,
-            )
+        yield
     finally:
         restore_rng(rng)
 

@@ -48,8 +48,8 @@ def test_tokenising_ahead_changes_no_bit(model: NVEmbed, monkeypatch) -> None:
     texts = [f"{text} {n}" for n in range(3) for text in TEXTS]
     monkeypatch.setattr(model.backbone, "tokenize_texts", noted)
     found = model.encode(texts)
-    assert all(name.startswith("nvembed-ahead") for name in threads)
-    monkeypatch.setattr(encoding, "ahead", iter)
+    assert all(name.startswith("nvembed-prefetch") for name in threads)
+    monkeypatch.setattr(encoding, "prefetch", iter)
     np.testing.assert_array_equal(model.encode(texts), found)
     assert "MainThread" in threads
     monkeypatch.setattr(encoding, "CPU_PACK_TOKENS", 10_000)

@@ -95,7 +95,7 @@ ENCODING: list[tuple[Callable[[NVEmbed], Any], str]] = [
     (lambda m: export_folder(5, "x", "onnx"), "name: 5 given"),  # type: ignore[arg-type]
     (lambda m: export_folder("m", "x", "onnx", max_shard_bytes=0), "max_shard_bytes: 0 given"),
     (lambda m: load_encoder("m", "float31"), 'dtype: "float31" given'),  # type: ignore[arg-type]
-    (lambda m: train(5), "missing a required argument: 'base_dir'"),  # type: ignore[call-arg]
+    (lambda m: train(5), "config: 5 given, expected an instance of TrainConfig"),  # type: ignore[arg-type]
     (lambda m: train({}, base_dir="."), "config: a mapping given, expected an instance of TrainC"),
     (lambda m: load_config(TrainConfig, 5), "path: 5 given"),  # type: ignore[arg-type]
     (lambda m: load_config(dict, "x"), "cls: "),  # type: ignore[type-var]

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from nvembed.building.mining import teacher_name
 from nvembed.building.one_set import (
@@ -28,7 +28,6 @@ from nvembed.data.sources import DatasetConfig
 from nvembed.data.sources.config import local_sources
 from nvembed.encoding.fingerprint import contents_fingerprint
 from nvembed.mining.teachers import check_teacher
-from nvembed.training.config import TrainConfig, recipe_inputs
 
 _FOLDER_NAME = re.compile(r"\w[\w .+-]*")
 
@@ -50,13 +49,31 @@ class SetOutcome:
     error: UserError | None = None
 
 
+class BuildableRecipe(Protocol):
+    """What a build reads of a recipe; ``TrainConfig`` has it."""
+
+    @property
+    def datasets(self) -> tuple[DatasetConfig, ...]:
+        """The sets."""
+        ...
+
+    @property
+    def build(self) -> BuildConfig | None:
+        """How they are built; ``None`` is the defaults."""
+        ...
+
+    def input_paths(self, base_dir: Path, recipe: Path | None = None) -> list[Path]:
+        """Files and folders that the recipe reads, which a build must not write to."""
+        ...
+
+
 def default_folder(recipe: Path) -> str:
     """Where the sets of a recipe without a ``build`` section go, relative to the recipe."""
     return f"data/{recipe.stem}"
 
 
 def build_recipe(
-    config: TrainConfig,
+    config: BuildableRecipe,
     *,
     base_dir: Path,
     folder: str,
@@ -69,7 +86,7 @@ def build_recipe(
     A build that was stopped, at any moment, goes on when started again, to the same bytes.
 
     Args:
-        config: the recipe.
+        config: the recipe, a ``TrainConfig``.
         base_dir: its folder.
         folder: where sets go if the recipe has no ``build`` section; relative to ``base_dir``.
         keep_going: go on with the next set where one fails.
@@ -96,7 +113,7 @@ def build_recipe(
         teacher = teacher_name(build.mine.teacher, base_dir)
         check_teacher(teacher, build.mine.teacher_model, build.mine, "local")
     place = (base_dir / build.folder).absolute()
-    _check_outputs(config, build, place, recipe_inputs(config, base_dir, recipe))
+    _check_outputs(config.datasets, build, place, config.input_paths(base_dir, recipe))
     with alone_in(place) as alone:
         if not alone:
             raise UserError(
@@ -106,17 +123,17 @@ def build_recipe(
 
 
 def _check_outputs(
-    config: TrainConfig, build: BuildConfig, place: Path, inputs: Sequence[Path]
+    datasets: Sequence[DatasetConfig], build: BuildConfig, place: Path, inputs: Sequence[Path]
 ) -> None:
     """Refuse to begin where a set would replace something of the user's."""
-    targets = [place / dataset.name for dataset in config.datasets]
-    refused = [refused_file(place, dataset.name) for dataset in config.datasets]
-    steps = [steps_folder(place, dataset.name) for dataset in config.datasets]
+    targets = [place / dataset.name for dataset in datasets]
+    refused = [refused_file(place, dataset.name) for dataset in datasets]
+    steps = [steps_folder(place, dataset.name) for dataset in datasets]
     check_overlaps([*targets, *refused, *steps], inputs)
     # What is built already is not written again, whatever was added to it.
     new = [
         target
-        for target, dataset in zip(targets, config.datasets, strict=True)
+        for target, dataset in zip(targets, datasets, strict=True)
         if (manifest := read_manifest(target)) is None
         or manifest.get("settings") != set_settings(dataset, build)
     ]

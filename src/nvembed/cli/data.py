@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -123,9 +124,11 @@ def inspect(
     from nvembed.building.inspection import inspect as look
     from nvembed.building.inspection import load_token_counter
     from nvembed.building.inspection_report import print_inspection
-    from nvembed.building.looking import open_sets
+    from nvembed.building.open_sets import open_sets
+    from nvembed.core.config import load_config
     from nvembed.core.errors import DataError
     from nvembed.data.sources import file_dataset
+    from nvembed.training.config import TrainConfig
 
     given = None
     if kind is not None:
@@ -133,7 +136,7 @@ def inspect(
     counter = None if tokenizer is None else load_token_counter(tokenizer)
     found: list[Inspection] = []
     failed: list[str] = []
-    for opened in open_sets(path, given):
+    for opened in open_sets(path, given, partial(load_config, TrainConfig)):
         name, rows = opened.name, opened.rows
         try:
             found.append(look(name, opened.kind, rows, num_samples=samples, count_tokens=counter))

@@ -13,14 +13,13 @@ the command does that.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from nvembed.core.errors import DataError
 from nvembed.data.build_config import BuildConfig, BuildMining
 from nvembed.data.sources import DatasetConfig
-from nvembed.training.config import TrainConfig
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -84,33 +83,36 @@ def different_keys(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str =
     return found
 
 
-def training_datasets(config: TrainConfig, base_dir: Path) -> tuple[DatasetConfig, ...]:
+def training_datasets(
+    datasets: Sequence[DatasetConfig], build: BuildConfig | None, base_dir: Path
+) -> tuple[DatasetConfig, ...]:
     """The data sets of a run, each with its built shards in place of its source.
 
     Args:
-        config: the run; without a ``build`` section its sets come back as they are.
+        datasets: those of the recipe; without a ``build`` section they come back as they are.
+        build: that section.
         base_dir: folder of the recipe.
 
     Raises:
         DataError: a set is not built, or was built from other settings; names all of them. Or sets
             are on the hub and the recipe does not build any.
     """
-    if config.build is None:
-        if away := [dataset.name for dataset in config.datasets if dataset.path is None]:
+    if build is None:
+        if away := [dataset.name for dataset in datasets if dataset.path is None]:
             raise DataError(
                 f"{', '.join(away)}: on the hub, and the recipe has no `build` section",
                 where="datasets",
                 hint="Add one, as in `build: {folder: data}`, and run `nvembed data build RECIPE`",
             )
-        return config.datasets
-    folder = (base_dir / config.build.folder).absolute()
+        return tuple(datasets)
+    folder = (base_dir / build.folder).absolute()
     problems: list[str] = []
     found: list[DatasetConfig] = []
-    for dataset in config.datasets:
+    for dataset in datasets:
         manifest = read_manifest(folder / dataset.name)
         if manifest is None:
             problems.append(f"{dataset.name} is not built")
-        elif keys := different_keys(manifest["settings"], set_settings(dataset, config.build)):
+        elif keys := different_keys(manifest["settings"], set_settings(dataset, build)):
             problems.append(f"{dataset.name} was built with another {', '.join(keys)}")
         else:
             found.append(dataset.with_file(folder / dataset.name))

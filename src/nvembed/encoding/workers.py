@@ -206,19 +206,25 @@ class _RayWorker:
 
 
 class RayPool:
-    """Actors of a Ray cluster, two calls on the way to each; see ``ray_pool``."""
+    """Actors of a Ray cluster, two calls on the way to each; see ``ray_pool``.
 
-    def __init__(self, ray: Any, actors: list[Any]) -> None:
-        self.size = len(actors)
-        self.actors = actors
+    Each of the first ``size`` calls starts one, so few calls take few workers.
+    """
+
+    def __init__(self, ray: Any, start: Callable[[], Any], size: int) -> None:
+        self.size = size
+        self.actors: list[Any] = []
         self._ray = ray
+        self._start = start
         self._free: SimpleQueue[Any] = SimpleQueue()
-        for actor in 2 * actors:
-            self._free.put(actor)
-        self.threads = ThreadPoolExecutor(2 * self.size, "nvembed-ray")
+        self.threads = ThreadPoolExecutor(2 * size, "nvembed-ray")
 
     def submit(self, function: Callable[..., T], /, *given: Any) -> Future[T]:
         """See ``Pool``."""
+        if len(self.actors) < self.size:
+            self.actors.append(self._start())
+            for _ in range(2):
+                self._free.put(self.actors[-1])
         return self.threads.submit(self._call, function, *given)
 
     def _call(self, function: Callable[..., Any], *given: Any) -> Any:
@@ -242,7 +248,7 @@ def ray_pool(loader: Loader) -> Iterator[RayPool]:
     """
     ray, kind, count = join_cluster()
     worker: Any = ray.remote(_RayWorker).options(**{f"num_{kind.lower()}s": 1})
-    pool = RayPool(ray, [worker.remote(loader) for _ in range(count)])
+    pool = RayPool(ray, lambda: worker.remote(loader), count)
     try:
         yield pool
     finally:

@@ -4,8 +4,10 @@
     restore(model)          plain torch, transformers and peft again
 
 ``KINDS`` is the whole list. A module keeps its class, weights and names, and gets a ``forward`` of
-its own: ``functools.partial(function, module)``, which is pickled and copied with it and undone by
-deleting it. Each function falls back to the forward of the class wherever its kernel cannot run.
+its own: ``functools.partial(function, module)``, which is pickled and deep-copied with it and
+undone by deleting it. Each function falls back to the forward of the class wherever its kernel
+cannot run. A shallow copy, such as ``nn.DataParallel`` makes, would compute with the weights of the
+original: ``restore`` the model first.
 """
 
 from __future__ import annotations
@@ -86,6 +88,8 @@ def _is_ours(module: nn.Module) -> bool:
 def compile_elementwise(backbone: nn.Module) -> int:
     """Compile the norms and gated MLPs of a backbone, in place; return how many.
 
+    As in ``accelerate``, a forward that is another library's hook is left alone.
+
     One compiled loop reads and writes a tensor once. Products and attention stay as they are: their
     libraries do better than generated code, and attention over packs of ever other lengths would be
     compiled again and again. Compiled once per process, for all lengths, which needs a C++ compiler
@@ -94,9 +98,9 @@ def compile_elementwise(backbone: nn.Module) -> int:
     count = 0
     for module in backbone.modules():
         name = type(module).__name__
-        if name.endswith(("RMSNorm", "MLP")):
-            if _is_ours(module):
-                del module.forward
+        if name.endswith(("RMSNorm", "MLP")) and (
+            "forward" not in vars(module) or _is_ours(module)
+        ):
             function = compiled_norm if name.endswith("RMSNorm") else compiled_mlp
             module.forward = partial(function, module)
             count += 1

@@ -282,6 +282,22 @@ class TrainConfig(StrictModel):
         if build.bm25 and not build.tasks:
             raise ValueError("build.bm25 is given without build.tasks to compare with")
 
+    def input_paths(self, base_dir: Path, recipe: Path | None = None) -> list[Path]:
+        """The files and folders that building and training read; names of the hub lead nowhere."""
+        found = [] if recipe is None else [recipe]
+        for dataset in self.datasets:
+            found += local_sources(dataset, base_dir)
+        names = [self.model.backbone]
+        names += self.evaluation.tasks if self.evaluation else ()
+        names += self.build.tasks if self.build else ()
+        mining = [stage.mine for stage in self.stages]
+        if self.build is not None and self.build.mine is not None:
+            names.append(self.build.mine.teacher)
+            mining.append(self.build.mine)
+        names += [mine.rerank for mine in mining if mine is not None and mine.rerank is not None]
+        # Some of them are looked for beside the recipe, some where the command runs.
+        return [*found, *(base_dir / name for name in names), *map(Path, names)]
+
 
 FREE_KEYS = frozenset(
     {
@@ -325,26 +341,9 @@ def _shown(values: Mapping[str, Any], key: str) -> str:
     return json.dumps(values[key], ensure_ascii=False) if key in values else "not there"
 
 
-def recipe_inputs(config: TrainConfig, base_dir: Path, recipe: Path | None = None) -> list[Path]:
-    """The files and folders that building and training read; names of the hub lead nowhere."""
-    found = [] if recipe is None else [recipe]
-    for dataset in config.datasets:
-        found += local_sources(dataset, base_dir)
-    names = [config.model.backbone]
-    names += config.evaluation.tasks if config.evaluation else ()
-    names += config.build.tasks if config.build else ()
-    mining = [stage.mine for stage in config.stages]
-    if config.build is not None and config.build.mine is not None:
-        names.append(config.build.mine.teacher)
-        mining.append(config.build.mine)
-    names += [mine.rerank for mine in mining if mine is not None and mine.rerank is not None]
-    # Some of them are looked for beside the recipe, some where the command runs.
-    return [*found, *(base_dir / name for name in names), *map(Path, names)]
-
-
 def training_inputs(config: TrainConfig, base_dir: Path, recipe: Path | None = None) -> list[Path]:
-    """What training reads: as ``recipe_inputs``, and the built sets where there are some."""
-    found = recipe_inputs(config, base_dir, recipe)
+    """What training reads: as ``input_paths``, and the built sets where there are some."""
+    found = config.input_paths(base_dir, recipe)
     if config.build is not None:
         folder = base_dir / config.build.folder
         found += [folder / dataset.name for dataset in config.datasets]

@@ -65,7 +65,7 @@ def load_mixtures(config: TrainConfig, base_dir: Path) -> list[Mixture]:
         DataError: a file cannot be used.
         ConfigError: they lack what an option of the recipe needs.
     """
-    datasets = training_datasets(config, base_dir)
+    datasets = training_datasets(config.datasets, config.build, base_dir)
     mixtures = [
         load_mixture(
             datasets,
@@ -98,7 +98,7 @@ def mine_mixture(
         _mined(dataset, settings, base_dir=base_dir, folder=mined_dir, teacher=teacher, log=log)
         if dataset.kind in MINED_KINDS
         else dataset
-        for dataset in training_datasets(config, base_dir)
+        for dataset in training_datasets(config.datasets, config.build, base_dir)
         if stage + 1 in dataset.stages
     ]
     temperature = config.stages[stage].mixture_temperature

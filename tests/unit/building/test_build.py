@@ -245,7 +245,7 @@ def test_a_damaged_manifest_is_no_set(
     values = json.loads(whole)
     file.write_text(json.dumps({**values, damage: 5}) if damage in values else damage)
     with pytest.raises(DataError, match="sts is not built"):
-        training_datasets(config(recipe, "build.mine=null"), recipe.parent)
+        sets_of(config(recipe, "build.mine=null"), recipe.parent)
     assert build(recipe, "build.mine=null") == 2  # somebody has changed it
     assert "manifest.json" in capsys.readouterr().err
     shutil.rmtree(file.parent)
@@ -407,7 +407,7 @@ def test_a_set_of_the_hub_is_fetched_once(
     assert manifest(recipe, "sts")["inputs"]["source"] is None
     assert build(recipe) == 0
     assert opened == ["organisation/sts"] * 2
-    assert len(training_datasets(config(recipe), recipe.parent)) == 3
+    assert len(sets_of(config(recipe), recipe.parent)) == 3
 
 
 def test_positives_that_the_corpus_lacks_are_refused(recipe: Path) -> None:
@@ -428,6 +428,10 @@ def test_positives_that_the_corpus_lacks_are_refused(recipe: Path) -> None:
 # --- Training on it -------------------------------------------------------------------------------
 
 
+def sets_of(recipe: TrainConfig, base_dir: Path) -> Any:
+    return training_datasets(recipe.datasets, recipe.build, base_dir)
+
+
 def config(recipe: Path, *overrides: str) -> TrainConfig:
     return load_config(TrainConfig, recipe, overrides)
 
@@ -437,13 +441,13 @@ def test_training_reads_what_was_built(recipe: Path) -> None:
     one, _ = load_mixtures(config(recipe), recipe.parent)
     sizes = {source.name: len(source) for source in one.sources}
     assert sizes == {"pairs": 30, "sts": 2 * (len(STS) - 1), "classes": len(CLASSES) - 1}
-    plain = training_datasets(config(recipe, "build=null"), recipe.parent)
+    plain = sets_of(config(recipe, "build=null"), recipe.parent)
     assert [dataset.path for dataset in plain] == [f"{name}.jsonl" for name in KINDS]
 
 
 def test_training_refuses_what_was_not_built_from_the_recipe(recipe: Path) -> None:
     with pytest.raises(DataError, match=r"pairs is not built.*Run `nvembed data build RECIPE`"):
-        training_datasets(config(recipe), recipe.parent)
+        sets_of(config(recipe), recipe.parent)
     assert build(recipe) == 0
     for change, named in {
         "build.mine.num_negatives=3": "pairs was built with another mine.num_negatives; sts was",
@@ -451,10 +455,10 @@ def test_training_refuses_what_was_not_built_from_the_recipe(recipe: Path) -> No
         "datasets.1.path=other.jsonl": "sts was built with another source.path",
     }.items():
         with pytest.raises(DataError, match=named):
-            training_datasets(config(recipe, change), recipe.parent)
+            sets_of(config(recipe, change), recipe.parent)
     (recipe.parent / "built" / "sts" / "part-00000.parquet").write_bytes(b"cut")
     with pytest.raises(DataError, match="sts is not built"):
-        training_datasets(config(recipe), recipe.parent)
+        sets_of(config(recipe), recipe.parent)
 
 
 def test_the_build_section_is_checked_with_the_recipe(recipe: Path) -> None:

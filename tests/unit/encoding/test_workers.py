@@ -72,3 +72,13 @@ def test_workers_of_a_cluster_answer_and_their_errors_are_ours(
         with pytest.raises(TaskError, match="a long traceback"):
             pool.submit(fail, ValueError("a bug")).result()
     assert ray.killed == 2
+
+
+def test_one_call_takes_one_worker_of_a_large_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = Ray()
+    monkeypatch.setenv("NVEMBED_PROGRESS", "0")
+    monkeypatch.setattr(workers, "join_cluster", lambda: (ray, "CPU", 100))
+    monkeypatch.setattr(workers, "load_encoder", lambda name, dtype: HashEncoder(8))
+    with ray_pool(Loader("m", "float32")) as pool:
+        assert pool.submit(width, 3).result() == 24
+    assert ray.killed == 1

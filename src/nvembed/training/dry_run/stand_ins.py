@@ -59,7 +59,10 @@ def plan_mining(
     Returns:
         The mixture, whose queries come in the order of the run, and what is left to be mined.
     """
-    datasets = {dataset.name: dataset for dataset in training_datasets(config, base_dir)}
+    datasets = {
+        dataset.name: dataset
+        for dataset in training_datasets(config.datasets, config.build, base_dir)
+    }
     sources: list[ExampleSource] = []
     planned: list[PlannedMining] = []
     for source in mixture.sources:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from nvembed.building.build import default_folder
-from nvembed.core.config import load_config
+from nvembed.building.build import BuildableRecipe, default_folder
 from nvembed.core.errors import ConfigError, DataError
 from nvembed.data.built_sets import MANIFEST, read_manifest
 from nvembed.data.record_shards import read_shards
 from nvembed.data.records import Kind
 from nvembed.data.sources import BadRow, Converted, DatasetConfig, open_dataset
-from nvembed.training.config import TrainConfig
 
 _RECIPE = (".yaml", ".yml")
 
@@ -27,20 +25,23 @@ class OpenSet:
     rows: Iterable[Converted | BadRow]
 
 
-def open_sets(path: Path, given: DatasetConfig | None) -> Iterator[OpenSet]:
+def open_sets(
+    path: Path, given: DatasetConfig | None, read_recipe: Callable[[Path], BuildableRecipe]
+) -> Iterator[OpenSet]:
     """Find the sets at a path.
 
     Args:
         path: a recipe, whose sets are taken as built where they are, else from their sources; the
             folder of a built set, or of several; or a file of records.
         given: how to read a file; None where its kind was not said.
+        read_recipe: reads a recipe; called for one alone.
 
     Raises:
         DataError: there is nothing of that sort, or a source cannot be opened.
         ConfigError: a file whose kind was not said.
     """
     if path.suffix in _RECIPE:
-        yield from _of_recipe(path)
+        yield from _of_recipe(path, read_recipe(path))
     elif path.is_dir():
         folders = sorted(file.parent for file in path.glob(f"*/{MANIFEST}"))
         if (path / MANIFEST).is_file():
@@ -62,8 +63,7 @@ def open_sets(path: Path, given: DatasetConfig | None) -> Iterator[OpenSet]:
         yield OpenSet(given.name, given.kind, open_dataset(given, base_dir=Path()).rows)
 
 
-def _of_recipe(path: Path) -> Iterator[OpenSet]:
-    config = load_config(TrainConfig, path)
+def _of_recipe(path: Path, config: BuildableRecipe) -> Iterator[OpenSet]:
     built = path.parent / (config.build.folder if config.build else default_folder(path))
     for dataset in config.datasets:
         folder = built / dataset.name

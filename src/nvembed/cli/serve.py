@@ -65,7 +65,7 @@ def serve(
         raise ConfigError("--model goes with --ui", expected="the model as the first argument")
     if (Path(model) / "documents.lance").is_dir():
         raise ConfigError("is a database, not a model", where=model, expected="--ui to search it")
-    from nvembed.serving.run import serve as run
+    from nvembed.serving.server import serve as run
 
     run(model, host=host, port=port, config=config, overrides=settings, keys=keys, dtype=dtype)
 

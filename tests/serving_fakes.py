@@ -48,13 +48,13 @@ class HeldEngine:
     def prepare(self, texts: Sequence[str], options: EmbedOptions) -> list[Item]:
         if options.task == "too long":
             raise DataError("the instruction leaves no room", hint="Shorten it")
-        return [Item((text, options), len(text.split())) for text in texts]
+        return [Item(text, len(text.split()), options) for text in texts]
 
     def prepare_ids(self, rows: Sequence[Sequence[int]], options: EmbedOptions) -> list[Item]:
-        return [Item((" ".join(map(str, ids)), EmbedOptions()), len(ids)) for ids in rows]
+        return [Item(" ".join(map(str, ids)), len(ids)) for ids in rows]
 
     def embed(self, items: Sequence[Item]) -> np.ndarray:
-        texts = [item.content[0] for item in items]
+        texts = [item.content for item in items]
         self.batches.append(texts)
         self.began.set()
         assert self.open.wait(30)

@@ -42,10 +42,7 @@ _Settled = tuple[_Request, RequestError | None]
 
 
 class Batcher:
-    """Runs an engine in threads of its own, on batches that a scheduler makes.
-
-    Nobody else may touch the scheduler.
-    """
+    """Runs an engine in threads of its own, on batches that a scheduler makes for it alone."""
 
     def __init__(self, engine: EncoderEngine, scheduler: Scheduler, metrics: Metrics) -> None:
         self._engine = engine
@@ -84,10 +81,8 @@ class Batcher:
     async def embed(self, items: Sequence[Item], client: Hashable) -> _Vectors:
         """Queue the items of a request and wait for their vectors: ``(len(items), dimension)``.
 
-        Cancelling it takes them out of the queue.
-
-        Raises:
-            RequestError: the queue is full (429), or the model failed on this request (503).
+        Cancelling it takes them out of the queue. A RequestError says that the queue is full (429)
+        or that the model failed on this request (503).
         """
         request = _Request(
             client,

@@ -1,15 +1,15 @@
 """Request bodies of both APIs: strict Pydantic models, and errors that never repeat what was sent.
 
 A field that both APIs have stands once; its description is what a client is told when it is wrong.
+``null`` for a field that may be left out is the same as leaving it out.
 """
 
 from __future__ import annotations
 
 import asyncio
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from starlette.requests import Request
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from nvembed.serving.engines import Cut
 from nvembed.serving.errors import RequestError
@@ -18,40 +18,30 @@ from nvembed.serving.service import Inputs
 LARGE_BYTES = 64 * 1024
 """Bodies and answers above it are read and written in a thread, to keep the event loop free."""
 
-EncodingFormat = Literal["float", "base64"]
-
 _INPUTS = "a text, a list of texts, a list of token ids, or a list of such lists"
 _TASK = "what the texts are for, the name of an MTEB task or of a prompt of the model, or null"
 _PROMPT_NAME = "the name of a prompt of the model, or of an MTEB task, or null"
 
 
-class Body(BaseModel):
-    """Base of all request bodies: unknown keys are refused, nothing is converted.
+def _optional(description: str, **more: Any) -> Any:
+    return Field(default=None, description=description, **more)
 
-    ``null`` for a field that may be left out is the same as leaving it out.
-    """
+
+class Body(BaseModel):
+    """Base of all request bodies: unknown keys are refused, nothing is converted."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _null_is_absent(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        optional = {name for name, info in cls.model_fields.items() if not info.is_required()}
-        return {k: v for k, v in data.items() if v is not None or k not in optional}
 
 
 class InstructionFields(Body):
     """Two names of the same field."""
 
-    instruction: str | None = Field(default=None, description=_TASK)
-    task: str | None = Field(default=None, description=f"the same as instruction: {_TASK}")
+    instruction: str | None = _optional(_TASK)
+    task: str | None = _optional(f"the same as instruction: {_TASK}")
 
     def given_instruction(self) -> str | None:
         """Return what stands in one of the two; blank is none, both are refused."""
-        given = [text for text in (self.instruction, self.task) if text is not None]
-        given = [text for text in given if text.strip()]
+        given = [text for text in (self.instruction, self.task) if text and text.strip()]
         if len(given) > 1:
             message = "instruction and task are the same; send one of them"
             raise RequestError(400, message, param="task")
@@ -61,65 +51,50 @@ class InstructionFields(Body):
 class VectorFields(InstructionFields):
     """Which vectors are wanted, in which form."""
 
-    prompt_name: str | None = Field(default=None, description=_PROMPT_NAME)
-    dimensions: int | None = Field(
-        default=None, ge=1, description="an integer from 1 to the model's width, or null"
-    )
-    encoding_format: EncodingFormat = Field(
-        default="float", description="'float' or 'base64' (little-endian float32)"
+    prompt_name: str | None = _optional(_PROMPT_NAME)
+    dimensions: int | None = _optional("an integer from 1 to the model's width, or null", ge=1)
+    encoding_format: Literal["float", "base64"] | None = _optional(
+        "'float' or 'base64' (little-endian float32)"
     )
 
 
 class TruncationFields(Body):
     """What becomes of long texts, as TEI says it."""
 
-    truncate: bool = Field(
-        default=True,
-        description="a boolean; false refuses texts that are too long for the model, which true "
-        "cuts",
+    truncate: bool | None = _optional(
+        "a boolean; false refuses texts that are too long for the model, which true cuts"
     )
-    truncation_direction: Literal["Left", "Right", "left", "right"] = Field(
-        default="Right", description="'Right' (the end is cut) or 'Left' (the beginning is)"
+    truncation_direction: Literal["Left", "Right", "left", "right"] | None = _optional(
+        "'Right' (the end is cut) or 'Left' (the beginning is)"
     )
 
     @property
     def cut(self) -> Cut:
         """What is cut of them."""
-        if not self.truncate:
+        if self.truncate is False:
             return "none"
-        return "end" if self.truncation_direction.lower() == "right" else "start"
+        return "start" if self.truncation_direction in ("Left", "left") else "end"
 
 
 class OpenAIRequest(VectorFields):
     """The body of ``/v1/embeddings``: OpenAI's fields, NVIDIA NIM's and those of instructions."""
 
     input: Inputs = Field(description=_INPUTS)
-    model: str | None = Field(
-        default=None, description="the name of a model of /v1/models, or null for the only one"
+    model: str | None = _optional("the name of a model of /v1/models, or null for the only one")
+    user: str | None = _optional("a text; it is not used")
+    input_type: Literal["query", "document", "passage"] | None = _optional(
+        "'query', 'document', 'passage' or null (query where there is an instruction)"
     )
-    user: str | None = Field(default=None, description="a text; it is not used")
-    input_type: Literal["query", "document", "passage"] | None = Field(
-        default=None,
-        description="'query', 'document', 'passage' or null (query where there is an instruction)",
+    truncate: Literal["END", "START", "NONE"] | None = _optional(
+        "'END' or 'START' (cut of long texts) or 'NONE' (these are refused)"
     )
-    truncate: Literal["END", "START", "NONE"] = Field(
-        default="END",
-        description="'END' or 'START' (cut of long texts) or 'NONE' (these are refused)",
-    )
-
-    @property
-    def cut(self) -> Cut:
-        """What is cut of long texts."""
-        return cast(Cut, self.truncate.lower())
 
 
 class EmbedRequest(VectorFields, TruncationFields):
     """The body of ``/embed``."""
 
     inputs: Inputs = Field(description=_INPUTS)
-    normalize: bool = Field(
-        default=True, description="a boolean; false leaves vectors as the pooling gives them"
-    )
+    normalize: bool | None = _optional("a boolean; false leaves vectors as the pooling gives them")
 
 
 class RerankRequest(InstructionFields, TruncationFields):
@@ -127,8 +102,8 @@ class RerankRequest(InstructionFields, TruncationFields):
 
     query: str = Field(description="a text")
     texts: list[str] = Field(description="a list of texts")
-    raw_scores: bool = Field(default=False, description="a boolean; scores are cosines either way")
-    return_text: bool = Field(default=False, description="a boolean")
+    raw_scores: bool | None = _optional("a boolean; scores are cosines either way")
+    return_text: bool | None = _optional("a boolean")
 
 
 class SimilarityInputs(Body):
@@ -150,9 +125,8 @@ class SimilarityRequest(Body):
     inputs: SimilarityInputs = Field(
         description="an object of source_sentence (a text) and sentences (a list of texts)"
     )
-    parameters: SimilarityParameters = Field(
-        default=SimilarityParameters(),
-        description="an object of truncate, truncation_direction and prompt_name, or null",
+    parameters: SimilarityParameters | None = _optional(
+        "an object of truncate, truncation_direction and prompt_name, or null"
     )
 
 
@@ -160,20 +134,15 @@ class TokenizeRequest(Body):
     """The body of ``/tokenize``."""
 
     inputs: str | list[str] = Field(description="a text or a list of texts")
-    add_special_tokens: bool = Field(default=True, description="a boolean: BOS and EOS as well")
-    prompt_name: str | None = Field(default=None, description=_PROMPT_NAME)
+    add_special_tokens: bool | None = _optional("a boolean: BOS and EOS as well")
+    prompt_name: str | None = _optional(_PROMPT_NAME)
 
 
 BodyT = TypeVar("BodyT", bound=Body)
 
 
-async def read_body(request: Request, cls: type[BodyT]) -> BodyT:
-    """Check the body of a request.
-
-    Raises:
-        RequestError: it is no JSON, or has other fields or types than ``cls`` (400).
-    """
-    raw = await request.body()
+async def read_body(raw: bytes, cls: type[BodyT]) -> BodyT:
+    """Check a body: a RequestError (400) where it is no JSON or has other fields or types."""
     try:
         if len(raw) > LARGE_BYTES:
             return await asyncio.to_thread(cls.model_validate_json, raw)

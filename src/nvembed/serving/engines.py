@@ -50,7 +50,7 @@ class Item:
 
     content: Any
     tokens: int  # at least 1; above ``max_tokens`` where nothing was to be cut
-    normalize: bool = True
+    options: EmbedOptions = EmbedOptions()
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +72,7 @@ class EncoderEngine:
     """
 
     takes_ids = False  # token ids can be embedded
-    supports_tokens = False  # the tokenizer is known: ``tokens`` works, ``cut`` may be anything
+    supports_tokens = False  # ``tokens`` works, ``cut`` may be anything
     supports_raw = False  # ``normalize`` may be False
     batch_tokens = 4096  # of a forward that the device is fastest with
     forwards = 1  # the tokenizer of an encoder is not safe in several threads
@@ -95,13 +95,10 @@ class EncoderEngine:
 
     def prepare(self, texts: Sequence[str], options: EmbedOptions) -> list[Item]:
         """Tokenise texts; a UserError where the instruction leaves no room for one."""
-        return [Item((text, options), 1 + len(text) // CHARS_PER_TOKEN) for text in texts]
+        return [Item(text, 1 + len(text) // CHARS_PER_TOKEN, options) for text in texts]
 
     def prepare_ids(self, rows: Sequence[Sequence[int]], options: EmbedOptions) -> list[Item]:
-        """Take ids without special tokens; no prompt is put before them.
-
-        A UserError where the vocabulary does not have one.
-        """
+        """Take ids without special tokens, bare; a UserError where the vocabulary lacks one."""
         raise _unknown_tokenizer()
 
     def tokens(self, texts: Sequence[str], prompt: str, *, special: bool) -> list[list[Token]]:
@@ -112,10 +109,10 @@ class EncoderEngine:
         """Embed in one forward: ``(len(items), dimension)``, rows of length 1 where wanted."""
         rows_of: dict[EmbedOptions, list[int]] = {}
         for row, item in enumerate(items):
-            rows_of.setdefault(item.content[1], []).append(row)
+            rows_of.setdefault(item.options, []).append(row)
         vectors = np.empty((len(items), self.dimension), dtype=np.float32)
         for options, rows in rows_of.items():
-            vectors[rows] = self._vectors([items[row].content[0] for row in rows], options)
+            vectors[rows] = self._vectors([items[row].content for row in rows], options)
         return vectors
 
     def _vectors(self, texts: list[str], options: EmbedOptions) -> NDArray[np.float32]:
@@ -127,10 +124,9 @@ class EncoderEngine:
 class PackEngine(EncoderEngine):
     """An ``NVEmbed``: texts of any clients and prompts side by side in one flat batch.
 
-    On a CPU several forwards run side by side, each with its share of the threads. The threads of
-    one forward wait for each other some hundred times; as soon as the event loop or a client needs
-    one of their cores, all of them stand still until it is back. ``forwards`` says how many run;
-    ``None`` is the default of ``BatchingConfig``.
+    On a CPU several forwards run side by side, each with its share of the threads: those of one
+    forward wait for each other some hundred times, and all stand still as soon as the event loop or
+    a client needs one of their cores. ``forwards`` is as in ``BatchingConfig``.
     """
 
     takes_ids = True
@@ -168,7 +164,7 @@ class PackEngine(EncoderEngine):
             rows = self._tokenizer(texts, prompt)
         else:
             rows = text_ends(self._tokenizer, texts, prompt, cut=options.cut == "start")
-        return [Item(row, len(row), options.normalize) for row in rows]
+        return [Item(row, len(row), options) for row in rows]
 
     def prepare_ids(self, rows: Sequence[Sequence[int]], options: EmbedOptions) -> list[Item]:
         """Add the special tokens."""
@@ -178,7 +174,7 @@ class PackEngine(EncoderEngine):
             room = self.max_tokens - len(frame.head) - len(frame.tail)
             kept = [row[-room:] for row in rows] if options.cut == "start" else rows
             texts = [TokenizedText((*frame.head, *ids, *frame.tail), 0) for ids in kept]
-        return [Item(text, len(text), options.normalize) for text in texts]
+        return [Item(text, len(text), options) for text in texts]
 
     def tokens(self, texts: Sequence[str], prompt: str, *, special: bool) -> list[list[Token]]:
         """Tokenise to the sequences that the model reads."""
@@ -186,7 +182,9 @@ class PackEngine(EncoderEngine):
         rows = [_tokens(tokenizer, prompt + text, special=False) for text in texts]
         if special:
             frame = self._tokenizer.whole([""])[0]
-            head, tail = (_special(tokenizer, ids) for ids in (frame.head, frame.tail))
+            head, tail = (
+                [_special(tokenizer, id) for id in ids] for ids in (frame.head, frame.tail)
+            )
             rows = [[*head, *row, *tail] for row in rows]
         return rows
 
@@ -203,8 +201,8 @@ class PackEngine(EncoderEngine):
             pooled = embed_filled(self._model, texts, normalized=False)[:, : self.dimension]
             vectors = pooled.float().cpu().numpy()
         # A model in 16 bit normalises in 16 bit, to lengths that are off by up to 0.4 %.
-        wanted = np.array([item.normalize for item in items])
-        return np.where(wanted[:, None], unit_rows(vectors), vectors)
+        wanted = np.array([[item.options.normalize] for item in items])
+        return np.where(wanted, unit_rows(vectors), vectors)
 
 
 class StockEngine(EncoderEngine):
@@ -251,7 +249,7 @@ class StockEngine(EncoderEngine):
                 tokens = self._length(prompt + text)
             if options.cut != "none":
                 tokens = min(tokens, self.max_tokens)
-            items.append(Item((text, options), tokens, options.normalize))
+            items.append(Item(text, tokens, options))
         return items
 
     def tokens(self, texts: Sequence[str], prompt: str, *, special: bool) -> list[list[Token]]:
@@ -261,9 +259,7 @@ class StockEngine(EncoderEngine):
     def _vectors(self, texts: list[str], options: EmbedOptions) -> NDArray[np.float32]:
         query = options.input_type == "query"
         encode = self._pooled.encode_query if query else self._pooled.encode_document
-        prompt = options.prompt
-        if prompt is None:
-            prompt = self._stock.prompt_of(options.task)
+        prompt = self._stock.prompt_of(options.task) if options.prompt is None else options.prompt
         found = encode(texts, prompt=prompt, normalize_embeddings=False, show_progress_bar=False)
         vectors = np.asarray(found, dtype=np.float32)
         return unit_rows(vectors) if options.normalize else vectors
@@ -288,10 +284,9 @@ def build_engine(encoder: Encoder, forwards: int | None = None) -> EncoderEngine
 
     if isinstance(encoder, NVEmbed):
         return PackEngine(encoder, forwards)
-    if isinstance(encoder, SentenceTransformerEncoder) and getattr(
-        encoder.model.tokenizer, "is_fast", False
-    ):
-        return StockEngine(encoder)
+    if isinstance(encoder, SentenceTransformerEncoder):
+        if getattr(encoder.model.tokenizer, "is_fast", False):
+            return StockEngine(encoder)
     return EncoderEngine(encoder)
 
 
@@ -330,21 +325,16 @@ def _encoded(tokenizer: Any, text: str, *, special: bool) -> Any:
 
 
 def _tokens(tokenizer: Any, text: str, *, special: bool) -> list[Token]:
-    encoded = _encoded(tokenizer, text, special=special)
-    ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+    found = _encoded(tokenizer, text, special=special)
+    names = ("input_ids", "offset_mapping", "special_tokens_mask")
     return [
-        _special(tokenizer, [id])[0]
-        if special and added
-        else Token(id, text[start:stop], False, start, stop)
-        for id, (start, stop), added in zip(
-            ids, offsets, encoded["special_tokens_mask"], strict=True
-        )
+        _special(tokenizer, id) if special and added else Token(id, text[at:end], False, at, end)
+        for id, (at, end), added in zip(*(found[name] for name in names), strict=True)
     ]
 
 
-def _special(tokenizer: Any, ids: Sequence[int]) -> list[Token]:
-    names = tokenizer.convert_ids_to_tokens(list(ids))
-    return [Token(id, name, True, None, None) for id, name in zip(ids, names, strict=True)]
+def _special(tokenizer: Any, id: int) -> Token:
+    return Token(id, tokenizer.convert_ids_to_tokens(id), True, None, None)
 
 
 def _unknown_tokenizer() -> UserError:

@@ -43,20 +43,13 @@ class RequestContext:
     start: float = field(default_factory=time.perf_counter)
     status: int | None = None
     held_bytes: int = 0
+    body: bytes = b""  # unpacked
     texts: int | None = None
     tokens: int | None = None
 
 
 class LimitsMiddleware:
-    """See the module.
-
-    Args:
-        app: what is behind it.
-        config: all settings.
-        keys: who may call; ``None`` is everybody.
-        metrics: where requests are counted.
-        routes: the paths that exist; any other is counted as "other".
-    """
+    """See the module; paths that are not among ``routes`` are counted as "other"."""
 
     def __init__(
         self,
@@ -89,7 +82,11 @@ class LimitsMiddleware:
         self._inflight += 1
         self._metrics.inflight.set(self._inflight)
         try:
-            receive = await self._admit(scope, receive, context)
+            try:
+                await self._admit(scope, receive, context)
+            except RequestError as error:
+                self._metrics.rejected.labels(error.code).inc()
+                raise
             await self._app(scope, receive, send)
         except ClientGoneError:
             context.status = context.status or 499  # for metrics and log; nobody reads it
@@ -112,33 +109,22 @@ class LimitsMiddleware:
             self._metrics.inflight.set(self._inflight)
             self._note(scope["method"], context)
 
-    async def _admit(self, scope: Scope, receive: Receive, context: RequestContext) -> Receive:
-        """Check a request and read its body; return what hands the body out again."""
+    async def _admit(self, scope: Scope, receive: Receive, context: RequestContext) -> None:
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
-        try:
-            if context.path not in OPEN_PATHS:
-                self._check_key(headers, context)
-                if self._inflight > self._limits.max_requests:
-                    raise _too_busy()
-            if scope["method"] == "POST" and context.path in self._routes:
-                return _replay(await self._read_body(headers, receive, context), receive)
-        except RequestError as error:
-            self._metrics.rejected.labels(error.code).inc()
-            raise
-        return receive
-
-    def _check_key(self, headers: dict[bytes, str], context: RequestContext) -> None:
-        if self._keys is None:
-            return
-        owner = self._keys.owner(headers.get(b"authorization"))
-        if owner is None:
-            message = "no valid API key; send the header 'Authorization: Bearer KEY'"
-            raise RequestError(401, message, code="invalid_api_key")
-        context.client = owner
+        if context.path not in OPEN_PATHS:
+            if self._keys is not None:
+                context.client = self._keys.owner(headers.get(b"authorization")) or ""
+                if not context.client:
+                    message = "no valid API key; send the header 'Authorization: Bearer KEY'"
+                    raise RequestError(401, message, code="invalid_api_key")
+            if self._inflight > self._limits.max_requests:
+                raise _too_busy()
+        if scope["method"] == "POST" and context.path in self._routes:
+            await self._read_body(headers, receive, context)
 
     async def _read_body(
         self, headers: dict[bytes, str], receive: Receive, context: RequestContext
-    ) -> bytes:
+    ) -> None:
         kind = headers.get(b"content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":
             message = "send the header 'Content-Type: application/json'"
@@ -153,13 +139,12 @@ class LimitsMiddleware:
         seconds = self._limits.body_seconds
         try:
             async with asyncio.timeout(seconds):
-                body = await self._received(receive, context)
+                context.body = await self._received(receive, context)
                 if encoding not in ("", "identity"):
-                    body = await self._unpacked(body, context)
+                    context.body = await self._unpacked(context.body, context)
         except TimeoutError as error:
             message = f"the body did not arrive within {seconds:g} seconds"
             raise RequestError(408, message, code="slow_body") from error
-        return body
 
     async def _received(self, receive: Receive, context: RequestContext) -> bytes:
         body = bytearray()
@@ -238,16 +223,6 @@ class _SendTimeoutError(Exception):
 def _too_busy() -> RequestError:
     message = "too many requests are under way; send this one again after Retry-After seconds"
     return RequestError(429, message, code="overloaded", retry_seconds=1)
-
-
-def _replay(body: bytes, receive: Receive) -> Receive:
-    """Hand out a body that was read already, then what the connection says."""
-    messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
-
-    async def replay() -> Message:
-        return messages.pop() if messages else await receive()
-
-    return replay
 
 
 def _gzip_pieces(packed: bytes) -> Iterator[bytes]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import json
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from functools import partial
@@ -29,6 +30,7 @@ from nvembed.serving.bodies import (
     EmbedRequest,
     OpenAIRequest,
     RerankRequest,
+    SimilarityParameters,
     SimilarityRequest,
     TokenizeRequest,
     VectorFields,
@@ -91,8 +93,8 @@ def _add_post(
     """Add a route that reads a body; ``patches`` adds to its fields in the OpenAPI document."""
 
     async def route(request: Request) -> Response:
-        body = await read_body(request, cls)
-        work = handler(service, body, request.state.context)
+        context: RequestContext = request.state.context
+        work = handler(service, await read_body(context.body, cls), context)
         content, numbers = await service.finish(request, work)
         if numbers * 12 > LARGE_BYTES:
             rendered = await asyncio.to_thread(_dump, content)
@@ -113,7 +115,7 @@ async def embeddings(service: Service, body: OpenAIRequest, context: RequestCont
     if body.model is not None:
         _check_model(service, body.model)
     input_type = "document" if body.input_type == "passage" else body.input_type
-    how = {"input_type": input_type, "cut": body.cut}
+    how = {"input_type": input_type, "cut": (body.truncate or "END").lower()}
     vectors = await _vectors(service, body.input, body, context, **how)
     data = [
         {"object": "embedding", "index": index, "embedding": row}
@@ -126,7 +128,7 @@ async def embeddings(service: Service, body: OpenAIRequest, context: RequestCont
 
 async def embed(service: Service, body: EmbedRequest, context: RequestContext) -> _Answer:
     """Answer ``/embed``."""
-    how = {"cut": body.cut, "normalize": body.normalize}
+    how = {"cut": body.cut, "normalize": body.normalize is not False}
     vectors = await _vectors(service, body.inputs, body, context, **how)
     return _rows(vectors, body), vectors.size
 
@@ -148,7 +150,7 @@ async def rerank(service: Service, body: RerankRequest, context: RequestContext)
 
 async def similarity(service: Service, body: SimilarityRequest, context: RequestContext) -> _Answer:
     """Answer ``/similarity``."""
-    given, inputs = body.parameters, body.inputs
+    given, inputs = body.parameters or SimilarityParameters(), body.inputs
     options = service.read_options(prompt_name=given.prompt_name, cut=given.cut)
     parts: list[tuple[Inputs, Any]] = [
         (inputs.sentences, options),
@@ -162,7 +164,8 @@ async def tokenize(service: Service, body: TokenizeRequest, context: RequestCont
     """Answer ``/tokenize``."""
     prompt = "" if body.prompt_name is None else service.named_prompt(body.prompt_name)
     texts = [body.inputs] if isinstance(body.inputs, str) else body.inputs
-    rows = await service.tokens(texts, prompt, body.add_special_tokens, context)
+    special = body.add_special_tokens is not False
+    rows = await service.tokens(texts, prompt, special, context)
     return rows, 8 * sum(map(len, rows))
 
 
@@ -247,13 +250,12 @@ def _array(schema: dict[str, Any]) -> dict[str, Any]:
 def _described_body(cls: type[Body], patches: dict[str, dict[str, Any]]) -> dict[str, Any]:
     schema = cls.model_json_schema()
     inner = schema.pop("$defs", {})
-    for name in schema["properties"]:
-        field = schema["properties"][name]
-        if "$ref" in field:  # a document of its own would need the references
-            field |= inner[field.pop("$ref").rpartition("/")[2]]
-        field |= patches.get(name, {})
-        if name not in schema.get("required", ()):
-            schema["properties"][name] = {"anyOf": [field, {"type": "null"}]}
+    text = json.dumps(schema)
+    for name, definition in inner.items():  # these references would be of a document of its own
+        text = text.replace(f'"$ref": "#/$defs/{name}"', json.dumps(definition)[1:-1])
+    schema = json.loads(text)
+    for name, patch in patches.items():
+        schema["properties"][name]["anyOf"][0] |= patch  # the other one is null
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 

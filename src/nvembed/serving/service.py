@@ -165,8 +165,8 @@ class Service:
             message = f"not ready after {seconds:g} seconds; send fewer texts, or again later"
             raise RequestError(503, message, code="timeout", retry_seconds=5)
         finally:
-            for other in (task, gone):
-                other.cancel()
+            task.cancel()
+            gone.cancel()
 
     async def _items(self, content: Inputs, options: EmbedOptions) -> list[Item]:
         if isinstance(content, str):

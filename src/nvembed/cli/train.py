@@ -123,7 +123,7 @@ def ablate(
 
 def _run_grid(config: GridConfig, runs: list[Run], base_dir: Path, processes: int) -> list[Run]:
     """Run what is not finished; return the runs that failed."""
-    from nvembed.training.ablation.runner import run_grid
+    from nvembed.training.ablation.runner import GridJob, run_grid
 
     def tell(run: Run, outcome: Outcome) -> None:
         detail = outcome.error or (
@@ -131,13 +131,12 @@ def _run_grid(config: GridConfig, runs: list[Run], base_dir: Path, processes: in
         )
         typer.echo(f"{run.arm} seed {run.seed}: {outcome.state}, {detail}")
 
-    outcomes = run_grid(
-        runs,
+    job = GridJob(
         base_dir=(base_dir / config.recipe).parent,
         task_folders=[base_dir / folder for folder in config.tasks],
         task_names=config.task_names,
         processes=processes,
         keep_models=config.keep_models,
-        on_done=tell,
     )
+    outcomes = run_grid(runs, job, on_done=tell)
     return [run for run, o in zip(runs, outcomes, strict=True) if o.state == "failed"]

@@ -30,14 +30,7 @@ from nvembed.training.stages import mined_dataset, mined_file, places_to_mine, w
 
 @dataclass(frozen=True, slots=True)
 class PlannedMining:
-    """What the teacher of a set will have to embed.
-
-    Args:
-        dataset: name of the set.
-        instruction: of its queries.
-        queries: different ones.
-        documents: the pool.
-    """
+    """What the teacher of a set will have to embed: its different queries, and all documents."""
 
     dataset: str
     instruction: str | None

@@ -284,10 +284,9 @@ def build_engine(encoder: Encoder, forwards: int | None = None) -> EncoderEngine
 
     if isinstance(encoder, NVEmbed):
         return PackEngine(encoder, forwards)
-    if isinstance(encoder, SentenceTransformerEncoder):
-        if getattr(encoder.model.tokenizer, "is_fast", False):
-            return StockEngine(encoder)
-    return EncoderEngine(encoder)
+    stock = isinstance(encoder, SentenceTransformerEncoder)
+    fast = stock and getattr(cast(Any, encoder).model.tokenizer, "is_fast", False)
+    return StockEngine(cast(Any, encoder)) if fast else EncoderEngine(encoder)
 
 
 def _pooling_kind(module: Any) -> str:

@@ -26,7 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nvembed.kernels.matmul import product
+from nvembed.kernels.linear import product
 
 
 class Folded(NamedTuple):

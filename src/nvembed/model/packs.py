@@ -16,7 +16,7 @@ from sentence_transformers.base.modules import Normalize
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from nvembed.kernels.allocator import keep_freed_memory
+from nvembed.kernels.accelerate import keep_freed_memory
 from nvembed.model.backbone import Backbone
 from nvembed.model.pooling import Pooling
 from nvembed.model.settings import LongTexts

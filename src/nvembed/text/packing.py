@@ -67,9 +67,13 @@ class FlatBatch:
 
     def to(self, device: torch.device | str) -> FlatBatch:
         """Copy to a device."""
-        tensors = (self.token_ids_T, self.position_ids_T, self.pool_mask_T)
-        segments = Segments(self.segments.cu_seqlens.to(device), self.segments.lengths)
-        return FlatBatch(*(tensor.to(device) for tensor in tensors), segments, self.order)
+        return FlatBatch(
+            self.token_ids_T.to(device),
+            self.position_ids_T.to(device),
+            self.pool_mask_T.to(device),
+            Segments(self.segments.cu_seqlens.to(device), self.segments.lengths),
+            self.order,
+        )
 
 
 def flatten(texts: Sequence[TokenizedText]) -> FlatBatch:

@@ -196,7 +196,7 @@ UNMARKED = {
     "core/cache.py": {"rmtree", "write_text"},
     "examples/pydocs/harvest.py": {"write_jsonl", "unlink"},
     "encoding/file_search.py": {"write_array"},
-    "kernels/timing.py": {"write_json"},
+    "kernels/precision.py": {"write_json"},
     "kernels/build.py": {"atomic_path", "write_text"},
     "text/token_cache.py": {"write_array", "unlink"},
     # In a working folder, under such a hash.

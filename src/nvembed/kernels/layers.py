@@ -221,9 +221,7 @@ def _add_norm(
     weight_D = norm.weight.float().contiguous()
     rows, width = residual_TD.shape
     eps, wide = float(norm.variance_epsilon), dtype is torch.float32
-    _call(
-        "decoder_layer", "add_norm", residual_TD, added_TD, weight_D, out_TD, wide, rows, width, eps
-    )
+    _call("add_norm", residual_TD, added_TD, weight_D, out_TD, wide, rows, width, eps)
     return out_TD
 
 
@@ -231,7 +229,6 @@ def _gate(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
     gate_TF, up_TF = gate_TF.contiguous(), up_TF.contiguous()
     out_TF = torch.empty_like(gate_TF)
     _call(
-        "decoder_layer",
         "gate",
         gate_TF,
         up_TF,
@@ -246,7 +243,6 @@ def _add(residual_TD: Tensor, added_TD: Tensor) -> Tensor:
     """Add to the residual in place."""
     added_TD = added_TD.contiguous()
     _call(
-        "decoder_layer",
         "add",
         residual_TD,
         added_TD,

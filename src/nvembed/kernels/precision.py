@@ -47,9 +47,13 @@ _NATIVE = Path(__file__).parent / "native"
 
 
 @overload
-def settle_precision(choice: PrecisionChoice, **options: Any) -> Precision: ...
+def settle_precision(
+    choice: PrecisionChoice, *, begun: Precision | None = None, option: str | None = "--dtype"
+) -> Precision: ...
 @overload
-def settle_precision(choice: PrecisionChoice | None, **options: Any) -> Precision | None: ...
+def settle_precision(
+    choice: None, *, begun: Precision | None = None, option: str | None = "--dtype"
+) -> None: ...
 def settle_precision(
     choice: PrecisionChoice | None,
     *,

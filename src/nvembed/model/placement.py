@@ -22,15 +22,9 @@ DeviceMap = str | Mapping[str, int | str | torch.device]
 def plan_places(
     decoder: PreTrainedModel, device_map: DeviceMap, dtype: torch.dtype | None
 ) -> dict[str, torch.device]:
-    """Settle where every module of a backbone goes.
+    """Settle where every module of a backbone goes, which may lie on the meta device.
 
-    Args:
-        decoder: may lie on the meta device.
-        device_map: see ``DeviceMap``.
-        dtype: of the weights to come; ``None`` is that of the decoder.
-
-    Raises:
-        ModelError: a module is given no place, or the places of ``"auto"`` do not suffice.
+    ``dtype`` is that of the weights to come; ``None`` is that of the decoder.
     """
     if isinstance(device_map, str):
         if device_map != "auto":
@@ -59,11 +53,7 @@ def plan_places(
 
 
 def place_of(parameter: str, places: Mapping[str, torch.device]) -> torch.device:
-    """Return the device of a parameter of the backbone: that of the longest name that covers it.
-
-    Raises:
-        ModelError: no name does.
-    """
+    """Return the device of a parameter of the backbone: that of the longest name that covers it."""
     parts = parameter.split(".")
     for length in range(len(parts), -1, -1):
         if (found := places.get(".".join(parts[:length]))) is not None:
@@ -80,3 +70,12 @@ def spread(decoder: PreTrainedModel, places: Mapping[str, torch.device]) -> None
     # accelerate knows the CPU by "cpu" alone: "cpu:0" would count as another device.
     named = {name: "cpu" if place.type == "cpu" else str(place) for name, place in places.items()}
     dispatch_model(decoder, device_map=named, force_hooks=True)
+
+
+def main_device(decoder: torch.nn.Module) -> torch.device:
+    """Where inputs go: of a spread backbone the first place that is not the CPU beside a GPU."""
+    spread_over = getattr(decoder, "hf_device_map", None)
+    if not spread_over:
+        return next(decoder.parameters()).device
+    places = [torch.device(place) for place in spread_over.values()]
+    return next((place for place in places if place.type != "cpu"), torch.device("cpu"))

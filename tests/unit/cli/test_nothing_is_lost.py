@@ -216,7 +216,6 @@ UNMARKED = {
     "evaluation/results.py": {"open"},
     "encoding/files.py": {"write_json"},
     "encoding/outputs.py": {"create_table", "rmdir", "open", "rename"},
-    "model/adapters.py": {"save_pretrained"},
     "model/backbone.py": {"save_pretrained"},
     "encoding/export/folders.py": {"write_json", "write_text", "save_pretrained"},
     "encoding/export/onnx.py": {"write_json", "save", "save_pretrained"},

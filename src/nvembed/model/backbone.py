@@ -27,7 +27,7 @@ from nvembed.interop.loading import check_vocabulary, loading, reason
 from nvembed.interop.model_folder import COPY_AGAIN, ModelSource, read_values
 from nvembed.kernels.accelerate import accelerate
 from nvembed.model.attention import FLAT_ATTENTION, OTHER_BACKBONE, probe_direction
-from nvembed.model.placement import DeviceMap, main_device
+from nvembed.model.placement import DeviceMap
 from nvembed.model.settings import AttentionDirection, LoraSettings
 from nvembed.text.packing import FlatBatch, flatten
 from nvembed.text.tokens import TextStyle, TextTokenizer, TokenizedText
@@ -266,6 +266,15 @@ class Backbone(InputModule):
             device_map=given.get("device_map"),
             **read_values(SavedBackbone, settings, where=str(file)),
         )
+
+
+def main_device(decoder: torch.nn.Module) -> torch.device:
+    """Where inputs go: of a spread backbone the first place that is not the CPU beside a GPU."""
+    spread_over = getattr(decoder, "hf_device_map", None)
+    if not spread_over:
+        return next(decoder.parameters()).device
+    places = [torch.device(place) for place in spread_over.values()]
+    return next((place for place in places if place.type != "cpu"), torch.device("cpu"))
 
 
 def prove_direction(backbone: Backbone, *, name: str) -> None:

@@ -151,12 +151,12 @@ class EncodingModel(PackModel):
             ConfigError: an argument that the signature does not allow.
             DataError: something else than texts.
         """
-        given = dict(locals())
-        options = {key: given[key] for key in inspect.signature(self.encode).parameters}
-        return self._encode(options.pop("inputs"), options | options.pop("others"))
+        options = dict(locals())
+        del options["self"], options["inputs"], options["others"]
+        self._check_options(options, others)
+        return self._encode(inputs, options | others)
 
     def _encode(self, inputs: Any, options: dict[str, Any]) -> Any:
-        self._check_options(options)
         if options["prompt"] is not None:
             options["prompt_name"] = None
         encode: Any = super().encode
@@ -164,14 +164,13 @@ class EncodingModel(PackModel):
         if not several or options["precision"] not in get_args(SmallPrecision):
             return encode(inputs, **options)
         precision, numpy = options.pop("precision"), options.pop("convert_to_numpy")
-        small_ND = quantize(
-            encode(inputs, **options | {"convert_to_tensor": True}), precision
-        ).cpu()
+        vectors_ND = encode(inputs, **options | {"convert_to_tensor": True})
+        small_ND = quantize(vectors_ND, precision).cpu()
         if options["convert_to_tensor"]:
             return small_ND
         return small_ND.numpy() if numpy else list(small_ND)
 
-    def _check_options(self, options: Mapping[str, Any]) -> None:
+    def _check_options(self, options: Mapping[str, Any], others: Mapping[str, Any]) -> None:
         """Refuse what the types of the signature cannot."""
         name, device, pool = options["prompt_name"], options["device"], options["pool"]
         if name is not None and name not in self.prompts:
@@ -186,15 +185,16 @@ class EncodingModel(PackModel):
                     f"{wanted} dimensions asked for", where="truncate_dim", expected=f"1 to {width}"
                 )
         for place in device if isinstance(device, list) else [device]:
-            usable_device(place)
+            if place is not None:
+                usable_device(place)
         if device == [] or (pool is not None and not pool.keys() >= {"input", "processes"}):
             raise ConfigError(
                 "no process to work in",
                 where="encode()",
                 expected="a list of devices, or a pool of start_multi_process_pool",
             )
-        known = ["inputs", *inspect.signature(self.encode).parameters]
-        if unknown := sorted(options.keys() - {*known, "task", "processing_kwargs"}):
+        if unknown := sorted(others.keys() - {"task", "processing_kwargs"}):
+            known = list(inspect.signature(self.encode).parameters)
             raise ConfigError(
                 f"unknown argument {unknown[0]}{near_matches(unknown[0], known)}", where="encode()"
             )

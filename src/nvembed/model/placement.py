@@ -70,12 +70,3 @@ def spread(decoder: PreTrainedModel, places: Mapping[str, torch.device]) -> None
     # accelerate knows the CPU by "cpu" alone: "cpu:0" would count as another device.
     named = {name: "cpu" if place.type == "cpu" else str(place) for name, place in places.items()}
     dispatch_model(decoder, device_map=named, force_hooks=True)
-
-
-def main_device(decoder: torch.nn.Module) -> torch.device:
-    """Where inputs go: of a spread backbone the first place that is not the CPU beside a GPU."""
-    spread_over = getattr(decoder, "hf_device_map", None)
-    if not spread_over:
-        return next(decoder.parameters()).device
-    places = [torch.device(place) for place in spread_over.values()]
-    return next((place for place in places if place.type != "cpu"), torch.device("cpu"))

@@ -10,8 +10,9 @@ import torch
 
 from nvembed.core.errors import ModelError
 from nvembed.model import placement
-from nvembed.model.backbone import main_device, place_of, plan_places
+from nvembed.model.backbone import main_device
 from nvembed.model.embedder import NVEmbed
+from nvembed.model.placement import place_of, plan_places
 from official_folders import write_official
 
 TEXTS = ["one", "two words", "rather a longer text, with commas in it"]

@@ -32,8 +32,8 @@ from nvembed.evaluation.run import evaluate
 from nvembed.evaluation.tasks import LocalTask, load_tasks
 from nvembed.kernels.precision import settle_precision
 from nvembed.model.embedder import NVEmbed
-from nvembed.model.latent_attention import LatentAttention
 from nvembed.model.packs import embed_pack
+from nvembed.model.pooling import LatentAttention
 from nvembed.model.settings import PoolingKind
 from nvembed.text.tokens import TokenizedText
 from nvembed.training.config import TrainConfig

@@ -29,8 +29,7 @@ from nvembed.core.reporting import Rates, progress, release_notes
 from nvembed.core.store import read_arrays, write_array, write_arrays
 from nvembed.encoding.protocol import Encoder, unit_rows
 from nvembed.encoding.workers import Engine, Loader, Pool, process_pool, ray_pool, result_of
-from nvembed.model.settings import LongTexts
-from nvembed.model.work import Work
+from nvembed.model.settings import LongTexts, Work
 from nvembed.text.tokens import batches
 
 InputType = Literal["query", "document"]

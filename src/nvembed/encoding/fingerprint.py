@@ -68,7 +68,7 @@ def contents_fingerprint(model: str) -> str:
     """
     folder = Path(model)
     if not folder.is_dir():
-        from nvembed.interop.source import ModelSource
+        from nvembed.interop.model_folder import ModelSource
 
         config = ModelSource(model).require("config.json")
         return hashlib.sha256(f"{model} {config.parent.name}".encode()).hexdigest()

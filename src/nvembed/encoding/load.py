@@ -46,8 +46,7 @@ def load_encoder(name: str, dtype: PrecisionChoice | None = None) -> Encoder:
     from sentence_transformers.base.modules import Transformer
 
     from nvembed.interop.loading import check_vocabulary, loading, prove_encoding
-    from nvembed.interop.model_folder import holds_graph, is_foreign
-    from nvembed.interop.source import ModelSource
+    from nvembed.interop.model_folder import ModelSource, holds_graph, is_foreign
     from nvembed.interop.weights import check_finite
     from nvembed.model.embedder import NVEmbed
 

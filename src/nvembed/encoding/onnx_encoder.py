@@ -12,8 +12,7 @@ from numpy.typing import NDArray
 from nvembed.core.errors import ModelError
 from nvembed.encoding.export.onnx import FILE, OUTPUT, padded_inputs
 from nvembed.interop.loading import loading
-from nvembed.interop.model_folder import ONNX_FILE
-from nvembed.interop.source import read_json_file
+from nvembed.interop.model_folder import ONNX_FILE, read_json_file
 from nvembed.text.instructions import Side, resolve_prompt, side_prompt
 from nvembed.text.tokens import TextTokenizer
 

@@ -31,8 +31,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from nvembed.core.errors import ConfigError, ModelError, UserError
-from nvembed.interop.model_folder import read_modules
-from nvembed.interop.source import COPY_AGAIN, ModelSource, check_present
+from nvembed.interop.model_folder import COPY_AGAIN, ModelSource, check_present, read_modules
 from nvembed.interop.weights import (
     INDEX,
     LM_HEAD,

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from nvembed.core.errors import ModelError
 from nvembed.core.files import write_json
-from nvembed.interop.source import COPY_AGAIN, ModelSource, check_present, read_json_file
+from nvembed.interop.model_folder import COPY_AGAIN, ModelSource, check_present, read_json_file
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -14,9 +14,8 @@ from torch import Tensor
 from transformers import AutoModel, MistralConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from nvembed.interop.loading import loading
-from nvembed.interop.model_folder import read_limit
+from nvembed.interop.model_folder import ModelSource, read_limit
 from nvembed.interop.official import LatentShape, official_name, own_name, read_config
-from nvembed.interop.source import ModelSource
 from nvembed.interop.weights import check_finite_tensor, fit, read_tensor, stored_tensors
 from nvembed.model.attention import FLAT_ATTENTION
 from nvembed.model.backbone import Backbone, prove_direction
@@ -44,9 +43,6 @@ def load_official(
         dtype: of the weights; ``None`` means bfloat16 on CUDA and float32 elsewhere, ``"auto"`` the
             stored dtype.
         max_tokens: longest sequence; ``None`` takes the folder's limit.
-
-    Raises:
-        ModelError: a file, a tensor or a setting is missing, of the wrong shape or unknown.
     """
     config_path = source.require("config.json")
     source = source.pinned(config_path)
@@ -63,28 +59,25 @@ def load_official(
     names = fit(official_shapes(decoder, pooling), stored, where=source.name)
     main = torch.device(device)
     places = None if device_map is None else plan_places(decoder, device_map, wanted)
-    weights = {}
+    weights: dict[str, dict[str, Tensor]] = {"0.model": {}, "1": {}}
     for name, stored_name in names.items():
-        own_key = own_name(name)
-        assert own_key is not None, name
-        inner = own_key.removeprefix("0.model.")
-        place = place_of(inner, places) if places and inner != own_key else main
-        weights[own_key] = read_tensor(stored_name, stored[stored_name], place, wanted)
-        check_finite_tensor(weights[own_key], stored_name, where=source.name)
-    for prefix, module in (("0.model.", decoder), ("1.", pooling)):
-        own = {
-            name.removeprefix(prefix): weights[name] for name in weights if name.startswith(prefix)
-        }
-        module.load_state_dict(own, assign=True)
+        module, own_key = _own_key(name)
+        place = place_of(own_key, places) if places and module == "0.model" else main
+        tensor = read_tensor(stored_name, stored[stored_name], place, wanted)
+        check_finite_tensor(tensor, stored_name, where=source.name)
+        weights[module][own_key] = tensor
+    decoder.load_state_dict(weights["0.model"], assign=True)
+    pooling.load_state_dict(weights["1"], assign=True)
     # Its buffers are computed, not stored, so building without memory left them empty.
     rotary_place = place_of("rotary_emb", places) if places else main
     decoder.rotary_emb = type(decoder.rotary_emb)(decoder_config).to(rotary_place)
     if places:
         spread(decoder, places)
+    limit = max_tokens or read_limit(source, "sentence_bert_config.json", "max_seq_length")
     backbone = Backbone(
         decoder.eval(),
         tokenizer,
-        max_tokens=max_tokens or _saved_max_tokens(source),
+        max_tokens=limit or DEFAULT_MAX_TOKENS,
         text_style="official",
     )
     prove_direction(backbone, name=source.name)
@@ -107,16 +100,21 @@ def official_shapes(
     decoder: PreTrainedModel, pooling: LatentAttentionPooling
 ) -> dict[str, tuple[int, ...]]:
     """Shapes of all weights by their official names."""
-    named: dict[str, Tensor] = {
-        **{f"0.model.{name}": value for name, value in decoder.state_dict().items()},
-        **{f"1.{name}": value for name, value in pooling.state_dict().items()},
-    }
     shapes = {}
-    for name, value in named.items():
-        official = official_name(name)
-        assert official is not None, name
-        shapes[official] = tuple(value.shape)
+    for prefix, module in (("0.model.", decoder), ("1.", pooling)):
+        for name, value in module.state_dict().items():
+            official = official_name(prefix + name)
+            assert official is not None, name
+            shapes[official] = tuple(value.shape)
     return shapes
+
+
+def _own_key(official: str) -> tuple[str, str]:
+    """The module of ours, ``0.model`` or ``1``, and the name in it of an official tensor."""
+    own = own_name(official)
+    assert own is not None, official
+    module = "0.model" if own.startswith("0.model.") else "1"
+    return module, own.removeprefix(f"{module}.")
 
 
 def _load_tokenizer(source: ModelSource) -> PreTrainedTokenizerFast:
@@ -138,8 +136,3 @@ def _load_tokenizer(source: ModelSource) -> PreTrainedTokenizerFast:
         special[key] = str(value["content"] if isinstance(value, dict) else value)
     with loading(str(path), expected="a tokenizer"):
         return PreTrainedTokenizerFast(tokenizer_file=str(path), **special)
-
-
-def _saved_max_tokens(source: ModelSource) -> int:
-    limit = read_limit(source, "sentence_bert_config.json", "max_seq_length")
-    return DEFAULT_MAX_TOKENS if limit is None else limit

@@ -14,8 +14,7 @@ from nvembed.encoding.load import SentenceTransformerEncoder
 from nvembed.encoding.protocol import Encoder, prompts_of, unit_rows
 from nvembed.serving.engine import Engine, Item, Token, Wish
 from nvembed.text.instructions import resolve_prompt, side_prompt
-from nvembed.text.long_texts import text_ends
-from nvembed.text.tokens import TokenizedText
+from nvembed.text.tokens import TokenizedText, text_ends
 
 if TYPE_CHECKING:
     from nvembed.model.embedder import NVEmbed

@@ -19,7 +19,7 @@ from forked import in_processes, outcomes_in_processes
 from nvembed.core.errors import TrainingError
 from nvembed.data.batch import ContrastiveBatch, build_batch
 from nvembed.data.convert import Example
-from nvembed.model.adapters import add_lora
+from nvembed.model.backbone import add_lora
 from nvembed.model.embedder import NVEmbed
 from nvembed.model.packs import embed_pack
 from nvembed.model.settings import LoraSettings

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from nvembed.encoding.doctor.report import Finding, Placement, Sample, Status
 from nvembed.encoding.doctor.subject import Subject
 from nvembed.kernels.precision import fastest_precision
-from nvembed.model.probe import probe_direction
+from nvembed.model.attention import probe_direction
 
 # Below these cosines to float32 a dtype changes rankings noticeably, or is broken.
 DRIFT_WARNING, DRIFT_PROBLEM = 0.999, 0.98

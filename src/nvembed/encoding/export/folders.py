@@ -28,12 +28,10 @@ from nvembed.encoding.export.stock import (
     write_stock,
     write_tokenizer,
 )
-from nvembed.interop.model_folder import model_kind
+from nvembed.interop.model_folder import ModelSource, model_kind
 from nvembed.interop.official import LatentShape, official_name, write_config
-from nvembed.interop.source import ModelSource
 from nvembed.interop.weights import MAX_SHARD_BYTES, write_shards
-from nvembed.model.adapters import merge_lora
-from nvembed.model.backbone import Backbone
+from nvembed.model.backbone import Backbone, merge_lora
 from nvembed.model.embedder import NVEmbed
 from nvembed.model.pooling import LatentAttentionPooling
 from nvembed.text.instructions import query_prompt

@@ -18,7 +18,7 @@ from typing import Literal
 
 from nvembed.building.similar_texts import Bm25Index, ShingleIndex, SimilarTexts
 from nvembed.data.records import PairRecord, Record, StsRecord
-from nvembed.mining.pool import DocumentPool
+from nvembed.mining.corpus import MemoryCorpus
 
 Rule = Literal["exact", "near", "bm25"]
 
@@ -79,7 +79,7 @@ class Contamination:
         bm25: float | None = None,
         shingle_words: int = 2,
     ) -> None:
-        self._pool = DocumentPool()
+        self._pool = MemoryCorpus()
         self._singles: dict[int, EvaluationText] = {}
         self._pairs: dict[tuple[int, int], EvaluationText] = {}
         for item in texts:

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from nvembed.data.record_shards import Rows, record_of
 from nvembed.data.records import PairRecord, Record, StsRecord
 from nvembed.data.sources import Converted
-from nvembed.mining.pool import text_key
+from nvembed.mining.corpus import text_key
 
 # Records that share a query and are held in memory at once.
 SPILL_RECORDS = 50_000

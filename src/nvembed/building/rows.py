@@ -23,7 +23,7 @@ from nvembed.data.records import (
     label_problems,
 )
 from nvembed.data.sources import BadRow, Converted, DatasetConfig
-from nvembed.mining.pool import text_key
+from nvembed.mining.corpus import text_key
 
 
 class Notes:

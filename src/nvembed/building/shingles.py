@@ -13,7 +13,7 @@ from zlib import crc32
 import numpy as np
 from numpy.typing import NDArray
 
-from nvembed.mining.pool import text_key
+from nvembed.mining.corpus import text_key
 
 _WORD = re.compile(r"\w+")
 # Odd, so that multiplying loses nothing; the fraction of the golden ratio in 64 bits.

@@ -11,7 +11,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from nvembed.mining.pool import text_key
+from nvembed.mining.corpus import text_key
 
 _LONGEST_TASK = 400  # characters
 _LONGEST_TEXT = 20_000

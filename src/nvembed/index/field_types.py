@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -20,17 +20,14 @@ from nvembed.index.fields import (
     wider_type,
 )
 
-_OF_DOCUMENTS = ("id", "text")
+Fields = dict[str, Any]
 
 
-class WindowTypes:
-    """Settles the types of fields, row by row.
+class FieldTypes:
+    """Settles the types of fields: known ones, those of files, those of values.
 
     Attributes:
-        found: the types so far.
-
-    Args:
-        known: types of the fields that the database has.
+        found: the types so far; at first those of the fields that the database has.
     """
 
     def __init__(self, known: Mapping[str, pa.DataType]) -> None:
@@ -38,60 +35,71 @@ class WindowTypes:
         self._of_tables: dict[int, dict[str, pa.DataType]] = {}
         self._of_cells: dict[str, pa.DataType] = {}
 
-    def read_tables(self, rows: Iterable[tuple[Table, dict[str, Any]]]) -> None:
+    def settle(
+        self,
+        rows: Sequence[tuple[Fields, Table | None]],
+        refuse: Callable[[int, DataError], object],
+    ) -> list[Fields | None]:
+        """The values of rows under the types that hold all of them.
+
+        Args:
+            rows: fields, and the table that they are of.
+            refuse: is told the number of a row that no type suits, for which None is returned.
+        """
+        known = dict(self.found)
+        self._read_tables(rows)
+        kept: list[Fields | None] = [{} for _ in rows]
+        for widen in (True, False):
+            for number, (values, table) in enumerate(rows):
+                if kept[number] is not None:
+                    try:
+                        kept[number] = self._kept(values, table, widen)
+                    except DataError as error:
+                        kept[number] = None
+                        refuse(number, error)
+            if self.found == known:
+                break  # else what was read before a type was found or made wider is read again
+        return kept
+
+    def _read_tables(self, rows: Sequence[tuple[Fields, Table | None]]) -> None:
         """Look at what files say: the schema of Parquet; of a column of CSV all cells together."""
         cells: dict[str, list[str]] = {}
-        for table, values in rows:
-            if table.schema is not None and id(table) not in self._of_tables:
-                types = {column.name: kept_type(column.type) for column in table.schema}
-                self._of_tables[id(table)] = types
-            elif table.textual:
+        for values, table in rows:
+            if table is not None and table.schema is not None:
+                if id(table) not in self._of_tables:
+                    types = {column.name: kept_type(column.type) for column in table.schema}
+                    self._of_tables[id(table)] = types
+            elif table is not None and table.textual:
                 for name, text in values.items():
                     if text != "" and name not in self.found:
                         cells.setdefault(name, []).append(text)
         self._of_cells = {name: type_of_texts(texts) for name, texts in cells.items()}
 
-    def take(self, values: dict[str, Any], table: Table | None) -> None:
-        """Find the types of a row's fields, and make them wider where they hold too little.
-
-        Raises:
-            DataError: a field cannot have this name, or its value no type that the others have.
-        """
+    def _kept(self, values: Fields, table: Table | None, widen: bool) -> Fields:
         types: dict[str, pa.DataType] = {}
+        kept: Fields = {}
+        textual = table is not None and table.textual
         for name, value in values.items():
-            type = self.found.get(name) or self._first_type(name, value, table)
+            type = self.found.get(name)
+            if type is None and widen:
+                type = self._first_type(name, value, table)
             if type is None:
                 continue
             _check_name(name)
-            given = self._read(value, type, table)
-            try:
-                kept_value(given, type)
-            except Misfit as misfit:
-                wider = wider_type(type, given)
-                if wider is None:
-                    raise _mismatch(name, given, type, misfit) from misfit
-                type = wider
+            if textual:
+                value = None if value == "" else from_text(value, type)
             types[name] = type
-        self.found |= types
-
-    def kept(self, values: dict[str, Any], table: Table | None) -> dict[str, Any]:
-        """The values of a row's fields under the types that were found.
-
-        Raises:
-            DataError: the type that another row has made of a field does not hold the value.
-        """
-        kept: dict[str, Any] = {}
-        for name, value in values.items():
-            type = self.found.get(name)
-            if type is None:
-                continue
-            given = self._read(value, type, table)
             try:
-                value = kept_value(given, type)
+                got = kept_value(value, type)
             except Misfit as misfit:
-                raise _mismatch(name, given, type, misfit) from misfit
-            if value is not None:
-                kept[name] = value
+                wider = wider_type(type, value) if widen else None
+                if wider is None:
+                    raise _mismatch(name, value, type, misfit) from misfit
+                types[name] = wider
+            else:
+                if got is not None:
+                    kept[name] = got
+        self.found |= types
         return kept
 
     def _first_type(self, name: str, value: Any, table: Table | None) -> pa.DataType | None:
@@ -108,14 +116,9 @@ class WindowTypes:
         except Misfit as misfit:
             raise DataError(f'"{name}" is {misfit}', expected="a text") from misfit
 
-    def _read(self, value: Any, type: pa.DataType, table: Table | None) -> Any:
-        if table is None or not table.textual:
-            return value
-        return None if value == "" else from_text(value, type)
-
 
 def _check_name(name: str) -> None:
-    if name in _OF_DOCUMENTS:
+    if name in ("id", "text"):
         raise DataError(
             f"a field cannot be called {name!r}: the document's own is",
             hint=f"--column {name}=NAME says which column that is, --fields which others to keep",
@@ -135,13 +138,12 @@ def _mismatch(name: str, value: Any, type: pa.DataType, misfit: Misfit) -> DataE
         kind = describe(type_of(value))
     except Misfit as unknown:
         return DataError(f'"{name}" is {unknown}', expected="a text")
+    problem = f"is a {kind}, in the documents before it a {describe(type)}"
     if kind == describe(type):
-        return DataError(
-            f'"{name}" is {repr(value)[:60]}, which {type}, the type of the documents before it, '
-            "does not hold",
-            hint="Make them alike, or keep other fields only with --fields",
+        problem = (
+            f"is {repr(value)[:60]}, which {type}, the type of the documents before it, "
+            "does not hold"
         )
     return DataError(
-        f'"{name}" is a {kind}, in the documents before it a {describe(type)}',
-        hint="Make them alike, or keep other fields only with --fields",
+        f'"{name}" {problem}', hint="Make them alike, or keep other fields only with --fields"
     )

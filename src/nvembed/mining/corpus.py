@@ -13,7 +13,7 @@ from array import array
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import IO, Protocol, Self, overload
+from typing import IO, Self, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,21 +59,8 @@ def nearly_equal(text: str, other: frozenset[str], threshold: float) -> bool:
     return word_overlap(frozenset(_WORD.findall(folded)), other) >= threshold
 
 
-class Pool(Protocol):
-    """Different texts, in the order they came and in the spelling that came first."""
-
-    @property
-    def texts(self) -> Sequence[str]:
-        """The texts by row."""
-        ...
-
-    def find(self, text: str) -> int | None:
-        """Return the row of a text, ``None`` where it is not in the pool."""
-        ...
-
-
-class DocumentPool:
-    """A pool in memory."""
+class MemoryCorpus:
+    """Different texts in memory, in the order they came and in the spelling that came first."""
 
     def __init__(self, texts: Iterable[str] = ()) -> None:
         self.texts: list[str] = []
@@ -89,22 +76,15 @@ class DocumentPool:
         return row
 
     def find(self, text: str) -> int | None:
-        """Return the row of a text, ``None`` where it is not in the pool."""
+        """Return the row of a text, ``None`` where it is not there."""
         return self._rows.get(text_key(text))
 
 
-class StoredPool:
-    """A pool in a file, for more texts than memory should hold: it keeps 40 bytes of each.
+class StoredCorpus:
+    """The same in a file, for more texts than memory should hold: it keeps 40 bytes of each.
 
-    The file has no name, so it goes with the process, however that ends. Texts are told apart by
-    128 bits of their key's BLAKE2b.
-
-    Args:
-        texts: gone through once.
-        folder: on whose disk they are written, repeated ones included.
-
-    Raises:
-        UserError: the disk is full.
+    The file lies in ``folder`` and has no name, so it goes with the process, however that ends.
+    Texts are told apart by 128 bits of their key's BLAKE2b.
     """
 
     def __init__(self, texts: Iterable[str], folder: Path) -> None:
@@ -115,13 +95,8 @@ class StoredPool:
         except BaseException:
             self._file.close()
             raise
-        # Sorted by hash, of equal ones the first to come in front; lexsort is stable.
-        order = np.lexsort((hashes[:, 1], hashes[:, 0]))
-        sorted_hashes = hashes[order]
-        different = np.ones(len(order), dtype=np.bool_)
-        different[1:] = (sorted_hashes[1:] != sorted_hashes[:-1]).any(axis=1)
-        firsts = order[different]
-        self._hashes = sorted_hashes[different]
+        # Sorted by hash, of equal ones the first to come in front.
+        self._hashes, firsts = np.unique(hashes, return_index=True)
         by_place = np.argsort(firsts)
         self._rows = np.empty(len(firsts), dtype=np.int64)
         self._rows[by_place] = np.arange(len(firsts))
@@ -129,14 +104,11 @@ class StoredPool:
         self.texts: Sequence[str] = _StoredTexts(self._file, ends[places], ends[places + 1])
 
     def find(self, text: str) -> int | None:
-        """Return the row of a text, ``None`` where it is not in the pool."""
-        high, low = np.frombuffer(_hash(text), dtype="<u8")
-        at = int(np.searchsorted(self._hashes[:, 0], high))
-        while at < len(self._hashes) and self._hashes[at, 0] == high:
-            if self._hashes[at, 1] == low:
-                return int(self._rows[at])
-            at += 1
-        return None
+        """Return the row of a text, ``None`` where it is not there."""
+        wanted = np.frombuffer(_hash(text), dtype="S16")[0]
+        at = int(np.searchsorted(self._hashes, wanted))
+        found = at < len(self._hashes) and self._hashes[at] == wanted
+        return int(self._rows[at]) if found else None
 
     def __enter__(self) -> Self:
         return self
@@ -146,7 +118,8 @@ class StoredPool:
 
     def _write(
         self, texts: Iterable[str], folder: Path
-    ) -> tuple[NDArray[np.int64], NDArray[np.uint64]]:
+    ) -> tuple[NDArray[np.int64], NDArray[np.bytes_]]:
+        """Write all texts, repeated ones included."""
         ends, hashes, size = array("q", [0]), bytearray(), 0
         try:
             with progress(None, "read documents") as bar:
@@ -163,7 +136,10 @@ class StoredPool:
                 where=str(folder),
                 hint="Free space on the disk or choose another place with --work",
             ) from error
-        return np.frombuffer(ends, dtype=np.int64), np.frombuffer(hashes, "<u8").reshape(-1, 2)
+        return np.frombuffer(ends, dtype=np.int64), np.frombuffer(hashes, dtype="S16")
+
+
+Corpus = MemoryCorpus | StoredCorpus
 
 
 class _StoredTexts(Sequence[str]):

@@ -28,7 +28,7 @@ from nvembed.evaluation.significance import (
     sign_flip_p,
 )
 from nvembed.evaluation.summary import count_of_tasks, markdown_table, terminal_table
-from nvembed.evaluation.tasks import TASK_TYPES
+from nvembed.evaluation.task_files import TASK_TYPES
 
 SIGNIFICANT = 0.05
 

@@ -28,7 +28,7 @@ from nvembed.evaluation.ranking_metrics import (
     ranking_scores,
     ranking_values,
 )
-from nvembed.evaluation.results import ItemKind, Items, task_hash
+from nvembed.evaluation.results import ItemKind, Items
 from nvembed.evaluation.task_files import (
     ClassificationData,
     LabelledTexts,
@@ -37,7 +37,7 @@ from nvembed.evaluation.task_files import (
     RetrievalData,
     SummarizationData,
 )
-from nvembed.evaluation.tasks import LocalTask
+from nvembed.evaluation.tasks import LocalTask, task_hash
 
 CHUNK_DOCUMENTS = 50_000
 """Documents encoded and searched at once; mteb's number, so that products are rounded alike."""

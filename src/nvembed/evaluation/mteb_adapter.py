@@ -46,8 +46,9 @@ from nvembed.evaluation.task_files import (
     RerankingData,
     RetrievalData,
     SummarizationData,
+    TaskType,
 )
-from nvembed.evaluation.tasks import LocalTask, TaskType
+from nvembed.evaluation.tasks import LocalTask
 from nvembed.text.instructions import Side
 
 # Reranking is retrieval from each query's own candidates, as in mteb's current tasks of that type.

@@ -8,10 +8,9 @@ resampling, are one ``.npz`` without pickle per task in the folder ``<results>.i
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import zipfile
 from collections.abc import Collection, Mapping
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 from urllib.parse import quote
@@ -23,7 +22,6 @@ from nvembed.core.errors import DataError
 from nvembed.core.files import atomic_path, write_json
 from nvembed.core.ownership import remove
 from nvembed.core.text_files import read_json_object
-from nvembed.evaluation.tasks import LocalTask
 
 EVALUATE = "evaluate"
 
@@ -110,16 +108,6 @@ class Items:
 
     def __len__(self) -> int:
         return int(next(iter(self.arrays.values())).shape[-1])
-
-
-def task_hash(task: LocalTask) -> str:
-    """Name the contents of a task: texts, gold values and what is scored, not the instruction."""
-    digest = hashlib.sha256(f"{task.type} {task.main_score}".encode())
-    if task.ignore_identical_ids:
-        digest.update(b" without identical ids")
-    for part in astuple(task.data):
-        digest.update(repr(part).encode("utf-8", "surrogatepass"))
-    return digest.hexdigest()
 
 
 def items_folder(results: str | Path) -> Path:

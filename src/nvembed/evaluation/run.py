@@ -14,9 +14,9 @@ import numpy as np
 
 from nvembed.core.errors import UserError
 from nvembed.encoding.protocol import Encoder
-from nvembed.evaluation.results import Items, TaskResult, task_hash
+from nvembed.evaluation.results import Items, TaskResult
 from nvembed.evaluation.task_files import RetrievalData
-from nvembed.evaluation.tasks import LocalTask
+from nvembed.evaluation.tasks import LocalTask, task_hash
 
 BM25_NAME = "bm25"
 """The name under which BM25 is evaluated like a model."""

@@ -31,7 +31,6 @@ from nvembed.evaluation.results import (
     items_folder,
     keep_items,
     read_results,
-    task_hash,
     write_items,
     write_results,
 )
@@ -44,7 +43,7 @@ from nvembed.evaluation.run import (
     task_result,
 )
 from nvembed.evaluation.shared import SharedEncoder
-from nvembed.evaluation.tasks import LocalTask
+from nvembed.evaluation.tasks import LocalTask, task_hash
 
 if TYPE_CHECKING:
     from mteb.abstasks import AbsTask

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from nvembed.evaluation.reference import published_model
 from nvembed.evaluation.results import TaskResult
-from nvembed.evaluation.tasks import TASK_TYPES
+from nvembed.evaluation.task_files import TASK_TYPES
 
 ResultsByModel = Mapping[str, Mapping[str, TaskResult]]
 TableRow = tuple[Literal["task", "type", "all"], str, Sequence[str]]

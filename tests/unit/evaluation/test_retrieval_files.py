@@ -20,10 +20,9 @@ from nvembed.data.sources import Converted, DatasetConfig, load_records, open_da
 from nvembed.encoding.fake import HashEncoder
 from nvembed.evaluation.local_scores import score_local
 from nvembed.evaluation.reference import ignores_identical_ids
-from nvembed.evaluation.results import task_hash
 from nvembed.evaluation.run import score_bm25
 from nvembed.evaluation.task_files import RetrievalData
-from nvembed.evaluation.tasks import LocalTask, find_tasks, load_task, load_tasks
+from nvembed.evaluation.tasks import LocalTask, find_tasks, load_task, load_tasks, task_hash
 from task_folders import write_rows, write_task
 
 Rows = list[dict[str, Any]]

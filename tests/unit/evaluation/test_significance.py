@@ -22,7 +22,8 @@ from nvembed.evaluation.significance import (
     mean_difference,
     sign_flip_p,
 )
-from nvembed.evaluation.tasks import TASK_TYPES, load_task
+from nvembed.evaluation.task_files import TASK_TYPES
+from nvembed.evaluation.tasks import load_task
 from oracles import evaluation as oracle
 from task_folders import write_task
 

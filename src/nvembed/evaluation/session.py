@@ -38,7 +38,6 @@ from nvembed.evaluation.run import (
     BM25_NAME,
     TaskOutcome,
     fits_bm25,
-    score_bm25,
     score_task,
     task_result,
 )
@@ -211,7 +210,7 @@ def _outcomes(
     if settings.model == BM25_NAME:
         for job in jobs:
             if isinstance(job, LocalTask) and fits_bm25(job):
-                yield _name(job), score_bm25(job)
+                yield _name(job), score_task(job, None)
             else:
                 yield _name(job), "BM25 scores local Retrieval tasks with ndcg_at_10 alone"
         return

@@ -269,7 +269,7 @@ def mteb_of() -> Any:
         made = type("Published", (AbsTaskRetrieval,), attributes)()
         with mteb_adapter.quiet():
             result = mteb.evaluate(
-                mteb_adapter._TaskEncoder(task, NoisyEncoder(64)),
+                mteb_adapter.local_encoder(task, NoisyEncoder(64)),
                 made,
                 cache=None,
                 co2_tracker=False,

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nvembed.encoding.protocol import Encoder
-from nvembed.evaluation.cached import CachedEncoder
+from nvembed.evaluation.encoders import CachedEncoder
 from nvembed.evaluation.local_scores import score_local
 from nvembed.evaluation.task_files import RetrievalData
 from nvembed.evaluation.tasks import LocalTask, load_task

@@ -26,7 +26,7 @@ from nvembed.data.mixture import DatasetConfig
 from nvembed.encoding.fingerprint import model_fingerprint
 from nvembed.encoding.load import load_encoder
 from nvembed.encoding.protocol import Encoder
-from nvembed.evaluation.cached import CachedEncoder
+from nvembed.evaluation.encoders import CachedEncoder
 from nvembed.evaluation.results import TaskResult, read_results, write_results
 from nvembed.evaluation.run import evaluate
 from nvembed.evaluation.tasks import LocalTask, load_tasks

@@ -16,6 +16,7 @@ from nvembed.encoding.fake import HashEncoder
 from nvembed.evaluation import local_scores
 from nvembed.evaluation.local_scores import score_local
 from nvembed.evaluation.task_files import (
+    TASK_TYPES,
     ClassificationData,
     LabelledTexts,
     PairData,
@@ -23,7 +24,7 @@ from nvembed.evaluation.task_files import (
     RetrievalData,
     SummarizationData,
 )
-from nvembed.evaluation.tasks import TASK_TYPES, LocalTask, load_task
+from nvembed.evaluation.tasks import LocalTask, load_task
 from task_folders import rows_of, write_rows, write_task
 
 

@@ -11,8 +11,8 @@ import pytest
 from noting import Counting
 from nvembed.core.errors import DataError, ModelError
 from nvembed.encoding.fake import HashEncoder
-from nvembed.evaluation import cached as module
-from nvembed.evaluation.cached import CachedEncoder
+from nvembed.evaluation import encoders as module
+from nvembed.evaluation.encoders import CachedEncoder
 
 
 def test_texts_are_told_apart_by_model_side_instruction_and_themselves(tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from nvembed.mining.miner import mine_negatives
     from nvembed.model.embedder import NVEmbed
     from nvembed.model.settings import LongTexts
-    from nvembed.serving.run import serve
+    from nvembed.serving.server import serve
     from nvembed.training.config import TrainConfig
     from nvembed.training.trainer import train
 
@@ -111,7 +111,7 @@ _HOMES = {
     "mine_negatives": "mining.miner.mine_negatives",
     "search_file": "encoding.file_search.search_file",
     "search_index": "index.search.search_index",
-    "serve": "serving.run.serve",
+    "serve": "serving.server.serve",
     "train": "training.trainer.train",
 }
 

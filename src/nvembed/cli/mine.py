@@ -124,7 +124,7 @@ def _mine(
     """Mine, or help the first process of a launcher, which is the one that writes."""
     from nvembed.core.config import load_config
     from nvembed.core.errors import ConfigError
-    from nvembed.data.mining_config import MiningConfig
+    from nvembed.data.build_config import MiningConfig
     from nvembed.mining.miner import help_mining, mine_file
 
     config = load_config(MiningConfig, None, settings)

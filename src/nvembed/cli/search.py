@@ -20,7 +20,7 @@ from nvembed.cli.options import (
 from nvembed.core.dtypes import PrecisionChoice
 
 if TYPE_CHECKING:
-    from nvembed.data.sources.config import Column
+    from nvembed.data.config import Column
     from nvembed.index.build import IndexReport
     from nvembed.index.search import SearchOptions
 

@@ -1,31 +1,153 @@
-"""Built data sets, as training sees them: their settings, their manifest, their place.
+"""Built data sets: records in Parquet files, and the manifest that says what they were built from.
 
-    <folder>/<set>/part-00000.parquet …   records, see ``data/record_shards.py``
+    <folder>/<set>/part-00000.parquet …   records, files of a fixed number of rows
                    manifest.json          settings, counts, checksums
                    refused.jsonl          bad rows: place and problem
                    contaminated.jsonl     records that hold evaluation texts
 
-Where a recipe has a ``build`` section, training reads what ``nvembed data build`` wrote, after
-comparing the settings of the manifest with those of the recipe. Contents are not compared:
-the command does that.
+The same records give the same bytes: no times, no random names, row groups that end at fixed
+places. Where a recipe has a ``build`` section, training reads what ``nvembed data build`` wrote,
+after comparing the settings of the manifest with those of the recipe (``data/loading.py``).
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nvembed.core.errors import DataError
 from nvembed.data.build_config import BuildConfig, BuildMining
-from nvembed.data.sources import DatasetConfig
+from nvembed.data.config import DatasetConfig
+from nvembed.data.records import RECORD_TYPES, Converted, Kind, record_of, texts_of
+from nvembed.data.sources.files import parquet_rows, shard_files
+
+# A sequence of records that can be walked several times.
+Rows = Callable[[], Iterator[Converted]]
+
+# A row group ends at whichever comes first, so that gigantic texts do not fill the memory.
+GROUP_ROWS = 8192
+GROUP_CHARACTERS = 32_000_000
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 MINED_KINDS = ("retrieval", "nli", "sts")
 # Keys of a data set that decide nothing about its records.
 _NOT_OF_THE_BUILD = {"name", "weight", "stages", "note"}
+
+# --- Shards ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One file of a set: its name, its rows, its size in bytes and its checksum."""
+
+    file: str
+    rows: int
+    bytes: int
+    sha256: str
+
+
+def write_shards(
+    folder: Path,
+    rows: Iterable[Converted],
+    kind: Kind,
+    *,
+    rows_per_shard: int,
+    places: bool = False,
+) -> list[Shard]:
+    """Write records of one kind into a folder that holds no shards, and return the files.
+
+    With ``places``, where each record came from is a column too.
+    """
+    writer = _Writer(folder, kind, rows_per_shard, places=places)
+    for row in rows:
+        writer.add(row)
+    if writer.rows:
+        writer.end_file()
+    return writer.shards
+
+
+def read_shards(folder: Path, kind: Kind) -> Iterator[Converted]:
+    """Read what ``write_shards`` wrote; the records are trusted, not checked again."""
+    for shard in shard_files(folder):
+        for _, row in parquet_rows(shard):
+            yield Converted(record_of(row, kind), row.get("place") or "")
+
+
+class _Writer:
+    """Rows of the group at hand, and the file that it goes to."""
+
+    def __init__(self, folder: Path, kind: Kind, rows_per_shard: int, *, places: bool) -> None:
+        self.shards: list[Shard] = []
+        self.rows = 0  # of the open file, those of the group included
+        self._folder = folder
+        self._schema = _schema(kind, places=places)
+        self._names = set(self._schema.names)
+        self._places = places
+        self._rows_per_shard = rows_per_shard
+        self._group: list[dict[str, Any]] = []
+        self._characters = 0
+        self._raw: Any = None
+        self._file: Any = None
+
+    def add(self, row: Converted) -> None:
+        values = row.record.to_json()
+        if self._places:
+            values["place"] = row.place
+        assert values.keys() <= self._names  # pyarrow would leave the others out without a word
+        self._group.append(values)
+        self._characters += sum(map(len, texts_of(row.record)))
+        self.rows += 1
+        if self.rows == self._rows_per_shard:
+            self.end_file()
+        elif len(self._group) == GROUP_ROWS or self._characters >= GROUP_CHARACTERS:
+            self._end_group()
+
+    def _end_group(self) -> None:
+        import pyarrow
+        import pyarrow.parquet
+
+        if self._file is None:
+            # Opened here and not by name: an error of the disk then is Python's own.
+            self._raw = open(self._path(), "wb")
+            self._file = pyarrow.parquet.ParquetWriter(
+                self._raw, self._schema, compression="zstd", write_page_index=False
+            )
+        batch = pyarrow.RecordBatch.from_pylist(self._group, schema=self._schema)
+        self._file.write_batch(batch)
+        self._group = []
+        self._characters = 0
+
+    def end_file(self) -> None:
+        self._end_group()
+        self._file.close()
+        self._raw.close()
+        path = self._path()
+        with open(path, "rb") as written:
+            digest = hashlib.file_digest(written, "sha256").hexdigest()
+        self.shards.append(Shard(path.name, self.rows, path.stat().st_size, digest))
+        self._file = self._raw = None
+        self.rows = 0
+
+    def _path(self) -> Path:
+        return self._folder / f"part-{len(self.shards):05d}.parquet"
+
+
+def _schema(kind: Kind, *, places: bool) -> Any:
+    import pyarrow
+
+    text, number = pyarrow.string(), pyarrow.float64()
+    of_column = dict.fromkeys(("positive", "negative"), pyarrow.list_(text))
+    of_column |= dict.fromkeys(("positive_scores", "negative_scores"), pyarrow.list_(number))
+    of_column["score"] = number
+    columns = [*RECORD_TYPES[kind].columns().values(), *(["place"] if places else [])]
+    return pyarrow.schema([(name, of_column.get(name, text)) for name in columns])
+
+
+# --- Settings and manifest ------------------------------------------------------------------------
 
 
 def mining_of(dataset: DatasetConfig, build: BuildConfig) -> BuildMining | None:
@@ -69,7 +191,16 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     return manifest if whole and shards else None
 
 
-def different_keys(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+def built_problem(dataset: DatasetConfig, build: BuildConfig, folder: Path) -> str | None:
+    """Why the set in ``folder`` is not the one that the recipe describes; None where it is."""
+    manifest = read_manifest(folder / dataset.name)
+    if manifest is None:
+        return f"{dataset.name} is not built"
+    keys = _different_keys(manifest["settings"], set_settings(dataset, build))
+    return f"{dataset.name} was built with another {', '.join(keys)}" if keys else None
+
+
+def _different_keys(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
     """Key paths of settings at which two of them differ."""
     found: list[str] = []
     for key in dict.fromkeys((*old, *new)):
@@ -77,50 +208,7 @@ def different_keys(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str =
         if one == other:
             continue
         if isinstance(one, dict) and isinstance(other, dict):
-            found += different_keys(one, other, f"{prefix}{key}.")
+            found += _different_keys(one, other, f"{prefix}{key}.")
         else:
             found.append(prefix + key)
     return found
-
-
-def training_datasets(
-    datasets: Sequence[DatasetConfig], build: BuildConfig | None, base_dir: Path
-) -> tuple[DatasetConfig, ...]:
-    """The data sets of a run, each with its built shards in place of its source.
-
-    Args:
-        datasets: those of the recipe; without a ``build`` section they come back as they are.
-        build: that section.
-        base_dir: folder of the recipe.
-
-    Raises:
-        DataError: a set is not built, or was built from other settings; names all of them. Or sets
-            are on the hub and the recipe does not build any.
-    """
-    if build is None:
-        if away := [dataset.name for dataset in datasets if dataset.path is None]:
-            raise DataError(
-                f"{', '.join(away)}: on the hub, and the recipe has no `build` section",
-                where="datasets",
-                hint="Add one, as in `build: {folder: data}`, and run `nvembed data build RECIPE`",
-            )
-        return tuple(datasets)
-    folder = (base_dir / build.folder).absolute()
-    problems: list[str] = []
-    found: list[DatasetConfig] = []
-    for dataset in datasets:
-        manifest = read_manifest(folder / dataset.name)
-        if manifest is None:
-            problems.append(f"{dataset.name} is not built")
-        elif keys := different_keys(manifest["settings"], set_settings(dataset, build)):
-            problems.append(f"{dataset.name} was built with another {', '.join(keys)}")
-        else:
-            found.append(dataset.with_file(folder / dataset.name))
-    if problems:
-        raise DataError(
-            "; ".join(problems),
-            where=str(folder),
-            expected="the data sets of the recipe",
-            hint="Run `nvembed data build RECIPE`, with the same key=value changes",
-        )
-    return tuple(found)

@@ -10,19 +10,16 @@ from __future__ import annotations
 from collections.abc import Generator
 
 from nvembed.core.errors import DataError
-from nvembed.data.records import RowError
+from nvembed.data.records import BadRow, RowError
 from nvembed.data.sources.beir import (
     Judgements,
     find_judgements,
     first_split,
     judged_splits,
     open_judgements,
-    read_id,
     read_judgements,
 )
-from nvembed.data.sources.columns import Columns
-from nvembed.data.sources.joins import Keyed
-from nvembed.data.sources.rows import BadRow, Table
+from nvembed.data.sources.rows import Columns, Keyed, Table, read_id
 from nvembed.evaluation.task_files import Problems, RetrievalData
 
 _COLUMNS = Columns({})

@@ -21,9 +21,10 @@ from nvembed.core.files import tidy, write_json, write_jsonl
 from nvembed.core.ownership import check_outputs, remove_named
 from nvembed.core.store import STORED
 from nvembed.core.text_files import check_ending
-from nvembed.data.mining_config import MiningConfig
+from nvembed.data.build_config import MiningConfig
+from nvembed.data.config import Column, file_dataset
+from nvembed.data.loading import load_records
 from nvembed.data.records import Kind, PairRecord, StsRecord
-from nvembed.data.sources import Column, file_dataset, load_records
 from nvembed.encoding.endpoint import is_endpoint
 from nvembed.encoding.protocol import Encoder
 from nvembed.encoding.reading import read_documents

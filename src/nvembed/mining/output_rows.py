@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from nvembed.core.text_files import ending_of
+from nvembed.data.config import DatasetConfig
 from nvembed.data.records import REQUIRED, PairRecord, StsRecord
-from nvembed.data.sources import DatasetConfig
 from nvembed.data.sources.opening import open_table
 from nvembed.data.sources.rows import Row
 

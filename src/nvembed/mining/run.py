@@ -21,10 +21,9 @@ from nvembed.core.background import prefetch
 from nvembed.core.errors import DataError
 from nvembed.core.reporting import progress
 from nvembed.core.text_files import read_jsonl
-from nvembed.data.convert import POSITIVE_SCORE
-from nvembed.data.mining_config import MiningConfig
-from nvembed.data.record_shards import record_of
-from nvembed.data.records import PairRecord, Record, StsRecord
+from nvembed.data.build_config import MiningConfig
+from nvembed.data.examples import POSITIVE_SCORE
+from nvembed.data.records import PairRecord, Record, StsRecord, record_of
 from nvembed.mining.pool import Pool, text_key
 from nvembed.mining.ranking import BLOCK_QUERIES, NOTHING, Ranking
 from nvembed.mining.report import MiningReport

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from nvembed.core.errors import ConfigError
 from nvembed.core.seeding import derive_seed
-from nvembed.data.mining_config import MiningConfig
+from nvembed.data.build_config import MiningConfig
 from nvembed.mining.pool import Pool, nearly_equal, words
 from nvembed.mining.ranking import NOTHING
 from nvembed.mining.report import MiningReport, MiningSample, ScoredText, Tally

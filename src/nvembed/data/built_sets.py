@@ -16,6 +16,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,6 @@ MANIFEST = "manifest.json"
 MINED_KINDS = ("retrieval", "nli", "sts")
 # Keys of a data set that decide nothing about its records.
 _NOT_OF_THE_BUILD = {"name", "weight", "stages", "note"}
-
-# --- Shards ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,12 +61,50 @@ def write_shards(
 
     With ``places``, where each record came from is a column too.
     """
-    writer = _Writer(folder, kind, rows_per_shard, places=places)
-    for row in rows:
-        writer.add(row)
-    if writer.rows:
-        writer.end_file()
-    return writer.shards
+    import pyarrow
+    from pyarrow.parquet import ParquetWriter
+
+    text, number = pyarrow.string(), pyarrow.float64()
+    types = dict.fromkeys(("positive", "negative"), pyarrow.list_(text)) | {"score": number}
+    types |= dict.fromkeys(("positive_scores", "negative_scores"), pyarrow.list_(number))
+    columns = [*RECORD_TYPES[kind].columns().values(), *(["place"] if places else [])]
+    schema = pyarrow.schema([(name, types.get(name, text)) for name in columns])
+    shards: list[Shard] = []
+    rows = iter(rows)
+    for first in rows:
+        part = chain([first], islice(rows, rows_per_shard - 1))
+        path, written = folder / f"part-{len(shards):05d}.parquet", 0
+        # Opened here and not by name: an error of the disk then is Python's own.
+        with (
+            open(path, "wb") as raw,
+            ParquetWriter(raw, schema, compression="zstd", write_page_index=False) as file,
+        ):
+            for group in _groups(part, rows_per_shard, places=places):
+                file.write_batch(pyarrow.RecordBatch.from_pylist(group, schema=schema))
+                written += len(group)
+        with open(path, "rb") as whole:
+            digest = hashlib.file_digest(whole, "sha256").hexdigest()
+        shards.append(Shard(path.name, written, path.stat().st_size, digest))
+    return shards
+
+
+def _groups(
+    rows: Iterable[Converted], most: int, *, places: bool
+) -> Iterator[list[dict[str, Any]]]:
+    """Yield the row groups of a file of at most ``most`` rows.
+
+    A file that ends early where a group does has an empty one at its end.
+    """
+    group: list[dict[str, Any]] = []
+    characters = 0
+    for number, row in enumerate(rows, start=1):
+        group.append(row.record.to_json() | ({"place": row.place} if places else {}))
+        characters += sum(map(len, texts_of(row.record)))
+        is_full = len(group) == GROUP_ROWS or characters >= GROUP_CHARACTERS
+        if is_full and number < most:
+            yield group
+            group, characters = [], 0
+    yield group
 
 
 def read_shards(folder: Path, kind: Kind) -> Iterator[Converted]:
@@ -75,79 +112,6 @@ def read_shards(folder: Path, kind: Kind) -> Iterator[Converted]:
     for shard in shard_files(folder):
         for _, row in parquet_rows(shard):
             yield Converted(record_of(row, kind), row.get("place") or "")
-
-
-class _Writer:
-    """Rows of the group at hand, and the file that it goes to."""
-
-    def __init__(self, folder: Path, kind: Kind, rows_per_shard: int, *, places: bool) -> None:
-        self.shards: list[Shard] = []
-        self.rows = 0  # of the open file, those of the group included
-        self._folder = folder
-        self._schema = _schema(kind, places=places)
-        self._names = set(self._schema.names)
-        self._places = places
-        self._rows_per_shard = rows_per_shard
-        self._group: list[dict[str, Any]] = []
-        self._characters = 0
-        self._raw: Any = None
-        self._file: Any = None
-
-    def add(self, row: Converted) -> None:
-        values = row.record.to_json()
-        if self._places:
-            values["place"] = row.place
-        assert values.keys() <= self._names  # pyarrow would leave the others out without a word
-        self._group.append(values)
-        self._characters += sum(map(len, texts_of(row.record)))
-        self.rows += 1
-        if self.rows == self._rows_per_shard:
-            self.end_file()
-        elif len(self._group) == GROUP_ROWS or self._characters >= GROUP_CHARACTERS:
-            self._end_group()
-
-    def _end_group(self) -> None:
-        import pyarrow
-        import pyarrow.parquet
-
-        if self._file is None:
-            # Opened here and not by name: an error of the disk then is Python's own.
-            self._raw = open(self._path(), "wb")
-            self._file = pyarrow.parquet.ParquetWriter(
-                self._raw, self._schema, compression="zstd", write_page_index=False
-            )
-        batch = pyarrow.RecordBatch.from_pylist(self._group, schema=self._schema)
-        self._file.write_batch(batch)
-        self._group = []
-        self._characters = 0
-
-    def end_file(self) -> None:
-        self._end_group()
-        self._file.close()
-        self._raw.close()
-        path = self._path()
-        with open(path, "rb") as written:
-            digest = hashlib.file_digest(written, "sha256").hexdigest()
-        self.shards.append(Shard(path.name, self.rows, path.stat().st_size, digest))
-        self._file = self._raw = None
-        self.rows = 0
-
-    def _path(self) -> Path:
-        return self._folder / f"part-{len(self.shards):05d}.parquet"
-
-
-def _schema(kind: Kind, *, places: bool) -> Any:
-    import pyarrow
-
-    text, number = pyarrow.string(), pyarrow.float64()
-    of_column = dict.fromkeys(("positive", "negative"), pyarrow.list_(text))
-    of_column |= dict.fromkeys(("positive_scores", "negative_scores"), pyarrow.list_(number))
-    of_column["score"] = number
-    columns = [*RECORD_TYPES[kind].columns().values(), *(["place"] if places else [])]
-    return pyarrow.schema([(name, of_column.get(name, text)) for name in columns])
-
-
-# --- Settings and manifest ------------------------------------------------------------------------
 
 
 def mining_of(dataset: DatasetConfig, build: BuildConfig) -> BuildMining | None:
@@ -163,16 +127,12 @@ def set_settings(dataset: DatasetConfig, build: BuildConfig) -> dict[str, Any]:
     mine = mining_of(dataset, build)
     # The instruction is read by the teacher alone.
     left_out = _NOT_OF_THE_BUILD if mine else _NOT_OF_THE_BUILD | {"instruction"}
-    against = {
-        "tasks": list(build.tasks),
-        "near": build.near,
-        "bm25": build.bm25.get(dataset.name),
-    }
+    against = {"near": build.near, "bm25": build.bm25.get(dataset.name)}
     return {
         "format": FORMAT,
         "source": dataset.model_dump(mode="json", exclude=left_out),
         "max_refused": build.max_refused,
-        "decontaminate": against if build.tasks else None,
+        "decontaminate": {"tasks": list(build.tasks)} | against if build.tasks else None,
         "mine": mine and mine.model_dump(mode="json", exclude={"datasets"}),
         "rows_per_shard": build.rows_per_shard,
     }
@@ -196,19 +156,15 @@ def built_problem(dataset: DatasetConfig, build: BuildConfig, folder: Path) -> s
     manifest = read_manifest(folder / dataset.name)
     if manifest is None:
         return f"{dataset.name} is not built"
-    keys = _different_keys(manifest["settings"], set_settings(dataset, build))
+    keys = list(_different_keys(manifest["settings"], set_settings(dataset, build)))
     return f"{dataset.name} was built with another {', '.join(keys)}" if keys else None
 
 
-def _different_keys(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+def _different_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
     """Key paths of settings at which two of them differ."""
-    found: list[str] = []
     for key in dict.fromkeys((*old, *new)):
         one, other = old.get(key), new.get(key)
-        if one == other:
-            continue
         if isinstance(one, dict) and isinstance(other, dict):
-            found += _different_keys(one, other, f"{prefix}{key}.")
-        else:
-            found.append(prefix + key)
-    return found
+            yield from (f"{key}.{inner}" for inner in _different_keys(one, other))
+        elif one != other:
+            yield key

@@ -23,7 +23,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from functools import cached_property
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -34,13 +35,13 @@ from nvembed.data.records import (
     Kind,
     LabelRecord,
     PairRecord,
-    Records,
     StsRecord,
     label_problems,
     label_text,
 )
 
 T = TypeVar("T")
+Rng = np.random.Generator
 
 POSITIVE_SCORE = 4.0  # paper s4.2: "relevance score greater than or equal to 4"
 
@@ -88,23 +89,21 @@ class ExampleSource(ABC):
     Attributes:
         name: of the data set in errors, masks and seeds.
         scored: whether any query has a teacher's scores.
-        queries: the numbers of those that are used; a subclass begins with all of them.
+        queries: the numbers of those that are used, all of them at first.
     """
 
     scored = False
-    queries: Sequence[int]
+    symmetric = False
 
     def __init__(self, name: str, instruction: str | None, num_queries: int) -> None:
         self.name = name
         self.instruction = instruction
-        self.queries = range(num_queries)
+        self.queries: Sequence[int] = range(num_queries)
 
     def __len__(self) -> int:
         return len(self.queries)
 
-    def example(
-        self, index: int, rng: np.random.Generator, num_negatives: int, num_positives: int = 1
-    ) -> Example:
+    def example(self, index: int, rng: Rng, num_negatives: int, num_positives: int = 1) -> Example:
         """Make the example of query ``index``; ``rng`` alone decides what is drawn.
 
         Both numbers are the most that are drawn. Only pair records have several positives; their
@@ -113,13 +112,16 @@ class ExampleSource(ABC):
         return self._draw(self.queries[index], rng, num_negatives, num_positives)
 
     @abstractmethod
-    def _draw(
-        self, number: int, rng: np.random.Generator, num_negatives: int, num_positives: int
-    ) -> Example: ...
+    def _draw(self, number: int, rng: Rng, num_negatives: int, num_positives: int) -> Example: ...
+
+    def _example(self, query: str, positive: str, **others: Any) -> Example:
+        of_the_set: dict[str, Any] = {"dataset": self.name, "symmetric": self.symmetric}
+        of_the_set |= {"instruction": self.instruction, "labels": ()}
+        return Example(query=query, positive=positive, **of_the_set | others)
 
 
 def make_source(
-    records: Records,
+    records: Sequence[Any],
     kind: Kind,
     *,
     name: str,
@@ -135,19 +137,16 @@ def make_source(
     Raises:
         DataError: no record, no pair scored 4 or more, or classes that cannot be converted.
     """
-    source: ExampleSource
+    make: Callable[[Sequence[Any], str, str | None], ExampleSource] = PairSource
     if kind == "sts":
-        source = StsSource(cast(list[StsRecord], records), name, instruction)
-    elif kind in ("retrieval", "nli"):
-        source = PairSource(cast(list[PairRecord], records), name, instruction)
-    else:
-        labelled = cast(list[LabelRecord], records)
+        make = StsSource
+    elif kind in ("classification", "clustering"):
         # Files were checked line by line before; records made in memory come here first.
-        problems = [text for _, text in label_problems(labelled, conversion)]
+        problems = [text for _, text in label_problems(records, conversion)]
         if problems:
             raise DataError("; ".join(problems[:5]), where=name, hint=LABEL_HINTS[conversion])
-        by_example = conversion == "example"
-        source = (ClassSource if by_example else LabelTextSource)(labelled, name, instruction)
+        make = ClassSource if conversion == "example" else LabelTextSource
+    source = make(records, name, instruction)
     total = len(source)
     if total == 0:
         raise DataError("the set holds no records", where=name)
@@ -172,9 +171,7 @@ class PairSource(ExampleSource):
             known = (*self._known.get(record.query, ()), *record.positives)
             self._known[record.query] = tuple(dict.fromkeys(known))
 
-    def _draw(
-        self, number: int, rng: np.random.Generator, num_negatives: int, num_positives: int
-    ) -> Example:
+    def _draw(self, number: int, rng: Rng, num_negatives: int, num_positives: int) -> Example:
         record = self._records[number]
         known = self._known[record.query]
         first = int(rng.integers(len(record.positives)))
@@ -187,18 +184,15 @@ class PairSource(ExampleSource):
         others = [place for place in range(len(record.positives)) if place != first]
         further = sample(others, num_positives - 1, rng) if num_positives > 1 else ()
         scored = bool(record.positive_scores)
-        return Example(
-            query=record.query,
-            positive=record.positives[first],
+        return self._example(
+            record.query,
+            record.positives[first],
             negatives=tuple(record.negatives[place] for place in negatives),
             known_positives=known,
             further_positives=tuple(record.positives[place] for place in further),
             positive_scores=tuple(record.positive_scores[p] for p in (first, *further) if scored),
             negative_scores=tuple(record.negative_scores[p] for p in negatives if scored),
-            labels=(),
             instruction=self.instruction if record.instruction is None else record.instruction,
-            symmetric=False,
-            dataset=self.name,
         )
 
 
@@ -208,6 +202,8 @@ class StsSource(ExampleSource):
     A pair of one sentence with itself teaches nothing and is left out. Where no negatives are
     mined, they are sentences of the set that are no positives of the query.
     """
+
+    symmetric = True
 
     def __init__(self, records: Sequence[StsRecord], name: str, instruction: str | None) -> None:
         self._directions: list[tuple[str, str, tuple[str, ...]]] = []
@@ -229,9 +225,7 @@ class StsSource(ExampleSource):
         self._pool = list(dict.fromkeys(sentences))
         super().__init__(name, instruction, len(self._directions))
 
-    def _draw(
-        self, number: int, rng: np.random.Generator, num_negatives: int, num_positives: int
-    ) -> Example:
+    def _draw(self, number: int, rng: Rng, num_negatives: int, num_positives: int) -> Example:
         query, positive, mined = self._directions[number]
         known = self._known[query]
 
@@ -241,19 +235,11 @@ class StsSource(ExampleSource):
         if candidates := list(filter(is_negative, mined)):
             negatives = sample(candidates, num_negatives, rng)
         else:
+            num_refused = len(known) + 1
             negatives = sample_where(
-                is_negative, self._pool, num_negatives, num_refused=len(known) + 1, rng=rng
+                is_negative, self._pool, num_negatives, num_refused=num_refused, rng=rng
             )
-        return Example(
-            query=query,
-            positive=positive,
-            negatives=negatives,
-            known_positives=tuple(known),
-            labels=(),
-            instruction=self.instruction,
-            symmetric=True,
-            dataset=self.name,
-        )
+        return self._example(query, positive, negatives=negatives, known_positives=tuple(known))
 
 
 class _LabelSource(ExampleSource):
@@ -267,21 +253,14 @@ class _LabelSource(ExampleSource):
             found.setdefault(record.text, {})[record.label] = None
         self._labels_of = {text: tuple(labels) for text, labels in found.items()}
 
-    def _example(self, record: LabelRecord, **of_documents: Any) -> Example:
-        return Example(
-            query=record.text,
-            labels=self._labels_of[record.text],
-            instruction=self.instruction,
-            dataset=self.name,
-            **of_documents,
-        )
-
 
 class ClassSource(_LabelSource):
     """Example-based conversion: a text, another text of its class, texts of other classes.
 
     Texts that carry several labels are never negatives of each other where they share one.
     """
+
+    symmetric = True
 
     def __init__(self, records: Sequence[LabelRecord], name: str, instruction: str | None) -> None:
         super().__init__(records, name, instruction)
@@ -300,27 +279,23 @@ class ClassSource(_LabelSource):
                 self._positions[LabelRecord(text, label)] = position
         self._num_surplus = len(self._members) - len(self._labels_of)
 
-    def _draw(
-        self, number: int, rng: np.random.Generator, num_negatives: int, num_positives: int
-    ) -> Example:
+    def _draw(self, number: int, rng: Rng, num_negatives: int, num_positives: int) -> Example:
         record = self._records[number]
         start, stop = self._blocks[record.label]
         position = start + int(rng.integers(stop - start - 1))
         positive = self._members[position + (position >= self._positions[record])]
         negatives = self._draw_negatives(record, num_negatives, rng)
         return self._example(
-            record,
-            positive=positive,
+            record.text,
+            positive,
             negatives=negatives,
             known_positives=(positive,),
-            symmetric=True,
+            labels=self._labels_of[record.text],
             positive_labels=self._labels_of[positive],
             negative_labels=tuple(self._labels_of[text] for text in negatives),
         )
 
-    def _draw_negatives(
-        self, record: LabelRecord, count: int, rng: np.random.Generator
-    ) -> tuple[str, ...]:
+    def _draw_negatives(self, record: LabelRecord, count: int, rng: Rng) -> tuple[str, ...]:
         """Return up to ``count`` different texts that share no class with the record's text."""
         start, stop = self._blocks[record.label]
         num_outside = len(self._members) - (stop - start)
@@ -348,34 +323,32 @@ class LabelTextSource(_LabelSource):
     Query and document are different sorts of text here, so only the query carries the instruction.
     """
 
-    def __init__(self, records: Sequence[LabelRecord], name: str, instruction: str | None) -> None:
-        super().__init__(records, name, instruction)
-        self._labels = list(dict.fromkeys(record.label for record in records))
-
-    def _draw(
-        self, number: int, rng: np.random.Generator, num_negatives: int, num_positives: int
-    ) -> Example:
+    def _draw(self, number: int, rng: Rng, num_negatives: int, num_positives: int) -> Example:
         record = self._records[number]
         own = self._labels_of[record.text]
         others = sample_where(
             lambda label: label not in own,
-            self._labels,
+            self._names,
             num_negatives,
             num_refused=len(own),
             rng=rng,
         )
         return self._example(
-            record,
-            positive=label_text(record.label),
+            record.text,
+            label_text(record.label),
             negatives=tuple(map(label_text, others)),
             known_positives=tuple(map(label_text, own)),
-            symmetric=False,
+            labels=own,
             positive_labels=(record.label,),
             negative_labels=tuple((label,) for label in others),
         )
 
+    @cached_property
+    def _names(self) -> list[str]:
+        return list(dict.fromkeys(record.label for record in self._records))
 
-def sample(candidates: Sequence[T], count: int, rng: np.random.Generator) -> tuple[T, ...]:
+
+def sample(candidates: Sequence[T], count: int, rng: Rng) -> tuple[T, ...]:
     """Draw up to ``count`` different places of ``candidates`` in random order."""
     size = min(count, len(candidates))
     return tuple(candidates[place] for place in rng.choice(len(candidates), size, replace=False))
@@ -387,7 +360,7 @@ def sample_where(
     count: int,
     *,
     num_refused: int,
-    rng: np.random.Generator,
+    rng: Rng,
 ) -> tuple[T, ...]:
     """Draw up to ``count`` accepted items of a pool of different ones, without walking it.
 

@@ -50,21 +50,14 @@ def read_records(path: str | Path, kind: Kind, *, conversion: Conversion = "exam
         DataError: the file is missing, unreadable or empty; or naming up to five kinds of bad lines
             and the number of those beyond.
     """
-    return _all_of(
-        _plain_rows(Path(path), kind),
-        kind,
-        conversion,
-        expected=EXPECTED[kind],
-        empty=DataError("the file holds no records", where=str(path), expected=EXPECTED[kind]),
-    )
+    empty = DataError("the file holds no records", where=str(path), expected=EXPECTED[kind])
+    return _all_of(_plain_rows(Path(path), kind), kind, conversion, empty)
 
 
 def load_records(config: DatasetConfig, *, base_dir: Path) -> list[Any]:
-    """Read all records of a set, or say everything that is wrong with it.
+    """Read all records of a set, or say everything that is wrong with it; see ``read_records``.
 
-    Raises:
-        DataError: no file, no record, or bad rows: up to five kinds of them, and the number of
-            those beyond. A set on the hub is refused: it has to be built first.
+    A set on the hub is refused: it has to be built first.
     """
     if config.path is None:
         raise SourceError(
@@ -73,16 +66,14 @@ def load_records(config: DatasetConfig, *, base_dir: Path) -> list[Any]:
             hint="Run `nvembed data build` with the recipe first",
         )
     path, kind = base_dir / config.path, config.kind
-    if _is_plain(config, path):
-        return read_records(path, kind, conversion=config.conversion)
-    return _all_of(
-        open_dataset(config, base_dir=base_dir).rows,
-        kind,
-        config.conversion,
-        expected=EXPECTED[kind] if config.layout == "records" else None,
-        empty=DataError("the set holds no records", where=str(path), expected=EXPECTED[kind]),
-        name=config.name,
+    plain = config.with_file(Path(config.path)).model_copy(
+        update={"path": config.path, "max_characters": config.max_characters}
     )
+    if plain == config and (config.path.endswith(_PLAIN) or shard_files(path)):
+        return read_records(path, kind, conversion=config.conversion)  # quicker
+    rows = open_dataset(config, base_dir=base_dir).rows
+    empty = DataError("the set holds no records", where=str(path), expected=EXPECTED[kind])
+    return _all_of(rows, kind, config.conversion, empty, config)
 
 
 def training_datasets(
@@ -107,22 +98,14 @@ def training_datasets(
         return tuple(datasets)
     folder = (base_dir / build.folder).absolute()
     problems = (built_problem(dataset, build, folder) for dataset in datasets)
-    if told := list(filter(None, problems)):
+    if told := "; ".join(filter(None, problems)):
         raise DataError(
-            "; ".join(told),
+            told,
             where=str(folder),
             expected="the data sets of the recipe",
             hint="Run `nvembed data build RECIPE`, with the same key=value changes",
         )
     return tuple(dataset.with_file(folder / dataset.name) for dataset in datasets)
-
-
-def _is_plain(config: DatasetConfig, path: Path) -> bool:
-    """Whether ``read_records`` reads the file, or the built set, as it is, which is quicker."""
-    source = config.with_file(Path(config.path or "")).model_copy(
-        update={"path": config.path, "max_characters": config.max_characters}
-    )
-    return source == config and (str(path).endswith(_PLAIN) or bool(shard_files(path)))
 
 
 def _plain_rows(path: Path, kind: Kind) -> Iterator[Converted | BadRow]:
@@ -138,25 +121,13 @@ def _all_of(
     rows: Iterable[Converted | BadRow],
     kind: Kind,
     conversion: Conversion,
-    *,
-    expected: str | None,
     empty: DataError,
-    name: str = "",
+    config: DatasetConfig | None = None,
 ) -> list[Any]:
-    """The records of all rows, or one error for everything that is wrong with them.
-
-    Args:
-        rows: read once.
-        kind: of the records.
-        conversion: of classes.
-        expected: what a good row looks like.
-        empty: raised where there is no record.
-        name: of the set, for the warning of rows that are passed over.
-    """
+    """The records of all rows, or one error for everything that is wrong; ``empty`` for none."""
     records: list[Any] = []
     places: list[str] = []
-    problems, passed_over = ProblemCounts(), ProblemCounts()
-    stopped = ""
+    problems, passed_over, stopped = ProblemCounts(), ProblemCounts(), ""
     try:
         for row in rows:
             if isinstance(row, BadRow):
@@ -168,7 +139,7 @@ def _all_of(
         if not problems.count:
             raise
         stopped = f"; then reading stopped ({error})"  # the rows before were bad as well
-    hint = None
+    expected, hint = EXPECTED[kind] if not config or config.layout == "records" else None, None
     if not problems.count and kind in LABEL_KINDS and records:
         found = label_problems(records, conversion)
         problems = ProblemCounts(((places[index], text) for index, text in found), by_value=True)
@@ -176,9 +147,9 @@ def _all_of(
     if problems.count:
         message = problems.summary(_MAX_SHOWN) + stopped
         raise DataError(message, where=problems.kinds[0].place, expected=expected, hint=hint)
-    if passed_over.count:
+    if config and passed_over.count:
         place, told = passed_over.kinds[0].place, passed_over.summary(_MAX_SHOWN)
-        _log.warning("%s: left out: %s: %s", name, place, told)
+        _log.warning("%s: left out: %s: %s", config.name, place, told)
     if not records:
         raise empty
     return records

@@ -21,7 +21,7 @@ from nvembed.core.seeding import derive_seed
 from nvembed.data.config import DatasetConfig
 from nvembed.data.examples import Example, ExampleSource, make_source
 from nvembed.data.loading import load_records
-from nvembed.data.records import Records, records_digest
+from nvembed.data.records import Record, records_digest
 
 # The additive sequence of the golden ratio covers [0, 1) more evenly than any other of its sort.
 GOLDEN_RATIO = (5**0.5 - 1) / 2
@@ -32,7 +32,7 @@ def load_source(config: DatasetConfig, *, base_dir: Path) -> ExampleSource:
     return _source(config, load_records(config, base_dir=base_dir))
 
 
-def _source(config: DatasetConfig, records: Records) -> ExampleSource:
+def _source(config: DatasetConfig, records: Sequence[Record]) -> ExampleSource:
     return make_source(
         records,
         config.kind,

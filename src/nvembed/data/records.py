@@ -17,8 +17,8 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Annotated, Any, Literal, cast
+from dataclasses import MISSING, dataclass, fields, replace
+from typing import Annotated, Any, ClassVar, Literal, cast
 
 from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter, ValidationError
 
@@ -79,6 +79,7 @@ class _Row:
     """A record, whose fields are columns of a file."""
 
     __slots__: tuple[str, ...] = ()
+    looks: ClassVar[str]  # a good row, for errors
 
     @classmethod
     def columns(cls) -> dict[str, str]:
@@ -113,6 +114,11 @@ class PairRecord(_Row):
         instruction: task of this query alone, in place of the one of its set; None for that one.
     """
 
+    looks: ClassVar[str] = (
+        '{"query": text, "positive": text or [texts], "negative": [texts], optional; '
+        '"positive_scores" and "negative_scores": [numbers], optional; '
+        '"instruction": text, optional}'
+    )
     query: Text
     positives: Annotated[_Texts, Field(alias="positive", min_length=1)]
     negatives: Annotated[_OptionalTexts, Field(alias="negative")] = ()
@@ -125,6 +131,9 @@ class PairRecord(_Row):
 class StsRecord(_Row):
     """Two sentences, their similarity from 0 to 5, and mined negatives that serve both of them."""
 
+    looks: ClassVar[str] = (
+        '{"sentence1": text, "sentence2": text, "score": 0 to 5, "negative": [texts], optional}'
+    )
     sentence1: Text
     sentence2: Text
     score: Annotated[float, Field(strict=True, ge=0, le=MAX_SCORE, allow_inf_nan=False)]
@@ -135,12 +144,12 @@ class StsRecord(_Row):
 class LabelRecord(_Row):
     """A text and its class. Integer labels of a file become their decimal text."""
 
+    looks: ClassVar[str] = '{"text": text, "label": text or integer}'
     text: Text
     label: Annotated[Text, BeforeValidator(_label)]
 
 
 Record = PairRecord | StsRecord | LabelRecord
-Records = list[PairRecord] | list[StsRecord] | list[LabelRecord]
 
 RECORD_TYPES: dict[Kind, type[PairRecord] | type[StsRecord] | type[LabelRecord]] = {
     "retrieval": PairRecord,
@@ -150,42 +159,27 @@ RECORD_TYPES: dict[Kind, type[PairRecord] | type[StsRecord] | type[LabelRecord]]
     "clustering": LabelRecord,
 }
 _COLUMNS: dict[type[_Row], list[tuple[str, str]]] = {
-    made: list(made.columns().items()) for made in (PairRecord, StsRecord, LabelRecord)
+    made: list(made.columns().items()) for made in RECORD_TYPES.values()
 }
 _CHECKS = {kind: TypeAdapter[Any](made) for kind, made in RECORD_TYPES.items()}
-
-_PAIR_KEYS = ("query", "positive")
-_LABEL_KEYS = ("text", "label")
+# The columns of fields without a default, and what a good row looks like.
 REQUIRED: dict[Kind, tuple[str, ...]] = {
-    "retrieval": _PAIR_KEYS,
-    "nli": _PAIR_KEYS,
-    "sts": ("sentence1", "sentence2", "score"),
-    "classification": _LABEL_KEYS,
-    "clustering": _LABEL_KEYS,
+    kind: tuple(
+        column
+        for field, column in zip(fields(made), made.columns().values(), strict=True)
+        if field.default is MISSING
+    )
+    for kind, made in RECORD_TYPES.items()
 }
-_EXPECTED_PAIR = (
-    '{"query": text, "positive": text or [texts], "negative": [texts], optional; '
-    '"positive_scores" and "negative_scores": [numbers], optional; "instruction": text, optional}'
-)
-_EXPECTED_LABEL = '{"text": text, "label": text or integer}'
-EXPECTED: dict[Kind, str] = {
-    "retrieval": _EXPECTED_PAIR,
-    "nli": _EXPECTED_PAIR,
-    "sts": '{"sentence1": text, "sentence2": text, "score": 0 to 5, "negative": [texts], optional}',
-    "classification": _EXPECTED_LABEL,
-    "clustering": _EXPECTED_LABEL,
-}
+EXPECTED: dict[Kind, str] = {kind: made.looks for kind, made in RECORD_TYPES.items()}
 
 
 @dataclass(frozen=True, slots=True)
 class BadRow:
-    """A row that gives no record, and why.
+    """A row that gives no record, why, and its place: ``file.jsonl:17``, or ``org/name row 17``.
 
-    Args:
-        place: ``file.jsonl:17``, or ``organisation/name train row 17``.
-        problem: what is wrong with it.
-        harmless: the row is well formed and names what is not there, or has no text, as in many
-            published sets: the others are used without it.
+    A harmless one is well formed and names what is not there, or has no text, as in many published
+    sets: the others are used without it.
     """
 
     place: str

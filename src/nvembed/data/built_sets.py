@@ -22,7 +22,7 @@ from typing import Any
 
 from nvembed.data.build_config import BuildConfig, BuildMining
 from nvembed.data.config import DatasetConfig
-from nvembed.data.records import RECORD_TYPES, Converted, Kind, record_of, texts_of
+from nvembed.data.records import COLUMNS, Converted, Kind, record_of, texts_of
 from nvembed.data.sources.files import parquet_rows, shard_files
 
 # A sequence of records that can be walked several times.
@@ -67,7 +67,7 @@ def write_shards(
     text, number = pyarrow.string(), pyarrow.float64()
     types = dict.fromkeys(("positive", "negative"), pyarrow.list_(text)) | {"score": number}
     types |= dict.fromkeys(("positive_scores", "negative_scores"), pyarrow.list_(number))
-    columns = [*RECORD_TYPES[kind].columns().values(), *(["place"] if places else [])]
+    columns = COLUMNS[kind] + (("place",) if places else ())
     schema = pyarrow.schema([(name, types.get(name, text)) for name in columns])
     shards: list[Shard] = []
     rows = iter(rows)

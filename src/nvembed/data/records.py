@@ -17,8 +17,8 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, fields, replace
-from typing import Annotated, Any, ClassVar, Literal, cast
+from dataclasses import dataclass, fields, replace
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter, ValidationError
 
@@ -43,54 +43,29 @@ def known_task(task: str | None) -> str | None:
         raise ValueError(f"{error.message}; expected {error.expected}") from error
 
 
-def _in_list(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
-
-
-def _in_list_if_given(value: Any) -> Any:
-    return () if value is None else _in_list(value)
-
-
-def _scores_in_list(value: Any) -> Any:
-    if value is None:
-        return ()
-    return value if isinstance(value, list) else [value]
-
-
-def _once(texts: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(texts))
-
-
-def _label(value: Any) -> Any:
-    return str(value) if type(value) is int else value
-
-
 # A character that ``str.strip`` does not take away.
 Text = Annotated[str, Field(strict=True, pattern=r"[^\s\x1c-\x1f]")]
-_Texts = Annotated[tuple[Text, ...], BeforeValidator(_in_list), AfterValidator(_once)]
-_OptionalTexts = Annotated[
-    tuple[Text, ...], BeforeValidator(_in_list_if_given), AfterValidator(_once)
+_Texts = Annotated[
+    tuple[Text, ...],
+    BeforeValidator(lambda given: [given] if isinstance(given, str) else given),
+    AfterValidator(lambda texts: tuple(dict.fromkeys(texts))),
 ]
-_Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
-_Scores = Annotated[tuple[_Number, ...], BeforeValidator(_scores_in_list)]
+_Scores = Annotated[
+    tuple[Annotated[float, Field(strict=True, allow_inf_nan=False)], ...],
+    BeforeValidator(lambda given: given if isinstance(given, list | tuple) else [given]),
+]
+_NULL_IS_NONE = BeforeValidator(lambda given: () if given is None else given)
 
 
 class _Row:
     """A record, whose fields are columns of a file."""
 
-    __slots__: tuple[str, ...] = ()
-    looks: ClassVar[str]  # a good row, for errors
-
-    @classmethod
-    def columns(cls) -> dict[str, str]:
-        """The names in a file by those of the fields."""
-        names = {"positives": "positive", "negatives": "negative"}
-        return {name: names.get(name, name) for name in cls.__slots__}
+    __slots__ = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return the object that is read back to an equal record; what is empty is left out."""
         row: dict[str, Any] = {}
-        for name, column in _COLUMNS[type(self)]:
+        for name, column in _FIELDS[type(self)].items():
             value = getattr(self, name)
             if isinstance(value, tuple):
                 if value:
@@ -114,16 +89,11 @@ class PairRecord(_Row):
         instruction: task of this query alone, in place of the one of its set; None for that one.
     """
 
-    looks: ClassVar[str] = (
-        '{"query": text, "positive": text or [texts], "negative": [texts], optional; '
-        '"positive_scores" and "negative_scores": [numbers], optional; '
-        '"instruction": text, optional}'
-    )
     query: Text
     positives: Annotated[_Texts, Field(alias="positive", min_length=1)]
-    negatives: Annotated[_OptionalTexts, Field(alias="negative")] = ()
-    positive_scores: _Scores = ()
-    negative_scores: _Scores = ()
+    negatives: Annotated[_Texts, _NULL_IS_NONE, Field(alias="negative")] = ()
+    positive_scores: Annotated[_Scores, _NULL_IS_NONE] = ()
+    negative_scores: Annotated[_Scores, _NULL_IS_NONE] = ()
     instruction: Annotated[Text, AfterValidator(known_task)] | None = None
 
 
@@ -131,47 +101,57 @@ class PairRecord(_Row):
 class StsRecord(_Row):
     """Two sentences, their similarity from 0 to 5, and mined negatives that serve both of them."""
 
-    looks: ClassVar[str] = (
-        '{"sentence1": text, "sentence2": text, "score": 0 to 5, "negative": [texts], optional}'
-    )
     sentence1: Text
     sentence2: Text
     score: Annotated[float, Field(strict=True, ge=0, le=MAX_SCORE, allow_inf_nan=False)]
-    negatives: Annotated[_OptionalTexts, Field(alias="negative")] = ()
+    negatives: Annotated[_Texts, _NULL_IS_NONE, Field(alias="negative")] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class LabelRecord(_Row):
     """A text and its class. Integer labels of a file become their decimal text."""
 
-    looks: ClassVar[str] = '{"text": text, "label": text or integer}'
     text: Text
-    label: Annotated[Text, BeforeValidator(_label)]
+    label: Annotated[
+        Text, BeforeValidator(lambda given: str(given) if type(given) is int else given)
+    ]
 
 
 Record = PairRecord | StsRecord | LabelRecord
 
-RECORD_TYPES: dict[Kind, type[PairRecord] | type[StsRecord] | type[LabelRecord]] = {
+RECORD_TYPES: dict[Kind, Any] = {
     "retrieval": PairRecord,
     "nli": PairRecord,
     "sts": StsRecord,
     "classification": LabelRecord,
     "clustering": LabelRecord,
 }
-_COLUMNS: dict[type[_Row], list[tuple[str, str]]] = {
-    made: list(made.columns().items()) for made in RECORD_TYPES.values()
-}
 _CHECKS = {kind: TypeAdapter[Any](made) for kind, made in RECORD_TYPES.items()}
-# The columns of fields without a default, and what a good row looks like.
-REQUIRED: dict[Kind, tuple[str, ...]] = {
-    kind: tuple(
-        column
-        for field, column in zip(fields(made), made.columns().values(), strict=True)
-        if field.default is MISSING
-    )
-    for kind, made in RECORD_TYPES.items()
+_COLUMNS = {"positives": "positive", "negatives": "negative"}  # others are called like their field
+_FIELDS = {
+    made: {one.name: _COLUMNS.get(one.name, one.name) for one in fields(made)}
+    for made in RECORD_TYPES.values()
 }
-EXPECTED: dict[Kind, str] = {kind: made.looks for kind, made in RECORD_TYPES.items()}
+COLUMNS = {kind: tuple(_FIELDS[made].values()) for kind, made in RECORD_TYPES.items()}
+REQUIRED: dict[Kind, tuple[str, ...]] = {
+    "retrieval": ("query", "positive"),
+    "nli": ("query", "positive"),
+    "sts": ("sentence1", "sentence2", "score"),
+    "classification": ("text", "label"),
+    "clustering": ("text", "label"),
+}
+_EXPECTED_PAIR = (
+    '{"query": text, "positive": text or [texts], "negative": [texts], optional; '
+    '"positive_scores" and "negative_scores": [numbers], optional; "instruction": text, optional}'
+)
+_EXPECTED_LABEL = '{"text": text, "label": text or integer}'
+EXPECTED: dict[Kind, str] = {
+    "retrieval": _EXPECTED_PAIR,
+    "nli": _EXPECTED_PAIR,
+    "sts": '{"sentence1": text, "sentence2": text, "score": 0 to 5, "negative": [texts], optional}',
+    "classification": _EXPECTED_LABEL,
+    "clustering": _EXPECTED_LABEL,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,12 +190,13 @@ def texts_of(record: Record) -> tuple[str, ...]:
 
 def record_of(row: dict[str, Any], kind: Kind) -> Record:
     """Make the record of a row that ``to_json`` gave; it is trusted, not checked again."""
-    made: Any = RECORD_TYPES[kind]
+    made = RECORD_TYPES[kind]
+    given = {name: row.get(column) for name, column in _FIELDS[made].items()}
     return made(
         **{
             name: tuple(value) if isinstance(value, list) else value
-            for name, column in _COLUMNS[made]
-            if (value := row.get(column)) is not None
+            for name, value in given.items()
+            if value is not None
         }
     )
 
@@ -243,10 +224,10 @@ def parse_record(row: dict[str, Any], kind: Kind) -> Record:
         raise RowError("missing " + " and ".join(missing))
     scored = RECORD_TYPES[kind] is PairRecord and any(row.get(key) is not None for key in _SCORES)
     try:
-        record: Record = _CHECKS[kind].validate_python(row)
+        record = _CHECKS[kind].validate_python(row)
     except ValidationError as error:
         raise RowError(_problem(error, row)) from None
-    return _with_scores(cast(PairRecord, record), row) if scored else record
+    return _with_scores(record, row) if scored else record
 
 
 def _problem(error: ValidationError, row: dict[str, Any]) -> str:
@@ -293,7 +274,8 @@ def _with_scores(record: PairRecord, row: dict[str, Any]) -> PairRecord:
             continue
         if _is_unlisted(row, key):
             raise RowError(f'"{key}" is {_shown(row[key])}, expected a list of numbers')
-        texts, scores = _in_list(row.get(side)) or (), getattr(record, key)
+        texts, scores = row.get(side) or (), getattr(record, key)
+        texts = [texts] if isinstance(texts, str) else texts
         if len(scores) != len(texts):
             raise RowError(f'"{key}" and "{side}" differ in length: {len(scores)}, {len(texts)}')
         score_of: dict[str, float] = {}

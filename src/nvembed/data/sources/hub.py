@@ -35,7 +35,7 @@ def open_hub(
     header: Sequence[str] | None = None,
     quotes: bool | None = None,
 ) -> Table:
-    """Open a set on the hub; local ids start at ``base_dir``.
+    """Open a set on the hub, or in a folder, whose relative path starts at ``base_dir``.
 
     ``header`` and ``quotes`` are as of ``open_file``, for ``files``.
 
@@ -47,25 +47,24 @@ def open_hub(
     folder = base_dir / location.id
     local = folder if folder.is_dir() else None
     revision = None if local else _commit(location)
+    # Of the set alone: the rows that are taken do not depend on the rest of the recipe.
+    names = (location.id, location.config or "", location.split)
+    seed = derive_seed(0, "take", *names) % 2**32
     if location.files is None:
-        return _from_card(location, local, revision)
-    tables: list[Table] = []
-    for file in location.files:
-        if local is not None:
-            tables.append(open_file(local / file, header=header, quotes=quotes))
-        else:
-            tables.append(_open_remote(location, file, revision, header, quotes))
+        return _from_card(location, str(local or location.id), revision, seed)
+    tables = [
+        open_file(local / file, header=header, quotes=quotes)
+        if local
+        else _open_remote(location, file, revision, header, quotes)
+        for file in location.files
+    ]
     rows: Rows = (row for table in tables for row in table.rows)
     if location.take is not None:
-        shuffled = through_buffer(rows, location.shuffle_buffer, random.Random(_seed(location)))
+        shuffled = through_buffer(rows, location.shuffle_buffer, random.Random(seed))
         rows = islice(shuffled, location.take)
-    return Table(
-        location.id,
-        rows,
-        tables[0].columns if len(tables) == 1 else None,
-        textual=any(table.textual for table in tables),
-        revision=revision,
-    )
+    columns = tables[0].columns if len(tables) == 1 else None
+    textual = any(table.textual for table in tables)
+    return Table(location.id, rows, columns, textual=textual, revision=revision)
 
 
 def _import(name: str) -> Any:
@@ -92,46 +91,34 @@ def _commit(location: HubLocation) -> str | None:
             return location.revision  # what was downloaded before can be used all the same
 
 
-def _from_card(location: HubLocation, local: Path | None, revision: str | None) -> Table:
+def _from_card(location: HubLocation, place: str, revision: str | None, seed: int) -> Table:
     datasets, name = _import("datasets"), _name(location)
+    streaming, take = location.streaming, location.take
     with _explained(location):
         dataset = datasets.load_dataset(
-            str(local or location.id),
-            location.config,
-            split=location.split,
-            revision=revision,
-            streaming=location.streaming,
+            place, location.config, split=location.split, revision=revision, streaming=streaming
         )
-        if location.take is not None:
-            dataset = _shuffled(dataset, location, location.take)
+        if take is not None and streaming:
+            buffer = location.shuffle_buffer
+            dataset = dataset.shuffle(seed=seed, buffer_size=buffer).take(take)
+        elif take is not None:
+            dataset = dataset.shuffle(seed=seed).select(range(min(take, len(dataset))))
         # A stream does not always know its columns before it is read.
         columns = dataset.column_names or tuple(next(iter(dataset), {}))
-    return Table(name, _batches(dataset, name, location), tuple(columns), revision=revision)
 
+    def rows() -> Rows:
+        number = 0
+        batches = dataset.iter(batch_size=_ROWS_AT_ONCE)
+        while True:
+            with _explained(location, f"after row {number}: "):
+                batch = next(batches, None)
+            if batch is None:
+                return
+            for values in zip(*batch.values(), strict=True):
+                number += 1
+                yield Row(f"{name} row {number}", dict(zip(batch, values, strict=True)))
 
-def _shuffled(dataset: Any, location: HubLocation, take: int) -> Any:
-    if location.streaming:
-        stream = dataset.shuffle(seed=_seed(location), buffer_size=location.shuffle_buffer)
-        return stream.take(take)
-    return dataset.shuffle(seed=_seed(location)).select(range(min(take, len(dataset))))
-
-
-def _seed(location: HubLocation) -> int:
-    # Of the set alone: the rows that are taken do not depend on the rest of the recipe.
-    return derive_seed(0, "take", location.id, location.config or "", location.split) % 2**32
-
-
-def _batches(dataset: Any, name: str, location: HubLocation) -> Rows:
-    number = 0
-    batches = dataset.iter(batch_size=_ROWS_AT_ONCE)
-    while True:
-        with _explained(location, f"after row {number}: "):
-            batch = next(batches, None)
-        if batch is None:
-            return
-        for values in zip(*batch.values(), strict=True):
-            number += 1
-            yield Row(f"{name} row {number}", dict(zip(batch, values, strict=True)))
+    return Table(name, rows(), tuple(columns), revision=revision)
 
 
 def _open_remote(
@@ -164,19 +151,14 @@ def _open_remote(
 
 def through_buffer(rows: Rows, size: int, generator: random.Random) -> Iterator[Row | BadRow]:
     """Shuffle a stream: every row waits in a buffer until chance takes it out."""
-    buffer: list[Row | BadRow] = []
+    buffer = list(islice(rows, size))
     for row in rows:
-        if len(buffer) < size:
-            buffer.append(row)
-            continue
         place = generator.randrange(size)
         buffer[place], row = row, buffer[place]
         yield row
     generator.shuffle(buffer)
     yield from buffer
 
-
-# --- Errors ---------------------------------------------------------------------------------------
 
 _PIN = "Has the set changed? Look at its files and correct the recipe"
 _CHECK_ID = "Check `hub.id`, and that the set still has the form that the recipe says"
@@ -226,27 +208,23 @@ def _explained(location: HubLocation, when: str = "") -> Iterator[None]:
         raise
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
-        names = {kind.__name__ for cause in _causes(error) for kind in type(cause).__mro__}
-        names |= {type(error).__module__.partition(".")[0]}
+        names = {type(error).__module__.partition(".")[0]}
+        cause: BaseException | None = error
+        while cause is not None:
+            names |= {kind.__name__ for kind in type(cause).__mro__}
+            cause = cause.__cause__ or cause.__context__
         message, hint = next(
             told
             for kinds, texts, *told in _MEANINGS
             if kinds & names or any(text in reason.lower() for text in texts)
         )
-        told = {"reason": reason, "kind": type(error).__name__, "id": location.id}
-        told["revision"] = location.revision or ""
+        known = {"reason": reason, "kind": type(error).__name__, "id": location.id}
+        known["revision"] = location.revision or ""
         raise SourceError(
-            when + message.format(**told), where=_name(location), hint=hint.format(**told)
+            when + message.format(**known), where=_name(location), hint=hint.format(**known)
         ) from error
 
 
 def _name(location: HubLocation) -> str:
     parts = (location.id, location.config, None if location.files else location.split)
     return " ".join(filter(None, parts))
-
-
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    seen: BaseException | None = error
-    while seen is not None:
-        yield seen
-        seen = seen.__cause__ or seen.__context__

@@ -32,7 +32,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nvembed.data.config import DatasetConfig, Layout
-from nvembed.data.records import MAX_SCORE, RECORD_TYPES, REQUIRED, BadRow, RowError
+from nvembed.data.records import COLUMNS, MAX_SCORE, REQUIRED, BadRow, RowError
 from nvembed.data.sources.beir import read_judgements
 from nvembed.data.sources.rows import (
     MISSING,
@@ -90,7 +90,7 @@ def record_values(rows: Rows, source: Source) -> Joined:
 def _records(values: Values, source: Source) -> Iterator[Values]:
     config, textual = source.config, source.textual
     found = {name: source.need(values, name) for name in REQUIRED[config.kind]}
-    for name in RECORD_TYPES[config.kind].columns().values():
+    for name in COLUMNS[config.kind]:
         if name not in found:
             value = source.columns.find(values, name)
             if value is not MISSING and not (textual and value == ""):

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,20 +22,18 @@ from nvembed.core.seeding import derive_seed
 from nvembed.data.config import DatasetConfig
 from nvembed.data.examples import Example, ExampleSource, make_source
 from nvembed.data.loading import load_records
-from nvembed.data.records import Record, records_digest
+from nvembed.data.records import records_digest
 
 # The additive sequence of the golden ratio covers [0, 1) more evenly than any other of its sort.
 GOLDEN_RATIO = (5**0.5 - 1) / 2
 
 
-def load_source(config: DatasetConfig, *, base_dir: Path) -> ExampleSource:
-    """Read the records of a data set and make its source."""
-    return _source(config, load_records(config, base_dir=base_dir))
-
-
-def _source(config: DatasetConfig, records: Sequence[Record]) -> ExampleSource:
+def load_source(
+    config: DatasetConfig, *, base_dir: Path, records: Sequence[Any] | None = None
+) -> ExampleSource:
+    """Read the records of a data set, unless they are given, and make its source."""
     return make_source(
-        records,
+        load_records(config, base_dir=base_dir) if records is None else records,
         config.kind,
         name=config.name,
         instruction=config.instruction,
@@ -46,13 +45,9 @@ def _source(config: DatasetConfig, records: Sequence[Record]) -> ExampleSource:
 def load_mixture(
     datasets: Sequence[DatasetConfig], *, stage: int, base_dir: Path, temperature: float = 1.0
 ) -> Mixture:
-    """Load the data sets of one stage.
+    """Load those of a recipe's data sets that a stage uses, the first of which is number 1.
 
-    Args:
-        datasets: all data sets of the recipe.
-        stage: number of the stage, from 1.
-        base_dir: folder of the recipe.
-        temperature: evens out the sets without a weight of their own; see ``tempered_weights``.
+    ``temperature`` evens out the sets without a weight of their own; see ``tempered_weights``.
 
     Raises:
         DataError: naming every file that cannot be used.
@@ -64,7 +59,7 @@ def load_mixture(
     for config in chosen:
         try:
             records = load_records(config, base_dir=base_dir)
-            sources.append(_source(config, records))
+            sources.append(load_source(config, base_dir=base_dir, records=records))
             digests[config.name] = records_digest(records)
         except DataError as error:
             errors.append(error)
@@ -134,7 +129,10 @@ class Mixture:
         for number, source in enumerate(self.sources):
             slots = np.flatnonzero(order[:, 0] == number)
             rng = np.random.default_rng(derive_seed(seed, "walk", source.name))
-            order[slots, 1] = _walk(len(source), len(slots), rng)
+            # Whole shuffled epochs, the last one cut.
+            num_epochs = -(-len(slots) // len(source))
+            epochs = np.tile(np.arange(len(source), dtype=np.int64), (num_epochs, 1))
+            order[slots, 1] = rng.permuted(epochs, axis=1).reshape(-1)[: len(slots)]
         return order
 
     def examples(
@@ -151,19 +149,8 @@ class Mixture:
 
         What a slot draws depends on ``seed`` and the slot alone, not on the slots before it.
         """
-        return [
-            self.sources[source].example(
-                index,
-                np.random.default_rng(derive_seed(seed, "draw", slot)),
-                num_negatives,
-                num_positives,
-            )
-            for slot, (source, index) in enumerate(order[start:stop].tolist(), start)
-        ]
-
-
-def _walk(num_queries: int, num_slots: int, rng: np.random.Generator) -> NDArray[np.int64]:
-    """Return ``num_slots`` indices: whole shuffled epochs, the last one cut."""
-    num_epochs = -(-num_slots // num_queries)
-    epochs = np.tile(np.arange(num_queries, dtype=np.int64), (num_epochs, 1))
-    return rng.permuted(epochs, axis=1).reshape(-1)[:num_slots]
+        found = []
+        for slot, (source, index) in enumerate(order[start:stop].tolist(), start):
+            rng = np.random.default_rng(derive_seed(seed, "draw", slot))
+            found.append(self.sources[source].example(index, rng, num_negatives, num_positives))
+        return found

@@ -77,8 +77,13 @@ def _as_source_errors() -> Iterator[None]:
 def _read(
     opened: OpenedDataset, source: Source, table: Table, give_up: bool
 ) -> Iterator[Converted | BadRow]:
-    rows = _chosen(opened.counting(table.rows), source)
-    finished = (_finished(row, source.config) for row in record_values(rows, source))
+    def counted() -> Rows:
+        for row in table.rows:
+            opened.rows_read += 1
+            yield row
+
+    rows = record_values(_chosen(counted(), source), source)
+    finished = (_finished(row, source.config) for row in rows)
     with _as_source_errors():
         yield from _hopeless(finished, table) if give_up else finished
 
@@ -205,13 +210,16 @@ def _repeats(values: Values, record: Record) -> int:
 
 
 def _limited(record: PairRecord, config: DatasetConfig) -> PairRecord:
-    limits = {"positive": config.max_positives, "negative": config.max_negatives}
-    changes: dict[str, tuple[object, ...]] = {}
-    for side, most in limits.items():
-        if most is not None and len(getattr(record, f"{side}s")) > most:
-            for name in (f"{side}s", f"{side}_scores"):
-                changes[name] = getattr(record, name)[:most]
-    return replace(record, **changes) if changes else record  # type: ignore[arg-type]
+    most, further = config.max_positives, config.max_negatives
+    if most is None and further is None:
+        return record
+    return replace(
+        record,
+        positives=record.positives[:most],
+        positive_scores=record.positive_scores[:most],
+        negatives=record.negatives[:further],
+        negative_scores=record.negative_scores[:further],
+    )
 
 
 def _hopeless(rows: Iterator[Converted | BadRow], table: Table) -> Iterator[Converted | BadRow]:

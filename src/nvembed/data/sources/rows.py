@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import unicodedata
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from nvembed.core.errors import SourceError
@@ -62,13 +62,7 @@ class OpenedDataset:
 
     revision: str | None
     rows: Iterator[Converted | BadRow]
-    rows_read: int = field(default=0)
-
-    def counting(self, rows: Rows) -> Rows:
-        """Pass rows on and count them."""
-        for row in rows:
-            self.rows_read += 1
-            yield row
+    rows_read: int = 0
 
 
 def each_row(
@@ -99,8 +93,6 @@ def all_rows(
     return found
 
 
-# --- Columns --------------------------------------------------------------------------------------
-
 # Columns that an id may have where nothing says which: BEIR, the usual one, Tevatron.
 ID_NAMES = ("_id", "id", "docid")
 
@@ -110,11 +102,7 @@ _UNKNOWN = object()
 
 
 class Columns:
-    """Looks values up by the names of a layout.
-
-    ``names`` holds columns of the source by name of the layout; a name that is not there is its own
-    column.
-    """
+    """Looks values up by the names of a layout, which are columns unless ``names`` says others."""
 
     def __init__(self, names: Mapping[str, Column]) -> None:
         self._names = names
@@ -141,11 +129,7 @@ class Columns:
         return value
 
     def check(self, table: Table, needed: tuple[str, ...]) -> None:
-        """Look for the columns before any row is read, where the table says which it has.
-
-        Raises:
-            SourceError: columns are not there.
-        """
+        """Raise a SourceError where columns are not there, if the table says which it has."""
         if table.columns is None:
             return
         stand_in = dict.fromkeys(table.columns, _UNKNOWN)
@@ -154,7 +138,7 @@ class Columns:
         if absent:
             example = table.columns[0] if table.columns else "NAME"
             raise SourceError(
-                " and ".join(self._no_column(name) for name in absent),
+                " and ".join(map(self._no_column, absent)),
                 where=table.name,
                 expected=f"one of the columns found: {', '.join(table.columns)}",
                 hint="Say under `columns` what they are called there, as in "
@@ -201,9 +185,6 @@ def _joined(parts: list[Any]) -> Any:
     return " ".join(filter(None, map(str.strip, texts)))
 
 
-# --- Texts by their ids ---------------------------------------------------------------------------
-
-
 def read_id(value: Any) -> str:
     """Read an id: a text, or a whole number as its digits (copies of a set mix 7, 7.0 and "7")."""
     if isinstance(value, float) and value.is_integer():
@@ -221,7 +202,7 @@ def read_title(value: Any) -> str:
     return text if text.isascii() else unicodedata.normalize("NFC", text)
 
 
-def join_texts(parts: Sequence[Any]) -> str:
+def _join_texts(parts: Sequence[Any]) -> str:
     """Join title and text by a space, as mteb does; parts may be null."""
     if not all(isinstance(part, str) for part in parts if part is not None):
         raise RowError('"text" is no text' if len(parts) == 1 else '"title" or "text" is no text')
@@ -249,9 +230,8 @@ class Keyed:
     def check(self) -> None:
         """Look for the columns; see ``Columns.check``."""
         have = self.table.columns or ()
-        needed = [] if set(self.ids) & set(have) else ["id"]
-        needed += [] if self.texts[-1] in have else ["text"]
-        self.columns.check(self.table, tuple(needed))
+        needed = () if set(self.ids) & set(have) else ("id",)
+        self.columns.check(self.table, needed if self.texts[-1] in have else (*needed, "text"))
 
     def id_of(self, values: Values) -> str:
         """The id of a row; a RowError where there is none."""
@@ -263,8 +243,8 @@ class Keyed:
     def text_of(self, values: Values) -> str:
         """The text, with the title before it where there is one; it may be empty."""
         if self.columns.names("text") or self.texts[-1] not in values:
-            return join_texts([self.columns.need(values, "text")])
-        return join_texts([values[name] for name in self.texts if name in values])
+            return _join_texts([self.columns.need(values, "text")])
+        return _join_texts([values[name] for name in self.texts if name in values])
 
     def look_up(self, ids: Iterable[str]) -> Generator[BadRow, None, dict[str, str]]:
         """Read the table until all texts are found; return them by id, and yield bad rows."""

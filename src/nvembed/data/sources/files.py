@@ -41,69 +41,54 @@ Binary = Callable[[], AbstractContextManager[io.BufferedReader]]
 
 
 def open_file(
-    path: Path,
+    path: Path | str,
     *,
     name: str | None = None,
     header: Sequence[str] | None = None,
     quotes: bool | None = None,
+    opener: Callable[[], IO[bytes]] | None = None,
 ) -> Table:
     """Open a file of rows.
 
     Args:
-        path: the file.
+        path: the file, or the address of a stream.
         name: what places and errors call it; its ending says the format. None is the path.
         header: columns of a CSV or TSV file that does not name them in its first line.
         quotes: whether its fields may be in quotes; None is yes for CSV, no for TSV.
+        opener: opens a stream of another format than Parquet, twice where it has a header.
 
     Raises:
         DataError: no such file, an unknown ending, or a file that is not what its ending says.
     """
     name = str(path) if name is None else name
-    form = _format(name, header, quotes)
-    if not path.is_file():
+    form = ending_of(name)
+    if form not in FORMATS or (form == ".parquet" and is_gzip(name)):
         raise SourceError(
-            "no such file", where=name, hint="Relative paths start at the folder of the recipe"
+            f"unknown kind of file {Path(name).name!r}",
+            where=name,
+            expected=f"a name that ends in {', '.join(FORMATS)} (text also with .gz)",
         )
-    if form != ".parquet":
-        return open_stream(lambda: open(path, "rb"), name, header=header, quotes=quotes)
-    with _open_parquet(path) as file:
-        schema = file.schema_arrow
-    _check_distinct(schema.names, name)
-    rows = (Row(f"{name}:{number}", values) for number, values in parquet_rows(path))
-    return Table(name, rows, tuple(schema.names), schema=schema)
-
-
-def open_stream(
-    opener: Callable[[], IO[bytes]],
-    name: str,
-    *,
-    header: Sequence[str] | None = None,
-    quotes: bool | None = None,
-) -> Table:
-    """Open rows that come as bytes: all formats but Parquet.
-
-    ``opener`` opens the bytes, once for the header and once for the rows; the ending of ``name``, a
-    path or an address, says the format. The rest is as of ``open_file``.
-    """
-    form = _format(name, header, quotes)
+    if (header is not None or quotes is not None) and form not in (".csv", ".tsv"):
+        raise SourceError("header and quotes are of CSV and TSV files only", where=name)
+    if opener is None and not Path(path).is_file():
+        hint = "Relative paths start at the folder of the recipe"
+        raise SourceError("no such file", where=name, hint=hint)
+    if form == ".parquet":
+        return _parquet(Path(path), name)
 
     def binary() -> AbstractContextManager[io.BufferedReader]:
-        return open_bytes(opener, name)
+        return open_bytes(opener or (lambda: open(path, "rb")), name)
 
     if form in (".csv", ".tsv"):
         fields = partial(_fields, binary, form == ".csv" if quotes is None else quotes)
         return _delimited(partial(fields, "," if form == ".csv" else "\t"), name, header)
-    reads: dict[str, Callable[[io.BufferedReader, str], Rows]] = {
-        ".jsonl": partial(_json, lines=True),
-        ".json": _json,
-        ".txt": _texts,
-    }
+    is_text = form == ".txt"
+    read = _texts if is_text else partial(_json, lines=form == ".jsonl")
 
     def rows() -> Rows:
         with binary() as file:
-            yield from reads[form](file, name)
+            yield from read(file, name)
 
-    is_text = form == ".txt"
     return Table(name, rows(), ("text",) if is_text else None, textual=is_text)
 
 
@@ -136,19 +121,6 @@ def open_stdin(opener: Callable[[], IO[bytes]] = stdin_bytes, *, columns: bool =
     return Table(STDIN_NAME, rows())
 
 
-def _format(name: str, header: Sequence[str] | None, quotes: bool | None) -> str:
-    form = ending_of(name)
-    if form not in FORMATS or (form == ".parquet" and is_gzip(name)):
-        raise SourceError(
-            f"unknown kind of file {Path(name).name!r}",
-            where=name,
-            expected=f"a name that ends in {', '.join(FORMATS)} (text also with .gz)",
-        )
-    if (header is not None or quotes is not None) and form not in (".csv", ".tsv"):
-        raise SourceError("header and quotes are of CSV and TSV files only", where=name)
-    return form
-
-
 # --- Parquet --------------------------------------------------------------------------------------
 
 
@@ -179,6 +151,14 @@ def parquet_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                         yield next(numbers), row
             except (ValueError, OSError) as error:  # errors of pyarrow are one or the other
                 raise _not_parquet(one, error) from error
+
+
+def _parquet(path: Path, name: str) -> Table:
+    with _open_parquet(path) as file:
+        schema = file.schema_arrow
+    _check_distinct(schema.names, name)
+    rows = (Row(f"{name}:{number}", values) for number, values in parquet_rows(path))
+    return Table(name, rows, tuple(schema.names), schema=schema)
 
 
 def _open_parquet(path: Path) -> Any:

@@ -21,7 +21,7 @@ from nvembed.core.seeding import derive_seed
 from nvembed.core.text_files import ending_of
 from nvembed.data.config import HubLocation
 from nvembed.data.records import BadRow
-from nvembed.data.sources.files import open_file, open_stream
+from nvembed.data.sources.files import open_file
 from nvembed.data.sources.rows import Row, Rows, Table
 
 _ROWS_AT_ONCE = 1000
@@ -145,7 +145,7 @@ def _open_remote(
         with _explained(location):  # the network may fail in the middle
             yield from table.rows
 
-    table = open_stream(stream, name, header=header, quotes=quotes)
+    table = open_file(name, header=header, quotes=quotes, opener=stream)
     return replace(table, rows=rows())
 
 

@@ -53,12 +53,9 @@ Joined = Iterator[tuple[str, Values] | BadRow]
 class Source:
     """What converting a row depends on.
 
-    Args:
-        config: the data set.
-        columns: where values are found.
-        textual: all values are texts, so that numbers are read from them, and empty ones are left
-            out where they may be.
-        tables: of documents (``corpus``) and of ``queries``, where the layout has them.
+    With ``textual``, all values are texts: numbers are read from them, and empty ones are left out
+    where they may be. ``tables`` are those of documents (``corpus``) and of ``queries``, where the
+    layout has them.
     """
 
     config: DatasetConfig
@@ -88,15 +85,14 @@ def record_values(rows: Rows, source: Source) -> Joined:
 
 
 def _records(values: Values, source: Source) -> Iterator[Values]:
-    config, textual = source.config, source.textual
+    config = source.config
     found = {name: source.need(values, name) for name in REQUIRED[config.kind]}
     for name in COLUMNS[config.kind]:
-        if name not in found:
-            value = source.columns.find(values, name)
-            if value is not MISSING and not (textual and value == ""):
-                found[name] = value
+        value = source.columns.find(values, name)
+        if name not in found and value is not MISSING and not (source.textual and value == ""):
+            found[name] = value
     if "score" in found:
-        found["score"] = _score(found["score"], config.max_score, textual=textual)
+        found["score"] = _score(found["score"], config.max_score, textual=source.textual)
     if "label" in found:
         found["label"] = _label(found["label"], config.label_names)
     yield found
@@ -125,55 +121,47 @@ def _label(value: Any, names: tuple[str, ...] | None) -> Any:
 
 
 def _tuples(values: Values, source: Source) -> Iterator[Values]:
-    query = source.columns.find(values, "query")
-    if query is MISSING:
-        query = values["anchor"] if "anchor" in values else source.need(values, "query")
+    def number(name: str) -> tuple[int, str]:
+        digits = re.search(r"\d+$", name)
+        return (int(digits.group()) if digits else -1), name
+
+    named = source.columns.find(values, "query") is not MISSING or "anchor" not in values
+    query = source.need(values, "query") if named else values["anchor"]
     negatives: list[Any] = []
-    for name in sorted((name for name in values if name.startswith("negative")), key=_by_number):
+    for name in sorted((name for name in values if name.startswith("negative")), key=number):
         value = values[name]
-        if isinstance(value, list):
-            negatives += value
-        elif value is not None and value != "":
-            negatives.append(value)
+        negatives += value if isinstance(value, list) else [] if value in (None, "") else [value]
     yield {"query": query, "positive": source.need(values, "positive"), "negative": negatives}
 
 
-def _by_number(name: str) -> tuple[int, str]:
-    digits = re.search(r"\d+$", name)
-    return (int(digits.group()) if digits else -1), name
-
-
 def _lists(values: Values, source: Source) -> Iterator[Values]:
-    optional = {"negative": "neg", "positive_scores": "pos_scores", "negative_scores": "neg_scores"}
-    optional["instruction"] = "instruction"
     row = {"query": source.need(values, "query"), "positive": source.need(values, "pos")}
-    found = {name: source.find(values, column) for name, column in optional.items()}
-    yield row | {name: value for name, value in found.items() if value is not None}
+    optional = ("neg", "pos_scores", "neg_scores", "instruction")
+    for name, column in zip(COLUMNS["retrieval"][2:], optional, strict=True):
+        if (value := source.find(values, column)) is not None:
+            row[name] = value
+    yield row
 
 
 def _passages(values: Values, source: Source) -> Iterator[Values]:
-    positives = _passage_texts(source.need(values, "positive_passages"), "positive_passages")
-    if not positives:
-        raise RowError('"positive_passages" holds no text')
-    negatives = source.find(values, "negative_passages")
-    yield {
-        "query": source.need(values, "query"),
-        "positive": positives,
-        "negative": [] if negatives is None else _passage_texts(negatives, "negative_passages"),
-    }
-
-
-def _passage_texts(passages: Any, name: str) -> list[str]:
-    """Title and text of each passage, those without any left out: some sets publish ids alone."""
-    if not isinstance(passages, list) or not all(isinstance(item, dict) for item in passages):
-        raise RowError(f'"{name}" is no list of passages')
-    found: list[str] = []
-    for index, passage in enumerate(passages):
-        parts = [passage.get("title") or "", passage.get("text") or ""]
-        if not all(isinstance(part, str) for part in parts):
-            raise RowError(f'"{name}[{index}]" has a title or text that is no text')
-        found.append(" ".join(filter(None, map(str.strip, parts))))
-    return [text for text in found if text]
+    texts: dict[str, list[str]] = {}
+    for name in ("positive_passages", "negative_passages"):
+        find = source.need if name == "positive_passages" else source.find
+        passages = find(values, name)
+        if passages is None and texts:
+            passages = []
+        if not isinstance(passages, list) or not all(isinstance(item, dict) for item in passages):
+            raise RowError(f'"{name}" is no list of passages')
+        parts = [(passage.get("title") or "", passage.get("text") or "") for passage in passages]
+        for index, both in enumerate(parts):
+            if not all(isinstance(part, str) for part in both):
+                raise RowError(f'"{name}[{index}]" has a title or text that is no text')
+        joined = (" ".join(filter(None, map(str.strip, both))) for both in parts)
+        texts[name] = [text for text in joined if text]  # some sets publish ids alone
+        if not texts["positive_passages"]:
+            raise RowError('"positive_passages" holds no text')
+    positives, negatives = texts.values()
+    yield {"query": source.need(values, "query"), "positive": positives, "negative": negatives}
 
 
 def _clusters(values: Values, source: Source) -> Iterator[Values]:
@@ -209,24 +197,18 @@ def _beir(rows: Rows, source: Source) -> Joined:
     for query, of_query in judgements.items():
         for document, judgement in of_query.items():
             if judgement.differs:
-                yield BadRow(
-                    judgement.place,
-                    f"document {document!r} was judged otherwise before, for query {query!r}; "
-                    "the last judgement counts",
-                    harmless=True,
-                )
-        relevant = [pair for pair in of_query.items() if pair[1].grade > 0]
+                told = f"document {document!r} was judged otherwise before, for query {query!r}"
+                told += "; the last judgement counts"
+                yield BadRow(judgement.place, told, harmless=True)
+        pairs = sorted(of_query.items(), key=lambda pair: -pair[1].grade)
+        relevant = [pair for pair in pairs if pair[1].grade > 0]  # of one grade as the rows are
+        others = [pair for pair in of_query.items() if pair[1].grade <= 0]
         if relevant:
-            relevant.sort(key=lambda pair: -pair[1].grade)  # stable: else in the order of the rows
-            others = [pair for pair in of_query.items() if pair[1].grade <= 0]
-            chosen[query] = (
-                relevant[: config.max_positives],
-                others if config.judged_negatives else [],
-            )
+            negatives = others if config.judged_negatives else []
+            chosen[query] = relevant[: config.max_positives], negatives
     texts = yield from queries.look_up(chosen)
-    documents = yield from corpus.look_up(
-        one for both in chosen.values() for pairs in both for one, _ in pairs
-    )
+    wanted = (one for both in chosen.values() for pairs in both for one, _ in pairs)
+    documents = yield from corpus.look_up(wanted)
     for query, (relevant, others) in chosen.items():
         place = next(iter(judgements[query].values())).place
         if query not in texts:
@@ -234,11 +216,11 @@ def _beir(rows: Rows, source: Source) -> Joined:
             continue
         for document, judgement in relevant:
             if document not in documents:
-                problem = f"document {document!r} is not in {corpus.table.name}"
-                yield BadRow(judgement.place, problem, harmless=True)
+                told = f"document {document!r} is not in {corpus.table.name}"
+                yield BadRow(judgement.place, told, harmless=True)
         positives = [(documents[one], which.place) for one, which in relevant if one in documents]
-        negatives = [documents[one] for one, _ in others if one in documents]
-        base: Values = {"query": texts[query], "negative": negatives}
+        base: Values = {"query": texts[query]}
+        base["negative"] = [documents[one] for one, _ in others if one in documents]
         if config.one_record_per == "positive":
             for text, own_place in positives:
                 yield own_place, base | {"positive": [text]}
@@ -259,9 +241,8 @@ def _references(rows: Rows, source: Source) -> Joined:
         yield query, ids, negatives
 
     waiting = yield from all_rows(rows, read)
-    documents = yield from corpus.look_up(
-        one for _, (_, ids, negatives) in waiting for one in (*ids, *negatives)
-    )
+    wanted = (one for _, (_, ids, negatives) in waiting for one in (*ids, *negatives))
+    documents = yield from corpus.look_up(wanted)
     for place, (query, ids, negatives) in waiting:
         absent = [one for one in (*ids, *negatives) if one not in documents]
         if absent:
@@ -301,17 +282,10 @@ def _scored(rows: Rows, source: Source) -> Joined:
         elif positive not in documents:
             yield BadRow(place, f"document {positive!r} is not in {corpus.table.name}")
         else:
-            others = [pair for pair in others if pair[0] in documents]
-            yield (
-                place,
-                {
-                    "query": texts[query],
-                    "positive": [documents[positive]],
-                    "positive_scores": [best],
-                    "negative": [documents[document] for document, _ in others],
-                    "negative_scores": [score for _, score in others],
-                },
-            )
+            found = [(documents[one], score) for one, score in others if one in documents]
+            values: Values = {"query": texts[query], "positive": [documents[positive]]}
+            values |= {"positive_scores": [best], "negative": [text for text, _ in found]}
+            yield place, values | {"negative_scores": [score for _, score in found]}
 
 
 def _candidates(values: Values, source: Source) -> Iterator[tuple[str, list[tuple[str, float]]]]:

@@ -200,13 +200,12 @@ def _finished(row: tuple[str, Values] | BadRow, config: DatasetConfig) -> Conver
 
 def _repeats(values: Values, record: Record) -> int:
     """Count the texts of lists that are not in the record a second time."""
-    if isinstance(record, LabelRecord):
-        return 0
-    kept = {"negative": record.negatives}
-    if isinstance(record, PairRecord):
-        kept["positive"] = record.positives
-    lists = ((values.get(name), texts) for name, texts in kept.items())
-    return sum(len(given) - len(texts) for given, texts in lists if isinstance(given, list))
+    kept = {side: getattr(record, f"{side}s", ()) for side in ("positive", "negative")}
+    return sum(
+        len(values[side]) - len(texts)
+        for side, texts in kept.items()
+        if isinstance(values.get(side), list)
+    )
 
 
 def _limited(record: PairRecord, config: DatasetConfig) -> PairRecord:

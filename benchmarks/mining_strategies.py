@@ -22,7 +22,7 @@ from peers.report import header, say, table
 
 from nvembed.core.config import load_config
 from nvembed.core.files import write_json
-from nvembed.data.mixture import DatasetConfig
+from nvembed.data.config import DatasetConfig
 from nvembed.encoding.fingerprint import model_fingerprint
 from nvembed.encoding.load import load_encoder
 from nvembed.encoding.protocol import Encoder

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
         TrainingError,
         UserError,
     )
-    from nvembed.data.mining_config import MiningConfig
+    from nvembed.data.build_config import MiningConfig
     from nvembed.encoding.doctor.examine import DoctorOptions
     from nvembed.encoding.doctor.examine import examine_model as doctor
     from nvembed.encoding.export.folders import export_folder as export
@@ -87,7 +87,7 @@ _HOMES = {
     "DoctorOptions": "encoding.doctor.examine.DoctorOptions",
     "IndexOptions": "index.build.IndexOptions",
     "LongTexts": "model.settings.LongTexts",
-    "MiningConfig": "data.mining_config.MiningConfig",
+    "MiningConfig": "data.build_config.MiningConfig",
     "ModelError": "core.errors.ModelError",
     "NVEmbed": "model.embedder.NVEmbed",
     "NVEmbedError": "core.errors.NVEmbedError",

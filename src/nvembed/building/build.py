@@ -24,8 +24,7 @@ from nvembed.core.files import alone_in
 from nvembed.core.ownership import check_outputs, check_overlaps
 from nvembed.data.build_config import BuildConfig
 from nvembed.data.built_sets import mining_of, read_manifest, set_settings
-from nvembed.data.sources import DatasetConfig
-from nvembed.data.sources.config import local_sources
+from nvembed.data.config import DatasetConfig, local_sources
 from nvembed.encoding.fingerprint import contents_fingerprint
 from nvembed.mining.teachers import check_teacher
 

@@ -16,16 +16,19 @@ from pathlib import Path
 import numpy as np
 
 from nvembed.core.reporting import ProblemCounts
-from nvembed.data.convert import POSITIVE_SCORE
+from nvembed.data.config import DatasetConfig
+from nvembed.data.examples import POSITIVE_SCORE
 from nvembed.data.records import (
     MAX_SCORE,
+    BadRow,
+    Converted,
     LabelRecord,
     PairRecord,
     Record,
     StsRecord,
     label_problems,
 )
-from nvembed.data.sources import BadRow, Converted, DatasetConfig, open_dataset
+from nvembed.data.sources.opening import open_dataset
 from nvembed.mining.corpus import text_key
 
 

@@ -25,9 +25,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from nvembed.data.record_shards import Rows, record_of
-from nvembed.data.records import PairRecord, Record, StsRecord
-from nvembed.data.sources import Converted
+from nvembed.data.built_sets import Rows
+from nvembed.data.records import Converted, PairRecord, Record, StsRecord, record_of
 from nvembed.mining.corpus import text_key
 
 # Records that share a query and are held in memory at once.

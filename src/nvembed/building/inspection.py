@@ -19,9 +19,8 @@ import numpy as np
 from nvembed.building.distinct import Digests, identity
 from nvembed.core.errors import ConfigError
 from nvembed.core.reporting import ProblemCounts, progress
-from nvembed.data.convert import POSITIVE_SCORE
-from nvembed.data.records import Kind, LabelRecord, PairRecord, Record, StsRecord
-from nvembed.data.sources import BadRow, Converted
+from nvembed.data.examples import POSITIVE_SCORE
+from nvembed.data.records import BadRow, Converted, Kind, LabelRecord, PairRecord, Record, StsRecord
 
 _PROBLEMS_SHOWN = 5
 _CLASSES_SHOWN = 5

@@ -11,9 +11,9 @@ from nvembed.core.errors import DataError
 from nvembed.core.files import tidy, write_jsonl
 from nvembed.core.text_files import read_json_object, read_jsonl
 from nvembed.data.build_config import BuildMining
-from nvembed.data.record_shards import Rows, record_of
-from nvembed.data.records import Kind, PairRecord
-from nvembed.data.sources import Converted, DatasetConfig
+from nvembed.data.built_sets import Rows
+from nvembed.data.config import DatasetConfig
+from nvembed.data.records import Converted, Kind, PairRecord, record_of
 from nvembed.mining.miner import mine_file
 from nvembed.mining.report import MiningReport
 from nvembed.mining.teachers import BM25_NAME

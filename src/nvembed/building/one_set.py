@@ -31,10 +31,18 @@ from nvembed.core.files import atomic_folder, atomic_path, tidy, write_json
 from nvembed.core.ownership import remove
 from nvembed.core.reporting import progress
 from nvembed.data.build_config import BuildConfig
-from nvembed.data.built_sets import FORMAT, MANIFEST, mining_of, read_manifest, set_settings
-from nvembed.data.record_shards import Rows, write_shards
-from nvembed.data.records import LabelRecord
-from nvembed.data.sources import Converted, DatasetConfig, open_dataset
+from nvembed.data.built_sets import (
+    FORMAT,
+    MANIFEST,
+    Rows,
+    mining_of,
+    read_manifest,
+    set_settings,
+    write_shards,
+)
+from nvembed.data.config import DatasetConfig
+from nvembed.data.records import Converted, LabelRecord
+from nvembed.data.sources.opening import open_dataset
 
 BUILD = "data build"
 REFUSED = "refused.jsonl"

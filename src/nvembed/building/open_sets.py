@@ -8,10 +8,10 @@ from pathlib import Path
 
 from nvembed.building.build import BuildableRecipe, default_folder
 from nvembed.core.errors import ConfigError, DataError
-from nvembed.data.built_sets import MANIFEST, read_manifest
-from nvembed.data.record_shards import read_shards
-from nvembed.data.records import Kind
-from nvembed.data.sources import BadRow, Converted, DatasetConfig, open_dataset
+from nvembed.data.built_sets import MANIFEST, read_manifest, read_shards
+from nvembed.data.config import DatasetConfig
+from nvembed.data.records import BadRow, Converted, Kind
+from nvembed.data.sources.opening import open_dataset
 
 _RECIPE = (".yaml", ".yml")
 

@@ -14,15 +14,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
-from nvembed.data.record_shards import Rows
+from nvembed.data.built_sets import Rows
+from nvembed.data.config import DatasetConfig
 from nvembed.data.records import (
+    BadRow,
     Conversion,
+    Converted,
     LabelRecord,
     PairRecord,
     Record,
     label_problems,
 )
-from nvembed.data.sources import BadRow, Converted, DatasetConfig
 from nvembed.mining.corpus import text_key
 
 

@@ -20,9 +20,8 @@ from nvembed.core.files import atomic_folder, tidy, write_json
 from nvembed.core.ownership import remove_named
 from nvembed.core.store import STORED
 from nvembed.core.text_files import read_json_object
-from nvembed.data.record_shards import read_shards
-from nvembed.data.records import Kind
-from nvembed.data.sources import Converted
+from nvembed.data.built_sets import read_shards
+from nvembed.data.records import Converted, Kind
 
 # Of the intermediate files; the files of the set itself are as long as the recipe says.
 STEP_ROWS = 250_000

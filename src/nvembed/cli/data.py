@@ -119,7 +119,7 @@ def inspect(
     from nvembed.building.open_sets import open_sets
     from nvembed.core.config import load_config
     from nvembed.core.errors import DataError
-    from nvembed.data.sources import file_dataset
+    from nvembed.data.config import file_dataset
     from nvembed.training.config import TrainConfig
 
     given = None
@@ -169,7 +169,7 @@ def check(
     """
     from nvembed.building.checking import check_file
     from nvembed.core.errors import DataError
-    from nvembed.data.sources import file_dataset
+    from nvembed.data.config import file_dataset
 
     names = read_columns(columns)
     config = file_dataset(file, kind, layout=layout, columns=names, conversion=conversion)

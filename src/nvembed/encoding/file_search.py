@@ -21,7 +21,7 @@ from nvembed.core.cache import cache_folder, expanded
 from nvembed.core.dtypes import Precision, PrecisionChoice
 from nvembed.core.errors import ConfigError, DataError, UserError
 from nvembed.core.store import read_array, write_array
-from nvembed.data.sources.config import Column
+from nvembed.data.config import Column
 from nvembed.encoding.embed import encode_texts, encode_window
 from nvembed.encoding.fingerprint import computed_fingerprint
 from nvembed.encoding.load import load_encoder, settle_dtype

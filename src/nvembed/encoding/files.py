@@ -28,7 +28,7 @@ from nvembed.core.ownership import NEW, check_outputs, remove, remove_named
 from nvembed.core.reporting import ProgressBar, Rates, progress
 from nvembed.core.store import STORED, write_array
 from nvembed.core.text_files import STDIN, STDIN_NAME, ending_of, stdin_bytes
-from nvembed.data.sources.config import Column
+from nvembed.data.config import Column
 from nvembed.encoding.embed import EncodeOptions, Job, embed, windows
 from nvembed.encoding.fingerprint import computed_fingerprint
 from nvembed.encoding.outputs import (

@@ -15,11 +15,10 @@ from typing import Any
 
 from nvembed.core.errors import ConfigError, DataError
 from nvembed.core.text_files import MAX_LINE, STDIN, ending_of, open_text_file, stdin_bytes
-from nvembed.data.records import RowError
-from nvembed.data.sources.columns import ID_NAMES, Columns
-from nvembed.data.sources.config import Column
+from nvembed.data.config import Column
+from nvembed.data.records import BadRow, RowError
 from nvembed.data.sources.files import FORMATS, open_file, open_stdin
-from nvembed.data.sources.rows import BadRow, Row, Table
+from nvembed.data.sources.rows import ID_NAMES, Columns, Row, Table
 
 _LINES = ".txt"  # a text per line where the file is given by its name, one text in a folder
 _WHOLE = (".md", ".markdown", ".rst")

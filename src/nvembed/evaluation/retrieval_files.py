@@ -15,11 +15,9 @@ from nvembed.data.sources.beir import (
     first_split,
     judged_splits,
     open_judgements,
-    read_id,
     read_judgements,
 )
-from nvembed.data.sources.columns import Columns
-from nvembed.data.sources.joins import Keyed
+from nvembed.data.sources.rows import Columns, Keyed, read_id
 from nvembed.evaluation.task_files import Problems, RetrievalData
 
 _COLUMNS = Columns({})

@@ -24,9 +24,10 @@ from pydantic import (
 
 from nvembed.core.errors import DataError
 from nvembed.core.reporting import ProblemCounts
+from nvembed.data.records import BadRow
 from nvembed.data.sources.beir import find_rows
 from nvembed.data.sources.files import open_file
-from nvembed.data.sources.rows import BadRow, Table
+from nvembed.data.sources.rows import Table
 
 TaskType = Literal[
     "Retrieval",

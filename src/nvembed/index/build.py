@@ -21,8 +21,8 @@ from nvembed.core.errors import ConfigError, DataError
 from nvembed.core.ownership import check_outputs
 from nvembed.core.reporting import progress
 from nvembed.core.text_files import check_folder_name, open_text_file
-from nvembed.data.sources.config import Column
-from nvembed.data.sources.rows import BadRow
+from nvembed.data.config import Column
+from nvembed.data.records import BadRow
 from nvembed.encoding.embed import WINDOW_TEXTS, encode_window
 from nvembed.encoding.protocol import Encoder
 from nvembed.encoding.reading import Document, Skipped, input_files, read_documents

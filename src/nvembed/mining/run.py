@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from nvembed.core.background import prefetch
 from nvembed.core.errors import DataError
 from nvembed.core.reporting import progress
-from nvembed.data.convert import POSITIVE_SCORE
-from nvembed.data.mining_config import MiningConfig
+from nvembed.data.build_config import MiningConfig
+from nvembed.data.examples import POSITIVE_SCORE
 from nvembed.data.records import PairRecord, Record, StsRecord
 from nvembed.mining.corpus import Corpus, text_key
 from nvembed.mining.ranking import BLOCK_QUERIES, NOTHING, Ranking

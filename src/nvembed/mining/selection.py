@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nvembed.core.seeding import derive_seed
-from nvembed.data.mining_config import MiningConfig, Strategy
+from nvembed.data.build_config import MiningConfig, Strategy
 from nvembed.mining.corpus import Corpus, nearly_equal, words
 from nvembed.mining.ranking import NOTHING
 from nvembed.mining.report import MiningReport, MiningSample, ScoredText, reaching, report_of

@@ -18,10 +18,11 @@ from nvembed.core.config import load_config
 from nvembed.core.errors import DataError, SourceError
 from nvembed.core.files import alone_in, write_jsonl
 from nvembed.core.text_files import read_jsonl
-from nvembed.data.built_sets import training_datasets
-from nvembed.data.mining_config import MiningConfig
-from nvembed.data.records import LabelRecord, PairRecord, StsRecord, read_records
-from nvembed.data.sources import BadRow, Converted, DatasetConfig, OpenedDataset
+from nvembed.data.build_config import MiningConfig
+from nvembed.data.config import DatasetConfig
+from nvembed.data.loading import read_records, training_datasets
+from nvembed.data.records import BadRow, Converted, LabelRecord, PairRecord, StsRecord
+from nvembed.data.sources.rows import OpenedDataset
 from nvembed.mining.miner import mine_file
 from nvembed.training.config import TrainConfig
 from nvembed.training.stages import load_mixtures

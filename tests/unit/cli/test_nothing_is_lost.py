@@ -211,7 +211,7 @@ UNMARKED = {
     "building/distinct.py": {"rmtree", "open"},
     "building/one_set.py": {"write_json"},
     "building/rows.py": {"open"},
-    "data/record_shards.py": {"open"},
+    "data/built_sets.py": {"open"},
     "examples/pydocs/dataset.py": {"write_json", "write_jsonl", "write_text"},
     "evaluation/results.py": {"open"},
     "encoding/files.py": {"write_json"},

@@ -11,8 +11,8 @@ import pytest
 from nvembed.core.config import load_config
 from nvembed.core.errors import ConfigError, DataError, UserError
 from nvembed.core.files import write_jsonl
-from nvembed.data.records import read_records
-from nvembed.data.sources import DatasetConfig
+from nvembed.data.config import DatasetConfig
+from nvembed.data.loading import read_records
 from nvembed.encoding.doctor.examine import DoctorOptions, examine
 from nvembed.encoding.endpoint import EndpointEncoder
 from nvembed.encoding.fake import HashEncoder

@@ -16,7 +16,10 @@ import pytest
 from numpy.typing import NDArray
 
 from nvembed.core.errors import DataError
-from nvembed.data.sources import Converted, DatasetConfig, load_records, open_dataset
+from nvembed.data.config import DatasetConfig
+from nvembed.data.loading import load_records
+from nvembed.data.records import Converted
+from nvembed.data.sources.opening import open_dataset
 from nvembed.encoding.fake import HashEncoder
 from nvembed.evaluation.local_scores import score_local
 from nvembed.evaluation.reference import ignores_identical_ids

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from nvembed.core.errors import DataError, ModelError
-from nvembed.data.mining_config import MiningConfig
+from nvembed.data.build_config import MiningConfig
 from nvembed.data.records import PairRecord, StsRecord
 from nvembed.encoding.fake import HashEncoder
 from nvembed.mining import run

@@ -23,7 +23,7 @@ from nvembed.cli.main import run
 from nvembed.core.errors import DataError, ModelError, UserError
 from nvembed.core.files import write_jsonl
 from nvembed.core.ownership import MARK
-from nvembed.data.mining_config import MiningConfig
+from nvembed.data.build_config import MiningConfig
 from nvembed.encoding import workers
 from nvembed.encoding.fake import HashEncoder
 from nvembed.mining import ranking, teachers

@@ -15,13 +15,13 @@ from typing import cast
 import numpy as np
 
 from nvembed.core.seeding import derive_seed
-from nvembed.data.built_sets import MINED_KINDS, training_datasets
-from nvembed.data.convert import POSITIVE_SCORE, make_source
-from nvembed.data.examples import ExampleSource, sample_where
-from nvembed.data.mining_config import MiningConfig
+from nvembed.data.build_config import MiningConfig
+from nvembed.data.built_sets import MINED_KINDS
+from nvembed.data.config import DatasetConfig
+from nvembed.data.examples import POSITIVE_SCORE, ExampleSource, make_source, sample_where
+from nvembed.data.loading import load_records, training_datasets
 from nvembed.data.mixture import Mixture, load_source
 from nvembed.data.records import PairRecord, Record, StsRecord
-from nvembed.data.sources import DatasetConfig, load_records
 from nvembed.mining.corpus import MemoryCorpus
 from nvembed.mining.selection import Query
 from nvembed.training.config import TrainConfig

@@ -11,8 +11,7 @@ from hypothesis import assume, given, settings
 
 from nvembed.core.errors import DataError
 from nvembed.data.batch import build_batch
-from nvembed.data.convert import make_source
-from nvembed.data.examples import Example, ExampleSource
+from nvembed.data.examples import Example, ExampleSource, make_source
 from nvembed.data.records import Kind, LabelRecord, PairRecord, StsRecord
 
 

@@ -5,10 +5,18 @@ from pathlib import Path
 import pyarrow.parquet
 import pytest
 
-from nvembed.data import record_shards
-from nvembed.data.record_shards import read_shards, texts_of, write_shards
-from nvembed.data.records import Kind, LabelRecord, PairRecord, Record, StsRecord, read_records
-from nvembed.data.sources import Converted
+from nvembed.data import built_sets
+from nvembed.data.built_sets import read_shards, write_shards
+from nvembed.data.loading import read_records
+from nvembed.data.records import (
+    Converted,
+    Kind,
+    LabelRecord,
+    PairRecord,
+    Record,
+    StsRecord,
+    texts_of,
+)
 
 RECORDS: dict[Kind, list[Record]] = {
     "retrieval": [
@@ -53,8 +61,8 @@ def test_the_same_records_give_the_same_bytes(tmp_path: Path) -> None:
 
 
 def test_gigantic_texts_end_a_row_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(record_shards, "GROUP_CHARACTERS", 1000)
-    monkeypatch.setattr(record_shards, "GROUP_ROWS", 10)
+    monkeypatch.setattr(built_sets, "GROUP_CHARACTERS", 1000)
+    monkeypatch.setattr(built_sets, "GROUP_ROWS", 10)
     lengths = [10] * 25 + [999, 5, 2000] + [10] * 5
     rows = [Converted(LabelRecord("x" * length, "y"), "") for length in lengths]
     write_shards(tmp_path, rows, "clustering", rows_per_shard=100)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, NamedTuple, Self
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from nvembed.core.config import StrictModel
 from nvembed.core.errors import ConfigError
-from nvembed.data.records import Conversion, Kind
-from nvembed.text.instructions import read_task
+from nvembed.data.records import REQUIRED, Conversion, Kind, known_task
 
 Layout = Literal[
     "records",
@@ -31,24 +30,26 @@ LABEL_KINDS = ("classification", "clustering")
 PAIR_KINDS = ("retrieval", "nli")
 
 
-# The further tables that layouts know.
-_TABLES: dict[str, tuple[str, ...]] = {
-    "beir": ("corpus", "queries"),
-    "scored": ("corpus", "queries"),
-    "references": ("corpus",),
+class _Form(NamedTuple):
+    """The columns that a layout cannot do without, its kinds, and its further tables."""
+
+    needed: tuple[str, ...]
+    kinds: tuple[str, ...] = PAIR_KINDS
+    tables: tuple[str, ...] = ()
+
+
+# How rows are converted is in ``data/sources/layouts.py``.
+FORMS: dict[Layout, _Form] = {
+    "records": _Form((), (*PAIR_KINDS, "sts", *LABEL_KINDS)),
+    "tuples": _Form(("positive",)),
+    "lists": _Form(("query", "pos")),
+    "passages": _Form(("query", "positive_passages")),
+    "clusters": _Form(("sentences", "labels"), LABEL_KINDS),
+    "beir": _Form(("query-id", "corpus-id"), tables=("queries", "corpus")),
+    "references": _Form(("query", "ids"), tables=("corpus",)),
+    "scored": _Form(("query_id", "document_ids", "scores"), tables=("queries", "corpus")),
+    "entailment": _Form(("premise", "hypothesis", "label")),
 }
-# What is said of a set whatever its source.
-_KEPT = (
-    "name",
-    "kind",
-    "instruction",
-    "weight",
-    "max_records",
-    "stages",
-    "conversion",
-    "licence",
-    "note",
-)
 
 
 class HubLocation(StrictModel):
@@ -85,17 +86,7 @@ class HubLocation(StrictModel):
 
 
 class TableConfig(StrictModel):
-    """One table of rows: a file, or a set on the hub.
-
-    Args:
-        path: JSONL, JSON, CSV, TSV (each also ``.gz``) or Parquet; relative paths start at the
-            folder of the recipe.
-        hub: instead of ``path``.
-        columns: columns of the table by the names that the layout knows (see
-            ``data/sources/layouts.py``), where they are called differently.
-        header: names of the columns of a CSV or TSV file whose first line is a row already.
-        quotes: whether quotes enclose fields of such a file; None is yes for CSV, no for TSV.
-    """
+    """One table of rows: a file, or a set on the hub. Its keys are those of ``DatasetConfig``."""
 
     path: str | None = Field(default=None, min_length=1)
     hub: HubLocation | None = None
@@ -157,7 +148,7 @@ class DatasetConfig(StrictModel):
     path: str | None = Field(default=None, min_length=1)
     hub: HubLocation | None = None
     kind: Kind
-    instruction: str | None
+    instruction: Annotated[str | None, AfterValidator(known_task)]
     layout: Layout = "records"
     columns: dict[str, Column] = Field(default_factory=dict)
     header: tuple[str, ...] | None = Field(default=None, min_length=1)
@@ -184,61 +175,37 @@ class DatasetConfig(StrictModel):
     @property
     def table(self) -> TableConfig:
         """The rows of the set itself, beside those that ``corpus`` and ``queries`` name."""
-        return TableConfig(
-            path=self.path,
-            hub=self.hub,
-            columns=self.columns,
-            header=self.header,
-            quotes=self.quotes,
-        )
+        return TableConfig(**{name: getattr(self, name) for name in TableConfig.model_fields})
+
+    @property
+    def needed_columns(self) -> tuple[str, ...]:
+        """What the layout calls the columns that it cannot do without."""
+        return FORMS[self.layout].needed or REQUIRED[self.kind]
 
     def with_file(self, path: Path) -> DatasetConfig:
         """The set with a file of plain records in place of its source."""
-        kept = {name: getattr(self, name) for name in _KEPT}
-        return DatasetConfig(path=str(path), **kept)
-
-    @field_validator("instruction")
-    @classmethod
-    def _name_or_instruction(cls, value: str | None) -> str | None:
-        try:
-            return read_task(value)
-        except ConfigError as error:
-            raise ValueError(f"{error.message}; expected {error.expected}") from error
+        kept = "name kind instruction weight max_records stages conversion licence note"
+        return DatasetConfig(path=str(path), **{name: getattr(self, name) for name in kept.split()})
 
     @model_validator(mode="after")
-    def _place(self) -> Self:
+    def _keys_agree(self) -> Self:
         _check_one_place(self.path, self.hub)
-        return self
-
-    @model_validator(mode="after")
-    def _check_conversion(self) -> Self:
         if self.conversion == "label" and self.kind not in LABEL_KINDS:
             raise ValueError(
                 f"conversion is label, but records of kind {self.kind} have no labels; "
                 "expected kind classification or clustering, or no conversion"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _layout_fits_kind(self) -> Self:
-        kinds: tuple[str, ...] = PAIR_KINDS
-        if self.layout == "clusters":
-            kinds = LABEL_KINDS
-        if self.layout != "records" and self.kind not in kinds:
+        layout, (_, kinds, tables) = self.layout, FORMS[self.layout]
+        if self.kind not in kinds:
             raise ValueError(
-                f"layout {self.layout} gives records of kind {' or '.join(kinds)}, not {self.kind}"
+                f"layout {layout} gives records of kind {' or '.join(kinds)}, not {self.kind}"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _tables_fit_layout(self) -> Self:
-        known = _TABLES.get(self.layout, ())
-        for name, table in (("corpus", self.corpus), ("queries", self.queries)):
-            if table is not None and name not in known:
-                raise ValueError(f"layout {self.layout} has no use for {name}")
-        if self.layout == "references" and self.corpus is None:
+        for name in ("corpus", "queries"):
+            if getattr(self, name) is not None and name not in tables:
+                raise ValueError(f"layout {layout} has no use for {name}")
+        if layout == "references" and self.corpus is None:
             raise ValueError("layout references needs corpus, the table of the documents")
-        if self.layout == "scored" and self.hub is None and not (self.corpus and self.queries):
+        if layout == "scored" and self.hub is None and not (self.corpus and self.queries):
             raise ValueError("layout scored needs corpus and queries, the tables of texts")
         return self
 
@@ -256,7 +223,7 @@ def file_dataset(
     Raises:
         ConfigError: the options do not go together.
     """
-    values: dict[str, object] = {
+    values = {
         "name": path.name or str(path),
         "path": str(path),
         "kind": kind,
@@ -283,10 +250,8 @@ def local_sources(dataset: DatasetConfig, base_dir: Path) -> list[Path]:
     """Files and folders that a set is read from; none where all of it is on the hub."""
     found: list[Path] = []
     for table in (dataset.table, dataset.corpus, dataset.queries):
-        if table is None:
-            continue
-        if table.path is not None:
+        if table is not None and table.path is not None:
             found.append(base_dir / table.path)
-        elif table.hub is not None and (folder := base_dir / table.hub.id).is_dir():
+        elif table is not None and table.hub and (folder := base_dir / table.hub.id).is_dir():
             found.append(folder)
     return found

@@ -27,7 +27,7 @@ from nvembed.core.background import prefetch, write_behind
 from nvembed.core.errors import ConfigError, ModelError
 from nvembed.core.reporting import Rates, progress, release_notes
 from nvembed.core.store import read_arrays, write_array, write_arrays
-from nvembed.encoding.protocol import Encoder, unit_rows
+from nvembed.encoding.encoder import Encoder, unit_rows
 from nvembed.encoding.workers import Engine, Loader, Pool, process_pool, ray_pool, result_of
 from nvembed.model.settings import LongTexts
 from nvembed.model.work import Work

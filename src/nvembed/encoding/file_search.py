@@ -23,9 +23,7 @@ from nvembed.core.errors import ConfigError, DataError, UserError
 from nvembed.core.store import read_array, write_array
 from nvembed.data.sources.config import Column
 from nvembed.encoding.embed import encode_texts, encode_window
-from nvembed.encoding.fingerprint import computed_fingerprint
-from nvembed.encoding.load import load_encoder, settle_dtype
-from nvembed.encoding.protocol import Encoder
+from nvembed.encoding.encoder import Encoder, computed_fingerprint, load_encoder, settle_dtype
 from nvembed.encoding.reading import Document, read_documents
 
 

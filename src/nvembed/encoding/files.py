@@ -30,7 +30,7 @@ from nvembed.core.store import STORED, write_array
 from nvembed.core.text_files import STDIN, STDIN_NAME, ending_of, stdin_bytes
 from nvembed.data.sources.config import Column
 from nvembed.encoding.embed import EncodeOptions, Job, embed, windows
-from nvembed.encoding.fingerprint import computed_fingerprint
+from nvembed.encoding.encoder import Encoder, computed_fingerprint
 from nvembed.encoding.outputs import (
     ENCODE,
     TABLES,
@@ -41,7 +41,6 @@ from nvembed.encoding.outputs import (
     value_ranges,
     write_vectors,
 )
-from nvembed.encoding.protocol import Encoder
 from nvembed.encoding.reading import Document, Skipped, input_files, read_documents
 from nvembed.encoding.workers import Engine, Loader, settle_for
 from nvembed.model.settings import LongTexts

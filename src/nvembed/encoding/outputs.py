@@ -20,7 +20,7 @@ from nvembed.core.files import atomic_folder, atomic_path
 from nvembed.core.store import read_arrays
 from nvembed.core.text_files import check_ending, ending_of
 from nvembed.encoding.embed import Part, read_part
-from nvembed.encoding.protocol import unit_rows
+from nvembed.encoding.encoder import unit_rows
 
 OutputPrecision = Literal["float32", "int8", "uint8", "binary"]
 

@@ -22,9 +22,8 @@ from nvembed.core.background import end_with_parent
 from nvembed.core.dtypes import Precision, PrecisionChoice
 from nvembed.core.errors import UserError
 from nvembed.core.reporting import hold_note
+from nvembed.encoding.encoder import Encoder, load_encoder, settle_dtype
 from nvembed.encoding.endpoint import EndpointEncoder, is_endpoint
-from nvembed.encoding.load import load_encoder, settle_dtype
-from nvembed.encoding.protocol import Encoder
 
 Engine = Literal["local", "ray"]
 T = TypeVar("T")

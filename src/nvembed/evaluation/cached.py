@@ -26,7 +26,7 @@ from nvembed.core.errors import DataError
 from nvembed.core.files import tidy
 from nvembed.core.store import key_of, make_missing, read_array, write_array
 from nvembed.encoding.embed import WINDOW_TEXTS, InputType, encode_window
-from nvembed.encoding.protocol import Encoder
+from nvembed.encoding.encoder import Encoder
 
 _KEY_BYTES = 16
 _KEY = np.dtype(f"S{_KEY_BYTES}")

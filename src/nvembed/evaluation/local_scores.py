@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nvembed.encoding.embed import InputType, encode_texts
+from nvembed.encoding.encoder import Encoder
 from nvembed.encoding.nearest import RunningTopK
-from nvembed.encoding.protocol import Encoder
 from nvembed.evaluation import metrics
 from nvembed.evaluation.metrics import correlations
 from nvembed.evaluation.ranking_metrics import (

@@ -22,8 +22,7 @@ from nvembed.core.files import write_json
 from nvembed.core.ownership import check_outputs, remove
 from nvembed.core.runs import describe_environment
 from nvembed.core.text_files import check_ending, read_json_object
-from nvembed.encoding.fingerprint import computed_fingerprint, model_fingerprint
-from nvembed.encoding.protocol import Encoder
+from nvembed.encoding.encoder import Encoder, computed_fingerprint
 from nvembed.evaluation.cached import CachedEncoder
 from nvembed.evaluation.results import (
     EVALUATE,
@@ -45,6 +44,7 @@ from nvembed.evaluation.run import (
 )
 from nvembed.evaluation.shared import SharedEncoder
 from nvembed.evaluation.tasks import LocalTask
+from nvembed.interop.fingerprint import model_fingerprint
 
 if TYPE_CHECKING:
     from mteb.abstasks import AbsTask
@@ -234,7 +234,7 @@ def _loaded(settings: Settings, processes: int) -> Iterator[Encoder]:
         with SharedEncoder(settings.model, settings.dtype, processes) as shared:
             yield shared
     else:
-        from nvembed.encoding.load import load_encoder
+        from nvembed.encoding.encoder import load_encoder
 
         yield load_encoder(settings.model, settings.dtype)
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from nvembed.core.dtypes import Precision
 from nvembed.core.reporting import release_notes
 from nvembed.encoding.embed import InputType, encode_window
-from nvembed.encoding.protocol import Encoder
+from nvembed.encoding.encoder import Encoder
 from nvembed.encoding.workers import Loader, process_pool, result_of
 
 T = TypeVar("T")

@@ -23,8 +23,7 @@ from nvembed.core.text_files import check_folder_name, open_text_file
 from nvembed.data.sources.config import Column
 from nvembed.data.sources.rows import BadRow, Table
 from nvembed.encoding.embed import WINDOW_TEXTS, encode_window
-from nvembed.encoding.load import load_encoder, settle_dtype
-from nvembed.encoding.protocol import Encoder, prompts_of
+from nvembed.encoding.encoder import Encoder, load_encoder, prompts_of, settle_dtype
 from nvembed.encoding.reading import Document, Skipped, input_files, read_documents
 from nvembed.index.database import ANN_ABOVE, INDEX, Database, is_database, text_hash, writing
 from nvembed.index.fields import same

@@ -12,10 +12,9 @@ from nvembed.core.config import StrictModel
 from nvembed.core.dtypes import Precision, PrecisionChoice
 from nvembed.core.errors import ConfigError, ModelError
 from nvembed.encoding.embed import encode_window
-from nvembed.encoding.fingerprint import contents_fingerprint
-from nvembed.encoding.load import load_encoder, settle_dtype
+from nvembed.encoding.encoder import Encoder, load_encoder, settle_dtype
 from nvembed.encoding.outputs import shorten
-from nvembed.encoding.protocol import Encoder
+from nvembed.interop.fingerprint import contents_fingerprint
 
 # Texts whose vectors are kept: an encoder that gives others is not the one of the database.
 _PROBE = ("how do I sort a list?", "The moon turns around the earth.", "bread 42")

@@ -24,8 +24,8 @@ from nvembed.core.text_files import check_ending
 from nvembed.data.mining_config import MiningConfig
 from nvembed.data.records import Kind, PairRecord, StsRecord
 from nvembed.data.sources import Column, file_dataset, load_records
+from nvembed.encoding.encoder import Encoder
 from nvembed.encoding.endpoint import is_endpoint
-from nvembed.encoding.protocol import Encoder
 from nvembed.encoding.reading import read_documents
 from nvembed.encoding.workers import Engine, Loader
 from nvembed.mining.output_rows import output_rows

@@ -10,8 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nvembed.core.errors import UserError
-from nvembed.encoding.load import SentenceTransformerEncoder
-from nvembed.encoding.protocol import Encoder, prompts_of, unit_rows
+from nvembed.encoding.encoder import Encoder, SentenceTransformerEncoder, prompts_of, unit_rows
 from nvembed.serving.engine import Engine, Item, Token, Wish
 from nvembed.text.instructions import resolve_prompt, side_prompt
 from nvembed.text.long_texts import text_ends

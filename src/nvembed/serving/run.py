@@ -12,7 +12,7 @@ import uvicorn
 from nvembed.core.config import load_config
 from nvembed.core.dtypes import PrecisionChoice
 from nvembed.core.errors import ConfigError
-from nvembed.encoding.load import load_encoder, settle_dtype
+from nvembed.encoding.encoder import load_encoder, settle_dtype
 from nvembed.serving.app import create_app
 from nvembed.serving.config import ServerConfig
 from nvembed.serving.connection import limited_connections

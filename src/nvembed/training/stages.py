@@ -27,7 +27,7 @@ from nvembed.data.mining_config import MiningConfig
 from nvembed.data.mixture import Mixture, load_mixture
 from nvembed.data.records import PairRecord, Record, StsRecord
 from nvembed.data.sources import DatasetConfig, load_records
-from nvembed.encoding.protocol import Encoder
+from nvembed.encoding.encoder import Encoder
 from nvembed.mining.miner import mine_negatives, mine_sts_negatives
 from nvembed.text.token_cache import TokenCache
 from nvembed.text.tokens import TokenizedText

@@ -17,7 +17,7 @@ from nvembed.encoding.doctor import checks
 from nvembed.encoding.doctor.examine import DoctorOptions, examine, examine_model
 from nvembed.encoding.doctor.report import Diagnosis, Finding, Placement, Sample, print_diagnosis
 from nvembed.encoding.doctor.subject import Subject
-from nvembed.encoding.load import SentenceTransformerEncoder, load_encoder
+from nvembed.encoding.encoder import SentenceTransformerEncoder, load_encoder
 from nvembed.model.embedder import NVEmbed
 from nvembed.model.memory import weight_bytes
 from nvembed.model.packs import CPU_PACK_TOKENS
@@ -264,7 +264,7 @@ def test_a_table_of_vectors_has_nothing_to_attend(tiny_tokenizer) -> None:
 
 
 def test_what_cannot_be_examined(tiny_decoder_dir: Path) -> None:
-    from nvembed.encoding.fake import HashEncoder
+    from hash_encoder import HashEncoder
 
     with pytest.raises(ModelError, match="HashEncoder cannot be examined"):
         examine(HashEncoder(), "hash", OPTIONS)

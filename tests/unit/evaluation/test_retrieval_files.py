@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from hash_encoder import HashEncoder
 from nvembed.core.errors import DataError
 from nvembed.data.sources import Converted, DatasetConfig, load_records, open_dataset
-from nvembed.encoding.fake import HashEncoder
 from nvembed.evaluation.local_scores import score_local
 from nvembed.evaluation.reference import ignores_identical_ids
 from nvembed.evaluation.results import task_hash

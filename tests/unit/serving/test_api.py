@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from starlette.testclient import TestClient
 
-from nvembed.encoding.fake import HashEncoder
-from nvembed.encoding.protocol import unit_rows
+from hash_encoder import HashEncoder
+from nvembed.encoding.encoder import unit_rows
 from nvembed.serving.app import create_app
 from nvembed.serving.keys import ApiKeys
 from nvembed.serving.model_engines import EncoderEngine

@@ -15,8 +15,7 @@ from nvembed.core.errors import ConfigError, ModelError
 from nvembed.encoding.doctor import checks
 from nvembed.encoding.doctor.report import Diagnosis, Memory, Placement, Sample
 from nvembed.encoding.doctor.subject import Subject
-from nvembed.encoding.load import SentenceTransformerEncoder, load_encoder
-from nvembed.encoding.protocol import Encoder, prompts_of
+from nvembed.encoding.encoder import Encoder, SentenceTransformerEncoder, load_encoder, prompts_of
 from nvembed.model.attention import short_tokens
 from nvembed.model.embedder import NVEmbed
 from nvembed.model.memory import BYTES, FORMULA, Shape, forecast, free_bytes, weight_bytes

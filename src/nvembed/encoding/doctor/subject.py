@@ -11,8 +11,7 @@ from sentence_transformers.util import batch_to_device
 from torch import Tensor
 
 from nvembed.encoding.doctor.report import Role, SampleToken
-from nvembed.encoding.load import SentenceTransformerEncoder
-from nvembed.encoding.protocol import Encoder
+from nvembed.encoding.encoder import Encoder, SentenceTransformerEncoder
 from nvembed.model.embedder import NVEmbed
 from nvembed.model.pooling import SelfAttentionPooling
 from nvembed.model.probe import probe_pooled

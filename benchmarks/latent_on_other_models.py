@@ -26,7 +26,7 @@ import torch
 from numpy.typing import NDArray
 
 from nvembed.core.files import write_text
-from nvembed.encoding.protocol import Encoder
+from nvembed.encoding.encoder import Encoder
 from nvembed.evaluation.results import TaskResult, read_results, write_results
 from nvembed.evaluation.run import evaluate
 from nvembed.evaluation.tasks import LocalTask, load_tasks

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nvembed.encoding.fake import HashEncoder
+from hash_encoder import HashEncoder
 from nvembed.evaluation.results import read_results
 from nvembed.evaluation.run import evaluate, evaluate_bm25
 from nvembed.evaluation.session import Settings, run_session

@@ -25,7 +25,7 @@ from nvembed.core.ownership import check_outputs, check_overlaps
 from nvembed.data.build_config import BuildConfig
 from nvembed.data.built_sets import mining_of, read_manifest, set_settings
 from nvembed.data.config import DatasetConfig, local_sources
-from nvembed.encoding.fingerprint import contents_fingerprint
+from nvembed.interop.fingerprint import contents_fingerprint
 from nvembed.mining.teachers import check_teacher
 
 _FOLDER_NAME = re.compile(r"\w[\w .+-]*")

@@ -98,7 +98,7 @@ class BuildMining(MiningConfig):
         teacher: what scores the candidates: folder (relative to the recipe) or hub id of a model,
             address of an OpenAI-compatible endpoint, or ``bm25``.
         teacher_model: name of the model at an endpoint.
-        dtype: of the teacher's weights, see ``nvembed.encoding.load.load_encoder``.
+        dtype: of the teacher's weights, see ``nvembed.encoding.encoder.load_encoder``.
         datasets: names of the sets to mine; None is all of these kinds.
     """
 

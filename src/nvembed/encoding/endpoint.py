@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from nvembed.core.errors import ModelError
 from nvembed.core.http import post_json
-from nvembed.encoding.protocol import unit_rows
+from nvembed.encoding.encoder import unit_rows
 from nvembed.text.instructions import resolve_prompt
 
 BATCH_TEXTS = 64

@@ -29,8 +29,8 @@ from nvembed.encoding.embed import (
     embed_job,
     encode_window,
 )
-from nvembed.encoding.protocol import Encoder
-from nvembed.encoding.workers import Loader, ProcessPool, process_pool, result_of
+from nvembed.encoding.encoder import Encoder
+from nvembed.encoding.workers import Loader, Pool, process_pool, result_of
 
 T = TypeVar("T")
 Vectors = NDArray[np.float32]
@@ -77,7 +77,7 @@ def shared_encoder(model: str, dtype: Precision | None, processes: int) -> Itera
 class SharedEncoder(_Encoder):
     """One encoder made of the processes of a pool, each of which embeds a share of every call."""
 
-    def __init__(self, pool: ProcessPool) -> None:
+    def __init__(self, pool: Pool) -> None:
         self._pool = pool
         self.dimension, self.max_seq_length = self.ask(_facts)
         release_notes()

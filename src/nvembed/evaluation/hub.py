@@ -28,7 +28,7 @@ from nvembed.core.errors import ConfigError, DataError, UserError
 from nvembed.core.files import write_text
 from nvembed.core.runs import RunFolder
 from nvembed.core.strict_yaml import parse_yaml
-from nvembed.encoding.protocol import Encoder
+from nvembed.encoding.encoder import Encoder
 from nvembed.evaluation.mteb_adapter import MtebEncoder, finite_or_none, quiet, run_mteb
 from nvembed.evaluation.reference import InstructionSource, instruction_for
 from nvembed.evaluation.results import TaskResult

@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nvembed.encoding.embed import InputType, encode_texts
+from nvembed.encoding.encoder import Encoder
 from nvembed.encoding.nearest import RunningTopK
-from nvembed.encoding.protocol import Encoder
 from nvembed.evaluation import metrics
 from nvembed.evaluation.metrics import TOP_K, Floats, Ints
 from nvembed.evaluation.results import ItemKind, Items

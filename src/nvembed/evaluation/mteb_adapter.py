@@ -36,7 +36,7 @@ from mteb.types import PromptType
 from numpy.typing import NDArray
 
 from nvembed.core.seeding import capture_rng, restore_rng
-from nvembed.encoding.protocol import Encoder
+from nvembed.encoding.encoder import Encoder
 from nvembed.evaluation.local_scores import encode_distinct
 from nvembed.evaluation.task_files import (
     ClassificationData,

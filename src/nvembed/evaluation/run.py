@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable
 
 from nvembed.core.errors import UserError
-from nvembed.encoding.protocol import Encoder
+from nvembed.encoding.encoder import Encoder
 from nvembed.evaluation.results import Items, TaskResult
 from nvembed.evaluation.tasks import LocalTask
 

@@ -22,8 +22,7 @@ from nvembed.core.files import write_json
 from nvembed.core.ownership import check_outputs, remove
 from nvembed.core.runs import describe_environment
 from nvembed.core.text_files import check_ending, read_json_object
-from nvembed.encoding.fingerprint import computed_fingerprint, model_fingerprint
-from nvembed.encoding.protocol import Encoder
+from nvembed.encoding.encoder import Encoder, computed_fingerprint
 from nvembed.evaluation.encoders import CachedEncoder, SharedEncoder, shared_encoder
 from nvembed.evaluation.results import (
     EVALUATE,
@@ -34,8 +33,15 @@ from nvembed.evaluation.results import (
     write_items,
     write_results,
 )
-from nvembed.evaluation.run import BM25_NAME, TaskOutcome, fits_bm25, score_task, task_result
+from nvembed.evaluation.run import (
+    BM25_NAME,
+    TaskOutcome,
+    fits_bm25,
+    score_task,
+    task_result,
+)
 from nvembed.evaluation.tasks import LocalTask, task_hash
+from nvembed.interop.fingerprint import model_fingerprint
 
 if TYPE_CHECKING:
     from mteb.abstasks import AbsTask
@@ -226,7 +232,7 @@ def _outcomes(
 def _loaded(settings: Settings, processes: int) -> AbstractContextManager[Encoder]:
     if processes > 1:
         return shared_encoder(settings.model, settings.dtype, processes)
-    from nvembed.encoding.load import load_encoder
+    from nvembed.encoding.encoder import load_encoder
 
     return nullcontext(load_encoder(settings.model, settings.dtype))
 

@@ -24,7 +24,7 @@ from nvembed.core.text_files import check_folder_name, open_text_file
 from nvembed.data.config import Column
 from nvembed.data.records import BadRow
 from nvembed.encoding.embed import WINDOW_TEXTS, encode_window
-from nvembed.encoding.protocol import Encoder
+from nvembed.encoding.encoder import Encoder
 from nvembed.encoding.reading import Document, Skipped, input_files, read_documents
 from nvembed.index.database import ANN_ABOVE, INDEX, Database, is_database, text_hash, writing
 from nvembed.index.field_types import Fields, FieldTypes

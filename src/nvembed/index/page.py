@@ -17,7 +17,7 @@ from fastapi.responses import HTMLResponse, JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from nvembed.core.errors import UserError
-from nvembed.encoding.protocol import Encoder
+from nvembed.encoding.encoder import Encoder
 from nvembed.index.database import Database
 from nvembed.index.fields import describe, plain
 from nvembed.index.search import Found, SearchOptions, find, map_of, query_vector

@@ -12,10 +12,9 @@ from nvembed.core.config import StrictModel
 from nvembed.core.dtypes import Precision, PrecisionChoice
 from nvembed.core.errors import ModelError
 from nvembed.encoding.embed import EncodeOptions, encode_window
-from nvembed.encoding.fingerprint import contents_fingerprint
-from nvembed.encoding.load import load_encoder, settle_dtype
+from nvembed.encoding.encoder import Encoder, load_encoder, prompts_of, settle_dtype
 from nvembed.encoding.outputs import shorten
-from nvembed.encoding.protocol import Encoder, prompts_of
+from nvembed.interop.fingerprint import contents_fingerprint
 from nvembed.text.instructions import read_task
 
 # Texts whose vectors are kept: an encoder that gives others is not the one of the database.

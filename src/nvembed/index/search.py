@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from nvembed.core.dtypes import PrecisionChoice
 from nvembed.core.errors import ConfigError
 from nvembed.encoding.embed import encode_window
-from nvembed.encoding.protocol import Encoder
+from nvembed.encoding.encoder import Encoder
 from nvembed.index.database import Database, is_database
 from nvembed.index.record import first_dimensions, recorded_encoder
 

@@ -16,8 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nvembed.core.errors import UserError
-from nvembed.encoding.load import SentenceTransformerEncoder
-from nvembed.encoding.protocol import Encoder, prompts_of, unit_rows
+from nvembed.encoding.encoder import Encoder, SentenceTransformerEncoder, prompts_of, unit_rows
 from nvembed.text.instructions import Side, resolve_prompt, side_prompt
 from nvembed.text.tokens import TokenizedText, text_ends
 

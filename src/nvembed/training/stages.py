@@ -28,7 +28,7 @@ from nvembed.data.config import DatasetConfig
 from nvembed.data.loading import load_records, training_datasets
 from nvembed.data.mixture import Mixture, load_mixture
 from nvembed.data.records import PairRecord, Record, StsRecord
-from nvembed.encoding.protocol import Encoder
+from nvembed.encoding.encoder import Encoder
 from nvembed.mining.miner import mine_negatives, mine_sts_negatives
 from nvembed.text.token_cache import TokenCache
 from nvembed.text.tokens import TokenizedText

@@ -22,12 +22,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import nvembed
+from hash_encoder import HashEncoder
 from nvembed.cli import main
 from nvembed.core.files import atomic_folder, write_jsonl, write_text
 from nvembed.core.ownership import MARK, problem_of
 from nvembed.encoding import files as inference_files
 from nvembed.encoding import workers
-from nvembed.encoding.fake import HashEncoder
 from pydocs.__main__ import program as demo
 from task_folders import write_task
 

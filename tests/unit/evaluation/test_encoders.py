@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from hash_encoder import HashEncoder
 from noting import Counting
 from nvembed.core.errors import DataError, ModelError
-from nvembed.encoding.fake import HashEncoder
 from nvembed.evaluation import encoders as module
 from nvembed.evaluation.encoders import CachedEncoder
 

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from hash_encoder import HashEncoder
 from nvembed.cli.main import run as run_command
 from nvembed.core.errors import DataError, ModelError, UserError
-from nvembed.encoding.fake import HashEncoder
 from nvembed.evaluation import run
 from nvembed.evaluation.local_scores import bm25_ndcgs
 from nvembed.evaluation.results import items_folder, read_items, read_results

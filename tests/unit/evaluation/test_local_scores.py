@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from hash_encoder import HashEncoder
 from nvembed.core.errors import ModelError
-from nvembed.encoding.fake import HashEncoder
 from nvembed.evaluation import local_scores
 from nvembed.evaluation.local_scores import score_local
 from nvembed.evaluation.task_files import (

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from nvembed.encoding.fake import HashEncoder
+from hash_encoder import HashEncoder
 from nvembed.evaluation import local_scores
 from nvembed.evaluation.local_scores import score_local
 from nvembed.evaluation.metrics import pair_similarities

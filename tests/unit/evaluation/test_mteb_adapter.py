@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from hash_encoder import HashEncoder
 from nvembed.core.errors import ModelError
-from nvembed.encoding.fake import HashEncoder
 from nvembed.evaluation.task_files import TASK_TYPES
 from nvembed.evaluation.tasks import MAIN_SCORES as ALLOWED_SCORES
 from nvembed.evaluation.tasks import load_task

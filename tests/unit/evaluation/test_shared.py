@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from nvembed.core.errors import ModelError, UserError
-from nvembed.encoding.load import load_encoder
+from nvembed.encoding.encoder import load_encoder
 from nvembed.evaluation.encoders import shared_encoder, shares
 from nvembed.evaluation.session import Settings, run_session
 from nvembed.evaluation.tasks import load_tasks

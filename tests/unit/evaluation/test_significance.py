@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from hash_encoder import HashEncoder
 from nvembed.core.errors import DataError
-from nvembed.encoding.fake import HashEncoder
 from nvembed.evaluation import significance
 from nvembed.evaluation.local_scores import score_local
 from nvembed.evaluation.results import Items, items_folder, read_items, write_items

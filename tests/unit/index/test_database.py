@@ -12,11 +12,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from hash_encoder import HashEncoder
 from nvembed.core.errors import ConfigError, DataError, ModelError
 from nvembed.core.files import write_jsonl
 from nvembed.core.ownership import mark_growing
-from nvembed.encoding.fake import HashEncoder
-from nvembed.encoding.load import load_encoder
+from nvembed.encoding.encoder import load_encoder
 from nvembed.index import record
 from nvembed.index.build import IndexOptions, index_documents
 from nvembed.index.database import Database, writing

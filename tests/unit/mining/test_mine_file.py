@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from hash_encoder import HashEncoder
 from nvembed.core.errors import ConfigError, DataError
 from nvembed.core.files import write_jsonl, write_text
 from nvembed.core.ownership import MARK
@@ -17,7 +18,6 @@ from nvembed.core.text_files import read_jsonl
 from nvembed.data.build_config import MiningConfig
 from nvembed.data.loading import read_records
 from nvembed.data.records import PairRecord
-from nvembed.encoding.fake import HashEncoder
 from nvembed.mining.miner import mine_file, mine_negatives
 
 CONFIG = MiningConfig(num_negatives=2)

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from hash_encoder import HashEncoder
 from nvembed.core.errors import DataError, ModelError
 from nvembed.data.build_config import MiningConfig
 from nvembed.data.records import PairRecord, StsRecord
-from nvembed.encoding.fake import HashEncoder
 from nvembed.mining import run
 from nvembed.mining.corpus import text_key
 from nvembed.mining.miner import mine_negatives, mine_sts_negatives

@@ -19,13 +19,13 @@ from numpy.typing import NDArray
 
 from faults import Fault, in_child
 from forked import in_processes
+from hash_encoder import HashEncoder
 from nvembed.cli.main import run
 from nvembed.core.errors import DataError, ModelError, UserError
 from nvembed.core.files import write_jsonl
 from nvembed.core.ownership import MARK
 from nvembed.data.build_config import MiningConfig
 from nvembed.encoding import workers
-from nvembed.encoding.fake import HashEncoder
 from nvembed.mining import ranking, teachers
 from nvembed.mining.corpus import MemoryCorpus, StoredCorpus, nearly_equal, word_overlap, words
 from nvembed.mining.miner import help_mining, mine_file

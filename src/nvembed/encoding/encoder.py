@@ -1,13 +1,12 @@
-"""From a name to an encoder: our model, a bare language model, or any sentence-transformers model.
+"""An encoder: what is needed of an embedding model, and the way from a name to one.
 
-torch and the model libraries are imported here and not before.
+torch and the model libraries are imported when a model is loaded, and not before.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,11 +15,52 @@ from nvembed.core.arguments import checked
 from nvembed.core.dtypes import Precision, PrecisionChoice
 from nvembed.core.errors import ModelError
 from nvembed.core.reporting import release_notes
-from nvembed.encoding.protocol import Encoder, unit_rows
+from nvembed.interop.fingerprint import model_fingerprint
 from nvembed.text.instructions import resolve_prompt
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
+
+
+class Encoder(Protocol):
+    """Turns texts into unit vectors, one side at a time.
+
+    An encoder chooses its own order and batches (sorting by length, packing); rows come back in
+    input order. One that has prompts of its own says so, see ``prompts_of``.
+
+    A task is the name of an MTEB task or of a prompt of the model, or the instruction itself in
+    plain words; ``nvembed.text.instructions.resolve_prompt`` makes it a prompt. ``None`` is no
+    instruction. Both methods return float32 ``(len(texts), dimension)``, rows of length 1.
+    """
+
+    @property
+    def dimension(self) -> int:
+        """Width of the vectors."""
+        ...
+
+    def encode_query(
+        self, texts: Sequence[str], /, *, task: str | None = None
+    ) -> NDArray[np.float32]:
+        """Embed queries, which are given without their instruction."""
+        ...
+
+    def encode_document(
+        self, texts: Sequence[str], /, *, task: str | None = None
+    ) -> NDArray[np.float32]:
+        """Embed documents; a task only where it is symmetric, and documents get it as well."""
+        ...
+
+
+def unit_rows(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Bring the rows of ``(N, D)`` to length 1; rows of zeros stay."""
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return vectors / np.maximum(lengths, np.finfo(np.float32).tiny)
+
+
+def prompts_of(encoder: Encoder) -> Mapping[str, str | None]:
+    """Return the prompts that were saved with a model, by name; none where it keeps none."""
+    prompts: Mapping[str, str | None] | None = getattr(encoder, "prompts", None)
+    return prompts or {}
 
 
 @checked
@@ -51,14 +91,22 @@ def load_encoder(name: str, dtype: PrecisionChoice | None = None) -> Encoder:
     from nvembed.model.embedder import NVEmbed
 
     if holds_graph(name):
-        return _load_onnx(Path(name), settled)
+        from nvembed.encoding.export.onnx import OnnxEncoder
+
+        if settled not in (None, "float32"):
+            raise ModelError(
+                f"an ONNX graph in {settled}",
+                where=name,
+                expected="float32, which it was exported in",
+                hint="Leave --dtype out, or use the model that it was exported from",
+            )
+        return OnnxEncoder(name)
     if not is_foreign(ModelSource(name)):
         encoder = cast(Encoder, NVEmbed.from_pretrained(name, dtype=settled))
         release_notes()
         return encoder
-    options = {} if settled is None else {"dtype": settled}
     with loading(name):
-        model = SentenceTransformer(name, model_kwargs=options)
+        model = SentenceTransformer(name, model_kwargs={"dtype": settled} if settled else {})
         if isinstance(model[0], Transformer):
             check_vocabulary(model[0].model, model.tokenizer, where=name)
     check_finite(model, where=name)
@@ -67,31 +115,13 @@ def load_encoder(name: str, dtype: PrecisionChoice | None = None) -> Encoder:
     return SentenceTransformerEncoder(model)
 
 
-def _load_onnx(folder: Path, dtype: Precision | None) -> Encoder:
-    from nvembed.encoding.onnx_encoder import OnnxEncoder
-
-    if dtype not in (None, "float32"):
-        raise ModelError(
-            f"an ONNX graph in {dtype}",
-            where=str(folder),
-            expected="float32, which it was exported in",
-            hint="Leave --dtype out, or use the model that it was exported from",
-        )
-    return OnnxEncoder(folder)
-
-
 def settle_dtype(
     name: str, dtype: PrecisionChoice | None, *, begun: Precision | None = None
 ) -> Precision | None:
     """Settle the type that a model computes in, for a whole job; see ``settle_precision``.
 
-    Args:
-        name: folder or hub id.
-        dtype: of the weights, as the user chose it.
-        begun: that of the job, where it goes on.
-
-    Raises:
-        ModelError: there is no such model folder; told before anything is measured.
+    ``begun`` is that of the job, where it goes on. A ModelError where there is no such model folder
+    comes before anything is measured.
     """
     from nvembed.interop.model_folder import check_model_name, holds_graph
 
@@ -105,8 +135,15 @@ def settle_dtype(
     return settle_precision(dtype, begun=begun)
 
 
+def computed_fingerprint(model: str, dtype: str | None, *settings: object) -> str:
+    """Name the vectors of a model, in a settled type, as this machine computes them to the bit."""
+    from nvembed.kernels.precision import kernels
+
+    return model_fingerprint(model, dtype, *settings, *kernels())
+
+
 class SentenceTransformerEncoder:
-    """A plain sentence-transformers model behind the encoder protocol, vectors normalised.
+    """A plain sentence-transformers model as an encoder, vectors normalised.
 
     The task becomes a prompt only for a model that was trained with instructions, which shows in
     its own prompts ("Instruct: ..."). Any other model keeps its own ``query`` and ``document``
@@ -115,37 +152,32 @@ class SentenceTransformerEncoder:
     """
 
     def __init__(self, model: SentenceTransformer) -> None:
-        self._model = model
+        self.model = model
         prompts = (model.prompts or {}).values()
         self.follows_instructions = any(p.strip().startswith("Instruct") for p in prompts if p)
 
     @property
-    def model(self) -> SentenceTransformer:
-        """The wrapped model."""
-        return self._model
-
-    @property
     def prompts(self) -> Mapping[str, str | None]:
         """The model's own prompts by name."""
-        return self._model.prompts or {}
+        return self.model.prompts or {}
 
     @property
     def dimension(self) -> int:
         """Width of the vectors."""
-        width = self._model.get_embedding_dimension()
+        width = self.model.get_embedding_dimension()
         if width is None:
             raise ModelError("the model does not say how wide its vectors are")
         return int(width)
 
     def encode_query(self, texts: Sequence[str], *, task: str | None = None) -> NDArray[np.float32]:
         """Embed queries; see :class:`Encoder`."""
-        return self._encode(self._model.encode_query, texts, task)
+        return self._encode(self.model.encode_query, texts, task)
 
     def encode_document(
         self, texts: Sequence[str], *, task: str | None = None
     ) -> NDArray[np.float32]:
         """Embed documents; see :class:`Encoder`."""
-        return self._encode(self._model.encode_document, texts, task)
+        return self._encode(self.model.encode_document, texts, task)
 
     def prompt_of(self, task: str | None) -> str | None:
         """Return the prompt of a task; ``None`` is the model's own of either side."""

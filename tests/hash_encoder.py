@@ -1,4 +1,4 @@
-"""An encoder without a model: hashed bags of words, for tests and where quality does not matter."""
+"""An encoder without a model, for tests: hashed bags of words."""
 
 from __future__ import annotations
 

@@ -25,10 +25,11 @@ from nvembed.data.convert import POSITIVE_SCORE
 from nvembed.data.mining_config import MiningConfig
 from nvembed.data.record_shards import record_of
 from nvembed.data.records import PairRecord, Record, StsRecord
-from nvembed.mining.pool import Pool, text_key
+from nvembed.mining.pool import Pool
 from nvembed.mining.ranking import BLOCK_QUERIES, NOTHING, Ranking
 from nvembed.mining.report import MiningReport
 from nvembed.mining.selection import Case, Chosen, Neighbours, Query, Selector
+from nvembed.text.similarity import text_key
 
 # Records per search. What is chosen from holds a few numbers for each of their candidates.
 BLOCK_RECORDS = 2048

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from nvembed.building import distinct
+from nvembed.building import row_filters
 from nvembed.building.build import build_recipe
 from nvembed.core.config import load_config
 from nvembed.data import record_files, record_shards
@@ -25,7 +25,7 @@ def _small_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(record_shards, "GROUP_ROWS", 128)
     monkeypatch.setattr(record_shards, "READ_ROWS", 64)
     monkeypatch.setattr(record_files, "_ROWS_AT_ONCE", 64)
-    monkeypatch.setattr(distinct, "SPILL_RECORDS", 100)
+    monkeypatch.setattr(row_filters, "SPILL_RECORDS", 100)
 
 
 def peak_of_build(folder: Path, records: int) -> int:

@@ -15,7 +15,7 @@ from nvembed.data.records import PairRecord, StsRecord
 from nvembed.encoding.fake import HashEncoder
 from nvembed.mining import run
 from nvembed.mining.miner import mine_negatives, mine_sts_negatives
-from nvembed.mining.pool import text_key
+from nvembed.text.similarity import text_key
 from oracles import mining as oracle
 
 

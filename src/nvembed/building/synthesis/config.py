@@ -1,4 +1,4 @@
-"""What a synthesis makes and how it asks. Next file: ``prompts.py``."""
+"""What a synthesis makes and how it asks."""
 
 from __future__ import annotations
 
@@ -63,20 +63,25 @@ class SynthesisConfig(StrictModel):
     @field_validator("endpoint")
     @classmethod
     def _check_endpoint(cls, value: str) -> str:
-        if problem := endpoint_problem(value):
-            raise ValueError(problem)
+        _refuse(_endpoint_problem(value))
         return value.rstrip("/").removesuffix("/chat/completions")
 
     @field_validator("key_variable")
     @classmethod
     def _check_key_variable(cls, value: str) -> str:
-        if problem := key_variable_problem(value):
-            raise ValueError(problem)
+        _refuse(_variable_problem(value))
         return value
 
 
-def endpoint_problem(value: str) -> str | None:
-    """Say what is wrong with an address, without showing it: it may hold a secret."""
+def _refuse(problem: str | None) -> None:
+    if problem:
+        raise ValueError(problem)
+
+
+# Neither shows the value: it may hold a secret, or be the key.
+
+
+def _endpoint_problem(value: str) -> str | None:
     parts = urlsplit(value)
     if parts.username is not None or parts.password is not None or parts.query:
         return "holds a name, a password or a query; the key comes from the environment"
@@ -85,11 +90,9 @@ def endpoint_problem(value: str) -> str | None:
     return None
 
 
-def key_variable_problem(value: str) -> str | None:
-    """Say what is wrong with the name of a variable, without showing it: it may be the key."""
-    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", value):
-        return "is no name of an environment variable"
-    return None
+def _variable_problem(value: str) -> str | None:
+    known = re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", value)
+    return None if known else "is no name of an environment variable"
 
 
 def check_secrets(endpoint: str, key_variable: str) -> None:
@@ -98,7 +101,7 @@ def check_secrets(endpoint: str, key_variable: str) -> None:
     Raises:
         ConfigError: says which option, and does not show it.
     """
-    if problem := endpoint_problem(endpoint):
+    if problem := _endpoint_problem(endpoint):
         raise ConfigError(problem, where="--endpoint")
-    if problem := key_variable_problem(key_variable):
+    if problem := _variable_problem(key_variable):
         raise ConfigError(problem, where="--key-variable")

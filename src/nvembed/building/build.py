@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,18 +23,25 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 _FOLDER_NAME = re.compile(r"\w[\w .+-]*")
-_COLUMNS = ("read", "refused", "duplicates", "contaminated", "not used", "mined", "written")
+# Columns of the table that a build ends with, of the counts of a set's steps; None: not done.
+_COLUMNS: dict[str, Callable[[dict[str, Any]], int | None]] = {
+    "read": lambda steps: steps["read"]["in"],
+    "refused": lambda steps: steps["read"]["refused"] + steps["select"]["unusable_classes"],
+    "duplicates": lambda steps: steps["distinct"]["in"] - steps["distinct"]["out"],
+    "contaminated": lambda steps: (
+        (clean := steps.get("decontaminate")) and clean["in"] - clean["out"]
+    ),
+    "not used": lambda steps: steps["select"]["beyond_cap"],
+    "mined": lambda steps: (mine := steps.get("mine")) and mine["negatives"],
+    "written": lambda steps: steps["select"]["out"],
+}
 
 
 @dataclass(frozen=True, slots=True)
 class SetOutcome:
-    """What became of a set.
+    """What became of a set, its manifest or why it failed.
 
-    Args:
-        name: name of the set.
-        state: ``unchanged`` was built before from the same settings and inputs.
-        manifest: what it holds; None where it failed.
-        error: why it failed.
+    ``unchanged`` is what was built before from the same settings and inputs.
     """
 
     name: str
@@ -152,11 +160,8 @@ def _build_one(
         return SetOutcome(dataset.name, "failed", None, error)
 
 
-# --- The table that a build ends with -------------------------------------------------------------
-
-
 def print_outcomes(outcomes: Sequence[SetOutcome], console: Console) -> None:
-    """Print one row per set and a sum."""
+    """Print one row of numbers per set and a sum."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
@@ -165,33 +170,14 @@ def print_outcomes(outcomes: Sequence[SetOutcome], console: Console) -> None:
     for name in _COLUMNS:
         table.add_column(name, justify="right")
     table.add_column("state")
-    rows = [_numbers(outcome.manifest) for outcome in outcomes]
-    for outcome, numbers in zip(outcomes, rows, strict=True):
-        cells = ["–" if value is None else f"{value:,}" for value in numbers]
+    sums: Counter[str] = Counter()
+    for outcome in outcomes:
+        steps = outcome.manifest and outcome.manifest["steps"]
+        numbers = {name: steps and count(steps) for name, count in _COLUMNS.items()}
+        cells = ["–" if number is None else f"{number:,}" for number in numbers.values()]
         table.add_row(outcome.name, *cells, outcome.state)
+        sums.update({name: number or 0 for name, number in numbers.items()})
     if len(outcomes) > 1:
         table.add_section()
-        columns = zip(*rows, strict=True)
-        table.add_row("all", *(f"{sum(n or 0 for n in column):,}" for column in columns), "")
+        table.add_row("all", *(f"{sums[name]:,}" for name in _COLUMNS), "")
     console.print(table)
-
-
-def _numbers(manifest: dict[str, Any] | None) -> list[int | None]:
-    """The numbers of a set in the order of the columns; None where a step was not done.
-
-    "Refused" are records of classes that cannot be converted too, "not used" those beyond the cap,
-    and "mined" counts negatives.
-    """
-    if manifest is None:
-        return [None] * len(_COLUMNS)
-    steps = manifest["steps"]
-    clean, mine = steps.get("decontaminate"), steps.get("mine")
-    return [
-        steps["read"]["in"],
-        steps["read"]["refused"] + steps["select"]["unusable_classes"],
-        steps["distinct"]["in"] - steps["distinct"]["out"],
-        clean and clean["in"] - clean["out"],
-        steps["select"]["beyond_cap"],
-        mine and mine["negatives"],
-        manifest["rows"],
-    ]

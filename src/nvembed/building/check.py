@@ -14,17 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
-from nvembed.building.row_filters import Digests, identity
+from nvembed.building.row_filters import ClassSamples, Digests, identity
 from nvembed.core.reporting import ProblemCounts
 from nvembed.data.convert import POSITIVE_SCORE
-from nvembed.data.records import (
-    MAX_SCORE,
-    LabelRecord,
-    PairRecord,
-    Record,
-    StsRecord,
-    label_problems,
-)
+from nvembed.data.records import MAX_SCORE, LabelRecord, PairRecord, Record, StsRecord
 from nvembed.data.sources import BadRow, Converted, DatasetConfig, open_dataset
 from nvembed.text.similarity import text_key
 
@@ -39,19 +32,8 @@ class Check:
 
 
 def check_file(config: DatasetConfig) -> Check:
-    """Read a file to its end and look for problems in and between its records.
-
-    Texts are equal where they differ in case and white space only.
-
-    Args:
-        config: how to read it; ``path`` starts at the working folder.
-
-    Raises:
-        SourceError: the file cannot be read, or not to its end.
-    """
-    check, claims = Check(), _Claims()
-    # Two different texts of each class tell what cannot be converted.
-    samples: dict[str, dict[str, Converted]] = {}
+    """Read a file to its end and look for problems in and between its records."""
+    check, claims, classes = Check(), _Claims(), ClassSamples()
     highest = 0.0
     for row in _rows(config):
         if isinstance(row, BadRow):
@@ -61,16 +43,12 @@ def check_file(config: DatasetConfig) -> Check:
         _check_record(row, check)
         claims.add(record, check.records)
         if isinstance(record, LabelRecord):
-            of_class = samples.setdefault(record.label, {})
-            if len(of_class) < 2:
-                of_class.setdefault(record.text, row)
+            classes.add(record, row)
         elif isinstance(record, StsRecord):
             highest = max(highest, record.score)
         check.records += 1
-    rows = [row for of_class in samples.values() for row in of_class.values()]
-    labelled = [row.record for row in rows if isinstance(row.record, LabelRecord)]
-    for index, problem in label_problems(labelled, config.conversion) if labelled else ():
-        check.problems.add(rows[index].place, problem, by_value=True)
+    for place, problem in classes.problems(config.conversion).values():
+        check.problems.add(place, problem, by_value=True)
     if config.kind == "sts" and 0 < highest <= 1:
         check.warnings.add(
             str(config.path),

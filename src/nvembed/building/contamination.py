@@ -45,13 +45,9 @@ class EvaluationText:
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """Why a record must go.
+    """Why a record must go: the first rule that found an evaluation text in texts of the record.
 
-    Args:
-        rule: the rule that found it, the first of them in the order of ``Rule``.
-        score: 1 for exact, else what reached the threshold, in (0, 1]; of a pair the lower one.
-        found: the evaluation text.
-        texts: the text or pair of the record that matched, in its own spelling.
+    The score is 1 for exact, else what reached the threshold, in (0, 1]; of a pair the lower one.
     """
 
     rule: Rule
@@ -63,17 +59,11 @@ class Match:
 class Contamination:
     """Finds evaluation texts among training records.
 
-    Args:
-        texts: what must not be trained on. Where several are equal the first one is reported.
-        near: Jaccard similarity of shingle sets in (0, 1] from which two texts count as the same;
-            None for off.
-        bm25: lower share of two texts in each other by BM25, in (0, 1] (``similar_texts.py``); None
-            for off. The paper filters Emotion and AmazonCounterfactual
-            so, each against its own test set, without giving a number.
-        shingle_words: words in a shingle.
-
-    The defaults find a text of a dozen words with one of them changed. They find sentences of one
-    form with another name in it as well, which costs a little training data and leaks nothing.
+    ``near`` is the Jaccard similarity of shingle sets from which two texts count as the same, and
+    ``bm25`` the lower share of two texts in each other (``similar_texts.py``), both in (0, 1]; None
+    is off. The defaults find a text of a dozen words with one of them changed. They find sentences
+    of one form with another name in it as well, which costs a little training data and leaks
+    nothing. The paper filters Emotion and AmazonCounterfactual by BM25, without giving a number.
     """
 
     def __init__(
@@ -85,7 +75,7 @@ class Contamination:
         shingle_words: int = 2,
     ) -> None:
         self._pool = DocumentPool()
-        # By the rows of their texts in the pool, ascending.
+        # By the rows of their texts in the pool, ascending; of equal items the first counts.
         self._items: dict[tuple[int, ...], EvaluationText] = {}
         for item in texts:
             self._items.setdefault(tuple(sorted(map(self._pool.add, item.texts))), item)
@@ -151,10 +141,8 @@ def evaluation_texts(
         STS, PairClassification the pairs, on request each sentence as well
         Summarization           the articles and all their summaries
 
-    Args:
-        tasks: as ``evaluation.tasks.load_tasks`` gives them.
-        sentences: list the sentences of pairs singly as well, as for STS22, whose texts are rare;
-            those of other STS sets are captions and headlines that many sets share.
+    With ``sentences`` those of pairs are listed singly as well, as for STS22, whose texts are rare;
+    those of other STS sets are captions and headlines that many sets share.
     """
     for task in tasks:
         data = task.data

@@ -37,7 +37,7 @@ def mined(
     """Give records negatives from all documents of their set.
 
     Args:
-        dataset: of kind retrieval, nli or sts.
+        dataset: a set of kind retrieval, nli or sts.
         config: the settings of mining.
         rows: the records.
         pool: all records of the set, where there are more; their documents may be negatives too,

@@ -9,7 +9,9 @@ import random
 from array import array
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -31,62 +33,39 @@ if TYPE_CHECKING:
 _PROBLEMS_SHOWN = 5
 _CLASSES_SHOWN = 5
 _SHOWN_CHARACTERS = 160
-_BATCH = 256  # texts that are tokenised at once
+_BATCH = 64  # records whose texts are tokenised at once
 
+# A distribution: count, mean, and percentiles that are values that occur.
+Spread = dict[str, float]
 # Numbers of tokens of texts, without special ones.
 CountTokens = Callable[[Sequence[str]], list[int]]
 
 
-@dataclass(frozen=True, slots=True)
-class Spread:
-    """A distribution: how many values, and where they lie. Percentiles are values that occur."""
-
-    count: int
-    mean: float
-    min: int
-    median: int
-    p90: int
-    p99: int
-    max: int
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass
 class Inspection:
-    """What a set holds.
+    """What a set holds; None stands for what its kind does not have.
 
-    Args:
-        name: name of the set.
-        kind: kind of its records.
-        records: number of records.
-        bad: number of rows that are no records.
-        problems: the first kinds of those.
-        repeated: records equal to an earlier one (pairs: with the query of an earlier one).
-        characters: length of the texts of each side.
-        tokens: the same in tokens; None without a tokenizer.
-        per_record: number of positives and negatives of a record.
-        without_negatives: records that have none; None for kinds that have no use for them.
-        classes: number of classes; None where there are none, as for the next two.
-        largest: the largest classes, name and size.
-        smallest: the smallest ones.
-        trained_on: STS pairs scored 4 or more; None for other kinds.
-        samples: some records, as they would be written.
+    ``bad`` are rows that are no records, and ``problems`` the first kinds of those. ``repeated``
+    are records equal to an earlier one (pairs: with the query of an earlier one). Lengths are of
+    the texts of each side, in tokens where there is a tokenizer. ``trained_on`` are STS pairs
+    scored 4 or more.
     """
 
     name: str
     kind: Kind
-    records: int
-    bad: int
-    problems: tuple[str, ...]
-    repeated: int
-    characters: dict[str, Spread]
-    tokens: dict[str, Spread] | None
-    per_record: dict[str, Spread]
-    without_negatives: int | None
-    classes: int | None
-    largest: tuple[tuple[str, int], ...] | None
-    smallest: tuple[tuple[str, int], ...] | None
-    trained_on: int | None
-    samples: tuple[dict[str, Any], ...]
+    records: int = 0
+    bad: int = 0
+    problems: tuple[str, ...] = ()
+    repeated: int = 0
+    characters: dict[str, Spread] = field(default_factory=dict)
+    tokens: dict[str, Spread] | None = None
+    per_record: dict[str, Spread] = field(default_factory=dict)
+    without_negatives: int | None = None
+    classes: int | None = None
+    largest: tuple[tuple[str, int], ...] | None = None
+    smallest: tuple[tuple[str, int], ...] | None = None
+    trained_on: int | None = None
+    samples: tuple[dict[str, Any], ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The inspection as plain data."""
@@ -106,15 +85,8 @@ def open_sets(
 ) -> Iterator[OpenSet]:
     """Find the sets at a path.
 
-    Args:
-        path: a recipe, whose sets are taken as built where they are, else from their sources; the
-            folder of a built set, or of several; or a file of records.
-        given: how to read a file; None where its kind was not said.
-        read_recipe: reads a recipe; called for one alone.
-
-    Raises:
-        DataError: there is nothing of that sort, or a source cannot be opened.
-        ConfigError: a file whose kind was not said.
+    A path is a recipe, whose sets are taken as built where they are, else from their sources; the
+    folder of a built set, or of several; or a file of records, read as ``given`` says.
     """
     if path.suffix in (".yaml", ".yml"):
         config = read_recipe(path)
@@ -153,11 +125,7 @@ def _when_asked(dataset: DatasetConfig, base_dir: Path) -> Iterator[Converted | 
 
 
 def load_token_counter(folder: Path) -> CountTokens:
-    """Count with the tokenizer of a model folder.
-
-    Raises:
-        ConfigError: there is none in it.
-    """
+    """Count with the tokenizer of a model folder."""
     from tokenizers import Tokenizer
 
     path = folder / "tokenizer.json"
@@ -181,111 +149,81 @@ def inspect(
     num_samples: int,
     count_tokens: CountTokens | None = None,
 ) -> Inspection:
-    """Look at all records of a set.
+    """Look at all records of a set, and keep some of them, drawn evenly with a fixed seed.
 
-    Args:
-        name: name of the set.
-        kind: kind of its records.
-        rows: records and bad rows.
-        num_samples: how many records to keep, drawn evenly with a fixed seed.
-        count_tokens: None for lengths in characters alone.
+    Without ``count_tokens`` lengths are in characters alone.
     """
-    tally = _Tally(num_samples, count_tokens)
+    found, trained_on = Inspection(name, kind), 0
+    problems, digests, classes = ProblemCounts(), Digests(), Counter[str]()
+    characters, tokens, per_record = (
+        defaultdict[str, "array[int]"](lambda: array("q")) for _ in range(3)
+    )
+    samples: list[tuple[int, Record]] = []
+    choose = random.Random(0)
+    waiting = iter(rows)
     with progress(None, f"inspect {name}") as bar:
-        for row in rows:
-            if isinstance(row, BadRow):
-                tally.problems.add(row.place, row.problem)
-            else:
-                tally.add(row.record)
-            bar.advance()
-    return tally.result(name, kind)
+        while batch := list(islice(waiting, _BATCH)):
+            sides: list[tuple[str, str]] = []
+            for row in batch:
+                if isinstance(row, BadRow):
+                    problems.add(row.place, row.problem)
+                    continue
+                record = row.record
+                found.records += 1
+                _sample(record, found.records, samples, num_samples, choose)
+                digests.add(*identity(record))
+                sides += _sides(record)
+                if isinstance(record, LabelRecord):
+                    classes[record.label] += 1
+                    continue
+                per_record["negatives"].append(len(record.negatives))
+                if isinstance(record, PairRecord):
+                    per_record["positives"].append(len(record.positives))
+                else:
+                    trained_on += record.score >= POSITIVE_SCORE
+            counts = count_tokens([text for _, text in sides]) if count_tokens else ()
+            for side, text in sides:
+                characters[side].append(len(text))
+            for (side, _), count in zip(sides, counts, strict=False):
+                tokens[side].append(count)
+            bar.advance(len(batch))
+    firsts = digests.first_rows()
+    found.bad, found.problems = problems.count, tuple(map(str, problems.kinds[:_PROBLEMS_SHOWN]))
+    found.repeated = int((firsts != np.arange(len(firsts))).sum())
+    found.characters, found.per_record = _spreads(characters), _spreads(per_record)
+    found.tokens = _spreads(tokens) if count_tokens else None
+    if kind in ("classification", "clustering"):
+        ordered = sorted(classes.items(), key=lambda item: (-item[1], item[0]))
+        found.classes = len(ordered)
+        found.largest = tuple(ordered[:_CLASSES_SHOWN])
+        found.smallest = tuple(ordered[: -_CLASSES_SHOWN - 1 : -1])
+    else:
+        found.without_negatives = per_record["negatives"].count(0)
+    if kind == "sts":
+        found.trained_on = trained_on
+    found.samples = tuple(record.to_json() for _, record in sorted(samples, key=itemgetter(0)))
+    return found
 
 
-class _Numbers(defaultdict[str, "array[int]"]):
-    """Lists of numbers by name."""
-
-    def __missing__(self, name: str) -> array[int]:
-        self[name] = array("q")
-        return self[name]
-
-    def spreads(self) -> dict[str, Spread]:
-        return {name: _spread(numbers) for name, numbers in self.items()}
-
-
-def _spread(numbers: Sequence[int]) -> Spread:
-    found = np.asarray(numbers, dtype=np.int64)
-    percentiles = np.percentile(found, [0, 50, 90, 99, 100], method="inverted_cdf")
-    return Spread(len(found), float(found.mean()), *percentiles.tolist())
+def _sample(
+    record: Record, number: int, samples: list[tuple[int, Record]], most: int, choose: random.Random
+) -> None:
+    """Keep each of the records so far with the same chance."""
+    if len(samples) < most:
+        samples.append((number, record))
+    elif (place := choose.randrange(number)) < most:
+        samples[place] = (number, record)
 
 
-class _Tally:
-    """Numbers so far."""
-
-    def __init__(self, num_samples: int, count_tokens: CountTokens | None) -> None:
-        self.problems = ProblemCounts()
-        self._num_samples = num_samples
-        self._count_tokens = count_tokens
-        self._choose = random.Random(0)
-        self._samples: list[tuple[int, Record]] = []
-        self._records = self._trained_on = self._without_negatives = 0
-        self._digests = Digests()
-        self._characters, self._tokens, self._per_record = _Numbers(), _Numbers(), _Numbers()
-        self._classes: Counter[str] = Counter()
-        self._waiting: list[tuple[str, str]] = []  # side and text, to be tokenised
-
-    def add(self, record: Record) -> None:
-        self._records += 1
-        # Each record so far is kept with the same chance.
-        if len(self._samples) < self._num_samples:
-            self._samples.append((self._records, record))
-        elif (place := self._choose.randrange(self._records)) < self._num_samples:
-            self._samples[place] = (self._records, record)
-        self._digests.add(*identity(record))
-        for side, text in _sides(record):
-            self._characters[side].append(len(text))
-            self._waiting.append((side, text))
-        if len(self._waiting) >= _BATCH:
-            self._tokenise()
-        if isinstance(record, LabelRecord):
-            self._classes[record.label] += 1
-            return
-        self._per_record["negatives"].append(len(record.negatives))
-        self._without_negatives += not record.negatives
-        if isinstance(record, PairRecord):
-            self._per_record["positives"].append(len(record.positives))
-        else:
-            self._trained_on += record.score >= POSITIVE_SCORE
-
-    def _tokenise(self) -> None:
-        if self._count_tokens is not None and self._waiting:
-            counts = self._count_tokens([text for _, text in self._waiting])
-            for (side, _), count in zip(self._waiting, counts, strict=True):
-                self._tokens[side].append(count)
-        self._waiting = []
-
-    def result(self, name: str, kind: Kind) -> Inspection:
-        self._tokenise()
-        has_classes = kind in ("classification", "clustering")
-        ordered = sorted(self._classes.items(), key=lambda item: (-item[1], item[0]))
-        firsts = self._digests.first_rows()
-        samples = sorted(self._samples, key=lambda sample: sample[0])
-        return Inspection(
-            name=name,
-            kind=kind,
-            records=self._records,
-            bad=self.problems.count,
-            problems=tuple(map(str, self.problems.kinds[:_PROBLEMS_SHOWN])),
-            repeated=int((firsts != np.arange(len(firsts))).sum()),
-            characters=self._characters.spreads(),
-            tokens=None if self._count_tokens is None else self._tokens.spreads(),
-            per_record=self._per_record.spreads(),
-            without_negatives=None if has_classes else self._without_negatives,
-            classes=len(ordered) if has_classes else None,
-            largest=tuple(ordered[:_CLASSES_SHOWN]) if has_classes else None,
-            smallest=tuple(ordered[: -_CLASSES_SHOWN - 1 : -1]) if has_classes else None,
-            trained_on=self._trained_on if kind == "sts" else None,
-            samples=tuple(record.to_json() for _, record in samples),
-        )
+def _spreads(numbers: dict[str, array[int]]) -> dict[str, Spread]:
+    found: dict[str, Spread] = {}
+    for side, some in numbers.items():
+        low, middle, p90, p99, high = np.percentile(
+            some, [0, 50, 90, 99, 100], method="inverted_cdf"
+        ).tolist()
+        found[side] = {"count": len(some), "mean": float(np.mean(some)), "min": low}
+        found[side] |= {"median": middle, "p90": p90, "p99": p99, "max": high}
+    return found
 
 
 def _sides(record: Record) -> list[tuple[str, str]]:
@@ -341,8 +279,7 @@ def print_inspection(found: Inspection, console: Console) -> None:
 
 
 def _cells(spread: Spread) -> list[str]:
-    numbers = (spread.min, spread.median, spread.p90, spread.p99, spread.max)
-    return [f"{spread.count:,}", f"{spread.mean:,.1f}", *(f"{number:,}" for number in numbers)]
+    return [f"{value:,.1f}" if name == "mean" else f"{value:,}" for name, value in spread.items()]
 
 
 def _short(value: object) -> str:

@@ -57,8 +57,7 @@ def usable(
 ) -> Iterator[Converted]:
     """Yield the records among the rows; places are given relative to ``base_dir``.
 
-    Refused are bad rows, and queries with no positive but themselves. A positive that is its own
-    query is left out where there are others.
+    Refused are bad rows, and queries with no positive but themselves.
     """
     root = f"{base_dir}/"
     for row in rows:
@@ -89,19 +88,24 @@ def _without_query(record: Record) -> Record | None:
     )
 
 
-def class_problems(rows: Rows, conversion: Conversion) -> dict[str, str]:
-    """Find the classes that cannot be converted, and why; see ``records.label_problems``.
+class ClassSamples:
+    """Two different texts of each class, which tell what classes cannot be converted."""
 
-    No two of the records may have the same text and label.
-    """
-    sizes: Counter[str] = Counter()
-    samples: list[LabelRecord] = []
-    for row in rows():
-        assert isinstance(row.record, LabelRecord)
-        sizes[row.record.label] += 1
-        if sizes[row.record.label] <= 2:  # two are enough to tell that a class has several
-            samples.append(row.record)
-    return {samples[index].label: text for index, text in label_problems(samples, conversion)}
+    def __init__(self) -> None:
+        self._rows: dict[str, dict[str, Converted]] = {}
+
+    def add(self, record: LabelRecord, row: Converted) -> None:
+        """Take in a record, unless there are enough of its class."""
+        of_class = self._rows.setdefault(record.label, {})
+        if len(of_class) < 2:
+            of_class.setdefault(record.text, row)
+
+    def problems(self, conversion: Conversion) -> dict[str, tuple[str, str]]:
+        """Return class → (place of its first record, what is wrong with the class)."""
+        places = [(label, row.place) for label, of in self._rows.items() for row in of.values()]
+        records = [LabelRecord(text, label) for label, of in self._rows.items() for text in of]
+        found = label_problems(records, conversion) if records else []
+        return {places[at][0]: (places[at][1], problem) for at, problem in found}
 
 
 def capped(rows: Rows, total: int, dataset: DatasetConfig) -> Iterator[Converted]:
@@ -115,24 +119,20 @@ def capped(rows: Rows, total: int, dataset: DatasetConfig) -> Iterator[Converted
     if most is None or most >= total or dataset.kind == "sts":
         yield from rows()
         return
-    sizes: Counter[str] = Counter(_group(row.record) for row in rows())
+    # Groups are classes; one for all where there are none.
+    sizes: Counter[str] = Counter(getattr(row.record, "label", "") for row in rows())
     shares = {
         group: min(size, max(2 if group else 1, round(size * most / total)))
         for group, size in sizes.items()
     }
     seen: Counter[str] = Counter()
     for row in rows():
-        group = _group(row.record)
+        group = getattr(row.record, "label", "")
         size, share, number = sizes[group], shares[group], seen[group]
         seen[group] += 1
         # Row n of a group stays where n * share / size passes a whole number.
         if (number * share) % size < share:
             yield row
-
-
-def _group(record: Record) -> str:
-    """The class of a record; one for all where there are none."""
-    return record.label if isinstance(record, LabelRecord) else ""
 
 
 # --- Each record once, each query once ------------------------------------------------------------
@@ -155,9 +155,8 @@ class Digests:
     def add(self, *texts: str) -> None:
         """Note the next key, made of texts without regard to case and white space."""
         key = _BETWEEN.join(map(text_key, texts))
-        self._bytes += hashlib.blake2b(
-            key.encode("utf-8", "surrogatepass"), digest_size=16
-        ).digest()
+        data = key.encode("utf-8", "surrogatepass")
+        self._bytes += hashlib.blake2b(data, digest_size=16).digest()
 
     def first_rows(self) -> NDArray[np.int64]:
         """For each key in order, the number of the first key that is equal to it."""
@@ -212,7 +211,7 @@ def distinct(rows: Rows, scratch: Path, repeats: Repeats) -> Iterator[Converted]
         else:
             if bucket != bucket_N[number]:
                 bucket = int(bucket_N[number])
-                groups = _read_spilled(_bucket_file(scratch, bucket))
+                groups = _read_spilled(scratch / f"{bucket}.jsonl")
             yield Converted(merge(groups[number], repeats), row.place)
     shutil.rmtree(scratch, ignore_errors=True)
 
@@ -232,7 +231,7 @@ def _spill(
     with ExitStack() as opened:
         files = {
             bucket: opened.enter_context(
-                open(_bucket_file(scratch, bucket), "w", encoding="utf-8", newline="\n")
+                open(scratch / f"{bucket}.jsonl", "w", encoding="utf-8", newline="\n")
             )
             for bucket in buckets
         }
@@ -241,10 +240,6 @@ def _spill(
             if size_N[first] > 1:
                 line = json.dumps([first, row.record.to_json()], ensure_ascii=False)
                 files[int(bucket_N[first])].write(line + "\n")
-
-
-def _bucket_file(scratch: Path, bucket: int) -> Path:
-    return scratch / f"{bucket}.jsonl"
 
 
 def _read_spilled(path: Path) -> dict[int, list[PairRecord]]:

@@ -20,13 +20,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 from nvembed.building.contamination import Contamination, EvaluationText, evaluation_texts
 from nvembed.building.hard_negatives import mined, teacher_name
-from nvembed.building.row_filters import Notes, Repeats, capped, class_problems, distinct, usable
+from nvembed.building.row_filters import ClassSamples, Notes, Repeats, capped, distinct, usable
 from nvembed.core import __version__
 from nvembed.core.cache import content_hash, digest_of
 from nvembed.core.dtypes import Precision, PrecisionChoice
@@ -39,7 +39,7 @@ from nvembed.core.text_files import read_json_object
 from nvembed.data.build_config import BuildConfig
 from nvembed.data.built_sets import FORMAT, MANIFEST, mining_of, read_manifest, set_settings
 from nvembed.data.record_shards import Rows, read_shards, write_shards
-from nvembed.data.records import Kind, LabelRecord
+from nvembed.data.records import LabelRecord
 from nvembed.data.sources import Converted, DatasetConfig, open_dataset
 from nvembed.data.sources.config import local_sources
 from nvembed.encoding.endpoint import is_endpoint
@@ -64,26 +64,19 @@ _STEP_FILES = re.compile(
 )
 
 
+@dataclass(eq=False)
 class BuildContext:
     """What the sets of one build share; evaluation texts and digests are read once.
 
-    Args:
-        build: the settings.
-        base_dir: folder of the recipe.
-        folder: where the sets go.
+    Sets go to ``folder``; the paths of the recipe are relative to ``base_dir``.
     """
 
-    def __init__(self, build: BuildConfig, base_dir: Path, folder: Path) -> None:
-        self.build = build
-        self.base_dir = base_dir
-        self.folder = folder
+    build: BuildConfig
+    base_dir: Path
+    folder: Path
 
     def inputs_of(self, dataset: DatasetConfig) -> dict[str, str | None]:
-        """Return hashes of what a set is built from.
-
-        Those are ``source`` (None: the hub), ``tasks``, ``teacher``, and ``reranker`` where there
-        is one in a folder.
-        """
+        """Return hashes of what a set is built from; None for what comes from the hub."""
         files = local_sources(dataset, self.base_dir)
         found = {
             "source": content_hash(*map(digest_of, files)) if files else None,
@@ -92,7 +85,7 @@ class BuildContext:
         }
         if (mine := mining_of(dataset, self.build)) is not None:
             found["teacher"] = self._fingerprint(teacher_name(mine.teacher, self.base_dir))
-            if mine.rerank is not None and (reranker := self._fingerprint(mine.rerank)) is not None:
+            if mine.rerank is not None and (reranker := self._fingerprint(mine.rerank)):
                 found["reranker"] = reranker
         return found
 
@@ -133,17 +126,12 @@ class BuildContext:
         return settle_precision(mine.dtype, begun=begun, option="build.mine.dtype=float32")
 
 
-@dataclass(frozen=True, slots=True)
-class FinishedStep:
-    """A step's folder, with shards of records and other files, and what it counted."""
+class FinishedStep(NamedTuple):
+    """A step's folder, with shards of records and other files, what it counted, its records."""
 
     folder: Path
-    kind: Kind
     counts: dict[str, Any]
-
-    def __call__(self) -> Iterator[Converted]:
-        """Walk the records."""
-        return read_shards(self.folder, self.kind)
+    rows: Rows
 
 
 class SetBuild:
@@ -174,12 +162,7 @@ class SetBuild:
         return manifest
 
     def run(self) -> dict[str, Any]:
-        """Build the set and return its manifest.
-
-        Raises:
-            UserError: source, tasks or teacher cannot be used, or too many rows are bad. The set as
-                it was built before is untouched.
-        """
+        """Build the set and return its manifest; an error leaves the set as it was before."""
         settings, inputs = self._settings, self._inputs
         source = [FORMAT, __version__, settings["source"], inputs["source"]]
         source += [settings["max_refused"]]
@@ -202,7 +185,8 @@ class SetBuild:
                 with atomic_folder(folders[step]) as temporary:
                     counts = make(temporary, *before)
                     write_json(temporary / _COUNTS, counts)
-            done[step] = FinishedStep(folders[step], self._dataset.kind, counts)
+            rows = partial(read_shards, folders[step], self._dataset.kind)
+            done[step] = FinishedStep(folders[step], counts, rows)
         manifest = self._finish(done)
         self._clear()
         return manifest
@@ -229,7 +213,7 @@ class SetBuild:
         opened = open_dataset(self._dataset, base_dir=self._context.base_dir)
         with closing(Notes(folder / _REFUSED)) as notes:
             rows = usable(opened.rows, notes, base_dir=self._context.base_dir)
-            out = self._write_step(folder, rows, "read", None)
+            out = self._write(folder, "read", rows)["out"]
         read = out + notes.count
         if out == 0 or notes.count > self._build.max_refused * read:
             with atomic_path(self.refused, BUILD) as temporary:
@@ -252,10 +236,8 @@ class SetBuild:
 
     def _distinct(self, folder: Path, before: FinishedStep) -> dict[str, Any]:
         repeats = Repeats()
-        rows = distinct(before, folder / "spilled", repeats)
-        total = before.counts["out"]
-        out = self._write_step(folder, rows, "distinct", total)
-        return {"in": total, "out": out, **asdict(repeats)}
+        rows = distinct(before.rows, folder / "spilled", repeats)
+        return self._write(folder, "distinct", rows, before.counts["out"]) | asdict(repeats)
 
     def _decontaminate(self, folder: Path, before: FinishedStep) -> dict[str, Any]:
         contamination = self._context.contamination(self._build.bm25.get(self._dataset.name))
@@ -263,7 +245,7 @@ class SetBuild:
         tasks: Counter[str] = Counter()
 
         def clean(notes: Notes) -> Iterator[Converted]:
-            for row in before():
+            for row in before.rows():
                 if (match := contamination.check_record(row.record)) is None:
                     yield row
                     continue
@@ -279,20 +261,19 @@ class SetBuild:
                     found=[text[:_SHOWN_CHARACTERS] for text in match.found.texts],
                 )
 
-        total = before.counts["out"]
         with closing(Notes(folder / _CONTAMINATED)) as notes:
-            out = self._write_step(folder, clean(notes), "decontaminate", total)
-        counts = {"rules": dict(sorted(rules.items())), "tasks": dict(sorted(tasks.items()))}
-        return {"in": total, "out": out, **counts}
+            counts = self._write(folder, "decontaminate", clean(notes), before.counts["out"])
+        found = {"rules": rules, "tasks": tasks}
+        return counts | {name: dict(sorted(some.items())) for name, some in found.items()}
 
-    def _write_step(
-        self, folder: Path, rows: Iterable[Converted], step: str, total: int | None
-    ) -> int:
-        """Write the rows of a step and return their number."""
+    def _write(
+        self, folder: Path, step: str, rows: Iterable[Converted], total: int | None = None
+    ) -> dict[str, Any]:
+        """Write the rows of a step and count them."""
         shown = _shown(rows, f"{self._dataset.name}: {step}", total)
         kind = self._dataset.kind
         shards = write_shards(folder, shown, kind, rows_per_shard=_STEP_ROWS, places=True)
-        return sum(shard.rows for shard in shards)
+        return {"in": total, "out": sum(shard.rows for shard in shards)}
 
     def _finish(self, done: dict[str, FinishedStep]) -> dict[str, Any]:
         """Write the folder of the set."""
@@ -301,7 +282,7 @@ class SetBuild:
             for name, step in ((_REFUSED, done["read"]), (_CONTAMINATED, last)):
                 if (step.folder / name).is_file():
                     shutil.copyfile(step.folder / name, temporary / name)
-            usable_rows, unusable = self._of_usable_classes(last, temporary / _REFUSED)
+            usable_rows, unusable = self._of_usable_classes(last.rows, temporary / _REFUSED)
             total = last.counts["out"] - unusable
             if total == 0:
                 losses = [f"{one.counts['in']:,} → {one.counts['out']:,}" for one in done.values()]
@@ -344,17 +325,20 @@ class SetBuild:
         """The rows without those of classes that cannot be converted, and how many those are."""
         if self._dataset.kind not in ("classification", "clustering"):
             return rows, 0
-        problems = class_problems(rows, self._dataset.conversion)
-
-        def problem(row: Converted) -> str | None:
+        classes = ClassSamples()
+        for row in rows():
             assert isinstance(row.record, LabelRecord)
-            return problems.get(row.record.label)
+            classes.add(row.record, row)
+        problems = classes.problems(self._dataset.conversion)
+
+        def label(row: Converted) -> str:
+            return row.record.label if isinstance(row.record, LabelRecord) else ""
 
         with closing(Notes(refused)) as notes:
             for row in rows() if problems else ():
-                if (found := problem(row)) is not None:
-                    notes.add(place=row.place, problem=found)
-        return lambda: (row for row in rows() if problem(row) is None), notes.count
+                if label(row) in problems:
+                    notes.add(place=row.place, problem=problems[label(row)][1])
+        return lambda: (row for row in rows() if label(row) not in problems), notes.count
 
     def _mined(self, rows: Rows, total: int) -> tuple[Iterable[Converted], dict[str, Any] | None]:
         """The rows up to the cap, with negatives and the miner's report where the set is mined."""
@@ -374,12 +358,7 @@ class SetBuild:
 
 
 def set_places(folder: Path, name: str) -> tuple[Path, Path, Path]:
-    """Where a set goes, where its bad rows are listed if it has too many, and where its steps lie.
-
-    Args:
-        folder: the folder of all sets.
-        name: name of the set.
-    """
+    """Where a set goes, where its bad rows are listed if there are too many, and its steps."""
     return folder / name, folder / f"{name}.{_REFUSED}", folder / ".steps" / name
 
 

@@ -26,10 +26,7 @@ _MISSED = 0.02
 
 
 class ShingleIndex:
-    """Texts by the Jaccard similarity of their shingles of some words, with a threshold in (0, 1].
-
-    Two texts of n and m shingles that reach the threshold t share ceil(t * n) of them.
-    """
+    """Texts by the Jaccard similarity in (0, 1] of their shingles of ``shingle_words`` words."""
 
     def __init__(self, texts: Sequence[str], threshold: float, shingle_words: int) -> None:
         self._threshold = threshold
@@ -39,7 +36,8 @@ class ShingleIndex:
         together = np.concatenate([np.empty(0, np.uint64), *self._shingles])
         different, counts = np.unique(together, return_counts=True)
         for row, own in enumerate(self._shingles):
-            # Of n shingles ceil(t * n) are shared, so one of any n - ceil(t * n) + 1 of them.
+            # Whoever reaches the threshold t holds ceil(t * n) of the n shingles, so one of any
+            # n - ceil(t * n) + 1 of them.
             size = len(own) - math.ceil(threshold * len(own) - _ROUNDING) + 1
             rarest = np.argsort(counts[np.searchsorted(different, own)], kind="stable")[:size]
             for shingle in own[rarest].tolist():
@@ -63,12 +61,10 @@ class ShingleIndex:
 class Bm25Index:
     """Texts by the share of their BM25 score that a query reaches, and the query's own share.
 
-    The score of query q for text d is that of ``encoding/bm25.py`` with every different word of the
-    query once. So d scores most for queries that hold all its words, itself among them, and
-    dividing by that gives a share from 0 (no word in common) to 1, whatever the lengths and the
-    collection. Any long query reaches 1 for a short d, so that alone says little: the score is the
-    lower one of this share and of the part that words of d have in q, by weight idf. The threshold
-    is such a share in (0, 1].
+    The score of query q for text d is that of ``encoding/bm25.py`` with every different word of q
+    once. So d scores most for queries that hold all its words, and dividing by that gives a share
+    from 0 (no word in common) to 1, whatever the lengths. Any long query reaches 1 for a short d,
+    so the lower one counts of this share and of the part that words of d have in q, by weight idf.
     """
 
     def __init__(self, texts: Sequence[str], threshold: float) -> None:
@@ -116,16 +112,7 @@ class NearDuplicates:
     MinHash LSH (``rensa``) proposes candidates, and the Jaccard similarity of the shingle sets
     decides. A duplicate exactly at the threshold is missed with a chance of 2 % at most, one above
     it far more seldom, and one of similarity 1 never. The same texts in the same order give the
-    same answers in every process.
-
-    Args:
-        threshold: Jaccard similarity in (0, 1] of the shingle sets from which two texts count as
-            duplicates.
-        shingle_words: words in a shingle. Longer ones tell apart texts that share a vocabulary.
-        num_hashes: length of a MinHash at most; more of them mean fewer vain comparisons.
-
-    Raises:
-        UserError: ``rensa`` is not installed.
+    same answers in every process. A MinHash has ``num_hashes`` numbers at most.
     """
 
     def __init__(

@@ -12,6 +12,7 @@ import json
 import random
 import time
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nvembed.building.synthesis.config import SynthesisConfig
@@ -79,12 +80,7 @@ class ChatEndpoint:
         self.aclose = self._client.aclose
 
     async def ask(self, prompt: str) -> ChatAnswer:
-        """Send a prompt until it is answered.
-
-        Raises:
-            UnansweredError: it was not, in all the times that the configuration allows.
-            EndpointError: the endpoint refuses it for good (no such model, no right to ask).
-        """
+        """Send a prompt until it is answered, as often as the configuration allows."""
         config = self._config
         body = {
             "model": config.model,
@@ -157,51 +153,39 @@ class ChatEndpoint:
 
 
 class Request(NamedTuple):
-    """One question to the model.
-
-    Args:
-        name: unique in the run; the same question has the same name whenever it is asked.
-        prompt: the question.
-        answer: what is expected.
-    """
+    """One question to the model; the same one has the same name whenever it is asked."""
 
     name: str
     prompt: str
     answer: type[TaskList] | type[WrittenExample]
 
 
+@dataclass
 class Asker:
     """Asks an open endpoint and writes into the journal; the bar advances by one per request."""
 
-    def __init__(
-        self, endpoint: ChatEndpoint, journal: Journal, config: SynthesisConfig, bar: ProgressBar
-    ) -> None:
-        self.unanswered = 0
-        self._answered = 0
-        self._in_a_row = 0
-        self._problem = ""
-        self._endpoint = endpoint
-        self._journal = journal
-        self._config = config
-        self._bar = bar
+    endpoint: ChatEndpoint
+    journal: Journal
+    config: SynthesisConfig
+    bar: ProgressBar
+    unanswered: int = 0
+    _answered: int = 0
+    _in_a_row: int = 0  # unanswered ones
+    _problem: str = ""
 
     async def ask_all(self, requests: Iterable[Request]) -> None:
-        """Ask all requests that are not in the journal.
-
-        Raises:
-            EndpointError: the endpoint refuses requests for good or is gone.
-        """
+        """Ask all requests that are not in the journal."""
         waiting = iter(requests)
 
         async def work() -> None:
             for request in waiting:
-                if request.name not in self._journal:
+                if request.name not in self.journal:
                     await self._ask(request)
-                self._bar.advance()
+                self.bar.advance()
 
         try:
             async with asyncio.TaskGroup() as group:
-                for _ in range(self._config.concurrency):
+                for _ in range(self.config.concurrency):
                     group.create_task(work())
         except ExceptionGroup as errors:
             # All workers meet the same error; one of them tells it.
@@ -211,10 +195,10 @@ class Asker:
 
     async def _ask(self, request: Request) -> None:
         row = JournalRow(id=request.name)
-        while row.answer is None and row.attempts < self._config.attempts:
+        while row.answer is None and row.attempts < self.config.attempts:
             row.attempts += 1
             try:
-                answered = await self._endpoint.ask(request.prompt)
+                answered = await self.endpoint.ask(request.prompt)
             except UnansweredError as error:
                 self.unanswered += 1
                 self._in_a_row += 1
@@ -234,11 +218,11 @@ class Asker:
                 row.rejected = answered.problem or str(error)
         if row.answer is not None:
             row.text = row.rejected = None
-        self._journal.add(row)
+        self.journal.add(row)
 
     def _gone(self) -> EndpointError:
         return EndpointError(
             f"{self._in_a_row} requests in a row came to nothing; the last: {self._problem}",
-            where=self._config.endpoint,
+            where=self.config.endpoint,
             hint="What was answered is kept: run the same command again to go on",
         )

@@ -8,6 +8,7 @@ is opened again.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +39,7 @@ class JournalRow(BaseModel):
 class Journal:
     """Rows by their names; holds their places in memory, not the rows. To be closed.
 
-    Args:
-        path: the file; made where there is none.
-        run: what the run asks for. A journal of another run is not gone on with.
-
-    Raises:
-        ConfigError: the journal is of another run.
-        UserError: the file cannot be made.
-        DataError: a line in its midst cannot be read.
+    ``run`` is what the run asks for. A journal of another run is not gone on with.
     """
 
     def __init__(self, path: Path, run: dict[str, Any]) -> None:
@@ -89,9 +83,12 @@ class Journal:
         self._in.seek(place)
         return JournalRow.model_validate_json(self._in.readline())
 
-    def names(self) -> list[str]:
-        """Return all names, sorted."""
-        return sorted(self._places)
+    def rows(self) -> Iterator[JournalRow]:
+        """Yield all rows by their names, sorted."""
+        for name in sorted(self._places):
+            row = self.get(name)
+            assert row is not None
+            yield row
 
     def _append(self, row: dict[str, Any]) -> int:
         line = json.dumps(row, ensure_ascii=False).encode("utf-8", "replace") + b"\n"

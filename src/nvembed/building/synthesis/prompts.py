@@ -12,7 +12,15 @@ import json
 import random
 from typing import Annotated, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
 
 from nvembed.building.synthesis.config import ExampleKind
 from nvembed.core.seeding import derive_seed
@@ -138,19 +146,13 @@ class AnswerError(Exception):
     """What is wrong with an answer, in a few words."""
 
 
-def _not_blank(text: str) -> str:
-    if not text.strip():
-        raise ValueError("is empty")
-    return text.strip()
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
-
-
-Text = Annotated[str, Field(max_length=_LONGEST_TEXT), AfterValidator(_not_blank)]
+Text = Annotated[
+    str, StringConstraints(strip_whitespace=True, min_length=1, max_length=_LONGEST_TEXT)
+]
 Task = Annotated[
-    str, Field(max_length=_LONGEST_TASK), AfterValidator(_not_blank), AfterValidator(_one_line)
+    str,
+    StringConstraints(strip_whitespace=True, min_length=1, max_length=_LONGEST_TASK),
+    AfterValidator(lambda text: " ".join(text.split())),  # on one line
 ]
 
 

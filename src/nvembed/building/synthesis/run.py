@@ -84,17 +84,10 @@ class Summary(BaseModel):
 
 
 def synthesize(config: SynthesisConfig, folder: Path) -> Summary:
-    """Make examples, or go on with it.
+    """Make examples, or go on with it, and write everything into the folder.
 
-    Args:
-        config: the settings. Those that decide what is asked must be the ones of before where the
-            folder holds a journal; more tasks and more examples may be asked for.
-        folder: for everything that is written.
-
-    Raises:
-        ConfigError: the folder holds a synthesis with other settings, or files of these names that
-            no synthesis made; the key cannot be used.
-        EndpointError: the endpoint refuses requests or is gone; what was answered is kept.
+    Settings that decide what is asked must be the ones of before where the folder holds a journal;
+    more tasks and more examples may be asked for. What was answered is kept where an error ends it.
     """
     check_folder_name(folder)
     key = read_key(config.key_variable)
@@ -113,115 +106,114 @@ def synthesize(config: SynthesisConfig, folder: Path) -> Summary:
         "prompts": VERSION,
     }
     with closing(Journal(folder / _JOURNAL, identity)) as journal:
-        return asyncio.run(_run(config, folder, key, journal))
+        run = _Synthesis(config, journal)
+        asyncio.run(run.ask(key))
+        run.write(folder)
+    return run.summary
 
 
-async def _run(config: SynthesisConfig, folder: Path, key: str | None, journal: Journal) -> Summary:
-    summary = Summary(kinds={kind: KindSummary() for kind in config.kinds})
-    tasks: dict[ExampleKind, list[str]] = {}
-    async with aclosing(ChatEndpoint(config, key)) as endpoint:
-        with progress(None, "tasks") as bar:
-            asker = Asker(endpoint, journal, config, bar)
-            for kind in config.kinds:
-                tasks[kind] = await _think_of_tasks(
-                    kind, config, asker, journal, summary.kinds[kind]
+class _Synthesis:
+    """Tasks and counts so far."""
+
+    def __init__(self, config: SynthesisConfig, journal: Journal) -> None:
+        self._config = config
+        self._journal = journal
+        self._tasks: dict[ExampleKind, list[str]] = {}
+        self.summary = Summary(kinds={kind: KindSummary() for kind in config.kinds})
+
+    async def ask(self, key: str | None) -> None:
+        """Ask for everything that is not in the journal."""
+        config, journal = self._config, self._journal
+        async with aclosing(ChatEndpoint(config, key)) as endpoint:
+            with progress(None, "tasks") as bar:
+                asker = Asker(endpoint, journal, config, bar)
+                for kind in config.kinds:
+                    self._tasks[kind] = await self._think_of_tasks(kind, asker)
+            self.summary.unanswered = asker.unanswered
+            total = sum(map(len, self._tasks.values())) * config.examples_per_task
+            with progress(total, "examples") as bar:
+                asker = Asker(endpoint, journal, config, bar)
+                await asker.ask_all(request for _, _, request in self._examples())
+            self.summary.unanswered += asker.unanswered
+
+    async def _think_of_tasks(self, kind: ExampleKind, asker: Asker) -> list[str]:
+        """Ask for tasks in rounds until there are enough different ones, or no more new ones come.
+
+        The rounds of a run that goes on are those of before: they depend on the answers alone.
+        """
+        config, counts = self._config, self.summary.kinds[kind]
+        seen = NearDuplicates(_SAME_TASK, shingle_words=_DOUBLE_WORDS)
+        tasks: list[str] = []
+        asked = idle = 0
+        while len(tasks) < config.tasks and idle < _IDLE_ROUNDS:
+            missing = math.ceil((config.tasks - len(tasks)) / config.tasks_per_request)
+            requests = [
+                Request(
+                    f"tasks/{kind}/{number:06d}",
+                    tasks_prompt(kind, config.tasks_per_request, config.seed, number),
+                    TaskList,
                 )
-        total = sum(map(len, tasks.values())) * config.examples_per_task
-        with progress(total, "examples") as bar:
-            asker_of_examples = Asker(endpoint, journal, config, bar)
-            await asker_of_examples.ask_all(one for _, _, one in _examples(tasks, config))
-    summary.unanswered = asker.unanswered + asker_of_examples.unanswered
-    rows = [{"kind": kind, "task": task} for kind, texts in tasks.items() for task in texts]
-    write_jsonl(folder / _TASKS, rows, _SYNTHESIZE)
-    write_jsonl(folder / _EXAMPLES, _records(tasks, config, journal, summary), _SYNTHESIZE)
-    write_jsonl(folder / _REJECTS, _rejects(journal, summary), _SYNTHESIZE)
-    write_json(folder / _SUMMARY, summary.model_dump(), _SYNTHESIZE)
-    return summary
+                for number in range(asked, asked + missing)
+            ]
+            asked += missing
+            await asker.ask_all(requests)
+            before = len(tasks)
+            for request in requests:
+                row = self._journal.get(request.name)
+                for task in row.answer["tasks"] if row and row.answer else ():
+                    if seen.find_or_add(len(tasks), task):
+                        counts.double_tasks += 1
+                    else:
+                        tasks.append(task)
+            idle = idle + 1 if len(tasks) == before else 0
+        counts.tasks = min(len(tasks), config.tasks)
+        return tasks[: config.tasks]
 
+    def _examples(self) -> Iterator[tuple[ExampleKind, str, Request]]:
+        """Yield the kind, the task and the request of each example that is to be written."""
+        for kind, texts in self._tasks.items():
+            for task in texts:
+                # By what the task says: its place changes when a request is answered that was not.
+                digest = sha256(task.encode()).hexdigest()[:24]
+                for number in range(self._config.examples_per_task):
+                    name = f"example/{kind}/{digest}/{number:03d}"
+                    prompt = example_prompt(kind, task, self._config.seed, number)
+                    yield kind, task, Request(name, prompt, WrittenExample)
 
-async def _think_of_tasks(
-    kind: ExampleKind, config: SynthesisConfig, asker: Asker, journal: Journal, counts: KindSummary
-) -> list[str]:
-    """Ask for tasks in rounds until there are enough different ones, or no more new ones come.
+    def write(self, folder: Path) -> None:
+        """Write all files but the journal, from the journal."""
+        tasks = ({"kind": kind, "task": t} for kind, texts in self._tasks.items() for t in texts)
+        write_jsonl(folder / _TASKS, tasks, _SYNTHESIZE)
+        write_jsonl(folder / _EXAMPLES, self._records(), _SYNTHESIZE)
+        write_jsonl(folder / _REJECTS, self._rejects(), _SYNTHESIZE)
+        write_json(folder / _SUMMARY, self.summary.model_dump(), _SYNTHESIZE)
 
-    The rounds of a run that goes on are those of before: they depend on the answers alone.
-    """
-    seen = NearDuplicates(_SAME_TASK, shingle_words=_DOUBLE_WORDS)
-    tasks: list[str] = []
-    asked = idle = 0
-    while len(tasks) < config.tasks and idle < _IDLE_ROUNDS:
-        missing = math.ceil((config.tasks - len(tasks)) / config.tasks_per_request)
-        requests = [
-            Request(
-                f"tasks/{kind}/{number:06d}",
-                tasks_prompt(kind, config.tasks_per_request, config.seed, number),
-                TaskList,
-            )
-            for number in range(asked, asked + missing)
-        ]
-        asked += missing
-        await asker.ask_all(requests)
-        before = len(tasks)
-        for request in requests:
-            row = journal.get(request.name)
-            for task in row.answer["tasks"] if row and row.answer else ():
-                if seen.find_or_add(len(tasks), task):
-                    counts.double_tasks += 1
-                else:
-                    tasks.append(task)
-        idle = idle + 1 if len(tasks) == before else 0
-    counts.tasks = min(len(tasks), config.tasks)
-    return tasks[: config.tasks]
+    def _records(self) -> Iterator[dict[str, Any]]:
+        seen = NearDuplicates(_SAME_QUERY, shingle_words=_DOUBLE_WORDS)
+        for kind, task, request in self._examples():
+            row, counts = self._journal.get(request.name), self.summary.kinds[kind]
+            if row is None or row.answer is None:
+                continue
+            example = WrittenExample.model_validate(row.answer)
+            if seen.find_or_add(len(seen), example.query):
+                counts.double_examples += 1
+                continue
+            counts.examples += 1
+            negatives = (example.negative,)
+            record = PairRecord(example.query, (example.positive,), negatives, instruction=task)
+            yield {**record.to_json(), "kind": kind}
 
-
-def _examples(
-    tasks: dict[ExampleKind, list[str]], config: SynthesisConfig
-) -> Iterator[tuple[ExampleKind, str, Request]]:
-    """Yield the kind, the task and the request of each example that is to be written."""
-    for kind, texts in tasks.items():
-        for task in texts:
-            # By what the task says: its place changes when a request is answered that was not.
-            digest = sha256(task.encode()).hexdigest()[:24]
-            for number in range(config.examples_per_task):
-                name = f"example/{kind}/{digest}/{number:03d}"
-                prompt = example_prompt(kind, task, config.seed, number)
-                yield kind, task, Request(name, prompt, WrittenExample)
-
-
-def _records(
-    tasks: dict[ExampleKind, list[str]],
-    config: SynthesisConfig,
-    journal: Journal,
-    summary: Summary,
-) -> Iterator[dict[str, Any]]:
-    seen = NearDuplicates(_SAME_QUERY, shingle_words=_DOUBLE_WORDS)
-    for kind, task, request in _examples(tasks, config):
-        row = journal.get(request.name)
-        if row is None or row.answer is None:
-            continue
-        example = WrittenExample.model_validate(row.answer)
-        if seen.find_or_add(len(seen), example.query):
-            summary.kinds[kind].double_examples += 1
-            continue
-        summary.kinds[kind].examples += 1
-        negatives = (example.negative,)
-        record = PairRecord(example.query, (example.positive,), negatives, instruction=task)
-        yield {**record.to_json(), "kind": kind}
-
-
-def _rejects(journal: Journal, summary: Summary) -> Iterator[dict[str, Any]]:
-    """Yield the answers that were refused, and count what the whole journal has cost."""
-    for name in journal.names():
-        row = journal.get(name)
-        assert row is not None
-        summary.prompt_tokens += row.prompt_tokens
-        summary.answer_tokens += row.answer_tokens
-        summary.uncounted += row.uncounted
-        if row.rejected is not None:
-            kind = name.split("/")[1]
-            if kind in summary.kinds:
-                summary.kinds[kind].rejected += 1
-            yield {"id": name, "problem": row.rejected, "text": row.text}
+    def _rejects(self) -> Iterator[dict[str, Any]]:
+        """Yield the answers that were refused, and count what the whole journal has cost."""
+        summary = self.summary
+        for row in self._journal.rows():
+            summary.prompt_tokens += row.prompt_tokens
+            summary.answer_tokens += row.answer_tokens
+            summary.uncounted += row.uncounted
+            if row.rejected is not None:
+                if (counts := summary.kinds.get(row.id.split("/")[1])) is not None:
+                    counts.rejected += 1
+                yield {"id": row.id, "problem": row.rejected, "text": row.text}
 
 
 def print_summary(summary: Summary, folder: Path, console: Console) -> None:

@@ -22,6 +22,7 @@ from peers.report import header, say, table
 
 from nvembed.core.config import load_config
 from nvembed.core.files import write_json
+from nvembed.data.build_config import MiningConfig
 from nvembed.data.config import DatasetConfig
 from nvembed.encoding.encoder import Encoder, load_encoder
 from nvembed.evaluation.encoders import CachedEncoder
@@ -29,7 +30,7 @@ from nvembed.evaluation.results import TaskResult, read_results, write_results
 from nvembed.evaluation.run import evaluate
 from nvembed.evaluation.tasks import LocalTask, load_tasks
 from nvembed.interop.fingerprint import model_fingerprint
-from nvembed.mining.miner import MiningConfig, mine_file
+from nvembed.mining.miner import mine_file
 from nvembed.training.config import TrainConfig
 from nvembed.training.trainer import train
 

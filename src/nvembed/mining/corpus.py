@@ -1,7 +1,7 @@
-"""The documents that negatives are taken from, and what makes two texts the same.
+"""The documents that negatives are taken from.
 
-In: texts as they come; out: each different text once, with its row. Texts are the same when they
-differ in case and white space only. Next file: ``miner.py``.
+In: texts as they come; out: each different text once, with its row (``text/similarity.py``). Next
+file: ``miner.py``.
 """
 
 from __future__ import annotations
@@ -20,15 +20,11 @@ from numpy.typing import NDArray
 
 from nvembed.core.errors import UserError
 from nvembed.core.reporting import progress
+from nvembed.text.similarity import text_key
 
 _WORD = re.compile(r"\w+")
 _ADVANCE = 1024
 _ROUNDING = 1e-6
-
-
-def text_key(text: str) -> str:
-    """Return what equal texts have in common: the text without case and with single spaces."""
-    return " ".join(text.casefold().split())
 
 
 def word_overlap(first: frozenset[str], second: frozenset[str]) -> float:

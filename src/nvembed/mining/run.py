@@ -23,10 +23,11 @@ from nvembed.core.reporting import progress
 from nvembed.data.build_config import MiningConfig
 from nvembed.data.examples import POSITIVE_SCORE
 from nvembed.data.records import PairRecord, Record, StsRecord
-from nvembed.mining.corpus import Corpus, text_key
+from nvembed.mining.corpus import Corpus
 from nvembed.mining.ranking import BLOCK_QUERIES, NOTHING, Ranking
 from nvembed.mining.report import MiningReport
 from nvembed.mining.selection import Case, Mined, Neighbours, Query, Selector
+from nvembed.text.similarity import text_key
 
 # Records per search. What is chosen from holds a few numbers for each of their candidates.
 BLOCK_RECORDS = 2048

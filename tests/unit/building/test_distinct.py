@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from nvembed.building import distinct as module
-from nvembed.building.distinct import Repeats, distinct
+from nvembed.building import row_filters as module
+from nvembed.building.row_filters import Repeats, distinct
 from nvembed.data.built_sets import read_shards, write_shards
 from nvembed.data.records import Converted, LabelRecord, PairRecord, Record, StsRecord
 

@@ -14,8 +14,8 @@ from nvembed.core.errors import DataError, ModelError
 from nvembed.data.build_config import MiningConfig
 from nvembed.data.records import PairRecord, StsRecord
 from nvembed.mining import run
-from nvembed.mining.corpus import text_key
 from nvembed.mining.miner import mine_negatives, mine_sts_negatives
+from nvembed.text.similarity import text_key
 from oracles import mining as oracle
 
 

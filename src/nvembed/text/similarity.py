@@ -1,8 +1,8 @@
-"""Shingles: what two texts have in common when one is an edited copy of the other.
+"""When two texts are the same, and how much two texts have in common.
 
-In: a text; out: the set of its runs of words, each run a 64-bit number that is the same in every
-process and on every machine. Case, punctuation and white space do not count. Next files:
-``duplicates.py``, ``contamination.py``.
+Texts are the same when they differ in case and white space only. Texts that are edited copies of
+each other share shingles: runs of words, without case and punctuation, as 64-bit numbers that are
+the same in every process and on every machine.
 """
 
 from __future__ import annotations
@@ -13,12 +13,15 @@ from zlib import crc32
 import numpy as np
 from numpy.typing import NDArray
 
-from nvembed.mining.corpus import text_key
-
 _WORD = re.compile(r"\w+")
 # Odd, so that multiplying loses nothing; the fraction of the golden ratio in 64 bits.
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 _HALF = np.uint64(32)
+
+
+def text_key(text: str) -> str:
+    """Return what equal texts have in common: the text without case and with single spaces."""
+    return " ".join(text.casefold().split())
 
 
 def word_list(text: str) -> list[str]:
@@ -30,16 +33,9 @@ def word_list(text: str) -> list[str]:
 
 
 def shingles(text: str, num_words: int) -> NDArray[np.uint64]:
-    """Return the runs of ``num_words`` words of a text, hashed; a shorter text is one run.
+    """Return the different runs of ``num_words`` words, ascending; a shorter text is one run.
 
     Two different runs get the same number with a chance of about 2**-32.
-
-    Args:
-        text: any text.
-        num_words: words in a run, at least 1.
-
-    Returns:
-        shape (different runs,), at least one, ascending and without repeats.
     """
     words = word_list(text)
     size = min(num_words, len(words))

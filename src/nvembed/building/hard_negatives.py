@@ -13,7 +13,7 @@ from nvembed.core.text_files import read_json_object, read_jsonl
 from nvembed.data.build_config import BuildMining
 from nvembed.data.built_sets import Rows
 from nvembed.data.config import DatasetConfig
-from nvembed.data.records import Converted, Kind, PairRecord, record_of
+from nvembed.data.records import Converted, PairRecord, record_of
 from nvembed.mining.miner import mine_file
 from nvembed.mining.report import MiningReport
 from nvembed.mining.teachers import BM25_NAME
@@ -37,12 +37,12 @@ def mined(
     """Give records negatives from all documents of their set.
 
     Args:
-        dataset: of kind retrieval, nli or sts.
-        config: how.
+        dataset: a set of kind retrieval, nli or sts.
+        config: the settings of mining.
         rows: the records.
         pool: all records of the set, where there are more; their documents may be negatives too,
             but not those that answer the same query.
-        work: what is computed lies here; of these records and settings alone.
+        work: a folder for what is computed of these records and settings alone.
         base_dir: folder of the recipe.
 
     Returns:
@@ -51,8 +51,7 @@ def mined(
     names = ("in", "documents", "further", "out")
     records, documents, further, output = (work / f"{name}.jsonl" for name in names)
     tidy(work, "*")
-    found = output.with_name("out.jsonl.report.json")
-    report = _report(found)
+    report = _report(work)
     if report is None:  # the last that the miner writes
         write_jsonl(records, (row.record.to_json() for row in rows()))
         if pool is not None:
@@ -71,25 +70,21 @@ def mined(
             teacher_model=config.teacher_model,
             work=work,
         )
-        report = _report(found)
+        report = _report(work)
         assert report is not None
-    return _read(output, dataset.kind), report
+    found = (Converted(record_of(row, dataset.kind), "") for _, row in read_jsonl(output))
+    return found, report
 
 
-def _report(path: Path) -> dict[str, Any] | None:
+def _report(work: Path) -> dict[str, Any] | None:
     """Read the numbers of a report; ``None`` where it is not there, or damaged."""
     try:
-        report = read_json_object(path, "a report")
+        report = read_json_object(work / "out.jsonl.report.json", "a report")
         # The others name files of this machine.
-        kept = {field.name: report[field.name] for field in fields(MiningReport)}
-        return {**kept, "computing": report["computing"]}
+        names = [*(field.name for field in fields(MiningReport)), "computing"]
+        return {name: report[name] for name in names}
     except (DataError, KeyError):
         return None
-
-
-def _read(path: Path, kind: Kind) -> Iterator[Converted]:
-    for _, row in read_jsonl(path):
-        yield Converted(record_of(row, kind), "")
 
 
 def _documents(rows: Rows) -> Iterator[str]:

@@ -85,7 +85,7 @@ def loading(name: str, *, expected: str = "the folder or the hub id of a model")
     """
     if Path(name).is_dir():
         check_files(Path(name))
-    reports: list[tuple[PreTrainedModel, Misfit]] = []
+    reports: list[tuple[PreTrainedModel, Any]] = []
     with _one_at_a_time:
         try:
             with _watched(name, reports):
@@ -94,8 +94,8 @@ def loading(name: str, *, expected: str = "the folder or the hub id of a model")
             raise
         except Exception as error:  # each library raises its own types, tokenizers a bare Exception
             # A report that is not good says more than what became of it.
-            for _, misfit in reports:
-                misfit.check(name)
+            for report in reports:
+                _misfit(*report).check(name)
             raise ModelError(
                 f"cannot be loaded ({reason(error)})",
                 where=name,
@@ -104,8 +104,8 @@ def loading(name: str, *, expected: str = "the folder or the hub id of a model")
                 if Path(name).exists()
                 else "A hub id needs the network, or an earlier download",
             ) from error
-    for _, misfit in reports:
-        misfit.check(name)
+    for report in reports:
+        _misfit(*report).check(name)
     for model in {id(model): model for model, _ in reports}.values():
         check_finite(model, where=name)
 
@@ -218,7 +218,7 @@ def _misfit(model: PreTrainedModel, info: Any) -> Misfit:
 
 
 @contextmanager
-def _watched(name: str, reports: list[tuple[PreTrainedModel, Misfit]]) -> Iterator[None]:
+def _watched(name: str, reports: list[tuple[PreTrainedModel, Any]]) -> Iterator[None]:
     """Collect the reports of all models that this thread loads in the block.
 
     ``output_loading_info`` gives the same report to the caller of transformers alone, which here is
@@ -234,18 +234,18 @@ def _watched(name: str, reports: list[tuple[PreTrainedModel, Misfit]]) -> Iterat
         result = original(model, state_dict, checkpoint_files, *given, **options)
         if threading.get_ident() != own_thread:
             return result
-        misfit = _misfit(model, result[0])
-        if misfit.missing and state_dict is None:
+        if state_dict is None and _misfit(model, result[0]).missing:
             for stripped in _stripped(checkpoint_files):
                 again = original(model, stripped, checkpoint_files, *given, **options)
                 if len(again[0].missing_keys) < len(result[0].missing_keys):
-                    result, misfit = again, _misfit(model, again[0])
+                    result = again
                     break
         # transformers would now make room for what is missing or of another shape: of a damaged
         # configuration any amount.
-        if misfit.shapes:
-            misfit.check(name)
-        reports.append((model, misfit))
+        if result[0].mismatched_keys:
+            _misfit(model, result[0]).check(name)
+        # transformers may still take names off this report, of an adapter's base.
+        reports.append((model, result[0]))
         return result
 
     cls: Any = PreTrainedModel

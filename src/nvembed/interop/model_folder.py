@@ -47,6 +47,11 @@ class _UnreachableError(ModelError):
     """A file is not in the cache, and the hub did not answer (or was not to be asked)."""
 
 
+def damaged(message: str, where: object, expected: str | None = None) -> ModelError:
+    """The error of a file that is not as it was saved."""
+    return ModelError(message, where=str(where), expected=expected, hint=COPY_AGAIN)
+
+
 def read_json_file(path: Path) -> Any:
     """Content of a JSON file of a model."""
     check_present(path)
@@ -64,7 +69,7 @@ def check_present(path: Path) -> None:
     except OSError as error:
         raise ModelError(f"cannot be read ({error.strerror})", where=str(path)) from error
     if not start:
-        raise ModelError("the file is empty", where=str(path), hint=COPY_AGAIN)
+        raise damaged("the file is empty", path)
     if start == _LFS:
         raise ModelError(
             "a Git LFS pointer, not the file itself",
@@ -159,12 +164,7 @@ class ModelSource:
             return None
         value = read_json_file(path)
         if not isinstance(value, dict):
-            raise ModelError(
-                f"holds {kind_of(value)}",
-                where=str(path),
-                expected="a JSON object",
-                hint=COPY_AGAIN,
-            )
+            raise damaged(f"holds {kind_of(value)}", path, "a JSON object")
         return value
 
     def pinned(self, file: Path) -> ModelSource:
@@ -311,12 +311,8 @@ def read_modules(source: ModelSource) -> list[ModuleEntry]:
     path = source.require("modules.json")
     entries = read_json_file(path)
     if not isinstance(entries, list) or not entries:
-        raise ModelError(
-            f"not a list of modules, but {kind_of(entries)}",
-            where=str(path),
-            expected='[{"type": "...", "path": "..."}]',
-            hint=COPY_AGAIN,
-        )
+        expected = '[{"type": "...", "path": "..."}]'
+        raise damaged(f"not a list of modules, but {kind_of(entries)}", path, expected)
     found = []
     for number, entry in enumerate(entries):
         given = entry if isinstance(entry, dict) else {}
@@ -339,7 +335,7 @@ def read_values(of: Callable[..., Any], values: Mapping[str, Any], *, where: str
     try:
         check_settings(of, values, where=where)
     except ConfigError as error:
-        raise ModelError(error.message, where=where, hint=COPY_AGAIN) from error
+        raise damaged(error.message, where) from error
     return dict(values)
 
 
@@ -349,9 +345,5 @@ def read_limit(source: ModelSource, filename: str, key: str) -> int | None:
     # Where there is no limit, tokenizers say 1e30, some of them as a float.
     if limit is None or (isinstance(limit, int | float) and limit >= 1 and limit is not True):
         return None if limit is None else int(limit)
-    raise ModelError(
-        f"{key} is {shown_value(limit)}",
-        where=f"{source.name}/{filename}",
-        expected="a number of tokens",
-        hint=COPY_AGAIN,
-    )
+    where = f"{source.name}/{filename}"
+    raise damaged(f"{key} is {shown_value(limit)}", where, "a number of tokens")

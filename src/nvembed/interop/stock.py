@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 
 from nvembed.core.arguments import shown_value
 from nvembed.core.errors import ModelError
-from nvembed.interop.model_folder import COPY_AGAIN, ModelSource, read_limit, read_modules
+from nvembed.interop.model_folder import COPY_AGAIN, ModelSource, damaged, read_limit, read_modules
 
 # By the last part of the class name: stock modules have moved between packages over the years.
 _MODULES = ("Transformer", "Pooling", "Normalize")
@@ -78,12 +78,8 @@ def _pooling_mode(source: ModelSource) -> str:
         mode = config["pooling_mode"]
         modes = mode if isinstance(mode, list) else [mode]
         if not all(isinstance(part, str) for part in modes):
-            raise ModelError(
-                f"pooling_mode is {shown_value(mode)}",
-                where=f"{source.name}/{source.inside}/config.json",
-                expected="a text such as mean",
-                hint=COPY_AGAIN,
-            )
+            where = f"{source.name}/{source.inside}/config.json"
+            raise damaged(f"pooling_mode is {shown_value(mode)}", where, "a text such as mean")
         return "+".join(modes)
     flags = {
         "cls_token": "cls",

@@ -94,8 +94,9 @@ def float32_attention(
     ``starts`` ``(N + 1,)`` are the first tokens of the segments, then T.
     """
     scale = checked_scaling(scaling, query_HTE.shape[-1])
+    starts = _checked_starts(starts, query_HTE)
     out_THE: Tensor = _Attention.apply(
-        query_HTE, key_KTE, value_KTE, _checked_starts(starts, query_HTE), scale
+        _float32_kernel(), starts, scale, query_HTE, key_KTE, value_KTE
     )
     return out_THE
 
@@ -138,43 +139,25 @@ def _checked_starts(starts: Tensor, query_HTE: Tensor) -> Tensor:
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, starts: Tensor, scale: float
-    ) -> Tensor:
-        inputs = [_dense_rows(x_HTE) for x_HTE in (query, key, value)]
-        out_THE, log_sum_HT = _forward(_float32_kernel(), inputs, starts, scale)
+    def forward(ctx: Any, kernel: Any, starts: Tensor, scale: float, *qkv: Tensor) -> Tensor:
+        inputs = [_dense_rows(x_HTE) for x_HTE in qkv]
+        num_heads, num_tokens, width = inputs[0].shape
+        out_THE = inputs[0].new_empty(num_tokens, num_heads, width)
+        log_sum_HT = inputs[0].new_empty(num_heads, num_tokens)  # of softmax
+        _call(kernel.nvembed_attention_forward, inputs, starts, scale, [out_THE, log_sum_HT])
         ctx.save_for_backward(*inputs, out_THE, log_sum_HT)
-        ctx.starts, ctx.scale = starts, scale
+        ctx.kernel, ctx.starts, ctx.scale = kernel, starts, scale
         return out_THE
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        *inputs, out_THE, log_sum_HT = ctx.saved_tensors
-        inputs.append(_dense_rows(gradients[0].transpose(0, 1)))
-        results = [out_THE, log_sum_HT]
-        found = _backward(_float32_kernel(), inputs, ctx.starts, ctx.scale, results)
-        return (*(x_THE.transpose(0, 1) for x_THE in found), None, None)
-
-
-def _forward(
-    kernel: Any, inputs: Sequence[Tensor], starts: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Outputs ``(T, H, E)`` and logarithms of the sums of softmax ``(H, T)``, in float32."""
-    num_heads, num_tokens, width = inputs[0].shape
-    out_THE = inputs[0].new_empty(num_tokens, num_heads, width)
-    log_sum_HT = inputs[0].new_empty(num_heads, num_tokens)
-    _call(kernel.nvembed_attention_forward, inputs, starts, scale, [out_THE, log_sum_HT])
-    return out_THE, log_sum_HT
-
-
-def _backward(
-    kernel: Any, inputs: Sequence[Tensor], starts: Tensor, scale: float, results: list[Tensor]
-) -> list[Tensor]:
-    """Gradients ``(T, H, E)`` and twice ``(T, K, E)``; the last input is that of the output."""
-    found = [x.new_empty(x.shape[1], x.shape[0], x.shape[2]) for x in inputs[:3]]
-    _call(kernel.nvembed_attention_backward, inputs, starts, scale, [*results, *found])
-    return found
+        *qkv, out_THE, log_sum_HT = ctx.saved_tensors
+        found = [x_HTE.new_empty(x_HTE.transpose(0, 1).shape) for x_HTE in qkv]
+        inputs = [*qkv, _dense_rows(gradients[0].transpose(0, 1))]
+        results = [out_THE, log_sum_HT, *found]
+        _call(ctx.kernel.nvembed_attention_backward, inputs, ctx.starts, ctx.scale, results)
+        return (None, None, None, *(x_THE.transpose(0, 1) for x_THE in found))
 
 
 def _bfloat16(
@@ -242,30 +225,38 @@ def _if_right(kernel: Any, error: float, tolerance: float) -> Any | None:
     return None
 
 
-def _example(*heads: int) -> tuple[list[Tensor], Tensor]:
-    """Random tensors ``(heads, 37, 32)``, and the starts of one segment."""
+def _example(dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
+    """Leaves ``(H, 37, 32)``, the same in float64, attention of these, and starts."""
     random = torch.Generator().manual_seed(0)
-    tensors = [torch.randn(count, 37, 32, generator=random) for count in heads]
-    return tensors, torch.tensor([0, 37], dtype=torch.int32)
+    leaves = [torch.randn(heads, 37, 32, generator=random).to(dtype) for heads in (2, 1, 1)]
+    exact = [x_HTE.double() for x_HTE in leaves]
+    query, key, value = (x_HTE.requires_grad_() for x_HTE in exact)
+    wanted_HTE = (query @ key.transpose(1, 2)).softmax(-1) @ value
+    return leaves, exact, wanted_HTE, torch.tensor([0, 37], dtype=torch.int32)
 
 
-def _bfloat16_error(kernel: Any) -> float:
-    tensors, starts = _example(2, 1, 1)
-    query, key, value = inputs = [x_HTE.bfloat16() for x_HTE in tensors]
-    wanted_HTE = (query.double() @ key.double().transpose(1, 2)).softmax(-1) @ value.double()
-    found_THE = _bfloat16(kernel, inputs, starts, 1.0, False)
-    return float((found_THE.transpose(0, 1) - wanted_HTE).abs().max() / wanted_HTE.abs().max())
-
-
-def _float32_error(kernel: Any) -> float:
-    (*inputs, d_out), starts = _example(2, 1, 1, 2)
-    with torch.inference_mode(False), torch.enable_grad():
-        query, key, value = leaves = [x.double().clone().requires_grad_() for x in inputs]
-        wanted = (query @ key.transpose(1, 2)).softmax(-1) @ value
-        gradients = torch.autograd.grad(wanted, leaves, d_out.double())
-    out, log_sum = _forward(kernel, inputs, starts, 1.0)
-    found = _backward(kernel, [*inputs, d_out], starts, 1.0, [out, log_sum])
+def _error(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
+    pairs = zip(found, wanted, strict=True)
     return max(
-        float((left.transpose(0, 1) - right).abs().max() / right.abs().max())
-        for left, right in zip((out, *found), (wanted.detach(), *gradients), strict=True)
+        float((left - right).detach().abs().max() / right.detach().abs().max())
+        for left, right in pairs
     )
+
+
+@torch.inference_mode(False)
+@torch.enable_grad()
+def _bfloat16_error(kernel: Any) -> float:
+    inputs, _, wanted_HTE, starts = _example(torch.bfloat16)
+    found_THE = _bfloat16(kernel, inputs, starts, 1.0, False)
+    return _error([found_THE.transpose(0, 1)], [wanted_HTE])
+
+
+@torch.inference_mode(False)
+@torch.enable_grad()
+def _float32_error(kernel: Any) -> float:
+    leaves, exact, wanted_HTE, starts = _example(torch.float32)
+    found_THE = _Attention.apply(kernel, starts, 1.0, *(x.requires_grad_() for x in leaves))
+    d_out = torch.randn(wanted_HTE.shape, generator=torch.Generator().manual_seed(1))
+    gradients = torch.autograd.grad(found_THE.transpose(0, 1), leaves, d_out)
+    wanted = torch.autograd.grad(wanted_HTE, exact, d_out.double())
+    return _error([found_THE.transpose(0, 1), *gradients], [wanted_HTE, *wanted])

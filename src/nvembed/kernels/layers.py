@@ -228,27 +228,14 @@ def _add_norm(
 def _gate(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
     gate_TF, up_TF = gate_TF.contiguous(), up_TF.contiguous()
     out_TF = torch.empty_like(gate_TF)
-    _call(
-        "gate",
-        gate_TF,
-        up_TF,
-        out_TF,
-        gate_TF.dtype is torch.float32,
-        out_TF.numel(),
-    )
+    _call("gate", gate_TF, up_TF, out_TF, gate_TF.dtype is torch.float32, out_TF.numel())
     return out_TF
 
 
 def _add(residual_TD: Tensor, added_TD: Tensor) -> Tensor:
     """Add to the residual in place."""
     added_TD = added_TD.contiguous()
-    _call(
-        "add",
-        residual_TD,
-        added_TD,
-        added_TD.dtype is torch.float32,
-        *residual_TD.shape,
-    )
+    _call("add", residual_TD, added_TD, added_TD.dtype is torch.float32, *residual_TD.shape)
     return residual_TD
 
 

@@ -43,13 +43,6 @@ def product(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Te
     return out_TO
 
 
-def times_transposed(x_TI: Tensor, weight_OI: Tensor) -> Tensor:
-    """``x Wᵀ`` without gradient."""
-    if not _in_float32_on_cpu(x_TI, weight_OI) or not onednn_pays():
-        return x_TI @ weight_OI.T
-    return _onednn(x_TI, weight_OI)
-
-
 def same_in_every_process(x_TI: Tensor, weight_OI: Tensor) -> Tensor:
     """``x Wᵀ`` without gradient, by oneDNN wherever torch has it, whatever the CPU.
 
@@ -119,7 +112,7 @@ class _Product(torch.autograd.Function):
         x_TI, weight_OI = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
         return (
-            times_transposed(dy_TO, weight_OI.T) if needs_x else None,
+            product(dy_TO, weight_OI.T) if needs_x else None,
             transposed_times(dy_TO, x_TI) if needs_weight else None,
             dy_TO.sum(0) if needs_bias else None,
         )
@@ -167,7 +160,7 @@ class _Adapted(torch.autograd.Function):
         with torch.autocast(device, enabled=False):
             x_TI = x.flatten(0, -2).to(dtype)
             seen_TI = x_TI if dropped is None else dropped.flatten(0, -2).to(dtype)
-            hidden_Tr = times_transposed(seen_TI, a_rI.to(dtype)).mul_(scaling)
+            hidden_Tr = product(seen_TI, a_rI.to(dtype)).mul_(scaling)
             bias = None if bias_O is None else bias_O.to(dtype)
             if dropped is None and _sum_pays(x_TI, weight_OI):
                 y_TO = product(x_TI, _sum(weight_OI, a_rI, b_Or, scaling), bias)
@@ -187,16 +180,16 @@ class _Adapted(torch.autograd.Function):
         with torch.autocast(dy_TO.device.type, enabled=False):
             dtype = dy_TO.dtype
             db_Or = transposed_times(dy_TO, hidden_Tr).to(b_Or.dtype)
-            dh_Tr = times_transposed(dy_TO, b_Or.to(dtype).T).mul_(ctx.scaling)
+            dh_Tr = product(dy_TO, b_Or.to(dtype).T).mul_(ctx.scaling)
             da_rI = transposed_times(dh_Tr, seen_TI).to(a_rI.dtype)
             dx = dseen = None
             if ctx.has_input_gradient and not ctx.dropped and _sum_pays(dy_TO, weight_OI):
                 sum_OI = _sum(weight_OI, a_rI, b_Or, ctx.scaling)
-                dx = times_transposed(dy_TO, sum_OI.T).view(ctx.shape).to(ctx.input_dtype)
+                dx = product(dy_TO, sum_OI.T).view(ctx.shape).to(ctx.input_dtype)
             elif ctx.has_input_gradient:
-                dx_TI = times_transposed(dy_TO, weight_OI.to(dtype).T)
+                dx_TI = product(dy_TO, weight_OI.to(dtype).T)
                 if ctx.dropped:
-                    dseen_TI = times_transposed(dh_Tr, a_rI.to(dtype).T)
+                    dseen_TI = product(dh_Tr, a_rI.to(dtype).T)
                     dseen = dseen_TI.view(ctx.shape).to(ctx.input_dtype)
                 else:
                     dx_TI.addmm_(dh_Tr, a_rI.to(dtype))

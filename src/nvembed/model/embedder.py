@@ -22,9 +22,9 @@ from nvembed.core.arguments import checked
 from nvembed.core.errors import ConfigError, ModelError
 from nvembed.interop.loading import loading, prove_encoding, usable_device
 from nvembed.interop.model_folder import (
-    COPY_AGAIN,
     ModelSource,
     ModuleEntry,
+    damaged,
     model_kind,
     read_modules,
     read_prompts,
@@ -317,28 +317,22 @@ def _module_class(entry: ModuleEntry, source: ModelSource) -> type[Module]:
         )
     found = import_from_string(entry.type)
     if not (isinstance(found, type) and issubclass(found, Module)):
-        raise ModelError(f"{entry.type} is not a module", where=where, hint=COPY_AGAIN)
+        raise damaged(f"{entry.type} is not a module", where)
     return found
 
 
 def _check_chain(modules: Sequence[torch.nn.Module], source: ModelSource) -> None:
     """Refuse modules that cannot follow each other."""
-    kinds = [type(module) for module in modules]
     first, pooling = modules[0], modules[1] if len(modules) > 1 else None
     if not isinstance(first, InputModule) or (isinstance(first, Backbone) and pooling is None):
-        raise ModelError(
-            f"its modules are {', '.join(kind.__name__ for kind in kinds)}",
-            where=f"{source.name}/modules.json",
-            expected="a backbone, a pooling and what follows them, in this order",
-            hint=COPY_AGAIN,
+        raise damaged(
+            f"its modules are {', '.join(type(module).__name__ for module in modules)}",
+            f"{source.name}/modules.json",
+            "a backbone, a pooling and what follows them, in this order",
         )
     if isinstance(pooling, Pooling) and pooling.width != first.get_embedding_dimension():
-        raise ModelError(
-            f"its pooling is of width {pooling.width}",
-            where=source.name,
-            expected=f"that of its backbone, {first.get_embedding_dimension()}",
-            hint=COPY_AGAIN,
-        )
+        expected = f"that of its backbone, {first.get_embedding_dimension()}"
+        raise damaged(f"its pooling is of width {pooling.width}", source.name, expected)
 
 
 def _settled(

@@ -23,7 +23,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, TypeVar
 
 import numpy as np
@@ -55,16 +54,14 @@ class Example:
         positive: the document that answers it.
         negatives: documents that do not; fewer than asked for where the data has no more.
         known_positives: all texts known to answer the query; never used against it.
-        labels: all classes of the query, where there are classes; a document of any of them never
-            stands against it.
+        labels: all classes of the query; a document of any of them never stands against it.
         instruction: goes before the query, and before the documents if ``symmetric``.
         symmetric: query and documents are texts of one sort.
         dataset: name of the source.
-        positive_labels: all classes of the positive, where there are classes.
-        negative_labels: all classes of each negative, in their order, where there are classes.
+        positive_labels: all classes of the positive.
+        negative_labels: all classes of each negative, in their order.
         further_positives: other positives to train on, each in a row of the loss of its own.
-        positive_scores: a teacher's scores of the positive and the further ones, where there are
-            any.
+        positive_scores: a teacher's scores of the positive and the further ones.
         negative_scores: a teacher's scores of the negatives.
     """
 
@@ -243,7 +240,7 @@ class StsSource(ExampleSource):
 
 
 class _LabelSource(ExampleSource):
-    """Labelled texts; each knows all labels that it has in the set."""
+    """Labelled texts."""
 
     def __init__(self, records: Sequence[LabelRecord], name: str, instruction: str | None) -> None:
         super().__init__(name, instruction, len(records))
@@ -252,6 +249,7 @@ class _LabelSource(ExampleSource):
         for record in records:
             found.setdefault(record.text, {})[record.label] = None
         self._labels_of = {text: tuple(labels) for text, labels in found.items()}
+        self._labels = list(dict.fromkeys(record.label for record in records))
 
 
 class ClassSource(_LabelSource):
@@ -328,7 +326,7 @@ class LabelTextSource(_LabelSource):
         own = self._labels_of[record.text]
         others = sample_where(
             lambda label: label not in own,
-            self._names,
+            self._labels,
             num_negatives,
             num_refused=len(own),
             rng=rng,
@@ -342,10 +340,6 @@ class LabelTextSource(_LabelSource):
             positive_labels=(record.label,),
             negative_labels=tuple((label,) for label in others),
         )
-
-    @cached_property
-    def _names(self) -> list[str]:
-        return list(dict.fromkeys(record.label for record in self._records))
 
 
 def sample(candidates: Sequence[T], count: int, rng: Rng) -> tuple[T, ...]:

@@ -307,14 +307,11 @@ LABEL_HINTS = {
 
 
 def label_problems(records: Sequence[LabelRecord], conversion: Conversion) -> list[tuple[int, str]]:
-    """Find the classes that cannot be converted.
+    """Find the classes that cannot be converted: (index of the first record, problem), in order.
 
     Example-based conversion takes the positive from the same class and the negatives from others,
     so a class needs two different texts and a set two classes. Label-text conversion needs labels
     that are words and differ from each other.
-
-    Returns:
-        (index of the first record of the class, what is wrong), in file order.
     """
     first: dict[str, int] = {}
     texts: dict[str, set[str]] = {}
@@ -323,23 +320,20 @@ def label_problems(records: Sequence[LabelRecord], conversion: Conversion) -> li
         texts.setdefault(record.label, set()).add(record.text)
     problems: list[tuple[int, str]] = []
     if len(first) == 1:
-        label = next(iter(first))
-        problems.append((0, f"{label!r} is the only label of the set, expected at least two"))
-    if conversion == "example":
-        problems += [
-            (index, f"label {label!r} has one text only, expected two different ones or more")
-            for label, index in first.items()
-            if len(texts[label]) == 1
-        ]
-        return problems
+        told = f"{next(iter(first))!r} is the only label of the set, expected at least two"
+        problems.append((0, told))
     spelled: dict[str, str] = {}
     for label, index in first.items():
-        text = label_text(label)
-        if not any(character.isalpha() for character in text):
-            problems.append((index, f"label {label!r} says nothing as a text, expected words"))
+        told, text = "", label_text(label)
+        if conversion == "example":
+            if len(texts[label]) == 1:
+                told = f"label {label!r} has one text only, expected two different ones or more"
+        elif not any(character.isalpha() for character in text):
+            told = f"label {label!r} says nothing as a text, expected words"
         elif text in spelled:
-            problems.append((index, f"labels {spelled[text]!r} and {label!r} give the same text"))
+            told = f"labels {spelled[text]!r} and {label!r} give the same text"
         spelled.setdefault(text, label)
+        problems += [(index, told)] if told else []
     return problems
 
 

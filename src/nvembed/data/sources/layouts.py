@@ -144,24 +144,25 @@ def _lists(values: Values, source: Source) -> Iterator[Values]:
 
 
 def _passages(values: Values, source: Source) -> Iterator[Values]:
-    texts: dict[str, list[str]] = {}
-    for name in ("positive_passages", "negative_passages"):
-        find = source.need if name == "positive_passages" else source.find
-        passages = find(values, name)
-        if passages is None and texts:
-            passages = []
-        if not isinstance(passages, list) or not all(isinstance(item, dict) for item in passages):
-            raise RowError(f'"{name}" is no list of passages')
-        parts = [(passage.get("title") or "", passage.get("text") or "") for passage in passages]
-        for index, both in enumerate(parts):
-            if not all(isinstance(part, str) for part in both):
-                raise RowError(f'"{name}[{index}]" has a title or text that is no text')
-        joined = (" ".join(filter(None, map(str.strip, both))) for both in parts)
-        texts[name] = [text for text in joined if text]  # some sets publish ids alone
-        if not texts["positive_passages"]:
-            raise RowError('"positive_passages" holds no text')
-    positives, negatives = texts.values()
+    names = ("positive_passages", "negative_passages")
+    given = (source.need(values, names[0]), source.find(values, names[1]) or [])
+    positives, negatives = map(_passage_texts, given, names)
+    if not positives:
+        raise RowError('"positive_passages" holds no text')
     yield {"query": source.need(values, "query"), "positive": positives, "negative": negatives}
+
+
+def _passage_texts(passages: Any, name: str) -> list[str]:
+    """Title and text of each passage, those without any left out: some sets publish ids alone."""
+    if not isinstance(passages, list) or not all(isinstance(item, dict) for item in passages):
+        raise RowError(f'"{name}" is no list of passages')
+    found: list[str] = []
+    for index, passage in enumerate(passages):
+        parts = [passage.get("title") or "", passage.get("text") or ""]
+        if not all(isinstance(part, str) for part in parts):
+            raise RowError(f'"{name}[{index}]" has a title or text that is no text')
+        found.append(" ".join(filter(None, map(str.strip, parts))))
+    return [text for text in found if text]
 
 
 def _clusters(values: Values, source: Source) -> Iterator[Values]:

@@ -14,7 +14,6 @@ from nvembed.data.records import (
     Converted,
     LabelRecord,
     PairRecord,
-    Record,
     RowError,
     parse_record,
     texts_of,
@@ -82,10 +81,22 @@ def _read(
             opened.rows_read += 1
             yield row
 
-    rows = record_values(_chosen(counted(), source), source)
-    finished = (_finished(row, source.config) for row in rows)
+    told: list[str] = []
     with _as_source_errors():
-        yield from _hopeless(finished, table) if give_up else finished
+        for row in record_values(_chosen(counted(), source), source):
+            found = row if isinstance(row, BadRow) else _finished(*row, source.config)
+            yield found
+            if isinstance(found, Converted):
+                give_up = False
+            elif give_up:
+                told.append(found.problem)
+            if give_up and len(told) == _FIRST_ROWS and len(set(told)) == 1:
+                raise SourceError(
+                    f"none of the first {_FIRST_ROWS:,} rows can be used: {told[0]}",
+                    where=table.name,
+                    hint="Has the set another form than the recipe says? See `layout` and "
+                    "`columns`",
+                )
 
 
 def open_table(config: TableConfig, *, base_dir: Path) -> Table:
@@ -103,18 +114,15 @@ def _own_table(config: DatasetConfig, base_dir: Path) -> Table:
     path = base_dir / config.path
     if path.is_dir():
         if config.layout != "beir":
-            raise SourceError(
-                "a folder, not a file",
-                where=str(path),
-                hint="Is it in BEIR's layout? Then say `layout: beir`",
-            )
+            hint = "Is it in BEIR's layout? Then say `layout: beir`"
+            raise SourceError("a folder, not a file", where=str(path), hint=hint)
         found = beir.find_judgements(path, config.split)
         if found is None:
-            splits = beir.judged_splits(path)
+            splits = ", ".join(beir.judged_splits(path))
             raise SourceError(
                 "no such file",
                 where=str(path / "qrels" / f"{config.split}.tsv"),
-                expected=f"one of the splits there: {', '.join(splits)}" if splits else None,
+                expected=f"one of the splits there: {splits}" if splits else None,
                 hint="Say which in `split`, or give its file" if splits else None,
             )
         path = found
@@ -178,61 +186,28 @@ def _chosen(rows: Rows, source: Source) -> Rows:
     return (row if isinstance(row, BadRow) else Row(*row) for row in kept)
 
 
-def _finished(row: tuple[str, Values] | BadRow, config: DatasetConfig) -> Converted | BadRow:
+def _finished(place: str, values: Values, config: DatasetConfig) -> Converted | BadRow:
     """Check the object of a record and cut it to the limits of the set."""
-    if isinstance(row, BadRow):
-        return row
-    place, values = row
     try:
         record = parse_record(values, config.kind)
     except RowError as bad:
         return BadRow(place, str(bad))
-    repeats = _repeats(values, record)
-    if isinstance(record, PairRecord):
-        record = _limited(record, config)
+    repeats = 0  # texts of lists that are not in the record a second time
+    for side in ("positive", "negative"):
+        if isinstance(given := values.get(side), list):
+            repeats += len(given) - len(getattr(record, f"{side}s"))
+    most, further = config.max_positives, config.max_negatives
+    if isinstance(record, PairRecord) and (most, further) != (None, None):
+        record = replace(
+            record,
+            positives=record.positives[:most],
+            positive_scores=record.positive_scores[:most],
+            negatives=record.negatives[:further],
+            negative_scores=record.negative_scores[:further],
+        )
     texts = texts_of(record)
     longest = max(map(len, (*texts, record.label) if isinstance(record, LabelRecord) else texts))
     if longest > config.max_characters:
         told = f"a text of {longest:,} characters, expected at most {config.max_characters:,}"
         return BadRow(place, f"{told} (max_characters)")
     return Converted(record, place, repeats)
-
-
-def _repeats(values: Values, record: Record) -> int:
-    """Count the texts of lists that are not in the record a second time."""
-    kept = {side: getattr(record, f"{side}s", ()) for side in ("positive", "negative")}
-    return sum(
-        len(values[side]) - len(texts)
-        for side, texts in kept.items()
-        if isinstance(values.get(side), list)
-    )
-
-
-def _limited(record: PairRecord, config: DatasetConfig) -> PairRecord:
-    most, further = config.max_positives, config.max_negatives
-    if most is None and further is None:
-        return record
-    return replace(
-        record,
-        positives=record.positives[:most],
-        positive_scores=record.positive_scores[:most],
-        negatives=record.negatives[:further],
-        negative_scores=record.negative_scores[:further],
-    )
-
-
-def _hopeless(rows: Iterator[Converted | BadRow], table: Table) -> Iterator[Converted | BadRow]:
-    """Give a source up whose first rows are all bad for the same reason."""
-    problems: list[BadRow] = []
-    for row in rows:
-        yield row
-        if isinstance(row, Converted):
-            yield from rows
-            return
-        problems.append(row)
-        if len(problems) == _FIRST_ROWS and len({bad.problem for bad in problems}) == 1:
-            raise SourceError(
-                f"none of the first {_FIRST_ROWS:,} rows can be used: {problems[0].problem}",
-                where=table.name,
-                hint="Has the set another form than the recipe says? See `layout` and `columns`",
-            )

@@ -18,7 +18,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import astuple, dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -75,8 +75,7 @@ class Job:
     own_tasks: Mapping[int, str] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
+class Part(NamedTuple):
     """What comes out of a job."""
 
     vectors: NDArray[np.generic]  # (N, D)
@@ -89,25 +88,18 @@ def save_part(path: Path, part: Part) -> None:
     if path.suffix == ".npy":
         write_array(path, part.vectors)
     else:
-        write_arrays(path, {"vectors": part.vectors, "spans": part.spans, "counts": part.counts})
+        write_arrays(path, part._asdict())
 
 
 def read_part(path: Path) -> Part:
     """Read a part; a DataError where it is damaged."""
-    return Part(*read_arrays(path, "vectors", "spans", "counts"))
-
-
-# --- Embedding ------------------------------------------------------------------------------------
+    return Part(*read_arrays(path, *Part._fields))
 
 
 def encode_window(
     encoder: Encoder, texts: Sequence[str], *, side: InputType, task: str | None = None
 ) -> NDArray[np.float32]:
-    """Embed a few texts in one call of the encoder and check what comes back.
-
-    Raises:
-        ModelError: the encoder gave another shape, or values that are not finite.
-    """
+    """Embed a few texts in one call; a ModelError where the vectors are of no use to anybody."""
     encode = encoder.encode_query if side == "query" else encoder.encode_document
     vectors = np.asarray(encode(texts, task=task), dtype=np.float32)
     _check_vectors(vectors, (len(texts), encoder.dimension), texts)
@@ -123,17 +115,12 @@ def encode_texts(
     description: str = "encode",
     own_tasks: Mapping[int, str] | None = None,
 ) -> NDArray[np.float32]:
-    """Embed all texts into memory, with a progress bar.
-
-    Returns float32 ``(len(texts), encoder.dimension)`` in the order of the texts, or raises a
-    ModelError as ``encode_window`` does.
-    """
-    job, width = Job(texts, Path(), own_tasks or {}), encoder.dimension
-    vectors = np.empty((len(texts), width), dtype=np.float32)
-    rates = Rates()
+    """Embed all texts into memory, with a progress bar: ``(len(texts), encoder.dimension)``."""
+    job, rates = Job(texts, Path(), own_tasks or {}), Rates()
+    vectors = np.empty((len(texts), encoder.dimension), dtype=np.float32)
     with progress(len(texts), description) as bar:
         for window in _launched([job], encoder, EncodeOptions(side, task)):
-            vectors[window.rows] = window.part(width).vectors
+            vectors[window.rows] = window.part(encoder.dimension).vectors
             bar.advance(len(window.rows), **rates.add(texts=len(window.rows)))
     return vectors
 
@@ -149,18 +136,10 @@ def embed(
 ) -> None:
     """Embed the texts of jobs and write their files.
 
-    Args:
-        missing: jobs whose file is not there; read as they are needed.
-        model: a ``Loader`` where other processes are to load it; not loaded if nothing is missing.
-        options: how the texts are embedded.
-        made: is told how many texts were embedded, and how many tokens that were.
-        processes: share out the jobs, each with a GPU where there are some.
-        engine: ``ray`` embeds on the workers of a Ray cluster.
-
-    Raises:
-        ConfigError: the model has fewer dimensions than are wanted.
-        ModelError: vectors of another shape, or that are no numbers.
-        UserError: the disk is full, a process died, or ray is not installed.
+    Jobs, whose file is not there, are read as they are needed; the model is not loaded if there are
+    none. Other processes, or with ``ray`` the workers of a cluster, load a model that is a
+    ``Loader`` themselves. ``made`` is told how many texts were embedded, and how many tokens that
+    were, if anybody counts them.
     """
     jobs = iter(missing)
     if (first := next(jobs, None)) is None:
@@ -235,12 +214,8 @@ class _Window:
         vectors, spans = self.arriving(), self.work.spans
         counts = [1] * len(self.rows) if spans is None else list(map(len, spans))
         _check_vectors(vectors, (sum(counts), width), [self.job.texts[row] for row in self.rows])
-        flat = [span for mine in spans or () for span in mine]
-        return Part(
-            vectors,
-            np.array(flat, dtype=np.int64).reshape(-1, 2),
-            np.array(counts, dtype=np.int64),
-        )
+        flat = np.array([span for mine in spans or () for span in mine], dtype=np.int64)
+        return Part(vectors, flat.reshape(-1, 2), np.array(counts, dtype=np.int64))
 
 
 def _launched(jobs: Iterable[Job], encoder: Encoder, options: EncodeOptions) -> Iterator[_Window]:
@@ -294,12 +269,10 @@ def _prepare(
 ) -> Work:
     """Do what can be done before the model is free: an ``NVEmbed`` tokenises."""
     width, side, long = options.width(encoder), options.input_type, options.long
-    prepare: Any = getattr(encoder, "prepare", None)
-    if prepare is not None:
-        return cast(
-            Work,
-            prepare(texts, side=side, task=task, truncate_dim=options.truncate_dim, long=long),
-        )
+    if (prepare := getattr(encoder, "prepare", None)) is not None:
+        cut = options.truncate_dim
+        work: Work = prepare(texts, side=side, task=task, truncate_dim=cut, long=long)
+        return work
     if long.way != "cut":
         raise ConfigError(
             f"this model cannot read long texts by {long.way!r}",

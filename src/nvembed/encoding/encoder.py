@@ -118,11 +118,7 @@ def load_encoder(name: str, dtype: PrecisionChoice | None = None) -> Encoder:
 def settle_dtype(
     name: str, dtype: PrecisionChoice | None, *, begun: Precision | None = None
 ) -> Precision | None:
-    """Settle the type that a model computes in, for a whole job; see ``settle_precision``.
-
-    ``begun`` is that of the job, where it goes on. A ModelError where there is no such model folder
-    comes before anything is measured.
-    """
+    """Settle the type that a model computes in, for a whole job; see ``settle_precision``."""
     from nvembed.interop.model_folder import check_model_name, holds_graph
 
     check_model_name(name)
@@ -188,11 +184,7 @@ class SentenceTransformerEncoder:
     def _encode(self, encode: Any, texts: Sequence[str], task: str | None) -> NDArray[np.float32]:
         if not texts:
             return np.empty((0, self.dimension), dtype=np.float32)
-        vectors = encode(
-            list(texts),
-            prompt=self.prompt_of(task),
-            normalize_embeddings=True,
-            show_progress_bar=False,
-        )
+        options = {"normalize_embeddings": True, "show_progress_bar": False}
+        vectors = encode(list(texts), prompt=self.prompt_of(task), **options)
         # A model in 16 bit normalises in 16 bit, to lengths that are off by up to 0.4 %.
         return unit_rows(np.asarray(vectors, dtype=np.float32))

@@ -76,7 +76,18 @@ def search_file(
     rows = list(read_documents([documents], columns=columns, keep_going=None))
     if not rows:
         raise DataError("the file holds no texts", where=str(documents))
-    query_vector, vectors = _vectors(model, query, task, [row.text for row in rows], dtype, cache)
+    texts = [row.text for row in rows]
+    # Once: cached vectors and the query's are of one type.
+    settled = settle_dtype(model, dtype) if isinstance(model, str) else None
+    encoder = load_encoder(model, settled) if isinstance(model, str) else model
+    query_vector = encode_window(encoder, [query], side="query", task=task)[0]
+    if isinstance(model, str) and cache is not None:
+        own = cache != "default"
+        folder = expanded(Path(cache), where=str(cache)) if own else cache_folder("search")
+        key = _cache_key(computed_fingerprint(model, settled), texts)
+        vectors = _document_vectors(encoder, texts, folder / f"{key}.npy")
+    else:
+        vectors = encode_texts(encoder, texts, side="document")
     scores = vectors @ query_vector
     order = np.argsort(-scores, kind="stable")[:top_k]
     return [
@@ -85,38 +96,20 @@ def search_file(
     ]
 
 
-def _vectors(
-    model: str | Encoder,
-    query: str,
-    task: str | None,
-    texts: list[str],
-    dtype: PrecisionChoice | None,
-    cache: Path | Literal["default"] | None,
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Return the vectors of the query ``(D,)`` and of the documents ``(N, D)``."""
-    cached = None
-    if isinstance(model, str):
-        settled = settle_dtype(model, dtype)  # once: cached vectors and the query's are of one type
-        encoder = load_encoder(model, settled)
-        if cache is not None:
-            default = cache == "default"
-            place = cache_folder("search") if default else expanded(Path(cache), where=str(cache))
-            # By the texts, in order, and by what the model folder holds.
-            digest = hashlib.sha256(computed_fingerprint(model, settled).encode())
-            for text in texts:
-                content = text.encode()
-                digest.update(len(content).to_bytes(8, "little") + content)
-            cached = place / f"{digest.hexdigest()}.npy"
-    else:
-        encoder = model
-    query_vector = encode_window(encoder, [query], side="query", task=task)[0]
-    if cached is not None:
-        with suppress(DataError):  # not there, or damaged: then it is computed and written again
-            known = read_array(cached)
-            if known.shape == (len(texts), encoder.dimension) and known.dtype == np.float32:
-                return query_vector, known
+def _document_vectors(encoder: Encoder, texts: list[str], cached: Path) -> NDArray[np.float32]:
+    with suppress(DataError):  # not there, or damaged: then it is computed and written again
+        known = read_array(cached)
+        if known.shape == (len(texts), encoder.dimension) and known.dtype == np.float32:
+            return known
     vectors = encode_texts(encoder, texts, side="document")
-    if cached is not None:
-        with suppress(OSError, UserError):  # a home folder that cannot be written stops no search
-            write_array(cached, vectors)
-    return query_vector, vectors
+    with suppress(OSError, UserError):  # a home folder that cannot be written stops no search
+        write_array(cached, vectors)
+    return vectors
+
+
+def _cache_key(fingerprint: str, texts: list[str]) -> str:
+    digest = hashlib.sha256(fingerprint.encode())
+    for text in texts:
+        content = text.encode()
+        digest.update(len(content).to_bytes(8, "little") + content)
+    return digest.hexdigest()

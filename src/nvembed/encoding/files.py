@@ -47,12 +47,7 @@ from nvembed.model.settings import LongTexts
 _Reader = Callable[..., Iterator[Document]]
 
 # What may lie beside an output.
-_BESIDE = {
-    "ids": ".ids.json",
-    "ranges": ".ranges.npy",
-    "spans": ".spans.npy",
-    "record": ".run.json",
-}
+_BESIDE = {"ids": "ids.json", "ranges": "ranges.npy", "spans": "spans.npy", "record": "run.json"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,7 +278,7 @@ def _write(
 
 
 def _beside(output: Path) -> dict[str, Path]:
-    return {name: output.with_name(output.name + end) for name, end in _BESIDE.items()}
+    return {name: output.with_name(f"{output.name}.{end}") for name, end in _BESIDE.items()}
 
 
 def _parts_folder(output: Path) -> Path:

@@ -63,11 +63,11 @@ class Parts:
         rest = iter(names)
         for path in paths:
             named = [(next(rest), count) for count in read_arrays(path, "counts")[0].tolist()]
-            if chunked:
-                mine = [f"{name}#{place}" for name, count in named for place in range(count)]
-            else:
-                mine = [name for name, _ in named]
-            self._names.append(mine)
+            self._names.append(
+                [f"{name}#{place}" for name, count in named for place in range(count)]
+                if chunked
+                else [name for name, _ in named]
+            )
         self.names = [name for mine in self._names for name in mine]
         self.dimension: int = read_part(paths[0]).vectors.shape[1]
 
@@ -77,12 +77,7 @@ class Parts:
 
 
 def check_output(output: Path, precision: OutputPrecision) -> None:
-    """Refuse an output that could not be written, before anything is computed.
-
-    Raises:
-        ConfigError: an ending that says no format, or a table of numbers that are not float32.
-        UserError: the library of the format is not installed.
-    """
+    """Refuse an output that could not be written, before anything is computed."""
     check_ending(output, (".npy", *TABLES))
     if ending_of(output) not in TABLES:
         return
@@ -101,15 +96,13 @@ def check_output(output: Path, precision: OutputPrecision) -> None:
 
 def write_vectors(parts: Parts, output: Path, precision: OutputPrecision) -> None:
     """Write an output whole or not at all."""
-    if ending_of(output) == ".lance":
-        with atomic_folder(output, ENCODE) as folder:
-            _write_lance(parts, folder)
-        return
-    with atomic_path(output, ENCODE) as temporary:
-        if ending_of(output) == ".parquet":
-            _write_parquet(parts, temporary)
-        else:
+    kind = ending_of(output)
+    place = atomic_folder if kind == ".lance" else atomic_path
+    with place(output, ENCODE) as temporary:
+        if kind == ".npy":
             _write_npy(parts, temporary, precision)
+        else:
+            {".parquet": _write_parquet, ".lance": _write_lance}[kind](parts, temporary)
 
 
 def value_ranges(parts: Parts) -> NDArray[np.float32]:

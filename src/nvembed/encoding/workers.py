@@ -28,22 +28,14 @@ from nvembed.encoding.endpoint import EndpointEncoder, is_endpoint
 Engine = Literal["local", "ray"]
 T = TypeVar("T")
 
-_SOURCE = Path(__file__).resolve().parents[2]
-
 
 @dataclass(frozen=True)
 class Loader:
-    """A model that any process can load.
+    """A model that any process can load."""
 
-    Args:
-        name: folder, hub id or address of an endpoint.
-        dtype: of the weights; settled, or ``None`` for what was saved.
-        endpoint_model: what an endpoint knows it by.
-    """
-
-    name: str
-    dtype: Precision | None = None
-    endpoint_model: str | None = None
+    name: str  # folder, hub id or address of an endpoint
+    dtype: Precision | None = None  # of the weights, settled; None is what was saved
+    endpoint_model: str | None = None  # what an endpoint knows it by
 
     @cached_property
     def encoder(self) -> Encoder:
@@ -53,19 +45,27 @@ class Loader:
         return load_encoder(self.name, self.dtype)
 
 
+@dataclass(frozen=True)
 class Pool:
     """``size`` workers that have a model each; ``send`` hands a call to one of them."""
 
-    def __init__(self, size: int, send: Callable[..., Future[Any]]) -> None:
-        self.size = size
-        self._send = send
+    size: int
+    send: Callable[..., Future[Any]]
 
     def submit(self, function: Callable[..., T], /, *given: Any) -> Future[T]:
         """Call ``function(encoder, *given)`` in a worker."""
-        return self._send(function, *given)
+        return self.send(function, *given)
 
 
-# --- Processes ------------------------------------------------------------------------------------
+class _Worker:
+    """A model in another process: of this machine, or an actor of Ray."""
+
+    def __init__(self, loader: Loader) -> None:
+        os.environ["NVEMBED_PROGRESS"] = "0"
+        self._loader = loader
+
+    def call(self, function: Callable[..., T], *given: Any) -> T:
+        return function(self._loader.encoder, *given)
 
 
 @contextmanager
@@ -109,37 +109,31 @@ def result_of(future: Future[T]) -> T:
         return future.result()
 
 
-_loader: Loader | None = None
+_this_worker: _Worker
 
 
 def _start(ranks: multiprocessing.Queue[int], count: int, loader: Loader) -> None:
     import torch
 
-    global _loader
+    global _this_worker
     end_with_parent(lambda: os._exit(1))
     rank = ranks.get()
     if (gpus := torch.cuda.device_count()) > 0:
         torch.cuda.set_device(rank % gpus)
     else:
         torch.set_num_threads(max(torch.get_num_threads() // count, 1))
-    os.environ["NVEMBED_PROGRESS"] = "0"
-    _loader = loader
+    _this_worker = _Worker(loader)
 
 
-def _call(function: Callable[..., T], *given: Any) -> T:
-    assert _loader is not None
-    return function(_loader.encoder, *given)
-
-
-# --- Ray ------------------------------------------------------------------------------------------
+def _call(*call: Any) -> Any:
+    return _this_worker.call(*call)
 
 
 def join_cluster() -> tuple[Any, str, int]:
     """Find the Ray cluster, or start one here.
 
-    Returns:
-        ray; what a worker takes one of: ``"GPU"`` where the cluster has any, else ``"CPU"``; how
-        many of these there are.
+    Returns ray, what a worker takes one of (``"GPU"``, or ``"CPU"`` where the cluster has none),
+    and how many of these there are.
     """
     try:
         import ray
@@ -149,7 +143,8 @@ def join_cluster() -> tuple[Any, str, int]:
         ) from error
     if not ray.is_initialized():
         # Workers find the package where this process found it.
-        path = os.pathsep.join(filter(None, [str(_SOURCE), os.environ.get("PYTHONPATH")]))
+        source = str(Path(__file__).resolve().parents[2])
+        path = os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH")]))
         environment = {"env_vars": {"PYTHONPATH": path}}
         ray.init(log_to_driver=False, include_dashboard=False, runtime_env=environment)
     resources = ray.cluster_resources()
@@ -179,17 +174,6 @@ def settle_by_ray(dtype: PrecisionChoice | None) -> Precision | None:
     return settled
 
 
-class _RayWorker:
-    """An actor of Ray with a model."""
-
-    def __init__(self, loader: Loader) -> None:
-        os.environ["NVEMBED_PROGRESS"] = "0"
-        self._loader = loader
-
-    def call(self, function: Callable[..., T], *given: Any) -> T:
-        return function(self._loader.encoder, *given)
-
-
 @contextmanager
 def ray_pool(loader: Loader) -> Iterator[Pool]:
     """Workers of the cluster that is found, or of one started here: one GPU each, else one CPU.
@@ -198,7 +182,7 @@ def ray_pool(loader: Loader) -> Iterator[Pool]:
     calls starts a worker, so few calls take few; two calls are on the way to each.
     """
     ray, kind, count = join_cluster()
-    worker: Any = ray.remote(_RayWorker).options(**{f"num_{kind.lower()}s": 1})
+    worker: Any = ray.remote(_Worker).options(**{f"num_{kind.lower()}s": 1})
     actors: list[Any] = []
     free: SimpleQueue[Any] = SimpleQueue()
     threads = ThreadPoolExecutor(2 * count, "nvembed-ray")

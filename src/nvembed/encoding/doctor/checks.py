@@ -42,13 +42,11 @@ def _direction(subject: Subject) -> Verdict:
     if subject.pools_last:
         advice = "Works; the paper gains about a point with bidirectional attention"
         return "warning", "causal, with the last token pooled", advice
-    advice = (
-        "Load the language model with attention=bidirectional and train it, or pool the last token"
+    return (
+        "problem",
+        "causal, although other tokens than the last are pooled: they have not read what follows",
+        "Load the language model with attention=bidirectional and train it, or pool the last token",
     )
-    found = (
-        "causal, although other tokens than the last are pooled: they have not read what follows"
-    )
-    return "problem", found, advice
 
 
 def _pooled(subject: Subject) -> Verdict:
@@ -86,16 +84,14 @@ def _ends(subject: Subject) -> Verdict:
             return "ok", message
         return "warning", message, "The last word stands for the text unless the EOS is appended"
     if not ends and (ours.backbone.add_eos or subject.pools_last):
-        advice = (
-            "The EOS is pooled: set add_eos, and check that the tokenizer's eos_token is one token"
-        )
-        return "problem", message, advice
+        advice = "set add_eos, and check that the tokenizer's eos_token is one token"
+        return "problem", message, f"The EOS is pooled: {advice}"
     has_bos = tokenizer.bos_token_id is not None or tokenizer.cls_token_id is not None
     if not starts and has_bos and ours.backbone.add_bos:
         return "problem", message, "Check add_bos and the tokenizer's bos_token"
-    if not ends:
-        return "warning", message, "Fine if it was trained with add_eos=false"
-    return "ok", message
+    if ends:
+        return "ok", message
+    return "warning", message, "Fine if it was trained with add_eos=false"
 
 
 def _truncation(subject: Subject) -> Verdict:
@@ -131,11 +127,10 @@ def _tokenizer(subject: Subject) -> Verdict:
         advice = "Use the tokenizer that the model was trained with"
         return "problem", f"{len(tokenizer)} tokens, but the model has {rows} embeddings", advice
     known = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    if None not in (tokenizer.eos_token_id, *known) and tokenizer.eos_token_id not in known:
+    eos = tokenizer.eos_token_id
+    if None not in (eos, *known) and eos not in known:
         advice = "Make them agree: the model may not know the token that ends its texts"
-        found = (
-            f"EOS is {tokenizer.eos_token_id} in the tokenizer, {known[0]} in the model's config"
-        )
+        found = f"EOS is {eos} in the tokenizer, {known[0]} in the model's config"
         return "warning", found, advice
     if subject.ours is None and tokenizer.pad_token_id is None:
         return "warning", "no pad token", "Give the tokenizer one: batches are padded"

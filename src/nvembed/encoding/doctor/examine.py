@@ -44,6 +44,9 @@ DOCUMENTS = (
 )
 
 
+_Examined = NVEmbed | SentenceTransformerEncoder
+
+
 @dataclass(frozen=True, slots=True)
 class DoctorOptions:
     """What to examine a model with; ``None`` is what is built in."""
@@ -66,7 +69,7 @@ def examine(encoder: Encoder, name: str, options: DoctorOptions) -> Diagnosis:
     for what, text in (("query", query), ("document", document)):
         if not text.strip():
             raise ConfigError("the sample is empty", where=f"--{what}", expected="a text")
-    if not isinstance(encoder, NVEmbed | SentenceTransformerEncoder):
+    if not isinstance(encoder, _Examined):
         raise ModelError(f"{type(encoder).__name__} cannot be examined", where=name)
     task = options.task or task_instruction("NQ").instruction
     takes_task = isinstance(encoder, NVEmbed) or encoder.follows_instructions
@@ -76,7 +79,7 @@ def examine(encoder: Encoder, name: str, options: DoctorOptions) -> Diagnosis:
     return Diagnosis(
         name,
         _description(subject),
-        tuple(Finding(name, *check(subject)) for name, check in CHECKS.items()),
+        tuple(Finding(title, *check(subject)) for title, check in CHECKS.items()),
         subject.samples,
         subject.placement,
         _memory(subject, options),
@@ -89,7 +92,7 @@ class Subject:
 
     def __init__(
         self,
-        encoder: NVEmbed | SentenceTransformerEncoder,
+        encoder: _Examined,
         prompt: str,  # of the sample query; empty for a model that takes none
         query: str,
         document: str,
@@ -102,14 +105,11 @@ class Subject:
         self.transformer = getattr(model[0], "model", None) or getattr(model[0], "auto_model", None)
         self.device = torch.device(model.device)
         self.elements = sum(parameter.numel() for parameter in model.parameters())
-        pooling = model[1] if len(model) > 1 else None
-        self.pooling = type(pooling).__name__ if pooling is not None else "no pooling"
-        last = getattr(pooling, "pooling_mode", "") == "lasttoken"
+        self.pooling = type(model[1]).__name__ if len(model) > 1 else "no pooling"
+        last = len(model) > 1 and getattr(model[1], "pooling_mode", "") == "lasttoken"
         self.pools_last = last or self.pooling == "LastTokenPooling"
-        self.samples = (
-            Sample("query", self.tokens(query, prompt)),
-            Sample("document", self.tokens(document, "")),
-        )
+        tokens = self.tokens(query, prompt), self.tokens(document, "")
+        self.samples = Sample("query", tokens[0]), Sample("document", tokens[1])
         self.placement = tuple(
             Placement(type(module).__name__, device, dtype, count)
             for module in model
@@ -124,9 +124,9 @@ class Subject:
         if self.ours is not None:
             return self.ours.backbone.states(rows)
         longest = max(map(len, rows))
-        padded_ids = torch.tensor([[*row, *[row[-1]] * (longest - len(row))] for row in rows])
+        ids = torch.tensor([[*row, *[row[-1]] * (longest - len(row))] for row in rows])
         mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
-        features = {"input_ids": padded_ids, "attention_mask": mask, "modality": "text"}
+        features = {"input_ids": ids, "attention_mask": mask, "modality": "text"}
         padded: Tensor = self.model[0](batch_to_device(features, self.device))["token_embeddings"]
         return padded[mask.bool()]
 
@@ -158,9 +158,7 @@ class Subject:
         return tuple(map(SampleToken, pieces, roles, marks))
 
 
-def _drift(
-    encoder: NVEmbed | SentenceTransformerEncoder, task: str | None
-) -> dict[str, float] | str:
+def _drift(encoder: _Examined, task: str | None) -> dict[str, float] | str:
     """The smallest cosines of ways to compute in 16 bit to float32, or why there are none."""
     model = _model_of(encoder)
     needed = 6 * sum(parameter.numel() for parameter in model.parameters())
@@ -187,7 +185,7 @@ def _drift(
     }
 
 
-def _model_of(encoder: NVEmbed | SentenceTransformerEncoder) -> SentenceTransformer:
+def _model_of(encoder: _Examined) -> SentenceTransformer:
     return encoder if isinstance(encoder, NVEmbed) else encoder.model
 
 

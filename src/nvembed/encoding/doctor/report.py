@@ -72,11 +72,7 @@ class Diagnosis:
     @property
     def healthy(self) -> bool:
         """No finding is a problem; warnings may be there."""
-        return not self.count("problem")
-
-    def count(self, status: Status) -> int:
-        """Return how many findings have a status."""
-        return sum(finding.status == status for finding in self.findings)
+        return all(finding.status != "problem" for finding in self.findings)
 
     def as_json(self) -> dict[str, Any]:
         """Plain data, with ``healthy`` in it."""
@@ -84,11 +80,7 @@ class Diagnosis:
         return {"healthy": self.healthy, **asdict(self), "memory": memory}
 
 
-_MARKS: dict[Status, tuple[str, str]] = {
-    "ok": ("✓", "green"),
-    "warning": ("!", "yellow"),
-    "problem": ("✗", "bold red"),
-}
+_MARKS = {"ok": ("✓", "green"), "warning": ("!", "yellow"), "problem": ("✗", "bold red")}
 _POOLED = {True: Text("✓", "green"), False: Text("–", "dim"), None: Text("?")}
 _LETTERS = (
     ". T: tokens at once (encode packs texts up to a budget), D: hidden width, Q and K: of queries "
@@ -103,15 +95,16 @@ def print_diagnosis(diagnosis: Diagnosis, *, as_json: bool = False) -> None:
         print(json.dumps(diagnosis.as_json(), ensure_ascii=False, indent=2))
         return
     console = Console(highlight=False)
-    console.print(Text.assemble((diagnosis.model, "bold"), "  ", diagnosis.description))
-    console.print("", _findings(diagnosis), sep="\n")
-    samples = [sample for sample in diagnosis.samples if sample.tokens]
-    if samples:
-        console.print("", _samples(samples), sep="\n")
+    parts: list[Text | Table | str] = [
+        Text.assemble((diagnosis.model, "bold"), "  ", diagnosis.description)
+    ]
+    parts += ["", _findings(diagnosis)]
+    if samples := [sample for sample in diagnosis.samples if sample.tokens]:
+        parts += ["", _samples(samples)]
     if diagnosis.memory:
-        console.print("", _memory(diagnosis), sep="\n")
-        console.print(Text(diagnosis.memory_formula + _LETTERS, style="dim"))
-    console.print("", _verdict(diagnosis), sep="\n")
+        parts += ["", _memory(diagnosis), Text(diagnosis.memory_formula + _LETTERS, style="dim")]
+    for part in [*parts, "", _verdict(diagnosis)]:
+        console.print(part)
 
 
 def _findings(diagnosis: Diagnosis) -> Table:
@@ -157,15 +150,14 @@ def _memory(diagnosis: Diagnosis) -> Table:
 
 
 def _verdict(diagnosis: Diagnosis) -> Text:
+    found = [finding.status for finding in diagnosis.findings]
     problems, warnings = (
-        f"{count} {status}{'' if count == 1 else 's'}"
+        f"{found.count(status)} {status}{'' if found.count(status) == 1 else 's'}"
         for status in ("problem", "warning")
-        for count in [diagnosis.count(status)]
     )
     if not diagnosis.healthy:
         return Text(f"✗ {problems}, {warnings}", "bold red")
-    verdict = f"✓ no problem, {warnings}" if diagnosis.count("warning") else "✓ healthy"
-    return Text(verdict, "bold green")
+    return Text(f"✓ no problem, {warnings}" if "warning" in found else "✓ healthy", "bold green")
 
 
 def _size(count: int) -> str:

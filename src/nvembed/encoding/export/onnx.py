@@ -173,8 +173,7 @@ def write_onnx(model: NVEmbed, folder: Path, *, name: str) -> bool:
         "prompts": model.prompts,
     }
     write_json(folder / ONNX_FILE, settings)
-    for texts, wanted in zip(tokens, expected, strict=True):
-        _prove(folder / _FILE, texts, wanted, name)
+    _prove(folder / _FILE, tokens, expected, name)
     return stock
 
 
@@ -250,29 +249,32 @@ def _quiet() -> Iterator[None]:
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             yield
     finally:
         logging.disable(disabled)
 
 
 def _prove(
-    path: Path, texts: Sequence[TokenizedText], expected: NDArray[np.float32], name: str
+    path: Path,
+    cases: Sequence[Sequence[TokenizedText]],
+    expected: Sequence[NDArray[np.float32]],
+    name: str,
 ) -> None:
     """Run the graph on a batch and on each text alone; refuse other vectors than the model's."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    alone = np.concatenate([_run(session, [text]) for text in texts])
-    difference = largest_difference(expected, _run(session, texts), alone)
-    if not difference <= _TOLERANCE:
-        raise ModelError(
-            f"the ONNX graph gives other vectors (by up to {difference:.1e})",
-            where=name,
-            expected=f"the model's own to {_TOLERANCE:g}",
-            hint="Please report the model family",
-        )
+    for texts, wanted in zip(cases, expected, strict=True):
+        alone = np.concatenate([_run(session, [text]) for text in texts])
+        difference = largest_difference(wanted, _run(session, texts), alone)
+        if not difference <= _TOLERANCE:
+            raise ModelError(
+                f"the ONNX graph gives other vectors (by up to {difference:.1e})",
+                where=name,
+                expected=f"the model's own to {_TOLERANCE:g}",
+                hint="Please report the model family",
+            )
 
 
 # --- Running --------------------------------------------------------------------------------------

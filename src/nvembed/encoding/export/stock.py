@@ -135,10 +135,9 @@ def closed_tokenizer(backbone: Backbone) -> Tokenizer:
         [(tokenizer.convert_ids_to_tokens(token), token) for token in part]
         for part in (ids[:start], ids[start + len(inner) :])
     )
-    parts = [*(name for name, _ in head), "$A", *(name for name, _ in tail)]
-    backend.post_processor = TemplateProcessing(
-        single=" ".join(parts), special_tokens=list(dict.fromkeys([*head, *tail]))
-    )
+    template = " ".join([*(name for name, _ in head), "$A", *(name for name, _ in tail)])
+    special = list(dict.fromkeys([*head, *tail]))
+    backend.post_processor = TemplateProcessing(single=template, special_tokens=special)
     return backend
 
 

@@ -11,8 +11,8 @@ from typing import ClassVar
 
 import numpy as np
 
+from hash_encoder import HashEncoder
 from nvembed.core.errors import DataError
-from nvembed.encoding.fake import HashEncoder
 from nvembed.serving.config import ServerConfig
 from nvembed.serving.engines import EmbedOptions, EncoderEngine, Item
 from nvembed.serving.server import build_server

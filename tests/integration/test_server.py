@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nvembed.encoding.fake import HashEncoder
+from hash_encoder import HashEncoder
 from serving_fakes import WIDTH, HeldEngine, make_config, running
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -341,7 +341,7 @@ def test_llama_index(served: str, model) -> None:
 
 # The bound keeps the request waiting while the signal comes.
 WITHOUT_MODEL = """
-from nvembed.encoding.fake import HashEncoder
+from hash_encoder import HashEncoder
 from nvembed.serving.config import ServerConfig
 from nvembed.serving.engines import EncoderEngine
 from nvembed.serving.server import run_server

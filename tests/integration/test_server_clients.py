@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from starlette.testclient import TestClient
 
-from nvembed.encoding.fake import HashEncoder
+from hash_encoder import HashEncoder
 from nvembed.serving.middleware import ApiKeys
 from nvembed.serving.server import create_app
 from serving_fakes import WIDTH, HeldEngine, make_config, running

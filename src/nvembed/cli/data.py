@@ -53,8 +53,7 @@ def build(recipe: opt.Recipe, changes: Changes = None, keep_going: KeepGoing = F
       nvembed data build recipes/small-built.yaml --keep-going
       nvembed data build recipes/small-built.yaml build.mine=null
     """
-    from nvembed.building.build import build_recipe, default_folder
-    from nvembed.building.report import print_outcomes
+    from nvembed.building.build import build_recipe, default_folder, print_outcomes
     from nvembed.core.config import load_config
     from nvembed.core.errors import DataError
     from nvembed.training.config import TrainConfig
@@ -106,11 +105,10 @@ def inspect(
       nvembed data inspect built/squad --json
     """
     from nvembed.building import inspection
-    from nvembed.building.inspection_report import print_inspection
-    from nvembed.building.open_sets import open_sets
+    from nvembed.building.inspection import open_sets, print_inspection
     from nvembed.core.config import load_config
     from nvembed.core.errors import DataError
-    from nvembed.data.sources import file_dataset
+    from nvembed.data.config import file_dataset
     from nvembed.training.config import TrainConfig
 
     given = None
@@ -158,9 +156,9 @@ def check(
       nvembed data check intents.csv --kind classification --column label=intent
       nvembed data check beir/fiqa --kind retrieval --layout beir
     """
-    from nvembed.building.checking import check_file
+    from nvembed.building.check import check_file
     from nvembed.core.errors import DataError
-    from nvembed.data.sources import file_dataset
+    from nvembed.data.config import file_dataset
 
     names = opt.read_columns(columns)
     config = file_dataset(file, kind, layout=layout, columns=names, conversion=conversion)
@@ -203,7 +201,7 @@ def synthesize(
         --model local 'kinds=["long-short"]' tasks=50 examples_per_task=4
     """
     from nvembed.building.synthesis.config import SynthesisConfig, check_secrets
-    from nvembed.building.synthesis.report import print_summary
+    from nvembed.building.synthesis.run import print_summary
     from nvembed.building.synthesis.run import synthesize as run
     from nvembed.core.config import load_config
 

@@ -132,7 +132,7 @@ def _local_tasks(
 
 def _precision(model: str, dtype: PrecisionChoice, begun: Path | None) -> Precision | None:
     """Settle the type to compute in; ``auto`` goes on with that of the results in ``begun``."""
-    from nvembed.encoding.load import settle_dtype
+    from nvembed.encoding.encoder import settle_dtype
     from nvembed.evaluation.run import BM25_NAME
     from nvembed.evaluation.session import earlier_precision
 

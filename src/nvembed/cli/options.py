@@ -13,7 +13,7 @@ from nvembed.core.dtypes import PrecisionChoice
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from nvembed.data.sources.config import Column
+    from nvembed.data.config import Column
 
 
 def option(help: str, *names: str, **more: Any) -> Any:

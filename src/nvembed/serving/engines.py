@@ -16,11 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nvembed.core.errors import UserError
-from nvembed.encoding.load import SentenceTransformerEncoder
-from nvembed.encoding.protocol import Encoder, prompts_of, unit_rows
+from nvembed.encoding.encoder import Encoder, SentenceTransformerEncoder, prompts_of, unit_rows
 from nvembed.text.instructions import Side, resolve_prompt, side_prompt
-from nvembed.text.long_texts import text_ends
-from nvembed.text.tokens import TokenizedText
+from nvembed.text.tokens import TokenizedText, text_ends
 
 if TYPE_CHECKING:
     from nvembed.model.embedder import NVEmbed

@@ -23,7 +23,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from nvembed.core import __version__
-from nvembed.encoding.protocol import unit_rows
+from nvembed.encoding.encoder import unit_rows
 from nvembed.serving.bodies import (
     LARGE_BYTES,
     Body,

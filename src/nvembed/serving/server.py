@@ -27,7 +27,7 @@ from nvembed.core import __version__
 from nvembed.core.config import load_config
 from nvembed.core.dtypes import PrecisionChoice
 from nvembed.core.errors import ConfigError
-from nvembed.encoding.load import load_encoder, settle_dtype
+from nvembed.encoding.encoder import load_encoder, settle_dtype
 from nvembed.serving.config import LimitsConfig, ServerConfig
 from nvembed.serving.engines import EmbedOptions, EncoderEngine, build_engine
 from nvembed.serving.errors import RequestError

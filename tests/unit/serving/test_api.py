@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from starlette.testclient import TestClient
 
-from nvembed.encoding.fake import HashEncoder
-from nvembed.encoding.protocol import unit_rows
+from hash_encoder import HashEncoder
+from nvembed.encoding.encoder import unit_rows
 from nvembed.serving.engines import EncoderEngine
 from nvembed.serving.middleware import ApiKeys
 from nvembed.serving.server import create_app

@@ -15,10 +15,9 @@ from sentence_transformers.base.modules import Normalize
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 from starlette.testclient import TestClient
 
+from hash_encoder import HashEncoder
 from nvembed import NVEmbed
-from nvembed.encoding.fake import HashEncoder
-from nvembed.encoding.load import SentenceTransformerEncoder
-from nvembed.encoding.protocol import unit_rows
+from nvembed.encoding.encoder import SentenceTransformerEncoder, unit_rows
 from nvembed.model.packs import embed_pack
 from nvembed.serving.engines import EncoderEngine, build_engine
 from nvembed.serving.server import create_app

@@ -23,7 +23,6 @@ from nvembed.training.checkpoint import (
     latest_checkpoint,
     read_position,
     read_tensors,
-    recipe_differences,
     remove_leftovers,
     restore_optimizer,
     restore_weights,
@@ -32,7 +31,7 @@ from nvembed.training.checkpoint import (
     trained_parameters,
     write_tensors,
 )
-from nvembed.training.config import OptimizerConfig, StageConfig
+from nvembed.training.config import OptimizerConfig, StageConfig, recipe_differences
 from nvembed.training.distributed import DistributedContext
 from nvembed.training.optim import build_optimizer, set_learning_rate, training_weights
 

@@ -18,7 +18,7 @@ from scipy import stats
 
 from nvembed.evaluation.results import TaskResult
 from nvembed.evaluation.significance import holm
-from nvembed.evaluation.tasks import TASK_TYPES
+from nvembed.evaluation.task_files import TASK_TYPES
 
 LEVEL = 0.05
 ALL = "mean"

@@ -38,7 +38,7 @@ class _Request(Job):
     missing: int  # rows of it
 
 
-_Settled = tuple[_Request, RequestError | None]
+_Part = tuple[_Request, list[int]]  # a request and rows of it
 
 
 class Batcher:
@@ -144,26 +144,17 @@ class Batcher:
         for job, row in batch:
             if not job.cancelled:
                 rows_of.setdefault(cast(_Request, job), []).append(row)
-        parts = [[request.items[row] for row in rows] for request, rows in rows_of.items()]
-        vectors = self._forward([item for part in parts for item in part])
-        settled: list[_Settled] = []
-        at = 0
-        for (request, rows), part in zip(rows_of.items(), parts, strict=True):
-            if vectors is not None:
-                own: _Vectors | None = vectors[at : at + len(part)]
-            else:
-                own = self._forward(part) if len(parts) > 1 else None
-            at += len(part)
-            error = self._keep(request, rows, own)
-            if error is not None or not request.missing:
-                settled.append((request, error))
-        if settled:  # the event loop is woken once per batch
-            settled[0][0].future.get_loop().call_soon_threadsafe(_settle, settled)
+        parts = list(rows_of.items())
+        vectors = self._forward(parts) if parts else None
+        if vectors is not None or len(parts) == 1:
+            self._keep(parts, vectors)
+            return
+        for part in parts:  # one of them spoils the batch
+            self._keep([part], self._forward([part]))
 
-    def _forward(self, items: Sequence[Item]) -> _Vectors | None:
+    def _forward(self, parts: Sequence[_Part]) -> _Vectors | None:
         """Run the model; ``None`` where it failed."""
-        if not items:
-            return None
+        items = [request.items[row] for request, rows in parts for row in rows]
         tokens = sum(item.tokens for item in items)
         start = time.perf_counter()
         try:
@@ -181,26 +172,34 @@ class Batcher:
         self._tokens_per_second += 0.1 * (tokens / max(seconds, 1e-6) - self._tokens_per_second)
         return vectors
 
-    def _keep(
-        self, request: _Request, rows: Sequence[int], vectors: _Vectors | None
-    ) -> RequestError | None:
-        """Keep the vectors of some rows of a request; return what is wrong with them."""
-        if vectors is not None and np.isfinite(vectors).all():
-            request.vectors[rows] = vectors
+    def _keep(self, parts: Sequence[_Part], vectors: _Vectors | None) -> None:
+        """Keep the vectors of rows of requests; wake those that have all, or that failed."""
+        settled: list[tuple[_Request, RequestError | None]] = []
+        at = 0
+        for request, rows in parts:
+            own = None if vectors is None else vectors[at : at + len(rows)]
+            at += len(rows)
+            if own is not None and np.isfinite(own).all():
+                request.vectors[rows] = own
+                with self._condition:
+                    request.missing -= len(rows)
+                if not request.missing:
+                    settled.append((request, None))
+                continue
+            self._metrics.faults.inc()
             with self._condition:
-                request.missing -= len(rows)
-            return None
-        self._metrics.faults.inc()
-        with self._condition:
-            self._scheduler.cancel(request)
-        found = "failed on this request"
-        if vectors is not None:
-            found = "gave NaN or infinity for a text of this request"
-        advice = "send other texts, or ask who runs the server to load it in float32"
-        return RequestError(503, f"the model {found}; {advice}", "model_fault")
+                self._scheduler.cancel(request)
+            found = "failed on this request"
+            if own is not None:
+                found = "gave NaN or infinity for a text of this request"
+            advice = "send other texts, or ask who runs the server to load it in float32"
+            error = RequestError(503, f"the model {found}; {advice}", "model_fault")
+            settled.append((request, error))
+        if settled:  # the event loop is woken once per batch
+            settled[0][0].future.get_loop().call_soon_threadsafe(_settle, settled)
 
 
-def _settle(settled: Sequence[_Settled]) -> None:
+def _settle(settled: Sequence[tuple[_Request, RequestError | None]]) -> None:
     for request, error in settled:
         if request.future.done():  # its client left, or another part of it failed
             continue

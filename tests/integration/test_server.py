@@ -194,6 +194,25 @@ def test_large_headers_and_many_connections(engine: HeldEngine) -> None:
         wait_for(fine)
 
 
+def test_a_body_that_was_refused_unread_is_no_header(engine: HeldEngine) -> None:
+    limits = {"max_header_bytes": 5000, "max_requests": 1}
+    body = b" " * 200_000
+    with running(engine, make_config(limits=limits)) as port:
+        engine.open.clear()
+        with ThreadPoolExecutor(1) as pool, connect(port) as refused:
+            first = pool.submit(call, port, "held")
+            engine.began.wait(10)
+            refused.sendall(raw_request(b"", length=len(body)))
+            assert next_status(refused) == 429
+            for at in range(0, len(body), 50_000):
+                refused.sendall(body[at : at + 50_000])
+                time.sleep(0.02)
+            engine.open.set()
+            assert first.result()[0] == 200
+            refused.sendall(raw_request(body_of("a")))
+            assert next_status(refused) == 200
+
+
 def test_slow_bodies_are_given_up(engine: HeldEngine) -> None:
     with running(engine, make_config(limits={"body_seconds": 0.1})) as port:
         with connect(port) as slow:

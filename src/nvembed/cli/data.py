@@ -10,17 +10,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from nvembed.cli.options import (
-    Columns,
-    Layout,
-    Recipe,
-    argument,
-    console,
-    echo_error,
-    option,
-    overrides,
-    read_columns,
-)
+from nvembed.cli import options as opt
+from nvembed.cli.options import argument, option, overrides
 
 data = typer.Typer(
     help="Build training data from files and hub data sets, look into it, check it.",
@@ -47,7 +38,7 @@ Conversion = Annotated[
 
 
 @data.command()
-def build(recipe: Recipe, changes: Changes = None, keep_going: KeepGoing = False) -> None:
+def build(recipe: opt.Recipe, changes: Changes = None, keep_going: KeepGoing = False) -> None:
     """Build the data sets of a recipe: read, check, de-duplicate, decontaminate, mine, write.
 
     Parquet files and a manifest per set go to the folder `build.folder` of the recipe, else to
@@ -75,9 +66,9 @@ def build(recipe: Recipe, changes: Changes = None, keep_going: KeepGoing = False
         folder=folder,
         recipe=recipe,
         keep_going=keep_going,
-        log=echo_error,
+        log=opt.echo_error,
     )
-    print_outcomes(outcomes, console())
+    print_outcomes(outcomes, opt.console())
     failed = [f"{one.name}: {one.error}" for one in outcomes if one.state == "failed"]
     if failed:
         told = f"{len(failed)} of {len(outcomes)} data sets failed: {' | '.join(failed)}"
@@ -95,8 +86,8 @@ def build(recipe: Recipe, changes: Changes = None, keep_going: KeepGoing = False
 def inspect(
     path: Annotated[Path, argument("A recipe, a built set, a folder of them, or a file.")],
     kind: Annotated[Kind | None, option("What the records of the file are.")] = None,
-    layout: Layout = "records",
-    columns: Columns = None,
+    layout: opt.Layout = "records",
+    columns: opt.Columns = None,
     tokenizer: Annotated[Path | None, option("Model folder whose tokens are counted too.")] = None,
     samples: Annotated[int, typer.Option(min=0, help="Records to show of each set.")] = 2,
     as_json: Annotated[bool, option("Print JSON, for machines.", "--json")] = False,
@@ -122,7 +113,7 @@ def inspect(
 
     given = None
     if kind is not None:
-        given = file_dataset(path, kind, layout=layout, columns=read_columns(columns))
+        given = file_dataset(path, kind, layout=layout, columns=opt.read_columns(columns))
     counter = None if tokenizer is None else inspection.load_token_counter(tokenizer)
     look = partial(inspection.inspect, num_samples=samples, count_tokens=counter)
     found, failed = [], []
@@ -134,10 +125,10 @@ def inspect(
             if not keep_going:
                 raise
             failed.append(name)
-            echo_error(f"not done: {name}: {error}")
+            opt.echo_error(f"not done: {name}: {error}")
             continue
         if not as_json:
-            print_inspection(found[-1], console())
+            print_inspection(found[-1], opt.console())
     if as_json:
         typer.echo(json.dumps([one.to_json() for one in found], indent=2, ensure_ascii=False))
     if failed:
@@ -148,8 +139,8 @@ def inspect(
 def check(
     file: Annotated[Path, argument("The file.")],
     kind: Annotated[Kind, option("What its records are.")],
-    layout: Layout = "records",
-    columns: Columns = None,
+    layout: opt.Layout = "records",
+    columns: opt.Columns = None,
     conversion: Conversion = "example",
 ) -> None:
     """Check a file of training data to its end. Exit code 2 if something has to be mended.
@@ -169,7 +160,7 @@ def check(
     from nvembed.core.errors import DataError
     from nvembed.data.config import file_dataset
 
-    names = read_columns(columns)
+    names = opt.read_columns(columns)
     config = file_dataset(file, kind, layout=layout, columns=names, conversion=conversion)
     found = check_file(config)
     for problem in found.problems.kinds:
@@ -218,4 +209,4 @@ def synthesize(
     given = {"endpoint": endpoint, "model": model, "key_variable": key_variable}
     first = [f"{key}={json.dumps(text)}" for key, text in given.items()]
     config = load_config(SynthesisConfig, None, [*first, *(settings or ())])
-    print_summary(run(config, output), output, console())
+    print_summary(run(config, output), output, opt.console())

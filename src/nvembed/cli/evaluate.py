@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from nvembed.cli.options import Dtype, argument, echo_error, option
+from nvembed.cli import options as opt
+from nvembed.cli.options import argument, option
 
 if TYPE_CHECKING:
     from mteb.abstasks import AbsTask
@@ -36,7 +37,8 @@ Processes = Annotated[
     int, typer.Option(min=1, help="Share the texts of each task; each process has a GPU.")
 ]
 Against = Annotated[
-    list[str] | None, option("Show published scores beside: a hub id such as nvidia/NV-Embed-v2.")
+    list[str] | None,
+    option("Show published scores beside: a hub id such as nvidia/NV-Embed-v2."),
 ]
 Bm25 = Annotated[bool, option("Show BM25 beside the model.", "--bm25")]
 StartOver = Annotated[bool, option("Replace what the output holds.", "--start-over")]
@@ -64,7 +66,7 @@ def evaluate(
     start_over: StartOver = False,
     keep_going: KeepGoing = False,
     output: Annotated[Path, typer.Option(help="Where the scores go.")] = Path("results.json"),
-    dtype: Dtype = "auto",
+    dtype: opt.Dtype = "auto",
 ) -> None:
     """Score a model on task folders and on tasks of mteb; print a table, write the scores as JSON.
 
@@ -158,7 +160,7 @@ def _not_done(failed: Mapping[str, str]) -> UserError:
     """Say which tasks have no result and why, a line for each; the error counts them."""
     from nvembed.core.errors import DataError
 
-    echo_error(*(f"not done: {name}: {reason}" for name, reason in failed.items()))
+    opt.echo_error(*(f"not done: {name}: {reason}" for name, reason in failed.items()))
     count = f"{len(failed)} task{'s' if len(failed) > 1 else ''}"
     return DataError(f"{count} could not be done", where=", ".join(failed))
 

@@ -8,16 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from nvembed.cli.options import (
-    Columns,
-    Dtype,
-    Engine,
-    Layout,
-    argument,
-    option,
-    overrides,
-    read_columns,
-)
+from nvembed.cli import options as opt
+from nvembed.cli.options import argument, option, overrides
 
 if TYPE_CHECKING:
     from nvembed.mining.report import MiningReport
@@ -66,14 +58,14 @@ def mine(
     teacher: Teacher,
     teacher_model: Annotated[str | None, option("Name of the model at an endpoint.")] = None,
     kind: Kind = "retrieval",
-    layout: Layout = "records",
-    columns: Columns = None,
+    layout: opt.Layout = "records",
+    columns: opt.Columns = None,
     instruction: Instruction = None,
     documents: Documents = None,
     work: Work = None,
-    engine: Engine = "local",
+    engine: opt.Engine = "local",
     samples: Annotated[int, typer.Option(min=0, help="Records to show at the end.")] = 2,
-    dtype: Dtype = "auto",
+    dtype: opt.Dtype = "auto",
 ) -> None:
     """Find hard negatives: near the query, yet clearly below its positive.
 
@@ -99,7 +91,7 @@ def mine(
     from nvembed.data.build_config import MiningConfig
     from nvembed.mining.miner import help_mining, mine_file
 
-    given: dict[str, Any] = {"kind": kind, "layout": layout, "columns": read_columns(columns)}
+    given: dict[str, Any] = {"kind": kind, "layout": layout, "columns": opt.read_columns(columns)}
     given |= {"instruction": instruction, "documents": documents, "work": work}
     given |= {"dtype": dtype, "teacher_model": teacher_model}
     config = load_config(MiningConfig, None, settings or ())

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from nvembed.cli.options import Recipe, echo_error, option, overrides
+from nvembed.cli import options as opt
+from nvembed.cli.options import option, overrides
 
 if TYPE_CHECKING:
     from nvembed.training.ablation.grid import GridConfig, Run
@@ -29,7 +30,7 @@ ReportOnly = Annotated[
 
 
 def train(
-    recipe: Recipe, changes: Changes = None, fresh: Fresh = False, dry_run: DryRun = False
+    recipe: opt.Recipe, changes: Changes = None, fresh: Fresh = False, dry_run: DryRun = False
 ) -> None:
     """Train an embedding model by a recipe.
 
@@ -62,7 +63,7 @@ def train(
     try:
         print_dry_run(forecast(config, base_dir=recipe.parent, fresh=fresh))
     except SeveralError as error:
-        echo_error(*(f"error: {' '.join(str(problem).split())}" for problem in error.problems))
+        opt.echo_error(*(f"error: {' '.join(str(problem).split())}" for problem in error.problems))
         raise typer.Exit(error.exit_code) from error
 
 

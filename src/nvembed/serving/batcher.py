@@ -110,7 +110,7 @@ class Batcher:
         speed = self._tokens_per_second * len(self._threads)
         wait = min(60.0, self._scheduler.waiting_tokens / speed)
         message = "too many texts are waiting; send this request again after Retry-After seconds"
-        return RequestError(429, message, code="overloaded", retry_seconds=wait)
+        return RequestError(429, message, "overloaded", retry_seconds=wait)
 
     def _show_queue(self) -> None:
         self._metrics.queued_tokens.set(self._scheduler.waiting_tokens)
@@ -202,7 +202,7 @@ class Batcher:
         if vectors is not None:
             found = "gave NaN or infinity for a text of this request"
         advice = "send other texts, or ask who runs the server to load it in float32"
-        return RequestError(503, f"the model {found}; {advice}", code="model_fault")
+        return RequestError(503, f"the model {found}; {advice}", "model_fault")
 
 
 def _settle(settled: Sequence[_Settled]) -> None:

@@ -17,6 +17,7 @@ client is forgotten when it has passed him, or when nobody waits.
 from __future__ import annotations
 
 import heapq
+import itertools
 from collections import deque
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
@@ -50,24 +51,18 @@ class _Client:
 
 
 class Scheduler:
-    """The bounded queue in front of the model.
-
-    Args:
-        batch_tokens: tokens of a batch; a longer text goes alone.
-        max_wait: seconds a text waits at most for a batch to fill while the model is idle.
-        queue_tokens: tokens that may wait.
-    """
+    """The bounded queue in front of the model."""
 
     def __init__(self, *, batch_tokens: int, max_wait: float, queue_tokens: int) -> None:
-        self.batch_tokens = batch_tokens
-        self.max_wait = max_wait
-        self.queue_tokens = queue_tokens
+        self.batch_tokens = batch_tokens  # of a batch; a longer text goes alone
+        self.max_wait = max_wait  # seconds for a batch to fill while the model is idle
+        self.queue_tokens = queue_tokens  # that may wait
         self.waiting_tokens = 0
         self.waiting_jobs = 0
         self._clients: dict[Hashable, _Client] = {}
         # One entry per client; what it says may be earlier than the client's own start by now.
         self._turns: list[tuple[float, int, Hashable]] = []
-        self._turn = 0
+        self._turn = itertools.count()
         self._waiting_clients = 0
         self._virtual = 0.0
 
@@ -88,10 +83,10 @@ class Scheduler:
         job.arrived = now
         client = self._clients.get(job.client)
         if client is None:
-            client = self._clients[job.client] = _Client(self._virtual, self._next_turn())
+            client = self._clients[job.client] = _Client(self._virtual, next(self._turn))
             heapq.heappush(self._turns, (client.start, client.turn, job.client))
         elif not client.jobs:  # its entry is corrected when it is reached
-            client.start, client.turn = max(client.start, self._virtual), self._next_turn()
+            client.start, client.turn = max(client.start, self._virtual), next(self._turn)
         if not client.jobs:
             self._waiting_clients += 1
         client.jobs.append(job)
@@ -162,7 +157,7 @@ class Scheduler:
 
     def _serve(self, client: _Client, job: Job, length: int) -> None:
         self._virtual += length / self._waiting_clients
-        client.start, client.turn = client.start + length, self._next_turn()
+        client.start, client.turn = client.start + length, next(self._turn)
         job.next_row += 1
         self.waiting_tokens -= length
         if job.next_row == len(job.lengths):
@@ -176,7 +171,3 @@ class Scheduler:
             self._clients.clear()
             self._turns.clear()
             self._virtual = 0.0
-
-    def _next_turn(self) -> int:
-        self._turn += 1
-        return self._turn

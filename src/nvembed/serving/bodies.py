@@ -141,7 +141,7 @@ class TokenizeRequest(Body):
 BodyT = TypeVar("BodyT", bound=Body)
 
 
-async def read_body(raw: bytes, cls: type[BodyT]) -> BodyT:
+async def read_body(raw: bytearray, cls: type[BodyT]) -> BodyT:
     """Check a body: a RequestError (400) where it is no JSON or has other fields or types."""
     try:
         if len(raw) > LARGE_BYTES:
@@ -155,7 +155,7 @@ def _bad_body(error: ValidationError, cls: type[Body]) -> RequestError:
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     if first["type"] == "json_invalid":
         message = "the body is not valid JSON in UTF-8; check how it is built"
-        return RequestError(400, message, code="invalid_json")
+        return RequestError(400, message, "invalid_json")
     param = str(first["loc"][0]) if first["loc"] else None
     known = ", ".join(sorted(cls.model_fields))
     if param is None:
@@ -167,4 +167,4 @@ def _bad_body(error: ValidationError, cls: type[Body]) -> RequestError:
     else:
         expected = cls.model_fields[param].description or first["msg"]
         message = f"the field {param!r} is of the wrong type or value; expected {expected}"
-    return RequestError(400, message, code="invalid_body", param=param)
+    return RequestError(400, message, "invalid_body", param=param)

@@ -51,15 +51,9 @@ class Item:
     options: EmbedOptions = EmbedOptions()
 
 
-@dataclass(frozen=True, slots=True)
-class Token:
-    """A token of a text; one that the tokenizer put in, as BOS and EOS are, has no place in it."""
-
-    id: int
-    text: str
-    special: bool
-    start: int | None  # first and last-plus-one character, from the beginning of the prompt
-    stop: int | None
+Token = dict[str, Any]
+"""What ``/tokenize`` says of a token: id, text, whether it is special (put in by the tokenizer, as
+BOS and EOS are), and first and last-plus-one character from the beginning of the prompt."""
 
 
 class EncoderEngine:
@@ -325,13 +319,16 @@ def _tokens(tokenizer: Any, text: str, *, special: bool) -> list[Token]:
     found = _encoded(tokenizer, text, special=special)
     names = ("input_ids", "offset_mapping", "special_tokens_mask")
     return [
-        _special(tokenizer, id) if special and added else Token(id, text[at:end], False, at, end)
+        _special(tokenizer, id)
+        if special and added
+        else {"id": id, "text": text[at:end], "special": False, "start": at, "stop": end}
         for id, (at, end), added in zip(*(found[name] for name in names), strict=True)
     ]
 
 
 def _special(tokenizer: Any, id: int) -> Token:
-    return Token(id, tokenizer.convert_ids_to_tokens(id), True, None, None)
+    name = tokenizer.convert_ids_to_tokens(id)
+    return {"id": id, "text": name, "special": True, "start": None, "stop": None}
 
 
 def _unknown_tokenizer() -> UserError:

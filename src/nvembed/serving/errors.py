@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 from starlette.responses import JSONResponse
@@ -18,32 +19,15 @@ class ClientGoneError(Exception):
     """The client closed the connection before its answer was ready."""
 
 
+@dataclass(eq=False)
 class RequestError(Exception):
-    """A request that is refused with 4xx, or given up with 503 where its client did nothing wrong.
+    """A request that is refused (4xx), or given up where its client did nothing wrong (503)."""
 
-    Args:
-        status: of HTTP.
-        message: what was wrong and what to change; never holds a text of the client.
-        code: one word for machines.
-        param: the field of the body.
-        retry_seconds: when to try again (429 and 503).
-    """
-
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        *,
-        code: str = "bad_input",
-        param: str | None = None,
-        retry_seconds: float | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.status = status
-        self.message = message
-        self.code = code
-        self.param = param
-        self.retry_seconds = retry_seconds
+    status: int
+    message: str  # what was wrong and what to change; never holds a text of the client
+    code: str = "bad_input"  # one word for machines
+    param: str | None = None  # the field of the body
+    retry_seconds: float | None = None  # when to try again (429 and 503)
 
     def headers(self) -> dict[str, str]:
         """Return ``Retry-After`` in whole seconds, what 401 asks for, and the end of keep-alive."""
@@ -58,12 +42,10 @@ class RequestError(Exception):
 
     def response(self, path: str) -> JSONResponse:
         """Render the answer in the form of the API that the path belongs to."""
-        content: dict[str, Any]
+        kind = _OPENAI_TYPES.get(self.status, "invalid_request_error")
+        inner = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
+        content: dict[str, Any] = {"error": inner}
         if path in TEI_PATHS:
             kind = _TEI_TYPES.get(self.status, "Validation")
             content = {"error": self.message, "error_type": kind}
-        else:
-            kind = _OPENAI_TYPES.get(self.status, "invalid_request_error")
-            inner = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
-            content = {"error": inner}
         return JSONResponse(content, status_code=self.status, headers=self.headers())

@@ -43,7 +43,7 @@ class RequestContext:
     start: float = field(default_factory=time.perf_counter)
     status: int | None = None
     held_bytes: int = 0
-    body: bytes = b""  # unpacked
+    body: bytearray = field(default_factory=bytearray)  # unpacked
     texts: int | None = None
     tokens: int | None = None
 
@@ -101,7 +101,7 @@ class LimitsMiddleware:
             log_event("bug", request=context.request_id, error=name, where=place)
             if context.status is not None:
                 raise
-            fault = RequestError(503, "a fault of the server", code="internal_error")
+            fault = RequestError(503, "a fault of the server", "internal_error")
             await fault.response(path)(scope, receive, send)
         finally:
             self._inflight -= 1
@@ -113,10 +113,11 @@ class LimitsMiddleware:
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
         if context.path not in OPEN_PATHS:
             if self._keys is not None:
-                context.client = self._keys.owner(headers.get(b"authorization")) or ""
-                if not context.client:
+                owner = self._keys.owner(headers.get(b"authorization"))
+                if owner is None:
                     message = "no valid API key; send the header 'Authorization: Bearer KEY'"
-                    raise RequestError(401, message, code="invalid_api_key")
+                    raise RequestError(401, message, "invalid_api_key")
+                context.client = owner
             if self._inflight > self._limits.max_requests:
                 raise _too_busy()
         if scope["method"] == "POST" and context.path in self._routes:
@@ -128,59 +129,54 @@ class LimitsMiddleware:
         kind = headers.get(b"content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":
             message = "send the header 'Content-Type: application/json'"
-            raise RequestError(415, message, code="content_type")
+            raise RequestError(415, message, "content_type")
         encoding = headers.get(b"content-encoding", "").strip().lower()
         if encoding not in ("", "identity", "gzip", "x-gzip"):
             message = "bodies may be sent as they are or with 'Content-Encoding: gzip'"
-            raise RequestError(415, f"{message}, in no other encoding", code="content_encoding")
+            raise RequestError(415, f"{message}, in no other encoding", "content_encoding")
         declared = headers.get(b"content-length", "")
-        if declared.isdecimal():
-            self._check_size(int(declared))
+        self._hold(0, int(declared) if declared.isdecimal() else 0, context)
         seconds = self._limits.body_seconds
         try:
             async with asyncio.timeout(seconds):
-                context.body = await self._received(receive, context)
+                await self._receive(receive, context)
                 if encoding not in ("", "identity"):
-                    context.body = await self._unpacked(context.body, context)
+                    await self._unpack(context)
         except TimeoutError as error:
             message = f"the body did not arrive within {seconds:g} seconds"
-            raise RequestError(408, message, code="slow_body") from error
+            raise RequestError(408, message, "slow_body") from error
 
-    async def _received(self, receive: Receive, context: RequestContext) -> bytes:
-        body = bytearray()
+    async def _receive(self, receive: Receive, context: RequestContext) -> None:
         more = True
         while more:
             message = await receive()
             if message["type"] == "http.disconnect":
                 raise ClientGoneError
-            part, more = message.get("body", b""), message.get("more_body", False)
-            self._hold(len(part), len(body) + len(part), context)
-            body += part
-        return bytes(body)
+            more = message.get("more_body", False)
+            self._add(message.get("body", b""), context)
 
-    async def _unpacked(self, packed: bytes, context: RequestContext) -> bytes:
+    async def _unpack(self, context: RequestContext) -> None:
         """Unpack gzip, which counts as what it holds from then on."""
-        body = bytearray()
+        packed, context.body = context.body, bytearray()
         for piece in _gzip_pieces(packed):
-            self._hold(len(piece), len(body) + len(piece), context)
-            body += piece
+            self._add(piece, context)
             await asyncio.sleep(0)  # a few bytes may hold many: others take turns
         self._hold(-len(packed), 0, context)
-        return bytes(body)
+
+    def _add(self, part: bytes, context: RequestContext) -> None:
+        self._hold(len(part), len(context.body) + len(part), context)
+        context.body += part
 
     def _hold(self, more: int, size: int, context: RequestContext) -> None:
         """Count bytes of a body that are held from now on; ``size`` is what it has so far."""
-        self._check_size(size)
+        limit = self._limits.max_body_bytes
+        if size > limit:
+            message = f"the body is larger than {limit} bytes; send several requests"
+            raise RequestError(413, message, "body_too_large")
         if self._inflight_bytes + more > self._limits.max_inflight_bytes:
             raise _too_busy()
         self._inflight_bytes += more
         context.held_bytes += more
-
-    def _check_size(self, size: int) -> None:
-        limit = self._limits.max_body_bytes
-        if size > limit:
-            message = f"the body is larger than {limit} bytes; send several requests"
-            raise RequestError(413, message, code="body_too_large")
 
     def _watched(self, send: Send, context: RequestContext) -> Send:
         async def watched(message: Message) -> None:
@@ -222,10 +218,10 @@ class _SendTimeoutError(Exception):
 
 def _too_busy() -> RequestError:
     message = "too many requests are under way; send this one again after Retry-After seconds"
-    return RequestError(429, message, code="overloaded", retry_seconds=1)
+    return RequestError(429, message, "overloaded", retry_seconds=1)
 
 
-def _gzip_pieces(packed: bytes) -> Iterator[bytes]:
+def _gzip_pieces(packed: bytearray) -> Iterator[bytes]:
     try:
         with gzip.GzipFile(fileobj=io.BytesIO(packed)) as file:
             while piece := file.read(PIECE_BYTES):
@@ -235,7 +231,7 @@ def _gzip_pieces(packed: bytes) -> Iterator[bytes]:
     except (OSError, EOFError, zlib.error):
         pass
     message = "the body is damaged or no gzip, as Content-Encoding says"
-    raise RequestError(400, message, code="invalid_body") from None
+    raise RequestError(400, message, "invalid_body") from None
 
 
 class ApiKeys:

@@ -176,7 +176,7 @@ async def _vectors(
     if body.dimensions is not None and body.dimensions > width:
         message = f"{body.dimensions} dimensions asked for, the model has {width}"
         message = f"{message}; send at most that"
-        raise RequestError(400, message, code="bad_dimensions", param="dimensions")
+        raise RequestError(400, message, "bad_dimensions", param="dimensions")
     instruction = body.given_instruction()
     options = service.read_options(instruction=instruction, prompt_name=body.prompt_name, **how)
     vectors = await service.embed([(content, options)], context)
@@ -201,7 +201,7 @@ def _check_model(service: Service, given: str) -> None:
     if given not in service.model_names:
         names = " or ".join(map(repr, service.model_names))
         message = f"no model of that name here; ask for {names}"
-        raise RequestError(404, message, code="model_not_found", param="model")
+        raise RequestError(404, message, "model_not_found", param="model")
 
 
 def _info(service: Service) -> dict[str, Any]:

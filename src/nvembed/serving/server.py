@@ -5,10 +5,12 @@ No CORS headers, no pages that load scripts from elsewhere: the OpenAPI document
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +20,15 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.server import ServerState
 
 from nvembed.core import __version__
 from nvembed.core.config import load_config
 from nvembed.core.dtypes import PrecisionChoice
 from nvembed.core.errors import ConfigError
 from nvembed.encoding.encoder import load_encoder, settle_dtype
-from nvembed.serving.config import ServerConfig
-from nvembed.serving.connection import limited_connections
+from nvembed.serving.config import LimitsConfig, ServerConfig
 from nvembed.serving.engines import EmbedOptions, EncoderEngine, build_engine
 from nvembed.serving.errors import RequestError
 from nvembed.serving.middleware import ApiKeys, LimitsMiddleware, read_keys
@@ -118,7 +121,7 @@ def build_server(
     return uvicorn.Server(
         uvicorn.Config(
             create_app(engine, config, keys),
-            http=limited_connections(config.limits),  # type: ignore[arg-type]  # only called
+            http=partial(_LimitedConnection, config.limits),  # type: ignore[arg-type]  # is called
             log_config=None,
             access_log=False,
             server_header=False,
@@ -129,6 +132,72 @@ def build_server(
             **place,
         )
     )
+
+
+class _LimitedConnection(asyncio.Protocol):
+    """Limits the headers of requests and the number of connections, which uvicorn does not.
+
+    Everything is handed to uvicorn's protocol, which has a new ``cycle`` once headers are whole.
+    uvicorn itself closes connections that are idle between two requests; bodies and answers have
+    their limits in ``middleware.py``.
+    """
+
+    def __init__(self, limits: LimitsConfig, *, server_state: ServerState, **given: Any) -> None:
+        self._limits = limits
+        self._connections = server_state.connections
+        self._http = HttpToolsProtocol(server_state=server_state, **given)
+        self._deadline: asyncio.TimerHandle | None = None
+        self._header_bytes = 0
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._http.connection_made(transport)  # type: ignore[arg-type]  # as uvicorn narrows it
+        if len(self._connections) > self._limits.max_connections:
+            transport.close()
+        else:
+            self._expect_headers()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._end_headers()
+        self._http.connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        before = self._http.cycle
+        self._http.data_received(data)
+        cycle = self._http.cycle
+        if cycle is not before:
+            self._end_headers()
+        elif (cycle is None or cycle.response_complete) and not self._http.transport.is_closing():
+            self._expect_headers()
+            if cycle is None or not cycle.more_body:  # else of a body that was refused unread
+                self._header_bytes += len(data)
+            if self._header_bytes > self._limits.max_header_bytes:
+                self._refuse("431 Request Header Fields Too Large")
+
+    def eof_received(self) -> None:
+        self._http.eof_received()
+
+    def pause_writing(self) -> None:
+        self._http.pause_writing()
+
+    def resume_writing(self) -> None:
+        self._http.resume_writing()
+
+    def _expect_headers(self) -> None:
+        if self._deadline is None:
+            seconds = self._limits.header_seconds
+            self._deadline = self._http.loop.call_later(
+                seconds, self._refuse, "408 Request Timeout"
+            )
+
+    def _end_headers(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+        self._deadline, self._header_bytes = None, 0
+
+    def _refuse(self, status: str) -> None:
+        head = f"HTTP/1.1 {status}\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
+        self._http.transport.write(head.encode())
+        self._http.transport.close()
 
 
 def create_app(engine: EncoderEngine, config: ServerConfig, keys: ApiKeys | None = None) -> FastAPI:
@@ -174,12 +243,9 @@ def _add_state_routes(app: FastAPI, service: Service) -> None:
         return Response(service.metrics.render(), media_type="text/plain; version=0.0.4")
 
 
-async def _answer_http(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    message = {
-        404: "no such route; see /openapi.json",
-        405: "this route takes another method; see /openapi.json",
-    }.get(error.status_code, str(error.detail))
-    response = RequestError(error.status_code, message, code="no_route").response(request.url.path)
+async def _answer_http(request: Request, error: Any) -> Response:
+    told = {404: "no such route", 405: "this route takes another method"}.get(error.status_code)
+    message = f"{told}; see /openapi.json" if told else str(error.detail)
+    response = RequestError(error.status_code, message, "no_route").response(request.url.path)
     response.headers.update(error.headers or {})
     return response

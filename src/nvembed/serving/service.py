@@ -70,25 +70,26 @@ class Service:
         cut: Cut = "end",
         normalize: bool = True,
     ) -> EmbedOptions:
-        """Read how texts are to be embedded; by default queries with an instruction only.
+        """Read how texts are to be embedded; with an instruction they are queries by default.
 
-        Raises:
-            RequestError: no prompt of that name, a word that is nearly a task's name, both given,
-                or the model cannot do it (400).
+        A RequestError says that there is no prompt of that name, that a word is nearly a task's
+        name, that both are given, or that the model cannot do it.
         """
         if instruction is not None and prompt_name is not None:
-            raise _bad("send an instruction or prompt_name, not both", "prompt_name")
+            message = "send an instruction or prompt_name, not both"
+            raise RequestError(400, message, param="prompt_name")
         if not normalize and not self.engine.supports_raw:
             message = "this model gives vectors of length 1 only; leave normalize out"
-            raise _bad(message, "normalize")
+            raise RequestError(400, message, param="normalize")
         if cut != "end" and not self.engine.supports_tokens:
-            raise _bad("this model always cuts the end of long texts; leave this out", "truncate")
+            message = "this model always cuts the end of long texts; leave this out"
+            raise RequestError(400, message, param="truncate")
         prompt = None if prompt_name is None else self.named_prompt(prompt_name)
         try:
             task = read_task(instruction, self.engine.prompts)
         except UserError as error:
             message = f"the instruction is neither a sentence nor a known task, {error.expected}"
-            raise _bad(message, "instruction", "bad_instruction") from None
+            raise RequestError(400, message, "bad_instruction", "instruction") from None
         input_type = input_type or ("document" if task is None else "query")
         return EmbedOptions(input_type, task, prompt, cut, normalize)
 
@@ -101,7 +102,7 @@ class Service:
             known = ", ".join(sorted(prompts)[:10]) or "none"
             message = "the model has no prompt of that name; known are"
             message = f"{message} {known}, and the tasks of MTEB"
-            raise _bad(message, "prompt_name", "unknown_prompt")
+            raise RequestError(400, message, "unknown_prompt", "prompt_name")
         return resolve_prompt(name) or ""
 
     async def embed(
@@ -109,9 +110,8 @@ class Service:
     ) -> NDArray[np.float32]:
         """Embed the parts of one request: a row for every text, of length 1 where wanted.
 
-        Raises:
-            RequestError: too many, too long or empty texts, or an instruction without room (4xx);
-                see also ``Batcher.embed``.
+        A RequestError says that there are too many, too long or empty texts, or that an instruction
+        leaves them no room; see also ``Batcher.embed``.
         """
         items = [item for part in parts for item in await self._items(*part)]
         vectors = await self.batcher.embed(items, context.client)
@@ -121,11 +121,7 @@ class Service:
     async def tokens(
         self, texts: Sequence[str], prompt: str, special: bool, context: RequestContext
     ) -> list[list[Token]]:
-        """Return the tokens of texts; see ``EncoderEngine.tokens``.
-
-        Raises:
-            RequestError: too many or too long texts, or more tokens than may wait (4xx).
-        """
+        """Return the tokens of texts, of which there may be as many as may wait."""
         self._check_texts(texts)
         limit = self.config.batching.queue_tokens
         found = 0
@@ -141,16 +137,14 @@ class Service:
         rows = await self._in_turns(texts, part_tokens)
         if found > limit:
             message = f"the texts have more than {limit} tokens; send several requests"
-            raise _bad(message, "input", "too_many_tokens", 413)
+            raise RequestError(413, message, "too_many_tokens", "input")
         context.texts, context.tokens = len(rows), found
         return rows
 
     async def finish(self, request: Request, work: Coroutine[Any, Any, T]) -> T:
         """Run the work of a request for as long as its client is there and time is left.
 
-        Raises:
-            RequestError: out of time (503).
-            ClientGoneError: the client closed the connection; the work was cancelled.
+        Else it is cancelled: a ClientGoneError, or a RequestError (503).
         """
         task = asyncio.ensure_future(work)
         gone = asyncio.ensure_future(_wait_until_gone(request))
@@ -163,7 +157,7 @@ class Service:
                 self.metrics.cancelled.inc()
                 raise ClientGoneError
             message = f"not ready after {seconds:g} seconds; send fewer texts, or again later"
-            raise RequestError(503, message, code="timeout", retry_seconds=5)
+            raise RequestError(503, message, "timeout", retry_seconds=5)
         finally:
             task.cancel()
             gone.cancel()
@@ -180,10 +174,10 @@ class Service:
                 message = (
                     "token ids are embedded as documents, bare; send texts with an instruction"
                 )
-                raise _bad(message, "instruction", "ids_with_instruction")
+                raise RequestError(400, message, "ids_with_instruction", "instruction")
             if not self.engine.takes_ids:
                 message = "this model takes texts, no token ids; send texts"
-                raise _bad(message, "input", "no_ids")
+                raise RequestError(400, message, "no_ids", "input")
             single = isinstance(content[0], int)
             rows = cast(list[list[int]], [content] if single else content)
             self._check_count(len(rows))
@@ -193,7 +187,7 @@ class Service:
             if item.tokens > limit:  # was not to be cut
                 message = f"text {row} has {item.tokens} tokens, the model takes {limit}"
                 message = f"{message}; split it or let it be cut"
-                raise _bad(message, "input", "text_too_long", 413)
+                raise RequestError(413, message, "text_too_long", "input")
         return items
 
     def _check_texts(self, texts: Sequence[str]) -> None:
@@ -201,18 +195,18 @@ class Service:
         limit = self.config.limits.max_text_chars
         for row, text in enumerate(texts):
             if not text.strip():
-                raise _bad(f"text {row} is empty; leave it out", "input", "empty_text")
+                raise RequestError(400, f"text {row} is empty; leave it out", "empty_text", "input")
             if len(text) > limit:
                 message = f"text {row} has {len(text)} characters, this server takes {limit}"
-                raise _bad(f"{message}; split it", "input", "text_too_long", 413)
+                raise RequestError(413, f"{message}; split it", "text_too_long", "input")
 
     def _check_count(self, count: int) -> None:
         limit = self.config.limits.max_texts
         if count == 0:
-            raise _bad("an empty list; send at least one text", "input", "no_texts")
+            raise RequestError(400, "an empty list; send at least one text", "no_texts", "input")
         if count > limit:
             message = f"{count} texts, this server takes {limit} per request"
-            raise _bad(f"{message}; send several requests", "input", "too_many_texts", 413)
+            raise RequestError(413, f"{message}; send several requests", "too_many_texts", "input")
 
     async def _in_turns(
         self, rows: Sequence[SizedT], prepare: Callable[[Sequence[SizedT]], list[T]]
@@ -234,7 +228,7 @@ class Service:
                 loop = asyncio.get_running_loop()
                 items += await loop.run_in_executor(self._tokeniser, in_turn, part)
         except UserError as error:
-            raise _bad(str(error), "input") from error
+            raise RequestError(400, str(error), param="input") from error
         return items
 
 
@@ -253,7 +247,3 @@ def _slices(rows: Sequence[SizedT]) -> list[Sequence[SizedT]]:
     if start < len(rows):
         slices.append(rows[start:])
     return slices
-
-
-def _bad(message: str, param: str, code: str = "bad_input", status: int = 400) -> RequestError:
-    return RequestError(status, message, code=code, param=param)

@@ -1,23 +1,110 @@
-"""``nvembed index`` and ``nvembed search``."""
+"""``nvembed encode``, ``index`` and ``search``: from texts to vectors, kept and searched."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
-from nvembed.cli.options import (
-    Columns,
-    Dtype,
-    SkipBadLines,
-    argument,
-    bad_lines,
-    echo_error,
-    option,
-    read_columns,
-)
+from nvembed.cli import options as opt
+from nvembed.cli.options import argument, option
+
+Input = Annotated[
+    list[Path],
+    option(
+        "JSONL, CSV, TSV, JSON (also .gz), Parquet, .txt (a text per line), a folder, or "
+        "- for stdin; may be repeated."
+    ),
+]
+Output = Annotated[
+    Path, option("A .npy file, one row per text, or a .parquet file or .lance table with ids.")
+]
+Task = Annotated[
+    str | None,
+    option(
+        "Instruction, or the name of an MTEB task (FiQA2018) or of a prompt of the model: "
+        "the texts are queries. Without: documents."
+    ),
+]
+TruncateDim = Annotated[
+    int | None, option("Keep the first dimensions only, at length 1, such as 256.", min=1)
+]
+NumberType = Annotated[
+    Literal["float32", "int8", "uint8", "binary"],
+    typer.Option(help="Of the numbers, as in sentence-transformers; binary keeps the sign."),
+]
+Long = Annotated[
+    Literal["cut", "windows", "late"],
+    typer.Option(
+        help="Texts beyond the model's limit: keep the beginning; or the mean of overlapping "
+        "windows; or late chunking, a vector per chunk of every text, read in one piece."
+    ),
+]
+Overlap = Annotated[int, typer.Option(min=0, help="Tokens that windows share.")]
+ChunkTokens = Annotated[int, typer.Option(min=1, help="Longest chunk of --long late.")]
+Processes = Annotated[
+    int, typer.Option(min=1, help="Share out the texts, with a GPU each where there are some.")
+]
+
+
+def encode(
+    model: opt.AnyModel,
+    *,
+    input: Input,
+    output: Output,
+    task: Task = None,
+    columns: opt.Columns = None,
+    keep_going: opt.SkipBadLines = False,
+    dtype: opt.Dtype = "auto",
+    truncate_dim: TruncateDim = None,
+    precision: NumberType = "float32",
+    long: Long = "cut",
+    overlap: Overlap = 64,
+    chunk_tokens: ChunkTokens = 256,
+    processes: Processes = 1,
+    engine: opt.Engine = "local",
+) -> None:
+    """Turn a file of texts into a file of vectors.
+
+    Examples:
+
+    \b
+      nvembed encode runs/demo/model --input docs.jsonl --output docs.npy
+      nvembed encode runs/demo/model --input questions.jsonl --output q.npy \\
+        --task "Given a question, retrieve the answer" --column text=question
+      nvembed encode runs/demo/model --input questions.jsonl --output q.npy --task FiQA2018
+      nvembed encode runs/demo/model --input docs.jsonl --output docs.npy \\
+        --truncate-dim 128 --precision int8
+      nvembed encode MODEL --input books --output chunks.lance --long late --processes 2
+    """
+    from nvembed.encoding.files import encode_file
+    from nvembed.encoding.outputs import OutputFormat
+    from nvembed.model.settings import LongTexts
+
+    done = encode_file(
+        model,
+        input,
+        output,
+        task=task,
+        columns=opt.read_columns(columns),
+        form=OutputFormat(truncate_dim, precision),
+        dtype=dtype,
+        keep_going=keep_going,
+        long=LongTexts(long, overlap, chunk_tokens),
+        processes=processes,
+        engine=engine,
+    )
+    if done.skipped is not None and done.skipped.count:
+        opt.echo_error(*(f"left out: {line}" for line in opt.bad_lines(done.skipped.first)))
+        opt.echo_error(f"{done.skipped.count} bad lines were left out")
+    typer.echo(f"{done.rows} vectors of width {done.dimension}: {done.output}")
+    if done.ids is not None:
+        typer.echo(f"their ids: {done.ids}")
+    if done.ranges is not None:
+        typer.echo(f"the ranges of their {precision} numbers: {done.ranges}")
+
 
 # Enough of a hit to judge it by, on one or two lines of a terminal.
 SHOWN_CHARS = 160
@@ -36,7 +123,7 @@ TaskOfQueries = Annotated[
 Fields = Annotated[str | None, option("Keys to keep for --where: year,lang. Default: all.")]
 Delete = Annotated[list[str] | None, option("Id of a document to remove; may be given often.")]
 DeleteFile = Annotated[Path | None, option("File of ids to remove, one per line.")]
-TruncateDim = Annotated[int | None, option("First dimensions only; of a new database.", min=1)]
+FirstDimensions = Annotated[int | None, option("First dimensions only; of a new database.", min=1)]
 AnnAbove = Annotated[
     int, typer.Option(min=0, help="Documents from which on search is approximate.")
 ]
@@ -62,14 +149,14 @@ def index(
     to: Annotated[Path, option("Folder of the database.")],
     model: ModelOnce = None,
     task: TaskOfQueries = None,
-    columns: Columns = None,
+    columns: opt.Columns = None,
     fields: Fields = None,
     delete: Delete = None,
     delete_file: DeleteFile = None,
-    keep_going: SkipBadLines = False,
-    truncate_dim: TruncateDim = None,
+    keep_going: opt.SkipBadLines = False,
+    truncate_dim: FirstDimensions = None,
     ann_above: AnnAbove = 50_000,
-    dtype: Dtype = "auto",
+    dtype: opt.Dtype = "auto",
 ) -> None:
     """Write documents into an embedded vector database; run again, it embeds what is new.
 
@@ -93,17 +180,17 @@ def index(
         truncate_dim=truncate_dim,
         dtype=dtype,
         delete=[*(delete or []), *(read_ids(delete_file) if delete_file else [])],
-        options=IndexOptions(read_columns(columns), kept, keep_going, ann_above),
+        options=IndexOptions(opt.read_columns(columns), kept, keep_going, ann_above),
     )
     typer.echo(
         f"{to}: {done.total} documents; {done.added} new, {done.updated} changed, "
         f"{done.unchanged} as they were, {done.deleted} deleted; {done.embedded} texts embedded"
     )
     if done.absent_fields:
-        echo_error(f"no document has the field {', '.join(sorted(done.absent_fields))}")
+        opt.echo_error(f"no document has the field {', '.join(sorted(done.absent_fields))}")
     if done.skipped.count:
-        echo_error(f"{done.skipped.count} lines left out, the first:")
-        echo_error(*(f"  {line}" for line in bad_lines(done.skipped.first)))
+        opt.echo_error(f"{done.skipped.count} lines left out, the first:")
+        opt.echo_error(*(f"  {line}" for line in opt.bad_lines(done.skipped.first)))
 
 
 def search(
@@ -111,7 +198,7 @@ def search(
     query: Annotated[str, argument("What to look for.")],
     *,
     documents: TextFiles = None,
-    columns: Columns = None,
+    columns: opt.Columns = None,
     task: TaskOfQuery = None,
     top_k: Annotated[int, typer.Option(min=1, help="Number of hits.")] = 10,
     where: Where = None,
@@ -119,7 +206,7 @@ def search(
     exact: Exact = False,
     model: ModelNow = None,
     as_json: AsJson = False,
-    dtype: Dtype = "auto",
+    dtype: opt.Dtype = "auto",
 ) -> None:
     """Find the documents of a database, or the texts of a file, that are nearest to a query.
 
@@ -150,7 +237,7 @@ def search(
         )
     from nvembed.encoding.file_search import search_file
 
-    names = read_columns(columns)
+    names = opt.read_columns(columns)
     for file_hit in search_file(
         place, documents, query, task=task or None, top_k=top_k, columns=names, dtype=dtype
     ):

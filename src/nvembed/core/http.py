@@ -68,10 +68,12 @@ def post_json(url: str, body: dict[str, Any], *, timeout: float = 120.0) -> dict
             response = httpx2.post(
                 url, content=data, headers=headers, timeout=timeout, verify=certificates(url)
             )
-            found = trouble_of(response, key) or _no_object(response)
-            if found is None:
-                return dict(response.json())
-            trouble = found
+            found = trouble_of(response, key)
+            if found is None and isinstance(value := response.json(), dict):
+                return value
+            trouble = found or Trouble(f"a JSON {type(value).__name__} came back")
+        except (ValueError, RecursionError):
+            trouble = Trouble("not JSON")
         except (httpx2.HTTPError, httpx2.InvalidURL) as error:
             trouble = Trouble(without_key(str(error) or type(error).__name__, key))
         if trouble.refused is not None:
@@ -84,14 +86,6 @@ def post_json(url: str, body: dict[str, Any], *, timeout: float = 120.0) -> dict
         where=url,
         hint="What was done is kept: the same command goes on from there",
     )
-
-
-def _no_object(response: httpx2.Response) -> Trouble | None:
-    try:
-        value = response.json()
-    except (ValueError, RecursionError):
-        return Trouble("not JSON")
-    return None if isinstance(value, dict) else Trouble(f"a JSON {type(value).__name__} came back")
 
 
 def _refusal(url: str, trouble: Trouble) -> ModelError:

@@ -23,6 +23,7 @@ from nvembed.mining.report import MiningReport, MiningSample, ScoredText, reachi
 
 NUM_SAMPLES = 5
 SAMPLE_CHARACTERS = 200
+_FEW = 16  # rows that are sooner compared one by one
 
 Query = tuple[str, str | None]
 """The text of a query, and its own instruction; ``None`` is that of its set."""
@@ -108,8 +109,13 @@ class Selector:
         ]
         given = [self._given(case, rows) for case, rows in zip(cases, forbidden, strict=True)]
         eligible_CN = near.rows_CN != NOTHING
-        for number, rows in enumerate(forbidden):
-            eligible_CN[number] &= ~np.isin(near.rows_CN[number], [*rows, *given[number]])
+        for number, rows_N in enumerate(near.rows_CN):
+            refused = [*forbidden[number], *given[number]]
+            if len(refused) > _FEW:
+                eligible_CN[number] &= ~np.isin(rows_N, refused)
+            else:
+                for row in refused:
+                    eligible_CN[number] &= rows_N != row
         passed_CN = passes(config.strategy, config.limit, positive_C, scores_CN)
         allowed_CN = passed_CN & after_first(eligible_CN, skip=config.skip_top)
         wanted_C = np.array([max(config.num_negatives - len(own), 0) for own in given])

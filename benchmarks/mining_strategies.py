@@ -22,6 +22,7 @@ from peers.report import header, say, table
 
 from nvembed.core.config import load_config
 from nvembed.core.files import write_json
+from nvembed.data.mining_config import MiningConfig
 from nvembed.data.mixture import DatasetConfig
 from nvembed.encoding.fingerprint import model_fingerprint
 from nvembed.encoding.load import load_encoder
@@ -30,7 +31,7 @@ from nvembed.evaluation.cached import CachedEncoder
 from nvembed.evaluation.results import TaskResult, read_results, write_results
 from nvembed.evaluation.run import evaluate
 from nvembed.evaluation.tasks import LocalTask, load_tasks
-from nvembed.mining.miner import MiningConfig, mine_file
+from nvembed.mining.miner import mine_file
 from nvembed.training.config import TrainConfig
 from nvembed.training.trainer import train
 

@@ -17,8 +17,7 @@ from nvembed.encoding.protocol import Encoder
 from nvembed.index.database import Database, is_database
 from nvembed.index.record import first_dimensions, recorded_encoder
 
-# The constant of reciprocal-rank fusion (Cormack, Clarke, Büttcher 2009), and the least number of
-# candidates of each side.
+# Of reciprocal-rank fusion (Cormack, Clarke, Büttcher 2009); the least number of candidates.
 RRF_CONSTANT = 60
 RRF_DEPTH = 100
 

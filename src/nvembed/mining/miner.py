@@ -44,15 +44,6 @@ MINE = "mine"
 # Columns that documents have; the others are of records.
 _TEXTS = ("text", "title", "id")
 
-__all__ = [
-    "MiningConfig",
-    "MiningReport",
-    "help_mining",
-    "mine_file",
-    "mine_negatives",
-    "mine_sts_negatives",
-]
-
 
 def mine_negatives(
     records: Sequence[PairRecord],

@@ -24,7 +24,7 @@ from mteb.cache import ResultCache
 from mteb.models import ModelMeta
 from mteb.types import Licenses
 
-from nvembed.core.errors import ConfigError, DataError, UserError
+from nvembed.core.errors import ConfigError, UserError
 from nvembed.core.files import write_text
 from nvembed.core.runs import RunFolder
 from nvembed.core.strict_yaml import parse_yaml
@@ -32,13 +32,10 @@ from nvembed.encoding.protocol import Encoder
 from nvembed.evaluation.mteb_adapter import MtebEncoder, finite_or_none, quiet, run_mteb
 from nvembed.evaluation.reference import InstructionSource, instruction_for
 from nvembed.evaluation.results import TaskResult
+from nvembed.evaluation.run import UnreachableTaskError
 from nvembed.text.instructions import Side, find_instruction
 
 _ONE_SIDED = ("Retrieval", "Reranking", "InstructionRetrieval", "InstructionReranking")
-
-
-class UnreachableTaskError(DataError):
-    """The data of one task could not be loaded; others may be."""
 
 
 class HubTasks(NamedTuple):

@@ -66,6 +66,33 @@ _CLASSES: dict[TaskType, tuple[type[AbsTask], dict[str, Any]]] = {
 _MTEB_NAMES = {"map": "map_at_1000", "mrr": "mrr_at_1000"}
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep mteb's log lines, warnings and progress bars from the terminal.
+
+    The global random generators, which it seeds and draws from, are put back at the end.
+    """
+    logger = logging.getLogger("mteb")
+    level, bars, rng = logger.level, datasets.are_progress_bars_disabled(), capture_rng()
+    # This one evaluator shows its bar whatever show_progress_bar says.
+    summarization: Any = sys.modules[AbsTaskSummarization.evaluator.__module__]
+    bar = summarization.tqdm
+    logger.setLevel(logging.CRITICAL)
+    datasets.disable_progress_bars()
+    summarization.tqdm = functools.partial(bar, disable=True)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"(mteb|sklearn|scipy|datasets)\b")
+            yield
+    finally:
+        logger.setLevel(level)
+        summarization.tqdm = bar
+        restore_rng(rng)
+        if not bars:
+            datasets.enable_progress_bars()
+
+
+@quiet()
 def score(task: LocalTask, encoder: Encoder) -> dict[str, float | None]:
     """Evaluate ``encoder`` on ``task``.
 
@@ -76,35 +103,24 @@ def score(task: LocalTask, encoder: Encoder) -> dict[str, float | None]:
     Raises:
         ModelError: the encoder gives vectors of another shape or that are not finite.
     """
-    with _same_random_state():
-        result = run_mteb(local_encoder(task, encoder), _mteb_task(task), cache=None)
+    result = run_mteb(local_encoder(task, encoder), _mteb_task(task), cache=None)
     found = result.task_results[0].scores["test"][0]
     scores = {name: finite_or_none(v) for name, v in found.items() if isinstance(v, float)}
     scores[task.main_score] = scores[_MTEB_NAMES.get(task.main_score, task.main_score)]
     return scores
 
 
+@quiet()
 def run_mteb(encoder: MtebEncoder, task: AbsTask, **options: Any) -> Any:
-    """Call ``mteb.evaluate`` without its output; the global random generators stay as they are."""
-    with quiet(), _same_random_state():
-        return mteb.evaluate(
-            encoder,
-            task,
-            co2_tracker=False,
-            show_progress_bar=False,
-            encode_kwargs={"batch_size": 512, "show_progress_bar": False},
-            **options,
-        )
-
-
-@contextmanager
-def _same_random_state() -> Iterator[None]:
-    """Put the global generators back at the end: mteb seeds and draws from them."""
-    rng = capture_rng()
-    try:
-        yield
-    finally:
-        restore_rng(rng)
+    """Call ``mteb.evaluate``."""
+    return mteb.evaluate(
+        encoder,
+        task,
+        co2_tracker=False,
+        show_progress_bar=False,
+        encode_kwargs={"batch_size": 512, "show_progress_bar": False},
+        **options,
+    )
 
 
 def finite_or_none(value: float) -> float | None:
@@ -204,7 +220,7 @@ def _mteb_data(task: LocalTask) -> Mapping[str, Any]:
         case RetrievalData() as data:
             corpus = {"id": data.document_ids, "text": data.documents}
             queries = {"id": data.query_ids, "text": data.queries}
-            return _retrieval_data(corpus, queries, data.judgements, None)
+            return _retrieval_data(corpus, queries, data.judgements)
         case RerankingData() as data:
             return _reranking_data(data)
         case ClassificationData(train, test):
@@ -255,23 +271,20 @@ def _codes(labels: Sequence[str]) -> dict[str, int]:
 def _reranking_data(data: RerankingData) -> dict[str, Any]:
     corpus: dict[str, list[str]] = {"id": [], "text": []}
     judgements: dict[str, dict[str, int]] = {}
-    for number, texts in enumerate(zip(data.positives, data.negatives, strict=True)):
+    for number, (right, wrong) in enumerate(zip(data.positives, data.negatives, strict=True)):
         # mteb breaks ties by id, last first: "n" after "a" lets a tie count against the model.
-        own = {f"{number}-a{i}": 1 for i in range(len(texts[0]))}
-        own |= {f"{number}-n{i}": 0 for i in range(len(texts[1]))}
+        own = {f"{number}-a{i}": 1 for i in range(len(right))}
+        own |= {f"{number}-n{i}": 0 for i in range(len(wrong))}
         judgements[str(number)] = own
         corpus["id"] += own
-        corpus["text"] += [*texts[0], *texts[1]]
+        corpus["text"] += [*right, *wrong]
     candidates = {query: list(own) for query, own in judgements.items()}
     queries = {"id": list(judgements), "text": data.queries}
     return _retrieval_data(corpus, queries, judgements, candidates)
 
 
 def _retrieval_data(
-    corpus: Mapping[str, Any],
-    queries: Mapping[str, Any],
-    judgements: Mapping[str, Mapping[str, int]],
-    candidates: dict[str, list[str]] | None,
+    corpus: Any, queries: Any, judgements: Mapping[str, Mapping[str, int]], candidates: Any = None
 ) -> dict[str, Any]:
     split = RetrievalSplitData(
         corpus=Dataset.from_dict(corpus),
@@ -280,26 +293,3 @@ def _retrieval_data(
         top_ranked=candidates,
     )
     return {"default": {"test": split}}
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep mteb's log lines, warnings and progress bars from the terminal."""
-    logger = logging.getLogger("mteb")
-    level = logger.level
-    bars = datasets.are_progress_bars_disabled()
-    # This one evaluator shows its bar whatever show_progress_bar says.
-    summarization: Any = sys.modules[AbsTaskSummarization.evaluator.__module__]
-    bar = summarization.tqdm
-    logger.setLevel(logging.CRITICAL)
-    datasets.disable_progress_bars()
-    summarization.tqdm = functools.partial(bar, disable=True)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module=r"(mteb|sklearn|scipy|datasets)\b")
-            yield
-    finally:
-        logger.setLevel(level)
-        summarization.tqdm = bar
-        if not bars:
-            datasets.enable_progress_bars()

@@ -8,13 +8,12 @@ keeps the finished tasks, and takes the vectors of a half finished one from the 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 from nvembed.core.dtypes import Precision
 from nvembed.core.errors import ConfigError, UserError
@@ -34,7 +33,14 @@ from nvembed.evaluation.results import (
     write_items,
     write_results,
 )
-from nvembed.evaluation.run import BM25_NAME, TaskOutcome, fits_bm25, score_task, task_result
+from nvembed.evaluation.run import (
+    BM25_NAME,
+    Engine,
+    TaskOutcome,
+    UnreachableTaskError,
+    fits_bm25,
+    score_task,
+)
 from nvembed.evaluation.tasks import LocalTask, task_hash
 
 if TYPE_CHECKING:
@@ -42,8 +48,6 @@ if TYPE_CHECKING:
 
     from nvembed.evaluation.mteb_adapter import MtebEncoder
     from nvembed.evaluation.reference import InstructionSource
-
-Engine = Literal["local", "mteb"]
 
 _SHOWN_FINGERPRINT = 12
 
@@ -95,22 +99,16 @@ class Evaluation:
 
 
 def earlier_precision(output: Path) -> Precision | None:
-    """Return the number type of the results that are there: what ``auto`` has to go on with.
-
-    Measured once more on a busy machine, it may come out otherwise.
-    """
+    """Return the number type of earlier results, as measuring it again may give another one."""
     value = _earlier_record(output).get("dtype") if output.is_file() else None
     return cast(Precision, value) if value in get_args(Precision) else None
 
 
 def check_session(settings: Settings, inputs: Iterable[Path] = ()) -> None:
-    """Refuse to evaluate where the results would replace something of the user's.
+    """Refuse to evaluate where results would replace something of the user's.
 
-    ``inputs`` are the folders of the tasks.
-
-    Raises:
-        ConfigError: the output is a folder, lies in the model or a task, or something is there
-            that no evaluation made, or that was changed since.
+    That is a folder, the model or one of the ``inputs`` (folders of tasks), or what no evaluation
+    made, or what was changed since.
     """
     output = settings.output
     if output.is_dir():
@@ -212,12 +210,14 @@ def _outcomes(
             outcome: TaskOutcome | str
             try:
                 if isinstance(job, LocalTask):
-                    outcome = _score_local(job, encoder, settings.engine)
+                    outcome = score_task(job, encoder, settings.engine)
                 else:
+                    from nvembed.evaluation.hub import score_hub
+
                     hub = hub or _hub_encoder(settings, bare, encoder)
-                    outcome = _score_hub(job, hub, settings.mteb_folder)
+                    outcome = score_hub(job, hub, settings.mteb_folder, EVALUATE), None
             except UserError as error:
-                if not keep_going:
+                if not (keep_going or isinstance(error, UnreachableTaskError)):
                     raise
                 outcome = str(error)
             yield name, outcome
@@ -231,30 +231,12 @@ def _loaded(settings: Settings, processes: int) -> AbstractContextManager[Encode
     return nullcontext(load_encoder(settings.model, settings.dtype))
 
 
-def _score_local(task: LocalTask, encoder: Encoder, engine: Engine) -> TaskOutcome:
-    if engine == "local":
-        return score_task(task, encoder)
-    from nvembed.evaluation.mteb_adapter import score
-
-    started = time.perf_counter()
-    return task_result(task, score(task, encoder), started), None
-
-
 def _hub_encoder(settings: Settings, bare: Encoder, encoder: Encoder) -> MtebEncoder:
     from nvembed.evaluation.hub import describe_model, hub_encoder
 
     describe = partial(describe_model, settings.model, revision=settings.revision)
     meta = bare.ask(describe) if isinstance(bare, SharedEncoder) else describe(bare)
     return hub_encoder(encoder, meta, settings.instructions)
-
-
-def _score_hub(task: AbsTask, encoder: MtebEncoder, folder: Path) -> TaskOutcome | str:
-    from nvembed.evaluation.hub import UnreachableTaskError, score_hub
-
-    try:
-        return score_hub(task, encoder, folder, EVALUATE), None
-    except UnreachableTaskError as error:
-        return str(error)
 
 
 def _commit(model: str) -> str | None:

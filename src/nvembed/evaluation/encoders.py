@@ -45,16 +45,9 @@ _KEY_BYTES = 16
 
 @contextmanager
 def shared_encoder(model: str, dtype: Precision | None, processes: int) -> Iterator[SharedEncoder]:
-    """Start processes, each with the model and a GPU where there are some, for a block.
+    """Start processes for a block, each with the model and a GPU where there are some.
 
-    Args:
-        model: folder or hub id.
-        dtype: of the weights, ``None`` as saved.
-        processes: how many.
-
-    Raises:
-        ModelError: the model cannot be loaded.
-        UserError: a process died; raised by the call that needed it.
+    Where one dies, the call that needs it raises a ``UserError``.
     """
     with process_pool(processes, Loader(model, dtype)) as pool:
         yield SharedEncoder(pool)
@@ -100,33 +93,23 @@ def _facts(encoder: Encoder) -> tuple[int, int | None]:
 
 
 class CachedEncoder:
-    """Vectors from files where they are there, else from an encoder: no text is embedded twice.
+    """Vectors from the files of a model in ``folder``, or else from an encoder, and then kept.
 
     Each text is found by itself, whatever batch it came in: a corpus with one changed document
     costs one text. Of the files only the keys are held in memory, 24 bytes per text; vectors are
     mapped when they are taken. A pair of files (``vectors-X.npy``, then ``keys-X.npy``) holds what
     one call embedded. It is never changed and named after its keys; other processes that need the
-    very same wait for it, and take over from one that died. So a task that was killed half way goes
-    on where it was.
-
-    Args:
-        encoder: asked for what is missing.
-        folder: of the files of all models; made when the first is written.
-        fingerprint: of the model and all its settings.
+    very same wait for it, and take over from one that died.
     """
 
     def __init__(self, encoder: Encoder, folder: Path, fingerprint: str) -> None:
         self._encoder = encoder
+        self.dimension = encoder.dimension
         self._folder = folder / key_of(fingerprint)
         self._files: list[Path] = []
         # Keys with their places (number of the file, row), in sorted runs that are merged when they
         # come to similar sizes: to learn M keys bit by bit costs M log M, and runs are few.
         self._runs: list[tuple[NDArray[np.bytes_], NDArray[np.int32]]] = []
-
-    @property
-    def dimension(self) -> int:
-        """Width of the vectors."""
-        return self._encoder.dimension
 
     def _encode(self, side: InputType, texts: Sequence[str], *, task: str | None = None) -> Vectors:
         keys_N = _keys(texts, side, task)

@@ -50,13 +50,8 @@ def order_with_ties(scores_QK: Floats, tie_ranks_QK: Ints) -> Ints:
 def ranking_values(grades_QK: Ints, relevant: Sequence[Ints]) -> dict[str, Floats]:
     """Compute nDCG (gain is the grade), MAP, recall, precision, hit rate and MRR at ``CUTS``.
 
-    Args:
-        grades_QK: of the results, best first, at most ``TOP_K``; 0 is not relevant.
-        relevant: per query the grades above 0 of all judged documents, found or not. A query that
-            has none gets 0 everywhere.
-
-    Returns:
-        ``ndcg_at_10`` and the like → values_Q.
+    ``grades_QK`` are those of the results, best first, at most ``TOP_K``; ``relevant`` has for each
+    query the grades above 0 of all judged documents, found or not. A query without any gets 0.
     """
     width = max([grades_QK.shape[1], *map(len, relevant)])
     found_QK, ideal_QK = np.zeros((2, len(relevant), width))
@@ -88,15 +83,10 @@ def ranking_values(grades_QK: Ints, relevant: Sequence[Ints]) -> dict[str, Float
 
 
 def ranking_scores(values: Mapping[str, Floats], scores: Sequence[Floats]) -> dict[str, float]:
-    """Sum up a task as mteb does.
+    """Sum up ``ranking_values`` as mteb does; ``scores`` are each query's similarities.
 
-    Args:
-        values: of ``ranking_values``.
-        scores: per query the similarities of its results.
-
-    Returns:
-        Means over queries, rounded where mteb rounds, ``accuracy`` (recall at 1), and nAUC: how
-        well the similarities tell on which queries to abstain. NaN where undefined.
+    Means over queries, rounded where mteb rounds, ``accuracy`` (recall at 1), and nAUC: how well
+    the similarities tell on which queries to abstain. NaN where undefined.
     """
     found: dict[str, float] = {}
     for name, values_Q in values.items():

@@ -38,15 +38,7 @@ from numpy.typing import NDArray
 from nvembed.core.seeding import capture_rng, restore_rng
 from nvembed.encoding.protocol import Encoder
 from nvembed.evaluation.local_scores import encode_distinct
-from nvembed.evaluation.task_files import (
-    ClassificationData,
-    LabelledTexts,
-    PairData,
-    RerankingData,
-    RetrievalData,
-    SummarizationData,
-    TaskType,
-)
+from nvembed.evaluation.task_files import RerankingData, TaskType
 from nvembed.evaluation.tasks import LocalTask
 from nvembed.text.instructions import Side
 
@@ -94,14 +86,9 @@ def quiet() -> Iterator[None]:
 
 @quiet()
 def score(task: LocalTask, encoder: Encoder) -> dict[str, float | None]:
-    """Evaluate ``encoder`` on ``task``.
+    """Evaluate ``encoder`` on ``task``: mteb's scores by name, the main score among them.
 
-    Returns:
-        mteb's scores by name, with ``task.main_score`` among them; ``None`` where a score is
-        undefined (a correlation with vectors that are all alike).
-
-    Raises:
-        ModelError: the encoder gives vectors of another shape or that are not finite.
+    ``None`` is a score that is undefined (a correlation with vectors that are all alike).
     """
     result = run_mteb(local_encoder(task, encoder), _mteb_task(task), cache=None)
     found = result.task_results[0].scores["test"][0]
@@ -131,11 +118,9 @@ def finite_or_none(value: float) -> float | None:
 class MtebEncoder(AbsEncoder):
     """mteb's encoder protocol over ours.
 
-    Args:
-        encoder: ours.
-        meta: what the leaderboard is told of it.
-        instruction_of: says which instruction a task's queries, or its documents, get.
-        known: keeps the vectors of a small task, whose texts mteb asks for several times.
+    ``meta`` is what the leaderboard is told of it, ``instruction_of`` says which instruction a
+    task's queries or documents get, and ``known`` keeps the vectors of a small task, whose texts
+    mteb asks for several times.
     """
 
     mteb_model_meta: ModelMeta
@@ -215,30 +200,29 @@ def _metadata(task: LocalTask) -> TaskMetadata:
 
 
 def _mteb_data(task: LocalTask) -> Mapping[str, Any]:
-    columns: dict[str, Any]
-    match task.data:
-        case RetrievalData() as data:
-            corpus = {"id": data.document_ids, "text": data.documents}
-            queries = {"id": data.query_ids, "text": data.queries}
-            return _retrieval_data(corpus, queries, data.judgements)
-        case RerankingData() as data:
-            return _reranking_data(data)
-        case ClassificationData(train, test):
-            codes = _codes(train.labels)
-            return {
-                split: _Columns(text=part.texts, label=[codes[label] for label in part.labels])
-                for split, part in (("train", train), ("test", test))
-            }
-        case PairData(first, second, values) if task.type == "STS":
-            columns = {"sentence1": first, "sentence2": second, "score": values}
-        case PairData(first, second, values):
-            columns = {"sentence1": first, "sentence2": second, "label": list(map(int, values))}
-        case LabelledTexts(texts, labels):
-            codes = _codes(labels)
-            columns = {"sentences": texts, "labels": [codes[label] for label in labels]}
-        case SummarizationData(articles, human, machine, relevance):
-            columns = {"text": articles, "human_summaries": human}
-            columns |= {"machine_summaries": machine, "relevance": relevance}
+    data: Any = task.data
+    if task.type == "Retrieval":
+        corpus = {"id": data.document_ids, "text": data.documents}
+        queries = {"id": data.query_ids, "text": data.queries}
+        return _retrieval_data(corpus, queries, data.judgements)
+    if task.type == "Reranking":
+        return _reranking_data(data)
+    if task.type == "Classification":
+        parts = {"train": data.train, "test": data.test}
+        return {
+            split: _Columns(text=part.texts, label=_codes(part.labels, data.train.labels))
+            for split, part in parts.items()
+        }
+    if task.type == "Clustering":
+        columns = {"sentences": data.texts, "labels": _codes(data.labels, data.labels)}
+    elif task.type == "Summarization":
+        columns = {"text": data.articles, "human_summaries": data.human}
+        columns |= {"machine_summaries": data.machine, "relevance": data.relevance}
+    elif task.type == "STS":
+        columns = {"sentence1": data.first, "sentence2": data.second, "score": data.values}
+    else:
+        labels = [int(value) for value in data.values]
+        columns = {"sentence1": data.first, "sentence2": data.second, "label": labels}
     return DatasetDict({"test": Dataset.from_dict(columns)})
 
 
@@ -263,9 +247,10 @@ class _Columns:
         return _Columns(**{n: [values[row] for row in rows] for n, values in self._columns.items()})
 
 
-def _codes(labels: Sequence[str]) -> dict[str, int]:
+def _codes(labels: Sequence[str], known: Sequence[str]) -> list[int]:
     # mteb's average precision of two classes needs numbers.
-    return {label: code for code, label in enumerate(sorted(set(labels)))}
+    codes = {label: code for code, label in enumerate(sorted(set(known)))}
+    return [codes[label] for label in labels]
 
 
 def _reranking_data(data: RerankingData) -> dict[str, Any]:

@@ -56,13 +56,9 @@ _SHOWN_FINGERPRINT = 12
 class Settings:
     """What all tasks of an evaluation share.
 
-    Attributes:
-        model: folder or hub id.
-        output: the file of the results; the other files lie beside it.
-        dtype: of the weights, ``None`` as saved.
-        instructions: of tasks of mteb; local tasks bring their own.
-        cache: folder of the vectors, ``None`` keeps none.
-        engine: who scores local tasks.
+    ``output`` is the file of the results, and the other files lie beside it. ``dtype`` is that of
+    the weights, ``None`` as saved. ``instructions`` are those of mteb's tasks; local ones bring
+    their own. ``cache`` is the folder of the vectors, ``None`` keeps none.
     """
 
     model: str
@@ -74,7 +70,7 @@ class Settings:
 
     @property
     def fingerprint(self) -> str:
-        """The model as it is loaded: its files, or a hub id's commit, and the number type."""
+        """The model as it is loaded: its files or commit, and the number type."""
         if self.model == BM25_NAME:
             return BM25_NAME
         return model_fingerprint(self.model, self.dtype, _commit(self.model))
@@ -132,19 +128,10 @@ def run_session(
 ) -> Evaluation:
     """Evaluate a model and keep every finished task on disk.
 
-    A task of mteb whose data cannot be loaded is passed over and named in ``failed``.
-
-    Args:
-        settings: of all tasks.
-        local: read by ``load_tasks``.
-        hub: of ``find_hub_tasks``.
-        processes: share out the texts of each task, each with a GPU where there are some.
-        resume: keep what ``settings.output`` holds.
-        keep_going: name local tasks that cannot be scored in ``failed``, and score the others.
-
-    Raises:
-        ConfigError: the output holds results of another model, revision or instruction.
-        ModelError: the model cannot be loaded or its vectors cannot be used.
+    The texts of each task are shared out to ``processes``, each with a GPU where there are some.
+    ``resume`` keeps what the output holds, which is refused where it is of another model, revision,
+    instruction or data. A task of mteb whose data cannot be loaded is passed over and named in
+    ``failed``; with ``keep_going`` every task that cannot be scored is.
     """
     output, items_at = settings.output, items_folder(settings.output)
     check_ending(output, (".json",))

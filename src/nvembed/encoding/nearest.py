@@ -102,9 +102,9 @@ def _search(
 def _threads() -> Iterator[_RunAll]:
     """Give a function that does something for all blocks, on as many threads as torch may use.
 
-    Each multiplies for itself, with one thread. OpenMP's threads wait for each other at every
-    product, which on a busy machine took ten times as long (docs/log.md), and looking for the best
-    would use one core. Besides, no result depends on the number of cores.
+    Each multiplies with one thread of its own: OpenMP's wait for each other at every product, which
+    on a busy machine took ten times as long (docs/log.md), and the best would be looked for on one
+    core. Besides, no result depends on the number of cores.
     """
     import torch
 

@@ -140,11 +140,9 @@ def _write_official(
             "no other",
             hint="Use --format nvembed, or sentence-transformers for mean pooling",
         )
-    # What an official text_config cannot say.
-    rope = config.rope_parameters.get("rope_type", "default")
-    for key, found, wanted in (
+    for key, found, wanted in (  # what an official text_config cannot say
         ("attention", backbone.attention, "bidirectional"),
-        ("rope_type", rope, "default"),
+        ("rope_type", config.rope_parameters.get("rope_type", "default"), "default"),
         ("head_dim", config.head_dim, config.hidden_size // config.num_attention_heads),
     ):
         if found != wanted:
@@ -170,13 +168,11 @@ def _write_official(
 
 def _require_official_tokens(backbone: Backbone, name: str) -> None:
     """Refuse a model for which NVIDIA's token rules would give other tokens than it learned."""
-    if backbone.text_style == "official":
-        return
     official = TextTokenizer(backbone.tokenizer, max_tokens=backbone.max_tokens, style="official")
     for prompt in PROOF_PROMPTS:
         ours = backbone.tokenize_texts(_PROBE_TEXTS, prompt)
         theirs = official(_PROBE_TEXTS, prompt)
-        if ours == theirs:
+        if backbone.text_style == "official" or ours == theirs:
             continue
         same_ids = [text.ids for text in ours] == [text.ids for text in theirs]
         raise ModelError(

@@ -24,8 +24,7 @@ from nvembed.training.dry_run.findings import optimizer_bytes
 from nvembed.training.dry_run.forecast import SeveralError, dry_run
 from nvembed.training.dry_run.stand_ins import plan_mining
 from nvembed.training.model import graph_bytes_per_token, starting_model
-from nvembed.training.optim import build_optimizer
-from nvembed.training.stages import load_mixtures
+from nvembed.training.stages import build_optimizer, load_mixtures
 from nvembed.training.trainer import train
 
 NAMES = [f"{'very ' * (i % 5)}{word}" for i, word in enumerate("abcdefghijklmnopqrstuvwx")]

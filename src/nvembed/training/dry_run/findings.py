@@ -26,8 +26,8 @@ from nvembed.model.embedder import NVEmbed
 from nvembed.model.memory import Shape, activation_bytes, weight_bytes
 from nvembed.training.checkpoint import Position, trained_parameters
 from nvembed.training.config import OptimizerKind, StageConfig, TrainConfig
+from nvembed.training.contrastive_loss import PIECE_SCORES
 from nvembed.training.model import ActivationBudget
-from nvembed.training.objective import PIECE_SCORES
 
 # bitsandbytes: smaller tensors keep their moments in float32, larger ones a scale per block.
 _EIGHT_BIT_FROM, _EIGHT_BIT_BLOCK = 4096, 256

@@ -39,6 +39,7 @@ from nvembed.training.checkpoint import (
     trained_parameters,
 )
 from nvembed.training.config import TrainConfig, training_inputs
+from nvembed.training.contrastive_loss import new_temperature
 from nvembed.training.distributed import DistributedContext
 from nvembed.training.dry_run.findings import (
     BatchForecast,
@@ -57,7 +58,6 @@ from nvembed.training.model import (
     read_activation_budget,
     starting_model,
 )
-from nvembed.training.objective import new_temperature
 from nvembed.training.run_folder import (
     check_folder,
     check_inputs,

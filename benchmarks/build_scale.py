@@ -28,23 +28,20 @@ SOURCE = Path(__file__).resolve().parents[1] / "src"
 # Runs the command, and tells when each step was done.
 PROGRAM = """
 import resource, sys, time
-from nvembed.building import one_set, steps
+from nvembed.building.set_build import SetBuild
 from nvembed.cli.main import run
 
-original = steps.Steps.run
-finish = one_set._finish
-
-def timed(function, name):
+def timed(step):
+    method = getattr(SetBuild, "_" + step)
     def call(*arguments):
         started = time.perf_counter()
-        result = function(*arguments)
-        step = name or arguments[1].partition("-")[0]
+        result = method(*arguments)
         print("step", step, time.perf_counter() - started)
         return result
     return call
 
-steps.Steps.run = timed(original, None)
-one_set._finish = timed(finish, "finish")
+for step in ("read", "distinct", "decontaminate", "finish"):
+    setattr(SetBuild, "_" + step, timed(step))
 code = run(sys.argv[1:])
 print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 sys.exit(code)

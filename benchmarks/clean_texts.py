@@ -17,11 +17,11 @@ from pathlib import Path
 
 import psutil
 
-from nvembed.building.contamination import Contamination, EvaluationText
-from nvembed.building.duplicates import NearDuplicates
-from nvembed.building.evaluation_texts import evaluation_texts
+from nvembed.building.contamination import Contamination, EvaluationText, evaluation_texts
+from nvembed.building.similar_texts import NearDuplicates
 from nvembed.core.text_files import read_jsonl
-from nvembed.data.records import Kind, LabelRecord, PairRecord, Record, read_records
+from nvembed.data.loading import read_records
+from nvembed.data.records import Kind, LabelRecord, PairRecord, Record
 from nvembed.evaluation.tasks import load_tasks
 
 

@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nvembed.encoding.protocol import Encoder
-from nvembed.evaluation.cached import CachedEncoder
+from nvembed.encoding.encoder import Encoder
+from nvembed.evaluation.encoders import CachedEncoder
 from nvembed.evaluation.local_scores import score_local
 from nvembed.evaluation.task_files import RetrievalData
 from nvembed.evaluation.tasks import LocalTask, load_task

@@ -26,14 +26,14 @@ import torch
 from numpy.typing import NDArray
 
 from nvembed.core.files import write_text
-from nvembed.encoding.protocol import Encoder
+from nvembed.encoding.encoder import Encoder
 from nvembed.evaluation.results import TaskResult, read_results, write_results
 from nvembed.evaluation.run import evaluate
 from nvembed.evaluation.tasks import LocalTask, load_tasks
 from nvembed.kernels.precision import settle_precision
 from nvembed.model.embedder import NVEmbed
-from nvembed.model.latent_attention import LatentAttention
 from nvembed.model.packs import embed_pack
+from nvembed.model.pooling import LatentAttention
 from nvembed.model.settings import PoolingKind
 from nvembed.text.tokens import TokenizedText
 from nvembed.training.config import TrainConfig

@@ -14,8 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from nvembed.encoding.load import load_encoder
-from nvembed.encoding.protocol import Encoder
+from nvembed.encoding.encoder import Encoder, load_encoder
 from nvembed.evaluation.local_scores import score_local
 from nvembed.evaluation.mteb_adapter import score
 from nvembed.evaluation.tasks import load_tasks

@@ -22,15 +22,15 @@ from peers.report import header, say, table
 
 from nvembed.core.config import load_config
 from nvembed.core.files import write_json
-from nvembed.data.mixture import DatasetConfig
-from nvembed.encoding.fingerprint import model_fingerprint
-from nvembed.encoding.load import load_encoder
-from nvembed.encoding.protocol import Encoder
-from nvembed.evaluation.cached import CachedEncoder
+from nvembed.data.build_config import MiningConfig
+from nvembed.data.config import DatasetConfig
+from nvembed.encoding.encoder import Encoder, load_encoder
+from nvembed.evaluation.encoders import CachedEncoder
 from nvembed.evaluation.results import TaskResult, read_results, write_results
 from nvembed.evaluation.run import evaluate
 from nvembed.evaluation.tasks import LocalTask, load_tasks
-from nvembed.mining.miner import MiningConfig, mine_file
+from nvembed.interop.fingerprint import model_fingerprint
+from nvembed.mining.miner import mine_file
 from nvembed.training.config import TrainConfig
 from nvembed.training.trainer import train
 

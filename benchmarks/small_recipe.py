@@ -16,8 +16,7 @@ from pathlib import Path
 
 from nvembed.core.config import load_config
 from nvembed.core.files import write_text
-from nvembed.encoding.load import load_encoder
-from nvembed.encoding.protocol import Encoder
+from nvembed.encoding.encoder import Encoder, load_encoder
 from nvembed.evaluation.results import TaskResult, read_results, write_results
 from nvembed.evaluation.run import evaluate, evaluate_bm25
 from nvembed.evaluation.summary import format_markdown

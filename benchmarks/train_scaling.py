@@ -23,7 +23,7 @@ from peers.setup import Comparison, prepare
 from train_peers import FILES, OURS, ROOT
 
 from nvembed.data.batch import build_batch
-from nvembed.data.convert import Example
+from nvembed.data.examples import Example
 from nvembed.training.contrastive_loss import Objective, evaluate_objective
 
 PARTS = ("tokens", "documents", "processes")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from nvembed.encoding.fake import HashEncoder
+from hash_encoder import HashEncoder
 
 
 class Counting(HashEncoder):

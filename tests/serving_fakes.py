@@ -11,12 +11,11 @@ from typing import ClassVar
 
 import numpy as np
 
+from hash_encoder import HashEncoder
 from nvembed.core.errors import DataError
-from nvembed.encoding.fake import HashEncoder
 from nvembed.serving.config import ServerConfig
-from nvembed.serving.engine import Item, Wish
-from nvembed.serving.model_engines import EncoderEngine
-from nvembed.serving.run import build_server
+from nvembed.serving.engines import EmbedOptions, EncoderEngine, Item
+from nvembed.serving.server import build_server
 
 WIDTH = 16
 
@@ -46,16 +45,16 @@ class HeldEngine:
     def tokens(self, texts: Sequence[str], prompt: str, *, special: bool) -> list:
         return self._inner.tokens(texts, prompt, special=special)
 
-    def prepare(self, texts: Sequence[str], wish: Wish) -> list[Item]:
-        if wish.task == "too long":
+    def prepare(self, texts: Sequence[str], options: EmbedOptions) -> list[Item]:
+        if options.task == "too long":
             raise DataError("the instruction leaves no room", hint="Shorten it")
-        return [Item((text, wish), len(text.split())) for text in texts]
+        return [Item(text, len(text.split()), options) for text in texts]
 
-    def prepare_ids(self, rows: Sequence[Sequence[int]], wish: Wish) -> list[Item]:
-        return [Item((" ".join(map(str, ids)), Wish()), len(ids)) for ids in rows]
+    def prepare_ids(self, rows: Sequence[Sequence[int]], options: EmbedOptions) -> list[Item]:
+        return [Item(" ".join(map(str, ids)), len(ids)) for ids in rows]
 
     def embed(self, items: Sequence[Item]) -> np.ndarray:
-        texts = [item.content[0] for item in items]
+        texts = [item.content for item in items]
         self.batches.append(texts)
         self.began.set()
         assert self.open.wait(30)

@@ -10,7 +10,7 @@ from nvembed.core.files import write_json, write_jsonl
 from nvembed.core.seeding import derive_seed, seed_everything
 from nvembed.data.mixture import load_mixture
 from nvembed.encoding.export.folders import export_model
-from nvembed.model.adapters import save_adapter
+from nvembed.model.backbone import save_adapter
 from nvembed.model.embedder import NVEmbed
 from nvembed.text.instructions import query_prompt
 from nvembed.training.config import TrainConfig

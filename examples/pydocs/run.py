@@ -40,7 +40,7 @@ from pydocs.report import (
 
 if TYPE_CHECKING:
     from nvembed.core.dtypes import Precision
-    from nvembed.encoding.protocol import Encoder
+    from nvembed.encoding.encoder import Encoder
     from nvembed.training.config import TrainConfig
 
 DEFAULT_BACKBONE = Path("assets") / "decoder-6m"
@@ -290,6 +290,6 @@ def _absolute(backbone: str) -> str:
 def _evaluate_model(
     folder: Path, tasks: list[LocalTask], precision: Precision
 ) -> dict[str, TaskResult]:
-    from nvembed.encoding.load import load_encoder
+    from nvembed.encoding.encoder import load_encoder
 
     return evaluate(load_encoder(str(folder), precision), tasks)

@@ -23,13 +23,13 @@ if TYPE_CHECKING:
         TrainingError,
         UserError,
     )
-    from nvembed.data.mining_config import MiningConfig
+    from nvembed.data.build_config import MiningConfig
     from nvembed.encoding.doctor.examine import DoctorOptions
     from nvembed.encoding.doctor.examine import examine_model as doctor
+    from nvembed.encoding.encoder import load_encoder
     from nvembed.encoding.export.folders import export_folder as export
     from nvembed.encoding.file_search import search_file
     from nvembed.encoding.files import encode_file
-    from nvembed.encoding.load import load_encoder
     from nvembed.encoding.outputs import OutputFormat
     from nvembed.evaluation.comparison import compare_results as compare
     from nvembed.evaluation.run import evaluate
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from nvembed.mining.miner import mine_negatives
     from nvembed.model.embedder import NVEmbed
     from nvembed.model.settings import LongTexts
-    from nvembed.serving.run import serve
+    from nvembed.serving.server import serve
     from nvembed.training.config import TrainConfig
     from nvembed.training.trainer import train
 
@@ -87,7 +87,7 @@ _HOMES = {
     "DoctorOptions": "encoding.doctor.examine.DoctorOptions",
     "IndexOptions": "index.build.IndexOptions",
     "LongTexts": "model.settings.LongTexts",
-    "MiningConfig": "data.mining_config.MiningConfig",
+    "MiningConfig": "data.build_config.MiningConfig",
     "ModelError": "core.errors.ModelError",
     "NVEmbed": "model.embedder.NVEmbed",
     "NVEmbedError": "core.errors.NVEmbedError",
@@ -105,13 +105,13 @@ _HOMES = {
     "evaluate": "evaluation.run.evaluate",
     "export": "encoding.export.folders.export_folder",
     "load_config": "core.config.load_config",
-    "load_encoder": "encoding.load.load_encoder",
+    "load_encoder": "encoding.encoder.load_encoder",
     "load_tasks": "evaluation.tasks.load_tasks",
     "mine": "mining.miner.mine_file",
     "mine_negatives": "mining.miner.mine_negatives",
     "search_file": "encoding.file_search.search_file",
     "search_index": "index.search.search_index",
-    "serve": "serving.run.serve",
+    "serve": "serving.server.serve",
     "train": "training.trainer.train",
 }
 

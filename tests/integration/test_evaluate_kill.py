@@ -13,7 +13,7 @@ import pytest
 
 from nvembed.cli.main import run
 from nvembed.core.ownership import MARK
-from nvembed.encoding import load
+from nvembed.encoding import encoder
 from nvembed.evaluation.results import items_folder, read_items, read_results
 from task_folders import write_task
 
@@ -74,8 +74,8 @@ def test_killed_in_the_second_task(
     assert list(kept) == ["first"]
 
     asked: list[str] = []
-    original = load.load_encoder
-    monkeypatch.setattr(load, "load_encoder", lambda *of: Noting(original(*of), asked))
+    original = encoder.load_encoder
+    monkeypatch.setattr(encoder, "load_encoder", lambda *of: Noting(original(*of), asked))
     assert run(again) == 0
     results = read_results(output)
     assert results["first"] == kept["first"]  # its seconds too: it was not done again

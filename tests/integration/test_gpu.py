@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from nvembed.data.batch import build_batch
-from nvembed.data.convert import PairSource
+from nvembed.data.examples import PairSource
 from nvembed.data.records import PairRecord
 from nvembed.model.attention import flat_attention
 from nvembed.model.embedder import NVEmbed

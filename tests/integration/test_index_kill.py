@@ -14,8 +14,8 @@ import pytest
 
 pytest.importorskip("lancedb", reason="needs the extra nvembed[index]")
 
+from hash_encoder import HashEncoder
 from nvembed.core.files import write_jsonl
-from nvembed.encoding.fake import HashEncoder
 from nvembed.index.build import index_documents
 from nvembed.index.database import Database
 from nvembed.index.search import SearchOptions, search_database
@@ -24,7 +24,7 @@ DRIVER = """
 import sys, time
 from pathlib import Path
 from nvembed.index import build
-from nvembed.encoding.fake import HashEncoder
+from hash_encoder import HashEncoder
 build.WINDOW_TEXTS = 8
 
 class Slow(HashEncoder):

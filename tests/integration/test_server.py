@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nvembed.encoding.fake import HashEncoder
+from hash_encoder import HashEncoder
 from serving_fakes import WIDTH, HeldEngine, make_config, running
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -269,7 +269,7 @@ def model():
 @pytest.fixture(scope="module")
 def served(model) -> Iterator[str]:
     """The decoder of the repository behind a real server; yields its address."""
-    from nvembed.serving.model_engines import build_engine
+    from nvembed.serving.engines import build_engine
 
     with running(build_engine(model), make_config()) as port:
         yield f"http://127.0.0.1:{port}"
@@ -322,10 +322,10 @@ def test_llama_index(served: str, model) -> None:
 
 # The bound keeps the request waiting while the signal comes.
 WITHOUT_MODEL = """
-from nvembed.encoding.fake import HashEncoder
+from hash_encoder import HashEncoder
 from nvembed.serving.config import ServerConfig
-from nvembed.serving.model_engines import EncoderEngine
-from nvembed.serving.run import run_server
+from nvembed.serving.engines import EncoderEngine
+from nvembed.serving.server import run_server
 config = ServerConfig.model_validate({"model_name": "m", "batching": {"max_wait_ms": 700}})
 run_server(EncoderEngine(HashEncoder(16)), config, host="127.0.0.1", port=0)
 """

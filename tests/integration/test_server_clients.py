@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 from starlette.testclient import TestClient
 
-from nvembed.encoding.fake import HashEncoder
-from nvembed.serving.app import create_app
-from nvembed.serving.keys import ApiKeys
+from hash_encoder import HashEncoder
+from nvembed.serving.middleware import ApiKeys
+from nvembed.serving.server import create_app
 from serving_fakes import WIDTH, HeldEngine, make_config, running
 
 ENCODER = HashEncoder(WIDTH)

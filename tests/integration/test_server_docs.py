@@ -16,9 +16,9 @@ from typing import Any
 import huggingface_hub.constants
 import pytest
 
-import nvembed.serving.run as serving_run
+import nvembed.serving.server as serving_run
 from nvembed.cli.main import run
-from nvembed.encoding.load import load_encoder
+from nvembed.encoding.encoder import load_encoder
 from serving_fakes import running
 
 ROOT = Path(__file__).resolve().parents[2]

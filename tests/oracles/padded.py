@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModel
 
-from nvembed.model.latent_attention import LatentAttention
+from nvembed.model.pooling import LatentAttention
 from nvembed.text.tokens import TokenizedText
 
 

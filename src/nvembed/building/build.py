@@ -3,44 +3,45 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from nvembed.building.mining import teacher_name
-from nvembed.building.one_set import (
-    BUILD,
-    SetJob,
-    build_set,
-    finished_manifest,
-    refused_file,
-    steps_folder,
-)
-from nvembed.building.tools import Tools
-from nvembed.core.cache import content_hash, digest_of
+from nvembed.building.hard_negatives import teacher_name
+from nvembed.building.set_build import BUILD, BuildContext, SetBuild, set_places
 from nvembed.core.errors import ConfigError, UserError
 from nvembed.core.files import alone_in
 from nvembed.core.ownership import check_outputs, check_overlaps
 from nvembed.data.build_config import BuildConfig
-from nvembed.data.built_sets import mining_of, read_manifest, set_settings
-from nvembed.data.sources import DatasetConfig
-from nvembed.data.sources.config import local_sources
-from nvembed.encoding.fingerprint import contents_fingerprint
+from nvembed.data.built_sets import read_manifest, set_settings
+from nvembed.data.config import DatasetConfig
 from nvembed.mining.teachers import check_teacher
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
 _FOLDER_NAME = re.compile(r"\w[\w .+-]*")
+# Columns of the table that a build ends with, of the counts of a set's steps; None: not done.
+_COLUMNS: dict[str, Callable[[dict[str, Any]], int | None]] = {
+    "read": lambda steps: steps["read"]["in"],
+    "refused": lambda steps: steps["read"]["refused"] + steps["select"]["unusable_classes"],
+    "duplicates": lambda steps: steps["distinct"]["in"] - steps["distinct"]["out"],
+    "contaminated": lambda steps: (
+        (clean := steps.get("decontaminate")) and clean["in"] - clean["out"]
+    ),
+    "not used": lambda steps: steps["select"]["beyond_cap"],
+    "mined": lambda steps: (mine := steps.get("mine")) and mine["negatives"],
+    "written": lambda steps: steps["select"]["out"],
+}
 
 
 @dataclass(frozen=True, slots=True)
 class SetOutcome:
-    """What became of a set.
+    """What became of a set, its manifest or why it failed.
 
-    Args:
-        name: of the set.
-        state: ``unchanged`` was built before from the same settings and inputs.
-        manifest: what it holds; None where it failed.
-        error: why it failed.
+    ``unchanged`` is what was built before from the same settings and inputs.
     """
 
     name: str
@@ -55,16 +56,13 @@ class BuildableRecipe(Protocol):
     @property
     def datasets(self) -> tuple[DatasetConfig, ...]:
         """The sets."""
-        ...
 
     @property
     def build(self) -> BuildConfig | None:
         """How they are built; ``None`` is the defaults."""
-        ...
 
     def input_paths(self, base_dir: Path, recipe: Path | None = None) -> list[Path]:
         """Files and folders that the recipe reads, which a build must not write to."""
-        ...
 
 
 def default_folder(recipe: Path) -> str:
@@ -112,98 +110,74 @@ def build_recipe(
     if build.mine is not None:
         teacher = teacher_name(build.mine.teacher, base_dir)
         check_teacher(teacher, build.mine.teacher_model, build.mine, "local")
-    place = (base_dir / build.folder).absolute()
-    _check_outputs(config.datasets, build, place, config.input_paths(base_dir, recipe))
-    with alone_in(place) as alone:
+    context = BuildContext(build, base_dir, (base_dir / build.folder).absolute())
+    _check_outputs(config.datasets, context, config.input_paths(base_dir, recipe))
+    outcomes = []
+    with alone_in(context.folder) as alone:
         if not alone:
             raise UserError(
-                "another build is at work here", where=str(place), hint="Wait for its end"
+                "another build is at work here", where=str(context.folder), hint="Wait for its end"
             )
-        return list(_outcomes(config.datasets, build, place, base_dir, keep_going, log))
+        for number, dataset in enumerate(config.datasets, start=1):
+            label = f"[{number}/{len(config.datasets)}] {dataset.name}"
+            outcomes.append(_build_one(dataset, context, label, keep_going, log))
+    return outcomes
 
 
 def _check_outputs(
-    datasets: Sequence[DatasetConfig], build: BuildConfig, place: Path, inputs: Sequence[Path]
+    datasets: Sequence[DatasetConfig], context: BuildContext, inputs: Sequence[Path]
 ) -> None:
     """Refuse to begin where a set would replace something of the user's."""
-    targets = [place / dataset.name for dataset in datasets]
-    refused = [refused_file(place, dataset.name) for dataset in datasets]
-    steps = [steps_folder(place, dataset.name) for dataset in datasets]
-    check_overlaps([*targets, *refused, *steps], inputs)
-    # What is built already is not written again, whatever was added to it.
-    new = [
-        target
-        for target, dataset in zip(targets, datasets, strict=True)
-        if (manifest := read_manifest(target)) is None
-        or manifest.get("settings") != set_settings(dataset, build)
-    ]
-    check_outputs([*new, *refused], made_by=BUILD)
+    written = []
+    for dataset in datasets:
+        target, refused, steps = set_places(context.folder, dataset.name)
+        check_overlaps([target, refused, steps], inputs)
+        written.append(refused)
+        # What is built already is not written again, whatever was added to it.
+        manifest = read_manifest(target) or {}
+        if manifest.get("settings") != set_settings(dataset, context.build):
+            written.append(target)
+    check_outputs(written, made_by=BUILD)
 
 
-def _outcomes(
-    datasets: Sequence[DatasetConfig],
-    build: BuildConfig,
-    place: Path,
-    base_dir: Path,
+def _build_one(
+    dataset: DatasetConfig,
+    context: BuildContext,
+    label: str,
     keep_going: bool,
     log: Callable[[str], None],
-) -> Iterator[SetOutcome]:
-    """Build one set after the other."""
-    tools = Tools(build, base_dir, place)
-    shared = _SharedInputs(build, base_dir)
-    for number, dataset in enumerate(datasets, start=1):
-        label = f"[{number}/{len(datasets)}] {dataset.name}"
-        try:
-            job = SetJob(dataset, build, place, base_dir, shared.of_set(dataset))
-            manifest = finished_manifest(job)
-            if manifest is not None:
-                yield SetOutcome(dataset.name, "unchanged", manifest)
-                continue
-            log(label)
-            yield SetOutcome(dataset.name, "built", build_set(job, tools))
-        except UserError as error:
-            if not keep_going:
-                raise
-            log(f"{label}: failed: {error}")
-            yield SetOutcome(dataset.name, "failed", None, error)
+) -> SetOutcome:
+    try:
+        build = SetBuild(dataset, context)
+        if (manifest := build.finished_manifest()) is not None:
+            return SetOutcome(dataset.name, "unchanged", manifest)
+        log(label)
+        return SetOutcome(dataset.name, "built", build.run())
+    except UserError as error:
+        if not keep_going:
+            raise
+        log(f"{label}: failed: {error}")
+        return SetOutcome(dataset.name, "failed", None, error)
 
 
-class _SharedInputs:
-    """Hashes of what is read; those of tasks and teacher are taken once."""
+def print_outcomes(outcomes: Sequence[SetOutcome], console: Console) -> None:
+    """Print one row of numbers per set and a sum."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
 
-    def __init__(self, build: BuildConfig, base_dir: Path) -> None:
-        self._build = build
-        self._base_dir = base_dir
-        self._known: dict[str, str | None] = {}
-
-    def of_set(self, dataset: DatasetConfig) -> dict[str, str | None]:
-        files = local_sources(dataset, self._base_dir)
-        mined = mining_of(dataset, self._build) is not None
-        found = {
-            "source": content_hash(*map(digest_of, files)) if files else None,
-            "tasks": self._once("tasks", self._tasks),
-            "teacher": self._once("teacher", self._teacher) if mined else None,
-        }
-        if mined and (reranker := self._once("reranker", self._reranker)) is not None:
-            found["reranker"] = reranker
-        return found
-
-    def _once(self, name: str, make: Callable[[], str | None]) -> str | None:
-        if name not in self._known:
-            self._known[name] = make()
-        return self._known[name]
-
-    def _tasks(self) -> str | None:
-        folders = [digest_of(self._base_dir / name) for name in self._build.tasks]
-        return content_hash(*folders) if folders else None
-
-    def _teacher(self) -> str | None:
-        assert self._build.mine is not None
-        folder = Path(teacher_name(self._build.mine.teacher, self._base_dir))
-        return contents_fingerprint(str(folder)) if folder.is_dir() else None
-
-    def _reranker(self) -> str | None:
-        assert self._build.mine is not None
-        folder = Path(self._build.mine.rerank or "")
-        known = self._build.mine.rerank is not None and folder.is_dir()
-        return contents_fingerprint(str(folder)) if known else None
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    table.add_column("data set", no_wrap=True)
+    for name in _COLUMNS:
+        table.add_column(name, justify="right")
+    table.add_column("state")
+    sums: Counter[str] = Counter()
+    for outcome in outcomes:
+        steps = outcome.manifest and outcome.manifest["steps"]
+        numbers = {name: steps and count(steps) for name, count in _COLUMNS.items()}
+        cells = ["–" if number is None else f"{number:,}" for number in numbers.values()]
+        table.add_row(outcome.name, *cells, outcome.state)
+        sums.update({name: number or 0 for name, number in numbers.items()})
+    if len(outcomes) > 1:
+        table.add_section()
+        table.add_row("all", *(f"{sums[name]:,}" for name in _COLUMNS), "")
+    console.print(table)

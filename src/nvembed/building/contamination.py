@@ -1,7 +1,6 @@
 """Contamination: training texts that an evaluation asks about.
 
-In: evaluation texts (of local task folders: ``evaluation_texts.py``) and training records; out: for
-a record that must go, which evaluation text it holds, by which rule, with which score.
+For a record that must go: which evaluation text it holds, by which rule, with which score.
 
     exact   equal but for case and white space
     near    Jaccard similarity of the shingle sets at or above a threshold
@@ -12,63 +11,59 @@ No rule misses a text that reaches its threshold (``similar_texts.py``).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Literal
 
-from nvembed.building.similar_texts import Bm25Index, ShingleIndex, SimilarTexts
+from nvembed.building.similar_texts import Bm25Index, ShingleIndex
 from nvembed.data.records import PairRecord, Record, StsRecord
-from nvembed.mining.pool import DocumentPool
+from nvembed.evaluation.task_files import (
+    ClassificationData,
+    LabelledTexts,
+    PairData,
+    RerankingData,
+    RetrievalData,
+)
+from nvembed.evaluation.tasks import LocalTask
+from nvembed.mining.corpus import MemoryCorpus
 
 Rule = Literal["exact", "near", "bm25"]
 
 
 @dataclass(frozen=True, slots=True)
 class EvaluationText:
-    """One text, or two that are evaluated as a pair, of the test part of a task.
+    """One text, or two that are evaluated as a pair in either order, of the test part of a task.
 
-    Args:
-        texts: one text, or the two of a pair in either order.
-        task: name of the task.
-        part: which texts of the task, such as ``query`` or ``pair``.
+    ``part`` says which texts of the task they are, such as ``query`` or ``pair``.
     """
 
-    texts: tuple[str] | tuple[str, str]
+    texts: tuple[str, ...]
     task: str
     part: str = "text"
 
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """Why a record must go.
+    """Why a record must go: the first rule that found an evaluation text in texts of the record.
 
-    Args:
-        rule: the rule that found it, the first of them in the order of ``Rule``.
-        score: 1 for exact, else what reached the threshold, in (0, 1]; of a pair the lower one.
-        found: the evaluation text.
-        texts: the text or pair of the record that matched, in its own spelling.
+    The score is 1 for exact, else what reached the threshold, in (0, 1]; of a pair the lower one.
     """
 
     rule: Rule
     score: float
     found: EvaluationText
-    texts: tuple[str] | tuple[str, str]
+    texts: tuple[str, ...]
 
 
 class Contamination:
     """Finds evaluation texts among training records.
 
-    Args:
-        texts: what must not be trained on. Where several are equal the first one is reported.
-        near: Jaccard similarity of shingle sets in (0, 1] from which two texts count as the same;
-            None for off.
-        bm25: lower share of two texts in each other by BM25, in (0, 1] (``similar_texts.py``); None
-            for off. The paper filters Emotion and AmazonCounterfactual
-            so, each against its own test set, without giving a number.
-        shingle_words: words in a shingle.
-
-    The defaults find a text of a dozen words with one of them changed. They find sentences of one
-    form with another name in it as well, which costs a little training data and leaks nothing.
+    ``near`` is the Jaccard similarity of shingle sets from which two texts count as the same, and
+    ``bm25`` the lower share of two texts in each other (``similar_texts.py``), both in (0, 1]; None
+    is off. The defaults find a text of a dozen words with one of them changed. They find sentences
+    of one form with another name in it as well, which costs a little training data and leaks
+    nothing. The paper filters Emotion and AmazonCounterfactual by BM25, without giving a number.
     """
 
     def __init__(
@@ -79,61 +74,42 @@ class Contamination:
         bm25: float | None = None,
         shingle_words: int = 2,
     ) -> None:
-        self._pool = DocumentPool()
-        self._singles: dict[int, EvaluationText] = {}
-        self._pairs: dict[tuple[int, int], EvaluationText] = {}
+        self._pool = MemoryCorpus()
+        # By the rows of their texts in the pool, ascending; of equal items the first counts.
+        self._items: dict[tuple[int, ...], EvaluationText] = {}
         for item in texts:
-            rows = [self._pool.add(text) for text in item.texts]
-            if len(rows) == 1:
-                self._singles.setdefault(rows[0], item)
-            else:
-                self._pairs.setdefault((min(rows), max(rows)), item)
-        self._indexes: list[tuple[Rule, SimilarTexts]] = []
+            self._items.setdefault(tuple(sorted(map(self._pool.add, item.texts))), item)
+        self._sizes = set(map(len, self._items))
+        self._indexes: list[tuple[Rule, ShingleIndex | Bm25Index]] = []
         if near is not None:
             self._indexes.append(("near", ShingleIndex(self._pool.texts, near, shingle_words)))
         if bm25 is not None:
             self._indexes.append(("bm25", Bm25Index(self._pool.texts, bm25)))
 
     def __len__(self) -> int:
-        return len(self._singles) + len(self._pairs)
+        return len(self._items)
 
-    def check(self, text: str) -> Match | None:
-        """Compare a text with the single evaluation texts."""
-        row = self._pool.find(text)
-        if row is not None and row in self._singles:
-            return Match("exact", 1.0, self._singles[row], (text,))
-        if not self._singles:
+    def check(self, *texts: str) -> Match | None:
+        """Compare a text with the single evaluation texts, or two with the pairs."""
+        if len(texts) not in self._sizes:
             return None
+        rows = [row for text in texts if (row := self._pool.find(text)) is not None]
+        if len(rows) == len(texts) and (item := self._items.get(tuple(sorted(rows)))):
+            return Match("exact", 1.0, item, texts)
         for rule, index in self._indexes:
-            scores = {
-                row: score for row, score in index.search(text).items() if row in self._singles
-            }
+            scores: dict[tuple[int, ...], float] = {}
+            similar = [index.search(texts[0]).items()]
+            if similar[0]:
+                similar += [index.search(text).items() for text in texts[1:]]
+            for together in product(*similar):
+                key = tuple(sorted(row for row, _ in together))
+                if len(key) == len(texts) and key in self._items:
+                    # Texts that are similar to both sides reach a pair in both orders.
+                    score = min(score for _, score in together)
+                    scores[key] = max(scores.get(key, 0.0), score)
             if scores:
-                best = min(scores, key=lambda row: (-scores[row], row))
-                return Match(rule, scores[best], self._singles[best], (text,))
-        return None
-
-    def check_pair(self, first: str, second: str) -> Match | None:
-        """Compare two texts with the pairs, in either order."""
-        if not self._pairs:
-            return None
-        row, other = self._pool.find(first), self._pool.find(second)
-        if row is not None and other is not None:
-            found = self._pairs.get((min(row, other), max(row, other)))
-            if found:
-                return Match("exact", 1.0, found, (first, second))
-        for rule, index in self._indexes:
-            ones = index.search(first)
-            others = ones and index.search(second)
-            scores: dict[tuple[int, int], float] = {}
-            for row, score in ones.items():
-                for other, other_score in others.items():
-                    if (pair := (min(row, other), max(row, other))) in self._pairs:
-                        # Texts that are similar to both sides reach the pair in both orders.
-                        scores[pair] = max(scores.get(pair, 0.0), min(score, other_score))
-            if scores:
-                best = min(scores, key=lambda pair: (-scores[pair], pair))
-                return Match(rule, scores[best], self._pairs[best], (first, second))
+                best = min(scores, key=lambda key: (-scores[key], key))
+                return Match(rule, scores[best], self._items[best], texts)
         return None
 
     def check_record(self, record: Record) -> Match | None:
@@ -143,18 +119,49 @@ class Contamination:
         design. A query with its positive, or two sentences of STS, are pairs; a pair that scores
         low is one as well. The texts of STS and classes are queries too.
         """
+        brought: list[tuple[str, ...]]
         if isinstance(record, PairRecord):
-            singles: tuple[str, ...] = (record.query,)
-            pairs = tuple((record.query, positive) for positive in record.positives)
+            brought = [(record.query,), *((record.query, text) for text in record.positives)]
         elif isinstance(record, StsRecord):
-            singles = (record.sentence1, record.sentence2)
-            pairs = (singles,)
+            both = record.sentence1, record.sentence2
+            brought = [both[:1], both[1:], both]
         else:
-            singles, pairs = (record.text,), ()
-        for text in singles:
-            if match := self.check(text):
-                return match
-        for first, second in pairs:
-            if match := self.check_pair(first, second):
-                return match
-        return None
+            brought = [(record.text,)]
+        return next((match for texts in brought if (match := self.check(*texts))), None)
+
+
+def evaluation_texts(
+    tasks: Sequence[LocalTask], *, sentences: bool = False
+) -> Iterator[EvaluationText]:
+    """List what must not be trained on of the test parts of tasks, in the order of their files.
+
+        Retrieval, Reranking    the queries; documents are shared by design and never listed
+        Classification          the texts of the test part
+        Clustering              the texts
+        STS, PairClassification the pairs, on request each sentence as well
+        Summarization           the articles and all their summaries
+
+    With ``sentences`` those of pairs are listed singly as well, as for STS22, whose texts are rare;
+    those of other STS sets are captions and headlines that many sets share.
+    """
+    for task in tasks:
+        data = task.data
+        if isinstance(data, PairData):
+            pairs = list(zip(data.first, data.second, strict=True))
+            for pair in pairs:
+                yield EvaluationText(pair, task.name, "pair")
+            parts: dict[str, Sequence[str]] = {}
+            if sentences:
+                parts = {"sentence": [text for pair in pairs for text in pair]}
+        elif isinstance(data, RetrievalData | RerankingData):
+            parts = {"query": data.queries}
+        elif isinstance(data, ClassificationData):
+            parts = {"text": data.test.texts}
+        elif isinstance(data, LabelledTexts):
+            parts = {"text": data.texts}
+        else:
+            of_articles = zip(data.human, data.machine, strict=True)
+            summaries = [text for some in of_articles for texts in some for text in texts]
+            parts = {"article": data.articles, "summary": summaries}
+        for part, texts in parts.items():
+            yield from (EvaluationText((text,), task.name, part) for text in texts)

@@ -1,114 +1,131 @@
 """What a data set holds, in numbers and samples: ``nvembed data inspect``.
 
-In: records and bad rows, one after the other; out: an ``Inspection``. Memory holds a few numbers
-per record and no texts but the samples.
+Memory holds a few numbers per record and no texts but the samples.
 """
 
 from __future__ import annotations
 
 import random
 from array import array
-from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from operator import itemgetter
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from nvembed.building.distinct import Digests, identity
-from nvembed.core.errors import ConfigError
+from nvembed.building.build import BuildableRecipe, default_folder
+from nvembed.building.row_filters import Digests, identity
+from nvembed.core.errors import ConfigError, DataError
 from nvembed.core.reporting import ProblemCounts, progress
-from nvembed.data.convert import POSITIVE_SCORE
-from nvembed.data.records import Kind, LabelRecord, PairRecord, Record, StsRecord
-from nvembed.data.sources import BadRow, Converted
+from nvembed.data.built_sets import MANIFEST, read_manifest, read_shards
+from nvembed.data.config import DatasetConfig
+from nvembed.data.examples import POSITIVE_SCORE
+from nvembed.data.records import BadRow, Converted, Kind, LabelRecord, PairRecord, Record, StsRecord
+from nvembed.data.sources.opening import open_dataset
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 _PROBLEMS_SHOWN = 5
 _CLASSES_SHOWN = 5
-_BATCH = 256  # records that are tokenised at once
+_SHOWN_CHARACTERS = 160
+_BATCH = 64  # records whose texts are tokenised at once
+
+# A distribution: count, mean, and percentiles that are values that occur.
+Spread = dict[str, float]
+# Numbers of tokens of texts, without special ones.
+CountTokens = Callable[[Sequence[str]], list[int]]
 
 
-class CountTokens(Protocol):
-    """Counts the tokens of texts."""
-
-    def __call__(self, texts: Sequence[str]) -> list[int]:
-        """One number per text, without special tokens."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class Spread:
-    """A distribution: how many values, and where they lie."""
-
-    count: int
-    mean: float
-    min: int
-    median: int
-    p90: int
-    p99: int
-    max: int
-
-    @classmethod
-    def of(cls, values: Sequence[int]) -> Spread | None:
-        """The spread of at least one value, else None. Percentiles are values that occur."""
-        if not values:
-            return None
-        found = np.asarray(values, dtype=np.int64)
-        low, middle, most, nearly_all, high = np.percentile(
-            found, [0, 50, 90, 99, 100], method="inverted_cdf"
-        ).tolist()
-        return cls(len(found), float(found.mean()), low, middle, most, nearly_all, high)
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass
 class Inspection:
-    """What a set holds.
+    """What a set holds; None stands for what its kind does not have.
 
-    Args:
-        name: of the set.
-        kind: of its records.
-        records: their number.
-        bad: rows that are no records.
-        problems: the first kinds of those.
-        repeated: records equal to an earlier one (pairs: with the query of an earlier one).
-        characters: length of the texts of each side.
-        tokens: the same in tokens; None without a tokenizer.
-        per_record: number of positives and negatives of a record.
-        without_negatives: records that have none; None for kinds that have no use for them.
-        classes: number of classes; None where there are none, as of the next two.
-        largest: the largest classes, name and size.
-        smallest: the smallest ones.
-        trained_on: STS pairs scored 4 or more; None for other kinds.
-        samples: some records, as they would be written.
+    ``bad`` are rows that are no records, and ``problems`` the first kinds of those. ``repeated``
+    are records equal to an earlier one (pairs: with the query of an earlier one). Lengths are of
+    the texts of each side, in tokens where there is a tokenizer. ``trained_on`` are STS pairs
+    scored 4 or more.
     """
 
     name: str
     kind: Kind
-    records: int
-    bad: int
-    problems: tuple[str, ...]
-    repeated: int
-    characters: dict[str, Spread]
-    tokens: dict[str, Spread] | None
-    per_record: dict[str, Spread]
-    without_negatives: int | None
-    classes: int | None
-    largest: tuple[tuple[str, int], ...] | None
-    smallest: tuple[tuple[str, int], ...] | None
-    trained_on: int | None
-    samples: tuple[dict[str, Any], ...]
+    records: int = 0
+    bad: int = 0
+    problems: tuple[str, ...] = ()
+    repeated: int = 0
+    characters: dict[str, Spread] = field(default_factory=dict)
+    tokens: dict[str, Spread] | None = None
+    per_record: dict[str, Spread] = field(default_factory=dict)
+    without_negatives: int | None = None
+    classes: int | None = None
+    largest: tuple[tuple[str, int], ...] | None = None
+    smallest: tuple[tuple[str, int], ...] | None = None
+    trained_on: int | None = None
+    samples: tuple[dict[str, Any], ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The inspection as plain data."""
         return asdict(self)
 
 
-def load_token_counter(folder: Path) -> CountTokens:
-    """Count with the tokenizer of a model folder.
+class OpenSet(NamedTuple):
+    """A set to be read once; the rows raise ``SourceError`` where the source cannot be opened."""
 
-    Raises:
-        ConfigError: there is none in it.
+    name: str
+    kind: Kind
+    rows: Iterable[Converted | BadRow]
+
+
+def open_sets(
+    path: Path, given: DatasetConfig | None, read_recipe: Callable[[Path], BuildableRecipe]
+) -> Iterator[OpenSet]:
+    """Find the sets at a path.
+
+    A path is a recipe, whose sets are taken as built where they are, else from their sources; the
+    folder of a built set, or of several; or a file of records, read as ``given`` says.
     """
+    if path.suffix in (".yaml", ".yml"):
+        config = read_recipe(path)
+        built = path.parent / (config.build.folder if config.build else default_folder(path))
+        for dataset in config.datasets:
+            folder, kind = built / dataset.name, dataset.kind
+            manifest = read_manifest(folder)
+            if manifest is not None and manifest["kind"] == kind:
+                yield OpenSet(f"{dataset.name} (built)", kind, read_shards(folder, kind))
+            else:
+                yield OpenSet(dataset.name, kind, _when_asked(dataset, path.parent))
+    elif path.is_dir():
+        folders = sorted(file.parent for file in path.glob(f"*/{MANIFEST}"))
+        if (path / MANIFEST).is_file():
+            folders = [path]
+        if not folders:
+            raise DataError("no built data set here", where=str(path), expected=f"a {MANIFEST}")
+        for folder in folders:
+            manifest = read_manifest(folder)
+            if manifest is None:
+                raise DataError("the set is not whole", where=str(folder), hint="Build it again")
+            yield OpenSet(manifest["name"], manifest["kind"], read_shards(folder, manifest["kind"]))
+    elif given is None:
+        raise ConfigError(
+            "the kind of the records is missing",
+            where="--kind",
+            expected="retrieval, nli, sts, classification or clustering",
+        )
+    else:
+        yield OpenSet(given.name, given.kind, open_dataset(given, base_dir=Path()).rows)
+
+
+def _when_asked(dataset: DatasetConfig, base_dir: Path) -> Iterator[Converted | BadRow]:
+    """Open a source when its first row is asked for, so that others can be read without it."""
+    yield from open_dataset(dataset, base_dir=base_dir).rows
+
+
+def load_token_counter(folder: Path) -> CountTokens:
+    """Count with the tokenizer of a model folder."""
     from tokenizers import Tokenizer
 
     path = folder / "tokenizer.json"
@@ -119,11 +136,9 @@ def load_token_counter(folder: Path) -> CountTokens:
     tokenizer = Tokenizer.from_file(str(path))
     tokenizer.no_truncation()
     tokenizer.no_padding()
-
-    def count(texts: Sequence[str]) -> list[int]:
-        return [len(found) for found in tokenizer.encode_batch(texts, add_special_tokens=False)]
-
-    return count
+    return lambda texts: [
+        len(found) for found in tokenizer.encode_batch(texts, add_special_tokens=False)
+    ]
 
 
 def inspect(
@@ -134,109 +149,81 @@ def inspect(
     num_samples: int,
     count_tokens: CountTokens | None = None,
 ) -> Inspection:
-    """Look at all records of a set.
+    """Look at all records of a set, and keep some of them, drawn evenly with a fixed seed.
 
-    Args:
-        name: of the set.
-        kind: of its records.
-        rows: records and bad rows.
-        num_samples: how many records to keep, drawn evenly with a fixed seed.
-        count_tokens: None for lengths in characters alone.
+    Without ``count_tokens`` lengths are in characters alone.
     """
-    tally = _Tally(num_samples, count_tokens)
+    found, trained_on = Inspection(name, kind), 0
+    problems, digests, classes = ProblemCounts(), Digests(), Counter[str]()
+    characters, tokens, per_record = (
+        defaultdict[str, "array[int]"](lambda: array("q")) for _ in range(3)
+    )
+    samples: list[tuple[int, Record]] = []
+    choose = random.Random(0)
+    waiting = iter(rows)
     with progress(None, f"inspect {name}") as bar:
-        for row in rows:
-            tally.add(row)
-            bar.advance()
-    return tally.result(name, kind)
+        while batch := list(islice(waiting, _BATCH)):
+            sides: list[tuple[str, str]] = []
+            for row in batch:
+                if isinstance(row, BadRow):
+                    problems.add(row.place, row.problem)
+                    continue
+                record = row.record
+                found.records += 1
+                _sample(record, found.records, samples, num_samples, choose)
+                digests.add(*identity(record))
+                sides += _sides(record)
+                if isinstance(record, LabelRecord):
+                    classes[record.label] += 1
+                    continue
+                per_record["negatives"].append(len(record.negatives))
+                if isinstance(record, PairRecord):
+                    per_record["positives"].append(len(record.positives))
+                else:
+                    trained_on += record.score >= POSITIVE_SCORE
+            counts = count_tokens([text for _, text in sides]) if count_tokens else ()
+            for side, text in sides:
+                characters[side].append(len(text))
+            for (side, _), count in zip(sides, counts, strict=False):
+                tokens[side].append(count)
+            bar.advance(len(batch))
+    firsts = digests.first_rows()
+    found.bad, found.problems = problems.count, tuple(map(str, problems.kinds[:_PROBLEMS_SHOWN]))
+    found.repeated = int((firsts != np.arange(len(firsts))).sum())
+    found.characters, found.per_record = _spreads(characters), _spreads(per_record)
+    found.tokens = _spreads(tokens) if count_tokens else None
+    if kind in ("classification", "clustering"):
+        ordered = sorted(classes.items(), key=lambda item: (-item[1], item[0]))
+        found.classes = len(ordered)
+        found.largest = tuple(ordered[:_CLASSES_SHOWN])
+        found.smallest = tuple(ordered[: -_CLASSES_SHOWN - 1 : -1])
+    else:
+        found.without_negatives = per_record["negatives"].count(0)
+    if kind == "sts":
+        found.trained_on = trained_on
+    found.samples = tuple(record.to_json() for _, record in sorted(samples, key=itemgetter(0)))
+    return found
 
 
-class _Tally:
-    """Numbers so far."""
-
-    def __init__(self, num_samples: int, count_tokens: CountTokens | None) -> None:
-        self._num_samples = num_samples
-        self._count_tokens = count_tokens
-        self._choose = random.Random(0)
-        self._samples: list[tuple[int, Record]] = []
-        self._records = self._trained_on = self._without_negatives = 0
-        self._problems = ProblemCounts()
-        self._digests = Digests()
-        self._characters: dict[str, array[int]] = {}
-        self._tokens: dict[str, array[int]] = {}
-        self._per_record: dict[str, array[int]] = {}
-        self._classes: Counter[str] = Counter()
-        self._waiting: list[tuple[str, str]] = []  # side and text, to be tokenised
-
-    def add(self, row: Converted | BadRow) -> None:
-        if isinstance(row, BadRow):
-            self._problems.add(row.place, row.problem)
-            return
-        record = row.record
-        self._records += 1
-        self._draw(record)
-        self._digests.add(*identity(record))
-        for side, text in _sides(record):
-            self._characters.setdefault(side, array("q")).append(len(text))
-            if self._count_tokens is not None:
-                self._waiting.append((side, text))
-        if len(self._waiting) >= _BATCH:
-            self._tokenise()
-        if isinstance(record, LabelRecord):
-            self._classes[record.label] += 1
-            return
-        self._per_record.setdefault("negatives", array("q")).append(len(record.negatives))
-        self._without_negatives += not record.negatives
-        if isinstance(record, PairRecord):
-            self._per_record.setdefault("positives", array("q")).append(len(record.positives))
-        else:
-            self._trained_on += record.score >= POSITIVE_SCORE
-
-    def _draw(self, record: Record) -> None:
-        """Keep each record so far with the same chance."""
-        if len(self._samples) < self._num_samples:
-            self._samples.append((self._records, record))
-        elif (place := self._choose.randrange(self._records)) < self._num_samples:
-            self._samples[place] = (self._records, record)
-
-    def _tokenise(self) -> None:
-        if self._count_tokens is None or not self._waiting:
-            return
-        counts = self._count_tokens([text for _, text in self._waiting])
-        for (side, _), count in zip(self._waiting, counts, strict=True):
-            self._tokens.setdefault(side, array("q")).append(count)
-        self._waiting = []
-
-    def result(self, name: str, kind: Kind) -> Inspection:
-        self._tokenise()
-        has_classes = kind in ("classification", "clustering")
-        ordered = sorted(self._classes.items(), key=lambda item: (-item[1], item[0]))
-        firsts = self._digests.first_rows() if self._records else np.empty(0)
-        return Inspection(
-            name=name,
-            kind=kind,
-            records=self._records,
-            bad=self._problems.count,
-            problems=tuple(map(str, self._problems.kinds[:_PROBLEMS_SHOWN])),
-            repeated=int((firsts != np.arange(len(firsts))).sum()),
-            characters=_spreads(self._characters),
-            tokens=None if self._count_tokens is None else _spreads(self._tokens),
-            per_record=_spreads(self._per_record),
-            without_negatives=None if has_classes else self._without_negatives,
-            classes=len(ordered) if has_classes else None,
-            largest=tuple(ordered[:_CLASSES_SHOWN]) if has_classes else None,
-            smallest=tuple(ordered[: -_CLASSES_SHOWN - 1 : -1]) if has_classes else None,
-            trained_on=self._trained_on if kind == "sts" else None,
-            samples=tuple(record.to_json() for _, record in sorted(self._samples, key=_place)),
-        )
+def _sample(
+    record: Record, number: int, samples: list[tuple[int, Record]], most: int, choose: random.Random
+) -> None:
+    """Keep each of the records so far with the same chance."""
+    if len(samples) < most:
+        samples.append((number, record))
+    elif (place := choose.randrange(number)) < most:
+        samples[place] = (number, record)
 
 
-def _place(sample: tuple[int, Record]) -> int:
-    return sample[0]
-
-
-def _spreads(values: dict[str, array[int]]) -> dict[str, Spread]:
-    return {side: spread for side, found in values.items() if (spread := Spread.of(found))}
+def _spreads(numbers: dict[str, array[int]]) -> dict[str, Spread]:
+    found: dict[str, Spread] = {}
+    for side, some in numbers.items():
+        low, middle, p90, p99, high = np.percentile(
+            some, [0, 50, 90, 99, 100], method="inverted_cdf"
+        ).tolist()
+        found[side] = {"count": len(some), "mean": float(np.mean(some)), "min": low}
+        found[side] |= {"median": middle, "p90": p90, "p99": p99, "max": high}
+    return found
 
 
 def _sides(record: Record) -> list[tuple[str, str]]:
@@ -247,3 +234,57 @@ def _sides(record: Record) -> list[tuple[str, str]]:
     else:
         sides = [("query", record.query), *(("positive", text) for text in record.positives)]
     return [*sides, *(("negative", text) for text in record.negatives)]
+
+
+# --- For reading ----------------------------------------------------------------------------------
+
+
+def print_inspection(found: Inspection, console: Console) -> None:
+    """Print the numbers of a set, a table of lengths and its samples."""
+    from rich.box import SIMPLE_HEAD
+    from rich.markup import escape
+    from rich.table import Table
+
+    parts = [f"{found.records:,} records", f"{found.repeated:,} repeated"]
+    if found.bad:
+        parts.append(f"{found.bad:,} bad rows")
+    if found.without_negatives is not None:
+        parts.append(f"{found.without_negatives:,} without negatives")
+    if found.trained_on is not None:
+        parts.append(f"{found.trained_on:,} scored 4 or more")
+    if found.classes is not None and found.largest and found.smallest:
+        (most, largest), (least, smallest) = found.largest[0], found.smallest[0]
+        parts.append(
+            f"{found.classes:,} classes from {smallest:,} ({escape(least)}) "
+            f"to {largest:,} ({escape(most)})"
+        )
+    console.print(f"[bold]{escape(found.name)}[/bold] ({found.kind}): {', '.join(parts)}")
+    for problem in found.problems:
+        console.print(f"  bad row {escape(problem)}", highlight=False)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("")
+    for name in ("texts", "mean", "min", "median", "90 %", "99 %", "max"):
+        table.add_column(name, justify="right")
+    for side, spread in found.characters.items():
+        table.add_row(f"{side}, characters", *_cells(spread))
+        if found.tokens is not None:
+            table.add_row(f"{side}, tokens", *_cells(found.tokens[side]))
+    for side, spread in found.per_record.items():
+        table.add_row(f"{side} of a record", *_cells(spread))
+    console.print(table)
+    for sample in found.samples:
+        for key, value in sample.items():
+            console.print(f"  {key}: {_short(value)}", markup=False, highlight=False)
+        console.print()
+
+
+def _cells(spread: Spread) -> list[str]:
+    return [f"{value:,.1f}" if name == "mean" else f"{value:,}" for name, value in spread.items()]
+
+
+def _short(value: object) -> str:
+    if isinstance(value, list):
+        shown = " | ".join(_short(item) for item in value[:2])
+        return shown + (f" | … {len(value)} in all" if len(value) > 2 else "")
+    text = " ".join(str(value).split())
+    return text if len(text) <= _SHOWN_CHARACTERS else text[: _SHOWN_CHARACTERS - 1] + "…"

@@ -1,59 +1,47 @@
-"""Similar texts among fixed ones, all of them, without comparing with each.
+"""Indexes of texts that find the similar ones without comparing each with each.
 
-In: texts to search; out: for a text, the rows of those whose score reaches a threshold, with the
-scores. Each index holds of every text only so many of its rarest parts that no text can reach the
-threshold without one of them (prefix filter; Bayardo et al., Scaling Up All Pairs Similarity
-Search, 2007). What shares such a part is scored. Next file: ``contamination.py``.
+``ShingleIndex`` and ``Bm25Index`` find, among fixed texts, all whose score reaches a threshold.
+They hold of every text only so many of its rarest parts that no text can reach the threshold
+without one of them (prefix filter; Bayardo et al., Scaling Up All Pairs Similarity Search, 2007).
+What shares such a part is scored. ``NearDuplicates`` finds them in a stream.
 """
 
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from nvembed.building.shingles import jaccard, shingles, word_list
+from nvembed.core.errors import UserError
+from nvembed.encoding.bm25 import BM25
+from nvembed.text.similarity import jaccard, shingles, word_list
 
-# As encoding/bm25.py, from Anserini.
-_K1, _B = 0.9, 0.4
 _ROUNDING = 1e-9
-
-
-class SimilarTexts(Protocol):
-    """Texts that can be searched by a score in [0, 1]."""
-
-    def search(self, text: str) -> dict[int, float]:
-        """Return the score of every row that reaches the threshold."""
-        ...
+_SEED = 1
+_MISSED = 0.02
 
 
 class ShingleIndex:
-    """Texts by the Jaccard similarity of their shingles.
-
-    Args:
-        texts: what is searched.
-        threshold: similarity in (0, 1].
-        shingle_words: words in a shingle.
-    """
+    """Texts by the Jaccard similarity in (0, 1] of their shingles of ``shingle_words`` words."""
 
     def __init__(self, texts: Sequence[str], threshold: float, shingle_words: int) -> None:
-        assert 0 < threshold <= 1
         self._threshold = threshold
         self._shingle_words = shingle_words
         self._shingles = [shingles(text, shingle_words) for text in texts]
-        self._rows_with: dict[int, list[int]] = {}
+        self._rows_with: defaultdict[int, list[int]] = defaultdict(list)
         together = np.concatenate([np.empty(0, np.uint64), *self._shingles])
         different, counts = np.unique(together, return_counts=True)
         for row, own in enumerate(self._shingles):
-            # Whoever reaches the threshold holds ceil(t * n) of the n shingles, so one of any
+            # Whoever reaches the threshold t holds ceil(t * n) of the n shingles, so one of any
             # n - ceil(t * n) + 1 of them.
             size = len(own) - math.ceil(threshold * len(own) - _ROUNDING) + 1
             rarest = np.argsort(counts[np.searchsorted(different, own)], kind="stable")[:size]
             for shingle in own[rarest].tolist():
-                self._rows_with.setdefault(shingle, []).append(row)
+                self._rows_with[shingle].append(row)
 
     def search(self, text: str) -> dict[int, float]:
         """Return the similarity of every row that reaches the threshold."""
@@ -73,61 +61,124 @@ class ShingleIndex:
 class Bm25Index:
     """Texts by the share of their BM25 score that a query reaches, and the query's own share.
 
-    The score of query q for text d is that of ``encoding/bm25.py`` with every different word of the
-    query once. So d scores most for queries that hold all its words, itself among them, and
-    dividing by that gives a share from 0 (no word in common) to 1, whatever the lengths and the
-    collection. Any long query reaches 1 for a short d, so that alone says little: the score is the
-    lower one of this share and of the part that words of d have in q, by weight idf.
-
-    Args:
-        texts: what is searched; the weights of words come from them.
-        threshold: share in (0, 1].
+    The score of query q for text d is that of ``encoding/bm25.py`` with every different word of q
+    once. So d scores most for queries that hold all its words, and dividing by that gives a share
+    from 0 (no word in common) to 1, whatever the lengths. Any long query reaches 1 for a short d,
+    so the lower one counts of this share and of the part that words of d have in q, by weight idf.
     """
 
     def __init__(self, texts: Sequence[str], threshold: float) -> None:
-        assert 0 < threshold <= 1
         self._threshold = threshold
-        counts = [Counter(word_list(text)) for text in texts]
-        found_in = Counter(word for own in counts for word in own)
-        self._idf = {
-            word: math.log1p((len(texts) - count + 0.5) / (count + 0.5))
-            for word, count in found_in.items()
-        }
+        searched = BM25(texts, words=word_list)
+        self._idf = dict(zip(searched.vocabulary, searched.idf.tolist(), strict=True))
         self._idf_unseen = math.log1p((len(texts) + 0.5) / 0.5)
-        lengths = [sum(own.values()) for own in counts]
-        mean = sum(lengths) / max(1, len(lengths))
         self._weights: list[dict[str, float]] = []
-        self._rows_with: dict[str, list[int]] = {}
-        for row, own in enumerate(counts):
-            spread = _K1 * (1 - _B + _B * lengths[row] / mean)
-            weights = {
-                word: self._idf[word] * (count * (_K1 + 1) / (count + spread))
-                for word, count in own.items()
-            }
-            whole = sum(weights.values())
-            weights = {word: weight / whole for word, weight in weights.items()}
-            self._weights.append(weights)
+        self._rows_with: defaultdict[str, list[int]] = defaultdict(list)
+        of_column = list(searched.vocabulary)
+        weights, starts = searched.weights, searched.weights.indptr
+        for row in range(len(texts)):
+            own = slice(starts[row], starts[row + 1])
+            shares = weights.data[own] / weights.data[own].sum()
+            words = [of_column[column] for column in weights.indices[own].tolist()]
+            self._weights.append(dict(zip(words, shares.tolist(), strict=True)))
             # Without one of the heaviest words the rest cannot reach the threshold.
             rest = 1.0
-            for word in sorted(weights, key=lambda word: (-weights[word], word)):
+            for word, share in sorted(self._weights[-1].items(), key=lambda one: (-one[1], one[0])):
                 if rest < threshold - _ROUNDING:
                     break
-                self._rows_with.setdefault(word, []).append(row)
-                rest -= weights[word]
+                self._rows_with[word].append(row)
+                rest -= share
 
     def search(self, text: str) -> dict[int, float]:
         """Return the share of every row that reaches the threshold."""
         own = {word: self._idf.get(word, self._idf_unseen) for word in word_list(text)}
         whole = sum(own.values())
-        candidates = {row for word in own for row in self._rows_with.get(word, ())}
         found = {}
-        for row in candidates:
+        for row in {row for word in own for row in self._rows_with.get(word, ())}:
             weights = self._weights[row]
-            shared = own.keys() & weights.keys()
-            of_text = sum(weights[word] for word in sorted(shared))
+            shared = sorted(own.keys() & weights.keys())
+            of_text = sum(weights[word] for word in shared)
             if of_text < self._threshold - _ROUNDING:
                 continue
-            share = min(1.0, of_text, sum(own[word] for word in sorted(shared)) / whole)
+            share = min(1.0, of_text, sum(own[word] for word in shared) / whole)
             if share >= self._threshold - _ROUNDING:
                 found[row] = share
         return found
+
+
+class NearDuplicates:
+    """The texts of a stream so far, as hashes: about 2 kB each at the defaults, 8 bytes per word.
+
+    MinHash LSH (``rensa``) proposes candidates, and the Jaccard similarity of the shingle sets
+    decides. A duplicate exactly at the threshold is missed with a chance of 2 % at most, one above
+    it far more seldom, and one of similarity 1 never. The same texts in the same order give the
+    same answers in every process. A MinHash has ``num_hashes`` numbers at most.
+    """
+
+    def __init__(
+        self, threshold: float = 0.8, *, shingle_words: int = 3, num_hashes: int = 64
+    ) -> None:
+        try:
+            import rensa
+        except ImportError as error:
+            raise UserError(
+                "near-duplicates need the package rensa", hint="pip install 'nvembed[data]'"
+            ) from error
+        bands, rows = lsh_shape(threshold, num_hashes)
+        self._threshold = threshold
+        self._shingle_words = shingle_words
+        self._num_hashes = bands * rows
+        self._new_minhash = rensa.RMinHash
+        self._index = rensa.RMinHashLSH(threshold, self._num_hashes, bands)
+        self._shingles: dict[int, NDArray[np.uint64]] = {}
+
+    def __len__(self) -> int:
+        return len(self._shingles)
+
+    def add(self, key: int, text: str) -> None:
+        """Take a text in under a key, 0 or more, that was not used before."""
+        self._insert(key, *self._hashed(text))
+
+    def find(self, text: str) -> list[int]:
+        """Return the keys of the texts that are near-duplicates of this one, ascending."""
+        return self._near(*self._hashed(text))
+
+    def find_or_add(self, key: int, text: str) -> list[int]:
+        """Return what ``find`` returns; where that is nothing, take the text in."""
+        hashed = self._hashed(text)
+        found = self._near(*hashed)
+        if not found:
+            self._insert(key, *hashed)
+        return found
+
+    def _hashed(self, text: str) -> tuple[NDArray[np.uint64], Any]:
+        own = shingles(text, self._shingle_words)
+        minhash = self._new_minhash(self._num_hashes, _SEED)
+        # The same bytes on machines of either byte order.
+        data = own.astype("<u8", copy=False).tobytes()
+        minhash.update([data[at : at + 8] for at in range(0, len(data), 8)])
+        return own, minhash
+
+    def _insert(self, key: int, own: NDArray[np.uint64], minhash: Any) -> None:
+        self._index.insert(key, minhash)
+        self._shingles[key] = own
+
+    def _near(self, own: NDArray[np.uint64], minhash: Any) -> list[int]:
+        least = self._threshold - _ROUNDING
+        candidates = self._index.query(minhash)
+        return sorted(key for key in candidates if jaccard(own, self._shingles[key]) >= least)
+
+
+def lsh_shape(threshold: float, num_hashes: int) -> tuple[int, int]:
+    """Choose the number of bands b and of hashes per band r, with ``b * r <= num_hashes``.
+
+    Two texts of similarity s meet in one of b bands of r hashes with the chance 1 - (1 - s^r)^b.
+    The longest bands, which propose least in vain, that miss 2 % at the threshold at most.
+    """
+    rows = 1
+    while rows < num_hashes:
+        bands = num_hashes // (rows + 1)
+        if (1 - threshold ** (rows + 1)) ** bands > _MISSED:
+            break
+        rows += 1
+    return num_hashes // rows, rows

@@ -6,7 +6,7 @@ import json
 import os
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 
@@ -16,33 +16,38 @@ from nvembed.cli.options import (
     Recipe,
     argument,
     console,
+    echo_error,
+    option,
     overrides,
     read_columns,
-    value,
 )
-
-if TYPE_CHECKING:
-    from nvembed.building.inspection import Inspection
-
 
 data = typer.Typer(
     help="Build training data from files and hub data sets, look into it, check it.",
     no_args_is_help=True,
 )
-KeepGoing = Annotated[
-    bool, typer.Option("--keep-going", help="Go on with the other sets where one fails.")
+Kind = Literal["retrieval", "nli", "sts", "classification", "clustering"]
+KeepGoing = Annotated[bool, option("Go on with the other sets where one fails.", "--keep-going")]
+Changes = Annotated[
+    list[str] | None,
+    overrides("Changes to the recipe: a key path such as build.max_refused=0.1."),
+]
+Settings = Annotated[
+    list[str] | None, overrides("Settings, such as tasks=20000 or concurrency=64.")
+]
+Endpoint = Annotated[
+    str, option("Base URL of an OpenAI-compatible API, such as http://localhost:8000/v1.")
+]
+KeyVariable = Annotated[
+    str, typer.Option(help="Environment variable that holds the key, if one is needed.")
+]
+Conversion = Annotated[
+    Literal["example", "label"], typer.Option(help="What classes are turned into.")
 ]
 
 
 @data.command()
-def build(
-    recipe: Recipe,
-    changes: Annotated[
-        list[str] | None,
-        overrides("Changes to the recipe: a key path such as build.max_refused=0.1."),
-    ] = None,
-    keep_going: KeepGoing = False,
-) -> None:
+def build(recipe: Recipe, changes: Changes = None, keep_going: KeepGoing = False) -> None:
     """Build the data sets of a recipe: read, check, de-duplicate, decontaminate, mine, write.
 
     Parquet files and a manifest per set go to the folder `build.folder` of the recipe, else to
@@ -57,8 +62,7 @@ def build(
       nvembed data build recipes/small-built.yaml --keep-going
       nvembed data build recipes/small-built.yaml build.mine=null
     """
-    from nvembed.building.build import build_recipe, default_folder
-    from nvembed.building.report import print_outcomes
+    from nvembed.building.build import build_recipe, default_folder, print_outcomes
     from nvembed.core.config import load_config
     from nvembed.core.errors import DataError
     from nvembed.training.config import TrainConfig
@@ -71,16 +75,13 @@ def build(
         folder=folder,
         recipe=recipe,
         keep_going=keep_going,
-        log=lambda line: typer.echo(line, err=True),
+        log=echo_error,
     )
     print_outcomes(outcomes, console())
-    failed = [outcome for outcome in outcomes if outcome.state == "failed"]
+    failed = [f"{one.name}: {one.error}" for one in outcomes if one.state == "failed"]
     if failed:
-        raise DataError(
-            f"{len(failed)} of {len(outcomes)} data sets failed: "
-            + " | ".join(f"{outcome.name}: {outcome.error}" for outcome in failed),
-            where=str(recipe),
-        )
+        told = f"{len(failed)} of {len(outcomes)} data sets failed: {' | '.join(failed)}"
+        raise DataError(told, where=str(recipe))
     place = os.path.normpath(recipe.parent / (config.build.folder if config.build else folder))
     if all(outcome.state == "unchanged" for outcome in outcomes):
         typer.echo(f"nothing to do: all sets were built before, in {place}")
@@ -90,24 +91,15 @@ def build(
         typer.echo(f"for training on it, add to the recipe: build: {{folder: {folder}}}")
 
 
-Kind = Literal["retrieval", "nli", "sts", "classification", "clustering"]
-
-
 @data.command()
 def inspect(
-    path: Annotated[
-        Path,
-        argument("A recipe, a built set, a folder of them, or a file."),
-    ],
-    kind: Annotated[Kind | None, value("What the records of the file are.")] = None,
+    path: Annotated[Path, argument("A recipe, a built set, a folder of them, or a file.")],
+    kind: Annotated[Kind | None, option("What the records of the file are.")] = None,
     layout: Layout = "records",
     columns: Columns = None,
-    tokenizer: Annotated[
-        Path | None,
-        value("Model folder whose tokens are counted too."),
-    ] = None,
+    tokenizer: Annotated[Path | None, option("Model folder whose tokens are counted too.")] = None,
     samples: Annotated[int, typer.Option(min=0, help="Records to show of each set.")] = 2,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")] = False,
+    as_json: Annotated[bool, option("Print JSON, for machines.", "--json")] = False,
     keep_going: KeepGoing = False,
 ) -> None:
     """Look into training data: samples, lengths, classes, duplicates, negatives.
@@ -121,36 +113,33 @@ def inspect(
       nvembed data inspect pairs.jsonl --kind retrieval --tokenizer MODEL
       nvembed data inspect built/squad --json
     """
-    from nvembed.building.inspection import inspect as look
-    from nvembed.building.inspection import load_token_counter
-    from nvembed.building.inspection_report import print_inspection
-    from nvembed.building.open_sets import open_sets
+    from nvembed.building import inspection
+    from nvembed.building.inspection import open_sets, print_inspection
     from nvembed.core.config import load_config
     from nvembed.core.errors import DataError
-    from nvembed.data.sources import file_dataset
+    from nvembed.data.config import file_dataset
     from nvembed.training.config import TrainConfig
 
     given = None
     if kind is not None:
         given = file_dataset(path, kind, layout=layout, columns=read_columns(columns))
-    counter = None if tokenizer is None else load_token_counter(tokenizer)
-    found: list[Inspection] = []
-    failed: list[str] = []
+    counter = None if tokenizer is None else inspection.load_token_counter(tokenizer)
+    look = partial(inspection.inspect, num_samples=samples, count_tokens=counter)
+    found, failed = [], []
     for opened in open_sets(path, given, partial(load_config, TrainConfig)):
-        name, rows = opened.name, opened.rows
+        name = opened.name
         try:
-            found.append(look(name, opened.kind, rows, num_samples=samples, count_tokens=counter))
+            found.append(look(name, opened.kind, opened.rows))
         except DataError as error:
             if not keep_going:
                 raise
             failed.append(name)
-            typer.echo(f"not done: {name}: {error}", err=True)
+            echo_error(f"not done: {name}: {error}")
             continue
         if not as_json:
             print_inspection(found[-1], console())
     if as_json:
-        rows_of_json = [inspection.to_json() for inspection in found]
-        typer.echo(json.dumps(rows_of_json, indent=2, ensure_ascii=False))
+        typer.echo(json.dumps([one.to_json() for one in found], indent=2, ensure_ascii=False))
     if failed:
         raise DataError("could not be read", where=", ".join(failed))
 
@@ -158,12 +147,10 @@ def inspect(
 @data.command()
 def check(
     file: Annotated[Path, argument("The file.")],
-    kind: Annotated[Kind, value("What its records are.")],
+    kind: Annotated[Kind, option("What its records are.")],
     layout: Layout = "records",
     columns: Columns = None,
-    conversion: Annotated[
-        Literal["example", "label"], typer.Option(help="What classes are turned into.")
-    ] = "example",
+    conversion: Conversion = "example",
 ) -> None:
     """Check a file of training data to its end. Exit code 2 if something has to be mended.
 
@@ -178,9 +165,9 @@ def check(
       nvembed data check intents.csv --kind classification --column label=intent
       nvembed data check beir/fiqa --kind retrieval --layout beir
     """
-    from nvembed.building.checking import check_file
+    from nvembed.building.check import check_file
     from nvembed.core.errors import DataError
-    from nvembed.data.sources import file_dataset
+    from nvembed.data.config import file_dataset
 
     names = read_columns(columns)
     config = file_dataset(file, kind, layout=layout, columns=names, conversion=conversion)
@@ -200,18 +187,11 @@ def check(
 @data.command()
 def synthesize(
     output: Annotated[Path, argument("Folder for the examples.")],
-    settings: Annotated[
-        list[str] | None, overrides("Settings, such as tasks=20000 or concurrency=64.")
-    ] = None,
+    settings: Settings = None,
     *,
-    endpoint: Annotated[
-        str,
-        value("Base URL of an OpenAI-compatible API, such as http://localhost:8000/v1."),
-    ],
-    model: Annotated[str, value("Name of the model there.")],
-    key_variable: Annotated[
-        str, typer.Option(help="Environment variable that holds the key, if one is needed.")
-    ] = "OPENAI_API_KEY",
+    endpoint: Endpoint,
+    model: Annotated[str, option("Name of the model there.")],
+    key_variable: KeyVariable = "OPENAI_API_KEY",
 ) -> None:
     """Let a language model write training examples: first tasks, then examples of each.
 
@@ -230,7 +210,7 @@ def synthesize(
         --model local 'kinds=["long-short"]' tasks=50 examples_per_task=4
     """
     from nvembed.building.synthesis.config import SynthesisConfig, check_secrets
-    from nvembed.building.synthesis.report import print_summary
+    from nvembed.building.synthesis.run import print_summary
     from nvembed.building.synthesis.run import synthesize as run
     from nvembed.core.config import load_config
 

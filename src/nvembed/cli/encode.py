@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 
@@ -13,33 +13,31 @@ from nvembed.cli.options import (
     Dtype,
     Engine,
     SkipBadLines,
+    bad_lines,
+    echo_error,
+    option,
     read_columns,
-    value,
 )
-
-if TYPE_CHECKING:
-    from nvembed.encoding.files import EncodedFile
 
 Input = Annotated[
     list[Path],
-    value(
+    option(
         "JSONL, CSV, TSV, JSON (also .gz), Parquet, .txt (a text per line), a folder, or "
         "- for stdin; may be repeated."
     ),
 ]
 Output = Annotated[
-    Path, value("A .npy file, one row per text, or a .parquet file or .lance table with ids.")
+    Path, option("A .npy file, one row per text, or a .parquet file or .lance table with ids.")
 ]
 Task = Annotated[
     str | None,
-    typer.Option(
-        help="Instruction, or the name of an MTEB task (FiQA2018) or of a prompt of the model: "
+    option(
+        "Instruction, or the name of an MTEB task (FiQA2018) or of a prompt of the model: "
         "the texts are queries. Without: documents."
     ),
 ]
 TruncateDim = Annotated[
-    int | None,
-    typer.Option(min=1, help="Keep the first dimensions only, at length 1, such as 256."),
+    int | None, option("Keep the first dimensions only, at length 1, such as 256.", min=1)
 ]
 NumberType = Annotated[
     Literal["float32", "int8", "uint8", "binary"],
@@ -106,14 +104,9 @@ def encode(
         processes=processes,
         engine=engine,
     )
-    _tell(done, precision)
-
-
-def _tell(done: EncodedFile, precision: str) -> None:
     if done.skipped is not None and done.skipped.count:
-        for bad in done.skipped.first:
-            typer.echo(f"left out: {bad.place}: {bad.problem}", err=True)
-        typer.echo(f"{done.skipped.count} bad lines were left out", err=True)
+        echo_error(*(f"left out: {line}" for line in bad_lines(done.skipped.first)))
+        echo_error(f"{done.skipped.count} bad lines were left out")
     typer.echo(f"{done.rows} vectors of width {done.dimension}: {done.output}")
     if done.ids is not None:
         typer.echo(f"their ids: {done.ids}")

@@ -8,22 +8,22 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from nvembed.cli.options import Dtype, argument, value
-from nvembed.core.dtypes import PrecisionChoice
+from nvembed.cli.options import Dtype, argument, echo_error, option
 
 if TYPE_CHECKING:
     from mteb.abstasks import AbsTask
 
-    from nvembed.core.dtypes import Precision
+    from nvembed.core.dtypes import Precision, PrecisionChoice
     from nvembed.core.errors import UserError
     from nvembed.evaluation.session import Evaluation
     from nvembed.evaluation.tasks import LocalTask
 
+Model = Annotated[str, argument("Folder or hub id of any sentence-transformers model, or bm25.")]
 Folders = Annotated[
     list[Path] | None,
-    value("Task folders or BEIR folders, or a folder of such folders.", metavar="FOLDER..."),
+    option("Task folders or BEIR folders, or a folder of such folders.", metavar="FOLDER..."),
 ]
-Benchmarks = Annotated[list[str] | None, value('A benchmark of mteb, such as "MTEB(eng, v1)".')]
+Benchmarks = Annotated[list[str] | None, option('A benchmark of mteb, such as "MTEB(eng, v1)".')]
 Instructions = Annotated[
     Literal["paper", "official", "mteb", "none"],
     typer.Option(help="For mteb's tasks: the package's table, or mteb's prompts."),
@@ -36,28 +36,28 @@ Processes = Annotated[
     int, typer.Option(min=1, help="Share the texts of each task; each process has a GPU.")
 ]
 Against = Annotated[
-    list[str] | None, value("Show published scores beside: a hub id such as nvidia/NV-Embed-v2.")
+    list[str] | None, option("Show published scores beside: a hub id such as nvidia/NV-Embed-v2.")
 ]
-Bm25 = Annotated[bool, typer.Option("--bm25", help="Show BM25 beside the model.")]
-StartOver = Annotated[bool, typer.Option("--start-over", help="Replace what the output holds.")]
-KeepGoing = Annotated[
-    bool, typer.Option("--keep-going", help="Score the other tasks where one is broken.")
-]
+Bm25 = Annotated[bool, option("Show BM25 beside the model.", "--bm25")]
+StartOver = Annotated[bool, option("Replace what the output holds.", "--start-over")]
+KeepGoing = Annotated[bool, option("Score the other tasks where one is broken.", "--keep-going")]
+Resamples = Annotated[int, typer.Option(min=100, help="Resamples of every interval and test.")]
+Results = argument(
+    "Results file of `nvembed evaluate`, or a folder with a results.json.", metavar="A"
+)
 
 
 def evaluate(
-    model: Annotated[
-        str, argument("Folder or hub id of any sentence-transformers model, or bm25.")
-    ],
+    model: Model,
     more: Annotated[list[Path] | None, argument("More task folders.", metavar="FOLDER")] = None,
     *,
     tasks: Folders = None,
     benchmark: Benchmarks = None,
-    task: Annotated[list[str] | None, value("A task of mteb, such as STS12.")] = None,
-    type: Annotated[list[str] | None, value("Only mteb's tasks of this type.")] = None,
+    task: Annotated[list[str] | None, option("A task of mteb, such as STS12.")] = None,
+    type: Annotated[list[str] | None, option("Only mteb's tasks of this type.")] = None,
     instructions: Instructions = "paper",
     engine: Engine = "local",
-    cache: Annotated[Path | None, value("Folder that keeps the vectors. Default: none.")] = None,
+    cache: Annotated[Path | None, option("Folder that keeps the vectors. Default: none.")] = None,
     processes: Processes = 1,
     bm25: Bm25 = False,
     against: Against = None,
@@ -92,8 +92,13 @@ def evaluate(
         reference.published_model(name)  # an unknown one is told before hours of work
     session.check_session(session.Settings(model, output, cache=cache), folders)
     failed: dict[str, str] = {}
-    local = _local_tasks(model, folders, broken=failed if keep_going else None)
-    hub, failed = _hub_tasks(benchmark or (), task or (), type, failed)
+    local = _local_tasks(model, folders, failed if keep_going else None)
+    hub: Sequence[AbsTask] = ()
+    if benchmark or task:
+        from nvembed.evaluation.hub import find_hub_tasks
+
+        found = find_hub_tasks(benchmark or (), task or (), type)
+        hub, failed = found.tasks, failed | found.refused
     if not (local or hub):
         raise _not_done(failed)
     precision = _precision(model, dtype, None if start_over else output)
@@ -101,48 +106,31 @@ def evaluate(
     done = session.run_session(
         settings, local, hub, processes=processes, resume=not start_over, keep_going=keep_going
     )
-    _show_table(model, done, local if bm25 else None, against or ())
+    _show_table(model, done, local if bm25 else (), against or ())
     typer.echo(f"written: {output}")
     if failed := failed | done.failed:
         raise _not_done(failed)
 
 
 def _local_tasks(
-    model: str, folders: Sequence[Path], *, broken: dict[str, str] | None
+    model: str, folders: Sequence[Path], broken: dict[str, str] | None
 ) -> list[LocalTask]:
     from nvembed.core.errors import DataError
     from nvembed.evaluation.run import BM25_NAME, fits_bm25
     from nvembed.evaluation.tasks import load_tasks
 
     tasks = load_tasks(folders, broken=broken)
-    if model != BM25_NAME:
-        return tasks
-    if not (fitting := [task for task in tasks if fits_bm25(task)]):
+    if model == BM25_NAME and not (tasks := [task for task in tasks if fits_bm25(task)]):
         raise DataError(
             "BM25 has no score for any of these tasks",
             expected="a Retrieval task in a folder, with the main score ndcg_at_10",
         )
-    return fitting
-
-
-def _hub_tasks(
-    benchmarks: Sequence[str],
-    names: Sequence[str],
-    types: Sequence[str] | None,
-    failed: dict[str, str],
-) -> tuple[list[AbsTask], dict[str, str]]:
-    """Find tasks of mteb; those that cannot be scored, and why, are added to ``failed``."""
-    if not (benchmarks or names):
-        return [], failed
-    from nvembed.evaluation.hub import find_hub_tasks
-
-    found = find_hub_tasks(benchmarks, names, types)
-    return list(found.tasks), failed | found.refused
+    return tasks
 
 
 def _precision(model: str, dtype: PrecisionChoice, begun: Path | None) -> Precision | None:
     """Settle the type to compute in; ``auto`` goes on with that of the results in ``begun``."""
-    from nvembed.encoding.load import settle_dtype
+    from nvembed.encoding.encoder import settle_dtype
     from nvembed.evaluation.run import BM25_NAME
     from nvembed.evaluation.session import earlier_precision
 
@@ -153,13 +141,13 @@ def _precision(model: str, dtype: PrecisionChoice, begun: Path | None) -> Precis
 
 
 def _show_table(
-    model: str, done: Evaluation, for_bm25: Sequence[LocalTask] | None, against: Sequence[str]
+    model: str, done: Evaluation, for_bm25: Sequence[LocalTask], against: Sequence[str]
 ) -> None:
     from nvembed.evaluation.run import BM25_NAME, evaluate_bm25
     from nvembed.evaluation.summary import format_table, published_results
 
     columns = {model: done.results}
-    if for_bm25 is not None and model != BM25_NAME:
+    if for_bm25 and model != BM25_NAME:
         columns[BM25_NAME] = evaluate_bm25(for_bm25)
     for name in against:
         columns[f"{name} (published)"] = published_results(name, done.results)
@@ -170,26 +158,18 @@ def _not_done(failed: Mapping[str, str]) -> UserError:
     """Say which tasks have no result and why, a line for each; the error counts them."""
     from nvembed.core.errors import DataError
 
-    for name, reason in failed.items():
-        typer.echo(f"not done: {name}: {reason}", err=True)
+    echo_error(*(f"not done: {name}: {reason}" for name, reason in failed.items()))
     count = f"{len(failed)} task{'s' if len(failed) > 1 else ''}"
     return DataError(f"{count} could not be done", where=", ".join(failed))
 
 
 def compare(
-    first: Annotated[
-        Path,
-        argument(
-            "Results file of `nvembed evaluate`, or a folder with a results.json.", metavar="A"
-        ),
-    ],
+    first: Annotated[Path, Results],
     second: Annotated[Path, argument("The same of the other model.", metavar="B")],
     *,
-    resamples: Annotated[
-        int, typer.Option(min=100, help="Resamples of every interval and test.")
-    ] = 2000,
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    resamples: Resamples = 2000,
+    markdown: Annotated[bool, option("Print a Markdown table.", "--markdown")] = False,
+    as_json: Annotated[bool, option("Print JSON.", "--json")] = False,
 ) -> None:
     """Compare two models' results: differences, their intervals, and what chance explains.
 

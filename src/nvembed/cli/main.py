@@ -31,21 +31,13 @@ from nvembed.core.reporting import release_notes, show_notes
 
 # Which extra brings a library that the base install lacks.
 _EXTRAS = {
-    "fastapi": "serve",
+    **dict.fromkeys(("fastapi", "orjson", "prometheus_client", "starlette", "uvicorn"), "serve"),
+    **dict.fromkeys(("mteb", "scipy", "sklearn"), "eval"),
+    **dict.fromkeys(("onnx", "onnxruntime", "onnxscript"), "onnx"),
     "httpx2": "synth",
     "lancedb": "index",
     "matplotlib": "plots",
-    "onnx": "onnx",
-    "onnxruntime": "onnx",
-    "onnxscript": "onnx",
-    "orjson": "serve",
-    "prometheus_client": "serve",
-    "mteb": "eval",
     "pyarrow": "data",
-    "scipy": "eval",
-    "sklearn": "eval",
-    "starlette": "serve",
-    "uvicorn": "serve",
 }
 
 app = typer.Typer(
@@ -54,19 +46,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-_COMMANDS: list[Callable[..., None]] = [
-    train,
-    mine,
-    evaluate,
-    compare,
-    ablate,
-    encode,
-    index,
-    search,
-    serve,
-    doctor,
-    export,
-]
+_COMMANDS: tuple[Callable[..., None], ...] = (
+    *(train, mine, evaluate, compare, ablate, encode),
+    *(index, search, serve, doctor, export),
+)
 for _command in _COMMANDS:
     app.command()(_command)
 app.add_typer(data, name="data")
@@ -122,11 +105,8 @@ def run(arguments: Sequence[str], program: typer.Typer = app, name: str = "nvemb
         extra = _EXTRAS.get((error.name or "").partition(".")[0])
         if extra is None:
             raise
-        return _fail(
-            f"this needs {error.name}, which is not installed. "
-            f"Install it with: pip install 'nvembed[{extra}]'",
-            2,
-        )
+        told = f"this needs {error.name}, which is not installed."
+        return _fail(f"{told} Install it with: pip install 'nvembed[{extra}]'", 2)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -15,13 +14,13 @@ from nvembed.cli.options import (
     Engine,
     Layout,
     argument,
+    option,
     overrides,
     read_columns,
-    value,
 )
 
 if TYPE_CHECKING:
-    from nvembed.mining.report import MiningReport, MiningSample, ScoredText
+    from nvembed.mining.report import MiningReport
 
 Input = Annotated[
     Path,
@@ -29,26 +28,26 @@ Input = Annotated[
 ]
 Teacher = Annotated[
     str,
-    value(
+    option(
         "Who scores the candidates: folder or hub id of any sentence-transformers model, "
         "bm25, or the address of an OpenAI-compatible endpoint (http://…/v1; its key in "
         "$NVEMBED_API_KEY)."
     ),
 ]
+Kind = Annotated[Literal["retrieval", "nli", "sts"], typer.Option(help="What the records are.")]
 Instruction = Annotated[
     str | None,
-    typer.Option(
-        help="Task that is put before queries whose record brings none, or the name of an MTEB "
-        "task."
+    option(
+        "Task that is put before queries whose record brings none, or the name of an MTEB task."
     ),
 ]
 Documents = Annotated[
     Path | None,
-    value("File or folder of texts to search. Default: the input's own documents."),
+    option("File or folder of texts to search. Default: the input's own documents."),
 ]
 Work = Annotated[
     Path | None,
-    value(
+    option(
         "Folder for vectors and search results, kept for the next run and shared by "
         "processes. Default: a hidden one beside the output until that is written."
     ),
@@ -65,10 +64,8 @@ def mine(
     settings: Settings = None,
     *,
     teacher: Teacher,
-    teacher_model: Annotated[str | None, value("Name of the model at an endpoint.")] = None,
-    kind: Annotated[
-        Literal["retrieval", "nli", "sts"], typer.Option(help="What the records are.")
-    ] = "retrieval",
+    teacher_model: Annotated[str | None, option("Name of the model at an endpoint.")] = None,
+    kind: Kind = "retrieval",
     layout: Layout = "records",
     columns: Columns = None,
     instruction: Instruction = None,
@@ -97,46 +94,25 @@ def mine(
       torchrun --nproc-per-node=8 -m nvembed mine pairs.jsonl mined.jsonl \\
         --teacher nvidia/NV-Embed-v2 --documents docs.jsonl --work mining
     """
-    given: dict[str, Any] = {
-        "kind": kind,
-        "layout": layout,
-        "columns": read_columns(columns),
-        "instruction": instruction,
-        "documents": documents,
-        "dtype": dtype,
-        "teacher_model": teacher_model,
-    }
-    report = _mine(input, output, teacher, settings or (), work, engine, given)
-    if report is not None:
-        _show_report(report, samples)
-        typer.echo(f"written: {output}")
-
-
-def _mine(
-    input: Path,
-    output: Path,
-    teacher: str,
-    settings: Sequence[str],
-    work: Path | None,
-    engine: Literal["local", "ray"],
-    given: dict[str, Any],
-) -> MiningReport | None:
-    """Mine, or help the first process of a launcher, which is the one that writes."""
     from nvembed.core.config import load_config
     from nvembed.core.errors import ConfigError
-    from nvembed.data.mining_config import MiningConfig
+    from nvembed.data.build_config import MiningConfig
     from nvembed.mining.miner import help_mining, mine_file
 
-    config = load_config(MiningConfig, None, settings)
+    given: dict[str, Any] = {"kind": kind, "layout": layout, "columns": read_columns(columns)}
+    given |= {"instruction": instruction, "documents": documents, "work": work}
+    given |= {"dtype": dtype, "teacher_model": teacher_model}
+    config = load_config(MiningConfig, None, settings or ())
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and work is None:
         raise ConfigError("several processes share it", where="--work", expected="a folder")
-    if work is not None and int(os.environ.get("RANK", "0")):
-        help_mining(input, teacher, config, work=work, **given)
-        return None
-    return mine_file(input, output, teacher, config, work=work, engine=engine, **given)
+    if work is not None and int(os.environ.get("RANK", "0")):  # the first process writes
+        help_mining(input, teacher, config, **given)
+        return
+    _show(mine_file(input, output, teacher, config, engine=engine, **given), samples)
+    typer.echo(f"written: {output}")
 
 
-def _show_report(report: MiningReport, samples: int) -> None:
+def _show(report: MiningReport, samples: int) -> None:
     """Print the counts, how many negatives may be positives that nobody labelled, and samples."""
     from rich.console import Console
     from rich.table import Table
@@ -146,23 +122,16 @@ def _show_report(report: MiningReport, samples: int) -> None:
         f", {report.share_with_fewer:.1%} of the records got fewer than asked for"
     )
     table = Table(title="Negatives that may be positives: score at least …")
-    table.add_column("of the positive's", justify="right")
-    table.add_column("mined", justify="right")
-    table.add_column("nearest, without a rule", justify="right")
+    for heading in ("of the positive's", "mined", "nearest, without a rule"):
+        table.add_column(heading, justify="right")
     for row in report.near_positive:
         shares = ("-" if share is None else f"{share:.1%}" for share in (row.mined, row.nearest))
         table.add_row(f"{row.of_positive:.0%}", *shares)
     Console().print(table)
     for sample in report.samples[:samples]:
-        _show_sample(sample)
-
-
-def _show_sample(sample: MiningSample) -> None:
-    def show(label: str, texts: Sequence[ScoredText]) -> None:
-        for scored in texts:
+        typer.echo(f"\nquery             {' '.join(sample.query.split())[:100]}")
+        rows = [("positive", sample.positive)]
+        rows += [("negative", scored) for scored in sample.negatives[:3]]
+        rows += [("refused", scored) for scored in sample.refused[:3]]
+        for label, scored in rows:
             typer.echo(f"  {label:<8} {scored.score:6.3f} {' '.join(scored.text.split())[:100]}")
-
-    typer.echo(f"\nquery             {' '.join(sample.query.split())[:100]}")
-    show("positive", [sample.positive])
-    show("negative", sample.negatives[:3])
-    show("refused", sample.refused[:3])

@@ -7,35 +7,42 @@ from typing import Annotated, Literal
 
 import typer
 
-from nvembed.cli.options import argument, value
+from nvembed.cli.options import argument, option
+
+Task = Annotated[
+    str | None,
+    option("Instruction of the sample query, or an MTEB task such as SciFact. Default: NQ's."),
+]
+Query = Annotated[str | None, option('Sample query, such as "how do I sort a list?".')]
+Document = Annotated[str | None, option('Sample document, such as "sorted() returns a new list.".')]
+MaxTokens = Annotated[
+    int | None, option("Tokens of each of them, such as 512. Default: the limit.", min=1)
+]
+Batch = Annotated[int, typer.Option(min=1, help="Texts of the memory forecast, such as 256.")]
+Format = Annotated[
+    Literal["nv-embed", "nvembed", "sentence-transformers", "onnx"],
+    option(
+        "NVIDIA's layout, our own folder, stock sentence-transformers modules "
+        "(mean pooling only), or an ONNX graph."
+    ),
+]
+WeightType = Annotated[
+    Literal["float32", "bfloat16", "float16"] | None,
+    option("Of the weights. Default: as they are stored."),
+]
 
 
 def doctor(
     model: Annotated[
-        str,
-        argument("Folder or hub id of any sentence-transformers model or language model."),
+        str, argument("Folder or hub id of any sentence-transformers model or language model.")
     ],
     *,
-    task: Annotated[
-        str | None,
-        typer.Option(
-            help="Instruction of the sample query, or an MTEB task such as SciFact. Default: NQ's."
-        ),
-    ] = None,
-    query: Annotated[
-        str | None, typer.Option(help='Sample query, such as "how do I sort a list?".')
-    ] = None,
-    document: Annotated[
-        str | None, typer.Option(help='Sample document, such as "sorted() returns a new list.".')
-    ] = None,
-    batch: Annotated[
-        int, typer.Option(min=1, help="Texts of the memory forecast, such as 256.")
-    ] = 32,
-    max_tokens: Annotated[
-        int | None,
-        typer.Option(min=1, help="Tokens of each of them, such as 512. Default: the limit."),
-    ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
+    task: Task = None,
+    query: Query = None,
+    document: Document = None,
+    batch: Batch = 32,
+    max_tokens: MaxTokens = None,
+    json: Annotated[bool, option("Print JSON for machines.", "--json")] = False,
 ) -> None:
     """Examine a model by running it: direction, pooled tokens, truncation, memory, drift.
 
@@ -61,18 +68,9 @@ def doctor(
 def export(
     model: Annotated[str, argument("Folder or hub id: saved by nvembed, or NVIDIA's layout.")],
     *,
-    to: Annotated[Path, value("The new folder.")],
-    format: Annotated[
-        Literal["nv-embed", "nvembed", "sentence-transformers", "onnx"],
-        value(
-            "NVIDIA's layout, our own folder, stock sentence-transformers modules "
-            "(mean pooling only), or an ONNX graph."
-        ),
-    ],
-    dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"] | None,
-        typer.Option(help="Of the weights. Default: as they are stored."),
-    ] = None,
+    to: Annotated[Path, option("The new folder.")],
+    format: Format,
+    dtype: WeightType = None,
 ) -> None:
     """Write an embedding model in another format, with a model card.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -13,10 +13,10 @@ from nvembed.core.dtypes import PrecisionChoice
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from nvembed.data.sources.config import Column
+    from nvembed.data.config import Column
 
 
-def value(help: str, *names: str, **more: Any) -> Any:
+def option(help: str, *names: str, **more: Any) -> Any:
     """An option whose default is not worth showing."""
     return typer.Option(*names, help=help, show_default=False, **more)
 
@@ -28,7 +28,7 @@ def argument(help: str, **more: Any) -> Any:
 
 def overrides(help: str) -> Any:
     """``KEY=VALUE`` arguments, which change a configuration."""
-    return typer.Argument(metavar="KEY=VALUE", help=help, show_default=False)
+    return argument(help, metavar="KEY=VALUE")
 
 
 Recipe = Annotated[Path, argument("YAML file; see recipes/.")]
@@ -39,7 +39,7 @@ Dtype = Annotated[
 ]
 Columns = Annotated[
     list[str] | None,
-    value(
+    option(
         "Where a value is found, as `columns` of a recipe says it: text=body, id=key, "
         "query=question. May be repeated; columns of one name are joined.",
         "--column",
@@ -49,9 +49,7 @@ Columns = Annotated[
 Layout = Annotated[
     str, typer.Option(help="How its rows become records; see data/sources/layouts.py.")
 ]
-SkipBadLines = Annotated[
-    bool, typer.Option("--keep-going", help="Leave bad lines out and count them.")
-]
+SkipBadLines = Annotated[bool, option("Leave bad lines out and count them.", "--keep-going")]
 Engine = Annotated[
     Literal["local", "ray"], typer.Option(help="Who embeds: ray is a cluster's workers.")
 ]
@@ -67,22 +65,27 @@ OLD_OPTIONS = {
 
 
 def read_columns(given: Sequence[str] | None) -> dict[str, Column]:
-    """Read ``--column``: columns of the source by the names that the package knows.
-
-    Raises:
-        ConfigError: one is not of the form NAME=COLUMN.
-    """
+    """Read ``--column``; a ConfigError where one is not of the form NAME=COLUMN."""
     from nvembed.core.errors import ConfigError
 
-    columns: dict[str, Column] = {}
+    columns: dict[str, list[str]] = {}
     for one in given or ():
         name, equals, column = one.partition("=")
         if not (name and equals and column):
             raise ConfigError(f"{one!r}", where="--column", expected="NAME=COLUMN")
-        before = columns.get(name)
-        before = (before,) if isinstance(before, str) else before
-        columns[name] = column if before is None else (*before, column)
-    return columns
+        columns.setdefault(name, []).append(column)
+    return {name: tuple(all) if len(all) > 1 else all[0] for name, all in columns.items()}
+
+
+def echo_error(*lines: object) -> None:
+    """Print lines on stderr."""
+    for line in lines:
+        typer.echo(line, err=True)
+
+
+def bad_lines(first: Iterable[Any]) -> list[str]:
+    """Render places and problems of the first lines that were left out."""
+    return [f"{bad.place}: {bad.problem}" for bad in first]
 
 
 def console() -> Console:
@@ -91,9 +94,3 @@ def console() -> Console:
 
     terminal = Console()
     return terminal if terminal.is_terminal else Console(width=120)
-
-
-def one_line(text: str, characters: int) -> str:
-    """Enough of a text to judge it by."""
-    line = " ".join(text.split())
-    return line if len(line) <= characters else line[: characters - 1] + "…"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -13,16 +13,11 @@ from nvembed.cli.options import (
     Dtype,
     SkipBadLines,
     argument,
-    one_line,
+    bad_lines,
+    echo_error,
+    option,
     read_columns,
-    value,
 )
-from nvembed.core.dtypes import PrecisionChoice
-
-if TYPE_CHECKING:
-    from nvembed.data.sources.config import Column
-    from nvembed.index.build import IndexReport
-    from nvembed.index.search import SearchOptions
 
 # Enough of a hit to judge it by, on one or two lines of a terminal.
 SHOWN_CHARS = 160
@@ -32,51 +27,39 @@ Documents = Annotated[
     argument("Files (JSONL, JSON, CSV, TSV, Parquet, text; .gz), folders, or - for stdin."),
 ]
 ModelOnce = Annotated[
-    str | None,
-    typer.Option(help="Folder or hub id; needed once, the database remembers it."),
+    str | None, option("Folder or hub id; needed once, the database remembers it.")
 ]
 TaskOfQueries = Annotated[
     str | None,
-    typer.Option(help="Instruction, or name of a task, of queries without one; of a new database."),
+    option("Instruction, or name of a task, of queries without one; of a new database."),
 ]
-Fields = Annotated[
-    str | None, typer.Option(help="Keys to keep for --where: year,lang. Default: all.")
-]
-Delete = Annotated[
-    list[str] | None, typer.Option(help="Id of a document to remove; may be given often.")
-]
-DeleteFile = Annotated[Path | None, typer.Option(help="File of ids to remove, one per line.")]
-TruncateDim = Annotated[
-    int | None, typer.Option(min=1, help="First dimensions only; of a new database.")
-]
+Fields = Annotated[str | None, option("Keys to keep for --where: year,lang. Default: all.")]
+Delete = Annotated[list[str] | None, option("Id of a document to remove; may be given often.")]
+DeleteFile = Annotated[Path | None, option("File of ids to remove, one per line.")]
+TruncateDim = Annotated[int | None, option("First dimensions only; of a new database.", min=1)]
 AnnAbove = Annotated[
     int, typer.Option(min=0, help="Documents from which on search is approximate.")
 ]
+Place = Annotated[
+    str,
+    argument("Database of nvembed index; or a model, with --documents.", metavar="DB_OR_MODEL"),
+]
+TextFiles = Annotated[Path | None, option("A file or folder as nvembed encode takes them.")]
 TaskOfQuery = Annotated[
     str | None,
-    typer.Option(
-        help="Instruction for the query, or the name of an MTEB task (FiQA2018) or of a prompt."
-    ),
+    option("Instruction for the query, or the name of an MTEB task (FiQA2018) or of a prompt."),
 ]
-Where = Annotated[
-    str | None, typer.Option(help="Filter of a database: \"year > 2000 AND lang = 'en'\".")
-]
-Hybrid = Annotated[
-    bool, typer.Option("--hybrid", help="In a database: by words as well, ranks fused.")
-]
-Exact = Annotated[
-    bool, typer.Option("--exact", help="Compare with every vector of a large database.")
-]
-ModelNow = Annotated[str | None, typer.Option(help="Where the model of the database lies now.")]
-AsJson = Annotated[
-    bool, typer.Option("--json", help="Print a JSON object per hit, fields and all.")
-]
+Where = Annotated[str | None, option("Filter of a database: \"year > 2000 AND lang = 'en'\".")]
+Hybrid = Annotated[bool, option("In a database: by words as well, ranks fused.", "--hybrid")]
+Exact = Annotated[bool, option("Compare with every vector of a large database.", "--exact")]
+ModelNow = Annotated[str | None, option("Where the model of the database lies now.")]
+AsJson = Annotated[bool, option("Print a JSON object per hit, fields and all.", "--json")]
 
 
 def index(
     documents: Documents = None,
     *,
-    to: Annotated[Path, value("Folder of the database.")],
+    to: Annotated[Path, option("Folder of the database.")],
     model: ModelOnce = None,
     task: TaskOfQueries = None,
     columns: Columns = None,
@@ -101,12 +84,7 @@ def index(
     """
     from nvembed.index.build import IndexOptions, index_documents, read_ids
 
-    options = IndexOptions(
-        columns=read_columns(columns),
-        fields=None if fields is None else tuple(f.strip() for f in fields.split(",")),
-        keep_going=keep_going,
-        ann_above=ann_above,
-    )
+    kept = None if fields is None else tuple(field.strip() for field in fields.split(","))
     done = index_documents(
         to,
         documents or [],
@@ -115,34 +93,24 @@ def index(
         truncate_dim=truncate_dim,
         dtype=dtype,
         delete=[*(delete or []), *(read_ids(delete_file) if delete_file else [])],
-        options=options,
+        options=IndexOptions(read_columns(columns), kept, keep_going, ann_above),
     )
-    _tell(to, done)
-
-
-def _tell(to: Path, done: IndexReport) -> None:
     typer.echo(
         f"{to}: {done.total} documents; {done.added} new, {done.updated} changed, "
         f"{done.unchanged} as they were, {done.deleted} deleted; {done.embedded} texts embedded"
     )
     if done.absent_fields:
-        typer.echo(f"no document has the field {', '.join(sorted(done.absent_fields))}", err=True)
+        echo_error(f"no document has the field {', '.join(sorted(done.absent_fields))}")
     if done.skipped.count:
-        typer.echo(f"{done.skipped.count} lines left out, the first:", err=True)
-        for bad in done.skipped.first:
-            typer.echo(f"  {bad.place}: {bad.problem}", err=True)
+        echo_error(f"{done.skipped.count} lines left out, the first:")
+        echo_error(*(f"  {line}" for line in bad_lines(done.skipped.first)))
 
 
 def search(
-    place: Annotated[
-        str,
-        argument("Database of nvembed index; or a model, with --documents.", metavar="DB_OR_MODEL"),
-    ],
+    place: Place,
     query: Annotated[str, argument("What to look for.")],
     *,
-    documents: Annotated[
-        Path | None, value("A file or folder as nvembed encode takes them.")
-    ] = None,
+    documents: TextFiles = None,
     columns: Columns = None,
     task: TaskOfQuery = None,
     top_k: Annotated[int, typer.Option(min=1, help="Number of hits.")] = 10,
@@ -165,74 +133,43 @@ def search(
     """
     from nvembed.core.errors import ConfigError
 
-    if documents is not None:
-        if where is not None or hybrid or exact or model is not None:
-            raise ConfigError(
-                "--where, --hybrid, --exact and --model are of databases",
-                where="--documents",
-                hint="nvembed index makes a database of the file",
-            )
-        names = read_columns(columns)
-        _search_file(place, documents, query, task or None, top_k, names, dtype, as_json=as_json)
+    if documents is None:
+        if columns:
+            raise ConfigError("a database knows its columns", where="--column", hint="Leave it out")
+        from nvembed.index.search import SearchOptions, search_index
+
+        options = SearchOptions(task, top_k, where, hybrid, exact)
+        for hit in search_index(place, query, options, model=model, dtype=dtype):
+            _show(hit, ("rank", "cosine", "fused", "id", "text", "fields"), as_json)
         return
-    if columns:
-        raise ConfigError("a database knows its columns", where="--column", hint="Leave it out")
-    from nvembed.index.search import SearchOptions
-
-    options = SearchOptions(task, top_k, where, hybrid, exact)
-    _search_database(place, query, options, model, dtype, as_json=as_json)
-
-
-def _search_file(
-    model: str,
-    documents: Path,
-    query: str,
-    task: str | None,
-    top_k: int,
-    columns: dict[str, Column],
-    dtype: PrecisionChoice,
-    *,
-    as_json: bool,
-) -> None:
+    if where is not None or hybrid or exact or model is not None:
+        raise ConfigError(
+            "--where, --hybrid, --exact and --model are of databases",
+            where="--documents",
+            hint="nvembed index makes a database of the file",
+        )
     from nvembed.encoding.file_search import search_file
 
-    hits = search_file(
-        model, documents, query, task=task, top_k=top_k, columns=columns, dtype=dtype
-    )
-    for hit in hits:
-        if as_json:
-            _echo_json(rank=hit.rank, score=hit.score, id=hit.id, text=hit.text)
-            continue
-        name = f"  [{hit.id}]" if hit.id is not None else ""
-        typer.echo(f"{hit.rank:>3}  {hit.score:.4f}{name}  {one_line(hit.text, SHOWN_CHARS)}")
+    names = read_columns(columns)
+    for file_hit in search_file(
+        place, documents, query, task=task or None, top_k=top_k, columns=names, dtype=dtype
+    ):
+        _show(file_hit, ("rank", "score", "id", "text"), as_json)
 
 
-def _search_database(
-    place: str,
-    query: str,
-    options: SearchOptions,
-    model: str | None,
-    dtype: PrecisionChoice,
-    *,
-    as_json: bool,
-) -> None:
-    from nvembed.index.fields import plain
-    from nvembed.index.search import search_index
+def _show(hit: Any, keys: tuple[str, ...], as_json: bool) -> None:
+    """Print a hit of a database or of a file."""
+    values = {key: getattr(hit, key) for key in keys}
+    if as_json:
+        if "fields" in values:
+            from nvembed.index.fields import plain
 
-    for hit in search_index(place, query, options, model=model, dtype=dtype):
-        if as_json:
-            _echo_json(
-                rank=hit.rank,
-                cosine=hit.cosine,
-                fused=hit.fused,
-                id=hit.id,
-                text=hit.text,
-                fields=plain(hit.fields),
-            )
-            continue
-        score = f"{hit.cosine:.4f}" + (f"  {hit.fused:.4f}" if hit.fused is not None else "")
-        typer.echo(f"{hit.rank:>3}  {score}  [{hit.id}]  {one_line(hit.text, SHOWN_CHARS)}")
-
-
-def _echo_json(**values: object) -> None:
-    typer.echo(json.dumps(values, ensure_ascii=False, allow_nan=False))
+            values["fields"] = plain(values["fields"])
+        typer.echo(json.dumps(values, ensure_ascii=False, allow_nan=False))
+        return
+    scores = (values.get(key) for key in ("score", "cosine", "fused"))
+    shown = [f"{score:.4f}" for score in scores if score is not None]
+    shown += [f"[{hit.id}]"] if hit.id is not None else []
+    line = " ".join(hit.text.split())
+    line = line if len(line) <= SHOWN_CHARS else line[: SHOWN_CHARS - 1] + "…"
+    typer.echo("  ".join([f"{hit.rank:>3}", *shown, line]))

@@ -8,27 +8,28 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from nvembed.cli.options import Recipe, overrides
+from nvembed.cli.options import Recipe, echo_error, option, overrides
 
 if TYPE_CHECKING:
     from nvembed.training.ablation.grid import GridConfig, Run
     from nvembed.training.ablation.runner import Outcome
-    from nvembed.training.config import TrainConfig
+
+Changes = Annotated[
+    list[str] | None,
+    overrides("Changes to the recipe, such as stages.0.steps=100 or stages.NAME.steps=100."),
+]
+Fresh = Annotated[bool, option("Delete the earlier run in the output folder.", "--fresh")]
+DryRun = Annotated[
+    bool, option("Say what the run would do and take, and change nothing.", "--dry-run")
+]
+ListRuns = Annotated[bool, option("List the runs and where they stand; run nothing.", "--dry-run")]
+ReportOnly = Annotated[
+    bool, option("Write the report of what is finished; run nothing.", "--report")
+]
 
 
 def train(
-    recipe: Recipe,
-    changes: Annotated[
-        list[str] | None,
-        overrides("Changes to the recipe, such as stages.0.steps=100 or stages.NAME.steps=100."),
-    ] = None,
-    fresh: Annotated[
-        bool, typer.Option("--fresh", help="Delete the earlier run in the output folder.")
-    ] = False,
-    dry_run: Annotated[
-        bool,
-        typer.Option("--dry-run", help="Say what the run would do and take, and change nothing."),
-    ] = False,
+    recipe: Recipe, changes: Changes = None, fresh: Fresh = False, dry_run: DryRun = False
 ) -> None:
     """Train an embedding model by a recipe.
 
@@ -47,25 +48,21 @@ def train(
     from nvembed.training.config import TrainConfig
 
     config = load_config(TrainConfig, recipe, changes or ())
-    if dry_run:
-        _dry_run(config, recipe.parent, fresh=fresh)
+    if not dry_run:
+        from nvembed.training.trainer import train as run_training
+
+        model = run_training(config, base_dir=recipe.parent, fresh=fresh, recipe=recipe)
+        if os.environ.get("RANK", "0") == "0":
+            typer.echo(f"model: {model}")
         return
-    from nvembed.training.trainer import train as run_training
-
-    model = run_training(config, base_dir=recipe.parent, fresh=fresh, recipe=recipe)
-    if os.environ.get("RANK", "0") == "0":
-        typer.echo(f"model: {model}")
-
-
-def _dry_run(config: TrainConfig, base_dir: Path, *, fresh: bool) -> None:
-    from nvembed.training.dry_run.forecast import SeveralError, dry_run
+    from nvembed.training.dry_run.forecast import SeveralError
+    from nvembed.training.dry_run.forecast import dry_run as forecast
     from nvembed.training.dry_run.report import print_dry_run
 
     try:
-        print_dry_run(dry_run(config, base_dir=base_dir, fresh=fresh))
+        print_dry_run(forecast(config, base_dir=recipe.parent, fresh=fresh))
     except SeveralError as error:
-        for problem in error.problems:
-            typer.echo(f"error: {' '.join(str(problem).split())}", err=True)
+        echo_error(*(f"error: {' '.join(str(problem).split())}" for problem in error.problems))
         raise typer.Exit(error.exit_code) from error
 
 
@@ -74,12 +71,8 @@ def ablate(
     changes: Annotated[list[str] | None, overrides("Keys of the grid to set.")] = None,
     *,
     processes: Annotated[int, typer.Option(min=1, help="Runs at once.")] = 1,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="List the runs and where they stand; run nothing.")
-    ] = False,
-    report_only: Annotated[
-        bool, typer.Option("--report", help="Write the report of what is finished; run nothing.")
-    ] = False,
+    dry_run: ListRuns = False,
+    report_only: ReportOnly = False,
 ) -> None:
     """Train and score every arm of a grid over several seeds, and report what differs.
 
@@ -94,6 +87,7 @@ def ablate(
       nvembed ablate recipes/ablations/paper.yaml 'seeds=[0]' output=runs/quick
     """
     from nvembed.core.config import load_config
+    from nvembed.core.errors import UserError
     from nvembed.core.ownership import check_outputs
     from nvembed.training.ablation.grid import GridConfig, grid_runs
     from nvembed.training.ablation.report import report_files, write_report
@@ -105,17 +99,14 @@ def ablate(
         for run in runs:
             typer.echo(f"{run.arm} seed {run.seed}: {read_outcome(run).state}")
         return
-    inputs = [config.recipe, *config.tasks]
-    read = [grid, *(grid.parent / path for path in inputs)]
+    read = [grid, *(grid.parent / path for path in (config.recipe, *config.tasks))]
     check_outputs(report_files(config), made_by=ABLATE, inputs=read)
     failed = [] if report_only else _run_grid(config, runs, grid.parent, processes)
     typer.echo(f"report: {write_report(config, runs)}")
     if failed:
-        from nvembed.core.errors import UserError
-
+        first = f"the first is {failed[0].arm} with seed {failed[0].seed}"
         raise UserError(
-            f"{len(failed)} of {len(runs)} runs failed, the first is {failed[0].arm} with seed "
-            f"{failed[0].seed}",
+            f"{len(failed)} of {len(runs)} runs failed, {first}",
             where=str(failed[0].folder / "arm.log"),
             hint="Run the command again to try them once more",
         )
@@ -123,7 +114,7 @@ def ablate(
 
 def _run_grid(config: GridConfig, runs: list[Run], base_dir: Path, processes: int) -> list[Run]:
     """Run what is not finished; return the runs that failed."""
-    from nvembed.training.ablation.runner import run_grid
+    from nvembed.training.ablation.runner import GridJob, run_grid
 
     def tell(run: Run, outcome: Outcome) -> None:
         detail = outcome.error or (
@@ -131,13 +122,12 @@ def _run_grid(config: GridConfig, runs: list[Run], base_dir: Path, processes: in
         )
         typer.echo(f"{run.arm} seed {run.seed}: {outcome.state}, {detail}")
 
-    outcomes = run_grid(
-        runs,
+    job = GridJob(
         base_dir=(base_dir / config.recipe).parent,
         task_folders=[base_dir / folder for folder in config.tasks],
         task_names=config.task_names,
         processes=processes,
         keep_models=config.keep_models,
-        on_done=tell,
     )
+    outcomes = run_grid(runs, job, on_done=tell)
     return [run for run, o in zip(runs, outcomes, strict=True) if o.state == "failed"]

@@ -110,9 +110,19 @@ def private_folders(name: str) -> Iterator[Path]:
     yield _of_this_process() / name
 
 
-def is_own_file(status: os.stat_result) -> bool:
-    """Whether this is an ordinary file that belongs to this user, and only the user writes to."""
-    return stat.S_ISREG(status.st_mode) and _why_not_private(status) is None
+def read_private(folder: int, name: str) -> bytes | None:
+    """Content of a file of a folder that ``open_private`` opened.
+
+    None where it is no ordinary file of this user that nobody else can write to.
+    """
+    try:
+        handle = os.open(name, os.O_RDONLY | os.O_NOFOLLOW, dir_fd=folder)
+        with open(handle, "rb") as file:
+            status = os.fstat(handle)
+            own = stat.S_ISREG(status.st_mode) and _why_not_private(status) is None
+            return file.read() if own else None
+    except OSError:
+        return None
 
 
 def _why_not_private(status: os.stat_result) -> str | None:

@@ -1,102 +1,190 @@
-"""JSON over HTTP with patience: for endpoints that are busy, slow or broken at times.
+"""Requests to endpoints that are busy, slow or broken at times: the one policy of trying again.
 
-    post_json(url, {...}) -> the answer's object
-
-Only the standard library: no command needs a client package for one kind of request.
+Overloads (408, 425, 429), errors of the server (5xx), time running out and lost connections pass:
+the request is sent again after growing pauses, or when the endpoint says (``Retry-After``). Other
+refusals are final. What an endpoint says is shown without the key that it was sent.
+``post_json`` is the plain call; ``building/synthesis/endpoint.py`` sends many at once.
 """
 
 from __future__ import annotations
 
-import http.client
+import email.utils
 import json
 import os
 import time
-import urllib.error
-import urllib.request
-from typing import Any
+from functools import cache
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from nvembed.core.errors import ModelError
+from nvembed.core.errors import ConfigError, ModelError
+
+if TYPE_CHECKING:
+    import ssl
+
+    import httpx2
 
 # Where the key may stand; it is read when it is sent and kept nowhere.
 KEY_VARIABLES = ("NVEMBED_API_KEY", "OPENAI_API_KEY")
 ATTEMPTS = 7
 FIRST_WAIT_SECONDS = 1.0
-LONGEST_WAIT_SECONDS = 60.0
-_SHOWN = 200
+LONGEST_WAIT_SECONDS = 60.0  # of our own choice
+LONGEST_ASKED_SECONDS = 600.0  # that an endpoint may ask for
+_PASSING = frozenset({408, 425, 429})
+_SHOWN = 200  # characters of what an endpoint says
+_SHORTEST_SECRET = 8  # shorter keys are placeholders such as "EMPTY"
+
+
+class Trouble(NamedTuple):
+    """Why a request was not answered.
+
+    Args:
+        problem: in a few words.
+        said: the endpoint's own words, shortened and without the key.
+        asked: seconds that it asks to wait; None where it asks for none.
+        refused: status of a refusal that is final; None where trying again may help.
+    """
+
+    problem: str
+    said: str = ""
+    asked: float | None = None
+    refused: int | None = None
 
 
 def post_json(url: str, body: dict[str, Any], *, timeout: float = 120.0) -> dict[str, Any]:
     """Send an object and return the one that comes back.
 
-    Too many requests (429), errors of the server (5xx), time running out, lost connections and
-    answers that are no JSON are tried again, after 1, 2, 4 … seconds or what ``Retry-After`` asks
-    for, seven times in all. A key in ``$NVEMBED_API_KEY`` or ``$OPENAI_API_KEY`` goes along; it
-    stands in no message.
+    What passes, and answers that are no JSON object, are tried again, seven times in all. A key in
+    ``$NVEMBED_API_KEY`` or ``$OPENAI_API_KEY`` goes along; it stands in no message.
 
     Raises:
         ModelError: another refusal, at once, or no answer in the end.
     """
+    import httpx2
+
+    key = read_key(*KEY_VARIABLES)
+    headers = json_headers(key)
     data = json.dumps(body).encode()
     for attempt in range(ATTEMPTS):
-        wait = min(FIRST_WAIT_SECONDS * 2**attempt, LONGEST_WAIT_SECONDS)
         try:
-            with urllib.request.urlopen(_request(url, data), timeout=timeout) as answer:
-                value = json.loads(answer.read())
-            if isinstance(value, dict):
-                return value
-            problem = f"a JSON {type(value).__name__} came back"
-        except urllib.error.HTTPError as error:
-            with error:
-                if error.code != 429 and error.code < 500:
-                    raise _refusal(url, error) from error
-                problem = f"status {error.code}"
-                wait = _asked_for(error) or wait
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            problem = _reason(error)
-        if attempt < ATTEMPTS - 1:
-            time.sleep(wait)
+            response = httpx2.post(
+                url, content=data, headers=headers, timeout=timeout, verify=certificates(url)
+            )
+            found = trouble_of(response, key) or _no_object(response)
+            if found is None:
+                return dict(response.json())
+            trouble = found
+        except (httpx2.HTTPError, httpx2.InvalidURL) as error:
+            trouble = Trouble(without_key(str(error) or type(error).__name__, key))
+        if trouble.refused is not None:
+            raise _refusal(url, trouble)
+        if attempt == ATTEMPTS - 1 or (trouble.asked or 0.0) > LONGEST_ASKED_SECONDS:
+            break
+        time.sleep(pause(attempt, FIRST_WAIT_SECONDS, trouble.asked))
     raise ModelError(
-        f"no usable answer in {ATTEMPTS} attempts; the last: {problem}",
+        f"no usable answer in {attempt + 1} attempts; the last: {trouble.problem}",
         where=url,
         hint="What was done is kept: the same command goes on from there",
     )
 
 
-def _request(url: str, data: bytes) -> urllib.request.Request:
-    headers = {"Content-Type": "application/json"}
-    key = next(filter(None, map(os.environ.get, KEY_VARIABLES)), None)
-    if key is not None:
-        headers["Authorization"] = f"Bearer {key}"
-    return urllib.request.Request(url, data=data, headers=headers)
-
-
-def _refusal(url: str, error: urllib.error.HTTPError) -> ModelError:
+def _no_object(response: httpx2.Response) -> Trouble | None:
     try:
-        said = error.read(4096).decode("utf-8", "replace")
-    except (OSError, http.client.HTTPException):
-        said = ""
-    for variable in KEY_VARIABLES:  # some servers repeat the key that they refuse
-        if key := os.environ.get(variable):
-            said = said.replace(key, "…")
-    said = " ".join(said.split())[:_SHOWN]
+        value = response.json()
+    except (ValueError, RecursionError):
+        return Trouble("not JSON")
+    return None if isinstance(value, dict) else Trouble(f"a JSON {type(value).__name__} came back")
+
+
+def _refusal(url: str, trouble: Trouble) -> ModelError:
     hint = None
-    if error.code in (401, 403):
+    if trouble.refused in (401, 403):
         hint = f"Set the environment variable {KEY_VARIABLES[0]} to a key that is allowed this"
-    elif error.code == 404:
+    elif trouble.refused == 404:
         hint = "Check the address, which usually ends in /v1, and the name of the model"
-    return ModelError(f"refused with status {error.code} {said}".strip(), where=url, hint=hint)
+    message = f"refused with {trouble.problem} {trouble.said}".strip()
+    return ModelError(message, where=url, hint=hint)
 
 
-def _asked_for(error: urllib.error.HTTPError) -> float | None:
-    try:
-        seconds = float(error.headers.get("Retry-After", ""))
-    except ValueError:  # not there, or a date
+# --- The policy -----------------------------------------------------------------------------------
+
+
+def trouble_of(response: httpx2.Response, key: str | None, mark: str = "…") -> Trouble | None:
+    """Tell what is wrong with a response by its status; None where nothing is."""
+    status = response.status_code
+    if response.is_success:
         return None
-    return min(max(seconds, 0.0), LONGEST_WAIT_SECONDS)
+    said = " ".join(without_key(response.text, key, mark).split())[:_SHOWN]
+    asked = retry_after(response.headers.get("Retry-After"), time.time())
+    problem = f"status {status}"
+    if asked is not None and asked > LONGEST_ASKED_SECONDS:
+        problem += f", asks to wait {asked:,.0f} s"
+    final = status not in _PASSING and status < 500
+    return Trouble(problem, said, asked, status if final else None)
 
 
-def _reason(error: Exception) -> str:
-    if isinstance(error, json.JSONDecodeError | UnicodeDecodeError):
-        return "not JSON"
-    reason = getattr(error, "reason", error)
-    return str(reason) or type(error).__name__
+def pause(attempt: int, first_wait: float, asked: float | None) -> float:
+    """Return the seconds to wait after an attempt, of which 0 is the first."""
+    return min(LONGEST_WAIT_SECONDS, first_wait * 2**attempt) if asked is None else asked
+
+
+def retry_after(value: str | None, now: float) -> float | None:
+    """Return the seconds that a Retry-After header asks for, at least 0.
+
+    Args:
+        value: seconds or a date; None for no header.
+        now: seconds since 1970.
+
+    Returns:
+        None where there is no header or it says nothing.
+    """
+    if value is None:
+        return None
+    try:
+        seconds = float(value)
+    except ValueError:
+        try:
+            seconds = email.utils.parsedate_to_datetime(value).timestamp() - now
+        except (ValueError, TypeError):
+            return None
+    return max(0.0, seconds) if seconds < float("inf") else None
+
+
+def read_key(*variables: str) -> str | None:
+    """Read the key of an endpoint from the first of the environment variables that holds one.
+
+    Raises:
+        ConfigError: it holds what no key holds; the key is not shown.
+    """
+    for variable in variables:
+        key = os.environ.get(variable, "").strip()
+        if not (key.isascii() and key.isprintable()) or " " in key:
+            raise ConfigError(
+                "holds blanks, line breaks or characters beyond ASCII",
+                where=f"environment variable {variable}",
+                expected="the key of the endpoint",
+            )
+        if key:
+            return key
+    return None
+
+
+def without_key(text: str, key: str | None, mark: str = "…") -> str:
+    """Take a key out of a text: some endpoints repeat in their messages what they were sent."""
+    return text.replace(key, mark) if key and len(key) >= _SHORTEST_SECRET else text
+
+
+def json_headers(key: str | None) -> dict[str, str]:
+    """Return the headers of a request whose body is JSON."""
+    authorization = {"Authorization": f"Bearer {key}"} if key else {}
+    return {"Content-Type": "application/json", **authorization}
+
+
+def certificates(url: str) -> ssl.SSLContext | bool:
+    """Return what an https connection is checked with, read once: it takes a tenth of a second."""
+    return _certificates() if url.startswith("https") else False
+
+
+@cache
+def _certificates() -> ssl.SSLContext:
+    import httpx2
+
+    return httpx2.create_ssl_context()

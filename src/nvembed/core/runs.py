@@ -66,66 +66,33 @@ _A_ROW = 'a row of metrics, as in {"step": 1, "loss": 0.5}'
 _RESTORE = "Put the file of the run back, choose another output folder, or start over with --fresh"
 
 
+class _Inside:
+    """A path below that of the run folder; the names are explained at the top of this file."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, run: RunFolder, _: type[RunFolder]) -> Path:
+        return run.path / self.name
+
+
 @dataclass(frozen=True)
 class RunFolder:
     """Paths of one run, and the few writes that every run does."""
 
     path: Path
 
-    @property
-    def config(self) -> Path:
-        """The resolved configuration."""
-        return self.path / "config.yaml"
-
-    @property
-    def env(self) -> Path:
-        """Versions and machine."""
-        return self.path / "env.json"
-
-    @property
-    def metrics(self) -> Path:
-        """One JSON row per logged step."""
-        return self.path / "metrics.jsonl"
-
-    @property
-    def log(self) -> Path:
-        """The text log."""
-        return self.path / "train.log"
-
-    @property
-    def checkpoints(self) -> Path:
-        """Folder of the states to resume from."""
-        return self.path / "checkpoints"
-
-    @property
-    def graph_memory(self) -> Path:
-        """How many tokens' graphs a step holds at once."""
-        return self.path / "graph-memory.json"
-
-    @property
-    def inputs(self) -> Path:
-        """Digests of what the run was made from."""
-        return self.path / "inputs.json"
-
-    @property
-    def mined(self) -> Path:
-        """Folder of mined training files, one subfolder per stage."""
-        return self.path / "mined"
-
-    @property
-    def model(self) -> Path:
-        """Folder of the finished model."""
-        return self.path / "model"
-
-    @property
-    def adapter(self) -> Path:
-        """Folder of the unmerged adapters."""
-        return self.path / "adapter"
-
-    @property
-    def eval(self) -> Path:
-        """Folder of evaluation results."""
-        return self.path / "eval"
+    config = _Inside("config.yaml")
+    env = _Inside("env.json")
+    metrics = _Inside("metrics.jsonl")
+    log = _Inside("train.log")
+    checkpoints = _Inside("checkpoints")
+    graph_memory = _Inside("graph-memory.json")
+    inputs = _Inside("inputs.json")
+    mined = _Inside("mined")
+    model = _Inside("model")
+    adapter = _Inside("adapter")
+    eval = _Inside("eval")
 
     @property
     def exists(self) -> bool:

@@ -6,23 +6,21 @@ query is decided here and only here. Next files: ``text/instructions.py``, then
 ``training/contrastive_loss.py``.
 
 Shapes: B rows of the loss (a query and one of its positives), N unique documents, U unique texts,
-K own candidates of a row.
+K own candidates of a row, Q queries.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nvembed.data.examples import Example
 from nvembed.text.instructions import PromptedText, query_prompt
-
-KeyT = TypeVar("KeyT")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,51 +70,99 @@ def build_batch(
     """De-duplicate the texts of the examples and decide the negatives of every query.
 
     A query's own negatives stand against it; with ``in_batch_negatives`` all documents of the batch
-    do. Taken out in either case are documents whose text is the query's own, its positive's or that
-    of a known positive (whatever their prompt), of this example or of another one with the same
-    query, and documents that share a class with the query in the same data set.
-
-    Args:
-        examples: the queries of one step.
-        in_batch_negatives: use the documents of the other queries as well.
-        same_source_only: of those, only documents that an example of the same data set brought in.
+    do, with ``same_source_only`` those that an example of the same data set brought in. Taken out
+    in any case are documents whose text is the query's own, its positive's or that of a known
+    positive (whatever their prompt), of this example or of another one with the same query, and
+    documents that share a class with the query in the same data set.
     """
     assert examples
     rows: dict[PromptedText, int] = {}
-    queries = [_add(rows, _query(example)) for example in examples]
-    columns: dict[int, int] = {}
-    index = _DocumentIndex()
-    documents_of: list[_Documents] = []
-    for example in examples:
-        own = _Documents([], [])
-        index.note_answers(example)
-        for text, labels, is_positive in _documents(example):
-            column = _add(columns, _add(rows, (_document_prompt(example), text)))
-            index.note(column, text, labels, example.dataset)
-            (own.positives if is_positive else own.negatives).append(column)
-        documents_of.append(own)
-    negative_QN = np.zeros((len(examples), len(columns)), dtype=np.bool_)
-    for example, allowed_N, own in zip(examples, negative_QN, documents_of, strict=True):
+    queries = [
+        rows.setdefault((query_prompt(example.instruction), example.query), len(rows))
+        for example in examples
+    ]
+    documents = _Documents(rows)
+    positives_Q, negatives_Q = zip(*map(documents.add, examples), strict=True)
+    negative_QN = np.zeros((len(examples), len(documents.columns)), dtype=np.bool_)
+    for example, allowed_N, own in zip(examples, negative_QN, negatives_Q, strict=True):
         if in_batch_negatives and same_source_only:
-            allowed_N[list(index.by_dataset[example.dataset])] = True
+            allowed_N[list(documents.of_dataset[example.dataset])] = True
         elif in_batch_negatives:
             allowed_N[:] = True
-        allowed_N[own.negatives] = True
-        allowed_N[index.never_against(example)] = False
-    counts_Q = np.array([len(own.positives) for own in documents_of])
+        allowed_N[own] = True
+        allowed_N[documents.never_against(example)] = False
+    counts_Q = np.array([len(own) for own in positives_Q])
     # The mask is the largest array of a step: not copied where every query is one row.
     single = bool((counts_Q == 1).all())
-    positives = [column for own in documents_of for column in own.positives]
     return ContrastiveBatch(
         texts=tuple(rows),
         query_B=np.array(queries, dtype=np.int64).repeat(counts_Q),
-        document_N=np.fromiter(columns, dtype=np.int64, count=len(columns)),
-        positive_B=np.array(positives, dtype=np.int64),
+        document_N=np.fromiter(documents.columns, np.int64, len(documents.columns)),
+        positive_B=np.array([column for own in positives_Q for column in own], dtype=np.int64),
         negative_BN=negative_QN if single else negative_QN.repeat(counts_Q, axis=0),
         weight_B=(1.0 / counts_Q).astype(np.float32).repeat(counts_Q),
-        mentioned=len(examples) + sum(map(len, documents_of)),
-        teacher=_teacher_scores(examples, documents_of, negative_QN),
+        mentioned=len(examples) + sum(map(len, (*positives_Q, *negatives_Q))),
+        teacher=_teacher_scores(examples, positives_Q, negatives_Q, negative_QN),
     )
+
+
+class _Documents:
+    """Columns of the documents of a batch, found by text, by class and by data set."""
+
+    def __init__(self, rows: dict[PromptedText, int]) -> None:
+        self.columns: dict[int, int] = {}  # by the row of the text
+        self.of_dataset = defaultdict[str, set[int]](set)
+        self._rows = rows
+        self._of_text = defaultdict[str, set[int]](set)
+        self._of_label = defaultdict[tuple[str, str], set[int]](set)
+        self._answers = defaultdict[str, set[str]](set)  # of a query, whichever example asks it
+
+    def add(self, example: Example) -> tuple[list[int], list[int]]:
+        """Number the documents of an example; return the columns of positives and of negatives."""
+        positives = (example.positive, *example.further_positives)
+        self._answers[example.query].update((example.query,), positives, example.known_positives)
+        prompt = query_prompt(example.instruction) if example.symmetric else ""
+        labels = [example.positive_labels] * len(positives)
+        labels += example.negative_labels or ((),) * len(example.negatives)
+        own: list[int] = []
+        for text, of_text in zip((*positives, *example.negatives), labels, strict=True):
+            row = self._rows.setdefault((prompt, text), len(self._rows))
+            own.append(column := self.columns.setdefault(row, len(self.columns)))
+            self._of_text[text].add(column)
+            self.of_dataset[example.dataset].add(column)
+            for label in of_text:
+                self._of_label[example.dataset, label].add(column)
+        return own[: len(positives)], own[len(positives) :]
+
+    def never_against(self, example: Example) -> list[int]:
+        """Columns of all documents that may answer the query."""
+        found = [self._of_text.get(text, ()) for text in self._answers[example.query]]
+        found += [self._of_label.get((example.dataset, label), ()) for label in example.labels]
+        return list(set[int]().union(*found))
+
+
+def _teacher_scores(
+    examples: Sequence[Example],
+    positives_Q: Sequence[Sequence[int]],
+    negatives_Q: Sequence[Sequence[int]],
+    negative_QN: NDArray[np.bool_],
+) -> TeacherScores | None:
+    """Line up the own documents of every row with their scores."""
+    if not any(example.positive_scores for example in examples):
+        return None
+    candidates: list[list[tuple[int, float]]] = []
+    for example, positives, negatives, allowed_N in zip(
+        examples, positives_Q, negatives_Q, negative_QN, strict=True
+    ):
+        scores = example.negative_scores or (math.nan,) * len(negatives)
+        score_of = dict(zip(negatives, scores, strict=True))
+        own = [pair for pair in score_of.items() if allowed_N[pair[0]]]
+        scores = example.positive_scores or (math.nan,) * len(positives)
+        candidates += [[pair, *own] for pair in zip(positives, scores, strict=True)]
+    width = max(map(len, candidates))
+    padded = [pairs + [(-1, math.nan)] * (width - len(pairs)) for pairs in candidates]
+    pair_BK2 = np.array(padded, dtype=np.float64)
+    return TeacherScores(pair_BK2[..., 0].astype(np.int64), pair_BK2[..., 1].astype(np.float32))
 
 
 def needed_texts(batch: ContrastiveBatch) -> list[list[int]]:
@@ -134,10 +180,6 @@ def select_queries(
     """Cut a batch down to some of its queries and what they need.
 
     The losses of parts that hold every query once add up to that of the whole batch.
-
-    Args:
-        batch: the whole.
-        rows: which queries.
 
     Returns:
         The part, and which rows of the whole batch's ``texts`` its own texts are.
@@ -178,91 +220,3 @@ def _candidates(batch: ContrastiveBatch, rows: NDArray[np.int64]) -> NDArray[np.
 def effective_negatives(batch: ContrastiveBatch) -> float:
     """Mean number of negatives per query that the masks leave."""
     return float(np.average(batch.negative_BN.sum(axis=1), weights=batch.weight_B))
-
-
-@dataclass(frozen=True, slots=True)
-class _Documents:
-    """Columns of an example's own documents, in its order."""
-
-    positives: list[int]
-    negatives: list[int]
-
-    def __len__(self) -> int:
-        return len(self.positives) + len(self.negatives)
-
-
-def _teacher_scores(
-    examples: Sequence[Example],
-    documents_of: Sequence[_Documents],
-    negative_QN: NDArray[np.bool_],
-) -> TeacherScores | None:
-    """Line up the own documents of every row with their scores."""
-    if not any(example.positive_scores for example in examples):
-        return None
-    candidates: list[list[tuple[int, float]]] = []
-    for example, own, allowed_N in zip(examples, documents_of, negative_QN, strict=True):
-        scores = example.negative_scores or (math.nan,) * len(own.negatives)
-        score_of = dict(zip(own.negatives, scores, strict=True))
-        negatives = [pair for pair in score_of.items() if allowed_N[pair[0]]]
-        own_scores = example.positive_scores or (math.nan,) * len(own.positives)
-        for pair in zip(own.positives, own_scores, strict=True):
-            candidates.append([pair, *negatives])
-    width = max(map(len, candidates))
-    column_BK = np.full((len(candidates), width), -1, dtype=np.int64)
-    score_BK = np.full((len(candidates), width), np.nan, dtype=np.float32)
-    for row, pairs in enumerate(candidates):
-        column_BK[row, : len(pairs)] = [column for column, _ in pairs]
-        score_BK[row, : len(pairs)] = [score for _, score in pairs]
-    return TeacherScores(column_BK, score_BK)
-
-
-class _DocumentIndex:
-    """Where the documents of a batch are found by text, by class and by data set."""
-
-    def __init__(self) -> None:
-        self._by_text: dict[str, set[int]] = {}
-        self._by_label: dict[tuple[str, str], set[int]] = {}
-        self._answers: dict[str, set[str]] = {}
-        self.by_dataset: dict[str, set[int]] = {}
-
-    def note(self, column: int, text: str, labels: Iterable[str], dataset: str) -> None:
-        self._by_text.setdefault(text, set()).add(column)
-        self.by_dataset.setdefault(dataset, set()).add(column)
-        for label in labels:
-            self._by_label.setdefault((dataset, label), set()).add(column)
-
-    def note_answers(self, example: Example) -> None:
-        """Note what answers a query, for all examples that ask the same."""
-        own = (example.query, example.positive, *example.further_positives)
-        self._answers.setdefault(example.query, set()).update(own, example.known_positives)
-
-    def never_against(self, example: Example) -> list[int]:
-        """Columns of all documents that may answer the query."""
-        found: set[int] = set()
-        for text in self._answers[example.query]:
-            found |= self._by_text.get(text, set())
-        for label in example.labels:
-            found |= self._by_label.get((example.dataset, label), set())
-        return list(found)
-
-
-def _query(example: Example) -> PromptedText:
-    return query_prompt(example.instruction), example.query
-
-
-def _document_prompt(example: Example) -> str:
-    return query_prompt(example.instruction) if example.symmetric else ""
-
-
-def _documents(example: Example) -> Iterable[tuple[str, tuple[str, ...], bool]]:
-    """The positives, then the negatives, each with its classes and whether it is a positive."""
-    for text in (example.positive, *example.further_positives):
-        yield text, example.positive_labels, True
-    every = example.negative_labels or ((),) * len(example.negatives)
-    for text, labels in zip(example.negatives, every, strict=True):
-        yield text, labels, False
-
-
-def _add(numbers: dict[KeyT, int], key: KeyT) -> int:
-    """Return the number of ``key``, the next free one where it is new."""
-    return numbers.setdefault(key, len(numbers))

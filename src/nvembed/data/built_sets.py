@@ -1,31 +1,117 @@
-"""Built data sets, as training sees them: their settings, their manifest, their place.
+"""Built data sets: records in Parquet files, and the manifest that says what they were built from.
 
-    <folder>/<set>/part-00000.parquet …   records, see ``data/record_shards.py``
+    <folder>/<set>/part-00000.parquet …   records, files of a fixed number of rows
                    manifest.json          settings, counts, checksums
                    refused.jsonl          bad rows: place and problem
                    contaminated.jsonl     records that hold evaluation texts
 
-Where a recipe has a ``build`` section, training reads what ``nvembed data build`` wrote, after
-comparing the settings of the manifest with those of the recipe. Contents are not compared:
-the command does that.
+The same records give the same bytes: no times, no random names, row groups that end at fixed
+places. Where a recipe has a ``build`` section, training reads what ``nvembed data build`` wrote,
+after comparing the settings of the manifest with those of the recipe (``data/loading.py``).
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from nvembed.core.errors import DataError
 from nvembed.data.build_config import BuildConfig, BuildMining
-from nvembed.data.sources import DatasetConfig
+from nvembed.data.config import DatasetConfig
+from nvembed.data.records import COLUMNS, Converted, Kind, record_of, texts_of
+from nvembed.data.sources.files import parquet_rows, shard_files
+
+# A sequence of records that can be walked several times.
+Rows = Callable[[], Iterator[Converted]]
+
+# A row group ends at whichever comes first, so that gigantic texts do not fill the memory.
+GROUP_ROWS = 8192
+GROUP_CHARACTERS = 32_000_000
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 MINED_KINDS = ("retrieval", "nli", "sts")
 # Keys of a data set that decide nothing about its records.
 _NOT_OF_THE_BUILD = {"name", "weight", "stages", "note"}
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One file of a set: its name, its rows, its size in bytes and its checksum."""
+
+    file: str
+    rows: int
+    bytes: int
+    sha256: str
+
+
+def write_shards(
+    folder: Path,
+    rows: Iterable[Converted],
+    kind: Kind,
+    *,
+    rows_per_shard: int,
+    places: bool = False,
+) -> list[Shard]:
+    """Write records of one kind into a folder that holds no shards, and return the files.
+
+    With ``places``, where each record came from is a column too.
+    """
+    import pyarrow
+    from pyarrow.parquet import ParquetWriter
+
+    text, number = pyarrow.string(), pyarrow.float64()
+    types = dict.fromkeys(("positive", "negative"), pyarrow.list_(text)) | {"score": number}
+    types |= dict.fromkeys(("positive_scores", "negative_scores"), pyarrow.list_(number))
+    columns = COLUMNS[kind] + (("place",) if places else ())
+    schema = pyarrow.schema([(name, types.get(name, text)) for name in columns])
+    shards: list[Shard] = []
+    rows = iter(rows)
+    for first in rows:
+        part = chain([first], islice(rows, rows_per_shard - 1))
+        path, written = folder / f"part-{len(shards):05d}.parquet", 0
+        # Opened here and not by name: an error of the disk then is Python's own.
+        with (
+            open(path, "wb") as raw,
+            ParquetWriter(raw, schema, compression="zstd", write_page_index=False) as file,
+        ):
+            for group in _groups(part, rows_per_shard, places=places):
+                file.write_batch(pyarrow.RecordBatch.from_pylist(group, schema=schema))
+                written += len(group)
+        with open(path, "rb") as whole:
+            digest = hashlib.file_digest(whole, "sha256").hexdigest()
+        shards.append(Shard(path.name, written, path.stat().st_size, digest))
+    return shards
+
+
+def _groups(
+    rows: Iterable[Converted], most: int, *, places: bool
+) -> Iterator[list[dict[str, Any]]]:
+    """Yield the row groups of a file of at most ``most`` rows.
+
+    A file that ends early where a group does has an empty one at its end.
+    """
+    group: list[dict[str, Any]] = []
+    characters = 0
+    for number, row in enumerate(rows, start=1):
+        group.append(row.record.to_json() | ({"place": row.place} if places else {}))
+        characters += sum(map(len, texts_of(row.record)))
+        is_full = len(group) == GROUP_ROWS or characters >= GROUP_CHARACTERS
+        if is_full and number < most:
+            yield group
+            group, characters = [], 0
+    yield group
+
+
+def read_shards(folder: Path, kind: Kind) -> Iterator[Converted]:
+    """Read what ``write_shards`` wrote; the records are trusted, not checked again."""
+    for shard in shard_files(folder):
+        for _, row in parquet_rows(shard):
+            yield Converted(record_of(row, kind), row.get("place") or "")
 
 
 def mining_of(dataset: DatasetConfig, build: BuildConfig) -> BuildMining | None:
@@ -41,16 +127,12 @@ def set_settings(dataset: DatasetConfig, build: BuildConfig) -> dict[str, Any]:
     mine = mining_of(dataset, build)
     # The instruction is read by the teacher alone.
     left_out = _NOT_OF_THE_BUILD if mine else _NOT_OF_THE_BUILD | {"instruction"}
-    against = {
-        "tasks": list(build.tasks),
-        "near": build.near,
-        "bm25": build.bm25.get(dataset.name),
-    }
+    against = {"near": build.near, "bm25": build.bm25.get(dataset.name)}
     return {
         "format": FORMAT,
         "source": dataset.model_dump(mode="json", exclude=left_out),
         "max_refused": build.max_refused,
-        "decontaminate": against if build.tasks else None,
+        "decontaminate": {"tasks": list(build.tasks)} | against if build.tasks else None,
         "mine": mine and mine.model_dump(mode="json", exclude={"datasets"}),
         "rows_per_shard": build.rows_per_shard,
     }
@@ -69,58 +151,20 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     return manifest if whole and shards else None
 
 
-def different_keys(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+def built_problem(dataset: DatasetConfig, build: BuildConfig, folder: Path) -> str | None:
+    """Why the set in ``folder`` is not the one that the recipe describes; None where it is."""
+    manifest = read_manifest(folder / dataset.name)
+    if manifest is None:
+        return f"{dataset.name} is not built"
+    keys = list(_different_keys(manifest["settings"], set_settings(dataset, build)))
+    return f"{dataset.name} was built with another {', '.join(keys)}" if keys else None
+
+
+def _different_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
     """Key paths of settings at which two of them differ."""
-    found: list[str] = []
     for key in dict.fromkeys((*old, *new)):
         one, other = old.get(key), new.get(key)
-        if one == other:
-            continue
         if isinstance(one, dict) and isinstance(other, dict):
-            found += different_keys(one, other, f"{prefix}{key}.")
-        else:
-            found.append(prefix + key)
-    return found
-
-
-def training_datasets(
-    datasets: Sequence[DatasetConfig], build: BuildConfig | None, base_dir: Path
-) -> tuple[DatasetConfig, ...]:
-    """The data sets of a run, each with its built shards in place of its source.
-
-    Args:
-        datasets: those of the recipe; without a ``build`` section they come back as they are.
-        build: that section.
-        base_dir: folder of the recipe.
-
-    Raises:
-        DataError: a set is not built, or was built from other settings; names all of them. Or sets
-            are on the hub and the recipe does not build any.
-    """
-    if build is None:
-        if away := [dataset.name for dataset in datasets if dataset.path is None]:
-            raise DataError(
-                f"{', '.join(away)}: on the hub, and the recipe has no `build` section",
-                where="datasets",
-                hint="Add one, as in `build: {folder: data}`, and run `nvembed data build RECIPE`",
-            )
-        return tuple(datasets)
-    folder = (base_dir / build.folder).absolute()
-    problems: list[str] = []
-    found: list[DatasetConfig] = []
-    for dataset in datasets:
-        manifest = read_manifest(folder / dataset.name)
-        if manifest is None:
-            problems.append(f"{dataset.name} is not built")
-        elif keys := different_keys(manifest["settings"], set_settings(dataset, build)):
-            problems.append(f"{dataset.name} was built with another {', '.join(keys)}")
-        else:
-            found.append(dataset.with_file(folder / dataset.name))
-    if problems:
-        raise DataError(
-            "; ".join(problems),
-            where=str(folder),
-            expected="the data sets of the recipe",
-            hint="Run `nvembed data build RECIPE`, with the same key=value changes",
-        )
-    return tuple(found)
+            yield from (f"{key}.{inner}" for inner in _different_keys(one, other))
+        elif one != other:
+            yield key

@@ -1,14 +1,48 @@
-"""Examples: what one query is trained on, and how sources draw. Next file: ``data/convert.py``."""
+"""Examples: records of any kind become (query, positive, negatives).
+
+    retrieval, nli      one of the positives (or several, each in a row of the loss of its own),
+                        negatives drawn from the record's own
+    sts                 every pair scored 4 or more gives (a, b) and (b, a); negatives are the mined
+                        ones of the record, else other sentences of the set
+    classification,     ``example`` (default): the positive is another text of the class, negatives
+    clustering          are texts of other classes; ``label``: the class names are the documents
+
+NV-Embed v2 converts multi-class sets by example and binary ones by label text, v1 all by label text
+(paper s4.2, s5.2.4). Here all sets, binary ones too, are converted by example unless the recipe
+says ``conversion: label``: labels of real files are often codes, and evaluation compares texts with
+texts.
+
+An instruction belongs to the query; a pair record may bring its own, as synthetic ones do. Where
+both sides are texts of one sort, positive and negatives carry it too (``symmetric``): sts as in the
+paper, and example-based classes, whose texts all carry the instruction when they are classified or
+clustered later. Next file: ``data/mixture.py``.
+"""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
+from nvembed.core.errors import DataError
+from nvembed.data.records import (
+    LABEL_HINTS,
+    Conversion,
+    Kind,
+    LabelRecord,
+    PairRecord,
+    StsRecord,
+    label_problems,
+    label_text,
+)
+
 T = TypeVar("T")
+Rng = np.random.Generator
+
+POSITIVE_SCORE = 4.0  # paper s4.2: "relevance score greater than or equal to 4"
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,16 +54,14 @@ class Example:
         positive: the document that answers it.
         negatives: documents that do not; fewer than asked for where the data has no more.
         known_positives: all texts known to answer the query; never used against it.
-        labels: all classes of the query, where there are classes; a document of any of them never
-            stands against it.
+        labels: all classes of the query; a document of any of them never stands against it.
         instruction: goes before the query, and before the documents if ``symmetric``.
         symmetric: query and documents are texts of one sort.
         dataset: name of the source.
-        positive_labels: all classes of the positive, where there are classes.
-        negative_labels: all classes of each negative, in their order, where there are classes.
+        positive_labels: all classes of the positive.
+        negative_labels: all classes of each negative, in their order.
         further_positives: other positives to train on, each in a row of the loss of its own.
-        positive_scores: a teacher's scores of the positive and the further ones, where there are
-            any.
+        positive_scores: a teacher's scores of the positive and the further ones.
         negative_scores: a teacher's scores of the negatives.
     """
 
@@ -48,39 +80,269 @@ class Example:
     negative_scores: tuple[float, ...] = ()
 
 
-class ExampleSource(Protocol):
-    """A data set as a sequence of queries, each giving another example with another generator."""
+class ExampleSource(ABC):
+    """A data set as a sequence of queries, each giving another example with another generator.
 
-    @property
-    def name(self) -> str:
-        """Name of the data set in errors, masks and seeds."""
-        ...
+    Attributes:
+        name: of the data set in errors, masks and seeds.
+        scored: whether any query has a teacher's scores.
+        queries: the numbers of those that are used, all of them at first.
+    """
 
-    @property
-    def scored(self) -> bool:
-        """Whether any query has a teacher's scores."""
-        ...
+    scored = False
+    symmetric = False
+
+    def __init__(self, name: str, instruction: str | None, num_queries: int) -> None:
+        self.name = name
+        self.instruction = instruction
+        self.queries: Sequence[int] = range(num_queries)
 
     def __len__(self) -> int:
-        """Count the queries."""
-        ...
+        return len(self.queries)
 
-    def example(
-        self, index: int, rng: np.random.Generator, num_negatives: int, num_positives: int = 1
-    ) -> Example:
+    def example(self, index: int, rng: Rng, num_negatives: int, num_positives: int = 1) -> Example:
         """Make the example of query ``index``; ``rng`` alone decides what is drawn.
 
-        Args:
-            index: number of the query.
-            rng: fresh for this example.
-            num_negatives: most negatives.
-            num_positives: most positives. Only pair records have several; their first one and the
-                negatives do not depend on this number.
+        Both numbers are the most that are drawn. Only pair records have several positives; their
+        first one and the negatives do not depend on ``num_positives``.
         """
-        ...
+        return self._draw(self.queries[index], rng, num_negatives, num_positives)
+
+    @abstractmethod
+    def _draw(self, number: int, rng: Rng, num_negatives: int, num_positives: int) -> Example: ...
+
+    def _example(self, query: str, positive: str, **others: Any) -> Example:
+        of_the_set: dict[str, Any] = {"dataset": self.name, "symmetric": self.symmetric}
+        of_the_set |= {"instruction": self.instruction, "labels": ()}
+        return Example(query=query, positive=positive, **of_the_set | others)
 
 
-def sample(candidates: Sequence[T], count: int, rng: np.random.Generator) -> tuple[T, ...]:
+def make_source(
+    records: Sequence[Any],
+    kind: Kind,
+    *,
+    name: str,
+    instruction: str | None,
+    conversion: Conversion = "example",
+    max_records: int | None = None,
+) -> ExampleSource:
+    """Build the source of a set's records.
+
+    At most ``max_records`` queries are used, spread evenly over the file, because files are often
+    sorted by class. The other records still serve as positives and negatives.
+
+    Raises:
+        DataError: no record, no pair scored 4 or more, or classes that cannot be converted.
+    """
+    make: Callable[[Sequence[Any], str, str | None], ExampleSource] = PairSource
+    if kind == "sts":
+        make = StsSource
+    elif kind in ("classification", "clustering"):
+        # Files were checked line by line before; records made in memory come here first.
+        problems = [text for _, text in label_problems(records, conversion)]
+        if problems:
+            raise DataError("; ".join(problems[:5]), where=name, hint=LABEL_HINTS[conversion])
+        make = ClassSource if conversion == "example" else LabelTextSource
+    source = make(records, name, instruction)
+    total = len(source)
+    if total == 0:
+        raise DataError("the set holds no records", where=name)
+    if max_records is not None and max_records < total:
+        source.queries = (np.arange(max_records) * total // max_records).tolist()
+    return source
+
+
+class PairSource(ExampleSource):
+    """Queries with listed positives; a query of several records knows the positives of all of them.
+
+    A record without negatives gives examples without: fine with in-batch negatives, of no use
+    without (mine them first).
+    """
+
+    def __init__(self, records: Sequence[PairRecord], name: str, instruction: str | None) -> None:
+        super().__init__(name, instruction, len(records))
+        self._records = records
+        self.scored = any(record.positive_scores for record in records)
+        self._known: dict[str, tuple[str, ...]] = {}
+        for record in records:
+            known = (*self._known.get(record.query, ()), *record.positives)
+            self._known[record.query] = tuple(dict.fromkeys(known))
+
+    def _draw(self, number: int, rng: Rng, num_negatives: int, num_positives: int) -> Example:
+        record = self._records[number]
+        known = self._known[record.query]
+        first = int(rng.integers(len(record.positives)))
+        candidates = [
+            place
+            for place, text in enumerate(record.negatives)
+            if text != record.query and text not in known
+        ]
+        negatives = sample(candidates, num_negatives, rng)
+        others = [place for place in range(len(record.positives)) if place != first]
+        further = sample(others, num_positives - 1, rng) if num_positives > 1 else ()
+        scored = bool(record.positive_scores)
+        return self._example(
+            record.query,
+            record.positives[first],
+            negatives=tuple(record.negatives[place] for place in negatives),
+            known_positives=known,
+            further_positives=tuple(record.positives[place] for place in further),
+            positive_scores=tuple(record.positive_scores[p] for p in (first, *further) if scored),
+            negative_scores=tuple(record.negative_scores[p] for p in negatives if scored),
+            instruction=self.instruction if record.instruction is None else record.instruction,
+        )
+
+
+class StsSource(ExampleSource):
+    """Both directions of every pair scored 4 or more.
+
+    A pair of one sentence with itself teaches nothing and is left out. Where no negatives are
+    mined, they are sentences of the set that are no positives of the query.
+    """
+
+    symmetric = True
+
+    def __init__(self, records: Sequence[StsRecord], name: str, instruction: str | None) -> None:
+        self._directions: list[tuple[str, str, tuple[str, ...]]] = []
+        self._known: dict[str, dict[str, None]] = {}  # an ordered set per sentence
+        for record in records:
+            first, second = record.sentence1, record.sentence2
+            if record.score < POSITIVE_SCORE or first == second:
+                continue
+            for query, positive in ((first, second), (second, first)):
+                self._directions.append((query, positive, record.negatives))
+                self._known.setdefault(query, {})[positive] = None
+        if not self._directions:
+            raise DataError(
+                f"no pair of different sentences scores {POSITIVE_SCORE:g} or more",
+                where=name,
+                expected="scores on the scale from 0 to 5",
+            )
+        sentences = (text for record in records for text in (record.sentence1, record.sentence2))
+        self._pool = list(dict.fromkeys(sentences))
+        super().__init__(name, instruction, len(self._directions))
+
+    def _draw(self, number: int, rng: Rng, num_negatives: int, num_positives: int) -> Example:
+        query, positive, mined = self._directions[number]
+        known = self._known[query]
+
+        def is_negative(text: str) -> bool:
+            return text != query and text not in known
+
+        if candidates := list(filter(is_negative, mined)):
+            negatives = sample(candidates, num_negatives, rng)
+        else:
+            num_refused = len(known) + 1
+            negatives = sample_where(
+                is_negative, self._pool, num_negatives, num_refused=num_refused, rng=rng
+            )
+        return self._example(query, positive, negatives=negatives, known_positives=tuple(known))
+
+
+class _LabelSource(ExampleSource):
+    """Labelled texts."""
+
+    def __init__(self, records: Sequence[LabelRecord], name: str, instruction: str | None) -> None:
+        super().__init__(name, instruction, len(records))
+        self._records = records
+        found: dict[str, dict[str, None]] = {}
+        for record in records:
+            found.setdefault(record.text, {})[record.label] = None
+        self._labels_of = {text: tuple(labels) for text, labels in found.items()}
+        self._labels = list(dict.fromkeys(record.label for record in records))
+
+
+class ClassSource(_LabelSource):
+    """Example-based conversion: a text, another text of its class, texts of other classes.
+
+    Texts that carry several labels are never negatives of each other where they share one.
+    """
+
+    symmetric = True
+
+    def __init__(self, records: Sequence[LabelRecord], name: str, instruction: str | None) -> None:
+        super().__init__(records, name, instruction)
+        members: dict[str, dict[str, None]] = {}
+        for record in records:
+            members.setdefault(record.label, {})[record.text] = None
+        # All classes in one list, each a contiguous block: "not of this class" is an index shift.
+        self._members: list[str] = []
+        self._blocks: dict[str, tuple[int, int]] = {}
+        self._positions: dict[LabelRecord, int] = {}
+        for label, texts in members.items():
+            start = len(self._members)
+            self._members += texts
+            self._blocks[label] = (start, len(self._members))
+            for position, text in enumerate(texts, start):
+                self._positions[LabelRecord(text, label)] = position
+        self._num_surplus = len(self._members) - len(self._labels_of)
+
+    def _draw(self, number: int, rng: Rng, num_negatives: int, num_positives: int) -> Example:
+        record = self._records[number]
+        start, stop = self._blocks[record.label]
+        position = start + int(rng.integers(stop - start - 1))
+        positive = self._members[position + (position >= self._positions[record])]
+        negatives = self._draw_negatives(record, num_negatives, rng)
+        return self._example(
+            record.text,
+            positive,
+            negatives=negatives,
+            known_positives=(positive,),
+            labels=self._labels_of[record.text],
+            positive_labels=self._labels_of[positive],
+            negative_labels=tuple(self._labels_of[text] for text in negatives),
+        )
+
+    def _draw_negatives(self, record: LabelRecord, count: int, rng: Rng) -> tuple[str, ...]:
+        """Return up to ``count`` different texts that share no class with the record's text."""
+        start, stop = self._blocks[record.label]
+        num_outside = len(self._members) - (stop - start)
+        own = self._labels_of[record.text]
+        # Refused are the places of the text's other classes. Beyond them, a text with m labels
+        # fills m places, of which at least m - 1 are repeats or in one of those classes.
+        blocks = (self._blocks[label] for label in own if label != record.label)
+        num_refused = sum(end - begin for begin, end in blocks)
+        size = min(num_outside, count + self._num_surplus + num_refused) if count else 0
+        places = rng.choice(num_outside, size=size, replace=False)
+        places = np.where(places >= start, places + (stop - start), places)
+        found: dict[str, None] = {}
+        for place in places.tolist():
+            text = self._members[place]
+            if not set(own).intersection(self._labels_of[text]):
+                found[text] = None
+            if len(found) == count:
+                break
+        return tuple(found)
+
+
+class LabelTextSource(_LabelSource):
+    """Label-text conversion: the positive is the name of the class, negatives are other names.
+
+    Query and document are different sorts of text here, so only the query carries the instruction.
+    """
+
+    def _draw(self, number: int, rng: Rng, num_negatives: int, num_positives: int) -> Example:
+        record = self._records[number]
+        own = self._labels_of[record.text]
+        others = sample_where(
+            lambda label: label not in own,
+            self._labels,
+            num_negatives,
+            num_refused=len(own),
+            rng=rng,
+        )
+        return self._example(
+            record.text,
+            label_text(record.label),
+            negatives=tuple(map(label_text, others)),
+            known_positives=tuple(map(label_text, own)),
+            labels=own,
+            positive_labels=(record.label,),
+            negative_labels=tuple((label,) for label in others),
+        )
+
+
+def sample(candidates: Sequence[T], count: int, rng: Rng) -> tuple[T, ...]:
     """Draw up to ``count`` different places of ``candidates`` in random order."""
     size = min(count, len(candidates))
     return tuple(candidates[place] for place in rng.choice(len(candidates), size, replace=False))
@@ -92,17 +354,12 @@ def sample_where(
     count: int,
     *,
     num_refused: int,
-    rng: np.random.Generator,
+    rng: Rng,
 ) -> tuple[T, ...]:
-    """Draw up to ``count`` accepted items without walking the pool.
+    """Draw up to ``count`` accepted items of a pool of different ones, without walking it.
 
-    Args:
-        accept: tells whether an item may be drawn.
-        pool: different items.
-        count: how many are wanted.
-        num_refused: at most so many items of the pool are not accepted; with so many drawn in
-            addition, enough are left.
-        rng: of the draw.
+    At most ``num_refused`` items of the pool are not accepted; with so many drawn in addition,
+    enough are left.
     """
     drawn = sample(pool, count + num_refused, rng)
     return tuple(item for item in drawn if accept(item))[:count]

@@ -12,33 +12,28 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nvembed.core.errors import DataError
 from nvembed.core.seeding import derive_seed
-from nvembed.data.convert import make_source
-from nvembed.data.examples import Example, ExampleSource
-from nvembed.data.records import Records, records_digest
-from nvembed.data.sources import DatasetConfig, load_records
+from nvembed.data.config import DatasetConfig
+from nvembed.data.examples import Example, ExampleSource, make_source
+from nvembed.data.loading import load_records
+from nvembed.data.records import records_digest
 
 # The additive sequence of the golden ratio covers [0, 1) more evenly than any other of its sort.
 GOLDEN_RATIO = (5**0.5 - 1) / 2
 
 
-def load_source(config: DatasetConfig, *, base_dir: Path) -> ExampleSource:
-    """Read the records of a data set and make its source.
-
-    Raises:
-        DataError: the data cannot be used; names the lines.
-    """
-    return _source(config, load_records(config, base_dir=base_dir))
-
-
-def _source(config: DatasetConfig, records: Records) -> ExampleSource:
+def load_source(
+    config: DatasetConfig, *, base_dir: Path, records: Sequence[Any] | None = None
+) -> ExampleSource:
+    """Read the records of a data set, unless they are given, and make its source."""
     return make_source(
-        records,
+        load_records(config, base_dir=base_dir) if records is None else records,
         config.kind,
         name=config.name,
         instruction=config.instruction,
@@ -50,13 +45,9 @@ def _source(config: DatasetConfig, records: Records) -> ExampleSource:
 def load_mixture(
     datasets: Sequence[DatasetConfig], *, stage: int, base_dir: Path, temperature: float = 1.0
 ) -> Mixture:
-    """Load the data sets of one stage.
+    """Load those of a recipe's data sets that a stage uses, the first of which is number 1.
 
-    Args:
-        datasets: all data sets of the recipe.
-        stage: number of the stage, from 1.
-        base_dir: folder of the recipe.
-        temperature: evens out the sets without a weight of their own; see ``tempered_weights``.
+    ``temperature`` evens out the sets without a weight of their own; see ``tempered_weights``.
 
     Raises:
         DataError: naming every file that cannot be used.
@@ -68,35 +59,26 @@ def load_mixture(
     for config in chosen:
         try:
             records = load_records(config, base_dir=base_dir)
-            sources.append(_source(config, records))
+            sources.append(load_source(config, base_dir=base_dir, records=records))
             digests[config.name] = records_digest(records)
         except DataError as error:
             errors.append(error)
     if len(errors) == 1:
         raise errors[0]
     if errors:
-        raise DataError(
-            f"{len(errors)} data sets cannot be used: " + " | ".join(str(error) for error in errors)
-        )
-    weights = tempered_weights(
-        [len(source) for source in sources], [config.weight for config in chosen], temperature
-    )
-    return Mixture(sources, weights, digests)
+        raise DataError(f"{len(errors)} data sets cannot be used: {' | '.join(map(str, errors))}")
+    sizes, given = [len(source) for source in sources], [config.weight for config in chosen]
+    return Mixture(sources, tempered_weights(sizes, given, temperature), digests)
 
 
 def tempered_weights(
     sizes: Sequence[int], weights: Sequence[float | None], temperature: float
 ) -> list[float]:
-    """Weights of sets by their sizes, those that are given left as they are.
+    """Weights of sets by their sizes; given ones (not None) are left as they are.
 
     Sets without a weight share the sum of their sizes in proportion to ``size ** (1 / T)``. At 1
     these are the sizes themselves; a higher temperature moves queries from large sets to small
     ones, and neither to nor from the sets whose weight is given.
-
-    Args:
-        sizes: number of queries of each set.
-        weights: given weights; None for by size.
-        temperature: T, at least 1.
     """
     assert temperature >= 1
     by_size = [size for size, weight in zip(sizes, weights, strict=True) if weight is None]
@@ -111,11 +93,8 @@ def tempered_weights(
 class Mixture:
     """Sources, each with a name of its own, and their relative weights.
 
-    Args:
-        sources: the data sets.
-        weights: of each.
-        digests: by the name of a set, ``records_digest`` of all its records, those that no query is
-            taken from included; of sets that were read from files.
+    ``digests`` holds, by the name of a set that was read from files, ``records_digest`` of all its
+    records, those that no query is taken from included.
     """
 
     sources: Sequence[ExampleSource]
@@ -128,22 +107,15 @@ class Mixture:
         assert all(weight > 0 for weight in self.weights)
 
     def order(self, seed: int, num_examples: int, *, run_length: int = 1) -> NDArray[np.int64]:
-        """Plan which query comes in which slot.
+        """Plan which query comes in which slot; the order of fewer slots begins that of more.
 
         The source of slot t is where ``offset + t * golden ratio`` (mod 1) falls among the shares
         of the sources laid end to end: after any n slots each source is within a few of n times its
         share, where independent draws would be off by the square root of n. Each source is walked
         in freshly shuffled epochs: no query comes again before all others of its source have come.
 
-        The order of fewer slots is the beginning of the order of more.
-
         With a ``run_length`` the rule holds for runs of slots instead: each run takes its queries
         from one source. The batch size as run length gives homogeneous batches.
-
-        Args:
-            seed: decides everything; the caller derives one per stage.
-            num_examples: number of slots, steps times queries per step.
-            run_length: slots in a row that share a source.
 
         Returns:
             shape (num_examples, 2): index of the source, index of the query in it.
@@ -157,7 +129,10 @@ class Mixture:
         for number, source in enumerate(self.sources):
             slots = np.flatnonzero(order[:, 0] == number)
             rng = np.random.default_rng(derive_seed(seed, "walk", source.name))
-            order[slots, 1] = _walk(len(source), len(slots), rng)
+            # Whole shuffled epochs, the last one cut.
+            num_epochs = -(-len(slots) // len(source))
+            epochs = np.tile(np.arange(len(source), dtype=np.int64), (num_epochs, 1))
+            order[slots, 1] = rng.permuted(epochs, axis=1).reshape(-1)[: len(slots)]
         return order
 
     def examples(
@@ -174,19 +149,8 @@ class Mixture:
 
         What a slot draws depends on ``seed`` and the slot alone, not on the slots before it.
         """
-        return [
-            self.sources[source].example(
-                index,
-                np.random.default_rng(derive_seed(seed, "draw", slot)),
-                num_negatives,
-                num_positives,
-            )
-            for slot, (source, index) in enumerate(order[start:stop].tolist(), start)
-        ]
-
-
-def _walk(num_queries: int, num_slots: int, rng: np.random.Generator) -> NDArray[np.int64]:
-    """Return ``num_slots`` indices: whole shuffled epochs, the last one cut."""
-    num_epochs = -(-num_slots // num_queries)
-    epochs = np.tile(np.arange(num_queries, dtype=np.int64), (num_epochs, 1))
-    return rng.permuted(epochs, axis=1).reshape(-1)[:num_slots]
+        found = []
+        for slot, (source, index) in enumerate(order[start:stop].tolist(), start):
+            rng = np.random.default_rng(derive_seed(seed, "draw", slot))
+            found.append(self.sources[source].example(index, rng, num_negatives, num_positives))
+        return found

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,10 @@ from scipy import sparse
 
 _WORD = re.compile(r"\w+")
 _BLOCK_CELLS = 4_000_000  # scores held dense at once: 32 MB
+
+
+def _words(text: str) -> list[str]:
+    return _WORD.findall(text.lower())
 
 
 class BM25:
@@ -29,32 +33,35 @@ class BM25:
         documents: the texts to search, at least one.
         k1: how soon repeating a word stops to help; 0.9 as in Anserini.
         b: how much long documents are held back, 0 to 1; 0.4 as in Anserini.
+        words: splits a text.
+
+    Attributes:
+        weights: what a word adds to the score of a document, sparse, ``(documents, words)``.
+        vocabulary: columns by word.
+        idf: weights of the words, ``(words,)``.
 
     Source: Robertson and Zaragoza, The Probabilistic Relevance Framework (2009). Checked against
     plain loops in tests/unit/evaluation/test_bm25.py.
     """
 
-    def __init__(self, documents: Sequence[str], k1: float = 0.9, b: float = 0.4) -> None:
-        self._vocabulary: dict[str, int] = {}
-        columns: list[int] = []
-        values: list[int] = []
-        starts = [0]
-        for text in documents:
-            for word, count in Counter(_words(text)).items():
-                columns.append(self._vocabulary.setdefault(word, len(self._vocabulary)))
-                values.append(count)
-            starts.append(len(columns))
-        shape = (len(documents), len(self._vocabulary))
-        counts = sparse.csr_array((np.array(values, np.float64), columns, starts), shape=shape)
+    def __init__(
+        self,
+        documents: Sequence[str],
+        k1: float = 0.9,
+        b: float = 0.4,
+        words: Callable[[str], list[str]] = _words,
+    ) -> None:
+        self._words = words
+        self.vocabulary: dict[str, int] = {}
+        counts = self._counts(documents, learn=True)
         lengths = np.asarray(counts.sum(axis=1)).ravel()
-        mean = lengths.mean() or 1.0  # 0 where no document has a word: nothing to divide then
-        found_in = np.bincount(columns, minlength=shape[1])
-        idf = np.log1p((len(documents) - found_in + 0.5) / (found_in + 0.5))
+        mean = (lengths.mean() if len(lengths) else 0.0) or 1.0  # 0 where there are no words at all
+        found_in = np.bincount(counts.indices, minlength=counts.shape[1])
+        self.idf = np.log1p((len(documents) - found_in + 0.5) / (found_in + 0.5))
         saturation = np.repeat(k1 * (1 - b + b * lengths / mean), np.diff(counts.indptr))
-        counts.data *= idf[counts.indices] * (k1 + 1) / (counts.data + saturation)
-        self._weights = counts
+        counts.data *= self.idf[counts.indices] * (k1 + 1) / (counts.data + saturation)
+        self.weights = counts
         self._weights_by_word = counts.T.tocsr()
-        self._num_documents = len(documents)
 
     def top_k(
         self, queries: Sequence[str], k: int
@@ -67,44 +74,39 @@ class BM25:
             scores and document indices, both of shape ``(len(queries), min(k, documents))``, best
             first; indices at score 0 share no word with the query.
         """
-        k = min(k, self._num_documents)
+        num_documents = self.weights.shape[0]
+        k = min(k, num_documents)
         scores = np.empty((len(queries), k))
         indices = np.empty((len(queries), k), dtype=np.int64)
-        counts = self._query_counts(queries)
-        block = max(1, _BLOCK_CELLS // max(1, self._num_documents))
+        counts = self._counts(queries)
+        block = max(1, _BLOCK_CELLS // max(1, num_documents))
         for start in range(0, len(queries), block):
             dense = (counts[start : start + block] @ self._weights_by_word).toarray()
             for row, all_scores in enumerate(dense, start=start):
-                best = _best(all_scores, k)
+                # All that are as good as the k-th best, then a stable sort: ties by index at any k.
+                kth = np.partition(all_scores, num_documents - k)[num_documents - k]
+                candidates = np.flatnonzero(all_scores >= kth)
+                best = candidates[np.argsort(-all_scores[candidates], kind="stable")[:k]]
                 indices[row], scores[row] = best, all_scores[best]
         return scores, indices
 
     def scores(self, queries: Sequence[str], indices: NDArray[np.int64]) -> NDArray[np.float64]:
         """Score each query for one document, ``(len(queries),)``."""
-        products = self._query_counts(queries).multiply(self._weights[indices])
+        products = self._counts(queries).multiply(self.weights[indices])
         return np.asarray(products.sum(axis=1)).ravel()
 
-    def _query_counts(self, queries: Sequence[str]) -> sparse.csr_array:
+    def _counts(self, texts: Sequence[str], *, learn: bool = False) -> sparse.csr_array:
+        """Count the known words of each text; to learn is to know all of them afterwards."""
         columns: list[int] = []
         values: list[int] = []
         starts = [0]
-        for text in queries:
-            for word, count in Counter(_words(text)).items():
-                if (column := self._vocabulary.get(word)) is not None:
+        known = self.vocabulary
+        for text in texts:
+            for word, count in Counter(self._words(text)).items():
+                column = known.setdefault(word, len(known)) if learn else known.get(word)
+                if column is not None:
                     columns.append(column)
                     values.append(count)
             starts.append(len(columns))
-        shape = (len(queries), len(self._vocabulary))
+        shape = (len(texts), len(known))
         return sparse.csr_array((np.array(values, np.float64), columns, starts), shape=shape)
-
-
-def _words(text: str) -> list[str]:
-    return _WORD.findall(text.lower())
-
-
-def _best(scores: NDArray[np.float64], k: int) -> NDArray[np.int64]:
-    # Everything at least as good as the k-th best, then a stable sort: ties by index at any k.
-    kth = np.partition(scores, len(scores) - k)[len(scores) - k]
-    candidates = np.flatnonzero(scores >= kth)
-    order = np.argsort(-scores[candidates], kind="stable")[:k]
-    return candidates[order].astype(np.int64)

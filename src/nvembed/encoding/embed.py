@@ -15,10 +15,10 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from dataclasses import astuple, dataclass, field, replace
+from dataclasses import astuple, dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,10 +27,9 @@ from nvembed.core.background import prefetch, write_behind
 from nvembed.core.errors import ConfigError, ModelError
 from nvembed.core.reporting import Rates, progress, release_notes
 from nvembed.core.store import read_arrays, write_array, write_arrays
-from nvembed.encoding.protocol import Encoder, unit_rows
-from nvembed.encoding.workers import Engine, Loader, Pool, process_pool, ray_pool, result_of
-from nvembed.model.settings import LongTexts
-from nvembed.model.work import Work
+from nvembed.encoding.encoder import Encoder, unit_rows
+from nvembed.encoding.workers import Engine, Loader, Pool, process_pool, ray_pool
+from nvembed.model.settings import LongTexts, Work
 from nvembed.text.tokens import batches
 
 InputType = Literal["query", "document"]
@@ -39,35 +38,20 @@ InputType = Literal["query", "document"]
 WINDOW_TEXTS = 1024
 
 _Arriving = Callable[[], NDArray[np.float32]]
+_Made = Callable[[int, int | None], None]
 
 
 @dataclass(frozen=True, slots=True)
 class EncodeOptions:
-    """How texts are embedded.
-
-    Attributes:
-        input_type: which of the encoder's two methods is called.
-        task: the instruction; ``None`` is none.
-        truncate_dim: keep the first dimensions, at length 1; ``None`` keeps all.
-        long: what becomes of texts beyond the model's limit.
-    """
+    """How texts are embedded: all that vectors depend on, besides model and text."""
 
     input_type: InputType
     task: str | None = None
-    truncate_dim: int | None = None
+    truncate_dim: int | None = None  # keep the first dimensions, at length 1; None keeps all
     long: LongTexts = field(default_factory=LongTexts)
 
-    @property
-    def key(self) -> tuple[object, ...]:
-        """All that vectors depend on, besides model and text."""
-        return (self.input_type, self.task, self.truncate_dim, *astuple(self.long))
-
     def width(self, encoder: Encoder) -> int:
-        """Numbers in a vector.
-
-        Raises:
-            ConfigError: the model has fewer than are wanted.
-        """
+        """Numbers in a vector; a ConfigError where the model has fewer than are wanted."""
         width = encoder.dimension
         wanted = width if self.truncate_dim is None else self.truncate_dim
         if not 1 <= wanted <= width:
@@ -81,12 +65,9 @@ class EncodeOptions:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """Texts whose vectors lie in one file.
+    """Texts whose vectors lie in one file: ``.npz`` holds a whole ``Part``, ``.npy`` its vectors.
 
-    Attributes:
-        texts: in order.
-        path: ``.npz`` holds a whole ``Part``, ``.npy`` its vectors.
-        own_tasks: by its row, the instruction of a text that has one of its own.
+    ``own_tasks`` has, by its row, the instruction of a text that has one of its own.
     """
 
     texts: Sequence[str]
@@ -94,19 +75,12 @@ class Job:
     own_tasks: Mapping[int, str] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
-    """What comes out of a job.
+class Part(NamedTuple):
+    """What comes out of a job."""
 
-    Attributes:
-        vectors: ``(N, D)``.
-        spans: ``(N, 2)`` int64, characters of chunks; empty where a text has one vector.
-        counts: int64, vectors per text.
-    """
-
-    vectors: NDArray[np.generic]
-    spans: NDArray[np.int64]
-    counts: NDArray[np.int64]
+    vectors: NDArray[np.generic]  # (N, D)
+    spans: NDArray[np.int64]  # (N, 2), characters of chunks; empty where a text has one vector
+    counts: NDArray[np.int64]  # vectors per text
 
 
 def save_part(path: Path, part: Part) -> None:
@@ -114,32 +88,21 @@ def save_part(path: Path, part: Part) -> None:
     if path.suffix == ".npy":
         write_array(path, part.vectors)
     else:
-        write_arrays(path, {"vectors": part.vectors, "spans": part.spans, "counts": part.counts})
+        write_arrays(path, part._asdict())
 
 
 def read_part(path: Path) -> Part:
-    """Read a part.
-
-    Raises:
-        DataError: it is damaged.
-    """
-    return Part(*read_arrays(path, "vectors", "spans", "counts"))
-
-
-# --- Embedding ------------------------------------------------------------------------------------
+    """Read a part; a DataError where it is damaged."""
+    return Part(*read_arrays(path, *Part._fields))
 
 
 def encode_window(
     encoder: Encoder, texts: Sequence[str], *, side: InputType, task: str | None = None
 ) -> NDArray[np.float32]:
-    """Embed a few texts in one call of the encoder and check what comes back.
-
-    Raises:
-        ModelError: the encoder gave another shape, or values that are not finite.
-    """
+    """Embed a few texts in one call; a ModelError where the vectors are of no use to anybody."""
     encode = encoder.encode_query if side == "query" else encoder.encode_document
     vectors = np.asarray(encode(texts, task=task), dtype=np.float32)
-    check_vectors(vectors, (len(texts), encoder.dimension), texts)
+    _check_vectors(vectors, (len(texts), encoder.dimension), texts)
     return vectors
 
 
@@ -152,20 +115,12 @@ def encode_texts(
     description: str = "encode",
     own_tasks: Mapping[int, str] | None = None,
 ) -> NDArray[np.float32]:
-    """Embed all texts into memory, with a progress bar.
-
-    Returns:
-        ``(len(texts), encoder.dimension)`` float32 in the order of the texts.
-
-    Raises:
-        ModelError: the encoder gave another shape, or values that are not finite.
-    """
-    job, width = Job(texts, Path(), own_tasks or {}), encoder.dimension
-    vectors = np.empty((len(texts), width), dtype=np.float32)
-    rates = Rates()
+    """Embed all texts into memory, with a progress bar: ``(len(texts), encoder.dimension)``."""
+    job, rates = Job(texts, Path(), own_tasks or {}), Rates()
+    vectors = np.empty((len(texts), encoder.dimension), dtype=np.float32)
     with progress(len(texts), description) as bar:
         for window in _launched([job], encoder, EncodeOptions(side, task)):
-            vectors[window.rows] = window.part(width).vectors
+            vectors[window.rows] = window.part(encoder.dimension).vectors
             bar.advance(len(window.rows), **rates.add(texts=len(window.rows)))
     return vectors
 
@@ -174,25 +129,17 @@ def embed(
     missing: Iterable[Job],
     model: Encoder | Loader,
     options: EncodeOptions,
-    made: Callable[[int, int | None], None],
+    made: _Made,
     *,
     processes: int = 1,
     engine: Engine = "local",
 ) -> None:
     """Embed the texts of jobs and write their files.
 
-    Args:
-        missing: jobs whose file is not there; read as they are needed.
-        model: a ``Loader`` where other processes are to load it; not loaded if nothing is missing.
-        options: how the texts are embedded.
-        made: is told how many texts were embedded, and how many tokens that were.
-        processes: share out the jobs, each with a GPU where there are some.
-        engine: ``ray`` embeds on the workers of a Ray cluster.
-
-    Raises:
-        ConfigError: the model has fewer dimensions than are wanted.
-        ModelError: vectors of another shape, or that are no numbers.
-        UserError: the disk is full, a process died, or ray is not installed.
+    Jobs, whose file is not there, are read as they are needed; the model is not loaded if there are
+    none. Other processes, or with ``ray`` the workers of a cluster, load a model that is a
+    ``Loader`` themselves. ``made`` is told how many texts were embedded, and how many tokens that
+    were, if anybody counts them.
     """
     jobs = iter(missing)
     if (first := next(jobs, None)) is None:
@@ -206,12 +153,7 @@ def embed(
         _embed_here(jobs, model.encoder if isinstance(model, Loader) else model, options, made)
 
 
-def _embed_here(
-    jobs: Iterable[Job],
-    encoder: Encoder,
-    options: EncodeOptions,
-    made: Callable[[int, int | None], None],
-) -> None:
+def _embed_here(jobs: Iterable[Job], encoder: Encoder, options: EncodeOptions, made: _Made) -> None:
     width = options.width(encoder)
     done: list[tuple[_Window, Part]] = []
 
@@ -225,19 +167,14 @@ def _embed_here(
     write_behind(_launched(jobs, encoder, options), write)
 
 
-def _embed_in_workers(
-    jobs: Iterable[Job],
-    pool: Pool,
-    options: EncodeOptions,
-    made: Callable[[int, int | None], None],
-) -> None:
+def _embed_in_workers(jobs: Iterable[Job], pool: Pool, options: EncodeOptions, made: _Made) -> None:
     """Only as many jobs are read ahead as keep all workers busy; this process writes the files."""
     running: dict[Future[tuple[Part, int | None]], Job] = {}
 
     def collect() -> None:
         for future in wait(running, return_when=FIRST_COMPLETED).done:
             job = running.pop(future)
-            part, tokens = result_of(future)
+            part, tokens = future.result()
             save_part(job.path, part)
             release_notes()  # a model has been loaded
             made(len(job.texts), tokens)
@@ -255,35 +192,30 @@ def embed_job(encoder: Encoder, job: Job, options: EncodeOptions) -> tuple[Part,
     width = options.width(encoder)
     done = [(window, window.part(width)) for window in _launched([job], encoder, options)]
     tokens = [window.work.tokens for window, _ in done]
-    known = [count for count in tokens if count is not None]
-    return _joined(done), sum(known) if len(known) == len(tokens) else None
+    return _joined(done), None if None in tokens else sum(filter(None, tokens))
 
 
 # --- Windows --------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Window:
     """Rows of a job with one instruction, on their way through the model."""
 
     job: Job
     rows: list[int]
-    texts: list[str]
     is_last: bool
     work: Work
-    arriving: _Arriving = lambda: np.empty((0, 0), np.float32)
+    arriving: _Arriving | None = None
 
     def part(self, width: int) -> Part:
         """Wait for the vectors and check them."""
+        assert self.arriving is not None
         vectors, spans = self.arriving(), self.work.spans
-        counts = [1] * len(self.texts) if spans is None else list(map(len, spans))
-        check_vectors(vectors, (sum(counts), width), self.texts)
-        flat = [span for mine in spans or () for span in mine]
-        return Part(
-            vectors,
-            np.array(flat, dtype=np.int64).reshape(-1, 2),
-            np.array(counts, dtype=np.int64),
-        )
+        counts = [1] * len(self.rows) if spans is None else list(map(len, spans))
+        _check_vectors(vectors, (sum(counts), width), [self.job.texts[row] for row in self.rows])
+        flat = np.array([span for mine in spans or () for span in mine], dtype=np.int64)
+        return Part(vectors, flat.reshape(-1, 2), np.array(counts, dtype=np.int64))
 
 
 def _launched(jobs: Iterable[Job], encoder: Encoder, options: EncodeOptions) -> Iterator[_Window]:
@@ -293,12 +225,12 @@ def _launched(jobs: Iterable[Job], encoder: Encoder, options: EncodeOptions) -> 
         for job in jobs:
             windows = list(_rows_by_task(job, options.task))
             for number, (task, rows) in enumerate(windows, start=1):
-                texts = [job.texts[row] for row in rows]
-                work = prepare_window(encoder, texts, replace(options, task=task))
-                yield _Window(job, rows, texts, number == len(windows), work)
+                work = _prepare(encoder, [job.texts[row] for row in rows], task, options)
+                yield _Window(job, rows, number == len(windows), work)
 
     for window in prefetch(prepared()):
-        yield replace(window, arriving=window.work.launch())
+        window.arriving = window.work.launch()
+        yield window
 
 
 def _rows_by_task(job: Job, task: str | None) -> Iterator[tuple[str | None, list[int]]]:
@@ -326,41 +258,21 @@ def windows(
     texts: Iterable[str], folder: Path, identity: str, options: EncodeOptions
 ) -> Iterator[Job]:
     """Cut texts into jobs of one window each; ``identity`` is the fingerprint of the model."""
+    how = (options.input_type, options.task, options.truncate_dim, *astuple(options.long))
     for window in batches(texts, WINDOW_TEXTS):
-        settings = json.dumps([identity, *options.key, window])
-        key = hashlib.sha256(settings.encode()).hexdigest()[:32]
-        yield Job(window, folder / f"{key}.npz")
+        key = hashlib.sha256(json.dumps([identity, *how, window]).encode()).hexdigest()
+        yield Job(window, folder / f"{key[:32]}.npz")
 
 
-@runtime_checkable
-class PreparingEncoder(Protocol):
-    """An encoder that can do a part of its work before the model is free: ``NVEmbed``."""
-
-    def prepare(
-        self,
-        texts: Sequence[str],
-        *,
-        side: InputType,
-        task: str | None = None,
-        truncate_dim: int | None = None,
-        long: LongTexts = ...,
-    ) -> Work:
-        """Tokenise, as if for ``encode_query`` or ``encode_document``."""
-        ...
-
-
-def prepare_window(encoder: Encoder, texts: Sequence[str], options: EncodeOptions) -> Work:
-    """Do what can be done before the model is free.
-
-    Raises:
-        ConfigError: the encoder has not so many dimensions, or does not know windows or chunks.
-    """
-    width = options.width(encoder)
-    side, task, long = options.input_type, options.task, options.long
-    if isinstance(encoder, PreparingEncoder):
-        return encoder.prepare(
-            texts, side=side, task=task, truncate_dim=options.truncate_dim, long=long
-        )
+def _prepare(
+    encoder: Encoder, texts: Sequence[str], task: str | None, options: EncodeOptions
+) -> Work:
+    """Do what can be done before the model is free: an ``NVEmbed`` tokenises."""
+    width, side, long = options.width(encoder), options.input_type, options.long
+    if (prepare := getattr(encoder, "prepare", None)) is not None:
+        cut = options.truncate_dim
+        work: Work = prepare(texts, side=side, task=task, truncate_dim=cut, long=long)
+        return work
     if long.way != "cut":
         raise ConfigError(
             f"this model cannot read long texts by {long.way!r}",
@@ -377,14 +289,10 @@ def prepare_window(encoder: Encoder, texts: Sequence[str], options: EncodeOption
     return Work(launch)
 
 
-def check_vectors(
+def _check_vectors(
     vectors: NDArray[np.float32], expected: tuple[int, int], texts: Sequence[str]
 ) -> None:
-    """Refuse vectors that nobody could use; one of the texts is named.
-
-    Raises:
-        ModelError: the shape is another, or values are not finite.
-    """
+    """Refuse vectors that nobody could use; one of the texts is named."""
     if vectors.shape != expected:
         raise ModelError(f"the model gave vectors of shape {vectors.shape}", expected=str(expected))
     bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1))

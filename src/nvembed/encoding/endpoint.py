@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nvembed.core.errors import ModelError
 from nvembed.core.http import post_json
-from nvembed.encoding.protocol import unit_rows
+from nvembed.encoding.encoder import unit_rows
 from nvembed.text.instructions import resolve_prompt
 
 BATCH_TEXTS = 64
@@ -49,15 +48,6 @@ class EndpointEncoder:
 
     def encode_query(self, texts: Sequence[str], *, task: str | None = None) -> NDArray[np.float32]:
         """Embed queries; see :class:`Encoder`."""
-        return self._encode(texts, task)
-
-    def encode_document(
-        self, texts: Sequence[str], *, task: str | None = None
-    ) -> NDArray[np.float32]:
-        """Embed documents; see :class:`Encoder`."""
-        return self._encode(texts, task)
-
-    def _encode(self, texts: Sequence[str], task: str | None) -> NDArray[np.float32]:
         prompt = resolve_prompt(task) or ""
         batches = [
             [prompt + text for text in texts[start : start + BATCH_TEXTS]]
@@ -68,23 +58,20 @@ class EndpointEncoder:
         with ThreadPoolExecutor(PARALLEL_REQUESTS) as pool:
             return unit_rows(np.concatenate(list(pool.map(self._embed, batches))))
 
+    # The prompt of documents is that of their task too; mostly there is none.
+    encode_document = encode_query
+
     def _embed(self, texts: list[str]) -> NDArray[np.float32]:
         answer = post_json(self._url, {"model": self._model, "input": texts}, timeout=self._timeout)
         try:
-            return _vectors(answer["data"], len(texts))
+            rows = sorted(answer["data"], key=lambda row: int(row["index"]))
+            vectors = np.array([row["embedding"] for row in rows], dtype=np.float32)
+            if vectors.ndim != 2 or [int(row["index"]) for row in rows] != list(range(len(texts))):
+                raise ValueError
         except (KeyError, TypeError, ValueError) as error:
             raise ModelError(
                 "the answer does not hold one vector per text",
                 where=self._url,
                 expected='{"data": [{"index": int, "embedding": [float]}]}',
             ) from error
-
-
-def _vectors(rows: list[dict[str, Any]], count: int) -> NDArray[np.float32]:
-    ordered = sorted(rows, key=lambda row: int(row["index"]))
-    if [int(row["index"]) for row in ordered] != list(range(count)):
-        raise ValueError
-    vectors = np.array([row["embedding"] for row in ordered], dtype=np.float32)
-    if vectors.ndim != 2:
-        raise ValueError
-    return vectors
+        return vectors

@@ -1,14 +1,13 @@
 """Search a file of documents with one query: exact, no index to build.
 
-In: a model, a file of texts, a query; out: the nearest texts. The document vectors are kept in a
-cache folder, under the contents of the file and the state of the model, so that the next query over
-the same file costs one short encode.
+The document vectors are kept in a cache folder, under the contents of the file and the state of the
+model, so that the next query over the same file costs one short encode.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,15 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nvembed.core.cache import cache_folder, expanded
-from nvembed.core.dtypes import Precision, PrecisionChoice
+from nvembed.core.dtypes import PrecisionChoice
 from nvembed.core.errors import ConfigError, DataError, UserError
 from nvembed.core.store import read_array, write_array
-from nvembed.data.sources.config import Column
+from nvembed.data.config import Column
 from nvembed.encoding.embed import encode_texts, encode_window
-from nvembed.encoding.fingerprint import computed_fingerprint
-from nvembed.encoding.load import load_encoder, settle_dtype
-from nvembed.encoding.protocol import Encoder
-from nvembed.encoding.reading import Document, read_documents
+from nvembed.encoding.encoder import Encoder, computed_fingerprint, load_encoder, settle_dtype
+from nvembed.encoding.reading import read_documents
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,21 +76,18 @@ def search_file(
     rows = list(read_documents([documents], columns=columns, keep_going=None))
     if not rows:
         raise DataError("the file holds no texts", where=str(documents))
-    cached = None
-    if isinstance(model, str):
-        settled = settle_dtype(model, dtype)  # once: cached vectors and the query's are of one type
-        encoder = load_encoder(model, settled)
-        if cache is not None:
-            place = (
-                cache_folder("search")
-                if cache == "default"
-                else expanded(Path(cache), where=str(cache))
-            )
-            cached = place / f"{_cache_key(model, settled, rows)}.npy"
-    else:
-        encoder = model
+    texts = [row.text for row in rows]
+    # Once: cached vectors and the query's are of one type.
+    settled = settle_dtype(model, dtype) if isinstance(model, str) else None
+    encoder = load_encoder(model, settled) if isinstance(model, str) else model
     query_vector = encode_window(encoder, [query], side="query", task=task)[0]
-    vectors = _document_vectors(encoder, rows, cached)
+    if isinstance(model, str) and cache is not None:
+        own = cache != "default"
+        folder = expanded(Path(cache), where=str(cache)) if own else cache_folder("search")
+        key = _cache_key(computed_fingerprint(model, settled), texts)
+        vectors = _document_vectors(encoder, texts, folder / f"{key}.npy")
+    else:
+        vectors = encode_texts(encoder, texts, side="document")
     scores = vectors @ query_vector
     order = np.argsort(-scores, kind="stable")[:top_k]
     return [
@@ -102,25 +96,20 @@ def search_file(
     ]
 
 
-def _document_vectors(
-    encoder: Encoder, rows: list[Document], cached: Path | None
-) -> NDArray[np.float32]:
-    if cached is not None:
-        with suppress(DataError):  # not there, or damaged: then it is computed and written again
-            known = read_array(cached)
-            if known.shape == (len(rows), encoder.dimension) and known.dtype == np.float32:
-                return known
-    vectors = encode_texts(encoder, [row.text for row in rows], side="document")
-    if cached is not None:
-        with suppress(OSError, UserError):  # a home folder that cannot be written stops no search
-            write_array(cached, vectors)
+def _document_vectors(encoder: Encoder, texts: list[str], cached: Path) -> NDArray[np.float32]:
+    with suppress(DataError):  # not there, or damaged: then it is computed and written again
+        known = read_array(cached)
+        if known.shape == (len(texts), encoder.dimension) and known.dtype == np.float32:
+            return known
+    vectors = encode_texts(encoder, texts, side="document")
+    with suppress(OSError, UserError):  # a home folder that cannot be written stops no search
+        write_array(cached, vectors)
     return vectors
 
 
-def _cache_key(model: str, dtype: Precision | None, rows: Sequence[Document]) -> str:
-    """Name the vectors of texts: by these, in order, and by what the model folder holds."""
-    digest = hashlib.sha256(computed_fingerprint(model, dtype).encode())
-    for row in rows:
-        content = row.text.encode()
+def _cache_key(fingerprint: str, texts: list[str]) -> str:
+    digest = hashlib.sha256(fingerprint.encode())
+    for text in texts:
+        content = text.encode()
         digest.update(len(content).to_bytes(8, "little") + content)
     return digest.hexdigest()

@@ -2,8 +2,7 @@
 
 In: what ``encoding/reading.py`` reads; out: a float32 ``.npy`` matrix, one row per text in the
 same order (or fewer dimensions, 8 bits or 1 bit: ``encoding/outputs.py``), and beside it the ids
-where the lines have them. Memory is bounded by a window of texts, not by the file. Next file:
-``encoding/file_search.py``.
+where the lines have them. Memory is bounded by a window of texts, not by the file.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import glob
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,12 +24,12 @@ from nvembed.core.dtypes import Precision, PrecisionChoice
 from nvembed.core.errors import ConfigError, DataError
 from nvembed.core.files import tidy, write_json
 from nvembed.core.ownership import NEW, check_outputs, remove, remove_named
-from nvembed.core.reporting import ProgressBar, Rates, progress
+from nvembed.core.reporting import Rates, progress
 from nvembed.core.store import STORED, write_array
 from nvembed.core.text_files import STDIN, STDIN_NAME, ending_of, stdin_bytes
-from nvembed.data.sources.config import Column
-from nvembed.encoding.embed import EncodeOptions, Job, embed, windows
-from nvembed.encoding.fingerprint import computed_fingerprint
+from nvembed.data.config import Column
+from nvembed.encoding.embed import EncodeOptions, InputType, Job, embed, windows
+from nvembed.encoding.encoder import Encoder, computed_fingerprint
 from nvembed.encoding.outputs import (
     ENCODE,
     TABLES,
@@ -41,40 +40,27 @@ from nvembed.encoding.outputs import (
     value_ranges,
     write_vectors,
 )
-from nvembed.encoding.protocol import Encoder
 from nvembed.encoding.reading import Document, Skipped, input_files, read_documents
 from nvembed.encoding.workers import Engine, Loader, settle_for
 from nvembed.model.settings import LongTexts
 
-_BESIDE = {
-    "ids": ".ids.json",
-    "ranges": ".ranges.npy",
-    "spans": ".spans.npy",
-    "record": ".run.json",
-}
+_Reader = Callable[..., Iterator[Document]]
+
+# What may lie beside an output.
+_BESIDE = {"ids": "ids.json", "ranges": "ranges.npy", "spans": "spans.npy", "record": "run.json"}
 
 
 @dataclass(frozen=True, slots=True)
 class EncodedFile:
-    """What ``encode_file`` wrote.
+    """What ``encode_file`` wrote."""
 
-    Attributes:
-        output: the vectors.
-        ids: file of the ids where the lines had them.
-        rows: number of vectors.
-        dimension: of a vector, before bits are packed.
-        ranges: file of the ranges of ``int8`` and ``uint8``.
-        skipped: bad lines that were left out.
-        dtype: of the model's weights; ``None`` is what they were saved in.
-    """
-
-    output: Path
-    ids: Path | None
-    rows: int
-    dimension: int
-    ranges: Path | None = None
-    skipped: Skipped | None = None
-    dtype: Precision | None = None
+    output: Path  # the vectors
+    ids: Path | None  # file of the ids where the lines had them
+    rows: int  # number of vectors
+    dimension: int  # of a vector, before bits are packed
+    ranges: Path | None = None  # file of the ranges of int8 and uint8
+    skipped: Skipped | None = None  # bad lines that were left out
+    dtype: Precision | None = None  # of the model's weights; None is what they were saved in
 
 
 def encode_file(
@@ -93,17 +79,15 @@ def encode_file(
 ) -> EncodedFile:
     """Embed every text of a file, of several, of a folder or of stdin.
 
-    The whole input is checked before the model is loaded. The output appears under its name only
-    when it is complete; until then what is done lies in ``<output>.parts`` beside it, from where a
-    run that was killed goes on, if the model is given by name, in the type it was begun with.
-    ``<output>.run.json`` says how the vectors were made.
+    The whole input is checked before the model is loaded. The output appears when it is complete;
+    until then what is done lies in ``<output>.parts``, from where a run that was killed goes on, if
+    the model is given by name. ``<output>.run.json`` says how the vectors were made.
 
     Args:
         model: folder or hub id, or an encoder that is loaded already.
         input: see ``nvembed.encoding.reading.read_documents``.
-        output: ``.npy`` (ids go to ``<output>.ids.json``, a list in row order), or a ``.parquet``
-            file or ``.lance`` table with the columns ``id`` (the place of a text without one) and
-            ``embedding``.
+        output: ``.npy`` (ids go to ``<output>.ids.json``), or a ``.parquet`` file or ``.lance``
+            table with the columns ``id`` (the place of a text without one) and ``embedding``.
         task: with an instruction the texts are queries, without they are documents.
         columns: where ``text`` and ``id`` are found, see ``read_documents``.
         dtype: of the model's weights, see ``load_encoder``.
@@ -111,70 +95,66 @@ def encode_file(
             to ``<output>.ranges.npy``.
         keep_going: leave lines out that cannot be used, and count them.
         long: what becomes of texts beyond the model's limit. Late chunking writes a vector per
-            chunk, with the ids ``id#0``, ``id#1`` …, and the characters of each: in
-            ``<output>.spans.npy`` ``(N, 2)``, or the columns ``start`` and ``end``.
+            chunk, with the ids ``id#0`` …, and its characters to ``<output>.spans.npy`` ``(N, 2)``
+            or the columns ``start`` and ``end``.
         processes: share out the texts, each with a GPU where there are some.
         engine: ``ray`` embeds on the workers of a Ray cluster.
 
     Raises:
-        DataError: a line cannot be used, or there is none.
-        ConfigError: the output is an input or lies in one, something is there that encode did not
-            make, vectors have fewer dimensions than asked for, or a table is wanted of numbers
-            that are not float32.
-        ModelError: the model cannot be loaded or gives vectors that are no numbers.
-        UserError: the output cannot be written (no space, no permission).
+        UserError: a ``DataError`` of the input, a ``ModelError`` of the model, a ``ConfigError`` of
+            an output that cannot hold the vectors or must not be replaced, or a full disk.
     """
-    form, long = form or OutputFormat(), long or LongTexts()
+    form, long, skipped = form or OutputFormat(), long or LongTexts(), Skipped()
     paths = [input] if isinstance(input, Path) else list(input)
+    _check(model, paths, output, form.precision, processes > 1 or engine == "ray")
+    side: InputType = "document" if task is None else "query"
+    options = EncodeOptions(side, task, form.truncate_dim, long)
+    with _reader(paths, columns, keep_going) as read:
+        names, with_ids = _names(read(skipped=skipped), paths)
+        with _source(model, dtype, output, engine) as (source, folder):
+            made = _embed_missing(read, source, options, folder, len(names), processes, engine)
+            parts = Parts(made, names, chunked=long.way == "late")
+            settled = source.dtype if isinstance(source, Loader) else None
+            record = _record(model, settled, task)
+            ids, ranges = _write(parts, output, form.precision, record, with_ids=with_ids)
+    return EncodedFile(output, ids, len(parts.names), parts.dimension, ranges, skipped, settled)
+
+
+def _check(
+    model: str | Encoder,
+    paths: Sequence[Path],
+    output: Path,
+    precision: OutputPrecision,
+    elsewhere: bool,
+) -> None:
+    """Refuse what cannot be done, before anything is read or loaded."""
     input_files(paths)  # one that is not there is told first
-    folder = output.with_name(f"{output.name}.parts")
     name = model if isinstance(model, str) else None
     outputs = [output, *_beside(output).values()]
-    check_outputs(outputs, made_by=ENCODE, inputs=[*paths, name], places=[folder])
-    check_output(output, form.precision)
-    if not isinstance(model, str) and (processes > 1 or engine == "ray"):
+    places = [_parts_folder(output)]
+    check_outputs(outputs, made_by=ENCODE, inputs=[*paths, name], places=places)
+    check_output(output, precision)
+    if name is None and elsewhere:
         raise ConfigError("other processes load the model by its name", expected="a name")
-    with ExitStack() as stack:
-        skipped = Skipped()
-        stdin = stack.enter_context(_spooled()) if STDIN in map(str, paths) else None
-        # Ids only: the texts are read again, window by window.
-        documents = partial(
-            read_documents, paths, columns=columns, keep_going=keep_going, stdin=stdin
-        )
-        with_ids, names = _names(documents(skipped=skipped))
-        if not names:
-            names = [STDIN_NAME if str(path) == STDIN else str(path) for path in paths]
-            raise DataError("the file holds no texts", where=", ".join(names))
-        options = EncodeOptions(
-            "document" if task is None else "query", task, form.truncate_dim, long
-        )
-        for path in outputs:
-            tidy(path.parent, glob.escape(path.name))  # of a run that was killed
-        source: Encoder | Loader
-        if isinstance(model, str):
-            settled = _settled(model, dtype, folder, engine)
-            source = Loader(model, settled)
-        else:  # nothing names its state: its parts are of no use later
-            folder = stack.enter_context(_folder_for_now(output))
-            source, settled = model, None
-        with progress(len(names), "encode") as bar:
-            work = _Parts(documents, options, folder, source, bar)
-            embed(work.missing(), source, options, work.made, processes=processes, engine=engine)
-        work.check(len(names))
-        parts = Parts(work.paths, names, chunked=long.way == "late")
-        rows, dimension = parts.shape
-        write_vectors(parts, output, form.precision)
-        beside = _write_beside(parts, output, form.precision, with_ids=with_ids)
-        record = output.with_name(output.name + _BESIDE["record"])
-        write_json(record, _record(model, settled, task), ENCODE)
-        remove_named(folder, STORED)
-    return EncodedFile(
-        output, beside.get("ids"), rows, dimension, beside.get("ranges"), skipped, settled
-    )
 
 
-def _names(documents: Iterator[Document]) -> tuple[bool, list[str]]:
-    """Whether texts have ids (all or none), and these, or their places."""
+@contextmanager
+def _reader(
+    paths: Sequence[Path], columns: Mapping[str, Column] | None, keep_going: bool
+) -> Iterator[_Reader]:
+    """Give what reads the input, which is read twice: for the ids, and window by window."""
+    read = partial(read_documents, paths, columns=columns, keep_going=keep_going)
+    if STDIN not in map(str, paths):
+        yield read
+        return
+    with NamedTemporaryFile(prefix="stdin-") as file, stdin_bytes() as stream:
+        shutil.copyfileobj(stream, file)
+        file.flush()
+        yield partial(read, stdin=Path(file.name))
+
+
+def _names(documents: Iterator[Document], paths: Sequence[Path]) -> tuple[list[str], bool]:
+    """Return the ids of all texts, or their places, and whether they have ids (all or none)."""
     with_ids: bool | None = None
     names = []
     for document in documents:
@@ -187,47 +167,28 @@ def _names(documents: Iterator[Document]) -> tuple[bool, list[str]]:
                 expected="an id on every line or on none",
             )
         names.append(document.place if document.id is None else document.id)
-    return bool(with_ids), names
+    if not names:
+        shown = [STDIN_NAME if str(path) == STDIN else str(path) for path in paths]
+        raise DataError("the file holds no texts", where=", ".join(shown))
+    return names, bool(with_ids)
 
 
-class _Parts:
-    """The parts of an output: those that are there are counted, the others are to be made."""
-
-    def __init__(
-        self,
-        documents: Callable[[], Iterator[Document]],
-        options: EncodeOptions,
-        folder: Path,
-        model: Encoder | Loader,
-        bar: ProgressBar,
-    ) -> None:
-        identity = (
-            computed_fingerprint(model.name, model.dtype) if isinstance(model, Loader) else ""
-        )
-        texts = (document.text for document in documents())
-        self.paths: list[Path] = []
-        self._jobs = windows(texts, folder, identity, options)
-        self._texts = 0
-        self._bar, self._rates = bar, Rates()
-
-    def missing(self) -> Iterator[Job]:
-        for job in self._jobs:
-            self.paths.append(job.path)
-            self._texts += len(job.texts)
-            if job.path.is_file():
-                self._bar.advance(len(job.texts))
-            else:
-                yield job
-
-    def made(self, texts: int, tokens: int | None) -> None:
-        counts = {"texts": texts} if tokens is None else {"texts": texts, "tokens": tokens}
-        self._bar.advance(texts, **self._rates.add(**counts))
-
-    def check(self, count: int) -> None:
-        if self._texts != count:
-            raise DataError(
-                f"the input changed while it was read ({count} texts, then {self._texts})"
-            )
+@contextmanager
+def _source(
+    model: str | Encoder, dtype: PrecisionChoice | None, output: Path, engine: Engine
+) -> Iterator[tuple[Encoder | Loader, Path]]:
+    """Give what embeds, and the folder of its parts, which is deleted when all went well."""
+    for path in (output, *_beside(output).values()):
+        tidy(path.parent, glob.escape(path.name))  # of a run that was killed
+    if isinstance(model, str):
+        folder = _parts_folder(output)
+        yield Loader(model, _settled(model, dtype, folder, engine)), folder
+        remove_named(folder, STORED)
+        return
+    # Nothing names the state of a loaded model: its parts are of no use later.
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.", suffix=NEW) as name:
+        yield model, Path(name)
 
 
 def _settled(
@@ -245,6 +206,44 @@ def _settled(
     return settled
 
 
+def _embed_missing(
+    read: _Reader,
+    source: Encoder | Loader,
+    options: EncodeOptions,
+    folder: Path,
+    count: int,
+    processes: int,
+    engine: Engine,
+) -> list[Path]:
+    """Embed the texts of which no part is there yet, and return the files of all parts."""
+    identity = ""
+    if isinstance(source, Loader):
+        identity = computed_fingerprint(source.name, source.dtype)
+    texts = (document.text for document in read())
+    paths: list[Path] = []
+    rates, found = Rates(), 0
+    with progress(count, "encode") as bar:
+
+        def missing() -> Iterator[Job]:
+            nonlocal found
+            for job in windows(texts, folder, identity, options):
+                paths.append(job.path)
+                found += len(job.texts)
+                if job.path.is_file():
+                    bar.advance(len(job.texts))
+                else:
+                    yield job
+
+        def made(texts: int, tokens: int | None) -> None:
+            counts = {"texts": texts} if tokens is None else {"texts": texts, "tokens": tokens}
+            bar.advance(texts, **rates.add(**counts))
+
+        embed(missing(), source, options, made, processes=processes, engine=engine)
+    if found != count:
+        raise DataError(f"the input changed while it was read ({count} texts, then {found})")
+    return paths
+
+
 def _record(model: str | Encoder, dtype: Precision | None, task: str | None) -> dict[str, object]:
     from nvembed.kernels.precision import computing_record
 
@@ -252,43 +251,35 @@ def _record(model: str | Encoder, dtype: Precision | None, task: str | None) -> 
     return {"model": name, "task": task, "computing": computing_record(dtype)}
 
 
-def _write_beside(
-    parts: Parts, output: Path, precision: OutputPrecision, *, with_ids: bool
-) -> dict[str, Path]:
-    """Write what a matrix does not hold; files of an earlier run would belong to other vectors."""
+def _write(
+    parts: Parts,
+    output: Path,
+    precision: OutputPrecision,
+    record: dict[str, object],
+    *,
+    with_ids: bool,
+) -> tuple[Path | None, Path | None]:
+    """Write the vectors, then what a matrix does not hold; return the files of ids and ranges."""
+    write_vectors(parts, output, precision)
     paths = _beside(output)
     for path in paths.values():
-        remove(path)
-    written = {}
-    if ending_of(output) not in TABLES:
-        if with_ids or parts.chunked:
-            write_json(paths["ids"], parts.names, ENCODE)
-            written["ids"] = paths["ids"]
-        if parts.chunked:
-            spans = np.concatenate([part.spans for _, part in parts])
-            write_array(paths["spans"], spans, ENCODE)
-        if precision in ("int8", "uint8"):
-            write_array(paths["ranges"], value_ranges(parts), ENCODE)
-            written["ranges"] = paths["ranges"]
-    return written
+        remove(path)  # those of an earlier run would belong to other vectors
+    matrix = ending_of(output) not in TABLES
+    has_ids = matrix and (with_ids or parts.chunked)
+    has_ranges = precision in ("int8", "uint8")
+    if has_ids:
+        write_json(paths["ids"], parts.names, ENCODE)
+    if matrix and parts.chunked:
+        write_array(paths["spans"], np.concatenate([part.spans for _, part in parts]), ENCODE)
+    if has_ranges:
+        write_array(paths["ranges"], value_ranges(parts), ENCODE)
+    write_json(paths["record"], record, ENCODE)
+    return paths["ids"] if has_ids else None, paths["ranges"] if has_ranges else None
 
 
 def _beside(output: Path) -> dict[str, Path]:
-    """The files that may lie beside an output."""
-    return {name: output.with_name(output.name + end) for name, end in _BESIDE.items()}
+    return {name: output.with_name(f"{output.name}.{end}") for name, end in _BESIDE.items()}
 
 
-@contextmanager
-def _folder_for_now(output: Path) -> Iterator[Path]:
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.", suffix=NEW) as folder:
-        yield Path(folder)
-
-
-@contextmanager
-def _spooled() -> Iterator[Path]:
-    """Standard input as a file, since the input is read twice."""
-    with NamedTemporaryFile(prefix="stdin-") as file, stdin_bytes() as stream:
-        shutil.copyfileobj(stream, file)
-        file.flush()
-        yield Path(file.name)
+def _parts_folder(output: Path) -> Path:
+    return output.with_name(f"{output.name}.parts")

@@ -31,7 +31,7 @@ SLAB_TILES = 4
 # Places for what is found between two counts, where k is smaller.
 FEWEST_NEW = 256
 
-_RunAll = Callable[[Callable[[slice], None], Sequence[slice]], None]
+_RunAll = Callable[[Callable[[slice], None], Sequence[slice]], object]
 
 
 def top_k(
@@ -44,29 +44,17 @@ def top_k(
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """Find the ``k`` documents with the largest inner product, best first, ties by the lower row.
 
-    Nothing is approximated. Memory beside the inputs and results is that of ``GROUP_QUERIES``
-    queries, each with ``k + max(k, FEWEST_NEW)`` integers of 8 bytes, and of a few tiles,
-    whatever N is.
+    Nothing is approximated (checked against a full sort in the tests). Memory beside the inputs and
+    results is that of ``GROUP_QUERIES`` queries, each with ``k + max(k, FEWEST_NEW)`` integers of 8
+    bytes, and of a few tiles of ``block_queries`` rows and ``block_documents`` columns.
 
     Equal documents tie only as far as the matrix product gives them equal scores: the columns of
     different tiles may be rounded differently, by one unit in the last place.
 
-    Args:
-        queries_QD: float32 vectors; unit length makes the scores cosines.
-        documents_ND: float32 vectors of the same width, as one matrix (which may be memory-mapped)
-            or in parts, one after the other. Parts are gone through once for every
-            ``GROUP_QUERIES`` queries, so with more than that they must not be an iterator.
-        k: results wanted, at least 1; K = min(k, N) come back.
-        block_queries: rows of a tile.
-        block_documents: columns of a tile.
-
-    Returns:
-        scores_QK, descending in each row, and indices_QK, rows of all documents.
-
-    Raises:
-        ValueError: widths differ, or ``k`` or a block size is below 1.
-
-    Source: checked against a full sort in tests/unit/encoding/test_mining_search.py.
+    The documents are one matrix (which may be memory-mapped) or parts, one after the other. Parts
+    are gone through once for every ``GROUP_QUERIES`` queries, so with more than that they must not
+    be an iterator. Returns scores_QK, descending in each row, and indices_QK, rows of all
+    documents, with K = min(k, N).
     """
     if queries_QD.ndim != 2:
         raise ValueError("top_k takes two matrices, one vector a row")
@@ -76,53 +64,38 @@ def top_k(
     if isinstance(documents_ND, np.ndarray):
         parts = [documents_ND]
         k = max(min(k, len(documents_ND)), 1)
+    num_queries, slab_size = len(queries_QD), SLAB_TILES * block_documents
     with _threads() as run_all:
-
-        def search(start: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-            group_BD = np.require(queries_QD[start : start + GROUP_QUERIES], np.float32, ["C", "W"])
-            best = _search_group(group_BD, parts, k, block_queries, block_documents, run_all)
-            return best.results()
-
-        scores_BK, indices_BK = search(0)
-        # Now it is known how many documents there are.
-        scores_QK = np.empty((len(queries_QD), scores_BK.shape[1]), dtype=np.float32)
-        indices_QK = np.empty(scores_QK.shape, dtype=np.int64)
-        scores_QK[:GROUP_QUERIES], indices_QK[:GROUP_QUERIES] = scores_BK, indices_BK
-        for start in range(GROUP_QUERIES, len(queries_QD), GROUP_QUERIES):
-            rows = slice(start, start + GROUP_QUERIES)
-            scores_QK[rows], indices_QK[rows] = search(start)
+        for first in range(0, max(num_queries, 1), GROUP_QUERIES):
+            rows = slice(first, min(first + GROUP_QUERIES, num_queries))
+            group_BD = np.require(queries_QD[rows], np.float32, ["C", "W"])
+            best = RunningTopK(len(group_BD), k)
+            for slab_MD in _slabs(parts, group_BD.shape[1], slab_size):
+                _search(best, group_BD, slab_MD, block_queries, block_documents, run_all)
+            scores_BK, indices_BK = best.results()
+            if first == 0:  # now it is known how many documents there are
+                scores_QK = np.empty((num_queries, scores_BK.shape[1]), dtype=np.float32)
+                indices_QK = np.empty(scores_QK.shape, dtype=np.int64)
+            scores_QK[rows], indices_QK[rows] = scores_BK, indices_BK
     return scores_QK, indices_QK
 
 
-def _search_group(
+def _search(
+    best: RunningTopK,
     group_BD: NDArray[np.float32],
-    parts: Iterable[NDArray[np.float32]],
-    k: int,
+    slab_MD: NDArray[np.float32],
     block_queries: int,
     block_documents: int,
     run_all: _RunAll,
-) -> RunningTopK:
-    best = RunningTopK(len(group_BD), k)
-    blocks = [
-        slice(row, min(row + block_queries, len(group_BD)))
-        for row in range(0, len(group_BD), block_queries)
-    ]
-    for slab_MD in _slabs(parts, group_BD.shape[1], SLAB_TILES * block_documents):
-        first = best.num_seen
+) -> None:
+    def look(rows: slice) -> None:
+        for start in range(0, len(slab_MD), block_documents):
+            tile_MD = slab_MD[start : start + block_documents]
+            best.offer(_product(group_BD[rows], tile_MD), rows, best.num_seen + start)
 
-        def look(rows: slice, slab_MD: NDArray[np.float32] = slab_MD, first: int = first) -> None:
-            for start in range(0, len(slab_MD), block_documents):
-                tile_MD = slab_MD[start : start + block_documents]
-                best.offer(_product(group_BD[rows], tile_MD), rows, first + start)
-
-        run_all(look, blocks)
-        best.num_seen += len(slab_MD)
-    return best
-
-
-def _one_after_the_other(function: Callable[[slice], None], blocks: Sequence[slice]) -> None:
-    for rows in blocks:
-        function(rows)
+    starts = range(0, len(group_BD), block_queries)
+    run_all(look, [slice(row, min(row + block_queries, len(group_BD))) for row in starts])
+    best.num_seen += len(slab_MD)
 
 
 @contextmanager
@@ -137,7 +110,7 @@ def _threads() -> Iterator[_RunAll]:
 
     count = torch.get_num_threads()
     if count == 1:
-        yield _one_after_the_other
+        yield lambda function, blocks: list(map(function, blocks))
         return
 
     def start() -> None:
@@ -156,12 +129,7 @@ def _threads() -> Iterator[_RunAll]:
 
 
 class RunningTopK:
-    """The best so far of a group of queries, while documents come tile by tile, in order.
-
-    Args:
-        num_queries: of the group.
-        k: results wanted.
-    """
+    """The best ``k`` so far of a group of queries, while documents come tile by tile, in order."""
 
     def __init__(self, num_queries: int, k: int) -> None:
         self.num_seen = 0
@@ -253,7 +221,7 @@ def _slabs(
 def _product(queries_BD: NDArray[np.float32], tile_MD: NDArray[np.float32]) -> NDArray[np.float32]:
     import torch  # so that wrong input is told without waiting for it
 
-    from nvembed.kernels.matmul import same_in_every_process
+    from nvembed.kernels.linear import same_in_every_process
 
     # Training mines inside its autocast, which would round the scores to 16 bits.
     with torch.inference_mode(), torch.autocast("cpu", enabled=False):

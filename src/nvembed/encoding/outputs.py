@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,14 +21,14 @@ from nvembed.core.files import atomic_folder, atomic_path
 from nvembed.core.store import read_arrays
 from nvembed.core.text_files import check_ending, ending_of
 from nvembed.encoding.embed import Part, read_part
-from nvembed.encoding.protocol import unit_rows
+from nvembed.encoding.encoder import unit_rows
 
 OutputPrecision = Literal["float32", "int8", "uint8", "binary"]
 
 ENCODE = "encode"
-TABLES = (".parquet", ".lance")
-OUTPUTS = (".npy", *TABLES)
-_IN_LANCE = "vectors"
+# Tables by ending: their name, and the library and extra that they need.
+TABLES = {".parquet": ("Parquet", "pyarrow", "data"), ".lance": ("Lance", "lancedb", "index")}
+_NUMBERS = {"float32": "<f4", "int8": "|i1", "uint8": "|u1", "binary": "|i1"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,37 +51,25 @@ def shorten(vectors: NDArray[np.float32], dimension: int) -> NDArray[np.float32]
 
 
 class Parts:
-    """All parts of an output.
+    """All parts of an output, at least one, with the names of their texts, in order.
 
-    Args:
-        paths: in order, at least one.
-        names: of the texts, in order.
-        chunked: texts have several vectors, which are named ``name#0``, ``name#1`` …
+    Texts that are ``chunked`` have several vectors, which are named ``name#0``, ``name#1`` …
     """
 
     def __init__(self, paths: Sequence[Path], names: Sequence[str], *, chunked: bool) -> None:
         self.chunked = chunked
         self._paths = paths
         self._names: list[list[str]] = []
-        done = 0
+        rest = iter(names)
         for path in paths:
-            counts = read_arrays(path, "counts")[0].tolist()
-            mine = list(names[done : done + len(counts)])
-            done += len(counts)
-            if chunked:
-                pairs = zip(mine, counts, strict=True)
-                mine = [f"{name}#{place}" for name, count in pairs for place in range(count)]
-            self._names.append(mine)
-
-    @property
-    def names(self) -> list[str]:
-        """Of all vectors."""
-        return [name for mine in self._names for name in mine]
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Number and width of all vectors."""
-        return sum(map(len, self._names)), read_part(self._paths[0]).vectors.shape[1]
+            named = [(next(rest), count) for count in read_arrays(path, "counts")[0].tolist()]
+            self._names.append(
+                [f"{name}#{place}" for name, count in named for place in range(count)]
+                if chunked
+                else [name for name, _ in named]
+            )
+        self.names = [name for mine in self._names for name in mine]
+        self.dimension: int = read_part(paths[0]).vectors.shape[1]
 
     def __iter__(self) -> Iterator[tuple[list[str], Part]]:
         """Go through the parts, with the names of their vectors."""
@@ -88,41 +77,32 @@ class Parts:
 
 
 def check_output(output: Path, precision: OutputPrecision) -> None:
-    """Refuse an output that could not be written, before anything is computed.
-
-    Raises:
-        ConfigError: an ending that says no format, a table of numbers that are not float32, or
-            something else in the place of a Lance table.
-        UserError: the library of the format is not installed.
-    """
-    check_ending(output, OUTPUTS)
-    kind = ending_of(output)
-    if kind in TABLES and precision != "float32":
-        name = "Parquet" if kind == ".parquet" else "Lance"
+    """Refuse an output that could not be written, before anything is computed."""
+    check_ending(output, (".npy", *TABLES))
+    if ending_of(output) not in TABLES:
+        return
+    name, library, extra = TABLES[ending_of(output)]
+    if precision != "float32":
         raise ConfigError(
             f"{precision} in {name}", where=str(output), expected="float32, or a .npy file"
         )
-    if kind == ".parquet":
-        _import_pyarrow()
-    elif kind == ".lance":
-        _import_lancedb()
+    try:
+        import_module(library)
+    except ImportError as error:
+        raise UserError(
+            f"{library} is not installed", hint=f"pip install 'nvembed[{extra}]'"
+        ) from error
 
 
 def write_vectors(parts: Parts, output: Path, precision: OutputPrecision) -> None:
-    """Write an output whole or not at all.
-
-    Raises:
-        UserError: no space, no permission.
-    """
-    if ending_of(output) == ".lance":
-        with atomic_folder(output, ENCODE) as folder:
-            _write_lance(parts, folder)
-        return
-    with atomic_path(output, ENCODE) as temporary:
-        if ending_of(output) == ".parquet":
-            _write_parquet(parts, temporary)
-        else:
+    """Write an output whole or not at all."""
+    kind = ending_of(output)
+    place = atomic_folder if kind == ".lance" else atomic_path
+    with place(output, ENCODE) as temporary:
+        if kind == ".npy":
             _write_npy(parts, temporary, precision)
+        else:
+            {".parquet": _write_parquet, ".lance": _write_lance}[kind](parts, temporary)
 
 
 def value_ranges(parts: Parts) -> NDArray[np.float32]:
@@ -138,15 +118,11 @@ def value_ranges(parts: Parts) -> NDArray[np.float32]:
 
 def _write_npy(parts: Parts, path: Path, precision: OutputPrecision) -> None:
     ranges = value_ranges(parts) if precision in ("int8", "uint8") else None
-    rows, width = parts.shape
-    kinds = {"float32": "<f4", "int8": "|i1", "uint8": "|u1", "binary": "|i1"}
-    header = {
-        "descr": kinds[precision],
-        "fortran_order": False,
-        "shape": (rows, -(-width // 8) if precision == "binary" else width),
-    }
+    width = -(-parts.dimension // 8) if precision == "binary" else parts.dimension
+    shape, kind = (len(parts.names), width), _NUMBERS[precision]
     # Written in sequence and not through a memory map, in which a full disk kills the process.
     with open(path, "wb") as file:
+        header = {"descr": kind, "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(file, header)
         for _, part in parts:
             vectors: Any = part.vectors
@@ -154,65 +130,45 @@ def _write_npy(parts: Parts, path: Path, precision: OutputPrecision) -> None:
                 from sentence_transformers.util import quantize_embeddings
 
                 vectors = np.asarray(quantize_embeddings(vectors, precision, ranges=ranges))
-            file.write(vectors.astype(kinds[precision], order="C", copy=False).tobytes())
+            file.write(vectors.astype(kind, order="C", copy=False).tobytes())
 
 
 def _write_parquet(parts: Parts, path: Path) -> None:
-    _import_pyarrow()
     import pyarrow.parquet
 
-    schema = _schema(parts)
-    with pyarrow.parquet.ParquetWriter(path, schema) as file:
-        for batch in _batches(parts, schema):
+    batches = _batches(parts)
+    with pyarrow.parquet.ParquetWriter(path, batches.schema) as file:
+        for batch in batches:
             file.write_batch(batch)
 
 
 def _write_lance(parts: Parts, folder: Path) -> None:
     """Write the table that LanceDB makes; it lies in a folder named after it, and is moved out."""
-    pyarrow, lancedb = _import_pyarrow(), _import_lancedb()
-    schema = _schema(parts)
-    reader = pyarrow.RecordBatchReader.from_batches(schema, _batches(parts, schema))
-    lancedb.connect(folder).create_table(_IN_LANCE, reader)
-    made = folder / f"{_IN_LANCE}.lance"
+    import lancedb
+
+    lancedb.connect(folder).create_table("vectors", _batches(parts))
+    made = folder / "vectors.lance"
     for child in made.iterdir():
         child.rename(folder / child.name)
     made.rmdir()
 
 
-def _schema(parts: Parts) -> Any:
-    pyarrow = _import_pyarrow()
-    _, width = parts.shape
-    vector = pyarrow.list_(pyarrow.float32(), width)
-    columns = [("id", pyarrow.string()), ("embedding", vector)]
+def _batches(parts: Parts) -> Any:
+    """A reader of Arrow batches, one of each part."""
+    import pyarrow
+
+    columns = [
+        ("id", pyarrow.string()),
+        ("embedding", pyarrow.list_(pyarrow.float32(), parts.dimension)),
+    ]
     if parts.chunked:
         columns += [("start", pyarrow.int64()), ("end", pyarrow.int64())]
-    return pyarrow.schema(columns)
+    schema = pyarrow.schema(columns)
 
-
-def _batches(parts: Parts, schema: Any) -> Iterator[Any]:
-    pyarrow = _import_pyarrow()
-    for names, part in parts:
+    def batch(names: list[str], part: Part) -> Any:
         numbers = pyarrow.array(part.vectors.reshape(-1), pyarrow.float32())
-        columns = [
-            pyarrow.array(names, pyarrow.string()),
-            pyarrow.FixedSizeListArray.from_arrays(numbers, part.vectors.shape[1]),
-        ]
-        if parts.chunked:
-            columns += [pyarrow.array(part.spans[:, side]) for side in (0, 1)]
-        yield pyarrow.record_batch(columns, schema=schema)
+        vectors = pyarrow.FixedSizeListArray.from_arrays(numbers, parts.dimension)
+        spans = [pyarrow.array(side) for side in part.spans.T] if parts.chunked else []
+        return pyarrow.record_batch([pyarrow.array(names), vectors, *spans], schema=schema)
 
-
-def _import_pyarrow() -> Any:
-    try:
-        import pyarrow
-    except ImportError as error:
-        raise UserError("pyarrow is not installed", hint="pip install 'nvembed[data]'") from error
-    return pyarrow
-
-
-def _import_lancedb() -> Any:
-    try:
-        import lancedb
-    except ImportError as error:
-        raise UserError("lancedb is not installed", hint="pip install 'nvembed[index]'") from error
-    return lancedb
+    return pyarrow.RecordBatchReader.from_batches(schema, (batch(*each) for each in parts))

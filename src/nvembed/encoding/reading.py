@@ -2,7 +2,6 @@
 
 Rows come from ``data/sources/files.py``; here they become texts with ids, and folders are walked.
 What cannot be used is named with its file and line; it stops reading, or is left out and counted.
-Next file: ``encoding/files.py``.
 """
 
 from __future__ import annotations
@@ -15,34 +14,28 @@ from typing import Any
 
 from nvembed.core.errors import ConfigError, DataError
 from nvembed.core.text_files import MAX_LINE, STDIN, ending_of, open_text_file, stdin_bytes
-from nvembed.data.records import RowError
-from nvembed.data.sources.columns import ID_NAMES, Columns
-from nvembed.data.sources.config import Column
+from nvembed.data.config import Column
+from nvembed.data.records import BadRow, RowError
 from nvembed.data.sources.files import FORMATS, open_file, open_stdin
-from nvembed.data.sources.rows import BadRow, Row, Table
+from nvembed.data.sources.rows import ID_NAMES, Columns, Row, Table
 
-_LINES = ".txt"  # a text per line where the file is given by its name, one text in a folder
+# Files that are one text; so is a .txt file of a folder. One that is given by its name has a text
+# per line.
 _WHOLE = (".md", ".markdown", ".rst")
+_KINDS = FORMATS + _WHOLE
+_EXPECTED = f"names that end in {', '.join(_KINDS)}"
 _SHOWN = 5
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One text of an input.
+    """One text of an input."""
 
-    Attributes:
-        id: of the row; the path inside its folder for a text file; None where there is none.
-        text: what is embedded.
-        metadata: the other columns of the row.
-        place: ``file:line`` (``file:row`` of Parquet), or the file.
-        table: what the row is of: says whether its values are all texts (CSV) or of the types of an
-            Arrow schema (Parquet).
-    """
-
-    id: str | None
+    id: str | None  # of the row, or the path of a text file inside its folder
     text: str
-    metadata: dict[str, Any]
-    place: str
+    metadata: dict[str, Any]  # the other columns of the row
+    place: str  # file:line, file:row of Parquet, or the file
+    # Says whether the values are all texts (CSV) or of the types of an Arrow schema (Parquet).
     table: Table | None = field(default=None, compare=False, repr=False)
 
 
@@ -89,101 +82,70 @@ def read_documents(
         DataError: a file is not there or cannot be read as what its name says; or, unless
             ``keep_going``, a row has no text or a wrong id, or is no row.
     """
-    mapping = document_columns(columns or {})
+    if unknown := [name for name in columns or () if name not in ("text", "id")]:
+        raise ConfigError(
+            f"documents have no {unknown[0]!r}", where="columns", expected="text=COLUMN, id=COLUMN"
+        )
+    mapping = Columns(columns or {})
     for path in paths:
         for found in _read(str(path), mapping, stdin):
             if isinstance(found, Document):
                 yield found
             elif not keep_going:
                 hint = "--keep-going leaves such lines out and counts them"
-                raise DataError(
-                    found.problem, where=found.place, hint=None if keep_going is None else hint
-                )
+                hinted = None if keep_going is None else hint
+                raise DataError(found.problem, where=found.place, hint=hinted)
             elif skipped is not None:
                 skipped.add(found)
 
 
-def document_columns(columns: Mapping[str, Column]) -> Columns:
-    """Where the values of a document are found.
-
-    Raises:
-        ConfigError: something else than text and id is named.
-    """
-    unknown = [name for name in columns if name not in ("text", "id")]
-    if unknown:
-        raise ConfigError(
-            f"documents have no {unknown[0]!r}", where="columns", expected="text=COLUMN, id=COLUMN"
-        )
-    return Columns(columns)
-
-
 def input_files(paths: Sequence[str | Path]) -> list[Path]:
-    """The files that ``read_documents`` would read, stdin left out.
+    """Return the files that ``read_documents`` would read, stdin left out.
 
-    Raises:
-        DataError: one of the paths is not there.
+    A DataError where one of the paths is not there.
     """
     found: list[Path] = []
-    for path in map(Path, paths):
-        if path.is_dir():
-            found.extend(_files_of(path))
-        elif str(path) != STDIN:
-            _check_file(path)
-            found.append(path)
+    for path in paths:
+        found += [] if str(path) == STDIN else _files_of(Path(path))
     return found
+
+
+def _files_of(path: Path) -> list[Path]:
+    """Return the file, or the files of the folder that can be read."""
+    if not path.exists():
+        raise DataError("no such file or folder", where=str(path), hint="Relative paths start here")
+    if not path.is_dir():
+        return [path]
+    found = []
+    for parent, folders, names in os.walk(path):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        found += [Path(parent, name) for name in sorted(names) if not name.startswith(".")]
+    return [file for file in found if ending_of(file) in _KINDS]
 
 
 def _read(path: str, columns: Columns, stdin: Path | None) -> Iterator[Document | BadRow]:
     if path == STDIN:
         opener = stdin_bytes if stdin is None else lambda: open(stdin, "rb")
-        table = open_stdin(opener, columns=columns.names("text") or columns.names("id"))
-        yield from _of_rows(table, columns)
+        yield from _of_table(
+            open_stdin(opener, columns=columns.names("text") or columns.names("id")), columns
+        )
         return
-    source = Path(path)
-    if not source.is_dir():
-        _check_file(source)
-        yield from _read_file(source, columns)
-        return
-    files = _files_of(source)
+    source, files = Path(path), _files_of(Path(path))
     if not files:
-        raise DataError("no documents in this folder", where=path, expected=_kinds())
+        raise DataError("no documents in this folder", where=path, expected=_EXPECTED)
     for file in files:
-        if ending_of(file) in (_LINES, *_WHOLE):
-            yield _whole(file, id=file.relative_to(source).as_posix())
+        kind, alone = ending_of(file), file == source
+        if kind in _WHOLE or (kind == ".txt" and not alone):
+            yield _whole(file, file.name if alone else file.relative_to(source).as_posix())
+        elif kind in FORMATS:
+            table = open_file(file)
+            columns.check(table, () if columns.names("text") else ("text",))
+            yield from _of_table(table, columns)
         else:
-            yield from _read_file(file, columns)
+            raise DataError(f"unknown kind of file {file.name!r}", where=path, expected=_EXPECTED)
 
 
-def _kinds() -> str:
-    return f"names that end in {', '.join(FORMATS + _WHOLE)}"
-
-
-def _check_file(path: Path) -> None:
-    if not path.exists():
-        raise DataError("no such file or folder", where=str(path), hint="Relative paths start here")
-
-
-def _files_of(folder: Path) -> list[Path]:
-    found = []
-    for parent, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [Path(parent, name) for name in sorted(names) if not name.startswith(".")]
-    return [path for path in found if ending_of(path) in FORMATS + _WHOLE]
-
-
-def _read_file(path: Path, columns: Columns) -> Iterator[Document | BadRow]:
-    kind = ending_of(path)
-    if kind in _WHOLE:
-        yield _whole(path, id=path.name)
-    elif kind in FORMATS:
-        table = open_file(path)
-        columns.check(table, () if columns.names("text") else ("text",))
-        yield from _of_rows(table, columns)
-    else:
-        raise DataError(f"unknown kind of file {path.name!r}", where=str(path), expected=_kinds())
-
-
-def _whole(path: Path, *, id: str) -> Document | BadRow:
+def _whole(path: Path, id: str) -> Document | BadRow:
     with open_text_file(path) as file:
         content = file.read(MAX_LINE + 1)
     if len(content) > MAX_LINE:
@@ -196,21 +158,17 @@ def _whole(path: Path, *, id: str) -> Document | BadRow:
         return BadRow(str(path), "not UTF-8 text")
 
 
-def _of_rows(table: Table, columns: Columns) -> Iterator[Document | BadRow]:
+def _of_table(table: Table, columns: Columns) -> Iterator[Document | BadRow]:
     for row in table.rows:
-        if isinstance(row, BadRow):
-            yield row
-            continue
         try:
-            yield _of_row(row, columns, table)
+            yield row if isinstance(row, BadRow) else _of_row(row, columns, table)
         except RowError as bad:
             yield BadRow(row.place, str(bad))
 
 
 def _of_row(row: Row, columns: Columns, table: Table) -> Document:
-    values = row.values
+    values, key = row.values, columns.taken("text")
     text = _need(columns, values, "text")
-    key = columns.taken("text")
     if not isinstance(text, str):
         raise RowError(f'"{key}" is not a text')
     title = None if columns.names("text") else values.get("title")
@@ -236,19 +194,19 @@ def _need(columns: Columns, values: dict[str, Any], name: str) -> Any:
 
 
 def _id_of(values: dict[str, Any], columns: Columns) -> tuple[str | None, str]:
-    """The id and the column that it is of; an empty cell is no id."""
+    """Return the id and the name of its column; an empty cell is no id."""
     if columns.names("id"):
         name = columns.taken("id")
         id = _need(columns, values, "id")
         if id is None or id == "":
             raise RowError(f'no id under "{name}"')
     else:
-        there = (name for name in ID_NAMES if values.get(name) not in (None, ""))
-        name = next(there, "id")
+        name = next((name for name in ID_NAMES if values.get(name) not in (None, "")), "id")
         id = values.get(name)
-        id = None if id == "" else id
+        if id is None or id == "":
+            return None, name
     if isinstance(id, float) and id.is_integer():
         id = int(id)  # of a column that pandas made wider, since some rows had none
-    if id is not None and (isinstance(id, bool) or not isinstance(id, str | int)):
+    if isinstance(id, bool) or not isinstance(id, str | int):
         raise RowError("the id is neither text nor integer")
-    return (None if id is None else str(id)), name
+    return str(id), name

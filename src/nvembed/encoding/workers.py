@@ -1,7 +1,7 @@
 """Where a model runs besides this process: other processes of this machine, or a Ray cluster.
 
-Both kinds of pool take ``submit(function, *given)`` and call ``function(encoder, *given)`` in a
-worker that has loaded the model. In processes each has a GPU of its own where there are some.
+Either gives a ``Pool`` of workers that have loaded the model. In processes each has a GPU of its
+own where there are some.
 """
 
 from __future__ import annotations
@@ -16,35 +16,26 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, Literal, Protocol, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 from nvembed.core.background import end_with_parent
 from nvembed.core.dtypes import Precision, PrecisionChoice
 from nvembed.core.errors import UserError
 from nvembed.core.reporting import hold_note
+from nvembed.encoding.encoder import Encoder, load_encoder, settle_dtype
 from nvembed.encoding.endpoint import EndpointEncoder, is_endpoint
-from nvembed.encoding.load import load_encoder, settle_dtype
-from nvembed.encoding.protocol import Encoder
 
 Engine = Literal["local", "ray"]
 T = TypeVar("T")
 
-_SOURCE = Path(__file__).resolve().parents[2]
-
 
 @dataclass(frozen=True)
 class Loader:
-    """A model that any process can load.
+    """A model that any process can load."""
 
-    Args:
-        name: folder, hub id or address of an endpoint.
-        dtype: of the weights; settled, or ``None`` for what was saved.
-        endpoint_model: what an endpoint knows it by.
-    """
-
-    name: str
-    dtype: Precision | None = None
-    endpoint_model: str | None = None
+    name: str  # folder, hub id or address of an endpoint
+    dtype: Precision | None = None  # of the weights, settled; None is what was saved
+    endpoint_model: str | None = None  # what an endpoint knows it by
 
     @cached_property
     def encoder(self) -> Encoder:
@@ -54,52 +45,49 @@ class Loader:
         return load_encoder(self.name, self.dtype)
 
 
-class Pool(Protocol):
-    """Workers that have a model each."""
+@dataclass(frozen=True)
+class Pool:
+    """``size`` workers that have a model each; ``send`` hands a call to one of them."""
 
-    @property
-    def size(self) -> int:
-        """How many they are."""
-        ...
+    size: int
+    send: Callable[..., Future[Any]]
 
     def submit(self, function: Callable[..., T], /, *given: Any) -> Future[T]:
         """Call ``function(encoder, *given)`` in a worker."""
-        ...
+        return self.send(function, *given)
 
 
-# --- Processes ------------------------------------------------------------------------------------
+class _Worker:
+    """A model in another process: of this machine, or an actor of Ray."""
 
+    def __init__(self, loader: Loader) -> None:
+        os.environ["NVEMBED_PROGRESS"] = "0"
+        self._loader = loader
 
-@dataclass(frozen=True)
-class ProcessPool:
-    """Processes of this machine, see ``process_pool``."""
-
-    size: int
-    executor: ProcessPoolExecutor
-
-    def submit(self, function: Callable[..., T], /, *given: Any) -> Future[T]:
-        """See ``Pool``."""
-        with _death_told():
-            return self.executor.submit(_call, function, *given)
+    def call(self, function: Callable[..., T], *given: Any) -> T:
+        return function(self._loader.encoder, *given)
 
 
 @contextmanager
-def process_pool(count: int, loader: Loader) -> Iterator[ProcessPool]:
+def process_pool(count: int, loader: Loader) -> Iterator[Pool]:
     """Processes that share the machine, ended with the block; what waits then is dropped.
 
-    A process loads the model for its first call, which raises what is wrong with it.
-
-    Raises:
-        UserError: a process died.
+    A process loads the model for its first call, which raises what is wrong with it. One that died
+    is a UserError.
     """
     context = multiprocessing.get_context("spawn")
     ranks = context.Queue()
     for rank in range(count):
         ranks.put(rank)
     executor = ProcessPoolExecutor(count, context, _start, (ranks, count, loader))
+
+    def send(*call: Any) -> Future[Any]:
+        with _death_told():
+            return executor.submit(_call, *call)
+
     try:
         with _death_told():
-            yield ProcessPool(count, executor)
+            yield Pool(count, send)
     finally:
         executor.shutdown(wait=False, cancel_futures=True)
 
@@ -116,45 +104,36 @@ def _death_told() -> Iterator[None]:
 
 
 def result_of(future: Future[T]) -> T:
-    """Wait for a call; a process that died is a ``UserError``."""
+    """Wait for a call, outside the block of its pool; a process that died is a ``UserError``."""
     with _death_told():
         return future.result()
 
 
-_loader: Loader | None = None
+_this_worker: _Worker
 
 
 def _start(ranks: multiprocessing.Queue[int], count: int, loader: Loader) -> None:
     import torch
 
-    global _loader
+    global _this_worker
     end_with_parent(lambda: os._exit(1))
     rank = ranks.get()
     if (gpus := torch.cuda.device_count()) > 0:
         torch.cuda.set_device(rank % gpus)
     else:
         torch.set_num_threads(max(torch.get_num_threads() // count, 1))
-    os.environ["NVEMBED_PROGRESS"] = "0"
-    _loader = loader
+    _this_worker = _Worker(loader)
 
 
-def _call(function: Callable[..., T], *given: Any) -> T:
-    assert _loader is not None
-    return function(_loader.encoder, *given)
-
-
-# --- Ray ------------------------------------------------------------------------------------------
+def _call(*call: Any) -> Any:
+    return _this_worker.call(*call)
 
 
 def join_cluster() -> tuple[Any, str, int]:
     """Find the Ray cluster, or start one here.
 
-    Returns:
-        ray; what a worker takes one of: ``"GPU"`` where the cluster has any, else ``"CPU"``; how
-        many of these there are.
-
-    Raises:
-        UserError: ray is not installed.
+    Returns ray, what a worker takes one of (``"GPU"``, or ``"CPU"`` where the cluster has none),
+    and how many of these there are.
     """
     try:
         import ray
@@ -164,7 +143,8 @@ def join_cluster() -> tuple[Any, str, int]:
         ) from error
     if not ray.is_initialized():
         # Workers find the package where this process found it.
-        path = os.pathsep.join(filter(None, [str(_SOURCE), os.environ.get("PYTHONPATH")]))
+        source = str(Path(__file__).resolve().parents[2])
+        path = os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH")]))
         environment = {"env_vars": {"PYTHONPATH": path}}
         ray.init(log_to_driver=False, include_dashboard=False, runtime_env=environment)
     resources = ray.cluster_resources()
@@ -194,64 +174,38 @@ def settle_by_ray(dtype: PrecisionChoice | None) -> Precision | None:
     return settled
 
 
-class _RayWorker:
-    """An actor of Ray with a model."""
-
-    def __init__(self, loader: Loader) -> None:
-        os.environ["NVEMBED_PROGRESS"] = "0"
-        self._loader = loader
-
-    def call(self, function: Callable[..., T], *given: Any) -> T:
-        return function(self._loader.encoder, *given)
-
-
-class RayPool:
-    """Actors of a Ray cluster, two calls on the way to each; see ``ray_pool``.
-
-    Each of the first ``size`` calls starts one, so few calls take few workers.
-    """
-
-    def __init__(self, ray: Any, start: Callable[[], Any], size: int) -> None:
-        self.size = size
-        self.actors: list[Any] = []
-        self._ray = ray
-        self._start = start
-        self._free: SimpleQueue[Any] = SimpleQueue()
-        self.threads = ThreadPoolExecutor(2 * size, "nvembed-ray")
-
-    def submit(self, function: Callable[..., T], /, *given: Any) -> Future[T]:
-        """See ``Pool``."""
-        if len(self.actors) < self.size:
-            self.actors.append(self._start())
-            for _ in range(2):
-                self._free.put(self.actors[-1])
-        return self.threads.submit(self._call, function, *given)
-
-    def _call(self, function: Callable[..., Any], *given: Any) -> Any:
-        actor = self._free.get()
-        try:
-            return self._ray.get(actor.call.remote(function, *given))
-        except self._ray.exceptions.RayTaskError as error:
-            raise (error.cause if isinstance(error.cause, UserError) else error) from None
-        finally:
-            self._free.put(actor)
-
-
 @contextmanager
-def ray_pool(loader: Loader) -> Iterator[RayPool]:
+def ray_pool(loader: Loader) -> Iterator[Pool]:
     """Workers of the cluster that is found, or of one started here: one GPU each, else one CPU.
 
-    They need the model, but no common folder: texts and vectors go through Ray.
-
-    Raises:
-        UserError: ray is not installed.
+    They need the model, but no common folder: texts and vectors go through Ray. Each of the first
+    calls starts a worker, so few calls take few; two calls are on the way to each.
     """
     ray, kind, count = join_cluster()
-    worker: Any = ray.remote(_RayWorker).options(**{f"num_{kind.lower()}s": 1})
-    pool = RayPool(ray, lambda: worker.remote(loader), count)
+    worker: Any = ray.remote(_Worker).options(**{f"num_{kind.lower()}s": 1})
+    actors: list[Any] = []
+    free: SimpleQueue[Any] = SimpleQueue()
+    threads = ThreadPoolExecutor(2 * count, "nvembed-ray")
+
+    def call(*given: Any) -> Any:
+        actor = free.get()
+        try:
+            return ray.get(actor.call.remote(*given))
+        except ray.exceptions.RayTaskError as error:
+            raise (error.cause if isinstance(error.cause, UserError) else error) from None
+        finally:
+            free.put(actor)
+
+    def send(*given: Any) -> Future[Any]:
+        if len(actors) < count:
+            actors.append(worker.remote(loader))
+            for _ in range(2):
+                free.put(actors[-1])
+        return threads.submit(call, *given)
+
     try:
-        yield pool
+        yield Pool(count, send)
     finally:
-        pool.threads.shutdown(wait=False, cancel_futures=True)
-        for actor in pool.actors:
+        threads.shutdown(wait=False, cancel_futures=True)
+        for actor in actors:
             ray.kill(actor)

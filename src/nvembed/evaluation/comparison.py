@@ -1,7 +1,6 @@
 """Compares the results of two models, task by task and on average, and says what chance explains.
 
-In: two results files, or folders with a ``results.json``. Out: a ``Comparison``, and its table as
-text, Markdown or JSON. Neither torch nor mteb is needed. Next file: ``cli/compare.py``.
+The table of a ``Comparison`` is text, Markdown or JSON. Neither torch nor mteb is needed.
 """
 
 from __future__ import annotations
@@ -10,8 +9,9 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -27,8 +27,7 @@ from nvembed.evaluation.significance import (
     mean_difference,
     sign_flip_p,
 )
-from nvembed.evaluation.summary import count_of_tasks, markdown_table, terminal_table
-from nvembed.evaluation.tasks import TASK_TYPES
+from nvembed.evaluation.summary import RowKind, lay_out, markdown_table, terminal_table
 
 SIGNIFICANT = 0.05
 
@@ -52,7 +51,7 @@ class ComparedRow:
         significant: whether that is below 0.05; for averages, whether p is.
     """
 
-    kind: Literal["task", "type", "all"]
+    kind: RowKind
     name: str
     score_name: str
     first: float
@@ -103,34 +102,45 @@ def compare_results(
     Raises:
         DataError: a file is missing or damaged, or no task is in both.
     """
-    sides = _read_side(Path(first)), _read_side(Path(second))
-    names = [name for name in sides[0].results if name in sides[1].results]
+    one, two = _read_side(Path(first)), _read_side(Path(second))
+    names = [name for name in one.results if name in two.results]
     if not names:
-        own, other = (", ".join(list(side.results)[:3]) or "none" for side in sides)
+        own, other = (", ".join(list(side.results)[:3]) or "none" for side in (one, two))
         raise DataError(
-            f"no task in common with {sides[1].path}",
-            where=str(sides[0].path),
+            f"no task in common with {two.path}",
+            where=str(one.path),
             expected="results on the same tasks",
             hint=f"One has {own}; the other {other}",
         )
-    notes = _notes_on_runs(sides, names)
+    notes = _notes_on_runs(one, two, names)
     kept: dict[str, tuple[float, float]] = {}
     for name in names:
-        one, other_ = (side.results[name] for side in sides)
-        if (one.type, one.main_score_name) != (other_.type, other_.main_score_name):
+        a, b = one.results[name], two.results[name]
+        if (a.type, a.main_score_name) != (b.type, b.main_score_name):
             notes.append(f"{name}: left out, the main scores differ")
-        elif one.main_score is None or other_.main_score is None:
+        elif a.main_score is None or b.main_score is None:
             notes.append(f"{name}: left out, a score is undefined")
         else:
-            kept[name] = one.main_score, other_.main_score
-    tested, missing = _test(sides, list(kept), resamples, notes)
+            kept[name] = a.main_score, b.main_score
+    tested: dict[str, Difference] = {}
+    missing = []
+    with progress(len(kept), "compare") as bar:
+        for name in kept:
+            items = [read_items(items_folder(side.path), name) for side in (one, two)]
+            bar.advance()
+            if items[0] is None or items[1] is None:
+                missing.append(name)
+            elif items[0].task_hash != items[1].task_hash:
+                notes.append(f"{name}: not tested, the two were evaluated on different data")
+            else:
+                tested[name] = compare_items(items[0], items[1], resamples=resamples)
     if missing:
         notes.append(
             f"only scores can be compared of {_listed(missing)}: there are no items. To have them, "
             "run `nvembed evaluate` again on these tasks, for both models"
         )
-    rows = _rows(kept, sides[0].results, tested)
-    return Comparison(sides[0].name, sides[1].name, tuple(rows), tuple(notes))
+    rows = _rows(kept, {name: one.results[name] for name in kept}, tested)
+    return Comparison(one.name, two.name, tuple(rows), tuple(notes))
 
 
 def _read_side(path: Path) -> _Side:
@@ -141,54 +151,33 @@ def _read_side(path: Path) -> _Side:
     return _Side(file, str(run.get("model") or path), results, run)
 
 
-def _notes_on_runs(sides: tuple[_Side, _Side], names: Sequence[str]) -> list[str]:
+def _notes_on_runs(one: _Side, two: _Side, names: Sequence[str]) -> list[str]:
     """Say in what else than the model two evaluations differ."""
     notes = []
-    told = [side.run.get("instructions") for side in sides]
-    if isinstance(told[0], dict) and isinstance(told[1], dict):
+    runs = one.run, two.run
+    told = [_object(run, "instructions") for run in runs]
+    if all(told):
         other = [name for name in names if told[0].get(name) != told[1].get(name)]
-        if other:
-            notes.append(f"the instructions differ on {_listed(other)}")
-    for side in sides:
+        notes += [f"the instructions differ on {_listed(other)}"] if other else []
+    for side in (one, two):
         if not side.run:
             notes.append(f"{side.path}: no record beside it of model, instructions and versions")
-    if all(side.run for side in sides):
-        if sides[0].run.get("model") == sides[1].run.get("model"):
-            notes.append(f"both are results of {sides[0].name}")
-        for key in ("revision", "dtype"):
-            values = [side.run.get(key) for side in sides]
-            if values[0] != values[1]:
-                notes.append(f"{key}: {values[0]} and {values[1]}")
-        versions = [_versions(side.run) for side in sides]
-        differ = [name for name in versions[0] if versions[0][name] != versions[1].get(name)]
-        if differ:
-            notes.append(f"evaluated with other versions of {_listed(differ)}")
+    if not all(runs):
+        return notes
+    if runs[0].get("model") == runs[1].get("model"):
+        notes.append(f"both are results of {one.name}")
+    for key in ("revision", "dtype"):
+        if runs[0].get(key) != runs[1].get(key):
+            notes.append(f"{key}: {runs[0].get(key)} and {runs[1].get(key)}")
+    versions = [_object(_object(run, "environment"), "packages") for run in runs]
+    differ = [name for name in versions[0] if versions[0][name] != versions[1].get(name)]
+    notes += [f"evaluated with other versions of {_listed(differ)}"] if differ else []
     return notes
 
 
-def _versions(run: Mapping[str, Any]) -> dict[str, Any]:
-    environment = run.get("environment")
-    packages = environment.get("packages") if isinstance(environment, dict) else None
-    return packages if isinstance(packages, dict) else {}
-
-
-def _test(
-    sides: tuple[_Side, _Side], names: Sequence[str], resamples: int, notes: list[str]
-) -> tuple[dict[str, Difference], list[str]]:
-    """Test every task whose items both models have; return the others' names too."""
-    tested: dict[str, Difference] = {}
-    missing = []
-    with progress(len(names), "compare") as bar:
-        for name in names:
-            items = [read_items(items_folder(side.path), name) for side in sides]
-            bar.advance()
-            if items[0] is None or items[1] is None:
-                missing.append(name)
-            elif items[0].task_hash != items[1].task_hash:
-                notes.append(f"{name}: not tested, the two were evaluated on different data")
-            else:
-                tested[name] = compare_items(items[0], items[1], resamples=resamples)
-    return tested, missing
+def _object(values: Mapping[str, Any], key: str) -> dict[str, Any]:
+    value = values.get(key)
+    return value if isinstance(value, dict) else {}
 
 
 def _rows(
@@ -196,53 +185,37 @@ def _rows(
     results: Mapping[str, TaskResult],
     tested: Mapping[str, Difference],
 ) -> list[ComparedRow]:
-    adjusted = dict(zip(tested, holm([d.p for d in tested.values()]), strict=True))
+    adjusted = dict(zip(tested, holm([test.p for test in tested.values()]), strict=True))
     rows = []
-    for kind in TASK_TYPES:
-        names = sorted(name for name in scores if results[name].type == kind)
-        for name in names:
-            first, second = scores[name]
-            test, p_holm = tested.get(name), adjusted.get(name)
-            rows.append(
-                ComparedRow(
-                    kind="task",
-                    name=name,
-                    score_name=results[name].main_score_name,
-                    first=first,
-                    second=second,
-                    difference=second - first,
-                    low=test.low if test else None,
-                    high=test.high if test else None,
-                    p=test.p if test else None,
-                    p_holm=p_holm,
-                    significant=p_holm is not None and p_holm < SIGNIFICANT,
-                )
+    for kind, label, score_name, names in lay_out(results):
+        scores_T2 = np.array([scores[name] for name in names])
+        first, second = scores_T2.mean(axis=0).tolist()
+        low = high = p = p_holm = None
+        if kind == "task" and label in tested:
+            test, p_holm = tested[label], adjusted[label]
+            low, high, p = test.low, test.high, test.p
+        elif kind != "task":
+            if all(name in tested for name in names):
+                _, low, high = mean_difference([tested[name] for name in names])
+            if len(names) > 1:
+                p = sign_flip_p(scores_T2[:, 1] - scores_T2[:, 0], resamples=100_000)
+        decisive = p_holm if kind == "task" else p
+        rows.append(
+            ComparedRow(
+                kind=kind,
+                name=label,
+                score_name=score_name,
+                first=first,
+                second=second,
+                difference=second - first,
+                low=low,
+                high=high,
+                p=p,
+                p_holm=p_holm,
+                significant=decisive is not None and decisive < SIGNIFICANT,
             )
-        if names:
-            rows.append(_average("type", kind, names, scores, tested))
-    if scores:
-        rows.append(_average("all", "Average", list(scores), scores, tested))
+        )
     return rows
-
-
-def _average(
-    kind: Literal["type", "all"],
-    label: str,
-    names: Sequence[str],
-    scores: Mapping[str, tuple[float, float]],
-    tested: Mapping[str, Difference],
-) -> ComparedRow:
-    first, second = (float(np.mean([scores[name][side] for name in names])) for side in (0, 1))
-    low = high = None
-    if all(name in tested for name in names):
-        _, low, high = mean_difference([tested[name] for name in names])
-    differences_T = np.array([scores[name][1] - scores[name][0] for name in names])
-    p = sign_flip_p(differences_T, resamples=100_000) if len(names) > 1 else None
-    count = count_of_tasks(names)
-    significant = p is not None and p < SIGNIFICANT
-    return ComparedRow(
-        kind, label, count, first, second, second - first, low, high, p, None, significant
-    )
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -259,22 +232,20 @@ _EXPLANATION = (
 )
 
 
-def format_text(comparison: Comparison) -> str:
-    """Render a comparison for a terminal."""
-    rows = [(row.kind, row.name, _cells(row)) for row in comparison.rows]
-    table = terminal_table(_titles(comparison), rows, width=120)
-    return "\n".join([table, _EXPLANATION, *_note_lines(comparison)])
+def format_text(comparison: Comparison, *, markdown: bool = False) -> str:
+    """Render a comparison for a terminal, or as Markdown with averages in bold."""
+
+    def escaped(text: str) -> str:
+        return text.replace("*", "\\*") if markdown else text
+
+    titles = [comparison.first, comparison.second, "difference", "95 %", "p"]
+    rows = [(row.kind, row.name, list(map(escaped, _cells(row)))) for row in comparison.rows]
+    table = markdown_table(titles, rows) if markdown else terminal_table(titles, rows, width=120)
+    notes = [f"note: {note}" for note in comparison.notes]
+    return ("\n\n" if markdown else "\n").join([table, escaped(_EXPLANATION), *notes])
 
 
-def format_markdown(comparison: Comparison) -> str:
-    """Render a comparison as a Markdown table, averages in bold."""
-    rows = [
-        (row.kind, row.name, [cell.replace("*", "\\*") for cell in _cells(row)])
-        for row in comparison.rows
-    ]
-    explanation = _EXPLANATION.replace("*", "\\*")
-    table = markdown_table(_titles(comparison), rows)
-    return "\n\n".join([table, explanation, *_note_lines(comparison)])
+format_markdown = partial(format_text, markdown=True)
 
 
 def format_json(comparison: Comparison) -> str:
@@ -282,26 +253,15 @@ def format_json(comparison: Comparison) -> str:
     return json.dumps(dataclasses.asdict(comparison), indent=2, ensure_ascii=False)
 
 
-def _titles(comparison: Comparison) -> list[str]:
-    return [comparison.first, comparison.second, "difference", "95 %", "p"]
-
-
-def _note_lines(comparison: Comparison) -> list[str]:
-    return [f"note: {note}" for note in comparison.notes]
-
-
 def _cells(row: ComparedRow) -> list[str]:
-    interval = (
-        ""
-        if row.low is None or row.high is None
-        else (f"{100 * row.low:+.2f} … {100 * row.high:+.2f}")
-    )
-    p = "" if row.p is None else f"{row.p:.4f}{'*' if row.significant else ' '}".strip()
+    interval = ""
+    if row.low is not None and row.high is not None:
+        interval = f"{100 * row.low:+.2f} … {100 * row.high:+.2f}"
     return [
         row.score_name,
         f"{100 * row.first:.2f}",
         f"{100 * row.second:.2f}",
         f"{100 * row.difference:+.2f}",
         interval,
-        p,
+        "" if row.p is None else f"{row.p:.4f}{'*' if row.significant else ''}",
     ]

@@ -11,36 +11,29 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import mteb
-import numpy as np
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError
 from mteb.abstasks import AbsTask
 from mteb.abstasks.task_metadata import TaskMetadata
 from mteb.cache import ResultCache
 from mteb.models import ModelMeta
-from mteb.models.abs_encoder import AbsEncoder
-from mteb.types import Licenses, PromptType
-from numpy.typing import NDArray
+from mteb.types import Licenses
 
 from nvembed.core.errors import ConfigError, DataError, UserError
 from nvembed.core.files import write_text
 from nvembed.core.runs import RunFolder
 from nvembed.core.strict_yaml import parse_yaml
-from nvembed.encoding.protocol import Encoder
-from nvembed.evaluation.local_scores import encode_distinct
-from nvembed.evaluation.mteb_adapter import finite_or_none, quiet, run_mteb
+from nvembed.encoding.encoder import Encoder
+from nvembed.evaluation.mteb_adapter import MtebEncoder, finite_or_none, quiet, run_mteb
 from nvembed.evaluation.reference import InstructionSource, instruction_for
 from nvembed.evaluation.results import TaskResult
 from nvembed.text.instructions import Side, find_instruction
 
-# What mteb raises where a data set cannot be fetched.
-_OUT_OF_REACH = (OSError, HfHubHTTPError)
 _ONE_SIDED = ("Retrieval", "Reranking", "InstructionRetrieval", "InstructionReranking")
 
 
@@ -48,14 +41,8 @@ class UnreachableTaskError(DataError):
     """The data of one task could not be loaded; others may be."""
 
 
-@dataclass(frozen=True)
-class HubTasks:
-    """What was asked for.
-
-    Attributes:
-        tasks: that a text model can do.
-        refused: the others, with the reason.
-    """
+class HubTasks(NamedTuple):
+    """Tasks that a text model can do, and of the others the reason why not."""
 
     tasks: tuple[AbsTask, ...]
     refused: dict[str, str]
@@ -77,21 +64,21 @@ def find_hub_tasks(
     found: dict[str, AbsTask] = {}
     with quiet():
         for name in benchmarks:
-            known = [known for one in mteb.get_benchmarks() for known in _names(one)]
-            if name not in known:
-                raise _unknown("benchmark", name, known)
+            known = [k for one in mteb.get_benchmarks() for k in (one.name, *(one.aliases or ()))]
+            _check_known("benchmark", name, known)
             found |= {task.metadata.name: task for task in mteb.get_benchmark(name).tasks}
         for name in names:
             try:
                 task = mteb.get_task(name)
-            except KeyError as error:
+            except KeyError:
                 every = [cls.metadata.name for cls in mteb.get_tasks(exclude_superseded=False)]
-                raise _unknown("task", name, every) from error
+                _check_known("task", name, every)
+                raise
             found.setdefault(task.metadata.name, task)
     if types is not None:
         known = sorted({task.metadata.type for task in found.values()})
-        if missing := [kind for kind in types if kind not in known]:
-            raise _unknown("task type among these tasks", missing[0], known)
+        for kind in types:
+            _check_known("task type among these tasks", kind, known)
         found = {name: task for name, task in found.items() if task.metadata.type in types}
     refused = {
         name: f"needs {' and '.join(others)}; the model reads text alone"
@@ -101,17 +88,14 @@ def find_hub_tasks(
     return HubTasks(tuple(task for name, task in found.items() if name not in refused), refused)
 
 
-def _names(benchmark: Any) -> list[str]:
-    return [benchmark.name, *(benchmark.aliases or ())]
-
-
-def _unknown(what: str, name: str, known: Sequence[str]) -> ConfigError:
+def _check_known(what: str, name: str, known: Sequence[str]) -> None:
+    if name in known:
+        return
     folded = {other.lower(): other for other in known}
     near = difflib.get_close_matches(name.lower(), folded, n=3, cutoff=0.5)
     matches = " or ".join(folded[one] for one in near)
-    return ConfigError(
-        f"no {what} called {name!r}", expected=f"perhaps {matches}" if near else "a name of mteb"
-    )
+    expected = f"perhaps {matches}" if near else "a name of mteb"
+    raise ConfigError(f"no {what} called {name!r}", expected=expected)
 
 
 def hub_instruction(metadata: TaskMetadata, source: InstructionSource) -> str | None:
@@ -121,40 +105,19 @@ def hub_instruction(metadata: TaskMetadata, source: InstructionSource) -> str | 
     return instruction_for(metadata.name, source, mteb_prompt=text or None)
 
 
-def _is_symmetric(metadata: TaskMetadata) -> bool:
-    row = find_instruction(metadata.name)
-    return row.symmetric if row is not None else metadata.type not in _ONE_SIDED
+def hub_encoder(encoder: Encoder, meta: ModelMeta, source: InstructionSource) -> MtebEncoder:
+    """Make an encoder for any of mteb's text tasks; documents are bare but in symmetric tasks."""
 
+    def instruction_of(metadata: TaskMetadata, side: Side) -> str | None:
+        row = find_instruction(metadata.name)
+        symmetric = row.symmetric if row is not None else metadata.type not in _ONE_SIDED
+        return hub_instruction(metadata, source) if side == "query" or symmetric else None
 
-class HubEncoder(AbsEncoder):
-    """mteb's encoder protocol over ours, for any of its text tasks."""
-
-    mteb_model_meta: ModelMeta
-
-    def __init__(self, encoder: Encoder, meta: ModelMeta, source: InstructionSource) -> None:
-        self.mteb_model_meta = meta
-        self._encoder = encoder
-        self._source = source
-
-    def encode(
-        self,
-        inputs: Any,
-        *,
-        task_metadata: TaskMetadata,
-        prompt_type: PromptType | None = None,
-        **_: Any,
-    ) -> NDArray[np.float32]:
-        """Encode the texts of a dataloader, one row each; equal texts once."""
-        is_document = prompt_type == PromptType.document
-        bare = is_document and not _is_symmetric(task_metadata)
-        texts = [text for batch in inputs for text in batch["text"]]
-        instruction = None if bare else hub_instruction(task_metadata, self._source)
-        side: Side = "document" if is_document else "query"
-        return encode_distinct(self._encoder, texts, side, instruction, task_metadata.name)
+    return MtebEncoder(encoder, meta, instruction_of)
 
 
 def score_hub(
-    task: AbsTask, encoder: HubEncoder, folder: Path, made_by: str | None = None
+    task: AbsTask, encoder: MtebEncoder, folder: Path, made_by: str | None = None
 ) -> TaskResult:
     """Score one task and write mteb's own files of it anew.
 
@@ -165,7 +128,7 @@ def score_hub(
         ModelError: the encoder gives vectors of another shape or that are not finite.
     """
     started = time.perf_counter()
-    name = task.metadata.name
+    name, score_name = task.metadata.name, task.metadata.main_score
     try:
         with TemporaryDirectory() as place:
             # Always anew: its files do not tell instructions apart.
@@ -174,16 +137,11 @@ def score_hub(
             for made in sorted(Path(place).rglob("*.json")):
                 text = made.read_text(encoding="utf-8")
                 write_text(folder / made.relative_to(place), text, made_by)
-    except _OUT_OF_REACH as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UnreachableTaskError(
-            f"cannot be loaded ({reason})",
-            where=name,
-            hint="It needs the network, or an earlier download",
-        ) from error
+    except (OSError, HfHubHTTPError) as error:  # what mteb raises where data cannot be fetched
+        hint = "It needs the network, or an earlier download"
+        raise _unreachable(name, str(error).strip() or type(error).__name__, hint) from error
     if done.exceptions:
-        reason = done.exceptions[0].exception.strip().splitlines()[0]
-        raise UnreachableTaskError(f"cannot be loaded ({reason})", where=name)
+        raise _unreachable(name, done.exceptions[0].exception.strip())
     result = done.task_results[0]
     parts = {
         f"{split}/{entry['hf_subset']}": finite_or_none(entry["main_score"])
@@ -191,13 +149,16 @@ def score_hub(
         for entry in entries
     }
     main = finite_or_none(result.get_score())
-    return TaskResult(
-        type=task.metadata.type,
-        main_score_name=task.metadata.main_score,
-        main_score=main,
-        seconds=round(time.perf_counter() - started, 2),
-        scores={task.metadata.main_score: main, **parts},
-    )
+    seconds = round(time.perf_counter() - started, 2)
+    return TaskResult(task.metadata.type, score_name, main, seconds, {score_name: main, **parts})
+
+
+def _unreachable(name: str, reason: str, hint: str | None = None) -> UnreachableTaskError:
+    told = f"cannot be loaded ({reason.splitlines()[0]})"
+    return UnreachableTaskError(told, where=name, hint=hint)
+
+
+# --- What the leaderboard is told of a model ------------------------------------------------------
 
 
 def describe_model(name: str, encoder: Encoder, revision: str) -> ModelMeta:
@@ -213,21 +174,26 @@ def describe_model(name: str, encoder: Encoder, revision: str) -> ModelMeta:
     """
     path = Path(name)
     inner: Any = getattr(encoder, "model", encoder)
-    parameters = list(inner.parameters()) if hasattr(inner, "parameters") else None
-    count = None if parameters is None else sum(p.numel() for p in parameters)
-    memory = None if parameters is None else sum(p.numel() * p.element_size() for p in parameters)
+    parameters = list(inner.parameters()) if hasattr(inner, "parameters") else []
+    memory = sum(p.numel() * p.element_size() for p in parameters) / 2**20
     card = _card(name)
-    datasets = [*_texts(card.get("datasets")), *(_trained_on(path) if path.is_dir() else ())]
+    trained = card.get("datasets")
+    datasets = [one for one in trained if isinstance(one, str)] if isinstance(trained, list) else []
+    full_name = name if "/" in name else f"sentence-transformers/{name}"
+    if path.is_dir():
+        datasets += _trained_on(path)
+        # runs/demo/model says nothing by its last part alone.
+        full_name = f"nvembed/{'-'.join(p for p in path.resolve().parts[-2:] if p != '/')}"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return ModelMeta(
             loader=None,
-            name=_folder_name(path) if path.is_dir() else _with_owner(name),
+            name=full_name,
             revision=revision,
             release_date=None,
             languages=["eng-Latn"],
-            n_parameters=count,
-            memory_usage_mb=None if memory is None else round(memory / 2**20, 1),
+            n_parameters=sum(p.numel() for p in parameters) if parameters else None,
+            memory_usage_mb=round(memory, 1) if parameters else None,
             max_tokens=getattr(inner, "max_seq_length", None),
             embed_dim=encoder.dimension,
             license=_licence(card),
@@ -243,14 +209,14 @@ def describe_model(name: str, encoder: Encoder, revision: str) -> ModelMeta:
 
 def _card(name: str) -> dict[str, Any]:
     """Read the YAML at the head of a model's card; empty where there is none here."""
-    path = Path(name) / "README.md"
+    path: Any = Path(name) / "README.md"
     if not Path(name).is_dir():
-        found = None
         with suppress(ValueError):  # not the form of a hub id
-            found = try_to_load_from_cache(name, "README.md")
-        path = Path(found) if isinstance(found, str) else path
+            path = try_to_load_from_cache(name, "README.md")
+    if not isinstance(path, str | Path):
+        return {}
     try:
-        head = path.read_text(encoding="utf-8").removeprefix("---\n").partition("\n---")[0]
+        head = Path(path).read_text(encoding="utf-8").removeprefix("---\n").partition("\n---")[0]
         values = parse_yaml(head).value
     except (OSError, ValueError):
         return {}
@@ -279,32 +245,16 @@ def _trained_on(model: Path) -> list[str]:
 
 def _tasks_of(datasets: Sequence[str]) -> set[str]:
     """Name the tasks of mteb whose name, hub set or end of that is one of these."""
+
+    def plain(*names: str) -> set[str]:
+        ends = [name.rpartition("/")[2] for name in names]
+        return {"".join(filter(str.isalnum, name.lower())) for name in (*names, *ends)}
+
     if not datasets:
         return set()
-    wanted = {_plain(part) for name in datasets for part in (name, name.rpartition("/")[2])}
+    wanted = plain(*datasets)
     with quiet():
-        tasks = mteb.get_tasks(languages=["eng"], exclude_superseded=False)
-    return {
-        task.metadata.name
-        for task in tasks
-        for path in (task.metadata.dataset["path"],)
-        if wanted & {_plain(task.metadata.name), _plain(path), _plain(path.rpartition("/")[2])}
-    }
-
-
-def _plain(name: str) -> str:
-    return "".join(letter for letter in name.lower() if letter.isalnum())
-
-
-def _texts(value: object) -> list[str]:
-    return [one for one in value if isinstance(one, str)] if isinstance(value, list) else []
-
-
-def _folder_name(path: Path) -> str:
-    # runs/demo/model says nothing by its last part alone.
-    parts = [part for part in path.resolve().parts[-2:] if part != "/"]
-    return f"nvembed/{'-'.join(parts)}"
-
-
-def _with_owner(name: str) -> str:
-    return name if "/" in name else f"sentence-transformers/{name}"
+        tasks = [
+            task.metadata for task in mteb.get_tasks(languages=["eng"], exclude_superseded=False)
+        ]
+    return {task.name for task in tasks if wanted & plain(task.name, task.dataset["path"])}

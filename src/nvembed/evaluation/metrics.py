@@ -1,35 +1,143 @@
-"""The metrics of mteb over arrays: correlations, pairs, classification and clustering.
+"""The metrics of mteb over arrays: rankings, correlations, pairs, classes and clusters.
 
-Functions that take ``weights_BN`` give the metric of B resamples at once, an item counted as often
-as its weight says: ``significance.py`` needs that. Rankings are in ``ranking_metrics.py``.
+Functions of ``weights_BN`` give the metric of B resamples at once, an item counted as often as its
+weight says: ``significance.py`` needs that, and neither scipy nor sklearn does it. In rankings a
+document without a judgement has grade 0, as has the padding of short ones.
 
-Letters: N items (texts or pairs), B resamples, D width of the vectors, E experiments, C classes, G
-gold labels, K clusters, S texts of a sample, T thresholds.
+Letters: N items (texts or pairs), Q queries, K results per query, B resamples, D width of the
+vectors, C classes, G gold labels, K clusters, R rates, S texts of a sample, T thresholds.
 """
 
 from __future__ import annotations
 
 import random
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+Statistic = Callable[[Floats], Floats]
+"""From weights_BN to one value per resample."""
 
-# mteb's settings of classification and clustering.
+# mteb's settings: ranks of rankings; experiments of classification and clustering.
+CUTS = (1, 3, 5, 10, 20, 100, 1000)
+TOP_K = max(CUTS)
 EXPERIMENTS = 10
 SAMPLES_PER_LABEL = 8
 SAMPLE_TEXTS = 16_384
 SEED = 42
 
-PAIR_METRICS = ("accuracy", "f1", "precision", "recall", "ap")
+_ABSTENTION_RATES = np.linspace(0, 1, 11)[:-1]
 
 
-def run_starts(ranked_N: NDArray[np.generic]) -> NDArray[np.int64]:
-    """Return where each run of equal values begins in sorted values."""
-    return np.flatnonzero(np.r_[True, ranked_N[1:] != ranked_N[:-1]])
+def _runs(values_N: NDArray[np.generic]) -> tuple[Ints, Ints, Ints]:
+    """Give the order that sorts values, where runs of equal ones begin in it, and their sizes."""
+    order = np.argsort(values_N, kind="stable")
+    ranked = values_N[order]
+    starts = np.flatnonzero(np.r_[True, ranked[1:] != ranked[:-1]])
+    return order, starts, np.diff(np.r_[starts, len(order)])
+
+
+# --- rankings, as pytrec_eval and mteb define them ------------------------------------------------
+
+
+def order_with_ties(scores_QK: Floats, tie_ranks_QK: Ints) -> Ints:
+    """Give the order of each row: by falling score, then by falling tie rank."""
+    return np.lexsort((-tie_ranks_QK, -scores_QK), axis=1)
+
+
+def ranking_values(grades_QK: Ints, relevant: Sequence[Ints]) -> dict[str, Floats]:
+    """Compute nDCG (gain is the grade), MAP, recall, precision, hit rate and MRR at ``CUTS``.
+
+    Args:
+        grades_QK: of the results, best first, at most ``TOP_K``; 0 is not relevant.
+        relevant: per query the grades above 0 of all judged documents, found or not. A query that
+            has none gets 0 everywhere.
+
+    Returns:
+        ``ndcg_at_10`` and the like → values_Q.
+    """
+    width = max([grades_QK.shape[1], *map(len, relevant)])
+    found_QK, ideal_QK = np.zeros((2, len(relevant), width))
+    found_QK[:, : grades_QK.shape[1]] = grades_QK
+    for row, grades in enumerate(relevant):
+        ideal_QK[row, : len(grades)] = np.sort(grades)[::-1]
+    places_K = np.arange(1, width + 1)
+    dcg_QK, ideal_dcg_QK = (
+        np.cumsum(gains_QK / np.log2(places_K + 1), axis=1) for gains_QK in (found_QK, ideal_QK)
+    )
+    ideal_dcg_QK[ideal_dcg_QK == 0.0] = 1.0  # nothing is relevant: 0 of 0 is 0, as in trec_eval
+    hit_QK = found_QK > 0
+    hits_QK = np.cumsum(hit_QK, axis=1)
+    precisions_QK = np.cumsum(np.where(hit_QK, hits_QK / places_K, 0.0), axis=1)
+    counts_Q = np.array([max(len(grades), 1) for grades in relevant])
+    first_Q = np.where(hit_QK.any(axis=1), hit_QK.argmax(axis=1) + 1, np.inf)
+    values: dict[str, Floats] = {}
+    for cut in CUTS:
+        last = min(cut, width) - 1
+        values |= {
+            f"ndcg_at_{cut}": dcg_QK[:, last] / ideal_dcg_QK[:, last],
+            f"map_at_{cut}": precisions_QK[:, last] / counts_Q,
+            f"recall_at_{cut}": hits_QK[:, last] / counts_Q,
+            f"precision_at_{cut}": hits_QK[:, last] / cut,
+            f"hit_rate_at_{cut}": (hits_QK[:, last] > 0).astype(np.float64),
+            f"mrr_at_{cut}": np.where(first_Q <= cut, 1.0 / first_Q, 0.0),
+        }
+    return values
+
+
+def ranking_scores(values: Mapping[str, Floats], scores: Sequence[Floats]) -> dict[str, float]:
+    """Sum up a task as mteb does.
+
+    Args:
+        values: of ``ranking_values``.
+        scores: per query the similarities of its results.
+
+    Returns:
+        Means over queries, rounded where mteb rounds, ``accuracy`` (recall at 1), and nAUC: how
+        well the similarities tell on which queries to abstain. NaN where undefined.
+    """
+    found: dict[str, float] = {}
+    for name, values_Q in values.items():
+        mean = sum(values_Q.tolist()) / len(values_Q)
+        # mteb rounds the means of what pytrec_eval gives, and not its own MRR.
+        found[name] = mean if name.startswith("mrr") else round(mean, 5)
+    found["accuracy"] = found["recall_at_1"]
+    ranked = [np.sort(scores_K)[::-1] for scores_K in scores]
+    confidences = {
+        "max": [s[0] if len(s) else 0.0 for s in ranked],
+        "std": [float(np.std(s)) if len(s) else 0.0 for s in ranked],
+        "diff1": [s[0] - s[1] if len(s) > 1 else 0.0 for s in ranked],
+    }
+    runs = {name: _runs(np.array(confidence)) for name, confidence in confidences.items()}
+    for name, values_Q in values.items():
+        if name.startswith("hit_rate"):
+            continue
+        best_R = _abstention_curve(values_Q, *_runs(values_Q))
+        for confidence, run in runs.items():
+            curve_R = _abstention_curve(values_Q, *run)
+            found[f"nauc_{name}_{confidence}"] = _nauc(curve_R, best_R)
+    return found
+
+
+def _abstention_curve(values_Q: Floats, order: Ints, starts: Ints, sizes: Ints) -> Floats:
+    """Mean of what is left when the least confident share R of the queries is left out."""
+    ranked = np.repeat(np.add.reduceat(values_Q[order], starts) / sizes, sizes)
+    count = len(ranked)
+    cuts = [min(round(rate * count), count - 1) for rate in _ABSTENTION_RATES]
+    return np.array([ranked[cut:].mean() for cut in cuts])
+
+
+def _nauc(curve_R: Floats, best_R: Floats) -> float:
+    """Area between the curve and a flat one, as a share of what the best order would have."""
+    flat = best_R[0] * (_ABSTENTION_RATES[-1] - _ABSTENTION_RATES[0])
+    best = np.trapezoid(best_R, _ABSTENTION_RATES)
+    if best == flat:
+        return float("nan")
+    return float((np.trapezoid(curve_R, _ABSTENTION_RATES) - flat) / (best - flat))
 
 
 # --- correlations ---------------------------------------------------------------------------------
@@ -43,53 +151,39 @@ def correlations(gold_N: Floats, found_N: Floats) -> tuple[float, float]:
         warnings.filterwarnings("ignore", module=r"scipy\b")
         warnings.filterwarnings("ignore", category=stats.ConstantInputWarning)
         warnings.filterwarnings("ignore", category=stats.NearConstantInputWarning)
-        return (
-            float(stats.pearsonr(gold_N, found_N)[0]),
-            float(stats.spearmanr(gold_N, found_N)[0]),
-        )
+        pearson, spearman = stats.pearsonr(gold_N, found_N), stats.spearmanr(gold_N, found_N)
+    return float(pearson[0]), float(spearman[0])
 
 
-def weighted_pearson(x_BN: Floats, y_BN: Floats, weights_BN: Floats) -> Floats:
-    """Give Pearson's correlation of each resample; NaN where a side is constant."""
+def correlation_of_resamples(name: str, gold_N: Floats, found_N: Floats) -> Statistic:
+    """Give the ``pearson`` or ``spearman`` of resamples, whose ranks are made anew for each."""
+    if name == "pearson":
+        return lambda weights_BN: _weighted_pearson(gold_N[None], found_N[None], weights_BN)
+    gold, found = _ranks_of_resamples(gold_N), _ranks_of_resamples(found_N)
+    return lambda weights_BN: _weighted_pearson(gold(weights_BN), found(weights_BN), weights_BN)
+
+
+def _weighted_pearson(x_BN: Floats, y_BN: Floats, weights_BN: Floats) -> Floats:
     total_B1 = weights_BN.sum(axis=1, keepdims=True)
     x_BN = x_BN - (weights_BN * x_BN).sum(axis=1, keepdims=True) / total_B1
     y_BN = y_BN - (weights_BN * y_BN).sum(axis=1, keepdims=True) / total_B1
-    both_B = np.einsum("bn,bn,bn->b", weights_BN, x_BN, y_BN)
-    squares_B = np.einsum("bn,bn,bn->b", weights_BN, x_BN, x_BN)
-    squares_B = squares_B * np.einsum("bn,bn,bn->b", weights_BN, y_BN, y_BN)
+    xy_B, xx_B, yy_B = (
+        np.einsum("bn,bn,bn->b", weights_BN, a_BN, b_BN)
+        for a_BN, b_BN in ((x_BN, y_BN), (x_BN, x_BN), (y_BN, y_BN))
+    )
+    squares_B = xx_B * yy_B
     with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(squares_B > 0, both_B / np.sqrt(squares_B), np.nan)
+        return np.where(squares_B > 0, xy_B / np.sqrt(squares_B), np.nan)
 
 
-def pearson_of_resamples(gold_N: Floats, found_N: Floats) -> Callable[[Floats], Floats]:
-    """Give a function from weights_BN to Pearson's correlations."""
-
-    def statistic(weights_BN: Floats) -> Floats:
-        return weighted_pearson(gold_N[None], found_N[None], weights_BN)
-
-    return statistic
-
-
-def spearman_of_resamples(gold_N: Floats, found_N: Floats) -> Callable[[Floats], Floats]:
-    """Give a function from weights_BN to Spearman's correlations, ranks made anew for each."""
-    gold_ranks, found_ranks = _ranks_of_resamples(gold_N), _ranks_of_resamples(found_N)
-
-    def statistic(weights_BN: Floats) -> Floats:
-        return weighted_pearson(gold_ranks(weights_BN), found_ranks(weights_BN), weights_BN)
-
-    return statistic
-
-
-def _ranks_of_resamples(values_N: Floats) -> Callable[[Floats], Floats]:
-    order = np.argsort(values_N, kind="stable")
-    ranked = values_N[order]
-    starts = run_starts(ranked)
+def _ranks_of_resamples(values_N: Floats) -> Statistic:
+    order, starts, sizes = _runs(values_N)
     group_N = np.empty(len(order), dtype=np.int64)
-    group_N[order] = np.repeat(np.arange(len(starts)), np.diff(np.r_[starts, len(order)]))
+    group_N[order] = np.repeat(np.arange(len(starts)), sizes)
 
     def ranks(weights_BN: Floats) -> Floats:
-        sizes = np.add.reduceat(weights_BN[:, order], starts, axis=1)
-        middles = np.cumsum(sizes, axis=1) - (sizes - 1) / 2  # equal values share the middle rank
+        counts = np.add.reduceat(weights_BN[:, order], starts, axis=1)
+        middles = np.cumsum(counts, axis=1) - (counts - 1) / 2  # equal values share the middle rank
         ranks_BN: Floats = middles[:, group_N]
         return ranks_BN
 
@@ -126,80 +220,69 @@ def pair_similarities(
     return {name: values.astype(np.float64) for name, values in found.items()}
 
 
-def pair_metrics(similarities_N: Floats, labels_N: NDArray[np.int64]) -> dict[str, float]:
+# Of pairs with label 1 and with 0 above each threshold; the last is below all pairs.
+_AT_THRESHOLDS: dict[str, Callable[[Floats, Floats], Floats]] = {
+    "accuracy": lambda true, false: (true + false[:, -1:] - false) / (true + false)[:, -1:],
+    "f1": lambda true, false: 2 * true / (true + false + true[:, -1:]),
+}
+
+
+def pair_metrics(similarities_N: Floats, labels_N: Ints) -> dict[str, float]:
     """Compute accuracy, F1 (with its precision and recall) at the best threshold, and AP.
 
     A threshold lies between two different similarities; that all pairs get one label is no
     threshold, as in mteb.
     """
-    whole = np.ones((1, len(labels_N)))
-    true_BT, false_BT, _ = _Thresholds(similarities_N, labels_N).counts(whole)
-    true_T, false_T = true_BT[0], false_BT[0]
-    positives, negatives = true_T[-1], false_T[-1]
-    ap = float(_average_precision(true_BT, false_BT)[0])
-    true_T, false_T = true_T[:-1], false_T[:-1]
-    if not len(true_T):
-        return {"accuracy": 0.0, "f1": 0.0, "precision": 0.0, "recall": 0.0, "ap": ap}
-    accuracy_T = (true_T + negatives - false_T) / len(labels_N)
-    f1_T = 2 * true_T / (true_T + false_T + positives)
+    counts = _counts_above_thresholds(similarities_N, labels_N)
+    true_BT, false_BT, used_BT = counts(np.ones((1, len(labels_N))))
+    accuracy_T, f1_T = (
+        np.where(used_BT, of(true_BT, false_BT), 0.0)[0] for of in _AT_THRESHOLDS.values()
+    )
     best = int(f1_T.argmax())
+    true = float(true_BT[0, best]) if used_BT.any() else 0.0
     return {
         "accuracy": float(accuracy_T.max()),
         "f1": float(f1_T[best]),
-        "precision": float(true_T[best] / (true_T[best] + false_T[best])),
-        "recall": float(true_T[best] / positives),
-        "ap": ap,
+        "precision": true / float(true_BT[0, best] + false_BT[0, best]),
+        "recall": true / float(true_BT[0, -1]),
+        "ap": float(_average_precision(true_BT, false_BT)[0]),
     }
 
 
-def pairs_of_resamples(
-    metric: str, similarities_N: Floats, labels_N: NDArray[np.int64]
-) -> Callable[[Floats], Floats]:
-    """Give a function from weights_BN to the ``accuracy``, ``f1`` or ``ap`` of each resample.
-
-    NaN where a resample has no pair with label 1 or none with 0.
-    """
-    thresholds = _Thresholds(similarities_N, labels_N)
+def pairs_of_resamples(metric: str, similarities_N: Floats, labels_N: Ints) -> Statistic:
+    """Give the ``accuracy``, ``f1`` or ``ap`` of resamples; NaN without both labels."""
+    counts = _counts_above_thresholds(similarities_N, labels_N)
 
     def statistic(weights_BN: Floats) -> Floats:
-        true_BT, false_BT, used_BT = thresholds.counts(weights_BN)
-        positives_B1, negatives_B1 = true_BT[:, -1:], false_BT[:, -1:]
+        true_BT, false_BT, used_BT = counts(weights_BN)
         with np.errstate(divide="ignore", invalid="ignore"):
             if metric == "ap":
                 found_B = _average_precision(true_BT, false_BT)
             else:
-                if metric == "accuracy":
-                    totals_B1 = positives_B1 + negatives_B1
-                    found_BT = (true_BT + negatives_B1 - false_BT) / totals_B1
-                else:
-                    found_BT = 2 * true_BT / (true_BT + false_BT + positives_B1)
+                found_BT = _AT_THRESHOLDS[metric](true_BT, false_BT)
                 found_B = np.where(used_BT, found_BT, 0.0).max(axis=1)
-        both_B = (positives_B1[:, 0] > 0) & (negatives_B1[:, 0] > 0)
-        return np.where(both_B, found_B, np.nan)
+        return np.where((true_BT[:, -1] > 0) & (false_BT[:, -1] > 0), found_B, np.nan)
 
     return statistic
 
 
-class _Thresholds:
-    """Pairs by falling similarity, equal ones together: what is above each of T thresholds."""
+def _counts_above_thresholds(
+    similarities_N: Floats, labels_N: Ints
+) -> Callable[[Floats], tuple[Floats, Floats, NDArray[np.bool_]]]:
+    """Give true_BT, false_BT, and which thresholds have pairs of the resample on both sides."""
+    order, starts, _ = _runs(-similarities_N)
+    is_one_N = labels_N[order] == 1
 
-    def __init__(self, similarities_N: Floats, labels_N: NDArray[np.int64]) -> None:
-        self._order = np.argsort(-similarities_N, kind="stable")
-        ranked = similarities_N[self._order]
-        self._starts = run_starts(ranked)
-        self._labels = labels_N[self._order]
-
-    def counts(self, weights_BN: Floats) -> tuple[Floats, Floats, NDArray[np.bool_]]:
-        """Count pairs with label 1 and with 0 above each threshold; the last is below all pairs.
-
-        The third result tells the thresholds that have pairs of the resample on both sides.
-        """
-        ranked_BN = weights_BN[:, self._order]
-        true_BT = np.add.reduceat(ranked_BN * (self._labels == 1), self._starts, axis=1)
-        false_BT = np.add.reduceat(ranked_BN * (self._labels != 1), self._starts, axis=1)
-        true_BT, false_BT = np.cumsum(true_BT, axis=1), np.cumsum(false_BT, axis=1)
+    def counts(weights_BN: Floats) -> tuple[Floats, Floats, NDArray[np.bool_]]:
+        ranked_BN = weights_BN[:, order]
+        true_BT, false_BT = (
+            np.cumsum(np.add.reduceat(ranked_BN * wanted_N, starts, axis=1), axis=1)
+            for wanted_N in (is_one_N, ~is_one_N)
+        )
         above_BT = true_BT + false_BT
         return true_BT, false_BT, (above_BT > 0) & (above_BT < above_BT[:, -1:])
+
+    return counts
 
 
 def _average_precision(true_BT: Floats, false_BT: Floats) -> Floats:
@@ -209,10 +292,10 @@ def _average_precision(true_BT: Floats, false_BT: Floats) -> Floats:
     return found_B
 
 
-# --- classification -------------------------------------------------------------------------------
+# --- classes --------------------------------------------------------------------------------------
 
 
-def undersample(labels: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+def undersample(labels: Ints) -> list[Ints]:
     """Choose the training texts of every experiment, as mteb does with its seed.
 
     Each experiment shuffles the order of the one before with the same seed, and takes the first
@@ -222,20 +305,15 @@ def undersample(labels: NDArray[np.int64]) -> list[NDArray[np.int64]]:
     chosen = []
     for _ in range(EXPERIMENTS):
         np.random.RandomState(SEED).shuffle(order)
-        by_label = np.argsort(labels[order], kind="stable")
-        ranked = labels[order][by_label]
-        starts = run_starts(ranked)
-        sizes = np.diff(np.r_[starts, len(ranked)])
-        nth = np.arange(len(ranked)) - np.repeat(starts, sizes)
+        by_label, starts, sizes = _runs(labels[order])
+        nth = np.arange(len(order)) - np.repeat(starts, sizes)
         chosen.append(order[np.sort(by_label[nth < SAMPLES_PER_LABEL])])
     return chosen
 
 
 def predict(
-    train_vectors: NDArray[np.float32],
-    train_labels: NDArray[np.int64],
-    test_vectors: NDArray[np.float32],
-) -> NDArray[np.int64]:
+    train_vectors: NDArray[np.float32], train_labels: Ints, test_vectors: NDArray[np.float32]
+) -> Ints:
     """Fit mteb's logistic regression and return the labels that it gives the test texts."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
@@ -244,11 +322,11 @@ def predict(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=ConvergenceWarning)
         model.fit(train_vectors, train_labels)
-    predicted: NDArray[np.int64] = model.predict(test_vectors)
+    predicted: Ints = model.predict(test_vectors)
     return predicted
 
 
-def class_scores(gold_N: NDArray[np.int64], predicted_N: NDArray[np.int64]) -> dict[str, float]:
+def class_scores(gold_N: Ints, predicted_N: Ints) -> dict[str, float]:
     """Compute the scores of one experiment; ``ap`` only with two gold classes, one of them 1."""
     count = int(max(gold_N.max(), predicted_N.max())) + 1
     cells = np.bincount(gold_N * count + predicted_N, minlength=count * count)
@@ -258,18 +336,15 @@ def class_scores(gold_N: NDArray[np.int64], predicted_N: NDArray[np.int64]) -> d
     if len(classes) == 2 and 1 in classes:
         from sklearn.metrics import average_precision_score
 
-        scores["ap"] = scores["ap_weighted"] = float(
-            average_precision_score(gold_N == 1, predicted_N)
-        )
+        ap = float(average_precision_score(gold_N == 1, predicted_N))
+        scores["ap"] = scores["ap_weighted"] = ap
     return scores
 
 
 def confusion_scores(confusion_BCC: Floats) -> dict[str, Floats]:
     """Compute accuracy, F1, precision and recall (macro and weighted) of confusion matrices.
 
-    Args:
-        confusion_BCC: how often gold class (rows) got which prediction (columns). A class that is
-            neither gold nor predicted does not count in a macro average.
+    Rows are gold, columns predicted. A class that is neither counts in no macro average.
     """
     right_BC = np.diagonal(confusion_BCC, axis1=1, axis2=2)
     gold_BC, predicted_BC = confusion_BCC.sum(axis=2), confusion_BCC.sum(axis=1)
@@ -286,12 +361,10 @@ def confusion_scores(confusion_BCC: Floats) -> dict[str, Floats]:
     return found
 
 
-# --- clustering -----------------------------------------------------------------------------------
+# --- clusters -------------------------------------------------------------------------------------
 
 
-def cluster(
-    vectors_ND: NDArray[np.float32], num_clusters: int
-) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+def cluster(vectors_ND: NDArray[np.float32], num_clusters: int) -> Iterator[tuple[Ints, Ints]]:
     """Yield of each experiment the texts drawn (with replacement) and the clusters they got.
 
     Sampling, k-means and seeds are mteb's.
@@ -305,25 +378,15 @@ def cluster(
         yield texts_S, model.fit_predict(vectors_ND[texts_S]).astype(np.int64)
 
 
-def cluster_scores(gold_S: NDArray[np.int64], clusters_S: NDArray[np.int64]) -> dict[str, float]:
-    """Compute V-measure and adjusted mutual information of one experiment."""
-    from sklearn.metrics.cluster import adjusted_mutual_info_score, v_measure_score
-
-    return {
-        "v_measure": float(v_measure_score(gold_S, clusters_S)),
-        "ami": float(adjusted_mutual_info_score(gold_S, clusters_S)),
-    }
-
-
 def v_measures(counts_BGK: Floats) -> Floats:
     """Compute the V-measure of contingency tables: texts by gold label and cluster."""
     shares = counts_BGK / counts_BGK.sum(axis=(1, 2), keepdims=True)
-    gold_B = _entropy(shares.sum(axis=2))
-    clusters_B = _entropy(shares.sum(axis=1))
-    mutual_B = gold_B + clusters_B - _entropy(shares.reshape(len(shares), -1))
+    gold_B, clusters_B, cells_B = map(
+        _entropy, (shares.sum(axis=2), shares.sum(axis=1), shares.reshape(len(shares), -1))
+    )
     # The harmonic mean of mutual/gold and mutual/clusters; two single groups agree wholly.
     both_B = gold_B + clusters_B
-    return np.where(both_B > 0, 2 * mutual_B / np.where(both_B > 0, both_B, 1.0), 1.0)
+    return np.where(both_B > 0, 2 * (both_B - cells_B) / np.where(both_B > 0, both_B, 1.0), 1.0)
 
 
 def _entropy(shares_BX: Floats) -> Floats:

@@ -1,7 +1,7 @@
 """Scores a local task with mteb: its metrics and protocols, on data that is already here.
 
 It and ``hub.py`` are the only files that import mteb. mteb's settings are kept but for one of
-clustering, noted at ``_SETTINGS``.
+clustering, noted at ``_CLASSES``.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import logging
 import math
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -32,12 +32,11 @@ from mteb.abstasks.retrieval_dataset_loaders import RetrievalSplitData
 from mteb.abstasks.task_metadata import TaskMetadata
 from mteb.models import ModelMeta
 from mteb.models.abs_encoder import AbsEncoder
-from mteb.models.models_protocols import EncoderProtocol
 from mteb.types import PromptType
 from numpy.typing import NDArray
 
 from nvembed.core.seeding import capture_rng, restore_rng
-from nvembed.encoding.protocol import Encoder
+from nvembed.encoding.encoder import Encoder
 from nvembed.evaluation.local_scores import encode_distinct
 from nvembed.evaluation.task_files import (
     ClassificationData,
@@ -46,30 +45,24 @@ from nvembed.evaluation.task_files import (
     RerankingData,
     RetrievalData,
     SummarizationData,
+    TaskType,
 )
-from nvembed.evaluation.tasks import LocalTask, TaskType
+from nvembed.evaluation.tasks import LocalTask
 from nvembed.text.instructions import Side
 
-# Reranking is retrieval from each query's own candidates, as in mteb's current tasks of that type.
-_CLASSES: dict[TaskType, type[AbsTask]] = {
-    "Retrieval": AbsTaskRetrieval,
-    "Reranking": AbsTaskRetrieval,
-    "Clustering": AbsTaskClustering,
-    "PairClassification": AbsTaskPairClassification,
-    "Classification": AbsTaskClassification,
-    "STS": AbsTaskSTS,
-    "Summarization": AbsTaskSummarization,
+# Classes and settings. Reranking is retrieval from each query's own candidates, as in mteb's
+# current tasks of that type. Of clustering mteb's default is a sample of 4 % of the texts, for
+# collections of a million; its own tasks set the number they need, and here all texts take part.
+# Of the scores of summaries it has no default, and correlations do not depend on them.
+_CLASSES: dict[TaskType, tuple[type[AbsTask], dict[str, Any]]] = {
+    "Retrieval": (AbsTaskRetrieval, {}),
+    "Reranking": (AbsTaskRetrieval, {}),
+    "Clustering": (AbsTaskClustering, {"max_fraction_of_documents_to_embed": None}),
+    "PairClassification": (AbsTaskPairClassification, {"label_column_name": "label"}),
+    "Classification": (AbsTaskClassification, {}),
+    "STS": (AbsTaskSTS, {}),
+    "Summarization": (AbsTaskSummarization, {"min_score": 1, "max_score": 5}),
 }
-
-_SETTINGS: dict[TaskType, dict[str, Any]] = {
-    # mteb's default is a sample of 4 % of the texts, for collections of a million; its own tasks
-    # set the number they need. Here all texts take part.
-    "Clustering": {"max_fraction_of_documents_to_embed": None},
-    "PairClassification": {"label_column_name": "label"},
-    # mteb has no default for these; correlations do not depend on them.
-    "Summarization": {"min_score": 1, "max_score": 5},
-}
-
 _MTEB_NAMES = {"map": "map_at_1000", "mrr": "mrr_at_1000"}
 
 
@@ -83,19 +76,17 @@ def score(task: LocalTask, encoder: Encoder) -> dict[str, float | None]:
     Raises:
         ModelError: the encoder gives vectors of another shape or that are not finite.
     """
-    with same_random_state():
-        result = run_mteb(_TaskEncoder(task, encoder), _mteb_task(task), cache=None)
+    with _same_random_state():
+        result = run_mteb(local_encoder(task, encoder), _mteb_task(task), cache=None)
     found = result.task_results[0].scores["test"][0]
-    scores = {
-        name: finite_or_none(value) for name, value in found.items() if isinstance(value, float)
-    }
+    scores = {name: finite_or_none(v) for name, v in found.items() if isinstance(v, float)}
     scores[task.main_score] = scores[_MTEB_NAMES.get(task.main_score, task.main_score)]
     return scores
 
 
-def run_mteb(encoder: EncoderProtocol, task: AbsTask, **options: Any) -> Any:
+def run_mteb(encoder: MtebEncoder, task: AbsTask, **options: Any) -> Any:
     """Call ``mteb.evaluate`` without its output; the global random generators stay as they are."""
-    with quiet(), same_random_state():
+    with quiet(), _same_random_state():
         return mteb.evaluate(
             encoder,
             task,
@@ -107,7 +98,7 @@ def run_mteb(encoder: EncoderProtocol, task: AbsTask, **options: Any) -> Any:
 
 
 @contextmanager
-def same_random_state() -> Iterator[None]:
+def _same_random_state() -> Iterator[None]:
     """Put the global generators back at the end: mteb seeds and draws from them."""
     rng = capture_rng()
     try:
@@ -121,42 +112,72 @@ def finite_or_none(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
-class _TaskEncoder(AbsEncoder):
-    """mteb's encoder protocol over ours, for one task.
+class MtebEncoder(AbsEncoder):
+    """mteb's encoder protocol over ours.
 
-    Documents are encoded bare, everything else with the instruction of the task: the queries of
-    retrieval and reranking, and all texts of the other types, which are symmetric or have one side.
-    mteb asks for some texts several times; each is encoded once per side.
+    Args:
+        encoder: ours.
+        meta: what the leaderboard is told of it.
+        instruction_of: says which instruction a task's queries, or its documents, get.
+        known: keeps the vectors of a small task, whose texts mteb asks for several times.
     """
 
     mteb_model_meta: ModelMeta
 
-    def __init__(self, task: LocalTask, encoder: Encoder) -> None:
-        self.mteb_model_meta = ModelMeta.create_empty()
-        self._task = task
+    def __init__(
+        self,
+        encoder: Encoder,
+        meta: ModelMeta,
+        instruction_of: Callable[[TaskMetadata, Side], str | None],
+        known: dict[tuple[Side, str], NDArray[np.float32]] | None = None,
+    ) -> None:
+        self.mteb_model_meta = meta
         self._encoder = encoder
-        self._known: dict[tuple[bool, str], NDArray[np.float32]] = {}
+        self._instruction_of = instruction_of
+        self._known = known
 
     def encode(
-        self, inputs: Any, *, prompt_type: PromptType | None = None, **_: Any
+        self,
+        inputs: Any,
+        *,
+        task_metadata: TaskMetadata,
+        prompt_type: PromptType | None = None,
+        **_: Any,
     ) -> NDArray[np.float32]:
-        """Encode the texts of a dataloader, one row each."""
-        is_document = prompt_type == PromptType.document
+        """Encode the texts of a dataloader, one row each; equal texts once."""
+        side: Side = "document" if prompt_type == PromptType.document else "query"
+        name, instruction = task_metadata.name, self._instruction_of(task_metadata, side)
+
+        def encode(texts: Sequence[str]) -> NDArray[np.float32]:
+            return encode_distinct(self._encoder, texts, side, instruction, name)
+
         texts = [text for batch in inputs for text in batch["text"]]
-        new = [text for text in dict.fromkeys(texts) if (is_document, text) not in self._known]
-        if new:
-            side: Side = "document" if is_document else "query"
-            instruction = None if is_document else self._task.instruction
-            vectors = encode_distinct(self._encoder, new, side, instruction, self._task.name)
-            self._known.update(((is_document, t), v) for t, v in zip(new, vectors, strict=True))
-        return np.stack([self._known[is_document, text] for text in texts])
+        if (known := self._known) is None:
+            return encode(texts)
+        if new := [text for text in dict.fromkeys(texts) if (side, text) not in known]:
+            known.update(((side, t), row) for t, row in zip(new, encode(new), strict=True))
+        return np.stack([known[side, text] for text in texts])
+
+
+def local_encoder(task: LocalTask, encoder: Encoder) -> MtebEncoder:
+    """Make an encoder for one task that is here.
+
+    Documents are encoded bare, everything else with the instruction of the task: the queries of
+    retrieval and reranking, and all texts of the other types, which are symmetric or have one side.
+    """
+
+    def instruction_of(_: TaskMetadata, side: Side) -> str | None:
+        return None if side == "document" else task.instruction
+
+    return MtebEncoder(encoder, ModelMeta.create_empty(), instruction_of, {})
 
 
 def _mteb_task(task: LocalTask) -> AbsTask:
-    attributes = {"metadata": _metadata(task), **_SETTINGS.get(task.type, {})}
+    base, settings = _CLASSES[task.type]
+    attributes = {"metadata": _metadata(task), **settings}
     if task.type == "Retrieval":
         attributes["ignore_identical_ids"] = task.ignore_identical_ids
-    made = type(f"Local{task.type}", (_CLASSES[task.type],), attributes)()
+    made = type(f"Local{task.type}", (base,), attributes)()
     made.dataset = _mteb_data(task)
     made.data_loaded = True
     return made
@@ -178,6 +199,7 @@ def _metadata(task: LocalTask) -> TaskMetadata:
 
 
 def _mteb_data(task: LocalTask) -> Mapping[str, Any]:
+    columns: dict[str, Any]
     match task.data:
         case RetrievalData() as data:
             corpus = {"id": data.document_ids, "text": data.documents}
@@ -185,28 +207,23 @@ def _mteb_data(task: LocalTask) -> Mapping[str, Any]:
             return _retrieval_data(corpus, queries, data.judgements, None)
         case RerankingData() as data:
             return _reranking_data(data)
-        case PairData(first, second, values):
-            key = "score" if task.type == "STS" else "label"
-            gold = values if task.type == "STS" else [int(value) for value in values]
-            return _splits({"sentence1": first, "sentence2": second, key: gold})
-        case LabelledTexts(texts, labels):
-            codes = _codes(labels)
-            return _splits({"sentences": texts, "labels": [codes[label] for label in labels]})
         case ClassificationData(train, test):
             codes = _codes(train.labels)
             return {
-                split: _Columns(text=part.texts, label=tuple(codes[label] for label in part.labels))
+                split: _Columns(text=part.texts, label=[codes[label] for label in part.labels])
                 for split, part in (("train", train), ("test", test))
             }
+        case PairData(first, second, values) if task.type == "STS":
+            columns = {"sentence1": first, "sentence2": second, "score": values}
+        case PairData(first, second, values):
+            columns = {"sentence1": first, "sentence2": second, "label": list(map(int, values))}
+        case LabelledTexts(texts, labels):
+            codes = _codes(labels)
+            columns = {"sentences": texts, "labels": [codes[label] for label in labels]}
         case SummarizationData(articles, human, machine, relevance):
-            return _splits(
-                {
-                    "text": articles,
-                    "human_summaries": human,
-                    "machine_summaries": machine,
-                    "relevance": relevance,
-                }
-            )
+            columns = {"text": articles, "human_summaries": human}
+            columns |= {"machine_summaries": machine, "relevance": relevance}
+    return DatasetDict({"test": Dataset.from_dict(columns)})
 
 
 class _Columns:
@@ -230,36 +247,29 @@ class _Columns:
         return _Columns(**{n: [values[row] for row in rows] for n, values in self._columns.items()})
 
 
-def _splits(columns: dict[str, Any]) -> DatasetDict:
-    return DatasetDict({"test": Dataset.from_dict(columns)})
-
-
 def _codes(labels: Sequence[str]) -> dict[str, int]:
     # mteb's average precision of two classes needs numbers.
     return {label: code for code, label in enumerate(sorted(set(labels)))}
 
 
 def _reranking_data(data: RerankingData) -> dict[str, Any]:
-    ids: list[str] = []
-    texts: list[str] = []
+    corpus: dict[str, list[str]] = {"id": [], "text": []}
     judgements: dict[str, dict[str, int]] = {}
-    candidates: dict[str, list[str]] = {}
-    for number, (positives, negatives) in enumerate(
-        zip(data.positives, data.negatives, strict=True)
-    ):
+    for number, texts in enumerate(zip(data.positives, data.negatives, strict=True)):
         # mteb breaks ties by id, last first: "n" after "a" lets a tie count against the model.
-        own = {f"{number}-a{i}": 1 for i in range(len(positives))}
-        own |= {f"{number}-n{i}": 0 for i in range(len(negatives))}
-        judgements[str(number)], candidates[str(number)] = own, list(own)
-        ids += own
-        texts += [*positives, *negatives]
+        own = {f"{number}-a{i}": 1 for i in range(len(texts[0]))}
+        own |= {f"{number}-n{i}": 0 for i in range(len(texts[1]))}
+        judgements[str(number)] = own
+        corpus["id"] += own
+        corpus["text"] += [*texts[0], *texts[1]]
+    candidates = {query: list(own) for query, own in judgements.items()}
     queries = {"id": list(judgements), "text": data.queries}
-    return _retrieval_data({"id": ids, "text": texts}, queries, judgements, candidates)
+    return _retrieval_data(corpus, queries, judgements, candidates)
 
 
 def _retrieval_data(
-    corpus: dict[str, Any],
-    queries: dict[str, Any],
+    corpus: Mapping[str, Any],
+    queries: Mapping[str, Any],
     judgements: Mapping[str, Mapping[str, int]],
     candidates: dict[str, list[str]] | None,
 ) -> dict[str, Any]:

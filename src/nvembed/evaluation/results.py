@@ -8,22 +8,21 @@ resampling, are one ``.npz`` without pickle per task in the folder ``<results>.i
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import zipfile
 from collections.abc import Collection, Mapping
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal
 from urllib.parse import quote
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import TypeAdapter, ValidationError
 
 from nvembed.core.errors import DataError
 from nvembed.core.files import atomic_path, write_json
 from nvembed.core.ownership import remove
 from nvembed.core.text_files import read_json_object
-from nvembed.evaluation.tasks import LocalTask
 
 EVALUATE = "evaluate"
 
@@ -56,33 +55,25 @@ def write_results(
 
 
 def read_results(path: str | Path) -> dict[str, TaskResult]:
-    """Read a file of ``write_results``.
-
-    Raises:
-        DataError: the file is missing or holds something else.
-    """
+    """Read a file of ``write_results``; a ``DataError`` where it is missing or something else."""
     expected = "a results.json of `nvembed evaluate`"
     values = read_json_object(Path(path), expected)
     try:
-        results = {name: TaskResult(**entry) for name, entry in values.items()}
-        if not all(isinstance(result.type, str) for result in results.values()):
-            raise ValueError
-    except (TypeError, ValueError) as error:
+        return TypeAdapter(dict[str, TaskResult]).validate_python(values)
+    except ValidationError as error:
         raise DataError("not evaluation results", where=str(path), expected=expected) from error
-    return results
 
 
-# --- items ----------------------------------------------------------------------------------------
-
+# --- Items ----------------------------------------------------------------------------------------
 
 ItemKind = Literal["values", "correlation", "pairs", "classes", "clusters"]
 
-_ARRAYS: dict[ItemKind, frozenset[str]] = {
-    "values": frozenset({"values_N"}),
-    "correlation": frozenset({"gold_N", "similarities_N"}),
-    "pairs": frozenset({"gold_N", "similarities_SN"}),
-    "classes": frozenset({"gold_N", "predicted_EN"}),
-    "clusters": frozenset({"gold_N", "assigned_EN", "drawn_EN"}),
+_ARRAYS: dict[str, set[str]] = {
+    "values": {"values_N"},
+    "correlation": {"gold_N", "similarities_N"},
+    "pairs": {"gold_N", "similarities_SN"},
+    "classes": {"gold_N", "predicted_EN"},
+    "clusters": {"gold_N", "assigned_EN", "drawn_EN"},
 }
 
 
@@ -112,33 +103,27 @@ class Items:
         return int(next(iter(self.arrays.values())).shape[-1])
 
 
-def task_hash(task: LocalTask) -> str:
-    """Name the contents of a task: texts, gold values and what is scored, not the instruction."""
-    digest = hashlib.sha256(f"{task.type} {task.main_score}".encode())
-    if task.ignore_identical_ids:
-        digest.update(b" without identical ids")
-    for part in astuple(task.data):
-        digest.update(repr(part).encode("utf-8", "surrogatepass"))
-    return digest.hexdigest()
-
-
 def items_folder(results: str | Path) -> Path:
     """Where the items of a results file lie: ``runs/a.json`` → ``runs/a.items``."""
     return Path(results).with_suffix(".items")
 
 
+def _items_file(folder: str | Path, name: str) -> Path:
+    return Path(folder) / f"{quote(name, safe=' ')}.npz"  # names of tasks may hold slashes
+
+
 def write_items(folder: str | Path, name: str, items: Items, made_by: str | None = None) -> None:
     """Write the items of the task ``name`` atomically; ``made_by`` as in ``atomic_path``."""
-    header = {"kind": items.kind, "score": items.score, "task_hash": items.task_hash}
-    arrays: dict[str, Any] = {**items.arrays, **{k: np.array(v) for k, v in header.items()}}
-    with atomic_path(items_file(folder, name), made_by) as temporary, open(temporary, "wb") as file:
+    arrays: dict[str, Any] = {**items.arrays}
+    arrays |= {key: np.array(getattr(items, key)) for key in ("kind", "score", "task_hash")}
+    path = _items_file(folder, name)
+    with atomic_path(path, made_by) as temporary, open(temporary, "wb") as file:
         np.savez_compressed(file, **arrays)
 
 
 def keep_items(folder: str | Path, names: Collection[str]) -> None:
     """Delete the items of all other tasks: they may be another model's."""
-    kept = {items_file(folder, name) for name in names}
-    for path in set(Path(folder).glob("*.npz")) - kept:
+    for path in set(Path(folder).glob("*.npz")) - {_items_file(folder, name) for name in names}:
         remove(path)
 
 
@@ -148,18 +133,16 @@ def read_items(folder: str | Path, name: str) -> Items | None:
     Raises:
         DataError: the file is damaged or holds something else.
     """
-    path = items_file(folder, name)
+    path = _items_file(folder, name)
     if not path.is_file():
         return None
     try:
         # Opened here, since np.load leaves a damaged file open.
         with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files}
-        kind = str(arrays.pop("kind"))
-        score, hashed = str(arrays.pop("score")), str(arrays.pop("task_hash"))
-        if kind not in get_args(ItemKind) or set(arrays) != _ARRAYS[cast(ItemKind, kind)]:
-            raise ValueError
-        if len({array.shape[-1:] for array in arrays.values()}) != 1:
+        kind, score, hashed = (str(arrays.pop(key)) for key in ("kind", "score", "task_hash"))
+        lengths = {array.shape[-1:] for array in arrays.values()}
+        if set(arrays) != _ARRAYS[kind] or len(lengths) != 1:
             raise ValueError
     # TypeError: a single array is no archive.
     except (OSError, EOFError, ValueError, TypeError, KeyError, zipfile.BadZipFile) as error:
@@ -169,10 +152,5 @@ def read_items(folder: str | Path, name: str) -> Items | None:
             expected="a file that `nvembed evaluate` wrote",
             hint="Delete it and evaluate the task again",
         ) from error
-    return Items(cast(ItemKind, kind), score, hashed, arrays)
-
-
-def items_file(folder: str | Path, name: str) -> Path:
-    """Where the items of a task lie."""
-    # Names of tasks may hold slashes.
-    return Path(folder) / f"{quote(name, safe=' ')}.npz"
+    kinds: Any = kind
+    return Items(kinds, score, hashed, arrays)

@@ -1,28 +1,23 @@
-"""Reads the files of a retrieval task: a folder in BEIR's layout (``data/sources/beir.py``).
+"""Reads a retrieval task: a folder in BEIR's layout, through ``data/sources/beir.py``.
 
-In: the folder. Out: ``RetrievalData``; what published sets get wrong (judgements of what is not
-there, documents without a text, pairs judged twice) is read as mteb and trec_eval read it, and
-counted in ``Problems.remarks``.
+What published sets get wrong (judgements of what is not there, documents without a text, pairs
+judged twice) is read as mteb and trec_eval read it, and counted in ``Problems.remarks``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator
-
 from nvembed.core.errors import DataError
 from nvembed.data.records import RowError
 from nvembed.data.sources.beir import (
+    Judgement,
     Judgements,
     find_judgements,
     first_split,
     judged_splits,
     open_judgements,
-    read_id,
     read_judgements,
 )
-from nvembed.data.sources.columns import Columns
-from nvembed.data.sources.joins import Keyed
-from nvembed.data.sources.rows import BadRow, Table
+from nvembed.data.sources.rows import Columns, Keyed, read_id
 from nvembed.evaluation.task_files import Problems, RetrievalData
 
 _COLUMNS = Columns({})
@@ -32,27 +27,26 @@ _Texts = dict[str, tuple[str, str]]  # text and place by id
 
 def read_retrieval(problems: Problems, split: str | None = None) -> RetrievalData:
     """Read ``corpus``, ``queries`` and ``qrels/<split>``; ``None`` is ``first_split``."""
-    documents = _read_texts("corpus", problems)
-    queries = _read_texts("queries", problems)
-    judgements, where = _read_grades(problems, split)
+    documents, queries = _read_texts("corpus", problems), _read_texts("queries", problems)
+    judgements, where = _read_judgements(problems, split)
     if not problems:
         _check_ids(judgements, documents, queries, where, problems)
-    grades: dict[str, dict[str, int]] = {}
-    for query, of_query in judgements.items():
-        if query not in queries:
-            continue
-        if not queries[query][0].strip():
+    kept = {query: judgements[query] for query in queries if query in judgements}
+    for query in judgements:
+        if query in kept and not queries[query][0].strip():
             problems.add("a judged query is empty", queries[query][1], "a text")
-        grades[query] = {name: max(int(one.grade), 0) for name, one in of_query.items()}
-    kept = [query for query in queries if query in grades]
     if not problems:
-        _remark_on(documents, judgements, {query: grades[query] for query in kept}, problems)
+        _remark_on(documents, judgements, kept, problems)
     return RetrievalData(
         document_ids=tuple(documents),
         documents=tuple(text for text, _ in documents.values()),
         query_ids=tuple(kept),
         queries=tuple(queries[query][0] for query in kept),
-        judgements=grades,
+        judgements={
+            query: {document: max(int(one.grade), 0) for document, one in of_query.items()}
+            for query, of_query in judgements.items()
+            if query in kept
+        },
     )
 
 
@@ -69,24 +63,22 @@ def _read_texts(name: str, problems: Problems) -> _Texts:
     except DataError as error:
         problems.add_error(error)
         return found
-    for where, row in problems.rows_of(table):
+    for where, row in problems.rows(table):
+        key, text = None, ""  # an id whose text is bad is known: judgements are not blamed too
         try:
             key = keyed.id_of(row)
-        except RowError as bad:
-            problems.add(str(bad), where)
-            continue
-        try:
             text = keyed.text_of(row) if name == "corpus" else _query_text(row)
         except RowError as bad:
             problems.add(str(bad), where)
-            text = ""  # the id counts as known, so that the judgements are not blamed too
-        first = found.setdefault(key, (text, where))
-        if first[1] == where:
+        if key is None:
             continue
-        if first[0] == text:
+        first_text, first_where = found.setdefault(key, (text, where))
+        if first_where == where:
+            continue
+        if first_text == text:
             problems.remarks.add(where, f"{name}: an id is given again with the same text")
         else:
-            problems.add(f"id {key!r} is given twice, first at {first[1]}", where)
+            problems.add(f"id {key!r} is given twice, first at {first_where}", where)
     return found
 
 
@@ -97,15 +89,15 @@ def _query_text(row: dict[str, object]) -> str:
     return text or ""  # not stripped: mteb asks queries as they are
 
 
-def _read_grades(problems: Problems, split: str | None) -> tuple[Judgements, str]:
+def _read_judgements(problems: Problems, split: str | None) -> tuple[Judgements, str]:
     """Read the judgements of a split, and say where they are from."""
     folder = problems.folder
     taken = split or first_split(folder) or "test"
     path = find_judgements(folder, taken)
     where = str(path or folder / "qrels" / f"{taken}.tsv")
     if path is None:
-        there = judged_splits(folder)
-        expected = f"one of the splits there: {', '.join(there)}" if there else "judgements"
+        there = ", ".join(judged_splits(folder))
+        expected = f"one of the splits there: {there}" if there else "judgements"
         problems.add("no such file", where, expected)
         return {}, where
     if split is None and taken != "test":
@@ -113,36 +105,30 @@ def _read_grades(problems: Problems, split: str | None) -> tuple[Judgements, str
     try:
         table = open_judgements(path)
         _COLUMNS.check(table, ("query-id", "corpus-id"))
-        return _whole_grades(table, problems), where
+        rows = read_judgements(table.rows, _COLUMNS)
+        while True:
+            bad = next(rows)
+            problems.add(bad.problem, bad.place)
+    except StopIteration as stop:
+        judgements: Judgements = stop.value
     except DataError as error:
         problems.add_error(error)
         return {}, where
-
-
-def _whole_grades(table: Table, problems: Problems) -> Judgements:
-    judgements = _noted(read_judgements(table.rows, _COLUMNS), problems)
     for of_query in judgements.values():
         for judgement in of_query.values():
-            if not judgement.grade.is_integer() or abs(judgement.grade) > _MAX_GRADE:
-                shown = f"{judgement.grade:g}"
-                problems.add(f"score {shown!r}", judgement.place, "a whole number of 32 bits")
-            if judgement.grade < 0:
-                problems.remarks.add(judgement.place, "a grade below 0, which is not relevant")
-            if judgement.again:
-                same = "otherwise, and the last judgement counts" if judgement.differs else "alike"
-                problems.remarks.add(judgement.place, f"a pair is judged again, {same}")
-    return judgements
+            _check_judgement(judgement, problems)
+    return judgements, where
 
 
-def _noted(rows: Generator[BadRow, None, Judgements], problems: Problems) -> Judgements:
-    """Note what is yielded, and give what is returned."""
-    while True:
-        try:
-            bad = next(rows)
-        except StopIteration as stop:
-            found: Judgements = stop.value
-            return found
-        problems.add(bad.problem, bad.place)
+def _check_judgement(judgement: Judgement, problems: Problems) -> None:
+    grade, place = judgement.grade, judgement.place
+    if not grade.is_integer() or abs(grade) > _MAX_GRADE:
+        problems.add(f"score {f'{grade:g}'!r}", place, "a whole number of 32 bits")
+    if grade < 0:
+        problems.remarks.add(place, "a grade below 0, which is not relevant")
+    if judgement.again:
+        same = "otherwise, and the last judgement counts" if judgement.differs else "alike"
+        problems.remarks.add(place, f"a pair is judged again, {same}")
 
 
 def _check_ids(
@@ -154,41 +140,31 @@ def _check_ids(
         return
     known = [of_query for query, of_query in judgements.items() if query in queries]
     if not known:
-        query = next(iter(judgements))
-        problems.add(
-            f"no judged query is known, such as {query!r}", where, "ids of the file of queries"
-        )
+        message = f"no judged query is known, such as {next(iter(judgements))!r}"
+        problems.add(message, where, "ids of the file of queries")
     elif not any(document in documents for of_query in known for document in of_query):
-        document = next(iter(known[0]))
-        problems.add(
-            f"no judged document is known, such as {document!r}", where, "ids of the corpus"
-        )
+        message = f"no judged document is known, such as {next(iter(known[0]))!r}"
+        problems.add(message, where, "ids of the corpus")
     elif not any(one.grade > 0 for of_query in known for one in of_query.values()):
-        problems.add(
-            "no query has a relevant document", where, "a score above 0 for at least one query"
-        )
+        expected = "a score above 0 for at least one query"
+        problems.add("no query has a relevant document", where, expected)
 
 
 def _remark_on(
-    documents: _Texts,
-    judgements: Judgements,
-    kept: dict[str, dict[str, int]],
-    problems: Problems,
+    documents: _Texts, judgements: Judgements, kept: Judgements, problems: Problems
 ) -> None:
-    remarks = problems.remarks
+    remark = problems.remarks.add
     for text, where in documents.values():
         if not text:
-            remarks.add(where, "a document is empty, and is ranked like any other")
+            remark(where, "a document is empty, and is ranked like any other")
     for query, of_query in judgements.items():
         place = next(iter(of_query.values())).place
         if query not in kept:
-            remarks.add(place, f"query {query!r} is judged and not there, so it is left out")
+            remark(place, f"query {query!r} is judged and not there, so it is left out")
             continue
-        if not any(kept[query].values()):
-            remarks.add(place, f"query {query!r} has no relevant document, so it scores 0")
-        for document, judgement in of_query.items():
+        if not any(one.grade > 0 for one in of_query.values()):
+            remark(place, f"query {query!r} has no relevant document, so it scores 0")
+        for document, one in of_query.items():
             if document not in documents:
-                remarks.add(
-                    judgement.place,
-                    f"document {document!r} is judged and not there, so a relevant one is missed",
-                )
+                told = f"document {document!r} is judged and not there, so a relevant one is missed"
+                remark(one.place, told)

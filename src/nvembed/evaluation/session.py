@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,16 +22,14 @@ from nvembed.core.files import write_json
 from nvembed.core.ownership import check_outputs, remove
 from nvembed.core.runs import describe_environment
 from nvembed.core.text_files import check_ending, read_json_object
-from nvembed.encoding.fingerprint import computed_fingerprint, model_fingerprint
-from nvembed.encoding.protocol import Encoder
-from nvembed.evaluation.cached import CachedEncoder
+from nvembed.encoding.encoder import Encoder, computed_fingerprint
+from nvembed.evaluation.encoders import CachedEncoder, SharedEncoder, shared_encoder
 from nvembed.evaluation.results import (
     EVALUATE,
     TaskResult,
     items_folder,
     keep_items,
     read_results,
-    task_hash,
     write_items,
     write_results,
 )
@@ -39,17 +37,16 @@ from nvembed.evaluation.run import (
     BM25_NAME,
     TaskOutcome,
     fits_bm25,
-    score_bm25,
     score_task,
     task_result,
 )
-from nvembed.evaluation.shared import SharedEncoder
-from nvembed.evaluation.tasks import LocalTask
+from nvembed.evaluation.tasks import LocalTask, task_hash
+from nvembed.interop.fingerprint import model_fingerprint
 
 if TYPE_CHECKING:
     from mteb.abstasks import AbsTask
 
-    from nvembed.evaluation.hub import HubEncoder
+    from nvembed.evaluation.mteb_adapter import MtebEncoder
     from nvembed.evaluation.reference import InstructionSource
 
 Engine = Literal["local", "mteb"]
@@ -79,7 +76,7 @@ class Settings:
 
     @property
     def fingerprint(self) -> str:
-        """Of the model as it is loaded: its files, or a hub id's commit, and the number type."""
+        """The model as it is loaded: its files, or a hub id's commit, and the number type."""
         if self.model == BM25_NAME:
             return BM25_NAME
         return model_fingerprint(self.model, self.dtype, _commit(self.model))
@@ -97,12 +94,7 @@ class Settings:
 
 @dataclass
 class Evaluation:
-    """What came out.
-
-    Attributes:
-        results: by task.
-        failed: tasks without a result, and why.
-    """
+    """What came out: results by task, and of tasks without one the reason."""
 
     results: dict[str, TaskResult] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
@@ -112,13 +104,8 @@ def earlier_precision(output: Path) -> Precision | None:
     """Return the number type of the results that are there: what ``auto`` has to go on with.
 
     Measured once more on a busy machine, it may come out otherwise.
-
-    Raises:
-        DataError: there are results, and no record of what they were made with.
     """
-    if not output.is_file():
-        return None
-    value = _earlier_record(output).get("dtype")
+    value = _earlier_record(output).get("dtype") if output.is_file() else None
     return cast(Precision, value) if value in get_args(Precision) else None
 
 
@@ -167,123 +154,113 @@ def run_session(
         ConfigError: the output holds results of another model, revision or instruction.
         ModelError: the model cannot be loaded or its vectors cannot be used.
     """
-    check_ending(settings.output, (".json",))
+    output, items_at = settings.output, items_folder(settings.output)
+    check_ending(output, (".json",))
     check_session(settings, [task.folder for task in local])
     jobs: dict[str, LocalTask | AbsTask] = {task.name: task for task in local}
     for task in hub:
         if task.metadata.name in jobs:
             raise ConfigError(f"a local task and one of mteb are called {task.metadata.name!r}")
         jobs[task.metadata.name] = task
-    record = _record(settings, jobs)
-    found = Evaluation()
-    if resume and settings.output.exists():
-        _check_record(settings.output, record)
-        found.results = read_results(settings.output)
-    todo = [job for name, job in jobs.items() if name not in found.results]
+    record, found = _record(settings, jobs), Evaluation()
+    if resume and output.exists():
+        _continue_record(output, record)
+        found.results = read_results(output)
+
+    def write() -> None:
+        # The record goes first: results without one could not be gone on with.
+        run = {**record, "failed": found.failed, "environment": describe_environment()}
+        write_json(_run_file(output), run, EVALUATE)
+        write_results(output, found.results, EVALUATE)
+
+    todo = {name: job for name, job in jobs.items() if name not in found.results}
     for name, outcome in _outcomes(settings, todo, processes, keep_going=keep_going):
         if isinstance(outcome, str):
             found.failed[name] = outcome
             continue
         result, items = outcome
         if not found.results:
-            remove(settings.output)  # old scores never stand beside new items
-        keep_items(items_folder(settings.output), found.results)
+            remove(output)  # old scores never stand beside new items
+        keep_items(items_at, found.results)
         if items is not None:
-            write_items(items_folder(settings.output), name, items, EVALUATE)
+            write_items(items_at, name, items, EVALUATE)
         found.results[name] = result
         _keep_mteb_files(settings, found.results)
-        _write(settings, record, found)
-    _write(settings, record, found)
+        write()
+    write()
     return found
-
-
-_Outcome = TaskOutcome | str
 
 
 def _outcomes(
     settings: Settings,
-    jobs: Sequence[LocalTask | AbsTask],
+    jobs: Mapping[str, LocalTask | AbsTask],
     processes: int,
     *,
     keep_going: bool,
-) -> Iterator[tuple[str, _Outcome]]:
+) -> Iterator[tuple[str, TaskOutcome | str]]:
+    """Do one task after the other; a text says why one could not be done."""
     if not jobs:
         return
     if settings.model == BM25_NAME:
-        for job in jobs:
+        for name, job in jobs.items():
             if isinstance(job, LocalTask) and fits_bm25(job):
-                yield _name(job), score_bm25(job)
+                yield name, score_task(job, None)
             else:
-                yield _name(job), "BM25 scores local Retrieval tasks with ndcg_at_10 alone"
+                yield name, "BM25 scores local Retrieval tasks with ndcg_at_10 alone"
         return
-    with _loaded(settings, processes) as encoder:
-        scorer = _Scorer(settings, encoder)
-        for job in jobs:
+    with _loaded(settings, processes) as bare:
+        encoder, hub = bare, None
+        if settings.cache is not None:
+            length = getattr(bare, "max_seq_length", None)
+            key = f"{computed_fingerprint(settings.fingerprint, settings.dtype)}-{length}"
+            encoder = CachedEncoder(bare, settings.cache, key)
+        for name, job in jobs.items():
+            outcome: TaskOutcome | str
             try:
-                outcome = scorer.outcome(job)
+                if isinstance(job, LocalTask):
+                    outcome = _score_local(job, encoder, settings.engine)
+                else:
+                    hub = hub or _hub_encoder(settings, bare, encoder)
+                    outcome = _score_hub(job, hub, settings.mteb_folder)
             except UserError as error:
                 if not keep_going:
                     raise
                 outcome = str(error)
-            yield _name(job), outcome
+            yield name, outcome
 
 
-@contextmanager
-def _loaded(settings: Settings, processes: int) -> Iterator[Encoder]:
+def _loaded(settings: Settings, processes: int) -> AbstractContextManager[Encoder]:
     if processes > 1:
-        with SharedEncoder(settings.model, settings.dtype, processes) as shared:
-            yield shared
-    else:
-        from nvembed.encoding.load import load_encoder
+        return shared_encoder(settings.model, settings.dtype, processes)
+    from nvembed.encoding.encoder import load_encoder
 
-        yield load_encoder(settings.model, settings.dtype)
+    return nullcontext(load_encoder(settings.model, settings.dtype))
 
 
-class _Scorer:
-    """Does one task after the other."""
+def _score_local(task: LocalTask, encoder: Encoder, engine: Engine) -> TaskOutcome:
+    if engine == "local":
+        return score_task(task, encoder)
+    from nvembed.evaluation.mteb_adapter import score
 
-    def __init__(self, settings: Settings, encoder: Encoder) -> None:
-        self._settings = settings
-        self._encoder = self._bare = encoder
-        if settings.cache is not None:
-            length = getattr(encoder, "max_seq_length", None)
-            key = f"{computed_fingerprint(settings.fingerprint, settings.dtype)}-{length}"
-            self._encoder = CachedEncoder(encoder, settings.cache, key)
-        self._hub: HubEncoder | None = None
-
-    def outcome(self, job: LocalTask | AbsTask) -> _Outcome:
-        """Score a task; a text says why that was not possible."""
-        if isinstance(job, LocalTask):
-            return self._score_local(job)
-        from nvembed.evaluation.hub import (
-            HubEncoder,
-            UnreachableTaskError,
-            describe_model,
-            score_hub,
-        )
-
-        settings = self._settings
-        if self._hub is None:
-            describe = partial(describe_model, settings.model, revision=settings.revision)
-            bare = self._bare
-            meta = bare.ask(describe) if isinstance(bare, SharedEncoder) else describe(bare)
-            self._hub = HubEncoder(self._encoder, meta, settings.instructions)
-        try:
-            return score_hub(job, self._hub, settings.mteb_folder, EVALUATE), None
-        except UnreachableTaskError as error:
-            return str(error)
-
-    def _score_local(self, task: LocalTask) -> TaskOutcome:
-        if self._settings.engine == "local":
-            return score_task(task, self._encoder)
-        from nvembed.evaluation.mteb_adapter import score
-
-        started = time.perf_counter()
-        return task_result(task, score(task, self._encoder), started), None
+    started = time.perf_counter()
+    return task_result(task, score(task, encoder), started), None
 
 
-def _name(job: LocalTask | AbsTask) -> str:
-    return job.name if isinstance(job, LocalTask) else job.metadata.name
+def _hub_encoder(settings: Settings, bare: Encoder, encoder: Encoder) -> MtebEncoder:
+    from nvembed.evaluation.hub import describe_model, hub_encoder
+
+    describe = partial(describe_model, settings.model, revision=settings.revision)
+    meta = bare.ask(describe) if isinstance(bare, SharedEncoder) else describe(bare)
+    return hub_encoder(encoder, meta, settings.instructions)
+
+
+def _score_hub(task: AbsTask, encoder: MtebEncoder, folder: Path) -> TaskOutcome | str:
+    from nvembed.evaluation.hub import UnreachableTaskError, score_hub
+
+    try:
+        return score_hub(task, encoder, folder, EVALUATE), None
+    except UnreachableTaskError as error:
+        return str(error)
 
 
 def _commit(model: str) -> str | None:
@@ -299,73 +276,6 @@ def _commit(model: str) -> str | None:
     return None
 
 
-def _record(settings: Settings, jobs: Mapping[str, LocalTask | AbsTask]) -> dict[str, object]:
-    instructions: dict[str, str | None] = {}
-    for name, job in jobs.items():
-        if isinstance(job, LocalTask):
-            instructions[name] = job.instruction
-        else:
-            from nvembed.evaluation.hub import hub_instruction
-
-            instructions[name] = hub_instruction(job.metadata, settings.instructions)
-    return {
-        "model": settings.model,
-        "revision": settings.revision,
-        "dtype": settings.dtype,
-        "computing": _computing(settings),
-        "instructions": instructions,
-        "data": {name: task_hash(job) for name, job in jobs.items() if isinstance(job, LocalTask)},
-    }
-
-
-def _computing(settings: Settings) -> dict[str, Any] | None:
-    if settings.model == BM25_NAME:
-        return None
-    from nvembed.kernels.precision import computing_record
-
-    return computing_record(settings.dtype)
-
-
-def _earlier_record(output: Path) -> dict[str, Any]:
-    return read_json_object(_run_file(output), "the record of the evaluation to go on with")
-
-
-def _check_record(output: Path, record: dict[str, object]) -> None:
-    """Refuse to mix results of two models or of other data; take over what earlier tasks say."""
-    earlier = _earlier_record(output)
-    for key in ("model", "revision", "dtype"):
-        if earlier.get(key) != record[key]:
-            raise _mixed(output, key, earlier.get(key), record[key])
-    before, now = earlier.get("instructions"), record["instructions"]
-    if not isinstance(before, dict):
-        raise _mixed(output, "instructions", before, "instructions by task")
-    assert isinstance(now, dict)
-    for name in before.keys() & now.keys():
-        if before[name] != now[name]:
-            raise _mixed(output, f"instruction of {name}", before[name], now[name])
-    record["instructions"] = before | now
-    scored, data = earlier.get("data", {}), record["data"]  # earlier versions recorded none
-    assert isinstance(data, dict)
-    if not isinstance(scored, dict):
-        raise _mixed(output, "data", scored, "digests by task")
-    for name in scored.keys() & data.keys():
-        if scored[name] != data[name]:
-            raise ConfigError(
-                f"the task {name} has other data than when it was scored",
-                where=str(output),
-                hint="Put them back, choose another --output, or replace it with --start-over",
-            )
-    record["data"] = scored | data
-
-
-def _mixed(output: Path, what: str, earlier: object, now: object) -> ConfigError:
-    return ConfigError(
-        f"holds results with the {what} {earlier!r}, not {now!r}",
-        where=str(output),
-        hint="Choose another --output, or replace them with --start-over",
-    )
-
-
 def _keep_mteb_files(settings: Settings, names: Collection[str]) -> None:
     """Delete those of other tasks: what the results do not hold must not reach a leaderboard."""
     for path in settings.mteb_folder.glob("results/*/*/*.json"):
@@ -373,12 +283,65 @@ def _keep_mteb_files(settings: Settings, names: Collection[str]) -> None:
             remove(path)
 
 
-def _write(settings: Settings, record: Mapping[str, object], found: Evaluation) -> None:
-    # The record goes first: results without one could not be gone on with.
-    run = {**record, "failed": found.failed, "environment": describe_environment()}
-    write_json(_run_file(settings.output), run, EVALUATE)
-    write_results(settings.output, found.results, EVALUATE)
+# --- The record of what results were made with ----------------------------------------------------
 
 
 def _run_file(output: Path) -> Path:
     return output.with_name(f"{output.stem}.run.json")
+
+
+def _record(settings: Settings, jobs: Mapping[str, LocalTask | AbsTask]) -> dict[str, Any]:
+    local = {name: job for name, job in jobs.items() if isinstance(job, LocalTask)}
+    instructions = {name: task.instruction for name, task in local.items()}
+    for name, job in jobs.items():
+        if not isinstance(job, LocalTask):
+            from nvembed.evaluation.hub import hub_instruction
+
+            instructions[name] = hub_instruction(job.metadata, settings.instructions)
+    computing = None
+    if settings.model != BM25_NAME:
+        from nvembed.kernels.precision import computing_record
+
+        computing = computing_record(settings.dtype)
+    return {
+        "model": settings.model,
+        "revision": settings.revision,
+        "dtype": settings.dtype,
+        "computing": computing,
+        "instructions": instructions,
+        "data": {name: task_hash(task) for name, task in local.items()},
+    }
+
+
+def _earlier_record(output: Path) -> dict[str, Any]:
+    return read_json_object(_run_file(output), "the record of the evaluation to go on with")
+
+
+def _continue_record(output: Path, record: dict[str, Any]) -> None:
+    """Refuse to mix results of two models or of other data; take over what earlier tasks say."""
+    earlier = {"data": {}, **_earlier_record(output)}  # earlier versions recorded no data
+
+    def refuse_other(what: str, before: object, now: object) -> None:
+        if before != now:
+            raise ConfigError(
+                f"holds results with the {what} {before!r}, not {now!r}",
+                where=str(output),
+                hint="Choose another --output, or replace them with --start-over",
+            )
+
+    for key in ("model", "revision", "dtype"):
+        refuse_other(key, earlier.get(key), record[key])
+    for key, expected in (("instructions", "instructions by task"), ("data", "digests by task")):
+        before: Any = earlier.get(key)
+        if not isinstance(before, dict):
+            refuse_other(key, before, expected)
+        for name in before.keys() & record[key].keys():
+            if key == "instructions":
+                refuse_other(f"instruction of {name}", before[name], record[key][name])
+            elif before[name] != record[key][name]:
+                raise ConfigError(
+                    f"the task {name} has other data than when it was scored",
+                    where=str(output),
+                    hint="Put them back, choose another --output, or replace it with --start-over",
+                )
+        record[key] = before | record[key]

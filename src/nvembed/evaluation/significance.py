@@ -1,7 +1,8 @@
-"""Confidence intervals of a task's main score, and tests between two models.
+"""Tests between two models, and the intervals of their difference, from the items of a task.
 
-In: ``Items`` of one or two models. Out: intervals and p values. Everything is drawn from seeds, so
-that the same items always give the same numbers. Next file: ``evaluation/comparison.py``.
+Everything is drawn from seeds, so that the same items always give the same numbers. scipy's
+``bootstrap`` and ``permutation_test`` call a statistic once per resample where these work on blocks
+of weights, and double the smaller tail: their smallest p of B resamples is twice the one here.
 
 What is resampled, with replacement: queries (Retrieval, Reranking), articles (Summarization), pairs
 (STS, PairClassification), test texts (Classification) and texts (Clustering). So the intervals tell
@@ -22,16 +23,14 @@ from numpy.typing import NDArray
 
 from nvembed.core.seeding import derive_seed
 from nvembed.evaluation.metrics import (
+    Floats,
+    Statistic,
     confusion_scores,
+    correlation_of_resamples,
     pairs_of_resamples,
-    pearson_of_resamples,
-    spearman_of_resamples,
     v_measures,
 )
 from nvembed.evaluation.results import Items
-
-Floats = NDArray[np.float64]
-Statistic = Callable[[Floats], Floats]
 
 RESAMPLES = 2000
 LEVEL = 0.95
@@ -39,16 +38,6 @@ EXACT_SIGNS = 14
 """Up to so many differences all sign flips are gone through; with more, some are drawn."""
 
 _NUMBERS_AT_ONCE = 4_000_000
-_SEED = 0
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A score with the interval that resampling gives it."""
-
-    score: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True)
@@ -70,21 +59,8 @@ class Difference:
     resampled_B: Floats
 
 
-def confidence_interval(
-    items: Items, *, resamples: int = RESAMPLES, level: float = LEVEL, seed: int = _SEED
-) -> Interval:
-    """Percentile bootstrap of the main score; see the module's text for what is resampled."""
-    score, scores_B = _bootstrap([items], resamples, seed)
-    return Interval(float(score[0]), *_percentiles(scores_B[0], level))
-
-
 def compare_items(
-    first: Items,
-    second: Items,
-    *,
-    resamples: int = RESAMPLES,
-    level: float = LEVEL,
-    seed: int = _SEED,
+    first: Items, second: Items, *, resamples: int = RESAMPLES, seed: int = 0
 ) -> Difference:
     """Test two models on the same items of one task.
 
@@ -97,7 +73,7 @@ def compare_items(
     """
     if (first.task_hash, first.kind, first.score) != (second.task_hash, second.kind, second.score):
         raise ValueError("items of different tasks cannot be paired")
-    scores_M, scores_MB = _bootstrap([first, second], resamples, seed)
+    scores_M, scores_MB = bootstrap([first, second], resamples, seed)
     resampled_B = scores_MB[1] - scores_MB[0]
     values = [_item_values(items) for items in (first, second)]
     if values[0] is not None and values[1] is not None:
@@ -106,11 +82,11 @@ def compare_items(
         p = sign_flip_p(differences_N, resamples=resamples, seed=seed)
     else:
         p = bootstrap_p(resampled_B)
-    low, high = _percentiles(resampled_B, level)
+    low, high = interval(resampled_B)
     return Difference(float(scores_M[1] - scores_M[0]), low, high, p, resampled_B)
 
 
-def sign_flip_p(differences_N: Floats, *, resamples: int = RESAMPLES, seed: int = _SEED) -> float:
+def sign_flip_p(differences_N: Floats, *, resamples: int = RESAMPLES, seed: int = 0) -> float:
     """Two-sided p value of a mean difference of 0, by flipping the signs of the differences.
 
     All flips with up to ``EXACT_SIGNS`` differences that are not 0, else ``resamples`` of them
@@ -144,39 +120,36 @@ def bootstrap_p(resampled_B: Floats) -> float:
 def holm(p_values: Sequence[float]) -> list[float]:
     """Adjust p values for their number: below 0.05, at most 5 % chance of one false finding."""
     order = np.argsort(p_values, kind="stable")
-    adjusted = [0.0] * len(p_values)
-    highest = 0.0
-    for place, index in enumerate(order.tolist()):
-        highest = max(highest, min(1.0, (len(p_values) - place) * p_values[index]))
-        adjusted[index] = highest
-    return adjusted
+    raised = np.take(p_values, order) * np.arange(len(order), 0, -1)
+    adjusted = np.empty(len(order))
+    adjusted[order] = np.minimum(np.maximum.accumulate(raised), 1.0)
+    return adjusted.tolist()
 
 
-def mean_difference(
-    differences: Sequence[Difference], *, level: float = LEVEL
-) -> tuple[float, float, float]:
-    """Average over tasks, with the interval for these very tasks: their items are resampled.
+def mean_difference(differences: Sequence[Difference]) -> tuple[float, float, float]:
+    """Average over tasks: mean, low and high for these very tasks, whose items are resampled.
 
-    Returns:
-        mean, low, high. Tasks are resampled with seeds of their own, so their errors do not add up.
+    Tasks are resampled with seeds of their own, so their errors do not add up.
     """
-    mean_B = np.mean([difference.resampled_B for difference in differences], axis=0)
     mean = float(np.mean([difference.value for difference in differences]))
-    return mean, *_percentiles(mean_B, level)
+    return mean, *interval(np.mean([one.resampled_B for one in differences], axis=0))
 
 
-def _percentiles(values_B: Floats, level: float) -> tuple[float, float]:
+def interval(values_B: Floats) -> tuple[float, float]:
+    """Percentiles of resampled values; NaN where none is defined."""
     known_B = values_B[np.isfinite(values_B)]
     if not len(known_B):
         return float("nan"), float("nan")
-    low, high = np.quantile(known_B, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(known_B, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
 
 
 # --- resampling -----------------------------------------------------------------------------------
 
 
-def _bootstrap(models: Sequence[Items], resamples: int, seed: int) -> tuple[Floats, Floats]:
+def bootstrap(
+    models: Sequence[Items], resamples: int = RESAMPLES, seed: int = 0
+) -> tuple[Floats, Floats]:
     """Return scores_M, and scores_MB of resamples that are the same for all models."""
     statistics = [_statistic(items) for items in models]
     count = len(models[0])
@@ -185,8 +158,8 @@ def _bootstrap(models: Sequence[Items], resamples: int, seed: int) -> tuple[Floa
     for size in _chunks(resamples, max(count, _num_cells(models[0]))):
         drawn_BN = rng.integers(count, size=(size, count), dtype=np.int32)
         flat = (drawn_BN + np.arange(size)[:, None] * count).ravel()
-        counts = np.bincount(flat, minlength=size * count).astype(np.float64)
-        weights_BN = counts.reshape(size, count)
+        weights_BN = np.bincount(flat, minlength=size * count).astype(np.float64)
+        weights_BN = weights_BN.reshape(size, count)
         parts.append(np.stack([statistic(weights_BN) for statistic in statistics]))
     whole_1N = np.ones((1, count))
     scores_M = np.array([statistic(whole_1N)[0] for statistic in statistics])
@@ -203,7 +176,7 @@ def _num_cells(items: Items) -> int:
     """How many numbers a table of gold labels and answers has."""
     if items.kind not in ("classes", "clusters") or _item_values(items) is not None:
         return 0
-    return int(max(int(array.max()) for array in items.arrays.values()) + 1) ** 2
+    return (max(int(array.max()) for array in items.arrays.values()) + 1) ** 2
 
 
 def _item_values(items: Items) -> Floats | None:
@@ -218,56 +191,52 @@ def _item_values(items: Items) -> Floats | None:
 
 def _statistic(items: Items) -> Statistic:
     """Give the function from weights_BN, how often each item counts, to the main scores."""
-    values_N = _item_values(items)
-    if values_N is not None:
+    arrays, score = items.arrays, items.score
+    if (values_N := _item_values(items)) is not None:
         return _mean_of_resamples(values_N)
-    arrays = items.arrays
     if items.kind == "correlation":
-        make = spearman_of_resamples if items.score.endswith("spearman") else pearson_of_resamples
-        return make(arrays["gold_N"], arrays["similarities_N"])
+        name = "spearman" if score.endswith("spearman") else "pearson"
+        return correlation_of_resamples(name, arrays["gold_N"], arrays["similarities_N"])
     if items.kind == "pairs":
-        metric = items.score.partition("_")[2]
+        metric = score.partition("_")[2]
         each = [pairs_of_resamples(metric, s, arrays["gold_N"]) for s in arrays["similarities_SN"]]
         return lambda weights_BN: np.max([one(weights_BN) for one in each], axis=0)
     if items.kind == "classes":
-        ones = np.ones(arrays["predicted_EN"].shape)
-        tables = _tables(arrays["gold_N"], arrays["predicted_EN"], ones)
-        score = items.score
-        return lambda w_BN: np.mean([confusion_scores(t(w_BN))[score] for t in tables], axis=0)
+        tables = _tables(arrays["gold_N"], arrays["predicted_EN"])
+        return lambda w_BN: np.mean([confusion_scores(t)[score] for t in tables(w_BN)], axis=0)
     tables = _tables(arrays["gold_N"], arrays["assigned_EN"], arrays["drawn_EN"])
-    return lambda w_BN: np.mean([v_measures(table(w_BN)) for table in tables], axis=0)
+    return lambda w_BN: np.mean([v_measures(table) for table in tables(w_BN)], axis=0)
 
 
 def _mean_of_resamples(values_N: Floats) -> Statistic:
     known_N = np.isfinite(values_N)
 
     def statistic(weights_BN: Floats) -> Floats:
+        known_BN = weights_BN[:, known_N]
         with np.errstate(divide="ignore", invalid="ignore"):
-            found_B: Floats = (weights_BN[:, known_N] @ values_N[known_N]) / weights_BN[
-                :, known_N
-            ].sum(axis=1)
+            found_B: Floats = (known_BN @ values_N[known_N]) / known_BN.sum(axis=1)
         return found_B
 
     return statistic
 
 
 def _tables(
-    gold_N: NDArray[np.integer], answers_EN: NDArray[np.integer], counts_EN: NDArray[np.generic]
-) -> list[Callable[[Floats], Floats]]:
-    """For each experiment the function from weights_BN to tables_BCC of gold label and answer."""
+    gold_N: NDArray[np.integer],
+    answers_EN: NDArray[np.integer],
+    counts_EN: NDArray[np.generic] | None = None,
+) -> Callable[[Floats], Iterator[Floats]]:
+    """From weights_BN to the tables_BCC of gold label and answer, one after the other experiment.
+
+    ``counts_EN`` says how often a text occurs, once where it is ``None``.
+    """
     from scipy import sparse
 
     size = int(max(gold_N.max(), answers_EN.max())) + 1
-    made: list[Callable[[Floats], Floats]] = []
-    for answers_N, counts_N in zip(answers_EN, counts_EN, strict=True):
-        cells_N = gold_N.astype(np.int64) * size + answers_N
-        values_N = counts_N.astype(np.float64)
-        places = (cells_N, np.arange(len(cells_N)))
-        cells_by_text = sparse.csr_matrix((values_N, places), shape=(size * size, len(cells_N)))
-
-        def table(weights_BN: Floats, cells_by_text: sparse.csr_matrix = cells_by_text) -> Floats:
-            tables: Floats = (cells_by_text @ weights_BN.T).T.reshape(-1, size, size)
-            return tables
-
-        made.append(table)
-    return made
+    cells_EN = gold_N.astype(np.int64) * size + answers_EN
+    counts_EN = np.ones(cells_EN.shape) if counts_EN is None else counts_EN.astype(np.float64)
+    shape = (size * size, len(gold_N))
+    cells_by_text = [
+        sparse.csr_matrix((counts_N, (cells_N, np.arange(len(gold_N)))), shape=shape)
+        for cells_N, counts_N in zip(cells_EN, counts_EN, strict=True)
+    ]
+    return lambda w_BN: ((one @ w_BN.T).T.reshape(-1, size, size) for one in cells_by_text)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,10 +17,11 @@ from rich.table import Table
 
 from nvembed.evaluation.reference import published_model
 from nvembed.evaluation.results import TaskResult
-from nvembed.evaluation.tasks import TASK_TYPES
+from nvembed.evaluation.task_files import TASK_TYPES
 
 ResultsByModel = Mapping[str, Mapping[str, TaskResult]]
-TableRow = tuple[Literal["task", "type", "all"], str, Sequence[str]]
+RowKind = Literal["task", "type", "all"]
+TableRow = tuple[RowKind, str, Sequence[str]]
 """Kind, label, and the cells after the label."""
 
 
@@ -28,33 +29,51 @@ TableRow = tuple[Literal["task", "type", "all"], str, Sequence[str]]
 class Row:
     """One line of the table; ``scores`` follow the models, ``None`` where there is no score."""
 
-    kind: Literal["task", "type", "all"]
+    kind: RowKind
     label: str
     score_name: str
     scores: tuple[float | None, ...]
 
 
+def lay_out(results: Mapping[str, TaskResult]) -> Iterator[tuple[RowKind, str, str, list[str]]]:
+    """Yield (kind, label, name of the score, tasks) of each line of a table.
+
+    Types come in the order of the paper, then others, each with its tasks by name and its average;
+    the last line averages over tasks, as MTEB does, not types.
+    """
+    others = {result.type for result in results.values()} - set(TASK_TYPES)
+    for kind in [*TASK_TYPES, *sorted(others)]:
+        names = sorted(name for name, result in results.items() if result.type == kind)
+        for name in names:
+            yield "task", name, results[name].main_score_name, [name]
+        if names:
+            yield "type", kind, _count(names), names
+    if results:
+        yield "all", "Average", _count(list(results)), list(results)
+
+
+def _count(names: Sequence[str]) -> str:
+    return "1 task" if len(names) == 1 else f"mean of {len(names)} tasks"
+
+
 def summary_rows(results_by_model: ResultsByModel) -> list[Row]:
-    """Lay out the results: types in the order of the paper, then others; each ends with its mean.
+    """Lay out the results of several models.
 
     An average stands only for a model that has a score on every task it is taken over, so that no
-    two columns average different tasks. The last row averages over tasks, as MTEB does, not types.
+    two columns average different tasks.
     """
     models = list(results_by_model.values())
     tasks = {name: result for results in reversed(models) for name, result in results.items()}
-    rows: list[Row] = []
-    types = {result.type for result in tasks.values()}
-    for kind in [*TASK_TYPES, *sorted(types - set(TASK_TYPES))]:
-        names = sorted(name for name, result in tasks.items() if result.type == kind)
-        if not names:
-            continue
-        for name in names:
-            scores = tuple(_score(results, name) for results in models)
-            rows.append(Row("task", name, tasks[name].main_score_name, scores))
-        rows.append(_average("type", kind, names, models))
-    if tasks:
-        rows.append(_average("all", "Average", list(tasks), models))
-    return rows
+    return [
+        Row(kind, label, score, tuple(_mean(results, names) for results in models))
+        for kind, label, score, names in lay_out(tasks)
+    ]
+
+
+def _mean(results: Mapping[str, TaskResult], names: Sequence[str]) -> float | None:
+    scores = [results[name].main_score for name in names if name in results]
+    known = [score for score in scores if score is not None]
+    return sum(known) / len(known) if len(known) == len(names) else None
 
 
 def format_table(results_by_model: ResultsByModel) -> str:
@@ -70,7 +89,11 @@ def format_markdown(results_by_model: ResultsByModel) -> str:
 
 def _cells(results_by_model: ResultsByModel) -> list[TableRow]:
     return [
-        (row.kind, row.label, [row.score_name, *map(_shown, row.scores)])
+        (
+            row.kind,
+            row.label,
+            [row.score_name, *("–" if s is None else f"{100 * s:.2f}" for s in row.scores)],
+        )
         for row in summary_rows(results_by_model)
     ]
 
@@ -102,17 +125,8 @@ def markdown_table(titles: Sequence[str], rows: Sequence[TableRow]) -> str:
     return "\n".join(lines)
 
 
-def count_of_tasks(names: Sequence[str]) -> str:
-    """Say over how many tasks an average is taken."""
-    return "1 task" if len(names) == 1 else f"mean of {len(names)} tasks"
-
-
 def published_results(name: str, results: Mapping[str, TaskResult]) -> dict[str, TaskResult]:
-    """Make a column of what was published of a model, on those of the tasks that are there.
-
-    Args:
-        name: its hub id.
-        results: ours, which say what is compared.
+    """Make a column of what was published of a model, by its hub id, on those tasks of ``results``.
 
     Raises:
         ConfigError: no such model; the nearest names are given.
@@ -123,24 +137,3 @@ def published_results(name: str, results: Mapping[str, TaskResult]) -> dict[str,
         for task, result in results.items()
         if task in published
     }
-
-
-def _average(
-    kind: Literal["type", "all"],
-    label: str,
-    names: Sequence[str],
-    models: Sequence[Mapping[str, TaskResult]],
-) -> Row:
-    means: list[float | None] = []
-    for results in models:
-        known = [value for name in names if (value := _score(results, name)) is not None]
-        means.append(sum(known) / len(known) if len(known) == len(names) else None)
-    return Row(kind, label, count_of_tasks(names), tuple(means))
-
-
-def _score(results: Mapping[str, TaskResult], name: str) -> float | None:
-    return results[name].main_score if name in results else None
-
-
-def _shown(score: float | None) -> str:
-    return "–" if score is None else f"{100 * score:.2f}"

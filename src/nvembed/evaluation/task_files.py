@@ -1,24 +1,45 @@
 """Reads the files of a local evaluation task strictly, noting every problem instead of the first.
 
-In: files of rows of a task folder: ``test.jsonl``, or another format of ``data/sources/files.py``.
-Out: the frozen ``…Data`` objects that the scorers use. A reader returns what it could make of a
-file; ``Problems.check`` raises when anything was noted. ``retrieval_files.py`` reads retrieval.
+Files of rows (``test.jsonl``, or another format of ``data/sources/files.py``) become the frozen
+``…Data`` objects that the scorers use. A reader returns what it could make of a file;
+``Problems.check`` raises when anything was noted. Retrieval is read by ``retrieval_files.py``.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, TypeVar, get_args
+
+from annotated_types import Predicate
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    create_model,
+)
 
 from nvembed.core.errors import DataError
 from nvembed.core.reporting import ProblemCounts
+from nvembed.data.records import BadRow
 from nvembed.data.sources.beir import find_rows
 from nvembed.data.sources.files import open_file
-from nvembed.data.sources.rows import BadRow, Table
+from nvembed.data.sources.rows import Table
+
+TaskType = Literal[
+    "Retrieval",
+    "Reranking",
+    "Clustering",
+    "PairClassification",
+    "Classification",
+    "STS",
+    "Summarization",
+]
+TASK_TYPES: tuple[TaskType, ...] = get_args(TaskType)
+"""In the column order of the paper's tables."""
 
 _SHOWN_PROBLEMS = 10
 
@@ -93,6 +114,68 @@ TaskData = (
 )
 
 
+# --- Rows -----------------------------------------------------------------------------------------
+
+
+def _binary(value: float) -> float:
+    if value not in (0.0, 1.0):
+        raise ValueError(f"label {value:g}; expected 0 or 1")
+    return value
+
+
+def _one_each(values: list[float], info: ValidationInfo) -> list[float]:
+    count = len(info.data.get("machine_summaries", values))
+    if len(values) != count:
+        told = f"{len(values)} values of 'relevance' for {count} machine summaries"
+        raise ValueError(f"{told}; expected one each")
+    return values
+
+
+# A description is what an error says was expected, in place of a text.
+Text = Annotated[str, Predicate(str.strip)]
+_Texts = Annotated[list[Text], Field(min_length=1, description="a list of texts")]
+_Number = Annotated[float, Field(allow_inf_nan=False, description="a finite number")]
+_Label = Annotated[Text | int, AfterValidator(str)]
+_Relevance = Annotated[
+    list[_Number], AfterValidator(_one_each), Field(description="a list of finite numbers")
+]
+
+
+def _row(**fields: Any) -> type[BaseModel]:
+    definitions: dict[str, Any] = {name: (kind, ...) for name, kind in fields.items()}
+    return create_model("Row", **definitions)
+
+
+_LABELLED = _row(text=Text, label=_Label)
+# By type: what is made of the columns of ``test``, the fields of its rows, and what is wrong, and
+# expected, where gold values, the last field, do not differ. Articles whose summaries all got the
+# same relevance are not scored, so one must have several.
+_LAYOUTS: dict[TaskType, tuple[type[Any], type[BaseModel], str, str]] = {
+    "Reranking": (RerankingData, _row(query=Text, positive=_Texts, negative=_Texts), "", ""),
+    "Clustering": (LabelledTexts, _LABELLED, "only the label {!r} occurs", "two or more"),
+    "PairClassification": (
+        PairData,
+        _row(sentence1=Text, sentence2=Text, label=Annotated[_Number, AfterValidator(_binary)]),
+        "only one of the labels 0 and 1 occurs",
+        "both",
+    ),
+    "STS": (
+        PairData,
+        _row(sentence1=Text, sentence2=Text, score=_Number),
+        "all scores are equal",
+        "scores that can be ranked",
+    ),
+    "Summarization": (
+        SummarizationData,
+        _row(text=Text, human_summaries=_Texts, machine_summaries=_Texts, relevance=_Relevance),
+        "all relevance values of each article are equal",
+        "values to rank",
+    ),
+}
+
+M = TypeVar("M", bound=BaseModel)
+
+
 class Problems:
     """Everything found wrong with one task folder, and what was read by a rule of its own.
 
@@ -103,8 +186,6 @@ class Problems:
         self.folder = folder
         self.remarks = ProblemCounts()
         self._found = ProblemCounts(by_value=True)
-        self._expected: str | None = None
-        self._textual = False
 
     def __bool__(self) -> bool:
         return self._found.count > 0
@@ -119,29 +200,25 @@ class Problems:
         self.add(str(error).removeprefix(f"{where}: "), where)
 
     def place(self, name: str) -> str:
-        """The file of that name without the ending; JSONL where there is none."""
+        """Find the file of that name without the ending; JSONL where there is none."""
         return str(find_rows(self.folder, name) or self.folder / f"{name}.jsonl")
 
     def open(self, name: str) -> Table | None:
         """Open a file of rows of the task by its name without the ending; ``None`` is a problem."""
-        if find_rows(self.folder, name) is None:
+        path = find_rows(self.folder, name)
+        if path is None:
             self.add("no such file", self.place(name))
             return None
         try:
-            return open_file(Path(self.place(name)))
+            return open_file(path)
         except DataError as error:
             self.add_error(error)
             return None
 
-    def rows(self, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    def rows(self, table: Table | None) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yield ``(file:line, row)``; a file that cannot be read on, or is empty, is a problem."""
-        table = self.open(name)
-        if table is not None:
-            self._textual = table.textual
-            yield from self.rows_of(table)
-
-    def rows_of(self, table: Table) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Yield ``(file:line, row)`` of an open table, as ``rows`` does."""
+        if table is None:
+            return
         empty = True
         try:
             for row in table.rows:
@@ -155,6 +232,22 @@ class Problems:
         else:
             if empty:
                 self.add("the file is empty", table.name, "at least one record")
+
+    def parse(
+        self, model: type[M], values: Mapping[str, Any], where: str, *, textual: bool = False
+    ) -> M | None:
+        """Check a row, ``textual`` where numbers are texts; ``None`` where problems were noted."""
+        try:
+            return model.model_validate(values, strict=not textual)
+        except ValidationError as error:
+            first = {str(one["loc"][0]): one for one in reversed(error.errors(include_url=False))}
+        for key in filter(first.__contains__, model.model_fields):
+            if first[key]["type"] == "value_error":
+                self.add(str(first[key]["ctx"]["error"]), where)
+            else:
+                expected = model.model_fields[key].description or "a text"
+                self.add(f"{key!r} {_problem_of(values.get(key))}", where, expected)
+        return None
 
     def check(self) -> None:
         """Raise what was noted, as one error.
@@ -170,165 +263,59 @@ class Problems:
         told = f"{first.place}: {self._found.summary(_SHOWN_PROBLEMS)}"
         raise DataError(f"{self._found.count} problems: {told}", where=str(self.folder))
 
-    # --- fields: None when the problem has been noted ---------------------------------------------
 
-    def text(self, row: Mapping[str, Any], key: str, where: str) -> str | None:
-        """Take a text that is not blank."""
-        value = row.get(key)
-        if not isinstance(value, str):
-            self.add(f"{key!r} is {_kind(value)}", where, "a text")
-        elif not value.strip():
-            self.add(f"{key!r} is empty", where, "a text")
-        else:
-            return value
-        return None
-
-    def texts(self, row: Mapping[str, Any], key: str, where: str) -> tuple[str, ...] | None:
-        """Take a list of at least one text, none of them blank."""
-        value = row.get(key)
-        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-            self.add(f"{key!r} is {_kind(value)}", where, "a list of texts")
-        elif not value:
-            self.add(f"{key!r} is empty", where, "at least one text")
-        elif not all(item.strip() for item in value):
-            self.add(f"{key!r} holds an empty text", where, "texts")
-        else:
-            return tuple(value)
-        return None
-
-    def number(self, row: Mapping[str, Any], key: str, where: str) -> float | None:
-        """Take a finite number."""
-        value = row.get(key)
-        if self._textual and isinstance(value, str):
-            with suppress(ValueError):
-                value = float(value)
-        if _is_number(value):
-            return float(value)  # type: ignore[arg-type]
-        self.add(f"{key!r} is {_kind(value)}", where, "a finite number")
-        return None
-
-    def label(self, row: Mapping[str, Any], where: str) -> str | None:
-        """Take a label: a text, or an integer read as its digits."""
-        value = row.get("label")
-        if isinstance(value, int) and not isinstance(value, bool):
-            return str(value)
-        return self.text(row, "label", where)
-
-
-def read_reranking(problems: Problems) -> RerankingData:
-    """Read ``test`` of {query, positive[], negative[]}."""
-    rows = []
-    for where, row in problems.rows("test"):
-        query = problems.text(row, "query", where)
-        positive = problems.texts(row, "positive", where)
-        negative = problems.texts(row, "negative", where)
-        if query is not None and positive is not None and negative is not None:
-            rows.append((query, positive, negative))
-    queries, positives, negatives = zip(*rows, strict=True) if rows else ((), (), ())
-    return RerankingData(queries, positives, negatives)
-
-
-def read_sts(problems: Problems) -> PairData:
-    """Read ``test`` of {sentence1, sentence2, score}."""
-    data = _read_pairs("score", problems)
-    if not problems and len(set(data.values)) < 2:
-        problems.add("all scores are equal", problems.place("test"), "scores that can be ranked")
-    return data
-
-
-def read_pair_classification(problems: Problems) -> PairData:
-    """Read ``test`` of {sentence1, sentence2, label}, labels 0 and 1."""
-    data = _read_pairs("label", problems)
-    if not problems and set(data.values) != {0.0, 1.0}:
-        problems.add("only one of the labels 0 and 1 occurs", problems.place("test"), "both")
-    return data
-
-
-def _read_pairs(key: str, problems: Problems) -> PairData:
-    rows = []
-    for where, row in problems.rows("test"):
-        first = problems.text(row, "sentence1", where)
-        second = problems.text(row, "sentence2", where)
-        value = problems.number(row, key, where)
-        if value is not None and key == "label" and value not in (0.0, 1.0):
-            problems.add(f"label {row[key]!r}", where, "0 or 1")
-        elif first is not None and second is not None and value is not None:
-            rows.append((first, second, value))
-    first_texts, second_texts, values = zip(*rows, strict=True) if rows else ((), (), ())
-    return PairData(first_texts, second_texts, values)
-
-
-def read_classification(problems: Problems) -> ClassificationData:
-    """Read ``train`` and ``test`` of {text, label}; every label can be trained."""
-    train, _ = _read_labelled("train", problems)
-    test, lines = _read_labelled("test", problems)
-    known = set(train.labels)
-    for label in sorted(set(test.labels) - known) if known else ():
-        where = lines[test.labels.index(label)]
-        problems.add(f"label {label!r} does not occur in the train part", where)
-    if len(known) == 1:
-        problems.add(
-            f"only the label {train.labels[0]!r} occurs", problems.place("train"), "two or more"
-        )
-    return ClassificationData(train, test)
-
-
-def read_clustering(problems: Problems) -> LabelledTexts:
-    """Read ``test`` of {text, label}."""
-    data, _ = _read_labelled("test", problems)
-    if not problems and len(set(data.labels)) < 2:
-        problems.add(
-            f"only the label {data.labels[0]!r} occurs", problems.place("test"), "two or more"
-        )
-    return data
-
-
-def _read_labelled(name: str, problems: Problems) -> tuple[LabelledTexts, Sequence[str]]:
-    rows = []
-    for where, row in problems.rows(name):
-        text, label = problems.text(row, "text", where), problems.label(row, where)
-        if text is not None and label is not None:
-            rows.append((text, label, where))
-    texts, labels, lines = zip(*rows, strict=True) if rows else ((), (), ())
-    return LabelledTexts(texts, labels), lines
-
-
-def read_summarization(problems: Problems) -> SummarizationData:
-    """Read ``test`` of {text, human_summaries[], machine_summaries[], relevance[]}."""
-    rows = []
-    for where, row in problems.rows("test"):
-        article = problems.text(row, "text", where)
-        human = problems.texts(row, "human_summaries", where)
-        machine = problems.texts(row, "machine_summaries", where)
-        relevance = row.get("relevance")
-        if not isinstance(relevance, list) or not all(_is_number(value) for value in relevance):
-            problems.add(f"'relevance' is {_kind(relevance)}", where, "a list of finite numbers")
-        elif machine is not None and len(relevance) != len(machine):
-            problems.add(
-                f"{len(relevance)} values of 'relevance' for {len(machine)} machine summaries",
-                where,
-                "one each",
-            )
-        elif article is not None and human is not None and machine is not None:
-            rows.append((article, human, machine, tuple(map(float, relevance))))
-    # Articles whose summaries all got the same relevance cannot be ranked: scoring skips them.
-    if not problems and all(len(set(row[3])) < 2 for row in rows):
-        problems.add(
-            "all relevance values of each article are equal",
-            problems.place("test"),
-            "values to rank",
-        )
-    articles, humans, machines, values = zip(*rows, strict=True) if rows else ((), (), (), ())
-    return SummarizationData(articles, humans, machines, values)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def _problem_of(value: object) -> str:
+    if value == [] or (isinstance(value, str) and not value.strip()):
+        return "is empty"
+    if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        return "is a list with texts" if all(map(str.strip, value)) else "holds an empty text"
+    return f"is {_kind(value)}"
 
 
 def _kind(value: object) -> str:
     names = {str: "a text", dict: "an object", bool: "true or false", type(None): "missing"}
     if isinstance(value, list):
-        inner = next((_kind(item) for item in value if not isinstance(item, str)), "texts")
-        return f"a list with {inner}"
+        return f"a list with {next((_kind(v) for v in value if not isinstance(v, str)), 'texts')}"
     return names.get(type(value), f"the number {value}")
+
+
+def read_rows(problems: Problems, kind: TaskType) -> TaskData:
+    """Read a task of any type but Retrieval from ``test``, and ``train`` of Classification."""
+    if kind == "Classification":
+        return _read_classification(problems)
+    make, row, alike, expected = _LAYOUTS[kind]
+    columns, _ = _read_columns(problems, "test", row)
+    groups = columns[-1] if kind == "Summarization" else columns[-1:]
+    if not problems and alike and all(len(set(values)) < 2 for values in groups):
+        problems.add(alike.format(groups[0][0]), problems.place("test"), expected)
+    data: TaskData = make(*columns)
+    return data
+
+
+def _read_columns(
+    problems: Problems, name: str, model: type[BaseModel]
+) -> tuple[list[tuple[Any, ...]], list[str]]:
+    """Read a file into one tuple per field, lists as tuples, and the places of the rows."""
+    table = problems.open(name)
+    textual = table is not None and table.textual
+    rows, places = [], []
+    for where, values in problems.rows(table):
+        row = problems.parse(model, values, where, textual=textual)
+        if row is not None:
+            rows.append([tuple(v) if isinstance(v, list) else v for _, v in row])
+            places.append(where)
+    columns = list(zip(*rows, strict=True)) if rows else [()] * len(model.model_fields)
+    return columns, places
+
+
+def _read_classification(problems: Problems) -> ClassificationData:
+    train, _ = _read_columns(problems, "train", _LABELLED)
+    test, places = _read_columns(problems, "test", _LABELLED)
+    known = set(train[1])
+    for label in sorted(set(test[1]) - known) if known else ():
+        where = places[test[1].index(label)]
+        problems.add(f"label {label!r} does not occur in the train part", where)
+    if len(known) == 1:
+        _, _, alike, expected = _LAYOUTS["Clustering"]
+        problems.add(alike.format(train[1][0]), problems.place("train"), expected)
+    return ClassificationData(LabelledTexts(*train), LabelledTexts(*test))

@@ -2,84 +2,59 @@
 
 A folder in BEIR's layout without ``task.json`` is a Retrieval task called like the folder.
 ``find_tasks`` finds the folders, ``load_task`` reads one and refuses it with every problem named.
-Scoring is in ``local_scores`` (all types) and ``bm25`` (retrieval).
 """
 
 from __future__ import annotations
 
 import difflib
+import hashlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import Literal, cast, get_args
+from typing import Annotated, Any
+
+from pydantic import BaseModel, Field, ValidationInfo, field_validator
 
 from nvembed.core.errors import ConfigError, DataError
 from nvembed.core.text_files import read_json_object
 from nvembed.data.sources.beir import first_split, is_beir_folder
-from nvembed.evaluation import task_files
 from nvembed.evaluation.reference import ignores_identical_ids
 from nvembed.evaluation.retrieval_files import read_retrieval
-from nvembed.evaluation.task_files import Problems, RetrievalData, TaskData
+from nvembed.evaluation.task_files import (
+    TASK_TYPES,
+    Problems,
+    RetrievalData,
+    TaskData,
+    TaskType,
+    Text,
+    read_rows,
+)
 from nvembed.text.instructions import read_task
 
 _log = logging.getLogger(__name__)
 _HEADER = "task.json"
 _PLAIN_SCORE = "ndcg_at_10"  # of a folder without task.json, as in BEIR
 
-TaskType = Literal[
-    "Retrieval",
-    "Reranking",
-    "Clustering",
-    "PairClassification",
-    "Classification",
-    "STS",
-    "Summarization",
-]
-"""In the column order of the paper's tables."""
-
-TASK_TYPES: tuple[TaskType, ...] = get_args(TaskType)
-
-_RANKING_SCORES = (
-    "map",
-    "mrr",
-    *(
-        f"{name}_at_{k}"
-        for name in ("ndcg", "map", "recall", "precision", "mrr", "hit_rate")
-        for k in (1, 3, 5, 10, 20, 100, 1000)
-    ),
+_RANKING = tuple(
+    f"{name}_at_{k}"
+    for name in ("ndcg", "map", "recall", "precision", "mrr", "hit_rate")
+    for k in (1, 3, 5, 10, 20, 100, 1000)
 )
 _CORRELATIONS = ("cosine_spearman", "cosine_pearson", "spearman", "pearson")
-_CLASS_SCORES = (
-    "accuracy",
-    "f1",
-    "f1_weighted",
-    "precision",
-    "precision_weighted",
-    "recall",
-    "recall_weighted",
-)
+_PER_CLASS = ("f1", "f1_weighted", "precision", "precision_weighted", "recall", "recall_weighted")
 
 MAIN_SCORES: dict[TaskType, tuple[str, ...]] = {
-    "Retrieval": _RANKING_SCORES,
-    "Reranking": _RANKING_SCORES,
+    "Retrieval": ("map", "mrr", *_RANKING),
+    "Reranking": ("map", "mrr", *_RANKING),
     "Clustering": ("v_measure", "ami"),
     "PairClassification": ("max_ap", "max_f1", "max_accuracy", "cosine_ap", "cosine_f1"),
-    "Classification": _CLASS_SCORES,
+    "Classification": ("accuracy", *_PER_CLASS),
     "STS": _CORRELATIONS,
     "Summarization": _CORRELATIONS,
 }
 """The scores that ``main_score`` of a task.json may name."""
-
-_READERS: dict[TaskType, Callable[[Problems], TaskData]] = {
-    "Reranking": task_files.read_reranking,
-    "Clustering": task_files.read_clustering,
-    "PairClassification": task_files.read_pair_classification,
-    "Classification": task_files.read_classification,
-    "STS": task_files.read_sts,
-    "Summarization": task_files.read_summarization,
-}
 
 
 @dataclass(frozen=True)
@@ -109,12 +84,18 @@ class LocalTask:
     remarks: str = ""
 
 
-def find_tasks(folder: str | Path) -> list[Path]:
-    """List the task folders at ``folder``: itself if it is one, else those directly inside it.
+def task_hash(task: LocalTask) -> str:
+    """Name the contents of a task: texts, gold values and what is scored, not the instruction."""
+    digest = hashlib.sha256(f"{task.type} {task.main_score}".encode())
+    if task.ignore_identical_ids:
+        digest.update(b" without identical ids")
+    for part in astuple(task.data):
+        digest.update(repr(part).encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()
 
-    Raises:
-        DataError: there is no such folder, or no task in it.
-    """
+
+def find_tasks(folder: str | Path) -> list[Path]:
+    """List the task folders at ``folder``: itself if it is one, else those directly inside it."""
     root = Path(folder)
     if not root.is_dir():
         raise DataError("no such folder", where=str(root), expected="a task folder or one of tasks")
@@ -158,27 +139,25 @@ def load_tasks(
     for folder in folders:
         with _kept_going(str(folder), broken):
             paths |= {path.resolve(): path for path in find_tasks(folder)}
-    kept: dict[str, Path] = {}
+    kept: dict[str, tuple[Path, _Header]] = {}
     for path in paths.values():
         with _kept_going(path.name, broken):
-            name = _read_header(path).name
-            if name in kept:
+            header = _read_header(path)
+            if header.name in kept:
                 raise DataError(
-                    f"task {name!r} is also in {kept[name]}",
+                    f"task {header.name!r} is also in {kept[header.name][0]}",
                     where=str(path / _HEADER),
                     expected="one name per task",
                 )
-            kept[name] = path
-    if names is not None:
-        if unknown := [name for name in names if name not in kept]:
-            raise DataError(
-                f"no task called {unknown[0]!r}", expected=_near(unknown[0], sorted(kept))
-            )
-        kept = {name: path for name, path in kept.items() if name in set(names)}
+            kept[header.name] = path, header
+    for name in names or ():
+        if name not in kept:
+            raise DataError(f"no task called {name!r}", expected=_near(name, sorted(kept)))
     loaded = []
-    for name, path in kept.items():
-        with _kept_going(name, broken):
-            loaded.append(load_task(path))
+    for name, (path, header) in kept.items():
+        if names is None or name in names:
+            with _kept_going(name, broken):
+                loaded.append(_load(path, header))
     return loaded
 
 
@@ -194,30 +173,32 @@ def _kept_going(name: str, broken: dict[str, str] | None) -> Iterator[None]:
 
 
 def load_task(folder: str | Path) -> LocalTask:
-    """Read and check one task folder.
+    """Read one task folder, or name every problem of ``task.json``, or else of the data."""
+    return _load(Path(folder), _read_header(Path(folder)))
 
-    Raises:
-        DataError: naming every problem of ``task.json``, or else every problem of the data, with
-            file and line.
-    """
-    path = Path(folder)
-    header = _read_header(path)
+
+def _load(path: Path, header: _Header) -> LocalTask:
     problems = Problems(path)
-    data: TaskData
     if header.type == "Retrieval":
-        data = read_retrieval(problems, header.split)
+        data: TaskData = read_retrieval(problems, header.split)
     else:
-        data = _READERS[header.type](problems)
+        data = read_rows(problems, header.type)
     problems.check()
-    ignored, reason = header.ignore_identical_ids, None
+    remarks = []
+    if not (path / _HEADER).is_file():
+        plain = f"Retrieval without an instruction, {_PLAIN_SCORE}, split {header.split}"
+        remarks.append(f"no {_HEADER}: {plain}")
+    remarks += [str(kind).replace(f"{path}/", "") for kind in problems.remarks.kinds]
+    ignored = header.ignore_identical_ids
     if ignored is None:
-        reason = ignores_identical_ids(header.name)
-        ignored = reason is not None and _has_identical_ids(data)
-    remarks = [str(kind).replace(f"{path}/", "") for kind in problems.remarks.kinds]
-    if header.note:
-        remarks.insert(0, header.note)
-    if ignored and reason is not None:
-        remarks.append(f"results with the id of their query do not count, as in mteb's {reason}")
+        known = ignores_identical_ids(header.name)
+        ignored = (
+            known is not None
+            and isinstance(data, RetrievalData)
+            and not set(data.query_ids).isdisjoint(data.document_ids)
+        )
+        if ignored:
+            remarks.append(f"results with the id of their query do not count, as in mteb's {known}")
     if remarks:
         _log.warning("%s: %s", header.name, "; ".join(remarks))
     return LocalTask(
@@ -232,59 +213,67 @@ def load_task(folder: str | Path) -> LocalTask:
     )
 
 
-def _has_identical_ids(data: TaskData) -> bool:
-    return isinstance(data, RetrievalData) and not set(data.query_ids).isdisjoint(data.document_ids)
+def _near(given: str, known: Sequence[str]) -> str:
+    matches = difflib.get_close_matches(given, known, n=3, cutoff=0.5)
+    return f"perhaps {' or '.join(matches)}" if matches else f"one of {', '.join(known)}"
 
 
-@dataclass(frozen=True)
-class _Header:
-    name: str
+class _Header(BaseModel):
+    """A task.json."""
+
+    name: Text
     type: TaskType
-    instruction: str | None
-    main_score: str
-    split: str | None = None
+    main_score: Text
+    instruction: Annotated[Text | None, Field(description="a text, or null for none")]
+    split: Text | None = None
     ignore_identical_ids: bool | None = None
-    note: str | None = None
+
+    @field_validator("type", mode="before")
+    @classmethod
+    def _is_known(cls, value: Any) -> Any:
+        if isinstance(value, str) and value.strip() and value not in TASK_TYPES:
+            raise ValueError(f"type {value!r}; expected {_near(value, TASK_TYPES)}")
+        return value
+
+    @field_validator("main_score")
+    @classmethod
+    def _is_of_type(cls, value: str, info: ValidationInfo) -> str:
+        kind = info.data.get("type")
+        if kind is not None and value not in MAIN_SCORES[kind]:
+            near = _near(value, MAIN_SCORES[kind])
+            raise ValueError(f"main_score {value!r} for {kind}; expected {near}")
+        return value
+
+    @field_validator("split", "ignore_identical_ids", mode="before")
+    @classmethod
+    def _is_of_retrieval(cls, value: Any, info: ValidationInfo) -> Any:
+        kind, key = info.data.get("type", "Retrieval"), info.field_name
+        if value is not None and kind != "Retrieval":
+            raise ValueError(f"{key!r} is of Retrieval tasks, not of {kind}")
+        if key == "ignore_identical_ids" and not isinstance(value, bool | None):
+            raise ValueError(f"{key!r} is neither true nor false; expected true or false")
+        return value
 
 
 def _read_header(folder: Path) -> _Header:
     path = folder / _HEADER
     if not path.is_file() and is_beir_folder(folder):
-        split = first_split(folder)
-        note = f"no {_HEADER}: Retrieval without an instruction, {_PLAIN_SCORE}, split {split}"
-        return _Header(folder.resolve().name, "Retrieval", None, _PLAIN_SCORE, split, note=note)
-    where = str(path)
+        return _Header(
+            name=folder.resolve().name,
+            type="Retrieval",
+            main_score=_PLAIN_SCORE,
+            instruction=None,
+            split=first_split(folder),
+        )
     values = read_json_object(path, "name, type, instruction and main_score")
     problems = Problems(folder)
-    name = problems.text(values, "name", where)
-    kind = problems.text(values, "type", where)
-    main_score = problems.text(values, "main_score", where)
-    instruction: str | None = None
-    if "instruction" not in values:
-        problems.add("'instruction' is missing", where, "a text, or null for none")
-    elif values["instruction"] is not None:
-        instruction = problems.text(values, "instruction", where)
+    header = problems.parse(_Header, values, str(path))
+    instruction = values.get("instruction")
+    if isinstance(instruction, str) and instruction.strip():
         try:
             instruction = read_task(instruction)
         except ConfigError as error:
-            problems.add(error.message, f"{where}: instruction", error.expected)
-    if kind is not None and kind not in TASK_TYPES:
-        problems.add(f"type {kind!r}", where, _near(kind, TASK_TYPES))
-    elif kind is not None and main_score is not None:
-        scores = MAIN_SCORES[kind]
-        if main_score not in scores:
-            problems.add(f"main_score {main_score!r} for {kind}", where, _near(main_score, scores))
-    split = problems.text(values, "split", where) if values.get("split") is not None else None
-    ignored = values.get("ignore_identical_ids")
-    if ignored is not None and not isinstance(ignored, bool):
-        problems.add("'ignore_identical_ids' is neither true nor false", where, "true or false")
-    for key in ("split", "ignore_identical_ids"):
-        if values.get(key) is not None and kind in TASK_TYPES and kind != "Retrieval":
-            problems.add(f"{key!r} is of Retrieval tasks, not of {kind}", where)
+            problems.add(error.message, f"{path}: instruction", error.expected)
     problems.check()
-    return _Header(str(name), cast(TaskType, kind), instruction, str(main_score), split, ignored)
-
-
-def _near(given: str, known: Sequence[str]) -> str:
-    matches = difflib.get_close_matches(given, known, n=3, cutoff=0.5)
-    return f"perhaps {' or '.join(matches)}" if matches else f"one of {', '.join(known)}"
+    assert header is not None
+    return header.model_copy(update={"instruction": instruction})

@@ -1,12 +1,13 @@
 """Files of documents into a database: what is new or changed is embedded, the rest is left alone.
 
 Documents are taken in windows; each window is one change of the database. The same command over the
-same files therefore goes on where it was killed.
+same files therefore goes on where it was killed. No window is prefetched: which of its texts are to
+be embedded is known when the one before is written.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -20,32 +21,24 @@ from nvembed.core.errors import ConfigError, DataError
 from nvembed.core.ownership import check_outputs
 from nvembed.core.reporting import progress
 from nvembed.core.text_files import check_folder_name, open_text_file
-from nvembed.data.sources.config import Column
-from nvembed.data.sources.rows import BadRow, Table
+from nvembed.data.config import Column
+from nvembed.data.records import BadRow
 from nvembed.encoding.embed import WINDOW_TEXTS, encode_window
-from nvembed.encoding.load import load_encoder, settle_dtype
-from nvembed.encoding.protocol import Encoder, prompts_of
+from nvembed.encoding.encoder import Encoder
 from nvembed.encoding.reading import Document, Skipped, input_files, read_documents
 from nvembed.index.database import ANN_ABOVE, INDEX, Database, is_database, text_hash, writing
+from nvembed.index.field_types import Fields, FieldTypes
 from nvembed.index.fields import same
 from nvembed.index.record import first_dimensions, new_record, recorded_encoder
-from nvembed.index.window_types import WindowTypes
 from nvembed.text.instructions import read_task
 
 
 @dataclass
 class IndexReport:
-    """What was done.
+    """What was done, in numbers of documents.
 
-    Attributes:
-        added: documents with ids that were not there.
-        updated: documents whose text or fields changed.
-        unchanged: documents that were there as they are.
-        embedded: texts that went through the model.
-        deleted: documents removed.
-        total: documents in the database now.
-        skipped: lines left out.
-        absent_fields: fields to keep that no document has.
+    ``embedded`` are texts that went through the model, ``skipped`` lines left out, and
+    ``absent_fields`` fields to keep that no document has.
     """
 
     added: int = 0
@@ -107,36 +100,27 @@ def index_documents(
     """
     options = options or IndexOptions()
     check_folder_name(path)
-    report = IndexReport(absent_fields=set(options.fields or ()) if documents else set())
     named = model if isinstance(model, str) else None
     check_outputs((), made_by=INDEX, inputs=[*documents, named], places=[path])
     if not is_database(path) and (model is None or not documents):
         missing = "documents" if model is not None else "a model"
         raise ConfigError(f"a new database needs {missing}", where=str(path))
     input_files(documents)  # one that is missing is told before a database is made
+    report = IndexReport(absent_fields=set(options.fields or ()) if documents else set())
     with writing(path):
+        encoder: Encoder | None = None
         if is_database(path):
             database = Database.open(path)
             _check_settings(database, read_task(task, None), truncate_dim, dtype)
-            encoder = (
-                recorded_encoder(database.record, model, dtype, str(path)) if documents else None
-            )
+            if documents:
+                encoder = recorded_encoder(database.record, model, dtype, str(path))
         else:
             assert model is not None
-            settled = settle_dtype(model, dtype) if isinstance(model, str) else None
-            encoder = load_encoder(model, settled) if isinstance(model, str) else model
-            task = read_task(task, prompts_of(encoder))
-            record = new_record(model, encoder, task=task, truncate_dim=truncate_dim, dtype=settled)
+            record, encoder = new_record(model, task, truncate_dim, dtype)
             database = Database.create(path, record)
         if encoder is not None:
-            read = read_documents(
-                documents,
-                columns=options.columns,
-                keep_going=options.keep_going,
-                skipped=report.skipped,
-            )
-            _Writer(database, encoder, options, report).write(read)
-        report.deleted = database.delete(list(delete))
+            _Writer(database, encoder, options, report).write(documents)
+        report.deleted = database.delete(delete)
         database.tidy(options.ann_above)
     report.total = database.count()
     return report
@@ -167,7 +151,11 @@ class _Writer:
     options: IndexOptions
     report: IndexReport
 
-    def write(self, documents: Iterator[Document]) -> None:
+    def write(self, paths: Sequence[str | Path]) -> None:
+        columns, keep_going = self.options.columns, self.options.keep_going
+        documents = read_documents(
+            paths, columns=columns, keep_going=keep_going, skipped=self.report.skipped
+        )
         with progress(None, "index") as bar:
             while window := list(islice(documents, WINDOW_TEXTS)):
                 self._write_window(window)
@@ -177,63 +165,46 @@ class _Writer:
         rows = self._checked(window)
         known = {row["id"]: row for row in self.database.get("id", list(rows))}
         new: list[str] = []
-        for id, (text, values) in rows.items():
+        for id, (text, fields) in rows.items():
             old = known.get(id)
-            if old is None:
-                self.report.added += 1
-            elif old["text"] == text and same(old["fields"], values):
+            if old is not None and old["text"] == text and same(old["fields"], fields):
                 self.report.unchanged += 1
                 continue
-            else:
-                self.report.updated += 1
+            self.report.added += old is None
+            self.report.updated += old is not None
             new.append(id)
         if new:
             texts = [rows[id][0] for id in new]
             vectors = self._vectors(texts)
             self.database.upsert(new, texts, [rows[id][1] for id in new], vectors)
 
-    def _checked(self, window: list[Document]) -> dict[str, tuple[str, dict[str, Any]]]:
+    def _checked(self, window: list[Document]) -> dict[str, tuple[str, Fields]]:
         """Check fields and make new columns; of several documents with one id the last counts."""
+
+        def refuse(number: int, error: DataError) -> None:
+            place = window[number].place
+            if not self.options.keep_going:
+                raise DataError(
+                    error.message, where=place, expected=error.expected, hint=error.hint
+                ) from error
+            self.report.skipped.add(BadRow(place, error.message))
+
         before = self.database.fields
-        types = WindowTypes(before)
-        named = [(doc, self._named(doc)) for doc in window]
-        types.read_tables([(doc.table, values) for doc, values in named if doc.table])
-        # Types get wider while rows are read, so values are converted when all are known.
-        taken = [one for one in named if self._usable(one[0], types.take, one[1])]
-        rows: dict[str, tuple[str, dict[str, Any]]] = {}
-        kept: dict[str, Any] = {}
-
-        def convert(values: dict[str, Any], table: Table | None) -> None:
-            kept.update(types.kept(values, table))
-
-        for doc, values in taken:
-            kept = {}
-            if self._usable(doc, convert, values):
+        types = FieldTypes(before)
+        kept = types.settle([(self._wanted(doc), doc.table) for doc in window], refuse)
+        rows: dict[str, tuple[str, Fields]] = {}
+        for doc, fields in zip(window, kept, strict=True):
+            if fields is not None:
                 id = doc.id if doc.id is not None else text_hash(doc.text)
                 rows.pop(id, None)
-                rows[id] = (doc.text, kept)
+                rows[id] = (doc.text, fields)
         for name, type in types.found.items():
             if name in before and type != before[name]:
                 self.database.widen(name, type)
         self.database.add_fields({n: type for n, type in types.found.items() if n not in before})
         return rows
 
-    def _usable(
-        self, doc: Document, check: Callable[[dict[str, Any], Table | None], None], values: Any
-    ) -> bool:
-        """Check the fields of a document; count it where it is to be left out."""
-        try:
-            check(values, doc.table)
-        except DataError as error:
-            if not self.options.keep_going:
-                raise DataError(
-                    error.message, where=doc.place, expected=error.expected, hint=error.hint
-                ) from error
-            self.report.skipped.add(BadRow(doc.place, error.message))
-            return False
-        return True
-
-    def _named(self, doc: Document) -> dict[str, Any]:
+    def _wanted(self, doc: Document) -> dict[str, Any]:
         wanted = self.options.fields
         if wanted is None:
             return doc.metadata
@@ -242,8 +213,7 @@ class _Writer:
 
     def _vectors(self, texts: list[str]) -> NDArray[np.float32]:
         """Vectors ``(N, D)``: from the database where it has the text, else once from the model."""
-        hashes = [text_hash(text) for text in texts]
-        by_hash = dict(zip(hashes, texts, strict=True))
+        by_hash = {text_hash(text): text for text in texts}
         found = {r["text_hash"]: r["vector"] for r in self.database.get("text_hash", [*by_hash])}
         missing = [key for key in by_hash if key not in found]
         if missing:
@@ -251,7 +221,7 @@ class _Writer:
             short = first_dimensions(made, self.database.record.dimension)
             found |= dict(zip(missing, short, strict=True))
             self.report.embedded += len(missing)
-        return np.stack([found[key] for key in hashes])
+        return np.stack([found[text_hash(text)] for text in texts])
 
 
 def read_ids(path: Path) -> list[str]:

@@ -8,7 +8,6 @@ Next file: ``index/search.py``.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -22,6 +21,7 @@ from typing import Any
 import lancedb
 import numpy as np
 import pyarrow as pa
+from filelock import FileLock, Timeout
 from lancedb.index import FTS, BTree, IvfSq
 from numpy.typing import NDArray
 from pydantic import ValidationError
@@ -30,31 +30,35 @@ from nvembed.core.errors import ConfigError, DataError
 from nvembed.core.ownership import MARK, mark_growing, refuse_foreign
 from nvembed.index.fields import (
     JSON,
+    OWN_COLUMNS,
     column_name,
     field_name,
     to_column,
     to_json,
     type_of_column,
 )
-from nvembed.index.literals import sql_type
 from nvembed.index.record import DatabaseRecord
-from nvembed.index.where import where_sql
+from nvembed.index.where import sql_type, where_sql
 
 TABLE = "documents"
 LOCK = ".lock"
 INDEX = "index"
 ANN_ABOVE = 50_000  # documents; measured in benchmarks/index_scale.py
 _KEY = b"nvembed"
-_OWN = ("id", "text", "text_hash", "vector")
 # Whole numbers up to here are floats as well.
 _EXACT = 2**53
 # Old versions are kept for readers that are in the middle of one.
 _KEPT = timedelta(minutes=10)
+_PROBES, _REFINE = 20, 4  # measured in benchmarks/index_scale.py
+
+
+def _table_of(path: str | Path) -> Path:
+    return Path(path) / f"{TABLE}.lance"
 
 
 def is_database(path: str | Path) -> bool:
     """Whether ``nvembed index`` has made this folder, and came so far as to a first version."""
-    return any((Path(path) / f"{TABLE}.lance" / "_versions").glob("*.manifest"))
+    return any((_table_of(path) / "_versions").glob("*.manifest"))
 
 
 @contextmanager
@@ -64,23 +68,25 @@ def writing(path: Path) -> Iterator[None]:
     Raises:
         ConfigError: another one is writing, or there is something else in that place.
     """
-    table = path / f"{TABLE}.lance"
-    ours = {LOCK, MARK, table.name}
+    ours = {LOCK, MARK, _table_of(path).name}
     if path.exists() and (not path.is_dir() or any(p.name not in ours for p in path.iterdir())):
         raise ConfigError("not empty, and no database", where=str(path), hint="Choose another")
     if not is_database(path):
-        refuse_foreign(table, INDEX)
+        refuse_foreign(_table_of(path), INDEX)
     path.mkdir(parents=True, exist_ok=True)
-    with open(path / LOCK, "ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ConfigError(
-                "another process is writing to the database",
-                where=str(path),
-                hint="Wait for it to end",
-            ) from error
+    lock = FileLock(path / LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise ConfigError(
+            "another process is writing to the database",
+            where=str(path),
+            hint="Wait for it to end",
+        ) from error
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def text_hash(text: str) -> str:
@@ -100,9 +106,8 @@ class Database:
     def create(cls, path: Path, record: DatabaseRecord) -> Database:
         """Make an empty database; within ``writing`` only."""
         # What a process left that was killed before the first version was there.
-        refuse_foreign(path / f"{TABLE}.lance", INDEX)
-        shutil.rmtree(path / f"{TABLE}.lance", ignore_errors=True)
-        mark_growing(path / f"{TABLE}.lance", INDEX)
+        shutil.rmtree(_table_of(path), ignore_errors=True)
+        mark_growing(_table_of(path), INDEX)
         schema = pa.schema(
             [
                 pa.field("id", pa.string(), nullable=False),
@@ -137,6 +142,8 @@ class Database:
             ) from error
         return cls(path, table, record)
 
+    # --- Fields -----------------------------------------------------------------------------------
+
     @property
     def fields(self) -> dict[str, pa.DataType]:
         """The fields of the documents and their types."""
@@ -151,15 +158,11 @@ class Database:
         """The column of each field: of several generations the last."""
         found: dict[str, tuple[int, pa.Field]] = {}
         for column in self._table.schema:
-            if column.name not in _OWN:
+            if column.name not in OWN_COLUMNS:
                 name, generation = field_name(column.name)
                 if name not in found or found[name][0] < generation:
                     found[name] = (generation, column)
         return {name: column for name, (_, column) in found.items()}
-
-    def count(self, where: str | None = None) -> int:
-        """Number of documents, of those that a filter lets through."""
-        return int(self._table.count_rows(self._sql(where)))
 
     def add_fields(self, fields: dict[str, pa.DataType]) -> None:
         """Give all documents new fields, empty so far.
@@ -186,11 +189,9 @@ class Database:
             DataError: whole numbers that it has are too long for the fractions it is to hold.
         """
         old = self._columns()[name]
-        if pa.types.is_integer(old.type) and pa.types.is_floating(type):
-            beyond = f"`{old.name}` > {_EXACT}"
-            if pa.types.is_signed_integer(old.type):
-                beyond += f" OR `{old.name}` < -{_EXACT}"
-            if old.type.bit_width == 64 and self._table.count_rows(beyond):
+        if pa.types.is_floating(type) and old.type in (pa.int64(), pa.uint64()):
+            below = f" OR `{old.name}` < -{_EXACT}" if old.type == pa.int64() else ""
+            if self._table.count_rows(f"`{old.name}` > {_EXACT}{below}"):
                 raise DataError(
                     f'"{name}" holds whole numbers beyond 2^53, and now fractions',
                     where=str(self.path),
@@ -203,9 +204,11 @@ class Database:
     def _drop_former(self) -> None:
         """Drop columns that stand for nothing any more, also of a process that was killed."""
         current = {column.name for column in self._columns().values()}
-        former = [n for n in self._table.schema.names if n not in current and n not in _OWN]
+        former = [n for n in self._table.schema.names if n not in current and n not in OWN_COLUMNS]
         if former:
             self._table.drop_columns(former)
+
+    # --- Documents --------------------------------------------------------------------------------
 
     def upsert(
         self,
@@ -243,61 +246,81 @@ class Database:
             self._table.delete(_is_in("id", ids[start : start + 1000]))
         return before - self.count()
 
+    def count(self, where: str | None = None) -> int:
+        """Number of documents, of those that a filter lets through."""
+        return int(self._table.count_rows(self._sql(where)))
+
     def get(self, column: str, values: Sequence[str]) -> list[dict[str, Any]]:
         """Documents by ``id`` or ``text_hash``, in no order.
 
-        Returns:
-            of each ``id``, ``text``, ``text_hash``, ``vector`` ``(D,)``, and ``fields``: those that
-            it has.
+        Each has ``id``, ``text``, ``text_hash``, ``vector`` ``(D,)``, and ``fields``: those that it
+        has.
         """
         if not values:
             return []
-        found = self._table.search().where(_is_in(column, values)).to_arrow()
-        return self._rows(found)
+        return self._rows(self._table.search().where(_is_in(column, values)))
+
+    def _rows(self, query: Any) -> list[dict[str, Any]]:
+        """What a query finds: rows with their vectors as arrays, their fields by name."""
+        found: pa.Table = query.to_arrow()
+        flat = found["vector"].combine_chunks().flatten().to_numpy()
+        vectors = flat.reshape(found.num_rows, -1) if found.num_rows else []
+        fields: dict[str, list[Any]] = {}
+        for name, column in self._columns().items():
+            if column.name in found.column_names:
+                fields[name] = found[column.name].to_pylist()
+                if type_of_column(column) == JSON:
+                    fields[name] = [None if v is None else json.loads(v) for v in fields[name]]
+        kept = [n for n in found.column_names if n in ("id", "text", "text_hash", "_score")]
+        rows = found.select(kept).to_pylist()
+        for number, (row, vector) in enumerate(zip(rows, vectors, strict=True)):
+            row["vector"] = vector
+            row["fields"] = {n: v[number] for n, v in fields.items() if v[number] is not None}
+        return rows
+
+    # --- Search -----------------------------------------------------------------------------------
 
     def tidy(self, ann_above: int = ANN_ABOVE) -> None:
         """Make what searches need: indexes of ids and words, and of vectors where they are many.
 
-        Args:
-            ann_above: number of documents from which on neighbours are found approximately.
+        ``ann_above`` is the number of documents from which on neighbours are found approximately.
         """
-        indexed = {column for index in self._table.list_indices() for column in index.columns}
-        count = self.count()
+        indexed = self._indexes()
         for column, config in (("id", BTree()), ("text_hash", BTree()), ("text", FTS())):
             if column not in indexed:
                 self._table.create_index(column, config=config)
-        if count > ann_above and "vector" not in indexed:
+        many = self.count() > ann_above
+        if many and "vector" not in indexed:
             self._table.create_index("vector", config=IvfSq(distance_type="cosine"))
-        elif count <= ann_above and "vector" in indexed:
-            for index in self._table.list_indices():
-                if index.columns == ["vector"]:
-                    self._table.drop_index(index.name)
+        elif not many and "vector" in indexed:
+            self._table.drop_index(indexed["vector"])
         self._table.optimize(cleanup_older_than=_KEPT)
+
+    def _indexes(self) -> dict[str, str]:
+        """The names of the indexes by their column."""
+        return {index.columns[0]: index.name for index in self._table.list_indices()}
 
     @property
     def approximate(self) -> bool:
         """Whether neighbours are found through an index."""
-        return any(index.columns == ["vector"] for index in self._table.list_indices())
+        return "vector" in self._indexes()
 
     @property
     def has_words(self) -> bool:
         """Whether words are indexed."""
-        return any(index.columns == ["text"] for index in self._table.list_indices())
+        return "text" in self._indexes()
 
     def nearest(
         self, vector: NDArray[np.float32], count: int, *, where: str | None, exact: bool
     ) -> list[dict[str, Any]]:
         """Documents nearest to a unit vector ``(D,)``, nearest first, as in ``get``."""
-        query = self._table.search(vector, vector_column_name="vector")
-        query = query.distance_type("cosine").limit(count)
+        query = self._table.search(vector, vector_column_name="vector").distance_type("cosine")
         if exact or not self.approximate:
             query = query.bypass_vector_index()
         else:
             # Candidates by 8-bit numbers, put in order by the vectors themselves.
             query = query.nprobes(_PROBES).refine_factor(_REFINE)
-        if where is not None:
-            query = query.where(self._sql(where), prefilter=True)
-        return self._rows(query.to_arrow())
+        return self._rows(self._filtered(query.limit(count), where))
 
     def by_words(self, text: str, count: int, *, where: str | None) -> list[dict[str, Any]]:
         """Documents by BM25 (``_score``), best first, equal ones by id.
@@ -312,38 +335,17 @@ class Database:
                 hint="A run of nvembed index did not come to its end: run it again",
             )
         query = self._table.search(text, query_type="fts", fts_columns="text").limit(count)
-        if where is not None:
-            query = query.where(self._sql(where), prefilter=True)
-        return sorted(self._rows(query.to_arrow()), key=lambda row: (-row["_score"], row["id"]))
+        rows = self._rows(self._filtered(query, where))
+        return sorted(rows, key=lambda row: (-row["_score"], row["id"]))
+
+    def _filtered(self, query: Any, where: str | None) -> Any:
+        return query if where is None else query.where(self._sql(where), prefilter=True)
 
     def _sql(self, where: str | None) -> str | None:
         if where is None:
             return None
         columns = {name: column.name for name, column in self._columns().items()}
         return where_sql(where, self.filterable, columns)
-
-    def _rows(self, found: pa.Table) -> list[dict[str, Any]]:
-        """Rows of an Arrow table; their vectors as arrays, their fields by name."""
-        flat = found["vector"].combine_chunks().flatten().to_numpy()
-        vectors = flat.reshape(found.num_rows, -1) if found.num_rows else []
-        fields = {name: c for name, c in self._columns().items() if c.name in found.column_names}
-        values = {name: _values(found[column.name], column) for name, column in fields.items()}
-        kept = [n for n in found.column_names if n in _OWN or n == "_score"]
-        rows = found.select([n for n in kept if n != "vector"]).to_pylist()
-        for number, (row, vector) in enumerate(zip(rows, vectors, strict=True)):
-            row["vector"] = vector
-            row["fields"] = {n: v[number] for n, v in values.items() if v[number] is not None}
-        return rows
-
-
-def _values(column: pa.ChunkedArray, kind: pa.Field) -> list[Any]:
-    values: list[Any] = column.to_pylist()
-    if type_of_column(kind) == JSON:
-        return [None if value is None else json.loads(value) for value in values]
-    return values
-
-
-_PROBES, _REFINE = 20, 4  # measured in benchmarks/index_scale.py
 
 
 def _connect(path: Path) -> Any:

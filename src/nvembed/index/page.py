@@ -17,7 +17,7 @@ from fastapi.responses import HTMLResponse, JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from nvembed.core.errors import UserError
-from nvembed.encoding.protocol import Encoder
+from nvembed.encoding.encoder import Encoder
 from nvembed.index.database import Database
 from nvembed.index.fields import describe, plain
 from nvembed.index.search import Found, SearchOptions, find, map_of, query_vector
@@ -48,14 +48,10 @@ class SearchRequest(BaseModel):
 
 
 def page_app(database: Database, encoder: Encoder) -> FastAPI:
-    """Build the page of a database.
+    """Build the page of a database: ``/``, ``/api/about`` and ``/api/search``.
 
-    Args:
-        database: to search in; what is written to it later is found too.
-        encoder: its model, see ``recorded_encoder``. Used by one request at a time.
-
-    Returns:
-        the application: ``/`` the page, ``/api/about`` and ``/api/search``.
+    What is written to the database later is found too. The encoder (see ``recorded_encoder``) is
+    used by one request at a time.
     """
     app = FastAPI(title="nvembed search", docs_url=None, redoc_url=None, openapi_url=None)
     html = resources.files("nvembed.index").joinpath("page.html").read_text(encoding="utf-8")
@@ -81,7 +77,25 @@ def page_app(database: Database, encoder: Encoder) -> FastAPI:
 
     @app.post("/api/search")
     def search(request: SearchRequest) -> dict[str, Any]:
-        return _search(database, encoder, encoding, request)
+        if not request.query.strip():
+            raise UserError("the query is empty", where="query", expected="a text")
+        where = request.where if request.where and request.where.strip() else None
+        started = time.perf_counter()
+        passing = database.count(where)  # checks the filter before anything is embedded
+        with encoding:
+            vector = query_vector(database, encoder, request.query, request.task)
+        embedded = time.perf_counter()
+        options = SearchOptions(top_k=request.top_k, where=where, hybrid=request.hybrid)
+        hits = find(database, request.query, vector, options)
+        found = time.perf_counter()
+        places = map_of(np.stack([vector, *(hit.vector for hit in hits)])).tolist()
+        return {
+            "hits": [_hit(hit, place) for hit, place in zip(hits, places[1:], strict=True)],
+            "query": places[0],
+            "passing": passing,
+            "encode_ms": 1000 * (embedded - started),
+            "search_ms": 1000 * (found - embedded),
+        }
 
     return app
 
@@ -103,36 +117,6 @@ def _about(database: Database) -> dict[str, Any]:
     }
 
 
-def _search(
-    database: Database, encoder: Encoder, encoding: threading.Lock, request: SearchRequest
-) -> dict[str, Any]:
-    if not request.query.strip():
-        raise UserError("the query is empty", where="query", expected="a text")
-    where = request.where if request.where and request.where.strip() else None
-    started = time.perf_counter()
-    passing = database.count(where)  # checks the filter before anything is embedded
-    with encoding:
-        vector = query_vector(database, encoder, request.query, request.task)
-    embedded = time.perf_counter()
-    options = SearchOptions(top_k=request.top_k, where=where, hybrid=request.hybrid)
-    hits = find(database, request.query, vector, options)
-    found = time.perf_counter()
-    places = map_of(np.stack([vector, *(hit.vector for hit in hits)])).tolist()
-    return {
-        "hits": [_hit(hit, place) for hit, place in zip(hits, places[1:], strict=True)],
-        "query": places[0],
-        "passing": passing,
-        "encode_ms": 1000 * (embedded - started),
-        "search_ms": 1000 * (found - embedded),
-    }
-
-
-def _shown(value: Any) -> Any:
-    """A value that a browser does not change: it rounds whole numbers from 2^53 on."""
-    big = isinstance(value, int) and abs(value) >= 2**53
-    return value if isinstance(value, bool | int | float | str) and not big else json.dumps(value)
-
-
 def _hit(hit: Found, place: list[float]) -> dict[str, Any]:
     return {
         "rank": hit.rank,
@@ -145,3 +129,9 @@ def _hit(hit: Found, place: list[float]) -> dict[str, Any]:
         "fused": hit.fused,
         "place": place,
     }
+
+
+def _shown(value: Any) -> Any:
+    """A value that a browser does not change: it rounds whole numbers from 2^53 on."""
+    big = isinstance(value, int) and abs(value) >= 2**53
+    return value if isinstance(value, bool | int | float | str) and not big else json.dumps(value)

@@ -10,12 +10,12 @@ from numpy.typing import NDArray
 
 from nvembed.core.config import StrictModel
 from nvembed.core.dtypes import Precision, PrecisionChoice
-from nvembed.core.errors import ConfigError, ModelError
-from nvembed.encoding.embed import encode_window
-from nvembed.encoding.fingerprint import contents_fingerprint
-from nvembed.encoding.load import load_encoder, settle_dtype
+from nvembed.core.errors import ModelError
+from nvembed.encoding.embed import EncodeOptions, encode_window
+from nvembed.encoding.encoder import Encoder, load_encoder, prompts_of, settle_dtype
 from nvembed.encoding.outputs import shorten
-from nvembed.encoding.protocol import Encoder
+from nvembed.interop.fingerprint import contents_fingerprint
+from nvembed.text.instructions import read_task
 
 # Texts whose vectors are kept: an encoder that gives others is not the one of the database.
 _PROBE = ("how do I sort a list?", "The moon turns around the earth.", "bread 42")
@@ -47,35 +47,27 @@ class DatabaseRecord(StrictModel):
 
 def new_record(
     model: str | Encoder,
-    encoder: Encoder,
-    *,
     task: str | None,
     truncate_dim: int | None,
-    dtype: Precision | None = None,
-) -> DatabaseRecord:
-    """Describe an encoder, with weights of a settled type.
-
-    Raises:
-        ConfigError: more dimensions are wanted than it has.
-    """
-    if truncate_dim is not None and not 1 <= truncate_dim <= encoder.dimension:
-        raise ConfigError(
-            f"{truncate_dim} dimensions asked for",
-            where="truncate_dim",
-            expected=f"1 to {encoder.dimension}, the width of the model",
-        )
-    dimension = truncate_dim or encoder.dimension
-    name = None
+    dtype: PrecisionChoice | None,
+) -> tuple[DatabaseRecord, Encoder]:
+    """Load the model of a new database, with weights of a settled type, and describe it."""
+    name, settled = None, None
     if isinstance(model, str):
+        settled = settle_dtype(model, dtype)
         name = str(Path(model).resolve()) if Path(model).is_dir() else model
-    return DatabaseRecord(
+    encoder = load_encoder(model, settled) if isinstance(model, str) else model
+    task = read_task(task, prompts_of(encoder))
+    dimension = EncodeOptions("document", truncate_dim=truncate_dim).width(encoder)
+    record = DatabaseRecord(
         model=name,
         fingerprint=contents_fingerprint(name) if name else None,
         dimension=dimension,
         task=task,
         probe=tuple(tuple(row) for row in _probe(encoder, dimension).tolist()),
-        dtype=dtype,
+        dtype=settled,
     )
+    return record, encoder
 
 
 def recorded_encoder(
@@ -92,46 +84,39 @@ def recorded_encoder(
     Raises:
         ModelError: it is another model, or cannot be loaded.
     """
-    if model is not None and not isinstance(model, str):
-        check_encoder(record, model, where)
-        return model
-    name = model or record.model
-    if name is None:
-        raise ModelError("the database does not know its model", where=where, expected="--model")
-    if record.model is not None and not Path(name).is_dir() and Path(record.model).is_absolute():
-        raise ModelError(
-            f"its model is no longer at {name}" if model is None else f"no folder {name}",
+
+    def another(message: str) -> ModelError:
+        return ModelError(
+            f"{message} that this database was made with",
             where=where,
-            hint="Say where it lies now: --model FOLDER",
-        )
-    if record.fingerprint is not None and contents_fingerprint(name) != record.fingerprint:
-        raise _another(where, f"{name} is not the model, or no longer the state of it,")
-    encoder = load_encoder(name, settle_dtype(name, dtype, begun=record.dtype))
-    check_encoder(record, encoder, where)
-    return encoder
-
-
-def check_encoder(record: DatabaseRecord, encoder: Encoder, where: str) -> None:
-    """Refuse an encoder whose vectors are not those of the database.
-
-    Raises:
-        ModelError: it is another.
-    """
-    if encoder.dimension < record.dimension:
-        raise _another(where, f"a model of width {encoder.dimension} is not the one")
-    cosines = (_probe(encoder, record.dimension) * np.array(record.probe)).sum(axis=1)
-    if cosines.min() < _SAME:
-        raise _another(
-            where, f"test texts get other vectors (cosine {cosines.min():.3f}): not the model"
+            hint="Give the right one with --model, or index the documents into a new database",
         )
 
-
-def _another(where: str, message: str) -> ModelError:
-    return ModelError(
-        f"{message} that this database was made with",
-        where=where,
-        hint="Give the right one with --model, or index the documents into a new database",
-    )
+    if model is None or isinstance(model, str):
+        name = model or record.model
+        if name is None:
+            raise ModelError(
+                "the database does not know its model", where=where, expected="--model"
+            )
+        if (
+            record.model is not None
+            and not Path(name).is_dir()
+            and Path(record.model).is_absolute()
+        ):
+            raise ModelError(
+                f"its model is no longer at {name}" if model is None else f"no folder {name}",
+                where=where,
+                hint="Say where it lies now: --model FOLDER",
+            )
+        if record.fingerprint is not None and contents_fingerprint(name) != record.fingerprint:
+            raise another(f"{name} is not the model, or no longer the state of it,")
+        model = load_encoder(name, settle_dtype(name, dtype, begun=record.dtype))
+    if model.dimension < record.dimension:
+        raise another(f"a model of width {model.dimension} is not the one")
+    cosine = (_probe(model, record.dimension) * np.array(record.probe)).sum(axis=1).min()
+    if cosine < _SAME:
+        raise another(f"test texts get other vectors (cosine {cosine:.3f}): not the model")
+    return model
 
 
 def first_dimensions(vectors: NDArray[np.float32], dimension: int) -> NDArray[np.float32]:

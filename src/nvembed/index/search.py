@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from nvembed.core.dtypes import PrecisionChoice
 from nvembed.core.errors import ConfigError
 from nvembed.encoding.embed import encode_window
-from nvembed.encoding.protocol import Encoder
+from nvembed.encoding.encoder import Encoder
 from nvembed.index.database import Database, is_database
 from nvembed.index.record import first_dimensions, recorded_encoder
 
@@ -43,27 +44,16 @@ class SearchOptions:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A document that was found.
+    """A document that was found."""
 
-    Attributes:
-        rank: from 1.
-        id: of the document.
-        text: its text.
-        fields: those that it has, as values of their Arrow types.
-        cosine: between its vector and the query's.
-        words: BM25 of its text; None where it was not among the candidates by words.
-        fused: the score that ranks a hybrid search; None of one by vector.
-        vector: ``(D,)``, of length 1.
-    """
-
-    rank: int
+    rank: int  # from 1
     id: str
     text: str
-    fields: dict[str, Any]
+    fields: dict[str, Any]  # those that it has, as values of their Arrow types
     cosine: float
-    words: float | None
-    fused: float | None
-    vector: NDArray[np.float32]
+    words: float | None  # BM25; None where it was not among the candidates by words
+    fused: float | None  # the score that ranks a hybrid search; None of one by vector
+    vector: NDArray[np.float32]  # (D,), of length 1
 
 
 def search_index(
@@ -114,20 +104,7 @@ def query_vector(
 def search_database(
     database: Database, encoder: Encoder, query: str, options: SearchOptions
 ) -> list[Found]:
-    """Find documents.
-
-    Args:
-        database: to search in.
-        encoder: its model, see ``recorded_encoder``.
-        query: what to look for.
-        options: how.
-
-    Returns:
-        at most ``top_k`` documents, best first, equal ones by id.
-
-    Raises:
-        ConfigError: an empty query, or a filter that is none.
-    """
+    """Find at most ``top_k`` documents, best first, equal ones by id."""
     if not query.strip():
         raise ConfigError("the query is empty", where="query", expected="a text")
     return find(database, query, query_vector(database, encoder, query, options.task), options)
@@ -148,8 +125,11 @@ def find(
         words = {row["id"]: row.pop("_score") for row in by_words}
         rows |= {row["id"]: row for row in by_words if row["id"] not in rows}
     cosines = {id: float(row["vector"] @ vector) for id, row in rows.items()}
-    nearest = sorted((row["id"] for row in near), key=lambda id: (-cosines[id], id))
-    fused = _fused(nearest, list(words)) if options.hybrid else {}
+    fused: dict[str, float] = {}
+    if options.hybrid:
+        nearest = sorted((row["id"] for row in near), key=lambda id: (-cosines[id], id))
+        for rank, id in chain(enumerate(nearest, start=1), enumerate(words, start=1)):
+            fused[id] = fused.get(id, 0.0) + 1.0 / (RRF_CONSTANT + rank)
     order = sorted(rows, key=lambda id: (-(fused or cosines)[id], id))[: options.top_k]
     return [
         Found(
@@ -166,20 +146,11 @@ def find(
     ]
 
 
-def _fused(*rankings: list[str]) -> dict[str, float]:
-    scores: dict[str, float] = {}
-    for ranking in rankings:
-        for rank, id in enumerate(ranking, start=1):
-            scores[id] = scores.get(id, 0.0) + 1.0 / (RRF_CONSTANT + rank)
-    return scores
-
-
 def map_of(vectors: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Lay vectors ``(N, D)`` out in the plane of their two main components.
+    """Lay vectors ``(N, D)`` out in the plane of their two main components, ``(N, 2)``.
 
-    Returns:
-        ``(N, 2)``, centred, the widest coordinate within ±1; signs are such that the coordinate
-        of greatest size is positive, so that equal input gives equal maps.
+    The map is centred, the widest coordinate within ±1; signs are such that the coordinate of
+    greatest size is positive, so that equal input gives equal maps.
     """
     centred = vectors - vectors.mean(axis=0, dtype=np.float64)
     left, sizes, _ = np.linalg.svd(centred, full_matrices=False)

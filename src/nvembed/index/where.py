@@ -10,21 +10,23 @@ column's type. Nothing of the expression reaches the database as it was written.
              | [NOT] LIKE text | [NOT] BETWEEN value AND value | IS [NOT] NULL
     value    = text | number | TRUE | FALSE | [DATE | TIMESTAMP | TIME] text
 
-Comparisons are exact: a number between two values of a column is neither of them.
+Comparisons are exact: a number between two values of a column is neither of them. A time is a
+number too: the days, or parts of a second, that have passed since 1970 or midnight.
 """
 
 from __future__ import annotations
 
+import datetime
 import difflib
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from fractions import Fraction
 
 import pyarrow as pa
 
 from nvembed.core.errors import ConfigError
 from nvembed.index.fields import JSON, describe, is_number, is_text
-from nvembed.index.literals import bounded, column_numbers, is_ordered, parse_time, sql_number
 
 MAX_CHARS = 2000
 _MAX_DEPTH = 40
@@ -38,9 +40,8 @@ _TOKEN = re.compile(
     )""",
     re.VERBOSE,
 )
-_COMPARISONS = {"=": "=", "==": "=", "!=": "<>", "<>": "<>"} | {
-    s: s for s in ("<", "<=", ">", ">=")
-}
+_COMPARISONS = {"==": "=", "!=": "<>"} | {s: s for s in ("=", "<>", "<", "<=", ">", ">=")}
+_TIMES = ("date", "timestamp", "time")
 _KEYWORDS = {"and", "or", "not", "in", "like", "between", "is", "null", "true", "false"}
 _EXAMPLES = {
     "text": "such as 'en'",
@@ -62,215 +63,17 @@ def where_sql(
     """Check a filter and write it as SQL.
 
     As in SQL, a test of a field that a document lacks is neither true nor false, and such a
-    document is left out, by ``NOT`` too; ``IS NULL`` finds it.
-
-    Args:
-        expression: see the top of this file.
-        fields: what may be named, and the Arrow types.
-        columns: of the table, by field, where they are not called like it.
-
-    Raises:
-        ConfigError: it is none, or names a field that is not there, or compares it with a value
-            that it can never have.
+    document is left out, by ``NOT`` too; ``IS NULL`` finds it. ``columns`` are those of the table,
+    by field, where they are not called like it. A filter that names a field that is not there, or
+    compares it with a value that it can never have, is a ``ConfigError``.
     """
     if len(expression) > MAX_CHARS:
-        raise ConfigError(
-            f"a filter of {len(expression)} characters", where="where", expected=f"{MAX_CHARS}"
-        )
-    return _Parser(expression, fields, columns or {}).parse()
+        raise _error(f"a filter of {len(expression)} characters", f"{MAX_CHARS}")
+    return _Parser(_tokens(expression), fields, columns or {}).parse()
 
 
-class _Parser:
-    def __init__(
-        self, expression: str, fields: Mapping[str, pa.DataType], columns: Mapping[str, str]
-    ) -> None:
-        self._fields = fields
-        self._columns = columns
-        self._tokens = _tokens(expression)
-        self._next = 0
-        self._depth = 0
-
-    def parse(self) -> str:
-        sql = self._either()
-        if self._peek()[0] != "end":
-            raise self._wrong("AND, OR or the end")
-        return sql
-
-    def _either(self) -> str:
-        parts = [self._both()]
-        while self._take_word("or"):
-            parts.append(self._both())
-        return parts[0] if len(parts) == 1 else f"({' OR '.join(parts)})"
-
-    def _both(self) -> str:
-        parts = [self._one()]
-        while self._take_word("and"):
-            parts.append(self._one())
-        return parts[0] if len(parts) == 1 else f"({' AND '.join(parts)})"
-
-    def _one(self) -> str:
-        self._depth += 1
-        if self._depth > _MAX_DEPTH:
-            raise ConfigError("nested too deeply", where="where")
-        if self._take_word("not"):
-            sql = f"(NOT {self._one()})"
-        elif self._take_sign("("):
-            sql = self._either()
-            self._expect_sign(")")
-        else:
-            sql = self._test()
-        self._depth -= 1
-        return sql
-
-    def _test(self) -> str:
-        name = self._field()
-        type, column = self._fields[name], f"`{self._columns.get(name, name)}`"
-        if self._peek()[1] in _COMPARISONS and self._peek()[0] == "sign":
-            return self._compared(column, _COMPARISONS[self._take()[1]], type, name)
-        if self._take_word("is"):
-            negated = "NOT " if self._take_word("not") else ""
-            self._expect_word("null")
-            return f"({column} IS {negated}NULL)"
-        negated = "NOT " if self._take_word("not") else ""
-        if self._take_word("in"):
-            self._expect_sign("(")
-            values = [self._equal(type, name)]
-            while self._take_sign(","):
-                values.append(self._equal(type, name))
-            self._expect_sign(")")
-            return f"({column} {negated}IN ({', '.join(values)}))"
-        if self._take_word("like"):
-            if not (is_text(type) or type == JSON):
-                raise ConfigError(
-                    f"LIKE of {name}, a {describe(type)}", where="where", expected="a text"
-                )
-            return f"({column} {negated}LIKE {self._equal(pa.string(), name)})"
-        if self._take_word("between"):
-            return self._between(column, negated, type, name)
-        if pa.types.is_boolean(type) and not negated:
-            return f"({column} = TRUE)"
-        raise self._wrong("=, !=, <, <=, >, >=, IN, LIKE, BETWEEN or IS NULL")
-
-    def _compared(self, column: str, sign: str, type: pa.DataType, name: str) -> str:
-        if sign in ("=", "<>") or not is_ordered(type):
-            return f"({column} {sign} {self._equal(type, name)})"
-        return f"({column} {bounded(sign, self._number(type, name), type)})"
-
-    def _between(self, column: str, negated: str, type: pa.DataType, name: str) -> str:
-        if not is_ordered(type):
-            low = self._equal(type, name)
-            self._expect_word("and")
-            return f"({column} {negated}BETWEEN {low} AND {self._equal(type, name)})"
-        low_number = self._number(type, name)
-        self._expect_word("and")
-        low, high = (
-            bounded(sign, number, type)
-            for sign, number in ((">=", low_number), ("<=", self._number(type, name)))
-        )
-        if low.startswith(">= ") and high.startswith("<= "):
-            return f"({column} {negated}BETWEEN {low[3:]} AND {high[3:]})"
-        both = f"(({column} {low}) AND ({column} {high}))"
-        return f"(NOT {both})" if negated else both
-
-    def _field(self) -> str:
-        kind, text, _ = self._peek()
-        if kind not in ("word", "quoted") or (kind == "word" and text.lower() in _KEYWORDS):
-            raise self._wrong("a field")
-        self._take()
-        name = text[1:-1].replace(2 * text[0], text[0]) if kind == "quoted" else text
-        if name not in self._fields:
-            near = difflib.get_close_matches(name, self._fields, n=1) or sorted(self._fields)
-            raise ConfigError(
-                f"no field {name!r} in the database",
-                where="where",
-                expected=", ".join(near[:20]) + (", …" if len(near) > 20 else ""),
-                hint='Texts stand in single quotes, names with other signs in double: "my-field"',
-            )
-        return name
-
-    def _equal(self, type: pa.DataType, name: str) -> str:
-        """Read a value that a field is compared with for equality, or a text or truth."""
-        got, text, _ = self._peek()
-        if got == "text" and is_text(type):
-            return self._take()[1]
-        if got == "word" and pa.types.is_boolean(type) and text.lower() in ("true", "false"):
-            return self._take()[1].upper()
-        if not is_ordered(type):
-            raise self._unfit(type, name)
-        number, values = self._number(type, name), column_numbers(type)
-        if values is not None and not (number.denominator == 1 and number.numerator in values):
-            raise ConfigError(
-                f"{name}, a {describe(type)} ({type}), is never {self._tokens[self._next - 1][1]}",
-                where="where",
-                expected="a value that the field can have, or < or >",
-            )
-        return sql_number(number, type)
-
-    def _number(self, type: pa.DataType, name: str) -> Fraction:
-        """Read a number, or a time as so many days or parts of a second since its zero."""
-        got, text, _ = self._peek()
-        if got == "number" and is_number(type):
-            self._take()
-            if len(text) > 400:
-                raise ConfigError(f"a number of {len(text)} characters", where="where")
-            mantissa, _, exponent = text.lower().partition("e")
-            power = max(-5000, min(5000, int(exponent or 0)))
-            number = Fraction(mantissa) * Fraction(10) ** power
-            return number * 10**type.scale if pa.types.is_decimal(type) else number
-        if got == "word" and text.lower() in ("date", "timestamp", "time"):
-            self._take()
-            got, text, _ = self._peek()
-        if got == "text" and pa.types.is_temporal(type):
-            try:
-                found = parse_time(text[1:-1].strip(), type)
-            except ValueError:
-                raise self._unfit(type, name) from None
-            self._take()
-            return found
-        raise self._unfit(type, name)
-
-    def _unfit(self, type: pa.DataType, name: str) -> ConfigError:
-        kind = describe(type)
-        if kind == "timestamp" and type.tz is not None:
-            kind = "timestamp with a zone"
-        example = _EXAMPLES.get(kind)
-        if example is None:
-            return ConfigError(
-                f"{name}, a {kind}, cannot be compared",
-                where="where",
-                expected="LIKE or IS NULL" if type == JSON else "IS NULL",
-            )
-        return self._wrong(f"a {kind} for {name}, {example}")
-
-    def _peek(self) -> _Token:
-        return self._tokens[self._next]
-
-    def _take(self) -> _Token:
-        self._next += 1
-        return self._tokens[self._next - 1]
-
-    def _take_word(self, word: str) -> bool:
-        found = self._peek()[0] == "word" and self._peek()[1].lower() == word
-        self._next += found
-        return found
-
-    def _take_sign(self, sign: str) -> bool:
-        found = self._peek()[:2] == ("sign", sign)
-        self._next += found
-        return found
-
-    def _expect_word(self, word: str) -> None:
-        if not self._take_word(word):
-            raise self._wrong(word.upper())
-
-    def _expect_sign(self, sign: str) -> None:
-        if not self._take_sign(sign):
-            raise self._wrong(sign)
-
-    def _wrong(self, expected: str) -> ConfigError:
-        kind, text, column = self._peek()
-        found = "the end" if kind == "end" else repr(text)
-        return ConfigError(f"{found} at column {column}", where="where", expected=expected)
+def _error(problem: str, expected: str | None = None, hint: str | None = None) -> ConfigError:
+    return ConfigError(problem, where="where", expected=expected, hint=hint)
 
 
 def _tokens(expression: str) -> list[_Token]:
@@ -280,12 +83,272 @@ def _tokens(expression: str) -> list[_Token]:
     while position < end:
         match = _TOKEN.match(expression, position)
         if match is None:
-            raise ConfigError(
+            raise _error(
                 f"cannot be read from column {position + 1} on: {expression[position:][:20]!r}",
-                where="where",
-                expected="such as: year > 2000 AND lang = 'en'",
+                "such as: year > 2000 AND lang = 'en'",
             )
         kind = str(match.lastgroup)
         tokens.append((kind, match[kind], match.start(kind) + 1))
         position = match.end()
     return [*tokens, ("end", "", end + 1)]
+
+
+class _Parser:
+    def __init__(
+        self, tokens: list[_Token], fields: Mapping[str, pa.DataType], columns: Mapping[str, str]
+    ) -> None:
+        self._tokens, self._fields, self._columns = tokens, fields, columns
+        self._next = 0
+        self._depth = 0
+
+    def parse(self) -> str:
+        sql = self._either()
+        if self._peek()[0] != "end":
+            raise self._wrong("AND, OR or the end")
+        return sql
+
+    def _peek(self) -> _Token:
+        return self._tokens[self._next]
+
+    def _take(self) -> str:
+        self._next += 1
+        return self._tokens[self._next - 1][1]
+
+    def _took(self, *wanted: str) -> bool:
+        """Take a sign or a keyword, where it is the next."""
+        kind, text, _ = self._peek()
+        found = kind in ("word", "sign") and text.lower() in wanted
+        self._next += found
+        return found
+
+    def _expect(self, wanted: str) -> None:
+        if not self._took(wanted):
+            raise self._wrong(wanted.upper())
+
+    def _wrong(self, expected: str) -> ConfigError:
+        kind, text, column = self._peek()
+        return _error(f"{'the end' if kind == 'end' else repr(text)} at column {column}", expected)
+
+    def _either(self) -> str:
+        return self._joined("or", lambda: self._joined("and", self._one))
+
+    def _joined(self, word: str, part: Callable[[], str]) -> str:
+        parts = [part()]
+        while self._took(word):
+            parts.append(part())
+        return parts[0] if len(parts) == 1 else f"({f' {word.upper()} '.join(parts)})"
+
+    def _one(self) -> str:
+        self._depth += 1
+        if self._depth > _MAX_DEPTH:
+            raise _error("nested too deeply")
+        if self._took("not"):
+            sql = f"(NOT {self._one()})"
+        elif self._took("("):
+            sql = self._either()
+            self._expect(")")
+        else:
+            sql = self._test()
+        self._depth -= 1
+        return sql
+
+    def _test(self) -> str:
+        name = self._field()
+        type, column = self._fields[name], f"`{self._columns.get(name, name)}`"
+        kind, sign, _ = self._peek()
+        if kind == "sign" and sign in _COMPARISONS:
+            self._take()
+            return f"({column} {self._compared(_COMPARISONS[sign], type, name)})"
+        if self._took("is"):
+            negated = "NOT " if self._took("not") else ""
+            self._expect("null")
+            return f"({column} IS {negated}NULL)"
+        negated = "NOT " if self._took("not") else ""
+        if self._took("in"):
+            self._expect("(")
+            values = [self._compared("=", type, name)[2:]]
+            while self._took(","):
+                values.append(self._compared("=", type, name)[2:])
+            self._expect(")")
+            return f"({column} {negated}IN ({', '.join(values)}))"
+        if self._took("like"):
+            if not (is_text(type) or type == JSON):
+                raise _error(f"LIKE of {name}, a {describe(type)}", "a text")
+            return f"({column} {negated}LIKE {self._value(pa.string(), name)})"
+        if self._took("between"):
+            low = self._compared(">=", type, name)
+            self._expect("and")
+            high = self._compared("<=", type, name)
+            if low.startswith(">= ") and high.startswith("<= "):
+                return f"({column} {negated}BETWEEN {low[3:]} AND {high[3:]})"
+            both = f"(({column} {low}) AND ({column} {high}))"
+            return f"(NOT {both})" if negated else both
+        if pa.types.is_boolean(type) and not negated:
+            return f"({column} = TRUE)"
+        raise self._wrong("=, !=, <, <=, >, >=, IN, LIKE, BETWEEN or IS NULL")
+
+    def _field(self) -> str:
+        kind, text, _ = self._peek()
+        if kind not in ("word", "quoted") or (kind == "word" and text.lower() in _KEYWORDS):
+            raise self._wrong("a field")
+        self._take()
+        name = text[1:-1].replace(2 * text[0], text[0]) if kind == "quoted" else text
+        if name not in self._fields:
+            near = difflib.get_close_matches(name, self._fields, n=1) or sorted(self._fields)
+            raise _error(
+                f"no field {name!r} in the database",
+                ", ".join(near[:20]) + (", …" if len(near) > 20 else ""),
+                'Texts stand in single quotes, names with other signs in double: "my-field"',
+            )
+        return name
+
+    def _compared(self, sign: str, type: pa.DataType, name: str) -> str:
+        """Read the value that a field is compared with by a sign, and write both."""
+        value = self._value(type, name)
+        if isinstance(value, str):
+            return f"{sign} {value}"
+        if sign not in ("=", "<>"):
+            return _bounded(sign, value, type)
+        values = _numbers_of(type)
+        if values is not None and not (value.denominator == 1 and value.numerator in values):
+            raise _error(
+                f"{name}, a {describe(type)} ({type}), is never {self._tokens[self._next - 1][1]}",
+                "a value that the field can have, or < or >",
+            )
+        return f"{sign} {_literal(value, type)}"
+
+    def _value(self, type: pa.DataType, name: str) -> str | Fraction:
+        """Read a text or truth as SQL, or a number; a time is the number of its parts."""
+        kind, text, _ = self._peek()
+        if kind == "text" and is_text(type):
+            return self._take()
+        if kind == "word" and pa.types.is_boolean(type) and text.lower() in ("true", "false"):
+            return self._take().upper()
+        if kind == "number" and is_number(type):
+            self._take()
+            if len(text) > 400:
+                raise _error(f"a number of {len(text)} characters")
+            mantissa, _, exponent = text.lower().partition("e")
+            power = max(-5000, min(5000, int(exponent or 0)))
+            number = Fraction(mantissa) * Fraction(10) ** power
+            return number * 10**type.scale if pa.types.is_decimal(type) else number
+        if is_number(type) or describe(type) in _TIMES:
+            self._took(*_TIMES)
+            kind, text, _ = self._peek()
+        if kind == "text" and describe(type) in _TIMES:
+            try:
+                found = _parse_time(text[1:-1].strip(), type)
+            except (ValueError, OverflowError):
+                raise self._unfit(type, name) from None
+            self._take()
+            return found
+        raise self._unfit(type, name)
+
+    def _unfit(self, type: pa.DataType, name: str) -> ConfigError:
+        kind = describe(type)
+        if kind == "timestamp" and type.tz is not None:
+            kind = "timestamp with a zone"
+        if kind not in _EXAMPLES:
+            expected = "LIKE or IS NULL" if type == JSON else "IS NULL"
+            return _error(f"{name}, a {kind}, cannot be compared", expected)
+        return self._wrong(f"a {kind} for {name}, {_EXAMPLES[kind]}")
+
+
+# --- Literals of SQL, exact to the last digit -----------------------------------------------------
+
+_LEAST = -(2**63)  # of 64 bits, whose sign the engine does not read as part of a literal
+_UNITS = {
+    "s": ("Second", 1),
+    "ms": ("Millisecond", 10**3),
+    "us": ("Microsecond", 10**6),
+    "ns": ("Nanosecond", 10**9),
+}
+_EPOCH = datetime.datetime(1970, 1, 1)
+_FINER = re.compile(r"(\.\d{6})(\d{1,3})(?!\d)")  # nanoseconds, which datetime does not read
+
+
+def sql_type(type: pa.DataType) -> str:
+    """The name of a type of numbers or times in the engine's ``arrow_cast``."""
+    if pa.types.is_timestamp(type):
+        # The zone is a text of the file: no quote of it may end a text of the engine.
+        zone = "None" if type.tz is None else f'Some("{re.sub("[^A-Za-z0-9_+:/-]", "", type.tz)}")'
+        return f"Timestamp({_UNITS[type.unit][0]}, {zone})"
+    if pa.types.is_time(type):
+        return f"Time{type.bit_width}({_UNITS[type.unit][0]})"
+    if pa.types.is_decimal(type):
+        return f"Decimal{type.bit_width}({type.precision}, {type.scale})"
+    word = "Float" if pa.types.is_floating(type) else "Date" if pa.types.is_date(type) else "Int"
+    return f"{'U' if pa.types.is_unsigned_integer(type) else ''}{word}{type.bit_width}"
+
+
+def _literal(number: int | Fraction, type: pa.DataType) -> str:
+    """A literal: a number, or how many days or parts of a second have passed, of a type."""
+    if pa.types.is_floating(type):
+        try:
+            value = float(number)
+        except OverflowError:
+            value = math.inf if number > 0 else -math.inf
+        if math.isfinite(value) and type == pa.float64():
+            return repr(value)
+        return f"arrow_cast('{value!r}', '{sql_type(type)}')"
+    if pa.types.is_decimal(type):
+        digits = f"{abs(int(number)):0{type.scale + 1}d}"
+        point = len(digits) - type.scale
+        text = f"{'-' if number < 0 else ''}{digits[:point]}.{digits[point:]}"
+        return f"arrow_cast('{text}', '{sql_type(type)}')"
+    whole = f"arrow_cast('{number}', 'Int64')" if number == _LEAST else str(number)
+    return whole if pa.types.is_integer(type) else f"arrow_cast({whole}, '{sql_type(type)}')"
+
+
+def _numbers_of(type: pa.DataType) -> range | None:
+    """The numbers that a column may hold, as of ``_literal``; None of floats."""
+    if pa.types.is_floating(type):
+        return None
+    if pa.types.is_decimal(type):
+        return range(1 - 10**type.precision, 10**type.precision)
+    if pa.types.is_unsigned_integer(type):
+        return range(2**type.bit_width)
+    return range(-(2 ** (type.bit_width - 1)), 2 ** (type.bit_width - 1))
+
+
+def _bounded(sign: str, number: Fraction, type: pa.DataType) -> str:
+    """A comparison by ``< <= > >=`` with a number that may lie beside the values of the type."""
+    values = _numbers_of(type)
+    if values is None:
+        return f"{sign} {_literal(number, type)}"
+    below = sign.startswith("<")
+    whole = math.floor(number) if below else math.ceil(number)
+    if whole != number:
+        sign = f"{sign[0]}="
+    least, greatest = values[0], values[-1]
+    if whole < least:  # all values are above it
+        sign, whole = ("<" if below else ">="), least
+    elif whole > greatest:
+        sign, whole = ("<=" if below else ">"), greatest
+    return f"{sign} {_literal(whole, type)}"
+
+
+def _parse_time(text: str, type: pa.DataType) -> Fraction:
+    """Days or parts of a second; a ``ValueError`` where the type has a zone and the text none."""
+    below = Fraction(0)
+    if finer := _FINER.search(text):
+        below = Fraction(int(finer[2].ljust(3, "0")), 10**9)
+        text = text[: finer.end(1)] + text[finer.end() :]
+    zone = None
+    if pa.types.is_date(type):
+        day = datetime.date.fromisoformat(text)
+        moment = datetime.datetime.combine(day, datetime.time())
+    elif pa.types.is_time(type):
+        moment = datetime.datetime.combine(_EPOCH, datetime.time.fromisoformat(text))
+    else:
+        moment, zone = datetime.datetime.fromisoformat(text), type.tz
+        if moment.tzinfo is None and zone in ("UTC", "Z", "+00:00"):
+            moment = moment.replace(tzinfo=datetime.UTC)
+    if (moment.tzinfo is None) is not (zone is None):
+        raise ValueError(text)
+    if moment.tzinfo is not None:
+        moment = moment.astimezone(datetime.UTC).replace(tzinfo=None)
+    passed = Fraction((moment - _EPOCH) // datetime.timedelta(microseconds=1), 10**6) + below
+    if pa.types.is_date(type):
+        return passed / 86_400 if type == pa.date32() else passed * 1000
+    return passed * _UNITS[type.unit][1]

@@ -13,9 +13,8 @@ where the names fit without it. Whatever else a library raises becomes one line 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +30,13 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from nvembed.core.errors import ConfigError, ModelError, UserError
-from nvembed.interop.model_folder import read_modules
-from nvembed.interop.source import COPY_AGAIN, ModelSource, check_present
+from nvembed.interop.model_folder import (
+    COPY_AGAIN,
+    ModelSource,
+    check_present,
+    damaged,
+    read_modules,
+)
 from nvembed.interop.weights import (
     INDEX,
     LM_HEAD,
@@ -81,7 +85,7 @@ def loading(name: str, *, expected: str = "the folder or the hub id of a model")
     """
     if Path(name).is_dir():
         check_files(Path(name))
-    reports: list[_Report] = []
+    reports: list[tuple[PreTrainedModel, Any]] = []
     with _one_at_a_time:
         try:
             with _watched(name, reports):
@@ -91,7 +95,7 @@ def loading(name: str, *, expected: str = "the folder or the hub id of a model")
         except Exception as error:  # each library raises its own types, tokenizers a bare Exception
             # A report that is not good says more than what became of it.
             for report in reports:
-                report.check(name)
+                _misfit(*report).check(name)
             raise ModelError(
                 f"cannot be loaded ({reason(error)})",
                 where=name,
@@ -101,8 +105,8 @@ def loading(name: str, *, expected: str = "the folder or the hub id of a model")
                 else "A hub id needs the network, or an earlier download",
             ) from error
     for report in reports:
-        report.check(name)
-    for model in {id(report.model): report.model for report in reports}.values():
+        _misfit(*report).check(name)
+    for model in {id(model): model for model, _ in reports}.values():
         check_finite(model, where=name)
 
 
@@ -152,12 +156,8 @@ def check_vocabulary(model: Any, tokenizer: Any, *, where: str) -> None:
     )
     last = max([tokenizer.vocab_size - 1, *(token for token in special if token is not None)])
     if rows is not None and last >= rows:
-        raise ModelError(
-            f"the tokenizer gives token ids up to {last} and the model has {rows} embeddings",
-            where=where,
-            expected="the tokenizer that the model was trained with",
-            hint=COPY_AGAIN,
-        )
+        message = f"the tokenizer gives token ids up to {last} and the model has {rows} embeddings"
+        raise damaged(message, where, "the tokenizer that the model was trained with")
 
 
 def check_files(folder: Path) -> None:
@@ -194,48 +194,31 @@ def _check_depth(source: ModelSource) -> None:
     layers = (inner if isinstance(inner, dict) else config).get("num_hidden_layers")
     weights = [name for name in (INDEX, _WEIGHTS[0]) if source.find(name) is not None]
     if isinstance(layers, int) and weights and layers > (count := len(stored_tensors(source))):
-        raise ModelError(
-            f"num_hidden_layers is {layers}",
-            where=f"{source.name}/config.json",
-            expected=f"those of the weights, which are {count} tensors",
-            hint=COPY_AGAIN,
-        )
+        where = f"{source.name}/config.json"
+        expected = f"those of the weights, which are {count} tensors"
+        raise damaged(f"num_hidden_layers is {layers}", where, expected)
 
 
-@dataclass(frozen=True)
-class _Report:
-    """What transformers says about one checkpoint that it has loaded into a model."""
+def _misfit(model: PreTrainedModel, info: Any) -> Misfit:
+    """What transformers says about a checkpoint that it has loaded into a model."""
+    computed = {name for name, _ in model.named_buffers()} - set(model.state_dict())
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    # Of a model without a head nobody uses the pooler.
+    pooler = {_POOLER} if model.base_model is model else set()
+    spare = pooler | _heads(model) if info.unexpected_keys else set()
 
-    model: PreTrainedModel
-    info: Any
+    def kept(names: Iterable[str], known: Collection[str], parts: set[str]) -> list[str]:
+        return [name for name in names if name not in known and name.split(".")[0] not in parts]
 
-    @property
-    def misfit(self) -> Misfit:
-        model = self.model
-        computed = {name for name, _ in model.named_buffers()} - set(model.state_dict())
-        tied = getattr(model, "all_tied_weights_keys", None) or {}
-        unused = {_POOLER} if _is_base(model) else set()
-        spare = _heads(model) if self.info.unexpected_keys else set()
-        return Misfit(
-            [
-                name
-                for name in self.info.missing_keys
-                if name not in tied and name.split(".")[0] not in unused
-            ],
-            [
-                name
-                for name in self.info.unexpected_keys
-                if name not in computed and name.split(".")[0] not in spare
-            ],
-            {name: (stored, needed) for name, stored, needed in self.info.mismatched_keys},
-        )
-
-    def check(self, name: str) -> None:
-        self.misfit.check(name)
+    return Misfit(
+        kept(info.missing_keys, tied, pooler),
+        kept(info.unexpected_keys, computed, spare),
+        {name: (stored, needed) for name, stored, needed in info.mismatched_keys},
+    )
 
 
 @contextmanager
-def _watched(name: str, reports: list[_Report]) -> Iterator[None]:
+def _watched(name: str, reports: list[tuple[PreTrainedModel, Any]]) -> Iterator[None]:
     """Collect the reports of all models that this thread loads in the block.
 
     ``output_loading_info`` gives the same report to the caller of transformers alone, which here is
@@ -251,18 +234,18 @@ def _watched(name: str, reports: list[_Report]) -> Iterator[None]:
         result = original(model, state_dict, checkpoint_files, *given, **options)
         if threading.get_ident() != own_thread:
             return result
-        report = _Report(model, result[0])
-        if report.misfit.missing and state_dict is None:
+        if state_dict is None and _misfit(model, result[0]).missing:
             for stripped in _stripped(checkpoint_files):
                 again = original(model, stripped, checkpoint_files, *given, **options)
                 if len(again[0].missing_keys) < len(result[0].missing_keys):
-                    result, report = again, _Report(model, again[0])
+                    result = again
                     break
         # transformers would now make room for what is missing or of another shape: of a damaged
         # configuration any amount.
-        if report.info.mismatched_keys:
-            report.check(name)
-        reports.append(report)
+        if result[0].mismatched_keys:
+            _misfit(model, result[0]).check(name)
+        # transformers may still take names off this report, of an adapter's base.
+        reports.append((model, result[0]))
         return result
 
     cls: Any = PreTrainedModel
@@ -288,20 +271,15 @@ def _stripped(files: Sequence[str] | None) -> Iterator[dict[str, Any]]:
             yield {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
 
-def _is_base(model: PreTrainedModel) -> bool:
-    """A model without a head: of one with a head the pooler is used."""
-    return model.base_model is model
-
-
 def _heads(model: PreTrainedModel) -> set[str]:
     """Parts that models of this family have besides their base: heads, which may be left over."""
     found = {LM_HEAD}
-    classes = [mapping.get(type(model.config), None) for mapping in _HEADS]
-    for group in classes:
+    for mapping in _HEADS:
+        group = mapping.get(type(model.config), None)
         for cls in group if isinstance(group, tuple) else (group,):
             if cls is None or not model.base_model_prefix:
                 continue
             with torch.device("meta"):
                 parts = [name for name, _ in cls(model.config).named_children()]
             found.update(part for part in parts if part != model.base_model_prefix)
-    return found | ({_POOLER} if _is_base(model) else set())
+    return found

@@ -1,7 +1,9 @@
-"""What a folder or a hub id is, and what its settings say: the one place that decides it.
+"""What a model is and what its files say: the one place that decides it, before any model is built.
 
-A model is an exported ONNX graph, NVIDIA's layout, a saved embedding model (ours, or one of
-sentence-transformers) or a bare language model. Nothing here imports torch.
+A model lies in a folder, or in a repository on the hub. It is an exported ONNX graph, NVIDIA's
+layout, a saved embedding model (ours, or one of sentence-transformers) or a bare language model.
+Everything that can go wrong on the way to a file is a :class:`ModelError` of one line. Nothing here
+imports torch.
 """
 
 from __future__ import annotations
@@ -9,20 +11,219 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 from nvembed.core.arguments import check_settings, kind_of, shown_value
 from nvembed.core.errors import ConfigError, ModelError
-from nvembed.interop.source import COPY_AGAIN, ModelSource, read_json_file
+from nvembed.core.text_files import parse_json
 
 ONNX_FILE = "nvembed_onnx.json"
 """What ``nvembed export --format onnx`` writes beside a graph."""
 OFFICIAL_TYPE = "nvembed"
 """``model_type`` of NVIDIA's layout."""
+COPY_AGAIN = "Copy or download the folder again, completely"
 
-# By the last part of the class name: stock modules have moved between packages over the years.
-_MODULES = ("Transformer", "Pooling", "Normalize")
-_POOLINGS: dict[str, Literal["mean", "last"]] = {"mean": "mean", "lasttoken": "last"}
+_LFS = b"version https://git-lfs"
+
+# Models for which the hub could not be reached in this process: each further file would cost half
+# a minute of retries again.
+_gave_no_answer: set[str] = set()
+
+# --- Its files ------------------------------------------------------------------------------------
+
+
+class _UnreachableError(ModelError):
+    """A file is not in the cache, and the hub did not answer (or was not to be asked)."""
+
+
+def damaged(message: str, where: object, expected: str | None = None) -> ModelError:
+    """The error of a file that is not as it was saved."""
+    return ModelError(message, where=str(where), expected=expected, hint=COPY_AGAIN)
+
+
+def read_json_file(path: Path) -> Any:
+    """Content of a JSON file of a model."""
+    check_present(path)
+    content, where = path.read_bytes(), str(path)
+    return parse_json(
+        content, where, error=ModelError, expected=None, hint=COPY_AGAIN, is_file=True
+    )
+
+
+def check_present(path: Path) -> None:
+    """Refuse a file that cannot be read, is empty, or only points at the file itself."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(len(_LFS))
+    except OSError as error:
+        raise ModelError(f"cannot be read ({error.strerror})", where=str(path)) from error
+    if not start:
+        raise damaged("the file is empty", path)
+    if start == _LFS:
+        raise ModelError(
+            "a Git LFS pointer, not the file itself",
+            where=str(path),
+            hint="Run `git lfs pull` in the folder, or download the file",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """A model by folder or hub id.
+
+    Attributes:
+        name: the folder, or ``owner/name`` on the hub.
+        revision: commit, tag or branch on the hub.
+        token: of the hub, for gated models.
+        cache_folder: where downloads are kept.
+        local_files_only: never ask the hub.
+        inside: folder of one module inside the model; "" is the model's own.
+    """
+
+    name: str
+    revision: str | None = None
+    token: bool | str | None = None
+    cache_folder: str | None = None
+    local_files_only: bool = False
+    inside: str = ""
+
+    @classmethod
+    def of_module(cls, name: str, inside: str, options: Mapping[str, Any]) -> ModelSource:
+        """From what sentence-transformers gives the ``load`` of a module."""
+        names = ("revision", "token", "cache_folder", "local_files_only")
+        return cls(name, inside=inside, **{key: options[key] for key in names if key in options})
+
+    def options(self) -> dict[str, Any]:
+        """Where a hub's files are, as the modules of sentence-transformers take it."""
+        return {
+            "revision": self.revision,
+            "token": self.token,
+            "cache_folder": self.cache_folder,
+            "local_files_only": self.local_files_only,
+        }
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether it is a folder of this machine."""
+        return Path(self.name).is_dir()
+
+    @property
+    def place(self) -> str:
+        """The folder of the module, or the hub id."""
+        return str(Path(self.name) / self.inside) if self.is_folder else self.name
+
+    def check(self) -> None:
+        """Refuse a name that is a file or a path to nothing."""
+        try:
+            is_file, is_folder = Path(self.name).is_file(), self.is_folder
+        except OSError as error:  # a name that is too long, or a folder that may not be read
+            raise ModelError(
+                f"no such model folder ({error.strerror})",
+                where=self.name[:80],
+                hint="Check the path",
+            ) from error
+        if is_file or (self.name.count("/") > 1 and not is_folder):
+            raise ModelError("no such model folder", where=self.name, hint="Check the path")
+
+    def find(self, filename: str) -> Path | None:
+        """Path of a file, downloaded where needed; ``None`` where the model has no such file.
+
+        A ModelError where the hub refuses the repository or its revision.
+        """
+        if self.is_folder:
+            path = Path(self.name) / self.inside / filename
+            return path if path.is_file() else None
+        try:
+            return self._download(filename)
+        except _UnreachableError:
+            return None
+
+    def require(self, filename: str, *, hint: str | None = None) -> Path:
+        """Path of a file that must be there."""
+        path = self.find(filename) if self.is_folder else self._download(filename)
+        if path is None:
+            where = str(Path(self.name) / self.inside)
+            raise ModelError(f"{filename} is missing", where=where, hint=hint)
+        return path
+
+    def read_json(self, filename: str) -> dict[str, Any] | None:
+        """Content of a JSON object file; ``None`` where there is none."""
+        path = self.find(filename)
+        if path is None:
+            return None
+        value = read_json_file(path)
+        if not isinstance(value, dict):
+            raise damaged(f"holds {kind_of(value)}", path, "a JSON object")
+        return value
+
+    def pinned(self, file: Path) -> ModelSource:
+        """The same source at the commit that ``file`` was found in, for all further files."""
+        if self.is_folder or file.parent.parent.name != "snapshots":
+            return self
+        return replace(self, revision=file.parent.name)
+
+    def _download(self, filename: str) -> Path | None:
+        where = f"{self.name} (revision {self.revision})" if self.revision else self.name
+        try:
+            return Path(
+                hf_hub_download(
+                    self.name,
+                    f"{self.inside}/{filename}" if self.inside else filename,
+                    revision=self.revision,
+                    token=self.token,
+                    cache_dir=self.cache_folder,
+                    local_files_only=self.local_files_only or self.name in _gave_no_answer,
+                    library_name="nvembed",
+                )
+            )
+        except LocalEntryNotFoundError as error:
+            _gave_no_answer.add(self.name)
+            raise _UnreachableError(
+                f"{filename} is not in the local cache and the hub cannot be reached",
+                where=where,
+                expected="a network connection, an earlier download or a local folder",
+            ) from error
+        except EntryNotFoundError:
+            return None
+        except HFValidationError as error:
+            raise ModelError(
+                "neither a folder nor a hub id", where=self.name, hint="Check the path"
+            ) from error
+        except (HfHubHTTPError, OSError) as error:
+            raise _refused(error, where) from error
+
+
+def _refused(error: Exception, where: str) -> ModelError:
+    if isinstance(error, GatedRepoError):
+        return ModelError(
+            "the repository is gated and this machine has no access",
+            where=where,
+            expected="the token of an account that has accepted its licence",
+            hint="Accept the licence on the model's hub page, then `hf auth login` or set HF_TOKEN",
+        )
+    if isinstance(error, RepositoryNotFoundError):
+        return ModelError(
+            "no such folder here and no such repository on the hub (or a private one)",
+            where=where,
+            hint="Check the name; a private repository needs a token",
+        )
+    if isinstance(error, RevisionNotFoundError):
+        return ModelError("the repository has no such revision", where=where)
+    reason = str(error).strip().splitlines()
+    text = f"cannot be downloaded ({reason[0] if reason else type(error).__name__})"
+    return ModelError(text, where=where)
+
 
 # --- What it is -----------------------------------------------------------------------------------
 
@@ -89,8 +290,7 @@ def model_kind(source: ModelSource) -> Literal["official", "saved", "language_mo
 # --- What its settings say ------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class ModuleEntry:
+class ModuleEntry(NamedTuple):
     """One entry of ``modules.json``."""
 
     type: str  # dotted name of the class
@@ -111,16 +311,12 @@ def read_modules(source: ModelSource) -> list[ModuleEntry]:
     path = source.require("modules.json")
     entries = read_json_file(path)
     if not isinstance(entries, list) or not entries:
-        raise ModelError(
-            f"not a list of modules, but {kind_of(entries)}",
-            where=str(path),
-            expected='[{"type": "...", "path": "..."}]',
-            hint=COPY_AGAIN,
-        )
+        expected = '[{"type": "...", "path": "..."}]'
+        raise damaged(f"not a list of modules, but {kind_of(entries)}", path, expected)
     found = []
     for number, entry in enumerate(entries):
         given = entry if isinstance(entry, dict) else {}
-        values = {key: given.get(key) for key in ("type", "path")}
+        values = {key: given.get(key) for key in ModuleEntry._fields}
         where = f"{path}, entry {number}"
         found.append(ModuleEntry(**read_values(ModuleEntry, values, where=where)))
     return found
@@ -139,7 +335,7 @@ def read_values(of: Callable[..., Any], values: Mapping[str, Any], *, where: str
     try:
         check_settings(of, values, where=where)
     except ConfigError as error:
-        raise ModelError(error.message, where=where, hint=COPY_AGAIN) from error
+        raise damaged(error.message, where) from error
     return dict(values)
 
 
@@ -149,96 +345,5 @@ def read_limit(source: ModelSource, filename: str, key: str) -> int | None:
     # Where there is no limit, tokenizers say 1e30, some of them as a float.
     if limit is None or (isinstance(limit, int | float) and limit >= 1 and limit is not True):
         return None if limit is None else int(limit)
-    raise ModelError(
-        f"{key} is {shown_value(limit)}",
-        where=f"{source.name}/{filename}",
-        expected="a number of tokens",
-        hint=COPY_AGAIN,
-    )
-
-
-# --- Stock modules of sentence-transformers -------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class StockModel:
-    """A ready model of stock modules as something to start from.
-
-    Its ``Transformer`` becomes the backbone; its length limit, its pooling (where no other is asked
-    for) and its prompts are taken over. With ``mean`` pooling the vectors are those of the model
-    itself (``tests/unit/interop/test_stock.py``).
-    """
-
-    folder: str  # of the transformer inside the model; "" is the model's own
-    max_tokens: int | None
-    pooling_mode: str  # as sentence-transformers names it, such as mean or cls
-
-    def pooling(self, source: ModelSource) -> Literal["mean", "last"]:
-        """Its own pooling by our name; a ModelError where we have none of that kind."""
-        kind = _POOLINGS.get(self.pooling_mode)
-        if kind is None:
-            raise ModelError(
-                f"its pooling is {self.pooling_mode!r}",
-                where=source.name,
-                expected=" or ".join(_POOLINGS),
-                hint="Say which pooling to start with (pooling=..., or model.pooling of a recipe)",
-            )
-        return kind
-
-
-def read_stock(source: ModelSource) -> StockModel | None:
-    """Read ``modules.json`` and what it names; ``None`` where the modules are not all stock ones.
-
-    A ModelError where a stock module has no place in a model of ours: it would be lost silently.
-    """
-    entries = read_modules(source)
-    if not all(entry.type.startswith("sentence_transformers.") for entry in entries):
-        return None
-    names = [entry.type.rpartition(".")[2] for entry in entries]
-    if names not in (list(_MODULES), list(_MODULES[:2])):
-        raise ModelError(
-            f"its modules are {', '.join(names)}",
-            where=source.name,
-            expected=f"{', '.join(_MODULES)} to start from",
-            hint="Use it with SentenceTransformer, or start from the language model inside",
-        )
-    transformer, pooling = (replace(source, inside=entry.path) for entry in entries[:2])
-    pooling.require("config.json", hint=COPY_AGAIN)
-    return StockModel(entries[0].path, _limit(transformer), _pooling_mode(pooling))
-
-
-def _limit(source: ModelSource) -> int | None:
-    """Old folders say it themselves, of new ones the tokenizer and the position table do."""
-    places = (
-        ("sentence_bert_config.json", "max_seq_length"),
-        ("tokenizer_config.json", "model_max_length"),
-        ("config.json", "max_position_embeddings"),
-    )
-    own, *others = (read_limit(source, file, key) for file, key in places)
-    return own if own is not None else min((x for x in others if x is not None), default=None)
-
-
-def _pooling_mode(source: ModelSource) -> str:
-    """One string in new folders, one flag per mode in old ones."""
-    config = source.read_json("config.json") or {}
-    if "pooling_mode" in config:
-        mode = config["pooling_mode"]
-        modes = mode if isinstance(mode, list) else [mode]
-        if not all(isinstance(part, str) for part in modes):
-            raise ModelError(
-                f"pooling_mode is {shown_value(mode)}",
-                where=f"{source.name}/{source.inside}/config.json",
-                expected="a text such as mean",
-                hint=COPY_AGAIN,
-            )
-        return "+".join(modes)
-    flags = {
-        "cls_token": "cls",
-        "mean_tokens": "mean",
-        "lasttoken": "lasttoken",
-        "max_tokens": "max",
-        "mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
-        "weightedmean_tokens": "weightedmean",
-    }
-    found = [mode for flag, mode in flags.items() if config.get(f"pooling_mode_{flag}")]
-    return "+".join(found) or "mean"
+    where = f"{source.name}/{filename}"
+    raise damaged(f"{key} is {shown_value(limit)}", where, "a number of tokens")

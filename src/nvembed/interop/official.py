@@ -9,8 +9,7 @@ attention layer under ``latent_attention_model.``.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import MistralConfig
@@ -54,8 +53,7 @@ _AUTO_MAP = {
 SLIDING_WINDOW = 4096
 
 
-@dataclass(frozen=True, slots=True)
-class LatentShape:
+class LatentShape(NamedTuple):
     """Sizes of the latent attention layer; the defaults are those of the released code."""
 
     num_latents: int = 512
@@ -85,8 +83,17 @@ def read_config(config: Mapping[str, Any], *, where: str) -> tuple[MistralConfig
 
     A ModelError where a part is missing, or it asks for what the released models do not do.
     """
-    text = _part(config, "text_config", where)
-    latent = _part(config, "latent_attention_config", where)
+    text, latent = (config.get(key) for key in ("text_config", "latent_attention_config"))
+    for key, part in (("text_config", text), ("latent_attention_config", latent)):
+        if not isinstance(part, dict):
+            raise ModelError(
+                f"{key} is missing",
+                where=where,
+                expected="text_config and latent_attention_config, as in nvidia/NV-Embed-v2",
+                hint="Download the folder again, completely",
+            )
+    assert text is not None
+    assert latent is not None
     if text.get("model_type") not in _MISTRAL_TYPES:
         raise ModelError(
             f"unknown model_type {text.get('model_type')!r} in text_config",
@@ -113,25 +120,13 @@ def read_config(config: Mapping[str, Any], *, where: str) -> tuple[MistralConfig
                 where=where,
                 expected=f"the hidden size of text_config, {width}",
             )
-    defaults = LatentShape()
-    shape = LatentShape(
-        num_latents=latent.get("num_latents_value", defaults.num_latents),
-        num_heads=latent.get("num_cross_heads", defaults.num_heads),
-        head_width=latent.get("cross_dim_head", defaults.head_width),
-    )
-    return decoder, shape
-
-
-def _part(config: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:
-    value = config.get(key)
-    if not isinstance(value, dict):
-        raise ModelError(
-            f"{key} is missing",
-            where=where,
-            expected="text_config and latent_attention_config, as in nvidia/NV-Embed-v2",
-            hint="Download the folder again, completely",
-        )
-    return value
+    keys = {
+        "num_latents": "num_latents_value",
+        "num_heads": "num_cross_heads",
+        "head_width": "cross_dim_head",
+    }
+    sizes = {ours: latent[theirs] for ours, theirs in keys.items() if theirs in latent}
+    return decoder, LatentShape(**sizes)
 
 
 def write_config(

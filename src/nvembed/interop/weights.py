@@ -7,7 +7,6 @@ as memory of the process for as long as it lives, and here it lives for one tens
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +18,13 @@ from torch import Tensor, nn
 
 from nvembed.core.errors import ModelError
 from nvembed.core.files import write_json
-from nvembed.interop.source import COPY_AGAIN, ModelSource, check_present, read_json_file
+from nvembed.interop.model_folder import (
+    COPY_AGAIN,
+    ModelSource,
+    check_present,
+    damaged,
+    read_json_file,
+)
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -38,26 +43,36 @@ class StoredTensor(NamedTuple):
 
 
 def stored_tensors(source: ModelSource) -> dict[str, StoredTensor]:
-    """Find every tensor of a model; headers are read, weights are not.
-
-    A ModelError where a shard is missing or broken, or lacks a tensor that the index names.
-    """
+    """Find every tensor of a model; headers are read, weights are not."""
     index_path = source.find(INDEX)
     if index_path is None:
         return read_header(source.require(SINGLE, hint="Official weights are safetensors"))
-    weight_map = _weight_map(index_path)
+    index = read_json_file(index_path)
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        expected = '{"weight_map": {tensor: file}}'
+        raise damaged("not an index of shards", index_path, expected)
     stored: dict[str, StoredTensor] = {}
-    for shard in sorted(set(weight_map.values())):
-        path = source.require(shard, hint=f"{INDEX} names it. {COPY_AGAIN}")
-        stored |= read_header(path)
-    absent = sorted(set(weight_map) - set(stored))
-    if absent:
-        raise ModelError(
-            f"{absent[0]} is not in {weight_map[absent[0]]} ({len(absent)} such tensors)",
-            where=str(index_path),
-            hint=COPY_AGAIN,
-        )
+    for shard in sorted(set(map(str, weight_map.values()))):
+        stored |= read_header(source.require(shard, hint=f"{INDEX} names it. {COPY_AGAIN}"))
+    if absent := sorted(set(weight_map) - set(stored)):
+        name, count = absent[0], len(absent)
+        message = f"{name} is not in {weight_map[name]} ({count} such tensors)"
+        raise damaged(message, index_path)
     return stored
+
+
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """Names and shapes of the tensors of one file."""
+    check_present(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {
+                name: StoredTensor(path, tuple(file.get_slice(name).get_shape()))
+                for name in file.keys()  # noqa: SIM118  # not a mapping
+            }
+    except (SafetensorError, OSError) as error:
+        raise _broken(path, error) from error
 
 
 def read_tensor(
@@ -73,6 +88,11 @@ def read_tensor(
     return tensor
 
 
+def _broken(path: Path, error: Exception) -> ModelError:
+    message = f"cannot be read ({' '.join(str(error).split())[:200]})"
+    return damaged(message, path, "a complete safetensors file")
+
+
 def write_shards(
     folder: Path,
     names: Iterable[str],
@@ -83,12 +103,9 @@ def write_shards(
 ) -> list[Path]:
     """Write tensors as one file, or as shards with an index where one would be too large.
 
-    Args:
-        folder: where to.
-        names: of the tensors, in the order they are laid out.
-        sizes: bytes of each as it will be written.
-        tensor: gives a tensor by name; asked shard by shard, so that only one shard is in memory.
-        max_bytes: of a shard; a tensor that is larger gets its own.
+    They are laid out in the order of ``names``. ``sizes`` are bytes as written, and ``tensor`` is
+    asked shard by shard, so that only one shard is in memory. A tensor that is larger than a shard
+    may be gets its own.
     """
     shards: list[list[str]] = []
     room = 0
@@ -115,55 +132,18 @@ def write_shards(
     return paths
 
 
-def _weight_map(index_path: Path) -> dict[str, str]:
-    index = read_json_file(index_path)
-    weight_map = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ModelError(
-            "not an index of shards",
-            where=str(index_path),
-            expected='{"weight_map": {tensor: file}}',
-            hint=COPY_AGAIN,
-        )
-    return {str(name): str(shard) for name, shard in weight_map.items()}
-
-
-def read_header(path: Path) -> dict[str, StoredTensor]:
-    """Names and shapes of the tensors of one file."""
-    check_present(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {
-                name: StoredTensor(path, tuple(file.get_slice(name).get_shape()))
-                for name in file.keys()  # noqa: SIM118  # not a mapping
-            }
-    except (SafetensorError, OSError) as error:
-        raise _broken(path, error) from error
-
-
-def _broken(path: Path, error: Exception) -> ModelError:
-    return ModelError(
-        f"cannot be read ({' '.join(str(error).split())[:200]})",
-        where=str(path),
-        expected="a complete safetensors file",
-        hint=COPY_AGAIN,
-    )
-
-
 # --- In a model -----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Misfit:
+class Misfit(NamedTuple):
     """How stored tensors differ from what a model needs."""
 
     missing: Sequence[str]
     unexpected: Sequence[str]
     shapes: Mapping[str, tuple[Sequence[int], Sequence[int]]]  # stored and needed
 
-    @property
-    def found(self) -> list[str]:
-        """The first few tensors of each kind and their number, in words."""
+    def check(self, where: str) -> None:
+        """Refuse weights that do not fit; the first few tensors of each kind are named."""
         shapes = [
             f"{key} ({list(stored)} instead of {list(needed)})"
             for key, (stored, needed) in sorted(self.shapes.items())
@@ -173,30 +153,19 @@ class Misfit:
             ("unexpected", sorted(self.unexpected)),
             ("of another shape", shapes),
         )
-        return [f"{_counted(names)} {kind}: {_first(names)}" for kind, names in kinds if names]
-
-    def check(self, where: str) -> None:
-        """Refuse weights that do not fit."""
-        if self.found:
+        if any(self):
+            found = "; ".join(f"{_first(names, kind)}" for kind, names in kinds if names)
             raise ModelError(
-                f"the weights do not fit: {'; '.join(self.found)}",
+                f"the weights do not fit: {found}",
                 where=where,
                 expected="the tensors that the configuration asks for, no more and no less",
                 hint=f"{COPY_AGAIN}, or check that weights and configuration belong together",
             )
 
 
-def misfit(needed: Mapping[str, Sequence[int]], stored: Mapping[str, Sequence[int]]) -> Misfit:
-    """Compare shapes by name."""
-    return Misfit(
-        [name for name in needed if name not in stored],
-        [name for name in stored if name not in needed],
-        {
-            name: (stored[name], shape)
-            for name, shape in needed.items()
-            if name in stored and tuple(stored[name]) != tuple(shape)
-        },
-    )
+def _first(names: Sequence[str], kind: str) -> str:
+    counted = "1 tensor is" if len(names) == 1 else f"{len(names)} tensors are"
+    return f"{counted} {kind}: {', '.join(names[:3])}{', …' if len(names) > 3 else ''}"
 
 
 def fit(
@@ -204,27 +173,55 @@ def fit(
 ) -> dict[str, str]:
     """Find the stored tensor of every one that is needed: name needed → name stored.
 
-    A prefix that all stored names share is taken off where they fit without it. A ModelError names
-    what is missing, unexpected or of another shape.
+    A prefix that all stored names share is taken off where they fit without it.
     """
-    shapes = {name: tensor.shape for name, tensor in stored.items()}
-    for prefix in ("", *shared_prefixes(shapes)):
-        stripped = {name.removeprefix(prefix): shape for name, shape in shapes.items()}
-        if not misfit(needed, stripped).found:
+
+    def misfit(prefix: str) -> Misfit:
+        shapes = {name.removeprefix(prefix): tensor.shape for name, tensor in stored.items()}
+        return Misfit(
+            [name for name in needed if name not in shapes],
+            [name for name in shapes if name not in needed],
+            {
+                name: (shapes[name], shape)
+                for name, shape in needed.items()
+                if name in shapes and tuple(shapes[name]) != tuple(shape)
+            },
+        )
+
+    for prefix in ("", *shared_prefixes(stored)):
+        if not any(misfit(prefix)):
             return {name: f"{prefix}{name}" for name in needed}
-    misfit(needed, shapes).check(where)
+    misfit("").check(where)
     raise AssertionError("a misfit is an error")
 
 
-def fill(module: nn.Module, stored: Mapping[str, StoredTensor], *, where: str) -> None:
-    """Give a module that was built without memory its weights, in the dtype it was built in."""
+def fill(
+    module: nn.Module,
+    stored: Mapping[str, StoredTensor],
+    *,
+    where: str,
+    stored_name: Callable[[str], str] = str,
+    place: Callable[[str], torch.device] = lambda name: torch.device("cpu"),
+    dtype: Callable[[Tensor], torch.dtype | None] = lambda value: value.dtype,
+) -> None:
+    """Give a module that was built without memory its weights, which are checked.
+
+    Args:
+        module: whose tensors have names, shapes and types, and no values.
+        stored: as ``stored_tensors`` finds them.
+        where: the model, for errors.
+        stored_name: of a tensor of the module.
+        place: device of a tensor by its name in the module.
+        dtype: of a tensor by what the module has; ``None`` keeps the stored one.
+    """
     empty = module.state_dict()
-    names = fit({name: value.shape for name, value in empty.items()}, stored, where=where)
+    shapes = {stored_name(name): tuple(value.shape) for name, value in empty.items()}
+    names = fit(shapes, stored, where=where)
     tensors = {}
     for name, value in empty.items():
-        tensor = read_tensor(names[name], stored[names[name]], torch.device("cpu"), value.dtype)
-        check_finite_tensor(tensor, names[name], where=where)
-        tensors[name] = tensor
+        key = names[stored_name(name)]
+        tensors[name] = read_tensor(key, stored[key], place(name), dtype(value))
+        check_finite_tensor(tensors[name], key, where=where)
     module.load_state_dict(tensors, assign=True)
 
 
@@ -249,8 +246,7 @@ def check_finite_tensor(tensor: Tensor, name: str, *, where: str) -> None:
     parts = values.reshape(-1).split(_CHECKED_AT_ONCE)
     if all(bool(torch.isfinite(part.sum(dtype=torch.float32))) for part in parts):
         return
-    bad = int((~torch.isfinite(values)).sum())
-    if bad:
+    if bad := int((~torch.isfinite(values)).sum()):
         raise ModelError(
             f"tensor {name} is not finite: {bad} of {values.numel()} values are NaN or infinite",
             where=where,
@@ -269,11 +265,3 @@ def shared_prefixes(names: Collection[str]) -> list[str]:
     while length < shortest and all(part[length] == parts[0][length] for part in parts):
         length += 1
     return [".".join(parts[0][:end]) + "." for end in range(1, length + 1)]
-
-
-def _counted(names: Sequence[str]) -> str:
-    return f"{len(names)} tensor is" if len(names) == 1 else f"{len(names)} tensors are"
-
-
-def _first(names: Sequence[str], shown: int = 3) -> str:
-    return ", ".join(names[:shown]) + (", …" if len(names) > shown else "")

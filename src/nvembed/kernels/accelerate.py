@@ -12,6 +12,8 @@ original: ``restore`` the model first.
 
 from __future__ import annotations
 
+import ctypes
+import os
 from collections import Counter
 from collections.abc import Callable
 from functools import cache, partial
@@ -20,7 +22,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nvembed.kernels.fused_lora import fused_lora, has_plain_base
 from nvembed.kernels.layers import (
     decoder_layer,
     fits_decoder_layer,
@@ -28,7 +29,7 @@ from nvembed.kernels.layers import (
     is_silu,
     rms_norm,
 )
-from nvembed.kernels.matmul import linear
+from nvembed.kernels.linear import fused_lora, has_plain_base, linear
 
 
 class Kind(NamedTuple):
@@ -88,8 +89,6 @@ def _is_ours(module: nn.Module) -> bool:
 def compile_elementwise(backbone: nn.Module) -> int:
     """Compile the norms and gated MLPs of a backbone, in place; return how many.
 
-    As in ``accelerate``, a forward that is another library's hook is left alone.
-
     One compiled loop reads and writes a tensor once. Products and attention stay as they are: their
     libraries do better than generated code, and attention over packs of ever other lengths would be
     compiled again and again. Compiled once per process, for all lengths, which needs a C++ compiler
@@ -132,3 +131,26 @@ def _compiled(function: Any) -> Any:
 
 
 _FORWARDS = {kind.forward for kind in KINDS.values()} | {compiled_norm, compiled_mlp}
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+_KEPT = 256 << 20
+_LARGEST_REUSED = 32 << 20  # the most that glibc allows
+
+
+@cache
+def keep_freed_memory() -> None:
+    """Let up to 256 MB of freed memory stay with this process, for buffers of up to 32 MB.
+
+    Each forward on a CPU frees what the next one needs again. By default glibc returns such buffers
+    to the system and gets them as fresh pages, which have to be cleared: a third of the time of
+    encoding in float32 (docs/results.md). Where ``MALLOC_TRIM_THRESHOLD_`` or ``GLIBC_TUNABLES`` is
+    set, and with other C libraries, nothing changes.
+    """
+    if "MALLOC_TRIM_THRESHOLD_" in os.environ or "GLIBC_TUNABLES" in os.environ:
+        return
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, TypeError, AttributeError):  # no glibc
+        return
+    mallopt(_MMAP_THRESHOLD, _LARGEST_REUSED)
+    mallopt(_TRIM_THRESHOLD, _KEPT)

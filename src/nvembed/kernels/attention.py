@@ -26,11 +26,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from nvembed.core.errors import ModelError
-from nvembed.kernels.build import library
-from nvembed.kernels.cpu import this_cpu
+from nvembed.kernels.build import library, this_cpu
 
 # Head widths must be a multiple of these.
-FLOAT32_WIDTH_UNIT, BFLOAT16_WIDTH_UNIT = 16, 32
+_FLOAT32_UNIT, _BFLOAT16_UNIT = 16, 32
 
 # Of the checks when a kernel is loaded, relative to the largest number.
 FLOAT32_TOLERANCE, BFLOAT16_TOLERANCE = 1e-4, 0.02
@@ -51,7 +50,7 @@ def bfloat16_available() -> bool:
 def supports_float32(query_HTE: Tensor, key_KTE: Tensor, value_KTE: Tensor) -> bool:
     """Whether the float32 kernel computes these: bidirectional, no dropout, no soft cap."""
     return (
-        _fit(torch.float32, FLOAT32_WIDTH_UNIT, query_HTE, key_KTE, value_KTE)
+        _fit(torch.float32, _FLOAT32_UNIT, query_HTE, key_KTE, value_KTE)
         and not torch.is_autocast_enabled("cpu")
         and float32_available()
     )
@@ -61,7 +60,7 @@ def supports_bfloat16(query_HTE: Tensor, key_KTE: Tensor, value_KTE: Tensor) -> 
     """Whether the bfloat16 kernel computes these: no gradient, no dropout, no soft cap."""
     tensors = (query_HTE, key_KTE, value_KTE)
     return (
-        _fit(torch.bfloat16, BFLOAT16_WIDTH_UNIT, *tensors)
+        _fit(torch.bfloat16, _BFLOAT16_UNIT, *tensors)
         and not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
         and bfloat16_available()
     )
@@ -91,20 +90,14 @@ def float32_attention(
 ) -> Tensor:
     """Attention within each segment, ``(T, H, E)``, differentiable in all three tensors.
 
-    Args:
-        query_HTE: queries. Of all three only the last dimension must lie without gaps; they are
-            copied where it does not.
-        key_KTE: keys.
-        value_KTE: values.
-        starts: ``(N + 1,)``, the first token of each segment, then T.
-        scaling: of the scores; ``None`` is one over the root of E.
-
-    Raises:
-        ModelError: the scaling is not above 0.
+    Of these only the last dimension must lie without gaps; they are copied where it does not.
+    ``starts`` ``(N + 1,)`` are the first tokens of the segments, then T.
     """
-    starts = _checked_starts(starts, query_HTE)
     scale = checked_scaling(scaling, query_HTE.shape[-1])
-    out_THE: Tensor = _Attention.apply(query_HTE, key_KTE, value_KTE, starts, scale)
+    starts = _checked_starts(starts, query_HTE)
+    out_THE: Tensor = _Attention.apply(
+        _float32_kernel(), starts, scale, query_HTE, key_KTE, value_KTE
+    )
     return out_THE
 
 
@@ -118,27 +111,13 @@ def bfloat16_attention(
     scaling: float | None = None,
 ) -> Tensor:
     """Attention within each segment without gradient; see ``float32_attention``."""
-    starts = _checked_starts(starts, query_HTE)
     scale = checked_scaling(scaling, query_HTE.shape[-1])
+    starts = _checked_starts(starts, query_HTE)
     return _bfloat16(_bfloat16_kernel(), (query_HTE, key_KTE, value_KTE), starts, scale, causal)
 
 
-def _bfloat16(
-    kernel: Any, inputs: Sequence[Tensor], starts: Tensor, scale: float, causal: bool
-) -> Tensor:
-    num_heads, num_tokens, width = inputs[0].shape
-    out_THE = torch.empty(num_tokens, num_heads, width, dtype=torch.bfloat16)
-    function = kernel.nvembed_bfloat16_attention
-    _call(function, [_dense_rows(x_HTE) for x_HTE in inputs], starts, scale, [out_THE], causal)
-    return out_THE
-
-
 def checked_scaling(scaling: float | None, width: int) -> float:
-    """Return what scores are multiplied by; ``None`` is one over the root of the head width.
-
-    Raises:
-        ModelError: it is not above 0, or no number.
-    """
+    """Return what scores are multiplied by; ``None`` is one over the root of the head width."""
     if scaling is None:
         return float(width**-0.5)
     if not 0 < scaling < math.inf:
@@ -158,50 +137,41 @@ def _checked_starts(starts: Tensor, query_HTE: Tensor) -> Tensor:
     return starts
 
 
-def _dense_rows(x_HTE: Tensor) -> Tensor:
-    return x_HTE if x_HTE.stride(-1) == 1 else x_HTE.contiguous()
-
-
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, starts: Tensor, scale: float
-    ) -> Tensor:
-        inputs = [_dense_rows(x_HTE) for x_HTE in (query, key, value)]
-        out_THE, log_sum_HT = _float32_forward(_float32_kernel(), inputs, starts, scale)
+    def forward(ctx: Any, kernel: Any, starts: Tensor, scale: float, *qkv: Tensor) -> Tensor:
+        inputs = [_dense_rows(x_HTE) for x_HTE in qkv]
+        num_heads, num_tokens, width = inputs[0].shape
+        out_THE = inputs[0].new_empty(num_tokens, num_heads, width)
+        log_sum_HT = inputs[0].new_empty(num_heads, num_tokens)  # of softmax
+        _call(kernel.nvembed_attention_forward, inputs, starts, scale, [out_THE, log_sum_HT])
         ctx.save_for_backward(*inputs, out_THE, log_sum_HT)
-        ctx.starts, ctx.scale = starts, scale
+        ctx.kernel, ctx.starts, ctx.scale = kernel, starts, scale
         return out_THE
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        *inputs, out_THE, log_sum_HT = ctx.saved_tensors
-        inputs.append(_dense_rows(gradients[0].transpose(0, 1)))
-        found = _float32_backward(
-            _float32_kernel(), inputs, ctx.starts, ctx.scale, [out_THE, log_sum_HT]
-        )
-        return (*(x_THE.transpose(0, 1) for x_THE in found), None, None)
+        *qkv, out_THE, log_sum_HT = ctx.saved_tensors
+        found = [x_HTE.new_empty(x_HTE.transpose(0, 1).shape) for x_HTE in qkv]
+        inputs = [*qkv, _dense_rows(gradients[0].transpose(0, 1))]
+        results = [out_THE, log_sum_HT, *found]
+        _call(ctx.kernel.nvembed_attention_backward, inputs, ctx.starts, ctx.scale, results)
+        return (None, None, None, *(x_THE.transpose(0, 1) for x_THE in found))
 
 
-def _float32_forward(
-    kernel: Any, inputs: Sequence[Tensor], starts: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Outputs ``(T, H, E)`` and logarithms of the sums of softmax ``(H, T)``."""
+def _bfloat16(
+    kernel: Any, inputs: Sequence[Tensor], starts: Tensor, scale: float, causal: bool
+) -> Tensor:
     num_heads, num_tokens, width = inputs[0].shape
-    out_THE = inputs[0].new_empty(num_tokens, num_heads, width)
-    log_sum_HT = inputs[0].new_empty(num_heads, num_tokens)
-    _call(kernel.nvembed_attention_forward, inputs, starts, scale, [out_THE, log_sum_HT])
-    return out_THE, log_sum_HT
+    out_THE = torch.empty(num_tokens, num_heads, width, dtype=torch.bfloat16)
+    dense = [_dense_rows(x_HTE) for x_HTE in inputs]
+    _call(kernel.nvembed_bfloat16_attention, dense, starts, scale, [out_THE], causal)
+    return out_THE
 
 
-def _float32_backward(
-    kernel: Any, inputs: Sequence[Tensor], starts: Tensor, scale: float, results: list[Tensor]
-) -> list[Tensor]:
-    """Gradients ``(T, H, E)`` and twice ``(T, K, E)``; the last input is that of the output."""
-    found = [x.new_empty(x.shape[1], x.shape[0], x.shape[2]) for x in inputs[:3]]
-    _call(kernel.nvembed_attention_backward, inputs, starts, scale, [*results, *found])
-    return found
+def _dense_rows(x_HTE: Tensor) -> Tensor:
+    return x_HTE if x_HTE.stride(-1) == 1 else x_HTE.contiguous()
 
 
 def _call(
@@ -247,6 +217,7 @@ def _bfloat16_kernel() -> Any | None:
     return _if_right(found, _bfloat16_error(found), BFLOAT16_TOLERANCE)
 
 
+# Both are tried on a small example when they are loaded: compilers have errors too.
 def _if_right(kernel: Any, error: float, tolerance: float) -> Any | None:
     if error < tolerance:
         return kernel
@@ -254,30 +225,38 @@ def _if_right(kernel: Any, error: float, tolerance: float) -> Any | None:
     return None
 
 
-# Both are tried on a small example when they are loaded: compilers have errors too.
-def _bfloat16_error(kernel: Any) -> float:
+def _example(dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
+    """Leaves ``(H, 37, 32)``, the same in float64, attention of these, and starts."""
     random = torch.Generator().manual_seed(0)
-    query, key, value = (torch.randn(h, 37, 32, generator=random).bfloat16() for h in (2, 1, 1))
-    wanted_HTE = (query.double() @ key.double().transpose(1, 2)).softmax(-1) @ value.double()
-    starts = torch.tensor([0, 37], dtype=torch.int32)
-    found_THE = _bfloat16(kernel, (query, key, value), starts, 1.0, False)
-    return float((found_THE.transpose(0, 1) - wanted_HTE).abs().max() / wanted_HTE.abs().max())
+    leaves = [torch.randn(heads, 37, 32, generator=random).to(dtype) for heads in (2, 1, 1)]
+    exact = [x_HTE.double() for x_HTE in leaves]
+    query, key, value = (x_HTE.requires_grad_() for x_HTE in exact)
+    wanted_HTE = (query @ key.transpose(1, 2)).softmax(-1) @ value
+    return leaves, exact, wanted_HTE, torch.tensor([0, 37], dtype=torch.int32)
 
 
-def _float32_error(kernel: Any) -> float:
-    random = torch.Generator().manual_seed(0)
-    query, key, value, d_out = (
-        torch.randn(heads, 37, 32, generator=random) for heads in (2, 1, 1, 2)
-    )
-    with torch.inference_mode(False), torch.enable_grad():
-        leaves = [x_HTE.double().clone().requires_grad_() for x_HTE in (query, key, value)]
-        weights = (leaves[0] @ leaves[1].transpose(1, 2)).softmax(-1)
-        wanted = weights @ leaves[2]
-        gradients = torch.autograd.grad(wanted, leaves, d_out.double())
-    starts = torch.tensor([0, 37], dtype=torch.int32)
-    out, log_sum = _float32_forward(kernel, (query, key, value), starts, 1.0)
-    found = _float32_backward(kernel, (query, key, value, d_out), starts, 1.0, [out, log_sum])
+def _error(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
+    pairs = zip(found, wanted, strict=True)
     return max(
-        float((left.transpose(0, 1) - right).abs().max() / right.abs().max())
-        for left, right in zip((out, *found), (wanted.detach(), *gradients), strict=True)
+        float((left - right).detach().abs().max() / right.detach().abs().max())
+        for left, right in pairs
     )
+
+
+@torch.inference_mode(False)
+@torch.enable_grad()
+def _bfloat16_error(kernel: Any) -> float:
+    inputs, _, wanted_HTE, starts = _example(torch.bfloat16)
+    found_THE = _bfloat16(kernel, inputs, starts, 1.0, False)
+    return _error([found_THE.transpose(0, 1)], [wanted_HTE])
+
+
+@torch.inference_mode(False)
+@torch.enable_grad()
+def _float32_error(kernel: Any) -> float:
+    leaves, exact, wanted_HTE, starts = _example(torch.float32)
+    found_THE = _Attention.apply(kernel, starts, 1.0, *(x.requires_grad_() for x in leaves))
+    d_out = torch.randn(wanted_HTE.shape, generator=torch.Generator().manual_seed(1))
+    gradients = torch.autograd.grad(found_THE.transpose(0, 1), leaves, d_out)
+    wanted = torch.autograd.grad(wanted_HTE, exact, d_out.double())
+    return _error([found_THE.transpose(0, 1), *gradients], [wanted_HTE, *wanted])

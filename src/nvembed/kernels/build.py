@@ -1,7 +1,12 @@
-"""The C++ of ``kernels/native/``, compiled on first use and kept in the cache folder.
+"""This machine's CPU, and the C++ of ``kernels/native/`` that is compiled for it on first use.
 
     <cache>/native/varlen_attention-<key>.so
     <cache>/native/varlen_attention-<key>.so.sha256
+
+Which library multiplies and which kernel attends changes the last bits of vectors, so it follows
+from the features of the CPU and never from a clock: the choice is the same in every process and at
+every start, also beside other jobs. The one choice that features do not tell, that of bfloat16, is
+measured (``kernels/precision.py``).
 
 The key is a hash of the sources, the options, the compiler's name and version and the instructions
 of this CPU, so that a folder shared by several machines holds one library for each kind. A library
@@ -17,6 +22,7 @@ import ctypes
 import hashlib
 import logging
 import os
+import platform
 import shutil
 import subprocess
 import tempfile
@@ -24,11 +30,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
-from nvembed.core.cache import is_own_file, open_private, private_folders
+from nvembed.core.cache import open_private, private_folders, read_private
 from nvembed.core.errors import UserError
 from nvembed.core.files import atomic_path, write_text
-from nvembed.kernels.cpu import this_cpu
 
 COMPILERS = ("g++", "c++", "clang++")
 """Tried in this order, after ``$CXX``."""
@@ -38,7 +44,64 @@ OPTIONS = ("-std=c++17", "-O3", "-fPIC", "-fno-math-errno", "-ffp-contract=fast"
 _THIS_CPU = ("-march=native", "-mcpu=native")  # the latter of compilers for ARM
 _SOURCES = Path(__file__).parent / "native"
 _SECONDS = 120
+_BFLOAT16 = {"avx512_bf16", "amx_bf16", "bf16", "svebf16"}
 _log = logging.getLogger(__name__)
+
+# --- The CPU --------------------------------------------------------------------------------------
+
+
+class CPU(NamedTuple):
+    """What is known of a CPU.
+
+    Attributes:
+        model: its name.
+        cores: as many as the system sees.
+        described: all lines that tell CPUs with different instructions apart.
+        onednn_multiplies_float32_faster: than MKL, torch's choice, or at least as fast. On CPUs of
+            another maker MKL leaves out instructions, by version and model: on AMD oneDNN was 1.1
+            to 2.2 times as fast (docs/log.md). Intel's own and ARM CPUs stay with torch's.
+        has_wide_registers: AVX-512; with narrower ones our kernels gain nothing over torch's.
+        may_multiply_bfloat16: it may have instructions for it; else it is emulated, slowly.
+    """
+
+    model: str
+    cores: int
+    described: str
+    onednn_multiplies_float32_faster: bool
+    has_wide_registers: bool
+    may_multiply_bfloat16: bool
+
+
+@cache
+def this_cpu() -> CPU:
+    """Describe the CPU of this machine."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    return read_cpu(lines)
+
+
+def read_cpu(lines: list[str]) -> CPU:
+    """Read the lines of ``/proc/cpuinfo``; there are none on systems without one."""
+    first: dict[str, str] = {}
+    for line in lines:
+        name, _, value = line.partition(":")
+        first.setdefault(name.strip(), value.strip())
+    features = set(f"{first.get('flags', '')} {first.get('Features', '')}".split())
+    described = {platform.machine(), platform.processor()}
+    kinds = ("model name", "flags", "Features", "CPU part")
+    return CPU(
+        model=first.get("model name") or platform.processor() or platform.machine(),
+        cores=os.cpu_count() or 1,
+        described="\n".join(sorted(described | {line for line in lines if line.startswith(kinds)})),
+        onednn_multiplies_float32_faster=first.get("vendor_id", "") not in ("", "GenuineIntel"),
+        has_wide_registers="avx512f" in features,
+        may_multiply_bfloat16=not features or bool(features & _BFLOAT16),
+    )
+
+
+# --- Compiled libraries ---------------------------------------------------------------------------
 
 
 class NativeError(Exception):
@@ -83,22 +146,19 @@ def _load_or_compile(
     folder: Path, handle: int, name: str, compiler: str, source: Path
 ) -> ctypes.CDLL:
     """Load a library from a folder that was opened, after compiling it there if need be."""
-    if _is_intact(handle, name):
-        return _opened(folder, handle, name)
-    with _alone(handle):
-        if not _is_intact(handle, name):  # no other process has made it meanwhile
-            with atomic_path(folder / name) as temporary:
-                _compile(compiler, source, temporary)
-                checksum = _checksum_and_sync(temporary)
-            write_text(folder / _checksum_name(name), checksum + "\n")
-            with suppress(OSError):  # not every file system can
-                os.fsync(handle)
     if not _is_intact(handle, name):
-        raise NativeError(f"{folder / name} is not what was written there")
-    return _opened(folder, handle, name)
-
-
-def _opened(folder: Path, handle: int, name: str) -> ctypes.CDLL:
+        with _alone(handle):
+            if not _is_intact(handle, name):  # no other process has made it meanwhile
+                with atomic_path(folder / name) as temporary:
+                    _compile(compiler, source, temporary)
+                    with open(temporary, "rb") as file:
+                        os.fsync(file.fileno())
+                        checksum = hashlib.file_digest(file, "sha256").hexdigest()
+                write_text(folder / f"{name}.sha256", checksum + "\n")
+                with suppress(OSError):  # not every file system can
+                    os.fsync(handle)
+        if not _is_intact(handle, name):
+            raise NativeError(f"{folder / name} is not what was written there")
     # By the descriptor, so that it is the folder that was looked at, whatever has been renamed.
     by_handle = Path(f"/proc/self/fd/{handle}")
     try:
@@ -109,28 +169,10 @@ def _opened(folder: Path, handle: int, name: str) -> ctypes.CDLL:
 
 def _is_intact(folder: int, name: str) -> bool:
     """Whether a library is there as it was written, by this user and nobody else."""
-    digests = []
-    try:
-        for file_name in (name, _checksum_name(name)):
-            handle = os.open(file_name, os.O_RDONLY | os.O_NOFOLLOW, dir_fd=folder)
-            with open(handle, "rb") as file:
-                if not is_own_file(os.fstat(handle)):
-                    return False
-                content = file.read()
-            digests.append(hashlib.sha256(content).hexdigest().encode())
-    except OSError:
+    content, checksum = read_private(folder, name), read_private(folder, f"{name}.sha256")
+    if content is None or checksum is None:
         return False
-    return content.strip() == digests[0]
-
-
-def _checksum_name(library: str) -> str:
-    return f"{library}.sha256"
-
-
-def _checksum_and_sync(path: Path) -> str:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return checksum.strip() == hashlib.sha256(content).hexdigest().encode()
 
 
 @contextmanager
@@ -157,26 +199,21 @@ def _compiler() -> str:
 
 def _key(source: Path, compiler: str) -> str:
     headers = (path.read_text("utf-8") for path in sorted(source.parent.glob("*.h")))
-    parts = (
-        source.read_text("utf-8"),
-        *headers,
-        compiler,
-        _run(compiler, "--version"),
-        repr(OPTIONS),
-        this_cpu().described,
-    )
+    version = _run(compiler, "--version")
+    code = (source.read_text("utf-8"), *headers)
+    parts = (*code, compiler, version, repr(OPTIONS), this_cpu().described)
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
 
 
 def _compile(compiler: str, source: Path, target: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         compiled = str(Path(folder, "compiled.o"))
-        for this_cpu in _THIS_CPU:
+        for option in _THIS_CPU:
             try:
-                _run(compiler, *OPTIONS, this_cpu, "-fopenmp", "-c", str(source), "-o", compiled)
+                _run(compiler, *OPTIONS, option, "-fopenmp", "-c", str(source), "-o", compiled)
                 break
             except NativeError:
-                if this_cpu == _THIS_CPU[-1]:
+                if option == _THIS_CPU[-1]:
                     raise
         # Linked without -fopenmp: the symbols are those of the OpenMP that torch has loaded. A
         # second one would have threads of its own.

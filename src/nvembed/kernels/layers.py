@@ -30,8 +30,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from nvembed.kernels.attention import bfloat16_available, float32_available
 from nvembed.kernels.build import library
 
-UNIT = 16
-"""Widths must be a multiple of it, head widths of twice as many."""
+_UNIT = 16  # widths must be a multiple of it, head widths of twice as many
 
 
 def available() -> bool:
@@ -68,8 +67,8 @@ def fits_decoder_layer(layer: Any) -> bool:
     """Whether the widths and the activation of a layer are those of the compiled code."""
     widths = (layer.input_layernorm.weight.numel(), layer.mlp.gate_proj.weight.shape[0])
     return (
-        all(width % UNIT == 0 for width in widths)
-        and layer.self_attn.head_dim % (2 * UNIT) == 0
+        all(width % _UNIT == 0 for width in widths)
+        and layer.self_attn.head_dim % (2 * _UNIT) == 0
         and is_silu(layer.mlp)
     )
 
@@ -115,18 +114,18 @@ def _runs(layer: Any, hidden_1TD: Tensor) -> bool:
         *(attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj),
         *(mlp.gate_proj, mlp.up_proj, mlp.down_proj),
     )
-    plain = all(
-        isinstance(linear, nn.Linear)
-        and type(linear.weight) is nn.Parameter
-        and linear.weight.device.type == "cpu"
-        for linear in linears
-    )
-    if not plain or layer.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if layer.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
-    dtypes = {linear.weight.dtype for linear in linears}
+    dtype = getattr(mlp.gate_proj, "weight", hidden_1TD).dtype
     return (
-        dtypes <= {torch.float32, torch.bfloat16}
-        and len(dtypes) == 1
+        dtype in (torch.float32, torch.bfloat16)
+        and all(
+            isinstance(linear, nn.Linear)
+            and type(linear.weight) is nn.Parameter
+            and linear.weight.device.type == "cpu"
+            and linear.weight.dtype is dtype
+            for linear in linears
+        )
         and hidden_1TD.device.type == "cpu"
         and type(hidden_1TD) is Tensor
         and hidden_1TD.shape[0] == 1
@@ -141,7 +140,7 @@ def _supports(*tensors: Tensor) -> bool:
             type(x) in (Tensor, nn.Parameter)
             and x.dtype is torch.float32
             and x.device.type == "cpu"
-            and x.shape[-1] % UNIT == 0
+            and x.shape[-1] % _UNIT == 0
             for x in tensors
         )
         and not torch.is_autocast_enabled("cpu")
@@ -150,8 +149,10 @@ def _supports(*tensors: Tensor) -> bool:
     )
 
 
-def _call(source: str, name: str, *arguments: Tensor | int | float | None) -> None:
-    function = getattr(library(source), name)
+def _call(name: str, *arguments: Tensor | int | float | None) -> None:
+    """Call a function of the compiled code; norms and gates alone go both ways."""
+    source = "elementwise.cpp" if name.endswith(("forward", "backward")) else "decoder_layer.cpp"
+    function = getattr(library(source), f"nvembed_{name}")
     function.restype = None
 
     def converted(argument: Tensor | int | float | None) -> Any:
@@ -166,14 +167,6 @@ def _call(source: str, name: str, *arguments: Tensor | int | float | None) -> No
     function(*map(converted, arguments), ctypes.c_int(torch.get_num_threads()))
 
 
-def _elementwise(name: str, *arguments: Tensor | int | float) -> None:
-    _call("elementwise.cpp", f"nvembed_{name}", *arguments)
-
-
-def _layer(name: str, *arguments: Tensor | int | float | None) -> None:
-    _call("decoder_layer.cpp", f"nvembed_{name}", *arguments)
-
-
 class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -181,7 +174,7 @@ class _Norm(torch.autograd.Function):
         out = torch.empty_like(x)
         inverse = x.new_empty(x.shape[:-1])
         shape = (inverse.numel(), x.shape[-1])
-        _elementwise("norm_forward", x, weight_D, out, inverse, *shape, float(eps))
+        _call("norm_forward", x, weight_D, out, inverse, *shape, float(eps))
         ctx.save_for_backward(x, weight_D, inverse)
         return out
 
@@ -192,7 +185,7 @@ class _Norm(torch.autograd.Function):
         d_out = gradients[0].contiguous()
         d_x = torch.empty_like(x)
         shape = (inverse.numel(), x.shape[-1])
-        _elementwise("norm_backward", x, weight_D, inverse, d_out, d_x, *shape)
+        _call("norm_backward", x, weight_D, inverse, d_out, d_x, *shape)
         d_weight_D = None
         if ctx.needs_input_grad[1]:
             d_weight_D = (d_out * x * inverse[..., None]).flatten(0, -2).sum(0)
@@ -204,7 +197,7 @@ class _Gate(torch.autograd.Function):
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         gate, up = gate.contiguous(), up.contiguous()
         out = torch.empty_like(gate)
-        _elementwise("gate_forward", gate, up, out, out.numel())
+        _call("gate_forward", gate, up, out, out.numel())
         ctx.save_for_backward(gate, up)
         return out
 
@@ -214,7 +207,7 @@ class _Gate(torch.autograd.Function):
         gate, up = ctx.saved_tensors
         d_out = gradients[0].contiguous()
         d_gate, d_up = torch.empty_like(gate), torch.empty_like(up)
-        _elementwise("gate_backward", gate, up, d_out, d_gate, d_up, gate.numel())
+        _call("gate_backward", gate, up, d_out, d_gate, d_up, gate.numel())
         return d_gate, d_up
 
 
@@ -228,21 +221,21 @@ def _add_norm(
     weight_D = norm.weight.float().contiguous()
     rows, width = residual_TD.shape
     eps, wide = float(norm.variance_epsilon), dtype is torch.float32
-    _layer("add_norm", residual_TD, added_TD, weight_D, out_TD, wide, rows, width, eps)
+    _call("add_norm", residual_TD, added_TD, weight_D, out_TD, wide, rows, width, eps)
     return out_TD
 
 
 def _gate(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
     gate_TF, up_TF = gate_TF.contiguous(), up_TF.contiguous()
     out_TF = torch.empty_like(gate_TF)
-    _layer("gate", gate_TF, up_TF, out_TF, gate_TF.dtype is torch.float32, out_TF.numel())
+    _call("gate", gate_TF, up_TF, out_TF, gate_TF.dtype is torch.float32, out_TF.numel())
     return out_TF
 
 
 def _add(residual_TD: Tensor, added_TD: Tensor) -> Tensor:
     """Add to the residual in place."""
     added_TD = added_TD.contiguous()
-    _layer("add", residual_TD, added_TD, added_TD.dtype is torch.float32, *residual_TD.shape)
+    _call("add", residual_TD, added_TD, added_TD.dtype is torch.float32, *residual_TD.shape)
     return residual_TD
 
 
@@ -251,11 +244,7 @@ def _rotate(
 ) -> Tensor:
     """Rotary positions on ``(T, H · E)``; returns ``(T, H, E)`` in ``dtype``.
 
-    Args:
-        x_TI: queries or keys.
-        positions: cosines and sines, ``(1, T, E)``; the second half repeats the first.
-        width: E.
-        dtype: that of ``x_TI``, or float32.
+    ``positions`` are cosines and sines ``(1, T, E)``, the second half of which repeats the first.
     """
     x_TI = x_TI.contiguous()
     cos_TE, sin_TE = (angles[0].to(x_TI.dtype).contiguous() for angles in positions)
@@ -263,5 +252,5 @@ def _rotate(
     out_THE = torch.empty(tokens, heads, width, dtype=dtype)
     wide, wide_out = x_TI.dtype is torch.float32, dtype is torch.float32
     shape = (tokens, heads, width, cos_TE.shape[1])
-    _layer("rotate", x_TI, cos_TE, sin_TE, out_THE, wide, wide_out, *shape)
+    _call("rotate", x_TI, cos_TE, sin_TE, out_THE, wide, wide_out, *shape)
     return out_THE

@@ -2,29 +2,48 @@
 
 CPUs with AVX512-BF16 or AMX multiply matrices in bfloat16 several times as fast as in float32; on
 others bfloat16 is emulated and slower, and no flag says which it will be (docs/log.md has both). So
-it is measured (``kernels/timing.py``). A job settles its type once, when it begins: the settled
-type goes to all its processes, into the names of what it keeps and into its record, and a job that
-goes on takes the type that it was begun with.
+it is measured. A job settles its type once, when it begins: the settled type goes to all its
+processes, into the names of what it keeps and into its record, and a job that goes on takes the
+type that it was begun with.
+
+Load must not move a measurement: both computations run on one thread, in turns, and what counts is
+the CPU time of that thread, since other processes take wall-clock time from it, but hardly CPU
+time. The best of several turns is compared, since whatever disturbs only adds. The answer is kept
+in the cache folder for a month, per CPU, number of cores and version of what computes, so that all
+processes of a machine go by one measurement.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any, overload
 
 import torch
 
+from nvembed.core import __version__
+from nvembed.core.cache import open_private, private_folders, read_private
 from nvembed.core.dtypes import Precision, PrecisionChoice
+from nvembed.core.errors import UserError
+from nvembed.core.files import write_json
 from nvembed.core.reporting import hold_note
-from nvembed.kernels import attention, matmul
-from nvembed.kernels.build import library
-from nvembed.kernels.cpu import this_cpu
-from nvembed.kernels.timing import kept_gain
+from nvembed.kernels import attention, linear
+from nvembed.kernels.build import library, this_cpu
 
 MIN_GAIN = 1.5
 """How much faster products in bfloat16 must be: everything around them gains nothing, and whatever
 is nearly even is float32 at every start."""
+KEPT = timedelta(days=30)
 
 _ROWS, _INNER, _COLUMNS = 1024, 256, 704
+_TURNS = 15
+_NATIVE = Path(__file__).parent / "native"
 
 
 @overload
@@ -33,23 +52,17 @@ def settle_precision(
 ) -> Precision: ...
 @overload
 def settle_precision(
-    choice: PrecisionChoice | None,
-    *,
-    begun: Precision | None = None,
-    option: str | None = "--dtype",
-) -> Precision | None: ...
+    choice: None, *, begun: Precision | None = None, option: str | None = "--dtype"
+) -> None: ...
 def settle_precision(
     choice: PrecisionChoice | None,
     *,
     begun: Precision | None = None,
     option: str | None = "--dtype",
 ) -> Precision | None:
-    """Return the choice, ``auto`` replaced by a type; a note says which one (``core/notes.py``).
+    """Return the user's choice, ``auto`` replaced by a type; a held note says which one, and why.
 
-    Args:
-        choice: of the user; ``None``, what was saved, stays.
-        begun: the type that the job was begun with, where it goes on.
-        option: what fixes the choice, for the note; ``None`` where nothing does.
+    ``None``, what was saved, stays. ``begun`` and ``option`` as in ``choose_precision``.
     """
     if choice != "auto":
         return choice
@@ -63,23 +76,27 @@ def choose_precision(begun: Precision | None, option: str | None) -> tuple[Preci
 
     Args:
         begun: the type that the job was begun with, where it goes on.
-        option: what fixes the choice; ``None`` where nothing does.
+        option: what fixes the choice, for the line; ``None`` where nothing does.
     """
     device = _device_type()
     precision = begun or fastest_precision(device)
-    reason = "as it was begun" if begun else _reason(device)
+    if begun:
+        reason = "as it was begun"
+    elif device != "cpu":
+        reason = "what this GPU computes in"
+    elif not this_cpu().may_multiply_bfloat16:
+        reason = "this CPU has no instructions for bfloat16"
+    else:
+        reason = f"this CPU multiplies bfloat16 {bfloat16_gain():.1f}x as fast as float32"
     how = f"; fix with {option}" if option else ""
     return precision, f"computing in {precision} ({reason}{how})"
 
 
 def fastest_precision(device_type: str) -> Precision:
-    """Return the type that matrix products are fastest in.
+    """Return the type that matrix products are fastest in on a device of ``torch.device.type``.
 
     On a CPU that may multiply bfloat16, two products of a small decoder's size are measured (0.1
     seconds, then kept). CUDA devices with bfloat16 arithmetic get bfloat16, others float32.
-
-    Args:
-        device_type: ``torch.device.type``.
     """
     if device_type == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
@@ -95,7 +112,7 @@ def bfloat16_gain() -> float:
         for dtype in (torch.float32, torch.bfloat16)
     )
     with torch.inference_mode():
-        return kept_gain("bfloat16", lambda: matmul.product(*wide), lambda: matmul.product(*narrow))
+        return kept_gain("bfloat16", lambda: linear.product(*wide), lambda: linear.product(*narrow))
 
 
 def kernels() -> list[str]:
@@ -105,7 +122,7 @@ def kernels() -> list[str]:
     from nvembed.kernels import layers  # imports transformers, which settling a type does not need
 
     used = {
-        "onednn": matmul.onednn_pays(),
+        "onednn": linear.onednn_pays(),
         "attention": attention.float32_available(),
         "bfloat16-attention": attention.bfloat16_available(),
         "layers": layers.available(),
@@ -115,18 +132,12 @@ def kernels() -> list[str]:
 
 
 def computing_record(precision: Precision | None) -> dict[str, Any]:
-    """Describe how numbers are computed, for the record of a job.
-
-    Args:
-        precision: settled; ``None`` is what the model was saved in.
-    """
-    processor = this_cpu().model
-    if _device_type() == "cuda":
-        processor = torch.cuda.get_device_name()
+    """Describe how numbers are computed, for the record of a job; ``None`` is the saved type."""
+    on_gpu = _device_type() == "cuda"
     return {
         "dtype": precision,
         "kernels": kernels(),
-        "processor": processor,
+        "processor": torch.cuda.get_device_name() if on_gpu else this_cpu().model,
         "torch": torch.__version__,
     }
 
@@ -135,9 +146,78 @@ def _device_type() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _reason(device_type: str) -> str:
-    if device_type != "cpu":
-        return "what this GPU computes in"
-    if not this_cpu().may_multiply_bfloat16:
-        return "this CPU has no instructions for bfloat16"
-    return f"this CPU multiplies bfloat16 {bfloat16_gain():.1f}x as fast as float32"
+# --- The measurement ------------------------------------------------------------------------------
+
+
+def kept_gain(name: str, plain: Callable[[], object], other: Callable[[], object]) -> float:
+    """Return how many times as fast ``other`` is as ``plain`` here, kept under a name.
+
+    Each is a computation of some milliseconds.
+    """
+    file_name = f"{name}-{hashlib.sha256(_machine_key().encode()).hexdigest()[:24]}.json"
+    gain: float | None = None
+    with suppress(UserError):  # no folder can be had at all
+        for folder in private_folders("measured"):
+            found = _read(folder, file_name)
+            if found is None and gain is None:
+                gain = measured_gain(plain, other)
+                # Of processes that measure at the same time, the later take the first answer.
+                found = _read(folder, file_name)
+            if found is not None:
+                return found
+            assert gain is not None
+            if _write(folder, file_name, gain):
+                return gain
+    return measured_gain(plain, other) if gain is None else gain
+
+
+def measured_gain(plain: Callable[[], object], other: Callable[[], object]) -> float:
+    """Measure how many times as fast ``other`` is as ``plain``, by the CPU time of one thread."""
+    best = [math.inf, math.inf]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # time that other threads spend would not be counted
+    try:
+        for _ in range(_TURNS):
+            for which, compute in enumerate((plain, other)):
+                started = time.thread_time_ns()
+                compute()
+                best[which] = min(best[which], time.thread_time_ns() - started)
+    finally:
+        torch.set_num_threads(threads)
+    return best[0] / max(best[1], 1)
+
+
+def _machine_key() -> str:
+    sources = [path.read_text("utf-8") for path in sorted(_NATIVE.iterdir())]
+    code = hashlib.sha256("\0".join(sources).encode()).hexdigest()
+    cpu = this_cpu()
+    return json.dumps([cpu.model, cpu.described, cpu.cores, torch.__version__, __version__, code])
+
+
+def _read(folder: Path, name: str) -> float | None:
+    """Return a kept answer; None where there is none, or it is damaged or too old."""
+    try:
+        with open_private(folder) as opened:
+            content = None if opened is None else read_private(opened, name)
+        if content is None:
+            return None
+        kept: Any = json.loads(content)
+        gain, measured = float(kept["gain"]), str(kept["measured"])
+        age = datetime.now(UTC) - datetime.fromisoformat(measured)
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+    intact = kept.get("checksum") == _checksum({"gain": gain, "measured": measured})
+    return gain if intact and timedelta(0) <= age < KEPT else None
+
+
+def _write(folder: Path, name: str, gain: float) -> bool:
+    content = {"gain": gain, "measured": datetime.now(UTC).isoformat()}
+    with open_private(folder) as opened, suppress(UserError):
+        if opened is not None:
+            write_json(folder / name, content | {"checksum": _checksum(content)})
+            return True
+    return False
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -1,7 +1,7 @@
 """Hard negatives for training records, mined with a teacher model.
 
 In: records and a teacher; out: the same records with negatives, and a report. Documents are all
-texts of the records (and a corpus, if given), each once; the nearest of them to a query, less
+texts of the records (and further ones, if given), each once; the nearest of them to a query, less
 everything that is or may be a positive, are its negatives. Next file: ``run.py``.
 """
 
@@ -11,45 +11,33 @@ import glob
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from nvembed.core.dtypes import Precision, PrecisionChoice
 from nvembed.core.errors import ConfigError
 from nvembed.core.files import tidy, write_json, write_jsonl
 from nvembed.core.ownership import check_outputs, remove_named
 from nvembed.core.store import STORED
-from nvembed.core.text_files import check_ending
-from nvembed.data.mining_config import MiningConfig
-from nvembed.data.records import Kind, PairRecord, StsRecord
-from nvembed.data.sources import Column, file_dataset, load_records
+from nvembed.core.text_files import check_ending, ending_of, read_jsonl
+from nvembed.data.build_config import MiningConfig
+from nvembed.data.config import Column, DatasetConfig, file_dataset
+from nvembed.data.loading import load_records
+from nvembed.data.records import REQUIRED, Kind, PairRecord, StsRecord, record_of
+from nvembed.data.sources.opening import open_table
+from nvembed.data.sources.rows import Row
+from nvembed.encoding.encoder import Encoder
 from nvembed.encoding.endpoint import is_endpoint
-from nvembed.encoding.protocol import Encoder
 from nvembed.encoding.reading import read_documents
 from nvembed.encoding.workers import Engine, Loader
-from nvembed.mining.output_rows import output_rows
-from nvembed.mining.pool import DocumentPool, Pool, StoredPool
+from nvembed.mining.corpus import Corpus, MemoryCorpus, StoredCorpus
 from nvembed.mining.report import MiningReport
-from nvembed.mining.run import (
-    Plan,
-    Run,
-    pairs_of,
-    plan_pairs,
-    plan_records,
-    plan_sts,
-    pool_texts,
-    queries_of,
-)
+from nvembed.mining.run import Plan, Run, plan_pairs, plan_records, plan_sts
 from nvembed.mining.teachers import (
     BM25_NAME,
-    Search,
     check_teacher,
-    rank_by_bm25,
-    rank_in_files,
-    rank_in_memory,
-    settled_dtype,
-    take_device,
+    named_teacher,
+    rank,
 )
 
 MINE = "mine"
@@ -83,8 +71,8 @@ def mine_negatives(
     documents pass keeps fewer negatives, or none.
 
     Args:
-        records: what to mine for; a record's own negatives are part of the pool.
-        documents: further texts of the pool.
+        records: what to mine for; a record's own negatives are searched too.
+        documents: further texts to search.
         encoder: the teacher.
         config: how to choose.
         instruction: of the queries whose records bring none; documents are encoded without one.
@@ -100,8 +88,8 @@ def mine_negatives(
         ModelError: the teacher gives vectors that cannot be used.
     """
     plan = plan_pairs(records, further)
-    run = _run_in_memory(plan, documents or (), encoder, config, instruction)
-    return list(plan.finish(run.mined())), run.report()
+    with _Mining(encoder, config, instruction).run(plan, documents or ()) as (run, _):
+        return list(plan.finish(run.mined())), run.report()
 
 
 def mine_sts_negatives(
@@ -117,13 +105,11 @@ def mine_sts_negatives(
     Only pairs that are trained on (scored 4 or more) get any; the others come back as they are. The
     negatives serve both sentences as queries, so a candidate counts with the higher of its two
     scores and must be no known positive of either. The instruction goes to both sides, as in
-    training.
-
-    Args, returns and errors are those of ``mine_negatives``.
+    training. Arguments, results and errors are those of ``mine_negatives``.
     """
     plan = plan_sts(records)
-    run = _run_in_memory(plan, documents or (), encoder, config, instruction)
-    return list(plan.finish(run.mined())), run.report()
+    with _Mining(encoder, config, instruction).run(plan, documents or ()) as (run, _):
+        return list(plan.finish(run.mined())), run.report()
 
 
 def mine_file(
@@ -146,70 +132,39 @@ def mine_file(
     """Mine negatives for a file of records.
 
     All inputs are checked before the teacher is loaded. Keys of the input that are no part of a
-    record (ids, sources) are carried over. Of a teacher that is named, vectors and what the search
-    found lie in files of a work folder, and the documents in one beside them: memory does not grow
-    with either, a run that was killed goes on where it was, and its output is the same to the bit.
-    Processes that are given the same folder share the work (``torchrun``, or several commands).
+    record (ids, sources) are carried over. What a named teacher computes lies in files of a work
+    folder, and the documents in one beside them: memory does not grow with either, a run that was
+    killed goes on where it was, to the same bits, and processes that are given the same folder
+    share the work (``torchrun``, or several commands).
 
     Args:
-        input: records in any file that training reads (``data/sources/``), which are held in
-            memory.
+        input: records in any file that training reads (``data/sources/``), held in memory.
         output: JSONL, or JSONL.gz by its name; the report goes to ``<output>.report.json``.
         teacher: folder or hub id of an embedding model, address of an OpenAI-compatible endpoint,
             ``bm25``, or a loaded encoder, whose vectors are kept in memory.
         config: how to choose.
         kind: ``retrieval``, ``nli`` or ``sts``.
         layout: how rows become records, as in a recipe.
-        columns: columns of the input that are called differently, as in a recipe; with
-            ``documents``, ``text``, ``title`` and ``id`` are those of the documents.
+        columns: columns of other names, as in a recipe; ``text``, ``title`` and ``id`` are those
+            of the ``documents``, if given.
         instruction: of the queries whose records bring none (``sts``: of both sides).
         documents: file or folder of further texts to mine from; see ``read_documents``.
-        further: records of the same set that nothing is mined for; what answers a query in one of
-            them is no negative either.
+        further: records of the same set, not mined for, whose positives are no negatives.
         dtype: of the teacher's weights, see ``load_encoder``.
         teacher_model: name of the model at an endpoint.
-        work: folder for what is computed, kept afterwards: the next run with the same teacher and
-            texts finds it. ``None`` is a hidden one beside the output, gone when that is written.
+        work: folder for what is computed, kept for the next run. ``None`` is a hidden one beside
+            the output, gone when that is written.
         engine: ``ray`` embeds on the workers of a ray cluster that see the work folder.
 
     Raises:
-        ConfigError: the kind has no negatives to mine, options do not go together, or the output is
-            an input or something that mining did not make.
-        DataError: a line of an input cannot be used.
-        ModelError: the teacher cannot be loaded or used.
-        UserError: no space on the disk.
+        UserError: options do not go together, the output is an input or something that mining did
+            not make, a line or the teacher cannot be used, or the disk is full.
     """
     _check_request(output, kind, config)
     check_teacher(teacher, teacher_model, config, engine)
-    report_file = output.with_name(output.name + ".report.json")
-    named = teacher if isinstance(teacher, str) else None
-    places = [_beside(output) if work is None else work]
-    read = [input, documents, further, config.rerank, named]
-    check_outputs([output, report_file], made_by=MINE, inputs=read, places=places)
-    source = file_dataset(input, kind, layout=layout, columns=_of_records(columns, documents))
-    plan = plan_records(load_records(source, base_dir=Path()), pairs_of(further))
-    folder = work if work is not None or not isinstance(teacher, str) else _beside(output)
-    if work is None:
-        for path in (output, report_file):
-            tidy(path.parent, glob.escape(path.name))
-    with _temporary(folder if work is None else None):
-        job = _Job(plan, config, instruction, _corpus(documents, columns), folder, engine)
-        with job.run(teacher, teacher_model, dtype) as (run, settled):
-            write_jsonl(output, output_rows(source, plan.finish(run.mined())), MINE)
-        origin = {
-            "input": str(input),
-            "corpus": None if documents is None else str(documents),
-            "teacher": teacher if isinstance(teacher, str) else type(teacher).__name__,
-            "teacher_model": teacher_model,
-            "dtype": settled,
-            "computing": _computing(teacher, settled),
-            "kind": kind,
-            "instruction": instruction,
-            "config": {**config.model_dump(mode="json"), "threshold": config.limit},
-        }
-        report = run.report()
-        write_json(report_file, {**origin, **report.to_json()}, MINE)
-    return report
+    files = _Files(input, kind, layout, columns or {}, documents, further)
+    mining = _Mining(teacher, config, instruction, engine, teacher_model, dtype)
+    return _mine_files(files, mining, output, work)
 
 
 def help_mining(
@@ -229,73 +184,129 @@ def help_mining(
     """Do a share of the work of ``mine_file``, which another process calls with the same arguments.
 
     Returns when everything is embedded and searched for. Nothing is written but in the work folder.
-
-    Args and errors are those of ``mine_file``.
     """
     check_teacher(teacher, teacher_model, config, "local")
-    if teacher == BM25_NAME:
-        return
-    source = file_dataset(input, kind, layout=layout, columns=_of_records(columns, documents))
-    plan = plan_records(load_records(source, base_dir=Path()))
-    job = _Job(plan, config, instruction, _corpus(documents, columns), work, "local")
-    with job.run(teacher, teacher_model, dtype):
-        return
-
-
-def _run_in_memory(
-    plan: Plan,
-    documents: Iterable[str],
-    encoder: Encoder,
-    config: MiningConfig,
-    instruction: str | None,
-) -> Run:
-    queries = queries_of(plan.cases)
-    pool = DocumentPool(pool_texts(plan.cases, chain(plan.texts, documents)))
-    search = Search(queries, pool, instruction, instruction if plan.symmetric else None)
-    ranking = rank_in_memory(search, encoder, config)
-    return Run(plan.cases, pool, ranking, config, further=plan.further)
+    if teacher != BM25_NAME:
+        files = _Files(input, kind, layout, columns or {}, documents, None)
+        mining = _Mining(teacher, config, instruction, "local", teacher_model, dtype)
+        with mining.run(files.plan()[1], files.texts(), work):
+            return
 
 
 @dataclass(frozen=True)
-class _Job:
-    """What a command is to mine; ``folder`` is ``None`` for an encoder that is loaded already."""
+class _Mining:
+    """How negatives are mined; see ``mine_file``."""
 
-    plan: Plan
+    teacher: str | Encoder
     config: MiningConfig
     instruction: str | None
-    corpus: Iterable[str]
-    folder: Path | None
-    engine: Engine
+    engine: Engine = "local"
+    teacher_model: str | None = None
+    dtype: PrecisionChoice | None = None
 
     @contextmanager
     def run(
-        self, teacher: str | Encoder, model: str | None, dtype: PrecisionChoice | None
+        self, plan: Plan, documents: Iterable[str], folder: Path | None = None
     ) -> Iterator[tuple[Run, Precision | None]]:
-        """Embed and search; give the run, and the type of the teacher's weights."""
-        queries = queries_of(self.plan.cases)
-        texts = pool_texts(self.plan.cases, chain(self.plan.texts, self.corpus))
-        pool: Pool
+        """Embed and search; give the run, and the type of the teacher's weights.
+
+        ``folder`` is ``None`` where all is to stay in memory, as that of a loaded encoder may.
+        """
+        queries, texts = plan.queries, plan.corpus_texts(documents)
+        tasks = (self.instruction, self.instruction if plan.symmetric else None)
+        corpus: Corpus
         with ExitStack() as stack:
-            if self.folder is None:
-                pool = DocumentPool(texts)
+            if folder is None:
+                corpus = MemoryCorpus(texts)
             else:
-                pool = stack.enter_context(StoredPool(texts, self.folder))
-            task = self.instruction if self.plan.symmetric else None
-            search = Search(queries, pool, self.instruction, task)
-            settled = None
-            if not isinstance(teacher, str):
-                ranking = rank_in_memory(search, teacher, self.config)
-            elif teacher == BM25_NAME:
-                ranking = rank_by_bm25(search, self.config)
+                corpus = stack.enter_context(StoredCorpus(texts, folder))
+            teacher: Encoder | Loader
+            dtype = None
+            if isinstance(self.teacher, str):
+                assert folder is not None
+                teacher = named_teacher(
+                    self.teacher, self.teacher_model, self.dtype, folder, self.engine
+                )
+                dtype = teacher.dtype
             else:
-                assert self.folder is not None
-                take_device()
-                if not is_endpoint(teacher):
-                    settled = settled_dtype(teacher, dtype, self.folder, self.engine)
-                named = Loader(teacher, settled, model)
-                ranking = rank_in_files(search, named, self.config, self.folder, self.engine)
-            run = Run(self.plan.cases, pool, ranking, self.config, further=self.plan.further)
-            yield run, settled
+                teacher = self.teacher
+            ranking = rank(queries, corpus.texts, tasks, teacher, self.config, folder, self.engine)
+            yield Run(plan, corpus, ranking, self.config), dtype
+
+
+@dataclass(frozen=True)
+class _Files:
+    """Where records and documents are read from; see ``mine_file``."""
+
+    input: Path
+    kind: Kind
+    layout: str
+    columns: Mapping[str, Column]
+    documents: Path | None
+    further: Path | None
+
+    def plan(self) -> tuple[DatasetConfig, Plan]:
+        columns = dict(self.columns)
+        if self.documents is not None:
+            columns = {name: column for name, column in columns.items() if name not in _TEXTS}
+        source = file_dataset(self.input, self.kind, layout=self.layout, columns=columns)
+        rows = read_jsonl(self.further) if self.further is not None else ()
+        # As ``building`` wrote them, one at a time.
+        further = (cast(PairRecord, record_of(row, "retrieval")) for _, row in rows)
+        return source, plan_records(load_records(source, base_dir=Path()), further)
+
+    def texts(self) -> Iterator[str]:
+        """The texts of the further documents, read when they are asked for."""
+        if self.documents is not None:
+            columns = {name: column for name, column in self.columns.items() if name in _TEXTS}
+            for document in read_documents([self.documents], columns=columns, keep_going=None):
+                yield document.text
+
+
+def _mine_files(files: _Files, mining: _Mining, output: Path, work: Path | None) -> MiningReport:
+    config, teacher = mining.config, mining.teacher
+    named = teacher if isinstance(teacher, str) else None
+    report_file = output.with_name(f"{output.name}.report.json")
+    hidden = output.with_name(f".mining-{output.name}")
+    read = [files.input, files.documents, files.further, config.rerank, named]
+    check_outputs(
+        [output, report_file], made_by=MINE, inputs=read, places=[hidden if work is None else work]
+    )
+    source, plan = files.plan()
+    temporary = hidden if work is None and named is not None else None
+    if work is None:
+        for path in (output, report_file):
+            tidy(path.parent, glob.escape(path.name))
+    with _deleted(temporary):
+        with mining.run(plan, files.texts(), work or temporary) as (run, settled):
+            write_jsonl(output, _output_rows(source, plan.finish(run.mined())), MINE)
+        origin = {
+            "input": str(files.input),
+            "corpus": None if files.documents is None else str(files.documents),
+            "teacher": named or type(teacher).__name__,
+            "teacher_model": mining.teacher_model,
+            "dtype": settled,
+            "computing": _computing(teacher, settled),
+            "kind": files.kind,
+            "instruction": mining.instruction,
+            "config": {**config.model_dump(mode="json"), "threshold": config.limit},
+        }
+        report = run.report()
+        write_json(report_file, {**origin, **report.to_json()}, MINE)
+    return report
+
+
+@contextmanager
+def _deleted(folder: Path | None) -> Iterator[None]:
+    """Delete the folder when the block ends well, and on an error where it holds nothing yet."""
+    try:
+        yield
+    except BaseException:
+        if folder is not None and not any(folder.glob("*.npy")):
+            remove_named(folder, STORED)
+        raise
+    if folder is not None:
+        remove_named(folder, STORED)
 
 
 def _computing(teacher: str | Encoder, dtype: Precision | None) -> dict[str, Any] | None:
@@ -307,34 +318,30 @@ def _computing(teacher: str | Encoder, dtype: Precision | None) -> dict[str, Any
     return computing_record(dtype)
 
 
-def _beside(output: Path) -> Path:
-    return output.with_name(f".mining-{output.name}")
+def _output_rows(
+    source: DatasetConfig, mined: Iterable[PairRecord | StsRecord]
+) -> Iterator[dict[str, Any]]:
+    """The records with negatives, and beside them what else their rows hold.
 
-
-def _of_records(columns: Mapping[str, Column] | None, documents: Path | None) -> dict[str, Column]:
-    given = dict(columns or {})
-    return given if documents is None else {k: v for k, v in given.items() if k not in _TEXTS}
-
-
-def _corpus(documents: Path | None, columns: Mapping[str, Column] | None) -> Iterable[str]:
-    """The texts of the further documents, read when they are asked for."""
-    if documents is None:
-        return ()
-    named = {name: column for name, column in (columns or {}).items() if name in _TEXTS}
-    return (d.text for d in read_documents([documents], columns=named, keep_going=None))
-
-
-@contextmanager
-def _temporary(folder: Path | None) -> Iterator[None]:
-    """Delete the folder when the block ends well, and on an error where it holds nothing yet."""
-    try:
-        yield
-    except BaseException:
-        if folder is not None and not any(folder.glob("*.npy")):
-            remove_named(folder, STORED)
-        raise
-    if folder is not None:
-        remove_named(folder, STORED)
+    Only text files whose rows are records one by one have something to carry over. Columns that
+    are called differently there get the names of records.
+    """
+    path = Path(source.path or "")
+    if source.layout != "records" or path.is_dir() or ending_of(path) == ".parquet":
+        yield from (record.to_json() for record in mined)
+        return
+    table = open_table(source.table, base_dir=Path())
+    as_they_are = not (table.textual or source.columns)
+    own = {"negative", "positive_scores", "negative_scores"}
+    if not as_they_are:
+        own |= {*REQUIRED[source.kind], "instruction"}
+        own |= {name for name in source.columns.values() if isinstance(name, str)}
+    for row, record in zip(table.rows, mined, strict=True):
+        assert isinstance(row, Row), "files with bad rows were refused"
+        new = record.to_json()
+        if as_they_are and "positive_scores" not in new:
+            new = {key: new[key] for key in ("negative",) if key in new}
+        yield {key: value for key, value in row.values.items() if key not in own} | new
 
 
 def _check_request(output: Path, kind: Kind, config: MiningConfig) -> None:

@@ -35,12 +35,7 @@ Near = tuple[NDArray[np.float32], NDArray[np.int64]]
 
 
 class Vectors:
-    """Rows in parts, each an array or the path of one; all but the last have equally many.
-
-    Args:
-        parts: in order.
-        rows_per_part: of all but the last.
-    """
+    """Rows in parts, each an array or the path of one; all but the last have equally many."""
 
     def __init__(self, parts: Sequence[NDArray[np.float32] | Path], rows_per_part: int) -> None:
         self._parts = parts
@@ -53,16 +48,12 @@ class Vectors:
 
     def take(self, rows_P: NDArray[np.int64]) -> NDArray[Any]:
         """Copy some rows, ``(P, D)``."""
-        numbers, places = np.divmod(rows_P, self._rows_per_part)
-        if len(self._parts) == 1:
-            return np.array(_opened(self._parts[0])[places])
-        if not len(rows_P):
-            return np.array(_opened(self._parts[0])[:0])
-        order_P, pieces = np.argsort(numbers, kind="stable"), []
-        for number in np.unique(numbers).tolist():
-            pieces.append(_opened(self._parts[number])[places[numbers == number]])
-        taken = np.concatenate(pieces)
-        taken[order_P] = taken.copy()
+        numbers_P, places_P = np.divmod(rows_P, self._rows_per_part)
+        first = _opened(self._parts[0])
+        taken = np.empty((len(rows_P), *first.shape[1:]), first.dtype)
+        for number in np.unique(numbers_P).tolist():
+            mine_P = numbers_P == number
+            taken[mine_P] = _opened(self._parts[number])[places_P[mine_P]]
         return taken
 
 
@@ -89,13 +80,7 @@ class Ranking(Protocol):
 
 
 class VectorRanking:
-    """By cosine.
-
-    Args:
-        queries: their vectors.
-        documents: of the same model.
-        depth: K.
-    """
+    """By cosine of the vectors of one model, ``depth`` documents for a query."""
 
     def __init__(self, queries: Vectors, documents: Vectors, depth: int) -> None:
         self._queries, self._documents, self._depth = queries, documents, depth
@@ -104,10 +89,7 @@ class VectorRanking:
     def search_to_files(self, num_queries: int, folder: Path, keys: Sequence[str]) -> None:
         """Search for all queries and keep what is found in files, ``GROUP_QUERIES`` in each.
 
-        Args:
-            num_queries: all of them.
-            folder: where the files lie; several processes may share the work.
-            keys: what the vectors are told apart by.
+        Several processes may share the work; ``keys`` tell the vectors apart.
         """
         key = key_of(self._depth, GROUP_QUERIES, num_queries, *keys)
         starts = range(0, num_queries, GROUP_QUERIES)
@@ -143,13 +125,7 @@ class VectorRanking:
 
 
 class BM25Ranking:
-    """By BM25; documents that share no word with the query are not found.
-
-    Args:
-        queries: the texts.
-        documents: the texts; the index of their words is held in memory.
-        depth: K.
-    """
+    """By BM25 of texts; documents that share no word with the query are not found."""
 
     def __init__(self, queries: Sequence[str], documents: Sequence[str], depth: int) -> None:
         self._queries, self._depth = queries, depth
@@ -170,12 +146,8 @@ class BM25Ranking:
         return [self._queries[row] for row in rows.tolist()]
 
 
-class PairScorer(Protocol):
-    """Scores pairs of query and document."""
-
-    def __call__(self, pairs: Sequence[tuple[str, str]], /) -> NDArray[np.float32]:
-        """Return ``(len(pairs),)``, higher for documents that answer better."""
-        ...
+# Scores pairs of query and document, ``(len(pairs),)``, higher for those that answer better.
+PairScorer = Callable[[Sequence[tuple[str, str]]], NDArray[np.float32]]
 
 
 def load_cross_encoder(name: str) -> PairScorer:
@@ -215,6 +187,7 @@ class Reranking:
         queries: the texts.
         documents: the texts.
         depth: how many of the nearest are scored again; the rest are let go.
+        kept_in: folder and key of files that keep scores, from which a killed run goes on.
     """
 
     def __init__(
@@ -224,25 +197,10 @@ class Reranking:
         queries: Sequence[str],
         documents: Sequence[str],
         depth: int,
+        kept_in: tuple[Path, str] | None = None,
     ) -> None:
         self._base, self._load, self._depth = base, cache(load), depth
-        self._queries, self._documents = queries, documents
-        self._kept: Callable[[NDArray[np.int64], NDArray[np.int64]], NDArray[np.float32]] = (
-            self._scored
-        )
-
-    def keep_in(self, folder: Path, key: str) -> None:
-        """Keep scores in files from now on, so that a run that is killed goes on from them."""
-
-        def kept(
-            queries_P: NDArray[np.int64], documents_P: NDArray[np.int64]
-        ) -> NDArray[np.float32]:
-            pairs = key_of(key, queries_P.tobytes().hex(), documents_P.tobytes().hex())
-            path = folder / f"scores-{pairs}.npy"
-            make_missing([path], lambda _: write_array(path, self._scored(queries_P, documents_P)))
-            return read_array(path)
-
-        self._kept = kept
+        self._queries, self._documents, self._kept_in = queries, documents, kept_in
 
     def nearest(self, queries_B: NDArray[np.int64]) -> Near:
         """See ``Ranking``."""
@@ -250,7 +208,7 @@ class Reranking:
         rows_BK = rows_BK[:, : self._depth]
         scores_BK = np.full(rows_BK.shape, -np.inf, dtype=np.float32)
         row, column = np.nonzero(rows_BK != NOTHING)
-        scores_BK[row, column] = self._kept(queries_B[row], rows_BK[row, column])
+        scores_BK[row, column] = self.scores(queries_B[row], rows_BK[row, column])
         order_BK = np.argsort(-scores_BK, axis=1, kind="stable")
         return (
             np.take_along_axis(scores_BK, order_BK, axis=1),
@@ -261,25 +219,27 @@ class Reranking:
         self, queries_P: NDArray[np.int64], documents_P: NDArray[np.int64]
     ) -> NDArray[np.float32]:
         """See ``Ranking``."""
-        return self._kept(queries_P, documents_P)
+        if self._kept_in is None:
+            return self._scored(queries_P, documents_P)
+        folder, key = self._kept_in
+        pairs = key_of(key, queries_P.tobytes().hex(), documents_P.tobytes().hex())
+        path = folder / f"scores-{pairs}.npy"
+        make_missing([path], lambda _: write_array(path, self._scored(queries_P, documents_P)))
+        return read_array(path)
 
     def _scored(
         self, queries_P: NDArray[np.int64], documents_P: NDArray[np.int64]
     ) -> NDArray[np.float32]:
         scores_P = np.empty(len(queries_P), dtype=np.float32)
         for start in range(0, len(queries_P), PAIRS_PER_CALL):
-            rows = slice(start, start + PAIRS_PER_CALL)
-            pairs = [
-                (self._queries[query], self._documents[document])
-                for query, document in zip(
-                    queries_P[rows].tolist(), documents_P[rows].tolist(), strict=True
-                )
-            ]
+            of = slice(start, start + PAIRS_PER_CALL)
+            rows = zip(queries_P[of].tolist(), documents_P[of].tolist(), strict=True)
+            pairs = [(self._queries[query], self._documents[row]) for query, row in rows]
             scores = self._load()(pairs)
             if scores.shape != (len(pairs),) or not np.isfinite(scores).all():
                 raise ModelError(
                     "the cross-encoder gave no score, or one that is no number, for some pair",
                     expected="one finite number each",
                 )
-            scores_P[rows] = scores
+            scores_P[of] = scores
         return scores_P

@@ -7,7 +7,8 @@ mined and for what the nearest documents, without any rule, would have been.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -26,30 +27,20 @@ class ScoredText:
 
 @dataclass(frozen=True, slots=True)
 class MiningSample:
-    """One record as it came out.
-
-    Args:
-        query: of the record; of two the first.
-        positive: the positive with the lowest score.
-        negatives: mined ones.
-        refused: what stood among the nearest and was refused by the rule: read whether these
-            answer the query.
-    """
+    """One record as it came out, with the first of its queries."""
 
     query: str
-    positive: ScoredText
+    positive: ScoredText  # the one with the lowest score
     negatives: tuple[ScoredText, ...]
-    refused: tuple[ScoredText, ...]
+    refused: tuple[ScoredText, ...]  # by the rule, of the nearest: read whether these answer
 
 
 @dataclass(frozen=True, slots=True)
 class NearPositive:
-    """How many negatives score at least so much of their positive's score.
+    """Which part of the negatives scores at least so much of their positive's score.
 
-    Args:
-        of_positive: part of the positive's score.
-        mined: part of the mined negatives at or above it; ``None`` where there are none.
-        nearest: the same of as many nearest documents, taken without any rule.
+    Of the mined ones, and of as many nearest documents, taken without any rule; ``None`` where
+    there are none.
     """
 
     of_positive: float
@@ -63,7 +54,7 @@ class MiningReport:
 
     Args:
         records: records that negatives were sought for.
-        documents: different texts in the pool.
+        documents: different texts that were searched.
         negatives: mined negatives, all records together.
         given_kept: negatives that the records had before and keep.
         given_dropped: given negatives that were left out for being equal to a positive or the
@@ -102,87 +93,44 @@ class MiningReport:
         return asdict(self)
 
 
-@dataclass(slots=True)
-class Tally:
-    """The numbers of a report while they grow, block after block."""
+def reaching(
+    positive_scores_C: NDArray[np.float32],
+    scores_CN: NDArray[np.float32],
+    marks_CN: NDArray[np.bool_],
+) -> NDArray[np.int64]:
+    """Count, for each of ``SHARES_OF_POSITIVE``, the marked scores that reach it."""
+    case, _ = np.nonzero(marks_CN)
+    positive, score = positive_scores_C[case], scores_CN[marks_CN]
+    # Of a positive below 0 as far below it as the share is below 1.
+    levels = (positive - np.float32(1.0 - share) * np.abs(positive) for share in SHARES_OF_POSITIVE)
+    return np.array([(score >= level).sum() for level in levels])
 
-    records: int = 0
-    given_kept: int = 0
-    given_dropped: int = 0
-    near_duplicates: int = 0
-    samples: list[MiningSample] = field(default_factory=list)
-    _positive_sum: float = 0.0
-    _negative_sum: float = 0.0
-    _candidates: int = 0
-    _rejected: int = 0
-    _fewer: int = 0
-    _none: int = 0
-    _not_found: int = 0
-    _mined: int = 0
-    _nearest: int = 0
-    _mined_above: list[int] = field(default_factory=lambda: [0] * len(SHARES_OF_POSITIVE))
-    _nearest_above: list[int] = field(default_factory=lambda: [0] * len(SHARES_OF_POSITIVE))
 
-    def count(
-        self,
-        positive_scores_C: NDArray[np.float32],
-        scores_CN: NDArray[np.float32],
-        *,
-        eligible: NDArray[np.bool_],
-        passed: NDArray[np.bool_],
-        taken: NDArray[np.bool_],
-        naive: NDArray[np.bool_],
-    ) -> None:
-        """Count candidates; the marks are ``(C, N)`` like their scores."""
-        self._positive_sum += float(positive_scores_C.sum(dtype=np.float64))
-        self._negative_sum += float(scores_CN[taken].sum(dtype=np.float64))
-        self._candidates += int(eligible.sum())
-        self._rejected += int((eligible & ~passed).sum())
-        self._mined += int(taken.sum())
-        self._nearest += int(naive.sum())
-        for marks, above in ((taken, self._mined_above), (naive, self._nearest_above)):
-            case, _ = np.nonzero(marks)
-            positive, score = positive_scores_C[case], scores_CN[marks]
-            for number, share in enumerate(SHARES_OF_POSITIVE):
-                # Of a positive below 0 as far below it as the share is below 1.
-                level = positive - np.float32(1.0 - share) * np.abs(positive)
-                above[number] += int((score >= level).sum())
-
-    def count_records(
-        self, totals_C: NDArray[np.int64], *, wanted: int, found: NDArray[np.bool_]
-    ) -> None:
-        """Count records by the negatives they have now and whether their positive was found."""
-        self.records += len(totals_C)
-        self._fewer += int((totals_C < wanted).sum())
-        self._none += int((totals_C == 0).sum())
-        self._not_found += int((~found).sum())
-
-    def report(self, *, documents: int) -> MiningReport:
-        """Return the numbers so far; there must be a record."""
-        near_positive = tuple(
-            NearPositive(
-                share,
-                mined / self._mined if self._mined else None,
-                nearest / self._nearest if self._nearest else None,
-            )
-            for share, mined, nearest in zip(
-                SHARES_OF_POSITIVE, self._mined_above, self._nearest_above, strict=True
-            )
-        )
-        return MiningReport(
-            records=self.records,
-            documents=documents,
-            negatives=self._mined,
-            given_kept=self.given_kept,
-            given_dropped=self.given_dropped,
-            mean_positive_score=self._positive_sum / self.records,
-            mean_negative_score=self._negative_sum / self._mined if self._mined else None,
-            share_with_fewer=self._fewer / self.records,
-            share_with_none=self._none / self.records,
-            share_positive_not_found=self._not_found / self.records,
-            candidates=self._candidates,
-            share_rejected=self._rejected / max(self._candidates, 1),
-            near_duplicates=self.near_duplicates,
-            near_positive=near_positive,
-            samples=tuple(self.samples),
-        )
+def report_of(
+    counts: Mapping[str, Any], samples: Iterable[MiningSample], *, documents: int
+) -> MiningReport:
+    """Make the report of what ``selection.Selector`` has counted; there must be a record."""
+    records, mined, nearest = counts["records"], counts["mined"], counts["nearest"]
+    reached = zip(
+        SHARES_OF_POSITIVE,
+        [count / mined if mined else None for count in counts["mined_reaching"].tolist()],
+        [count / nearest if nearest else None for count in counts["nearest_reaching"].tolist()],
+        strict=True,
+    )
+    return MiningReport(
+        records=records,
+        documents=documents,
+        negatives=mined,
+        given_kept=counts["given_kept"],
+        given_dropped=counts["given_dropped"],
+        mean_positive_score=counts["positive_score"] / records,
+        mean_negative_score=counts["negative_score"] / mined if mined else None,
+        share_with_fewer=counts["with_fewer"] / records,
+        share_with_none=counts["with_none"] / records,
+        share_positive_not_found=counts["not_found"] / records,
+        candidates=counts["candidates"],
+        share_rejected=counts["rejected"] / max(counts["candidates"], 1),
+        near_duplicates=counts["near_duplicates"],
+        near_positive=tuple(NearPositive(*row) for row in reached),
+        samples=tuple(samples),
+    )

@@ -1,4 +1,4 @@
-"""One run of mining: the pool searched for every case, block by block, and negatives chosen.
+"""One run of mining: the corpus searched for every case, block by block, and negatives chosen.
 
 In: cases and a ranking; out: their negatives, one case after the other, and the report. Next file:
 ``selection.py``.
@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate, chain
-from pathlib import Path
+from functools import cached_property
+from itertools import accumulate, chain, pairwise
 from typing import Any, cast
 
 import numpy as np
@@ -20,81 +20,55 @@ from numpy.typing import NDArray
 from nvembed.core.background import prefetch
 from nvembed.core.errors import DataError
 from nvembed.core.reporting import progress
-from nvembed.core.text_files import read_jsonl
-from nvembed.data.convert import POSITIVE_SCORE
-from nvembed.data.mining_config import MiningConfig
-from nvembed.data.record_shards import record_of
+from nvembed.data.build_config import MiningConfig
+from nvembed.data.examples import POSITIVE_SCORE
 from nvembed.data.records import PairRecord, Record, StsRecord
-from nvembed.mining.pool import Pool, text_key
+from nvembed.mining.corpus import Corpus
 from nvembed.mining.ranking import BLOCK_QUERIES, NOTHING, Ranking
 from nvembed.mining.report import MiningReport
-from nvembed.mining.selection import Case, Chosen, Neighbours, Query, Selector
+from nvembed.mining.selection import Case, Mined, Neighbours, Query, Selector
+from nvembed.text.similarity import text_key
 
 # Records per search. What is chosen from holds a few numbers for each of their candidates.
 BLOCK_RECORDS = 2048
 
 
-@dataclass(frozen=True, slots=True)
-class Mined:
-    """The negatives of a case and, where they are wanted, the teacher's scores."""
-
-    negatives: tuple[str, ...]
-    positive_scores: tuple[float, ...] = ()
-    negative_scores: tuple[float, ...] = ()
-
-
 class Run:
-    """Mining for cases: ``mined`` gives the negatives of each, then ``report`` the numbers.
+    """Mining for a plan: ``mined`` gives the negatives of each case, then ``report`` the numbers.
 
-    Args:
-        cases: what to mine for, at least one.
-        pool: holds all texts of the cases but the queries.
-        ranking: of the rows of ``queries_of`` and of the pool.
-        config: how to choose.
-        further: nothing is mined for these, but what they know to be positive is no negative.
+    The corpus holds all texts of the cases but the queries; the ranking is of the rows of
+    ``Plan.queries`` and of the corpus.
     """
 
-    def __init__(
-        self,
-        cases: Sequence[Case],
-        pool: Pool,
-        ranking: Ranking,
-        config: MiningConfig,
-        *,
-        further: Iterable[Case] = (),
-    ) -> None:
-        self._cases, self._pool, self._config = cases, pool, config
-        self._ranking = ranking
-        self._query_rows = {query: row for row, query in enumerate(queries_of(cases))}
+    def __init__(self, plan: Plan, corpus: Corpus, ranking: Ranking, config: MiningConfig) -> None:
+        cases = plan.cases
+        self._cases, self._corpus, self._ranking, self._config = cases, corpus, ranking, config
+        self._query_rows = {query: row for row, query in enumerate(plan.queries)}
         self._positive_rows = [
             [[self._row(text) for text in texts] for _, texts in case.sides] for case in cases
         ]
-        known = _known_positives(cases, further, pool)
-        self._selector = Selector(config, pool, known, len(cases))
+        self._selector = Selector(config, corpus, _known_positives(plan, corpus), len(cases))
 
     def mined(self) -> Iterator[Mined]:
         """Choose the negatives of every case; given ones first."""
         size = BLOCK_RECORDS if self._config.rerank is None else BLOCK_QUERIES
         blocks = [self._cases[at : at + size] for at in range(0, len(self._cases), size)]
+        # The next block is searched for while this one is chosen from. Reranking writes files, for
+        # one thread at a time.
+        starts = accumulate(map(len, blocks), initial=0)
+        found: Iterator[Neighbours] = map(self._neighbours, blocks, starts)
+        found = prefetch(found) if self._config.rerank is None else found
         with progress(len(self._cases), "mine") as bar:
-            for block, near in zip(blocks, self._all_neighbours(blocks), strict=True):
+            for block, near in zip(blocks, found, strict=True):
                 chosen = self._selector.choose(block, near)
                 if self._config.write_scores:
-                    yield from self._with_scores(block, chosen)
-                else:
-                    yield from (Mined(case.texts) for case in chosen)
+                    chosen = self._with_scores(block, chosen)
+                yield from chosen
                 bar.advance(len(block))
 
     def report(self) -> MiningReport:
         """Return the numbers of the cases gone through."""
         return self._selector.report()
-
-    def _all_neighbours(self, blocks: Sequence[Sequence[Case]]) -> Iterator[Neighbours]:
-        """Search for block after block; for the next one while this one is chosen from."""
-        starts = [0, *accumulate(map(len, blocks))]
-        found = map(self._neighbours, blocks, starts)
-        # Reranking writes files, for one thread at a time.
-        return prefetch(found) if self._config.rerank is None else found
 
     def _neighbours(self, block: Sequence[Case], start: int) -> Neighbours:
         """Search for all cases of a block (C cases of S sides each, from ``start``) in one go."""
@@ -121,14 +95,14 @@ class Run:
         for number, query_S in enumerate(query_CS):
             rows_N = np.unique(rows_CSK[number])
             rows_N = rows_N[rows_N != NOTHING]
-            scores_N = np.max([self._scores(query, rows_N) for query in query_S], axis=0)
+            scores_SN = [
+                self._ranking.scores(np.full(len(rows_N), query), rows_N) for query in query_S
+            ]
+            scores_N = np.max(scores_SN, axis=0)
             order_N = np.argsort(-scores_N, kind="stable")
             rows_CN[number, : len(rows_N)] = rows_N[order_N]
             scores_CN[number, : len(rows_N)] = scores_N[order_N]
         return scores_CN, rows_CN
-
-    def _scores(self, query: int, rows_N: NDArray[np.int64]) -> NDArray[np.float32]:
-        return self._ranking.scores(np.full(len(rows_N), query), rows_N)
 
     def _lowest_positives(
         self, query_CS: NDArray[np.int64], start: int
@@ -148,71 +122,27 @@ class Run:
         return row_P[lowest_C], score_P[lowest_C]
 
     def _row(self, text: str) -> int:
-        row = self._pool.find(text)
-        assert row is not None, "texts of cases are in the pool"
+        row = self._corpus.find(text)
+        assert row is not None, "texts of cases are in the corpus"
         return row
 
-    def _with_scores(self, block: Sequence[Case], chosen: Sequence[Chosen]) -> Iterator[Mined]:
+    def _with_scores(self, block: Sequence[Case], chosen: Sequence[Mined]) -> list[Mined]:
         """Add the scores for the first side, the only one of a pair record."""
-        queries, rows, counts = [], [], []
+        queries: list[int] = []
+        rows: list[int] = []
+        splits = [0]
         for case, own in zip(block, chosen, strict=True):
             query, positives = case.sides[0]
-            of_case = [*map(self._row, positives), *own.rows]
-            queries += [self._query_rows[query, case.instruction]] * len(of_case)
-            rows += of_case
-            counts.append((len(positives), len(of_case)))
+            for part in (list(map(self._row, positives)), own.rows):
+                queries += [self._query_rows[query, case.instruction]] * len(part)
+                rows += part
+                splits.append(len(rows))
         scores = self._ranking.scores(np.array(queries), np.array(rows)).tolist()
-        start = 0
-        for own, (split, size) in zip(chosen, counts, strict=True):
-            mine = scores[start : start + size]
-            yield Mined(own.texts, tuple(mine[:split]), tuple(mine[split:]))
-            start += size
-
-
-def queries_of(cases: Sequence[Case]) -> list[Query]:
-    """Return the different queries; equal ones of several cases are looked for once.
-
-    A text with two instructions is two queries: the teacher finds other documents for each.
-
-    Raises:
-        DataError: there are no cases.
-    """
-    if not cases:
-        raise DataError(
-            "no records to mine for",
-            expected=f"queries with positives, or pairs scored {POSITIVE_SCORE:g} or more",
-        )
-    return list(dict.fromkeys((q, case.instruction) for case in cases for q, _ in case.sides))
-
-
-def pool_texts(cases: Sequence[Case], documents: Iterable[str]) -> Iterator[str]:
-    """Yield what the pool is made of."""
-    for case in cases:
-        for _, positives in case.sides:
-            yield from positives
-        yield from case.given
-    yield from documents
-
-
-def _known_positives(
-    cases: Sequence[Case], further: Iterable[Case], pool: Pool
-) -> dict[str, frozenset[int]]:
-    """Collect, for every query, the rows of its positives in all records and its own row.
-
-    Queries that differ in case and white space only are one, and so are those with different
-    instructions: what answers a query in one task is too near to be a negative in another.
-    """
-    keys = {query: text_key(query) for case in cases for query, _ in case.sides}
-    by_key = {key: {pool.find(query)} for query, key in keys.items()}
-    for case in chain(cases, further):
-        for query, positives in case.sides:
-            key = keys.get(query) or text_key(query)
-            if key in by_key:
-                by_key[key].update(map(pool.find, positives))
-    frozen = {
-        key: frozenset(row for row in rows if row is not None) for key, rows in by_key.items()
-    }
-    return {query: frozen[key] for query, key in keys.items()}
+        parts = [tuple(scores[start:end]) for start, end in pairwise(splits)]
+        return [
+            replace(own, positive_scores=positive, negative_scores=negative)
+            for own, positive, negative in zip(chosen, parts[::2], parts[1::2], strict=True)
+        ]
 
 
 # --- Records as cases -----------------------------------------------------------------------------
@@ -223,9 +153,10 @@ class Plan:
     """Records as cases.
 
     Args:
-        cases: what is mined for.
-        further: cases that nothing is mined for, of the same set.
-        texts: of the pool, beside those of the cases.
+        cases: what is mined for, at least one.
+        further: cases of the same set that nothing is mined for; what they know to be positive is
+            no negative.
+        texts: of the corpus, beside those of the cases.
         symmetric: the instruction goes to documents too.
         finish: puts the negatives of the cases into the records.
     """
@@ -236,6 +167,29 @@ class Plan:
     symmetric: bool
     finish: Callable[[Iterator[Mined]], Iterator[Any]]
 
+    @cached_property
+    def queries(self) -> list[Query]:
+        """The different queries; equal ones of several cases are looked for once.
+
+        A text with two instructions is two queries: the teacher finds other documents for each.
+        """
+        if not self.cases:
+            raise DataError(
+                "no records to mine for",
+                expected=f"queries with positives, or pairs scored {POSITIVE_SCORE:g} or more",
+            )
+        queries = ((q, case.instruction) for case in self.cases for q, _ in case.sides)
+        return list(dict.fromkeys(queries))
+
+    def corpus_texts(self, documents: Iterable[str]) -> Iterator[str]:
+        """The texts that are searched, repeated ones included."""
+        for case in self.cases:
+            for _, positives in case.sides:
+                yield from positives
+            yield from case.given
+        yield from self.texts
+        yield from documents
+
 
 def plan_records(records: Sequence[Record], further: Iterable[PairRecord] = ()) -> Plan:
     """Plan for the records of a set, which are of one kind; see the two below."""
@@ -243,19 +197,8 @@ def plan_records(records: Sequence[Record], further: Iterable[PairRecord] = ()) 
     return plan_pairs(pairs, further) if pairs else plan_sts(cast(Sequence[StsRecord], records))
 
 
-def pairs_of(path: Path | None) -> Iterator[PairRecord]:
-    """Read pair records one at a time, as ``building`` wrote them."""
-    for _, row in read_jsonl(path) if path is not None else ():
-        yield cast(PairRecord, record_of(row, "retrieval"))
-
-
 def plan_pairs(records: Sequence[PairRecord], further: Iterable[PairRecord]) -> Plan:
-    """One case per record, whose query asks.
-
-    Args:
-        records: queries with what answers them.
-        further: records of the same set that nothing is mined for.
-    """
+    """One case per record, whose query asks."""
 
     def finish(mined: Iterator[Mined]) -> Iterator[PairRecord]:
         for record, found in zip(records, mined, strict=True):
@@ -293,3 +236,22 @@ def plan_sts(records: Sequence[StsRecord]) -> Plan:
         cases.append(Case(sides=sides, given=record.negatives))
     sentences = [text for record in records for text in (record.sentence1, record.sentence2)]
     return Plan(cases, (), sentences, symmetric=True, finish=finish)
+
+
+def _known_positives(plan: Plan, corpus: Corpus) -> dict[str, frozenset[int]]:
+    """Collect, for every query, the rows of its positives in all records and its own row.
+
+    Queries that differ in case and white space only are one, and so are those with different
+    instructions: what answers a query in one task is too near to be a negative in another.
+    """
+    keys = {query: text_key(query) for case in plan.cases for query, _ in case.sides}
+    by_key = {key: {corpus.find(query)} for query, key in keys.items()}
+    for case in chain(plan.cases, plan.further):
+        for query, positives in case.sides:
+            key = keys.get(query) or text_key(query)
+            if key in by_key:
+                by_key[key].update(map(corpus.find, positives))
+    frozen = {
+        key: frozenset(row for row in rows if row is not None) for key, rows in by_key.items()
+    }
+    return {query: frozen[key] for query, key in keys.items()}

@@ -10,13 +10,16 @@ Four kernels: ``varlen_attn`` on CUDA in 16 bit, our own on a CPU (``kernels/att
 bidirectional float32 and in bfloat16 without gradient, dense blocks elsewhere (segments of equal
 length stand side by side and form one block; nothing is padded).
 
+A probe tells which way attention really goes: it runs a model and reads no setting.
+
 Letters: T tokens of the pack, H heads, K key/value heads, E head width, G segments of one block, L
 their length.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +27,7 @@ from transformers import AttentionInterface
 
 from nvembed.core.errors import ModelError
 from nvembed.kernels import attention as kernels
+from nvembed.model.settings import AttentionDirection
 from nvembed.text.packing import Segments
 
 FLAT_ATTENTION = "nvembed_flat"
@@ -53,12 +57,9 @@ def flat_attention(
     *,
     segments: Segments,
     causal: bool,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    softcap: float | None = None,
-    **others: Any,
+    **options: Any,
 ) -> tuple[Tensor, None]:
-    """The function transformers calls in every layer.
+    """The function transformers calls in every layer, with ``scaling``, ``dropout``, ``softcap``.
 
     Shapes: query ``(1, H, T, E)``, key and value ``(1, K, T, E)``; returns ``(1, T, H, E)``.
 
@@ -66,8 +67,10 @@ def flat_attention(
         ModelError: the backbone asks for something that would silently be left out (attention
             sinks, position biases, a mask of its own), or scales the scores by 0 or less.
     """
+    scaling: float | None = options.get("scaling")
+    dropout, softcap = options.get("dropout") or 0.0, options.get("softcap")
     kernels.checked_scaling(scaling, query.shape[-1])
-    asked = [name for name in _UNSUPPORTED if others.get(name) is not None]
+    asked = [name for name in _UNSUPPORTED if options.get(name) is not None]
     if attention_mask is not None:
         asked.append("attention_mask")
     if asked:
@@ -98,9 +101,8 @@ def short_tokens(dtype: torch.dtype) -> int:
 
     0 where our own kernel computes them, which holds none.
     """
-    return (
-        0 if dtype is torch.float32 and kernels.float32_available() else _longest_by_products(dtype)
-    )
+    no_scores = dtype is torch.float32 and kernels.float32_available()
+    return 0 if no_scores else _longest_by_products(dtype)
 
 
 def _longest_by_products(dtype: torch.dtype) -> int:
@@ -117,19 +119,20 @@ def _varlen(
 ) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn  # absent from CPU-only builds of torch
 
-    grouped = key_HTE.shape[0] != query_HTE.shape[0]
     starts = segments.cu_seqlens.to(query_HTE.device)  # elsewhere where layers lie on several GPUs
+    longest = max(segments.lengths)
+    query, key, value = (x.transpose(0, 1).contiguous() for x in (query_HTE, key_HTE, value_HTE))
     out = varlen_attn(
-        query_HTE.transpose(0, 1).contiguous(),
-        key_HTE.transpose(0, 1).contiguous(),
-        value_HTE.transpose(0, 1).contiguous(),
+        query,
+        key,
+        value,
         starts,
         starts,
-        segments.max_length,
-        segments.max_length,
+        longest,
+        longest,
         scale=scaling,
         window_size=(-1, 0) if causal else (-1, -1),
-        enable_gqa=grouped,
+        enable_gqa=key_HTE.shape[0] != query_HTE.shape[0],
     )
     assert isinstance(out, Tensor)
     return out
@@ -185,17 +188,8 @@ def block_attention(
     """Plain attention of one block of texts of equal length.
 
     Query heads that share a key head are laid end to end as more rows of it, so that keys and
-    values are never repeated.
-
-    Args:
-        query_GHLE: queries.
-        key_GKLE: keys, K a divisor of H.
-        value_GKLE: values.
-        causal: a token sees what came before it only.
-        scaling: of the scores; ``None`` is one over the root of E.
-        dropout: on the weights.
-        softcap: Gemma 2's ``cap * tanh(score / cap)``, which SDPA does not have.
-        seen_GL: False for padding (of an exported graph; there is none elsewhere).
+    values are never repeated. ``softcap`` is Gemma 2's ``cap * tanh(score / cap)``, which SDPA does
+    not have; ``seen_GL`` is False for padding (of an exported graph; there is none elsewhere).
     """
     num_heads, length, width = query_GHLE.shape[1:]
     num_key_heads = key_GKLE.shape[1]
@@ -215,3 +209,38 @@ def block_attention(
     if dropout:
         weight_GKRL = nn.functional.dropout(weight_GKRL, dropout)
     return (weight_GKRL @ value_GKLE).unflatten(2, (-1, length)).flatten(1, 2)
+
+
+# --- The probe ------------------------------------------------------------------------------------
+
+
+class DirectionFinding(NamedTuple):
+    """What ``probe_direction`` saw.
+
+    Attributes:
+        direction: ``bidirectional`` if the last token moves the first state.
+        neighbours_seen: texts that are encoded together change each other.
+    """
+
+    direction: AttentionDirection
+    neighbours_seen: bool
+
+
+@torch.no_grad()
+def probe_direction(
+    states: Callable[[Sequence[Sequence[int]]], Tensor], vocabulary: int
+) -> DirectionFinding:
+    """Change the last token of a sequence and see whether the first state moves.
+
+    ``states`` is the model, in evaluation mode: rows of token ids, the longer first, to their last
+    hidden states ``(T, D)``, end to end. ``vocabulary`` is the number of token ids.
+    """
+    ids = [(7 * i + 11) % vocabulary for i in range(8)]
+    changed = [*ids[:-1], (ids[-1] + vocabulary // 2) % vocabulary]
+    first_TD, moved_TD, packed_TD = (states(rows) for rows in ([ids], [changed], [ids, ids[1:]]))
+    scale = float(first_TD.float().std()) or 1.0
+    seen = float((first_TD[0] - moved_TD[0]).float().abs().max()) / scale > 1e-6
+    # Kernels round differently for other shapes; in 16 bit by up to some per cent of the spread.
+    tolerance = 1e-3 if first_TD.dtype == torch.float32 else 0.1
+    difference = float((first_TD - packed_TD[: len(ids)]).float().abs().max()) / scale
+    return DirectionFinding("bidirectional" if seen else "causal", difference > tolerance)

@@ -3,11 +3,12 @@
 Loads any decoder (or encoder) without its language-model head, puts it behind our flat attention,
 switches the cache off, and checks by a probe that attention really goes the way that was asked for.
 Model families ignore flags silently, so a model that stays causal is an error here, not a warning.
-Next file: ``model/pooling.py``.
+LoRA adapters (peft) are put on it in place. Next file: ``model/pooling.py``.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -20,13 +21,14 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
 
 from nvembed.core.errors import ModelError
+from nvembed.core.files import atomic_folder
+from nvembed.core.runs import TRAIN
 from nvembed.interop.loading import check_vocabulary, loading, reason
-from nvembed.interop.model_folder import read_values
-from nvembed.interop.source import COPY_AGAIN, ModelSource
-from nvembed.model.attention import FLAT_ATTENTION, OTHER_BACKBONE
+from nvembed.interop.model_folder import COPY_AGAIN, ModelSource, read_values
+from nvembed.kernels.accelerate import accelerate
+from nvembed.model.attention import FLAT_ATTENTION, OTHER_BACKBONE, probe_direction
 from nvembed.model.placement import DeviceMap
-from nvembed.model.probe import probe_direction
-from nvembed.model.settings import AttentionDirection
+from nvembed.model.settings import AttentionDirection, LoraSettings
 from nvembed.text.packing import FlatBatch, flatten
 from nvembed.text.tokens import TextStyle, TextTokenizer, TokenizedText
 
@@ -78,7 +80,7 @@ class Backbone(InputModule):
         self.add_bos = add_bos
         self.add_eos = add_eos
         self._frozen = False
-        self._text = TextTokenizer(
+        self.text_tokenizer = TextTokenizer(
             tokenizer,
             max_tokens=self._readable(512 if max_tokens is None else max_tokens),
             style=text_style,
@@ -91,81 +93,48 @@ class Backbone(InputModule):
     @classmethod
     def from_pretrained(
         cls,
-        name_or_path: str,
+        source: ModelSource | str,
         *,
-        subfolder: str = "",
         dtype: torch.dtype | str | None = None,
-        revision: str | None = None,
-        token: bool | str | None = None,
-        cache_folder: str | None = None,
-        local_files_only: bool = False,
-        trust_remote_code: bool = False,
         device_map: DeviceMap | None = None,
-        attention: AttentionDirection = "bidirectional",
-        max_tokens: int | None = None,
-        text_style: TextStyle = "nvembed",
-        add_bos: bool = True,
-        add_eos: bool = True,
+        **settings: Any,
     ) -> Self:
         """Load a decoder or encoder from a folder or the hub, and prove its direction.
 
         Args:
-            name_or_path: local folder or hub id.
-            subfolder: where config, weights and tokenizer lie inside it.
+            source: where config, weights and tokenizer lie.
             dtype: of the weights; ``None`` means float32, ``"auto"`` the dtype they were saved in.
-            revision: commit, tag or branch on the hub.
-            token: of the hub, for gated models.
-            cache_folder: where downloads are kept.
-            local_files_only: never ask the hub.
-            trust_remote_code: run code that comes with the model; off, and rarely needed.
             device_map: spread the layers over devices, see ``model/placement.py``.
-            attention: see the class.
-            max_tokens: see the class.
-            text_style: see the class.
-            add_bos: see the class.
-            add_eos: see the class.
+            **settings: those of the class.
 
         Raises:
             ModelError: nothing loadable there, the family cannot run on flat batches, or its
                 attention does not go the way that was asked for.
         """
-        where: dict[str, Any] = {
-            "subfolder": subfolder,
-            "revision": revision,
-            "token": token,
-            "cache_dir": cache_folder,
-            "local_files_only": local_files_only,
-            "trust_remote_code": trust_remote_code,
-        }
-        place = name_or_path
-        if Path(name_or_path).is_dir():
-            place = str(Path(name_or_path) / subfolder)
+        if isinstance(source, str):
+            source = ModelSource(source)
+        given = source.options()
+        where = {"subfolder": source.inside, "cache_dir": given.pop("cache_folder"), **given}
+        name, place = source.name, source.place
         with loading(place, expected="a Hugging Face model folder or hub id"):
-            config = AutoConfig.from_pretrained(name_or_path, **where)
+            config = AutoConfig.from_pretrained(name, trust_remote_code=False, **where)
             config.use_cache = False
             model = AutoModel.from_pretrained(
-                name_or_path,
+                name,
                 config=config,
                 attn_implementation=FLAT_ATTENTION,
                 dtype=dtype or torch.float32,
                 device_map=device_map,
+                trust_remote_code=False,
                 **where,
             )
         with loading(place, expected="the model's tokenizer (tokenizer.json)"):
-            tokenizer = AutoTokenizer.from_pretrained(name_or_path, **where)
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **where)
         check_vocabulary(model, tokenizer, where=place)
         if getattr(model, "pooler", None) is not None:
             model.pooler = None  # BERT's; unused, and unused weights only cost memory
-        backbone = cls(
-            model,
-            tokenizer,
-            attention=attention,
-            max_tokens=max_tokens,
-            text_style=text_style,
-            add_bos=add_bos,
-            add_eos=add_eos,
-        )
-        prove_direction(backbone, name=str(name_or_path))
+        backbone = cls(model, tokenizer, **settings)
+        prove_direction(backbone, name=name)
         return backbone
 
     def freeze(self) -> None:
@@ -180,24 +149,21 @@ class Backbone(InputModule):
 
     @property
     def max_tokens(self) -> int:
-        """Longest sequence, with BOS, prompt and EOS."""
-        return self._text.max_tokens
+        """Longest sequence, with BOS, prompt and EOS; sentence-transformers' max_seq_length."""
+        return self.text_tokenizer.max_tokens
 
     @max_tokens.setter
     def max_tokens(self, value: int) -> None:
-        self._text.max_tokens = self._readable(value)
+        self.text_tokenizer.max_tokens = self._readable(value)
+
+    max_seq_length = max_tokens
 
     def _readable(self, max_tokens: int) -> int:
-        """A limit within the table of positions, beyond which nothing can be read."""
-        rows = self._position_rows
-        return min(max_tokens, rows) if rows is not None and type(max_tokens) is int else max_tokens
-
-    @property
-    def _position_rows(self) -> int | None:
-        """Rows of a table of positions, such as BERT's; ``None`` without a table."""
-        table = getattr(getattr(self.model, "embeddings", None), "position_embeddings", None)
-        weight = getattr(table, "weight", None)
-        return None if weight is None else int(weight.shape[0]) - self._first_position
+        """A limit within the table of positions, such as BERT's, beyond which nothing is read."""
+        weight = getattr(self._position_table, "weight", None)
+        if weight is None or type(max_tokens) is not int:
+            return max_tokens
+        return min(max_tokens, int(weight.shape[0]) - self._first_position)
 
     @property
     def max_positions(self) -> int | None:
@@ -205,15 +171,15 @@ class Backbone(InputModule):
         positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         return None if positions is None else int(positions) - self._first_position
 
-    # The name sentence-transformers uses for the same number.
     @property
-    def max_seq_length(self) -> int:
-        """Same as ``max_tokens``."""
-        return self.max_tokens
+    def _position_table(self) -> Any:
+        return getattr(getattr(self.model, "embeddings", None), "position_embeddings", None)
 
-    @max_seq_length.setter
-    def max_seq_length(self, value: int) -> None:
-        self.max_tokens = value
+    @property
+    def _first_position(self) -> int:
+        # RoBERTa and its kin keep a row of the position table for padding, and count after it.
+        padding = getattr(self._position_table, "padding_idx", None)
+        return 0 if padding is None else int(padding) + 1
 
     @property
     def device(self) -> torch.device:
@@ -240,14 +206,9 @@ class Backbone(InputModule):
         """Hidden size, by the name sentence-transformers asks for."""
         return self.width
 
-    @property
-    def text_tokenizer(self) -> TextTokenizer:
-        """The one path from text to tokens, as an object that a cache can stand in front of."""
-        return self._text
-
     def tokenize_texts(self, texts: Sequence[str], prompt: str = "") -> list[TokenizedText]:
         """Ids and pool starts of texts that share a prompt."""
-        return self._text(texts, prompt)
+        return self.text_tokenizer(texts, prompt)
 
     def preprocess(
         self, inputs: Sequence[Any], prompt: str | None = None, **_: Any
@@ -273,13 +234,6 @@ class Backbone(InputModule):
         hidden_TD: Tensor = output.last_hidden_state[0]
         return hidden_TD
 
-    @property
-    def _first_position(self) -> int:
-        # RoBERTa and its kin keep a row of the position table for padding, and count after it.
-        table = getattr(getattr(self.model, "embeddings", None), "position_embeddings", None)
-        padding = getattr(table, "padding_idx", None)
-        return 0 if padding is None else int(padding) + 1
-
     def states(self, rows: Sequence[Sequence[int]]) -> Tensor:
         """Last hidden states ``(T, D)`` of rows of token ids, the longest row first."""
         flat = flatten([TokenizedText(tuple(row), 0) for row in rows])
@@ -298,27 +252,18 @@ class Backbone(InputModule):
         cls,
         model_name_or_path: str,
         subfolder: str = "",
-        token: bool | str | None = None,
-        cache_folder: str | None = None,
-        revision: str | None = None,
-        local_files_only: bool = False,
         model_kwargs: dict[str, Any] | None = None,
-        **_: Any,
+        **options: Any,
     ) -> Self:
         """Load from a saved model, as sentence-transformers calls it."""
-        source = ModelSource(
-            model_name_or_path, revision, token, cache_folder, local_files_only, subfolder
-        )
+        source = ModelSource.of_module(model_name_or_path, subfolder, options)
         file = source.require(cls.config_file_name, hint=COPY_AGAIN)
         settings = source.read_json(cls.config_file_name) or {}
         given = model_kwargs or {}
-        wanted = given.get("dtype") or given.get("torch_dtype")
         return cls.from_pretrained(
-            model_name_or_path,
-            dtype=wanted or "auto",
+            source,
+            dtype=given.get("dtype") or given.get("torch_dtype") or "auto",
             device_map=given.get("device_map"),
-            subfolder=subfolder,
-            **source.options(),
             **read_values(SavedBackbone, settings, where=str(file)),
         )
 
@@ -335,9 +280,8 @@ def main_device(decoder: torch.nn.Module) -> torch.device:
 def prove_direction(backbone: Backbone, *, name: str) -> None:
     """Probe that attention goes the way that was asked for and stays within each text.
 
-    Raises:
-        ModelError: the model is causal although bidirectional attention was asked for (or the
-            reverse), a neighbour in the pack changes a text, or the family does not run at all.
+    A ModelError where the model is causal although bidirectional attention was asked for (or the
+    reverse), a neighbour in the pack changes a text, or the family does not run at all.
     """
     model = backbone.model
     if main_device(model).type == "meta":
@@ -366,3 +310,47 @@ def prove_direction(backbone: Backbone, *, name: str) -> None:
         raise ModelError(
             "texts packed together see each other", where=name, hint="Choose another backbone"
         )
+
+
+# --- Adapters; peft is imported where one is wanted -----------------------------------------------
+
+
+def add_lora(backbone: Backbone, settings: LoraSettings) -> None:
+    """Freeze the backbone and put fresh adapters on it, in place."""
+    from peft import LoraConfig, get_peft_model
+
+    targets = settings.targets if isinstance(settings.targets, str) else list(settings.targets)
+    config = LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=targets,
+        bias="none",
+    )
+    with warnings.catch_warnings():
+        # peft reads a property that transformers 5 has renamed; nothing a user could do about.
+        warnings.filterwarnings(
+            "ignore", message=".*is_gradient_checkpointing", category=FutureWarning
+        )
+        # Of an int8 base: that adapters could not be merged into it, which nobody does.
+        warnings.filterwarnings("ignore", message=".*get_apply_tensor_subclass")
+        adapted: Any = get_peft_model(backbone.model, config)
+    accelerate(adapted)
+    backbone.model = adapted
+
+
+def save_adapter(backbone: Backbone, folder: Path) -> None:
+    """Write the adapters alone as a peft folder, which must happen before they are merged."""
+    model: Any = backbone.model
+    with atomic_folder(folder, TRAIN) as temporary:
+        # "auto" would ask the hub whether the vocabulary was changed; it never is.
+        model.save_pretrained(str(temporary), save_embedding_layers=False)
+
+
+def merge_lora(backbone: Backbone) -> None:
+    """Add the adapters into the weights and drop them, in place; does nothing without adapters."""
+    from peft import PeftModel
+
+    model: Any = backbone.model
+    if isinstance(model, PeftModel):
+        backbone.model = model.merge_and_unload()

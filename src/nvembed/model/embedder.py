@@ -9,9 +9,9 @@ budget instead of padded batches (``model/encoding.py``). Next file in the tour:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypedDict, Unpack, get_args
+from typing import Annotated, Any, Literal, NamedTuple, Self, TypedDict, Unpack, get_args
 
 import torch
 from pydantic import Field
@@ -22,13 +22,14 @@ from nvembed.core.arguments import checked
 from nvembed.core.errors import ConfigError, ModelError
 from nvembed.interop.loading import loading, prove_encoding, usable_device
 from nvembed.interop.model_folder import (
+    ModelSource,
     ModuleEntry,
+    damaged,
     model_kind,
     read_modules,
     read_prompts,
-    read_stock,
 )
-from nvembed.interop.source import COPY_AGAIN, ModelSource
+from nvembed.interop.stock import read_stock
 from nvembed.interop.weights import check_finite
 from nvembed.kernels.accelerate import accelerate
 from nvembed.model.backbone import Backbone
@@ -81,8 +82,7 @@ class EncodeOptions(TypedDict, total=False):
     long: LongTexts
 
 
-@dataclass(frozen=True, slots=True)
-class _Place:
+class _Place(NamedTuple):
     """Where and in which type the weights of a model are wanted; see ``from_pretrained``."""
 
     device: str | None
@@ -97,7 +97,7 @@ class NVEmbed(EncodingModel):
 
     Attributes:
         types_before_training: of parameters that are held in float32 while they are trained, by
-            name; see ``model/master_weights.py``.
+            name; see ``model/memory.py``.
     """
 
     types_before_training: dict[str, torch.dtype]
@@ -130,10 +130,9 @@ class NVEmbed(EncodingModel):
 
         Args:
             name_or_path: folder or hub id. ``nvidia/NV-Embed-v2``, ``-v1`` and folders in their
-                layout (``model_type: nvembed``) are read without their code; another one with a
-                ``modules.json`` is loaded as saved; anything else is a language model to start
-                from. So is a model of stock sentence-transformers modules, whose transformer,
-                length limit and prompts are taken.
+                layout are read without their code; another one with a ``modules.json`` is loaded as
+                saved; anything else is a language model to start from. So is a model of stock
+                sentence-transformers modules, whose transformer, limit and prompts are taken.
             pooling: for a new model (default ``mean``, which needs no training; the model's own
                 where one of stock modules is started from).
             num_latents: for a new latent pooling (default 512).
@@ -152,38 +151,39 @@ class NVEmbed(EncodingModel):
 
         Raises:
             ConfigError: an argument of a wrong type or value.
-            ModelError: nothing there that can be loaded, or options that a saved model fixes
-                already.
+            ModelError: nothing that can be loaded, or options that a saved model fixes already.
         """
         kept_in = None if cache_folder is None else str(cache_folder)
         source = ModelSource(str(name_or_path), revision, token, kept_in, local_files_only)
+        head = {"pooling": pooling, "num_latents": num_latents, "num_heads": num_heads}
+        place = _settled(device, device_map, dtype)
+        return cls._load(source, place, {**head, "attention": attention}, max_tokens)
+
+    @classmethod
+    def _load(
+        cls, source: ModelSource, place: _Place, new: dict[str, Any], max_tokens: int | None
+    ) -> Self:
+        """Load whatever a source is; ``new`` are the options of a model that is started."""
         source.check()
-        if isinstance(device_map, Mapping):
-            for target in device_map.values():
-                usable_device(f"cuda:{target}" if isinstance(target, int) else target)
-        place = _Place(usable_device(device), device_map, _floating(dtype))
-        new: dict[str, Any] = {
-            "pooling": pooling,
-            "num_latents": num_latents,
-            "num_heads": num_heads,
-            "attention": attention,
-        }
         kind = model_kind(source)
         stock = read_stock(source) if kind == "saved" else None
-        if kind == "official":
-            _refuse_new(new, source)
-            model = cls._load_official(source, place, max_tokens)
+        if kind == "language_model":
+            model = cls._start(source, place, new, max_tokens)
         elif stock is not None:
             own = stock.max_tokens or 512
-            new["pooling"] = pooling or stock.pooling(source)
+            new["pooling"] = new["pooling"] or stock.pooling(source)
             limit = own if max_tokens is None else min(max_tokens, own)
             model = cls._start(replace(source, inside=stock.folder), place, new, limit)
             model._read_settings(source)
-        elif kind == "saved":
-            _refuse_new(new, source)
-            model = cls._load_saved(source, place, max_tokens)
         else:
-            model = cls._start(source, place, new, max_tokens)
+            if given := [name for name, value in new.items() if value is not None]:
+                raise ModelError(
+                    f"{', '.join(given)}: pooling and attention are fixed in a saved model",
+                    where=source.name,
+                    hint="Leave these options out, or start from the language model",
+                )
+            load = cls._load_official if kind == "official" else cls._load_saved
+            model = load(source, place, max_tokens)
         if kind != "official":
             # There every tensor has been compared and its values checked, and a pass through the
             # wide latent attention takes copies of its weights: memory that only loading needs.
@@ -192,21 +192,15 @@ class NVEmbed(EncodingModel):
 
     @classmethod
     def _start(
-        cls,
-        source: ModelSource,
-        place: _Place,
-        new: Mapping[str, Any],
-        max_tokens: int | None,
+        cls, source: ModelSource, place: _Place, new: Mapping[str, Any], max_tokens: int | None
     ) -> Self:
         """Put a new pooling on a language model."""
         backbone = Backbone.from_pretrained(
-            source.name,
-            subfolder=source.inside,
+            source,
             dtype=place.dtype,
             device_map=place.device_map,
             attention=new["attention"] or "bidirectional",
             max_tokens=max_tokens,
-            **source.options(),
         )
         sizes = {key: new[key] for key in ("num_latents", "num_heads") if new[key] is not None}
         head = build_pooling(new["pooling"] or "mean", backbone.width, **sizes)
@@ -215,14 +209,14 @@ class NVEmbed(EncodingModel):
     @classmethod
     def _load_official(cls, source: ModelSource, place: _Place, max_tokens: int | None) -> Self:
         device = place.device or get_device_name()
-        backbone, pooling = load_official(
+        loaded = load_official(
             source,
             device=device,
             device_map=place.device_map,
             dtype=place.dtype,
             max_tokens=max_tokens,
         )
-        model = cls(modules=[backbone, pooling, Normalize()], device=device)
+        model = cls(modules=[*loaded, Normalize()], device=device)
         model.prompts.update(task_prompts())
         model._read_settings(source)
         return model
@@ -323,48 +317,39 @@ def _module_class(entry: ModuleEntry, source: ModelSource) -> type[Module]:
         )
     found = import_from_string(entry.type)
     if not (isinstance(found, type) and issubclass(found, Module)):
-        raise ModelError(f"{entry.type} is not a module", where=where, hint=COPY_AGAIN)
+        raise damaged(f"{entry.type} is not a module", where)
     return found
 
 
 def _check_chain(modules: Sequence[torch.nn.Module], source: ModelSource) -> None:
     """Refuse modules that cannot follow each other."""
-    kinds = [type(module) for module in modules]
     first, pooling = modules[0], modules[1] if len(modules) > 1 else None
     if not isinstance(first, InputModule) or (isinstance(first, Backbone) and pooling is None):
-        raise ModelError(
-            f"its modules are {', '.join(kind.__name__ for kind in kinds)}",
-            where=f"{source.name}/modules.json",
-            expected="a backbone, a pooling and what follows them, in this order",
-            hint=COPY_AGAIN,
+        raise damaged(
+            f"its modules are {', '.join(type(module).__name__ for module in modules)}",
+            f"{source.name}/modules.json",
+            "a backbone, a pooling and what follows them, in this order",
         )
     if isinstance(pooling, Pooling) and pooling.width != first.get_embedding_dimension():
-        raise ModelError(
-            f"its pooling is of width {pooling.width}",
-            where=source.name,
-            expected=f"that of its backbone, {first.get_embedding_dimension()}",
-            hint=COPY_AGAIN,
-        )
+        expected = f"that of its backbone, {first.get_embedding_dimension()}"
+        raise damaged(f"its pooling is of width {pooling.width}", source.name, expected)
 
 
-def _floating(dtype: torch.dtype | DtypeName | None) -> torch.dtype | Literal["auto"] | None:
-    """The type itself, of one given by name."""
+def _settled(
+    device: str | torch.device | None,
+    device_map: DeviceMap | None,
+    dtype: torch.dtype | DtypeName | None,
+) -> _Place:
+    """Check that this machine has the devices, and that weights may be of the type."""
+    if isinstance(device_map, Mapping):
+        for target in device_map.values():
+            usable_device(f"cuda:{target}" if isinstance(target, int) else target)
+    usable = usable_device(device)
     if dtype is None or dtype == "auto":
-        return dtype
+        return _Place(usable, device_map, dtype)
     found = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     if str(found).removeprefix("torch.") not in get_args(DtypeName):
         raise ConfigError(
             f"{found} given", where="dtype", expected="float32, bfloat16, float16 or auto"
         )
-    assert isinstance(found, torch.dtype)
-    return found
-
-
-def _refuse_new(options: Mapping[str, object], source: ModelSource) -> None:
-    given = [name for name, value in options.items() if value is not None]
-    if given:
-        raise ModelError(
-            f"{', '.join(given)}: pooling and attention are fixed in a saved model",
-            where=source.name,
-            hint="Leave these options out, or start from the language model",
-        )
+    return _Place(usable, device_map, found)

@@ -11,10 +11,10 @@ from the device. Vectors depend on none of it. Next file: ``model/embedder.py``.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import accumulate
-from typing import Annotated, Any, Literal, cast, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -29,20 +29,21 @@ from nvembed.core.background import prefetch
 from nvembed.core.errors import ConfigError, ModelError
 from nvembed.core.reporting import Rates, progress
 from nvembed.interop.loading import usable_device
-from nvembed.model.embedding_quantization import SmallPrecision, quantize
 from nvembed.model.packs import (
     CPU_PACK_TOKENS,
     CUDA_PACK_TOKENS,
     PackModel,
     embed_plan,
     plan_texts,
+    rows_of,
 )
-from nvembed.model.settings import LongTexts
-from nvembed.model.work import Span, Work
+from nvembed.model.settings import LongTexts, Work
 from nvembed.text.instructions import resolve_prompt, side_prompt
-from nvembed.text.tokens import batches, check_strings
+from nvembed.text.tokens import Span, batches, check_strings
 
 _CUT = LongTexts()
+
+SmallPrecision = Literal["int8", "uint8", "binary", "ubinary"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,22 +87,20 @@ class EncodingModel(PackModel):
             truncate_dim: keep the first dimensions.
             long: what becomes of texts beyond the limit.
         """
-        device = self._resolve_inference_device(None)
+        prompt = resolve_prompt(task, self.prompts)
+        if prompt is None:
+            prompt = side_prompt(self.prompts, side, self.default_prompt_name)
         different, places = _different(texts)
-        plan = plan_texts(
-            self.backbone, different, self._prompt_of(side, task), long, _budget(device)
-        )
-        counts = list(map(len, plan.spans)) if plan.spans else [1] * len(different)
-        rows = _rows_of(places, counts)
-        truncate_dim = self.truncate_dim if truncate_dim is None else truncate_dim
+        budget = _budget(self._resolve_inference_device(None))
+        plan = plan_texts(self.backbone, different, prompt, long, budget)
+        rows = rows_of(places, list(map(len, plan.spans))) if plan.spans else places
+        width = self.truncate_dim if truncate_dim is None else truncate_dim
 
         @torch.inference_mode()
         def launch() -> Callable[[], NDArray[np.float32]]:
             self.eval()
             with self.pooling.fixed_weights():
-                vectors = embed_plan(self, plan)
-                if truncate_dim is not None:
-                    vectors = _finish(vectors, truncate_dim, normalized=True)
+                vectors = _cut(embed_plan(self, plan), width, normalized=width is not None)
             return _to_host(vectors[torch.tensor(rows, device=vectors.device)].float())
 
         spans = [plan.spans[place] for place in places] if plan.spans else None
@@ -128,16 +127,16 @@ class EncodingModel(PackModel):
         long: LongTexts = _CUT,
         **others: Any,
     ) -> Any:
-        """As in sentence-transformers; numbers of 8 bits or 1 bit are made on the device.
+        """As in sentence-transformers; ``(N, D)``, or ``(D,)`` of one text.
 
         Args:
             inputs: one text or several.
             prompt_name: of a prompt that was saved with the model.
             prompt: put before every text; wins over ``prompt_name``.
-            batch_size: without meaning here, see the module docstring.
+            batch_size: without meaning here, since packs have a budget of tokens.
             show_progress_bar: ``None`` shows none.
             output_value: vectors of texts, which is all that packs give.
-            precision: of the numbers.
+            precision: of the numbers; those of 8 bits or 1 bit are made on the device.
             convert_to_numpy: return an array; else a list of tensors.
             convert_to_tensor: return one tensor.
             device: one, or several for a process on each; ``None`` is the model's.
@@ -152,8 +151,39 @@ class EncodingModel(PackModel):
             ConfigError: an argument that the signature does not allow.
             DataError: something else than texts.
         """
-        self._check_prompt_name(prompt_name)
-        self._check_width(truncate_dim)
+        options = dict(locals())
+        del options["self"], options["inputs"], options["others"]
+        self._check_options(options, others)
+        return self._encode(inputs, options | others)
+
+    def _encode(self, inputs: Any, options: dict[str, Any]) -> Any:
+        if options["prompt"] is not None:
+            options["prompt_name"] = None
+        encode: Any = super().encode
+        several = not self.is_singular_input(inputs) and len(inputs) > 1
+        if not several or options["precision"] not in get_args(SmallPrecision):
+            return encode(inputs, **options)
+        precision, numpy = options.pop("precision"), options.pop("convert_to_numpy")
+        vectors_ND = encode(inputs, **options | {"convert_to_tensor": True})
+        small_ND = quantize(vectors_ND, precision).cpu()
+        if options["convert_to_tensor"]:
+            return small_ND
+        return small_ND.numpy() if numpy else list(small_ND)
+
+    def _check_options(self, options: Mapping[str, Any], others: Mapping[str, Any]) -> None:
+        """Refuse what the types of the signature cannot."""
+        name, device, pool = options["prompt_name"], options["device"], options["pool"]
+        if name is not None and name not in self.prompts:
+            raise ConfigError(
+                f"no prompt called {name!r}{near_matches(name, list(self.prompts))}",
+                where="prompt_name",
+            )
+        width = self.pooling.width
+        for wanted in (options["truncate_dim"], self.truncate_dim):
+            if wanted is not None and not 1 <= wanted <= width:
+                raise ConfigError(
+                    f"{wanted} dimensions asked for", where="truncate_dim", expected=f"1 to {width}"
+                )
         for place in device if isinstance(device, list) else [device]:
             if place is not None:
                 usable_device(place)
@@ -163,54 +193,10 @@ class EncodingModel(PackModel):
                 where="encode()",
                 expected="a list of devices, or a pool of start_multi_process_pool",
             )
-        if unknown := sorted(set(others) - {"task", "processing_kwargs"}):
+        if unknown := sorted(others.keys() - {"task", "processing_kwargs"}):
             known = list(inspect.signature(self.encode).parameters)
             raise ConfigError(
                 f"unknown argument {unknown[0]}{near_matches(unknown[0], known)}", where="encode()"
-            )
-        options = {
-            "prompt_name": None if prompt is not None else prompt_name,
-            "prompt": prompt,
-            "batch_size": batch_size,
-            "show_progress_bar": show_progress_bar,
-            "output_value": output_value,
-            "device": device,
-            "normalize_embeddings": normalize_embeddings,
-            "truncate_dim": truncate_dim,
-            "pool": pool,
-            "chunk_size": chunk_size,
-            "long": long,
-            **others,
-        }
-        single = self.is_singular_input(inputs)
-        small = precision in get_args(SmallPrecision) and not single and len(inputs) > 1
-        if not small:
-            return super().encode(
-                inputs,
-                precision=precision,
-                convert_to_numpy=convert_to_numpy,
-                convert_to_tensor=convert_to_tensor,
-                **options,
-            )
-        vectors_ND = super().encode(inputs, convert_to_tensor=True, **options)
-        small_ND = quantize(vectors_ND, cast(SmallPrecision, precision)).cpu()
-        if convert_to_tensor:
-            return small_ND
-        return small_ND.numpy() if convert_to_numpy else list(small_ND)
-
-    def _check_width(self, truncate_dim: int | None) -> None:
-        width = self.pooling.width
-        for wanted in (truncate_dim, self.truncate_dim):
-            if wanted is not None and not 1 <= wanted <= width:
-                raise ConfigError(
-                    f"{wanted} dimensions asked for", where="truncate_dim", expected=f"1 to {width}"
-                )
-
-    def _check_prompt_name(self, name: str | None) -> None:
-        if name is not None and name not in self.prompts:
-            raise ConfigError(
-                f"no prompt called {name!r}{near_matches(name, list(self.prompts))}",
-                where="prompt_name",
             )
 
     @checked
@@ -239,18 +225,15 @@ class EncodingModel(PackModel):
                 f"{long.way!r} given", where="encode_chunks(long=…)", expected="LongTexts('late')"
             )
         found: list[Chunks] = []
-        rates = Rates()
-        budget = _budget(self._resolve_inference_device(None))
-        with progress(len(texts), "encode", shown=show_progress_bar) as bar:
-            windows = list(batches(texts, budget))
-            works = (self.prepare(w, side="document", task=task, long=long) for w in windows)
+        windows = list(batches(texts, _budget(self._resolve_inference_device(None))))
+        works = (self.prepare(w, side="document", task=task, long=long) for w in windows)
+        with _told(len(texts), show_progress_bar) as done:
             for work in prefetch(works) if len(windows) > 1 else works:
-                assert work.spans is not None
-                assert work.tokens is not None
+                spans = work.spans or ()
                 vectors = work.launch()()
-                ends = np.cumsum(list(map(len, work.spans)))[:-1]
-                found += map(Chunks, np.split(vectors, ends), work.spans)
-                bar.advance(len(work.spans), **rates.add(texts=len(work.spans), tokens=work.tokens))
+                ends = np.cumsum(list(map(len, spans)))[:-1]
+                found += map(Chunks, np.split(vectors, ends), spans)
+                done(len(spans), work.tokens or 0)
         return found
 
     @torch.inference_mode()
@@ -259,13 +242,9 @@ class EncodingModel(PackModel):
         inputs: list[Any],
         *,
         prompt: str | None,
-        batch_size: int,
-        show_progress_bar: bool,
-        output_value: str | None,
         save_to_cpu: bool,
         normalize_embeddings: bool,
         truncate_dim: int | None,
-        device: Any = None,
         long: LongTexts = _CUT,
         **options: Any,
     ) -> Any:
@@ -276,7 +255,7 @@ class EncodingModel(PackModel):
         """
         if long.way == "late":
             raise ModelError("late chunking gives several vectors", hint="Call encode_chunks")
-        target = self._resolve_inference_device(device)
+        target = self._resolve_inference_device(options.get("device"))
         self.eval()
         different, places = _different(inputs)
         if not different:
@@ -288,24 +267,17 @@ class EncodingModel(PackModel):
             plan_texts(self.backbone, window, prompt or "", long, budget) for window in windows
         )
         found: list[Tensor] = []
-        rates = Rates()
         with (
             self.pooling.fixed_weights(),
-            progress(len(different), "encode", shown=show_progress_bar) as bar,
+            _told(len(different), options.get("show_progress_bar")) as done,
         ):
-
-            def done(texts: int, tokens: int) -> None:
-                bar.advance(texts, **rates.add(texts=texts, tokens=tokens))
-
             for plan in prefetch(plans) if len(windows) > 1 else plans:
-                rows_ND = _finish(
-                    embed_plan(self, plan, done),
-                    truncate_dim,
-                    normalized=normalize_embeddings,
-                )
-                found.append(
-                    rows_ND.to("cpu", non_blocking=_is_cuda(target)) if save_to_cpu else rows_ND
-                )
+                rows_ND = embed_plan(self, plan, done)
+                # Cut on the device, so that less has to be copied.
+                rows_ND = _cut(rows_ND, truncate_dim, normalized=normalize_embeddings)
+                if save_to_cpu:
+                    rows_ND = rows_ND.to("cpu", non_blocking=_is_cuda(target))
+                found.append(rows_ND)
         if save_to_cpu and _is_cuda(target):
             torch.cuda.synchronize(target)
         rows_ND = torch.cat(found)
@@ -313,15 +285,29 @@ class EncodingModel(PackModel):
             return rows_ND
         return rows_ND[torch.tensor(places, device=rows_ND.device)]
 
-    def _prompt_of(self, side: Literal["query", "document"], task: str | None) -> str:
-        prompt = resolve_prompt(task, self.prompts)
-        if prompt is None:
-            return side_prompt(self.prompts, side, self.default_prompt_name)
-        return prompt
+
+def quantize(vectors_ND: Tensor, precision: SmallPrecision) -> Tensor:
+    """Quantise at least one vector on its device, as ``sentence_transformers.quantize_embeddings``.
+
+    ``(N, D)`` in ``int8`` or ``uint8``, which divide the range of each dimension into 256 steps;
+    ``(N, ceil(D / 8))`` in ``binary`` or ``ubinary``, which keep the sign, eight to a byte.
+    """
+    vectors_ND = vectors_ND.float()
+    if precision in ("binary", "ubinary"):
+        # One bit per number, the first in the highest place, as ``numpy.packbits`` has it.
+        missing = -vectors_ND.shape[1] % 8
+        bits = torch.nn.functional.pad((vectors_ND > 0).short(), (0, missing)).unflatten(1, (-1, 8))
+        places = torch.tensor([1 << place for place in reversed(range(8))], device=bits.device)
+        packed = (bits * places.short()).sum(dim=2)
+        return packed.to(torch.uint8) if precision == "ubinary" else (packed - 128).to(torch.int8)
+    least_D, greatest_D = vectors_ND.amin(dim=0), vectors_ND.amax(dim=0)
+    step_D = (greatest_D - least_D) / 255
+    step_D = torch.where(step_D == 0, torch.ones_like(step_D), step_D)
+    number_ND = ((vectors_ND - least_D) / step_D).floor().clamp(0, 255)
+    return number_ND.to(torch.uint8) if precision == "uint8" else (number_ND - 128).to(torch.int8)
 
 
-def _finish(rows_ND: Tensor, truncate_dim: int | None, *, normalized: bool) -> Tensor:
-    """Cut vectors on the device, so that less has to be copied."""
+def _cut(rows_ND: Tensor, truncate_dim: int | None, *, normalized: bool) -> Tensor:
     if truncate_dim is not None:
         rows_ND = truncate_embeddings(rows_ND, truncate_dim)
     return normalize(rows_ND, dim=1) if normalized else rows_ND
@@ -334,10 +320,15 @@ def _different(texts: Sequence[Any]) -> tuple[list[str], list[int]]:
     return list(place_of), [place_of[text] for text in texts]
 
 
-def _rows_of(places: Sequence[int], counts: Sequence[int]) -> list[int]:
-    """Rows of vectors, text by text, where text ``place`` has ``counts[place]`` of them."""
-    starts = [0, *accumulate(counts)]
-    return [row for place in places for row in range(starts[place], starts[place + 1])]
+@contextmanager
+def _told(total: int, shown: bool | None) -> Iterator[Callable[[int, int], None]]:
+    """Yield what is told how many texts and tokens were done: a bar, where one is wanted."""
+    if not shown:
+        yield lambda texts, tokens: None
+        return
+    rates = Rates()
+    with progress(total, "encode") as bar:
+        yield lambda texts, tokens: bar.advance(texts, **rates.add(texts=texts, tokens=tokens))
 
 
 def _to_host(vectors: Tensor) -> Callable[[], NDArray[np.float32]]:

@@ -1,4 +1,4 @@
-"""How much memory encoding takes: counted weights, and a forecast of one forward pass.
+"""How much memory a model takes, a forecast of encoding, and what training holds in which type.
 
     one forward of T tokens, at its fullest point, in elements of the compute dtype:
     attention   T · (3 D + 4 Q + 2 K + max(Q, 2 N L))
@@ -19,16 +19,22 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from nvembed.core.errors import ModelError
+from nvembed.model.attention import OTHER_BACKBONE
+from nvembed.model.backbone import Backbone
+from nvembed.model.embedder import NVEmbed
 
 BYTES = {"float32": 4, "bfloat16": 2}
-
-_CGROUP = ("max", "current")
 
 FORMULA = (
     "weights + the fullest point of one forward: "
@@ -36,9 +42,8 @@ FORMULA = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """The numbers of a backbone that memory depends on; see the module docstring."""
+class Shape(NamedTuple):
+    """The numbers of a model that memory depends on; see the module docstring."""
 
     width: int
     num_heads: int
@@ -54,17 +59,10 @@ class Shape:
         width = int(config.hidden_size)
         heads = int(getattr(config, "num_attention_heads", None) or 1)
         head_width = int(getattr(config, "head_dim", None) or width // heads)
-        key_heads = int(getattr(config, "num_key_value_heads", None) or heads)
+        key_width = int(getattr(config, "num_key_value_heads", None) or heads) * head_width
         mlp_width = int(getattr(config, "intermediate_size", None) or 4 * width)
-        return cls(
-            width,
-            heads,
-            heads * head_width,
-            key_heads * head_width,
-            mlp_width,
-            pooling_heads,
-            pooling_latents,
-        )
+        backbone = (width, heads, heads * head_width, key_width, mlp_width)
+        return cls(*backbone, pooling_heads, pooling_latents)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,11 +92,7 @@ def activation_bytes(
 ) -> int:
     """Forecast the fullest point of one forward without gradients; see the module docstring.
 
-    Args:
-        shape: of the model.
-        tokens: of the forward.
-        bytes_per_element: of the compute dtype.
-        score_tokens: length of the texts whose scores are held, 0 where kernels hold none.
+    ``score_tokens`` is the length of the texts whose scores are held, 0 where kernels hold none.
     """
     scores = max(shape.query_width, 2 * shape.num_heads * score_tokens)
     attention = 3 * shape.width + 4 * shape.query_width + 2 * shape.key_width + scores
@@ -119,14 +113,9 @@ def folded_elements(shape: Shape) -> int:
 def forecast(
     shape: Shape, dtype: str, tokens: int, elements: int, *, score_tokens: int
 ) -> MemoryForecast:
-    """Forecast encoding.
+    """Forecast encoding in a dtype (a key of ``BYTES``) of a model that has so many weights.
 
-    Args:
-        shape: of the model.
-        dtype: a key of ``BYTES``; sentence-transformers gives all modules that of the first.
-        tokens: of one forward.
-        elements: number of weights of all modules.
-        score_tokens: see ``activation_bytes``.
+    sentence-transformers gives all modules the dtype of the first.
     """
     size = BYTES[dtype]
     weights = (elements + folded_elements(shape)) * size
@@ -147,18 +136,6 @@ def weight_bytes(module: nn.Module) -> dict[tuple[str, str], int]:
     return dict(found)
 
 
-def free_bytes(device: torch.device) -> int:
-    """Memory that is free on a device; on a CPU what the machine or the container has left."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    free = int(psutil.virtual_memory().available)
-    try:
-        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text() for name in _CGROUP)
-        return min(free, int(limit) - int(used))
-    except (OSError, ValueError):  # no container, or one without a limit ("max")
-        return free
-
-
 def inner_tensors(tensor: torch.Tensor) -> list[torch.Tensor]:
     """List the plain tensors that a tensor holds: itself, or those of a quantised subclass."""
     flatten = getattr(tensor, "__tensor_flatten__", None)
@@ -167,3 +144,78 @@ def inner_tensors(tensor: torch.Tensor) -> list[torch.Tensor]:
         scales = [] if state is None else [state.absmax, state.code]
         return [tensor, *scales]
     return [part for name in flatten()[0] for part in inner_tensors(getattr(tensor, name))]
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that is free on a device; on a CPU what the machine or the container has left."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    free = int(psutil.virtual_memory().available)
+    try:
+        limit, used = (
+            Path(f"/sys/fs/cgroup/memory.{name}").read_text() for name in ("max", "current")
+        )
+        return min(free, int(limit) - int(used))
+    except (OSError, ValueError):  # no container, or one without a limit ("max")
+        return free
+
+
+# --- Of training ----------------------------------------------------------------------------------
+
+
+def recompute_layers(backbone: Backbone) -> None:
+    """Checkpoint activations: of a layer only its input is kept in training, in place.
+
+    The rest is computed again in the backward pass. Memory for the graph of a token falls to about
+    one state per layer, for one more forward. Dropout is the same in both, since torch keeps the
+    generator's state for each layer.
+
+    Raises:
+        ModelError: the family has no layers that can do that.
+    """
+    modules = backbone.model.modules()
+    layers: list[Any] = [m for m in modules if isinstance(m, GradientCheckpointingLayer)]
+    if not layers:
+        raise ModelError(
+            f"the layers of {backbone.model.config.model_type} cannot be computed again",
+            where="activation_checkpointing",
+            hint=f"Leave it out, or: {OTHER_BACKBONE}",
+        )
+    for layer in layers:
+        # transformers' own switch has another name in every other release; it sets the same.
+        layer.gradient_checkpointing = True
+        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+
+
+def hold_frozen(backbone: Backbone, dtype: torch.dtype) -> None:
+    """Keep the weights of frozen linear layers in the dtype that autocast computes in, in place.
+
+    The products are the same, since autocast would cast the weights each time. Half the memory.
+    """
+    for module in backbone.model.modules():
+        weight = module.weight if isinstance(module, nn.Linear) else None
+        # Quantised weights are of types of their own.
+        if type(weight) is nn.Parameter and not weight.requires_grad:
+            weight.data = weight.data.to(dtype)
+
+
+def hold_masters(model: NVEmbed) -> None:
+    """Hold all parameters that receive gradients in float32, in place.
+
+    A weight of 16 bits has 8 or 11 digits. An update at a usual learning rate is smaller than half
+    a unit of its last one for nearly every weight, so it would round to nothing. The masters take
+    all updates, autocast computes in 16 bits with copies of them, and ``release_masters`` rounds
+    once, when the model is saved.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.dtype is not torch.float32:
+            model.types_before_training[name] = parameter.dtype
+            parameter.data = parameter.data.float()
+
+
+def release_masters(model: NVEmbed) -> None:
+    """Round what ``hold_masters`` holds to the types that it had, in place."""
+    parameters = dict(model.named_parameters())
+    for name, dtype in model.types_before_training.items():
+        parameters[name].data = parameters[name].data.to(dtype)
+    model.types_before_training = {}

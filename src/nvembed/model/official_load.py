@@ -10,14 +10,13 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModel, MistralConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from nvembed.interop.loading import loading
-from nvembed.interop.model_folder import read_limit
-from nvembed.interop.official import LatentShape, official_name, own_name, read_config
-from nvembed.interop.source import ModelSource
-from nvembed.interop.weights import check_finite_tensor, fit, read_tensor, stored_tensors
+from nvembed.interop.model_folder import ModelSource, read_limit
+from nvembed.interop.official import LatentShape, official_name, read_config
+from nvembed.interop.weights import fill, stored_tensors
 from nvembed.model.attention import FLAT_ATTENTION
 from nvembed.model.backbone import Backbone, prove_direction
 from nvembed.model.placement import DeviceMap, place_of, plan_places, spread
@@ -25,6 +24,12 @@ from nvembed.model.pooling import LatentAttentionPooling
 
 # The official default of encode(); used where the folder does not say.
 DEFAULT_MAX_TOKENS = 4096
+_SPECIAL_TOKENS = {
+    "bos_token": "<s>",
+    "eos_token": "</s>",
+    "unk_token": "<unk>",
+    "pad_token": "</s>",
+}
 
 
 def load_official(
@@ -44,49 +49,39 @@ def load_official(
         dtype: of the weights; ``None`` means bfloat16 on CUDA and float32 elsewhere, ``"auto"`` the
             stored dtype.
         max_tokens: longest sequence; ``None`` takes the folder's limit.
-
-    Raises:
-        ModelError: a file, a tensor or a setting is missing, of the wrong shape or unknown.
     """
     config_path = source.require("config.json")
     source = source.pinned(config_path)
-    config = source.read_json("config.json")
-    assert config is not None
+    main = torch.device(device)
     if dtype is None:
-        dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+        dtype = torch.bfloat16 if main.type == "cuda" else torch.float32
     wanted = None if dtype == "auto" else dtype
     with loading(source.name, expected="the layout of nvidia/NV-Embed-v2"):
+        config = source.read_json("config.json") or {}
         decoder_config, latent = read_config(config, where=str(config_path))
         tokenizer = _load_tokenizer(source)
         decoder, pooling = empty_modules(decoder_config, latent)
-    stored = stored_tensors(source)
-    names = fit(official_shapes(decoder, pooling), stored, where=source.name)
-    main = torch.device(device)
     places = None if device_map is None else plan_places(decoder, device_map, wanted)
-    weights = {}
-    for name, stored_name in names.items():
-        own_key = own_name(name)
-        assert own_key is not None, name
-        inner = own_key.removeprefix("0.model.")
-        place = place_of(inner, places) if places and inner != own_key else main
-        weights[own_key] = read_tensor(stored_name, stored[stored_name], place, wanted)
-        check_finite_tensor(weights[own_key], stored_name, where=source.name)
-    for prefix, module in (("0.model.", decoder), ("1.", pooling)):
-        own = {
-            name.removeprefix(prefix): weights[name] for name in weights if name.startswith(prefix)
-        }
-        module.load_state_dict(own, assign=True)
+
+    def place(name: str) -> torch.device:
+        inner = name.removeprefix("0.model.")
+        return place_of(inner, places) if places and inner != name else main
+
+    fill(
+        _whole(decoder, pooling),
+        stored_tensors(source),
+        where=source.name,
+        stored_name=_official,
+        place=place,
+        dtype=lambda value: wanted,
+    )
     # Its buffers are computed, not stored, so building without memory left them empty.
-    rotary_place = place_of("rotary_emb", places) if places else main
-    decoder.rotary_emb = type(decoder.rotary_emb)(decoder_config).to(rotary_place)
+    decoder.rotary_emb = type(decoder.rotary_emb)(decoder_config).to(place("0.model.rotary_emb"))
     if places:
         spread(decoder, places)
-    backbone = Backbone(
-        decoder.eval(),
-        tokenizer,
-        max_tokens=max_tokens or _saved_max_tokens(source),
-        text_style="official",
-    )
+    limit = max_tokens or read_limit(source, "sentence_bert_config.json", "max_seq_length")
+    limit = limit or DEFAULT_MAX_TOKENS
+    backbone = Backbone(decoder.eval(), tokenizer, max_tokens=limit, text_style="official")
     prove_direction(backbone, name=source.name)
     return backbone, pooling.eval()
 
@@ -107,16 +102,19 @@ def official_shapes(
     decoder: PreTrainedModel, pooling: LatentAttentionPooling
 ) -> dict[str, tuple[int, ...]]:
     """Shapes of all weights by their official names."""
-    named: dict[str, Tensor] = {
-        **{f"0.model.{name}": value for name, value in decoder.state_dict().items()},
-        **{f"1.{name}": value for name, value in pooling.state_dict().items()},
-    }
-    shapes = {}
-    for name, value in named.items():
-        official = official_name(name)
-        assert official is not None, name
-        shapes[official] = tuple(value.shape)
-    return shapes
+    weights: dict[str, Tensor] = _whole(decoder, pooling).state_dict()
+    return {_official(name): tuple(value.shape) for name, value in weights.items()}
+
+
+def _whole(decoder: PreTrainedModel, pooling: LatentAttentionPooling) -> nn.Module:
+    """Both with the names that they have in ``NVEmbed``."""
+    return nn.ModuleList([nn.ModuleDict({"model": decoder}), pooling])
+
+
+def _official(own: str) -> str:
+    name = official_name(own)
+    assert name is not None, own
+    return name
 
 
 def _load_tokenizer(source: ModelSource) -> PreTrainedTokenizerFast:
@@ -128,18 +126,8 @@ def _load_tokenizer(source: ModelSource) -> PreTrainedTokenizerFast:
     path = source.require("tokenizer.json", hint="The tokenizer comes with the model")
     settings = source.read_json("tokenizer_config.json") or {}
     special = {}
-    for key, default in (
-        ("bos_token", "<s>"),
-        ("eos_token", "</s>"),
-        ("unk_token", "<unk>"),
-        ("pad_token", "</s>"),
-    ):
+    for key, default in _SPECIAL_TOKENS.items():
         value: Any = settings.get(key) or default
         special[key] = str(value["content"] if isinstance(value, dict) else value)
     with loading(str(path), expected="a tokenizer"):
         return PreTrainedTokenizerFast(tokenizer_file=str(path), **special)
-
-
-def _saved_max_tokens(source: ModelSource) -> int:
-    limit = read_limit(source, "sentence_bert_config.json", "max_seq_length")
-    return DEFAULT_MAX_TOKENS if limit is None else limit

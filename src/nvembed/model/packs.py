@@ -16,14 +16,12 @@ from sentence_transformers.base.modules import Normalize
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from nvembed.kernels.allocator import keep_freed_memory
+from nvembed.kernels.accelerate import keep_freed_memory
 from nvembed.model.backbone import Backbone
 from nvembed.model.pooling import Pooling
 from nvembed.model.settings import LongTexts
-from nvembed.model.work import Span
-from nvembed.text.long_texts import text_contexts, text_windows
 from nvembed.text.packing import Segments, flatten, plan_packs
-from nvembed.text.tokens import TokenizedText
+from nvembed.text.tokens import Span, TokenizedText, text_contexts, text_windows
 
 # Tokens per forward in encode. On a CPU a pack should stay in its caches; a GPU wants to be filled.
 CPU_PACK_TOKENS = 1024
@@ -84,11 +82,14 @@ class Plan:
 
     def order(self) -> list[int]:
         """The row of each vector, in the order in which packs give them."""
-        if self.chunks is None:
-            return [unit for pack in self.packs for unit in pack]
-        starts = [0, *accumulate(map(len, self.chunks))]
         units = [unit for pack in self.packs for unit in pack]
-        return [row for unit in units for row in range(starts[unit], starts[unit + 1])]
+        return units if self.chunks is None else rows_of(units, list(map(len, self.chunks)))
+
+
+def rows_of(places: Sequence[int], counts: Sequence[int]) -> list[int]:
+    """Rows of vectors, place by place, where each ``place`` has ``counts[place]`` of them."""
+    starts = [0, *accumulate(counts)]
+    return [row for place in places for row in range(starts[place], starts[place + 1])]
 
 
 def plan_texts(
@@ -96,8 +97,7 @@ def plan_texts(
 ) -> Plan:
     """Tokenise texts that share a prompt, and share them out to packs of at most ``budget`` tokens.
 
-    Raises:
-        UserError: the prompt, or what ``long`` asks for, leaves no room for a text.
+    A UserError where the prompt, or what ``long`` asks for, leaves no room for a text.
     """
     tokenizer = backbone.text_tokenizer
     spans: list[tuple[Span, ...]] = []
@@ -123,15 +123,10 @@ def plan_texts(
 def embed_plan(
     model: PackModel, plan: Plan, done: Callable[[int, int], None] = lambda texts, tokens: None
 ) -> Tensor:
-    """Run the packs of a plan.
+    """Run the packs of a plan of at least one text.
 
-    Args:
-        model: an ``NVEmbed``.
-        plan: of at least one text.
-        done: is told after each pack how many texts it ended, and how many tokens it had.
-
-    Returns:
-        ``(N, D)`` of length 1: a row per text, or per chunk where texts have chunks.
+    ``(N, D)`` of length 1: a row per text, or per chunk where texts have chunks. ``done`` is told
+    after each pack how many texts it ended, and how many tokens it had.
     """
     found = []
     for pack in plan.packs:
@@ -141,23 +136,17 @@ def embed_plan(
         else:
             found.append(embed_chunks(model, units, [plan.chunks[unit] for unit in pack]))
         done(sum(map(plan.ends_text, pack)), sum(map(len, units)))
-    stacked = torch.cat(found)
-    order = torch.tensor(plan.order(), device=stacked.device)
-    rows_ND = torch.empty_like(stacked).index_copy_(0, order, stacked)
+    rows_ND = _in_order(torch.cat(found), plan.order())
     if plan.chunks is None and len(plan.units) > plan.unit_texts[-1] + 1:
         return _mean_of_windows(rows_ND, plan)
     return rows_ND
 
 
 def embed_pack(model: torch.nn.Module, texts: Sequence[TokenizedText]) -> Tensor:
-    """The only forward of training and encoding.
+    """The only forward of training and encoding, of one pack.
 
-    Args:
-        model: an ``NVEmbed``, or one that accelerate has wrapped.
-        texts: one pack.
-
-    Returns:
-        ``(N, D)`` embeddings, L2-normalised, rows in the order of ``texts``.
+    ``(N, D)`` embeddings, L2-normalised, rows in the order of ``texts``. The model is an
+    ``NVEmbed``, or one that accelerate has wrapped.
     """
     embedding_ND: Tensor = model({"flat": flatten(texts)})["sentence_embedding"]
     return embedding_ND
@@ -200,13 +189,8 @@ def embed_chunks(
 ) -> Tensor:
     """The forward of late chunking: attention over whole texts, pooling over their chunks.
 
-    Args:
-        model: an ``NVEmbed``.
-        texts: one pack.
-        chunks: lengths of each text's chunks in tokens, together the text's.
-
-    Returns:
-        ``(C, D)`` embeddings of all chunks, L2-normalised, in the order of ``texts``.
+    ``(C, D)`` embeddings of all chunks, L2-normalised, in the order of ``texts``. ``chunks`` are
+    the lengths of each text's chunks in tokens, together the text's.
     """
     flat = flatten(texts).to(model.backbone.device)
     hidden_TD = model.backbone.hidden(flat)
@@ -217,11 +201,14 @@ def embed_chunks(
     }
     for module in list(model)[2:]:
         features = module(features)
-    starts = [0, *accumulate(map(len, chunks))]
-    order = [place for row in flat.order for place in range(starts[row], starts[row + 1])]
-    pooled_CD: Tensor = features["sentence_embedding"]
-    place_C = torch.tensor(order, device=pooled_CD.device)
-    return torch.empty_like(pooled_CD).index_copy_(0, place_C, pooled_CD)
+    order = rows_of(flat.order, list(map(len, chunks)))
+    return _in_order(features["sentence_embedding"], order)
+
+
+def _in_order(rows_ND: Tensor, order: Sequence[int]) -> Tensor:
+    """Put each row to its place."""
+    place_N = torch.tensor(order, device=rows_ND.device)
+    return torch.empty_like(rows_ND).index_copy_(0, place_N, rows_ND)
 
 
 def _mean_of_windows(rows_UD: Tensor, plan: Plan) -> Tensor:

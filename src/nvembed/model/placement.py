@@ -22,15 +22,9 @@ DeviceMap = str | Mapping[str, int | str | torch.device]
 def plan_places(
     decoder: PreTrainedModel, device_map: DeviceMap, dtype: torch.dtype | None
 ) -> dict[str, torch.device]:
-    """Settle where every module of a backbone goes.
+    """Settle where every module of a backbone goes, which may lie on the meta device.
 
-    Args:
-        decoder: may lie on the meta device.
-        device_map: see ``DeviceMap``.
-        dtype: of the weights to come; ``None`` is that of the decoder.
-
-    Raises:
-        ModelError: a module is given no place, or the places of ``"auto"`` do not suffice.
+    ``dtype`` is that of the weights to come; ``None`` is that of the decoder.
     """
     if isinstance(device_map, str):
         if device_map != "auto":
@@ -59,11 +53,7 @@ def plan_places(
 
 
 def place_of(parameter: str, places: Mapping[str, torch.device]) -> torch.device:
-    """Return the device of a parameter of the backbone: that of the longest name that covers it.
-
-    Raises:
-        ModelError: no name does.
-    """
+    """Return the device of a parameter of the backbone: that of the longest name that covers it."""
     parts = parameter.split(".")
     for length in range(len(parts), -1, -1):
         if (found := places.get(".".join(parts[:length]))) is not None:

@@ -7,27 +7,43 @@
 
 They work on the flat batch of our :class:`~nvembed.model.backbone.Backbone` and equally behind the
 padded ``Transformer`` of an existing sentence-transformers model, whose states are flattened on
-entry; so latent attention can be put on any model. Next file: ``model/packs.py``.
+entry; so latent attention can be put on any model.
 
-Letters: T tokens of the pack, N texts, D width, B × L a padded batch.
+The latent attention layer (paper s3.2; exact form of the released code): the hidden states are the
+queries, a trained array of latents gives keys and values, and a GEGLU MLP follows; both sub-layers
+have a pre-norm and a residual. The layer is position-wise: a token's result depends on no other
+token, so it runs on flat tokens and only on those that are pooled.
+
+    Xn = LayerNorm(X)    Zn = LayerNorm(latents)
+    q = Wq Xn            k, v = split(Wkv Zn)
+    Y = X + Wo · concat over heads of softmax(q kᵀ / √E) v
+    H = Y + FF(LayerNorm(Y)),   FF(y) = W2 (a · gelu(b)) + c2,   [a, b] = W1 y + c1
+
+Keys and values depend on weights alone, so per head ``q kᵀ = Xn (k Wq)ᵀ`` and ``P v Woᵀ = P (v
+Woᵀ)``: the *folded* form needs two matrices of ``(heads · latents, width)`` instead of the two wide
+projections. It is exact up to rounding and gradients flow through the folding, so it serves
+training too. Next file: ``model/packs.py``.
+
+Letters: T tokens of the pack, P of them pooled, N texts, D width, B × L a padded batch; of latent
+attention R latents, H heads, E head width, S = H · R folded rows.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Self
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, NamedTuple, Self
 
 import torch
 from sentence_transformers.base.modules import Module
 from torch import Tensor, nn
 
 from nvembed.core.errors import ModelError
-from nvembed.interop.model_folder import read_values
-from nvembed.interop.source import COPY_AGAIN, ModelSource
+from nvembed.interop.model_folder import COPY_AGAIN, ModelSource, read_values
 from nvembed.interop.weights import fill, stored_tensors
+from nvembed.kernels.linear import product
 from nvembed.model.attention import flat_attention
-from nvembed.model.latent_attention import GegluFeedForward, LatentAttention
 from nvembed.model.settings import PoolingKind
 from nvembed.text.packing import Segments
 
@@ -35,13 +51,7 @@ from nvembed.text.packing import Segments
 def pooled_mean(hidden_PD: Tensor, pool_mask_T: Tensor, segments: Segments) -> Tensor:
     """Average of the pooled tokens of every segment, accumulated in float32.
 
-    Args:
-        hidden_PD: states of the pooled tokens only, in order.
-        pool_mask_T: which of the T tokens of the pack those are.
-        segments: boundaries of the pack.
-
-    Returns:
-        ``(N, D)`` float32; zeros for a segment without pooled tokens.
+    ``(N, D)`` float32; zeros for a segment without pooled tokens.
     """
     lengths_N = segments.cu_seqlens.diff()
     rows_N = torch.arange(len(segments.lengths), device=hidden_PD.device)
@@ -53,9 +63,128 @@ def pooled_mean(hidden_PD: Tensor, pool_mask_T: Tensor, segments: Segments) -> T
     return sums_ND / counts_N.clamp(min=1)[:, None]
 
 
-def last_token(hidden_TD: Tensor, segments: Segments) -> Tensor:
-    """State of the last token of every segment, ``(N, D)`` float32."""
-    return hidden_TD[segments.cu_seqlens[1:].long() - 1].float()
+class Folded(NamedTuple):
+    """Latent cross attention with the projections folded into the latents."""
+
+    score_SD: Tensor  # rows k_h Wq_h / √E, stacked over heads
+    value_SD: Tensor  # rows v_h Wo_hᵀ, stacked over heads
+
+
+class GegluFeedForward(nn.Module):
+    """``Linear → a · gelu(b) → Linear`` with a hidden width of ``mult · D`` (NV-Embed: 4)."""
+
+    def __init__(self, width: int, mult: int = 4) -> None:
+        super().__init__()
+        self.up = nn.Linear(width, 2 * mult * width)
+        self.down = nn.Linear(mult * width, width)
+
+    def forward(self, hidden_TD: Tensor) -> Tensor:
+        """Apply to ``(T, D)``."""
+        value, gate = self.up(hidden_TD).chunk(2, dim=-1)
+        out: Tensor = self.down(value * nn.functional.gelu(gate))
+        return out
+
+
+class LatentAttention(nn.Module):
+    """Latent cross attention and MLP over token states; see ``LatentAttentionPooling``.
+
+    Both output projections start at zero, so an untrained layer returns its input and the model
+    starts as plain mean pooling. (The released code keeps PyTorch's default; with little data that
+    start has to be unlearned first, see docs/log.md.)
+    """
+
+    def __init__(
+        self, width: int, num_latents: int = 512, num_heads: int = 8, head_width: int | None = None
+    ) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.head_width = head_width or width
+        inner = num_heads * self.head_width
+        self.latents_RD = nn.Parameter(torch.randn(num_latents, width))
+        self.norm_query = nn.LayerNorm(width)
+        self.norm_latents = nn.LayerNorm(width)
+        self.to_query = nn.Linear(width, inner, bias=False)
+        self.to_key_value = nn.Linear(width, 2 * inner, bias=False)
+        self.to_out = nn.Linear(inner, width, bias=False)
+        self.norm_feed_forward = nn.LayerNorm(width)
+        self.feed_forward = GegluFeedForward(width)
+        nn.init.zeros_(self.to_out.weight)
+        nn.init.zeros_(self.feed_forward.down.weight)
+        nn.init.zeros_(self.feed_forward.down.bias)
+        self._kept: Folded | None = None
+        # Tokens read in a block of fixed weights; None outside of one.
+        self._tokens_read: int | None = None
+
+    def forward(self, hidden_TD: Tensor) -> Tensor:
+        """Transform token states ``(T, D)``; chooses the cheaper of the two equal forms."""
+        num_tokens = hidden_TD.shape[0]
+        if self._tokens_read is not None and self._kept is None:
+            self._tokens_read += num_tokens
+            if self.folding_pays(self._tokens_read):
+                self._kept = self.fold()
+        if self.folding_pays(num_tokens):
+            attended_TD = self.attend_folded(hidden_TD)
+        else:
+            attended_TD = self.attend_plain(hidden_TD)
+        mixed_TD = hidden_TD + attended_TD
+        out: Tensor = mixed_TD + self.feed_forward(self.norm_feed_forward(mixed_TD))
+        return out
+
+    def folding_pays(self, num_tokens: int) -> bool:
+        """Whether the folded form needs fewer multiplications for this many tokens."""
+        if self._kept is not None:
+            return True
+        num_latents, width = self.latents_RD.shape
+        inner = self.num_heads * self.head_width
+        plain = num_tokens * 2 * inner * (width + num_latents)
+        folded = num_tokens * 2 * self.num_heads * num_latents * width
+        return folded + 2 * num_latents * inner * width < plain
+
+    def attend_plain(self, hidden_TD: Tensor) -> Tensor:
+        """Cross attention as in the released code; returns ``(T, D)`` without the residual."""
+        query_HTE = self._heads(self.to_query(self.norm_query(hidden_TD)))
+        key_HRE, value_HRE = self._keys_values()
+        out_HTE = nn.functional.scaled_dot_product_attention(query_HTE, key_HRE, value_HRE)
+        out: Tensor = self.to_out(out_HTE.transpose(0, 1).flatten(1))
+        return out
+
+    def attend_folded(self, hidden_TD: Tensor) -> Tensor:
+        """The same from folded weights; returns ``(T, D)`` without the residual."""
+        folded = self.fold()
+        score_TS = product(self.norm_query(hidden_TD), folded.score_SD)
+        weight_THR = score_TS.unflatten(1, (self.num_heads, -1)).softmax(-1)
+        return product(weight_THR.flatten(1), folded.value_SD.T)
+
+    @contextmanager
+    def fixed_weights(self, *, fold_now: bool = False) -> Iterator[None]:
+        """Fold at most once in the block, in which no weight may change.
+
+        Folding costs as much as hundreds of tokens, so it waits until the block has read so many
+        that it would have paid for them; ``fold_now`` does not wait.
+        """
+        self._kept = self.fold() if fold_now else None
+        self._tokens_read = 0
+        try:
+            yield
+        finally:
+            self._kept = self._tokens_read = None
+
+    def fold(self) -> Folded:
+        """Fold the projections into the latents; differentiable."""
+        if self._kept is not None:
+            return self._kept
+        key_HRE, value_HRE = self._keys_values()
+        query_HED = self.to_query.weight.unflatten(0, (self.num_heads, self.head_width))
+        out_HED = self.to_out.weight.T.unflatten(0, (self.num_heads, self.head_width))
+        score_HRD = (key_HRE * self.head_width**-0.5) @ query_HED
+        return Folded(score_HRD.flatten(0, 1), (value_HRE @ out_HED).flatten(0, 1))
+
+    def _keys_values(self) -> tuple[Tensor, Tensor]:
+        key_RI, value_RI = self.to_key_value(self.norm_latents(self.latents_RD)).chunk(2, dim=-1)
+        return self._heads(key_RI), self._heads(value_RI)
+
+    def _heads(self, x_TI: Tensor) -> Tensor:
+        return x_TI.unflatten(1, (self.num_heads, self.head_width)).transpose(0, 1)
 
 
 class Pooling(Module):
@@ -77,8 +206,7 @@ class Pooling(Module):
     def fixed_weights(self, *, fold_now: bool = False) -> AbstractContextManager[None]:
         """A block in which no weight changes, so that work on weights alone is done once.
 
-        Args:
-            fold_now: do that work at the start, and not when it begins to pay.
+        That is when it begins to pay, or at the start (``fold_now``).
         """
         return nullcontext()
 
@@ -100,9 +228,7 @@ class Pooling(Module):
         """Width of the embeddings."""
         return self.width
 
-    def save(
-        self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any
-    ) -> None:
+    def save(self, output_path: str, *args: Any, **kwargs: Any) -> None:
         """Write ``config.json`` and, where there are any, the weights."""
         self.save_config(output_path)
         if any(True for _ in self.parameters()):
@@ -113,20 +239,10 @@ class Pooling(Module):
         cls,
         model_name_or_path: str,
         subfolder: str = "",
-        token: bool | str | None = None,
-        cache_folder: str | None = None,
-        revision: str | None = None,
-        local_files_only: bool = False,
-        **_: Any,
+        **options: Any,
     ) -> Self:
-        """Load from a folder of a saved model.
-
-        Raises:
-            ModelError: settings or weights are missing, damaged or do not fit.
-        """
-        source = ModelSource(
-            model_name_or_path, revision, token, cache_folder, local_files_only, subfolder
-        )
+        """Load from a folder of a saved model, as sentence-transformers calls it."""
+        source = ModelSource.of_module(model_name_or_path, subfolder, options)
         file = source.require(cls.config_file_name, hint=COPY_AGAIN)
         settings = read_values(cls, source.read_json(cls.config_file_name) or {}, where=str(file))
         # Without memory: a damaged configuration may ask for any amount.
@@ -150,17 +266,14 @@ class LastTokenPooling(Pooling):
 
     def pool(self, hidden_TD: Tensor, pool_mask_T: Tensor, segments: Segments) -> Tensor:
         """See the base class."""
-        return last_token(hidden_TD, segments)
+        return hidden_TD[segments.cu_seqlens[1:].long() - 1].float()
 
 
 class LatentAttentionPooling(Pooling):
     """Latent attention on the pooled tokens, then their average (paper s3.2).
 
-    Args:
-        width: hidden size of the backbone.
-        num_latents: size of the trained array (paper: 512).
-        num_heads: attention heads (paper: 8).
-        head_width: width of a head; ``None`` means ``width``, as in the released weights.
+    The paper has 512 latents and 8 heads, the released weights heads as wide as the backbone
+    (``head_width=None``).
     """
 
     config_keys = ["width", "num_latents", "num_heads", "head_width"]
@@ -175,7 +288,7 @@ class LatentAttentionPooling(Pooling):
         self.layer = LatentAttention(width, num_latents, num_heads, head_width)
 
     def fixed_weights(self, *, fold_now: bool = False) -> AbstractContextManager[None]:
-        """See the base class."""
+        """Fold the latents once."""
         return self.layer.fixed_weights(fold_now=fold_now)
 
     def pool(self, hidden_TD: Tensor, pool_mask_T: Tensor, segments: Segments) -> Tensor:
@@ -246,10 +359,8 @@ def _prompt_lengths(features: dict[str, Any], mask_BL: Tensor) -> Tensor:
     """Tokens ``(B,)`` at the start of each text that belong to its prompt alone.
 
     A stock ``Transformer`` counts the tokens of the prompt by itself. Where the prompt ends in a
-    space that becomes a part of the first word, the last of these tokens is that word.
-
-    Raises:
-        ModelError: a prompt's space has joined the texts, and the batch does not say to which.
+    space that becomes a part of the first word, the last of these tokens is that word; a ModelError
+    where the batch does not say of which texts that is so.
     """
     count = int(torch.as_tensor(features["prompt_length"]).flatten()[0])
     lengths_B = torch.full((len(mask_BL),), count, device=mask_BL.device)
@@ -281,12 +392,8 @@ def build_pooling(
     kind: PoolingKind, width: int, *, num_latents: int = 512, num_heads: int = 8
 ) -> Pooling:
     """Make a fresh pooling for a hidden size."""
-    match kind:
-        case "mean":
-            return MeanPooling(width)
-        case "last":
-            return LastTokenPooling(width)
-        case "latent":
-            return LatentAttentionPooling(width, num_latents, num_heads)
-        case "self_attention":
-            return SelfAttentionPooling(width, num_heads)
+    if kind == "latent":
+        return LatentAttentionPooling(width, num_latents, num_heads)
+    if kind == "self_attention":
+        return SelfAttentionPooling(width, num_heads)
+    return MeanPooling(width) if kind == "mean" else LastTokenPooling(width)

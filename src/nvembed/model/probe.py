@@ -1,61 +1,15 @@
-"""Probes: what a loaded model does, found by running it and not by reading its settings.
+"""Which tokens a model pools, found by running it and not by reading its settings.
 
-``probe_direction`` changes the last token of a sequence and watches the first state;
-``probe_pooled`` asks the gradient which token states enter an embedding. Used at load
-(``model/backbone.py``) and by ``nvembed doctor``.
-
-Letters: T tokens of all rows end to end, L tokens of one text, D width.
+Letters: L tokens of one text, D width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-from nvembed.model.settings import AttentionDirection
-
-States = Callable[[Sequence[Sequence[int]]], Tensor]
-"""Rows of token ids to their last hidden states ``(T, D)``, end to end in the order given."""
-
-_PROBE_TOKENS = 8
-
-
-@dataclass(frozen=True, slots=True)
-class DirectionFinding:
-    """What ``probe_direction`` saw.
-
-    Attributes:
-        direction: ``bidirectional`` if the last token moves the first state.
-        neighbours_seen: texts that are encoded together change each other.
-    """
-
-    direction: AttentionDirection
-    neighbours_seen: bool
-
-
-@torch.no_grad()
-def probe_direction(states: States, vocabulary: int) -> DirectionFinding:
-    """Change the last token of a sequence and see whether the first state moves.
-
-    Also tells whether texts that are encoded together see each other.
-
-    Args:
-        states: the model, in evaluation mode. It is given the longer row first.
-        vocabulary: number of token ids.
-    """
-    ids = [(7 * i + 11) % vocabulary for i in range(_PROBE_TOKENS)]
-    changed = [*ids[:-1], (ids[-1] + vocabulary // 2) % vocabulary]
-    first_TD, moved_TD, packed_TD = (states(rows) for rows in ([ids], [changed], [ids, ids[1:]]))
-    scale = float(first_TD.float().std()) or 1.0
-    seen = float((first_TD[0] - moved_TD[0]).float().abs().max()) / scale > 1e-6
-    # Kernels round differently for other shapes; in 16 bit by up to some per cent of the spread.
-    tolerance = 1e-3 if first_TD.dtype == torch.float32 else 0.1
-    difference = float((first_TD - packed_TD[:_PROBE_TOKENS]).float().abs().max()) / scale
-    return DirectionFinding("bidirectional" if seen else "causal", difference > tolerance)
 
 
 def probe_pooled(modules: Sequence[nn.Module], features: dict[str, Any]) -> Tensor | None:

@@ -32,13 +32,8 @@ _BLOCK, _ROWS = 64, 32
 def quantize_backbone(model: NVEmbed, kind: Quantization) -> None:
     """Quantise the linear layers of the backbone, in place.
 
-    Args:
-        model: a loaded model, its adapters merged.
-        kind: see the module docstring.
-
-    Raises:
-        ModelError: the library for this kind is not installed, the backbone has adapters, is
-            quantised already, or has widths that ``nf4`` cannot take.
+    A ModelError where the library for this kind is not installed, the backbone has adapters, is
+    quantised already, or has widths that ``nf4`` cannot take.
     """
     backbone = model.backbone.model
     if hasattr(backbone, "peft_config"):
@@ -65,13 +60,6 @@ def quantize_frozen(model: NVEmbed, kind: Literal["int8", "nf4"]) -> None:
     The layers of the libraries are made for encoding: torchao's keeps a whole copy of its weight
     for the way back, bitsandbytes' computes in the dtype the weight had (also under autocast) and
     on some CPUs turns it into a layout that gradients do not pass.
-
-    Args:
-        model: a loaded model without adapters.
-        kind: see the module docstring.
-
-    Raises:
-        ModelError: as in ``quantize_backbone``.
     """
     quantize_backbone(model, kind)
     backbone = model.backbone.model

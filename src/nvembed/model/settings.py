@@ -1,15 +1,20 @@
-"""What a recipe says about the model; free of torch, so that recipes are checked quickly."""
+"""What a recipe says about the model, and work for it; free of torch, so that it loads quickly."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
 from nvembed.core.arguments import check_arguments
 from nvembed.core.config import StrictModel
 from nvembed.core.dtypes import Precision
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 AttentionDirection = Literal["bidirectional", "causal"]
 PoolingKind = Literal["mean", "last", "latent", "self_attention"]
@@ -42,6 +47,24 @@ class LongTexts:
 
     def __post_init__(self) -> None:
         check_arguments(type(self), asdict(self))
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Some texts that are ready for the model.
+
+    Attributes:
+        launch: runs the model and returns a function that gives the vectors ``(N, D)`` once they
+            have arrived: float32, chunks of a text one after the other. On a GPU the next work may
+            be launched before.
+        tokens: that the model reads; None where nobody counts.
+        spans: first and last-plus-one character of the chunks of each text; None where a text has
+            one vector.
+    """
+
+    launch: Callable[[], Callable[[], NDArray[np.float32]]]
+    tokens: int | None = None
+    spans: Sequence[tuple[tuple[int, int], ...]] | None = None
 
 
 class PoolingSettings(StrictModel):

@@ -26,21 +26,13 @@ Slot = tuple["Job", int]  # a job and the row of one of its texts
 
 @dataclass(eq=False, slots=True)
 class Job:
-    """The texts of one request.
+    """The texts of one request."""
 
-    Attributes:
-        client: whose it is, for fairness.
-        lengths: tokens of each text, at least 1.
-        arrived: clock when it was added.
-        cancelled: nobody waits for it any more; its texts are skipped.
-        next_row: the first text that was not taken yet.
-    """
-
-    client: Hashable
-    lengths: Sequence[int]
-    arrived: float = 0.0
-    cancelled: bool = False
-    next_row: int = 0
+    client: Hashable  # whose it is, for fairness
+    lengths: Sequence[int]  # tokens of each text, at least 1
+    arrived: float = 0.0  # clock when it was added
+    cancelled: bool = False  # nobody waits for it any more; its texts are skipped
+    next_row: int = 0  # the first text that was not taken yet
 
     @property
     def waiting_tokens(self) -> int:
@@ -50,16 +42,10 @@ class Job:
 
 @dataclass(eq=False, slots=True)
 class _Client:
-    """A client that waits, or that left and had more than those who wait.
+    """A client that waits, or that left and had more than those who wait."""
 
-    Attributes:
-        start: its virtual time, where its next text starts.
-        turn: of two clients at one time, the one with the lesser number comes first.
-        jobs: what waits.
-    """
-
-    start: float
-    turn: int
+    start: float  # its virtual time, where its next text starts
+    turn: int  # of two clients at one time, the one with the lesser number comes first
     jobs: deque[Job] = field(default_factory=deque)
 
 
@@ -95,11 +81,7 @@ class Scheduler:
         return not self.waiting_tokens or self.waiting_tokens + tokens <= self.queue_tokens
 
     def add(self, job: Job, now: float) -> bool:
-        """Queue a job, unless there is no room for it.
-
-        Returns:
-            whether it was taken.
-        """
+        """Queue a job; return whether there was room for it."""
         tokens = job.waiting_tokens
         if not self.has_room(tokens):
             return False
@@ -107,7 +89,7 @@ class Scheduler:
         client = self._clients.get(job.client)
         if client is None:
             client = self._clients[job.client] = _Client(self._virtual, self._next_turn())
-            self._push(job.client, client)
+            heapq.heappush(self._turns, (client.start, client.turn, job.client))
         elif not client.jobs:  # its entry is corrected when it is reached
             client.start, client.turn = max(client.start, self._virtual), self._next_turn()
         if not client.jobs:
@@ -194,9 +176,6 @@ class Scheduler:
             self._clients.clear()
             self._turns.clear()
             self._virtual = 0.0
-
-    def _push(self, name: Hashable, client: _Client) -> None:
-        heapq.heappush(self._turns, (client.start, client.turn, name))
 
     def _next_turn(self) -> int:
         self._turn += 1

@@ -1,140 +1,161 @@
-"""Request bodies: strict Pydantic models, errors that never repeat what was sent, JSON answers."""
+"""Request bodies of both APIs: strict Pydantic models, and errors that never repeat what was sent.
+
+A field that both APIs have stands once; its description is what a client is told when it is wrong.
+``null`` for a field that may be left out is the same as leaving it out.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import base64
 from typing import Any, Literal, TypeVar
 
-import numpy as np
-import orjson
-from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
-from starlette.requests import Request
-from starlette.responses import Response
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from nvembed.serving.engines import Cut
 from nvembed.serving.errors import RequestError
+from nvembed.serving.service import Inputs
 
-EncodingFormat = Literal["float", "base64"]
-ENCODING_FORMAT = "'float' or 'base64' (little-endian float32)"
+LARGE_BYTES = 64 * 1024
+"""Bodies and answers above it are read and written in a thread, to keep the event loop free."""
 
-# Bodies and answers above it are read and written in a thread, to keep the event loop free.
-_LARGE = 64 * 1024
+_INPUTS = "a text, a list of texts, a list of token ids, or a list of such lists"
+_TASK = "what the texts are for, the name of an MTEB task or of a prompt of the model, or null"
+_PROMPT_NAME = "the name of a prompt of the model, or of an MTEB task, or null"
+
+
+def _optional(description: str, **more: Any) -> Any:
+    return Field(default=None, description=description, **more)
 
 
 class Body(BaseModel):
-    """Base of all request bodies: unknown keys are refused, nothing is converted.
-
-    ``null`` for a field that may be left out is the same as leaving it out.
-    """
+    """Base of all request bodies: unknown keys are refused, nothing is converted."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
-    @model_validator(mode="before")
-    @classmethod
-    def _null_is_absent(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        optional = {name for name, info in cls.model_fields.items() if not info.is_required()}
-        return {k: v for k, v in data.items() if v is not None or k not in optional}
+
+class InstructionFields(Body):
+    """Two names of the same field."""
+
+    instruction: str | None = _optional(_TASK)
+    task: str | None = _optional(f"the same as instruction: {_TASK}")
+
+    def given_instruction(self) -> str | None:
+        """Return what stands in one of the two; blank is none, both are refused."""
+        given = [text for text in (self.instruction, self.task) if text and text.strip()]
+        if len(given) > 1:
+            message = "instruction and task are the same; send one of them"
+            raise RequestError(400, message, param="task")
+        return given[0] if given else None
+
+
+class VectorFields(InstructionFields):
+    """Which vectors are wanted, in which form."""
+
+    prompt_name: str | None = _optional(_PROMPT_NAME)
+    dimensions: int | None = _optional("an integer from 1 to the model's width, or null", ge=1)
+    encoding_format: Literal["float", "base64"] | None = _optional(
+        "'float' or 'base64' (little-endian float32)"
+    )
+
+
+class TruncationFields(Body):
+    """What becomes of long texts, as TEI says it."""
+
+    truncate: bool | None = _optional(
+        "a boolean; false refuses texts that are too long for the model, which true cuts"
+    )
+    truncation_direction: Literal["Left", "Right", "left", "right"] | None = _optional(
+        "'Right' (the end is cut) or 'Left' (the beginning is)"
+    )
+
+    @property
+    def cut(self) -> Cut:
+        """What is cut of them."""
+        if self.truncate is False:
+            return "none"
+        return "start" if self.truncation_direction in ("Left", "left") else "end"
+
+
+class OpenAIRequest(VectorFields):
+    """The body of ``/v1/embeddings``: OpenAI's fields, NVIDIA NIM's and those of instructions."""
+
+    input: Inputs = Field(description=_INPUTS)
+    model: str | None = _optional("the name of a model of /v1/models, or null for the only one")
+    user: str | None = _optional("a text; it is not used")
+    input_type: Literal["query", "document", "passage"] | None = _optional(
+        "'query', 'document', 'passage' or null (query where there is an instruction)"
+    )
+    truncate: Literal["END", "START", "NONE"] | None = _optional(
+        "'END' or 'START' (cut of long texts) or 'NONE' (these are refused)"
+    )
+
+
+class EmbedRequest(VectorFields, TruncationFields):
+    """The body of ``/embed``."""
+
+    inputs: Inputs = Field(description=_INPUTS)
+    normalize: bool | None = _optional("a boolean; false leaves vectors as the pooling gives them")
+
+
+class RerankRequest(InstructionFields, TruncationFields):
+    """The body of ``/rerank``."""
+
+    query: str = Field(description="a text")
+    texts: list[str] = Field(description="a list of texts")
+    raw_scores: bool | None = _optional("a boolean; scores are cosines either way")
+    return_text: bool | None = _optional("a boolean")
+
+
+class SimilarityInputs(Body):
+    """A text and those it is compared with."""
+
+    source_sentence: str
+    sentences: list[str]
+
+
+class SimilarityParameters(TruncationFields):
+    """How the texts of ``/similarity`` are read."""
+
+    prompt_name: str | None = None
+
+
+class SimilarityRequest(Body):
+    """The body of ``/similarity``."""
+
+    inputs: SimilarityInputs = Field(
+        description="an object of source_sentence (a text) and sentences (a list of texts)"
+    )
+    parameters: SimilarityParameters | None = _optional(
+        "an object of truncate, truncation_direction and prompt_name, or null"
+    )
+
+
+class TokenizeRequest(Body):
+    """The body of ``/tokenize``."""
+
+    inputs: str | list[str] = Field(description="a text or a list of texts")
+    add_special_tokens: bool | None = _optional("a boolean: BOS and EOS as well")
+    prompt_name: str | None = _optional(_PROMPT_NAME)
 
 
 BodyT = TypeVar("BodyT", bound=Body)
 
 
-async def read_body(request: Request, cls: type[BodyT]) -> BodyT:
-    """Check the body of a request.
-
-    Raises:
-        RequestError: it is no JSON, or has other fields or types than ``cls`` (400).
-    """
-    raw = await request.body()
+async def read_body(raw: bytes, cls: type[BodyT]) -> BodyT:
+    """Check a body: a RequestError (400) where it is no JSON or has other fields or types."""
     try:
-        if len(raw) > _LARGE:
+        if len(raw) > LARGE_BYTES:
             return await asyncio.to_thread(cls.model_validate_json, raw)
         return cls.model_validate_json(raw)
     except ValidationError as error:
         raise _bad_body(error, cls) from None
 
 
-async def answer(content: object, numbers: int) -> Response:
-    """Render JSON; ``numbers`` tells how large it will be."""
-    if numbers * 12 > _LARGE:
-        body = await asyncio.to_thread(_dump, content)
-    else:
-        body = _dump(content)
-    return Response(body, media_type="application/json")
-
-
-def embedding_rows(vectors: NDArray[np.float32], encoding: EncodingFormat) -> list[Any]:
-    """Render the rows of ``(N, D)`` for JSON: as numbers, or base64 of little-endian float32."""
-    if encoding == "base64":
-        return [base64.b64encode(row.astype("<f4").tobytes()).decode() for row in vectors]
-    return list(np.ascontiguousarray(vectors))
-
-
-def openapi_body(cls: type[Body], **patches: dict[str, Any]) -> dict[str, Any]:
-    """Describe a body for the OpenAPI document; ``patches`` adds to its fields."""
-    schema = cls.model_json_schema()
-    inner = schema.pop("$defs", {})
-    for name in schema["properties"]:
-        field = schema["properties"][name]
-        if "$ref" in field:  # a document of its own would need the references
-            field |= inner[field.pop("$ref").rpartition("/")[2]]
-        field |= patches.get(name, {})
-        if name not in schema.get("required", ()):
-            schema["properties"][name] = {"anyOf": [field, {"type": "null"}]}
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
-
-
-def openapi_errors(tei: bool) -> dict[int | str, dict[str, Any]]:
-    """Describe the answers that are errors."""
-    text = {"type": "string"}
-    nullable = {"type": ["string", "null"]}
-    inner: dict[str, Any] = {
-        "type": "object",
-        "required": ["message", "type", "param", "code"],
-        "properties": {"message": text, "type": text, "param": nullable, "code": text},
-    }
-    error = text if tei else inner
-    schema: dict[str, Any] = {
-        "type": "object",
-        "required": ["error"],
-        "properties": {"error": error},
-    }
-    meanings = {
-        400: "something in the body is wrong",
-        401: "no valid API key",
-        404: "unknown model",
-        408: "the body came too slowly",
-        413: "too large",
-        415: "not JSON",
-        429: "overloaded, see Retry-After",
-        503: "the model failed, or out of time",
-    }
-    content = {"application/json": {"schema": schema}}
-    return {
-        status: {"description": meaning, "content": content} for status, meaning in meanings.items()
-    }
-
-
-def openapi_answer(schema: dict[str, Any]) -> dict[int | str, dict[str, Any]]:
-    """Describe the answer that is not an error."""
-    content = {"application/json": {"schema": schema}}
-    return {200: {"description": "the answer", "content": content}}
-
-
-def _dump(content: object) -> bytes:
-    return orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)
-
-
 def _bad_body(error: ValidationError, cls: type[Body]) -> RequestError:
-    items = error.errors(include_url=False, include_context=False, include_input=False)
-    first = items[0]
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     if first["type"] == "json_invalid":
-        return RequestError(
-            400, "the body is not valid JSON in UTF-8; check how it is built", code="invalid_json"
-        )
+        message = "the body is not valid JSON in UTF-8; check how it is built"
+        return RequestError(400, message, code="invalid_json")
     param = str(first["loc"][0]) if first["loc"] else None
     known = ", ".join(sorted(cls.model_fields))
     if param is None:

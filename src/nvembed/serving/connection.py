@@ -1,84 +1,83 @@
-"""Connections that send nothing, or their headers byte by byte: uvicorn alone waits for ever.
+"""Limits on the headers of requests and on the number of connections, around uvicorn's protocol.
 
-Bodies and answers have their limits in ``limits.py``, connections that are idle between two
-requests are closed by uvicorn. What is left is here: how long and how large the headers may be, and
-how many connections may be open.
+uvicorn waits for headers for ever. It closes connections that are idle between two requests itself
+(``timeout_keep_alive``); bodies and answers have their limits in ``middleware.py``.
 """
 
 from __future__ import annotations
 
 import asyncio
-from typing import ClassVar
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.server import ServerState
 
 from nvembed.serving.config import LimitsConfig
 
-_SLOW = "408 Request Timeout"
-_LARGE = "431 Request Header Fields Too Large"
+
+def limited_connections(limits: LimitsConfig) -> Callable[..., asyncio.Protocol]:
+    """Return what uvicorn calls for every connection (its option ``http``)."""
+    return partial(_LimitedConnection, limits)
 
 
-class LimitedConnection(HttpToolsProtocol):
-    """A connection whose headers are limited in time and size; see ``limited_connections``."""
+class _LimitedConnection(asyncio.Protocol):
+    """Hands everything to uvicorn's protocol, which has a new ``cycle`` once headers are whole."""
 
-    limits: ClassVar[LimitsConfig]
-
-    _deadline: asyncio.TimerHandle | None = None
-    _header_bytes = 0
+    def __init__(self, limits: LimitsConfig, *, server_state: ServerState, **given: Any) -> None:
+        self._limits = limits
+        self._connections = server_state.connections
+        self._http = HttpToolsProtocol(server_state=server_state, **given)
+        self._deadline: asyncio.TimerHandle | None = None
+        self._header_bytes = 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Begin, unless there are too many connections."""
-        super().connection_made(transport)  # type: ignore[arg-type]  # as uvicorn narrows it
-        if len(self.connections) > self.limits.max_connections:
-            self.transport.close()
+        self._http.connection_made(transport)  # type: ignore[arg-type]  # as uvicorn narrows it
+        if len(self._connections) > self._limits.max_connections:
+            transport.close()
         else:
             self._expect_headers()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """End."""
-        self._headers_came()
-        super().connection_lost(exc)
+        self._end_headers()
+        self._http.connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Take a part of a request."""
-        super().data_received(data)
-        if self._deadline is not None and not self.transport.is_closing():
-            self._header_bytes += len(data)
-            if self._header_bytes > self.limits.max_header_bytes:
-                self._refuse(_LARGE)
+        before = self._http.cycle
+        self._http.data_received(data)
+        cycle = self._http.cycle
+        if cycle is not before:
+            self._end_headers()
+        elif (cycle is None or cycle.response_complete) and not self._http.transport.is_closing():
+            self._expect_headers()
+            if cycle is None or not cycle.more_body:  # else of a body that was refused unread
+                self._header_bytes += len(data)
+            if self._header_bytes > self._limits.max_header_bytes:
+                self._refuse("431 Request Header Fields Too Large")
 
-    def on_message_begin(self) -> None:
-        """The first byte of a request."""
-        super().on_message_begin()
-        self._expect_headers()
+    def eof_received(self) -> None:
+        self._http.eof_received()
 
-    def on_headers_complete(self) -> None:
-        """The empty line after the headers."""
-        self._headers_came()
-        super().on_headers_complete()
+    def pause_writing(self) -> None:
+        self._http.pause_writing()
+
+    def resume_writing(self) -> None:
+        self._http.resume_writing()
 
     def _expect_headers(self) -> None:
         if self._deadline is None:
-            self._deadline = self.loop.call_later(self.limits.header_seconds, self._too_late)
+            seconds = self._limits.header_seconds
+            self._deadline = self._http.loop.call_later(
+                seconds, self._refuse, "408 Request Timeout"
+            )
 
-    def _headers_came(self) -> None:
+    def _end_headers(self) -> None:
         if self._deadline is not None:
             self._deadline.cancel()
         self._deadline, self._header_bytes = None, 0
 
-    def _too_late(self) -> None:
-        self._deadline = None
-        if self.cycle is not None and not self.cycle.response_complete:
-            self._expect_headers()  # of the next request; nothing is read before this one's answer
-        else:
-            self._refuse(_SLOW)
-
     def _refuse(self, status: str) -> None:
         head = f"HTTP/1.1 {status}\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
-        self.transport.write(head.encode())
-        self.transport.close()
-
-
-def limited_connections(limits: LimitsConfig) -> type[LimitedConnection]:
-    """Return the protocol class for these limits, which uvicorn makes one of per connection."""
-    return type("LimitedConnection", (LimitedConnection,), {"limits": limits})
+        self._http.transport.write(head.encode())
+        self._http.transport.close()

@@ -1,4 +1,4 @@
-"""From checked texts to vectors, off the event loop; what both APIs call.
+"""From the checked fields of a body to vectors, off the event loop; what both APIs call.
 
 Limits of a request are checked here, before a text costs anything.
 """
@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Coroutine, Hashable, Sequence, Sized
+from collections.abc import Callable, Coroutine, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,12 +19,17 @@ from nvembed.core.errors import UserError
 from nvembed.serving.batcher import Batcher
 from nvembed.serving.batching import Scheduler
 from nvembed.serving.config import ServerConfig
-from nvembed.serving.engine import Engine, Item, Token, Wish
-from nvembed.serving.errors import RequestError
-from nvembed.serving.metrics import Metrics
+from nvembed.serving.engines import Cut, EmbedOptions, EncoderEngine, Item, Token
+from nvembed.serving.errors import ClientGoneError, RequestError
+from nvembed.serving.middleware import RequestContext
+from nvembed.serving.telemetry import Metrics
+from nvembed.text.instructions import Side, find_instruction, read_task, resolve_prompt
 
 T = TypeVar("T")
 SizedT = TypeVar("SizedT", bound=Sized)
+
+Inputs = str | list[str] | list[int] | list[list[int]]
+"""A text, a list of texts, the ids of a text, or a list of such lists."""
 
 # Characters (or ids) of one visit to the tokeniser's thread: requests take turns there.
 _SLICE_CHARS = 50_000
@@ -32,66 +37,96 @@ _SLICE_CHARS = 50_000
 _SMALL_CHARS = 2_000
 
 
-class ClientGoneError(Exception):
-    """The client closed the connection before its answer was ready."""
-
-
 class Service:
-    """A model with its queue.
+    """A model with its queue."""
 
-    Args:
-        engine: the model.
-        config: all settings.
-        metrics: where everything is counted.
-    """
-
-    def __init__(self, engine: Engine, config: ServerConfig, metrics: Metrics) -> None:
+    def __init__(self, engine: EncoderEngine, config: ServerConfig, metrics: Metrics) -> None:
         self.engine = engine
         self.config = config
         self.model_name = config.model_name or "nvembed"
         self.model_names = (self.model_name, *config.model_aliases)
         self.metrics = metrics
-        batching = config.batching
+        self.batch_tokens = config.batching.batch_tokens or engine.batch_tokens
         scheduler = Scheduler(
-            batch_tokens=batching.batch_tokens or engine.batch_tokens,
-            max_wait=batching.max_wait_ms / 1000,
-            queue_tokens=batching.queue_tokens,
+            batch_tokens=self.batch_tokens,
+            max_wait=config.batching.max_wait_ms / 1000,
+            queue_tokens=config.batching.queue_tokens,
         )
         self.batcher = Batcher(engine, scheduler, metrics)
         self._tokeniser = ThreadPoolExecutor(1, thread_name_prefix="nvembed-tokeniser")
         self._tokenising = threading.Lock()
-
-    def start(self) -> None:
-        """Start the threads."""
-        self.batcher.start()
 
     def close(self) -> None:
         """Finish what was accepted and stop the threads."""
         self.batcher.close()
         self._tokeniser.shutdown()
 
-    async def prepare(self, texts: Sequence[str], wish: Wish, *, param: str) -> list[Item]:
-        """Check and tokenise texts.
+    def read_options(
+        self,
+        *,
+        instruction: str | None = None,
+        prompt_name: str | None = None,
+        input_type: Side | None = None,
+        cut: Cut = "end",
+        normalize: bool = True,
+    ) -> EmbedOptions:
+        """Read how texts are to be embedded; by default queries with an instruction only.
 
         Raises:
-            RequestError: too many, too long or empty texts, or an instruction without room (4xx).
+            RequestError: no prompt of that name, a word that is nearly a task's name, both given,
+                or the model cannot do it (400).
         """
-        self._check_texts(texts, param)
-        items = await self._in_turns(
-            texts, lambda part: self.engine.prepare(part, wish), param=param
-        )
-        self._check_lengths(items, param)
-        return items
+        if instruction is not None and prompt_name is not None:
+            raise _bad("send an instruction or prompt_name, not both", "prompt_name")
+        if not normalize and not self.engine.supports_raw:
+            message = "this model gives vectors of length 1 only; leave normalize out"
+            raise _bad(message, "normalize")
+        if cut != "end" and not self.engine.supports_tokens:
+            raise _bad("this model always cuts the end of long texts; leave this out", "truncate")
+        prompt = None if prompt_name is None else self.named_prompt(prompt_name)
+        try:
+            task = read_task(instruction, self.engine.prompts)
+        except UserError as error:
+            message = f"the instruction is neither a sentence nor a known task, {error.expected}"
+            raise _bad(message, "instruction", "bad_instruction") from None
+        input_type = input_type or ("document" if task is None else "query")
+        return EmbedOptions(input_type, task, prompt, cut, normalize)
+
+    def named_prompt(self, name: str) -> str:
+        """Return a prompt of the model, or that of an MTEB task; a RequestError if it is none."""
+        prompts = self.engine.prompts
+        if name in prompts:
+            return prompts[name] or ""
+        if find_instruction(name) is None:
+            known = ", ".join(sorted(prompts)[:10]) or "none"
+            message = "the model has no prompt of that name; known are"
+            message = f"{message} {known}, and the tasks of MTEB"
+            raise _bad(message, "prompt_name", "unknown_prompt")
+        return resolve_prompt(name) or ""
+
+    async def embed(
+        self, parts: Sequence[tuple[Inputs, EmbedOptions]], context: RequestContext
+    ) -> NDArray[np.float32]:
+        """Embed the parts of one request: a row for every text, of length 1 where wanted.
+
+        Raises:
+            RequestError: too many, too long or empty texts, or an instruction without room (4xx);
+                see also ``Batcher.embed``.
+        """
+        items = [item for part in parts for item in await self._items(*part)]
+        vectors = await self.batcher.embed(items, context.client)
+        context.texts, context.tokens = len(items), sum(item.tokens for item in items)
+        return vectors
 
     async def tokens(
-        self, texts: Sequence[str], prompt: str, *, special: bool
+        self, texts: Sequence[str], prompt: str, special: bool, context: RequestContext
     ) -> list[list[Token]]:
-        """Return the tokens of texts; see ``Engine.tokens``.
+        """Return the tokens of texts; see ``EncoderEngine.tokens``.
 
         Raises:
             RequestError: too many or too long texts, or more tokens than may wait (4xx).
         """
-        self._check_texts(texts, "inputs")
+        self._check_texts(texts)
         limit = self.config.batching.queue_tokens
         found = 0
 
@@ -103,38 +138,12 @@ class Service:
             found += sum(map(len, rows))
             return rows
 
-        rows = await self._in_turns(texts, part_tokens, param="inputs")
+        rows = await self._in_turns(texts, part_tokens)
         if found > limit:
-            raise RequestError(
-                413,
-                f"the texts have more than {limit} tokens; send several requests",
-                code="too_many_tokens",
-                param="inputs",
-            )
+            message = f"the texts have more than {limit} tokens; send several requests"
+            raise _bad(message, "input", "too_many_tokens", 413)
+        context.texts, context.tokens = len(rows), found
         return rows
-
-    async def prepare_ids(
-        self, rows: Sequence[Sequence[int]], wish: Wish, *, param: str
-    ) -> list[Item]:
-        """Check token ids.
-
-        Raises:
-            RequestError: as above, and where this model takes texts only.
-        """
-        if not self.engine.takes_ids:
-            raise RequestError(
-                400, "this model takes texts, no token ids; send texts", code="no_ids", param=param
-            )
-        self._check_count(len(rows), param)
-        items = await self._in_turns(
-            rows, lambda part: self.engine.prepare_ids(part, wish), param=param
-        )
-        self._check_lengths(items, param)
-        return items
-
-    async def embed(self, items: Sequence[Item], client: Hashable) -> NDArray[np.float32]:
-        """Return ``(len(items), dimension)``, at length 1 where wanted; see ``Batcher.embed``."""
-        return await self.batcher.embed(items, client)
 
     async def finish(self, request: Request, work: Coroutine[Any, Any, T]) -> T:
         """Run the work of a request for as long as its client is there and time is left.
@@ -153,66 +162,60 @@ class Service:
             if gone.done():
                 self.metrics.cancelled.inc()
                 raise ClientGoneError
-            raise RequestError(
-                503,
-                f"not ready after {seconds:g} seconds; send fewer texts, or again later",
-                code="timeout",
-                retry_seconds=5,
-            )
+            message = f"not ready after {seconds:g} seconds; send fewer texts, or again later"
+            raise RequestError(503, message, code="timeout", retry_seconds=5)
         finally:
-            for other in (task, gone):
-                if not other.done():
-                    other.cancel()
+            task.cancel()
+            gone.cancel()
 
-    def _check_texts(self, texts: Sequence[str], param: str) -> None:
-        self._check_count(len(texts), param)
+    async def _items(self, content: Inputs, options: EmbedOptions) -> list[Item]:
+        if isinstance(content, str):
+            content = [content]
+        if not content or isinstance(content[0], str):
+            texts = cast(list[str], content)
+            self._check_texts(texts)
+            items = await self._in_turns(texts, lambda part: self.engine.prepare(part, options))
+        else:
+            if options.task is not None or options.prompt or options.input_type == "query":
+                message = (
+                    "token ids are embedded as documents, bare; send texts with an instruction"
+                )
+                raise _bad(message, "instruction", "ids_with_instruction")
+            if not self.engine.takes_ids:
+                message = "this model takes texts, no token ids; send texts"
+                raise _bad(message, "input", "no_ids")
+            single = isinstance(content[0], int)
+            rows = cast(list[list[int]], [content] if single else content)
+            self._check_count(len(rows))
+            items = await self._in_turns(rows, lambda part: self.engine.prepare_ids(part, options))
+        limit = self.engine.max_tokens
+        for row, item in enumerate(items):
+            if item.tokens > limit:  # was not to be cut
+                message = f"text {row} has {item.tokens} tokens, the model takes {limit}"
+                message = f"{message}; split it or let it be cut"
+                raise _bad(message, "input", "text_too_long", 413)
+        return items
+
+    def _check_texts(self, texts: Sequence[str]) -> None:
+        self._check_count(len(texts))
         limit = self.config.limits.max_text_chars
         for row, text in enumerate(texts):
             if not text.strip():
-                raise RequestError(
-                    400, f"text {row} is empty; leave it out", code="empty_text", param=param
-                )
+                raise _bad(f"text {row} is empty; leave it out", "input", "empty_text")
             if len(text) > limit:
-                raise RequestError(
-                    413,
-                    f"text {row} has {len(text)} characters, this server takes {limit}; split it",
-                    code="text_too_long",
-                    param=param,
-                )
+                message = f"text {row} has {len(text)} characters, this server takes {limit}"
+                raise _bad(f"{message}; split it", "input", "text_too_long", 413)
 
-    def _check_lengths(self, items: Sequence[Item], param: str) -> None:
-        """Refuse texts that were not to be cut and are too long for the model."""
-        limit = self.engine.max_tokens
-        for row, item in enumerate(items):
-            if item.tokens > limit:
-                raise RequestError(
-                    413,
-                    f"text {row} has {item.tokens} tokens, the model takes {limit}; "
-                    "split it or let it be cut",
-                    code="text_too_long",
-                    param=param,
-                )
-
-    def _check_count(self, count: int, param: str) -> None:
+    def _check_count(self, count: int) -> None:
         limit = self.config.limits.max_texts
         if count == 0:
-            raise RequestError(
-                400, "an empty list; send at least one text", code="no_texts", param=param
-            )
+            raise _bad("an empty list; send at least one text", "input", "no_texts")
         if count > limit:
-            raise RequestError(
-                413,
-                f"{count} texts, this server takes {limit} per request; send several requests",
-                code="too_many_texts",
-                param=param,
-            )
+            message = f"{count} texts, this server takes {limit} per request"
+            raise _bad(f"{message}; send several requests", "input", "too_many_texts", 413)
 
     async def _in_turns(
-        self,
-        rows: Sequence[SizedT],
-        prepare: Callable[[Sequence[SizedT]], list[T]],
-        *,
-        param: str,
+        self, rows: Sequence[SizedT], prepare: Callable[[Sequence[SizedT]], list[T]]
     ) -> list[T]:
         """Call the tokenizer for slices of the rows, off the event loop where there are many."""
 
@@ -220,18 +223,18 @@ class Service:
             with self._tokenising:
                 return prepare(part)
 
-        loop = asyncio.get_running_loop()
-        items: list[T] = []
         try:
             if sum(map(len, rows)) <= _SMALL_CHARS and self._tokenising.acquire(blocking=False):
                 try:
                     return prepare(rows)
                 finally:
                     self._tokenising.release()
+            items: list[T] = []
             for part in _slices(rows):
+                loop = asyncio.get_running_loop()
                 items += await loop.run_in_executor(self._tokeniser, in_turn, part)
         except UserError as error:
-            raise RequestError(400, str(error), code="bad_input", param=param) from error
+            raise _bad(str(error), "input") from error
         return items
 
 
@@ -240,7 +243,7 @@ async def _wait_until_gone(request: Request) -> None:
         pass
 
 
-def _slices(rows: Sequence[Any]) -> list[Sequence[Any]]:
+def _slices(rows: Sequence[SizedT]) -> list[Sequence[SizedT]]:
     slices, start, size = [], 0, 0
     for row, content in enumerate(rows):
         size += len(content)
@@ -250,3 +253,7 @@ def _slices(rows: Sequence[Any]) -> list[Sequence[Any]]:
     if start < len(rows):
         slices.append(rows[start:])
     return slices
+
+
+def _bad(message: str, param: str, code: str = "bad_input", status: int = 400) -> RequestError:
+    return RequestError(status, message, code=code, param=param)

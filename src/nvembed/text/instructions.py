@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Literal
 
 import yaml
 
@@ -26,7 +26,6 @@ from nvembed.core.errors import ConfigError
 
 Side = Literal["query", "document"]
 PromptedText = tuple[str, str]  # (prompt, text)
-Source = Literal["official", "mteb", "recalled"]
 
 QUERY_PROMPT = "Instruct: {instruction}\nQuery: "
 
@@ -63,42 +62,37 @@ def side_prompt(
 
 @dataclass(frozen=True, slots=True)
 class TaskInstruction:
-    """The instruction of one task.
+    """The instruction of one task, a row of ``instructions.yaml``.
 
     Attributes:
         name: as in the benchmark "MTEB(eng, v1)".
         type: mteb's, such as ``Retrieval``.
         instruction: in plain words, without the template.
-        symmetric: two texts are compared and both carry it; otherwise documents stay bare.
         source: ``official`` (file of the released model), ``mteb`` (mteb's prompt, said to be the
             paper's too) or ``recalled`` (from memory).
+        symmetric: two texts are compared and both carry it; otherwise documents stay bare.
         aliases: tasks over the same texts under other names.
     """
 
     name: str
     type: str
     instruction: str
-    symmetric: bool
-    source: Source
-    aliases: tuple[str, ...]
+    source: Literal["official", "mteb", "recalled"]
+    symmetric: bool = False
+    aliases: Sequence[str] = ()
 
 
 @cache
 def all_instructions() -> dict[str, TaskInstruction]:
     """Return the table by the name of the task, without aliases; do not change it."""
     text = files("nvembed.text").joinpath("instructions.yaml").read_text(encoding="utf-8")
-    table: dict[str, dict[str, Any]] = yaml.safe_load(text)
-    return {
-        name: TaskInstruction(
-            name=name,
-            type=row["type"],
-            instruction=row["instruction"],
-            symmetric=row.get("symmetric", False),
-            source=row["source"],
-            aliases=tuple(row.get("aliases", ())),
-        )
-        for name, row in table.items()
-    }
+    return {name: TaskInstruction(name, **row) for name, row in yaml.safe_load(text).items()}
+
+
+@cache
+def _by_any_name() -> dict[str, TaskInstruction]:
+    tasks = all_instructions().values()
+    return {name: task for task in tasks for name in (task.name, *task.aliases)}
 
 
 def find_instruction(name: str) -> TaskInstruction | None:
@@ -107,13 +101,10 @@ def find_instruction(name: str) -> TaskInstruction | None:
 
 
 def task_instruction(name: str) -> TaskInstruction:
-    """Look up a task by its exact name or an alias.
+    """Look up a task by its exact name or an alias; the ConfigError gives the nearest names.
 
     >>> task_instruction("FiQA2018").instruction
     'Given a financial question, retrieve relevant passages that answer the query'
-
-    Raises:
-        ConfigError: no task of that name; the nearest names are given.
     """
     found = find_instruction(name)
     if found is None:
@@ -130,16 +121,13 @@ def read_task(task: str | None, prompts: Collection[str] | None = ()) -> str | N
 
     The name of a prompt that was saved with the model stays as it is, for ``resolve_prompt``.
     Anything else is the instruction itself, except a single word that looks like a name: used as an
-    instruction, a typing error would spoil every vector without a sign. What was read once is read
-    to the same again.
+    instruction, a typing error would spoil every vector without a sign, so it is a ConfigError with
+    the nearest names. What was read once is read to the same again.
 
     Args:
         task: a name, an instruction, or ``None`` for none.
         prompts: names of the prompts of the model; ``None`` where they are not known yet: a word
             that looks like a name may be one of them then.
-
-    Raises:
-        ConfigError: a word that looks like a name and is none; the nearest names are given.
     """
     if task is None or len(task.split()) != 1:
         return task
@@ -166,16 +154,9 @@ def resolve_prompt(
     >>> resolve_prompt("FiQA2018") == query_prompt(task_instruction("FiQA2018").instruction)
     True
 
-    Args:
-        task: the name of an MTEB task, else of a prompt in ``prompts``, else the instruction itself
-            in plain words; blank is the empty prompt.
-        prompts: those that were saved with the model, by name.
-
-    Returns:
-        the prompt, or ``None`` without a task: what the model does then is its own affair.
-
-    Raises:
-        ConfigError: see ``read_task``.
+    ``task`` is the name of an MTEB task, else of one of the model's ``prompts``, else the
+    instruction in plain words (see ``read_task``); a blank one gives the empty prompt. ``None``
+    gives ``None``: what a model does without a task is its own affair.
     """
     if task is None:
         return None
@@ -198,12 +179,6 @@ def task_prompts() -> dict[str, str]:
         if task.type in ("Retrieval", "Reranking") and not task.symmetric:
             prompts[f"{name}-document"] = ""
     return prompts
-
-
-@cache
-def _by_any_name() -> dict[str, TaskInstruction]:
-    tasks = all_instructions().values()
-    return {name: task for task in tasks for name in (task.name, *task.aliases)}
 
 
 def _looks_like_a_name(word: str, prompts: Collection[str]) -> bool:

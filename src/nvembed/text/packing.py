@@ -33,11 +33,6 @@ class Segments:
     cu_seqlens: Tensor  # int32 (N + 1,) on the device of the tokens: starts of the segments, then T
     lengths: tuple[int, ...]  # for grouping without waiting for the device
 
-    @property
-    def max_length(self) -> int:
-        """Tokens of the longest segment."""
-        return max(self.lengths)
-
     def runs(self) -> list[tuple[int, int, int]]:
         """Neighbours of equal length as ``(first token, number of segments, length)``."""
         runs: list[tuple[int, int, int]] = []
@@ -72,12 +67,11 @@ class FlatBatch:
 
     def to(self, device: torch.device | str) -> FlatBatch:
         """Copy to a device."""
-        segments = Segments(self.segments.cu_seqlens.to(device), self.segments.lengths)
         return FlatBatch(
             self.token_ids_T.to(device),
             self.position_ids_T.to(device),
             self.pool_mask_T.to(device),
-            segments,
+            Segments(self.segments.cu_seqlens.to(device), self.segments.lengths),
             self.order,
         )
 
@@ -86,7 +80,7 @@ def flatten(texts: Sequence[TokenizedText]) -> FlatBatch:
     """Lay tokenised texts end to end, longest first."""
     if not texts or not all(len(text) for text in texts):
         raise ValueError("a flat batch needs at least one text and at least one token per text")
-    order = tuple(sorted(range(len(texts)), key=lambda row: (-len(texts[row]), row)))
+    order = _long_to_short(list(map(len, texts)))
     chosen = [texts[row] for row in order]
     lengths = [len(text) for text in chosen]
     pool_start_N = torch.tensor([text.pool_start for text in chosen])
@@ -98,7 +92,7 @@ def flatten(texts: Sequence[TokenizedText]) -> FlatBatch:
         position_ids_T=position_ids_T,
         pool_mask_T=position_ids_T >= pool_start_N.repeat_interleave(lengths_N),
         segments=Segments.of_lengths(lengths),
-        order=order,
+        order=tuple(order),
     )
 
 
@@ -108,9 +102,7 @@ def plan_packs(lengths: Sequence[int], budget: int) -> list[list[int]]:
     Texts are walked from long to short, and each goes to the fullest pack that still has room for
     it (of equally full ones, to the one begun first). That never takes more packs than filling one
     after the other. A text longer than the budget gets its own pack. Takes ``n log n`` steps.
-
-    Returns:
-        Row numbers per pack, from long texts to short ones; every row exactly once.
+    A pack is a list of row numbers, from long texts to short ones.
     """
     if budget < 1:
         raise ValueError(f"a pack needs a budget of at least one token, got {budget}")
@@ -144,10 +136,8 @@ def share_packs(lengths: Sequence[int], budget: int, num_processes: int) -> list
     Texts are dealt out from long to short, each to the process with the fewest tokens so far, and
     each process packs its own. Where one has fewer packs than another, its largest are split in two
     until the numbers agree, since processes that share weights must run equally many forwards; if
-    its texts are too few for that, it gets empty packs.
-
-    Returns:
-        Per process its packs of row numbers, as ``plan_packs`` gives them; every row exactly once.
+    its texts are too few for that, it gets empty packs. Each process has packs as ``plan_packs``
+    gives them.
     """
     if num_processes < 1:
         raise ValueError(f"texts need at least one process, got {num_processes}")
@@ -172,15 +162,8 @@ def plan_groups(
 
     For losses that decompose by query: a group can be embedded, contrasted and sent back before the
     next one is begun. A text that several queries of a group need counts once. A query that needs
-    more than the budget alone is a group of its own.
-
-    Args:
-        rows_of_query: for each query, the texts it needs: itself, its positive, its negatives.
-        lengths: tokens of each text.
-        budget: tokens that the different texts of a group may have together.
-
-    Returns:
-        Query numbers per group: runs of neighbours that cover all queries.
+    more than the budget alone is a group of its own. ``rows_of_query`` are the texts that each
+    query needs: itself, its positive, its negatives; a group is a list of query numbers.
     """
     if budget < 1:
         raise ValueError(f"a group needs a budget of at least one token, got {budget}")

@@ -4,9 +4,6 @@ One function serves training, mining, evaluation, encoding and serving, so that 
 disagree. Tokens of the prompt take part in attention but are never pooled. Next file:
 ``text/packing.py``.
 
-Two styles exist because the released NV-Embed checkpoints were made with rules that we would not
-choose:
-
 ``nvembed``
     prompt + text is tokenised as one string; a token is pooled when it holds a character of the
     text (so a space that belongs to the prompt is not pooled). Truncation cuts the text only: the
@@ -16,9 +13,14 @@ choose:
     pieces of the prompt tokenised alone; the EOS is part of the text when it is truncated, so
     over-long texts lose it.
 
-Truncation, padding and the treatment of special tokens are state of a Hugging Face tokenizer, which
-every call of anybody sets anew. So texts are tokenised by a copy whose state never changes, and any
-number of threads may do so at once.
+Texts beyond the model's limit can be cut into windows, or read whole and pooled chunk by chunk.
+Both are slices of the tokens of the whole text:
+
+    windows     [BOS prompt | body 0…r | EOS] [BOS prompt | body r-o…2r-o | EOS] …   a forward each
+    contexts    [BOS prompt | chunk 0 | chunk 1 | … | EOS]                           one forward
+
+Truncation and padding are state of a Hugging Face tokenizer, which every call of anybody sets anew.
+So texts are tokenised by a copy whose state never changes, by any number of threads at once.
 """
 
 from __future__ import annotations
@@ -35,14 +37,14 @@ import tokenizers
 from nvembed.core.errors import ConfigError, DataError, ModelError
 
 TextStyle = Literal["nvembed", "official"]
+Span = tuple[int, int]
+"""First and last-plus-one character of a token or chunk in its text."""
 
 # The tokenizer describes every token of a call (offsets, masks, strings) before it is cut: 20,000
 # texts at once took 0.7 GB.
 CHUNK_TEXTS = 512
-
 # So many are tried first where a long text is cut; English has four or five.
 CHARACTERS_PER_TOKEN = 8
-
 # Some two million tokens, of which each takes about a hundred bytes while it is described.
 BATCH_CHARACTERS = 8 * 2**20
 
@@ -66,27 +68,36 @@ class WholeText:
     body: tuple[int, ...]  # the tokens of the text
     tail: tuple[int, ...]  # EOS
     pool_start: int  # where pooling starts, counted from BOS
-    # First and last-plus-one character of each token of the body in the text.
-    spans: tuple[tuple[int, int], ...]
+    spans: tuple[Span, ...]  # of each token of the body
 
     def part(self, start: int, end: int) -> TokenizedText:
         """Some tokens of the body as a text of their own, between head and tail."""
         return TokenizedText((*self.head, *self.body[start:end], *self.tail), self.pool_start)
 
+    def room(self, max_tokens: int) -> int:
+        """Tokens of the body that a sequence can have, at least one."""
+        room = max_tokens - len(self.head) - len(self.tail)
+        if room < 1:
+            raise _no_room(len(self.head), max_tokens)
+        return room
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """A text, or as many chunks of it as the model can read at once."""
+
+    text: TokenizedText
+    # Lengths in tokens, in order; BOS and prompt belong to the first, EOS to the last.
+    chunks: tuple[int, ...]
+    spans: tuple[Span, ...]
+
 
 class TextTokenizer:
     """Turns texts into ids and pool starts with a Hugging Face fast tokenizer.
 
-    Args:
-        tokenizer: a ``PreTrainedTokenizerFast``; tokens that are added to it later are not seen.
-        max_tokens: upper limit of a sequence, with BOS, prompt and EOS.
-        style: see the module docstring.
-        add_bos: put the BOS (or CLS) token in front where the tokenizer has one.
-        add_eos: put the EOS (or SEP) token at the end.
-
-    Raises:
-        ModelError: the tokenizer has no offsets (slow) or no EOS token although one is wanted.
-        ConfigError: ``max_tokens`` leaves no room for a text.
+    ``max_tokens`` counts BOS, prompt and EOS. BOS (or CLS) and EOS (or SEP) stand around a text
+    where the tokenizer has them and they are wanted. Tokens that are added to the tokenizer later
+    are not seen.
     """
 
     def __init__(
@@ -106,8 +117,8 @@ class TextTokenizer:
             )
         self.tokenizer = tokenizer
         self.style: TextStyle = style
-        bos = _first(tokenizer.bos_token_id, tokenizer.cls_token_id)
-        eos = _first(tokenizer.eos_token_id, tokenizer.sep_token_id)
+        ids = [getattr(tokenizer, f"{name}_token_id") for name in ("bos", "cls", "eos", "sep")]
+        bos, eos = (one if one is not None else other for one, other in (ids[:2], ids[2:]))
         if add_eos and eos is None:
             raise ModelError(
                 "the tokenizer has no EOS token", hint="Set add_eos=false or give it an eos_token"
@@ -134,11 +145,7 @@ class TextTokenizer:
         self._max_tokens = value
 
     def __call__(self, texts: Sequence[str], prompt: str = "") -> list[TokenizedText]:
-        """Tokenise texts that share a prompt.
-
-        Args:
-            texts: the bare texts.
-            prompt: what stands in front of each of them ("" for documents).
+        """Tokenise texts that share a prompt, which is "" for documents.
 
         Raises:
             DataError: something other than a string was given, or the prompt alone fills
@@ -152,17 +159,47 @@ class TextTokenizer:
     def _own(self, texts: Sequence[str], prompt: str) -> list[TokenizedText]:
         whole = [prompt + self._beginning(text) for text in texts]
         if not prompt:
-            return [self._finish(ids, 0, 0) for ids in self._pieces(whole)]
+            return [self._finish(ids, None) for ids in self._pieces(whole)]
         encoded = self._backend.encode_batch(whole, add_special_tokens=False)
-        return [self._finish(e.ids, _text_start(e.offsets, len(prompt)), 1) for e in encoded]
+        return [self._finish(e.ids, _text_start(e.offsets, len(prompt))) for e in encoded]
+
+    def _finish(self, ids: Sequence[int], text_start: int | None) -> TokenizedText:
+        """Add BOS and EOS, cut the text (never prompt or EOS), and place the start of pooling.
+
+        Without a prompt (``None``) all is pooled, the BOS too.
+        """
+        room = self.max_tokens - len(self._head) - len(self._tail)
+        if len(ids) > room and (text_start or 0) >= room:
+            raise _no_room(text_start or 0, self.max_tokens)
+        pool_start = 0 if text_start is None else text_start + len(self._head)
+        return TokenizedText((*self._head, *ids[:room], *self._tail), pool_start)
+
+    def _official(self, texts: Sequence[str], prompt: str) -> list[TokenizedText]:
+        # As the released code: the EOS string is part of the text before truncation, BOS comes from
+        # the tokenizer's own settings, and the masked length is counted on the prompt alone.
+        masked = self._pieces_of(prompt)
+        rows = self._pieces([prompt + text + self.tokenizer.eos_token for text in texts])
+        return [self._official_text(ids, masked) for ids in rows]
+
+    def _official_text(self, ids: Sequence[int], masked: int) -> TokenizedText:
+        return TokenizedText((*self._official_head, *ids)[: self.max_tokens], masked)
 
     def _pieces(self, texts: list[str]) -> list[list[int]]:
         """Ids alone, without special tokens; places in the text are not worked out."""
         encoded = self._backend.encode_batch_fast(texts, add_special_tokens=False)
         return [one.ids for one in encoded]
 
+    def _pieces_of(self, prompt: str) -> int:
+        return len(self._pieces([prompt])[0]) if prompt else 0
+
+    @cached_property
+    def _official_head(self) -> tuple[int, ...]:
+        """What the tokenizer's own template puts in front of a text: the BOS of Mistral."""
+        encoded = self._backend.encode("x")
+        return tuple(encoded.ids[: encoded.special_tokens_mask.index(0)])
+
     def whole(self, texts: Sequence[str], prompt: str = "") -> list[WholeText]:
-        """Tokenise texts that share a prompt, cutting none; see ``text/long_texts.py``."""
+        """Tokenise texts that share a prompt, cutting none."""
         check_strings(texts)
         # One by one: of long texts a few fill the memory with what describes their tokens.
         return [self._whole(text, prompt) for text in texts]
@@ -186,11 +223,7 @@ class TextTokenizer:
         return WholeText(head, ids[start:end], tail, pool_start, tuple(spans))
 
     def from_ids(self, rows: Sequence[Sequence[int]], vocabulary_size: int) -> list[TokenizedText]:
-        """Take texts that were tokenised elsewhere: ids of this tokenizer, no special tokens.
-
-        The same sequences as from the texts, where the ids are those of the bare texts. A DataError
-        where there are no ids, or one is outside the vocabulary.
-        """
+        """Make of the ids of bare texts, without special tokens, what the texts would give."""
         for number, ids in enumerate(rows):
             if not ids:
                 raise DataError("no token ids", where=f"text {number}", expected="at least one")
@@ -202,10 +235,9 @@ class TextTokenizer:
                     expected=f"0 to {vocabulary_size - 1}",
                     hint="Send the ids of the model's own tokenizer, or the text",
                 )
-        if self.style != "official":
-            return [self._finish(list(ids), 0, 0) for ids in rows]
-        tail = self.tokenizer.eos_token_id
-        return [self._official_text((*ids, tail), 0) for ids in rows]
+        if self.style == "official":
+            return [self._official_text((*ids, self.tokenizer.eos_token_id), 0) for ids in rows]
+        return [self._finish(ids, None) for ids in rows]
 
     def _beginning(self, text: str) -> str:
         """Cut a text of many more characters than tokens are wanted of it.
@@ -224,8 +256,7 @@ class TextTokenizer:
     @property
     def fingerprint(self) -> str:
         """32 hex digits of all that decides the ids: vocabulary, rules, special tokens, limits."""
-        settings = [self._backend_digest, self.style, self.max_tokens, self._head, self._tail]
-        return _digest(json.dumps(settings))
+        return _digest([self._backend_digest, self.style, self.max_tokens, self._head, self._tail])
 
     @cached_property
     def _backend_digest(self) -> str:
@@ -235,41 +266,85 @@ class TextTokenizer:
         backend.pop("padding", None)
         special = {name: str(token) for name, token in self.tokenizer.special_tokens_map.items()}
         split = bool(getattr(self.tokenizer, "split_special_tokens", False))
-        return _digest(json.dumps([backend, special, split, tokenizers.__version__]))
+        return _digest([backend, special, split, tokenizers.__version__])
 
-    def _finish(self, ids: list[int], text_start: int, skip_head: int) -> TokenizedText:
-        """Add BOS and EOS, cut the text (never prompt or EOS), and place the start of pooling."""
-        room = self.max_tokens - len(self._head) - len(self._tail)
-        if len(ids) > room:
-            if text_start >= room:
-                raise DataError(
-                    f"the instruction takes {text_start} tokens and leaves no room for the text",
-                    where=f"max_tokens={self.max_tokens}",
-                    hint="Shorten the instruction or raise max_tokens",
-                )
-            ids = ids[:room]
-        pool_start = text_start + len(self._head) if skip_head else 0
-        return TokenizedText((*self._head, *ids, *self._tail), pool_start)
 
-    def _official(self, texts: Sequence[str], prompt: str) -> list[TokenizedText]:
-        # As the released code: the EOS string is part of the text before truncation, BOS comes from
-        # the tokenizer's own settings, and the masked length is counted on the prompt alone.
-        tail = self.tokenizer.eos_token
-        masked = self._pieces_of(prompt)
-        rows = self._pieces([prompt + text + tail for text in texts])
-        return [self._official_text(ids, masked) for ids in rows]
+def text_ends(
+    tokenizer: TextTokenizer, texts: Sequence[str], prompt: str, *, cut: bool
+) -> list[TokenizedText]:
+    """Keep the end of texts that are too long, with BOS, prompt and EOS around it.
 
-    def _official_text(self, ids: Sequence[int], masked: int) -> TokenizedText:
-        return TokenizedText((*self._official_head, *ids)[: self.max_tokens], masked)
+    Without ``cut`` all of a text is kept, also where it has more than ``tokenizer.max_tokens``.
+    """
+    ends = []
+    for whole in tokenizer.whole(texts, prompt):
+        room = whole.room(tokenizer.max_tokens)
+        start = max(len(whole.body) - room, 0) if cut else 0
+        ends.append(whole.part(start, len(whole.body)))
+    return ends
 
-    def _pieces_of(self, prompt: str) -> int:
-        return len(self._pieces([prompt])[0]) if prompt else 0
 
-    @cached_property
-    def _official_head(self) -> tuple[int, ...]:
-        """What the tokenizer's own template puts in front of a text: the BOS of Mistral."""
-        encoded = self._backend.encode("x")
-        return tuple(encoded.ids[: encoded.special_tokens_mask.index(0)])
+def text_windows(
+    tokenizer: TextTokenizer, texts: Sequence[str], prompt: str, overlap: int
+) -> list[list[TokenizedText]]:
+    """Cut texts into windows of at most ``tokenizer.max_tokens``, each with BOS, prompt and EOS.
+
+    A window shares ``overlap`` tokens with the one before.
+    """
+    found = []
+    for whole in tokenizer.whole(texts, prompt):
+        room = whole.room(tokenizer.max_tokens)
+        if not 0 <= overlap < room:
+            raise ConfigError(
+                f"windows that share {overlap} tokens",
+                expected=f"0 to {room - 1}: a window has room for {room} tokens of text",
+            )
+        starts = range(0, max(len(whole.body) - overlap, 1), room - overlap)
+        found.append([whole.part(start, start + room) for start in starts])
+    return found
+
+
+def text_contexts(
+    tokenizer: TextTokenizer,
+    texts: Sequence[str],
+    prompt: str,
+    *,
+    chunk_tokens: int,
+    max_tokens: int,
+) -> list[list[Context]]:
+    """Cut texts into chunks of about equal length, and gather these into contexts.
+
+    A chunk has at most ``chunk_tokens``, BOS, prompt and EOS not counted, and a context at most
+    ``max_tokens`` with them, whatever the tokenizer's own limit is. A longer text gets several
+    contexts, which do not see each other.
+    """
+    if chunk_tokens < 1:
+        raise ConfigError(f"{chunk_tokens} tokens in a chunk", expected="at least 1")
+    return [_contexts(whole, chunk_tokens, max_tokens) for whole in tokenizer.whole(texts, prompt)]
+
+
+def _contexts(whole: WholeText, chunk_tokens: int, max_tokens: int) -> list[Context]:
+    room = whole.room(max_tokens)
+    count = max(-(-len(whole.body) // min(chunk_tokens, room)), 1)
+    bounds = _evenly(len(whole.body), count)
+    longest = max(end - start for start, end in bounds)
+    found = []
+    for first, last in _evenly(count, -(-count // (room // max(longest, 1)))):
+        mine = bounds[first:last]
+        chunks = [end - start for start, end in mine]
+        chunks[0] += len(whole.head)
+        chunks[-1] += len(whole.tail)
+        spans = tuple(
+            (whole.spans[start][0], whole.spans[end - 1][1]) if end > start else (0, 0)
+            for start, end in mine
+        )
+        found.append(Context(whole.part(mine[0][0], mine[-1][1]), tuple(chunks), spans))
+    return found
+
+
+def _evenly(total: int, count: int) -> list[tuple[int, int]]:
+    """Cut ``range(total)`` into runs whose lengths differ by one at most."""
+    return [(total * n // count, total * (n + 1) // count) for n in range(count)]
 
 
 def plain_backend(tokenizer: Any) -> tokenizers.Tokenizer:
@@ -305,15 +380,19 @@ def check_strings(texts: Sequence[object]) -> None:
             raise DataError(f"got {type(text).__name__}", where=f"text {row}", expected="a string")
 
 
-def _digest(text: str) -> str:
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+def _no_room(head_tokens: int, max_tokens: int) -> DataError:
+    return DataError(
+        f"the instruction takes {head_tokens} tokens and leaves no room for the text",
+        where=f"max_tokens={max_tokens}",
+        hint="Shorten the instruction or raise max_tokens",
+    )
 
 
-def _first(*ids: int | None) -> int | None:
-    return next((value for value in ids if value is not None), None)
+def _digest(values: object) -> str:
+    return hashlib.blake2b(json.dumps(values).encode(), digest_size=16).hexdigest()
 
 
-def _text_start(offsets: Sequence[tuple[int, int]], prompt_length: int) -> int:
+def _text_start(offsets: Sequence[Span], prompt_length: int) -> int:
     """First token that holds a character of the text; the number of tokens when none does."""
     for position, (_, end) in enumerate(offsets):
         if end > prompt_length:

@@ -15,10 +15,8 @@ from pydantic import Field, model_validator
 
 from nvembed.core.config import StrictModel
 from nvembed.core.dtypes import PrecisionChoice
-from nvembed.data.build_config import BuildConfig
-from nvembed.data.mining_config import MiningConfig
-from nvembed.data.sources import DatasetConfig
-from nvembed.data.sources.config import local_sources
+from nvembed.data.build_config import BuildConfig, MiningConfig
+from nvembed.data.config import DatasetConfig, local_sources
 from nvembed.model.settings import LoraSettings, ModelSettings
 
 ScheduleKind = Literal["linear", "cosine", "constant"]

@@ -28,14 +28,17 @@ from nvembed.core.files import atomic_folder, write_json
 from nvembed.core.runs import TRAIN
 from nvembed.core.seeding import derive_seed, seed_everything
 from nvembed.core.text_files import read_json_object
-from nvembed.interop.model_folder import model_kind
-from nvembed.interop.source import ModelSource
+from nvembed.interop.model_folder import ModelSource, model_kind
 from nvembed.kernels.accelerate import compile_elementwise
-from nvembed.model.activation_checkpointing import recompute_layers
-from nvembed.model.adapters import add_lora, hold_frozen, merge_lora, save_adapter
+from nvembed.model.backbone import add_lora, merge_lora, save_adapter
 from nvembed.model.embedder import NVEmbed
-from nvembed.model.master_weights import hold_masters, release_masters
-from nvembed.model.memory import free_bytes
+from nvembed.model.memory import (
+    free_bytes,
+    hold_frozen,
+    hold_masters,
+    recompute_layers,
+    release_masters,
+)
 from nvembed.model.packs import embed_pack
 from nvembed.model.quantization import quantize_frozen
 from nvembed.model.settings import PoolingSettings

@@ -25,8 +25,8 @@ from nvembed.core.runs import TRAIN, RunFolder
 from nvembed.core.text_files import read_json_object
 from nvembed.data.built_sets import MINED_KINDS
 from nvembed.data.mixture import Mixture
-from nvembed.encoding.fingerprint import contents_fingerprint
 from nvembed.evaluation.tasks import LocalTask
+from nvembed.interop.fingerprint import contents_fingerprint
 from nvembed.kernels.precision import choose_precision, computing_record, kernels
 from nvembed.training.checkpoint import remove_leftovers
 from nvembed.training.config import TrainConfig, recipe_differences

@@ -13,12 +13,13 @@ from typing import Any
 
 from nvembed.core.files import write_json, write_jsonl
 from nvembed.core.runs import TRAIN
-from nvembed.data.built_sets import MINED_KINDS, training_datasets
-from nvembed.data.mining_config import MiningConfig
+from nvembed.data.build_config import MiningConfig
+from nvembed.data.built_sets import MINED_KINDS
+from nvembed.data.config import DatasetConfig
+from nvembed.data.loading import load_records, training_datasets
 from nvembed.data.mixture import Mixture, load_mixture
 from nvembed.data.records import Record
-from nvembed.data.sources import DatasetConfig, load_records
-from nvembed.encoding.protocol import Encoder
+from nvembed.encoding.encoder import Encoder
 from nvembed.mining.miner import mine_negatives, mine_sts_negatives
 from nvembed.training.config import TrainConfig
 

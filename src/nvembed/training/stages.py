@@ -26,7 +26,7 @@ from nvembed.core import background
 from nvembed.core.errors import ConfigError
 from nvembed.core.seeding import derive_seed
 from nvembed.data.batch import ContrastiveBatch, build_batch, effective_negatives
-from nvembed.data.built_sets import training_datasets
+from nvembed.data.loading import training_datasets
 from nvembed.data.mixture import Mixture, load_mixture
 from nvembed.text.token_cache import TokenCache
 from nvembed.text.tokens import TokenizedText

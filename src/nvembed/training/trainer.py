@@ -22,7 +22,7 @@ from nvembed.core.errors import TrainingError
 from nvembed.core.reporting import progress
 from nvembed.core.runs import RunFolder
 from nvembed.core.seeding import derive_seed
-from nvembed.data.mining_config import MiningConfig
+from nvembed.data.build_config import MiningConfig
 from nvembed.data.mixture import Mixture
 from nvembed.text.token_cache import TokenCache, default_cache_folder
 from nvembed.training import checkpoint, metrics, model, run_folder, stages

@@ -14,7 +14,7 @@ from nvembed.core.errors import ConfigError
 from nvembed.core.files import write_json, write_jsonl
 from nvembed.core.runs import RunFolder
 from nvembed.training.ablation.grid import GridConfig, Run, grid_runs
-from nvembed.training.ablation.runner import Outcome, read_outcome, run_grid, write_outcome
+from nvembed.training.ablation.runner import GridJob, Outcome, read_outcome, run_grid, write_outcome
 from nvembed.training.run_folder import read_inputs_of
 from task_folders import write_task
 from tiny_run import PAIRS, recipe, write_inputs
@@ -46,7 +46,7 @@ def runs(tmp_path: Path, tiny_decoder_dir: Path) -> list[Run]:
 
 
 def _again(runs: list[Run], folder: Path) -> list[Outcome]:
-    return run_grid(runs, base_dir=folder, task_folders=[folder / "scored"])
+    return run_grid(runs, GridJob(folder, [folder / "scored"]))
 
 
 def test_nothing_changed(runs: list[Run], tmp_path: Path) -> None:

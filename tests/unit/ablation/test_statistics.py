@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from nvembed.evaluation.results import TaskResult
-from nvembed.evaluation.tasks import TaskType
+from nvembed.evaluation.task_files import TaskType
 from nvembed.training.ablation.statistics import (
     ALL,
     ArmScores,

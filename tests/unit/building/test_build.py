@@ -11,17 +11,19 @@ import pyarrow.parquet
 import pytest
 import yaml
 
-from nvembed.building import one_set
-from nvembed.building.build import _SharedInputs, build_recipe
+from nvembed.building import set_build
+from nvembed.building.build import build_recipe
+from nvembed.building.set_build import BuildContext
 from nvembed.cli.main import run
 from nvembed.core.config import load_config
 from nvembed.core.errors import DataError, SourceError
 from nvembed.core.files import alone_in, write_jsonl
 from nvembed.core.text_files import read_jsonl
-from nvembed.data.built_sets import training_datasets
-from nvembed.data.mining_config import MiningConfig
-from nvembed.data.records import LabelRecord, PairRecord, StsRecord, read_records
-from nvembed.data.sources import BadRow, Converted, DatasetConfig, OpenedDataset
+from nvembed.data.build_config import MiningConfig
+from nvembed.data.config import DatasetConfig
+from nvembed.data.loading import read_records, training_datasets
+from nvembed.data.records import BadRow, Converted, LabelRecord, PairRecord, StsRecord
+from nvembed.data.sources.rows import OpenedDataset
 from nvembed.mining.miner import mine_file
 from nvembed.training.config import TrainConfig
 from nvembed.training.stages import load_mixtures
@@ -222,15 +224,15 @@ def test_a_teacher_and_a_reranker_that_changed_inside_are_seen(
         (recipe.parent / name).mkdir()
         (recipe.parent / name / "model.safetensors").write_bytes(bytes(70_000_000))
     pairs, _, classes = changed.datasets
-    shared = _SharedInputs(changed.build, recipe.parent)
-    first = shared.of_set(pairs)
+    shared = BuildContext(changed.build, recipe.parent, recipe.parent)
+    first = shared.inputs_of(pairs)
     assert set(first) == {"source", "tasks", "teacher", "reranker"}
-    assert set(shared.of_set(classes)) == {"source", "tasks", "teacher"}
+    assert set(shared.inputs_of(classes)) == {"source", "tasks", "teacher"}
     for name in ("teacher", "reranker"):
         with open(recipe.parent / name / "model.safetensors", "r+b") as weights:
             weights.seek(35_000_000)
             weights.write(b"x")
-        now = _SharedInputs(changed.build, recipe.parent).of_set(pairs)
+        now = BuildContext(changed.build, recipe.parent, recipe.parent).inputs_of(pairs)
         assert {key for key in now if now[key] != first[key]} == {name}
         first = now
 
@@ -331,7 +333,7 @@ def test_a_failed_build_leaves_the_one_before(
     def full(*arguments: Any, **options: Any) -> Any:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(one_set, "write_shards", full)
+    monkeypatch.setattr(set_build, "write_shards", full)
     assert build(recipe, "build.rows_per_shard=5") == 2
     assert "No space left" in capsys.readouterr().err
     assert contents(recipe.parent / "built") == before
@@ -383,7 +385,7 @@ def test_a_set_of_the_hub_is_fetched_once(
     with pytest.raises(DataError, match=r"sts: on the hub, and the recipe has no `build` section"):
         load_mixtures(config(recipe, "build=null"), recipe.parent)
     opened = []
-    original = one_set.open_dataset
+    original = set_build.open_dataset
 
     def open_dataset(dataset: DatasetConfig, *, base_dir: Path) -> OpenedDataset:
         if dataset.hub is None:
@@ -398,7 +400,7 @@ def test_a_set_of_the_hub_is_fetched_once(
             record = StsRecord(row["sentence1"], row["sentence2"], row["score"])
             yield Converted(record, f"organisation/sts train row {number}")
 
-    monkeypatch.setattr(one_set, "open_dataset", open_dataset)
+    monkeypatch.setattr(set_build, "open_dataset", open_dataset)
     assert build(recipe) == 2
     assert "organisation/sts: the connection ended" in capsys.readouterr().err
     assert not (recipe.parent / "built" / "sts").exists()
@@ -476,7 +478,7 @@ def test_all_sets_of_a_build_are_mined_in_one_type(
     recipe = write_inputs(tmp_path, mine=mine)
     measured = ["float32"]
     monkeypatch.setattr("nvembed.kernels.precision.fastest_precision", lambda device: measured[-1])
-    mined, calls = one_set.mined, []
+    mined, calls = set_build.mined, []
 
     def stopped(dataset: Any, *arguments: Any, **options: Any) -> Any:
         calls.append(dataset.name)
@@ -485,7 +487,7 @@ def test_all_sets_of_a_build_are_mined_in_one_type(
         return mined(dataset, *arguments, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(one_set, "mined", stopped)
+        patch.setattr(set_build, "mined", stopped)
         assert build(recipe) == 130
     measured.append("bfloat16")
     assert build(recipe) == 0

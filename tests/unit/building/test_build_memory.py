@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from nvembed.building import distinct
+from nvembed.building import row_filters
 from nvembed.building.build import build_recipe
 from nvembed.core.config import load_config
-from nvembed.data import record_files, record_shards
+from nvembed.data import built_sets
+from nvembed.data.sources import files
 from nvembed.training.config import TrainConfig
 from tiny_build import write_inputs
 
@@ -22,10 +23,9 @@ LONG = "a long text of many words " * 40  # about 1 kB
 @pytest.fixture(autouse=True)
 def _small_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
     """In proportion to these sets; with the real ones a build of them is one buffer."""
-    monkeypatch.setattr(record_shards, "GROUP_ROWS", 128)
-    monkeypatch.setattr(record_shards, "READ_ROWS", 64)
-    monkeypatch.setattr(record_files, "_ROWS_AT_ONCE", 64)
-    monkeypatch.setattr(distinct, "SPILL_RECORDS", 100)
+    monkeypatch.setattr(built_sets, "GROUP_ROWS", 128)
+    monkeypatch.setattr(files, "_PARQUET_ROWS", 64)
+    monkeypatch.setattr(row_filters, "SPILL_RECORDS", 100)
 
 
 def peak_of_build(folder: Path, records: int) -> int:

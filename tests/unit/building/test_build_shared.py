@@ -10,7 +10,7 @@ import yaml
 
 from nvembed.cli.main import run
 from nvembed.core.text_files import read_jsonl
-from nvembed.data.records import read_records
+from nvembed.data.loading import read_records
 from oracles.cleaning import plain_jaccard
 from tiny_build import recipe as tiny_recipe
 

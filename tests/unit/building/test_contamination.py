@@ -95,11 +95,11 @@ def test_near_and_bm25_rules_take_their_turn_and_pairs_need_both_sides() -> None
     assert match.rule == "bm25"
     assert Contamination(items, near=0.6).check(turned) is None
     assert check.check(longer) is None  # holds all its words, among many others
-    match = check.check_pair(other.replace("every", "each"), edited)
+    match = check.check(other.replace("every", "each"), edited)
     assert match is not None
     assert (match.rule, match.found) == ("near", items[1])
     assert match.score == pytest.approx(8 / 12)  # of the side that is less similar
-    assert check.check_pair(edited, "something else") is None
+    assert check.check(edited, "something else") is None
     assert Contamination([items[1]], near=0.6, bm25=0.8).check(long) is None
 
 
@@ -152,7 +152,7 @@ def test_single_texts_and_pairs_equal_comparing_with_all(
     for match, expected, asked in (
         (contamination.check(first), best_single(texts, first, near, size), (first,)),
         (
-            contamination.check_pair(first, second),
+            contamination.check(first, second),
             best_pair(texts, first, second, near, size),
             (first, second),
         ),
@@ -181,12 +181,12 @@ def test_the_first_of_equal_evaluation_texts_is_reported_and_counted_once() -> N
     assert len(Contamination([])) == 0
     assert contamination.check("ONE text") == Match("exact", 1.0, items[0], ("ONE text",))
     for first, second in (("one side", "OTHER side"), ("OTHER side", "one side")):
-        match = contamination.check_pair(first, second)
+        match = contamination.check(first, second)
         assert match == Match("exact", 1.0, items[2], (first, second))
     # A side of a pair is no text of its own, unless it is one as well.
     assert contamination.check("one side") is None
     assert contamination.check("other side") == Match("exact", 1.0, items[4], ("other side",))
-    assert contamination.check_pair("one text", "one text") is None
+    assert contamination.check("one text", "one text") is None
 
 
 def test_the_defaults_are_two_words_and_six_tenths_and_no_bm25() -> None:

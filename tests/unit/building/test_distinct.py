@@ -5,11 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from nvembed.building import distinct as module
-from nvembed.building.distinct import Repeats, distinct
-from nvembed.data.record_shards import read_shards, write_shards
-from nvembed.data.records import LabelRecord, PairRecord, Record, StsRecord
-from nvembed.data.sources import Converted
+from nvembed.building import row_filters as module
+from nvembed.building.row_filters import Repeats, distinct
+from nvembed.data.built_sets import read_shards, write_shards
+from nvembed.data.records import Converted, LabelRecord, PairRecord, Record, StsRecord
 
 WORDS = ["Red", "red", "blue ", " blue", "fox", "FOX", "owl\n"]
 

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nvembed.building.duplicates import NearDuplicates, lsh_shape
-from nvembed.building.shingles import jaccard, shingles
+from nvembed.building.similar_texts import NearDuplicates, lsh_shape
 from nvembed.core.errors import UserError
+from nvembed.text.similarity import jaccard, shingles
 from oracles.cleaning import plain_jaccard
 
 texts_of_few_words = st.lists(st.sampled_from("abcdef"), min_size=1, max_size=12).map(" ".join)
@@ -89,7 +89,7 @@ def test_answers_are_the_same_in_every_process() -> None:
     code = (
         "import sys; sys.path[:0] = ['src', 'tests']\n"
         "from unit.building.test_duplicates import edited_copies\n"
-        "from nvembed.building.duplicates import NearDuplicates\n"
+        "from nvembed.building.similar_texts import NearDuplicates\n"
         "seen = NearDuplicates(0.7)\n"
         "print([seen.find_or_add(*item) for item in enumerate(edited_copies())])"
     )

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from nvembed.building.contamination import Contamination, EvaluationText
-from nvembed.building.evaluation_texts import evaluation_texts
-from nvembed.data.records import LabelRecord, read_records
+from nvembed.building.contamination import Contamination, EvaluationText, evaluation_texts
+from nvembed.data.loading import read_records
+from nvembed.data.records import LabelRecord
 from nvembed.evaluation.tasks import load_task, load_tasks
 from task_folders import MAIN_SCORES, rows_of, write_rows, write_task
 

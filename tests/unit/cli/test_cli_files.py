@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from hash_encoder import HashEncoder
 from nvembed.cli.main import run
 from nvembed.cli.options import read_columns
 from nvembed.core.errors import ConfigError
 from nvembed.core.files import write_jsonl
 from nvembed.core.text_files import check_ending, check_folder_name
-from nvembed.encoding.fake import HashEncoder
 from nvembed.encoding.file_search import search_file
 from nvembed.encoding.files import encode_file
 from task_folders import write_task

@@ -12,16 +12,10 @@ from pydantic import ValidationError
 
 from nvembed.core.errors import DataError
 from nvembed.core.files import write_jsonl
-from nvembed.data.convert import make_source
-from nvembed.data.examples import Example
-from nvembed.data.mixture import (
-    Mixture,
-    load_mixture,
-    load_source,
-    tempered_weights,
-)
+from nvembed.data.config import DatasetConfig
+from nvembed.data.examples import Example, make_source
+from nvembed.data.mixture import Mixture, load_mixture, load_source, tempered_weights
 from nvembed.data.records import PairRecord
-from nvembed.data.sources import DatasetConfig
 
 
 def mixture(sizes: list[int], weights: list[float] | None = None) -> Mixture:

@@ -9,14 +9,8 @@ import pytest
 
 from nvembed.core.errors import DataError
 from nvembed.core.files import write_jsonl
-from nvembed.data.records import (
-    Kind,
-    LabelRecord,
-    PairRecord,
-    StsRecord,
-    label_text,
-    read_records,
-)
+from nvembed.data.loading import read_records
+from nvembed.data.records import Kind, LabelRecord, PairRecord, StsRecord, label_text
 
 PAIR = {"query": "q", "positive": "p"}
 SCORED = {"query": "q", "positive": ["p", "o"], "positive_scores": [0.5, 0.1]}

@@ -14,10 +14,9 @@ from families import make_family
 from nvembed.cli.main import run
 from nvembed.core.errors import ConfigError, ModelError
 from nvembed.encoding.doctor import checks
-from nvembed.encoding.doctor.examine import DoctorOptions, examine, examine_model
-from nvembed.encoding.doctor.report import Diagnosis, Finding, Placement, Sample, print_diagnosis
-from nvembed.encoding.doctor.subject import Subject
-from nvembed.encoding.load import SentenceTransformerEncoder, load_encoder
+from nvembed.encoding.doctor.examine import DoctorOptions, Subject, examine, examine_model
+from nvembed.encoding.doctor.report import Diagnosis, Finding, Placement, print_diagnosis
+from nvembed.encoding.encoder import SentenceTransformerEncoder, load_encoder
 from nvembed.model.embedder import NVEmbed
 from nvembed.model.memory import weight_bytes
 from nvembed.model.packs import CPU_PACK_TOKENS
@@ -31,6 +30,10 @@ def load(folder: Path, **options: Any) -> NVEmbed:
 
 def found(diagnosis: Diagnosis, name: str) -> Finding:
     return next(finding for finding in diagnosis.findings if finding.name == name)
+
+
+def check(subject: Subject, name: str) -> Finding:
+    return Finding(name, *checks.CHECKS[name](subject))
 
 
 def problems(diagnosis: Diagnosis) -> set[str]:
@@ -123,9 +126,7 @@ def test_pooling_the_instruction_is_a_problem(tiny_decoder_dir: Path, monkeypatc
     # Nothing of the text pooled: the mask starts at the EOS.
     monkeypatch.setattr("nvembed.text.tokens._text_start", lambda offsets, length: len(offsets))
     subject = Subject(load(tiny_decoder_dir), "Instruct: x\nQuery: ", "a", "b")
-    query = Sample("query", subject.tokens("a", subject.prompt))
-    finding = checks.check_pooled(subject, query, Sample("document", subject.tokens("b", "")))
-    assert finding.message == "no token of the text is pooled"
+    assert check(subject, "pooled tokens").message == "no token of the text is pooled"
 
 
 def test_vectors_that_are_not_normalised_or_not_finite(tiny_decoder_dir: Path) -> None:
@@ -184,25 +185,34 @@ def test_memory_and_placement(tiny_decoder_dir: Path) -> None:
 
 
 def test_thresholds_of_drift_speed_and_placement(tiny_decoder_dir: Path, monkeypatch) -> None:
-    assert checks.check_drift({"a": 0.9999, "b": 0.9995}, "").status == "ok"
-    assert checks.check_drift({"a": 0.9999, "b": 0.995}, "").status == "warning"
-    assert checks.check_drift({"a": 0.9, "b": 0.9999}, "").status == "problem"
-    assert checks.check_drift(None, "no room").message == "not measured: no room"
     subject = Subject(load(tiny_decoder_dir), "", "a", "b")
+    for values, status in (
+        ({"a": 0.9999, "b": 0.9995}, "ok"),
+        ({"a": 0.9999, "b": 0.995}, "warning"),
+        ({"a": 0.9, "b": 0.9999}, "problem"),
+    ):
+        subject.drift = values
+        assert check(subject, "16-bit drift").status == status
+    subject.drift = "no room"
+    assert check(subject, "16-bit drift").message == "not measured: no room"
     half = (Placement("Backbone", "cpu", "bfloat16", 10),)
+    subject.placement = half
     monkeypatch.setattr(checks, "fastest_precision", lambda device: "float32")
-    assert checks.check_precision(subject, half).status == "warning"
+    assert check(subject, "speed").status == "warning"
     monkeypatch.setattr(checks, "fastest_precision", lambda device: "bfloat16")
-    assert checks.check_precision(subject, half).status == "ok"
-    assert checks.check_placement((*half, Placement("Head", "cuda:0", "float32", 1))).message == (
-        "spread over cpu, cuda:0"
-    )
-    assert checks.check_placement((Placement("Head", "meta", "float32", 1),)).status == "problem"
-    alike = np.eye(4, dtype=np.float32)[[0, 0]]
-    assert checks.check_vectors(subject, alike, alike[0]).status == "warning"
-    apart = np.eye(4, dtype=np.float32)[:2]
-    assert checks.check_vectors(subject, apart, apart[0]).status == "ok"
-    assert checks.check_vectors(subject, apart, apart[1]).status == "warning"
+    assert check(subject, "speed").status == "ok"
+    subject.placement = (*half, Placement("Head", "cuda:0", "float32", 1))
+    assert check(subject, "placement").message == "spread over cpu, cuda:0"
+    subject.placement = (Placement("Head", "meta", "float32", 1),)
+    assert check(subject, "placement").status == "problem"
+    alike, apart = np.eye(4, dtype=np.float32)[[0, 0]], np.eye(4, dtype=np.float32)[:2]
+    for together, alone, status in (
+        (alike, alike[0], "warning"),
+        (apart, apart[0], "ok"),
+        (apart, apart[1], "warning"),
+    ):
+        subject.together, subject.alone = together, alone
+        assert check(subject, "vectors").status == status
 
 
 def test_drift_is_that_of_sixteen_bit(tiny_decoder_dir: Path, monkeypatch) -> None:
@@ -210,7 +220,7 @@ def test_drift_is_that_of_sixteen_bit(tiny_decoder_dir: Path, monkeypatch) -> No
     values = [float(word.rstrip(",")) for word in message.split() if word[0].isdigit()]
     assert len(values) == 2
     assert all(0.999 < value < 1 for value in values)  # float32 against itself would print 1.00000
-    monkeypatch.setattr("nvembed.encoding.doctor.examine.free_bytes", lambda device: 1000)
+    monkeypatch.setattr("nvembed.model.memory.free_bytes", lambda device: 1000)
     finding = found(examine(load(tiny_decoder_dir), "tiny", OPTIONS), "16-bit drift")
     assert finding.status == "warning"
     assert "GB are free" in finding.message
@@ -264,7 +274,7 @@ def test_a_table_of_vectors_has_nothing_to_attend(tiny_tokenizer) -> None:
 
 
 def test_what_cannot_be_examined(tiny_decoder_dir: Path) -> None:
-    from nvembed.encoding.fake import HashEncoder
+    from hash_encoder import HashEncoder
 
     with pytest.raises(ModelError, match="HashEncoder cannot be examined"):
         examine(HashEncoder(), "hash", OPTIONS)

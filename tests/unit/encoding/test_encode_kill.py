@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from faults import Fault, in_child
+from hash_encoder import HashEncoder
 from nvembed.core.files import write_jsonl
 from nvembed.core.ownership import MARK
 from nvembed.encoding import embed, files, workers
-from nvembed.encoding.fake import HashEncoder
 from nvembed.encoding.files import encode_file
 from nvembed.encoding.outputs import OutputFormat
 

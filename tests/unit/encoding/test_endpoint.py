@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from hash_encoder import HashEncoder
 from nvembed.cli.main import run
 from nvembed.core import http
 from nvembed.core.errors import ModelError
@@ -20,7 +21,6 @@ from nvembed.core.files import write_jsonl
 from nvembed.core.text_files import read_jsonl
 from nvembed.encoding import endpoint
 from nvembed.encoding.endpoint import EndpointEncoder
-from nvembed.encoding.fake import HashEncoder
 
 Answer = Callable[[dict[str, Any]], tuple[int, bytes, dict[str, str]]]
 

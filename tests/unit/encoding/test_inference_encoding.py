@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from hash_encoder import HashEncoder
 from nvembed.core.errors import ModelError
 from nvembed.encoding import embed as encoding
 from nvembed.encoding.embed import encode_texts
-from nvembed.encoding.fake import HashEncoder
 
 
 def test_windows_join_in_order(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from nvembed.encoding.fake import HashEncoder
+from hash_encoder import HashEncoder
 
 
 def test_vectors_are_unit_and_repeatable() -> None:

@@ -15,12 +15,12 @@ import pyarrow.parquet as pq
 import pytest
 from numpy.typing import NDArray
 
+from hash_encoder import HashEncoder
 from nvembed.cli.main import run
 from nvembed.core.errors import ConfigError, DataError, ModelError, UserError
 from nvembed.core.files import write_jsonl
 from nvembed.core.ownership import MARK
 from nvembed.encoding import embed, files, workers
-from nvembed.encoding.fake import HashEncoder
 from nvembed.encoding.files import encode_file
 from nvembed.encoding.outputs import OutputFormat
 from nvembed.model.embedder import NVEmbed

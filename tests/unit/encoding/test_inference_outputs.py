@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from hash_encoder import HashEncoder
 from nvembed.cli.main import run
 from nvembed.core.errors import ConfigError
 from nvembed.core.files import write_jsonl
 from nvembed.core.ownership import MARK
 from nvembed.encoding import embed
-from nvembed.encoding.fake import HashEncoder
 from nvembed.encoding.files import encode_file
 from nvembed.encoding.outputs import OutputFormat, OutputPrecision
 

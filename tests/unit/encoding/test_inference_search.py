@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from hash_encoder import HashEncoder
 from nvembed.core.errors import ConfigError, DataError
 from nvembed.core.files import write_jsonl
 from nvembed.encoding import file_search as search
-from nvembed.encoding.fake import HashEncoder
 from nvembed.encoding.file_search import search_file
 
 ROWS = [

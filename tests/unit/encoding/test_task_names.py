@@ -8,16 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from hash_encoder import HashEncoder
 from nvembed.core.config import load_config
 from nvembed.core.errors import ConfigError, DataError, UserError
 from nvembed.core.files import write_jsonl
-from nvembed.data.records import read_records
-from nvembed.data.sources import DatasetConfig
+from nvembed.data.config import DatasetConfig
+from nvembed.data.loading import read_records
 from nvembed.encoding.doctor.examine import DoctorOptions, examine
+from nvembed.encoding.encoder import SentenceTransformerEncoder
 from nvembed.encoding.endpoint import EndpointEncoder
-from nvembed.encoding.fake import HashEncoder
 from nvembed.encoding.file_search import search_file
-from nvembed.encoding.load import SentenceTransformerEncoder
 from nvembed.evaluation.tasks import load_task
 from nvembed.index.build import index_documents
 from nvembed.index.database import Database

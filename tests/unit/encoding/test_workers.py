@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
+from hash_encoder import HashEncoder
 from nvembed.core.errors import ConfigError
 from nvembed.encoding import workers
-from nvembed.encoding.fake import HashEncoder
 from nvembed.encoding.workers import Loader, ray_pool
 
 

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from hash_encoder import HashEncoder
 from nvembed.cli.main import run as run_command
 from nvembed.core.errors import DataError, ModelError, UserError
-from nvembed.encoding.fake import HashEncoder
 from nvembed.evaluation import run
+from nvembed.evaluation.local_scores import bm25_ndcgs
 from nvembed.evaluation.results import items_folder, read_items, read_results
-from nvembed.evaluation.run import bm25_ndcgs
 from nvembed.evaluation.session import Settings, run_session
 from nvembed.evaluation.tasks import load_task, load_tasks
 from task_folders import write_task
@@ -34,9 +34,9 @@ def test_bm25_scores_retrieval_only(tasks: Path) -> None:
     results = run.evaluate_bm25(
         load_tasks([tasks]), on_result=lambda name, result: finished.append(name)
     )
-    data: Any = load_task(tasks / "find").data
+    task = load_task(tasks / "find")
     assert list(results) == finished == ["find"]
-    assert results["find"].main_score == pytest.approx(np.mean(bm25_ndcgs(data)))
+    assert results["find"].main_score == pytest.approx(np.mean(bm25_ndcgs(task)))
     assert results["find"].type == "Retrieval"
 
 
@@ -48,9 +48,8 @@ def test_bm25_by_name_needs_no_model_and_can_be_compared(
     assert read_results(output).keys() == {"find"}
     assert json.loads((tmp_path / "bm25.run.json").read_text())["model"] == "bm25"
     items = read_items(items_folder(output), "find")
-    data: Any = load_task(tasks / "find").data
     assert items is not None
-    assert items.arrays["values_N"].tolist() == bm25_ndcgs(data)
+    assert items.arrays["values_N"].tolist() == bm25_ndcgs(load_task(tasks / "find")).tolist()
     capsys.readouterr()
     words = ["evaluate", "bm25", "--tasks", str(tasks / "similar"), "--output", str(output)]
     assert run_command(words) == 2

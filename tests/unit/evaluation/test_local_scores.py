@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from hash_encoder import HashEncoder
 from nvembed.core.errors import ModelError
-from nvembed.encoding.fake import HashEncoder
 from nvembed.evaluation import local_scores
 from nvembed.evaluation.local_scores import score_local
 from nvembed.evaluation.task_files import (
+    TASK_TYPES,
     ClassificationData,
     LabelledTexts,
     PairData,
@@ -23,7 +24,7 @@ from nvembed.evaluation.task_files import (
     RetrievalData,
     SummarizationData,
 )
-from nvembed.evaluation.tasks import TASK_TYPES, LocalTask, load_task
+from nvembed.evaluation.tasks import LocalTask, load_task
 from task_folders import rows_of, write_rows, write_task
 
 

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from nvembed.encoding.fake import HashEncoder
+from hash_encoder import HashEncoder
 from nvembed.evaluation import local_scores
 from nvembed.evaluation.local_scores import score_local
 from nvembed.evaluation.metrics import pair_similarities
-from nvembed.evaluation.task_files import PairData, RerankingData, RetrievalData
-from nvembed.evaluation.tasks import LocalTask, TaskType, load_task
+from nvembed.evaluation.task_files import PairData, RerankingData, RetrievalData, TaskType
+from nvembed.evaluation.tasks import LocalTask, load_task
 from oracles.evaluation import average_precision
 from task_folders import rows_of, write_rows, write_task
 

@@ -8,16 +8,17 @@ from scipy import stats
 from sklearn import metrics as sklearn_metrics
 
 from nvembed.evaluation.metrics import (
+    CUTS,
     class_scores,
     confusion_scores,
+    correlation_of_resamples,
+    order_with_ties,
     pair_metrics,
     pairs_of_resamples,
-    pearson_of_resamples,
-    spearman_of_resamples,
+    ranking_values,
     undersample,
     v_measures,
 )
-from nvembed.evaluation.ranking_metrics import CUTS, order_with_ties, ranking_values
 from oracles import evaluation as oracle
 
 
@@ -78,7 +79,7 @@ def test_resampled_metrics_are_those_of_repeated_items(seed: int) -> None:
     labels = (rng.random(25) < 0.5).astype(np.int64)
     weights = rng.multinomial(25, [1 / 25] * 25, size=5)
     w = weights.astype(float)
-    spearman, pearson = spearman_of_resamples(x, y)(w), pearson_of_resamples(x, y)(w)
+    spearman, pearson = (correlation_of_resamples(n, x, y)(w) for n in ("spearman", "pearson"))
     ap, f1, accuracy = (pairs_of_resamples(name, y, labels)(w) for name in ("ap", "f1", "accuracy"))
     for row, counts in enumerate(weights.tolist()):
         own_x, own_y = oracle.repeated(x, counts), oracle.repeated(y, counts)
@@ -93,7 +94,8 @@ def test_resampled_metrics_are_those_of_repeated_items(seed: int) -> None:
 
 def test_a_constant_side_has_no_correlation() -> None:
     weights = np.array([[1.0, 1, 1], [3, 0, 0]])
-    found = spearman_of_resamples(np.array([1.0, 2, 3]), np.array([1.0, 3, 2]))(weights)
+    sides = np.array([1.0, 2, 3]), np.array([1.0, 3, 2])
+    found = correlation_of_resamples("spearman", *sides)(weights)
     assert found[0] == pytest.approx(0.5)
     assert np.isnan(found[1])
 

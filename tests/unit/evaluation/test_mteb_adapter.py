@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from hash_encoder import HashEncoder
 from nvembed.core.errors import ModelError
-from nvembed.encoding.fake import HashEncoder
+from nvembed.evaluation.task_files import TASK_TYPES
 from nvembed.evaluation.tasks import MAIN_SCORES as ALLOWED_SCORES
-from nvembed.evaluation.tasks import TASK_TYPES, load_task
+from nvembed.evaluation.tasks import load_task
 from oracles import bm25 as oracle
 from task_folders import MAIN_SCORES, rows_of, write_rows, write_task
 

@@ -15,15 +15,17 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from hash_encoder import HashEncoder
 from nvembed.core.errors import DataError
-from nvembed.data.sources import Converted, DatasetConfig, load_records, open_dataset
-from nvembed.encoding.fake import HashEncoder
+from nvembed.data.config import DatasetConfig
+from nvembed.data.loading import load_records
+from nvembed.data.records import Converted
+from nvembed.data.sources.opening import open_dataset
 from nvembed.evaluation.local_scores import score_local
 from nvembed.evaluation.reference import ignores_identical_ids
-from nvembed.evaluation.results import task_hash
-from nvembed.evaluation.run import score_bm25
+from nvembed.evaluation.run import score_task
 from nvembed.evaluation.task_files import RetrievalData
-from nvembed.evaluation.tasks import LocalTask, find_tasks, load_task, load_tasks
+from nvembed.evaluation.tasks import LocalTask, find_tasks, load_task, load_tasks, task_hash
 from task_folders import write_rows, write_task
 
 Rows = list[dict[str, Any]]
@@ -270,7 +272,7 @@ def mteb_of() -> Any:
         made = type("Published", (AbsTaskRetrieval,), attributes)()
         with mteb_adapter.quiet():
             result = mteb.evaluate(
-                mteb_adapter._TaskEncoder(task, NoisyEncoder(64)),
+                mteb_adapter.local_encoder(task, NoisyEncoder(64)),
                 made,
                 cache=None,
                 co2_tracker=False,
@@ -358,7 +360,7 @@ def test_a_query_without_a_relevant_document_counts(tmp_path: Path) -> None:
     items = score_local(task, NoisyEncoder(64)).items
     assert items is not None
     assert items.arrays["values_N"][3] == 0.0
-    bm25 = score_bm25(task)[1]
+    bm25 = score_task(task, None)[1]
     assert bm25 is not None
     assert bm25.arrays["values_N"][3] == 0.0
 
@@ -523,7 +525,7 @@ def test_identical_ids_are_ignored_as_in_mteb(ignore: bool, mteb_of: Any, tmp_pa
     assert_scores_of_mteb(task, expected)
     by_adapter = score(task, NoisyEncoder(64))
     assert by_adapter["ndcg_at_10"] == pytest.approx(expected["ndcg_at_10"], abs=1e-6)
-    bm25 = score_bm25(task)[0].main_score
+    bm25 = score_task(task, None)[0].main_score
     assert bm25 == pytest.approx(1.0 if ignore else 0.63093, abs=1e-5)
 
 

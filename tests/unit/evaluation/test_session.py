@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from hash_encoder import HashEncoder
 from noting import Counting
 from nvembed.cli.main import run
 from nvembed.core.errors import ConfigError, ModelError
 from nvembed.core.ownership import MARK
-from nvembed.encoding.fake import HashEncoder
-from nvembed.encoding.protocol import Encoder
+from nvembed.encoding.encoder import Encoder
 from nvembed.evaluation import session
 from nvembed.evaluation.results import TaskResult, items_folder, read_items, read_results
 from nvembed.evaluation.run import TaskOutcome
@@ -26,7 +26,7 @@ from task_folders import rows_of, write_rows, write_task
 @pytest.fixture
 def model(monkeypatch: pytest.MonkeyPatch) -> Counting:
     encoder = Counting()
-    monkeypatch.setattr("nvembed.encoding.load.load_encoder", lambda name, dtype: encoder)
+    monkeypatch.setattr("nvembed.encoding.encoder.load_encoder", lambda name, dtype: encoder)
     return encoder
 
 
@@ -157,7 +157,7 @@ def test_starting_over_leaves_nothing_of_other_tasks(
 
     written = output.read_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr("nvembed.encoding.load.load_encoder", out_of_memory)
+        patch.setattr("nvembed.encoding.encoder.load_encoder", out_of_memory)
         with pytest.raises(ModelError):
             run_session(settings, load_tasks([tasks]), resume=False)
     assert output.read_bytes() == written
@@ -215,7 +215,7 @@ def test_other_results_are_not_mixed(
     with pytest.raises(ConfigError, match=r"with the revision .*not 'c0ffee'"):
         run_session(Settings("m", output), load_tasks([tasks]))
     monkeypatch.undo()
-    monkeypatch.setattr("nvembed.encoding.load.load_encoder", lambda name, dtype: model)
+    monkeypatch.setattr("nvembed.encoding.encoder.load_encoder", lambda name, dtype: model)
     write_task(tasks / "similar", "STS", instruction="Something else")
     with pytest.raises(ConfigError, match=r"instruction of similar 'Find what fits', not 'Some"):
         run_session(Settings("m", output), load_tasks([tasks]))

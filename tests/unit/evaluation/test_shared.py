@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 
 from nvembed.core.errors import ModelError, UserError
-from nvembed.encoding.load import load_encoder
+from nvembed.encoding.encoder import load_encoder
+from nvembed.evaluation.encoders import shared_encoder, shares
 from nvembed.evaluation.session import Settings, run_session
-from nvembed.evaluation.shared import SharedEncoder, shares
 from nvembed.evaluation.tasks import load_tasks
 from task_folders import write_task
 
@@ -39,7 +39,7 @@ def test_shares_are_even_and_hold_every_text_once(seed: int) -> None:
 def test_one_task_is_shared_and_a_death_is_told(tmp_path: Path, tiny_decoder_dir: Path) -> None:
     name = str(tiny_decoder_dir)
     texts = [f"a cat {'and a dog ' * (number % 7)}{number}" for number in range(50)]
-    with SharedEncoder(name, None, 2) as shared:
+    with shared_encoder(name, None, 2) as shared:
         found = shared.encode_document(texts, task="find")
         expected = load_encoder(name, None).encode_document(texts, task="find")
         np.testing.assert_allclose(found, expected, atol=1e-6)
@@ -52,8 +52,8 @@ def test_one_task_is_shared_and_a_death_is_told(tmp_path: Path, tiny_decoder_dir
         for _ in range(2):
             with pytest.raises(UserError, match="a process died"):
                 shared.encode_query(texts)
-    with pytest.raises(ModelError):
-        SharedEncoder(str(tmp_path / "none"), None, 2)
+    with pytest.raises(ModelError), shared_encoder(str(tmp_path / "none"), None, 2):
+        pass
 
 
 @pytest.mark.slow
@@ -70,13 +70,13 @@ def test_scores_on_two_processes(tmp_path: Path, tiny_decoder_dir: Path) -> None
 
 DRIVER = """
 import multiprocessing, sys, time
-from nvembed.evaluation.shared import SharedEncoder
+from nvembed.evaluation.encoders import shared_encoder
 
 if __name__ == "__main__":
-    shared = SharedEncoder(sys.argv[1], None, 2)
-    shared.encode_query(["a", "b"])
-    print(*(child.pid for child in multiprocessing.active_children()), flush=True)
-    time.sleep(600)
+    with shared_encoder(sys.argv[1], None, 2) as shared:
+        shared.encode_query(["a", "b"])
+        print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+        time.sleep(600)
 """
 
 

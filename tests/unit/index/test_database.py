@@ -12,12 +12,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from hash_encoder import HashEncoder
 from nvembed.core.errors import ConfigError, DataError, ModelError
 from nvembed.core.files import write_jsonl
 from nvembed.core.ownership import mark_growing
-from nvembed.encoding.fake import HashEncoder
-from nvembed.encoding.load import load_encoder
-from nvembed.index import build, record
+from nvembed.encoding.encoder import load_encoder
+from nvembed.index import record
 from nvembed.index.build import IndexOptions, index_documents
 from nvembed.index.database import Database, writing
 from nvembed.index.record import recorded_encoder
@@ -361,12 +361,11 @@ def test_map_is_the_plane_of_principal_components():
 def test_all_documents_of_a_database_are_of_one_type(tmp_path, tiny_decoder_dir, monkeypatch):
     """The machine measures otherwise the second time: the database keeps its type."""
     loaded = []
-    for module in (build, record):
-        monkeypatch.setattr(
-            module,
-            "load_encoder",
-            lambda name, dtype: (loaded.append(dtype), load_encoder(name, dtype))[1],
-        )
+    monkeypatch.setattr(
+        record,
+        "load_encoder",
+        lambda name, dtype: (loaded.append(dtype), load_encoder(name, dtype))[1],
+    )
 
     def index(text, measured, dtype="auto"):
         monkeypatch.setattr("nvembed.kernels.precision.fastest_precision", lambda device: measured)

@@ -15,9 +15,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from hash_encoder import HashEncoder
 from nvembed.core.errors import ConfigError, DataError
 from nvembed.core.files import write_jsonl
-from nvembed.encoding.fake import HashEncoder
 from nvembed.index.build import IndexOptions, IndexReport, index_documents
 from nvembed.index.database import Database
 from nvembed.index.fields import (

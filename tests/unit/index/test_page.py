@@ -12,8 +12,8 @@ import urllib.request
 import numpy as np
 import pytest
 
+from hash_encoder import HashEncoder
 from nvembed.core.files import write_jsonl
-from nvembed.encoding.fake import HashEncoder
 from nvembed.index.build import index_documents
 from nvembed.index.database import Database
 from nvembed.index.search import SearchOptions, map_of, query_vector, search_database

@@ -17,11 +17,10 @@ from torch import Tensor
 from transformers import AutoModel, BertConfig, BertForMaskedLM, BertForSequenceClassification
 
 from nvembed.core.errors import ModelError
-from nvembed.encoding.load import load_encoder
+from nvembed.encoding.encoder import load_encoder
 from nvembed.interop.weights import shared_prefixes
 from nvembed.mining.ranking import load_cross_encoder
-from nvembed.model.adapters import add_lora, save_adapter
-from nvembed.model.backbone import Backbone
+from nvembed.model.backbone import Backbone, add_lora, save_adapter
 from nvembed.model.embedder import NVEmbed
 from nvembed.model.settings import LoraSettings
 

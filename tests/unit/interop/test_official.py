@@ -20,9 +20,9 @@ from sentence_transformers import SentenceTransformer
 
 from nvembed.cli.main import run
 from nvembed.core.errors import ConfigError, ModelError
+from nvembed.encoding.encoder import load_encoder
 from nvembed.encoding.export.folders import export_folder
-from nvembed.encoding.load import load_encoder
-from nvembed.interop import source
+from nvembed.interop import model_folder as source
 from nvembed.interop.official import NAMES, official_name, own_name, read_config
 from nvembed.model.embedder import NVEmbed
 from nvembed.model.official_load import empty_modules, official_shapes

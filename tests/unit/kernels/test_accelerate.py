@@ -15,7 +15,7 @@ import torch
 from transformers import MistralConfig, MistralModel
 
 from nvembed.kernels.accelerate import KINDS, accelerate, restore
-from nvembed.model.adapters import add_lora, merge_lora
+from nvembed.model.backbone import add_lora, merge_lora
 from nvembed.model.embedder import NVEmbed
 from nvembed.model.settings import LoraSettings
 

@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from nvembed.core import cache
-from nvembed.kernels import cpu, precision, timing
-from nvembed.kernels.timing import KEPT, kept_gain, measured_gain
+from nvembed.kernels import build as cpu
+from nvembed.kernels import precision
+from nvembed.kernels.precision import KEPT, kept_gain, measured_gain
 
 
 @pytest.fixture(autouse=True)
@@ -73,7 +74,7 @@ def test_the_decision_stays_on_a_busy_machine(
     machine = BusyMachine(monkeypatch, seed)
     milliseconds = {torch.float32: 4.0, torch.bfloat16: 4.0 / gain}
     monkeypatch.setattr(
-        precision.matmul, "product", lambda x, _: machine.work(milliseconds[x.dtype])()
+        precision.linear, "product", lambda x, _: machine.work(milliseconds[x.dtype])()
     )
     monkeypatch.setattr(
         precision, "this_cpu", lambda: cpu.read_cpu(["flags : avx512f avx512_bf16"])
@@ -107,7 +108,7 @@ def never() -> None:
 
 def times(gain: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the next measurement come out so."""
-    monkeypatch.setattr(timing, "measured_gain", lambda plain, other: gain)
+    monkeypatch.setattr(precision, "measured_gain", lambda plain, other: gain)
 
 
 def kept_file(tmp_path: Path) -> Path:
@@ -135,19 +136,19 @@ def test_it_is_measured_again_where_something_else_computes(
     times(0.5, monkeypatch)
     lines = {"model": ["model name : Other"], "flags": ["flags : avx"]}.get(what)
     if what == "nvembed":
-        monkeypatch.setattr(timing, "__version__", "0.0.1")
+        monkeypatch.setattr(precision, "__version__", "0.0.1")
     elif what == "torch":
         monkeypatch.setattr(torch, "__version__", "0.0.1")
     elif what == "kernels":
         (tmp_path / "native").mkdir()
         (tmp_path / "native" / "other.cpp").touch()
-        monkeypatch.setattr(timing, "_NATIVE", tmp_path / "native")
+        monkeypatch.setattr(precision, "_NATIVE", tmp_path / "native")
     else:
         if lines is None:
             monkeypatch.setattr(os, "cpu_count", lambda: 77)
             lines = Path("/proc/cpuinfo").read_text().splitlines()
         other = cpu.read_cpu(lines)
-        monkeypatch.setattr(timing, "this_cpu", lambda: other)
+        monkeypatch.setattr(precision, "this_cpu", lambda: other)
     assert kept_gain("bfloat16", never, never) == 0.5
 
 
@@ -186,7 +187,7 @@ def test_it_expires(
     kept_gain("bfloat16", never, never)
     file = kept_file(tmp_path)
     content = {"gain": 2.5, "measured": (datetime.now(UTC) - age).isoformat()}
-    file.write_text(json.dumps(content | {"checksum": timing._checksum(content)}))
+    file.write_text(json.dumps(content | {"checksum": precision._checksum(content)}))
     times(4.0, monkeypatch)
     assert kept_gain("bfloat16", never, never) == expected
 
@@ -224,5 +225,5 @@ def test_of_two_that_measure_at_once_the_later_takes_the_first_answer(
         assert kept_gain("bfloat16", never, never) == 2.5  # another process, meanwhile
         return 0.5
 
-    monkeypatch.setattr(timing, "measured_gain", slowly)
+    monkeypatch.setattr(precision, "measured_gain", slowly)
     assert kept_gain("bfloat16", never, never) == 2.5

@@ -21,7 +21,7 @@ from nvembed.core.errors import ModelError
 from nvembed.kernels import attention as native_attention
 from nvembed.kernels import build as native_build
 from nvembed.kernels.attention import supports_float32
-from nvembed.kernels.cpu import read_cpu
+from nvembed.kernels.build import read_cpu
 from nvembed.model import attention
 from nvembed.model.attention import flat_attention
 from nvembed.text.packing import Segments

@@ -70,9 +70,9 @@ def _calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     called: list[str] = []
     call = native_layer._call
 
-    def counted(source: str, name: str, *arguments: Any) -> None:
+    def counted(name: str, *arguments: Any) -> None:
         called.append(name)
-        call(source, name, *arguments)
+        call(name, *arguments)
 
     monkeypatch.setattr(native_layer, "_call", counted)
     return called

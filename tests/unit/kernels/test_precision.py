@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from nvembed.kernels import matmul as products
+from nvembed.kernels import linear as products
 from nvembed.kernels import precision
-from nvembed.kernels.cpu import read_cpu
+from nvembed.kernels.build import read_cpu
 
 AMD = ["vendor_id : AuthenticAMD", "model name : EPYC", "flags : fpu avx512f avx512_bf16"]
 OLD = ["vendor_id : GenuineIntel", "model name : Xeon", "flags : fpu avx avx2"]

@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from hash_encoder import HashEncoder
 from nvembed.core.errors import ConfigError, DataError
 from nvembed.core.files import write_jsonl, write_text
 from nvembed.core.ownership import MARK
 from nvembed.core.text_files import read_jsonl
-from nvembed.data.mining_config import MiningConfig
-from nvembed.data.records import PairRecord, read_records
-from nvembed.encoding.fake import HashEncoder
+from nvembed.data.build_config import MiningConfig
+from nvembed.data.loading import read_records
+from nvembed.data.records import PairRecord
 from nvembed.mining.miner import mine_file, mine_negatives
 
 CONFIG = MiningConfig(num_negatives=2)
@@ -210,8 +211,8 @@ def test_layouts_are_mined(tmp_path: Path) -> None:
 
 def test_a_built_set_is_mined(tmp_path: Path) -> None:
     pytest.importorskip("pyarrow")
-    from nvembed.data.record_shards import write_shards
-    from nvembed.data.sources import Converted
+    from nvembed.data.built_sets import write_shards
+    from nvembed.data.records import Converted
 
     (tmp_path / "built").mkdir()
     records = [PairRecord(row["question"], (row["answer"],)) for row in FAQ]

@@ -9,13 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from hash_encoder import HashEncoder
 from nvembed.core.errors import DataError, ModelError
-from nvembed.data.mining_config import MiningConfig
+from nvembed.data.build_config import MiningConfig
 from nvembed.data.records import PairRecord, StsRecord
-from nvembed.encoding.fake import HashEncoder
 from nvembed.mining import run
 from nvembed.mining.miner import mine_negatives, mine_sts_negatives
-from nvembed.mining.pool import text_key
+from nvembed.text.similarity import text_key
 from oracles import mining as oracle
 
 
@@ -371,13 +371,16 @@ def test_a_teacher_that_gives_nan_is_refused() -> None:
     ("options", "message"),
     [
         ({"threshold": 1.2}, "percent_of_positive takes"),
+        ({"threshold": 1.01}, "percent_of_positive takes"),
         ({"threshold": 0.0}, "percent_of_positive takes"),
+        ({"threshold": -1.0}, "percent_of_positive takes"),
         ({"strategy": "margin", "threshold": -0.1}, "margin takes"),
         ({"strategy": "absolute", "threshold": 3.0}, "absolute takes a cosine"),
         ({"strategy": "top_k", "threshold": 0.5}, "no meaning for strategy top_k"),
         ({"sample_from": 9}, "no meaning for sample top"),
         ({"sample": "random", "sample_from": 3}, "below num_negatives"),
         ({"num_negatives": 0}, "num_negatives"),
+        ({"skip_top": -1}, "skip_top"),
     ],
 )
 def test_settings_that_do_not_fit(options: dict[str, object], message: str) -> None:

@@ -5,13 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nvembed.core.errors import ConfigError
-from nvembed.mining.selection import (
-    after_first,
-    below_score,
-    margin_below_positive,
-    percent_of_positive,
-)
+from nvembed.mining.selection import after_first, passes
 from oracles import mining as oracle
 
 SEEDS = st.integers(0, 10_000)
@@ -39,11 +33,7 @@ def _scores(seed: int) -> tuple[np.ndarray, np.ndarray]:
 )
 def test_rules_equal_loops(strategy: str, threshold: float, seed: int) -> None:
     positive, scores = _scores(seed)
-    keep = {
-        "percent_of_positive": lambda: percent_of_positive(positive, scores, ratio=threshold),
-        "margin": lambda: margin_below_positive(positive, scores, margin=threshold),
-        "absolute": lambda: below_score(scores, cap=threshold),
-    }[strategy]()
+    keep = passes(strategy, threshold, positive, scores)
     expected = [
         [oracle.passes(strategy, threshold, float(p), float(s)) for s in row]
         for p, row in zip(positive, scores, strict=True)
@@ -56,14 +46,16 @@ def test_percent_by_hand() -> None:
     scores = np.array([[0.9, 0.77, 0.75, -1.0]] * 3, dtype=np.float32)
     # 0.95 * 0.8 = 0.76; a positive at or below 0 keeps nothing, not even what is far below it.
     expected = [[False, False, True, True], [False] * 4, [False] * 4]
-    assert percent_of_positive(positive, scores).tolist() == expected
+    assert passes("percent_of_positive", 0.95, positive, scores).tolist() == expected
 
 
-def test_equal_to_the_threshold_is_refused() -> None:
+@pytest.mark.parametrize(
+    ("strategy", "threshold", "positive"),
+    [("percent_of_positive", 1.0, 0.5), ("margin", 0.25, 0.75), ("absolute", 0.5, 0.0)],
+)
+def test_equal_to_the_threshold_is_refused(strategy, threshold, positive) -> None:
     scores = np.array([[0.5]], dtype=np.float32)
-    assert not percent_of_positive(np.array([0.5], np.float32), scores, ratio=1.0)[0, 0]
-    assert not margin_below_positive(np.array([0.75], np.float32), scores, margin=0.25)[0, 0]
-    assert not below_score(scores, cap=0.5)[0, 0]
+    assert not passes(strategy, threshold, np.array([positive], np.float32), scores)[0, 0]
 
 
 @settings(max_examples=60, deadline=None)
@@ -74,14 +66,3 @@ def test_equal_to_the_threshold_is_refused() -> None:
 def test_after_first_equals_loops(eligible: list[list[bool]], skip: int) -> None:
     keep = after_first(np.array(eligible), skip=skip)
     assert keep.tolist() == [oracle.after_first(row, skip) for row in eligible]
-
-
-def test_bad_settings_are_config_errors() -> None:
-    positive, scores = _scores(0)
-    for ratio in (0.0, 1.01, -1.0):
-        with pytest.raises(ConfigError, match="ratio"):
-            percent_of_positive(positive, scores, ratio=ratio)
-    with pytest.raises(ConfigError, match="margin"):
-        margin_below_positive(positive, scores, margin=-0.1)
-    with pytest.raises(ConfigError, match="skip"):
-        after_first(scores > 0, skip=-1)

@@ -19,16 +19,16 @@ from numpy.typing import NDArray
 
 from faults import Fault, in_child
 from forked import in_processes
+from hash_encoder import HashEncoder
 from nvembed.cli.main import run
 from nvembed.core.errors import DataError, ModelError, UserError
 from nvembed.core.files import write_jsonl
 from nvembed.core.ownership import MARK
-from nvembed.data.mining_config import MiningConfig
+from nvembed.data.build_config import MiningConfig
 from nvembed.encoding import workers
-from nvembed.encoding.fake import HashEncoder
 from nvembed.mining import ranking, teachers
+from nvembed.mining.corpus import MemoryCorpus, StoredCorpus, nearly_equal, word_overlap, words
 from nvembed.mining.miner import help_mining, mine_file
-from nvembed.mining.pool import DocumentPool, StoredPool, nearly_equal, word_overlap, words
 
 WORDS = ["red", "blue", "green", "fox", "owl", "cat", "tree", "lake"]
 WORDS += ["hill", "sun", "moon", "star", "rain", "snow", "wind", "fire"]
@@ -89,8 +89,8 @@ def _outputs() -> tuple[bytes, dict[str, Any]]:
 @settings(max_examples=40, deadline=None)
 @given(texts=st.lists(st.sampled_from(["a", "A ", "b", "b  b", "B b", "", "ü", "\ud800", "c\n"])))
 def test_a_stored_pool_is_the_pool(tmp_path_factory: pytest.TempPathFactory, texts: Any) -> None:
-    expected = DocumentPool(texts)
-    with StoredPool(iter(texts), tmp_path_factory.getbasetemp()) as pool:
+    expected = MemoryCorpus(texts)
+    with StoredCorpus(iter(texts), tmp_path_factory.getbasetemp()) as pool:
         assert list(pool.texts) == expected.texts
         assert pool.texts[1:3] == expected.texts[1:3]
         for text in [*texts, "not there"]:

@@ -11,14 +11,15 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from hash_encoder import HashEncoder
 from nvembed.core.errors import ConfigError, ModelError
 from nvembed.core.files import write_jsonl
 from nvembed.core.ownership import MARK
 from nvembed.core.text_files import read_jsonl
-from nvembed.data.mining_config import MiningConfig
-from nvembed.data.records import PairRecord, read_records
+from nvembed.data.build_config import MiningConfig
+from nvembed.data.loading import read_records
+from nvembed.data.records import PairRecord
 from nvembed.encoding import workers
-from nvembed.encoding.fake import HashEncoder
 from nvembed.mining import ranking, teachers
 from nvembed.mining.miner import mine_file, mine_negatives
 from oracles import bm25 as bm25_oracle

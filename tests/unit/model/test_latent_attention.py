@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nvembed.model.latent_attention import LatentAttention
+from nvembed.model.pooling import LatentAttention
 from oracles.padded import latent_attention
 
 

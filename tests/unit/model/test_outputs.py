@@ -10,7 +10,7 @@ import torch
 from sentence_transformers.util import quantize_embeddings
 
 from nvembed.model.embedder import NVEmbed
-from nvembed.model.embedding_quantization import quantize
+from nvembed.model.encoding import quantize
 
 TEXTS = [f"text number {i} of {i * i}" for i in range(120)]
 TASK = "find it"

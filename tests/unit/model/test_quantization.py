@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from nvembed.core.errors import ModelError
-from nvembed.model.adapters import add_lora
+from nvembed.model.backbone import add_lora
 from nvembed.model.embedder import NVEmbed
 from nvembed.model.memory import weight_bytes
 from nvembed.model.quantization import quantize_backbone

@@ -12,7 +12,7 @@ import pytest
 from nvembed.core.errors import DataError
 from nvembed.core.ownership import MARK
 from nvembed.core.text_files import read_jsonl
-from nvembed.data.records import read_records
+from nvembed.data.loading import read_records
 from nvembed.evaluation.task_files import RetrievalData
 from nvembed.evaluation.tasks import load_task
 from oracles import demo as oracle

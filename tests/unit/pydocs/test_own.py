@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from nvembed.encoding.fake import HashEncoder
+from hash_encoder import HashEncoder
 from nvembed.encoding.file_search import search_file
 from pydocs.own import main
 

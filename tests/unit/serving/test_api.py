@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from starlette.testclient import TestClient
 
-from nvembed.encoding.fake import HashEncoder
-from nvembed.encoding.protocol import unit_rows
-from nvembed.serving.app import create_app
-from nvembed.serving.keys import ApiKeys
-from nvembed.serving.model_engines import EncoderEngine
+from hash_encoder import HashEncoder
+from nvembed.encoding.encoder import unit_rows
+from nvembed.serving.engines import EncoderEngine
+from nvembed.serving.middleware import ApiKeys
+from nvembed.serving.server import create_app
 from nvembed.text.instructions import task_instruction
 from serving_fakes import WIDTH, HeldEngine, make_config
 

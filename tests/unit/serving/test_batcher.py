@@ -10,9 +10,9 @@ import pytest
 
 from nvembed.serving.batcher import Batcher
 from nvembed.serving.batching import Scheduler
-from nvembed.serving.engine import Wish
+from nvembed.serving.engines import EmbedOptions
 from nvembed.serving.errors import RequestError
-from nvembed.serving.metrics import Metrics
+from nvembed.serving.telemetry import Metrics
 from serving_fakes import HeldEngine
 
 
@@ -24,7 +24,7 @@ class Bench:
         self.batcher.start()
 
     def items(self, *texts: str):
-        return self.engine.prepare(texts, Wish())
+        return self.engine.prepare(texts, EmbedOptions())
 
     async def hold(self) -> asyncio.Task:
         """Stop the model inside a batch, so that what follows must queue."""
@@ -96,7 +96,7 @@ def test_a_cancelled_request_never_reaches_the_model(bench: Bench) -> None:
 
     asyncio.run(main())
     assert bench.engine.batches == [["held"], ["stays"]]
-    assert not bench.batcher._waiting
+    assert bench.batcher._scheduler.known_clients == 0
 
 
 @pytest.mark.parametrize("text", ["raise", "nan"])

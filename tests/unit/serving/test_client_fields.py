@@ -15,13 +15,12 @@ from sentence_transformers.base.modules import Normalize
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 from starlette.testclient import TestClient
 
+from hash_encoder import HashEncoder
 from nvembed import NVEmbed
-from nvembed.encoding.fake import HashEncoder
-from nvembed.encoding.load import SentenceTransformerEncoder
-from nvembed.encoding.protocol import unit_rows
+from nvembed.encoding.encoder import SentenceTransformerEncoder, unit_rows
 from nvembed.model.packs import embed_pack
-from nvembed.serving.app import create_app
-from nvembed.serving.model_engines import EncoderEngine, build_engine
+from nvembed.serving.engines import EncoderEngine, build_engine
+from nvembed.serving.server import create_app
 from nvembed.text.instructions import task_instruction
 from nvembed.text.packing import flatten
 from nvembed.text.tokens import TokenizedText
@@ -104,9 +103,11 @@ def test_normalize(client: TestClient, model: NVEmbed, path: str) -> None:
 
 def test_requests_with_and_without_length_share_a_batch(model: NVEmbed) -> None:
     engine = build_engine(model)
-    from nvembed.serving.engine import Wish
+    from nvembed.serving.engines import EmbedOptions
 
-    items = engine.prepare(TEXTS, Wish(normalize=False)) + engine.prepare(TEXTS, Wish())
+    items = engine.prepare(TEXTS, EmbedOptions(normalize=False)) + engine.prepare(
+        TEXTS, EmbedOptions()
+    )
     expected = np.concatenate([pooled(model, TEXTS), model.encode_document(TEXTS)])
     near(engine.embed(items), expected)
 

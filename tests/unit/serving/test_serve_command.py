@@ -7,13 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import nvembed.serving.run as serving_run
+import nvembed.serving.server as serving_run
 from nvembed.cli.main import run
 from nvembed.core.errors import ConfigError, DataError
 from nvembed.serving.config import ServerConfig
-from nvembed.serving.engine import Item, Wish
-from nvembed.serving.keys import read_keys
-from nvembed.serving.model_engines import PackEngine
+from nvembed.serving.engines import EmbedOptions, Item, PackEngine
+from nvembed.serving.middleware import read_keys
 from nvembed.text.tokens import TextTokenizer, TokenizedText
 
 
@@ -71,8 +70,8 @@ def test_the_engine_gives_the_models_vectors(tiny_decoder_dir: Path) -> None:
     model.prompts["query"] = "Instruct: own\nQuery: "
     engine = PackEngine(model)
     texts = ["one", "another text", "x"]
-    items = engine.prepare(texts, Wish()) + engine.prepare(texts, Wish("query"))
-    items += engine.prepare(texts, Wish("query", "find it"))
+    items = engine.prepare(texts, EmbedOptions()) + engine.prepare(texts, EmbedOptions("query"))
+    items += engine.prepare(texts, EmbedOptions("query", "find it"))
     oracle = [
         model.encode_document(texts),
         model.encode_query(texts),
@@ -81,7 +80,7 @@ def test_the_engine_gives_the_models_vectors(tiny_decoder_dir: Path) -> None:
     np.testing.assert_allclose(engine.embed(items), np.concatenate(oracle), atol=1e-6)
     assert not np.allclose(oracle[1], oracle[2], atol=1e-3)
     model.truncate_dim = 8
-    short = engine.embed(engine.prepare(texts, Wish()))
+    short = engine.embed(engine.prepare(texts, EmbedOptions()))
     expected = oracle[0][:, :8] / np.linalg.norm(oracle[0][:, :8], axis=1, keepdims=True)
     np.testing.assert_allclose(short, expected, atol=1e-6)
 
@@ -121,7 +120,7 @@ def test_one_forward_per_core_up_to_four(tiny_decoder_dir: Path) -> None:
             torch.set_num_threads(cores)
             engine = PackEngine(model, asked)
             assert engine.forwards == forwards
-            engine.embed(engine.prepare(["text"], Wish()))
+            engine.embed(engine.prepare(["text"], EmbedOptions()))
             assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)

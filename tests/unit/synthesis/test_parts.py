@@ -1,10 +1,9 @@
-"""Prompts, waiting times and the command of a synthesis."""
+"""Prompts, settings and the command of a synthesis."""
 
 from __future__ import annotations
 
 import json
 import sys
-from email.utils import formatdate
 from pathlib import Path
 from typing import Any
 
@@ -13,29 +12,8 @@ from pydantic import ValidationError
 
 from chat_endpoint import fake_endpoint
 from nvembed.building.synthesis.config import EXAMPLE_KINDS, ExampleKind, SynthesisConfig
-from nvembed.building.synthesis.endpoint import retry_after
 from nvembed.building.synthesis.prompts import example_prompt, tasks_prompt
 from nvembed.cli.main import run
-
-NOW = 1_700_000_000.0
-
-
-@pytest.mark.parametrize(
-    ("header", "seconds"),
-    [
-        (None, None),
-        ("7", 7.0),
-        ("0.25", 0.25),
-        ("-3", 0.0),
-        ("soon", None),
-        ("nan", None),
-        ("inf", None),
-        (formatdate(NOW + 90, usegmt=True), 90.0),
-        (formatdate(NOW - 90, usegmt=True), 0.0),
-    ],
-)
-def test_retry_after(header: str | None, seconds: float | None) -> None:
-    assert retry_after(header, NOW) == seconds
 
 
 @pytest.mark.parametrize("kind", EXAMPLE_KINDS)

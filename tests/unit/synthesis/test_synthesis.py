@@ -22,9 +22,9 @@ from nvembed.building.synthesis.endpoint import EndpointError
 from nvembed.building.synthesis.run import Summary, synthesize
 from nvembed.core.errors import ConfigError, DataError, UserError
 from nvembed.core.ownership import MARK
+from nvembed.data.config import DatasetConfig
+from nvembed.data.loading import read_records
 from nvembed.data.mixture import load_source
-from nvembed.data.records import read_records
-from nvembed.data.sources import DatasetConfig
 
 pytest.importorskip("httpx2")
 

@@ -3,8 +3,7 @@ from __future__ import annotations
 import pytest
 
 from nvembed.core.errors import ConfigError, DataError
-from nvembed.text.long_texts import text_contexts, text_windows
-from nvembed.text.tokens import TextTokenizer
+from nvembed.text.tokens import TextTokenizer, text_contexts, text_windows
 
 LONG = "abcdefghijklmnopqrstuvwxyz"  # 26 tokens of a byte-level tokenizer
 STYLES = ["nvembed", "official"]

@@ -190,7 +190,8 @@ def test_ids_take_the_bytes_they_need(
     assert cache([("", "x")]) == [tokens]
     cache.flush()
     (shard,) = shards(tmp_path)
-    assert np.load(shard / "ids.npy").dtype == np.dtype(dtype)
+    assert np.load(shard)[8] == num_bytes
+    assert cache._shards[0].ids_I.dtype == np.dtype(dtype)
     assert TokenCache(tmp_path, tokenizer)([("", "x")]) == [tokens]
 
 
@@ -198,9 +199,9 @@ def test_opening_maps_the_files(tmp_path: Path, make: Any) -> None:
     cache = TokenCache(tmp_path, make())
     cache(TEXTS)
     cache.flush()
-    content = cache._shards[0].content
-    for array in (content.high_N, content.entries_N, content.ids_I):
-        assert isinstance(array.base, np.memmap)
+    for array in cache._shards[0][1:]:
+        while not isinstance(array.base, np.memmap):
+            array = array.base
 
 
 def test_many_shards_become_one(tmp_path: Path, make: Any) -> None:
@@ -225,9 +226,8 @@ def test_what_a_killed_process_left_is_cleared_up(tmp_path: Path, make: Any) -> 
     cache.flush()
     (shard,) = shards(tmp_path)
     old, young = (shard.with_name(f".{name}") for name in ("old", "young"))
-    for folder in (old, young):
-        folder.mkdir()
-        (folder / "ids.npy").write_bytes(b"half")
+    for path in (old, young):
+        path.write_bytes(b"half")
     os.utime(old, (0, 0))
     cache([("", "new")])
     cache.flush()
@@ -249,37 +249,42 @@ def test_hashes_that_agree_by_half_are_no_hit(
 
 
 def damage_truncate(shard: Path) -> None:
-    path = shard / "ids.npy"
-    path.write_bytes(path.read_bytes()[:-3])
+    shard.write_bytes(shard.read_bytes()[:-3])
 
 
 def damage_header(shard: Path) -> None:
-    (shard / "high.npy").write_bytes(b"not an array")
+    shard.write_bytes(b"not an array")
 
 
-def damage_missing(shard: Path) -> None:
-    (shard / "entries.npy").unlink()
+def damage_shortened(shard: Path) -> None:
+    np.save(shard, np.load(shard)[:100])
 
 
 def damage_empty(shard: Path) -> None:
-    (shard / "ids.npy").write_bytes(b"")
+    shard.write_bytes(b"")
 
 
 def damage_bit(shard: Path) -> None:
-    path = shard / "ids.npy"
-    content = bytearray(path.read_bytes())
+    content = bytearray(shard.read_bytes())
     content[-1] ^= 1
-    path.write_bytes(bytes(content))
+    shard.write_bytes(bytes(content))
 
 
 def damage_places(shard: Path) -> None:
-    entries = np.load(shard / "entries.npy")
-    entries["start"] += 10**6
-    np.save(shard / "entries.npy", entries)
+    content = np.load(shard)
+    spans = content[16 + 16 * len(TEXTS) :][: 32 * len(TEXTS)].view("<i8").reshape(-1, 4)
+    spans[:, 0] += 10**6
+    np.save(shard, content)
 
 
 def damage_kind(shard: Path) -> None:
-    np.save(shard / "high.npy", np.zeros(3))
+    np.save(shard, np.zeros(3))
+
+
+def damage_count(shard: Path) -> None:
+    content = np.load(shard)
+    content[:8].view("<i8")[0] = 2**40
+    np.save(shard, content)
 
 
 @pytest.mark.parametrize(
@@ -287,11 +292,12 @@ def damage_kind(shard: Path) -> None:
     [
         damage_truncate,
         damage_header,
-        damage_missing,
+        damage_shortened,
         damage_empty,
         damage_bit,
         damage_places,
         damage_kind,
+        damage_count,
     ],
 )
 def test_a_damaged_shard_is_made_again(
@@ -322,7 +328,7 @@ def test_what_cannot_be_written_stays_in_memory(
     cache = TokenCache(tmp_path, make())
     expected = cache(TEXTS)
 
-    def full(*_: Any) -> None:
+    def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(np, "save", full)

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nvembed.data.convert import make_source
+from nvembed.data.examples import make_source
 from nvembed.data.mixture import Mixture
 from nvembed.data.records import PairRecord
 from nvembed.text.token_cache import TokenCache

@@ -18,8 +18,8 @@ from torch.distributed.tensor import DTensor
 from forked import in_processes, outcomes_in_processes
 from nvembed.core.errors import TrainingError
 from nvembed.data.batch import ContrastiveBatch, build_batch
-from nvembed.data.convert import Example
-from nvembed.model.adapters import add_lora
+from nvembed.data.examples import Example
+from nvembed.model.backbone import add_lora
 from nvembed.model.embedder import NVEmbed
 from nvembed.model.packs import embed_pack
 from nvembed.model.settings import LoraSettings

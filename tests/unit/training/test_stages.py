@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from hash_encoder import HashEncoder
 from nvembed.core.errors import ConfigError, DataError
 from nvembed.core.files import write_jsonl
 from nvembed.core.ownership import MARK, problem_of
+from nvembed.data.build_config import MiningConfig
+from nvembed.data.config import DatasetConfig
 from nvembed.data.examples import Example
-from nvembed.data.mining_config import MiningConfig
 from nvembed.data.mixture import Mixture, tempered_weights
 from nvembed.data.records import PairRecord, StsRecord
-from nvembed.data.sources import DatasetConfig
-from nvembed.encoding.fake import HashEncoder
 from nvembed.mining.miner import mine_negatives, mine_sts_negatives
 from nvembed.training.config import TrainConfig
 from nvembed.training.stage_mining import mine_mixture, mined_dataset, mined_file

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from nvembed.data.batch import ContrastiveBatch, build_batch, effective_negatives
-from nvembed.data.convert import PairSource
+from nvembed.data.examples import PairSource
 from nvembed.data.records import PairRecord
 from nvembed.text.tokens import TokenizedText
 from nvembed.training import step

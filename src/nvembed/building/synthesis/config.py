@@ -1,4 +1,4 @@
-"""What a synthesis makes and how it asks. Next file: ``prompts.py``."""
+"""What a synthesis makes and how it asks."""
 
 from __future__ import annotations
 
@@ -6,13 +6,31 @@ import re
 from typing import Annotated, Literal, get_args
 from urllib.parse import urlsplit
 
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, Field
 
 from nvembed.core.config import StrictModel
 from nvembed.core.errors import ConfigError
 
 ExampleKind = Literal["short-long", "long-short", "short-short"]
 EXAMPLE_KINDS: tuple[ExampleKind, ...] = get_args(ExampleKind)
+
+
+# These do not show the value: it may hold a secret, or be the key.
+
+
+def _checked_endpoint(value: str) -> str:
+    parts = urlsplit(value)
+    if parts.username is not None or parts.password is not None or parts.query:
+        raise ValueError("holds a name, a password or a query; the key comes from the environment")
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError("is no address such as http://localhost:8000/v1")
+    return value.rstrip("/").removesuffix("/chat/completions")
+
+
+def _checked_variable(value: str) -> str:
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", value):
+        raise ValueError("is no name of an environment variable")
+    return value
 
 
 class SynthesisConfig(StrictModel):
@@ -43,7 +61,7 @@ class SynthesisConfig(StrictModel):
             minute. What the endpoint asks for (Retry-After) goes before.
     """
 
-    endpoint: str
+    endpoint: Annotated[str, AfterValidator(_checked_endpoint)]
     model: str = Field(min_length=1)
     kinds: tuple[ExampleKind, ...] = Field(default=EXAMPLE_KINDS, min_length=1)
     tasks: int = Field(default=100, ge=1)
@@ -53,52 +71,21 @@ class SynthesisConfig(StrictModel):
     temperature: float = Field(default=1.0, ge=0, le=2)
     max_answer_tokens: int = Field(default=2048, ge=16)
     attempts: int = Field(default=3, ge=1)
-    key_variable: str = "OPENAI_API_KEY"
+    key_variable: Annotated[str, AfterValidator(_checked_variable)] = "OPENAI_API_KEY"
     concurrency: int = Field(default=16, ge=1, le=1024)
     requests_per_minute: Annotated[float, Field(gt=0)] | None = None
     timeout: float = Field(default=120.0, gt=0)
     retries: int = Field(default=6, ge=0)
     retry_delay: float = Field(default=1.0, ge=0)
 
-    @field_validator("endpoint")
-    @classmethod
-    def _check_endpoint(cls, value: str) -> str:
-        if problem := endpoint_problem(value):
-            raise ValueError(problem)
-        return value.rstrip("/").removesuffix("/chat/completions")
-
-    @field_validator("key_variable")
-    @classmethod
-    def _check_key_variable(cls, value: str) -> str:
-        if problem := key_variable_problem(value):
-            raise ValueError(problem)
-        return value
-
-
-def endpoint_problem(value: str) -> str | None:
-    """Say what is wrong with an address, without showing it: it may hold a secret."""
-    parts = urlsplit(value)
-    if parts.username is not None or parts.password is not None or parts.query:
-        return "holds a name, a password or a query; the key comes from the environment"
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        return "is no address such as http://localhost:8000/v1"
-    return None
-
-
-def key_variable_problem(value: str) -> str | None:
-    """Say what is wrong with the name of a variable, without showing it: it may be the key."""
-    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", value):
-        return "is no name of an environment variable"
-    return None
-
 
 def check_secrets(endpoint: str, key_variable: str) -> None:
-    """Refuse options that may hold a secret in the wrong place, before they are shown anywhere.
-
-    Raises:
-        ConfigError: says which option, and does not show it.
-    """
-    if problem := endpoint_problem(endpoint):
-        raise ConfigError(problem, where="--endpoint")
-    if problem := key_variable_problem(key_variable):
-        raise ConfigError(problem, where="--key-variable")
+    """Refuse options that may hold a secret in the wrong place, before they are shown anywhere."""
+    for option, check, value in (
+        ("--endpoint", _checked_endpoint, endpoint),
+        ("--key-variable", _checked_variable, key_variable),
+    ):
+        try:
+            check(value)
+        except ValueError as error:
+            raise ConfigError(str(error), where=option) from None

@@ -1,32 +1,42 @@
-"""A chat endpoint that may be slow, full or broken for a while.
+"""Many requests to a chat endpoint at once, each until it has a valid answer or a reason why not.
 
-In: a prompt; out: the text that the model wrote. Requests are spaced to a rate; timeouts, lost
-connections, 429 and 5xx are waited out with growing pauses, or as long as the endpoint says. The
-key of the endpoint is sent to it and shown nowhere else. Next file: ``journal.py``.
+Requests are spaced to a rate. What passes is waited out (``core/http.py``), by all of them where
+the endpoint says for how long. The key is sent and shown nowhere else. Answers go into the journal,
+and what is in the journal already is not asked again.
 """
 
 from __future__ import annotations
 
 import asyncio
-import email.utils
-import os
+import json
 import random
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
-from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nvembed.building.synthesis.config import SynthesisConfig
-from nvembed.core.errors import ConfigError, UserError
+from nvembed.building.synthesis.journal import Journal, JournalRow
+from nvembed.building.synthesis.prompts import AnswerError, TaskList, WrittenExample, parse_answer
+from nvembed.core.errors import UserError
+from nvembed.core.http import (
+    LONGEST_ASKED_SECONDS,
+    Trouble,
+    certificates,
+    json_headers,
+    pause,
+    trouble_of,
+    without_key,
+)
+from nvembed.core.reporting import ProgressBar
 
 if TYPE_CHECKING:
     import httpx2
 
-_LONGEST_PAUSE = 60.0  # seconds, of our own choice
-_LONGEST_WAIT = 600.0  # seconds that an endpoint may ask to wait
-_RETRIED = frozenset({408, 425, 429})
-_SHOWN = 200  # characters of a response in an error
-_SHORTEST_SECRET = 8  # shorter keys are placeholders such as "EMPTY"
+_KEY = "[key]"
+# That many requests in a row without any answer: the endpoint is gone, not busy.
+_GONE_AFTER = 10
+_LONGEST_REJECT = 4000  # characters of a refused answer that are kept
 
 
 class EndpointError(UserError):
@@ -37,15 +47,10 @@ class UnansweredError(Exception):
     """One request came to nothing, however often it was sent."""
 
 
-@dataclass(frozen=True, slots=True)
-class ChatAnswer:
-    """What came back.
+class ChatAnswer(NamedTuple):
+    """What came back: the text of the first choice, and what is wrong with the response as such.
 
-    Args:
-        text: of the first choice; empty where there is none.
-        problem: what is wrong with the response as such; None where nothing is.
-        prompt_tokens: as the endpoint counts them; None where it does not.
-        answer_tokens: the same of the answer.
+    Tokens are as the endpoint counts them; None where it does not.
     """
 
     text: str
@@ -54,34 +59,8 @@ class ChatAnswer:
     answer_tokens: int | None
 
 
-def read_key(variable: str) -> str | None:
-    """Read the key of the endpoint from the environment.
-
-    Raises:
-        ConfigError: it holds what no key holds; the key is not shown.
-    """
-    key = os.environ.get(variable, "").strip()
-    if not key:
-        return None
-    if not (key.isascii() and key.isprintable()) or " " in key:
-        raise ConfigError(
-            "holds blanks, line breaks or characters beyond ASCII",
-            where=f"environment variable {variable}",
-            expected="the key of the endpoint",
-        )
-    return key
-
-
 class ChatEndpoint:
-    """Sends prompts; used with ``async with``.
-
-    Args:
-        config: where, how fast, how often.
-        key: of the endpoint; None for none.
-
-    Raises:
-        ModuleNotFoundError: httpx2 is not installed (extra ``synth``).
-    """
+    """Sends prompts with the endpoint's key, if there is one; to be closed."""
 
     def __init__(self, config: SynthesisConfig, key: str | None) -> None:
         import httpx2
@@ -90,140 +69,61 @@ class ChatEndpoint:
         self._config = config
         self._key = key
         self._url = f"{config.endpoint}/chat/completions"
-        self._pace = _Pace(config.requests_per_minute)
+        self._interval = 60.0 / (config.requests_per_minute or float("inf"))
+        self._next = self._held_until = 0.0
         self._client = httpx2.AsyncClient(
-            headers={"Authorization": f"Bearer {key}"} if key else None,
+            headers=json_headers(key),
             timeout=config.timeout,
-            # Reading the certificates of the system takes half a second.
-            verify=config.endpoint.startswith("https"),
+            verify=certificates(config.endpoint),
             limits=httpx2.Limits(max_connections=config.concurrency),
         )
-
-    async def __aenter__(self) -> ChatEndpoint:
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        await self._client.aclose()
+        self.aclose = self._client.aclose
 
     async def ask(self, prompt: str) -> ChatAnswer:
-        """Send a prompt until it is answered.
-
-        Raises:
-            UnansweredError: it was not, in all the times that the configuration allows.
-            EndpointError: the endpoint refuses it for good (no such model, no right to ask).
-        """
+        """Send a prompt until it is answered, as often as the configuration allows."""
+        config = self._config
         body = {
-            "model": self._config.model,
+            "model": config.model,
             "messages": [{"role": "user", "content": prompt}],
-            "temperature": self._config.temperature,
-            "max_tokens": self._config.max_answer_tokens,
+            "temperature": config.temperature,
+            "max_tokens": config.max_answer_tokens,
         }
-        problem = ""
-        for sent in range(self._config.retries + 1):
-            await self._pace.wait()
-            wait: float | None = None
+        for sent in range(config.retries + 1):
+            await self._wait_for_turn()
+            trouble: Trouble | None
             try:
-                async with asyncio.timeout(self._config.timeout):
-                    response = await self._client.post(self._url, json=body)
+                async with asyncio.timeout(config.timeout):
+                    response = await self._client.post(self._url, content=json.dumps(body))
             except (TimeoutError, self._httpx.TimeoutException):
-                problem = f"no answer within {self._config.timeout:g} s"
-            except self._httpx.TransportError as error:
-                problem = self._clean(f"{type(error).__name__}: {error}")
+                trouble = Trouble(f"no answer within {config.timeout:g} s")
+            except self._httpx.HTTPError as error:
+                trouble = Trouble(without_key(f"{type(error).__name__}: {error}", self._key, _KEY))
             else:
-                if response.status_code == 200:
+                trouble = trouble_of(response, self._key, _KEY)
+                if trouble is None:
                     return self._read(response)
-                problem = self._describe(response)
-                if response.status_code not in _RETRIED and response.status_code < 500:
-                    raise EndpointError(
-                        f"the endpoint refuses the request: {problem}",
-                        where=self._url,
-                        hint="Check the address, the model and the key "
-                        f"(environment variable {self._config.key_variable})",
-                    )
-                wait = retry_after(response.headers.get("Retry-After"), time.time())
-                if wait is not None and wait > _LONGEST_WAIT:
-                    problem += f", asks to wait {wait:,.0f} s"
-                    break
-            if sent == self._config.retries:
+            problem = trouble.problem + (f" ({trouble.said})" if trouble.said else "")
+            if trouble.refused is not None:
+                raise EndpointError(
+                    f"the endpoint refuses the request: {problem}",
+                    where=self._url,
+                    hint="Check the address, the model and the key "
+                    f"(environment variable {config.key_variable})",
+                )
+            if sent == config.retries or (trouble.asked or 0.0) > LONGEST_ASKED_SECONDS:
                 break
-            pause = min(_LONGEST_PAUSE, self._config.retry_delay * 2**sent)
-            pause *= random.uniform(0.5, 1.0)
-            if wait is not None:
+            wait = pause(sent, config.retry_delay, trouble.asked)
+            if trouble.asked is None:
+                wait *= random.uniform(0.5, 1.0)
+            else:
                 # It is full for all of us. The jitter keeps us from coming back at once.
-                self._pace.hold(wait)
-                pause = wait + random.uniform(0, 0.1 * wait)
-            await asyncio.sleep(pause)
+                self._held_until = max(self._held_until, time.monotonic() + wait)
+                wait *= random.uniform(1.0, 1.1)
+            await asyncio.sleep(wait)
         raise UnansweredError(problem)
 
-    def _read(self, response: httpx2.Response) -> ChatAnswer:
-        try:
-            body: Any = response.json()
-        except (ValueError, RecursionError):
-            return ChatAnswer("", "the response is no JSON", None, None)
-        usage = body.get("usage") if isinstance(body, dict) else None
-        tokens = [
-            count if isinstance(count, int) and not isinstance(count, bool) else None
-            for name in ("prompt_tokens", "completion_tokens")
-            for count in [usage.get(name) if isinstance(usage, dict) else None]
-        ]
-        try:
-            choice = body["choices"][0]
-            text = choice["message"]["content"]
-        except (KeyError, IndexError, TypeError):
-            return ChatAnswer("", "the response holds no answer", *tokens)
-        if not isinstance(text, str) or not text.strip():
-            return ChatAnswer("", "the answer is empty", *tokens)
-        cut = choice.get("finish_reason") == "length"
-        return ChatAnswer(self._clean(text), "the answer was cut" if cut else None, *tokens)
-
-    def _describe(self, response: httpx2.Response) -> str:
-        text = " ".join(self._clean(response.text).split())
-        return f"status {response.status_code}" + (f" ({text[:_SHOWN]})" if text else "")
-
-    def _clean(self, text: str) -> str:
-        """Take the key out: some endpoints repeat it in their messages."""
-        if self._key and len(self._key) >= _SHORTEST_SECRET:
-            return text.replace(self._key, "[key]")
-        return text
-
-
-def retry_after(value: str | None, now: float) -> float | None:
-    """Return the seconds to wait that a Retry-After header asks for.
-
-    Args:
-        value: seconds or a date; None for no header.
-        now: seconds since 1970.
-
-    Returns:
-        At least 0; None where there is no header or it says nothing.
-    """
-    if value is None:
-        return None
-    try:
-        seconds = float(value)
-    except ValueError:
-        try:
-            seconds = email.utils.parsedate_to_datetime(value).timestamp() - now
-        except (ValueError, TypeError):
-            return None
-    return max(0.0, seconds) if seconds < float("inf") else None
-
-
-class _Pace:
-    """Starts of requests, evenly spaced to a rate."""
-
-    def __init__(self, per_minute: float | None) -> None:
-        self._interval = 60.0 / per_minute if per_minute else 0.0
-        self._next = 0.0
-        self._held_until = 0.0
-
-    async def wait(self) -> None:
-        """Wait for the next start."""
+    async def _wait_for_turn(self) -> None:
+        """Wait for the next start of a request; starts are evenly spaced."""
         while True:
             now = time.monotonic()
             start = max(now, self._next, self._held_until)
@@ -232,6 +132,97 @@ class _Pace:
             if self._held_until <= time.monotonic():
                 return
 
-    def hold(self, seconds: float) -> None:
-        """Let nobody start before that."""
-        self._held_until = max(self._held_until, time.monotonic() + seconds)
+    def _read(self, response: httpx2.Response) -> ChatAnswer:
+        try:
+            body: Any = response.json()
+        except (ValueError, RecursionError):
+            return ChatAnswer("", "the response is no JSON", None, None)
+        usage = body.get("usage") if isinstance(body, dict) else None
+        usage = usage if isinstance(usage, dict) else {}
+        counts = (usage.get("prompt_tokens"), usage.get("completion_tokens"))
+        tokens = [count if type(count) is int else None for count in counts]
+        try:
+            choice = body["choices"][0]
+            text = choice["message"]["content"]
+        except (KeyError, IndexError, TypeError):
+            return ChatAnswer("", "the response holds no answer", *tokens)
+        if not isinstance(text, str) or not text.strip():
+            return ChatAnswer("", "the answer is empty", *tokens)
+        problem = "the answer was cut" if choice.get("finish_reason") == "length" else None
+        return ChatAnswer(without_key(text, self._key, _KEY), problem, *tokens)
+
+
+class Request(NamedTuple):
+    """One question to the model; the same one has the same name whenever it is asked."""
+
+    name: str
+    prompt: str
+    answer: type[TaskList] | type[WrittenExample]
+
+
+@dataclass
+class Asker:
+    """Asks an open endpoint and writes into the journal; the bar advances by one per request."""
+
+    endpoint: ChatEndpoint
+    journal: Journal
+    config: SynthesisConfig
+    bar: ProgressBar
+    unanswered: int = 0
+    _answered: int = 0
+    _in_a_row: int = 0  # unanswered ones
+    _problem: str = ""
+
+    async def ask_all(self, requests: Iterable[Request]) -> None:
+        """Ask all requests that are not in the journal."""
+        waiting = iter(requests)
+
+        async def work() -> None:
+            for request in waiting:
+                if request.name not in self.journal:
+                    await self._ask(request)
+                self.bar.advance()
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                for _ in range(self.config.concurrency):
+                    group.create_task(work())
+        except ExceptionGroup as errors:
+            # All workers meet the same error; one of them tells it.
+            raise errors.exceptions[0] from None
+        if self.unanswered and not self._answered:
+            raise self._gone()
+
+    async def _ask(self, request: Request) -> None:
+        row = JournalRow(id=request.name)
+        while row.answer is None and row.attempts < self.config.attempts:
+            row.attempts += 1
+            try:
+                answered = await self.endpoint.ask(request.prompt)
+            except UnansweredError as error:
+                self.unanswered += 1
+                self._in_a_row += 1
+                self._problem = str(error)
+                if self._in_a_row >= _GONE_AFTER:
+                    raise self._gone() from None
+                return
+            self._in_a_row = 0
+            self._answered += 1
+            row.prompt_tokens += answered.prompt_tokens or 0
+            row.answer_tokens += answered.answer_tokens or 0
+            row.uncounted += answered.prompt_tokens is None or answered.answer_tokens is None
+            row.text = answered.text[:_LONGEST_REJECT]
+            try:
+                row.answer = parse_answer(answered.text, request.answer).model_dump()
+            except AnswerError as error:
+                row.rejected = answered.problem or str(error)
+        if row.answer is not None:
+            row.text = row.rejected = None
+        self.journal.add(row)
+
+    def _gone(self) -> EndpointError:
+        return EndpointError(
+            f"{self._in_a_row} requests in a row came to nothing; the last: {self._problem}",
+            where=self.config.endpoint,
+            hint="What was answered is kept: run the same command again to go on",
+        )

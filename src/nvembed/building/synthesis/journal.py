@@ -2,15 +2,17 @@
 
 One JSON object per line, appended and handed to the system at once: a process that is killed loses
 no answer that had arrived. The last line may be half written then; it is cut off when the journal
-is opened again. Next file: ``run.py``.
+is opened again.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
+
+from pydantic import BaseModel
 
 from nvembed.core.errors import ConfigError, DataError, UserError
 
@@ -18,17 +20,26 @@ from nvembed.core.errors import ConfigError, DataError, UserError
 _BEGINNING = b'{"run": {'
 
 
+class JournalRow(BaseModel):
+    """What became of a request: a valid answer, or the last text and why it was rejected.
+
+    Tokens are counted over all attempts; ``uncounted`` are the answers without counts.
+    """
+
+    id: str
+    answer: dict[str, Any] | None = None
+    rejected: str | None = None
+    text: str | None = None
+    attempts: int = 0
+    prompt_tokens: int = 0
+    answer_tokens: int = 0
+    uncounted: int = 0
+
+
 class Journal:
-    """Rows with an ``id`` each; holds their places in memory, not the rows.
+    """Rows by their names; holds their places in memory, not the rows. To be closed.
 
-    Args:
-        path: of the file; made where there is none.
-        run: what the run asks for. A journal of another run is not gone on with.
-
-    Raises:
-        ConfigError: the journal is of another run.
-        UserError: the file cannot be made.
-        DataError: a line in its midst cannot be read.
+    ``run`` is what the run asks for. A journal of another run is not gone on with.
     """
 
     def __init__(self, path: Path, run: dict[str, Any]) -> None:
@@ -38,7 +49,7 @@ class Journal:
             path.parent.mkdir(parents=True, exist_ok=True)
             # Unbuffered: a write that fails leaves nothing behind that closing would write again.
             self._out = open(path, "ab", buffering=0)
-            self._in: BinaryIO = open(path, "rb")
+            self._in = open(path, "rb")
         except OSError as error:
             raise UserError(
                 f"cannot open: {error.strerror or error}",
@@ -46,45 +57,38 @@ class Journal:
                 hint="Choose a folder that can be written",
             ) from error
         try:
-            self._open(run)
+            self._read(run)
         except BaseException:
-            self._close()
+            self.close()
             raise
 
-    def __enter__(self) -> Journal:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._close()
+    def close(self) -> None:
+        """Close the file."""
+        self._in.close()
+        self._out.close()
 
     def __contains__(self, name: str) -> bool:
         return name in self._places
 
-    def __len__(self) -> int:
-        return len(self._places)
-
-    def add(self, name: str, row: dict[str, Any]) -> None:
+    def add(self, row: JournalRow) -> None:
         """Append a row under a name that is not there yet."""
-        assert name not in self._places
-        self._places[name] = self._append({"id": name, **row})
+        assert row.id not in self._places
+        self._places[row.id] = self._append(row.model_dump(exclude_none=True))
 
-    def get(self, name: str) -> dict[str, Any] | None:
+    def get(self, name: str) -> JournalRow | None:
         """Return the row of a name."""
         place = self._places.get(name)
         if place is None:
             return None
         self._in.seek(place)
-        row: dict[str, Any] = json.loads(self._in.readline())
-        return row
+        return JournalRow.model_validate_json(self._in.readline())
 
-    def names(self) -> list[str]:
-        """Return all names, sorted."""
-        return sorted(self._places)
+    def rows(self) -> Iterator[JournalRow]:
+        """Yield all rows by their names, sorted."""
+        for name in sorted(self._places):
+            row = self.get(name)
+            assert row is not None
+            yield row
 
     def _append(self, row: dict[str, Any]) -> int:
         line = json.dumps(row, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
@@ -103,48 +107,35 @@ class Journal:
             hint="What was written is kept; free space and run the command again",
         )
 
-    def _close(self) -> None:
-        self._in.close()
-        self._out.close()
-
-    def _open(self, run: dict[str, Any]) -> None:
+    def _read(self, run: dict[str, Any]) -> None:
         place = 0
         for number, line in enumerate(self._in, start=1):
-            if not line.endswith(b"\n"):
-                if number == 1 and not line.startswith(_BEGINNING[: len(line)]):
-                    raise self._no_line(number)
+            torn = not line.endswith(b"\n")
+            if torn and (number > 1 or line.startswith(_BEGINNING[: len(line)])):
                 break  # half written when the process died
             try:
-                row = json.loads(line)
+                if torn:
+                    raise ValueError
                 if number == 1:
-                    before = row["run"]
+                    before = json.loads(line)["run"]
                 else:
-                    self._places[row["id"]] = place
+                    self._places[JournalRow.model_validate_json(line).id] = place
             except (ValueError, KeyError, TypeError) as error:
-                raise self._no_line(number) from error
-            if number == 1:
-                self._check(before, run)
+                raise DataError(
+                    "is no line of a journal",
+                    where=f"{self._path}:{number}",
+                    hint="Delete the line, or choose another folder",
+                ) from error
+            if number == 1 and before != run:
+                known = before if isinstance(before, dict) else run
+                changed = ", ".join(key for key in run if known.get(key) != run[key])
+                raise ConfigError(
+                    "the folder holds a synthesis with other settings"
+                    + (f" ({changed})" if changed else ""),
+                    where=str(self._path),
+                    hint="Choose another folder, or the settings of before",
+                )
             place += len(line)
         self._out.truncate(place)
         if place == 0:
             self._append({"run": run})
-
-    def _no_line(self, number: int) -> DataError:
-        return DataError(
-            "is no line of a journal",
-            where=f"{self._path}:{number}",
-            hint="Delete the line, or choose another folder",
-        )
-
-    def _check(self, before: Any, run: dict[str, Any]) -> None:
-        if before == run:
-            return
-        changed = (
-            [key for key in run if before.get(key) != run[key]] if isinstance(before, dict) else []
-        )
-        raise ConfigError(
-            "the folder holds a synthesis with other settings"
-            + (f" ({', '.join(changed)})" if changed else ""),
-            where=str(self._path),
-            hint="Choose another folder, or the settings of before",
-        )

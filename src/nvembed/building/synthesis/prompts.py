@@ -1,17 +1,30 @@
-"""What the model is asked: first for tasks, then for one example of a task.
+"""What the model is asked, and what it may answer: tasks first, then one example of a task.
 
-In: kind, task and the seed of a request; out: the prompt. The same seed gives the same words. Every
-request draws subjects, lengths and difficulty, so that the answers differ. The two steps are those
-of E5-mistral (Wang et al. 2024), which NV-Embed v2 follows for English (paper s4.3); the words are
-our own. Next file: ``answers.py``.
+The same seed gives the same prompt. Every request draws subjects, lengths and difficulty, so that
+the answers differ. The two steps are those of E5-mistral (Wang et al. 2024), which NV-Embed v2
+follows for English (paper s4.3); the words are our own. Of an answer the first JSON object counts;
+a model may put it into a code block or words around it. What is not as asked is asked again.
 """
 
 from __future__ import annotations
 
+import json
 import random
+from typing import Annotated, TypeVar
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
 
 from nvembed.building.synthesis.config import ExampleKind
 from nvembed.core.seeding import derive_seed
+from nvembed.text.similarity import text_key
 
 VERSION = 1
 """Counts up when the words change: a run that was begun with others is not gone on with."""
@@ -83,14 +96,7 @@ _CLARITY = (
 
 
 def tasks_prompt(kind: ExampleKind, count: int, seed: int, number: int) -> str:
-    """Ask for new tasks.
-
-    Args:
-        kind: lengths of query and document.
-        count: how many.
-        seed: of the run.
-        number: of this request among those of its kind.
-    """
+    """Ask for ``count`` new tasks, in the request of this number among those of the kind."""
     rng = random.Random(derive_seed(seed, "tasks", kind, number))
     what, *examples = _TASKS[kind]
     subjects = "; ".join(rng.sample(_SUBJECTS, 3))
@@ -107,14 +113,7 @@ def tasks_prompt(kind: ExampleKind, count: int, seed: int, number: int) -> str:
 
 
 def example_prompt(kind: ExampleKind, task: str, seed: int, number: int) -> str:
-    """Ask for one example of a task.
-
-    Args:
-        kind: lengths of query and document.
-        task: in one sentence.
-        seed: of the run.
-        number: of this example among those of its task.
-    """
+    """Ask for one example, that of this number among those of its task."""
     rng = random.Random(derive_seed(seed, "example", kind, task, number))
     lengths = {
         "query_length": rng.choice(_QUERY_LENGTHS),
@@ -135,3 +134,69 @@ def example_prompt(kind: ExampleKind, task: str, seed: int, number: int) -> str:
         "\nAnswer with the JSON object alone: "
         '{"query": "...", "positive": "...", "negative": "..."}'
     )
+
+
+# --- Answers --------------------------------------------------------------------------------------
+
+_LONGEST_TASK = 400  # characters
+_LONGEST_TEXT = 20_000
+
+
+class AnswerError(Exception):
+    """What is wrong with an answer, in a few words."""
+
+
+Text = Annotated[
+    str, StringConstraints(strip_whitespace=True, min_length=1, max_length=_LONGEST_TEXT)
+]
+Task = Annotated[
+    str,
+    StringConstraints(strip_whitespace=True, min_length=1, max_length=_LONGEST_TASK),
+    AfterValidator(lambda text: " ".join(text.split())),  # on one line
+]
+
+
+class TaskList(BaseModel):
+    """Tasks, each one sentence."""
+
+    model_config = ConfigDict(strict=True)
+    tasks: list[Task] = Field(min_length=1, max_length=500)
+
+
+class WrittenExample(BaseModel):
+    """A query, a document that serves it, and one that does not."""
+
+    model_config = ConfigDict(strict=True)
+    query: Text
+    positive: Text
+    negative: Text
+
+    @model_validator(mode="after")
+    def _check_different(self) -> WrittenExample:
+        if len({text_key(text) for text in (self.query, self.positive, self.negative)}) < 3:
+            raise ValueError("two of the texts are equal")
+        return self
+
+
+AnswerT = TypeVar("AnswerT", bound=BaseModel)
+
+
+def parse_answer(text: str, answer: type[AnswerT]) -> AnswerT:
+    """Read the first JSON object of an answer.
+
+    Raises:
+        AnswerError: there is none, or it is not as asked.
+    """
+    start = text.find("{")
+    if start < 0:
+        raise AnswerError("no JSON object")
+    try:
+        return answer.model_validate(json.JSONDecoder().raw_decode(text, start)[0])
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        place = ".".join(map(str, first["loc"]))
+        raise AnswerError(f"{place}: {first['msg']}" if place else first["msg"]) from error
+    except json.JSONDecodeError as error:
+        raise AnswerError(f"broken JSON: {error.msg} at character {error.pos}") from error
+    except (ValueError, RecursionError) as error:
+        raise AnswerError("numbers too long or nesting too deep") from error

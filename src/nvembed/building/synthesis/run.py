@@ -1,6 +1,6 @@
-"""A synthesis: tasks are thought of, an example of each is written, doubles are dropped.
+"""A synthesis: tasks are thought of, examples of each are written, doubles are dropped.
 
-In: the settings and a folder; out, in the folder:
+The folder then holds:
 
     journal.jsonl    every answer (``journal.py``); a run with the same settings goes on from it
     tasks.jsonl      {"kind", "task"}
@@ -17,31 +17,40 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from contextlib import aclosing, closing
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from nvembed.building.duplicates import NearDuplicates
-from nvembed.building.synthesis.answers import TaskList, WrittenExample
-from nvembed.building.synthesis.asking import Asker, Request
+from pydantic import BaseModel
+
+from nvembed.building.similar_texts import NearDuplicates
 from nvembed.building.synthesis.config import ExampleKind, SynthesisConfig
-from nvembed.building.synthesis.endpoint import ChatEndpoint, read_key
+from nvembed.building.synthesis.endpoint import Asker, ChatEndpoint, Request
 from nvembed.building.synthesis.journal import Journal
-from nvembed.building.synthesis.prompts import VERSION, example_prompt, tasks_prompt
+from nvembed.building.synthesis.prompts import (
+    VERSION,
+    TaskList,
+    WrittenExample,
+    example_prompt,
+    tasks_prompt,
+)
 from nvembed.core.files import tidy, write_json, write_jsonl
+from nvembed.core.http import read_key
 from nvembed.core.ownership import check_outputs
 from nvembed.core.reporting import progress
 from nvembed.core.text_files import check_folder_name
 from nvembed.data.records import PairRecord
 
-JOURNAL = "journal.jsonl"
-TASKS = "tasks.jsonl"
-EXAMPLES = "examples.jsonl"
-REJECTS = "rejects.jsonl"
-SUMMARY = "summary.json"
-SYNTHESIZE = "data synthesize"
-_MADE = (TASKS, EXAMPLES, REJECTS, SUMMARY)
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_JOURNAL = "journal.jsonl"
+_TASKS = "tasks.jsonl"
+_EXAMPLES = "examples.jsonl"
+_REJECTS = "rejects.jsonl"
+_SUMMARY = "summary.json"
+_SYNTHESIZE = "data synthesize"
 # Jaccard similarity of pairs of words from which two tasks, or two queries, are doubles.
 _SAME_TASK = 0.7
 _SAME_QUERY = 0.8
@@ -50,8 +59,7 @@ _DOUBLE_WORDS = 2
 _IDLE_ROUNDS = 3
 
 
-@dataclass
-class KindSummary:
+class KindSummary(BaseModel):
     """Counts of one kind; ``double`` ones are dropped."""
 
     tasks: int = 0
@@ -61,19 +69,14 @@ class KindSummary:
     rejected: int = 0
 
 
-@dataclass
-class Summary:
-    """What a run has come to.
+class Summary(BaseModel):
+    """What a run has come to: counts by kind, and what the whole journal has cost.
 
-    Args:
-        kinds: counts by kind.
-        unanswered: requests that came to nothing in this run; another run asks them again.
-        prompt_tokens: of all answers in the journal, as the endpoint counted them.
-        answer_tokens: the same of the answers.
-        uncounted: answers that the endpoint gave no token counts for.
+    ``unanswered`` are requests that came to nothing in this run; another run asks them again.
+    Tokens are as the endpoint counted them, ``uncounted`` the answers that it gave no counts for.
     """
 
-    kinds: dict[str, KindSummary] = field(default_factory=dict)
+    kinds: dict[str, KindSummary]
     unanswered: int = 0
     prompt_tokens: int = 0
     answer_tokens: int = 0
@@ -81,31 +84,20 @@ class Summary:
 
 
 def synthesize(config: SynthesisConfig, folder: Path) -> Summary:
-    """Make examples, or go on with it.
+    """Make examples, or go on with it, and write everything into the folder.
 
-    Args:
-        config: the settings. Those that decide what is asked must be the ones of before where the
-            folder holds a journal; more tasks and more examples may be asked for.
-        folder: for everything that is written.
-
-    Raises:
-        ConfigError: the folder holds a synthesis with other settings, or files of these names that
-            no synthesis made; the key cannot be used.
-        EndpointError: the endpoint refuses requests or is gone; what was answered is kept.
+    Settings that decide what is asked must be the ones of before where the folder holds a journal;
+    more tasks and more examples may be asked for. What was answered is kept where an error ends it.
     """
     check_folder_name(folder)
     key = read_key(config.key_variable)
+    made = (_TASKS, _EXAMPLES, _REJECTS, _SUMMARY)
     if folder.is_dir():
-        for name in _MADE:
+        for name in made:
             tidy(folder, name)
-    check_outputs([folder / name for name in _MADE], made_by=SYNTHESIZE)
-    with Journal(folder / JOURNAL, _identity(config)) as journal:
-        return asyncio.run(_run(config, folder, key, journal))
-
-
-def _identity(config: SynthesisConfig) -> dict[str, Any]:
-    """What decides which question has which name."""
-    return {
+    check_outputs([folder / name for name in made], made_by=_SYNTHESIZE)
+    # What decides which question has which name.
+    identity = {
         "model": config.model,
         "seed": config.seed,
         "temperature": config.temperature,
@@ -113,132 +105,147 @@ def _identity(config: SynthesisConfig) -> dict[str, Any]:
         "max_answer_tokens": config.max_answer_tokens,
         "prompts": VERSION,
     }
+    with closing(Journal(folder / _JOURNAL, identity)) as journal:
+        run = _Synthesis(config, journal)
+        asyncio.run(run.ask(key))
+        run.write(folder)
+    return run.summary
 
 
-async def _run(config: SynthesisConfig, folder: Path, key: str | None, journal: Journal) -> Summary:
-    summary = Summary({kind: KindSummary() for kind in config.kinds})
-    tasks: dict[ExampleKind, list[str]] = {}
-    async with ChatEndpoint(config, key) as endpoint:
-        with progress(None, "tasks") as bar:
-            asker = Asker(endpoint, journal, config, bar)
-            for kind in config.kinds:
-                tasks[kind] = await _think_of_tasks(kind, config, asker, journal, summary)
-        total = sum(map(len, tasks.values())) * config.examples_per_task
-        with progress(total, "examples") as bar:
-            asker_of_examples = Asker(endpoint, journal, config, bar)
-            await asker_of_examples.ask_all(_example_requests(tasks, config))
-    summary.unanswered = asker.unanswered + asker_of_examples.unanswered
-    _write(folder, tasks, config, journal, summary)
-    return summary
+class _Synthesis:
+    """Tasks and counts so far."""
 
+    def __init__(self, config: SynthesisConfig, journal: Journal) -> None:
+        self._config = config
+        self._journal = journal
+        self._tasks: dict[ExampleKind, list[str]] = {}
+        self.summary = Summary(kinds={kind: KindSummary() for kind in config.kinds})
 
-async def _think_of_tasks(
-    kind: ExampleKind, config: SynthesisConfig, asker: Asker, journal: Journal, summary: Summary
-) -> list[str]:
-    """Ask for tasks in rounds until there are enough different ones, or no more new ones come.
+    async def ask(self, key: str | None) -> None:
+        """Ask for everything that is not in the journal."""
+        config, journal = self._config, self._journal
+        async with aclosing(ChatEndpoint(config, key)) as endpoint:
+            with progress(None, "tasks") as bar:
+                asker = Asker(endpoint, journal, config, bar)
+                for kind in config.kinds:
+                    self._tasks[kind] = await self._think_of_tasks(kind, asker)
+            self.summary.unanswered = asker.unanswered
+            total = sum(map(len, self._tasks.values())) * config.examples_per_task
+            with progress(total, "examples") as bar:
+                asker = Asker(endpoint, journal, config, bar)
+                await asker.ask_all(request for _, _, request in self._examples())
+            self.summary.unanswered += asker.unanswered
 
-    The rounds of a run that goes on are those of before: they depend on the answers alone.
-    """
-    seen = NearDuplicates(_SAME_TASK, shingle_words=_DOUBLE_WORDS)
-    tasks: list[str] = []
-    doubles = asked = idle = 0
-    while len(tasks) < config.tasks and idle < _IDLE_ROUNDS:
-        missing = config.tasks - len(tasks)
-        numbers = range(asked, asked + math.ceil(missing / config.tasks_per_request))
-        asked = numbers.stop
-        await asker.ask_all(
-            Request(
-                _tasks_name(kind, number),
-                tasks_prompt(kind, config.tasks_per_request, config.seed, number),
-                TaskList,
-            )
-            for number in numbers
-        )
-        before = len(tasks)
-        for number in numbers:
-            row = journal.get(_tasks_name(kind, number)) or {}
-            for task in row.get("answer", {}).get("tasks", ()):
-                if seen.find_or_add(len(tasks), task):
-                    doubles += 1
-                else:
-                    tasks.append(task)
-        idle = idle + 1 if len(tasks) == before else 0
-    summary.kinds[kind].double_tasks = doubles
-    return tasks[: config.tasks]
+    async def _think_of_tasks(self, kind: ExampleKind, asker: Asker) -> list[str]:
+        """Ask for tasks in rounds until there are enough different ones, or no more new ones come.
 
-
-def _tasks_name(kind: ExampleKind, number: int) -> str:
-    return f"tasks/{kind}/{number:06d}"
-
-
-def _example_name(kind: ExampleKind, task: str, number: int) -> str:
-    # By what the task says: its place changes when a request is answered that was not before.
-    return f"example/{kind}/{sha256(task.encode()).hexdigest()[:24]}/{number:03d}"
-
-
-def _example_requests(
-    tasks: dict[ExampleKind, list[str]], config: SynthesisConfig
-) -> Iterator[Request]:
-    for kind, texts in tasks.items():
-        for task in texts:
-            for number in range(config.examples_per_task):
-                prompt = example_prompt(kind, task, config.seed, number)
-                yield Request(_example_name(kind, task, number), prompt, WrittenExample)
-
-
-def _write(
-    folder: Path,
-    tasks: dict[ExampleKind, list[str]],
-    config: SynthesisConfig,
-    journal: Journal,
-    summary: Summary,
-) -> None:
-    for kind, texts in tasks.items():
-        summary.kinds[kind].tasks = len(texts)
-    write_jsonl(
-        folder / TASKS,
-        ({"kind": kind, "task": task} for kind, texts in tasks.items() for task in texts),
-        SYNTHESIZE,
-    )
-    write_jsonl(folder / EXAMPLES, _records(tasks, config, journal, summary), SYNTHESIZE)
-    write_jsonl(folder / REJECTS, _rejects(journal, summary), SYNTHESIZE)
-    write_json(folder / SUMMARY, asdict(summary), SYNTHESIZE)
-
-
-def _records(
-    tasks: dict[ExampleKind, list[str]],
-    config: SynthesisConfig,
-    journal: Journal,
-    summary: Summary,
-) -> Iterator[dict[str, Any]]:
-    seen = NearDuplicates(_SAME_QUERY, shingle_words=_DOUBLE_WORDS)
-    for kind, texts in tasks.items():
-        counts = summary.kinds[kind]
-        for task in texts:
-            for number in range(config.examples_per_task):
-                row = journal.get(_example_name(kind, task, number)) or {}
-                if "answer" not in row:
-                    continue
-                example = WrittenExample.model_validate(row["answer"])
-                if seen.find_or_add(len(seen), example.query):
-                    counts.double_examples += 1
-                    continue
-                counts.examples += 1
-                record = PairRecord(
-                    example.query, (example.positive,), (example.negative,), instruction=task
+        The rounds of a run that goes on are those of before: they depend on the answers alone.
+        """
+        config, counts = self._config, self.summary.kinds[kind]
+        seen = NearDuplicates(_SAME_TASK, shingle_words=_DOUBLE_WORDS)
+        tasks: list[str] = []
+        asked = idle = 0
+        while len(tasks) < config.tasks and idle < _IDLE_ROUNDS:
+            missing = math.ceil((config.tasks - len(tasks)) / config.tasks_per_request)
+            requests = [
+                Request(
+                    f"tasks/{kind}/{number:06d}",
+                    tasks_prompt(kind, config.tasks_per_request, config.seed, number),
+                    TaskList,
                 )
-                yield {**record.to_json(), "kind": kind}
+                for number in range(asked, asked + missing)
+            ]
+            asked += missing
+            await asker.ask_all(requests)
+            before = len(tasks)
+            for request in requests:
+                row = self._journal.get(request.name)
+                for task in row.answer["tasks"] if row and row.answer else ():
+                    if seen.find_or_add(len(tasks), task):
+                        counts.double_tasks += 1
+                    else:
+                        tasks.append(task)
+            idle = idle + 1 if len(tasks) == before else 0
+        counts.tasks = min(len(tasks), config.tasks)
+        return tasks[: config.tasks]
+
+    def _examples(self) -> Iterator[tuple[ExampleKind, str, Request]]:
+        """Yield the kind, the task and the request of each example that is to be written."""
+        for kind, texts in self._tasks.items():
+            for task in texts:
+                # By what the task says: its place changes when a request is answered that was not.
+                digest = sha256(task.encode()).hexdigest()[:24]
+                for number in range(self._config.examples_per_task):
+                    name = f"example/{kind}/{digest}/{number:03d}"
+                    prompt = example_prompt(kind, task, self._config.seed, number)
+                    yield kind, task, Request(name, prompt, WrittenExample)
+
+    def write(self, folder: Path) -> None:
+        """Write all files but the journal, from the journal."""
+        tasks = ({"kind": kind, "task": t} for kind, texts in self._tasks.items() for t in texts)
+        write_jsonl(folder / _TASKS, tasks, _SYNTHESIZE)
+        write_jsonl(folder / _EXAMPLES, self._records(), _SYNTHESIZE)
+        write_jsonl(folder / _REJECTS, self._rejects(), _SYNTHESIZE)
+        write_json(folder / _SUMMARY, self.summary.model_dump(), _SYNTHESIZE)
+
+    def _records(self) -> Iterator[dict[str, Any]]:
+        seen = NearDuplicates(_SAME_QUERY, shingle_words=_DOUBLE_WORDS)
+        for kind, task, request in self._examples():
+            row, counts = self._journal.get(request.name), self.summary.kinds[kind]
+            if row is None or row.answer is None:
+                continue
+            example = WrittenExample.model_validate(row.answer)
+            if seen.find_or_add(len(seen), example.query):
+                counts.double_examples += 1
+                continue
+            counts.examples += 1
+            negatives = (example.negative,)
+            record = PairRecord(example.query, (example.positive,), negatives, instruction=task)
+            yield {**record.to_json(), "kind": kind}
+
+    def _rejects(self) -> Iterator[dict[str, Any]]:
+        """Yield the answers that were refused, and count what the whole journal has cost."""
+        summary = self.summary
+        for row in self._journal.rows():
+            summary.prompt_tokens += row.prompt_tokens
+            summary.answer_tokens += row.answer_tokens
+            summary.uncounted += row.uncounted
+            if row.rejected is not None:
+                if (counts := summary.kinds.get(row.id.split("/")[1])) is not None:
+                    counts.rejected += 1
+                yield {"id": row.id, "problem": row.rejected, "text": row.text}
 
 
-def _rejects(journal: Journal, summary: Summary) -> Iterator[dict[str, Any]]:
-    """Yield the answers that were refused, and count what the whole journal has cost."""
-    for name in journal.names():
-        row = journal.get(name) or {}
-        summary.prompt_tokens += row["prompt_tokens"]
-        summary.answer_tokens += row["answer_tokens"]
-        summary.uncounted += row["uncounted"]
-        if "rejected" in row:
-            kind = name.split("/")[1]
-            if kind in summary.kinds:
-                summary.kinds[kind].rejected += 1
-            yield {"id": name, "problem": row["rejected"], "text": row["text"]}
+def print_summary(summary: Summary, folder: Path, console: Console) -> None:
+    """Print counts by kind, what it took, and how to train on it."""
+    from rich.table import Table
+
+    table = Table("kind", *(name.replace("_", " ") for name in KindSummary.model_fields))
+    for column in table.columns[1:]:
+        column.justify = "right"
+    rows = {kind: list(counts.model_dump().values()) for kind, counts in summary.kinds.items()}
+    for kind, values in rows.items():
+        table.add_row(kind, *(f"{value:,}" for value in values))
+    table.add_section()
+    totals = [sum(column) for column in zip(*rows.values(), strict=True)]
+    table.add_row("all", *(f"{value:,}" for value in totals))
+    console.print(table)
+    uncounted = f", {summary.uncounted:,} answers uncounted" if summary.uncounted else ""
+    console.print(
+        f"tokens: {summary.prompt_tokens:,} in prompts, {summary.answer_tokens:,} in answers"
+        f"{uncounted}; cost unknown: the endpoint does not tell",
+        soft_wrap=True,
+    )
+    if summary.unanswered:
+        console.print(
+            f"{summary.unanswered:,} requests came to nothing: run the same command again",
+            soft_wrap=True,
+        )
+    path = folder / _EXAMPLES
+    console.print(f"written: {path}", soft_wrap=True)
+    console.print(
+        f"for training on it, add to datasets: {{name: synthetic, path: {path}, kind: retrieval, "
+        "instruction: null, stages: [1]}",
+        soft_wrap=True,
+        markup=False,
+    )

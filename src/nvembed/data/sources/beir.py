@@ -5,7 +5,7 @@
 
 Each may have any format of ``data/sources/files.py``, compressed or not. Judgements may also be
 text between tabs or white space, with or without a first line of names, and TREC's
-``query 0 document grade``. Training (the layout ``beir`` of ``joins.py``) and evaluation
+``query 0 document grade``. Training (the layout ``beir``) and evaluation
 (``evaluation/retrieval_files.py``) both read through this file.
 """
 
@@ -18,22 +18,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nvembed.core.errors import DataError, SourceError
-from nvembed.core.text_files import numbered_lines, open_text_file, too_long
-from nvembed.data.records import RowError
-from nvembed.data.sources.columns import MISSING, Columns
-from nvembed.data.sources.files import as_source_error, open_file
-from nvembed.data.sources.rows import BadRow, Row, Rows, Table, Values
+from nvembed.core.errors import SourceError
+from nvembed.core.text_files import ending_of, numbered_lines, open_text_file, too_long
+from nvembed.data.records import BadRow, RowError
+from nvembed.data.sources.files import open_file
+from nvembed.data.sources.rows import MISSING, Columns, Row, Rows, Table, Values, all_rows, read_id
 
 _SPLITS = ("test", "dev", "validation", "train")
-
 _COLUMNS = ("query-id", "corpus-id", "score")
 _TREC_COLUMNS = ("query-id", "iteration", "corpus-id", "score")
 # In the order of preference where a folder has several.
 _ROW_ENDINGS = (".jsonl", ".json", ".parquet", ".csv", ".tsv")
 _TEXT_ENDINGS = (".tsv", ".txt", ".trec", ".qrels", ".qrel")
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?", re.ASCII)
-
 
 # --- Which files there are ------------------------------------------------------------------------
 
@@ -76,63 +73,15 @@ def _find(folder: Path, name: str, endings: Sequence[str]) -> Path | None:
     return next((files[one] for one in wanted if one in files), None)
 
 
-# --- Values ---------------------------------------------------------------------------------------
-
-
-def read_id(value: Any) -> str:
-    """Read an id: a text, or a whole number as its digits (copies of a set mix 7, 7.0 and "7").
-
-    Raises:
-        RowError: it is something else, or empty.
-    """
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if not isinstance(value, str | int) or isinstance(value, bool):
-        raise RowError(f"an id is {type(value).__name__}, expected a text or a number")
-    if not (text := str(value).strip()):
-        raise RowError("an id is empty, expected a text or a number")
-    return text
-
-
-def read_grade(value: Any) -> float:
-    """Read a finite number, or a text that spells one.
-
-    Raises:
-        RowError: it is something else.
-    """
-    if isinstance(value, str) and _NUMBER.fullmatch(value.strip()):
-        value = float(value)
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        try:
-            number = float(value)
-        except OverflowError:
-            number = math.inf
-        if math.isfinite(number):
-            return number
-    shown = repr(value) if isinstance(value, str | int | float) else type(value).__name__
-    raise RowError(f'"score" is {shown[:60]}, expected a number')
-
-
-def join_texts(parts: Sequence[Any]) -> str:
-    """Join title and text by a space, as mteb does; parts may be null.
-
-    Raises:
-        RowError: a part is no text.
-    """
-    if not all(isinstance(part, str) for part in parts if part is not None):
-        raise RowError('"text" is no text' if len(parts) == 1 else '"title" or "text" is no text')
-    return " ".join(part or "" for part in parts).strip()
-
-
 # --- Judgements -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """How relevant a document is to a query: above 0, or not.
+    """How relevant a document is to a query.
 
     Attributes:
-        grade: a finite number.
+        grade: a finite number, above 0 for relevant.
         place: ``file:line`` of the row.
         again: the pair was judged before, so that only this row counts.
         differs: it was judged otherwise before.
@@ -153,46 +102,48 @@ def read_judgements(rows: Rows, columns: Columns) -> Generator[BadRow, None, Jud
 
     Of a pair that is judged twice the last row counts, as in BEIR and mteb. Rows without a column
     ``score`` are all relevant.
-
-    Args:
-        rows: of ``open_judgements``, or any table with the columns.
-        columns: where ``query-id``, ``corpus-id`` and ``score`` are found.
     """
+
+    def read(values: Values) -> Iterator[tuple[str, str, float]]:
+        query = read_id(columns.need(values, "query-id"))
+        document = read_id(columns.need(values, "corpus-id"))
+        score = columns.find(values, "score")
+        yield query, document, 1.0 if score is MISSING or score is None else _grade(score)
+
     found: Judgements = {}
-    for row in rows:
-        if isinstance(row, BadRow):
-            yield row
-            continue
-        try:
-            query = read_id(columns.need(row.values, "query-id"))
-            document = read_id(columns.need(row.values, "corpus-id"))
-            score = columns.find(row.values, "score")
-            grade = 1.0 if score is MISSING or score is None else read_grade(score)
-        except RowError as bad:
-            yield BadRow(row.place, str(bad))
-            continue
+    for place, (query, document, grade) in (yield from all_rows(rows, read)):
         of_query = found.setdefault(query, {})
         before = of_query.get(document)
-        of_query[document] = Judgement(
-            grade,
-            row.place,
-            again=before is not None,
-            differs=before is not None and (before.differs or before.grade != grade),
-        )
+        differs = before is not None and (before.differs or before.grade != grade)
+        of_query[document] = Judgement(grade, place, before is not None, differs)
     return found
+
+
+def _grade(value: Any) -> float:
+    """Read a finite number, or a text that spells one."""
+    if isinstance(value, str) and _NUMBER.fullmatch(value.strip()):
+        value = float(value)
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        try:
+            number = float(value)
+        except OverflowError:
+            number = math.inf
+        if math.isfinite(number):
+            return number
+    shown = repr(value) if isinstance(value, str | int | float) else type(value).__name__
+    raise RowError(f'"score" is {shown[:60]}, expected a number')
 
 
 def open_judgements(path: Path) -> Table:
     """Open the judgements of a split: text as at the top of this file, or a file of rows.
 
     Raises:
-        SourceError: the file cannot be read, or is empty.
+        DataError: the file cannot be read, or is empty.
     """
     name = str(path)
-    ending = Path(path.stem if path.suffix.lower() == ".gz" else path.name).suffix.lower()
-    if ending not in _TEXT_ENDINGS:
+    if ending_of(path) not in _TEXT_ENDINGS:
         table = open_file(path)
-        if table.textual and table.columns and _names_of(table.columns) is None:
+        if table.textual and table.columns and _is_row(table.columns):
             return open_file(path, header=_default_names(table.columns))
         return table
     if not path.is_file():
@@ -202,14 +153,14 @@ def open_judgements(path: Path) -> Table:
         raise SourceError("the file is empty", where=name, expected="judgements")
     if isinstance(first, str):
         raise SourceError(first, where=f"{name}:1")
-    names = _names_of(first)
-    columns = _default_names(first) if names is None else names
-    return Table(name, _text_rows(path, columns, skip=names is not None), columns, textual=True)
+    skip = not _is_row(first)
+    columns = tuple(first) if skip else _default_names(first)
+    return Table(name, _text_rows(path, columns, skip=skip), columns, textual=True)
 
 
-def _names_of(cells: Sequence[str]) -> tuple[str, ...] | None:
-    """The names of the columns, where the first line has them; None where it is a row."""
-    return None if _NUMBER.fullmatch(cells[-1]) and len(cells) in (3, 4) else tuple(cells)
+def _is_row(cells: Sequence[str]) -> bool:
+    """Whether the first line is a row already, and does not name the columns."""
+    return len(cells) in (3, 4) and bool(_NUMBER.fullmatch(cells[-1]))
 
 
 def _default_names(cells: Sequence[str]) -> tuple[str, ...]:
@@ -218,39 +169,29 @@ def _default_names(cells: Sequence[str]) -> tuple[str, ...]:
 
 def _text_rows(path: Path, columns: tuple[str, ...], *, skip: bool) -> Rows:
     for number, cells in _lines(path):
-        if not cells:
-            continue
-        if skip:
-            skip = False
+        if not cells or skip:
+            skip = skip and not cells
             continue
         place = f"{path}:{number}"
+        if not isinstance(cells, str) and len(cells) != len(columns):
+            cells = " ".join(cells).split()
         if isinstance(cells, str):
             yield BadRow(place, cells)
-            continue
-        if len(cells) != len(columns):
-            cells = " ".join(cells).split()
-        if len(cells) != len(columns):
-            yield BadRow(
-                place, f"{len(cells)} columns, expected {len(columns)}: {', '.join(columns)}"
-            )
-            continue
-        values: Values = dict(zip(columns, cells, strict=True))
-        yield Row(place, values)
+        elif len(cells) != len(columns):
+            told = f"{len(cells)} columns, expected {len(columns)}: {', '.join(columns)}"
+            yield BadRow(place, told)
+        else:
+            yield Row(place, dict(zip(columns, cells, strict=True)))
 
 
 def _lines(path: Path) -> Iterator[tuple[int, list[str] | str]]:
     """Yield (number from 1, cells of the line or what is wrong with it)."""
-    try:
-        with open_text_file(path) as file:
-            for number, line in numbered_lines(file):
-                try:
-                    yield number, too_long() if line is None else _cells(line.decode("utf-8"))
-                except UnicodeDecodeError:
-                    yield number, "not UTF-8 text"
-    except SourceError:
-        raise
-    except DataError as error:
-        raise as_source_error(error) from error
+    with open_text_file(path) as file:
+        for number, line in numbered_lines(file):
+            try:
+                yield number, too_long() if line is None else _cells(line.decode("utf-8"))
+            except UnicodeDecodeError:
+                yield number, "not UTF-8 text"
 
 
 def _cells(line: str) -> list[str]:

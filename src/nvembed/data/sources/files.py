@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing
-from itertools import chain
+from functools import partial
+from itertools import chain, count
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any
 
 from nvembed.core.errors import DataError, SourceError
 from nvembed.core.text_files import (
@@ -29,124 +30,37 @@ from nvembed.core.text_files import (
     stdin_bytes,
     too_long,
 )
-from nvembed.data.record_files import open_parquet, parquet_rows
-from nvembed.data.sources.rows import BadRow, Row, Rows, Table
+from nvembed.data.records import BadRow
+from nvembed.data.sources.rows import Row, Rows, Table
 
 MAX_JSON = 1024 * 2**20  # bytes of a JSON list, which is read as a whole
 FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
+_PARQUET_ROWS = 1024  # in memory at once: texts may be long
 
-Open = Callable[[], IO[bytes]]
 Binary = Callable[[], AbstractContextManager[io.BufferedReader]]
 
 
 def open_file(
-    path: Path,
+    path: Path | str,
     *,
     name: str | None = None,
     header: Sequence[str] | None = None,
     quotes: bool | None = None,
+    opener: Callable[[], IO[bytes]] | None = None,
 ) -> Table:
     """Open a file of rows.
 
     Args:
-        path: the file.
+        path: the file, or the address of a stream.
         name: what places and errors call it; its ending says the format. None is the path.
         header: columns of a CSV or TSV file that does not name them in its first line.
         quotes: whether its fields may be in quotes; None is yes for CSV, no for TSV.
+        opener: opens a stream of another format than Parquet, twice where it has a header.
 
     Raises:
-        SourceError: no such file, an unknown ending, or a file that is not what its ending says.
+        DataError: no such file, an unknown ending, or a file that is not what its ending says.
     """
     name = str(path) if name is None else name
-    form = _format(name, header, quotes)
-    if not path.is_file():
-        raise SourceError(
-            "no such file", where=name, hint="Relative paths start at the folder of the recipe"
-        )
-    if form == ".parquet":
-        try:
-            with open_parquet(path) as file:
-                schema = file.schema_arrow
-        except DataError as error:
-            raise as_source_error(error) from error
-        _check_distinct(schema.names, name)
-        rows = _guarded(lambda: _parquet(path, name))
-        return Table(name, rows, tuple(schema.names), schema=schema)
-    return open_stream(lambda: open(path, "rb"), name, header=header, quotes=quotes)
-
-
-def open_stream(
-    opener: Open, name: str, *, header: Sequence[str] | None = None, quotes: bool | None = None
-) -> Table:
-    """Open rows that come as bytes: all formats but Parquet.
-
-    Args:
-        opener: opens the bytes, once for the header and once for the rows.
-        name: path or address; its ending says the format.
-        header: as of ``open_file``.
-        quotes: as of ``open_file``.
-
-    Raises:
-        SourceError: as of ``open_file``.
-    """
-    form = _format(name, header, quotes)
-
-    def binary() -> AbstractContextManager[io.BufferedReader]:
-        return open_bytes(opener, name)
-
-    if form in (".jsonl", ".json"):
-        return Table(name, _guarded(lambda: _json(binary, name, lines=form == ".jsonl")))
-    if form == ".txt":
-        return Table(name, _guarded(lambda: _texts(binary, name)), ("text",), textual=True)
-    quoted = quotes if quotes is not None else form == ".csv"
-    delimiter = "," if form == ".csv" else "\t"
-
-    def records() -> Iterator[tuple[int, list[str] | str]]:
-        return _fields(binary, delimiter, quoted)
-
-    if header is not None:
-        columns = tuple(header)
-    else:
-        with closing(_guarded(records)) as beginning:
-            columns = _header(beginning, name)
-    rows = _guarded(lambda: _named(records(), name, columns, skip=header is None))
-    return Table(name, rows, columns, textual=True)
-
-
-def open_stdin(opener: Open = stdin_bytes, *, columns: bool = False) -> Table:
-    """Open standard input: JSON where it begins with ``{`` or ``[``, else a text per line.
-
-    Args:
-        opener: opens its bytes, where they were read before.
-        columns: whether columns are named, so that lines of text are not what was meant.
-
-    Raises:
-        SourceError: it is neither, or has no columns.
-    """
-
-    def rows() -> Rows:
-        with open_bytes(opener, STDIN_NAME) as file:
-            beginning, stream = peeked(file)
-            if beginning.startswith(b"PAR1"):
-                raise DataError(
-                    "Parquet cannot be read from a stream",
-                    where=STDIN_NAME,
-                    hint="Give the file by its name",
-                )
-            is_json = beginning.lstrip()[:1] in (b"{", b"[")
-            if columns and not is_json and beginning.strip():
-                raise DataError(
-                    "--column is given, and these are lines of text",
-                    where=STDIN_NAME,
-                    expected="JSON",
-                    hint="A table in CSV or TSV is read from a file",
-                )
-            yield from (_json_of if is_json else _texts_of)(stream, STDIN_NAME)
-
-    return Table(STDIN_NAME, _guarded(rows))
-
-
-def _format(name: str, header: Sequence[str] | None, quotes: bool | None) -> str:
     form = ending_of(name)
     if form not in FORMATS or (form == ".parquet" and is_gzip(name)):
         raise SourceError(
@@ -156,38 +70,124 @@ def _format(name: str, header: Sequence[str] | None, quotes: bool | None) -> str
         )
     if (header is not None or quotes is not None) and form not in (".csv", ".tsv"):
         raise SourceError("header and quotes are of CSV and TSV files only", where=name)
-    return form
+    if opener is None and not Path(path).is_file():
+        hint = "Relative paths start at the folder of the recipe"
+        raise SourceError("no such file", where=name, hint=hint)
+    if form == ".parquet":
+        return _parquet(Path(path), name)
+
+    def binary() -> AbstractContextManager[io.BufferedReader]:
+        return open_bytes(opener or (lambda: open(path, "rb")), name)
+
+    if form in (".csv", ".tsv"):
+        fields = partial(_fields, binary, form == ".csv" if quotes is None else quotes)
+        return _delimited(partial(fields, "," if form == ".csv" else "\t"), name, header)
+    is_text = form == ".txt"
+    read = _texts if is_text else partial(_json, lines=form == ".jsonl")
+
+    def rows() -> Rows:
+        with binary() as file:
+            yield from read(file, name)
+
+    return Table(name, rows(), ("text",) if is_text else None, textual=is_text)
 
 
-def _guarded(make: Callable[[], Iterator[Any]]) -> Generator[Any, None, None]:
-    """Pass rows on; what breaks the whole file becomes a SourceError."""
+def open_stdin(opener: Callable[[], IO[bytes]] = stdin_bytes, *, columns: bool = False) -> Table:
+    """Open standard input: JSON where it begins with ``{`` or ``[``, else a text per line.
+
+    ``opener`` opens its bytes, where they were read before. With ``columns``, columns are named, so
+    that lines of text are not what was meant.
+    """
+
+    def rows() -> Rows:
+        with open_bytes(opener, STDIN_NAME) as file:
+            beginning, stream = peeked(file)
+            if beginning.startswith(b"PAR1"):
+                raise SourceError(
+                    "Parquet cannot be read from a stream",
+                    where=STDIN_NAME,
+                    hint="Give the file by its name",
+                )
+            is_json = beginning.lstrip()[:1] in (b"{", b"[")
+            if columns and not is_json and beginning.strip():
+                raise SourceError(
+                    "--column is given, and these are lines of text",
+                    where=STDIN_NAME,
+                    expected="JSON",
+                    hint="A table in CSV or TSV is read from a file",
+                )
+            yield from (_json if is_json else _texts)(stream, STDIN_NAME)
+
+    return Table(STDIN_NAME, rows())
+
+
+# --- Parquet --------------------------------------------------------------------------------------
+
+
+def shard_files(folder: Path) -> list[Path]:
+    """The Parquet files of a built set, in order."""
+    return sorted(folder.glob("part-*.parquet"))
+
+
+def parquet_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (row number from 1, object) of a Parquet file.
+
+    The shards of a built set's folder are one file, their rows counted on.
+
+    Raises:
+        DataError: there is no file, pyarrow is missing, or it is no Parquet file.
+    """
+    files = shard_files(path) if path.is_dir() else [path]
+    if not files:
+        raise DataError(
+            "no training file here", where=str(path), expected="part-00000.parquet and so on"
+        )
+    numbers = count(1)
+    for one in files:
+        with _open_parquet(one) as file:
+            try:
+                for batch in file.iter_batches(batch_size=_PARQUET_ROWS, use_threads=False):
+                    for row in batch.to_pylist():
+                        yield next(numbers), row
+            except (ValueError, OSError) as error:  # errors of pyarrow are one or the other
+                raise _not_parquet(one, error) from error
+
+
+def _parquet(path: Path, name: str) -> Table:
+    with _open_parquet(path) as file:
+        schema = file.schema_arrow
+    _check_distinct(schema.names, name)
+    rows = (Row(f"{name}:{number}", values) for number, values in parquet_rows(path))
+    return Table(name, rows, tuple(schema.names), schema=schema)
+
+
+def _open_parquet(path: Path) -> Any:
+    """Open a Parquet file: a ``pyarrow.parquet.ParquetFile``."""
+    if not path.is_file():
+        raise DataError("no such file", where=str(path), expected="a Parquet file")
     try:
-        yield from make()
-    except SourceError:
-        raise
-    except DataError as error:
-        raise as_source_error(error) from error
+        import pyarrow.parquet
+    except ImportError as error:
+        raise DataError(
+            "reading Parquet needs pyarrow",
+            where=str(path),
+            hint="Run `pip install pyarrow`, or convert the file to JSONL",
+        ) from error
+    try:
+        return pyarrow.parquet.ParquetFile(path)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise _not_parquet(path, error) from error
 
 
-def as_source_error(error: DataError) -> SourceError:
-    """The same error, of a source of training data."""
-    return SourceError(error.message, where=error.where, expected=error.expected, hint=error.hint)
-
-
-def _parquet(path: Path, name: str) -> Rows:
-    for number, values in parquet_rows(path):
-        yield Row(f"{name}:{number}", values)
+def _not_parquet(path: Path, error: Exception) -> DataError:
+    reason = str(error).splitlines()[0]
+    return DataError(f"not a readable Parquet file ({reason})", where=str(path))
 
 
 # --- Text -----------------------------------------------------------------------------------------
 
 
-def _texts(binary: Binary, name: str) -> Rows:
-    with binary() as file:
-        yield from _texts_of(file, name)
-
-
-def _texts_of(file: IO[bytes], name: str) -> Rows:
+def _texts(file: IO[bytes], name: str) -> Rows:
     """A row with the column ``text`` per line that is not blank."""
     for number, line in numbered_lines(file, MAX_LINE):
         place = f"{name}:{number}"
@@ -203,18 +203,10 @@ def _texts_of(file: IO[bytes], name: str) -> Rows:
 # --- JSON -----------------------------------------------------------------------------------------
 
 
-def _json(binary: Binary, name: str, *, lines: bool) -> Rows:
-    with binary() as file:
-        yield from _json_of(file, name, lines=lines)
-
-
-def _json_of(file: io.BufferedReader, name: str, *, lines: bool = False) -> Rows:
+def _json(file: io.BufferedReader, name: str, *, lines: bool = False) -> Rows:
     """Objects by line; or one list or object, which is read as a whole.
 
-    Args:
-        file: the bytes.
-        name: of the file.
-        lines: a list that ends on its line is one row, unless it holds nothing but objects.
+    With ``lines``, a list that ends on its line is one row, unless it holds nothing but objects.
     """
     beginning, file = peeked(file)
     numbered = numbered_lines(file, MAX_LINE)
@@ -284,80 +276,89 @@ def _json_lines(lines: Iterator[tuple[int, bytes | None]], name: str) -> Rows:
 
 
 def _json_row(value: Any, place: str) -> Row | BadRow:
+    if isinstance(value, list):  # columns without names: they are called by their number
+        value = {str(number): item for number, item in enumerate(value)}
     if isinstance(value, dict):
         return Row(place, value)
-    if isinstance(value, list):  # columns without names: they are called by their number
-        return Row(place, {str(number): item for number, item in enumerate(value)})
     return BadRow(place, f"the line holds {type(value).__name__}, expected an object")
 
 
 # --- CSV and TSV ----------------------------------------------------------------------------------
 
+# The line that a record starts on, and its fields, or what is wrong with it.
+_Fields = Iterator[tuple[int, list[str] | str]]
 
-class _TextLines:
-    """Lines of a delimited file as texts, and what was wrong with them.
 
-    Args:
-        binary: the file.
-    """
+def _delimited(fields: Callable[[], _Fields], name: str, header: Sequence[str] | None) -> Table:
+    columns = tuple(header or ())
+    if header is None:
+        with closing(fields()) as beginning:  # type: ignore[type-var]
+            number, found = next(beginning, (1, "the file is empty"))
+        if isinstance(found, str):
+            raise SourceError(found, where=f"{name}:{number}", expected="a line of column names")
+        names = [field.strip() for field in found]
+        # As pandas calls columns without a name, which it writes for the numbers of its rows.
+        columns = tuple(name or f"Unnamed: {place}" for place, name in enumerate(names))
+        _check_distinct(columns, f"{name}:{number}")
 
-    def __init__(self, binary: io.BufferedReader) -> None:
-        self.number = 0
-        self.broken: list[int] = []
-        self.too_long: list[int] = []
-        self._lines = numbered_lines(binary, MAX_LINE)
+    def rows() -> Rows:
+        records = fields()
+        if header is None:
+            next(records, None)
+        for number, found in records:
+            place = f"{name}:{number}"
+            if isinstance(found, str):
+                yield BadRow(place, found)
+            elif len(found) != len(columns):
+                yield BadRow(place, f"{len(found)} fields, expected {len(columns)}")
+            else:
+                yield Row(place, dict(zip(columns, found, strict=True)))
 
-    def __iter__(self) -> Iterator[str]:
-        for number, line in self._lines:
-            self.number = number
+    return Table(name, rows(), columns, textual=True)
+
+
+def _fields(binary: Binary, quotes: bool, delimiter: str) -> _Fields:
+    csv.field_size_limit(max(csv.field_size_limit(), MAX_LINE))  # the default is 128 kB
+    read = 0  # lines
+    broken: list[int] = []
+    gigantic: list[int] = []
+
+    def texts(file: io.BufferedReader) -> Iterator[str]:
+        nonlocal read
+        for read, line in numbered_lines(file, MAX_LINE):
             if line is None:
-                self.too_long.append(self.number)
+                gigantic.append(read)
                 continue
             try:
                 yield line.decode("utf-8")
             except UnicodeDecodeError:
-                self.broken.append(self.number)
+                broken.append(read)
                 yield line.decode("utf-8", errors="replace")
 
-
-def _fields(binary: Binary, delimiter: str, quotes: bool) -> Iterator[tuple[int, list[str] | str]]:
-    """Yield (line it starts on, fields, or what is wrong) for every record of a delimited file."""
-    csv.field_size_limit(max(csv.field_size_limit(), MAX_LINE))  # the default is 128 kB
-    quoting: Literal[0, 3] = csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE
     with binary() as file:
-        lines = _TextLines(file)
-        reader = csv.reader(iter(lines), delimiter=delimiter, quoting=quoting, strict=True)
+        reader = csv.reader(
+            texts(file),
+            delimiter=delimiter,
+            quoting=csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE,
+            strict=True,
+        )
         while True:
-            start = lines.number + 1
+            start = read + 1
             found: list[str] | str
             try:
-                found = next(reader)
-            except StopIteration:
-                found = []
+                found = next(reader, [])
             except csv.Error as error:
                 found = f"not a row of fields ({error})"
                 if "unexpected end of data" in str(error):
                     found = "a quote is opened here and never closed"
-            for number in lines.too_long:
+            for number in gigantic:
                 yield number, too_long(MAX_LINE)
             if found:
-                yield start, "not UTF-8 text" if lines.broken else found
-            elif lines.number < start:  # nothing was read: the end
+                yield start, "not UTF-8 text" if broken else found
+            elif read < start:  # nothing was read: the end
                 return
-            lines.broken.clear()
-            lines.too_long.clear()
-
-
-def _header(records: Iterator[tuple[int, list[str] | str]], name: str) -> tuple[str, ...]:
-    """The names of the columns from the first line."""
-    number, found = next(records, (1, "the file is empty"))
-    if isinstance(found, str):
-        raise SourceError(found, where=f"{name}:{number}", expected="a line of column names")
-    names = [field.strip() for field in found]
-    # As pandas calls columns without a name, which it writes for the numbers of its rows.
-    columns = tuple(name or f"Unnamed: {place}" for place, name in enumerate(names))
-    _check_distinct(columns, f"{name}:{number}")
-    return columns
+            broken.clear()
+            gigantic.clear()
 
 
 def _check_distinct(columns: Sequence[str], where: str) -> None:
@@ -367,22 +368,3 @@ def _check_distinct(columns: Sequence[str], where: str) -> None:
             where=where,
             hint="Does the file begin with a row? Then give the names as `header`",
         )
-
-
-def _named(
-    records: Iterator[tuple[int, list[str] | str]],
-    name: str,
-    columns: tuple[str, ...],
-    *,
-    skip: bool,
-) -> Rows:
-    if skip:
-        next(records, None)
-    for number, found in records:
-        place = f"{name}:{number}"
-        if isinstance(found, str):
-            yield BadRow(place, found)
-        elif len(found) != len(columns):
-            yield BadRow(place, f"{len(found)} fields, expected {len(columns)}")
-        else:
-            yield Row(place, dict(zip(columns, found, strict=True)))

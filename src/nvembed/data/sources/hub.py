@@ -6,19 +6,23 @@ also works for sets that come with a loading script and for single files of very
 
 from __future__ import annotations
 
+import importlib
 import random
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
-from nvembed.core.errors import SourceError
+from nvembed.core.errors import DataError, SourceError
 from nvembed.core.seeding import derive_seed
 from nvembed.core.text_files import ending_of
-from nvembed.data.sources.config import HubLocation
-from nvembed.data.sources.files import open_file, open_stream
-from nvembed.data.sources.rows import BadRow, Row, Rows, Table
+from nvembed.data.config import HubLocation
+from nvembed.data.records import BadRow
+from nvembed.data.sources.files import open_file
+from nvembed.data.sources.rows import Row, Rows, Table
 
 _ROWS_AT_ONCE = 1000
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -31,13 +35,9 @@ def open_hub(
     header: Sequence[str] | None = None,
     quotes: bool | None = None,
 ) -> Table:
-    """Open a set on the hub.
+    """Open a set on the hub, or in a folder, whose relative path starts at ``base_dir``.
 
-    Args:
-        location: where it is.
-        base_dir: folder that local ids start at.
-        header: as of ``open_file``, for ``files``.
-        quotes: as of ``open_file``, for ``files``.
+    ``header`` and ``quotes`` are as of ``open_file``, for ``files``.
 
     Raises:
         SourceError: a library is missing, the set cannot be reached or may not be read, or there is
@@ -47,27 +47,27 @@ def open_hub(
     folder = base_dir / location.id
     local = folder if folder.is_dir() else None
     revision = None if local else _commit(location)
+    # Of the set alone: the rows that are taken do not depend on the rest of the recipe.
+    names = (location.id, location.config or "", location.split)
+    seed = derive_seed(0, "take", *names) % 2**32
     if location.files is None:
-        return _from_card(location, local, revision)
+        return _from_card(location, str(local or location.id), revision, seed)
     tables = [
-        _open_one(location, file, local, revision, header=header, quotes=quotes)
+        open_file(local / file, header=header, quotes=quotes)
+        if local
+        else _open_remote(location, file, revision, header, quotes)
         for file in location.files
     ]
     rows: Rows = (row for table in tables for row in table.rows)
     if location.take is not None:
-        rows = _some(rows, location)
-    return Table(
-        location.id,
-        rows,
-        tables[0].columns if len(tables) == 1 else None,
-        textual=any(table.textual for table in tables),
-        revision=revision,
-    )
+        shuffled = through_buffer(rows, location.shuffle_buffer, random.Random(seed))
+        rows = islice(shuffled, location.take)
+    columns = tables[0].columns if len(tables) == 1 else None
+    textual = any(table.textual for table in tables)
+    return Table(location.id, rows, columns, textual=textual, revision=revision)
 
 
 def _import(name: str) -> Any:
-    import importlib
-
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -84,126 +84,75 @@ def _commit(location: HubLocation) -> str | None:
 
     if location.revision is not None and _COMMIT.fullmatch(location.revision):
         return location.revision
-    try:
-        return HfApi().dataset_info(location.id, revision=location.revision).sha
-    except OfflineModeIsEnabled:
-        return location.revision  # what was downloaded before can be used all the same
-    except Exception as error:  # the libraries below raise errors of many families
-        raise _explained(error, location) from error
+    with _explained(location):
+        try:
+            return HfApi().dataset_info(location.id, revision=location.revision).sha
+        except OfflineModeIsEnabled:
+            return location.revision  # what was downloaded before can be used all the same
 
 
-# --- By the card ----------------------------------------------------------------------------------
-
-
-def _from_card(location: HubLocation, local: Path | None, revision: str | None) -> Table:
-    datasets = _import("datasets")
-    name = _name(location)
-    try:
+def _from_card(location: HubLocation, place: str, revision: str | None, seed: int) -> Table:
+    datasets, name = _import("datasets"), _name(location)
+    streaming, take = location.streaming, location.take
+    with _explained(location):
         dataset = datasets.load_dataset(
-            str(local or location.id),
-            location.config,
-            split=location.split,
-            revision=revision,
-            streaming=location.streaming,
+            place, location.config, split=location.split, revision=revision, streaming=streaming
         )
-        if location.take is not None:
-            dataset = _shuffled(dataset, location)
+        if take is not None and streaming:
+            buffer = location.shuffle_buffer
+            dataset = dataset.shuffle(seed=seed, buffer_size=buffer).take(take)
+        elif take is not None:
+            dataset = dataset.shuffle(seed=seed).select(range(min(take, len(dataset))))
         # A stream does not always know its columns before it is read.
         columns = dataset.column_names or tuple(next(iter(dataset), {}))
-    except Exception as error:  # the libraries below raise errors of many families
-        raise _explained(error, location) from error
-    return Table(name, _batches(dataset, name, location), tuple(columns), revision=revision)
 
-
-def _shuffled(dataset: Any, location: HubLocation) -> Any:
-    if location.streaming:
-        stream = dataset.shuffle(seed=_seed(location), buffer_size=location.shuffle_buffer)
-        return stream.take(location.take)
-    most = min(location.take or 0, len(dataset))
-    return dataset.shuffle(seed=_seed(location)).select(range(most))
-
-
-def _seed(location: HubLocation) -> int:
-    # Of the set alone: the rows that are taken do not depend on the rest of the recipe.
-    return derive_seed(0, "take", location.id, location.config or "", location.split) % 2**32
-
-
-def _batches(dataset: Any, name: str, location: HubLocation) -> Rows:
-    number = 0
-    try:
-        for batch in dataset.iter(batch_size=_ROWS_AT_ONCE):
-            names = tuple(batch)
+    def rows() -> Rows:
+        number = 0
+        batches = dataset.iter(batch_size=_ROWS_AT_ONCE)
+        while True:
+            with _explained(location, f"after row {number}: "):
+                batch = next(batches, None)
+            if batch is None:
+                return
             for values in zip(*batch.values(), strict=True):
                 number += 1
-                yield Row(f"{name} row {number}", dict(zip(names, values, strict=True)))
-    except Exception as error:  # the network or a file of the set, in the middle
-        raise _explained(error, location, f"after row {number}: ") from error
+                yield Row(f"{name} row {number}", dict(zip(batch, values, strict=True)))
+
+    return Table(name, rows(), tuple(columns), revision=revision)
 
 
-# --- File by file ---------------------------------------------------------------------------------
-
-
-def _open_one(
+def _open_remote(
     location: HubLocation,
     file: str,
-    local: Path | None,
     revision: str | None,
-    *,
     header: Sequence[str] | None,
     quotes: bool | None,
 ) -> Table:
-    if local is not None:
-        return open_file(local / file, header=header, quotes=quotes)
+    from huggingface_hub import HfFileSystem, hf_hub_download
+
     name = f"{location.id}/{file}"
-    if location.streaming and ending_of(file) != ".parquet":
-        opened = open_stream(
-            lambda: _stream(location, file, revision), name, header=header, quotes=quotes
-        )
-        return Table(
-            opened.name, _network(opened.rows, location), opened.columns, textual=opened.textual
-        )
-    from huggingface_hub import hf_hub_download
+    if not location.streaming or ending_of(file) == ".parquet":
+        with _explained(location):
+            path = hf_hub_download(location.id, file, repo_type="dataset", revision=revision)
+        return open_file(Path(path), name=name, header=header, quotes=quotes)
 
-    try:
-        path = hf_hub_download(location.id, file, repo_type="dataset", revision=revision)
-    except Exception as error:  # the libraries below raise errors of many families
-        raise _explained(error, location) from error
-    return open_file(Path(path), name=name, header=header, quotes=quotes)
+    def stream() -> IO[bytes]:
+        at = f"@{revision}" if revision else ""
+        with _explained(location):
+            return HfFileSystem().open(f"datasets/{location.id}{at}/{file}", "rb")
 
+    def rows() -> Rows:
+        with _explained(location):  # the network may fail in the middle
+            yield from table.rows
 
-def _stream(location: HubLocation, file: str, revision: str | None) -> IO[bytes]:
-    from huggingface_hub import HfFileSystem
-
-    at = f"@{revision}" if revision else ""
-    try:
-        return HfFileSystem().open(f"datasets/{location.id}{at}/{file}", "rb")
-    except Exception as error:  # the libraries below raise errors of many families
-        raise _explained(error, location) from error
-
-
-def _network(rows: Rows, location: HubLocation) -> Rows:
-    try:
-        yield from rows
-    except SourceError:
-        raise
-    except Exception as error:  # the network, in the middle
-        raise _explained(error, location) from error
-
-
-def _some(rows: Rows, location: HubLocation) -> Rows:
-    """So many rows as are to be taken, drawn through a buffer."""
-    assert location.take is not None
-    generator = random.Random(_seed(location))
-    return islice(through_buffer(rows, location.shuffle_buffer, generator), location.take)
+    table = open_file(name, header=header, quotes=quotes, opener=stream)
+    return replace(table, rows=rows())
 
 
 def through_buffer(rows: Rows, size: int, generator: random.Random) -> Iterator[Row | BadRow]:
     """Shuffle a stream: every row waits in a buffer until chance takes it out."""
-    buffer: list[Row | BadRow] = []
+    buffer = list(islice(rows, size))
     for row in rows:
-        if len(buffer) < size:
-            buffer.append(row)
-            continue
         place = generator.randrange(size)
         buffer[place], row = row, buffer[place]
         yield row
@@ -211,71 +160,71 @@ def through_buffer(rows: Rows, size: int, generator: random.Random) -> Iterator[
     yield from buffer
 
 
-# --- Errors ---------------------------------------------------------------------------------------
+_PIN = "Has the set changed? Look at its files and correct the recipe"
+_CHECK_ID = "Check `hub.id`, and that the set still has the form that the recipe says"
+
+# Names of errors, what their texts say in lower case → what is wrong in terms of the recipe, and
+# what to do. The first that fits counts.
+_MEANINGS: tuple[tuple[set[str], tuple[str, ...], str, str], ...] = (
+    (
+        {"GatedRepoError"},
+        ("gated",),
+        "the set is gated",
+        "Accept its terms on its page (datasets/{id}), then log in with `hf auth login`",
+    ),
+    ({"RevisionNotFoundError"}, (), "no revision {revision!r}", _PIN),
+    (
+        {"RepositoryNotFoundError"},
+        ("doesn't exist on the hub",),
+        "no such set on the hub, or a private one",
+        _CHECK_ID,
+    ),
+    ({"RemoteEntryNotFoundError"}, (), "no such file in the set ({reason})", _PIN),
+    (
+        set(),
+        ("dataset scripts are no longer supported",),
+        "the set comes with a loading script, which is not run",
+        "Name its data files under `hub.files`, or give `revision: refs/convert/parquet`",
+    ),
+    (set(), ("builderconfig", "config name is missing"), "{reason}", "Correct `hub.config`"),
+    (set(), ("unknown split", "bad split"), "{reason}", "Correct `hub.split`"),
+    (
+        {"ConnectionError", "OfflineModeIsEnabled", "LocalEntryNotFoundError", "httpx"},
+        (),
+        "the hub cannot be reached ({reason})",
+        "Check the network and run again: what was downloaded is kept. For a local copy give its "
+        "folder as `hub.id`",
+    ),
+    ({"Exception"}, (), "cannot be read ({kind}: {reason})", _CHECK_ID),
+)
+
+
+@contextmanager
+def _explained(location: HubLocation, when: str = "") -> Iterator[None]:
+    """Turn what the libraries below raise, errors of many families, into a SourceError."""
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        names = {type(error).__module__.partition(".")[0]}
+        cause: BaseException | None = error
+        while cause is not None:
+            names |= {kind.__name__ for kind in type(cause).__mro__}
+            cause = cause.__cause__ or cause.__context__
+        message, hint = next(
+            told
+            for kinds, texts, *told in _MEANINGS
+            if kinds & names or any(text in reason.lower() for text in texts)
+        )
+        known = {"reason": reason, "kind": type(error).__name__, "id": location.id}
+        known["revision"] = location.revision or ""
+        raise SourceError(
+            when + message.format(**known), where=_name(location), hint=hint.format(**known)
+        ) from error
 
 
 def _name(location: HubLocation) -> str:
     parts = (location.id, location.config, None if location.files else location.split)
     return " ".join(filter(None, parts))
-
-
-def _explained(error: Exception, location: HubLocation, when: str = "") -> SourceError:
-    """Say what is wrong in the terms of the recipe."""
-    if isinstance(error, SourceError):
-        return error
-    from huggingface_hub import errors
-
-    reason = " ".join(str(error).split())[:300]
-    where = _name(location)
-    chain = list(_causes(error))
-
-    def is_a(*classes: type[BaseException]) -> bool:
-        return any(isinstance(cause, classes) for cause in chain)
-
-    if is_a(errors.GatedRepoError) or "gated" in reason.lower():
-        return SourceError(
-            f"{when}the set is gated",
-            where=where,
-            hint=f"Accept its terms on its page (datasets/{location.id}), then log in with "
-            "`hf auth login`",
-        )
-    if is_a(errors.RevisionNotFoundError):
-        return SourceError(f"{when}no revision {location.revision!r}", where=where, hint=_PIN)
-    if is_a(errors.RepositoryNotFoundError) or "doesn't exist on the Hub" in reason:
-        return SourceError(
-            f"{when}no such set on the hub, or a private one", where=where, hint=_CHECK_ID
-        )
-    if is_a(errors.RemoteEntryNotFoundError):
-        return SourceError(f"{when}no such file in the set ({reason})", where=where, hint=_PIN)
-    if "Dataset scripts are no longer supported" in reason:
-        return SourceError(
-            f"{when}the set comes with a loading script, which is not run",
-            where=where,
-            hint="Name its data files under `hub.files`, or give `revision: refs/convert/parquet`",
-        )
-    if "BuilderConfig" in reason or "Config name is missing" in reason:
-        return SourceError(when + reason, where=where, hint="Correct `hub.config`")
-    if "Unknown split" in reason or "Bad split" in reason:
-        return SourceError(when + reason, where=where, hint="Correct `hub.split`")
-    unreachable = is_a(ConnectionError, errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError)
-    if unreachable or type(error).__module__.startswith("httpx"):
-        return SourceError(
-            f"{when}the hub cannot be reached ({reason})",
-            where=where,
-            hint="Check the network and run again: what was downloaded is kept. For a local copy "
-            "give its folder as `hub.id`",
-        )
-    return SourceError(
-        f"{when}cannot be read ({type(error).__name__}: {reason})", where=where, hint=_CHECK_ID
-    )
-
-
-_PIN = "Has the set changed? Look at its files and correct the recipe"
-_CHECK_ID = "Check `hub.id`, and that the set still has the form that the recipe says"
-
-
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    seen: BaseException | None = error
-    while seen is not None:
-        yield seen
-        seen = seen.__cause__ or seen.__context__

@@ -1,13 +1,18 @@
-"""What sources are made of: rows with their places, and tables of them."""
+"""Tables of rows with their places, values found by their columns, and texts by their ids."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any
+import html
+import unicodedata
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
-from nvembed.data.records import Record
+from nvembed.core.errors import SourceError
+from nvembed.data.config import Column
+from nvembed.data.records import BadRow, Converted, RowError
 
+T = TypeVar("T")
 Values = dict[str, Any]
 
 
@@ -17,37 +22,6 @@ class Row:
 
     place: str
     values: Values
-
-
-@dataclass(frozen=True, slots=True)
-class BadRow:
-    """A row that gives no record, and why.
-
-    Args:
-        place: ``file.jsonl:17``, or ``organisation/name train row 17``.
-        problem: what is wrong with it.
-        harmless: the row is well formed and names what is not there, or has no text, as in many
-            published sets: the others are used without it.
-    """
-
-    place: str
-    problem: str
-    harmless: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Converted:
-    """A record and the row that it comes from (the first one, where it comes from several).
-
-    Args:
-        record: checked.
-        place: as of ``BadRow``.
-        repeats: texts of the row that were given twice in one list, and are in the record once.
-    """
-
-    record: Record
-    place: str
-    repeats: int = 0
 
 
 Rows = Iterator[Row | BadRow]
@@ -74,7 +48,7 @@ class Table:
     schema: Any = None
 
 
-@dataclass
+@dataclass(slots=True)
 class OpenedDataset:
     """A data set whose source was found and has the expected form.
 
@@ -88,10 +62,208 @@ class OpenedDataset:
 
     revision: str | None
     rows: Iterator[Converted | BadRow]
-    rows_read: int = field(default=0)
+    rows_read: int = 0
 
-    def counting(self, rows: Rows) -> Rows:
-        """Pass rows on and count them."""
-        for row in rows:
-            self.rows_read += 1
+
+def each_row(
+    rows: Rows, convert: Callable[[Values], Iterable[T]]
+) -> Iterator[tuple[str, T] | BadRow]:
+    """Yield (place, what ``convert`` makes of the row); a RowError makes it a bad row."""
+    for row in rows:
+        if isinstance(row, BadRow):
             yield row
+            continue
+        try:
+            for value in convert(row.values):
+                yield row.place, value
+        except RowError as bad:
+            yield BadRow(row.place, str(bad))
+
+
+def all_rows(
+    rows: Rows, convert: Callable[[Values], Iterable[T]]
+) -> Generator[BadRow, None, list[tuple[str, T]]]:
+    """Return what ``each_row`` gives, after its bad rows were yielded."""
+    found: list[tuple[str, T]] = []
+    for row in each_row(rows, convert):
+        if isinstance(row, BadRow):
+            yield row
+        else:
+            found.append(row)
+    return found
+
+
+# Columns that an id may have where nothing says which: BEIR, the usual one, Tevatron.
+ID_NAMES = ("_id", "id", "docid")
+
+MISSING = object()
+# What stands for the values of a column while columns are looked for without rows.
+_UNKNOWN = object()
+
+
+class Columns:
+    """Looks values up by the names of a layout, which are columns unless ``names`` says others."""
+
+    def __init__(self, names: Mapping[str, Column]) -> None:
+        self._names = names
+
+    def names(self, name: str) -> bool:
+        """Whether the recipe says where the value is found."""
+        return name in self._names
+
+    def taken(self, name: str) -> str:
+        """The column that the value is the whole of; its own name where it is a part or a join."""
+        column = self._names.get(name, name)
+        return column if isinstance(column, str) else name
+
+    def find(self, values: Values, name: str) -> Any:
+        """The value, ``MISSING`` where the row has no such column."""
+        column = self._names.get(name)
+        return values.get(name, MISSING) if column is None else _value(values, column)
+
+    def need(self, values: Values, name: str) -> Any:
+        """The value; a RowError that names the columns of the row where it has no such column."""
+        value = self.find(values, name)
+        if value is MISSING:
+            raise RowError(f"{self._no_column(name)}; found: {', '.join(values) or 'none'}")
+        return value
+
+    def check(self, table: Table, needed: tuple[str, ...]) -> None:
+        """Raise a SourceError where columns are not there, if the table says which it has."""
+        if table.columns is None:
+            return
+        stand_in = dict.fromkeys(table.columns, _UNKNOWN)
+        asked = dict.fromkeys((*needed, *self._names))
+        absent = [name for name in asked if self.find(stand_in, name) is MISSING]
+        if absent:
+            example = table.columns[0] if table.columns else "NAME"
+            raise SourceError(
+                " and ".join(map(self._no_column, absent)),
+                where=table.name,
+                expected=f"one of the columns found: {', '.join(table.columns)}",
+                hint="Say under `columns` what they are called there, as in "
+                f"`columns: {{{absent[0]}: {example}}}` or --column {absent[0]}={example}",
+            )
+
+    def _no_column(self, name: str) -> str:
+        column = self._names.get(name)
+        if column is None:
+            return f'no column "{name}"'
+        shown = column if isinstance(column, str) else " + ".join(column)
+        return f'no column "{shown}" for "{name}"'
+
+
+def _value(values: Values, column: Column) -> Any:
+    """A column; or a place in it: of objects the key, of lists the item, of texts the word."""
+    if not isinstance(column, str):
+        return _joined([_value(values, part) for part in column])
+    if column in values:
+        return values[column]
+    root, *path = column.split(".")
+    value = values.get(root, MISSING)
+    for step in path:
+        if value is _UNKNOWN:
+            return value
+        if isinstance(value, str):
+            value = value.split()
+        if isinstance(value, dict):
+            value = value.get(step, MISSING)
+        elif isinstance(value, list) and step.isdecimal() and int(step) < len(value):
+            value = value[int(step)]
+        else:
+            return MISSING
+    return value
+
+
+def _joined(parts: list[Any]) -> Any:
+    for special in (MISSING, _UNKNOWN):
+        if any(part is special for part in parts):
+            return special
+    texts = [part for part in parts if part is not None]
+    if not all(isinstance(text, str) for text in texts):
+        raise RowError("columns to be joined hold something else than texts")
+    return " ".join(filter(None, map(str.strip, texts)))
+
+
+def read_id(value: Any) -> str:
+    """Read an id: a text, or a whole number as its digits (copies of a set mix 7, 7.0 and "7")."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if not isinstance(value, str | int) or isinstance(value, bool):
+        raise RowError(f"an id is {type(value).__name__}, expected a text or a number")
+    if not (text := str(value).strip()):
+        raise RowError("an id is empty, expected a text or a number")
+    return text
+
+
+def read_title(value: Any) -> str:
+    """Read an id or title in one spelling: without HTML entities and with composed accents."""
+    text = html.unescape(read_id(value))
+    return text if text.isascii() else unicodedata.normalize("NFC", text)
+
+
+def _join_texts(parts: Sequence[Any]) -> str:
+    """Join title and text by a space, as mteb does; parts may be null."""
+    if not all(isinstance(part, str) for part in parts if part is not None):
+        raise RowError('"text" is no text' if len(parts) == 1 else '"title" or "text" is no text')
+    return " ".join(part or "" for part in parts).strip()
+
+
+@dataclass(frozen=True, slots=True)
+class Keyed:
+    """A table of texts by their ids.
+
+    Args:
+        table: its rows.
+        columns: where ``id`` and ``text`` are found.
+        ids: names that the id may have where ``columns`` does not say.
+        texts: columns that make up the text, those that are there, where ``columns`` does not say.
+        spell: reads the value of an id as the text by which it is looked up.
+    """
+
+    table: Table
+    columns: Columns
+    ids: tuple[str, ...] = ID_NAMES
+    texts: tuple[str, ...] = ("title", "text")
+    spell: Callable[[Any], str] = read_title
+
+    def check(self) -> None:
+        """Look for the columns; see ``Columns.check``."""
+        have = self.table.columns or ()
+        needed = () if set(self.ids) & set(have) else ("id",)
+        self.columns.check(self.table, needed if self.texts[-1] in have else (*needed, "text"))
+
+    def id_of(self, values: Values) -> str:
+        """The id of a row; a RowError where there is none."""
+        value = self.columns.find(values, "id")
+        if value is MISSING:
+            value = next((values[name] for name in self.ids if name in values), MISSING)
+        return self.spell(self.columns.need(values, "id") if value is MISSING else value)
+
+    def text_of(self, values: Values) -> str:
+        """The text, with the title before it where there is one; it may be empty."""
+        if self.columns.names("text") or self.texts[-1] not in values:
+            return _join_texts([self.columns.need(values, "text")])
+        return _join_texts([values[name] for name in self.texts if name in values])
+
+    def look_up(self, ids: Iterable[str]) -> Generator[BadRow, None, dict[str, str]]:
+        """Read the table until all texts are found; return them by id, and yield bad rows."""
+        wanted, found = set(ids), dict[str, str]()
+
+        def read(values: Values) -> Iterator[tuple[str, str]]:
+            key = self.id_of(values)
+            if key in wanted and key not in found:
+                yield key, self.text_of(values)
+
+        for row in each_row(self.table.rows, read) if wanted else ():
+            if isinstance(row, BadRow):
+                yield row
+                continue
+            place, (key, text) = row
+            if not text:
+                yield BadRow(place, f"document {key!r} has no text", harmless=True)
+                continue
+            found[key] = text
+            if len(found) == len(wanted):
+                break
+        return found

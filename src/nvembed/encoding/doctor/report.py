@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import groupby
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich import box
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
+
+if TYPE_CHECKING:
+    from nvembed.model.memory import MemoryForecast
 
 Status = Literal["ok", "warning", "problem"]
 Role = Literal["BOS", "instruction", "text", "EOS", "special"]
@@ -54,17 +58,6 @@ class Placement:
 
 
 @dataclass(frozen=True, slots=True)
-class Memory:
-    """The forecast of encoding a batch, in bytes."""
-
-    dtype: str
-    tokens: int
-    weights: int
-    activations: int
-    total: int
-
-
-@dataclass(frozen=True, slots=True)
 class Diagnosis:
     """Everything that ``nvembed doctor`` has to say about a model."""
 
@@ -73,7 +66,7 @@ class Diagnosis:
     findings: tuple[Finding, ...]
     samples: tuple[Sample, ...]
     placement: tuple[Placement, ...]
-    memory: tuple[Memory, ...]
+    memory: tuple[MemoryForecast, ...]
     memory_formula: str
 
     @property
@@ -83,14 +76,17 @@ class Diagnosis:
 
     def as_json(self) -> dict[str, Any]:
         """Plain data, with ``healthy`` in it."""
-        return {"healthy": self.healthy, **asdict(self)}
+        memory = [{**asdict(each), "total": each.total} for each in self.memory]
+        return {"healthy": self.healthy, **asdict(self), "memory": memory}
 
 
-_MARKS: dict[Status, tuple[str, str]] = {
-    "ok": ("✓", "green"),
-    "warning": ("!", "yellow"),
-    "problem": ("✗", "bold red"),
-}
+_MARKS = {"ok": ("✓", "green"), "warning": ("!", "yellow"), "problem": ("✗", "bold red")}
+_POOLED = {True: Text("✓", "green"), False: Text("–", "dim"), None: Text("?")}
+_LETTERS = (
+    ". T: tokens at once (encode packs texts up to a budget), D: hidden width, Q and K: of queries "
+    "and keys over all heads, I: of the MLP. Python and its libraries come on top."
+)
+_table = partial(Table, box=box.SIMPLE_HEAD, pad_edge=False, expand=True, show_edge=False)
 
 
 def print_diagnosis(diagnosis: Diagnosis, *, as_json: bool = False) -> None:
@@ -99,33 +95,20 @@ def print_diagnosis(diagnosis: Diagnosis, *, as_json: bool = False) -> None:
         print(json.dumps(diagnosis.as_json(), ensure_ascii=False, indent=2))
         return
     console = Console(highlight=False)
-    console.print(Text.assemble((diagnosis.model, "bold"), "  ", diagnosis.description))
-    console.print()
-    console.print(_findings(diagnosis))
-    samples = [sample for sample in diagnosis.samples if sample.tokens]
-    if samples:
-        console.print()
-        console.print(_samples(samples))
+    parts: list[Text | Table | str] = [
+        Text.assemble((diagnosis.model, "bold"), "  ", diagnosis.description)
+    ]
+    parts += ["", _findings(diagnosis)]
+    if samples := [sample for sample in diagnosis.samples if sample.tokens]:
+        parts += ["", _samples(samples)]
     if diagnosis.memory:
-        console.print()
-        console.print(_memory(diagnosis))
-        console.print(
-            Text(
-                f"{diagnosis.memory_formula}. T: tokens at once (encode packs texts up to a "
-                "budget), D: hidden width, Q and K: of queries and keys over all heads, I: of the "
-                "MLP. Python and its libraries come on top.",
-                style="dim",
-            )
-        )
-    console.print()
-    console.print(_verdict(diagnosis))
+        parts += ["", _memory(diagnosis), Text(diagnosis.memory_formula + _LETTERS, style="dim")]
+    for part in [*parts, "", _verdict(diagnosis)]:
+        console.print(part)
 
 
 def _findings(diagnosis: Diagnosis) -> Table:
-    table = _table()
-    table.add_column(width=1)
-    table.add_column("property", no_wrap=True)
-    table.add_column("found", ratio=1)
+    table = _table(Column(width=1), Column("property", no_wrap=True), Column("found", ratio=1))
     for finding in diagnosis.findings:
         mark, style = _MARKS[finding.status]
         found = Text(finding.message)
@@ -137,27 +120,26 @@ def _findings(diagnosis: Diagnosis) -> Table:
 
 def _samples(samples: list[Sample]) -> Table:
     """One row per run of tokens with the same role and mark."""
-    table = _table()
-    table.add_column("sample", no_wrap=True)
-    table.add_column("part", no_wrap=True)
-    table.add_column("tokens", ratio=1)
-    table.add_column("pooled", justify="center")
+    table = _table(
+        Column("sample", no_wrap=True),
+        Column("part", no_wrap=True),
+        Column("tokens", ratio=1),
+        Column("pooled", justify="center"),
+    )
     for sample in samples:
         side = f"{sample.side} ({len(sample.tokens)} tokens)"
         for (role, pooled), run in groupby(sample.tokens, key=lambda t: (t.role, t.pooled)):
             tokens = Text(" ").join(Text(token.text) for token in run)
             tokens.style = "green" if pooled else "dim"
-            mark = {True: Text("✓", "green"), False: Text("–", "dim"), None: Text("?")}[pooled]
-            table.add_row(side, role, tokens, mark)
+            table.add_row(side, role, tokens, _POOLED[pooled])
             side = ""
     return table
 
 
 def _memory(diagnosis: Diagnosis) -> Table:
-    table = _table()
-    table.add_column("memory to encode", no_wrap=True)
-    for heading in ("tokens at once", "weights", "activations", "total"):
-        table.add_column(heading, justify="right")
+    headings = ("tokens at once", "weights", "activations", "total")
+    numbers = [Column(heading, justify="right") for heading in headings]
+    table = _table(Column("memory to encode", no_wrap=True), *numbers)
     for row in diagnosis.memory:
         sizes = (row.weights, row.activations, row.total)
         table.add_row(f"in {row.dtype}", f"{row.tokens:,}", *map(_size, sizes))
@@ -168,16 +150,14 @@ def _memory(diagnosis: Diagnosis) -> Table:
 
 
 def _verdict(diagnosis: Diagnosis) -> Text:
-    problems = sum(finding.status == "problem" for finding in diagnosis.findings)
-    warnings = sum(finding.status == "warning" for finding in diagnosis.findings)
-    counted = f"{warnings} warning{'' if warnings == 1 else 's'}"
-    if problems:
-        return Text(f"✗ {problems} problem{'' if problems == 1 else 's'}, {counted}", "bold red")
-    return Text(f"✓ no problem, {counted}" if warnings else "✓ healthy", "bold green")
-
-
-def _table() -> Table:
-    return Table(box=box.SIMPLE_HEAD, pad_edge=False, expand=True, show_edge=False)
+    found = [finding.status for finding in diagnosis.findings]
+    problems, warnings = (
+        f"{found.count(status)} {status}{'' if found.count(status) == 1 else 's'}"
+        for status in ("problem", "warning")
+    )
+    if not diagnosis.healthy:
+        return Text(f"✗ {problems}, {warnings}", "bold red")
+    return Text(f"✓ no problem, {warnings}" if "warning" in found else "✓ healthy", "bold green")
 
 
 def _size(count: int) -> str:

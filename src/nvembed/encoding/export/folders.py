@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
-from torch import Tensor
 
 from nvembed.core.arguments import checked
 from nvembed.core.errors import ConfigError, ModelError
@@ -22,21 +21,18 @@ from nvembed.core.ownership import check_outputs
 from nvembed.core.text_files import check_folder_name
 from nvembed.encoding.export.card import model_card
 from nvembed.encoding.export.stock import (
-    PROOF_TASK,
+    PROOF_PROMPTS,
     prove_stock,
     write_modules,
     write_stock,
     write_tokenizer,
 )
-from nvembed.interop.model_folder import model_kind
+from nvembed.interop.model_folder import ModelSource, model_kind
 from nvembed.interop.official import LatentShape, official_name, write_config
-from nvembed.interop.source import ModelSource
 from nvembed.interop.weights import MAX_SHARD_BYTES, write_shards
-from nvembed.model.adapters import merge_lora
-from nvembed.model.backbone import Backbone
+from nvembed.model.backbone import Backbone, merge_lora
 from nvembed.model.embedder import NVEmbed
 from nvembed.model.pooling import LatentAttentionPooling
-from nvembed.text.instructions import query_prompt
 from nvembed.text.tokens import TextTokenizer, plain_backend
 
 EXPORT = "export"
@@ -142,52 +138,43 @@ def _write_official(
             "no other",
             hint="Use --format nvembed, or sentence-transformers for mean pooling",
         )
-    _require_plain_mistral(backbone, name)
+    # What an official text_config cannot say.
+    rope = config.rope_parameters.get("rope_type", "default")
+    for key, found, wanted in (
+        ("attention", backbone.attention, "bidirectional"),
+        ("rope_type", rope, "default"),
+        ("head_dim", config.head_dim, config.hidden_size // config.num_attention_heads),
+    ):
+        if found != wanted:
+            raise ModelError(f"{key} is {found!r}", where=name, expected=repr(wanted))
     _require_official_tokens(backbone, name)
-    weights: dict[str, Tensor] = {}
-    for own, value in model.state_dict().items():
-        official = official_name(own)
-        assert official is not None, own
-        weights[official] = value
+    weights = {official_name(own) or own: value for own, value in model.state_dict().items()}
     # One dtype for all: training keeps the pooling in float32 above a backbone in 16 bit.
     dtype = backbone.model.dtype
-    sizes = {key: value.numel() * dtype.itemsize for key, value in weights.items()}
     write_shards(
         folder,
         weights,
-        sizes,
+        {key: value.numel() * dtype.itemsize for key, value in weights.items()},
         lambda key: weights[key].detach().to("cpu", dtype).contiguous(),
         max_bytes=max_shard_bytes,
     )
     layer = pooling.layer
     shape = LatentShape(pooling.num_latents, layer.num_heads, layer.head_width)
-    write_json(
-        folder / "config.json", write_config(config, shape, dtype=dtype, tokenizer_path=str(to))
-    )
+    settings = write_config(config, shape, dtype=dtype, tokenizer_path=str(to))
+    write_json(folder / "config.json", settings)
     write_tokenizer(plain_backend(backbone.tokenizer), backbone, folder, official=True)
     write_modules(model, folder)
 
 
-def _require_plain_mistral(backbone: Backbone, name: str) -> None:
-    """Refuse what an official text_config cannot say."""
-    config: Any = backbone.model.config
-    head_dim = config.hidden_size // config.num_attention_heads
-    for key, found, wanted in (
-        ("attention", backbone.attention, "bidirectional"),
-        ("rope_type", config.rope_parameters.get("rope_type", "default"), "default"),
-        ("head_dim", config.head_dim, head_dim),
-    ):
-        if found != wanted:
-            raise ModelError(f"{key} is {found!r}", where=name, expected=repr(wanted))
-
-
 def _require_official_tokens(backbone: Backbone, name: str) -> None:
     """Refuse a model for which NVIDIA's token rules would give other tokens than it learned."""
+    if backbone.text_style == "official":
+        return
     official = TextTokenizer(backbone.tokenizer, max_tokens=backbone.max_tokens, style="official")
-    for prompt in ("", query_prompt(PROOF_TASK)):
+    for prompt in PROOF_PROMPTS:
         ours = backbone.tokenize_texts(_PROBE_TEXTS, prompt)
         theirs = official(_PROBE_TEXTS, prompt)
-        if backbone.text_style == "official" or ours == theirs:
+        if ours == theirs:
             continue
         same_ids = [text.ids for text in ours] == [text.ids for text in theirs]
         raise ModelError(

@@ -1,4 +1,4 @@
-"""A model as an ONNX graph over padded rows, proven equal before it is kept.
+"""A model as an ONNX graph over padded rows: written, proven equal before it is kept, and run.
 
     model.onnx
         input_ids       int64 (B, L)   padded on the right
@@ -32,39 +32,43 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedTokenizerFast
 
 from nvembed.core.errors import ModelError
 from nvembed.core.files import write_json
 from nvembed.encoding.export.stock import (
-    PROOF_TASK,
+    PROOF_PROMPTS,
     closed_tokenizer,
-    count_prompt_as_we_do,
+    counting_tokenizer,
+    largest_difference,
     open_attention,
     write_modules,
     write_tokenizer,
 )
-from nvembed.interop.model_folder import ONNX_FILE
+from nvembed.interop.loading import loading
+from nvembed.interop.model_folder import ONNX_FILE, read_json_file
 from nvembed.model.attention import block_attention
 from nvembed.model.embedder import NVEmbed
 from nvembed.model.pooling import LatentAttentionPooling, MeanPooling
-from nvembed.text.instructions import QUERY_PROMPT, query_prompt
-from nvembed.text.tokens import TokenizedText
+from nvembed.text.instructions import QUERY_PROMPT, Side, resolve_prompt, side_prompt
+from nvembed.text.tokens import TextTokenizer, TokenizedText
 
-PADDED_ATTENTION = "nvembed_padded"
-FILE = "model.onnx"
-OUTPUT = "sentence_embedding"  # a plain "embedding" is the name of a node already
-STATES = "last_hidden_state"
+_ATTENTION = "nvembed_padded"
+_FILE = "model.onnx"
+_OUTPUT = "sentence_embedding"  # a plain "embedding" is the name of a node already
+_STATES = "last_hidden_state"
 # Of what sentence-transformers loads; the weights lie there under the name that it asks for.
 _INNER = "transformer"
 _WEIGHTS = "model.onnx_data"
-INPUTS = ("input_ids", "attention_mask", "pool_mask")
+_INPUTS = ("input_ids", "attention_mask", "pool_mask")
 # Of the backbone, which a caller of the graph has to know.
-_CALLER_SETTINGS = ("max_tokens", "text_style", "add_bos", "add_eos")
+_TOKENIZER_SETTINGS = ("max_tokens", "text_style", "add_bos", "add_eos")
 
 # A graph of more than 2 GB needs its weights in a file beside it.
 _MAX_INLINE_BYTES = 1_500_000_000
-_PROOF_TEXTS = ("how do I sort a list?", "x", "A longer passage, " * 6 + "cut or not.", "")
+# Padded tokens of one run of the graph: enough to fill the cores, few enough for any memory.
+_BATCH_TOKENS = 4096
+_PROOF_TEXTS = ["how do I sort a list?", "x", "A longer passage, " * 6 + "cut or not.", ""]
 _TOLERANCE = 1e-5
 
 
@@ -91,7 +95,7 @@ def padded_attention(
     return out_BHLE.transpose(1, 2), None
 
 
-AttentionInterface.register(PADDED_ATTENTION, padded_attention)
+AttentionInterface.register(_ATTENTION, padded_attention)
 
 
 class PaddedEmbedder(nn.Module):
@@ -127,6 +131,9 @@ class PaddedEmbedder(nn.Module):
         return (vectors_BD, hidden_BLD) if self.states else vectors_BD
 
 
+# --- Writing --------------------------------------------------------------------------------------
+
+
 def write_onnx(model: NVEmbed, folder: Path, *, name: str) -> bool:
     """Write graph, tokenizer and what a caller has to know, then compare vectors.
 
@@ -136,38 +143,37 @@ def write_onnx(model: NVEmbed, folder: Path, *, name: str) -> bool:
     import onnxruntime  # noqa: F401 - one that is missing is told before the work begins
     import onnxscript  # noqa: F401
 
+    backbone = model.backbone
     if not isinstance(model.pooling, LatentAttentionPooling | MeanPooling):
         raise ModelError(
             f"{type(model.pooling).__name__} has no graph",
             where=name,
             expected="latent attention or mean pooling",
         )
-    if model.backbone.dtype != torch.float32:
+    if backbone.dtype != torch.float32:
         raise ModelError(
-            f"an ONNX graph in {model.backbone.dtype}",
+            f"an ONNX graph in {backbone.dtype}",
             where=name,
             expected="float32; runtimes convert it further",
             hint="Leave --dtype out",
         )
     model.eval()
-    cases = [(list(_PROOF_TEXTS), ""), (list(_PROOF_TEXTS), query_prompt(PROOF_TASK))]
-    expected = [model.encode(texts, prompt=prompt) for texts, prompt in cases]
-    tokens = [model.backbone.tokenize_texts(texts, prompt) for texts, prompt in cases]
+    expected = [model.encode(_PROOF_TEXTS, prompt=prompt) for prompt in PROOF_PROMPTS]
+    tokens = [backbone.tokenize_texts(_PROOF_TEXTS, prompt) for prompt in PROOF_PROMPTS]
     stock = _write_tokenizer(model, folder, name)
-    _write_graph(model, folder / FILE, tokens[1][:2], shared=stock)
+    _write_graph(model, folder / _FILE, tokens[1][:2], shared=stock)
     if stock:
         _share_weights(folder)
     settings = {
-        "inputs": list(INPUTS),
-        "output": OUTPUT,
+        "inputs": list(_INPUTS),
+        "output": _OUTPUT,
         "query_prompt": QUERY_PROMPT,
-        **{name: getattr(model.backbone, name) for name in _CALLER_SETTINGS},
+        **{name: getattr(backbone, name) for name in _TOKENIZER_SETTINGS},
         "pool_mask": "1 from the first token that holds a character of the text",
         "prompts": model.prompts,
     }
     write_json(folder / ONNX_FILE, settings)
-    for texts, wanted in zip(tokens, expected, strict=True):
-        _prove(folder / FILE, texts, wanted, name)
+    _prove(folder / _FILE, tokens, expected, name)
     return stock
 
 
@@ -177,9 +183,8 @@ def _write_tokenizer(model: NVEmbed, folder: Path, name: str) -> bool:
     write_tokenizer(closed_tokenizer(backbone), backbone, folder)
     if backbone.text_style != "nvembed":
         return False
-    counting = closed_tokenizer(backbone)
     try:
-        count_prompt_as_we_do(counting, backbone, name)
+        counting = counting_tokenizer(backbone, name)
     except ModelError:
         return False
     inner = folder / _INNER
@@ -191,22 +196,11 @@ def _write_tokenizer(model: NVEmbed, folder: Path, name: str) -> bool:
     return True
 
 
-def padded_inputs(texts: Sequence[TokenizedText]) -> dict[str, NDArray[np.int64]]:
-    """The graph's inputs for tokenised texts, padded with zeros on the right."""
-    width = max(len(text) for text in texts)
-    arrays = {name: np.zeros((len(texts), width), dtype=np.int64) for name in INPUTS}
-    for row, text in enumerate(texts):
-        arrays["input_ids"][row, : len(text)] = text.ids
-        arrays["attention_mask"][row, : len(text)] = 1
-        arrays["pool_mask"][row, text.pool_start : len(text)] = 1
-    return arrays
-
-
 def _write_graph(
     model: NVEmbed, path: Path, example: Sequence[TokenizedText], *, shared: bool
 ) -> None:
     decoder: Any = model.backbone.model
-    decoder.set_attn_implementation(PADDED_ATTENTION)
+    decoder.set_attn_implementation(_ATTENTION)
     inputs = tuple(torch.from_numpy(array) for array in padded_inputs(example).values())
     size = {0: torch.export.Dim("texts", min=1), 1: torch.export.Dim("tokens", min=1)}
     size_in_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -215,9 +209,9 @@ def _write_graph(
             PaddedEmbedder(model, states=shared),
             inputs,
             path,
-            input_names=list(INPUTS),
-            output_names=[OUTPUT, STATES] if shared else [OUTPUT],
-            dynamic_shapes=dict.fromkeys(INPUTS, size),
+            input_names=list(_INPUTS),
+            output_names=[_OUTPUT, _STATES] if shared else [_OUTPUT],
+            dynamic_shapes=dict.fromkeys(_INPUTS, size),
             dynamo=True,
             external_data=shared or size_in_bytes > _MAX_INLINE_BYTES,
             verbose=False,
@@ -230,24 +224,23 @@ def _share_weights(folder: Path) -> None:
     from onnx.external_data_helper import uses_external_data
     from onnx.utils import Extractor
 
-    path = folder / FILE
+    path = folder / _FILE
     graph = onnx.load(str(path), load_external_data=False)
     for node in graph.graph.node:  # three inputs of one shape, and any may be asked for it
-        if node.op_type == "Shape" and node.input[0] == INPUTS[2]:
-            node.input[0] = INPUTS[1]
+        if node.op_type == "Shape" and node.input[0] == _INPUTS[2]:
+            node.input[0] = _INPUTS[1]
     wanted = (
-        (INPUTS, OUTPUT, path, f"{_INNER}/{_WEIGHTS}"),
-        (INPUTS[:2], STATES, folder / _INNER / FILE, _WEIGHTS),
+        (_INPUTS, _OUTPUT, path, f"{_INNER}/{_WEIGHTS}"),
+        (_INPUTS[:2], _STATES, folder / _INNER / _FILE, _WEIGHTS),
     )
     for inputs, output, place, location in wanted:
         part = Extractor(graph).extract_model(list(inputs), [output])
-        for tensor in part.graph.initializer:
-            if uses_external_data(tensor):
-                for entry in tensor.external_data:
-                    if entry.key == "location":
-                        entry.value = location
+        for tensor in filter(uses_external_data, part.graph.initializer):
+            for entry in tensor.external_data:
+                if entry.key == "location":
+                    entry.value = location
         onnx.save(part, str(place))
-    (folder / f"{FILE}.data").replace(folder / _INNER / _WEIGHTS)
+    (folder / f"{_FILE}.data").replace(folder / _INNER / _WEIGHTS)
 
 
 @contextmanager
@@ -256,28 +249,106 @@ def _quiet() -> Iterator[None]:
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             yield
     finally:
         logging.disable(disabled)
 
 
 def _prove(
-    path: Path, texts: Sequence[TokenizedText], expected: NDArray[np.float32], name: str
+    path: Path,
+    cases: Sequence[Sequence[TokenizedText]],
+    expected: Sequence[NDArray[np.float32]],
+    name: str,
 ) -> None:
     """Run the graph on a batch and on each text alone; refuse other vectors than the model's."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    (together,) = session.run([OUTPUT], dict(padded_inputs(texts)))
-    rows = [session.run([OUTPUT], dict(padded_inputs([text])))[0] for text in texts]
-    alone = np.concatenate(rows)
-    difference = max(float(np.abs(found - expected).max()) for found in (together, alone))
-    if not difference <= _TOLERANCE:
-        raise ModelError(
-            f"the ONNX graph gives other vectors (by up to {difference:.1e})",
-            where=name,
-            expected=f"the model's own to {_TOLERANCE:g}",
-            hint="Please report the model family",
-        )
+    for texts, wanted in zip(cases, expected, strict=True):
+        alone = np.concatenate([_run(session, [text]) for text in texts])
+        difference = largest_difference(wanted, _run(session, texts), alone)
+        if not difference <= _TOLERANCE:
+            raise ModelError(
+                f"the ONNX graph gives other vectors (by up to {difference:.1e})",
+                where=name,
+                expected=f"the model's own to {_TOLERANCE:g}",
+                hint="Please report the model family",
+            )
+
+
+# --- Running --------------------------------------------------------------------------------------
+
+
+def padded_inputs(texts: Sequence[TokenizedText]) -> dict[str, NDArray[np.int64]]:
+    """The graph's inputs for tokenised texts, padded with zeros on the right."""
+    width = max(len(text) for text in texts)
+    arrays = {name: np.zeros((len(texts), width), dtype=np.int64) for name in _INPUTS}
+    for row, text in enumerate(texts):
+        arrays["input_ids"][row, : len(text)] = text.ids
+        arrays["attention_mask"][row, : len(text)] = 1
+        arrays["pool_mask"][row, text.pool_start : len(text)] = 1
+    return arrays
+
+
+def _run(session: Any, texts: Sequence[TokenizedText]) -> NDArray[np.float32]:
+    (vectors,) = session.run([_OUTPUT], dict(padded_inputs(texts)))
+    return np.asarray(vectors, dtype=np.float32)
+
+
+class OnnxEncoder:
+    """The graph of a folder that ``nvembed export --format onnx`` wrote, as an encoder in float32.
+
+    Raises:
+        ModelError: onnxruntime is missing, or the folder is damaged.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise ModelError(
+                "an ONNX graph needs onnxruntime",
+                where=str(folder),
+                hint="pip install 'nvembed[onnx]'",
+            ) from error
+        path = Path(folder)
+        with loading(str(path), expected="what nvembed export --format onnx wrote"):
+            settings: dict[str, Any] = read_json_file(path / ONNX_FILE)
+            special = read_json_file(path / "special_tokens_map.json")
+            max_tokens, style, add_bos, add_eos = map(settings.__getitem__, _TOKENIZER_SETTINGS)
+            self._text = TextTokenizer(
+                PreTrainedTokenizerFast(tokenizer_file=str(path / "tokenizer.json"), **special),
+                max_tokens=max_tokens,
+                style=style,
+                add_bos=add_bos,
+                add_eos=add_eos,
+            )
+            self.prompts: dict[str, str] = settings["prompts"]
+            self._session = onnxruntime.InferenceSession(str(path / _FILE))
+            self.dimension = int(self._session.get_outputs()[0].shape[1])
+
+    def encode_query(self, texts: Sequence[str], *, task: str | None = None) -> NDArray[np.float32]:
+        """Embed queries; see :class:`~nvembed.encoding.encoder.Encoder`."""
+        return self._encode(texts, task, "query")
+
+    def encode_document(
+        self, texts: Sequence[str], *, task: str | None = None
+    ) -> NDArray[np.float32]:
+        """Embed documents; see :class:`~nvembed.encoding.encoder.Encoder`."""
+        return self._encode(texts, task, "document")
+
+    def _encode(self, texts: Sequence[str], task: str | None, side: Side) -> NDArray[np.float32]:
+        prompt = resolve_prompt(task, self.prompts)
+        if prompt is None:
+            prompt = side_prompt(self.prompts, side)
+        tokens = self._text(texts, prompt)
+        vectors = np.empty((len(tokens), self.dimension), dtype=np.float32)
+        order = sorted(range(len(tokens)), key=lambda row: -len(tokens[row]))
+        start = 0
+        while start < len(order):
+            # Longest first, so the first text of a batch is as wide as all of it.
+            end = start + max(_BATCH_TOKENS // len(tokens[order[start]]), 1)
+            batch, start = order[start:end], end
+            vectors[batch] = _run(self._session, [tokens[row] for row in batch])
+        return vectors

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 from tokenizers import Regex, Tokenizer, normalizers
 from tokenizers.processors import TemplateProcessing
@@ -26,8 +27,9 @@ from nvembed.model.pooling import MeanPooling
 from nvembed.text.instructions import query_prompt
 from nvembed.text.tokens import plain_backend
 
-PROOF_TASK = "Find it"  # short: it must leave room for text in a model of short texts
-_TEXTS = ("how do I sort a list?", "x", "A longer passage, " * 6 + "cut or not.")
+_QUERY_PROMPT = query_prompt("Find it")  # short: it must leave room in a model of short texts
+PROOF_PROMPTS = ("", _QUERY_PROMPT)
+_TEXTS = ["how do I sort a list?", "x", "A longer passage, " * 6 + "cut or not."]
 _HINT = "Use --format nvembed"
 
 
@@ -44,9 +46,7 @@ def write_stock(model: NVEmbed, folder: Path, *, name: str) -> None:
         )
     backbone.model.save_pretrained(folder)
     open_attention(folder / "config.json", backbone)
-    backend = closed_tokenizer(backbone)
-    count_prompt_as_we_do(backend, backbone, name)
-    write_tokenizer(backend, backbone, folder)
+    write_tokenizer(counting_tokenizer(backbone, name), backbone, folder)
     write_modules(model, folder)
 
 
@@ -55,15 +55,12 @@ def write_modules(model: NVEmbed, folder: Path, *, transformer: str = "") -> Non
 
     ``transformer`` is the folder of the first module inside it; "" is itself.
     """
-    path = "sentence_transformers.models"
     modules = ((transformer, "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize"))
-    write_json(
-        folder / "modules.json",
-        [
-            {"idx": index, "name": str(index), "path": place, "type": f"{path}.{kind}"}
-            for index, (place, kind) in enumerate(modules)
-        ],
-    )
+    entries = [
+        {"idx": i, "name": str(i), "path": place, "type": f"sentence_transformers.models.{kind}"}
+        for i, (place, kind) in enumerate(modules)
+    ]
+    write_json(folder / "modules.json", entries)
     # The keys of earlier versions, which later ones read too.
     pooling = {"word_embedding_dimension": model.dimension, "pooling_mode_mean_tokens": True}
     write_json(folder / "1_Pooling" / "config.json", {**pooling, "include_prompt": False})
@@ -80,31 +77,38 @@ def prove_stock(model: NVEmbed, folder: Path, *, name: str) -> None:
 
     They differ where a family does not do what its configuration says.
     """
-    for prompt in ("", query_prompt(PROOF_TASK)):
+
+    def refusal(message: str) -> ModelError:
+        family = model.backbone.model.config.model_type
+        return ModelError(
+            message,
+            where=name,
+            expected="the same vectors as ours; transformers reads the "
+            f"{family} family's files, or its tokenizer, its own way",
+            hint=_HINT,
+        )
+
+    for prompt in PROOF_PROMPTS:
         options: dict[str, Any] = {"prompt": prompt, "show_progress_bar": False}
-        expected = model.encode(list(_TEXTS), **options)
+        expected = model.encode(_TEXTS, **options)
         try:
             plain = SentenceTransformer(str(folder), device="cpu", local_files_only=True)
-            together = plain.encode(list(_TEXTS), **options)
+            together = plain.encode(_TEXTS, **options)
             alone = np.stack([plain.encode(text, **options) for text in _TEXTS])
         except (LookupError, RuntimeError, TypeError, ValueError) as error:
-            raise _differs(model, name, f"stock modules do not run it ({error})") from error
-        difference = max(float(np.abs(x - expected).max()) for x in (together, alone))
+            raise refusal(f"stock modules do not run it ({error})") from error
+        difference = largest_difference(expected, together, alone)
         # float32 of two implementations, or 16 bit rounded at other places
         if not difference <= (1e-5 if model.dtype == torch.float32 else 2e-2):
             what = "queries with a prompt" if prompt else "texts"
-            message = f"stock modules give other vectors for {what} (by up to {difference:.1e})"
-            raise _differs(model, name, message)
+            raise refusal(
+                f"stock modules give other vectors for {what} (by up to {difference:.1e})"
+            )
 
 
-def _differs(model: NVEmbed, name: str, message: str) -> ModelError:
-    return ModelError(
-        message,
-        where=name,
-        expected="the same vectors as ours; transformers reads the "
-        f"{model.backbone.model.config.model_type} family's files, or its tokenizer, its own way",
-        hint=_HINT,
-    )
+def largest_difference(expected: NDArray[np.float32], *others: NDArray[np.float32]) -> float:
+    """Return the largest difference of a number to its expected value."""
+    return max(float(np.abs(found - expected).max()) for found in others)
 
 
 def open_attention(config_path: Path, backbone: Backbone) -> None:
@@ -121,38 +125,46 @@ def open_attention(config_path: Path, backbone: Backbone) -> None:
 
 
 def closed_tokenizer(backbone: Backbone) -> Tokenizer:
-    """A copy of the model's tokenizer whose own template adds the BOS and EOS of the model."""
+    """Copy the model's tokenizer, with a template that adds the BOS and EOS of the model."""
     tokenizer: Any = backbone.tokenizer
     backend = plain_backend(tokenizer)
     ids = backbone.tokenize_texts(["x"])[0].ids
     inner = backend.encode("x", add_special_tokens=False).ids
-    head, tail = ids[: ids.index(inner[0])], ids[ids.index(inner[0]) + len(inner) :]
-    special = [(tokenizer.convert_ids_to_tokens(i), i) for i in (*head, *tail)]
-    names = [token for token, _ in special]
-    parts = [*names[: len(head)], "$A", *names[len(head) :]]
-    backend.post_processor = TemplateProcessing(
-        single=" ".join(parts), special_tokens=list(dict.fromkeys(special))
+    start = ids.index(inner[0])
+    head, tail = (
+        [(tokenizer.convert_ids_to_tokens(token), token) for token in part]
+        for part in (ids[:start], ids[start + len(inner) :])
     )
+    template = " ".join([*(name for name, _ in head), "$A", *(name for name, _ in tail)])
+    special = list(dict.fromkeys([*head, *tail]))
+    backend.post_processor = TemplateProcessing(single=template, special_tokens=special)
     return backend
 
 
-def count_prompt_as_we_do(backend: Tokenizer, backbone: Backbone, name: str) -> None:
-    """Let a closed tokenizer give a prompt by itself as many tokens as we leave out of pooling."""
-    prompt = query_prompt(PROOF_TASK)
-    tail = int(backbone.add_eos)
-    ours = backbone.tokenize_texts(["how"], prompt)[0].pool_start
-    if len(backend.encode(prompt).ids) - tail == ours + 1:
+def counting_tokenizer(backbone: Backbone, name: str) -> Tokenizer:
+    """Close the tokenizer so that a prompt by itself has as many tokens as we leave out of pooling.
+
+    A ModelError where that cannot be done.
+    """
+    backend = closed_tokenizer(backbone)
+
+    def missed() -> int:
+        alone = len(backend.encode(_QUERY_PROMPT).ids) - int(backbone.add_eos)
+        return alone - backbone.tokenize_texts(["how"], _QUERY_PROMPT)[0].pool_start
+
+    if missed() == 1:
         # Alone, the prompt ends in a token for its last space, which joins the text otherwise;
         # sentence-transformers counts it alone. Only a string that ends so is changed.
         bare = normalizers.Replace(Regex(r"\nQuery: \z"), "\nQuery:")
         own = [backend.normalizer] if backend.normalizer is not None else []
         backend.normalizer = normalizers.Sequence([bare, *own])
-    if len(backend.encode(prompt).ids) - tail != ours:
+    if missed():
         raise ModelError(
             "the length of a prompt cannot be expressed in a stock tokenizer",
             where=name,
             hint=_HINT,
         )
+    return backend
 
 
 def write_tokenizer(
@@ -164,12 +176,10 @@ def write_tokenizer(
     """
     tokenizer: Any = backbone.tokenizer
     backend.save(str(folder / "tokenizer.json"))
-    special = {
-        "bos_token": tokenizer.bos_token,
-        "eos_token": tokenizer.eos_token,
-        "pad_token": (None if official else tokenizer.pad_token) or tokenizer.eos_token,
-        "unk_token": tokenizer.unk_token,
-    }
+    names = ["bos_token", "eos_token", "pad_token", "unk_token"]
+    special = {name: getattr(tokenizer, name) for name in names}
+    if official or special["pad_token"] is None:
+        special["pad_token"] = tokenizer.eos_token
     if not official:
         special |= {"cls_token": tokenizer.cls_token, "sep_token": tokenizer.sep_token}
     special = {name: token for name, token in special.items() if token is not None}

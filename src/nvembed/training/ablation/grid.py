@@ -126,19 +126,12 @@ _ORDER = "stage_order"
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """One arm with one seed.
-
-    Attributes:
-        arm: its name, values joined by ``+``.
-        seed: of the training run.
-        folder: of the run and its scores.
-        config: the training run, resolved.
-    """
+    """One arm, whose values are joined by ``+``, with one seed."""
 
     arm: str
     seed: int
-    folder: Path
-    config: TrainConfig
+    folder: Path  # of the run and its scores
+    config: TrainConfig  # resolved
 
     @property
     def results(self) -> Path:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import csv
-import html
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -43,7 +42,7 @@ _COLUMN_TITLES = {
 
 @dataclass(frozen=True)
 class Table:
-    """A table of the report, cells as text; the first column is the name of the row."""
+    """Cells as text; the first column is the name of the row."""
 
     title: str
     header: tuple[str, ...]
@@ -313,18 +312,11 @@ def _markdown(report: Report) -> str:
     if report.figure is not None:
         lines += ["![arms of the grid](figure.png)", ""]
     for table in report.tables:
-        lines += [f"## {table.title}", ""]
-        if table.note:
-            lines += [table.note, ""]
+        lines += [f"## {table.title}", "", *([table.note, ""] if table.note else [])]
         lines += [f"| {' | '.join(table.header)} |", "|" + "---|" * len(table.header)]
-        lines += [f"| {' | '.join(map(_escaped, row))} |" for row in table.rows]
-        lines.append("")
-    lines += [_made_with(), ""]
-    return "\n".join(lines)
-
-
-def _escaped(cell: str) -> str:
-    return cell.replace("|", "\\|")
+        escaped = ([cell.replace("|", "\\|") for cell in row] for row in table.rows)
+        lines += [*(f"| {' | '.join(row)} |" for row in escaped), ""]
+    return "\n".join([*lines, _made_with(), ""])
 
 
 def _made_with() -> str:
@@ -337,7 +329,10 @@ def _made_with() -> str:
     )
 
 
-_STYLE = """
+_PAGE = """\
+<!doctype html><html lang='en'><head><meta charset='utf-8'>
+<meta name='viewport' content='width=device-width, initial-scale=1'>
+<title>{{ report.title }}</title><style>
 :root { color-scheme: light dark; }
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 13px; }
@@ -347,31 +342,23 @@ th:first-child, td:first-child { text-align: left; white-space: nowrap; }
 tr.base td { font-weight: 600; }
 img { max-width: 100%; background: #fff; border-radius: 6px; }
 .note { opacity: .75; font-size: 13px; }
+</style></head><body><h1>{{ report.title }}</h1>
+<ul>{% for finding in report.findings %}<li>{{ finding }}</li>{% endfor %}</ul>
+{% if figure %}<img alt='arms of the grid' src='data:image/png;base64,{{ figure }}'>{% endif %}
+{% for table in report.tables %}<h2>{{ table.title }}</h2>
+{% if table.note %}<p class='note'>{{ table.note }}</p>{% endif %}
+<div class='scroll'><table><thead><tr>{% for cell in table.header %}<th>{{ cell }}</th>{% endfor %}
+</tr></thead><tbody>
+{% for row in table.rows %}<tr{% if 'baseline' in row %} class='base'{% endif %}>
+{%- for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}</tbody></table></div>
+{% endfor %}<p class='note'>{{ made_with }}</p></body></html>
 """
 
 
 def _html(report: Report) -> str:
-    parts = [
-        "<!doctype html><html lang='en'><head><meta charset='utf-8'>",
-        "<meta name='viewport' content='width=device-width, initial-scale=1'>",
-        f"<title>{html.escape(report.title)}</title><style>{_STYLE}</style></head><body>",
-        f"<h1>{html.escape(report.title)}</h1><ul>",
-        *(f"<li>{html.escape(finding)}</li>" for finding in report.findings),
-        "</ul>",
-    ]
-    if report.figure is not None:
-        data = base64.b64encode(report.figure).decode("ascii")
-        parts.append(f"<img alt='arms of the grid' src='data:image/png;base64,{data}'>")
-    for table in report.tables:
-        parts.append(f"<h2>{html.escape(table.title)}</h2>")
-        if table.note:
-            parts.append(f"<p class='note'>{html.escape(table.note)}</p>")
-        head = "".join(f"<th>{html.escape(cell)}</th>" for cell in table.header)
-        parts.append(f"<div class='scroll'><table><thead><tr>{head}</tr></thead><tbody>")
-        for row in table.rows:
-            kind = " class='base'" if "baseline" in row else ""
-            cells = "".join(f"<td>{html.escape(cell)}</td>" for cell in row)
-            parts.append(f"<tr{kind}>{cells}</tr>")
-        parts.append("</tbody></table></div>")
-    parts.append(f"<p class='note'>{html.escape(_made_with())}</p></body></html>\n")
-    return "\n".join(parts)
+    import jinja2  # not before a report is written
+
+    figure = None if report.figure is None else base64.b64encode(report.figure).decode("ascii")
+    page = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(_PAGE)
+    return page.render(report=report, figure=figure, made_with=_made_with()) + "\n"

@@ -17,7 +17,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.connection import wait
 from multiprocessing.context import SpawnProcess
@@ -27,7 +27,7 @@ from typing import Literal, get_args
 from nvembed.core.background import end_with_parent
 from nvembed.core.cache import digest_of
 from nvembed.core.config import dump_config, load_config
-from nvembed.core.dtypes import Precision
+from nvembed.core.dtypes import Precision, PrecisionChoice
 from nvembed.core.errors import ConfigError, DataError, UserError
 from nvembed.core.files import alone_in, write_json
 from nvembed.core.ownership import check_outputs, check_overlaps, mark_growing, refuse_foreign
@@ -43,53 +43,33 @@ _OTHER_FOLDER = "Choose another output folder, or delete the folder of the arm"
 
 
 ABLATE = "ablate"
-
-
+_OUTCOME, _LOG = "outcome.json", "arm.log"
+_BUSY = 75  # exit code: another process holds the run
 State = Literal["finished", "failed", "open"]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Where a run stands and what it cost.
-
-    Attributes:
-        state: ``open``: not finished, started or not.
-        error: why it failed, one line.
-        training_seconds: wall time of its steps.
-        evaluation_seconds: wall time of its scores.
-        tokens: trained on, over all steps.
-        loss: mean of the last ten steps of the last stage.
-        tasks: digests of the tasks that it was scored on, by name; ``None``: not recorded.
-    """
+    """Where a run stands and what it cost; ``open`` is not finished, started or not."""
 
     state: State
-    error: str | None = None
-    training_seconds: float = 0.0
+    error: str | None = None  # one line
+    training_seconds: float = 0.0  # wall time of its steps
     evaluation_seconds: float = 0.0
-    tokens: int = 0
-    loss: float | None = None
-    tasks: dict[str, str] | None = None
-
-
-def outcome_file(folder: Path) -> Path:
-    """Path of the outcome of the run in ``folder``."""
-    return folder / "outcome.json"
-
-
-def log_file(folder: Path) -> Path:
-    """Path of what the run in ``folder`` printed."""
-    return folder / "arm.log"
+    tokens: int = 0  # trained on, over all steps
+    loss: float | None = None  # mean of the last ten steps of the last stage
+    tasks: dict[str, str] | None = None  # name → digest of those it was scored on
 
 
 def write_outcome(folder: Path, outcome: Outcome) -> None:
     """Write ``outcome.json``, atomically."""
-    write_json(outcome_file(folder), dataclasses.asdict(outcome), ABLATE)
+    write_json(folder / _OUTCOME, dataclasses.asdict(outcome), ABLATE)
 
 
 def read_outcome(run: Run) -> Outcome:
     """Read where a run stands; one that never ended is ``open``."""
     try:
-        values = json.loads(outcome_file(run.folder).read_text("utf-8"))
+        values = json.loads((run.folder / _OUTCOME).read_text("utf-8"))
         outcome = Outcome(**values)
     except (OSError, ValueError, TypeError, RecursionError):
         return Outcome("open")
@@ -121,9 +101,7 @@ def training_cost(folder: Path) -> tuple[float, int, float | None]:
 def begun_precision(run: Run) -> Precision | None:
     """Return the type that a run computes in, settled when it began; None where it has not."""
     file = RunFolder(run.folder).config
-    if not file.is_file():
-        return None
-    precision = load_config(TrainConfig, file).precision
+    precision = load_config(TrainConfig, file).precision if file.is_file() else "auto"
     return None if precision == "auto" else precision
 
 
@@ -134,9 +112,7 @@ def check_same(run: Run) -> None:
         return
     # The precision is settled when a run starts.
     earlier = load_config(TrainConfig, file)
-    wanted = run.config
-    if wanted.precision == "auto":
-        wanted = wanted.model_copy(update={"precision": earlier.precision})
+    wanted = _with_precision(run, earlier.precision).config
     if dump_config(earlier) == dump_config(wanted):
         return
     different = recipe_differences(earlier.model_dump(mode="json"), wanted.model_dump(mode="json"))
@@ -166,81 +142,85 @@ def check_inputs(run: Run, inputs: Mapping[str, str], tasks: Mapping[str, str]) 
         )
 
 
-Done = Callable[[Run, Outcome], None]
-
-
-_BUSY = 75  # exit code: another process holds the run
-
-
-def run_grid(
-    runs: Sequence[Run],
-    *,
-    base_dir: Path,
-    task_folders: Sequence[Path],
-    task_names: Sequence[str] | None = None,
-    processes: int = 1,
-    keep_models: bool = False,
-    on_done: Done | None = None,
-) -> list[Outcome]:
-    """Run what is not finished, and return how every run stands, in order.
+@dataclass(frozen=True)
+class GridJob:
+    """What all runs of a grid share.
 
     Args:
-        runs: of ``grid_runs``.
         base_dir: folder that the paths of the recipe are relative to.
         task_folders: tasks that every model is scored on.
         task_names: only these; ``None`` is all.
         processes: runs at once; the machine's cores are shared out among them.
         keep_models: otherwise models and checkpoints of finished runs are deleted.
-        on_done: called with every run that ends.
+    """
+
+    base_dir: Path
+    task_folders: Sequence[Path]
+    task_names: Sequence[str] | None = None
+    processes: int = 1
+    keep_models: bool = False
+
+
+def run_grid(
+    runs: Sequence[Run], job: GridJob, on_done: Callable[[Run, Outcome], None] | None = None
+) -> list[Outcome]:
+    """Run what is not finished, and return how every run stands, in order.
+
+    ``on_done`` is called with every run that ends.
 
     Raises:
         ConfigError: a run in the output folder is of another grid.
         DataError: a task cannot be used.
     """
-    _check_outputs(runs, base_dir, task_folders)
-    tasks = {task.name: digest_of(task.folder) for task in load_tasks(task_folders, task_names)}
+    _check_outputs(runs, job)
+    tasks = load_tasks(job.task_folders, job.task_names)
+    digests = {task.name: digest_of(task.folder) for task in tasks}
     inputs: dict[str, dict[str, str]] = {}
     for run in runs:
         check_same(run)
         if read_outcome(run).state == "finished":
             # Most arms are trained on the same data, which may take long to read.
             if (key := what_decides_inputs(run.config)) not in inputs:
-                inputs[key] = read_inputs_of(run.config, base_dir)
-            check_inputs(run, inputs[key], tasks)
-    todo = [run for run in runs if read_outcome(run).state != "finished"]
-    todo = with_one_precision(todo, runs)
-    threads = max(1, len(os.sched_getaffinity(0)) // processes)
+                inputs[key] = read_inputs_of(run.config, job.base_dir)
+            check_inputs(run, inputs[key], digests)
+    todo = with_one_precision([r for r in runs if read_outcome(r).state != "finished"], runs)
+    with progress(len(runs), "runs") as bar:
+        bar.advance(len(runs) - len(todo))
+        for run, outcome in _ended_runs(todo, job, digests):
+            bar.advance(1)
+            if outcome is not None and on_done is not None:
+                on_done(run, outcome)
+    return [read_outcome(run) for run in runs]
+
+
+def _ended_runs(
+    todo: Sequence[Run], job: GridJob, tasks: dict[str, str]
+) -> Iterator[tuple[Run, Outcome | None]]:
+    """Run in processes, and yield each run that ends, without outcome if another had it."""
     context = multiprocessing.get_context("spawn")
     waiting = list(reversed(todo))
     working: dict[int, tuple[SpawnProcess, Run]] = {}
-    with progress(len(runs), "runs") as bar:
-        bar.advance(len(runs) - len(todo))
-        try:
-            while waiting or working:
-                while waiting and len(working) < processes:
-                    run = waiting.pop()
-                    if read_outcome(run).state == "finished":  # by another command meanwhile
-                        bar.advance(1)
-                        continue
-                    options = (run, base_dir, list(task_folders), tasks, keep_models, threads)
-                    process = context.Process(target=_work, args=options)
-                    process.start()
-                    working[process.sentinel] = (process, run)
-                # Nothing to wait for where other commands have finished all the rest.
-                for sentinel in wait(list(working)) if working else ():
-                    assert isinstance(sentinel, int)
-                    process, run = working.pop(sentinel)
-                    process.join()
-                    outcome = _ended(run, process.exitcode)
-                    bar.advance(1)
-                    if on_done is not None:
-                        on_done(run, outcome)
-        finally:
-            for process, _ in working.values():
-                process.terminate()  # training writes a checkpoint and stops
-            for process, _ in working.values():
+    try:
+        while waiting or working:
+            while waiting and len(working) < job.processes:
+                run = waiting.pop()
+                if read_outcome(run).state == "finished":  # by another command meanwhile
+                    yield run, None
+                    continue
+                process = context.Process(target=_work, args=(run, job, tasks))
+                process.start()
+                working[process.sentinel] = (process, run)
+            # Nothing to wait for where other commands have finished all the rest.
+            for sentinel in wait(list(working)) if working else ():
+                assert isinstance(sentinel, int)
+                process, run = working.pop(sentinel)
                 process.join()
-    return [read_outcome(run) for run in runs]
+                yield run, _ended(run, process.exitcode)
+    finally:
+        for process, _ in working.values():
+            process.terminate()  # training writes a checkpoint and stops
+        for process, _ in working.values():
+            process.join()
 
 
 def with_one_precision(todo: Sequence[Run], runs: Sequence[Run]) -> list[Run]:
@@ -252,24 +232,23 @@ def with_one_precision(todo: Sequence[Run], runs: Sequence[Run]) -> list[Run]:
     chosen = {run.folder for run in runs if run.config.precision == "auto"}
     begun = next((p for run in runs if run.folder in chosen and (p := begun_precision(run))), None)
     settled = settle_precision("auto", begun=begun, option="precision=float32")
-    return [_with_precision(run, settled) for run in todo]
+    # A run that was begun for itself keeps its type; it could not go on in another.
+    return [_with_precision(run, begun_precision(run) or settled) for run in todo]
 
 
-def _with_precision(run: Run, precision: Precision) -> Run:
+def _with_precision(run: Run, precision: PrecisionChoice) -> Run:
     if run.config.precision != "auto":
         return run
-    # A run that was begun for itself keeps its type; it could not go on in another.
-    update = {"precision": begun_precision(run) or precision}
-    return replace(run, config=run.config.model_copy(update=update))
+    return replace(run, config=run.config.model_copy(update={"precision": precision}))
 
 
-def _check_outputs(runs: Sequence[Run], base_dir: Path, task_folders: Sequence[Path]) -> None:
+def _check_outputs(runs: Sequence[Run], job: GridJob) -> None:
     """Refuse to begin where a run would replace something of the user's."""
     for run in runs:
         if read_outcome(run).state == "finished":
             continue
-        inputs = [*training_inputs(run.config, base_dir), *task_folders]
-        files = [outcome_file(run.folder), log_file(run.folder)]
+        inputs = [*training_inputs(run.config, job.base_dir), *job.task_folders]
+        files = [run.folder / _OUTCOME, run.folder / _LOG]
         check_outputs(files, made_by=ABLATE, inputs=inputs)
         check_outputs([run.results], made_by=EVALUATE, inputs=inputs)
         folder, stages = RunFolder(run.folder), [stage.name for stage in run.config.stages]
@@ -289,19 +268,12 @@ def _ended(run: Run, exit_code: int | None) -> Outcome:
     return outcome
 
 
-def _work(
-    run: Run,
-    base_dir: Path,
-    task_folders: Sequence[Path],
-    tasks: dict[str, str],
-    keep_models: bool,
-    threads: int,
-) -> None:
+def _work(run: Run, job: GridJob, tasks: dict[str, str]) -> None:
     """Do one run in a process of its own, unless another has it or has just finished it."""
     # Training writes a checkpoint and stops.
     end_with_parent(lambda: os.kill(os.getpid(), signal.SIGTERM))
     try:
-        log = log_file(run.folder)
+        log = run.folder / _LOG
         refuse_foreign(log, ABLATE)
         with alone_in(run.folder) as alone:
             if not alone:
@@ -309,29 +281,23 @@ def _work(
             if read_outcome(run).state == "finished":
                 sys.exit(0)
             mark_growing(log, ABLATE)
-            outcome = _logged(run, base_dir, task_folders, tasks, threads)
-            if outcome.state == "finished" and not keep_models:
-                _delete_models(run.folder)
+            outcome = _logged(run, job, tasks)
+            if outcome.state == "finished" and not job.keep_models:
+                RunFolder(run.folder).remove_models()
     except UserError as error:  # of the lock
         outcome = Outcome("failed", error=" ".join(str(error).split()))
         write_outcome(run.folder, outcome)
     sys.exit(0 if outcome.state == "finished" else 1)
 
 
-def _logged(
-    run: Run,
-    base_dir: Path,
-    task_folders: Sequence[Path],
-    tasks: dict[str, str],
-    threads: int,
-) -> Outcome:
+def _logged(run: Run, job: GridJob, tasks: dict[str, str]) -> Outcome:
     """Train and score; what is printed goes to ``arm.log``, errors end in ``outcome.json``."""
     os.environ["NVEMBED_PROGRESS"] = "0"
-    with log_file(run.folder).open("a", encoding="utf-8") as log:
+    with (run.folder / _LOG).open("a", encoding="utf-8") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
         try:
-            outcome = _train_and_score(run, base_dir, task_folders, tasks, threads)
+            outcome = _train_and_score(run, job, tasks)
         except UserError as error:
             outcome = Outcome("failed", error=" ".join(str(error).split()))
         except Exception as error:
@@ -341,28 +307,18 @@ def _logged(
     return outcome
 
 
-def _train_and_score(
-    run: Run,
-    base_dir: Path,
-    task_folders: Sequence[Path],
-    tasks: dict[str, str],
-    threads: int,
-) -> Outcome:
+def _train_and_score(run: Run, job: GridJob, tasks: dict[str, str]) -> Outcome:
     import torch
 
     from nvembed.evaluation.session import Settings, run_session
     from nvembed.training.trainer import train
 
-    torch.set_num_threads(threads)
-    model = train(run.config, base_dir=base_dir)
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // job.processes))
+    model = train(run.config, base_dir=job.base_dir)
     started = time.monotonic()
     dtype = load_config(TrainConfig, RunFolder(run.folder).config).precision
     assert dtype != "auto"  # training has settled it
     settings = Settings(model=str(model), output=run.results, dtype=dtype)
-    run_session(settings, load_tasks(task_folders, list(tasks)))
+    run_session(settings, load_tasks(job.task_folders, list(tasks)))
     seconds, tokens, loss = training_cost(run.folder)
     return Outcome("finished", None, seconds, time.monotonic() - started, tokens, loss, tasks)
-
-
-def _delete_models(folder: Path) -> None:
-    RunFolder(folder).remove_models()

@@ -18,7 +18,7 @@ from scipy import stats
 
 from nvembed.evaluation.results import TaskResult
 from nvembed.evaluation.significance import holm
-from nvembed.evaluation.tasks import TASK_TYPES
+from nvembed.evaluation.task_files import TASK_TYPES
 
 LEVEL = 0.05
 ALL = "mean"
@@ -27,12 +27,7 @@ ALL = "mean"
 
 @dataclass(frozen=True)
 class ArmScores:
-    """The scores of one arm.
-
-    Attributes:
-        arm: its name.
-        columns: ``mean`` and each task type → one score per finished seed, means over tasks.
-    """
+    """The scores of one arm: ``mean`` and each task type → a mean over tasks per finished seed."""
 
     arm: str
     columns: Mapping[str, tuple[float, ...]]
@@ -47,12 +42,10 @@ class ArmScores:
 class Contrast:
     """How far an arm, or all arms with a value of an axis, lie from what they are compared with.
 
-    Attributes:
-        difference: of the means, positive where it is better than the baseline.
-        p: two-sided, adjusted for the number of contrasts (Holm); ``None`` with too few seeds.
+    ``p`` is two-sided and adjusted for the number of contrasts (Holm); ``None`` with too few seeds.
     """
 
-    difference: float
+    difference: float  # of the means, positive where it is better than the baseline
     p: float | None
 
     @property

@@ -1,9 +1,9 @@
-"""A dry run: what a run would do, found with its own parts and without changing anything.
+"""A dry run: the first minute of a run, with its own parts, and nothing written.
 
-Data, model, batches, packs and graphs are those of the run; a few steps of every stage go forward
-and backward, and no weight is updated. Nothing is written but the token cache. What only the run
-itself can know is stood in for: negatives that are not mined yet by random documents
-(``stand_ins.py``).
+Data, model, batches and steps are those of the run. A few steps of every stage that is left are
+taken in memory, updates included; time and peak memory are measured, and the rest is counted on a
+sample of the batches. Random documents stand in for negatives that are not mined yet
+(``stand_ins.py``). Only the token cache is written.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ from nvembed.training.checkpoint import (
 from nvembed.training.config import TrainConfig, training_inputs
 from nvembed.training.contrastive_loss import new_temperature
 from nvembed.training.distributed import DistributedContext
-from nvembed.training.dry_run.findings import (
+from nvembed.training.dry_run.report import (
     BatchForecast,
     DataForecast,
     DryRun,
     MiningForecast,
     StageForecast,
-    forecast_memory,
+    TrainingMemory,
 )
 from nvembed.training.dry_run.stand_ins import PlannedMining, plan_mining
 from nvembed.training.metrics import evaluation_is_due, load_evaluation_tasks, tracker_options
@@ -65,15 +65,19 @@ from nvembed.training.run_folder import (
     is_finished,
     with_settled_precision,
 )
-from nvembed.training.stages import DataLoader, PreparedBatch, Stage, load_mixtures, start_stage
+from nvembed.training.stages import (
+    DataLoader,
+    PreparedBatch,
+    Stage,
+    load_mixtures,
+    set_learning_rate,
+    stage_schedule,
+    start_stage,
+)
 from nvembed.training.step import contrastive_step, plan_step, recomputed_share
 
-SAMPLED_STEPS = 20
-"""Batches of a stage that are looked at, spread over it; all of a shorter stage."""
-
-TIMED_STEPS = 4
-"""Of them so many are computed, the first one to warm up; fewer where they take long."""
-
+SAMPLED_STEPS = 20  # batches of a stage that are counted, spread over it
+TIMED_STEPS = 4  # of them taken, the largest first, to warm up; fewer where they take long
 _MOST_SECONDS = 60.0
 _SAMPLED_QUERIES = 2000
 _SAMPLED_TEXTS = 256
@@ -107,7 +111,7 @@ def dry_run(config: TrainConfig, *, base_dir: Path, fresh: bool = False) -> DryR
     problems: list[UserError] = []
 
     def noted(find: Callable[[], Found]) -> Found | None:
-        """What ``find`` finds; its error is kept, so that the next question can be asked too."""
+        """Keep an error of ``find``, so that the next question can be asked too."""
         try:
             return find()
         except UserError as error:
@@ -138,18 +142,16 @@ def dry_run(config: TrainConfig, *, base_dir: Path, fresh: bool = False) -> DryR
 
 
 def _checkpoint(run: RunFolder, config: TrainConfig, base_dir: Path, *, fresh: bool) -> Path | None:
-    """What the run would go on from; refuses a folder that the run would refuse."""
+    """Find what the run would go on from; refuse a folder that the run would refuse."""
     check_folder(run, config, fresh=fresh, inputs=training_inputs(config, base_dir))
-    if fresh or not run.exists:
-        return None
-    checkpoint = latest_checkpoint(run.checkpoints)
+    checkpoint = None if fresh or not run.exists else latest_checkpoint(run.checkpoints)
     if checkpoint is not None:
         check_recipe(checkpoint, config.model_dump(mode="json"))
     return checkpoint
 
 
 class _Rehearsal:
-    """The model and a few steps of each stage, up to the gradients."""
+    """The model of a run, and a few steps of each stage that is left."""
 
     def __init__(
         self, found: DryRun, run: RunFolder, base_dir: Path, mixtures: list[Mixture], fresh: bool
@@ -163,7 +165,6 @@ class _Rehearsal:
         self.tokens = TokenCache(default_cache_folder(), self.embedder.backbone.text_tokenizer)
 
     def play(self) -> DryRun:
-        """All stages that are left."""
         config, device = self.config, self.processes.device
         numbers = range(self.found.position.stage, len(config.stages))
         steps = sum(min(TIMED_STEPS, config.stages[number].steps) for number in numbers)
@@ -175,16 +176,27 @@ class _Rehearsal:
                 stages = tuple(self._stage(number, bar) for number in numbers)
             finally:
                 self.tokens.flush()
-        measured = peak_bytes(device) - self.peak_before
-        memory = forecast_memory(
-            config, self.embedder, self.budget, stages, measured=measured, free=self.free
+        memory = TrainingMemory(
+            elements=sum(parameter.numel() for parameter in self.embedder.parameters()),
+            trained=sum(each.numel() for each in trained_parameters(self.embedder).values()),
+            graph=self.budget,
+            peak=peak_bytes(device) - self.peak_before,
+            free=self.free,
         )
         return replace(self.found, stages=stages, memory=memory)
 
     def _stage(self, number: int, bar: ProgressBar) -> StageForecast:
         config, position = self.config.stages[number], self.found.position
         start = position.stage_step if number == position.stage else 0
-        mixture, planned = self._mixture(number)
+        mixture = self.mixtures[number]
+        planned: list[PlannedMining] = []
+        if config.mine is not None:
+            # Of a run that is to be replaced nothing counts.
+            folder = self.run.mined / config.name / ("none" if self.fresh else "")
+            mixture, planned = plan_mining(
+                self.config, number, config.mine, mixture, base_dir=self.base_dir, mined_dir=folder
+            )
+        mining = tuple(self._mining(each) for each in planned)
         log_temperature = new_temperature(config, self.processes.device)
         extra = {} if log_temperature is None else {"log_temperature": log_temperature}
         stage = start_stage(
@@ -196,44 +208,31 @@ class _Rehearsal:
             activation_budget=self.budget.tokens,
             checkpoint=None,
         )
-        left = config.steps - start
+        left, evaluation = config.steps - start, self.config.evaluation
         chosen = np.linspace(start, config.steps - 1, min(SAMPLED_STEPS, left)).astype(int)
         sampled = [stage.loader.step(int(step)) for step in chosen]
         batches = _count(sampled, stage, self.embedder.backbone.max_tokens)
-        per_token = self._seconds_per_token(sampled, stage, log_temperature, bar)
-        evaluation = self.config.evaluation
         return StageForecast(
             config,
             left,
             self._data(stage, {each.dataset for each in planned}),
-            tuple(self._mining(each) for each in planned),
+            mining,
             batches,
             sum(
                 evaluation is not None and evaluation_is_due(evaluation, step + 1, config.steps)
                 for step in range(start, config.steps)
             ),
-            per_token * batches.tokens,
-        )
-
-    def _mixture(self, number: int) -> tuple[Mixture, list[PlannedMining]]:
-        stage, mixture = self.config.stages[number], self.mixtures[number]
-        if stage.mine is None:
-            return mixture, []
-        # Of a run that is to be replaced nothing counts.
-        folder = self.run.mined / stage.name / ("none" if self.fresh else "")
-        return plan_mining(
-            self.config, number, stage.mine, mixture, base_dir=self.base_dir, mined_dir=folder
+            self._seconds_per_token(sampled, stage, log_temperature, bar) * batches.tokens,
         )
 
     def _data(self, stage: Stage, to_mine: set[str]) -> tuple[DataForecast, ...]:
         kinds = {dataset.name: dataset.kind for dataset in self.config.datasets}
-        mixture, used = stage.loader.mixture, stage.loader.queries_used()
-        rows = []
-        for source, weight, slots in zip(mixture.sources, mixture.weights, used, strict=True):
+        mixture, rows = stage.loader.mixture, []
+        weights, used = mixture.weights, stage.loader.queries_used()
+        for source, weight, slots in zip(mixture.sources, weights, used, strict=True):
             name, counts = source.name, _own_negatives(source, stage.config.num_negatives)
-            share = weight / sum(mixture.weights)
-            mean, without = statistics.fmean(counts), counts.count(0) / len(counts)
-            mined = name in to_mine
+            share, mean = weight / sum(weights), statistics.fmean(counts)
+            without, mined = counts.count(0) / len(counts), name in to_mine
             rows.append(
                 DataForecast(name, kinds[name], len(source), share, slots, mean, without, mined)
             )
@@ -246,10 +245,12 @@ class _Rehearsal:
         log_temperature: torch.nn.Parameter | None,
         bar: ProgressBar,
     ) -> float:
-        """Compute a few steps up to the gradients, which are thrown away; the median of them."""
+        """Take a few steps, the largest first, so that memory is that of the largest."""
         found: list[float] = []
         name, began = stage.config.name, time.perf_counter()
-        timed = itertools.islice(itertools.cycle(sampled), TIMED_STEPS)
+        largest_first = sorted(sampled, key=lambda prepared: -sum(map(len, prepared[1])))
+        timed = itertools.islice(itertools.cycle(largest_first), TIMED_STEPS)
+        set_learning_rate(stage.optimizer, stage_schedule(0, stage.config, self.config.optimizer))
         for number, (batch, texts) in enumerate(timed):
             started = time.perf_counter()
             try:
@@ -275,10 +276,12 @@ class _Rehearsal:
                     where=name,
                     hint="Lower memory_gb, pack_tokens or batch_size",
                 ) from error
-            self.processes.clip_gradients(stage.trained.values(), None)  # waits for the device
+            limit = self.config.optimizer.max_grad_norm
+            self.processes.clip_gradients(stage.trained.values(), limit)  # waits for the device
+            stage.optimizer.step()
+            stage.optimizer.zero_grad()
             if number:
                 found.append((time.perf_counter() - started) / result.num_tokens)
-            stage.optimizer.zero_grad()
             bar.advance(1)
             if found and time.perf_counter() - began > _MOST_SECONDS:
                 break
@@ -302,21 +305,14 @@ def _scaled_seconds(model: NVEmbed, texts: Sequence[str], task: str | None) -> f
 
 
 def _own_negatives(source: ExampleSource, most: int) -> list[int]:
-    """How many negatives the queries of a set have, of a sample spread over a large one."""
+    """Count the negatives of the queries of a set, of a sample spread over a large one."""
     rng = np.random.default_rng(0)
     chosen = range(0, len(source), max(1, len(source) // _SAMPLED_QUERIES))
     return [len(source.example(index, rng, most).negatives) for index in chosen]
 
 
 def _count(sampled: Sequence[PreparedBatch], stage: Stage, max_tokens: int) -> BatchForecast:
-    """Count batches as they would be computed."""
     lengths = [[len(text) for text in texts] for _, texts in sampled]
-    plans = [
-        plan_step(batch, own, stage.settings, 1)
-        for (batch, _), own in zip(sampled, lengths, strict=True)
-    ]
-    passes = [each for plan in plans for each in plan]
-    packs = [size for each in passes for size in each.sizes[0]]
     every = [length for own in lengths for length in own]
     mean = statistics.fmean
     return BatchForecast(
@@ -328,11 +324,8 @@ def _count(sampled: Sequence[PreparedBatch], stage: Stage, max_tokens: int) -> B
         full=sum(length >= max_tokens for length in every) / len(every),
         duplicates=mean(1 - len(batch.texts) / batch.mentioned for batch, _ in sampled),
         negatives=mean(effective_negatives(batch) for batch, _ in sampled),
-        packs=len(packs) / len(sampled),
-        fill=mean(packs) / stage.settings.pack_tokens,
-        passes=mean(map(len, plans)),
-        recomputed=mean(recomputed_share(plan, 0) for plan in plans),
-        most_kept=max(each.kept_tokens(0) for each in passes),
-        most_pack=max(packs),
-        most_scores=max(each.part.negative_BN.size for each in passes),
+        recomputed=mean(
+            recomputed_share(plan_step(batch, own, stage.settings, 1), 0)
+            for (batch, _), own in zip(sampled, lengths, strict=True)
+        ),
     )

@@ -1,8 +1,11 @@
-"""A dry run on the terminal: data, steps and time by stage, memory, and the verdict last."""
+"""What a dry run finds, and how the terminal shows it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from rich import box
@@ -10,7 +13,135 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from nvembed.training.dry_run.findings import DryRun, StageForecast, TrainingMemory
+from nvembed.training.checkpoint import Position
+from nvembed.training.config import StageConfig, TrainConfig
+from nvembed.training.model import ActivationBudget
+
+
+@dataclass(frozen=True, slots=True)
+class DataForecast:
+    """A data set in a stage."""
+
+    name: str
+    kind: str
+    queries: int
+    share: float  # of the stage's slots, by the weights
+    used: int  # slots that it fills in the steps of the stage
+    negatives: float  # own ones drawn per query, mean
+    without: float  # share of its queries that have none
+    to_mine: bool  # they are mined first, and these are their stand-ins
+
+
+@dataclass(frozen=True, slots=True)
+class MiningForecast:
+    """What the teacher of a set embeds, and the seconds of it, estimated from a sample."""
+
+    dataset: str
+    queries: int
+    documents: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class BatchForecast:
+    """The steps of a stage, from a sample of its batches: means, and the ``most`` of any step."""
+
+    sampled: int
+    texts: float  # different ones
+    most_texts: int
+    tokens: float
+    most_tokens: int
+    full: float  # share of the texts that reach the limit of tokens, and are cut or just fit
+    duplicates: float  # share of the texts that are embedded once for several places
+    negatives: float  # effective ones per query
+    recomputed: float  # share of the tokens that are embedded twice
+
+
+@dataclass(frozen=True, slots=True)
+class StageForecast:
+    """A stage, or what is left of it; evaluations are those on the way and at its end."""
+
+    config: StageConfig
+    steps: int
+    data: tuple[DataForecast, ...]
+    mining: tuple[MiningForecast, ...]
+    batches: BatchForecast
+    evaluations: int
+    seconds_per_step: float
+
+    @property
+    def mining_seconds(self) -> float:
+        """Of all sets."""
+        return sum(each.seconds for each in self.mining)
+
+    @property
+    def seconds(self) -> float:
+        """Of all steps, without mining and evaluation."""
+        return self.seconds_per_step * self.steps
+
+    @property
+    def tokens(self) -> float:
+        """Of all steps."""
+        return self.batches.tokens * self.steps
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingMemory:
+    """Bytes of one process; ``elements`` and ``trained`` are numbers of parameters."""
+
+    elements: int
+    trained: int
+    graph: ActivationBudget
+    peak: int  # most that model, optimizer and steps took, beyond what the process held before
+    free: int  # on the device before the model was loaded
+
+
+@dataclass(frozen=True, slots=True)
+class DryRun:
+    """What a run would do; ``stages`` are those that are left."""
+
+    config: TrainConfig  # with settled precision
+    position: Position
+    resumed: Path | None  # the checkpoint it goes on from
+    finished: bool
+    replaces: bool  # an earlier run in the folder would be deleted
+    device: str
+    tasks: tuple[str, ...] = ()
+    stages: tuple[StageForecast, ...] = ()
+    memory: TrainingMemory | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Of steps and mining."""
+        return sum(stage.seconds + stage.mining_seconds for stage in self.stages)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What the run would do, and its owner may not want; a line each."""
+        found = []
+        for stage in self.stages:
+            name, batches = stage.config.name, stage.batches
+            idle = [
+                f"{row.name} ({row.without:.0%})" for row in stage.data if row.used and row.without
+            ]
+            if idle and not stage.config.in_batch_negatives:
+                found.append(
+                    f"{name}: there are queries without negatives, which teach nothing without "
+                    f"in-batch negatives: {', '.join(idle)}"
+                )
+            if self.memory is not None and batches.recomputed:
+                whole = batches.most_tokens * self.memory.graph.bytes_per_token
+                found.append(
+                    f"{name}: {batches.recomputed:.0%} of the tokens are embedded twice; with "
+                    f"memory_gb={math.ceil(whole / 1e8) / 10:.1f} none would be"
+                )
+        if self.memory is not None and self.memory.peak > self.memory.free:
+            needed, free = self.memory.peak / 1e9, self.memory.free / 1e9
+            found.append(
+                f"about {needed:.1f} GB are needed and {free:.1f} GB are free: lower memory_gb or "
+                "pack_tokens, or train adapters"
+            )
+        return tuple(found)
 
 
 def print_dry_run(found: DryRun) -> None:
@@ -19,9 +150,7 @@ def print_dry_run(found: DryRun) -> None:
     console.print(_heading(found))
     blocks: list[Table | Text] = [_data(stage) for stage in found.stages]
     if found.stages:
-        blocks.append(_steps(found.stages, found.config.pack_tokens))
-    if found.memory is not None:
-        blocks.append(_memory(found.memory))
+        blocks.append(_steps(found.stages))
     if notes := _notes(found):
         blocks.append(Text("\n".join(notes), style="dim"))
     for block in blocks:
@@ -46,8 +175,7 @@ def _heading(found: DryRun) -> Text:
 
 
 def _data(stage: StageForecast) -> Table:
-    numbers = ("queries", "share", "used", "epochs", "negatives")
-    table = _table(stage.config.name, "kind", right=numbers)
+    table = _table((stage.config.name, "kind"), ("queries", "share", "used", "epochs", "negatives"))
     for row in stage.data:
         table.add_row(
             row.name,
@@ -66,69 +194,36 @@ def _data(stage: StageForecast) -> Table:
     return table
 
 
-def _steps(stages: Sequence[StageForecast], pack_tokens: int) -> Table:
-    """A column per stage, and one for all where there are several."""
-    several = ["all"] if len(stages) > 1 else []
-    table = _table("steps", right=[*(stage.config.name for stage in stages), *several])
+def _steps(stages: Sequence[StageForecast]) -> Table:
+    """Show a column per stage, and one for all where there are several."""
+    several = len(stages) > 1
+    table = _table(("steps",), [*(s.config.name for s in stages), *(["all"] if several else [])])
 
-    def row(
-        name: str,
-        cell: Callable[[StageForecast], str],
-        total: Callable[[StageForecast], float] | None = None,
-        shown: Callable[[float], str] = lambda value: f"{value:,}",
-    ) -> None:
-        whole = "" if total is None else shown(sum(map(total, stages)))
-        table.add_row(name, *map(cell, stages), *([whole] if several else []))
+    def row(name: str, cells: Sequence[str], total: str = "") -> None:
+        table.add_row(name, *cells, *([total] if several else []))
 
-    def coupled(stage: StageForecast) -> bool:
-        return stage.config.in_batch_negatives
-
-    row("steps", lambda s: f"{s.steps:,}", lambda s: s.steps)
-    row("queries per step", lambda s: f"{s.config.batch_size:,}")
-    row("negatives per query", lambda s: f"{s.batches.negatives:,.1f}")
-    row("texts per step", lambda s: f"{s.batches.texts:,.0f}")
-    row("  at most", lambda s: f"{s.batches.most_texts:,}")
-    row("  given more than once", lambda s: f"{s.batches.duplicates:.1%}")
-    row("  at the limit of tokens", lambda s: f"{s.batches.full:.1%}")
-    row("tokens per step", lambda s: f"{s.batches.tokens:,.0f}")
-    row("  at most", lambda s: f"{s.batches.most_tokens:,}")
-    row("  embedded twice", lambda s: f"{s.batches.recomputed:.0%}" if coupled(s) else "–")
-    row("packs per step", lambda s: f"{s.batches.packs:.1f}")
-    row(f"  full, of {pack_tokens:,} tokens", lambda s: f"{s.batches.fill:.0%}")
-    row("groups per step", lambda s: "–" if coupled(s) else f"{s.batches.passes:.1f}")
-    row("evaluations", lambda s: f"{s.evaluations:,}", lambda s: s.evaluations)
+    mining = sum(s.mining_seconds for s in stages)
+    row("steps", [f"{s.steps:,}" for s in stages], f"{sum(s.steps for s in stages):,}")
+    row("queries per step", [f"{s.config.batch_size:,}" for s in stages])
+    row("negatives per query", [f"{s.batches.negatives:,.1f}" for s in stages])
+    row("texts per step", [f"{s.batches.texts:,.0f}" for s in stages])
+    row("  at most", [f"{s.batches.most_texts:,}" for s in stages])
+    row("  given more than once", [f"{s.batches.duplicates:.1%}" for s in stages])
+    row("  at the limit of tokens", [f"{s.batches.full:.1%}" for s in stages])
+    row("tokens per step", [f"{s.batches.tokens:,.0f}" for s in stages])
+    row("  at most", [f"{s.batches.most_tokens:,}" for s in stages])
+    row("  embedded twice", [f"{s.batches.recomputed:.0%}" for s in stages])
+    evaluations = [s.evaluations for s in stages]
+    row("evaluations", [f"{count:,}" for count in evaluations], f"{sum(evaluations):,}")
     table.add_section()
-    row("seconds per step", lambda s: _digits(s.seconds_per_step))
-    row("tokens per second", lambda s: f"{s.batches.tokens / s.seconds_per_step:,.0f}")
-    row("tokens", lambda s: _amount(s.tokens), lambda s: s.tokens, _amount)
-    row("time of the steps", lambda s: duration(s.seconds), lambda s: s.seconds, duration)
-    if any(stage.mining for stage in stages):
-
-        def mining(stage: StageForecast) -> str:
-            return duration(stage.mining_seconds) if stage.mining else "–"
-
-        row("mining before", mining, lambda s: s.mining_seconds, duration)
-    return table
-
-
-def _memory(memory: TrainingMemory) -> Table:
-    table = _table("memory at most", right=[""])
-    table.add_column("", ratio=1)
-    graph, share = memory.graph, memory.trained / memory.elements
-    budget = f"the budget of {_size(graph.budget_bytes)} holds {graph.tokens:,} tokens"
-    for name, size, remark in (
-        ("weights", memory.weights, f"{_amount(memory.elements)} parameters"),
-        ("gradients", memory.gradients, f"{_amount(memory.trained)} are trained: {share:.1%}"),
-        ("optimizer", memory.optimizer, ""),
-        ("graphs", memory.graphs, f"{graph.bytes_per_token / 1e3:,.0f} kB per token; {budget}"),
-        ("one pack", memory.pack, "while it is computed"),
-        ("loss", memory.loss, ""),
-    ):
-        table.add_row(name, _size(size), Text(remark, style="dim"))
-    table.add_section()
-    taken = "taken by the steps of this dry run, which had no optimizer"
-    table.add_row("sum", _size(memory.counted), "")
-    table.add_row("measured", _size(memory.measured), Text(taken, style="dim"))
+    row("seconds per step", [_digits(s.seconds_per_step) for s in stages])
+    row("tokens per second", [f"{s.batches.tokens / s.seconds_per_step:,.0f}" for s in stages])
+    row("tokens", [_amount(s.tokens) for s in stages], _amount(sum(s.tokens for s in stages)))
+    seconds = [s.seconds for s in stages]
+    row("time of the steps", list(map(duration, seconds)), duration(sum(seconds)))
+    if mining:
+        shown = [duration(s.mining_seconds) if s.mining else "–" for s in stages]
+        row("mining before", shown, duration(mining))
     return table
 
 
@@ -146,11 +241,17 @@ def _notes(found: DryRun) -> list[str]:
         sampled = ", ".join(
             f"{s.batches.sampled} of {s.steps:,} batches of {s.config.name}" for s in found.stages
         )
-        notes.append(f"Counted in {sampled}. Time is that of forward and backward, not of updates.")
+        notes.append(f"Counted in {sampled}. Time and memory are those of a few steps.")
     if found.tasks:
         notes.append(f"Evaluated on {', '.join(found.tasks)}; the time of it is not known.")
-    if found.memory is not None:
-        notes.append("Python and its libraries need memory besides.")
+    if (memory := found.memory) is not None:
+        share = memory.trained / memory.elements
+        notes.append(
+            f"{_amount(memory.trained)} of {_amount(memory.elements)} parameters are trained "
+            f"({share:.1%}). Graphs take {memory.graph.bytes_per_token / 1e3:,.0f} kB per token: "
+            f"the budget of {memory.graph.budget_bytes / 1e9:,.1f} GB holds "
+            f"{memory.graph.tokens:,} tokens."
+        )
     return notes
 
 
@@ -159,13 +260,12 @@ def _verdict(found: DryRun) -> Text:
         return Text("✓ the run is finished: nothing to do (--fresh starts over)", "bold green")
     assert found.memory is not None
     without = ", evaluation not counted" if any(s.evaluations for s in found.stages) else ""
-    size = f"at most {_size(found.memory.peak)} of {_size(found.memory.free)} free"
-    line = f"about {duration(found.seconds)}{without}; {size}"
-    fits = found.memory.peak <= found.memory.free
-    return Text(f"✓ {line}", "bold green") if fits else Text(f"✗ {line}", "bold red")
+    peak, free = found.memory.peak, found.memory.free
+    line = f"about {duration(found.seconds)}{without}; {_size(peak)} of {_size(free)} free"
+    return Text(f"✓ {line}", "bold green") if peak <= free else Text(f"✗ {line}", "bold red")
 
 
-def _table(*left: str, right: Sequence[str]) -> Table:
+def _table(left: Sequence[str], right: Sequence[str]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0))
     sides: list[tuple[Sequence[str], Literal["left", "right"]]] = [(left, "left"), (right, "right")]
     for names, side in sides:
@@ -175,7 +275,7 @@ def _table(*left: str, right: Sequence[str]) -> Table:
 
 
 def _digits(value: float) -> str:
-    """Three digits, none of them behind the point from 100 on."""
+    """Show three digits, none of them behind the point from 100 on."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
@@ -187,14 +287,12 @@ def _amount(value: float) -> str:
 
 
 def _size(count: float) -> str:
-    for unit, size in (("GB", 1e9), ("MB", 1e6)):
-        if count >= size:
-            return f"{count / size:,.1f} {unit}"
-    return f"{count / 1e3:,.1f} kB"
+    unit, size = ("GB", 1e9) if count >= 1e9 else ("MB", 1e6)
+    return f"{count / size:,.1f} {unit}"
 
 
 def duration(seconds: float) -> str:
-    """In the two units that matter."""
+    """Show a time in the two units that matter."""
     if seconds < 90:
         return f"{_digits(seconds)} s" if seconds < 10 else f"{seconds:.0f} s"
     minutes = round(seconds / 60)

@@ -15,14 +15,14 @@ from typing import cast
 import numpy as np
 
 from nvembed.core.seeding import derive_seed
-from nvembed.data.built_sets import MINED_KINDS, training_datasets
-from nvembed.data.convert import POSITIVE_SCORE, make_source
-from nvembed.data.examples import ExampleSource, sample_where
-from nvembed.data.mining_config import MiningConfig
+from nvembed.data.build_config import MiningConfig
+from nvembed.data.built_sets import MINED_KINDS
+from nvembed.data.config import DatasetConfig
+from nvembed.data.examples import POSITIVE_SCORE, ExampleSource, make_source, sample_where
+from nvembed.data.loading import load_records, training_datasets
 from nvembed.data.mixture import Mixture, load_source
 from nvembed.data.records import PairRecord, Record, StsRecord
-from nvembed.data.sources import DatasetConfig, load_records
-from nvembed.mining.pool import DocumentPool
+from nvembed.mining.corpus import MemoryCorpus
 from nvembed.mining.selection import Query
 from nvembed.training.config import TrainConfig
 from nvembed.training.stage_mining import mined_dataset, mined_file, places_to_mine, with_mined
@@ -30,14 +30,7 @@ from nvembed.training.stage_mining import mined_dataset, mined_file, places_to_m
 
 @dataclass(frozen=True, slots=True)
 class PlannedMining:
-    """What the teacher of a set will have to embed.
-
-    Args:
-        dataset: name of the set.
-        instruction: of its queries.
-        queries: different ones.
-        documents: the pool.
-    """
+    """What the teacher of a set will have to embed: its different queries, and all documents."""
 
     dataset: str
     instruction: str | None
@@ -97,7 +90,7 @@ def plan_mining(
 def _to_embed(dataset: DatasetConfig, records: Sequence[Record]) -> PlannedMining:
     """The texts that ``mining/miner.py`` embeds for these records."""
     queries: dict[Query, None] = {}
-    pool = DocumentPool()
+    pool = MemoryCorpus()
     for record in records:
         if isinstance(record, PairRecord):
             queries[record.query, record.instruction] = None

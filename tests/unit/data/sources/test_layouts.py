@@ -11,10 +11,11 @@ import pytest
 from pydantic import ValidationError
 
 from nvembed.core.errors import SourceError
-from nvembed.data.records import LabelRecord, PairRecord, StsRecord
-from nvembed.data.sources import BadRow, Converted, DatasetConfig, open_dataset
-from nvembed.data.sources.columns import Columns
-from nvembed.data.sources.layouts import converter
+from nvembed.data.config import DatasetConfig
+from nvembed.data.records import BadRow, Converted, LabelRecord, PairRecord, StsRecord
+from nvembed.data.sources.layouts import Source, record_values
+from nvembed.data.sources.opening import open_dataset
+from nvembed.data.sources.rows import Columns, Row
 
 
 def write(path: Path, rows: Sequence[Any]) -> str:
@@ -222,8 +223,10 @@ def test_an_instruction_per_row_is_passed_on(layout: str) -> None:
     values = {"name": "s", "path": "p", "kind": "retrieval", "instruction": None, "layout": layout}
     config = DatasetConfig.model_validate(values | {"columns": {"instruction": "prompt"}})
     row = {"query": "q", "pos": ["p"], "neg": ["n"], "positive": ["p"], "negative": ["n"]}
-    convert_row = converter(config, Columns(config.columns), textual=False)
-    assert list(convert_row(row | {"prompt": "Given", "type": "normal"})) == [
+    values = row | {"prompt": "Given", "type": "normal"}
+    rows = iter([Row("place", values)])
+    found = record_values(rows, Source(config, Columns(config.columns)))
+    assert [values for _, values in found] == [
         {"query": "q", "positive": ["p"], "negative": ["n"], "instruction": "Given"}
     ]
 

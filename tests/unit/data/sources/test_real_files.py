@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
-from nvembed.data.records import LabelRecord, PairRecord, StsRecord
-from nvembed.data.sources import BadRow, Converted, DatasetConfig, open_dataset
+from nvembed.data.config import DatasetConfig
+from nvembed.data.records import BadRow, Converted, LabelRecord, PairRecord, StsRecord
+from nvembed.data.sources.opening import open_dataset
 
 BESIDE = Path(__file__).resolve().parents[5] / "shared"
 SHARED = Path(os.environ.get("NVEMBED_SHARED", BESIDE)) / "data"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from nvembed.core.config import load_config
-from nvembed.data.sources import DatasetConfig
+from nvembed.data.config import DatasetConfig
 from nvembed.training.config import TrainConfig
 
 FOLDER = Path(__file__).resolve().parents[4] / "recipes"

@@ -1,0 +1,230 @@
+"""Encoders around encoders: several processes as one, and vectors that are kept on disk by text.
+
+A task is shared out or kept whoever scores it: the scorer sees one encoder.
+
+Letters: N texts of a call, M texts kept, D width.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nvembed.core.dtypes import Precision
+from nvembed.core.errors import DataError
+from nvembed.core.files import tidy
+from nvembed.core.reporting import release_notes
+from nvembed.core.store import key_of, make_missing, read_array, write_array
+from nvembed.encoding.embed import (
+    WINDOW_TEXTS,
+    EncodeOptions,
+    Job,
+    embed_job,
+    encode_window,
+)
+from nvembed.encoding.encoder import Encoder
+from nvembed.encoding.workers import Loader, Pool, process_pool, result_of
+
+T = TypeVar("T")
+Vectors = NDArray[np.float32]
+
+_KEY_BYTES = 16
+
+
+class _Encoder:
+    """An encoder by ``embed``, for both sides."""
+
+    def encode_query(self, texts: Sequence[str], *, task: str | None = None) -> Vectors:
+        """Embed queries; see :class:`Encoder`."""
+        return self.embed(texts, EncodeOptions("query", task))
+
+    def encode_document(self, texts: Sequence[str], *, task: str | None = None) -> Vectors:
+        """Embed documents; see :class:`Encoder`."""
+        return self.embed(texts, EncodeOptions("document", task))
+
+    def embed(self, texts: Sequence[str], options: EncodeOptions) -> Vectors:
+        """Embed texts in their order."""
+        raise NotImplementedError
+
+
+# --- Several processes ----------------------------------------------------------------------------
+
+
+@contextmanager
+def shared_encoder(model: str, dtype: Precision | None, processes: int) -> Iterator[SharedEncoder]:
+    """Start processes, each with the model and a GPU where there are some, for a block.
+
+    Args:
+        model: folder or hub id.
+        dtype: of the weights, ``None`` as saved.
+        processes: how many.
+
+    Raises:
+        ModelError: the model cannot be loaded.
+        UserError: a process died; raised by the call that needed it.
+    """
+    with process_pool(processes, Loader(model, dtype)) as pool:
+        yield SharedEncoder(pool)
+
+
+class SharedEncoder(_Encoder):
+    """One encoder made of the processes of a pool, each of which embeds a share of every call."""
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+        self.dimension, self.max_seq_length = self.ask(_facts)
+        release_notes()
+
+    def ask(self, question: Callable[[Encoder], T]) -> T:
+        """Ask the encoder of one of the processes; question and answer go through a pipe."""
+        return result_of(self._pool.submit(question))
+
+    def embed(self, texts: Sequence[str], options: EncodeOptions) -> Vectors:
+        """See the class."""
+        vectors = np.empty((len(texts), self.dimension), dtype=np.float32)
+        parts = []
+        for rows in shares(texts, self._pool.size):
+            job = Job([texts[row] for row in rows], Path())
+            parts.append((rows, self._pool.submit(embed_job, job, options)))
+        for rows, part in parts:
+            vectors[rows] = result_of(part)[0].vectors
+        return vectors
+
+
+def shares(texts: Sequence[str], count: int) -> list[list[int]]:
+    """Deal the rows of texts into up to ``count`` shares: as many texts, much the same length."""
+    rows = sorted(range(len(texts)), key=lambda row: len(texts[row]), reverse=True)
+    return [part for start in range(count) if (part := rows[start::count])]
+
+
+def _facts(encoder: Encoder) -> tuple[int, int | None]:
+    return encoder.dimension, getattr(encoder, "max_seq_length", None)
+
+
+# --- Vectors on disk ------------------------------------------------------------------------------
+
+
+class CachedEncoder(_Encoder):
+    """Vectors from files where they are there, else from an encoder: no text is embedded twice.
+
+    Each text is found by itself, whatever batch it came in: a corpus with one changed document
+    costs one text. Of the files only the keys are held in memory, 24 bytes per text; vectors are
+    mapped when they are taken. A pair of files (``vectors-X.npy``, then ``keys-X.npy``) holds what
+    one call embedded. It is never changed and named after its keys; other processes that need the
+    very same wait for it, and take over from one that died. So a task that was killed half way goes
+    on where it was.
+
+    Args:
+        encoder: asked for what is missing.
+        folder: of the files of all models; made when the first is written.
+        fingerprint: of the model and all its settings.
+    """
+
+    def __init__(self, encoder: Encoder, folder: Path, fingerprint: str) -> None:
+        self._encoder = encoder
+        self._folder = folder / key_of(fingerprint)
+        self._files: list[Path] = []
+        # Keys with their places (number of the file, row), in sorted runs that are merged when they
+        # come to similar sizes: to learn M keys bit by bit costs M log M, and runs are few.
+        self._runs: list[tuple[NDArray[np.bytes_], NDArray[np.int32]]] = []
+
+    @property
+    def dimension(self) -> int:
+        """Width of the vectors."""
+        return self._encoder.dimension
+
+    def embed(self, texts: Sequence[str], options: EncodeOptions) -> Vectors:
+        """See the class."""
+        keys_N = _keys(texts, options)
+        places_N2 = self._find(keys_N)
+        if (places_N2 < 0).any():
+            self._look_again()  # another process may have written them
+            new = np.flatnonzero(self._find(keys_N)[:, 0] < 0)
+            new = new[np.sort(np.unique(keys_N[new], return_index=True)[1])]
+            for start in range(0, len(new), WINDOW_TEXTS):
+                rows = new[start : start + WINDOW_TEXTS]
+                self._embed_new([texts[row] for row in rows.tolist()], keys_N[rows], options)
+            self._look_again()
+            places_N2 = self._find(keys_N)
+        vectors_ND = np.empty((len(texts), self.dimension), dtype=np.float32)
+        for number in np.unique(places_N2[:, 0]).tolist():
+            mine = places_N2[:, 0] == number
+            vectors_ND[mine] = self._read_vectors(self._files[number])[places_N2[mine, 1]]
+        return vectors_ND
+
+    def _embed_new(
+        self, texts: Sequence[str], keys_N: NDArray[np.bytes_], options: EncodeOptions
+    ) -> None:
+        name = hashlib.blake2b(keys_N.tobytes(), digest_size=_KEY_BYTES).hexdigest()
+        path = self._folder / f"keys-{name}.npy"
+
+        def make(_: int) -> None:
+            tidy(self._folder, glob.escape(_vectors_file(path).name))
+            side, task = options.input_type, options.task
+            vectors = encode_window(self._encoder, texts, side=side, task=task)
+            write_array(_vectors_file(path), vectors)
+            write_array(path, keys_N)
+
+        make_missing([path], make)
+
+    def _look_again(self) -> None:
+        """Learn the keys of the files that are new."""
+        for path in sorted(set(self._folder.glob("keys-*.npy")) - set(self._files)):
+            keys_N = _read(path, mapped=False)
+            places_N2 = np.empty((len(keys_N), 2), dtype=np.int32)
+            places_N2[:, 0], places_N2[:, 1] = len(self._files), np.arange(len(keys_N))
+            while self._runs and len(self._runs[-1][0]) <= 2 * len(keys_N):
+                keys_M, places_M2 = self._runs.pop()
+                keys_N = np.concatenate([keys_M, keys_N])
+                places_N2 = np.concatenate([places_M2, places_N2])
+            order = np.argsort(keys_N, kind="stable")
+            self._runs.append((keys_N[order], places_N2[order]))
+            self._files.append(path)
+
+    def _find(self, keys_N: NDArray[np.bytes_]) -> NDArray[np.int32]:
+        """Places, ``(N, 2)``; -1 where there is none."""
+        places_N2 = np.full((len(keys_N), 2), -1, dtype=np.int32)
+        for keys_M, places_M2 in self._runs:
+            at_N = np.minimum(np.searchsorted(keys_M, keys_N), len(keys_M) - 1)
+            found_N = keys_M[at_N] == keys_N
+            places_N2[found_N] = places_M2[at_N[found_N]]
+        return places_N2
+
+    def _read_vectors(self, keys: Path) -> Vectors:
+        path = _vectors_file(keys)
+        vectors: Vectors = _read(path, mapped=True)
+        if vectors.ndim != 2 or vectors.shape[1] != self.dimension:
+            raise DataError(
+                f"holds vectors of shape {vectors.shape}, the model's width is {self.dimension}",
+                where=str(path),
+                hint=f"The cache and the model disagree: delete {path.parent}",
+            )
+        return vectors
+
+
+def _keys(texts: Sequence[str], options: EncodeOptions) -> NDArray[np.bytes_]:
+    start = hashlib.blake2b(
+        repr((options.input_type, options.task)).encode(), digest_size=_KEY_BYTES
+    )
+    keys = []
+    for text in texts:
+        digest = start.copy()
+        digest.update(text.encode("utf-8", "surrogatepass"))
+        keys.append(digest.digest())
+    return np.array(keys, dtype=f"S{_KEY_BYTES}")
+
+
+def _vectors_file(keys: Path) -> Path:
+    return keys.with_name(keys.name.replace("keys-", "vectors-", 1))
+
+
+def _read(path: Path, *, mapped: bool) -> NDArray[Any]:
+    hint = f"Delete {path.parent}; what it holds is embedded again"
+    return read_array(path, mapped=mapped, hint=hint)

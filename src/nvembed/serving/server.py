@@ -1,0 +1,185 @@
+"""From a model's name to a listening server: what ``nvembed serve`` calls.
+
+No CORS headers, no pages that load scripts from elsewhere: the OpenAPI document alone.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+from fastapi.responses import JSONResponse, PlainTextResponse
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from nvembed.core import __version__
+from nvembed.core.config import load_config
+from nvembed.core.dtypes import PrecisionChoice
+from nvembed.core.errors import ConfigError
+from nvembed.encoding.encoder import load_encoder, settle_dtype
+from nvembed.serving.config import ServerConfig
+from nvembed.serving.connection import limited_connections
+from nvembed.serving.engines import EmbedOptions, EncoderEngine, build_engine
+from nvembed.serving.errors import RequestError
+from nvembed.serving.middleware import ApiKeys, LimitsMiddleware, read_keys
+from nvembed.serving.routes import add_routes
+from nvembed.serving.service import Service
+from nvembed.serving.telemetry import Metrics, log_event, start_logging
+
+_LOCAL = ("127.0.0.1", "::1", "localhost")
+
+
+def serve(
+    model: str,
+    *,
+    host: str,
+    port: int,
+    config: Path | None = None,
+    overrides: Sequence[str] = (),
+    keys: Path | None = None,
+    dtype: PrecisionChoice | None = None,
+) -> None:
+    """Load a model and serve it until SIGTERM or Ctrl-C; what was accepted is finished then.
+
+    Args:
+        model: folder or hub id.
+        host: address to listen on.
+        port: 0 lets the system choose.
+        config: YAML file of ``ServerConfig``; ``None`` is the defaults.
+        overrides: ``key=value`` over it.
+        keys: file of API keys; ``None`` lets everybody call who reaches the port.
+        dtype: of the weights, see ``load_encoder``.
+
+    Raises:
+        UserError: settings, keys or model cannot be used, or the address is taken.
+    """
+    settings = load_config(ServerConfig, config, overrides)
+    names = model_names(model, settings)
+    settings = settings.model_copy(update={"model_name": names[0], "model_aliases": names[1:]})
+    known = read_keys(keys) if keys is not None else None
+    start_logging()
+    if known is None and host not in _LOCAL:
+        log_event("warning", message="no --keys: everybody who reaches this address may call")
+    settled = settle_dtype(model, dtype)  # one type for all forwards
+    log_event("computing", dtype=settled or "as saved")
+    engine = build_engine(load_encoder(model, settled), settings.batching.forwards)
+    run_server(engine, settings, host=host, port=port, keys=known)
+
+
+def model_names(model: str, settings: ServerConfig) -> tuple[str, ...]:
+    """Return what clients may call a model, the name that answers say first.
+
+    Besides those of the settings its folder is one, or its hub id, with and without the owner.
+    """
+    own = [Path(model).resolve().name] if Path(model).is_dir() else [model, model.split("/")[-1]]
+    first = settings.model_name or own[0]
+    return tuple(dict.fromkeys([first, *settings.model_aliases, *own]))
+
+
+def run_server(
+    engine: EncoderEngine,
+    config: ServerConfig,
+    *,
+    host: str,
+    port: int,
+    keys: ApiKeys | None = None,
+) -> None:
+    """Serve an engine until SIGTERM or Ctrl-C; a ConfigError where the address is taken."""
+    # The first forward of a process compiles and measures; no client should wait for it.
+    engine.embed(engine.prepare(["warm up"], EmbedOptions()))
+    server = build_server(engine, config, host=host, port=port, keys=keys)
+    try:
+        socket = server.config.bind_socket()
+    except (SystemExit, OSError) as error:
+        raise ConfigError(
+            "cannot listen there", where=f"{host}:{port}", hint="Choose another --port"
+        ) from error
+    socket.listen()  # uvicorn does so later; who reads the line below may connect at once
+    # uvicorn raises the signal that stopped it once more, after all is done.
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    address = "http://{}:{}".format(*socket.getsockname()[:2])
+    log_event("listening", address=address, model=config.model_name, width=engine.dimension)
+    print(f"nvembed serves {config.model_name} on {address}", file=sys.stderr, flush=True)
+    server.run(sockets=[socket])
+    log_event("stopped")
+
+
+def build_server(
+    engine: EncoderEngine, config: ServerConfig, *, keys: ApiKeys | None = None, **place: Any
+) -> uvicorn.Server:
+    """Put the application of an engine behind a server that does not listen yet."""
+    return uvicorn.Server(
+        uvicorn.Config(
+            create_app(engine, config, keys),
+            http=limited_connections(config.limits),  # type: ignore[arg-type]  # only called
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            ws="none",
+            timeout_keep_alive=config.limits.idle_seconds,
+            timeout_graceful_shutdown=config.limits.shutdown_seconds,
+            **place,
+        )
+    )
+
+
+def create_app(engine: EncoderEngine, config: ServerConfig, keys: ApiKeys | None = None) -> FastAPI:
+    """Build the application of one model; without ``keys`` everybody may call."""
+    metrics = Metrics()
+    service = Service(engine, config, metrics)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        service.batcher.start()
+        yield
+        service.close()
+
+    app = FastAPI(
+        title="nvembed",
+        version=__version__,
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    app.add_exception_handler(HTTPException, _answer_http)
+    _add_state_routes(app, service)
+    add_routes(app, service)
+    routes = frozenset(app.openapi()["paths"]) | {"/openapi.json"}
+    app.add_middleware(LimitsMiddleware, config=config, keys=keys, metrics=metrics, routes=routes)
+    return app
+
+
+def _add_state_routes(app: FastAPI, service: Service) -> None:
+    @app.get("/health")
+    async def health() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @app.get("/ready", responses={503: {"description": "the queue is full, or it is closing"}})
+    async def ready() -> JSONResponse:
+        if service.batcher.ready:
+            return JSONResponse({"status": "ready"})
+        return JSONResponse({"status": "busy"}, status_code=503, headers={"retry-after": "1"})
+
+    @app.get("/metrics", response_class=PlainTextResponse)
+    async def metrics() -> Response:
+        return Response(service.metrics.render(), media_type="text/plain; version=0.0.4")
+
+
+async def _answer_http(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    message = {
+        404: "no such route; see /openapi.json",
+        405: "this route takes another method; see /openapi.json",
+    }.get(error.status_code, str(error.detail))
+    response = RequestError(error.status_code, message, code="no_route").response(request.url.path)
+    response.headers.update(error.headers or {})
+    return response

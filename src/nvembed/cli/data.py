@@ -6,39 +6,25 @@ import json
 import os
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import typer
 
 from nvembed.cli import options as opt
-from nvembed.cli.options import argument, option, overrides
 
 data = typer.Typer(
     help="Build training data from files and hub data sets, look into it, check it.",
     no_args_is_help=True,
 )
 Kind = Literal["retrieval", "nli", "sts", "classification", "clustering"]
-KeepGoing = Annotated[bool, option("Go on with the other sets where one fails.", "--keep-going")]
-Changes = Annotated[
-    list[str] | None,
-    overrides("Changes to the recipe: a key path such as build.max_refused=0.1."),
-]
-Settings = Annotated[
-    list[str] | None, overrides("Settings, such as tasks=20000 or concurrency=64.")
-]
-Endpoint = Annotated[
-    str, option("Base URL of an OpenAI-compatible API, such as http://localhost:8000/v1.")
-]
-KeyVariable = Annotated[
-    str, typer.Option(help="Environment variable that holds the key, if one is needed.")
-]
-Conversion = Annotated[
-    Literal["example", "label"], typer.Option(help="What classes are turned into.")
-]
 
 
 @data.command()
-def build(recipe: opt.Recipe, changes: Changes = None, keep_going: KeepGoing = False) -> None:
+@opt.described(
+    changes=opt.overrides("Changes to the recipe: a key path such as build.max_refused=0.1."),
+    keep_going="Go on with the other sets where one fails.",
+)
+def build(recipe: Path, changes: list[str] | None = None, *, keep_going: bool = False) -> None:
     """Build the data sets of a recipe: read, check, de-duplicate, decontaminate, mine, write.
 
     Parquet files and a manifest per set go to the folder `build.folder` of the recipe, else to
@@ -83,15 +69,24 @@ def build(recipe: opt.Recipe, changes: Changes = None, keep_going: KeepGoing = F
 
 
 @data.command()
+@opt.described(
+    path="A recipe, a built set, a folder of them, or a file.",
+    kind="What the records of the file are.",
+    tokenizer="Model folder whose tokens are counted too.",
+    samples=typer.Option(min=0, help="Records to show of each set."),
+    as_json=typer.Option("--json", help="Print JSON, for machines."),
+    keep_going="Go on with the other sets where one fails.",
+)
 def inspect(
-    path: Annotated[Path, argument("A recipe, a built set, a folder of them, or a file.")],
-    kind: Annotated[Kind | None, option("What the records of the file are.")] = None,
-    layout: opt.Layout = "records",
-    columns: opt.Columns = None,
-    tokenizer: Annotated[Path | None, option("Model folder whose tokens are counted too.")] = None,
-    samples: Annotated[int, typer.Option(min=0, help="Records to show of each set.")] = 2,
-    as_json: Annotated[bool, option("Print JSON, for machines.", "--json")] = False,
-    keep_going: KeepGoing = False,
+    path: Path,
+    *,
+    kind: Kind | None = None,
+    layout: str = "records",
+    columns: list[str] | None = None,
+    tokenizer: Path | None = None,
+    samples: int = 2,
+    as_json: bool = False,
+    keep_going: bool = False,
 ) -> None:
     """Look into training data: samples, lengths, classes, duplicates, negatives.
 
@@ -136,12 +131,18 @@ def inspect(
 
 
 @data.command()
+@opt.described(
+    file="The file.",
+    kind="What its records are.",
+    conversion="What classes are turned into.",
+)
 def check(
-    file: Annotated[Path, argument("The file.")],
-    kind: Annotated[Kind, option("What its records are.")],
-    layout: opt.Layout = "records",
-    columns: opt.Columns = None,
-    conversion: Conversion = "example",
+    file: Path,
+    *,
+    kind: Kind,
+    layout: str = "records",
+    columns: list[str] | None = None,
+    conversion: Literal["example", "label"] = "example",
 ) -> None:
     """Check a file of training data to its end. Exit code 2 if something has to be mended.
 
@@ -176,13 +177,20 @@ def check(
 
 
 @data.command()
+@opt.described(
+    output="Folder for the examples.",
+    settings=opt.overrides("Settings, such as tasks=20000 or concurrency=64."),
+    endpoint="Base URL of an OpenAI-compatible API, such as http://localhost:8000/v1.",
+    model="Name of the model there.",
+    key_variable="Environment variable that holds the key, if one is needed.",
+)
 def synthesize(
-    output: Annotated[Path, argument("Folder for the examples.")],
-    settings: Settings = None,
+    output: Path,
+    settings: list[str] | None = None,
     *,
-    endpoint: Endpoint,
-    model: Annotated[str, option("Name of the model there.")],
-    key_variable: KeyVariable = "OPENAI_API_KEY",
+    endpoint: str,
+    model: str,
+    key_variable: str = "OPENAI_API_KEY",
 ) -> None:
     """Let a language model write training examples: first tasks, then examples of each.
 

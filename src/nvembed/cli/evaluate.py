@@ -4,69 +4,59 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Literal
 
 import typer
 
 from nvembed.cli import options as opt
-from nvembed.cli.options import argument, option
+from nvembed.core.dtypes import PrecisionChoice
 
 if TYPE_CHECKING:
     from mteb.abstasks import AbsTask
 
-    from nvembed.core.dtypes import Precision, PrecisionChoice
+    from nvembed.core.dtypes import Precision
     from nvembed.core.errors import UserError
     from nvembed.evaluation.session import Evaluation
     from nvembed.evaluation.tasks import LocalTask
 
-Model = Annotated[str, argument("Folder or hub id of any sentence-transformers model, or bm25.")]
-Folders = Annotated[
-    list[Path] | None,
-    option("Task folders or BEIR folders, or a folder of such folders.", metavar="FOLDER..."),
-]
-Benchmarks = Annotated[list[str] | None, option('A benchmark of mteb, such as "MTEB(eng, v1)".')]
-Instructions = Annotated[
-    Literal["paper", "official", "mteb", "none"],
-    typer.Option(help="For mteb's tasks: the package's table, or mteb's prompts."),
-]
-Engine = Annotated[
-    Literal["local", "mteb"],
-    typer.Option(help="Who scores task folders: equal scores, local is faster."),
-]
-Processes = Annotated[
-    int, typer.Option(min=1, help="Share the texts of each task; each process has a GPU.")
-]
-Against = Annotated[
-    list[str] | None,
-    option("Show published scores beside: a hub id such as nvidia/NV-Embed-v2."),
-]
-Bm25 = Annotated[bool, option("Show BM25 beside the model.", "--bm25")]
-StartOver = Annotated[bool, option("Replace what the output holds.", "--start-over")]
-KeepGoing = Annotated[bool, option("Score the other tasks where one is broken.", "--keep-going")]
-Resamples = Annotated[int, typer.Option(min=100, help="Resamples of every interval and test.")]
-Results = argument(
-    "Results file of `nvembed evaluate`, or a folder with a results.json.", metavar="A"
+
+@opt.described(
+    model="Folder or hub id of any sentence-transformers model, or bm25.",
+    more=typer.Argument(metavar="FOLDER", help="More task folders."),
+    tasks=typer.Option(
+        metavar="FOLDER...", help="Task folders or BEIR folders, or a folder of such folders."
+    ),
+    benchmark='A benchmark of mteb, such as "MTEB(eng, v1)".',
+    task="A task of mteb, such as STS12.",
+    type="Only mteb's tasks of this type.",
+    instructions="For mteb's tasks: the package's table, or mteb's prompts.",
+    engine="Who scores task folders: equal scores, local is faster.",
+    cache="Folder that keeps the vectors. Default: none.",
+    processes=typer.Option(min=1, help="Share the texts of each task; each process has a GPU."),
+    bm25="Show BM25 beside the model.",
+    against="Show published scores beside: a hub id such as nvidia/NV-Embed-v2.",
+    start_over="Replace what the output holds.",
+    keep_going="Score the other tasks where one is broken.",
+    output="Where the scores go.",
 )
-
-
 def evaluate(
-    model: Model,
-    more: Annotated[list[Path] | None, argument("More task folders.", metavar="FOLDER")] = None,
+    model: str,
+    more: list[Path] | None = None,
     *,
-    tasks: Folders = None,
-    benchmark: Benchmarks = None,
-    task: Annotated[list[str] | None, option("A task of mteb, such as STS12.")] = None,
-    type: Annotated[list[str] | None, option("Only mteb's tasks of this type.")] = None,
-    instructions: Instructions = "paper",
-    engine: Engine = "local",
-    cache: Annotated[Path | None, option("Folder that keeps the vectors. Default: none.")] = None,
-    processes: Processes = 1,
-    bm25: Bm25 = False,
-    against: Against = None,
-    start_over: StartOver = False,
-    keep_going: KeepGoing = False,
-    output: Annotated[Path, typer.Option(help="Where the scores go.")] = Path("results.json"),
-    dtype: opt.Dtype = "auto",
+    tasks: list[Path] | None = None,
+    benchmark: list[str] | None = None,
+    task: list[str] | None = None,
+    type: list[str] | None = None,
+    instructions: Literal["paper", "official", "mteb", "none"] = "paper",
+    engine: Literal["local", "mteb"] = "local",
+    cache: Path | None = None,
+    processes: int = 1,
+    bm25: bool = False,
+    against: list[str] | None = None,
+    start_over: bool = False,
+    keep_going: bool = False,
+    output: Path = Path("results.json"),
+    dtype: PrecisionChoice = "auto",
 ) -> None:
     """Score a model on task folders and on tasks of mteb; print a table, write the scores as JSON.
 
@@ -165,13 +155,22 @@ def _not_done(failed: Mapping[str, str]) -> UserError:
     return DataError(f"{count} could not be done", where=", ".join(failed))
 
 
+@opt.described(
+    first=typer.Argument(
+        metavar="A", help="Results file of `nvembed evaluate`, or a folder with a results.json."
+    ),
+    second=typer.Argument(metavar="B", help="The same of the other model."),
+    resamples=typer.Option(min=100, help="Resamples of every interval and test."),
+    markdown="Print a Markdown table.",
+    as_json=typer.Option("--json", help="Print JSON."),
+)
 def compare(
-    first: Annotated[Path, Results],
-    second: Annotated[Path, argument("The same of the other model.", metavar="B")],
+    first: Path,
+    second: Path,
     *,
-    resamples: Resamples = 2000,
-    markdown: Annotated[bool, option("Print a Markdown table.", "--markdown")] = False,
-    as_json: Annotated[bool, option("Print JSON.", "--json")] = False,
+    resamples: int = 2000,
+    markdown: bool = False,
+    as_json: bool = False,
 ) -> None:
     """Compare two models' results: differences, their intervals, and what chance explains.
 

@@ -18,10 +18,9 @@ from typer.exceptions import Abort, TyperException
 
 from nvembed.cli.data import data
 from nvembed.cli.evaluate import compare, evaluate
-from nvembed.cli.mine import mine
 from nvembed.cli.models import doctor, export, serve
 from nvembed.cli.options import OLD_OPTIONS
-from nvembed.cli.train import ablate, train
+from nvembed.cli.train import ablate, mine, train
 from nvembed.cli.vectors import encode, index, search
 from nvembed.core import __version__
 from nvembed.core.errors import UserError

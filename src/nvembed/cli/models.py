@@ -3,48 +3,33 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import typer
 
 from nvembed.cli import options as opt
-from nvembed.cli.options import argument, option
+from nvembed.core.dtypes import PrecisionChoice
 from nvembed.core.errors import ConfigError
 
-Task = Annotated[
-    str | None,
-    option("Instruction of the sample query, or an MTEB task such as SciFact. Default: NQ's."),
-]
-Query = Annotated[str | None, option('Sample query, such as "how do I sort a list?".')]
-Document = Annotated[str | None, option('Sample document, such as "sorted() returns a new list.".')]
-MaxTokens = Annotated[
-    int | None, option("Tokens of each of them, such as 512. Default: the limit.", min=1)
-]
-Batch = Annotated[int, typer.Option(min=1, help="Texts of the memory forecast, such as 256.")]
-Format = Annotated[
-    Literal["nv-embed", "nvembed", "sentence-transformers", "onnx"],
-    option(
-        "NVIDIA's layout, our own folder, stock sentence-transformers modules "
-        "(mean pooling only), or an ONNX graph."
-    ),
-]
-WeightType = Annotated[
-    Literal["float32", "bfloat16", "float16"] | None,
-    option("Of the weights. Default: as they are stored."),
-]
 
-
+@opt.described(
+    model="Folder or hub id of any sentence-transformers model or language model.",
+    task="Instruction of the sample query, or an MTEB task such as SciFact. Default: NQ's.",
+    query='Sample query, such as "how do I sort a list?".',
+    document='Sample document, such as "sorted() returns a new list.".',
+    batch=typer.Option(min=1, help="Texts of the memory forecast, such as 256."),
+    max_tokens=typer.Option(min=1, help="Tokens of each of them, such as 512. Default: the limit."),
+    json="Print JSON for machines.",
+)
 def doctor(
-    model: Annotated[
-        str, argument("Folder or hub id of any sentence-transformers model or language model.")
-    ],
+    model: str,
     *,
-    task: Task = None,
-    query: Query = None,
-    document: Document = None,
-    batch: Batch = 32,
-    max_tokens: MaxTokens = None,
-    json: Annotated[bool, option("Print JSON for machines.", "--json")] = False,
+    task: str | None = None,
+    query: str | None = None,
+    document: str | None = None,
+    batch: int = 32,
+    max_tokens: int | None = None,
+    json: bool = False,
 ) -> None:
     """Examine a model by running it: direction, pooled tokens, truncation, memory, drift.
 
@@ -67,12 +52,19 @@ def doctor(
         raise typer.Exit(1)
 
 
+@opt.described(
+    model="Folder or hub id: saved by nvembed, or NVIDIA's layout.",
+    to="The new folder.",
+    format="NVIDIA's layout, our own folder, stock sentence-transformers modules "
+    "(mean pooling only), or an ONNX graph.",
+    dtype="Of the weights. Default: as they are stored.",
+)
 def export(
-    model: Annotated[str, argument("Folder or hub id: saved by nvembed, or NVIDIA's layout.")],
+    model: str,
     *,
-    to: Annotated[Path, option("The new folder.")],
-    format: Format,
-    dtype: WeightType = None,
+    to: Path,
+    format: Literal["nv-embed", "nvembed", "sentence-transformers", "onnx"],
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
 ) -> None:
     """Write an embedding model in another format, with a model card.
 
@@ -90,33 +82,29 @@ def export(
     typer.echo(f"written: {to} ({format})")
 
 
-Served = Annotated[
-    str, argument("Folder or hub id of any sentence-transformers model; with --ui a database.")
-]
-Settings = Annotated[
-    list[str] | None, argument("key=value settings, such as batching.batch_tokens=8192.")
-]
-Keys = Annotated[
-    Path | None, option("File of API keys, one name:key per line. Without: no key is needed.")
-]
-Page = Annotated[bool, option("A page to search a database of `nvembed index`.", "--ui")]
-Moved = Annotated[
-    str | None,
-    option("With --ui: where the model of the database lies now, if it moved.", "--model"),
-]
-
-
+@opt.described(
+    model="Folder or hub id of any sentence-transformers model; with --ui a database.",
+    overrides="key=value settings, such as batching.batch_tokens=8192.",
+    host="Address; 0.0.0.0 is every network.",
+    port=typer.Option(min=0, max=65535, help="0 takes any free one."),
+    keys="File of API keys, one name:key per line. Without: no key is needed.",
+    config="YAML file of settings.",
+    ui="A page to search a database of `nvembed index`.",
+    moved=typer.Option(
+        "--model", help="With --ui: where the model of the database lies now, if it moved."
+    ),
+)
 def serve(
-    model: Served,
-    overrides: Settings = None,
+    model: str,
+    overrides: list[str] | None = None,
     *,
-    host: Annotated[str, typer.Option(help="Address; 0.0.0.0 is every network.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any free one.")] = 8000,
-    keys: Keys = None,
-    config: Annotated[Path | None, option("YAML file of settings.")] = None,
-    dtype: opt.Dtype = "auto",
-    ui: Page = False,
-    moved: Moved = None,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    keys: Path | None = None,
+    config: Path | None = None,
+    dtype: PrecisionChoice = "auto",
+    ui: bool = False,
+    moved: str | None = None,
 ) -> None:
     """Serve a model over HTTP: OpenAI's /v1/embeddings, TEI's /embed and /rerank, /metrics.
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from collections.abc import Callable, Iterable, Sequence
+from inspect import Parameter, signature
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
 
 import typer
-
-from nvembed.core.dtypes import PrecisionChoice
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -16,43 +14,50 @@ if TYPE_CHECKING:
     from nvembed.data.config import Column
 
 
-def option(help: str, *names: str, **more: Any) -> Any:
-    """An option whose default is not worth showing."""
-    return typer.Option(*names, help=help, show_default=False, **more)
-
-
-def argument(help: str, **more: Any) -> Any:
-    """An argument whose default is not worth showing."""
-    return typer.Argument(help=help, show_default=False, **more)
-
-
 def overrides(help: str) -> Any:
     """``KEY=VALUE`` arguments, which change a configuration."""
-    return argument(help, metavar="KEY=VALUE")
+    return typer.Argument(metavar="KEY=VALUE", help=help)
 
 
-Recipe = Annotated[Path, argument("YAML file; see recipes/.")]
-AnyModel = Annotated[str, argument("Folder or hub id of any sentence-transformers model.")]
-Dtype = Annotated[
-    PrecisionChoice,
-    typer.Option(help="Type of the weights; auto is what this machine computes fastest in."),
-]
-Columns = Annotated[
-    list[str] | None,
-    option(
-        "Where a value is found, as `columns` of a recipe says it: text=body, id=key, "
-        "query=question. May be repeated; columns of one name are joined.",
+# Parameters that have one meaning in every command, by name.
+_SHARED: dict[str, Any] = {
+    "recipe": "YAML file; see recipes/.",
+    "columns": typer.Option(
         "--column",
         metavar="NAME=COLUMN",
+        help="Where a value is found, as `columns` of a recipe says it: text=body, id=key, "
+        "query=question. May be repeated; columns of one name are joined.",
     ),
-]
-Layout = Annotated[
-    str, typer.Option(help="How its rows become records; see data/sources/layouts.py.")
-]
-SkipBadLines = Annotated[bool, option("Leave bad lines out and count them.", "--keep-going")]
-Engine = Annotated[
-    Literal["local", "ray"], typer.Option(help="Who embeds: ray is a cluster's workers.")
-]
+    "layout": "How its rows become records; see data/sources/layouts.py.",
+    "keep_going": "Leave bad lines out and count them.",
+    "engine": "Who embeds: ray is a cluster's workers.",
+    "dtype": "Type of the weights; auto is what this machine computes fastest in.",
+}
+
+Command = TypeVar("Command", bound=Callable[..., None])
+
+
+def described(**parameters: Any) -> Callable[[Command], Command]:
+    """Say what the parameters of a command are, but for those that many commands share.
+
+    A parameter that is given by name alone is an option, a flag where it is a bool; the others are
+    arguments. Where there is more to say than a help text, it is typer's own object.
+    """
+
+    def describe(command: Command) -> Command:
+        types = get_type_hints(command)
+        for name, parameter in signature(command).parameters.items():
+            told = parameters.get(name) or _SHARED[name]
+            if isinstance(told, str) and parameter.kind is Parameter.KEYWORD_ONLY:
+                flag = (f"--{name.replace('_', '-')}",) if types[name] is bool else ()
+                told = typer.Option(*flag, help=told)
+            elif isinstance(told, str):
+                told = typer.Argument(help=told)
+            command.__annotations__[name] = Annotated[types[name], told]
+        return command
+
+    return describe
+
 
 # Other spellings, which earlier versions had or which are near, by the present one.
 OLD_OPTIONS = {

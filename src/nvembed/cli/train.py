@@ -1,36 +1,128 @@
-"""``nvembed train`` and ``nvembed ablate``."""
+"""``nvembed mine``, ``train`` and ``ablate``: from pairs to a model, and which model is better."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Any, Literal
 
 import typer
 
 from nvembed.cli import options as opt
-from nvembed.cli.options import option, overrides
+from nvembed.core.dtypes import PrecisionChoice
 
 if TYPE_CHECKING:
+    from nvembed.mining.report import MiningReport
     from nvembed.training.ablation.grid import GridConfig, Run
     from nvembed.training.ablation.runner import Outcome
 
-Changes = Annotated[
-    list[str] | None,
-    overrides("Changes to the recipe, such as stages.0.steps=100 or stages.NAME.steps=100."),
-]
-Fresh = Annotated[bool, option("Delete the earlier run in the output folder.", "--fresh")]
-DryRun = Annotated[
-    bool, option("Say what the run would do and take, and change nothing.", "--dry-run")
-]
-ListRuns = Annotated[bool, option("List the runs and where they stand; run nothing.", "--dry-run")]
-ReportOnly = Annotated[
-    bool, option("Write the report of what is finished; run nothing.", "--report")
-]
+
+@opt.described(
+    input='Records {"query", "positive"}: any file that training reads, or a BEIR folder.',
+    output="The same records with negatives, as JSONL.",
+    settings=opt.overrides(
+        "Mining settings, such as num_negatives=7, strategy=margin or rerank=MODEL."
+    ),
+    teacher="Who scores the candidates: folder or hub id of any sentence-transformers model, "
+    "bm25, or the address of an OpenAI-compatible endpoint (http://…/v1; its key in "
+    "$NVEMBED_API_KEY).",
+    teacher_model="Name of the model at an endpoint.",
+    kind="What the records are.",
+    instruction="Task that is put before queries whose record brings none, or the name of an MTEB "
+    "task.",
+    documents="File or folder of texts to search. Default: the input's own documents.",
+    work="Folder for vectors and search results, kept for the next run and shared by "
+    "processes. Default: a hidden one beside the output until that is written.",
+    samples=typer.Option(min=0, help="Records to show at the end."),
+)
+def mine(
+    input: Path,
+    output: Path,
+    settings: list[str] | None = None,
+    *,
+    teacher: str,
+    teacher_model: str | None = None,
+    kind: Literal["retrieval", "nli", "sts"] = "retrieval",
+    layout: str = "records",
+    columns: list[str] | None = None,
+    instruction: str | None = None,
+    documents: Path | None = None,
+    work: Path | None = None,
+    engine: Literal["local", "ray"] = "local",
+    samples: int = 2,
+    dtype: PrecisionChoice = "auto",
+) -> None:
+    """Find hard negatives: near the query, yet clearly below its positive.
+
+    A run that was killed goes on where it was when it is started again. With --work, several
+    processes share the work: start the command several times, or with torchrun.
+
+    Examples:
+
+    \b
+      nvembed mine pairs.jsonl mined.jsonl --teacher runs/demo/model
+      nvembed mine pairs.jsonl mined.jsonl --teacher intfloat/e5-base-v2 \\
+        --documents docs.jsonl --instruction "Find the answer"
+      nvembed mine pairs.jsonl mined.jsonl --teacher bm25 num_negatives=15 threshold=0.9
+      nvembed mine faq.csv mined.jsonl --teacher bm25 --column query=question \\
+        --column positive=answer
+      nvembed mine pairs.jsonl mined.jsonl --teacher http://localhost:8000/v1 \\
+        --teacher-model my-embedder rerank=BAAI/bge-reranker-base write_scores=true
+      torchrun --nproc-per-node=8 -m nvembed mine pairs.jsonl mined.jsonl \\
+        --teacher nvidia/NV-Embed-v2 --documents docs.jsonl --work mining
+    """
+    from nvembed.core.config import load_config
+    from nvembed.core.errors import ConfigError
+    from nvembed.data.build_config import MiningConfig
+    from nvembed.mining.miner import help_mining, mine_file
+
+    given: dict[str, Any] = {"kind": kind, "layout": layout, "columns": opt.read_columns(columns)}
+    given |= {"instruction": instruction, "documents": documents, "work": work}
+    given |= {"dtype": dtype, "teacher_model": teacher_model}
+    config = load_config(MiningConfig, None, settings or ())
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and work is None:
+        raise ConfigError("several processes share it", where="--work", expected="a folder")
+    if work is not None and int(os.environ.get("RANK", "0")):  # the first process writes
+        help_mining(input, teacher, config, **given)
+        return
+    _show_mined(mine_file(input, output, teacher, config, engine=engine, **given), samples)
+    typer.echo(f"written: {output}")
 
 
+def _show_mined(report: MiningReport, samples: int) -> None:
+    """Print the counts, how many negatives may be positives that nobody labelled, and samples."""
+    from rich.console import Console
+    from rich.table import Table
+
+    typer.echo(
+        f"{report.records} records, {report.negatives} negatives among {report.documents} documents"
+        f", {report.share_with_fewer:.1%} of the records got fewer than asked for"
+    )
+    table = Table(title="Negatives that may be positives: score at least …")
+    for heading in ("of the positive's", "mined", "nearest, without a rule"):
+        table.add_column(heading, justify="right")
+    for row in report.near_positive:
+        shares = ("-" if share is None else f"{share:.1%}" for share in (row.mined, row.nearest))
+        table.add_row(f"{row.of_positive:.0%}", *shares)
+    Console().print(table)
+    for sample in report.samples[:samples]:
+        typer.echo(f"\nquery             {' '.join(sample.query.split())[:100]}")
+        rows = [("positive", sample.positive)]
+        rows += [("negative", scored) for scored in sample.negatives[:3]]
+        rows += [("refused", scored) for scored in sample.refused[:3]]
+        for label, scored in rows:
+            typer.echo(f"  {label:<8} {scored.score:6.3f} {' '.join(scored.text.split())[:100]}")
+
+
+@opt.described(
+    changes=opt.overrides(
+        "Changes to the recipe, such as stages.0.steps=100 or stages.NAME.steps=100."
+    ),
+    fresh="Delete the earlier run in the output folder.",
+    dry_run="Say what the run would do and take, and change nothing.",
+)
 def train(
-    recipe: opt.Recipe, changes: Changes = None, fresh: Fresh = False, dry_run: DryRun = False
+    recipe: Path, changes: list[str] | None = None, *, fresh: bool = False, dry_run: bool = False
 ) -> None:
     """Train an embedding model by a recipe.
 
@@ -67,13 +159,20 @@ def train(
         raise typer.Exit(error.exit_code) from error
 
 
+@opt.described(
+    grid=typer.Argument(metavar="GRID.yaml", show_default=False),
+    changes=opt.overrides("Keys of the grid to set."),
+    processes=typer.Option(min=1, help="Runs at once."),
+    dry_run="List the runs and where they stand; run nothing.",
+    report_only=typer.Option("--report", help="Write the report of what is finished; run nothing."),
+)
 def ablate(
-    grid: Annotated[Path, typer.Argument(metavar="GRID.yaml", show_default=False)],
-    changes: Annotated[list[str] | None, overrides("Keys of the grid to set.")] = None,
+    grid: Path,
+    changes: list[str] | None = None,
     *,
-    processes: Annotated[int, typer.Option(min=1, help="Runs at once.")] = 1,
-    dry_run: ListRuns = False,
-    report_only: ReportOnly = False,
+    processes: int = 1,
+    dry_run: bool = False,
+    report_only: bool = False,
 ) -> None:
     """Train and score every arm of a grid over several seeds, and report what differs.
 

@@ -4,67 +4,49 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import typer
 
 from nvembed.cli import options as opt
-from nvembed.cli.options import argument, option
-
-Input = Annotated[
-    list[Path],
-    option(
-        "JSONL, CSV, TSV, JSON (also .gz), Parquet, .txt (a text per line), a folder, or "
-        "- for stdin; may be repeated."
-    ),
-]
-Output = Annotated[
-    Path, option("A .npy file, one row per text, or a .parquet file or .lance table with ids.")
-]
-Task = Annotated[
-    str | None,
-    option(
-        "Instruction, or the name of an MTEB task (FiQA2018) or of a prompt of the model: "
-        "the texts are queries. Without: documents."
-    ),
-]
-TruncateDim = Annotated[
-    int | None, option("Keep the first dimensions only, at length 1, such as 256.", min=1)
-]
-NumberType = Annotated[
-    Literal["float32", "int8", "uint8", "binary"],
-    typer.Option(help="Of the numbers, as in sentence-transformers; binary keeps the sign."),
-]
-Long = Annotated[
-    Literal["cut", "windows", "late"],
-    typer.Option(
-        help="Texts beyond the model's limit: keep the beginning; or the mean of overlapping "
-        "windows; or late chunking, a vector per chunk of every text, read in one piece."
-    ),
-]
-Overlap = Annotated[int, typer.Option(min=0, help="Tokens that windows share.")]
-ChunkTokens = Annotated[int, typer.Option(min=1, help="Longest chunk of --long late.")]
-Processes = Annotated[
-    int, typer.Option(min=1, help="Share out the texts, with a GPU each where there are some.")
-]
+from nvembed.core.dtypes import PrecisionChoice
 
 
+@opt.described(
+    model="Folder or hub id of any sentence-transformers model.",
+    input="JSONL, CSV, TSV, JSON (also .gz), Parquet, .txt (a text per line), a folder, or "
+    "- for stdin; may be repeated.",
+    output="A .npy file, one row per text, or a .parquet file or .lance table with ids.",
+    task="Instruction, or the name of an MTEB task (FiQA2018) or of a prompt of the model: "
+    "the texts are queries. Without: documents.",
+    truncate_dim=typer.Option(
+        min=1, help="Keep the first dimensions only, at length 1, such as 256."
+    ),
+    precision="Of the numbers, as in sentence-transformers; binary keeps the sign.",
+    long="Texts beyond the model's limit: keep the beginning; or the mean of overlapping "
+    "windows; or late chunking, a vector per chunk of every text, read in one piece.",
+    overlap=typer.Option(min=0, help="Tokens that windows share."),
+    chunk_tokens=typer.Option(min=1, help="Longest chunk of --long late."),
+    processes=typer.Option(
+        min=1, help="Share out the texts, with a GPU each where there are some."
+    ),
+)
 def encode(
-    model: opt.AnyModel,
+    model: str,
     *,
-    input: Input,
-    output: Output,
-    task: Task = None,
-    columns: opt.Columns = None,
-    keep_going: opt.SkipBadLines = False,
-    dtype: opt.Dtype = "auto",
-    truncate_dim: TruncateDim = None,
-    precision: NumberType = "float32",
-    long: Long = "cut",
-    overlap: Overlap = 64,
-    chunk_tokens: ChunkTokens = 256,
-    processes: Processes = 1,
-    engine: opt.Engine = "local",
+    input: list[Path],
+    output: Path,
+    task: str | None = None,
+    columns: list[str] | None = None,
+    keep_going: bool = False,
+    dtype: PrecisionChoice = "auto",
+    truncate_dim: int | None = None,
+    precision: Literal["float32", "int8", "uint8", "binary"] = "float32",
+    long: Literal["cut", "windows", "late"] = "cut",
+    overlap: int = 64,
+    chunk_tokens: int = 256,
+    processes: int = 1,
+    engine: Literal["local", "ray"] = "local",
 ) -> None:
     """Turn a file of texts into a file of vectors.
 
@@ -109,54 +91,32 @@ def encode(
 # Enough of a hit to judge it by, on one or two lines of a terminal.
 SHOWN_CHARS = 160
 
-Documents = Annotated[
-    list[str] | None,
-    argument("Files (JSONL, JSON, CSV, TSV, Parquet, text; .gz), folders, or - for stdin."),
-]
-ModelOnce = Annotated[
-    str | None, option("Folder or hub id; needed once, the database remembers it.")
-]
-TaskOfQueries = Annotated[
-    str | None,
-    option("Instruction, or name of a task, of queries without one; of a new database."),
-]
-Fields = Annotated[str | None, option("Keys to keep for --where: year,lang. Default: all.")]
-Delete = Annotated[list[str] | None, option("Id of a document to remove; may be given often.")]
-DeleteFile = Annotated[Path | None, option("File of ids to remove, one per line.")]
-FirstDimensions = Annotated[int | None, option("First dimensions only; of a new database.", min=1)]
-AnnAbove = Annotated[
-    int, typer.Option(min=0, help="Documents from which on search is approximate.")
-]
-Place = Annotated[
-    str,
-    argument("Database of nvembed index; or a model, with --documents.", metavar="DB_OR_MODEL"),
-]
-TextFiles = Annotated[Path | None, option("A file or folder as nvembed encode takes them.")]
-TaskOfQuery = Annotated[
-    str | None,
-    option("Instruction for the query, or the name of an MTEB task (FiQA2018) or of a prompt."),
-]
-Where = Annotated[str | None, option("Filter of a database: \"year > 2000 AND lang = 'en'\".")]
-Hybrid = Annotated[bool, option("In a database: by words as well, ranks fused.", "--hybrid")]
-Exact = Annotated[bool, option("Compare with every vector of a large database.", "--exact")]
-ModelNow = Annotated[str | None, option("Where the model of the database lies now.")]
-AsJson = Annotated[bool, option("Print a JSON object per hit, fields and all.", "--json")]
 
-
+@opt.described(
+    documents="Files (JSONL, JSON, CSV, TSV, Parquet, text; .gz), folders, or - for stdin.",
+    to="Folder of the database.",
+    model="Folder or hub id; needed once, the database remembers it.",
+    task="Instruction, or name of a task, of queries without one; of a new database.",
+    fields="Keys to keep for --where: year,lang. Default: all.",
+    delete="Id of a document to remove; may be given often.",
+    delete_file="File of ids to remove, one per line.",
+    truncate_dim=typer.Option(min=1, help="First dimensions only; of a new database."),
+    ann_above=typer.Option(min=0, help="Documents from which on search is approximate."),
+)
 def index(
-    documents: Documents = None,
+    documents: list[str] | None = None,
     *,
-    to: Annotated[Path, option("Folder of the database.")],
-    model: ModelOnce = None,
-    task: TaskOfQueries = None,
-    columns: opt.Columns = None,
-    fields: Fields = None,
-    delete: Delete = None,
-    delete_file: DeleteFile = None,
-    keep_going: opt.SkipBadLines = False,
-    truncate_dim: FirstDimensions = None,
-    ann_above: AnnAbove = 50_000,
-    dtype: opt.Dtype = "auto",
+    to: Path,
+    model: str | None = None,
+    task: str | None = None,
+    columns: list[str] | None = None,
+    fields: str | None = None,
+    delete: list[str] | None = None,
+    delete_file: Path | None = None,
+    keep_going: bool = False,
+    truncate_dim: int | None = None,
+    ann_above: int = 50_000,
+    dtype: PrecisionChoice = "auto",
 ) -> None:
     """Write documents into an embedded vector database; run again, it embeds what is new.
 
@@ -193,20 +153,34 @@ def index(
         opt.echo_error(*(f"  {line}" for line in opt.bad_lines(done.skipped.first)))
 
 
+@opt.described(
+    place=typer.Argument(
+        metavar="DB_OR_MODEL", help="Database of nvembed index; or a model, with --documents."
+    ),
+    query="What to look for.",
+    documents="A file or folder as nvembed encode takes them.",
+    task="Instruction for the query, or the name of an MTEB task (FiQA2018) or of a prompt.",
+    top_k=typer.Option(min=1, help="Number of hits."),
+    where="Filter of a database: \"year > 2000 AND lang = 'en'\".",
+    hybrid="In a database: by words as well, ranks fused.",
+    exact="Compare with every vector of a large database.",
+    model="Where the model of the database lies now.",
+    as_json=typer.Option("--json", help="Print a JSON object per hit, fields and all."),
+)
 def search(
-    place: Place,
-    query: Annotated[str, argument("What to look for.")],
+    place: str,
+    query: str,
     *,
-    documents: TextFiles = None,
-    columns: opt.Columns = None,
-    task: TaskOfQuery = None,
-    top_k: Annotated[int, typer.Option(min=1, help="Number of hits.")] = 10,
-    where: Where = None,
-    hybrid: Hybrid = False,
-    exact: Exact = False,
-    model: ModelNow = None,
-    as_json: AsJson = False,
-    dtype: opt.Dtype = "auto",
+    documents: Path | None = None,
+    columns: list[str] | None = None,
+    task: str | None = None,
+    top_k: int = 10,
+    where: str | None = None,
+    hybrid: bool = False,
+    exact: bool = False,
+    model: str | None = None,
+    as_json: bool = False,
+    dtype: PrecisionChoice = "auto",
 ) -> None:
     """Find the documents of a database, or the texts of a file, that are nearest to a query.
 

@@ -48,6 +48,8 @@ class Batcher:
         self._engine = engine
         self._scheduler = scheduler
         self._metrics = metrics
+        metrics.queued_tokens.set_function(lambda: scheduler.waiting_tokens)
+        metrics.queued_requests.set_function(lambda: scheduler.waiting_jobs)
         self._condition = threading.Condition()
         self._closing = False
         self._tokens_per_second = 1000.0  # of one thread; until something was measured
@@ -95,7 +97,6 @@ class Batcher:
         with self._condition:
             taken = not self._closing and self._scheduler.add(request, time.monotonic())
             if taken:
-                self._show_queue()
                 self._condition.notify()
         if not taken:
             raise self._overloaded()
@@ -104,17 +105,12 @@ class Batcher:
         finally:
             with self._condition:
                 self._scheduler.cancel(request)
-                self._show_queue()
 
     def _overloaded(self) -> RequestError:
         speed = self._tokens_per_second * len(self._threads)
         wait = min(60.0, self._scheduler.waiting_tokens / speed)
         message = "too many texts are waiting; send this request again after Retry-After seconds"
         return RequestError(429, message, "overloaded", retry_seconds=wait)
-
-    def _show_queue(self) -> None:
-        self._metrics.queued_tokens.set(self._scheduler.waiting_tokens)
-        self._metrics.queued_requests.set(self._scheduler.waiting_jobs)
 
     # --- the model's threads ----------------------------------------------------------------------
 
@@ -138,7 +134,6 @@ class Batcher:
             batch = self._scheduler.take()
             if self._scheduler.waiting_jobs:
                 self._condition.notify()  # for the next thread
-            self._show_queue()
         for job, row in batch:
             if row == 0:
                 self._metrics.queue_seconds.observe(now - job.arrived)

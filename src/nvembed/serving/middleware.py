@@ -68,6 +68,7 @@ class LimitsMiddleware:
         self._routes = routes
         self._inflight = 0
         self._inflight_bytes = 0
+        metrics.inflight.set_function(lambda: self._inflight)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -80,7 +81,6 @@ class LimitsMiddleware:
         scope = {**scope, "path": path, "state": state}
         send = self._watched(send, context)
         self._inflight += 1
-        self._metrics.inflight.set(self._inflight)
         try:
             try:
                 await self._admit(scope, receive, context)
@@ -106,7 +106,6 @@ class LimitsMiddleware:
         finally:
             self._inflight -= 1
             self._inflight_bytes -= context.held_bytes
-            self._metrics.inflight.set(self._inflight)
             self._note(scope["method"], context)
 
     async def _admit(self, scope: Scope, receive: Receive, context: RequestContext) -> None:

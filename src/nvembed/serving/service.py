@@ -171,9 +171,8 @@ class Service:
             items = await self._in_turns(texts, lambda part: self.engine.prepare(part, options))
         else:
             if options.task is not None or options.prompt or options.input_type == "query":
-                message = (
-                    "token ids are embedded as documents, bare; send texts with an instruction"
-                )
+                message = "token ids are embedded as documents, bare"
+                message = f"{message}; send texts with an instruction"
                 raise RequestError(400, message, "ids_with_instruction", "instruction")
             if not self.engine.takes_ids:
                 message = "this model takes texts, no token ids; send texts"
@@ -223,10 +222,15 @@ class Service:
                     return prepare(rows)
                 finally:
                     self._tokenising.release()
-            items: list[T] = []
-            for part in _slices(rows):
-                loop = asyncio.get_running_loop()
+            loop, items, start = asyncio.get_running_loop(), list[T](), 0
+            while start < len(rows):
+                stop, size = start, 0
+                while stop < len(rows) and size < _SLICE_CHARS:
+                    size += len(rows[stop])
+                    stop += 1
+                part = rows[start:stop]
                 items += await loop.run_in_executor(self._tokeniser, in_turn, part)
+                start = stop
         except UserError as error:
             raise RequestError(400, str(error), param="input") from error
         return items
@@ -235,15 +239,3 @@ class Service:
 async def _wait_until_gone(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
-
-
-def _slices(rows: Sequence[SizedT]) -> list[Sequence[SizedT]]:
-    slices, start, size = [], 0, 0
-    for row, content in enumerate(rows):
-        size += len(content)
-        if size >= _SLICE_CHARS:
-            slices.append(rows[start : row + 1])
-            start, size = row + 1, 0
-    if start < len(rows):
-        slices.append(rows[start:])
-    return slices

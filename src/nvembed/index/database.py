@@ -75,9 +75,7 @@ def writing(path: Path) -> Iterator[None]:
         lock.acquire()
     except Timeout as error:
         raise ConfigError(
-            "another process is writing to the database",
-            where=str(path),
-            hint="Wait for it to end",
+            "another process is writing to the database", where=str(path), hint="Wait for it to end"
         ) from error
     try:
         yield

@@ -56,9 +56,7 @@ _Token = tuple[str, str, int]  # kind, text, column from 1
 
 
 def where_sql(
-    expression: str,
-    fields: Mapping[str, pa.DataType],
-    columns: Mapping[str, str] | None = None,
+    expression: str, fields: Mapping[str, pa.DataType], columns: Mapping[str, str] | None = None
 ) -> str:
     """Check a filter and write it as SQL.
 

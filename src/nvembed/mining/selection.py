@@ -174,11 +174,7 @@ class Selector:
         return taken_CN
 
     def _not_near(
-        self,
-        places: Rows,
-        rows_N: Rows,
-        case: Case,
-        forbidden: frozenset[int],
+        self, places: Rows, rows_N: Rows, case: Case, forbidden: frozenset[int]
     ) -> Iterable[int]:
         """Pass over places whose text is nearly a known positive or the query."""
         threshold, texts = self._config.near_duplicate, self._corpus.texts
@@ -195,11 +191,7 @@ class Selector:
                 yield place
 
     def _sample(
-        self,
-        cases: Sequence[Case],
-        near: Neighbours,
-        taken_CN: Marks,
-        refused_CN: Marks,
+        self, cases: Sequence[Case], near: Neighbours, taken_CN: Marks, refused_CN: Marks
     ) -> None:
         def scored(rows: Rows, scores: Scores) -> tuple[ScoredText, ...]:
             return tuple(

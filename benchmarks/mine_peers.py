@@ -184,7 +184,7 @@ def run_growth(side: str, num_documents: int) -> dict[str, Any]:
 def _our_growth(folder: Path, num_documents: int) -> dict[str, Any]:
     from nvembed.core.files import write_jsonl
     from nvembed.data.build_config import MiningConfig
-    from nvembed.mining import teachers
+    from nvembed.encoding import workers
     from nvembed.mining.miner import mine_file
 
     class Made:
@@ -203,7 +203,7 @@ def _our_growth(folder: Path, num_documents: int) -> dict[str, Any]:
     )
     write_jsonl(folder / "documents.jsonl", ({"text": text(row)} for row in range(num_documents)))
     made: Any = Made()
-    teachers.load_encoder = lambda *_: made
+    workers.load_encoder = lambda *_: made
     import torch
 
     torch.ones(2, 2) @ torch.ones(2, 2)

@@ -52,7 +52,7 @@ TESTS: dict[str, tuple[str, ...]] = {
         "training/test_step_passes.py",
         "training/test_step.py::test_recomputing_under_autocast_changes_no_bit",
     ),
-    "training/stages.py": ("training/test_stages.py",),
+    "training/stages.py": ("training/test_stages.py", "training/test_optim.py"),
     "building/contamination.py": ("building/test_contamination.py",),
     "encoding/nearest.py": ("encoding/test_mining_search.py",),
     "text/tokens.py": (
@@ -66,7 +66,6 @@ FURTHER_TESTS: dict[str, tuple[str, ...]] = {
     "evaluation/significance.py": ("evaluation/test_significance.py",),
     "data/batch.py": ("data/test_batch.py",),
     "index/where.py": ("index/test_where.py",),
-    "training/optim.py": ("training/test_optim.py",),
     "mining/selection.py": ("mining/test_mining_filters.py", "mining/test_miner.py"),
     "text/instructions.py": ("text/test_tokens.py",),
     "text/packing.py": ("text/test_packing.py", "text/test_batches.py"),

@@ -24,7 +24,7 @@ from train_peers import FILES, OURS, ROOT
 
 from nvembed.data.batch import build_batch
 from nvembed.data.examples import Example
-from nvembed.training.objective import Objective, evaluate_objective
+from nvembed.training.contrastive_loss import Objective, evaluate_objective
 
 PARTS = ("tokens", "documents", "processes")
 WIDTH = 256

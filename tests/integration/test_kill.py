@@ -21,7 +21,7 @@ from faults import Fault, in_child
 from nvembed.core import files
 from nvembed.core.files import atomic_folder, tidy
 from nvembed.core.ownership import MARK
-from nvembed.training import stages, trainer
+from nvembed.training import metrics, model, stage_mining
 from nvembed.training.checkpoint import latest_checkpoint
 from tiny_run import assert_same, attempt, command, finish, write_inputs
 
@@ -115,12 +115,22 @@ def signalled(folder: Path, module: Any, name: str) -> tuple[int, str, str]:
 
 
 STOPPED_AT: list[tuple[Any, str, str, str | None]] = [
-    (trainer, "starting_model", "run: stopped by SIGTERM. The same command goes on", None),
-    (trainer, "evaluate_step", "interrupted after step 2; a checkpoint", "step-0000000002"),
+    (model, "starting_model", "run: stopped by SIGTERM. The same command goes on", None),
+    (metrics.Evaluation, "step", "interrupted after step 2; a checkpoint", "step-0000000002"),
     # Steps since the last checkpoint are not lost for it.
-    (trainer, "put_back_best", "interrupted after step 5; a checkpoint", "step-0000000005-end"),
-    (stages, "write_jsonl", "run: stopped by SIGTERM. The same command", "step-0000000005-end"),
-    (trainer, "save_adapters", "run: stopped by SIGTERM. The", "step-0000000010-end"),
+    (
+        metrics.Evaluation,
+        "put_back",
+        "interrupted after step 5; a checkpoint",
+        "step-0000000005-end",
+    ),
+    (
+        stage_mining,
+        "write_jsonl",
+        "run: stopped by SIGTERM. The same command",
+        "step-0000000005-end",
+    ),
+    (model, "save_adapters", "run: stopped by SIGTERM. The", "step-0000000010-end"),
 ]
 
 

@@ -56,7 +56,7 @@ def check_file(config: DatasetConfig) -> Check:
         elif isinstance(record, StsRecord):
             highest = max(highest, record.score)
         check.records += 1
-    for place, problem in classes.problems(config.conversion).values():
+    for _, place, problem in classes.problems(config.conversion):
         check.problems.add(place, problem, by_value=True)
     if config.kind == "sts" and 0 < highest <= 1:
         check.warnings.add(

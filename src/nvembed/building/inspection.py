@@ -155,9 +155,8 @@ def inspect(
     """
     found, trained_on = Inspection(name, kind), 0
     problems, digests, classes = ProblemCounts(), Digests(), Counter[str]()
-    characters, tokens, per_record = (
-        defaultdict[str, "array[int]"](lambda: array("q")) for _ in range(3)
-    )
+    numbers = [defaultdict[str, "array[int]"](lambda: array("q")) for _ in range(3)]
+    characters, tokens, per_record = numbers
     samples: list[tuple[int, Record]] = []
     choose = random.Random(0)
     waiting = iter(rows)
@@ -187,9 +186,8 @@ def inspect(
             for (side, _), count in zip(sides, counts, strict=False):
                 tokens[side].append(count)
             bar.advance(len(batch))
-    firsts = digests.first_rows()
     found.bad, found.problems = problems.count, tuple(map(str, problems.kinds[:_PROBLEMS_SHOWN]))
-    found.repeated = int((firsts != np.arange(len(firsts))).sum())
+    found.repeated = found.records - len(np.unique(digests.first_rows()))
     found.characters, found.per_record = _spreads(characters), _spreads(per_record)
     found.tokens = _spreads(tokens) if count_tokens else None
     if kind in ("classification", "clustering"):

@@ -103,12 +103,12 @@ class ClassSamples:
         if len(of_class) < 2:
             of_class.setdefault(record.text, row)
 
-    def problems(self, conversion: Conversion) -> dict[str, tuple[str, str]]:
-        """Return class → (place of its first record, what is wrong with the class)."""
+    def problems(self, conversion: Conversion) -> list[tuple[str, str, str]]:
+        """Return (class, place of its first record, problem), which may be two of a class."""
         places = [(label, row.place) for label, of in self._rows.items() for row in of.values()]
         records = [LabelRecord(text, label) for label, of in self._rows.items() for text in of]
         found = label_problems(records, conversion) if records else []
-        return {places[at][0]: (places[at][1], problem) for at, problem in found}
+        return [(*places[at], problem) for at, problem in found]
 
 
 def capped(rows: Rows, total: int, dataset: DatasetConfig) -> Iterator[Converted]:

@@ -337,7 +337,8 @@ class SetBuild:
         for row in rows():
             assert isinstance(row.record, LabelRecord)
             classes.add(row.record, row)
-        problems = classes.problems(self._dataset.conversion)
+        found = classes.problems(self._dataset.conversion)
+        problems = {label: problem for label, _, problem in found}
 
         def label(row: Converted) -> str:
             return row.record.label if isinstance(row.record, LabelRecord) else ""
@@ -345,7 +346,7 @@ class SetBuild:
         with closing(Notes(refused)) as notes:
             for row in rows() if problems else ():
                 if label(row) in problems:
-                    notes.add(place=row.place, problem=problems[label(row)][1])
+                    notes.add(place=row.place, problem=problems[label(row)])
         return lambda: (row for row in rows() if label(row) not in problems), notes.count
 
     def _mined(self, rows: Rows, total: int) -> tuple[Iterable[Converted], dict[str, Any] | None]:

@@ -35,18 +35,28 @@ class ShingleIndex:
         self._rows_with: defaultdict[int, list[int]] = defaultdict(list)
         together = np.concatenate([np.empty(0, np.uint64), *self._shingles])
         different, counts = np.unique(together, return_counts=True)
+        self._different = np.append(different, np.uint64(2**64 - 1))  # so that there is a next one
+        self._counts = np.append(counts, 0)
         for row, own in enumerate(self._shingles):
-            # Whoever reaches the threshold t holds ceil(t * n) of the n shingles, so one of any
-            # n - ceil(t * n) + 1 of them.
-            size = len(own) - math.ceil(threshold * len(own) - _ROUNDING) + 1
-            rarest = np.argsort(counts[np.searchsorted(different, own)], kind="stable")[:size]
-            for shingle in own[rarest].tolist():
+            for shingle in self._rarest(own):
                 self._rows_with[shingle].append(row)
+
+    def _rarest(self, own: NDArray[np.uint64]) -> list[int]:
+        """Return so many shingles that every text that reaches the threshold has one of its own.
+
+        Such a text holds ceil(t * n) of the n shingles. In one order of all shingles the first
+        n - ceil(t * n) + 1 of both texts meet; rare ones come first, as few texts share them.
+        """
+        size = len(own) - math.ceil(self._threshold * len(own) - _ROUNDING) + 1
+        at = np.searchsorted(self._different, own)
+        counts = np.where(self._different[at] == own, self._counts[at], 0)
+        return own[np.argsort(counts, kind="stable")[:size]].tolist()
 
     def search(self, text: str) -> dict[int, float]:
         """Return the similarity of every row that reaches the threshold."""
         own = shingles(text, self._shingle_words)
-        candidates = {row for shingle in own.tolist() for row in self._rows_with.get(shingle, ())}
+        rarest = self._rarest(own)
+        candidates = {row for shingle in rarest for row in self._rows_with.get(shingle, ())}
         found = {}
         for row in candidates:
             other = self._shingles[row]

@@ -34,19 +34,12 @@ _SHORTEST_SECRET = 8  # shorter keys are placeholders such as "EMPTY"
 
 
 class Trouble(NamedTuple):
-    """Why a request was not answered.
-
-    Args:
-        problem: in a few words.
-        said: the endpoint's own words, shortened and without the key.
-        asked: seconds that it asks to wait; None where it asks for none.
-        refused: status of a refusal that is final; None where trying again may help.
-    """
+    """Why a request was not answered, and whether to try again."""
 
     problem: str
-    said: str = ""
-    asked: float | None = None
-    refused: int | None = None
+    said: str = ""  # the endpoint's own words, shortened and without the key
+    asked: float | None = None  # seconds that it asks to wait
+    refused: int | None = None  # status of a refusal that is final
 
 
 def post_json(url: str, body: dict[str, Any], *, timeout: float = 120.0) -> dict[str, Any]:
@@ -68,10 +61,12 @@ def post_json(url: str, body: dict[str, Any], *, timeout: float = 120.0) -> dict
             response = httpx2.post(
                 url, content=data, headers=headers, timeout=timeout, verify=certificates(url)
             )
-            found = trouble_of(response, key) or _no_object(response)
-            if found is None:
-                return dict(response.json())
-            trouble = found
+            found = trouble_of(response, key)
+            if found is None and isinstance(value := response.json(), dict):
+                return value
+            trouble = found or Trouble(f"a JSON {type(value).__name__} came back")
+        except (ValueError, RecursionError):
+            trouble = Trouble("not JSON")
         except (httpx2.HTTPError, httpx2.InvalidURL) as error:
             trouble = Trouble(without_key(str(error) or type(error).__name__, key))
         if trouble.refused is not None:
@@ -84,14 +79,6 @@ def post_json(url: str, body: dict[str, Any], *, timeout: float = 120.0) -> dict
         where=url,
         hint="What was done is kept: the same command goes on from there",
     )
-
-
-def _no_object(response: httpx2.Response) -> Trouble | None:
-    try:
-        value = response.json()
-    except (ValueError, RecursionError):
-        return Trouble("not JSON")
-    return None if isinstance(value, dict) else Trouble(f"a JSON {type(value).__name__} came back")
 
 
 def _refusal(url: str, trouble: Trouble) -> ModelError:
@@ -127,33 +114,22 @@ def pause(attempt: int, first_wait: float, asked: float | None) -> float:
 
 
 def retry_after(value: str | None, now: float) -> float | None:
-    """Return the seconds that a Retry-After header asks for, at least 0.
+    """Return the seconds that a Retry-After header asks for, at least 0; None where it says none.
 
-    Args:
-        value: seconds or a date; None for no header.
-        now: seconds since 1970.
-
-    Returns:
-        None where there is no header or it says nothing.
+    It holds seconds or a date, and ``now`` is in seconds since 1970.
     """
-    if value is None:
-        return None
     try:
-        seconds = float(value)
+        seconds = float(value or "")
     except ValueError:
         try:
-            seconds = email.utils.parsedate_to_datetime(value).timestamp() - now
+            seconds = email.utils.parsedate_to_datetime(value or "").timestamp() - now
         except (ValueError, TypeError):
             return None
     return max(0.0, seconds) if seconds < float("inf") else None
 
 
 def read_key(*variables: str) -> str | None:
-    """Read the key of an endpoint from the first of the environment variables that holds one.
-
-    Raises:
-        ConfigError: it holds what no key holds; the key is not shown.
-    """
+    """Read the key of an endpoint from the first of the environment variables that holds one."""
     for variable in variables:
         key = os.environ.get(variable, "").strip()
         if not (key.isascii() and key.isprintable()) or " " in key:

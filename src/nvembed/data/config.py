@@ -10,7 +10,7 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from nvembed.core.config import StrictModel
 from nvembed.core.errors import ConfigError
-from nvembed.data.records import REQUIRED, Conversion, Kind, known_task
+from nvembed.data.records import LABEL_KINDS, PAIR_KINDS, REQUIRED, Conversion, Kind, known_task
 
 Layout = Literal[
     "records",
@@ -25,9 +25,6 @@ Layout = Literal[
 ]
 # A column, a place inside one (``answers.text.0``), or several that are joined by a space.
 Column = str | tuple[str, ...]
-
-LABEL_KINDS = ("classification", "clustering")
-PAIR_KINDS = ("retrieval", "nli")
 
 
 class _Form(NamedTuple):

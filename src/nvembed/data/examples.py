@@ -30,6 +30,7 @@ import numpy as np
 from nvembed.core.errors import DataError
 from nvembed.data.records import (
     LABEL_HINTS,
+    LABEL_KINDS,
     Conversion,
     Kind,
     LabelRecord,
@@ -137,7 +138,7 @@ def make_source(
     make: Callable[[Sequence[Any], str, str | None], ExampleSource] = PairSource
     if kind == "sts":
         make = StsSource
-    elif kind in ("classification", "clustering"):
+    elif kind in LABEL_KINDS:
         # Files were checked line by line before; records made in memory come here first.
         problems = [text for _, text in label_problems(records, conversion)]
         if problems:

@@ -15,10 +15,11 @@ from nvembed.core.reporting import ProblemCounts
 from nvembed.core.text_files import ending_of, read_jsonl
 from nvembed.data.build_config import BuildConfig
 from nvembed.data.built_sets import built_problem
-from nvembed.data.config import LABEL_KINDS, DatasetConfig
+from nvembed.data.config import DatasetConfig
 from nvembed.data.records import (
     EXPECTED,
     LABEL_HINTS,
+    LABEL_KINDS,
     BadRow,
     Conversion,
     Converted,

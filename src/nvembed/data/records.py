@@ -119,39 +119,36 @@ class LabelRecord(_Row):
 
 Record = PairRecord | StsRecord | LabelRecord
 
-RECORD_TYPES: dict[Kind, Any] = {
-    "retrieval": PairRecord,
-    "nli": PairRecord,
-    "sts": StsRecord,
-    "classification": LabelRecord,
-    "clustering": LabelRecord,
-}
-_CHECKS = {kind: TypeAdapter[Any](made) for kind, made in RECORD_TYPES.items()}
+PAIR_KINDS = ("retrieval", "nli")
+LABEL_KINDS = ("classification", "clustering")
+# Kinds, their record, the columns that have to be there, and what a good row looks like.
+_KINDS: tuple[tuple[tuple[str, ...], Any, tuple[str, ...], str], ...] = (
+    (
+        PAIR_KINDS,
+        PairRecord,
+        ("query", "positive"),
+        '{"query": text, "positive": text or [texts], "negative": [texts], optional; '
+        '"positive_scores" and "negative_scores": [numbers], optional; '
+        '"instruction": text, optional}',
+    ),
+    (
+        ("sts",),
+        StsRecord,
+        ("sentence1", "sentence2", "score"),
+        '{"sentence1": text, "sentence2": text, "score": 0 to 5, "negative": [texts], optional}',
+    ),
+    (LABEL_KINDS, LabelRecord, ("text", "label"), '{"text": text, "label": text or integer}'),
+)
+RECORD_TYPES = {kind: made for kinds, made, _, _ in _KINDS for kind in kinds}
+REQUIRED = {kind: needed for kinds, _, needed, _ in _KINDS for kind in kinds}
+EXPECTED = {kind: row for kinds, _, _, row in _KINDS for kind in kinds}
 _COLUMNS = {"positives": "positive", "negatives": "negative"}  # others are called like their field
 _FIELDS = {
     made: {one.name: _COLUMNS.get(one.name, one.name) for one in fields(made)}
-    for made in RECORD_TYPES.values()
+    for _, made, _, _ in _KINDS
 }
 COLUMNS = {kind: tuple(_FIELDS[made].values()) for kind, made in RECORD_TYPES.items()}
-REQUIRED: dict[Kind, tuple[str, ...]] = {
-    "retrieval": ("query", "positive"),
-    "nli": ("query", "positive"),
-    "sts": ("sentence1", "sentence2", "score"),
-    "classification": ("text", "label"),
-    "clustering": ("text", "label"),
-}
-_EXPECTED_PAIR = (
-    '{"query": text, "positive": text or [texts], "negative": [texts], optional; '
-    '"positive_scores" and "negative_scores": [numbers], optional; "instruction": text, optional}'
-)
-_EXPECTED_LABEL = '{"text": text, "label": text or integer}'
-EXPECTED: dict[Kind, str] = {
-    "retrieval": _EXPECTED_PAIR,
-    "nli": _EXPECTED_PAIR,
-    "sts": '{"sentence1": text, "sentence2": text, "score": 0 to 5, "negative": [texts], optional}',
-    "classification": _EXPECTED_LABEL,
-    "clustering": _EXPECTED_LABEL,
-}
+_CHECKS = {made: TypeAdapter[Any](made) for _, made, _, _ in _KINDS}
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,9 +207,6 @@ def records_digest(records: Sequence[Record]) -> str:
     return digest.hexdigest()
 
 
-# --- One row --------------------------------------------------------------------------------------
-
-
 def parse_record(row: dict[str, Any], kind: Kind) -> Record:
     """Check one row and make its record.
 
@@ -224,7 +218,7 @@ def parse_record(row: dict[str, Any], kind: Kind) -> Record:
         raise RowError("missing " + " and ".join(missing))
     scored = RECORD_TYPES[kind] is PairRecord and any(row.get(key) is not None for key in _SCORES)
     try:
-        record = _CHECKS[kind].validate_python(row)
+        record = _CHECKS[RECORD_TYPES[kind]].validate_python(row)
     except ValidationError as error:
         raise RowError(_problem(error, row)) from None
     return _with_scores(record, row) if scored else record
@@ -297,8 +291,6 @@ def _shown(value: Any) -> str:
         return "null"
     return names.get(type(value)) or str(value).lower()
 
-
-# --- Classes --------------------------------------------------------------------------------------
 
 LABEL_HINTS = {
     "example": "Add texts, drop the lines, or set conversion: label where labels are words",

@@ -159,7 +159,7 @@ def _embed_here(jobs: Iterable[Job], encoder: Encoder, options: EncodeOptions, m
 
     def write(window: _Window) -> None:
         done.append((window, window.part(width)))
-        if window.is_last:
+        if sum(len(each.rows) for each, _ in done) == len(window.job.texts):
             save_part(window.job.path, _joined(done))
             done.clear()
         made(len(window.rows), window.work.tokens)
@@ -204,7 +204,6 @@ class _Window:
 
     job: Job
     rows: list[int]
-    is_last: bool
     work: Work
     arriving: _Arriving | None = None
 
@@ -223,10 +222,9 @@ def _launched(jobs: Iterable[Job], encoder: Encoder, options: EncodeOptions) -> 
 
     def prepared() -> Iterator[_Window]:
         for job in jobs:
-            windows = list(_rows_by_task(job, options.task))
-            for number, (task, rows) in enumerate(windows, start=1):
+            for task, rows in _rows_by_task(job, options.task):
                 work = _prepare(encoder, [job.texts[row] for row in rows], task, options)
-                yield _Window(job, rows, number == len(windows), work)
+                yield _Window(job, rows, work)
 
     for window in prefetch(prepared()):
         window.arriving = window.work.launch()

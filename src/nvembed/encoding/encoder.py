@@ -23,14 +23,11 @@ if TYPE_CHECKING:
 
 
 class Encoder(Protocol):
-    """Turns texts into unit vectors, one side at a time.
-
-    An encoder chooses its own order and batches (sorting by length, packing); rows come back in
-    input order. One that has prompts of its own says so, see ``prompts_of``.
+    """Turns texts into unit vectors, float32 ``(len(texts), dimension)`` in the order of the texts.
 
     A task is the name of an MTEB task or of a prompt of the model, or the instruction itself in
     plain words; ``nvembed.text.instructions.resolve_prompt`` makes it a prompt. ``None`` is no
-    instruction. Both methods return float32 ``(len(texts), dimension)``, rows of length 1.
+    instruction. An encoder that has prompts of its own says so, see ``prompts_of``.
     """
 
     @property

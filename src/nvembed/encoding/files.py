@@ -28,18 +28,10 @@ from nvembed.core.reporting import Rates, progress
 from nvembed.core.store import STORED, write_array
 from nvembed.core.text_files import STDIN, STDIN_NAME, ending_of, stdin_bytes
 from nvembed.data.config import Column
+from nvembed.encoding import outputs
 from nvembed.encoding.embed import EncodeOptions, InputType, Job, embed, windows
 from nvembed.encoding.encoder import Encoder, computed_fingerprint
-from nvembed.encoding.outputs import (
-    ENCODE,
-    TABLES,
-    OutputFormat,
-    OutputPrecision,
-    Parts,
-    check_output,
-    value_ranges,
-    write_vectors,
-)
+from nvembed.encoding.outputs import ENCODE, OutputFormat, Parts
 from nvembed.encoding.reading import Document, Skipped, input_files, read_documents
 from nvembed.encoding.workers import Engine, Loader, settle_for
 from nvembed.model.settings import LongTexts
@@ -124,16 +116,16 @@ def _check(
     model: str | Encoder,
     paths: Sequence[Path],
     output: Path,
-    precision: OutputPrecision,
+    precision: outputs.OutputPrecision,
     elsewhere: bool,
 ) -> None:
     """Refuse what cannot be done, before anything is read or loaded."""
     input_files(paths)  # one that is not there is told first
     name = model if isinstance(model, str) else None
-    outputs = [output, *_beside(output).values()]
+    made = [output, *_beside(output).values()]
     places = [_parts_folder(output)]
-    check_outputs(outputs, made_by=ENCODE, inputs=[*paths, name], places=places)
-    check_output(output, precision)
+    check_outputs(made, made_by=ENCODE, inputs=[*paths, name], places=places)
+    outputs.check_output(output, precision)
     if name is None and elsewhere:
         raise ConfigError("other processes load the model by its name", expected="a name")
 
@@ -254,17 +246,17 @@ def _record(model: str | Encoder, dtype: Precision | None, task: str | None) -> 
 def _write(
     parts: Parts,
     output: Path,
-    precision: OutputPrecision,
+    precision: outputs.OutputPrecision,
     record: dict[str, object],
     *,
     with_ids: bool,
 ) -> tuple[Path | None, Path | None]:
     """Write the vectors, then what a matrix does not hold; return the files of ids and ranges."""
-    write_vectors(parts, output, precision)
+    outputs.write_vectors(parts, output, precision)
     paths = _beside(output)
     for path in paths.values():
         remove(path)  # those of an earlier run would belong to other vectors
-    matrix = ending_of(output) not in TABLES
+    matrix = ending_of(output) not in outputs.TABLES
     has_ids = matrix and (with_ids or parts.chunked)
     has_ranges = precision in ("int8", "uint8")
     if has_ids:
@@ -272,7 +264,7 @@ def _write(
     if matrix and parts.chunked:
         write_array(paths["spans"], np.concatenate([part.spans for _, part in parts]), ENCODE)
     if has_ranges:
-        write_array(paths["ranges"], value_ranges(parts), ENCODE)
+        write_array(paths["ranges"], outputs.value_ranges(parts), ENCODE)
     write_json(paths["record"], record, ENCODE)
     return paths["ids"] if has_ids else None, paths["ranges"] if has_ranges else None
 

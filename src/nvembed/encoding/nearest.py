@@ -102,9 +102,9 @@ def _search(
 def _threads() -> Iterator[_RunAll]:
     """Give a function that does something for all blocks, on as many threads as torch may use.
 
-    Each multiplies for itself, with one thread. OpenMP's threads wait for each other at every
-    product, which on a busy machine took ten times as long (docs/log.md), and looking for the best
-    would use one core. Besides, no result depends on the number of cores.
+    Each multiplies with one thread of its own: OpenMP's wait for each other at every product, which
+    on a busy machine took ten times as long (docs/log.md), and the best would be looked for on one
+    core. Besides, no result depends on the number of cores.
     """
     import torch
 
@@ -150,8 +150,10 @@ class RunningTopK:
             keys[:, first_index : first_index + num_columns] = _pack(scores_BM, indices_M)
             filled[:] = first_index + num_columns
             return
-        if first_index < self._k:
-            self._floor[rows] = self._first_floor(scores_BM)
+        if first_index < self._k:  # of a tile with more than k columns, just below the k-th best
+            place = num_columns - self._k
+            kth_B = np.partition(scores_BM, place)[:, place]
+            self._floor[rows] = np.nextafter(kth_B, np.float32(-np.inf))
         # Later documents lose ties, so a score equal to the floor is out.
         found = np.flatnonzero(scores_BM > self._floor[rows, None])
         if not len(found):
@@ -160,8 +162,10 @@ class RunningTopK:
         new = np.bincount(row, minlength=num_rows)
         if (filled + new > keys.shape[1]).any():
             self._count(rows)
-            if (filled + new > keys.shape[1]).any():
-                self._merge(scores_BM, rows, first_index)
+            if (filled + new > keys.shape[1]).any():  # more than there is room for
+                indices_M = np.arange(first_index, first_index + num_columns)
+                packed = _pack(scores_BM, indices_M)
+                self._keep(np.concatenate([keys[:, : self._k], packed], axis=1), rows)
                 return
         at = np.arange(len(found)) + (filled - (np.cumsum(new) - new))[row]
         keys[row, at] = _pack(scores_BM[row, column], first_index + column)
@@ -173,31 +177,18 @@ class RunningTopK:
         wanted = min(self._k, self.num_seen)
         return _unpack(np.sort(self._keys[:, :wanted])[:, ::-1])
 
-    def _first_floor(self, scores_BM: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Return a floor just below the k-th best of a tile, which has more than k columns."""
-        place = scores_BM.shape[1] - self._k
-        kth_B = np.partition(scores_BM, place)[:, place]
-        return np.nextafter(kth_B, np.float32(-np.inf))
-
     def _count(self, rows: slice) -> None:
-        """Keep the best k of each row and raise its floor to the k-th."""
-        keys, filled = self._keys[rows], self._filled[rows]
-        used = int(filled.max(initial=0))
-        if used <= self._k:
-            return
-        best = np.partition(keys[:, :used], used - self._k)[:, used - self._k :]
-        self._keep(best, rows)
-        keys[:, self._k : used] = _NO_RESULT
+        """Keep the best k of what was found for each row."""
+        keys = self._keys[rows]
+        used = int(self._filled[rows].max(initial=0))
+        if used > self._k:
+            self._keep(keys[:, :used], rows)
+            keys[:, self._k : used] = _NO_RESULT
 
-    def _merge(self, scores_BM: NDArray[np.float32], rows: slice, first_index: int) -> None:
-        """Join a whole tile with what a count has left: for tiles with more than there is room."""
-        indices_M = np.arange(first_index, first_index + scores_BM.shape[1])
-        kept = self._keys[rows, : self._k]
-        joined = np.concatenate([kept, _pack(scores_BM, indices_M)], axis=1)
-        cut = joined.shape[1] - self._k
-        self._keep(np.partition(joined, cut)[:, cut:], rows)
-
-    def _keep(self, best_BK: NDArray[np.int64], rows: slice) -> None:
+    def _keep(self, keys_BN: NDArray[np.int64], rows: slice) -> None:
+        """Keep the best k of more keys, and raise the floor of each row to the k-th."""
+        cut = keys_BN.shape[1] - self._k
+        best_BK = np.partition(keys_BN, cut)[:, cut:]
         # Of a row with fewer results the other places hold none, wherever they lie among the k.
         self._filled[rows] = self._k
         self._keys[rows, : self._k] = best_BK

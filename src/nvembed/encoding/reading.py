@@ -104,10 +104,7 @@ def input_files(paths: Sequence[str | Path]) -> list[Path]:
 
     A DataError where one of the paths is not there.
     """
-    found: list[Path] = []
-    for path in paths:
-        found += [] if str(path) == STDIN else _files_of(Path(path))
-    return found
+    return [file for path in paths if str(path) != STDIN for file in _files_of(Path(path))]
 
 
 def _files_of(path: Path) -> list[Path]:
@@ -126,9 +123,8 @@ def _files_of(path: Path) -> list[Path]:
 def _read(path: str, columns: Columns, stdin: Path | None) -> Iterator[Document | BadRow]:
     if path == STDIN:
         opener = stdin_bytes if stdin is None else lambda: open(stdin, "rb")
-        yield from _of_table(
-            open_stdin(opener, columns=columns.names("text") or columns.names("id")), columns
-        )
+        named = columns.names("text") or columns.names("id")
+        yield from _of_table(open_stdin(opener, columns=named), columns)
         return
     source, files = Path(path), _files_of(Path(path))
     if not files:

@@ -1,8 +1,4 @@
-"""Where a model runs besides this process: other processes of this machine, or a Ray cluster.
-
-Either gives a ``Pool`` of workers that have loaded the model. In processes each has a GPU of its
-own where there are some.
-"""
+"""Where a model runs besides this process: other processes of this machine, or a Ray cluster."""
 
 from __future__ import annotations
 
@@ -72,8 +68,8 @@ class _Worker:
 def process_pool(count: int, loader: Loader) -> Iterator[Pool]:
     """Processes that share the machine, ended with the block; what waits then is dropped.
 
-    A process loads the model for its first call, which raises what is wrong with it. One that died
-    is a UserError.
+    Each has a GPU of its own where there are some, and loads the model for its first call. One that
+    died is a UserError.
     """
     context = multiprocessing.get_context("spawn")
     ranks = context.Queue()

@@ -43,10 +43,9 @@ class ComparedRow:
         first: score of the first model.
         second: score of the second model.
         difference: second less first.
-        low: of its 95 % interval, the tasks being these; ``None`` where items are missing.
-        high: of it.
-        p: of a task, of its own test; of an average, over tasks (signs flipped), ``None`` with
-            fewer than two tasks.
+        low: start of its 95 % interval, the tasks being these; ``None`` where items are missing.
+        high: its end.
+        p: of a task, of its own test; of an average, over two or more tasks (signs flipped).
         p_holm: of a task, adjusted for the number of tasks tested.
         significant: whether that is below 0.05; for averages, whether p is.
     """

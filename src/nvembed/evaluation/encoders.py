@@ -11,6 +11,7 @@ import glob
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial, partialmethod
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,6 +26,7 @@ from nvembed.core.store import key_of, make_missing, read_array, write_array
 from nvembed.encoding.embed import (
     WINDOW_TEXTS,
     EncodeOptions,
+    InputType,
     Job,
     embed_job,
     encode_window,
@@ -38,43 +40,20 @@ Vectors = NDArray[np.float32]
 _KEY_BYTES = 16
 
 
-class _Encoder:
-    """An encoder by ``embed``, for both sides."""
-
-    def encode_query(self, texts: Sequence[str], *, task: str | None = None) -> Vectors:
-        """Embed queries; see :class:`Encoder`."""
-        return self.embed(texts, EncodeOptions("query", task))
-
-    def encode_document(self, texts: Sequence[str], *, task: str | None = None) -> Vectors:
-        """Embed documents; see :class:`Encoder`."""
-        return self.embed(texts, EncodeOptions("document", task))
-
-    def embed(self, texts: Sequence[str], options: EncodeOptions) -> Vectors:
-        """Embed texts in their order."""
-        raise NotImplementedError
-
-
 # --- Several processes ----------------------------------------------------------------------------
 
 
 @contextmanager
 def shared_encoder(model: str, dtype: Precision | None, processes: int) -> Iterator[SharedEncoder]:
-    """Start processes, each with the model and a GPU where there are some, for a block.
+    """Start processes for a block, each with the model and a GPU where there are some.
 
-    Args:
-        model: folder or hub id.
-        dtype: of the weights, ``None`` as saved.
-        processes: how many.
-
-    Raises:
-        ModelError: the model cannot be loaded.
-        UserError: a process died; raised by the call that needed it.
+    Where one dies, the call that needs it raises a ``UserError``.
     """
     with process_pool(processes, Loader(model, dtype)) as pool:
         yield SharedEncoder(pool)
 
 
-class SharedEncoder(_Encoder):
+class SharedEncoder:
     """One encoder made of the processes of a pool, each of which embeds a share of every call."""
 
     def __init__(self, pool: Pool) -> None:
@@ -86,16 +65,18 @@ class SharedEncoder(_Encoder):
         """Ask the encoder of one of the processes; question and answer go through a pipe."""
         return result_of(self._pool.submit(question))
 
-    def embed(self, texts: Sequence[str], options: EncodeOptions) -> Vectors:
-        """See the class."""
+    def _encode(self, side: InputType, texts: Sequence[str], *, task: str | None = None) -> Vectors:
         vectors = np.empty((len(texts), self.dimension), dtype=np.float32)
         parts = []
         for rows in shares(texts, self._pool.size):
             job = Job([texts[row] for row in rows], Path())
-            parts.append((rows, self._pool.submit(embed_job, job, options)))
+            parts.append((rows, self._pool.submit(embed_job, job, EncodeOptions(side, task))))
         for rows, part in parts:
             vectors[rows] = result_of(part)[0].vectors
         return vectors
+
+    encode_query = partialmethod(_encode, "query")
+    encode_document = partialmethod(_encode, "document")
 
 
 def shares(texts: Sequence[str], count: int) -> list[list[int]]:
@@ -111,38 +92,27 @@ def _facts(encoder: Encoder) -> tuple[int, int | None]:
 # --- Vectors on disk ------------------------------------------------------------------------------
 
 
-class CachedEncoder(_Encoder):
-    """Vectors from files where they are there, else from an encoder: no text is embedded twice.
+class CachedEncoder:
+    """Vectors from the files of a model in ``folder``, or else from an encoder, and then kept.
 
     Each text is found by itself, whatever batch it came in: a corpus with one changed document
     costs one text. Of the files only the keys are held in memory, 24 bytes per text; vectors are
     mapped when they are taken. A pair of files (``vectors-X.npy``, then ``keys-X.npy``) holds what
     one call embedded. It is never changed and named after its keys; other processes that need the
-    very same wait for it, and take over from one that died. So a task that was killed half way goes
-    on where it was.
-
-    Args:
-        encoder: asked for what is missing.
-        folder: of the files of all models; made when the first is written.
-        fingerprint: of the model and all its settings.
+    very same wait for it, and take over from one that died.
     """
 
     def __init__(self, encoder: Encoder, folder: Path, fingerprint: str) -> None:
         self._encoder = encoder
+        self.dimension = encoder.dimension
         self._folder = folder / key_of(fingerprint)
         self._files: list[Path] = []
         # Keys with their places (number of the file, row), in sorted runs that are merged when they
         # come to similar sizes: to learn M keys bit by bit costs M log M, and runs are few.
         self._runs: list[tuple[NDArray[np.bytes_], NDArray[np.int32]]] = []
 
-    @property
-    def dimension(self) -> int:
-        """Width of the vectors."""
-        return self._encoder.dimension
-
-    def embed(self, texts: Sequence[str], options: EncodeOptions) -> Vectors:
-        """See the class."""
-        keys_N = _keys(texts, options)
+    def _encode(self, side: InputType, texts: Sequence[str], *, task: str | None = None) -> Vectors:
+        keys_N = _keys(texts, side, task)
         places_N2 = self._find(keys_N)
         if (places_N2 < 0).any():
             self._look_again()  # another process may have written them
@@ -150,7 +120,9 @@ class CachedEncoder(_Encoder):
             new = new[np.sort(np.unique(keys_N[new], return_index=True)[1])]
             for start in range(0, len(new), WINDOW_TEXTS):
                 rows = new[start : start + WINDOW_TEXTS]
-                self._embed_new([texts[row] for row in rows.tolist()], keys_N[rows], options)
+                missing = [texts[row] for row in rows.tolist()]
+                encode = partial(encode_window, self._encoder, missing, side=side, task=task)
+                self._keep(keys_N[rows], encode)
             self._look_again()
             places_N2 = self._find(keys_N)
         vectors_ND = np.empty((len(texts), self.dimension), dtype=np.float32)
@@ -159,17 +131,16 @@ class CachedEncoder(_Encoder):
             vectors_ND[mine] = self._read_vectors(self._files[number])[places_N2[mine, 1]]
         return vectors_ND
 
-    def _embed_new(
-        self, texts: Sequence[str], keys_N: NDArray[np.bytes_], options: EncodeOptions
-    ) -> None:
+    encode_query = partialmethod(_encode, "query")
+    encode_document = partialmethod(_encode, "document")
+
+    def _keep(self, keys_N: NDArray[np.bytes_], encode: Callable[[], Vectors]) -> None:
         name = hashlib.blake2b(keys_N.tobytes(), digest_size=_KEY_BYTES).hexdigest()
         path = self._folder / f"keys-{name}.npy"
 
         def make(_: int) -> None:
             tidy(self._folder, glob.escape(_vectors_file(path).name))
-            side, task = options.input_type, options.task
-            vectors = encode_window(self._encoder, texts, side=side, task=task)
-            write_array(_vectors_file(path), vectors)
+            write_array(_vectors_file(path), encode())
             write_array(path, keys_N)
 
         make_missing([path], make)
@@ -209,10 +180,8 @@ class CachedEncoder(_Encoder):
         return vectors
 
 
-def _keys(texts: Sequence[str], options: EncodeOptions) -> NDArray[np.bytes_]:
-    start = hashlib.blake2b(
-        repr((options.input_type, options.task)).encode(), digest_size=_KEY_BYTES
-    )
+def _keys(texts: Sequence[str], side: InputType, task: str | None) -> NDArray[np.bytes_]:
+    start = hashlib.blake2b(repr((side, task)).encode(), digest_size=_KEY_BYTES)
     keys = []
     for text in texts:
         digest = start.copy()

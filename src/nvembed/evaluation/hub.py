@@ -24,7 +24,7 @@ from mteb.cache import ResultCache
 from mteb.models import ModelMeta
 from mteb.types import Licenses
 
-from nvembed.core.errors import ConfigError, DataError, UserError
+from nvembed.core.errors import ConfigError, UserError
 from nvembed.core.files import write_text
 from nvembed.core.runs import RunFolder
 from nvembed.core.strict_yaml import parse_yaml
@@ -32,13 +32,10 @@ from nvembed.encoding.encoder import Encoder
 from nvembed.evaluation.mteb_adapter import MtebEncoder, finite_or_none, quiet, run_mteb
 from nvembed.evaluation.reference import InstructionSource, instruction_for
 from nvembed.evaluation.results import TaskResult
+from nvembed.evaluation.run import UnreachableTaskError
 from nvembed.text.instructions import Side, find_instruction
 
 _ONE_SIDED = ("Retrieval", "Reranking", "InstructionRetrieval", "InstructionReranking")
-
-
-class UnreachableTaskError(DataError):
-    """The data of one task could not be loaded; others may be."""
 
 
 class HubTasks(NamedTuple):
@@ -51,15 +48,9 @@ class HubTasks(NamedTuple):
 def find_hub_tasks(
     benchmarks: Sequence[str] = (), names: Sequence[str] = (), types: Sequence[str] | None = None
 ) -> HubTasks:
-    """Look up benchmarks and single tasks; a task that two of them hold is done once.
+    """Look up benchmarks and single tasks, of certain types or of all; each task once.
 
-    Args:
-        benchmarks: such as ``MTEB(eng, v1)``.
-        names: of tasks, such as ``STS12``.
-        types: keep only tasks of these types, such as ``Retrieval``; ``None`` keeps all.
-
-    Raises:
-        ConfigError: an unknown name or type, with near matches.
+    An unknown name or type is a ``ConfigError`` with near matches.
     """
     found: dict[str, AbsTask] = {}
     with quiet():
@@ -121,11 +112,8 @@ def score_hub(
 ) -> TaskResult:
     """Score one task and write mteb's own files of it anew.
 
-    mteb writes into a folder for the moment; from there its files come to their places.
-
-    Raises:
-        UnreachableTaskError: its data set cannot be loaded.
-        ModelError: the encoder gives vectors of another shape or that are not finite.
+    mteb writes into a folder for the moment; from there its files come to their places. Where its
+    data cannot be loaded this is an ``UnreachableTaskError``.
     """
     started = time.perf_counter()
     name, score_name = task.metadata.name, task.metadata.main_score
@@ -165,12 +153,8 @@ def describe_model(name: str, encoder: Encoder, revision: str) -> ModelMeta:
     """Describe a model as the leaderboard wants it; ``None`` where nothing says.
 
     Licence and data sets come from the model card, data sets also from the run folder that the
-    model lies in. Those are named as tasks of mteb, so that it knows what was trained on.
-
-    Args:
-        name: folder or hub id. A folder is called ``nvembed/<its name>``.
-        encoder: the model as it was loaded.
-        revision: commit or fingerprint.
+    model lies in. Those are named as tasks of mteb, so that it knows what was trained on. (mteb's
+    own ``ModelMeta.from_hub`` asks the network.)
     """
     path = Path(name)
     inner: Any = getattr(encoder, "model", encoder)
@@ -225,10 +209,10 @@ def _card(name: str) -> dict[str, Any]:
 
 def _licence(card: Mapping[str, Any]) -> Any:
     """One of the names that mteb knows, or a link, or ``None``."""
-    for said in (card.get("license"), card.get("license_link")):
-        if isinstance(said, str) and said.lower() in get_args(Licenses):
+    for said in (str(card.get("license")), str(card.get("license_link"))):
+        if said.lower() in get_args(Licenses):
             return said.lower()
-        if isinstance(said, str) and said.startswith(("https://", "http://")):
+        if said.startswith(("https://", "http://")):
             return said
     return None
 

@@ -5,12 +5,14 @@ importing mteb (docs/results.md), and with the items that they are made of. Besi
 the texts, retrieval holds ``CHUNK_DOCUMENTS`` documents and a block of similarities at a time.
 
 Letters: Q queries, N documents or items, M documents of a chunk, D width, K results per query, E
-experiments, S kinds of similarity, H human summaries.
+experiments, S kinds of similarity or texts of a sample, H human summaries.
 """
 
 from __future__ import annotations
 
 import math
+import random
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +34,7 @@ CHUNK_DOCUMENTS = 50_000
 
 _BLOCK_SCORES = 64_000_000  # similarities at once, 256 MB
 _TILE_DOCUMENTS = 2048
+_SAMPLE_TEXTS = 16_384  # of an experiment of clustering, as mteb's
 _ALIASES = {"map": f"map_at_{TOP_K}", "mrr": f"mrr_at_{TOP_K}"}
 
 Vectors = NDArray[np.float32]
@@ -97,13 +100,12 @@ def _retrieval(task: LocalTask, data: Any, encode: _Encode) -> _Found:
         _offer(best, queries_QD, encode(texts, "document"))
     scores_QK, rows_QK = best.results()
     scores_QK = scores_QK.astype(np.float64)
-    counted_QK = _counted(task, rows_QK)
+    counted_QK, grades_QK, relevant = _grades(task, data, rows_QK)
     by_id = sorted(range(len(data.document_ids)), key=data.document_ids.__getitem__)
-    tie_rank_N = np.empty(len(by_id), dtype=np.int64)
-    tie_rank_N[by_id] = np.arange(len(by_id))
+    tie_rank_N = np.argsort(by_id)
     # What does not count goes behind everything else, where its grade is 0.
-    order = metrics.order_with_ties(np.where(counted_QK, scores_QK, -np.inf), tie_rank_N[rows_QK])
-    grades_QK, relevant = _grades(data, np.where(counted_QK, rows_QK, -1))
+    counting_QK = np.where(counted_QK, scores_QK, -np.inf)
+    order = metrics.order_with_ties(counting_QK, tie_rank_N[rows_QK])
     scores = [row[counted] for row, counted in zip(scores_QK, counted_QK, strict=True)]
     return _ranked(task, np.take_along_axis(grades_QK, order, axis=1), relevant, scores)
 
@@ -119,33 +121,27 @@ def bm25_ndcgs(task: LocalTask) -> Floats:
     """Compute nDCG@10 of BM25 per query; documents without a shared word do not rank."""
     from nvembed.encoding.bm25 import BM25  # needs scipy, which is optional
 
-    data = task.data
-    assert isinstance(data, RetrievalData)
+    data: Any = task.data
     searcher = BM25(data.documents)
     scores_QK, rows_QK = searcher.top_k(data.queries, 10 + task.ignore_identical_ids)
-    counted_QK = _counted(task, rows_QK) & (scores_QK > 0)
-    order = np.argsort(~counted_QK, axis=1, kind="stable")
-    grades_QK, relevant = _grades(data, np.where(counted_QK, rows_QK, -1))
-    grades_QK = np.take_along_axis(grades_QK, order, axis=1)
+    counted_QK, grades_QK, relevant = _grades(task, data, rows_QK)
+    order = np.argsort(~(counted_QK & (scores_QK > 0)), axis=1, kind="stable")
+    grades_QK = np.take_along_axis(grades_QK * (scores_QK > 0), order, axis=1)
     return metrics.ranking_values(grades_QK, relevant)["ndcg_at_10"]
 
 
-def _counted(task: LocalTask, rows_QK: Ints) -> NDArray[np.bool_]:
-    """Which results are not the query itself, where such do not count."""
-    data = task.data
-    assert isinstance(data, RetrievalData)
-    if not task.ignore_identical_ids:
-        return np.ones(rows_QK.shape, dtype=bool)
-    row_of = {name: row for row, name in enumerate(data.document_ids)}
-    return rows_QK != np.array([row_of.get(query, -1) for query in data.query_ids])[:, None]
-
-
-def _grades(data: RetrievalData, rows_QK: Ints) -> tuple[Ints, list[Ints]]:
-    """Look up the grades of the results, and per query those above 0 of all judged documents.
+def _grades(
+    task: LocalTask, data: RetrievalData, rows_QK: Ints
+) -> tuple[NDArray[np.bool_], Ints, list[Ints]]:
+    """Tell which results count, their grades, and those above 0 of each query's judged documents.
 
     A judged document that is not in the corpus is relevant and found by nobody, as in trec_eval.
     """
     row_of = {name: row for row, name in enumerate(data.document_ids)}
+    counted_QK = np.ones(rows_QK.shape, dtype=bool)
+    if task.ignore_identical_ids:
+        own_Q = np.array([row_of.get(query, -1) for query in data.query_ids])
+        counted_QK = rows_QK != own_Q[:, None]
     grades_QK = np.zeros(rows_QK.shape, dtype=np.int64)
     relevant = []
     for number, query in enumerate(data.query_ids):
@@ -158,7 +154,7 @@ def _grades(data: RetrievalData, rows_QK: Ints) -> tuple[Ints, list[Ints]]:
         by_row = np.argsort(rows)
         at_K = by_row[np.searchsorted(rows, rows_QK[number], sorter=by_row) % len(rows)]
         grades_QK[number] = np.where(rows[at_K] == rows_QK[number], grades[at_K], 0)
-    return grades_QK, relevant
+    return counted_QK, grades_QK * counted_QK, relevant
 
 
 def _offer(best: RunningTopK, queries_QD: Vectors, documents_MD: Vectors) -> None:
@@ -175,9 +171,7 @@ def _offer(best: RunningTopK, queries_QD: Vectors, documents_MD: Vectors) -> Non
 
 def _reranking(task: LocalTask, data: Any, encode: _Encode) -> _Found:
     queries_QD = encode(data.queries, "query")
-    candidates = [
-        [*right, *wrong] for right, wrong in zip(data.positives, data.negatives, strict=True)
-    ]
+    candidates = [[*a, *b] for a, b in zip(data.positives, data.negatives, strict=True)]
     vectors = encode([text for texts in candidates for text in texts], "document")
     parts = np.split(vectors, np.cumsum([len(texts) for texts in candidates])[:-1])
     width = min(max(map(len, candidates)), TOP_K)
@@ -280,46 +274,55 @@ def _summarization(task: LocalTask, data: Any, encode: _Encode) -> _Found:
 
 
 def _classification(task: LocalTask, data: Any, encode: _Encode) -> _Found:
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
     names = sorted(set(data.train.labels))
     codes = {label: code for code, label in enumerate(names)}
-    train, gold_N = (
+    labels_N, gold_N = (
         np.array([codes[label] for label in part.labels]) for part in (data.train, data.test)
     )
-    chosen = metrics.undersample(train)
+    chosen = metrics.undersample(labels_N)
     used = np.unique(np.concatenate(chosen))
     texts = [data.train.texts[row] for row in used.tolist()]
-    train_vectors, test_vectors = np.split(encode([*texts, *data.test.texts], "query"), [len(used)])
-    predicted_EN = np.stack(
-        [
-            metrics.predict(train_vectors[np.searchsorted(used, rows)], train[rows], test_vectors)
-            for rows in chosen
-        ]
-    )
-    found = [metrics.class_scores(gold_N, predicted_N) for predicted_N in predicted_EN]
+    train_ND, test_ND = np.split(encode([*texts, *data.test.texts], "query"), [len(used)])
+    predicted = []
+    for rows in chosen:
+        model = LogisticRegression(max_iter=100, random_state=metrics.SEED)  # mteb's
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=ConvergenceWarning)
+            model.fit(train_ND[np.searchsorted(used, rows)], labels_N[rows])
+        predicted.append(model.predict(test_ND))
+    found = [metrics.class_scores(gold_N, predicted_N) for predicted_N in predicted]
     scores = {"ap": math.nan, "ap_weighted": math.nan}
     scores |= {name: float(np.mean([one[name] for one in found])) for name in found[0]}
     small = np.min_scalar_type(len(names))
-    arrays = {"gold_N": gold_N.astype(small), "predicted_EN": predicted_EN.astype(small)}
+    arrays = {"gold_N": gold_N.astype(small), "predicted_EN": np.stack(predicted).astype(small)}
     return scores, "classes", arrays
 
 
 def _clustering(task: LocalTask, data: Any, encode: _Encode) -> _Found:
+    from sklearn.cluster import MiniBatchKMeans
     from sklearn.metrics.cluster import adjusted_mutual_info_score, v_measure_score
 
+    vectors_ND = encode(data.texts, "query")
     names = sorted(set(data.labels))
-    gold_N = np.array([names.index(label) for label in data.labels])
+    gold_N = np.array([names.index(label) for label in data.labels], dtype=np.int32)
     assigned_EN, drawn_EN = np.zeros((2, metrics.EXPERIMENTS, len(gold_N)), dtype=np.int32)
-    scores: dict[str, float] = {}
     found: dict[str, list[float]] = {"v_measure": [], "ami": []}
-    clusters = metrics.cluster(encode(data.texts, "query"), len(names))
-    for number, (texts_S, clusters_S) in enumerate(clusters):
+    draw = random.Random(metrics.SEED)  # sampling (with replacement), k-means and seeds are mteb's
+    for assigned_N, drawn_N in zip(assigned_EN, drawn_EN, strict=True):
+        texts_S = np.array(draw.choices(range(len(gold_N)), k=_SAMPLE_TEXTS))
+        model = MiniBatchKMeans(len(names), batch_size=512, n_init=1, random_state=metrics.SEED)
+        clusters_S = model.fit_predict(vectors_ND[texts_S])
         found["v_measure"].append(v_measure_score(gold_N[texts_S], clusters_S))
         found["ami"].append(adjusted_mutual_info_score(gold_N[texts_S], clusters_S))
-        assigned_EN[number, texts_S] = clusters_S
-        drawn_EN[number] = np.bincount(texts_S, minlength=len(gold_N))
+        assigned_N[texts_S] = clusters_S
+        drawn_N[:] = np.bincount(texts_S, minlength=len(gold_N))
+    scores: dict[str, float] = {}
     for name, values in found.items():
         scores[name], scores[f"{name}_std"] = float(np.mean(values)), float(np.std(values))
-    arrays = {"gold_N": gold_N.astype(np.int32), "assigned_EN": assigned_EN, "drawn_EN": drawn_EN}
+    arrays = {"gold_N": gold_N, "assigned_EN": assigned_EN, "drawn_EN": drawn_EN}
     return scores, "clusters" if task.main_score == "v_measure" else None, arrays
 
 

@@ -5,14 +5,13 @@ weight says: ``significance.py`` needs that, and neither scipy nor sklearn does 
 document without a judgement has grade 0, as has the padding of short ones.
 
 Letters: N items (texts or pairs), Q queries, K results per query, B resamples, D width of the
-vectors, C classes, G gold labels, K clusters, R rates, S texts of a sample, T thresholds.
+vectors, C classes, G gold labels, K clusters, R rates, T thresholds.
 """
 
 from __future__ import annotations
 
-import random
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,10 +26,9 @@ CUTS = (1, 3, 5, 10, 20, 100, 1000)
 TOP_K = max(CUTS)
 EXPERIMENTS = 10
 SAMPLES_PER_LABEL = 8
-SAMPLE_TEXTS = 16_384
 SEED = 42
 
-_ABSTENTION_RATES = np.linspace(0, 1, 11)[:-1]
+_RATES = np.linspace(0, 1, 11)[:-1]
 
 
 def _runs(values_N: NDArray[np.generic]) -> tuple[Ints, Ints, Ints]:
@@ -52,13 +50,8 @@ def order_with_ties(scores_QK: Floats, tie_ranks_QK: Ints) -> Ints:
 def ranking_values(grades_QK: Ints, relevant: Sequence[Ints]) -> dict[str, Floats]:
     """Compute nDCG (gain is the grade), MAP, recall, precision, hit rate and MRR at ``CUTS``.
 
-    Args:
-        grades_QK: of the results, best first, at most ``TOP_K``; 0 is not relevant.
-        relevant: per query the grades above 0 of all judged documents, found or not. A query that
-            has none gets 0 everywhere.
-
-    Returns:
-        ``ndcg_at_10`` and the like → values_Q.
+    ``grades_QK`` are those of the results, best first, at most ``TOP_K``; ``relevant`` has for each
+    query the grades above 0 of all judged documents, found or not. A query without any gets 0.
     """
     width = max([grades_QK.shape[1], *map(len, relevant)])
     found_QK, ideal_QK = np.zeros((2, len(relevant), width))
@@ -90,15 +83,10 @@ def ranking_values(grades_QK: Ints, relevant: Sequence[Ints]) -> dict[str, Float
 
 
 def ranking_scores(values: Mapping[str, Floats], scores: Sequence[Floats]) -> dict[str, float]:
-    """Sum up a task as mteb does.
+    """Sum up ``ranking_values`` as mteb does; ``scores`` are each query's similarities.
 
-    Args:
-        values: of ``ranking_values``.
-        scores: per query the similarities of its results.
-
-    Returns:
-        Means over queries, rounded where mteb rounds, ``accuracy`` (recall at 1), and nAUC: how
-        well the similarities tell on which queries to abstain. NaN where undefined.
+    Means over queries, rounded where mteb rounds, ``accuracy`` (recall at 1), and nAUC: how well
+    the similarities tell on which queries to abstain. NaN where undefined.
     """
     found: dict[str, float] = {}
     for name, values_Q in values.items():
@@ -116,10 +104,13 @@ def ranking_scores(values: Mapping[str, Floats], scores: Sequence[Floats]) -> di
     for name, values_Q in values.items():
         if name.startswith("hit_rate"):
             continue
+        # The area between the curve and a flat one, as a share of what the best order would have.
         best_R = _abstention_curve(values_Q, *_runs(values_Q))
+        flat = best_R[0] * (_RATES[-1] - _RATES[0])
+        best = np.trapezoid(best_R, _RATES) - flat
         for confidence, run in runs.items():
-            curve_R = _abstention_curve(values_Q, *run)
-            found[f"nauc_{name}_{confidence}"] = _nauc(curve_R, best_R)
+            area = np.trapezoid(_abstention_curve(values_Q, *run), _RATES) - flat
+            found[f"nauc_{name}_{confidence}"] = float(area / best) if best else float("nan")
     return found
 
 
@@ -127,17 +118,7 @@ def _abstention_curve(values_Q: Floats, order: Ints, starts: Ints, sizes: Ints) 
     """Mean of what is left when the least confident share R of the queries is left out."""
     ranked = np.repeat(np.add.reduceat(values_Q[order], starts) / sizes, sizes)
     count = len(ranked)
-    cuts = [min(round(rate * count), count - 1) for rate in _ABSTENTION_RATES]
-    return np.array([ranked[cut:].mean() for cut in cuts])
-
-
-def _nauc(curve_R: Floats, best_R: Floats) -> float:
-    """Area between the curve and a flat one, as a share of what the best order would have."""
-    flat = best_R[0] * (_ABSTENTION_RATES[-1] - _ABSTENTION_RATES[0])
-    best = np.trapezoid(best_R, _ABSTENTION_RATES)
-    if best == flat:
-        return float("nan")
-    return float((np.trapezoid(curve_R, _ABSTENTION_RATES) - flat) / (best - flat))
+    return np.array([ranked[min(round(rate * count), count - 1) :].mean() for rate in _RATES])
 
 
 # --- correlations ---------------------------------------------------------------------------------
@@ -148,9 +129,7 @@ def correlations(gold_N: Floats, found_N: Floats) -> tuple[float, float]:
     from scipy import stats
 
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module=r"scipy\b")
-        warnings.filterwarnings("ignore", category=stats.ConstantInputWarning)
-        warnings.filterwarnings("ignore", category=stats.NearConstantInputWarning)
+        warnings.simplefilter("ignore")
         pearson, spearman = stats.pearsonr(gold_N, found_N), stats.spearmanr(gold_N, found_N)
     return float(pearson[0]), float(spearman[0])
 
@@ -311,21 +290,6 @@ def undersample(labels: Ints) -> list[Ints]:
     return chosen
 
 
-def predict(
-    train_vectors: NDArray[np.float32], train_labels: Ints, test_vectors: NDArray[np.float32]
-) -> Ints:
-    """Fit mteb's logistic regression and return the labels that it gives the test texts."""
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.linear_model import LogisticRegression
-
-    model = LogisticRegression(max_iter=100, random_state=SEED)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=ConvergenceWarning)
-        model.fit(train_vectors, train_labels)
-    predicted: Ints = model.predict(test_vectors)
-    return predicted
-
-
 def class_scores(gold_N: Ints, predicted_N: Ints) -> dict[str, float]:
     """Compute the scores of one experiment; ``ap`` only with two gold classes, one of them 1."""
     count = int(max(gold_N.max(), predicted_N.max())) + 1
@@ -364,32 +328,13 @@ def confusion_scores(confusion_BCC: Floats) -> dict[str, Floats]:
 # --- clusters -------------------------------------------------------------------------------------
 
 
-def cluster(vectors_ND: NDArray[np.float32], num_clusters: int) -> Iterator[tuple[Ints, Ints]]:
-    """Yield of each experiment the texts drawn (with replacement) and the clusters they got.
-
-    Sampling, k-means and seeds are mteb's.
-    """
-    from sklearn.cluster import MiniBatchKMeans
-
-    draw = random.Random(SEED)
-    for _ in range(EXPERIMENTS):
-        texts_S = np.array(draw.choices(range(len(vectors_ND)), k=SAMPLE_TEXTS))
-        model = MiniBatchKMeans(num_clusters, batch_size=512, n_init=1, random_state=SEED)
-        yield texts_S, model.fit_predict(vectors_ND[texts_S]).astype(np.int64)
-
-
 def v_measures(counts_BGK: Floats) -> Floats:
     """Compute the V-measure of contingency tables: texts by gold label and cluster."""
+    from scipy.special import entr
+
     shares = counts_BGK / counts_BGK.sum(axis=(1, 2), keepdims=True)
-    gold_B, clusters_B, cells_B = map(
-        _entropy, (shares.sum(axis=2), shares.sum(axis=1), shares.reshape(len(shares), -1))
-    )
-    # The harmonic mean of mutual/gold and mutual/clusters; two single groups agree wholly.
+    gold_B, clusters_B = entr(shares.sum(axis=2)).sum(axis=1), entr(shares.sum(axis=1)).sum(axis=1)
     both_B = gold_B + clusters_B
-    return np.where(both_B > 0, 2 * (both_B - cells_B) / np.where(both_B > 0, both_B, 1.0), 1.0)
-
-
-def _entropy(shares_BX: Floats) -> Floats:
-    logs = np.log(np.where(shares_BX > 0, shares_BX, 1.0))
-    found: Floats = -(shares_BX * logs).sum(axis=1)
-    return found
+    mutual_B = both_B - entr(shares).sum(axis=(1, 2))
+    # The harmonic mean of mutual/gold and mutual/clusters; two single groups agree wholly.
+    return np.where(both_B > 0, 2 * mutual_B / np.where(both_B > 0, both_B, 1.0), 1.0)

@@ -38,15 +38,7 @@ from numpy.typing import NDArray
 from nvembed.core.seeding import capture_rng, restore_rng
 from nvembed.encoding.encoder import Encoder
 from nvembed.evaluation.local_scores import encode_distinct
-from nvembed.evaluation.task_files import (
-    ClassificationData,
-    LabelledTexts,
-    PairData,
-    RerankingData,
-    RetrievalData,
-    SummarizationData,
-    TaskType,
-)
+from nvembed.evaluation.task_files import RerankingData, TaskType
 from nvembed.evaluation.tasks import LocalTask
 from nvembed.text.instructions import Side
 
@@ -66,45 +58,56 @@ _CLASSES: dict[TaskType, tuple[type[AbsTask], dict[str, Any]]] = {
 _MTEB_NAMES = {"map": "map_at_1000", "mrr": "mrr_at_1000"}
 
 
-def score(task: LocalTask, encoder: Encoder) -> dict[str, float | None]:
-    """Evaluate ``encoder`` on ``task``.
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep mteb's log lines, warnings and progress bars from the terminal.
 
-    Returns:
-        mteb's scores by name, with ``task.main_score`` among them; ``None`` where a score is
-        undefined (a correlation with vectors that are all alike).
-
-    Raises:
-        ModelError: the encoder gives vectors of another shape or that are not finite.
+    The global random generators, which it seeds and draws from, are put back at the end.
     """
-    with _same_random_state():
-        result = run_mteb(local_encoder(task, encoder), _mteb_task(task), cache=None)
+    logger = logging.getLogger("mteb")
+    level, bars, rng = logger.level, datasets.are_progress_bars_disabled(), capture_rng()
+    # This one evaluator shows its bar whatever show_progress_bar says.
+    summarization: Any = sys.modules[AbsTaskSummarization.evaluator.__module__]
+    bar = summarization.tqdm
+    logger.setLevel(logging.CRITICAL)
+    datasets.disable_progress_bars()
+    summarization.tqdm = functools.partial(bar, disable=True)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"(mteb|sklearn|scipy|datasets)\b")
+            yield
+    finally:
+        logger.setLevel(level)
+        summarization.tqdm = bar
+        restore_rng(rng)
+        if not bars:
+            datasets.enable_progress_bars()
+
+
+@quiet()
+def score(task: LocalTask, encoder: Encoder) -> dict[str, float | None]:
+    """Evaluate ``encoder`` on ``task``: mteb's scores by name, the main score among them.
+
+    ``None`` is a score that is undefined (a correlation with vectors that are all alike).
+    """
+    result = run_mteb(local_encoder(task, encoder), _mteb_task(task), cache=None)
     found = result.task_results[0].scores["test"][0]
     scores = {name: finite_or_none(v) for name, v in found.items() if isinstance(v, float)}
     scores[task.main_score] = scores[_MTEB_NAMES.get(task.main_score, task.main_score)]
     return scores
 
 
+@quiet()
 def run_mteb(encoder: MtebEncoder, task: AbsTask, **options: Any) -> Any:
-    """Call ``mteb.evaluate`` without its output; the global random generators stay as they are."""
-    with quiet(), _same_random_state():
-        return mteb.evaluate(
-            encoder,
-            task,
-            co2_tracker=False,
-            show_progress_bar=False,
-            encode_kwargs={"batch_size": 512, "show_progress_bar": False},
-            **options,
-        )
-
-
-@contextmanager
-def _same_random_state() -> Iterator[None]:
-    """Put the global generators back at the end: mteb seeds and draws from them."""
-    rng = capture_rng()
-    try:
-        yield
-    finally:
-        restore_rng(rng)
+    """Call ``mteb.evaluate``."""
+    return mteb.evaluate(
+        encoder,
+        task,
+        co2_tracker=False,
+        show_progress_bar=False,
+        encode_kwargs={"batch_size": 512, "show_progress_bar": False},
+        **options,
+    )
 
 
 def finite_or_none(value: float) -> float | None:
@@ -115,11 +118,9 @@ def finite_or_none(value: float) -> float | None:
 class MtebEncoder(AbsEncoder):
     """mteb's encoder protocol over ours.
 
-    Args:
-        encoder: ours.
-        meta: what the leaderboard is told of it.
-        instruction_of: says which instruction a task's queries, or its documents, get.
-        known: keeps the vectors of a small task, whose texts mteb asks for several times.
+    ``meta`` is what the leaderboard is told of it, ``instruction_of`` says which instruction a
+    task's queries or documents get, and ``known`` keeps the vectors of a small task, whose texts
+    mteb asks for several times.
     """
 
     mteb_model_meta: ModelMeta
@@ -199,30 +200,29 @@ def _metadata(task: LocalTask) -> TaskMetadata:
 
 
 def _mteb_data(task: LocalTask) -> Mapping[str, Any]:
-    columns: dict[str, Any]
-    match task.data:
-        case RetrievalData() as data:
-            corpus = {"id": data.document_ids, "text": data.documents}
-            queries = {"id": data.query_ids, "text": data.queries}
-            return _retrieval_data(corpus, queries, data.judgements, None)
-        case RerankingData() as data:
-            return _reranking_data(data)
-        case ClassificationData(train, test):
-            codes = _codes(train.labels)
-            return {
-                split: _Columns(text=part.texts, label=[codes[label] for label in part.labels])
-                for split, part in (("train", train), ("test", test))
-            }
-        case PairData(first, second, values) if task.type == "STS":
-            columns = {"sentence1": first, "sentence2": second, "score": values}
-        case PairData(first, second, values):
-            columns = {"sentence1": first, "sentence2": second, "label": list(map(int, values))}
-        case LabelledTexts(texts, labels):
-            codes = _codes(labels)
-            columns = {"sentences": texts, "labels": [codes[label] for label in labels]}
-        case SummarizationData(articles, human, machine, relevance):
-            columns = {"text": articles, "human_summaries": human}
-            columns |= {"machine_summaries": machine, "relevance": relevance}
+    data: Any = task.data
+    if task.type == "Retrieval":
+        corpus = {"id": data.document_ids, "text": data.documents}
+        queries = {"id": data.query_ids, "text": data.queries}
+        return _retrieval_data(corpus, queries, data.judgements)
+    if task.type == "Reranking":
+        return _reranking_data(data)
+    if task.type == "Classification":
+        parts = {"train": data.train, "test": data.test}
+        return {
+            split: _Columns(text=part.texts, label=_codes(part.labels, data.train.labels))
+            for split, part in parts.items()
+        }
+    if task.type == "Clustering":
+        columns = {"sentences": data.texts, "labels": _codes(data.labels, data.labels)}
+    elif task.type == "Summarization":
+        columns = {"text": data.articles, "human_summaries": data.human}
+        columns |= {"machine_summaries": data.machine, "relevance": data.relevance}
+    elif task.type == "STS":
+        columns = {"sentence1": data.first, "sentence2": data.second, "score": data.values}
+    else:
+        labels = [int(value) for value in data.values]
+        columns = {"sentence1": data.first, "sentence2": data.second, "label": labels}
     return DatasetDict({"test": Dataset.from_dict(columns)})
 
 
@@ -247,31 +247,29 @@ class _Columns:
         return _Columns(**{n: [values[row] for row in rows] for n, values in self._columns.items()})
 
 
-def _codes(labels: Sequence[str]) -> dict[str, int]:
+def _codes(labels: Sequence[str], known: Sequence[str]) -> list[int]:
     # mteb's average precision of two classes needs numbers.
-    return {label: code for code, label in enumerate(sorted(set(labels)))}
+    codes = {label: code for code, label in enumerate(sorted(set(known)))}
+    return [codes[label] for label in labels]
 
 
 def _reranking_data(data: RerankingData) -> dict[str, Any]:
     corpus: dict[str, list[str]] = {"id": [], "text": []}
     judgements: dict[str, dict[str, int]] = {}
-    for number, texts in enumerate(zip(data.positives, data.negatives, strict=True)):
+    for number, (right, wrong) in enumerate(zip(data.positives, data.negatives, strict=True)):
         # mteb breaks ties by id, last first: "n" after "a" lets a tie count against the model.
-        own = {f"{number}-a{i}": 1 for i in range(len(texts[0]))}
-        own |= {f"{number}-n{i}": 0 for i in range(len(texts[1]))}
+        own = {f"{number}-a{i}": 1 for i in range(len(right))}
+        own |= {f"{number}-n{i}": 0 for i in range(len(wrong))}
         judgements[str(number)] = own
         corpus["id"] += own
-        corpus["text"] += [*texts[0], *texts[1]]
+        corpus["text"] += [*right, *wrong]
     candidates = {query: list(own) for query, own in judgements.items()}
     queries = {"id": list(judgements), "text": data.queries}
     return _retrieval_data(corpus, queries, judgements, candidates)
 
 
 def _retrieval_data(
-    corpus: Mapping[str, Any],
-    queries: Mapping[str, Any],
-    judgements: Mapping[str, Mapping[str, int]],
-    candidates: dict[str, list[str]] | None,
+    corpus: Any, queries: Any, judgements: Mapping[str, Mapping[str, int]], candidates: Any = None
 ) -> dict[str, Any]:
     split = RetrievalSplitData(
         corpus=Dataset.from_dict(corpus),
@@ -280,26 +278,3 @@ def _retrieval_data(
         top_ranked=candidates,
     )
     return {"default": {"test": split}}
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep mteb's log lines, warnings and progress bars from the terminal."""
-    logger = logging.getLogger("mteb")
-    level = logger.level
-    bars = datasets.are_progress_bars_disabled()
-    # This one evaluator shows its bar whatever show_progress_bar says.
-    summarization: Any = sys.modules[AbsTaskSummarization.evaluator.__module__]
-    bar = summarization.tqdm
-    logger.setLevel(logging.CRITICAL)
-    datasets.disable_progress_bars()
-    summarization.tqdm = functools.partial(bar, disable=True)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module=r"(mteb|sklearn|scipy|datasets)\b")
-            yield
-    finally:
-        logger.setLevel(level)
-        summarization.tqdm = bar
-        if not bars:
-            datasets.enable_progress_bars()

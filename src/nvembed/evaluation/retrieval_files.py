@@ -73,11 +73,9 @@ def _read_texts(name: str, problems: Problems) -> _Texts:
         if key is None:
             continue
         first_text, first_where = found.setdefault(key, (text, where))
-        if first_where == where:
-            continue
-        if first_text == text:
+        if first_where != where and first_text == text:
             problems.remarks.add(where, f"{name}: an id is given again with the same text")
-        else:
+        elif first_where != where:
             problems.add(f"id {key!r} is given twice, first at {first_where}", where)
     return found
 
@@ -135,11 +133,10 @@ def _check_ids(
     judgements: Judgements, documents: _Texts, queries: _Texts, where: str, problems: Problems
 ) -> None:
     """Refuse judgements of another corpus or of other queries: every score would be 0."""
+    known = [of_query for query, of_query in judgements.items() if query in queries]
     if not judgements:
         problems.add("the file is empty", where, "judgements")
-        return
-    known = [of_query for query, of_query in judgements.items() if query in queries]
-    if not known:
+    elif not known:
         message = f"no judged query is known, such as {next(iter(judgements))!r}"
         problems.add(message, where, "ids of the file of queries")
     elif not any(document in documents for of_query in known for document in of_query):
@@ -161,10 +158,9 @@ def _remark_on(
         place = next(iter(of_query.values())).place
         if query not in kept:
             remark(place, f"query {query!r} is judged and not there, so it is left out")
-            continue
-        if not any(one.grade > 0 for one in of_query.values()):
+        elif not any(one.grade > 0 for one in of_query.values()):
             remark(place, f"query {query!r} has no relevant document, so it scores 0")
-        for document, one in of_query.items():
-            if document not in documents:
-                told = f"document {document!r} is judged and not there, so a relevant one is missed"
-                remark(one.place, told)
+        for name in of_query if query in kept else ():
+            if name not in documents:
+                told = f"document {name!r} is judged and not there, so a relevant one is missed"
+                remark(of_query[name].place, told)

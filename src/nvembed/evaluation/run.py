@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from typing import Literal
 
-from nvembed.core.errors import UserError
+from nvembed.core.errors import DataError, UserError
 from nvembed.encoding.encoder import Encoder
 from nvembed.evaluation.results import Items, TaskResult
 from nvembed.evaluation.tasks import LocalTask
@@ -16,8 +17,15 @@ from nvembed.evaluation.tasks import LocalTask
 BM25_NAME = "bm25"
 """The name under which BM25 is evaluated like a model."""
 
+Engine = Literal["local", "mteb"]
+"""Who scores local tasks."""
+
 OnResult = Callable[[str, TaskResult], None]
 TaskOutcome = tuple[TaskResult, Items | None]
+
+
+class UnreachableTaskError(DataError):
+    """The data of one task of mteb could not be loaded; others may be."""
 
 
 def evaluate(
@@ -60,22 +68,25 @@ def fits_bm25(task: LocalTask) -> bool:
     return task.type == "Retrieval" and task.main_score == "ndcg_at_10"
 
 
-def score_task(task: LocalTask, encoder: Encoder | None) -> TaskOutcome:
+def score_task(task: LocalTask, encoder: Encoder | None, engine: Engine = "local") -> TaskOutcome:
     """Score an encoder on one task; see ``evaluate``. ``None`` is BM25, on a task that fits it."""
     started = time.perf_counter()
+    items = None
     try:
-        from nvembed.evaluation.local_scores import score_bm25, score_local
+        if encoder is not None and engine == "mteb":
+            from nvembed.evaluation.mteb_adapter import score
 
-        scored = score_bm25(task) if encoder is None else score_local(task, encoder)
+            scores = score(task, encoder)
+        else:
+            from nvembed.evaluation.local_scores import score_bm25, score_local
+
+            scored = score_bm25(task) if encoder is None else score_local(task, encoder)
+            scores, items = scored.scores, scored.items
     except ModuleNotFoundError as error:
         raise UserError(
             f"evaluation needs the package {error.name!r}",
             hint="Install it with: pip install 'nvembed[eval]'",
         ) from error
-    return task_result(task, scored.scores, started), scored.items
-
-
-def task_result(task: LocalTask, scores: dict[str, float | None], started: float) -> TaskResult:
-    """Put the scores of a task together with the time since ``started`` (``perf_counter``)."""
     seconds = round(time.perf_counter() - started, 2)
-    return TaskResult(task.type, task.main_score, scores[task.main_score], seconds, scores)
+    main = scores[task.main_score]
+    return TaskResult(task.type, task.main_score, main, seconds, scores), items

@@ -8,13 +8,12 @@ keeps the finished tasks, and takes the vectors of a half finished one from the 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 from nvembed.core.dtypes import Precision
 from nvembed.core.errors import ConfigError, UserError
@@ -35,10 +34,11 @@ from nvembed.evaluation.results import (
 )
 from nvembed.evaluation.run import (
     BM25_NAME,
+    Engine,
     TaskOutcome,
+    UnreachableTaskError,
     fits_bm25,
     score_task,
-    task_result,
 )
 from nvembed.evaluation.tasks import LocalTask, task_hash
 from nvembed.interop.fingerprint import model_fingerprint
@@ -49,8 +49,6 @@ if TYPE_CHECKING:
     from nvembed.evaluation.mteb_adapter import MtebEncoder
     from nvembed.evaluation.reference import InstructionSource
 
-Engine = Literal["local", "mteb"]
-
 _SHOWN_FINGERPRINT = 12
 
 
@@ -58,13 +56,9 @@ _SHOWN_FINGERPRINT = 12
 class Settings:
     """What all tasks of an evaluation share.
 
-    Attributes:
-        model: folder or hub id.
-        output: the file of the results; the other files lie beside it.
-        dtype: of the weights, ``None`` as saved.
-        instructions: of tasks of mteb; local tasks bring their own.
-        cache: folder of the vectors, ``None`` keeps none.
-        engine: who scores local tasks.
+    ``output`` is the file of the results, and the other files lie beside it. ``dtype`` is that of
+    the weights, ``None`` as saved. ``instructions`` are those of mteb's tasks; local ones bring
+    their own. ``cache`` is the folder of the vectors, ``None`` keeps none.
     """
 
     model: str
@@ -76,7 +70,7 @@ class Settings:
 
     @property
     def fingerprint(self) -> str:
-        """The model as it is loaded: its files, or a hub id's commit, and the number type."""
+        """The model as it is loaded: its files or commit, and the number type."""
         if self.model == BM25_NAME:
             return BM25_NAME
         return model_fingerprint(self.model, self.dtype, _commit(self.model))
@@ -101,22 +95,16 @@ class Evaluation:
 
 
 def earlier_precision(output: Path) -> Precision | None:
-    """Return the number type of the results that are there: what ``auto`` has to go on with.
-
-    Measured once more on a busy machine, it may come out otherwise.
-    """
+    """Return the number type of earlier results, as measuring it again may give another one."""
     value = _earlier_record(output).get("dtype") if output.is_file() else None
     return cast(Precision, value) if value in get_args(Precision) else None
 
 
 def check_session(settings: Settings, inputs: Iterable[Path] = ()) -> None:
-    """Refuse to evaluate where the results would replace something of the user's.
+    """Refuse to evaluate where results would replace something of the user's.
 
-    ``inputs`` are the folders of the tasks.
-
-    Raises:
-        ConfigError: the output is a folder, lies in the model or a task, or something is there
-            that no evaluation made, or that was changed since.
+    That is a folder, the model or one of the ``inputs`` (folders of tasks), or what no evaluation
+    made, or what was changed since.
     """
     output = settings.output
     if output.is_dir():
@@ -140,19 +128,10 @@ def run_session(
 ) -> Evaluation:
     """Evaluate a model and keep every finished task on disk.
 
-    A task of mteb whose data cannot be loaded is passed over and named in ``failed``.
-
-    Args:
-        settings: of all tasks.
-        local: read by ``load_tasks``.
-        hub: of ``find_hub_tasks``.
-        processes: share out the texts of each task, each with a GPU where there are some.
-        resume: keep what ``settings.output`` holds.
-        keep_going: name local tasks that cannot be scored in ``failed``, and score the others.
-
-    Raises:
-        ConfigError: the output holds results of another model, revision or instruction.
-        ModelError: the model cannot be loaded or its vectors cannot be used.
+    The texts of each task are shared out to ``processes``, each with a GPU where there are some.
+    ``resume`` keeps what the output holds, which is refused where it is of another model, revision,
+    instruction or data. A task of mteb whose data cannot be loaded is passed over and named in
+    ``failed``; with ``keep_going`` every task that cannot be scored is.
     """
     output, items_at = settings.output, items_folder(settings.output)
     check_ending(output, (".json",))
@@ -218,12 +197,14 @@ def _outcomes(
             outcome: TaskOutcome | str
             try:
                 if isinstance(job, LocalTask):
-                    outcome = _score_local(job, encoder, settings.engine)
+                    outcome = score_task(job, encoder, settings.engine)
                 else:
+                    from nvembed.evaluation.hub import score_hub
+
                     hub = hub or _hub_encoder(settings, bare, encoder)
-                    outcome = _score_hub(job, hub, settings.mteb_folder)
+                    outcome = score_hub(job, hub, settings.mteb_folder, EVALUATE), None
             except UserError as error:
-                if not keep_going:
+                if not (keep_going or isinstance(error, UnreachableTaskError)):
                     raise
                 outcome = str(error)
             yield name, outcome
@@ -237,30 +218,12 @@ def _loaded(settings: Settings, processes: int) -> AbstractContextManager[Encode
     return nullcontext(load_encoder(settings.model, settings.dtype))
 
 
-def _score_local(task: LocalTask, encoder: Encoder, engine: Engine) -> TaskOutcome:
-    if engine == "local":
-        return score_task(task, encoder)
-    from nvembed.evaluation.mteb_adapter import score
-
-    started = time.perf_counter()
-    return task_result(task, score(task, encoder), started), None
-
-
 def _hub_encoder(settings: Settings, bare: Encoder, encoder: Encoder) -> MtebEncoder:
     from nvembed.evaluation.hub import describe_model, hub_encoder
 
     describe = partial(describe_model, settings.model, revision=settings.revision)
     meta = bare.ask(describe) if isinstance(bare, SharedEncoder) else describe(bare)
     return hub_encoder(encoder, meta, settings.instructions)
-
-
-def _score_hub(task: AbsTask, encoder: MtebEncoder, folder: Path) -> TaskOutcome | str:
-    from nvembed.evaluation.hub import UnreachableTaskError, score_hub
-
-    try:
-        return score_hub(task, encoder, folder, EVALUATE), None
-    except UnreachableTaskError as error:
-        return str(error)
 
 
 def _commit(model: str) -> str | None:

@@ -42,14 +42,10 @@ _NUMBERS_AT_ONCE = 4_000_000
 
 @dataclass(frozen=True)
 class Difference:
-    """What two models differ by on one task: the second model's score less the first one's.
+    """The second model's score on a task less the first one's.
 
-    Attributes:
-        value: of the scores themselves.
-        low: of the interval of the difference, the same items resampled for both models.
-        high: of it.
-        p: two-sided, that the models are equally good.
-        resampled_B: the differences of the resamples.
+    ``low`` and ``high`` are its interval, the same items resampled for both models, whose
+    differences are ``resampled_B``. ``p`` is two-sided, that the models are equally good.
     """
 
     value: float
@@ -71,17 +67,17 @@ def compare_items(
     Raises:
         ValueError: the items are of different tasks.
     """
-    if (first.task_hash, first.kind, first.score) != (second.task_hash, second.kind, second.score):
+    if any(getattr(first, k) != getattr(second, k) for k in ("task_hash", "kind", "score")):
         raise ValueError("items of different tasks cannot be paired")
     scores_M, scores_MB = bootstrap([first, second], resamples, seed)
     resampled_B = scores_MB[1] - scores_MB[0]
-    values = [_item_values(items) for items in (first, second)]
-    if values[0] is not None and values[1] is not None:
+    values = _item_values(first), _item_values(second)
+    if values[0] is None or values[1] is None:
+        p = bootstrap_p(resampled_B)
+    else:
         differences_N = values[1] - values[0]
         differences_N = differences_N[np.isfinite(differences_N)]
         p = sign_flip_p(differences_N, resamples=resamples, seed=seed)
-    else:
-        p = bootstrap_p(resampled_B)
     low, high = interval(resampled_B)
     return Difference(float(scores_M[1] - scores_M[0]), low, high, p, resampled_B)
 
@@ -154,12 +150,14 @@ def bootstrap(
     statistics = [_statistic(items) for items in models]
     count = len(models[0])
     rng = np.random.default_rng(derive_seed(seed, "bootstrap", models[0].task_hash))
-    parts = []
-    for size in _chunks(resamples, max(count, _num_cells(models[0]))):
+    parts, cells = [], 0
+    if models[0].kind in ("classes", "clusters") and _item_values(models[0]) is None:
+        # The numbers of a table of gold labels and answers.
+        cells = (max(int(array.max()) for array in models[0].arrays.values()) + 1) ** 2
+    for size in _chunks(resamples, max(count, cells)):
         drawn_BN = rng.integers(count, size=(size, count), dtype=np.int32)
         flat = (drawn_BN + np.arange(size)[:, None] * count).ravel()
-        weights_BN = np.bincount(flat, minlength=size * count).astype(np.float64)
-        weights_BN = weights_BN.reshape(size, count)
+        weights_BN = np.bincount(flat, minlength=size * count).astype(float).reshape(size, count)
         parts.append(np.stack([statistic(weights_BN) for statistic in statistics]))
     whole_1N = np.ones((1, count))
     scores_M = np.array([statistic(whole_1N)[0] for statistic in statistics])
@@ -170,13 +168,6 @@ def _chunks(total: int, width: int) -> Iterator[int]:
     size = max(_NUMBERS_AT_ONCE // width, 1)
     for start in range(0, total, size):
         yield min(size, total - start)
-
-
-def _num_cells(items: Items) -> int:
-    """How many numbers a table of gold labels and answers has."""
-    if items.kind not in ("classes", "clusters") or _item_values(items) is not None:
-        return 0
-    return (max(int(array.max()) for array in items.arrays.values()) + 1) ** 2
 
 
 def _item_values(items: Items) -> Floats | None:

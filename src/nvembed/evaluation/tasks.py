@@ -65,12 +65,10 @@ class LocalTask:
         name: unique among the tasks evaluated together.
         type: what is measured and how the files look.
         instruction: in plain words, for queries and both sides of symmetric types; or ``None``.
-            ``task.json`` may name an MTEB task for its instruction.
         main_score: one of ``MAIN_SCORES[type]``.
         folder: where it was read from.
         data: the texts and gold values, one class per layout.
-        ignore_identical_ids: of Retrieval: a result with the id of its query does not count, as
-            where the queries are documents of the corpus.
+        ignore_identical_ids: of Retrieval: a result with the id of its query does not count.
         remarks: what the files hold that scores are computed in spite of, in one line; or nothing.
     """
 

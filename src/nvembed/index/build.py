@@ -225,11 +225,7 @@ class _Writer:
 
 
 def read_ids(path: Path) -> list[str]:
-    """Read a file of ids, one per line; empty lines are passed over.
-
-    Raises:
-        DataError: it is not there or not UTF-8 text.
-    """
+    """Read a file of ids, one per line; empty lines are passed over."""
     with open_text_file(path) as file:
         try:
             lines = file.read().decode("utf-8").split("\n")

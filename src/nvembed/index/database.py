@@ -63,11 +63,7 @@ def is_database(path: str | Path) -> bool:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Let no other process write to a database while the block runs; its folder is made.
-
-    Raises:
-        ConfigError: another one is writing, or there is something else in that place.
-    """
+    """Let no other process write to a database while the block runs; its folder is made."""
     ours = {LOCK, MARK, _table_of(path).name}
     if path.exists() and (not path.is_dir() or any(p.name not in ours for p in path.iterdir())):
         raise ConfigError("not empty, and no database", where=str(path), hint="Choose another")
@@ -79,9 +75,7 @@ def writing(path: Path) -> Iterator[None]:
         lock.acquire()
     except Timeout as error:
         raise ConfigError(
-            "another process is writing to the database",
-            where=str(path),
-            hint="Wait for it to end",
+            "another process is writing to the database", where=str(path), hint="Wait for it to end"
         ) from error
     try:
         yield
@@ -105,7 +99,7 @@ class Database:
     @classmethod
     def create(cls, path: Path, record: DatabaseRecord) -> Database:
         """Make an empty database; within ``writing`` only."""
-        # What a process left that was killed before the first version was there.
+        # A process may have been killed before the first version was there.
         shutil.rmtree(_table_of(path), ignore_errors=True)
         mark_growing(_table_of(path), INDEX)
         schema = pa.schema(
@@ -122,11 +116,7 @@ class Database:
 
     @classmethod
     def open(cls, path: Path) -> Database:
-        """Open a database, always at its newest version.
-
-        Raises:
-            DataError: there is none, or it is of another version of this package.
-        """
+        """Open a database, always at its newest version."""
         if not is_database(path):
             raise DataError(
                 "no database", where=str(path), hint="nvembed index DOCS --to DB makes one"
@@ -141,8 +131,6 @@ class Database:
                 where=str(path),
             ) from error
         return cls(path, table, record)
-
-    # --- Fields -----------------------------------------------------------------------------------
 
     @property
     def fields(self) -> dict[str, pa.DataType]:
@@ -165,11 +153,7 @@ class Database:
         return {name: column for name, (_, column) in found.items()}
 
     def add_fields(self, fields: dict[str, pa.DataType]) -> None:
-        """Give all documents new fields, empty so far.
-
-        Raises:
-            DataError: the engine has no columns of such a type.
-        """
+        """Give all documents new fields, empty so far."""
         if not fields:
             return
         try:
@@ -183,11 +167,7 @@ class Database:
             ) from error
 
     def widen(self, name: str, type: pa.DataType) -> None:
-        """Give a field a type with more room, in one version of the table.
-
-        Raises:
-            DataError: whole numbers that it has are too long for the fractions it is to hold.
-        """
+        """Give a field a type with more room, in one version of the table."""
         old = self._columns()[name]
         if pa.types.is_floating(type) and old.type in (pa.int64(), pa.uint64()):
             below = f" OR `{old.name}` < -{_EXACT}" if old.type == pa.int64() else ""
@@ -207,8 +187,6 @@ class Database:
         former = [n for n in self._table.schema.names if n not in current and n not in OWN_COLUMNS]
         if former:
             self._table.drop_columns(former)
-
-    # --- Documents --------------------------------------------------------------------------------
 
     def upsert(
         self,
@@ -251,14 +229,8 @@ class Database:
         return int(self._table.count_rows(self._sql(where)))
 
     def get(self, column: str, values: Sequence[str]) -> list[dict[str, Any]]:
-        """Documents by ``id`` or ``text_hash``, in no order.
-
-        Each has ``id``, ``text``, ``text_hash``, ``vector`` ``(D,)``, and ``fields``: those that it
-        has.
-        """
-        if not values:
-            return []
-        return self._rows(self._table.search().where(_is_in(column, values)))
+        """Documents by ``id`` or ``text_hash``, in no order, with ``vector`` and ``fields``."""
+        return self._rows(self._table.search().where(_is_in(column, values))) if values else []
 
     def _rows(self, query: Any) -> list[dict[str, Any]]:
         """What a query finds: rows with their vectors as arrays, their fields by name."""
@@ -278,13 +250,8 @@ class Database:
             row["fields"] = {n: v[number] for n, v in fields.items() if v[number] is not None}
         return rows
 
-    # --- Search -----------------------------------------------------------------------------------
-
     def tidy(self, ann_above: int = ANN_ABOVE) -> None:
-        """Make what searches need: indexes of ids and words, and of vectors where they are many.
-
-        ``ann_above`` is the number of documents from which on neighbours are found approximately.
-        """
+        """Make what searches need: indexes of ids, words and, above ``ann_above``, of vectors."""
         indexed = self._indexes()
         for column, config in (("id", BTree()), ("text_hash", BTree()), ("text", FTS())):
             if column not in indexed:
@@ -323,11 +290,7 @@ class Database:
         return self._rows(self._filtered(query.limit(count), where))
 
     def by_words(self, text: str, count: int, *, where: str | None) -> list[dict[str, Any]]:
-        """Documents by BM25 (``_score``), best first, equal ones by id.
-
-        Raises:
-            DataError: the words are not indexed.
-        """
+        """Documents by BM25 (``_score``), best first, equal ones by id."""
         if not self.has_words:
             raise DataError(
                 "words are not indexed",

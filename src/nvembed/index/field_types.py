@@ -26,13 +26,11 @@ Fields = dict[str, Any]
 class FieldTypes:
     """Settles the types of fields: known ones, those of files, those of values.
 
-    Attributes:
-        found: the types so far; at first those of the fields that the database has.
+    ``found`` are the types so far, at first those of the fields that the database has.
     """
 
     def __init__(self, known: Mapping[str, pa.DataType]) -> None:
         self.found = dict(known)
-        self._of_tables: dict[int, dict[str, pa.DataType]] = {}
         self._of_cells: dict[str, pa.DataType] = {}
 
     def settle(
@@ -42,12 +40,17 @@ class FieldTypes:
     ) -> list[Fields | None]:
         """The values of rows under the types that hold all of them.
 
-        Args:
-            rows: fields, and the table that they are of.
-            refuse: is told the number of a row that no type suits, for which None is returned.
+        Rows come with the table that they are of. ``refuse`` is told the number of a row that no
+        type suits, for which None is returned.
         """
         known = dict(self.found)
-        self._read_tables(rows)
+        cells: dict[str, list[str]] = {}  # a column of CSV has one type for all of them
+        for values, table in rows:
+            if table is not None and table.textual:
+                for name, text in values.items():
+                    if text != "" and name not in known:
+                        cells.setdefault(name, []).append(text)
+        self._of_cells = {name: type_of_texts(texts) for name, texts in cells.items()}
         kept: list[Fields | None] = [{} for _ in rows]
         for widen in (True, False):
             for number, (values, table) in enumerate(rows):
@@ -60,20 +63,6 @@ class FieldTypes:
             if self.found == known:
                 break  # else what was read before a type was found or made wider is read again
         return kept
-
-    def _read_tables(self, rows: Sequence[tuple[Fields, Table | None]]) -> None:
-        """Look at what files say: the schema of Parquet; of a column of CSV all cells together."""
-        cells: dict[str, list[str]] = {}
-        for values, table in rows:
-            if table is not None and table.schema is not None:
-                if id(table) not in self._of_tables:
-                    types = {column.name: kept_type(column.type) for column in table.schema}
-                    self._of_tables[id(table)] = types
-            elif table is not None and table.textual:
-                for name, text in values.items():
-                    if text != "" and name not in self.found:
-                        cells.setdefault(name, []).append(text)
-        self._of_cells = {name: type_of_texts(texts) for name, texts in cells.items()}
 
     def _kept(self, values: Fields, table: Table | None, widen: bool) -> Fields:
         types: dict[str, pa.DataType] = {}
@@ -106,9 +95,9 @@ class FieldTypes:
         """The type of a field that is new; None where nothing says it yet."""
         if table is not None and table.textual:
             return self._of_cells.get(name)
-        if table is not None and id(table) in self._of_tables:
-            type = self._of_tables[id(table)].get(name)
-            return None if type is None or pa.types.is_null(type) else type
+        if table is not None and table.schema is not None:
+            types = [kept_type(column.type) for column in table.schema if column.name == name]
+            return None if not types or pa.types.is_null(types[-1]) else types[-1]
         if value is None or value != value:
             return None
         try:

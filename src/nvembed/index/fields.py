@@ -198,11 +198,7 @@ def _first_that_holds(
 
 
 def kept_value(value: Any, type: pa.DataType) -> Any:
-    """The value as it comes back from a column of a type; None for NaN, which is no value.
-
-    Raises:
-        Misfit: the type does not hold it.
-    """
+    """The value as it comes back from a column of a type; None for NaN, which is no value."""
     if value is None or (isinstance(value, float | Decimal) and math.isnan(value)):
         return None
     if isinstance(value, bool) != pa.types.is_boolean(type):

@@ -101,12 +101,9 @@ def page_app(database: Database, encoder: Encoder) -> FastAPI:
 
 
 def _about(database: Database) -> dict[str, Any]:
-    return {
+    return database.record.model_dump(include={"model", "dimension", "task"}) | {
         "name": database.path.name,
         "documents": database.count(),
-        "model": database.record.model,
-        "dimension": database.record.dimension,
-        "task": database.record.task,
         "approximate": database.approximate,
         "words": database.has_words,
         "fields": {name: describe(type) for name, type in database.filterable.items()},
@@ -118,15 +115,11 @@ def _about(database: Database) -> dict[str, Any]:
 
 
 def _hit(hit: Found, place: list[float]) -> dict[str, Any]:
-    return {
-        "rank": hit.rank,
-        "id": hit.id,
+    as_it_is = ("rank", "id", "cosine", "words", "fused")
+    return {name: getattr(hit, name) for name in as_it_is} | {
         "text": hit.text[:_SHOWN_CHARS],
         "cut": len(hit.text) > _SHOWN_CHARS,
         "fields": {name: _shown(plain(value)) for name, value in hit.fields.items()},
-        "cosine": hit.cosine,
-        "words": hit.words,
-        "fused": hit.fused,
         "place": place,
     }
 

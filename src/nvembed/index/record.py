@@ -24,32 +24,19 @@ _SAME = 0.99
 
 
 class DatabaseRecord(StrictModel):
-    """How the vectors of a database were made.
+    """How the vectors of a database were made."""
 
-    Attributes:
-        layout: version of the table's columns.
-        model: folder (absolute) or hub id; None for an encoder that was handed over.
-        fingerprint: of the model's files, see ``contents_fingerprint``.
-        dimension: width of the vectors, possibly the first of a wider model.
-        task: instruction of queries that bring none.
-        probe: vectors of a few fixed texts.
-        dtype: of the weights, for all documents that are ever added; None where it is not known.
-    """
-
-    layout: Literal[1] = 1
-    model: str | None
-    fingerprint: str | None
-    dimension: int
-    task: str | None
-    probe: tuple[tuple[float, ...], ...]
-    dtype: Precision | None = None
+    layout: Literal[1] = 1  # version of the table's columns
+    model: str | None  # folder (absolute) or hub id; None for an encoder that was handed over
+    fingerprint: str | None  # of the model's files, see ``contents_fingerprint``
+    dimension: int  # width of the vectors, possibly the first of a wider model
+    task: str | None  # instruction of queries that bring none
+    probe: tuple[tuple[float, ...], ...]  # vectors of ``_PROBE``
+    dtype: Precision | None = None  # of the weights, for all documents; None where not known
 
 
 def new_record(
-    model: str | Encoder,
-    task: str | None,
-    truncate_dim: int | None,
-    dtype: PrecisionChoice | None,
+    model: str | Encoder, task: str | None, truncate_dim: int | None, dtype: PrecisionChoice | None
 ) -> tuple[DatabaseRecord, Encoder]:
     """Load the model of a new database, with weights of a settled type, and describe it."""
     name, settled = None, None
@@ -75,14 +62,8 @@ def recorded_encoder(
 ) -> Encoder:
     """Load the model of a database, or check that the one given is the same.
 
-    Args:
-        record: of the database.
-        model: where the model lies now, or an encoder; None is where it lay.
-        dtype: of the weights, see ``load_encoder``; ``auto`` is that of the database's documents.
-        where: the database, for errors.
-
-    Raises:
-        ModelError: it is another model, or cannot be loaded.
+    ``model`` is where it lies now, or an encoder; None is where it lay. A ``dtype`` of ``auto`` is
+    that of the database's documents. Errors name the database, ``where``.
     """
 
     def another(message: str) -> ModelError:

@@ -17,8 +17,7 @@ from nvembed.encoding.encoder import Encoder
 from nvembed.index.database import Database, is_database
 from nvembed.index.record import first_dimensions, recorded_encoder
 
-# The constant of reciprocal-rank fusion (Cormack, Clarke, Büttcher 2009), and the least number of
-# candidates of each side.
+# Of reciprocal-rank fusion (Cormack, Clarke, Büttcher 2009); the least number of candidates.
 RRF_CONSTANT = 60
 RRF_DEPTH = 100
 
@@ -97,8 +96,7 @@ def query_vector(
     """Embed a query as the database wants it: ``(D,)``, of length 1."""
     instruction = database.record.task if task is None else task or None
     made = encode_window(encoder, [query], side="query", task=instruction)
-    short: NDArray[np.float32] = first_dimensions(made, database.record.dimension)[0]
-    return short
+    return first_dimensions(made, database.record.dimension).reshape(-1)
 
 
 def search_database(
@@ -131,19 +129,12 @@ def find(
         for rank, id in chain(enumerate(nearest, start=1), enumerate(words, start=1)):
             fused[id] = fused.get(id, 0.0) + 1.0 / (RRF_CONSTANT + rank)
     order = sorted(rows, key=lambda id: (-(fused or cosines)[id], id))[: options.top_k]
-    return [
-        Found(
-            rank=rank,
-            id=id,
-            text=rows[id]["text"],
-            fields=rows[id]["fields"],
-            cosine=cosines[id],
-            words=words.get(id),
-            fused=fused.get(id),
-            vector=rows[id]["vector"],
-        )
-        for rank, id in enumerate(order, start=1)
-    ]
+    found = []
+    for rank, id in enumerate(order, start=1):
+        text, fields, vector = (rows[id][name] for name in ("text", "fields", "vector"))
+        scores = (cosines[id], words.get(id), fused.get(id))
+        found.append(Found(rank, id, text, fields, *scores, vector))
+    return found
 
 
 def map_of(vectors: NDArray[np.float32]) -> NDArray[np.float64]:

@@ -56,9 +56,7 @@ _Token = tuple[str, str, int]  # kind, text, column from 1
 
 
 def where_sql(
-    expression: str,
-    fields: Mapping[str, pa.DataType],
-    columns: Mapping[str, str] | None = None,
+    expression: str, fields: Mapping[str, pa.DataType], columns: Mapping[str, str] | None = None
 ) -> str:
     """Check a filter and write it as SQL.
 
@@ -257,12 +255,8 @@ class _Parser:
 # --- Literals of SQL, exact to the last digit -----------------------------------------------------
 
 _LEAST = -(2**63)  # of 64 bits, whose sign the engine does not read as part of a literal
-_UNITS = {
-    "s": ("Second", 1),
-    "ms": ("Millisecond", 10**3),
-    "us": ("Microsecond", 10**6),
-    "ns": ("Nanosecond", 10**9),
-}
+_UNITS = {"s": "Second", "ms": "Millisecond", "us": "Microsecond", "ns": "Nanosecond"}
+_PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 _EPOCH = datetime.datetime(1970, 1, 1)
 _FINER = re.compile(r"(\.\d{6})(\d{1,3})(?!\d)")  # nanoseconds, which datetime does not read
 
@@ -272,16 +266,16 @@ def sql_type(type: pa.DataType) -> str:
     if pa.types.is_timestamp(type):
         # The zone is a text of the file: no quote of it may end a text of the engine.
         zone = "None" if type.tz is None else f'Some("{re.sub("[^A-Za-z0-9_+:/-]", "", type.tz)}")'
-        return f"Timestamp({_UNITS[type.unit][0]}, {zone})"
+        return f"Timestamp({_UNITS[type.unit]}, {zone})"
     if pa.types.is_time(type):
-        return f"Time{type.bit_width}({_UNITS[type.unit][0]})"
+        return f"Time{type.bit_width}({_UNITS[type.unit]})"
     if pa.types.is_decimal(type):
         return f"Decimal{type.bit_width}({type.precision}, {type.scale})"
     word = "Float" if pa.types.is_floating(type) else "Date" if pa.types.is_date(type) else "Int"
     return f"{'U' if pa.types.is_unsigned_integer(type) else ''}{word}{type.bit_width}"
 
 
-def _literal(number: int | Fraction, type: pa.DataType) -> str:
+def _literal(number: Fraction, type: pa.DataType) -> str:
     """A literal: a number, or how many days or parts of a second have passed, of a type."""
     if pa.types.is_floating(type):
         try:
@@ -313,19 +307,17 @@ def _numbers_of(type: pa.DataType) -> range | None:
 
 def _bounded(sign: str, number: Fraction, type: pa.DataType) -> str:
     """A comparison by ``< <= > >=`` with a number that may lie beside the values of the type."""
-    values = _numbers_of(type)
-    if values is None:
-        return f"{sign} {_literal(number, type)}"
-    below = sign.startswith("<")
-    whole = math.floor(number) if below else math.ceil(number)
-    if whole != number:
-        sign = f"{sign[0]}="
-    least, greatest = values[0], values[-1]
-    if whole < least:  # all values are above it
-        sign, whole = ("<" if below else ">="), least
-    elif whole > greatest:
-        sign, whole = ("<=" if below else ">"), greatest
-    return f"{sign} {_literal(whole, type)}"
+    values, below = _numbers_of(type), sign.startswith("<")
+    if values is not None:
+        whole = math.floor(number) if below else math.ceil(number)
+        if whole < values[0]:  # all values are above it
+            sign, whole = ("<" if below else ">="), values[0]
+        elif whole > values[-1]:
+            sign, whole = ("<=" if below else ">"), values[-1]
+        elif whole != number:
+            sign = f"{sign[0]}="
+        number = Fraction(whole)
+    return f"{sign} {_literal(number, type)}"
 
 
 def _parse_time(text: str, type: pa.DataType) -> Fraction:
@@ -351,4 +343,4 @@ def _parse_time(text: str, type: pa.DataType) -> Fraction:
     passed = Fraction((moment - _EPOCH) // datetime.timedelta(microseconds=1), 10**6) + below
     if pa.types.is_date(type):
         return passed / 86_400 if type == pa.date32() else passed * 1000
-    return passed * _UNITS[type.unit][1]
+    return passed * _PER_SECOND[type.unit]

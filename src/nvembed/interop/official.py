@@ -1,14 +1,13 @@
 """The layout of ``nvidia/NV-Embed-v1`` and ``-v2``: names of the weights and configuration.
 
-One table serves both directions: loading (``model/official_load.py``) and exporting
-(``encoding/export/folders.py``). Facts are those of the released files: 304 tensors,
+One table serves loading and exporting. Facts are those of the released files: 304 tensors,
 ``model_type: nvembed``, a ``MistralModel`` without head under ``embedding_model.`` and the latent
 attention layer under ``latent_attention_model.``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -61,20 +60,11 @@ class LatentShape(NamedTuple):
     head_width: int = 4096
 
 
-def own_name(official: str) -> str | None:
-    """Our name of an official tensor; ``None`` for one that is not part of the layout."""
-    return _translated(official, NAMES)
-
-
 def official_name(own: str) -> str | None:
     """The official name of one of our tensors; ``None`` where the layout has no place for it."""
-    return _translated(own, ((ours, theirs) for theirs, ours in NAMES))
-
-
-def _translated(name: str, table: Iterable[tuple[str, str]]) -> str | None:
-    for old, new in table:
-        if name == old or (old.endswith(".") and name.startswith(old)):
-            return new + name[len(old) :]
+    for official, ours in NAMES:
+        if own == ours or (ours.endswith(".") and own.startswith(ours)):
+            return official + own[len(ours) :]
     return None
 
 

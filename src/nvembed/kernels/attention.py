@@ -66,18 +66,21 @@ def supports_bfloat16(query_HTE: Tensor, key_KTE: Tensor, value_KTE: Tensor) -> 
     )
 
 
+def plain_on_cpu(dtype: torch.dtype, *tensors: Tensor) -> bool:
+    """Whether compiled code can read these; a subclass may have no memory of its own."""
+    return not torch.compiler.is_compiling() and all(
+        type(x) in (Tensor, nn.Parameter) and x.dtype is dtype and x.device.type == "cpu"
+        for x in tensors
+    )
+
+
 def _fit(dtype: torch.dtype, unit: int, query: Tensor, key: Tensor, value: Tensor) -> bool:
     return (
-        all(
-            # A subclass has no memory of its own, or computes otherwise.
-            type(x) in (Tensor, nn.Parameter) and x.dtype is dtype and x.device.type == "cpu"
-            for x in (query, key, value)
-        )
+        plain_on_cpu(dtype, query, key, value)
         and query.shape[-1] % unit == 0
         and key.shape == value.shape
         and key.shape[1:] == query.shape[1:]
         and query.shape[0] % key.shape[0] == 0
-        and not torch.compiler.is_compiling()
     )
 
 

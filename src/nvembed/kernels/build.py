@@ -51,25 +51,16 @@ _log = logging.getLogger(__name__)
 
 
 class CPU(NamedTuple):
-    """What is known of a CPU.
-
-    Attributes:
-        model: its name.
-        cores: as many as the system sees.
-        described: all lines that tell CPUs with different instructions apart.
-        onednn_multiplies_float32_faster: than MKL, torch's choice, or at least as fast. On CPUs of
-            another maker MKL leaves out instructions, by version and model: on AMD oneDNN was 1.1
-            to 2.2 times as fast (docs/log.md). Intel's own and ARM CPUs stay with torch's.
-        has_wide_registers: AVX-512; with narrower ones our kernels gain nothing over torch's.
-        may_multiply_bfloat16: it may have instructions for it; else it is emulated, slowly.
-    """
+    """What is known of a CPU."""
 
     model: str
     cores: int
-    described: str
+    described: str  # all lines that tell CPUs with different instructions apart
+    # Than MKL, torch's choice, or as fast. On CPUs of another maker MKL leaves out instructions: on
+    # AMD oneDNN was 1.1 to 2.2 times as fast (docs/log.md). Intel and ARM stay with torch's.
     onednn_multiplies_float32_faster: bool
-    has_wide_registers: bool
-    may_multiply_bfloat16: bool
+    has_wide_registers: bool  # AVX-512; with narrower ones our kernels gain nothing over torch's
+    may_multiply_bfloat16: bool  # has instructions for it, or does not say; else it is emulated
 
 
 @cache
@@ -119,11 +110,7 @@ def library(name: str) -> ctypes.CDLL | None:
 
 
 def load(source: Path) -> ctypes.CDLL:
-    """Load the library of a source file, compiling it where it is not in the cache.
-
-    Raises:
-        NativeError: no compiler, it fails, or the library cannot be written or loaded.
-    """
+    """Load the library of a source file, compiling it where it is not in the cache."""
     compiler = _compiler()
     name = f"{source.stem}-{_key(source, compiler)}.so"
     reason = "there is no folder for it"

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from nvembed.kernels.attention import bfloat16_available, float32_available
+from nvembed.kernels.attention import bfloat16_available, float32_available, plain_on_cpu
 from nvembed.kernels.build import library
 
 _UNIT = 16  # widths must be a multiple of it, head widths of twice as many
@@ -114,18 +114,13 @@ def _runs(layer: Any, hidden_1TD: Tensor) -> bool:
         *(attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj),
         *(mlp.gate_proj, mlp.up_proj, mlp.down_proj),
     )
-    if layer.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if layer.training or torch.is_grad_enabled():
         return False
     dtype = getattr(mlp.gate_proj, "weight", hidden_1TD).dtype
     return (
         dtype in (torch.float32, torch.bfloat16)
-        and all(
-            isinstance(linear, nn.Linear)
-            and type(linear.weight) is nn.Parameter
-            and linear.weight.device.type == "cpu"
-            and linear.weight.dtype is dtype
-            for linear in linears
-        )
+        and all(isinstance(linear, nn.Linear) for linear in linears)
+        and plain_on_cpu(dtype, *(linear.weight for linear in linears))
         and hidden_1TD.device.type == "cpu"
         and type(hidden_1TD) is Tensor
         and hidden_1TD.shape[0] == 1
@@ -136,15 +131,9 @@ def _runs(layer: Any, hidden_1TD: Tensor) -> bool:
 
 def _supports(*tensors: Tensor) -> bool:
     return (
-        all(
-            type(x) in (Tensor, nn.Parameter)
-            and x.dtype is torch.float32
-            and x.device.type == "cpu"
-            and x.shape[-1] % _UNIT == 0
-            for x in tensors
-        )
+        plain_on_cpu(torch.float32, *tensors)
+        and all(x.shape[-1] % _UNIT == 0 for x in tensors)
         and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
         and library("elementwise.cpp") is not None
     )
 

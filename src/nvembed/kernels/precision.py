@@ -74,9 +74,7 @@ def settle_precision(
 def choose_precision(begun: Precision | None, option: str | None) -> tuple[Precision, str]:
     """Choose the type of a job that may have any, and say in one line which it is, and why.
 
-    Args:
-        begun: the type that the job was begun with, where it goes on.
-        option: what fixes the choice, for the line; ``None`` where nothing does.
+    A job that goes on has the type that it was ``begun`` with; ``option`` is what fixes the choice.
     """
     device = _device_type()
     precision = begun or fastest_precision(device)
@@ -150,10 +148,7 @@ def _device_type() -> str:
 
 
 def kept_gain(name: str, plain: Callable[[], object], other: Callable[[], object]) -> float:
-    """Return how many times as fast ``other`` is as ``plain`` here, kept under a name.
-
-    Each is a computation of some milliseconds.
-    """
+    """Return how many times as fast ``other`` is as ``plain``, of milliseconds, kept by name."""
     file_name = f"{name}-{hashlib.sha256(_machine_key().encode()).hexdigest()[:24]}.json"
     gain: float | None = None
     with suppress(UserError):  # no folder can be had at all

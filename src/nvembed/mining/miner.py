@@ -33,25 +33,11 @@ from nvembed.encoding.workers import Engine, Loader
 from nvembed.mining.corpus import Corpus, MemoryCorpus, StoredCorpus
 from nvembed.mining.report import MiningReport
 from nvembed.mining.run import Plan, Run, plan_pairs, plan_records, plan_sts
-from nvembed.mining.teachers import (
-    BM25_NAME,
-    check_teacher,
-    named_teacher,
-    rank,
-)
+from nvembed.mining.teachers import BM25_NAME, check_teacher, named_teacher, rank
 
 MINE = "mine"
 # Columns that documents have; the others are of records.
 _TEXTS = ("text", "title", "id")
-
-__all__ = [
-    "MiningConfig",
-    "MiningReport",
-    "help_mining",
-    "mine_file",
-    "mine_negatives",
-    "mine_sts_negatives",
-]
 
 
 def mine_negatives(

@@ -1,7 +1,8 @@
 """What ranks documents for queries: the vectors of a model, BM25, or a cross-encoder on either.
 
 In: row numbers of queries; out: the nearest documents, and the scores of given pairs. The miner
-knows no more of a teacher. Next file: ``selection.py``.
+knows no more of a teacher: every ranking has the two methods of ``VectorRanking``. Next file:
+``selection.py``.
 
 Letters: D width, B queries, K documents of each, P pairs or rows taken.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,23 +31,23 @@ PAIRS_PER_CALL = 1024
 BLOCK_QUERIES = 64
 _NEAR = np.dtype([("score", "<f4"), ("row", "<i8")])
 
-
-Near = tuple[NDArray[np.float32], NDArray[np.int64]]
+Rows = NDArray[np.int64]
+Scores = NDArray[np.float32]
 
 
 class Vectors:
-    """Rows in parts, each an array or the path of one; all but the last have equally many."""
+    """Vectors in parts, each an array or the path of one; all but the last have equally many."""
 
-    def __init__(self, parts: Sequence[NDArray[np.float32] | Path], rows_per_part: int) -> None:
+    def __init__(self, parts: Sequence[Scores | Path], rows_per_part: int) -> None:
         self._parts = parts
         self._rows_per_part = rows_per_part
 
-    def __iter__(self) -> Iterator[NDArray[np.float32]]:
+    def __iter__(self) -> Iterator[Scores]:
         """Go through the parts; each is mapped no longer than it is looked at."""
         for part in self._parts:
             yield _opened(part)
 
-    def take(self, rows_P: NDArray[np.int64]) -> NDArray[Any]:
+    def take(self, rows_P: Rows) -> NDArray[Any]:
         """Copy some rows, ``(P, D)``."""
         numbers_P, places_P = np.divmod(rows_P, self._rows_per_part)
         first = _opened(self._parts[0])
@@ -57,26 +58,8 @@ class Vectors:
         return taken
 
 
-def _opened(part: NDArray[np.float32] | Path) -> NDArray[np.float32]:
+def _opened(part: Scores | Path) -> Scores:
     return read_array(part, mapped=True) if isinstance(part, Path) else part
-
-
-class Ranking(Protocol):
-    """Documents ranked for queries; both are known by their rows."""
-
-    def nearest(self, queries_B: NDArray[np.int64]) -> Near:
-        """Find the nearest documents of some queries.
-
-        Returns:
-            scores_BK, falling, and rows_BK, ``NOTHING`` at the end of rows with fewer.
-        """
-        ...
-
-    def scores(
-        self, queries_P: NDArray[np.int64], documents_P: NDArray[np.int64]
-    ) -> NDArray[np.float32]:
-        """Score pairs, ``(P,)``."""
-        ...
 
 
 class VectorRanking:
@@ -107,21 +90,17 @@ class VectorRanking:
             make_missing(paths, make)
         self._near = Vectors(paths, GROUP_QUERIES)
 
-    def nearest(self, queries_B: NDArray[np.int64]) -> Near:
-        """See ``Ranking``."""
+    def nearest(self, queries_B: Rows) -> tuple[Scores, Rows]:
+        """Find the nearest documents: scores_BK, falling, and rows_BK, which end in ``NOTHING``."""
         if self._near is not None:
             near = self._near.take(queries_B)
             return near["score"], near["row"]
         return top_k(self._queries.take(queries_B), self._documents, self._depth)
 
-    def scores(
-        self, queries_P: NDArray[np.int64], documents_P: NDArray[np.int64]
-    ) -> NDArray[np.float32]:
-        """See ``Ranking``."""
-        products: NDArray[np.float32] = np.einsum(
-            "pd,pd->p", self._queries.take(queries_P), self._documents.take(documents_P)
-        )
-        return products
+    def scores(self, queries_P: Rows, documents_P: Rows) -> Scores:
+        """Score pairs of a query and a document, ``(P,)``."""
+        queries_PD, documents_PD = self._queries.take(queries_P), self._documents.take(documents_P)
+        return np.asarray(np.einsum("pd,pd->p", queries_PD, documents_PD))
 
 
 class BM25Ranking:
@@ -131,23 +110,21 @@ class BM25Ranking:
         self._queries, self._depth = queries, depth
         self._index = BM25(documents)
 
-    def nearest(self, queries_B: NDArray[np.int64]) -> Near:
-        """See ``Ranking``."""
+    def nearest(self, queries_B: Rows) -> tuple[Scores, Rows]:
+        """See ``VectorRanking``."""
         scores_BK, rows_BK = self._index.top_k(self._texts(queries_B), self._depth)
         return scores_BK.astype(np.float32), np.where(scores_BK > 0.0, rows_BK, NOTHING)
 
-    def scores(
-        self, queries_P: NDArray[np.int64], documents_P: NDArray[np.int64]
-    ) -> NDArray[np.float32]:
-        """See ``Ranking``."""
+    def scores(self, queries_P: Rows, documents_P: Rows) -> Scores:
+        """See ``VectorRanking``."""
         return self._index.scores(self._texts(queries_P), documents_P).astype(np.float32)
 
-    def _texts(self, rows: NDArray[np.int64]) -> list[str]:
+    def _texts(self, rows: Rows) -> list[str]:
         return [self._queries[row] for row in rows.tolist()]
 
 
 # Scores pairs of query and document, ``(len(pairs),)``, higher for those that answer better.
-PairScorer = Callable[[Sequence[tuple[str, str]]], NDArray[np.float32]]
+PairScorer = Callable[[Sequence[tuple[str, str]]], Scores]
 
 
 def load_cross_encoder(name: str) -> PairScorer:
@@ -168,7 +145,7 @@ def load_cross_encoder(name: str) -> PairScorer:
     if model.num_labels != 1:
         raise ModelError(f"gives {model.num_labels} scores", where=name, expected="one score")
 
-    def score(pairs: Sequence[tuple[str, str]]) -> NDArray[np.float32]:
+    def score(pairs: Sequence[tuple[str, str]]) -> Scores:
         return np.asarray(model.predict(list(pairs), show_progress_bar=False), dtype=np.float32)
 
     return score
@@ -181,18 +158,14 @@ class Reranking:
     only the nearest are scored again. From then on its scores are the scores, of positives too: the
     rule, the order, the report and what is written for distillation go by them.
 
-    Args:
-        base: finds the documents.
-        load: gives the scorer, once it is needed.
-        queries: the texts.
-        documents: the texts.
-        depth: how many of the nearest are scored again; the rest are let go.
-        kept_in: folder and key of files that keep scores, from which a killed run goes on.
+    ``load`` gives the scorer once it is needed, ``depth`` is how many of the nearest are scored
+    again (the rest are let go), and ``kept_in`` names folder and key of files that keep scores,
+    from which a killed run goes on.
     """
 
     def __init__(
         self,
-        base: Ranking,
+        base: VectorRanking | BM25Ranking,
         load: Callable[[], PairScorer],
         queries: Sequence[str],
         documents: Sequence[str],
@@ -202,8 +175,8 @@ class Reranking:
         self._base, self._load, self._depth = base, cache(load), depth
         self._queries, self._documents, self._kept_in = queries, documents, kept_in
 
-    def nearest(self, queries_B: NDArray[np.int64]) -> Near:
-        """See ``Ranking``."""
+    def nearest(self, queries_B: Rows) -> tuple[Scores, Rows]:
+        """See ``VectorRanking``."""
         _, rows_BK = self._base.nearest(queries_B)
         rows_BK = rows_BK[:, : self._depth]
         scores_BK = np.full(rows_BK.shape, -np.inf, dtype=np.float32)
@@ -215,10 +188,8 @@ class Reranking:
             np.take_along_axis(rows_BK, order_BK, axis=1),
         )
 
-    def scores(
-        self, queries_P: NDArray[np.int64], documents_P: NDArray[np.int64]
-    ) -> NDArray[np.float32]:
-        """See ``Ranking``."""
+    def scores(self, queries_P: Rows, documents_P: Rows) -> Scores:
+        """See ``VectorRanking``."""
         if self._kept_in is None:
             return self._scored(queries_P, documents_P)
         folder, key = self._kept_in
@@ -227,9 +198,7 @@ class Reranking:
         make_missing([path], lambda _: write_array(path, self._scored(queries_P, documents_P)))
         return read_array(path)
 
-    def _scored(
-        self, queries_P: NDArray[np.int64], documents_P: NDArray[np.int64]
-    ) -> NDArray[np.float32]:
+    def _scored(self, queries_P: Rows, documents_P: Rows) -> Scores:
         scores_P = np.empty(len(queries_P), dtype=np.float32)
         for start in range(0, len(queries_P), PAIRS_PER_CALL):
             of = slice(start, start + PAIRS_PER_CALL)
@@ -243,3 +212,6 @@ class Reranking:
                 )
             scores_P[of] = scores
         return scores_P
+
+
+Ranking = VectorRanking | BM25Ranking | Reranking

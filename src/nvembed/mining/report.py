@@ -94,9 +94,7 @@ class MiningReport:
 
 
 def reaching(
-    positive_scores_C: NDArray[np.float32],
-    scores_CN: NDArray[np.float32],
-    marks_CN: NDArray[np.bool_],
+    positive_scores_C: NDArray[Any], scores_CN: NDArray[Any], marks_CN: NDArray[np.bool_]
 ) -> NDArray[np.int64]:
     """Count, for each of ``SHARES_OF_POSITIVE``, the marked scores that reach it."""
     case, _ = np.nonzero(marks_CN)

@@ -15,7 +15,6 @@ from itertools import accumulate, chain, pairwise
 from typing import Any, cast
 
 import numpy as np
-from numpy.typing import NDArray
 
 from nvembed.core.background import prefetch
 from nvembed.core.errors import DataError
@@ -24,7 +23,7 @@ from nvembed.data.build_config import MiningConfig
 from nvembed.data.examples import POSITIVE_SCORE
 from nvembed.data.records import PairRecord, Record, StsRecord
 from nvembed.mining.corpus import Corpus
-from nvembed.mining.ranking import BLOCK_QUERIES, NOTHING, Ranking
+from nvembed.mining.ranking import BLOCK_QUERIES, NOTHING, Ranking, Rows, Scores
 from nvembed.mining.report import MiningReport
 from nvembed.mining.selection import Case, Mined, Neighbours, Query, Selector
 from nvembed.text.similarity import text_key
@@ -84,9 +83,7 @@ class Run:
             scores_CN, rows_CN = self._of_both_sides(query_CS, rows_BK[place_CS])
         return Neighbours(rows_CN, scores_CN, *self._lowest_positives(query_CS, start))
 
-    def _of_both_sides(
-        self, query_CS: NDArray[np.int64], rows_CSK: NDArray[np.int64]
-    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    def _of_both_sides(self, query_CS: Rows, rows_CSK: Rows) -> tuple[Scores, Rows]:
         """Join what was found for either side; a document counts with the higher of its scores."""
         num_cases, num_sides, num_results = rows_CSK.shape
         shape = (num_cases, num_sides * num_results)
@@ -104,9 +101,7 @@ class Run:
             scores_CN[number, : len(rows_N)] = scores_N[order_N]
         return scores_CN, rows_CN
 
-    def _lowest_positives(
-        self, query_CS: NDArray[np.int64], start: int
-    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    def _lowest_positives(self, query_CS: Rows, start: int) -> tuple[Rows, Scores]:
         """Find the positive with the lowest score of each case, of equal ones the first row."""
         pairs = [
             (number, query, row)
@@ -150,22 +145,13 @@ class Run:
 
 @dataclass(frozen=True)
 class Plan:
-    """Records as cases.
-
-    Args:
-        cases: what is mined for, at least one.
-        further: cases of the same set that nothing is mined for; what they know to be positive is
-            no negative.
-        texts: of the corpus, beside those of the cases.
-        symmetric: the instruction goes to documents too.
-        finish: puts the negatives of the cases into the records.
-    """
+    """Records as cases."""
 
     cases: list[Case]
-    further: Iterable[Case]
-    texts: Sequence[str]
-    symmetric: bool
-    finish: Callable[[Iterator[Mined]], Iterator[Any]]
+    further: Iterable[Case]  # of the same set, not mined for; their positives are no negatives
+    texts: Sequence[str]  # of the corpus, beside those of the cases
+    symmetric: bool  # the instruction goes to documents too
+    finish: Callable[[Iterator[Mined]], Iterator[Any]]  # puts the negatives into the records
 
     @cached_property
     def queries(self) -> list[Query]:

@@ -18,12 +18,14 @@ from numpy.typing import NDArray
 from nvembed.core.seeding import derive_seed
 from nvembed.data.build_config import MiningConfig, Strategy
 from nvembed.mining.corpus import Corpus, nearly_equal, words
-from nvembed.mining.ranking import NOTHING
+from nvembed.mining.ranking import NOTHING, Rows, Scores
 from nvembed.mining.report import MiningReport, MiningSample, ScoredText, reaching, report_of
 
 NUM_SAMPLES = 5
 SAMPLE_CHARACTERS = 200
+_FEW = 16  # rows that are sooner compared one by one
 
+Marks = NDArray[np.bool_]
 Query = tuple[str, str | None]
 """The text of a query, and its own instruction; ``None`` is that of its set."""
 
@@ -32,33 +34,23 @@ Query = tuple[str, str | None]
 class Case:
     """One record to mine for.
 
-    Args:
-        sides: queries, each with its positives: one side for a pair record; both sentences of an
-            STS pair, each the other's positive.
-        given: negatives that the record has already.
-        instruction: the record's own, in place of that of its set.
+    Its sides are queries, each with its positives: one of a pair record; both sentences of an STS
+    pair, each the other's positive.
     """
 
     sides: tuple[tuple[str, tuple[str, ...]], ...]
-    given: tuple[str, ...]
-    instruction: str | None = None
+    given: tuple[str, ...]  # negatives that the record has already
+    instruction: str | None = None  # the record's own, in place of that of its set
 
 
 @dataclass(frozen=True, slots=True)
 class Neighbours:
-    """What the search found for some cases: document rows, nearest first.
+    """What the search found for some cases: different documents, nearest first."""
 
-    Args:
-        rows_CN: different rows of the corpus; ``NOTHING`` where there are fewer.
-        scores_CN: score of each; of two sides the higher one.
-        positive_rows_C: the positive with the lowest score of each case.
-        positive_scores_C: that score.
-    """
-
-    rows_CN: NDArray[np.int64]
-    scores_CN: NDArray[np.float32]
-    positive_rows_C: NDArray[np.int64]
-    positive_scores_C: NDArray[np.float32]
+    rows_CN: Rows  # of the corpus; ``NOTHING`` where there are fewer
+    scores_CN: Scores  # of two sides the higher one
+    positive_rows_C: Rows  # the positive with the lowest score of each case
+    positive_scores_C: Scores
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,11 +69,8 @@ class Mined:
 class Selector:
     """Chooses negatives block after block, in file order.
 
-    Args:
-        config: how to choose.
-        corpus: the documents; candidates are its rows.
-        known: for every query, the rows of everything known to be positive for it.
-        num_cases: how many cases there will be; spreads the samples.
+    ``known`` has, for every query, the rows of everything known to be positive for it;
+    ``num_cases`` spreads the samples.
     """
 
     def __init__(
@@ -108,8 +97,13 @@ class Selector:
         ]
         given = [self._given(case, rows) for case, rows in zip(cases, forbidden, strict=True)]
         eligible_CN = near.rows_CN != NOTHING
-        for number, rows in enumerate(forbidden):
-            eligible_CN[number] &= ~np.isin(near.rows_CN[number], [*rows, *given[number]])
+        for number, rows_N in enumerate(near.rows_CN):
+            refused = [*forbidden[number], *given[number]]
+            if len(refused) > _FEW:
+                eligible_CN[number] &= ~np.isin(rows_N, refused)
+            else:
+                for row in refused:
+                    eligible_CN[number] &= rows_N != row
         passed_CN = passes(config.strategy, config.limit, positive_C, scores_CN)
         allowed_CN = passed_CN & after_first(eligible_CN, skip=config.skip_top)
         wanted_C = np.array([max(config.num_negatives - len(own), 0) for own in given])
@@ -156,12 +150,12 @@ class Selector:
 
     def _take(
         self,
-        candidates_CN: NDArray[np.bool_],
-        wanted_C: NDArray[np.int64],
+        candidates_CN: Marks,
+        wanted_C: Rows,
         near: Neighbours,
         cases: Sequence[Case],
         forbidden: Sequence[frozenset[int]],
-    ) -> NDArray[np.bool_]:
+    ) -> Marks:
         """Take of each case's candidates as many as it wants."""
         config = self._config
         if config.sample == "top" and config.near_duplicate is None:
@@ -180,11 +174,7 @@ class Selector:
         return taken_CN
 
     def _not_near(
-        self,
-        places: NDArray[np.int64],
-        rows_N: NDArray[np.int64],
-        case: Case,
-        forbidden: frozenset[int],
+        self, places: Rows, rows_N: Rows, case: Case, forbidden: frozenset[int]
     ) -> Iterable[int]:
         """Pass over places whose text is nearly a known positive or the query."""
         threshold, texts = self._config.near_duplicate, self._corpus.texts
@@ -201,13 +191,9 @@ class Selector:
                 yield place
 
     def _sample(
-        self,
-        cases: Sequence[Case],
-        near: Neighbours,
-        taken_CN: NDArray[np.bool_],
-        refused_CN: NDArray[np.bool_],
+        self, cases: Sequence[Case], near: Neighbours, taken_CN: Marks, refused_CN: Marks
     ) -> None:
-        def scored(rows: NDArray[np.int64], scores: NDArray[np.float32]) -> tuple[ScoredText, ...]:
+        def scored(rows: Rows, scores: Scores) -> tuple[ScoredText, ...]:
             return tuple(
                 ScoredText(self._corpus.texts[row][:SAMPLE_CHARACTERS], score)
                 for row, score in zip(rows.tolist(), scores.tolist(), strict=True)
@@ -229,12 +215,7 @@ class Selector:
 # --- Rules: which candidates may be negatives -----------------------------------------------------
 
 
-def passes(
-    strategy: Strategy,
-    limit: float,
-    positive_scores_C: NDArray[np.float32],
-    scores_CN: NDArray[np.float32],
-) -> NDArray[np.bool_]:
+def passes(strategy: Strategy, limit: float, positive_scores_C: Scores, scores_CN: Scores) -> Marks:
     """Keep the candidates that look clearly worse than the labelled positive.
 
     So a positive that nobody labelled is not taught as a negative. The rules are those of
@@ -251,21 +232,18 @@ def passes(
             ceiling_C = np.full_like(positive_scores_C, limit)
         case "top_k":
             return np.ones_like(scores_CN, dtype=np.bool_)
-    keep_CN: NDArray[np.bool_] = scores_CN < ceiling_C[:, None]
-    return keep_CN
+    return np.less(scores_CN, ceiling_C[:, None])
 
 
-def after_first(eligible_CN: NDArray[np.bool_], *, skip: int) -> NDArray[np.bool_]:
+def after_first(eligible_CN: Marks, *, skip: int) -> Marks:
     """Keep the eligible candidates of each case but the first ``skip``.
 
     Source: Top-K shifted by N of NV-Retriever (best N: 10).
     """
-    keep_CN: NDArray[np.bool_] = eligible_CN & (np.cumsum(eligible_CN, axis=1) > skip)
-    return keep_CN
+    return np.logical_and(eligible_CN, np.cumsum(eligible_CN, axis=1) > skip)
 
 
-def first_of(eligible_CN: NDArray[np.bool_], wanted_C: NDArray[np.int64]) -> NDArray[np.bool_]:
+def first_of(eligible_CN: Marks, wanted_C: Rows) -> Marks:
     """Keep the first ``wanted`` eligible candidates of each case."""
     count_CN = np.cumsum(eligible_CN, axis=1, dtype=np.int32)
-    kept_CN: NDArray[np.bool_] = eligible_CN & (count_CN <= wanted_C[:, None])
-    return kept_CN
+    return np.logical_and(eligible_CN, count_CN <= wanted_C[:, None])

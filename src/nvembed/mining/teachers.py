@@ -70,7 +70,7 @@ def rank(
     )
     depth = min(config.search_depth, len(documents))
     keys: list[str] = []
-    ranking: Ranking
+    ranking: VectorRanking | BM25Ranking
     if not isinstance(teacher, Loader):
         asked, searched = (_embed_in_memory(side, teacher) for side in sides)
         ranking = VectorRanking(asked, searched, depth)

@@ -97,10 +97,7 @@ AttentionInterface.register(FLAT_ATTENTION, flat_attention)
 
 
 def short_tokens(dtype: torch.dtype) -> int:
-    """Longest text whose scores are held on a CPU in bidirectional attention, for forecasts.
-
-    0 where our own kernel computes them, which holds none.
-    """
+    """Longest text whose scores a CPU holds in bidirectional attention; our kernel holds none."""
     no_scores = dtype is torch.float32 and kernels.float32_available()
     return 0 if no_scores else _longest_by_products(dtype)
 
@@ -215,15 +212,10 @@ def block_attention(
 
 
 class DirectionFinding(NamedTuple):
-    """What ``probe_direction`` saw.
+    """What ``probe_direction`` saw."""
 
-    Attributes:
-        direction: ``bidirectional`` if the last token moves the first state.
-        neighbours_seen: texts that are encoded together change each other.
-    """
-
-    direction: AttentionDirection
-    neighbours_seen: bool
+    direction: AttentionDirection  # bidirectional if the last token moves the first state
+    neighbours_seen: bool  # texts that are encoded together change each other
 
 
 @torch.no_grad()

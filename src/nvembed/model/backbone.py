@@ -47,15 +47,9 @@ class SavedBackbone:
 class Backbone(InputModule):
     """Text to token states, nothing padded.
 
-    Args:
-        model: a transformers base model (no head) that runs with ``nvembed_flat`` attention.
-        tokenizer: its fast tokenizer.
-        attention: ``bidirectional``, or ``causal`` for ablations.
-        max_tokens: longest sequence, with BOS, prompt and EOS; longer texts are cut. A table of
-            positions is never exceeded. ``None`` is 512.
-        text_style: token rules, see :mod:`nvembed.text.tokens`.
-        add_bos: put the BOS token in front where there is one.
-        add_eos: put the EOS token at the end.
+    ``model`` is a transformers base model (no head) that runs with ``nvembed_flat`` attention.
+    ``max_tokens`` (512 where None) counts BOS, prompt and EOS; longer texts are cut, and a table of
+    positions is never exceeded. The rules of ``text_style`` are in :mod:`nvembed.text.tokens`.
     """
 
     config_file_name = "nvembed_config.json"
@@ -101,15 +95,8 @@ class Backbone(InputModule):
     ) -> Self:
         """Load a decoder or encoder from a folder or the hub, and prove its direction.
 
-        Args:
-            source: where config, weights and tokenizer lie.
-            dtype: of the weights; ``None`` means float32, ``"auto"`` the dtype they were saved in.
-            device_map: spread the layers over devices, see ``model/placement.py``.
-            **settings: those of the class.
-
-        Raises:
-            ModelError: nothing loadable there, the family cannot run on flat batches, or its
-                attention does not go the way that was asked for.
+        Weights are float32 unless a ``dtype`` is given; ``"auto"`` is the one they were saved in.
+        ``settings`` are those of the class.
         """
         if isinstance(source, str):
             source = ModelSource(source)

@@ -67,19 +67,12 @@ class Shape(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class MemoryForecast:
-    """Bytes that encoding needs in a dtype, Python and its libraries left out.
-
-    Attributes:
-        dtype: of all modules.
-        tokens: of one forward.
-        weights: of all modules, with the folded latents.
-        activations: at the fullest point of one forward.
-    """
+    """Bytes that encoding needs in a dtype, Python and its libraries left out."""
 
     dtype: str
-    tokens: int
-    weights: int
-    activations: int
+    tokens: int  # of one forward
+    weights: int  # with the folded latents
+    activations: int  # at the fullest point of one forward
 
     @property
     def total(self) -> int:
@@ -169,9 +162,6 @@ def recompute_layers(backbone: Backbone) -> None:
     The rest is computed again in the backward pass. Memory for the graph of a token falls to about
     one state per layer, for one more forward. Dropout is the same in both, since torch keeps the
     generator's state for each layer.
-
-    Raises:
-        ModelError: the family has no layers that can do that.
     """
     modules = backbone.model.modules()
     layers: list[Any] = [m for m in modules if isinstance(m, GradientCheckpointingLayer)]

@@ -56,19 +56,14 @@ class PackModel(SentenceTransformer):
 class Plan:
     """A window of texts before the model: tokenised, and planned into packs.
 
-    Attributes:
-        units: what goes through the model: a text, a window of one, or several of its chunks.
-        unit_texts: the text of each unit, rising.
-        chunks: lengths of the chunks of each unit; None where a unit has one vector.
-        spans: characters of the chunks of each text; empty where a text has one vector.
-        packs: the units of each forward.
+    A unit is what goes through the model: a text, a window of one, or several of its chunks.
     """
 
     units: list[TokenizedText]
-    unit_texts: list[int]
-    chunks: list[tuple[int, ...]] | None
-    spans: list[tuple[Span, ...]]
-    packs: list[list[int]]
+    unit_texts: list[int]  # the text of each unit, rising
+    chunks: list[tuple[int, ...]] | None  # lengths in each unit; None where it has one vector
+    spans: list[tuple[Span, ...]]  # of the chunks of each text; empty where it has one vector
+    packs: list[list[int]]  # the units of each forward
 
     @property
     def tokens(self) -> int:

@@ -13,18 +13,12 @@ from torch import Tensor, nn
 
 
 def probe_pooled(modules: Sequence[nn.Module], features: dict[str, Any]) -> Tensor | None:
-    """Find which token states enter the embedding of one text.
+    """Find which token states enter the embedding of one text, bool ``(L,)`` without padding.
 
     A token is pooled when the embedding has a gradient with respect to its state. So the answer is
     that of the code that runs; for a pooling that mixes tokens (self attention), every token that
-    has a say counts.
-
-    Args:
-        modules: those of a sentence-transformers model; the first makes the states.
-        features: what its ``preprocess`` gave for one text, on the model's device.
-
-    Returns:
-        bool ``(L,)`` on the CPU, padding left out; ``None`` if the model has no token states.
+    has a say counts. ``features`` are what the model's ``preprocess`` gave. ``None`` if the model
+    has no token states.
     """
     with torch.no_grad():
         features = modules[0](features)

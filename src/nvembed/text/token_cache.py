@@ -49,15 +49,9 @@ def default_cache_folder() -> Path:
 
 
 class TokenCache:
-    """Tokenises prompted texts, each only once.
+    """Tokenises prompted texts, each only once, and counts ``hits`` and ``misses``.
 
-    Args:
-        folder: where shards lie, for all tokenizers together; None keeps everything in memory.
-        tokenizer: tokenises what is missing.
-
-    Attributes:
-        hits: texts that were found.
-        misses: texts that had to be tokenised.
+    Shards of all tokenizers lie in one folder; None keeps everything in memory.
     """
 
     def __init__(self, folder: Path | None, tokenizer: TextTokenizer) -> None:
@@ -70,11 +64,7 @@ class TokenCache:
         self._pending: dict[bytes, tuple[array[int], int]] = {}  # ids and pool start by hash
 
     def __call__(self, texts: Sequence[PromptedText]) -> list[TokenizedText]:
-        """Return the tokens of (prompt, text) pairs in their order.
-
-        Raises:
-            DataError: a text that is new cannot be tokenised; see ``TextTokenizer``.
-        """
+        """Return the tokens of (prompt, text) pairs in their order."""
         key = f"{self._tokenizer.fingerprint}-{FORMAT}"
         if key != self._key:  # the tokenizer's limit may have been changed
             self._pending.clear()
@@ -155,9 +145,6 @@ class TokenCache:
             with suppress(OSError):
                 if time.time() - path.stat().st_mtime > ABANDONED_SECONDS:
                     path.unlink()
-
-
-# --- Shards ---------------------------------------------------------------------------------------
 
 
 class _Shard(NamedTuple):

@@ -147,9 +147,7 @@ class TextTokenizer:
     def __call__(self, texts: Sequence[str], prompt: str = "") -> list[TokenizedText]:
         """Tokenise texts that share a prompt, which is "" for documents.
 
-        Raises:
-            DataError: something other than a string was given, or the prompt alone fills
-                ``max_tokens``.
+        A DataError where one is no string, or the prompt alone fills ``max_tokens``.
         """
         check_strings(texts)
         encode = self._official if self.style == "official" else self._own

@@ -2,7 +2,7 @@
 
     checkpoints/step-0000000400/       after an update; ``step-…-end`` is the end of a stage
       weights.safetensors     trained parameters (adapters and head, or all); never a frozen base
-      optimizer.safetensors   the optimizer's tensors, by parameter name
+      optimizer.safetensors   the optimizer's tensors, by ``parameter|key``
       state.json              where the run stands, the optimizer's numbers, recipe, processes
 
 No generator state: every random choice derives from (seed, stage, step, pack). A checkpoint is
@@ -20,8 +20,9 @@ import os
 import re
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from io import BufferedWriter
 from pathlib import Path
 from typing import Any
 
@@ -36,45 +37,35 @@ from nvembed.core.text_files import read_json_object
 from nvembed.interop.weights import check_finite_tensor
 from nvembed.training.config import recipe_differences
 from nvembed.training.distributed import DistributedContext, full, spread
-from nvembed.training.optim import load_optimizer_state, optimizer_state
 
 _NAME = re.compile(r"step-\d{10}(-end)?")
-
-
 _FILES = re.compile(r"(weights|optimizer)\.safetensors|state\.json")
-
-
 _WEIGHTS, _OPTIMIZER, _STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
-
+# Of a parameter group: how this machine computes, which is not part of the run's state.
+_MACHINE = {"params", "fused", "foreach", "capturable"}
+_COPY_BACK = "Copy the folder back if it was copied, or start over with --fresh"
 
 Parameters = Mapping[str, nn.Parameter]
 
 
 @dataclass(frozen=True)
 class Position:
-    """Where a run stands.
+    """Where a run stands."""
 
-    Attributes:
-        step: optimizer updates done in the whole run.
-        stage: index of the current stage, from 0.
-        stage_step: updates done in it.
-        seconds: training time so far.
-        extra: state of other parts of the run, such as early stopping; JSON.
-    """
-
-    step: int = 0
-    stage: int = 0
-    stage_step: int = 0
-    seconds: float = 0.0
-    extra: Mapping[str, Any] = field(default_factory=dict)
+    step: int = 0  # optimizer updates done in the whole run
+    stage: int = 0  # index of the current stage, from 0
+    stage_step: int = 0  # updates done in it
+    seconds: float = 0.0  # training time so far
+    extra: Mapping[str, Any] = field(default_factory=dict)  # of other parts of the run; JSON
 
 
-def trained_parameters(model: nn.Module, **others: nn.Parameter) -> dict[str, nn.Parameter]:
+def trained_parameters(model: nn.Module, **others: nn.Parameter | None) -> dict[str, nn.Parameter]:
     """Parameters that receive gradients, by name: those of the model, and ``others``.
 
-    To be asked again after the model was prepared for several processes, which may replace them.
+    To be asked again after sharding, which replaces them.
     """
-    return {name: p for name, p in model.named_parameters() if p.requires_grad} | others
+    own = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return own | {name: p for name, p in others.items() if p is not None}
 
 
 def save_checkpoint(
@@ -89,33 +80,22 @@ def save_checkpoint(
 ) -> Path:
     """Write ``folder/step-…`` and drop all but the latest ``keep`` checkpoints.
 
-    Raises:
-        UserError: it could not be written (disk full), in every process; older checkpoints are
-            untouched.
+    Where it cannot be written (disk full), every process raises and older ones are untouched.
     """
     ended = "-end" if position.stage and not position.stage_step else ""
     target = folder / f"step-{position.step:010d}{ended}"
-    weights = file_order(trained)
-    tensors, numbers = optimizer_state(trained, optimizer)
-    moments = file_order(tensors)
+    tensors, numbers = _optimizer_state(trained, optimizer)
     state = {
         "position": asdict(position),
         "optimizer": numbers,
         "recipe": recipe,
         "processes": processes.count,
     }
-
-    def fill(temporary: Path, values: Iterator[Tensor]) -> None:
-        write_tensors(temporary / _WEIGHTS, weights, values)
-        write_tensors(temporary / _OPTIMIZER, moments, values)
-        _write_state(temporary / _STATE, state)
-
-    _write_together(target, [*weights.values(), *moments.values()], fill, processes)
+    _write_together(target, {_WEIGHTS: trained, _OPTIMIZER: tensors}, processes, state)
     if processes.is_main:
         remove_leftovers(folder)
         found = _checkpoints(folder)
-        # What lies behind this one is of a future that did not come: a broken checkpoint, whose
-        # steps are being repeated.
+        # Later ones are broken: their steps are being repeated.
         number = found.index(target) + 1
         for old in (*found[: max(0, number - keep)], *found[number:]):
             remove_named(old, _FILES)
@@ -124,20 +104,11 @@ def save_checkpoint(
 
 def save_weights(target: Path, trained: Parameters, processes: DistributedContext) -> None:
     """Write the folder ``target`` with the trained parameters alone, for ``restore_weights``."""
-    weights = file_order(trained)
-
-    def fill(temporary: Path, values: Iterator[Tensor]) -> None:
-        write_tensors(temporary / _WEIGHTS, weights, values)
-
-    _write_together(target, list(weights.values()), fill, processes)
+    _write_together(target, {_WEIGHTS: trained}, processes)
 
 
 def latest_checkpoint(folder: Path, *, log: Callable[[str], None] | None = None) -> Path | None:
-    """The newest checkpoint that can be read, or ``None`` where there are none.
-
-    Raises:
-        TrainingError: there are checkpoints and none can be read.
-    """
+    """The newest checkpoint that can be read; ``None`` where there is none at all."""
     found = _checkpoints(folder)
     problem = ""
     for path in reversed(found):
@@ -151,13 +122,13 @@ def latest_checkpoint(folder: Path, *, log: Callable[[str], None] | None = None)
                 log(f"checkpoint {path.name} cannot be read ({problem}): taking the one before it")
         else:
             return path
-    if found:
-        raise TrainingError(
-            f"none of the {len(found)} checkpoints can be read ({problem})",
-            where=str(folder),
-            hint="Copy the folder back if it was copied, or start over with --fresh",
-        )
-    return None
+    if not found:
+        return None
+    raise TrainingError(
+        f"none of the {len(found)} checkpoints can be read ({problem})",
+        where=str(folder),
+        hint=_COPY_BACK,
+    )
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -172,14 +143,7 @@ def read_position(checkpoint: Path) -> Position:
 
 
 def check_recipe(checkpoint: Path, recipe: Mapping[str, Any], processes: int = 1) -> str | None:
-    """Make sure that a run may go on from a checkpoint.
-
-    Returns:
-        A line to log where the number of processes is another, which is allowed.
-
-    Raises:
-        TrainingError: the checkpoint is of another recipe; names the keys.
-    """
+    """Refuse a checkpoint of another recipe; return what to say of another number of processes."""
     state = _read_state(checkpoint)
     if different := recipe_differences(state["recipe"], recipe):
         raise TrainingError(
@@ -196,12 +160,7 @@ def check_recipe(checkpoint: Path, recipe: Mapping[str, Any], processes: int = 1
 
 
 def restore_weights(checkpoint: Path, trained: Parameters) -> None:
-    """Put the trained parameters back.
-
-    Raises:
-        TrainingError: the checkpoint belongs to another model.
-        ModelError: a weight is NaN or infinite.
-    """
+    """Put the trained parameters back, which must be those of this model, and finite."""
     file = checkpoint / _WEIGHTS
     try:
         shapes = tensor_shapes(file)
@@ -209,7 +168,7 @@ def restore_weights(checkpoint: Path, trained: Parameters) -> None:
         raise TrainingError(
             f"cannot be read ({' '.join(str(error).split())[:200]})",
             where=str(file),
-            hint="Copy the folder back if it was copied, or start over with --fresh",
+            hint=_COPY_BACK,
         ) from error
     different = sorted(set(shapes) ^ set(trained)) or sorted(
         name for name, shape in shapes.items() if shape != tuple(trained[name].shape)
@@ -230,36 +189,84 @@ def restore_weights(checkpoint: Path, trained: Parameters) -> None:
 def restore_optimizer(
     checkpoint: Path, trained: Parameters, optimizer: torch.optim.Optimizer
 ) -> None:
-    """Put the state of the optimizer back, after it was built for the same stage."""
+    """Put the state of an optimizer back, after it was built for the same stage."""
     numbers = _read_state(checkpoint)["optimizer"]
     names = {*numbers["parameters"]}
     names.update(entry.rpartition("|")[0] for entry in tensor_shapes(checkpoint / _OPTIMIZER))
-    saved = {(group["peak"], group["weight_decay"]) for group in numbers["groups"]}
-    wanted = {(group["peak"], group["weight_decay"]) for group in optimizer.param_groups}
-    if not names <= {*trained} or not wanted <= saved:
+    # By rate and decay: sharded parameters have groups of their own, and a run may go on without
+    # sharding.
+    saved = {(group["peak"], group["weight_decay"]): group for group in numbers["groups"]}
+    wanted = [(group["peak"], group["weight_decay"]) for group in optimizer.param_groups]
+    if not names <= {*trained} or not {*wanted} <= {*saved}:
         raise TrainingError(
             "the state of the optimizer does not fit the parameters of this run",
             where=str(checkpoint),
-            hint="Copy the folder back if it was copied, or start over with --fresh",
+            hint=_COPY_BACK,
         )
-    load_optimizer_state(optimizer, trained, numbers, read_tensors(checkpoint / _OPTIMIZER))
+    group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    state: dict[Tensor, dict[str, Any]] = {
+        trained[name]: dict(values) for name, values in numbers["parameters"].items()
+    }
+    for entry, value in read_tensors(checkpoint / _OPTIMIZER):
+        name, _, key = entry.rpartition("|")
+        parameter = trained[name]
+        group = group_of[id(parameter)]
+        if value.shape == parameter.shape:
+            # Moments of a run whose weights were not held in float32 yet are of 16 bits.
+            is_narrow = value.dtype in (torch.bfloat16, torch.float16)
+            wide = value.float() if is_narrow and parameter.dtype == torch.float32 else value
+            restored = spread(wide, parameter)
+        elif key == "step" and not (group.get("fused") or group.get("capturable")):
+            restored = value.clone()  # torch's loops count on the CPU, its kernels on the device
+        else:
+            restored = value.to(parameter.device, copy=True)
+        state.setdefault(parameter, {})[key] = restored
+    optimizer.state.clear()
+    optimizer.state.update(state)
+    for group, kind in zip(optimizer.param_groups, wanted, strict=True):
+        for key, value in saved[kind].items():
+            group[key] = tuple(value) if isinstance(group.get(key), tuple) else value
+
+
+def _optimizer_state(
+    trained: Parameters, optimizer: torch.optim.Optimizer
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors of the state by ``parameter|key``, and everything else as plain data."""
+    tensors: dict[str, Tensor] = {}
+    parameters: dict[str, dict[str, Any]] = {}
+    for name, parameter in trained.items():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor):
+                tensors[f"{name}|{key}"] = value
+            else:
+                parameters.setdefault(name, {})[key] = value
+    groups = [
+        {key: value for key, value in group.items() if key not in _MACHINE}
+        for group in optimizer.param_groups
+    ]
+    return tensors, {"parameters": parameters, "groups": groups}
 
 
 def _write_together(
     target: Path,
-    tensors: list[Tensor],
-    fill: Callable[[Path, Iterator[Tensor]], None],
+    files: Mapping[str, Mapping[str, Tensor]],
     processes: DistributedContext,
+    state: dict[str, Any] | None = None,
 ) -> None:
     """Let one process fill the folder ``target`` while all give their shares of the tensors."""
-    values = (full(tensor) for tensor in tensors)
+    ordered = {name: file_order(tensors) for name, tensors in files.items()}
+    values = (full(tensor) for tensors in ordered.values() for tensor in tensors.values())
     error: UserError | None = None
     if processes.is_main:
         try:
             for other in unnamed(target, _FILES)[:1]:
                 raise UserError("is no part of a checkpoint", where=str(other), hint="Move it away")
             with atomic_folder(target) as temporary:
-                fill(temporary, values)
+                for name, tensors in ordered.items():
+                    write_tensors(temporary / name, tensors, values)
+                if state is not None:
+                    with _synced(temporary / _STATE) as out:
+                        out.write(json.dumps(state).encode())
                 sync_folder(temporary)
             sync_folder(target.parent)
         except UserError as caught:
@@ -275,13 +282,6 @@ def _checkpoints(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name))
-
-
-def _write_state(path: Path, state: dict[str, Any]) -> None:
-    with open(path, "w", encoding="utf-8") as out:
-        json.dump(state, out)
-        out.flush()
-        os.fsync(out.fileno())
 
 
 def _read_state(checkpoint: Path) -> dict[str, Any]:
@@ -306,51 +306,45 @@ def _read_state(checkpoint: Path) -> dict[str, Any]:
     return state
 
 
-# By width, widest first: every tensor of a file then starts at a multiple of its width.
-_NAMES = {
-    torch.float64: "F64",
-    torch.int64: "I64",
-    torch.float32: "F32",
-    torch.int32: "I32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-
-
 def file_order(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors in the order of a file, the same in all processes."""
+    """The tensors in the order of a file, the same in all processes.
+
+    The widest types come first: every tensor then starts at a multiple of its width.
+    """
     return dict(sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])))
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], values: Iterator[Tensor]) -> None:
     """Write a safetensors file and wait until it is on the disk.
 
-    Args:
-        path: the file.
-        tensors: in the order of ``file_order``; only shapes and dtypes are looked at.
-        values: gives their whole values in the same order; no more are taken than needed.
+    The library would want all tensors at once; here ``values`` gives one after the other, in the
+    order of ``tensors``, of which only shapes and dtypes are looked at.
     """
     header: dict[str, Any] = {}
     end = 0
     for name, tensor in tensors.items():
         start, end = end, end + tensor.numel() * tensor.dtype.itemsize
+        dtype = str(tensor.dtype).removeprefix("torch.").replace("uint", "u")  # uint8 is U8
         header[name] = {
-            "dtype": _NAMES[tensor.dtype],
+            "dtype": dtype.replace("int", "i").replace("float", "f").upper(),
             "shape": list(tensor.shape),
             "data_offsets": [start, end],
         }
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    with open(path, "wb") as out:
+    with _synced(path) as out:
         out.write(len(text).to_bytes(8, "little") + text)
         for _ in tensors:
             value = next(values)
             out.write(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
             del value  # before the next one is gathered
+
+
+@contextmanager
+def _synced(path: Path) -> Iterator[BufferedWriter]:
+    """A file to write, which is on the disk when the block ends."""
+    with open(path, "wb") as out:
+        yield out
         out.flush()
         os.fsync(out.fileno())
 

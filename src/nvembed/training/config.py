@@ -20,11 +20,7 @@ from nvembed.data.config import DatasetConfig, local_sources
 from nvembed.model.settings import LoraSettings, ModelSettings
 
 ScheduleKind = Literal["linear", "cosine", "constant"]
-
-
 OptimizerKind = Literal["adamw", "adamw_8bit", "schedule_free"]
-
-
 TrackerKind = Literal["tensorboard", "trackio", "wandb"]
 
 
@@ -207,136 +203,106 @@ class TrainConfig(StrictModel):
     trackers: tuple[TrackerKind, ...] = ()
 
     @model_validator(mode="after")
-    def _quantized_base_is_frozen(self) -> Self:
+    def _is_consistent(self) -> Self:
+        for contradiction in self._contradictions():
+            raise ValueError(contradiction)
+        return self
+
+    def _contradictions(self) -> Iterator[str]:
         if self.model.quantization is not None and self.lora is None:
-            raise ValueError(
+            yield (
                 f"model.quantization is {self.model.quantization} and lora is off: quantised "
                 "weights cannot be trained; give lora, or leave quantization out"
             )
-        return self
+        if self.backbone == "freeze":
+            yield from self._of_a_frozen_backbone()
+        for stage in self.stages:
+            unfit = stage.schedule not in (None, "constant")
+            if unfit and self.optimizer.kind == "schedule_free":
+                yield (
+                    f"stage {stage.name}: the optimizer schedule_free has no use for a "
+                    f"{stage.schedule} schedule; leave schedule out, or say constant"
+                )
+        names = [dataset.name for dataset in self.datasets]
+        for what, given in (("datasets", names), ("stages", [s.name for s in self.stages])):
+            if repeated := sorted({name for name in given if given.count(name) > 1}):
+                yield f"{what} share the name {', '.join(repeated)}; names must differ"
+        if (build := self.build) is not None:
+            mined = () if build.mine is None else build.mine.datasets or ()
+            for key, named in (("build.bm25", build.bm25), ("build.mine.datasets", mined)):
+                if unknown := sorted({*named} - {*names}):
+                    yield f"{key} names {', '.join(unknown)}, which is no data set"
+            if build.bm25 and not build.tasks:
+                yield "build.bm25 is given without build.tasks to compare with"
+        used = {number for dataset in self.datasets for number in dataset.stages}
+        known = {*range(1, len(self.stages) + 1)}
+        if missing := sorted(known - used):
+            yield f"no data set is used in stage {', '.join(map(str, missing))}"
+        if extra := sorted(used - known):
+            stages = f"there are {len(known)} stages"
+            yield f"data sets name stage {', '.join(map(str, extra))}, but {stages}"
 
-    @model_validator(mode="after")
-    def _frozen_backbone_fits(self) -> Self:
-        if self.backbone == "train":
-            return self
+    def _of_a_frozen_backbone(self) -> Iterator[str]:
+        pooling = self.model.pooling
         if self.lora is not None:
-            raise ValueError(
+            yield (
                 "backbone is freeze and lora is on: adapters would change the backbone; set "
                 "lora to null"
             )
         if self.pooling_head == "freeze":
-            raise ValueError("backbone and pooling_head are both freeze: nothing to train")
-        pooling = self.model.pooling
+            yield "backbone and pooling_head are both freeze: nothing to train"
         if pooling is not None and pooling.kind in ("mean", "last"):
-            raise ValueError(
+            yield (
                 f"backbone is freeze and {pooling.kind} pooling has no weights: nothing to train; "
                 "take latent or self_attention"
             )
         if self.activation_checkpointing:
-            raise ValueError(
+            yield (
                 "backbone is freeze and activation_checkpointing is on: a frozen backbone keeps "
                 "nothing for the backward pass; leave it out"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _schedules_fit(self) -> Self:
-        if self.optimizer.kind == "schedule_free":
-            for stage in self.stages:
-                if stage.schedule not in (None, "constant"):
-                    raise ValueError(
-                        f"stage {stage.name}: the optimizer schedule_free has no use for a "
-                        f"{stage.schedule} schedule; leave schedule out, or say constant"
-                    )
-        return self
-
-    @model_validator(mode="after")
-    def _names_and_stages(self) -> Self:
-        for what, names in (
-            ("datasets", [dataset.name for dataset in self.datasets]),
-            ("stages", [stage.name for stage in self.stages]),
-        ):
-            repeated = sorted({name for name in names if names.count(name) > 1})
-            if repeated:
-                raise ValueError(f"{what} share the name {', '.join(repeated)}; names must differ")
-        if self.build is not None:
-            self._check_build(self.build)
-        used = {number for dataset in self.datasets for number in dataset.stages}
-        known = set(range(1, len(self.stages) + 1))
-        if not known <= used:
-            missing = ", ".join(str(number) for number in sorted(known - used))
-            raise ValueError(f"no data set is used in stage {missing}")
-        if not used <= known:
-            extra = ", ".join(str(number) for number in sorted(used - known))
-            raise ValueError(f"data sets name stage {extra}, but there are {len(known)} stages")
-        return self
-
-    def _check_build(self, build: BuildConfig) -> None:
-        names = {dataset.name for dataset in self.datasets}
-        mined = () if build.mine is None else build.mine.datasets or ()
-        for key, named in (("build.bm25", build.bm25), ("build.mine.datasets", mined)):
-            if unknown := sorted(set(named) - names):
-                raise ValueError(f"{key} names {', '.join(unknown)}, which is no data set")
-        if build.bm25 and not build.tasks:
-            raise ValueError("build.bm25 is given without build.tasks to compare with")
 
     def input_paths(self, base_dir: Path, recipe: Path | None = None) -> list[Path]:
         """The files and folders that building and training read; names of the hub lead nowhere."""
-        found = [] if recipe is None else [recipe]
-        for dataset in self.datasets:
-            found += local_sources(dataset, base_dir)
+        build_mine = self.build.mine if self.build else None
+        mining = [build_mine, *(stage.mine for stage in self.stages)]
         names = [self.model.backbone]
         names += self.evaluation.tasks if self.evaluation else ()
         names += self.build.tasks if self.build else ()
-        mining = [stage.mine for stage in self.stages]
-        if self.build is not None and self.build.mine is not None:
-            names.append(self.build.mine.teacher)
-            mining.append(self.build.mine)
+        names += [build_mine.teacher] if build_mine else ()
         names += [mine.rerank for mine in mining if mine is not None and mine.rerank is not None]
+        found = [path for dataset in self.datasets for path in local_sources(dataset, base_dir)]
         # Some of them are looked for beside the recipe, some where the command runs.
-        return [*found, *(base_dir / name for name in names), *map(Path, names)]
+        read = [*found, *(base_dir / name for name in names), *map(Path, names)]
+        return read if recipe is None else [recipe, *read]
 
 
-FREE_KEYS = frozenset(
-    {
-        "output",
-        "log_every",
-        "checkpoint_every",
-        "keep_checkpoints",
-        "trackers",
-        "peer_timeout_minutes",
-    }
-)
+FREE_KEYS = {"output", "log_every", "checkpoint_every", "keep_checkpoints", "trackers"}
+FREE_KEYS |= {"peer_timeout_minutes"}
 """Keys of a recipe that may change while a run is stopped: no weight depends on them."""
 
 
 def recipe_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """``key: old → new`` for every key that differs and is not one of ``FREE_KEYS``."""
     before, after = dict(_leaves(old)), dict(_leaves(new))
-    keys = [key for key in {**before, **after} if key.split(".")[0] not in FREE_KEYS]
     return [
-        f"{key}: {_shown(before, key)} → {_shown(after, key)}"
-        for key in keys
-        if _shown(before, key) != _shown(after, key)
+        f"{key}: {before.get(key, 'not there')} → {after.get(key, 'not there')}"
+        for key in before | after
+        if before.get(key) != after.get(key) and key.split(".")[0] not in FREE_KEYS
     ]
 
 
-def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Values of nested data by dotted path."""
-    inside: Iterator[tuple[Any, Any]] | None = None
+def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """Values of nested data, as JSON, by dotted path."""
     if isinstance(value, Mapping):
-        inside = iter(value.items())
+        inside = [*value.items()]
     elif isinstance(value, list | tuple):
-        inside = iter(enumerate(value))
-    if inside is None:
-        yield path, value
+        inside = [*enumerate(value)]
+    else:
+        yield path.removeprefix("."), json.dumps(value, ensure_ascii=False)
         return
     for key, item in inside:
-        yield from _leaves(item, f"{path}.{key}" if path else str(key))
-
-
-def _shown(values: Mapping[str, Any], key: str) -> str:
-    return json.dumps(values[key], ensure_ascii=False) if key in values else "not there"
+        yield from _leaves(item, f"{path}.{key}")
 
 
 def training_inputs(config: TrainConfig, base_dir: Path, recipe: Path | None = None) -> list[Path]:

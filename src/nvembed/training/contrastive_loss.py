@@ -1,21 +1,34 @@
-"""The contrastive loss (InfoNCE) over explicit index matrices.
+"""The loss of a batch of embeddings: InfoNCE over index matrices, distillation, Matryoshka.
 
-Embeddings and the indices of a ``ContrastiveBatch`` enter, one number leaves. In-batch negatives,
-mined negatives and all masks are entries of ``negative_BN``; there is no other contrastive loss in
-this package. ``training/objective.py`` evaluates it piece by piece. Next file:
-``training/trainer.py``.
+Embeddings and the indices of a ``ContrastiveBatch`` enter; a number, and the gradient with respect
+to the embeddings, leave. In-batch negatives, mined negatives and all masks are entries of
+``negative_BN``; there is no other contrastive loss in this package. The matrix of all queries times
+all documents is never held: a piece of it is computed, sent back and forgotten. Next file:
+``training/step.py``.
 
-Shapes: B queries, N unique documents, D width.
+Shapes: B queries (b those of one piece), N unique documents, U texts, K own candidates, D width.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+import operator
+from dataclasses import astuple, dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, normalize
 
 from nvembed.core.errors import ConfigError
+from nvembed.data.batch import ContrastiveBatch
+from nvembed.training.config import StageConfig
+
+# Scores of one piece: 4 MB in float32, of which a few copies live at once. With pieces of 16 MB
+# the allocator kept 160 MB more, and they were no faster.
+PIECE_SCORES = 1024 * 1024
+
+MIN_TEMPERATURE = 0.005
+"""A learned temperature goes no lower."""
 
 
 def info_nce(
@@ -31,10 +44,7 @@ def info_nce(
 
         −log( exp(q·d⁺/τ) / (exp(q·d⁺/τ) + Σ_{n negative of q} exp(q·dₙ/τ)) )
 
-    A query without negatives has the loss 0 and the gradient 0, and counts in the mean: its
-    positive is certain among one candidate.
-
-    Shapes: B queries, N documents.
+    A query without negatives has the loss 0 and the gradient 0, and counts in the mean.
 
     Args:
         score_BN: q·d of all queries and documents, from ``scores``.
@@ -45,12 +55,6 @@ def info_nce(
             as a constant: harder negatives count more (LLaVE, arXiv 2503.04812 s3). ``None`` is
             off.
         weight_B: the result is the sum of the losses times these weights; ``None`` is the mean.
-
-    Returns:
-        Scalar, in the type of the scores.
-
-    Raises:
-        ConfigError: ``temperature`` is not above 0.
 
     Source: NV-Embed s2.2 and s3.3. The paper gives no temperature; 0.01 to 0.05 is usual.
     """
@@ -63,9 +67,8 @@ def info_nce(
     # Every row keeps its positive, so no row is all -inf and the softmax never divides 0 by 0.
     logit_BN = logit_BN.masked_fill(~candidate_BN, float("-inf"))
     if weight_B is None:
-        return torch.nn.functional.cross_entropy(logit_BN, positive_B)
-    loss_B = torch.nn.functional.cross_entropy(logit_BN, positive_B, reduction="none")
-    return (loss_B * weight_B).sum()
+        return cross_entropy(logit_BN, positive_B)
+    return (cross_entropy(logit_BN, positive_B, reduction="none") * weight_B).sum()
 
 
 def scores(query_BD: Tensor, document_ND: Tensor) -> Tensor:
@@ -78,41 +81,53 @@ def scores(query_BD: Tensor, document_ND: Tensor) -> Tensor:
         return query_BD.to(dtype) @ document_ND.to(dtype).T
 
 
+def distillation(
+    score_BK: Tensor,
+    teacher_BK: Tensor,
+    *,
+    temperature: float | Tensor,
+    teacher_temperature: float,
+    weight_B: Tensor,
+) -> Tensor:
+    """Weighted sum of KL(softmax(teacher / τₜ) ‖ softmax(score / τ)) over scored candidates.
+
+    Candidates that the teacher did not score (nan) are left out of both distributions; a row with
+    fewer than two scored ones adds nothing. τₜ makes up for the teacher's scale.
+    """
+    scored_BK = teacher_BK.isfinite()
+    used_B = scored_BK.sum(dim=1) > 1
+    if not used_B.any():
+        return score_BK.sum() * 0.0
+    scored_BK = scored_BK[used_B]
+    teacher = teacher_BK[used_B].nan_to_num(0.0) / teacher_temperature
+    target_BK = teacher.masked_fill(~scored_BK, float("-inf")).softmax(dim=1)
+    student = score_BK[used_B] / temperature
+    log_student_BK = student.masked_fill(~scored_BK, float("-inf")).log_softmax(dim=1)
+    # 0 · -inf is nan, so what was left out of both is left out of the product as well.
+    cross_B = -(target_BK * log_student_BK.masked_fill(~scored_BK, 0.0)).sum(dim=1)
+    entropy_B = torch.special.entr(target_BK).sum(dim=1)
+    return ((cross_B - entropy_B) * weight_B[used_B]).sum()
+
+
 @dataclass(frozen=True, slots=True)
 class ContrastiveStatistics:
     """How well a batch is told apart, without temperature.
 
-    All but ``positive_similarity`` are means over the queries that have negatives; None without
-    any.
-
-    Args:
-        positive_similarity: mean cosine of queries and their positives.
-        hardest_negative_similarity: mean over queries of their highest cosine to a negative.
-        margin: mean of positive minus hardest negative.
-        accuracy: share of queries whose positive is strictly above all their negatives.
+    All but the first are means over the queries that have negatives; None without any.
     """
 
-    positive_similarity: float
-    hardest_negative_similarity: float | None
-    margin: float | None
-    accuracy: float | None
+    positive_similarity: float  # mean cosine of queries and their positives
+    hardest_negative_similarity: float | None  # of queries and the negative nearest to each
+    margin: float | None  # of positive minus hardest negative
+    accuracy: float | None  # share of positives strictly above all negatives of their query
 
 
 @dataclass(frozen=True, slots=True)
 class ScoreSums:
-    """What the statistics of a batch are made of; sums of parts add up.
-
-    Args:
-        queries: rows seen.
-        contrasted: those that have negatives.
-        positive: sum of the positives' scores.
-        hardest: sum of the highest negative scores.
-        margin: sum of positive minus hardest negative.
-        hits: rows whose positive is strictly above all negatives.
-    """
+    """Counts and sums that the statistics are made of; those of the parts of a batch add up."""
 
     queries: int = 0
-    contrasted: int = 0
+    contrasted: int = 0  # queries that have negatives, over which the last three are summed
     positive: float = 0.0
     hardest: float = 0.0
     margin: float = 0.0
@@ -136,21 +151,143 @@ class ScoreSums:
         )
 
     def __add__(self, other: ScoreSums) -> ScoreSums:
-        return ScoreSums(
-            self.queries + other.queries,
-            self.contrasted + other.contrasted,
-            self.positive + other.positive,
-            self.hardest + other.hardest,
-            self.margin + other.margin,
-            self.hits + other.hits,
-        )
+        return ScoreSums(*map(operator.add, astuple(self), astuple(other)))
 
     def means(self) -> ContrastiveStatistics:
-        """The statistics; at least one row must have been seen."""
-        positive = self.positive / self.queries
-        if not self.contrasted:
-            return ContrastiveStatistics(positive, None, None, None)
-        count = self.contrasted
-        return ContrastiveStatistics(
-            positive, self.hardest / count, self.margin / count, self.hits / count
+        """The statistics of at least one row."""
+        sums = (self.hardest, self.margin, self.hits)
+        means = [total / self.contrasted if self.contrasted else None for total in sums]
+        return ContrastiveStatistics(self.positive / self.queries, *means)
+
+
+@dataclass(frozen=True, slots=True)
+class Objective:
+    """Which loss; ``None`` is off."""
+
+    temperature: float
+    hardness: float | None = None  # α of ``info_nce``
+    # Matryoshka (arXiv 2205.13147): the mean of the losses at these widths.
+    dimensions: tuple[int, ...] | None = None
+    distillation_weight: float | None = None  # of the loss added to the contrastive one
+    teacher_temperature: float = 1.0
+
+    @classmethod
+    def of_stage(cls, stage: StageConfig) -> Objective:
+        """The objective that a stage of a recipe asks for."""
+        taught = stage.distillation
+        weight, temperature = (taught.weight, taught.teacher_temperature) if taught else (None, 1.0)
+        return cls(stage.temperature, stage.hardness, stage.matryoshka, weight, temperature)
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluated:
+    """An objective at some embeddings: its value, its gradient (float32), and score sums."""
+
+    loss: float
+    gradient_UD: Tensor
+    sums: ScoreSums
+
+
+def evaluate_objective(
+    objective: Objective,
+    embedding_UD: Tensor,
+    batch: ContrastiveBatch,
+    *,
+    total_weight: float,
+    log_temperature: Tensor | None = None,
+    piece_scores: int = PIECE_SCORES,
+) -> Evaluated:
+    """Value and gradient of the loss of a batch, or of a part of one.
+
+    Embeddings are of length 1 and need no graph. ``total_weight`` is that of all rows of the step,
+    so that parts of a step add up to its mean. Where log τ is learned, its gradient is added to its
+    ``.grad``. No more than ``piece_scores`` scores are held at once.
+    """
+    device = embedding_UD.device
+    dtype = torch.promote_types(embedding_UD.dtype, torch.float32)
+    leaf_UD = embedding_UD.detach().to(dtype)
+    query_row_B = torch.as_tensor(batch.query_B, device=device)
+    document_row_N = torch.as_tensor(batch.document_N, device=device)
+    weight_B = torch.as_tensor(batch.weight_B, device=device).to(dtype) / total_weight
+    gradient_UD = torch.zeros_like(leaf_UD)
+    document_ND = leaf_UD[document_row_N].requires_grad_()
+    loss = torch.zeros((), dtype=torch.float64, device=device)
+    sums = ScoreSums()
+    rows = max(1, piece_scores // len(batch.document_N))
+    for start in range(0, len(batch.query_B), rows):
+        piece = slice(start, start + rows)
+        query_bD = leaf_UD[query_row_B[piece]].requires_grad_()
+        with torch.enable_grad():
+            temperature = (
+                objective.temperature if log_temperature is None else log_temperature.exp()
+            )
+            value, part = _piece_loss(
+                objective, query_bD, document_ND, batch, piece, weight_B[piece], temperature
+            )
+            value.backward()
+        assert query_bD.grad is not None
+        gradient_UD.index_add_(0, query_row_B[piece], query_bD.grad)
+        loss += value.detach().double()
+        sums += part
+    assert document_ND.grad is not None
+    gradient_UD.index_add_(0, document_row_N, document_ND.grad)
+    return Evaluated(float(loss), gradient_UD, sums)
+
+
+def _piece_loss(
+    objective: Objective,
+    query_bD: Tensor,
+    document_ND: Tensor,
+    batch: ContrastiveBatch,
+    piece: slice,
+    weight_b: Tensor,
+    temperature: float | Tensor,
+) -> tuple[Tensor, ScoreSums]:
+    """Loss of the rows of one piece, with its graph, and their sums at full width."""
+    device, width = query_bD.device, query_bD.shape[1]
+    positive_b = torch.as_tensor(batch.positive_B[piece], device=device)
+    negative_bN = torch.as_tensor(batch.negative_BN[piece], device=device)
+    full_bN = scores(query_bD, document_ND)
+    widths = objective.dimensions or (width,)
+    total = full_bN.new_zeros(())
+    for cut in widths:
+        score_bN = full_bN
+        if cut < width:
+            # Embeddings cut to a width are set to length 1 again.
+            score_bN = scores(*(normalize(e[:, :cut], dim=1) for e in (query_bD, document_ND)))
+        total = total + info_nce(
+            score_bN,
+            positive_b,
+            negative_bN,
+            temperature=temperature,
+            hardness=objective.hardness,
+            weight_B=weight_b,
         )
+        if objective.distillation_weight is not None and batch.teacher is not None:
+            column_bK = torch.as_tensor(batch.teacher.column_BK[piece], device=device)
+            teacher_bK = torch.as_tensor(batch.teacher.score_BK[piece], device=device)
+            total = total + objective.distillation_weight * distillation(
+                score_bN.gather(1, column_bK.clamp(min=0)),
+                teacher_bK.to(query_bD.dtype).masked_fill(column_bK < 0, float("nan")),
+                temperature=temperature,
+                teacher_temperature=objective.teacher_temperature,
+                weight_B=weight_b,
+            )
+    sums = ScoreSums.of_scores(full_bN.detach(), positive_b, negative_bN)
+    return total / len(widths), sums
+
+
+def new_temperature(stage: StageConfig | None, device: torch.device) -> nn.Parameter | None:
+    """Log τ to be learned, if the stage wants it."""
+    if stage is None or not stage.learn_temperature:
+        return None
+    return nn.Parameter(torch.tensor(math.log(stage.temperature), device=device))
+
+
+@torch.no_grad()
+def bounded(log_temperature: nn.Parameter | None) -> float | None:
+    """Keep a learned τ from running to zero, and return it."""
+    if log_temperature is None:
+        return None
+    log_temperature.clamp_(min=math.log(MIN_TEMPERATURE))
+    return float(log_temperature.exp())

@@ -16,7 +16,6 @@ many packs as the others, in the same order. An empty pack is filled with ``FILL
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -31,51 +30,42 @@ from accelerate import PartialState
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from nvembed.core.errors import TrainingError
 from nvembed.model.embedder import NVEmbed
 from nvembed.model.packs import embed_pack
 from nvembed.text.tokens import TokenizedText
 
-Json = TypeVar("Json", bound=Any)
-
+Plain = TypeVar("Plain")
 
 # Bytes of one all-reduce: large enough for full bandwidth, small beside the gradients.
 BUCKET_BYTES = 64 * 2**20
-
 
 # One process may work alone for long (mining, writing the model) while the others wait for it. One
 # that dies closes its connection, which is noticed at once.
 _PATIENCE = timedelta(days=30)
 
+# Stands in an empty pack: ``embed_pack(model, texts or [FILLER])[: len(texts)]`` has no rows, and
+# its backward pass adds zero to every gradient.
+FILLER = TokenizedText(ids=(0,), pool_start=0)
+
 
 @dataclass(frozen=True)
 class DistributedContext:
-    """What a run has to know of its other processes.
+    """What a run has to know of its other processes."""
 
-    Attributes:
-        rank: number of this process, from 0.
-        count: of all processes, on all machines.
-        device: of this process.
-        sharded: backbone weights are to be sharded over the processes.
-        control: group for messages between the CPUs; ``None`` with one process.
-    """
-
-    rank: int = 0
-    count: int = 1
+    rank: int = 0  # of this process
+    count: int = 1  # of all processes, on all machines
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    sharded: bool = False
-    control: dist.ProcessGroup | None = None
+    sharded: bool = False  # backbone weights are to be sharded over the processes
+    control: dist.ProcessGroup | None = None  # for messages between CPUs
 
     @classmethod
     def of_environment(cls, *, shard: bool = False, timeout_minutes: float = 30) -> Self:
         """Join the processes that ``accelerate launch`` or ``torchrun`` started, or be alone.
 
         Must run before anything else of accelerate, which would not join on a CPU.
-
-        Raises:
-            TrainingError: the launcher asks for something that training does not do.
         """
         launched = int(os.environ.get("WORLD_SIZE", "1"))
         shard = _launcher_shards() or shard
@@ -100,15 +90,7 @@ class DistributedContext:
         return self.rank == 0
 
     def gather_rows(self, rows_ND: Tensor, counts: Sequence[int]) -> Tensor:
-        """Values of the rows of all processes, without gradient.
-
-        Args:
-            rows_ND: ``(N, D)``, the rows of this process.
-            counts: N of every process, known without asking.
-
-        Returns:
-            ``(sum of counts, D)`` in the order of the processes, the same on all of them.
-        """
+        """Rows of all processes in their order, without gradient; ``counts`` is N of each."""
         rows_ND = rows_ND.detach()
         if self.count == 1:
             return rows_ND
@@ -121,10 +103,7 @@ class DistributedContext:
 
     @contextmanager
     def syncing(self, model: NVEmbed, *, last: bool) -> Iterator[None]:
-        """Around the backward pass of a pack; ``last`` tells that it is the step's last one here.
-
-        With sharded weights FSDP then waits for the sums that are still on their way.
-        """
+        """Around the backward pass of a pack; at the ``last`` FSDP waits for sums on their way."""
         decoder = model.backbone.model
         if isinstance(decoder, FSDPModule):
             decoder.set_is_last_backward(last)
@@ -181,26 +160,20 @@ class DistributedContext:
         dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.control)
         return bool(flags)
 
-    def of_main(self, value: Json) -> Json:
+    def of_main(self, value: Plain) -> Plain:
         """What the first process has: measurements on which all must act alike."""
-        return self._of(0, value)
-
-    def of_all(self, value: Json) -> list[Json]:
-        """What every process has, by rank; the same list on all of them."""
-        return [self._of(rank, value) for rank in range(self.count)]
-
-    def _of(self, source: int, value: Json) -> Json:
         if self.count == 1:
             return value
-        text = json.dumps(value).encode()
-        length = torch.tensor(len(text))
-        dist.broadcast(length, src=source, group=self.control)
-        data = torch.zeros(int(length), dtype=torch.uint8)
-        if self.rank == source:
-            data = torch.tensor(list(text), dtype=torch.uint8)
-        dist.broadcast(data, src=source, group=self.control)
-        got: Json = json.loads(bytes(data.tolist()))
-        return got
+        values = [value]
+        dist.broadcast_object_list(values, src=0, group=self.control)
+        return values[0]
+
+    def of_all(self, value: Plain) -> list[Plain]:
+        """What every process has, by rank; the same list on all of them."""
+        values = [value] * self.count
+        if self.count > 1:
+            dist.all_gather_object(values, value, group=self.control)
+        return values
 
     def barrier(self) -> None:
         """Wait until every process is here, however long that takes."""
@@ -217,11 +190,7 @@ class DistributedContext:
 
 @contextmanager
 def dead_peer_is_an_error(checkpoints: str) -> Iterator[None]:
-    """Turn a broken connection into one line.
-
-    Raises:
-        TrainingError: another process died, or did not answer in time.
-    """
+    """Turn a broken connection into one line: another process died, or did not answer in time."""
     try:
         yield
     except RuntimeError as error:  # gloo raises nothing more exact
@@ -260,32 +229,22 @@ def _flag(name: str) -> bool:
 
 def _launcher_shards() -> bool:
     """Whether ``accelerate launch`` asks for FSDP2."""
+    start = "Start with: accelerate launch --use_fsdp --fsdp_version 2"
     if _flag("ACCELERATE_USE_DEEPSPEED"):
         raise TrainingError(
             "training does not run on DeepSpeed",
             expected="DDP, or FSDP2, which shards the same weights as ZeRO-3",
-            hint="Start with: accelerate launch --use_fsdp --fsdp_version 2",
+            hint=start,
         )
     if not _flag("ACCELERATE_USE_FSDP"):
         return False
-    version = os.environ.get("FSDP_VERSION", "1")
-    if version != "2":
+    if (version := os.environ.get("FSDP_VERSION", "1")) != "2":
         raise TrainingError(
-            f"training does not run on FSDP version {version}",
-            expected="version 2",
-            hint="Start with: accelerate launch --use_fsdp --fsdp_version 2",
+            f"training does not run on FSDP version {version}", expected="version 2", hint=start
         )
     if _flag("FSDP_OFFLOAD_PARAMS"):
         raise TrainingError("training does not offload weights", hint="Unset fsdp_offload_params")
     return True
-
-
-FILLER = TokenizedText(ids=(0,), pool_start=0)
-"""Stands in an empty pack.
-
-``embed_pack(model, texts or [FILLER])[: len(texts)]`` has no rows, and its backward pass adds zero
-to every gradient.
-"""
 
 
 def shard_backbone(
@@ -294,16 +253,9 @@ def shard_backbone(
     """Shard the backbone over the processes, in place, and move the rest to the device.
 
     The model may still lie on the CPU: only the shares go to the device. A sharded model cannot be
-    copied or saved as it is: ``training/checkpoint.py`` gathers tensor by tensor.
-
-    Args:
-        model: loaded, with its adapters, equal on all processes.
-        processes: the run's; with one there is nothing to shard.
-        compute_dtype: weights are gathered in it: autocast's, where it is on, which would otherwise
-            keep a second copy of whole weights; ``None`` leaves them as they are.
-
-    Raises:
-        TrainingError: the backbone is spread over devices, quantised, or trained in a mix of types.
+    copied or saved as it is: ``training/checkpoint.py`` gathers tensor by tensor. Weights are
+    gathered in ``compute_dtype``: autocast's, where it is on, which would otherwise keep a second
+    copy of whole weights.
     """
     if processes.count == 1:
         return
@@ -315,7 +267,12 @@ def shard_backbone(
         cast_forward_inputs=False,  # the residual stream keeps its type, as under autocast
     )
     mesh = init_device_mesh(processes.device.type, (processes.count,))
-    for module in (*_layers(decoder), decoder):
+    # The layers: of all lists of modules the one that holds most weights.
+    lists = [list(module) for module in decoder.modules() if isinstance(module, nn.ModuleList)]
+    layers = max(
+        lists, key=lambda each: sum(p.numel() for m in each for p in m.parameters()), default=[]
+    )
+    for module in (*layers, decoder):
         fully_shard(
             module,
             mesh=mesh,
@@ -334,22 +291,14 @@ def shard_backbone(
         embed_pack(model, [FILLER])
 
 
-def _layers(decoder: nn.Module) -> list[nn.Module]:
-    """The layers: of all lists of modules the one that holds most weights."""
-    lists = [list(m) for m in decoder.modules() if isinstance(m, nn.ModuleList)]
-    return max(
-        lists, key=lambda layers: sum(p.numel() for m in layers for p in m.parameters()), default=[]
-    )
-
-
 def _check_shardable(decoder: Any) -> set[nn.Parameter]:
     """The trained parameters among frozen ones (adapters), which stay replicated."""
     parameters = list(decoder.parameters())
-    spread = getattr(decoder, "hf_device_map", None)
+    is_spread = getattr(decoder, "hf_device_map", None)
     plain = all(type(p) is nn.Parameter and p.is_floating_point() for p in parameters)
-    if spread or not plain:
+    if is_spread or not plain:
         raise TrainingError(
-            f"a {'spread' if spread else 'quantised'} backbone cannot be sharded",
+            f"a {'spread' if is_spread else 'quantised'} backbone cannot be sharded",
             where="shard",
             expected="floating point weights on one device",
             hint="Leave sharding out",
@@ -368,21 +317,15 @@ def _check_shardable(decoder: Any) -> set[nn.Parameter]:
 
 def full(tensor: Tensor) -> Tensor:
     """The whole tensor, where it is spread over processes; all of them must ask at once."""
-    from torch.distributed.tensor import DTensor
-
     detached = tensor.detach()
     return detached.full_tensor() if isinstance(detached, DTensor) else detached
 
 
 def spread(value: Tensor, like: Tensor) -> Tensor:
-    """``value`` on the device of ``like``, and this process's share of it where that is spread.
-
-    Nothing is sent: every process has the whole value.
-    """
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
+    """``value`` on the device of ``like``, and this process's share of it where that is spread."""
     # A copy in any case: values read from a file are its pages.
     moved = value.to(like.device, copy=True)
     if not isinstance(like, DTensor):
         return moved
+    # Nothing is sent: every process has the whole value.
     return distribute_tensor(moved, like.device_mesh, like.placements, src_data_rank=None)

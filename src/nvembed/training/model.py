@@ -10,18 +10,19 @@ floats in the same order.
 from __future__ import annotations
 
 import copy
-import math
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
+from pydantic import Field, ValidationError
 from torch import Tensor, UntypedStorage
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.nn import Parameter
 
+from nvembed.core.config import StrictModel
 from nvembed.core.errors import ConfigError, DataError, TrainingError, UserError
 from nvembed.core.files import atomic_folder, write_json
 from nvembed.core.runs import TRAIN
@@ -52,7 +53,13 @@ def starting_model(config: TrainConfig, base_dir: Path, *, device: str) -> NVEmb
     """``build_model`` with new weights that the seed of the run decides."""
     seed_everything(derive_seed(config.seed, "weights"))
     model = build_model(config, base_dir, device=device)
-    check_widths(config, model.dimension)
+    for number, stage in enumerate(config.stages):
+        if too_wide := [width for width in stage.matryoshka or () if width > model.dimension]:
+            raise ConfigError(
+                f"width {too_wide[0]} is larger than the model's embeddings",
+                where=f"stages.{number}.matryoshka",
+                expected=f"1 to {model.dimension}",
+            )
     return model
 
 
@@ -171,28 +178,16 @@ def _rebuilt(model: NVEmbed, config: TrainConfig, base_dir: Path, *, build: bool
     """
     settings = config.model.model_copy(update={"quantization": None})
     plain = config.model_copy(update={"model": settings, "precision": "float32", "compile": False})
-    into: dict[str, Tensor] = {}
+    made, into = model, dict[str, Parameter]()
     if build:
         with torch.random.fork_rng():
-            fresh = build_model(plain, base_dir, device="cpu")
-        into = dict(trained_parameters(fresh))
+            made = build_model(plain, base_dir, device="cpu")
+        into = trained_parameters(made)
     for name, parameter in trained_parameters(model).items():
         value = full(parameter)
         if build:
             into[name].copy_(value)
-    return fresh if build else model
-
-
-def check_widths(config: TrainConfig, width: int) -> None:
-    """Make sure that embeddings are as wide as the widths they are cut to."""
-    for number, stage in enumerate(config.stages):
-        for wide in stage.matryoshka or ():
-            if wide > width:
-                raise ConfigError(
-                    f"width {wide} is larger than the model's embeddings",
-                    where=f"stages.{number}.matryoshka",
-                    expected=f"1 to {width}",
-                )
+    return made
 
 
 # Of what is free when a run starts: graphs are not all that a step needs (one layer's work in
@@ -200,17 +195,11 @@ def check_widths(config: TrainConfig, width: int) -> None:
 FREE_SHARE = 0.5
 
 
-@dataclass(frozen=True, slots=True)
-class ActivationBudget:
-    """What was found.
+class ActivationBudget(StrictModel):
+    """Bytes that a graph holds per token of texts of the full length, and bytes for all graphs."""
 
-    Args:
-        bytes_per_token: a graph holds per token, for texts of the full length.
-        budget_bytes: for graphs.
-    """
-
-    bytes_per_token: float
-    budget_bytes: int
+    bytes_per_token: float = Field(gt=0, allow_inf_nan=False)
+    budget_bytes: int = Field(gt=0)
 
     @property
     def tokens(self) -> int:
@@ -229,26 +218,24 @@ def settle_activation_budget(
     if processes.agree(known is None):
         known = measure_activation_budget(model, config)
         if processes.is_main:
-            write_json(file, asdict(known), TRAIN)
-    return ActivationBudget(**processes.of_main(asdict(known)))  # type: ignore[arg-type]
+            write_json(file, known.model_dump(), TRAIN)
+    assert known is not None
+    return processes.of_main(known)
 
 
 def read_activation_budget(file: Path) -> ActivationBudget | None:
     """Read what a run settled on; ``None`` where it did not, or the file is damaged."""
-    try:
-        values = read_json_object(file, "what graphs need")
-        memory = ActivationBudget(float(values["bytes_per_token"]), int(values["budget_bytes"]))
-    except (DataError, KeyError, TypeError, ValueError, OverflowError):
-        return None
-    sizes = (memory.bytes_per_token, memory.budget_bytes)
-    return memory if all(math.isfinite(size) and size > 0 for size in sizes) else None
+    with suppress(DataError, ValidationError):
+        return ActivationBudget.model_validate(read_json_object(file, "what graphs need"))
+    return None
 
 
 def measure_activation_budget(model: NVEmbed, config: TrainConfig) -> ActivationBudget:
     """What a run that started now would settle on."""
     given = config.memory_gb
     budget = int(given * 1e9) if given else int(free_bytes(model.device) * FREE_SHARE)
-    return ActivationBudget(graph_bytes_per_token(model, config.pack_tokens), budget)
+    per_token = graph_bytes_per_token(model, config.pack_tokens)
+    return ActivationBudget(bytes_per_token=per_token, budget_bytes=budget)
 
 
 def graph_bytes_per_token(model: NVEmbed, pack_tokens: int) -> float:
@@ -265,28 +252,25 @@ def graph_bytes_per_token(model: NVEmbed, pack_tokens: int) -> float:
 
 @contextmanager
 def counted_graph(model: torch.nn.Module) -> Iterator[dict[int, UntypedStorage]]:
-    """Collect all storages that graphs made in the block save, parameters left out.
+    """Collect all storages that graphs made in the block save, by identity, without parameters.
 
-    Yields:
-        Storages by identity. Weights that were gathered for a layer and are given up after it have
-        no bytes by the end of the block.
+    Weights that were gathered for a layer and are given up after it have no bytes by the end.
     """
+
+    def storage_of(tensor: Tensor) -> UntypedStorage:
+        return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).untyped_storage()
+
     held: dict[int, UntypedStorage] = {}
-    own = {_storage(tensor)._cdata for tensor in (*model.parameters(), *model.buffers())}
+    own = {storage_of(tensor)._cdata for tensor in (*model.parameters(), *model.buffers())}
 
     def note(tensor: Tensor) -> Tensor:
-        storage = _storage(tensor)
+        storage = storage_of(tensor)
         if storage._cdata not in own:
             held[storage._cdata] = storage
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         yield held
-
-
-def _storage(tensor: Tensor) -> UntypedStorage:
-    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    return local.untyped_storage()
 
 
 def peak_bytes(device: torch.device) -> int:

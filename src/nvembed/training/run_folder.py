@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 from nvembed.core.cache import content_hash, digest_of
 from nvembed.core.config import dump_config, load_config
@@ -29,12 +28,15 @@ from nvembed.data.mixture import Mixture
 from nvembed.evaluation.tasks import LocalTask
 from nvembed.interop.fingerprint import contents_fingerprint
 from nvembed.kernels.precision import choose_precision, computing_record, kernels
-from nvembed.training.checkpoint import latest_checkpoint, remove_leftovers
-from nvembed.training.config import StageConfig, TrainConfig, recipe_differences
+from nvembed.training.checkpoint import remove_leftovers
+from nvembed.training.config import TrainConfig, recipe_differences
 from nvembed.training.distributed import DistributedContext
 from nvembed.training.metrics import load_evaluation_tasks
 from nvembed.training.model import backbone_source
 from nvembed.training.stages import load_mixtures
+
+GO_ON = "The same command goes on from the last checkpoint"
+_MINED = "mined set "
 
 
 def prepare_folder(
@@ -43,22 +45,21 @@ def prepare_folder(
     """Start the run's folder, or make sure that it is of this run."""
     check_folder(run, config, fresh=fresh, inputs=inputs)
     resolved = dump_config(config)
-    stages = [stage.name for stage in config.stages]
+    begun = run.exists and not fresh
     run.tidy()
-    if fresh or not run.exists:
-        run.create(resolved, stages=stages, replace=fresh, computing=_computing(config))
-        return
-    remove_leftovers(run.checkpoints)
-    if _recorded(run) == resolved:
-        return
-    if run.has_results:
-        write_text(run.config, resolved, TRAIN)
-    else:
-        run.create(resolved, stages=stages, replace=True, computing=_computing(config))
-
-
-def _computing(config: TrainConfig) -> dict[str, Any]:
-    return computing_record(None if config.precision == "auto" else config.precision)
+    if begun:
+        remove_leftovers(run.checkpoints)
+        if _recorded(run) == resolved:
+            return
+        if run.has_results:
+            write_text(run.config, resolved, TRAIN)
+            return
+    run.create(
+        resolved,
+        stages=[stage.name for stage in config.stages],
+        replace=fresh or begun,
+        computing=computing_record(None if config.precision == "auto" else config.precision),
+    )
 
 
 def changed_kernels(run: RunFolder) -> str | None:
@@ -84,34 +85,36 @@ def is_finished(run: RunFolder) -> bool:
 def check_folder(
     run: RunFolder, config: TrainConfig, *, fresh: bool, inputs: Sequence[Path] = ()
 ) -> None:
-    """Make sure that a run may write to its folder, without changing anything.
-
-    Raises:
-        TrainingError: it holds another run; names the keys.
-        ConfigError: something of the user's would be lost.
-        UserError: it cannot be made.
-    """
+    """Make sure that a run may write to its folder, without changing anything."""
     stages = [stage.name for stage in config.stages]
     known = not fresh and run.exists and problem_of(run.config, TRAIN) is None
-    kept: set[Path] = set()
+    same = known and _recorded(run) == dump_config(config)
+    kept: set[Path] = {run.config} if same else set()
     if known and run.has_results:
-        _check_same(run, config)
+        if not same:
+            _check_same(run, config)
         if is_finished(run):  # then nothing is written
             return
-        kept = {run.env, run.inputs}
-    if known and _recorded(run) == dump_config(config):
-        kept.add(run.config)
+        kept |= {run.env, run.inputs}
     written = [path for path in run.written(stages) if path not in kept]
     check_outputs((), made_by=TRAIN, inputs=inputs, places=[run.checkpoints, run.mined])
     check_outputs(written, made_by=TRAIN, inputs=inputs)
-    if not known:
-        run.refuse_foreign(stages)
-        check_writable(run)
+    if known:
+        return
+    run.refuse_foreign(stages)
+    place = run.path.absolute()
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise UserError(
+            "cannot make the run folder: "
+            + ("not allowed to write there" if place.is_dir() else "that is a file"),
+            where=str(place),
+            hint="Choose another output folder",
+        )
 
 
 def _check_same(run: RunFolder, config: TrainConfig) -> None:
-    if _recorded(run) == dump_config(config):
-        return
     try:
         different = recipe_differences(
             load_config(TrainConfig, run.config).model_dump(mode="json"),
@@ -134,28 +137,12 @@ def _recorded(run: RunFolder) -> str | None:
     return None
 
 
-def check_writable(run: RunFolder) -> None:
-    """Make sure that the run's folder can be made, without making it."""
-    place = run.path.absolute()
-    while not place.exists():
-        place = place.parent
-    if not place.is_dir() or not os.access(place, os.W_OK):
-        raise UserError(
-            "cannot make the run folder: "
-            + ("not allowed to write there" if place.is_dir() else "that is a file"),
-            where=str(place),
-            hint="Choose another output folder",
-        )
-
-
 def with_settled_precision(
     config: TrainConfig, run: RunFolder, *, fresh: bool
 ) -> tuple[TrainConfig, str | None]:
-    """Replace ``auto``: by what the run was started with, which must not change half-way.
+    """Replace ``auto`` by what the run was started with, which must not change half-way.
 
-    Returns:
-        The configuration, and a line that says what ``auto`` has become; ``None`` where the recipe
-        says the type.
+    Also returned is a line that says what ``auto`` has become.
     """
     if config.precision != "auto":
         return config, None
@@ -168,19 +155,11 @@ def with_settled_precision(
     return config.model_copy(update={"precision": precision}), line
 
 
-Inputs = Mapping[str, str]
-
-
-_MINED = "mined set "
-
-
 def inputs_of(
     config: TrainConfig, base_dir: Path, mixtures: Sequence[Mixture], tasks: Sequence[LocalTask]
 ) -> dict[str, str]:
     """Digests of all inputs, by what an error calls them."""
-    found: dict[str, str] = {}
-    for mixture in mixtures:
-        found |= {f"data set {name}": digest for name, digest in mixture.digests.items()}
+    found = {f"data set {name}": d for mixture in mixtures for name, d in mixture.digests.items()}
     found |= {f"evaluation task {task.name}": digest_of(task.folder) for task in tasks}
     found["model.backbone"] = contents_fingerprint(backbone_source(config, base_dir))
     for stage in config.stages:
@@ -207,32 +186,27 @@ def what_decides_inputs(config: TrainConfig) -> str:
     return content_hash(datasets, build, config.model.backbone, mining, tasks)
 
 
-def changed_inputs(run: RunFolder, inputs: Inputs) -> list[str]:
+def changed_inputs(run: RunFolder, inputs: Mapping[str, str]) -> list[str]:
     """Names of inputs that are others than those that the run was started with.
 
-    Inputs that come into being with the run (mined sets) are none of them; of a run that recorded
-    nothing, nothing is known to have changed.
+    Mined sets come into being with the run and are none of them.
     """
-    recorded = _recorded_inputs(run)
-    if recorded is None:
+    if (recorded := _recorded_inputs(run)) is None:
         return []
     started = {name: digest for name, digest in recorded.items() if not name.startswith(_MINED)}
-    names = dict.fromkeys((*started, *inputs))
-    return [name for name in names if started.get(name) != inputs.get(name)]
+    return [name for name in {**started, **inputs} if started.get(name) != inputs.get(name)]
 
 
-def check_inputs(run: RunFolder, inputs: Inputs) -> None:
-    """Make sure that a run that goes on, or is finished, was made from these inputs.
-
-    Raises:
-        TrainingError: names those that changed; or the record cannot be read.
-    """
-    if changed := changed_inputs(run, inputs):
-        raise _changed(run, changed)
+def check_inputs(run: RunFolder, inputs: Mapping[str, str]) -> None:
+    """Make sure that a run that goes on, or is finished, was made from these inputs."""
+    _refuse_changed(run, changed_inputs(run, inputs))
 
 
 def settle_inputs(
-    run: RunFolder, inputs: Inputs, processes: DistributedContext, log: Callable[[str], None]
+    run: RunFolder,
+    inputs: Mapping[str, str],
+    processes: DistributedContext,
+    log: Callable[[str], None],
 ) -> None:
     """Record the inputs of a run that starts, or compare them where it goes on."""
     first = processes.of_main(dict(inputs))
@@ -243,19 +217,12 @@ def settle_inputs(
         )
     if not processes.is_main:
         return
-    if not run.has_results:
-        write_json(run.inputs, inputs, TRAIN)
-    elif run.inputs.exists():
-        check_inputs(run, inputs)
-    else:
+    if run.has_results:
+        if run.inputs.exists():
+            check_inputs(run, inputs)
+            return
         log("what the run was started with is not recorded; what is there now is taken for it")
-        write_json(run.inputs, inputs, TRAIN)
-
-
-def check_finished(run: RunFolder, config: TrainConfig, base_dir: Path) -> None:
-    """Make sure that a finished run was made from the inputs that there are now."""
-    if run.inputs.exists():
-        check_inputs(run, read_inputs_of(config, base_dir))
+    write_json(run.inputs, inputs, TRAIN)
 
 
 def settle_mined(run: RunFolder, config: TrainConfig, stage: str, mixture: Mixture) -> None:
@@ -267,19 +234,19 @@ def settle_mined(run: RunFolder, config: TrainConfig, stage: str, mixture: Mixtu
         for name, digest in mixture.digests.items()
         if name in mined
     }
-    if changed := [key for key in found if recorded.get(key, found[key]) != found[key]]:
-        raise _changed(run, changed)
+    _refuse_changed(run, [key for key in found if recorded.get(key, found[key]) != found[key]])
     if not found.keys() <= recorded.keys():
         write_json(run.inputs, {**recorded, **found}, TRAIN)
 
 
-def _changed(run: RunFolder, names: Sequence[str]) -> TrainingError:
-    return TrainingError(
-        f"changed since the run was started: {', '.join(names)}",
-        where=str(run.path),
-        expected="what it was started with",
-        hint="Put it back as it was, choose another output folder, or start over with --fresh",
-    )
+def _refuse_changed(run: RunFolder, names: Sequence[str]) -> None:
+    if names:
+        raise TrainingError(
+            f"changed since the run was started: {', '.join(names)}",
+            where=str(run.path),
+            expected="what it was started with",
+            hint="Put it back as it was, choose another output folder, or start over with --fresh",
+        )
 
 
 def _recorded_inputs(run: RunFolder) -> dict[str, str] | None:
@@ -310,11 +277,7 @@ def sigterm_is_an_error(folder: str) -> Iterator[None]:
     try:
         yield
     except _TerminatedError:
-        raise TrainingError(
-            "stopped by SIGTERM",
-            where=folder,
-            hint="The same command goes on from the last checkpoint",
-        ) from None
+        raise TrainingError("stopped by SIGTERM", where=folder, hint=GO_ON) from None
     finally:
         signal.signal(signal.SIGTERM, old)
 
@@ -339,37 +302,3 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
-
-
-def not_finite(
-    run: RunFolder, value: float, what: str, stage: StageConfig, step: int
-) -> TrainingError:
-    """Say that a run stopped at a number that is no number, before the weights were changed."""
-    last = latest_checkpoint(run.checkpoints)
-    return TrainingError(
-        f"the {what} of step {step} ({stage.name}) is {value}; the weights were not changed",
-        where=str(run.path),
-        expected="finite numbers",
-        hint=f"Lower the learning rate or raise the temperature; last checkpoint: "
-        f"{last.name if last else 'none'}",
-    )
-
-
-def interrupted(run: RunFolder, step: int) -> TrainingError:
-    """Say that a run was stopped, and how it goes on."""
-    return TrainingError(
-        f"interrupted after step {step}; a checkpoint was written",
-        where=str(run.checkpoints),
-        hint="The same command goes on from there",
-    )
-
-
-def out_of_memory(stage: StageConfig, step: int, pack_tokens: int, longest: int) -> TrainingError:
-    """Say that the device was too small for a step, whose longest text has so many tokens."""
-    return TrainingError(
-        f"the device ran out of memory in step {step} ({stage.name}): packs of "
-        f"{pack_tokens:,} tokens, longest text {longest:,}",
-        where="memory_gb, pack_tokens",
-        hint="Lower pack_tokens, memory_gb or model.max_tokens, or set "
-        "activation_checkpointing=true; the run goes on from its last checkpoint",
-    )

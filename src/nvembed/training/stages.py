@@ -1,47 +1,58 @@
-"""The stages of a run: their data, mined anew where the recipe asks for it, batches and optimizer.
+"""What a stage works with: its data, its batches, its optimizer and learning rate.
 
 A batch is a pure function of (seed, stage, step); the thread that prepares the next one while the
 model works on this one changes nothing but the time.
+
+    adamw          torch's, with all updates of a step in one fused kernel where there is one
+    adamw_8bit     bitsandbytes': both moments in 8 bits per weight
+    schedule_free  AdamW that trains at one point and is evaluated at an average of its steps, which
+                   takes the place of a falling learning rate (Defazio et al., 2024)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+import math
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
+from nvembed.core import background
 from nvembed.core.errors import ConfigError
-from nvembed.core.files import write_json, write_jsonl
-from nvembed.core.runs import TRAIN
 from nvembed.core.seeding import derive_seed
-from nvembed.data.batch import ContrastiveBatch, build_batch
-from nvembed.data.build_config import MiningConfig
-from nvembed.data.built_sets import MINED_KINDS
-from nvembed.data.config import DatasetConfig
-from nvembed.data.loading import load_records, training_datasets
+from nvembed.data.batch import ContrastiveBatch, build_batch, effective_negatives
+from nvembed.data.loading import training_datasets
 from nvembed.data.mixture import Mixture, load_mixture
-from nvembed.data.records import PairRecord, Record, StsRecord
-from nvembed.encoding.encoder import Encoder
-from nvembed.mining.miner import mine_negatives, mine_sts_negatives
 from nvembed.text.token_cache import TokenCache
 from nvembed.text.tokens import TokenizedText
-from nvembed.training.checkpoint import restore_optimizer
-from nvembed.training.config import StageConfig, TrainConfig
-from nvembed.training.objective import stage_objective
-from nvembed.training.optim import build_optimizer, training_weights
+from nvembed.training.checkpoint import Parameters, restore_optimizer
+from nvembed.training.config import OptimizerConfig, ScheduleKind, StageConfig, TrainConfig
+from nvembed.training.contrastive_loss import Objective
 from nvembed.training.step import StepSettings
 
+# What torch's fused kernels, and bitsandbytes' 8-bit ones, exist for.
+_FUSED_DEVICES = {"cpu", "cuda"}
+_EIGHT_BIT_DEVICES = {"cpu", "cuda", "xpu"}
 
-def check_distillation(config: TrainConfig, mixtures: Sequence[Mixture]) -> None:
-    """Make sure that a stage that learns from a teacher's scores has some."""
+# New tokens wait in memory until they are written; this bounds how many, and what a kill costs.
+FLUSH_STEPS = 200
+
+PreparedBatch = tuple[ContrastiveBatch, Sequence[TokenizedText]]
+
+
+def load_mixtures(config: TrainConfig, base_dir: Path) -> list[Mixture]:
+    """Read the data of all stages as the files hold them."""
+    datasets = training_datasets(config.datasets, config.build, base_dir)
     kinds = {dataset.name: dataset.kind for dataset in config.datasets}
+    mixtures = [
+        load_mixture(datasets, stage=n, base_dir=base_dir, temperature=stage.mixture_temperature)
+        for n, stage in enumerate(config.stages, start=1)
+    ]
     for number, (stage, mixture) in enumerate(zip(config.stages, mixtures, strict=True)):
         # Mining gives new scores or takes those away that were there.
         mined = {} if stage.mine is None else dict.fromkeys(("retrieval", "nli"), stage.mine)
@@ -57,132 +68,7 @@ def check_distillation(config: TrainConfig, mixtures: Sequence[Mixture]) -> None
                 expected='records with "positive_scores" and "negative_scores"',
                 hint="Set mine.write_scores of the stage, or leave distillation out",
             )
-
-
-def load_mixtures(config: TrainConfig, base_dir: Path) -> list[Mixture]:
-    """Read the data of all stages as the files hold them.
-
-    Raises:
-        DataError: a file cannot be used.
-        ConfigError: they lack what an option of the recipe needs.
-    """
-    datasets = training_datasets(config.datasets, config.build, base_dir)
-    mixtures = [
-        load_mixture(
-            datasets,
-            stage=number,
-            base_dir=base_dir,
-            temperature=stage.mixture_temperature,
-        )
-        for number, stage in enumerate(config.stages, start=1)
-    ]
-    check_distillation(config, mixtures)
     return mixtures
-
-
-def mine_mixture(
-    config: TrainConfig,
-    stage: int,
-    settings: MiningConfig,
-    *,
-    base_dir: Path,
-    mined_dir: Path,
-    teacher: Encoder,
-    log: Callable[[str], None],
-) -> Mixture:
-    """Load the data of a stage with negatives mined for its pairs.
-
-    Mined files are kept in ``mined_dir``; those that are there already (a resumed run) are used as
-    they are, so mining never happens twice.
-    """
-    datasets = [
-        _mined(dataset, settings, base_dir=base_dir, folder=mined_dir, teacher=teacher, log=log)
-        if dataset.kind in MINED_KINDS
-        else dataset
-        for dataset in training_datasets(config.datasets, config.build, base_dir)
-        if stage + 1 in dataset.stages
-    ]
-    temperature = config.stages[stage].mixture_temperature
-    return load_mixture(datasets, stage=stage + 1, base_dir=base_dir, temperature=temperature)
-
-
-def _mined(
-    dataset: DatasetConfig,
-    settings: MiningConfig,
-    *,
-    base_dir: Path,
-    folder: Path,
-    teacher: Encoder,
-    log: Callable[[str], None],
-) -> DatasetConfig:
-    """The data set with its mined file in place of its own, which is made where it is missing."""
-    target = mined_file(dataset, folder)
-    if not target.is_file():
-        log(f"mining {settings.num_negatives} negatives per query of {dataset.name}")
-        records = load_records(dataset, base_dir=base_dir)
-        places = places_to_mine(dataset, records)
-        chosen = [records[place] for place in places]
-        mined: Sequence[PairRecord | StsRecord]
-        if dataset.kind == "sts":
-            mined, report = mine_sts_negatives(
-                cast(list[StsRecord], chosen),
-                None,
-                teacher,
-                settings,
-                instruction=dataset.instruction,
-            )
-        else:
-            mined, report = mine_negatives(
-                cast(list[PairRecord], chosen),
-                None,
-                teacher,
-                settings,
-                instruction=dataset.instruction,
-                further=cast(list[PairRecord], records),
-            )
-        write_json(folder / f"{dataset.name}.report.json", report.to_json(), TRAIN)
-        rows = with_mined(records, places, mined)
-        write_jsonl(target, (record.to_json() for record in rows), TRAIN)
-    return mined_dataset(dataset, folder)
-
-
-def mined_file(dataset: DatasetConfig, folder: Path) -> Path:
-    """Where the mined records of a data set lie in the folder of a stage."""
-    return folder.absolute() / f"{dataset.name}.jsonl"
-
-
-def mined_dataset(dataset: DatasetConfig, folder: Path) -> DatasetConfig:
-    """The data set with its mined file in place of its own."""
-    return dataset.with_file(mined_file(dataset, folder))
-
-
-def places_to_mine(dataset: DatasetConfig, records: Sequence[Record]) -> Sequence[int]:
-    """Which records training will see: mining the others would be work for nothing.
-
-    Of sts, ``max_records`` counts directions of pairs scored 4 or more, so all records are needed.
-    """
-    most = dataset.max_records
-    if most is None or most >= len(records) or dataset.kind == "sts":
-        return range(len(records))
-    return [number * len(records) // most for number in range(most)]
-
-
-def with_mined(
-    records: Sequence[Record], places: Sequence[int], mined: Sequence[Record]
-) -> list[Record]:
-    """All records of a set, those that were mined for with their negatives.
-
-    The others stay, since training must know what answers a query in any of them.
-    """
-    found = dict(zip(places, mined, strict=True))
-    return [found.get(place, record) for place, record in enumerate(records)]
-
-
-# New tokens wait in memory until they are written; this bounds how many, and what a kill costs.
-FLUSH_STEPS = 200
-
-
-PreparedBatch = tuple[ContrastiveBatch, Sequence[TokenizedText]]
 
 
 class DataLoader:
@@ -201,10 +87,20 @@ class DataLoader:
             run_length=stage.batch_size if stage.batches == "homogeneous" else 1,
         )
 
+    def describe(self) -> str:
+        """One line that says what the stage will do."""
+        stage = self.stage
+        sizes = ", ".join(f"{source.name} {len(source):,}" for source in self.mixture.sources)
+        return (
+            f"{stage.name}: {stage.steps:,} steps of {stage.batch_size} queries; "
+            f"in-batch negatives {'on' if stage.in_batch_negatives else 'off'}; "
+            f"effective negatives per query {effective_negatives(self.batch(0)):.1f}; data: {sizes}"
+        )
+
     def queries_used(self) -> list[int]:
         """How many slots of the stage each source fills, in the order of the mixture."""
-        counts = np.bincount(self._order[:, 0], minlength=len(self.mixture.sources))
-        return [int(count) for count in counts]
+        used = self._order[:, 0]
+        return [int((used == source).sum()) for source in range(len(self.mixture.sources))]
 
     def batch(self, step: int) -> ContrastiveBatch:
         """The batch of a step of the stage, counted from 0."""
@@ -230,46 +126,26 @@ class DataLoader:
 
         New tokens are kept for the next run when the block ends, however it ends.
         """
-        prepared = self._prefetched(start) if prefetch else self._one_by_one(start)
+        prepared = self._prepared(start)
+        if prefetch:
+            prepared = cast("Generator[PreparedBatch]", background.prefetch(prepared))
         try:
             yield prepared
         finally:
             prepared.close()  # where the block ends early, a step may still be in preparation
             self.tokens.flush()
 
-    def _one_by_one(self, start: int) -> Generator[PreparedBatch]:
+    def _prepared(self, start: int) -> Generator[PreparedBatch]:
         for step in range(start, self.stage.steps):
-            yield self._prepared(step)
-
-    def _prefetched(self, start: int) -> Generator[PreparedBatch]:
-        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="data-loader") as pool:
-            coming: Future[PreparedBatch] | None = None
-            for step in range(start, self.stage.steps):
-                coming = coming or pool.submit(self._prepared, step)
-                ready = coming.result()
-                more = step + 1 < self.stage.steps
-                coming = pool.submit(self._prepared, step + 1) if more else None
-                yield ready
-
-    def _prepared(self, step: int) -> PreparedBatch:
-        prepared = self.step(step)
-        if (step + 1) % FLUSH_STEPS == 0:
-            self.tokens.flush()
-        return prepared
+            prepared = self.step(step)
+            if (step + 1) % FLUSH_STEPS == 0:
+                self.tokens.flush()
+            yield prepared
 
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """What a stage works with.
-
-    Args:
-        number: from 0.
-        config: its part of the recipe.
-        loader: its batches.
-        settings: of its steps.
-        trained: parameters by name.
-        optimizer: of all of them.
-    """
+    """A stage (its number counts from 0) that is ready to start, or to go on."""
 
     number: int
     config: StageConfig
@@ -295,10 +171,128 @@ def start_stage(
     training_weights(optimizer)
     if checkpoint is not None:
         restore_optimizer(checkpoint, trained, optimizer)
-    settings = StepSettings(
-        objective=stage_objective(stage),
-        coupled=stage.in_batch_negatives,
-        pack_tokens=config.pack_tokens,
-        activation_budget=activation_budget,
-    )
+    objective, coupled = Objective.of_stage(stage), stage.in_batch_negatives
+    settings = StepSettings(objective, coupled, config.pack_tokens, activation_budget)
     return Stage(number, stage, loader, settings, trained, optimizer)
+
+
+def schedule(step: int, *, steps: int, warmup_steps: int, kind: ScheduleKind = "linear") -> float:
+    """Share of the peak learning rate at an update, counted from 0.
+
+    Linear rise over the warm-up, then by ``kind``: a line to zero (paper: linear decay), half a
+    cosine to zero, or the peak to the end. The last update still moves: the fall reaches zero at
+    ``steps``, which is no update any more.
+    """
+    warmup_steps = min(warmup_steps, steps)
+    if step < warmup_steps:
+        return (step + 1) / (warmup_steps + 1)
+    left = (steps - step) / max(1, steps - warmup_steps)
+    match kind:
+        case "linear":
+            return left
+        case "cosine":
+            return (1 - math.cos(math.pi * left)) / 2
+        case "constant":
+            return 1.0
+
+
+def stage_schedule(step: int, stage: StageConfig, config: OptimizerConfig) -> float:
+    """``schedule`` at an update of a stage, of the kind that stage and optimizer ask for."""
+    default: ScheduleKind = "constant" if config.kind == "schedule_free" else "linear"
+    kind = stage.schedule or default
+    return schedule(step, steps=stage.steps, warmup_steps=stage.warmup_steps, kind=kind)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, share: float) -> None:
+    """Set every group to its share of the peak."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"] * share
+
+
+def build_optimizer(
+    trained: Parameters, head: nn.Module, stage: StageConfig, config: OptimizerConfig
+) -> torch.optim.Optimizer:
+    """The optimizer of a stage; no weight decay on vectors and latents.
+
+    Each parameter group remembers its peak rate as ``peak``; parameters of the pooling head have a
+    rate of their own.
+    """
+    in_head = {id(parameter) for parameter in head.parameters()}
+    head_rate = stage.head_learning_rate or stage.learning_rate
+    split: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
+    for name, parameter in trained.items():
+        rate = head_rate if id(parameter) in in_head else stage.learning_rate
+        decays = parameter.ndim > 1 and "latents" not in name and "embed_tokens" not in name
+        # No kernel takes sharded and other parameters together.
+        kind = (rate, config.weight_decay if decays else 0.0, isinstance(parameter, DTensor))
+        split.setdefault(kind, []).append(parameter)
+    groups: list[dict[str, Any]] = [
+        {"params": parameters, "lr": rate, "peak": rate, "weight_decay": decay}
+        for (rate, decay, _), parameters in split.items()
+    ]
+    devices = {parameter.device.type for parameter in trained.values()}
+    betas = (config.beta1, config.beta2)
+    if config.kind == "adamw":
+        fused = devices <= _FUSED_DEVICES and all(p.is_floating_point() for p in trained.values())
+        return torch.optim.AdamW(groups, betas=betas, fused=fused)
+    made: torch.optim.Optimizer
+    if config.kind == "adamw_8bit" and (unfit := sorted(devices - _EIGHT_BIT_DEVICES)):
+        raise ConfigError(
+            f"adamw_8bit cannot run on {unfit[0]}",
+            where="optimizer.kind",
+            expected=f"parameters on {', '.join(sorted(_EIGHT_BIT_DEVICES))}",
+            hint="Use adamw",
+        )
+    try:
+        if config.kind == "adamw_8bit":
+            from bitsandbytes.optim import AdamW8bit
+
+            made = AdamW8bit(groups, betas=betas)
+        else:
+            from schedulefree import AdamWScheduleFree
+
+            # On a CPU, going over all tensors operation by operation only costs cache misses.
+            made = AdamWScheduleFree(groups, betas=betas, foreach=devices == {"cuda"})
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"{config.kind} needs the package {error.name!r}",
+            where="optimizer.kind",
+            hint="Install it with: pip install 'nvembed[optimizers]'",
+        ) from error
+    return made
+
+
+def training_weights(optimizer: Any) -> None:
+    """Bring the parameters to where gradients are taken, which must precede the first step."""
+    if hasattr(optimizer, "train"):  # others evaluate where they train
+        optimizer.train()
+
+
+def averaged_weights(optimizer: Any) -> None:
+    """Bring the parameters to where the model is evaluated and saved, at the end of a stage.
+
+    The way back rounds: for a look in the middle of a stage there is ``evaluation_weights``.
+    """
+    if hasattr(optimizer, "eval"):
+        optimizer.eval()
+
+
+@contextmanager
+def evaluation_weights(optimizer: Any) -> Iterator[None]:
+    """Evaluate or save inside; after it the parameters are back, bit for bit.
+
+    Where the optimizer has two points, a copy of the trained parameters is kept meanwhile.
+    """
+    if not hasattr(optimizer, "eval"):
+        yield
+        return
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    kept = [parameter.detach().clone() for parameter in parameters]
+    optimizer.eval()
+    try:
+        yield
+    finally:
+        optimizer.train()
+        with torch.no_grad():
+            for parameter, value in zip(parameters, kept, strict=True):
+                parameter.copy_(value)

@@ -1,9 +1,9 @@
 """One training step up to the gradients: packs → embeddings → loss → back through the packs.
 
 The loss sees embeddings and no graph. Every pack is embedded, with its graph for as many tokens as
-memory allows and without one beyond; the objective gives the gradient of the embeddings; each pack
-takes its rows of it backward, the kept ones at once, the others after they were embedded again with
-the same dropout. So a batch of any size has the loss and the gradients of one big graph (GradCache,
+memory allows and without one beyond; the loss gives the gradient of the embeddings; each pack takes
+its rows of it backward, the kept ones at once, the others after they were embedded again with the
+same dropout. So a batch of any size has the loss and the gradients of one big graph (GradCache,
 arXiv 2101.06983, with as little recomputed as possible). Without in-batch negatives queries do not
 touch each other: the step then goes in groups of whole queries and recomputes nothing.
 
@@ -32,58 +32,42 @@ from nvembed.model.embedder import NVEmbed
 from nvembed.model.packs import embed_pack
 from nvembed.text.packing import plan_groups, share_packs
 from nvembed.text.tokens import TokenizedText
-from nvembed.training.contrastive_loss import ContrastiveStatistics, ScoreSums
+from nvembed.training.contrastive_loss import (
+    ContrastiveStatistics,
+    Objective,
+    ScoreSums,
+    evaluate_objective,
+)
 from nvembed.training.distributed import FILLER, DistributedContext
-from nvembed.training.objective import Objective, evaluate_objective
 
 
 @dataclass(frozen=True, slots=True)
 class StepSettings:
-    """What is the same in all steps of a stage.
-
-    Args:
-        objective: the loss.
-        coupled: in-batch negatives make every query depend on all documents.
-        pack_tokens: tokens per forward.
-        activation_budget: tokens whose graphs a process holds at once.
-    """
+    """What is the same in all steps of a stage."""
 
     objective: Objective
-    coupled: bool
-    pack_tokens: int
-    activation_budget: int
+    coupled: bool  # in-batch negatives make every query depend on all documents
+    pack_tokens: int  # per forward
+    activation_budget: int  # tokens whose graphs a process holds at once
 
 
 @dataclass(frozen=True, slots=True)
 class PassPlan:
     """Queries whose texts are embedded, contrasted and sent back before the next ones.
 
-    Args:
-        part: the queries and who stands against whom.
-        rows: the step's texts that they need, in the order of ``part.texts``.
-        shares: per process its packs, as places in ``rows``.
-        sizes: tokens of each of these packs.
-        kept: how many packs, from the first on, are held with their graphs; the others are embedded
-            twice. As many in all processes: sharded weights are gathered by all of them together.
+    The first ``kept`` packs are held with their graphs; the others are embedded twice. As many in
+    all processes: sharded weights are gathered by all of them together.
     """
 
     part: ContrastiveBatch
-    rows: Sequence[int]
-    shares: list[list[list[int]]]
-    sizes: list[list[int]]
+    rows: Sequence[int]  # the step's texts that it needs, in the order of ``part.texts``
+    shares: list[list[list[int]]]  # per process its packs, as places in ``rows``
+    sizes: list[list[int]]  # tokens of each of these packs
     kept: int
 
-    def tokens(self, rank: int) -> int:
-        """Tokens that a process embeds, once."""
-        return sum(self.sizes[rank])
-
     def kept_tokens(self, rank: int) -> int:
-        """Those whose graphs it holds at once."""
+        """Tokens whose graphs a process holds at once."""
         return sum(self.sizes[rank][: self.kept])
-
-    def recomputed_tokens(self, rank: int) -> int:
-        """Those that it embeds twice."""
-        return sum(self.sizes[rank][self.kept :])
 
 
 def plan_step(
@@ -108,8 +92,8 @@ def plan_step(
 
 def recomputed_share(passes: Sequence[PassPlan], rank: int) -> float:
     """Share of a process's tokens that are embedded twice."""
-    embedded = sum(each.tokens(rank) for each in passes)
-    return sum(each.recomputed_tokens(rank) for each in passes) / max(1, embedded)
+    embedded = sum(sum(each.sizes[rank]) for each in passes)
+    return sum(sum(each.sizes[rank][each.kept :]) for each in passes) / max(1, embedded)
 
 
 def _plan_pass(
@@ -119,61 +103,36 @@ def _plan_pass(
     settings: StepSettings,
     num_processes: int,
 ) -> PassPlan:
+    room = settings.activation_budget
     shares = share_packs(lengths, settings.pack_tokens, num_processes)
     sizes = [[sum(lengths[row] for row in pack) for pack in share] for share in shares]
-    _require_room(part, shares, sizes, lengths, settings.activation_budget)
-    kept = min(_first_that_fit(own, settings.activation_budget) for own in sizes)
-    return PassPlan(part, rows, shares, sizes, kept)
-
-
-def _first_that_fit(sizes: Sequence[int], room: int) -> int:
-    """How many packs, from the first on, fit together."""
-    return int(np.searchsorted(np.cumsum(sizes), room, side="right"))
-
-
-def _require_room(
-    part: ContrastiveBatch,
-    shares: Sequence[Sequence[Sequence[int]]],
-    sizes: Sequence[Sequence[int]],
-    lengths: Sequence[int],
-    activation_budget: int,
-) -> None:
     for share, own in zip(shares, sizes, strict=True):
         for pack, size in zip(share, own, strict=True):
-            if size > activation_budget:
+            if size > room:
                 longest = max(pack, key=lambda row: lengths[row])
                 raise TrainingError(
                     f"a pack of {size:,} tokens does not fit: its longest text has "
                     f"{lengths[longest]:,} tokens ({part.texts[longest][1][:40]!r}), and memory "
-                    f"holds the graph of {activation_budget:,}",
+                    f"holds the graph of {room:,}",
                     where="memory_gb, pack_tokens",
                     hint="Lower pack_tokens or model.max_tokens, raise memory_gb, or set "
                     "activation_checkpointing=true",
                 )
+    kept = min(int(np.searchsorted(np.cumsum(own), room, side="right")) for own in sizes)
+    return PassPlan(part, rows, shares, sizes, kept)
 
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What a step found; the gradients lie in the parameters.
-
-    Args:
-        loss: of the whole batch.
-        statistics: of its scores.
-        effective_negatives: mean number of negatives per query.
-        num_tokens: tokens of all texts of the step, on all processes.
-        num_texts: the texts.
-        duplicates: share of the texts that stood in the batch more than once and were embedded
-            once.
-        recomputed: share of this process's tokens that were embedded twice.
-    """
+    """What a step found; the gradients lie in the parameters."""
 
     loss: float
     statistics: ContrastiveStatistics
-    effective_negatives: float
-    num_tokens: int
-    num_texts: int
-    duplicates: float
-    recomputed: float
+    effective_negatives: float  # mean number of negatives per query
+    num_tokens: int  # of all texts of the step, on all processes
+    num_texts: int  # unique ones
+    duplicates: float  # share of the texts that stood in the batch more than once
+    recomputed: float  # share of this process's tokens that were embedded twice
 
 
 def contrastive_step(
@@ -188,18 +147,8 @@ def contrastive_step(
 ) -> StepResult:
     """Add this process's part of the batch's gradient to the ``.grad`` of the parameters.
 
-    Args:
-        model: in training mode.
-        batch: unique texts and index matrices; the same on all processes.
-        texts: tokens of the batch's texts.
-        settings: of the stage.
-        processes: those that share the step.
-        seed: of dropout; one per step.
-        log_temperature: learned log τ, if it is.
-
-    Raises:
-        FloatingPointError: the loss is not finite; it was not sent back.
-        TrainingError: a text needs more memory than there is.
+    The model is in training mode, the batch the same on all processes; the seed is that of dropout
+    in this step. A loss that is not finite is a FloatingPointError and is not sent back.
     """
     lengths = [len(text) for text in texts]
     total_weight = float(batch.weight_B.sum())
@@ -244,27 +193,23 @@ class _Pass:
         seed: int,
         number: int,
     ) -> None:
-        self.model = model
-        self.texts = texts
-        self.processes = processes
+        self.model, self.texts, self.plan, self.processes = model, texts, plan, processes
         self.seed = derive_seed(seed, number, processes.rank)
-        self.shares = plan.shares
         self.packs = plan.shares[processes.rank]
-        self.kept = plan.kept
         self._graphs: list[Tensor] = []
 
     def embed(self) -> Tensor:
         """Embeddings ``(U, D)`` of all texts, on every process, without graph."""
         found = []
         for index in range(len(self.packs)):
-            with nullcontext() if index < self.kept else torch.no_grad():
+            with nullcontext() if index < self.plan.kept else torch.no_grad():
                 embedding_ND = self._pack(index)
-            if index < self.kept:
+            if index < self.plan.kept:
                 self._graphs.append(embedding_ND)
             found.append(embedding_ND.detach())
-        counts = [sum(len(pack) for pack in share) for share in self.shares]
+        counts = [sum(len(pack) for pack in share) for share in self.plan.shares]
         stacked_UD = self.processes.gather_rows(torch.cat(found), counts)
-        order = [row for share in self.shares for pack in share for row in pack]
+        order = [row for share in self.plan.shares for pack in share for row in pack]
         return torch.empty_like(stacked_UD).index_copy_(
             0, torch.tensor(order, device=stacked_UD.device), stacked_UD
         )
@@ -273,7 +218,7 @@ class _Pass:
         """Send the gradient of the embeddings back; after the ``last`` pass nothing follows."""
         for index, pack in enumerate(self.packs):
             # A graph is let go once it was gone through.
-            embedding_ND = self._graphs.pop(0) if index < self.kept else self._pack(index)
+            embedding_ND = self._graphs.pop(0) if index < self.plan.kept else self._pack(index)
             rows = torch.tensor(pack, dtype=torch.int64, device=gradient_UD.device)
             final = last and index == len(self.packs) - 1
             with self.processes.syncing(self.model, last=final):

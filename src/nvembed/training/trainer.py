@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,68 +18,20 @@ from accelerate import Accelerator
 from torch import nn
 
 from nvembed.core.arguments import checked
+from nvembed.core.errors import TrainingError
 from nvembed.core.reporting import progress
 from nvembed.core.runs import RunFolder
 from nvembed.core.seeding import derive_seed
+from nvembed.data.build_config import MiningConfig
 from nvembed.data.mixture import Mixture
 from nvembed.text.token_cache import TokenCache, default_cache_folder
-from nvembed.training.checkpoint import (
-    Position,
-    check_recipe,
-    latest_checkpoint,
-    read_position,
-    restore_weights,
-    save_checkpoint,
-    trained_parameters,
-)
+from nvembed.training import checkpoint, metrics, model, run_folder, stages
+from nvembed.training.checkpoint import Position, trained_parameters
 from nvembed.training.config import TrainConfig, training_inputs
+from nvembed.training.contrastive_loss import bounded, new_temperature
 from nvembed.training.distributed import DistributedContext, dead_peer_is_an_error, shard_backbone
-from nvembed.training.metrics import (
-    Best,
-    describe,
-    evaluate_step,
-    evaluation_is_due,
-    load_evaluation_tasks,
-    metrics_row,
-    put_back_best,
-    should_stop,
-    start_trackers,
-    track,
-    tracker_options,
-)
-from nvembed.training.model import (
-    computing,
-    save_adapters,
-    save_model,
-    settle_activation_budget,
-    starting_model,
-)
-from nvembed.training.objective import bounded, new_temperature
-from nvembed.training.optim import averaged_weights, set_learning_rate, stage_schedule
-from nvembed.training.run_folder import (
-    changed_kernels,
-    check_finished,
-    inputs_of,
-    interrupted,
-    is_finished,
-    not_finite,
-    out_of_memory,
-    prepare_folder,
-    settle_inputs,
-    settle_mined,
-    sigterm_is_an_error,
-    stop_signals,
-    with_settled_precision,
-)
-from nvembed.training.stages import (
-    DataLoader,
-    PreparedBatch,
-    Stage,
-    load_mixtures,
-    mine_mixture,
-    start_stage,
-)
-from nvembed.training.step import contrastive_step
+from nvembed.training.stage_mining import mine_mixture
+from nvembed.training.step import StepResult, contrastive_step
 
 
 @checked
@@ -116,18 +68,18 @@ def train(
     processes = DistributedContext.of_environment(
         shard=config.shard, timeout_minutes=config.peer_timeout_minutes
     )
-    with dead_peer_is_an_error(str(run.checkpoints)), sigterm_is_an_error(str(run.path)):
+    with dead_peer_is_an_error(str(run.checkpoints)), run_folder.sigterm_is_an_error(str(run.path)):
         why: str | None = None
         if processes.is_main:  # settles it for all
-            config, why = with_settled_precision(config, run, fresh=fresh)
+            config, why = run_folder.with_settled_precision(config, run, fresh=fresh)
         config = config.model_copy(update={"precision": processes.of_main(config.precision)})
         if processes.is_main:
             inputs = training_inputs(config, base_dir, None if recipe is None else Path(recipe))
-            prepare_folder(run, config, fresh=fresh, inputs=inputs)
+            run_folder.prepare_folder(run, config, fresh=fresh, inputs=inputs)
         processes.barrier()
-        if is_finished(run):
-            if processes.is_main:
-                check_finished(run, config, base_dir)
+        if run_folder.is_finished(run):
+            if processes.is_main and run.inputs.exists():
+                run_folder.check_inputs(run, run_folder.read_inputs_of(config, base_dir))
             return run.model
         return _Run(config, run, base_dir, processes, why).train()
 
@@ -143,196 +95,209 @@ class _Run:
         processes: DistributedContext,
         why: str | None,
     ) -> None:
-        self.config = config
-        self.run = run
-        self.base_dir = base_dir
-        self.processes = processes
+        self.config, self.run, self.base_dir, self.processes = config, run, base_dir, processes
+        self.computing = partial(model.computing, config, processes.device)
         # All data are read first: a bad line is told before a large model is loaded.
-        self.mixtures = load_mixtures(config, base_dir)
-        self.tasks = load_evaluation_tasks(config.evaluation, base_dir) if config.evaluation else []
-        inputs = inputs_of(config, base_dir, self.mixtures, self.tasks)
-        settle_inputs(run, inputs, processes, self.log)
-        self.accelerator = Accelerator(**tracker_options(config.trackers, run))
+        self.mixtures = stages.load_mixtures(config, base_dir)
+        given = config.evaluation
+        tasks = metrics.load_evaluation_tasks(given, base_dir) if given else []
+        self.evaluation = given and metrics.Evaluation(given, tasks, run.checkpoints, processes)
+        inputs = run_folder.inputs_of(config, base_dir, self.mixtures, tasks)
+        run_folder.settle_inputs(run, inputs, processes, self.log)
+        options = metrics.tracker_options(config.trackers, run) if config.trackers else {}
+        self.accelerator = Accelerator(**options)
         # Of a model that is to be sharded only the shares go to the device.
         device = "cpu" if processes.sharded else str(processes.device)
-        self.embedder = starting_model(config, base_dir, device=device)
+        self.embedder = model.starting_model(config, base_dir, device=device)
         self.tokens = TokenCache(default_cache_folder(), self.embedder.backbone.text_tokenizer)
         self.recipe = config.model_dump(mode="json")
-        self.checkpoint = latest_checkpoint(run.checkpoints, log=self.log)
-        note = self.checkpoint and check_recipe(self.checkpoint, self.recipe, processes.count)
-        self.position = read_position(self.checkpoint) if self.checkpoint else Position()
-        self.best = Best.from_json(self.position.extra.get("best"))
-        stage = config.stages[self.position.stage] if self.position.stage_step else None
-        self.log_temperature = new_temperature(stage, processes.device)
+        self._save = partial(
+            checkpoint.save_checkpoint,
+            run.checkpoints,
+            recipe=self.recipe,
+            processes=processes,
+            keep=config.keep_checkpoints,
+        )
+        self.position, self.best, lines = Position(), metrics.Best(), [why]
+        self.log_temperature: nn.Parameter | None = None
+        self.begun = checkpoint.latest_checkpoint(run.checkpoints, log=self.log)
+        if self.begun is not None:
+            lines += [
+                checkpoint.check_recipe(self.begun, self.recipe, processes.count),
+                run_folder.changed_kernels(run),
+            ]
+            self.position = checkpoint.read_position(self.begun)
+            self.best = metrics.Best.from_json(self.position.extra.get("best"))
+            if self.position.stage_step:
+                stage = config.stages[self.position.stage]
+                self.log_temperature = new_temperature(stage, processes.device)
         if processes.is_main:
             run.trim_metrics(self.position.step)
-        if self.checkpoint is None:
+        trained = trained_parameters(self.embedder, log_temperature=self.log_temperature)
+        if self.begun is None:
             # All start from the same numbers, whatever the machines make of a seed.
-            processes.broadcast_parameters(trained_parameters(self.embedder).values())
+            processes.broadcast_parameters(trained.values())
         else:
-            restore_weights(self.checkpoint, self._trained())
-            self.log(f"going on after step {self.position.step} ({self.checkpoint.name})")
-        begun = () if self.checkpoint is None else (note, changed_kernels(run))
-        for line in filter(None, (why, *begun)):
+            checkpoint.restore_weights(self.begun, trained)
+            self.log(f"going on after step {self.position.step} ({self.begun.name})")
+        for line in filter(None, lines):
             self.log(line)
         if processes.sharded:
             half = torch.bfloat16 if config.precision == "bfloat16" else None
             shard_backbone(self.embedder, processes, compute_dtype=half)
 
     def train(self) -> Path:
-        with computing(self.config, self.processes.device):
+        with self.computing():
             self.embedder.train()
-            self.memory = settle_activation_budget(
+            budget = model.settle_activation_budget(
                 self.run.graph_memory, self.embedder, self.config, self.processes
             )
-        tokens, size = self.memory.tokens, self.memory.bytes_per_token / 1e3
-        gigabytes = self.memory.budget_bytes / 1e9
-        self.log(f"memory for graphs {gigabytes:.2f} GB: {tokens:,} tokens ({size:,.0f} kB each)")
+        self.log(
+            f"memory for graphs {budget.budget_bytes / 1e9:.2f} GB: {budget.tokens:,} tokens "
+            f"({budget.bytes_per_token / 1e3:,.0f} kB each)"
+        )
         if self.processes.is_main and self.config.trackers:
-            start_trackers(self.accelerator, self.run, self.recipe, step=self.position.step)
+            metrics.start_trackers(self.accelerator, self.run, self.recipe, step=self.position.step)
         for number in range(self.position.stage, len(self.config.stages)):
-            self._stage(number)
+            self._stage(self._start(number, budget.tokens))
         if (lora := self.config.lora) and lora.save_adapter and self.processes.is_main:
-            save_adapters(self.embedder, self.run.adapter)
+            model.save_adapters(self.embedder, self.run.adapter)
         self._save_model(self.run.model, final=True)
         self.log(f"model written to {self.run.model}")
         self.accelerator.end_training()  # parts with the other processes
         return self.run.model
-
-    def _trained(self) -> dict[str, nn.Parameter]:
-        """What is tuned now, by name."""
-        learned = self.log_temperature
-        extra = {} if learned is None else {"log_temperature": learned}
-        return trained_parameters(self.embedder, **extra)
-
-    def _save_model(self, folder: Path, *, final: bool) -> None:
-        write = self.processes.is_main
-        save_model(
-            self.embedder, self.config, folder, base_dir=self.base_dir, final=final, write=write
-        )
-        self.processes.barrier()
 
     def log(self, line: str) -> None:  # to the terminal and to train.log
         if self.processes.is_main:
             print(line, flush=True)
             self.run.append_log(line)
 
-    def _stage(self, number: int) -> None:
+    def _start(self, number: int, activation_budget: int) -> stages.Stage:
+        """A stage with its data and its optimizer, as new or where the run stands."""
         config = self.config.stages[number]
-        stage = self._start(number, self._mixture(number))
-        self.log(describe(config, stage.loader))
-        start = self.position.stage_step
-        with stop_signals() as stopping:
-            with (
-                progress(config.steps - start, config.name, shown=self.processes.is_main) as bar,
-                stage.loader.steps(start, prefetch=self.processes.device.type != "cpu") as batches,
-            ):
-                started = time.perf_counter()
-                for stage_step, batch in enumerate(batches, start):
-                    if self.config.evaluation and should_stop(self.config.evaluation, self.best):
-                        self.log(f"{config.name}: no better in {self.best.since} evaluations")
-                        break
-                    row = self._step(stage, stage_step, batch, started)
-                    bar.advance(1, loss=row["loss"], tokens_per_s=row["tokens_per_second"])
-                    self.position = Position(
-                        row["step"],
-                        number,
-                        stage_step + 1,
-                        self.position.seconds + row["seconds"],
-                        {"best": self.best.to_json()},
-                    )
-                    if row["step"] % self.config.log_every == 0:
-                        self._report(row)
-                    self._maybe_evaluate(stage)
-                    self._maybe_checkpoint(stage, stopping)
-                    started = time.perf_counter()
-            self._finish_stage(stage)
-            if self.processes.agree(stopping()):
-                raise interrupted(self.run, self.position.step)
+        mixture = self.mixtures[number] if config.mine is None else self._mined(number, config.mine)
+        going_on = self.position.stage_step > 0
+        if not going_on:
+            self.log_temperature = new_temperature(config, self.processes.device)
+        return stages.start_stage(
+            self.config,
+            number,
+            stages.DataLoader(mixture, config, seed=self.config.seed, tokens=self.tokens),
+            trained_parameters(self.embedder, log_temperature=self.log_temperature),
+            head=self.embedder.pooling,
+            activation_budget=activation_budget,
+            checkpoint=self.begun if going_on else None,
+        )
 
-    def _report(self, row: dict[str, Any]) -> None:
-        if self.processes.is_main:
-            self.run.append_metrics(row)
-        track(self.accelerator, row)
-
-    def _maybe_evaluate(self, stage: Stage) -> None:
-        """Score the model on the recipe's tasks when it is time, and keep the best weights."""
-        evaluation, position = self.config.evaluation, self.position
-        done, steps = position.stage_step, stage.config.steps
-        if evaluation is None or not evaluation_is_due(evaluation, done, steps):
-            return
-        with computing(self.config, self.processes.device):
-            self.best, scores = evaluate_step(
-                self.embedder,
-                stage.trained,
-                stage.optimizer,
-                self.tasks,
-                evaluation,
-                self.best,
-                step=position.step,
-                folder=self.run.checkpoints,
-                processes=self.processes,
-            )
-        self._report({"step": position.step, "stage": stage.config.name, "evaluation": scores})
-        self.position = replace(position, extra={"best": self.best.to_json()})
-
-    def _mixture(self, number: int) -> Mixture:
-        """The data of a stage, with negatives mined by the model as it is now where asked for."""
+    def _mined(self, number: int, settings: MiningConfig) -> Mixture:
+        """The data of a stage, with negatives mined by the model as it is now."""
         config, processes = self.config.stages[number], self.processes
-        if config.mine is None:
-            return self.mixtures[number]
         # One process mines and the others read its files; with sharded weights all mine together,
         # forward by forward, and write the same files.
         mines = processes.is_main or processes.sharded
         if not mines:
             processes.barrier()
-        with computing(self.config, self.processes.device):
+        with self.computing():
             mixture = mine_mixture(
                 self.config,
                 number,
-                config.mine,
+                settings,
                 base_dir=self.base_dir,
                 mined_dir=self.run.mined / config.name,
                 teacher=self.embedder,
                 log=self.log,
             )
         if processes.is_main:
-            settle_mined(self.run, self.config, config.name, mixture)
+            run_folder.settle_mined(self.run, self.config, config.name, mixture)
         if mines:
             processes.barrier()
         return mixture
 
-    def _start(self, number: int, mixture: Mixture) -> Stage:
-        config = self.config.stages[number]
-        going_on = self.position.stage_step > 0
-        if not going_on:
-            self.log_temperature = new_temperature(config, self.processes.device)
-        return start_stage(
-            self.config,
-            number,
-            DataLoader(mixture, config, seed=self.config.seed, tokens=self.tokens),
-            self._trained(),
-            head=self.embedder.pooling,
-            activation_budget=self.memory.tokens,
-            checkpoint=self.checkpoint if going_on else None,
-        )
+    def _stage(self, stage: stages.Stage) -> None:
+        config, evaluation, processes = stage.config, self.evaluation, self.processes
+        self.log(stage.loader.describe())
+        start = self.position.stage_step
+        with run_folder.stop_signals() as stopping:
+            with (
+                progress(config.steps - start, config.name, shown=processes.is_main) as bar,
+                stage.loader.steps(start, prefetch=processes.device.type != "cpu") as batches,
+            ):
+                started = time.perf_counter()
+                for stage_step, batch in enumerate(batches, start):
+                    if evaluation and metrics.should_stop(evaluation.config, self.best):
+                        self.log(f"{config.name}: no better in {self.best.since} evaluations")
+                        break
+                    row = self._step(stage, stage_step, batch, started)
+                    bar.advance(1, loss=row["loss"], tokens_per_s=row["tokens_per_second"])
+                    self.position = Position(
+                        row["step"],
+                        stage.number,
+                        stage_step + 1,
+                        self.position.seconds + row["seconds"],
+                        {"best": asdict(self.best)},
+                    )
+                    if row["step"] % self.config.log_every == 0:
+                        self._report(row)
+                    if evaluation:
+                        self._maybe_evaluate(stage, evaluation)
+                    stop = processes.agree(stopping())
+                    if stop or row["step"] % self.config.checkpoint_every == 0:
+                        self._save(self.position, stage.trained, stage.optimizer)
+                    if stop:
+                        raise self._interrupted()
+                    started = time.perf_counter()
+            self._finish_stage(stage)
+            if processes.agree(stopping()):
+                raise self._interrupted()
 
     def _step(
-        self, stage: Stage, stage_step: int, prepared: PreparedBatch, started: float
+        self, stage: stages.Stage, stage_step: int, prepared: stages.PreparedBatch, started: float
     ) -> dict[str, Any]:
         """One update; returns its metrics. A number that is not finite changes nothing.
 
         Its time counts from ``started``, so that waiting for the batch is part of it.
         """
-        config = stage.config
-        share = stage_schedule(stage_step, config, self.config.optimizer)
-        set_learning_rate(stage.optimizer, share)
+        config, optimizer, trained = stage.config, stage.optimizer, stage.trained.values()
+        share = stages.stage_schedule(stage_step, config, self.config.optimizer)
+        stages.set_learning_rate(optimizer, share)
+        result = self._gradients(stage, stage_step, prepared)
+        # The temperature's gradient is whole already: every process computes the whole loss.
+        self.processes.sum_gradients(p for p in trained if p is not self.log_temperature)
+        norm = self.processes.clip_gradients(trained, self.config.optimizer.max_grad_norm)
+        if not math.isfinite(norm):
+            raise self._not_finite(norm, "gradient norm", config.name)
+        optimizer.step()
+        optimizer.zero_grad()
+        temperature = bounded(self.log_temperature) or config.temperature
+        seconds = time.perf_counter() - started
+        return {
+            "step": self.position.step + 1,
+            "stage": config.name,
+            "loss": result.loss,
+            "learning_rate": config.learning_rate * share,
+            "grad_norm": norm,
+            "temperature": temperature,
+            "positive_similarity": result.statistics.positive_similarity,
+            "margin": result.statistics.margin,
+            "accuracy": result.statistics.accuracy,
+            "effective_negatives": result.effective_negatives,
+            "texts": result.num_texts,
+            "tokens": result.num_tokens,
+            "padding": 0.0,
+            "duplicates": result.duplicates,
+            "recomputed": result.recomputed,
+            "seconds": seconds,
+            "tokens_per_second": result.num_tokens / seconds,
+        }
+
+    def _gradients(
+        self, stage: stages.Stage, stage_step: int, prepared: stages.PreparedBatch
+    ) -> StepResult:
+        config, (batch, texts) = stage.config, prepared
         self.embedder.train()
-        step = self.position.step + 1
-        batch, texts = prepared
         try:
-            with computing(self.config, self.processes.device):
-                result = contrastive_step(
+            with self.computing():
+                return contrastive_step(
                     self.embedder,
                     batch,
                     texts,
@@ -342,58 +307,71 @@ class _Run:
                     log_temperature=self.log_temperature,
                 )
         except FloatingPointError as error:
-            raise not_finite(self.run, error.args[0], "loss", config, step) from error
+            raise self._not_finite(error.args[0], "loss", config.name) from error
         except torch.OutOfMemoryError as error:
-            longest = max(len(text) for text in texts)
-            raise out_of_memory(config, step, self.config.pack_tokens, longest) from error
-        norm = self._summed_norm(stage)
-        if not math.isfinite(norm):
-            raise not_finite(self.run, norm, "gradient norm", config, step)
-        stage.optimizer.step()
-        stage.optimizer.zero_grad()
-        temperature = bounded(self.log_temperature) or config.temperature
-        seconds = time.perf_counter() - started
-        return metrics_row(config, step, norm, share, temperature, result, seconds)
+            raise TrainingError(
+                f"the device ran out of memory in step {self.position.step + 1} ({config.name}): "
+                f"packs of {self.config.pack_tokens:,} tokens, longest text "
+                f"{max(map(len, texts)):,}",
+                where="memory_gb, pack_tokens",
+                hint="Lower pack_tokens, memory_gb or model.max_tokens, or set "
+                "activation_checkpointing=true; the run goes on from its last checkpoint",
+            ) from error
 
-    def _summed_norm(self, stage: Stage) -> float:
-        """Sum the gradients over the processes, clip them, return their norm."""
-        trained, limit = stage.trained.values(), self.config.optimizer.max_grad_norm
-        # The temperature's gradient is whole already: every process computes the whole loss.
-        self.processes.sum_gradients(p for p in trained if p is not self.log_temperature)
-        return self.processes.clip_gradients(trained, limit)
+    def _maybe_evaluate(self, stage: stages.Stage, evaluation: metrics.Evaluation) -> None:
+        """Score the model on the recipe's tasks when it is time, and keep the best weights."""
+        name, position = stage.config.name, self.position
+        if not metrics.evaluation_is_due(
+            evaluation.config, position.stage_step, stage.config.steps
+        ):
+            return
+        with self.computing():
+            self.best, scores = evaluation.step(
+                self.embedder, stage.trained, stage.optimizer, self.best, position.step
+            )
+        self._report({"step": position.step, "stage": name, "evaluation": scores})
+        self.position = replace(position, extra={"best": asdict(self.best)})
 
-    def _maybe_checkpoint(self, stage: Stage, stopping: Callable[[], bool]) -> None:
-        stop = self.processes.agree(stopping())
-        if stop or self.position.step % self.config.checkpoint_every == 0:
-            self._checkpoint(stage, stage.trained)
-        if stop:
-            raise interrupted(self.run, self.position.step)
+    def _report(self, row: dict[str, Any]) -> None:
+        if self.processes.is_main:
+            self.run.append_metrics(row)
+        if self.config.trackers:
+            metrics.track(self.accelerator, row)
 
-    def _checkpoint(self, stage: Stage, trained: Mapping[str, nn.Parameter]) -> None:
-        self.checkpoint = save_checkpoint(
-            self.run.checkpoints,
-            self.position,
-            trained,
-            stage.optimizer,
-            recipe=self.recipe,
-            processes=self.processes,
-            keep=self.config.keep_checkpoints,
+    def _finish_stage(self, stage: stages.Stage) -> None:
+        # What the next stage, and the model, start from.
+        name, step = stage.config.name, self.position.step
+        stages.averaged_weights(stage.optimizer)
+        if self.evaluation and self.evaluation.put_back(stage.trained, self.best, step):
+            self.log(f"{name}: back to the weights of step {self.best.step}")
+        self.best = metrics.Best()
+        if stage.number + 1 < len(self.config.stages):
+            self._save_model(self.run.path / f"model-{name}", final=False)
+        self.position = Position(step, stage.number + 1, 0, self.position.seconds)
+        self._save(self.position, trained_parameters(self.embedder), stage.optimizer)
+        self.log(f"{name} finished after step {step}")
+
+    def _save_model(self, folder: Path, *, final: bool) -> None:
+        write = self.processes.is_main
+        model.save_model(
+            self.embedder, self.config, folder, base_dir=self.base_dir, final=final, write=write
+        )
+        self.processes.barrier()
+
+    def _interrupted(self) -> TrainingError:
+        return TrainingError(
+            f"interrupted after step {self.position.step}; a checkpoint was written",
+            where=str(self.run.checkpoints),
+            hint="The same command goes on from there",
         )
 
-    def _finish_stage(self, stage: Stage) -> None:
-        # What the next stage, and the model, start from.
-        averaged_weights(stage.optimizer)
-        if self.config.evaluation and put_back_best(
-            stage.trained,
-            self.config.evaluation,
-            self.best,
-            step=self.position.step,
-            folder=self.run.checkpoints,
-        ):
-            self.log(f"{stage.config.name}: back to the weights of step {self.best.step}")
-        self.best = Best()
-        if stage.number + 1 < len(self.config.stages):
-            self._save_model(self.run.path / f"model-{stage.config.name}", final=False)
-        self.position = Position(self.position.step, stage.number + 1, 0, self.position.seconds)
-        self._checkpoint(stage, trained_parameters(self.embedder))
-        self.log(f"{stage.config.name} finished after step {self.position.step}")
+    def _not_finite(self, value: float, what: str, stage: str) -> TrainingError:
+        last = checkpoint.latest_checkpoint(self.run.checkpoints)
+        step = self.position.step + 1
+        return TrainingError(
+            f"the {what} of step {step} ({stage}) is {value}; the weights were not changed",
+            where=str(self.run.path),
+            expected="finite numbers",
+            hint="Lower the learning rate or raise the temperature; last checkpoint: "
+            f"{last.name if last else 'none'}",
+        )

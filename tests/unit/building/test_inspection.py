@@ -226,6 +226,17 @@ def test_classes_that_cannot_be_converted_are_named(
     assert [line.split(": ")[0] for line in found] == [f"{path}:2", f"{path}:3"]
 
 
+def test_all_that_is_wrong_with_a_class_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "classes.jsonl"
+    write_jsonl(path, [{"text": "one", "label": "x"}] * 2)
+    code, found = check(path, "--kind", "classification", capsys=capsys)
+    assert code == 2
+    assert found[0] == f"{path}:1: 'x' is the only label of the set, expected at least two"
+    assert found[1].startswith(f"{path}:1: label 'x' has one text only")
+
+
 def test_a_good_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "sts.jsonl"
     write_jsonl(path, STS[:-1])  # the last one contradicts another

@@ -16,7 +16,7 @@ from nvembed.core.ownership import MARK
 from nvembed.encoding.encoder import Encoder
 from nvembed.evaluation import session
 from nvembed.evaluation.results import TaskResult, items_folder, read_items, read_results
-from nvembed.evaluation.run import TaskOutcome
+from nvembed.evaluation.run import Engine, TaskOutcome
 from nvembed.evaluation.session import Settings, run_session
 from nvembed.evaluation.summary import published_results
 from nvembed.evaluation.tasks import LocalTask, load_tasks
@@ -358,10 +358,10 @@ def test_keep_going_scores_the_rest_and_says_what_is_missing(
     write_task(tasks / "spoiled", "STS")
     score = session.score_task
 
-    def score_or_fail(task: LocalTask, encoder: Encoder) -> TaskOutcome:
+    def score_or_fail(task: LocalTask, encoder: Encoder, engine: Engine) -> TaskOutcome:
         if task.name == "spoiled":
             raise ModelError("the model gave NaN")
-        return score(task, encoder)
+        return score(task, encoder, engine)
 
     monkeypatch.setattr(session, "score_task", score_or_fail)
     output = tmp_path / "results.json"

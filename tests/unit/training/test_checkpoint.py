@@ -33,7 +33,7 @@ from nvembed.training.checkpoint import (
 )
 from nvembed.training.config import OptimizerConfig, StageConfig, recipe_differences
 from nvembed.training.distributed import DistributedContext
-from nvembed.training.optim import build_optimizer, set_learning_rate, training_weights
+from nvembed.training.stages import build_optimizer, set_learning_rate, training_weights
 
 STAGE = StageConfig(name="one", steps=6, in_batch_negatives=True, learning_rate=0.01)
 RECIPE = {"seed": 1, "stages": [{"steps": 6, "learning_rate": 0.01}], "log_every": 1}

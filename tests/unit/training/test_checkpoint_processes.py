@@ -22,7 +22,7 @@ from nvembed.training.checkpoint import (
 )
 from nvembed.training.config import OptimizerConfig, StageConfig
 from nvembed.training.distributed import DistributedContext
-from nvembed.training.optim import build_optimizer, training_weights
+from nvembed.training.stages import build_optimizer, training_weights
 
 STAGE = StageConfig(name="one", steps=6, in_batch_negatives=True, learning_rate=0.01)
 

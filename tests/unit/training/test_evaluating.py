@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +24,14 @@ from nvembed.training.config import EvaluationConfig, OptimizerConfig, StageConf
 from nvembed.training.distributed import DistributedContext
 from nvembed.training.metrics import (
     Best,
-    Scores,
+    Evaluation,
     evaluate_model,
-    evaluate_step,
     evaluation_is_due,
     load_evaluation_tasks,
-    put_back_best,
+    mean_score,
     should_stop,
 )
-from nvembed.training.optim import averaged_weights, build_optimizer, training_weights
+from nvembed.training.stages import averaged_weights, build_optimizer, training_weights
 from task_folders import write_task
 
 TASKS = [LocalTask("t", "STS", None, "cosine_spearman", Path("t"), [])]
@@ -71,7 +70,7 @@ def test_a_run_that_goes_on_decides_the_same() -> None:
     scores = [0.3, 0.1, 1 / 3, 0.2, 0.1]
     whole = decide(scores)
     for stop in range(1, 5):
-        saved = json.loads(json.dumps(decide(scores[:stop])[-1].to_json()))
+        saved = json.loads(json.dumps(asdict(decide(scores[:stop])[-1])))
         rest = decide(scores[stop:], Best.from_json(saved), first=stop + 1)
         assert rest == whole[stop:]
     assert Best.from_json(None) == Best()
@@ -83,8 +82,8 @@ def test_every_so_many_steps_and_the_last() -> None:
 
 
 def test_the_mean_needs_all_scores() -> None:
-    assert Scores({"a": 0.25, "b": 0.5}).mean == 0.375
-    assert Scores({"a": 0.25, "b": None}).mean is None
+    assert mean_score({"a": 0.25, "b": 0.5}) == 0.375
+    assert mean_score({"a": 0.25, "b": None}) is None
 
 
 def test_tasks_are_read_at_once_and_told_if_they_cannot(tmp_path: Path, monkeypatch) -> None:
@@ -120,8 +119,8 @@ def test_training_goes_on_as_if_nothing_had_been_asked(tmp_path: Path, model: NV
     assert torch.equal(torch.get_rng_state(), generators[2])
     # What it says is what `nvembed evaluate` says.
     results = evaluate(model.eval(), tasks)
-    assert scores.tasks == {name: result.main_score for name, result in results.items()}
-    assert scores.mean == pytest.approx(sum(r.main_score for r in results.values()) / 2)
+    assert scores == {name: result.main_score for name, result in results.items()}
+    assert mean_score(scores) == pytest.approx(sum(r.main_score for r in results.values()) / 2)
 
 
 @dataclass(frozen=True)
@@ -155,8 +154,8 @@ def test_processes_share_out_the_tasks(
     scores = evaluate_model(model, tasks, OneOfTwo(rank, others=others, sharded=sharded))
     assert given == own
     # Sharded: all have all scores, and every process takes those of the same one.
-    assert scores.tasks == {n: 0.5 if n in own else 0.25 for n in "abc"}
-    assert list(scores.tasks) == ["a", "b", "c"]
+    assert scores == {n: 0.5 if n in own else 0.25 for n in "abc"}
+    assert list(scores) == ["a", "b", "c"]
 
 
 def scored(monkeypatch: pytest.MonkeyPatch, scores: list[float | None]) -> None:
@@ -175,7 +174,7 @@ def test_the_best_weights_are_kept_and_put_back(
 ) -> None:
     if kind == "schedule_free":
         pytest.importorskip("schedulefree")
-    config = evaluation(every=1)
+    kept = Evaluation(evaluation(every=1), TASKS, tmp_path, DistributedContext())
     trained = {name: p for name, p in trained_parameters(model).items() if name.startswith("1.")}
     optimizer = build_optimizer(trained, model.pooling, STAGE, OptimizerConfig(kind=kind))
     training_weights(optimizer)
@@ -194,17 +193,7 @@ def test_the_best_weights_are_kept_and_put_back(
             parameter.grad = torch.sin(parameter.detach() * step)
         optimizer.step()
         before = watched.detach().clone()
-        best, row = evaluate_step(
-            model,
-            trained,
-            optimizer,
-            TASKS,
-            config,
-            best,
-            step=step,
-            folder=tmp_path,
-            processes=DistributedContext(),
-        )
+        best, row = kept.step(model, trained, optimizer, best, step)
         assert torch.equal(watched, before)
         assert torch.equal(evaluated[-1], before) == (kind == "adamw" or step == 1)
         rows.append(row)
@@ -212,7 +201,7 @@ def test_the_best_weights_are_kept_and_put_back(
     assert rows[2] == {"tasks": {"t": None}, "mean": None, "best": 0.7, "best_step": 2}
     assert best == Best(0.7, 2, 3)
     averaged_weights(optimizer)
-    assert put_back_best(trained, config, best, step=5, folder=tmp_path)
+    assert kept.put_back(trained, best, 5)
     assert torch.equal(watched, evaluated[1])
     assert not torch.equal(evaluated[1], evaluated[4])
 
@@ -223,31 +212,12 @@ def test_nothing_is_put_back_where_the_last_is_the_best_or_none_is_kept(
     trained = {name: p for name, p in trained_parameters(model).items() if "latents" in name}
     optimizer = build_optimizer(trained, model.pooling, STAGE, OptimizerConfig())
     scored(monkeypatch, [0.5, math.nextafter(0.5, 1)])
-    best, _ = evaluate_step(
-        model,
-        trained,
-        optimizer,
-        TASKS,
-        evaluation(),
-        Best(),
-        step=1,
-        folder=tmp_path / "kept",
-        processes=DistributedContext(),
-    )
-    assert not put_back_best(trained, evaluation(), best, step=1, folder=tmp_path / "kept")
-    off = evaluation(keep_best=False)
-    best, _ = evaluate_step(
-        model,
-        trained,
-        optimizer,
-        TASKS,
-        off,
-        best,
-        step=2,
-        folder=tmp_path / "off",
-        processes=DistributedContext(),
-    )
+    kept = Evaluation(evaluation(), TASKS, tmp_path / "kept", DistributedContext())
+    best, _ = kept.step(model, trained, optimizer, Best(), 1)
+    assert not kept.put_back(trained, best, 1)
+    off = Evaluation(evaluation(keep_best=False), TASKS, tmp_path / "off", DistributedContext())
+    best, _ = off.step(model, trained, optimizer, best, 2)
     assert best.step == 2
     assert not (tmp_path / "off").exists()
-    assert not put_back_best(trained, off, best, step=3, folder=tmp_path / "off")
-    assert not put_back_best(trained, evaluation(), Best(), step=3, folder=tmp_path)
+    assert not off.put_back(trained, best, 3)
+    assert not kept.put_back(trained, Best(), 3)

@@ -9,8 +9,13 @@ import pytest
 import torch
 
 from nvembed.data.batch import ContrastiveBatch, TeacherScores
-from nvembed.training.contrastive_loss import info_nce, scores
-from nvembed.training.objective import Objective, distillation, evaluate_objective
+from nvembed.training.contrastive_loss import (
+    Objective,
+    distillation,
+    evaluate_objective,
+    info_nce,
+    scores,
+)
 
 QUERIES, DOCUMENTS, WIDTH = 7, 11, 6
 

@@ -13,7 +13,7 @@ from torch import nn
 from nvembed.core.errors import ConfigError
 from nvembed.training.checkpoint import trained_parameters
 from nvembed.training.config import OptimizerConfig, StageConfig
-from nvembed.training.optim import (
+from nvembed.training.stages import (
     averaged_weights,
     build_optimizer,
     evaluation_weights,

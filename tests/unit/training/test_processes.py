@@ -26,6 +26,7 @@ from nvembed.model.settings import LoraSettings
 from nvembed.text.packing import share_packs
 from nvembed.text.tokens import TokenizedText
 from nvembed.training import distributed as module
+from nvembed.training.contrastive_loss import Objective
 from nvembed.training.distributed import (
     FILLER,
     DistributedContext,
@@ -33,7 +34,6 @@ from nvembed.training.distributed import (
     shard_backbone,
 )
 from nvembed.training.distributed import full as whole
-from nvembed.training.objective import Objective
 from nvembed.training.step import StepSettings, contrastive_step
 
 

@@ -22,7 +22,8 @@ from nvembed.data.mixture import Mixture, tempered_weights
 from nvembed.data.records import PairRecord, StsRecord
 from nvembed.mining.miner import mine_negatives, mine_sts_negatives
 from nvembed.training.config import TrainConfig
-from nvembed.training.stages import load_mixtures, mine_mixture, mined_dataset, mined_file
+from nvembed.training.stage_mining import mine_mixture, mined_dataset, mined_file
+from nvembed.training.stages import load_mixtures
 
 WORDS = ["red", "blue", "green", "fox", "owl", "cat", "tree", "lake", "hill", "sun", "moon", "star"]
 PAIRS = [PairRecord(f"{word} first", (f"{word} answer",)) for word in WORDS]

@@ -16,10 +16,9 @@ from nvembed.model.embedder import NVEmbed
 from nvembed.model.packs import embed_pack
 from nvembed.model.settings import LoraSettings
 from nvembed.text.token_cache import TokenCache
-from nvembed.training.contrastive_loss import info_nce, scores
+from nvembed.training.contrastive_loss import Objective, info_nce, scores
 from nvembed.training.distributed import DistributedContext
 from nvembed.training.model import counted_graph, graph_bytes_per_token
-from nvembed.training.objective import Objective
 from nvembed.training.step import StepResult, StepSettings, contrastive_step
 
 EVERYTHING = 10**9

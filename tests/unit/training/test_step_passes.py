@@ -21,9 +21,8 @@ from nvembed.data.examples import PairSource
 from nvembed.data.records import PairRecord
 from nvembed.text.tokens import TokenizedText
 from nvembed.training import step
-from nvembed.training.contrastive_loss import ContrastiveStatistics, info_nce
+from nvembed.training.contrastive_loss import ContrastiveStatistics, Evaluated, Objective, info_nce
 from nvembed.training.distributed import FILLER, DistributedContext
-from nvembed.training.objective import Evaluated, Objective
 from nvembed.training.step import (
     StepResult,
     StepSettings,

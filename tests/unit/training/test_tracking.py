@@ -70,7 +70,7 @@ def test_no_trackers_are_no_options(tmp_path: Path) -> None:
     [("tensorboard", r"'nvembed\[trackers\]'"), ("wandb", "wandb"), ("trackio", "trackio")],
 )
 def test_a_missing_package_is_told(tmp_path: Path, monkeypatch, kind: str, install: str) -> None:
-    monkeypatch.setattr(metrics, f"is_{kind}_available", lambda: False)
+    monkeypatch.setattr(metrics.utils, f"is_{kind}_available", lambda: False)
     with pytest.raises(
         ConfigError, match=f"trackers: the tracker {kind} needs .* pip install {install}$"
     ):

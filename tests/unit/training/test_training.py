@@ -27,8 +27,8 @@ from nvembed.model.embedder import NVEmbed
 from nvembed.training import checkpoint, trainer
 from nvembed.training.checkpoint import latest_checkpoint
 from nvembed.training.config import TrainConfig
-from nvembed.training.optim import schedule
 from nvembed.training.run_folder import changed_kernels, with_settled_precision
+from nvembed.training.stages import schedule
 from nvembed.training.trainer import train
 from official_folders import write_official
 
@@ -233,13 +233,13 @@ def test_fine_tuning_of_an_official_checkpoint(
         return original(self, *arguments)
 
     built = []
-    make = trainer.starting_model
+    make = trainer.model.starting_model
 
     def build(*arguments, **options):
         built.append(make(*arguments, **options))
         return built[-1]
 
-    monkeypatch.setattr(trainer, "starting_model", build)
+    monkeypatch.setattr(trainer.model, "starting_model", build)
     monkeypatch.setattr(torch.optim.AdamW, "step", noted)
     folder = train(config, base_dir=tmp_path)
     assert all(gradients.values())

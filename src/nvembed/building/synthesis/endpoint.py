@@ -12,7 +12,6 @@ import json
 import random
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nvembed.building.synthesis.config import SynthesisConfig
@@ -43,31 +42,24 @@ class EndpointError(UserError):
     """The endpoint refuses our requests, or is not there."""
 
 
-class UnansweredError(Exception):
-    """One request came to nothing, however often it was sent."""
+class Request(NamedTuple):
+    """One question to the model; the same one has the same name whenever it is asked."""
+
+    name: str
+    prompt: str
+    answer: type[TaskList] | type[WrittenExample]
 
 
-class ChatAnswer(NamedTuple):
-    """What came back: the text of the first choice, and what is wrong with the response as such.
+class Asker:
+    """Asks with the endpoint's key, if there is one, and writes into the journal; to be closed."""
 
-    Tokens are as the endpoint counts them; None where it does not.
-    """
-
-    text: str
-    problem: str | None
-    prompt_tokens: int | None
-    answer_tokens: int | None
-
-
-class ChatEndpoint:
-    """Sends prompts with the endpoint's key, if there is one; to be closed."""
-
-    def __init__(self, config: SynthesisConfig, key: str | None) -> None:
+    def __init__(self, config: SynthesisConfig, key: str | None, journal: Journal) -> None:
         import httpx2
 
         self._httpx = httpx2
         self._config = config
         self._key = key
+        self._journal = journal
         self._url = f"{config.endpoint}/chat/completions"
         self._interval = 60.0 / (config.requests_per_minute or float("inf"))
         self._next = self._held_until = 0.0
@@ -79,8 +71,65 @@ class ChatEndpoint:
         )
         self.aclose = self._client.aclose
 
-    async def ask(self, prompt: str) -> ChatAnswer:
-        """Send a prompt until it is answered, as often as the configuration allows."""
+    def begin(self, bar: ProgressBar) -> None:
+        """Count anew; the bar advances by one per request."""
+        self._bar = bar
+        self._problem = ""
+        self.unanswered = self._answered = self._in_a_row = 0
+
+    async def ask_all(self, requests: Iterable[Request]) -> None:
+        """Ask all requests that are not in the journal."""
+        waiting = iter(requests)
+
+        async def work() -> None:
+            for request in waiting:
+                if request.name not in self._journal:
+                    await self._ask(request)
+                self._bar.advance()
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                for _ in range(self._config.concurrency):
+                    group.create_task(work())
+        except ExceptionGroup as errors:
+            # All workers meet the same error; one of them tells it.
+            raise errors.exceptions[0] from None
+        if self.unanswered and not self._answered:
+            raise self._gone()
+
+    async def _ask(self, request: Request) -> None:
+        """Ask until the answer is as asked, or not at all where no answer comes."""
+        row = JournalRow(id=request.name)
+        while row.answer is None and row.attempts < self._config.attempts:
+            row.attempts += 1
+            response = await self._post(request.prompt)
+            if response is None:
+                self.unanswered += 1
+                self._in_a_row += 1
+                if self._in_a_row >= _GONE_AFTER:
+                    raise self._gone()
+                return
+            self._in_a_row = 0
+            self._answered += 1
+            text, problem = self._read(response, row)
+            row.text = text[:_LONGEST_REJECT]
+            try:
+                row.answer = parse_answer(text, request.answer).model_dump()
+            except AnswerError as error:
+                row.rejected = problem or str(error)
+        if row.answer is not None:
+            row.text = row.rejected = None
+        self._journal.add(row)
+
+    def _gone(self) -> EndpointError:
+        return EndpointError(
+            f"{self._in_a_row} requests in a row came to nothing; the last: {self._problem}",
+            where=self._config.endpoint,
+            hint="What was answered is kept: run the same command again to go on",
+        )
+
+    async def _post(self, prompt: str) -> httpx2.Response | None:
+        """Send a prompt until it is answered; None where it never is."""
         config = self._config
         body = {
             "model": config.model,
@@ -101,11 +150,11 @@ class ChatEndpoint:
             else:
                 trouble = trouble_of(response, self._key, _KEY)
                 if trouble is None:
-                    return self._read(response)
-            problem = trouble.problem + (f" ({trouble.said})" if trouble.said else "")
+                    return response
+            self._problem = trouble.problem + (f" ({trouble.said})" if trouble.said else "")
             if trouble.refused is not None:
                 raise EndpointError(
-                    f"the endpoint refuses the request: {problem}",
+                    f"the endpoint refuses the request: {self._problem}",
                     where=self._url,
                     hint="Check the address, the model and the key "
                     f"(environment variable {config.key_variable})",
@@ -120,7 +169,7 @@ class ChatEndpoint:
                 self._held_until = max(self._held_until, time.monotonic() + wait)
                 wait *= random.uniform(1.0, 1.1)
             await asyncio.sleep(wait)
-        raise UnansweredError(problem)
+        return None
 
     async def _wait_for_turn(self) -> None:
         """Wait for the next start of a request; starts are evenly spaced."""
@@ -132,97 +181,26 @@ class ChatEndpoint:
             if self._held_until <= time.monotonic():
                 return
 
-    def _read(self, response: httpx2.Response) -> ChatAnswer:
+    def _read(self, response: httpx2.Response, row: JournalRow) -> tuple[str, str | None]:
+        """Count the tokens of a response; return its text and what is wrong with it."""
+        body: Any = None
+        problem = "the response holds no answer"
         try:
-            body: Any = response.json()
+            body = response.json()
         except (ValueError, RecursionError):
-            return ChatAnswer("", "the response is no JSON", None, None)
+            problem = "the response is no JSON"
         usage = body.get("usage") if isinstance(body, dict) else None
-        usage = usage if isinstance(usage, dict) else {}
-        counts = (usage.get("prompt_tokens"), usage.get("completion_tokens"))
-        tokens = [count if type(count) is int else None for count in counts]
+        counts = usage if isinstance(usage, dict) else {}
+        asked, answered = counts.get("prompt_tokens"), counts.get("completion_tokens")
+        row.prompt_tokens += asked if type(asked) is int else 0
+        row.answer_tokens += answered if type(answered) is int else 0
+        row.uncounted += not (type(asked) is type(answered) is int)
         try:
             choice = body["choices"][0]
             text = choice["message"]["content"]
         except (KeyError, IndexError, TypeError):
-            return ChatAnswer("", "the response holds no answer", *tokens)
+            return "", problem
         if not isinstance(text, str) or not text.strip():
-            return ChatAnswer("", "the answer is empty", *tokens)
-        problem = "the answer was cut" if choice.get("finish_reason") == "length" else None
-        return ChatAnswer(without_key(text, self._key, _KEY), problem, *tokens)
-
-
-class Request(NamedTuple):
-    """One question to the model; the same one has the same name whenever it is asked."""
-
-    name: str
-    prompt: str
-    answer: type[TaskList] | type[WrittenExample]
-
-
-@dataclass
-class Asker:
-    """Asks an open endpoint and writes into the journal; the bar advances by one per request."""
-
-    endpoint: ChatEndpoint
-    journal: Journal
-    config: SynthesisConfig
-    bar: ProgressBar
-    unanswered: int = 0
-    _answered: int = 0
-    _in_a_row: int = 0  # unanswered ones
-    _problem: str = ""
-
-    async def ask_all(self, requests: Iterable[Request]) -> None:
-        """Ask all requests that are not in the journal."""
-        waiting = iter(requests)
-
-        async def work() -> None:
-            for request in waiting:
-                if request.name not in self.journal:
-                    await self._ask(request)
-                self.bar.advance()
-
-        try:
-            async with asyncio.TaskGroup() as group:
-                for _ in range(self.config.concurrency):
-                    group.create_task(work())
-        except ExceptionGroup as errors:
-            # All workers meet the same error; one of them tells it.
-            raise errors.exceptions[0] from None
-        if self.unanswered and not self._answered:
-            raise self._gone()
-
-    async def _ask(self, request: Request) -> None:
-        row = JournalRow(id=request.name)
-        while row.answer is None and row.attempts < self.config.attempts:
-            row.attempts += 1
-            try:
-                answered = await self.endpoint.ask(request.prompt)
-            except UnansweredError as error:
-                self.unanswered += 1
-                self._in_a_row += 1
-                self._problem = str(error)
-                if self._in_a_row >= _GONE_AFTER:
-                    raise self._gone() from None
-                return
-            self._in_a_row = 0
-            self._answered += 1
-            row.prompt_tokens += answered.prompt_tokens or 0
-            row.answer_tokens += answered.answer_tokens or 0
-            row.uncounted += answered.prompt_tokens is None or answered.answer_tokens is None
-            row.text = answered.text[:_LONGEST_REJECT]
-            try:
-                row.answer = parse_answer(answered.text, request.answer).model_dump()
-            except AnswerError as error:
-                row.rejected = answered.problem or str(error)
-        if row.answer is not None:
-            row.text = row.rejected = None
-        self.journal.add(row)
-
-    def _gone(self) -> EndpointError:
-        return EndpointError(
-            f"{self._in_a_row} requests in a row came to nothing; the last: {self._problem}",
-            where=self.config.endpoint,
-            hint="What was answered is kept: run the same command again to go on",
-        )
+            return "", "the answer is empty"
+        cut = choice.get("finish_reason") == "length"
+        return without_key(text, self._key, _KEY), "the answer was cut" if cut else None

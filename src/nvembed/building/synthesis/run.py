@@ -26,7 +26,7 @@ from pydantic import BaseModel
 
 from nvembed.building.similar_texts import NearDuplicates
 from nvembed.building.synthesis.config import ExampleKind, SynthesisConfig
-from nvembed.building.synthesis.endpoint import Asker, ChatEndpoint, Request
+from nvembed.building.synthesis.endpoint import Asker, Request
 from nvembed.building.synthesis.journal import Journal
 from nvembed.building.synthesis.prompts import (
     VERSION,
@@ -123,16 +123,15 @@ class _Synthesis:
 
     async def ask(self, key: str | None) -> None:
         """Ask for everything that is not in the journal."""
-        config, journal = self._config, self._journal
-        async with aclosing(ChatEndpoint(config, key)) as endpoint:
+        async with aclosing(Asker(self._config, key, self._journal)) as asker:
             with progress(None, "tasks") as bar:
-                asker = Asker(endpoint, journal, config, bar)
-                for kind in config.kinds:
+                asker.begin(bar)
+                for kind in self._config.kinds:
                     self._tasks[kind] = await self._think_of_tasks(kind, asker)
             self.summary.unanswered = asker.unanswered
-            total = sum(map(len, self._tasks.values())) * config.examples_per_task
+            total = sum(map(len, self._tasks.values())) * self._config.examples_per_task
             with progress(total, "examples") as bar:
-                asker = Asker(endpoint, journal, config, bar)
+                asker.begin(bar)
                 await asker.ask_all(request for _, _, request in self._examples())
             self.summary.unanswered += asker.unanswered
 

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from nvembed.core.errors import SourceError
-from nvembed.core.text_files import ending_of, numbered_lines, open_text_file, too_long
+from nvembed.core.text_files import ending_of, open_text_file
 from nvembed.data.records import BadRow, RowError
-from nvembed.data.sources.files import open_file
+from nvembed.data.sources.files import open_file, text_lines
 from nvembed.data.sources.rows import MISSING, Columns, Row, Rows, Table, Values, all_rows, read_id
 
 _SPLITS = ("test", "dev", "validation", "train")
@@ -31,8 +31,6 @@ _TREC_COLUMNS = ("query-id", "iteration", "corpus-id", "score")
 _ROW_ENDINGS = (".jsonl", ".json", ".parquet", ".csv", ".tsv")
 _TEXT_ENDINGS = (".tsv", ".txt", ".trec", ".qrels", ".qrel")
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?", re.ASCII)
-
-# --- Which files there are ------------------------------------------------------------------------
 
 
 def is_beir_folder(folder: Path) -> bool:
@@ -73,18 +71,11 @@ def _find(folder: Path, name: str, endings: Sequence[str]) -> Path | None:
     return next((files[one] for one in wanted if one in files), None)
 
 
-# --- Judgements -----------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """How relevant a document is to a query.
+    """How relevant a document is to a query: above 0, or not, and the place of the row.
 
-    Attributes:
-        grade: a finite number, above 0 for relevant.
-        place: ``file:line`` of the row.
-        again: the pair was judged before, so that only this row counts.
-        differs: it was judged otherwise before.
+    ``again``: the pair was judged before, so that only this row counts; ``differs``: otherwise.
     """
 
     grade: float
@@ -187,11 +178,8 @@ def _text_rows(path: Path, columns: tuple[str, ...], *, skip: bool) -> Rows:
 def _lines(path: Path) -> Iterator[tuple[int, list[str] | str]]:
     """Yield (number from 1, cells of the line or what is wrong with it)."""
     with open_text_file(path) as file:
-        for number, line in numbered_lines(file):
-            try:
-                yield number, too_long() if line is None else _cells(line.decode("utf-8"))
-            except UnicodeDecodeError:
-                yield number, "not UTF-8 text"
+        for number, line, problem in text_lines(file):
+            yield number, problem or _cells(line or "")
 
 
 def _cells(line: str) -> list[str]:

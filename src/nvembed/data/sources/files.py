@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import io
+import string
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing
 from functools import partial
@@ -184,20 +185,25 @@ def _not_parquet(path: Path, error: Exception) -> DataError:
     return DataError(f"not a readable Parquet file ({reason})", where=str(path))
 
 
-# --- Text -----------------------------------------------------------------------------------------
+def text_lines(file: IO[bytes]) -> Iterator[tuple[int, str | None, str]]:
+    """Yield (number from 1, line, what is wrong with it); None for a line that is not kept."""
+    for number, line in numbered_lines(file, MAX_LINE):
+        if line is None:
+            yield number, None, too_long(MAX_LINE)
+            continue
+        try:
+            yield number, line.decode("utf-8"), ""
+        except UnicodeDecodeError:
+            yield number, line.decode("utf-8", errors="replace"), "not UTF-8 text"
 
 
 def _texts(file: IO[bytes], name: str) -> Rows:
     """A row with the column ``text`` per line that is not blank."""
-    for number, line in numbered_lines(file, MAX_LINE):
-        place = f"{name}:{number}"
-        if line is None:
-            yield BadRow(place, too_long(MAX_LINE))
-        elif stripped := line.strip():
-            try:
-                yield Row(place, {"text": stripped.decode("utf-8")})
-            except UnicodeDecodeError:
-                yield BadRow(place, "not UTF-8 text")
+    for number, line, problem in text_lines(file):
+        if problem:
+            yield BadRow(f"{name}:{number}", problem)
+        elif line and (text := line.strip(string.whitespace)):
+            yield Row(f"{name}:{number}", {"text": text})
 
 
 # --- JSON -----------------------------------------------------------------------------------------
@@ -320,20 +326,16 @@ def _delimited(fields: Callable[[], _Fields], name: str, header: Sequence[str] |
 def _fields(binary: Binary, quotes: bool, delimiter: str) -> _Fields:
     csv.field_size_limit(max(csv.field_size_limit(), MAX_LINE))  # the default is 128 kB
     read = 0  # lines
-    broken: list[int] = []
-    gigantic: list[int] = []
+    problems: dict[int, str] = {}  # of the lines of a record
+    gigantic: dict[int, str] = {}
 
     def texts(file: io.BufferedReader) -> Iterator[str]:
         nonlocal read
-        for read, line in numbered_lines(file, MAX_LINE):
-            if line is None:
-                gigantic.append(read)
-                continue
-            try:
-                yield line.decode("utf-8")
-            except UnicodeDecodeError:
-                broken.append(read)
-                yield line.decode("utf-8", errors="replace")
+        for read, line, problem in text_lines(file):
+            if problem:
+                (gigantic if line is None else problems)[read] = problem
+            if line is not None:
+                yield line
 
     with binary() as file:
         reader = csv.reader(
@@ -351,13 +353,12 @@ def _fields(binary: Binary, quotes: bool, delimiter: str) -> _Fields:
                 found = f"not a row of fields ({error})"
                 if "unexpected end of data" in str(error):
                     found = "a quote is opened here and never closed"
-            for number in gigantic:
-                yield number, too_long(MAX_LINE)
+            yield from gigantic.items()
             if found:
-                yield start, "not UTF-8 text" if broken else found
+                yield start, next(iter(problems.values()), found)
             elif read < start:  # nothing was read: the end
                 return
-            broken.clear()
+            problems.clear()
             gigantic.clear()
 
 

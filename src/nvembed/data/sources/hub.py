@@ -9,9 +9,10 @@ from __future__ import annotations
 import importlib
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
@@ -19,7 +20,7 @@ from typing import IO, Any
 from nvembed.core.errors import DataError, SourceError
 from nvembed.core.seeding import derive_seed
 from nvembed.core.text_files import ending_of
-from nvembed.data.config import HubLocation
+from nvembed.data.config import HubLocation, TableConfig
 from nvembed.data.records import BadRow
 from nvembed.data.sources.files import open_file
 from nvembed.data.sources.rows import Row, Rows, Table
@@ -28,16 +29,8 @@ _ROWS_AT_ONCE = 1000
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
-def open_hub(
-    location: HubLocation,
-    *,
-    base_dir: Path,
-    header: Sequence[str] | None = None,
-    quotes: bool | None = None,
-) -> Table:
+def open_hub(table: TableConfig, location: HubLocation, base_dir: Path) -> Table:
     """Open a set on the hub, or in a folder, whose relative path starts at ``base_dir``.
-
-    ``header`` and ``quotes`` are as of ``open_file``, for ``files``.
 
     Raises:
         SourceError: a library is missing, the set cannot be reached or may not be read, or there is
@@ -52,18 +45,17 @@ def open_hub(
     seed = derive_seed(0, "take", *names) % 2**32
     if location.files is None:
         return _from_card(location, str(local or location.id), revision, seed)
+    open_one = partial(open_file, header=table.header, quotes=table.quotes)
     tables = [
-        open_file(local / file, header=header, quotes=quotes)
-        if local
-        else _open_remote(location, file, revision, header, quotes)
+        open_one(local / file) if local else _open_remote(location, file, revision, open_one)
         for file in location.files
     ]
-    rows: Rows = (row for table in tables for row in table.rows)
+    rows: Rows = (row for one in tables for row in one.rows)
     if location.take is not None:
         shuffled = through_buffer(rows, location.shuffle_buffer, random.Random(seed))
         rows = islice(shuffled, location.take)
     columns = tables[0].columns if len(tables) == 1 else None
-    textual = any(table.textual for table in tables)
+    textual = any(one.textual for one in tables)
     return Table(location.id, rows, columns, textual=textual, revision=revision)
 
 
@@ -122,11 +114,7 @@ def _from_card(location: HubLocation, place: str, revision: str | None, seed: in
 
 
 def _open_remote(
-    location: HubLocation,
-    file: str,
-    revision: str | None,
-    header: Sequence[str] | None,
-    quotes: bool | None,
+    location: HubLocation, file: str, revision: str | None, open_one: Callable[..., Table]
 ) -> Table:
     from huggingface_hub import HfFileSystem, hf_hub_download
 
@@ -134,7 +122,7 @@ def _open_remote(
     if not location.streaming or ending_of(file) == ".parquet":
         with _explained(location):
             path = hf_hub_download(location.id, file, repo_type="dataset", revision=revision)
-        return open_file(Path(path), name=name, header=header, quotes=quotes)
+        return open_one(Path(path), name=name)
 
     def stream() -> IO[bytes]:
         at = f"@{revision}" if revision else ""
@@ -145,7 +133,7 @@ def _open_remote(
         with _explained(location):  # the network may fail in the middle
             yield from table.rows
 
-    table = open_file(name, header=header, quotes=quotes, opener=stream)
+    table = open_one(name, opener=stream)
     return replace(table, rows=rows())
 
 

@@ -104,7 +104,7 @@ def open_table(config: TableConfig, *, base_dir: Path) -> Table:
     if config.path is not None:
         return open_file(base_dir / config.path, header=config.header, quotes=config.quotes)
     assert config.hub is not None
-    return open_hub(config.hub, base_dir=base_dir, header=config.header, quotes=config.quotes)
+    return open_hub(config, config.hub, base_dir)
 
 
 def _own_table(config: DatasetConfig, base_dir: Path) -> Table:

@@ -19,14 +19,8 @@ from nvembed.core.errors import ConfigError, ModelError
 from nvembed.core.files import atomic_folder, write_json, write_text
 from nvembed.core.ownership import check_outputs
 from nvembed.core.text_files import check_folder_name
+from nvembed.encoding.export import stock
 from nvembed.encoding.export.card import model_card
-from nvembed.encoding.export.stock import (
-    PROOF_PROMPTS,
-    prove_stock,
-    write_modules,
-    write_stock,
-    write_tokenizer,
-)
 from nvembed.interop.model_folder import ModelSource, model_kind
 from nvembed.interop.official import LatentShape, official_name, write_config
 from nvembed.interop.weights import MAX_SHARD_BYTES, write_shards
@@ -108,7 +102,7 @@ def export_model(
     """
     to = Path(to)
     merge_lora(model.backbone)
-    stock = False
+    for_stock = False
     with atomic_folder(to, EXPORT) as temporary:
         match kind:
             case "nv-embed":
@@ -116,13 +110,13 @@ def export_model(
             case "nvembed":
                 model.save_pretrained(str(temporary), create_model_card=False)
             case "sentence-transformers":
-                write_stock(model, temporary, name=name)
-                prove_stock(model, temporary, name=name)
+                stock.write_stock(model, temporary, name=name)
+                stock.prove_stock(model, temporary, name=name)
             case "onnx":
                 from nvembed.encoding.export.onnx import write_onnx  # needs the extra onnx
 
-                stock = write_onnx(model, temporary, name=name)
-        write_text(temporary / "README.md", model_card(model, kind, name, stock=stock))
+                for_stock = write_onnx(model, temporary, name=name)
+        write_text(temporary / "README.md", model_card(model, kind, name, stock=for_stock))
 
 
 def _write_official(
@@ -138,11 +132,9 @@ def _write_official(
             "no other",
             hint="Use --format nvembed, or sentence-transformers for mean pooling",
         )
-    # What an official text_config cannot say.
-    rope = config.rope_parameters.get("rope_type", "default")
-    for key, found, wanted in (
+    for key, found, wanted in (  # what an official text_config cannot say
         ("attention", backbone.attention, "bidirectional"),
-        ("rope_type", rope, "default"),
+        ("rope_type", config.rope_parameters.get("rope_type", "default"), "default"),
         ("head_dim", config.head_dim, config.hidden_size // config.num_attention_heads),
     ):
         if found != wanted:
@@ -162,19 +154,17 @@ def _write_official(
     shape = LatentShape(pooling.num_latents, layer.num_heads, layer.head_width)
     settings = write_config(config, shape, dtype=dtype, tokenizer_path=str(to))
     write_json(folder / "config.json", settings)
-    write_tokenizer(plain_backend(backbone.tokenizer), backbone, folder, official=True)
-    write_modules(model, folder)
+    stock.write_tokenizer(plain_backend(backbone.tokenizer), backbone, folder, official=True)
+    stock.write_modules(model, folder)
 
 
 def _require_official_tokens(backbone: Backbone, name: str) -> None:
     """Refuse a model for which NVIDIA's token rules would give other tokens than it learned."""
-    if backbone.text_style == "official":
-        return
     official = TextTokenizer(backbone.tokenizer, max_tokens=backbone.max_tokens, style="official")
-    for prompt in PROOF_PROMPTS:
+    for prompt in stock.PROOF_PROMPTS:
         ours = backbone.tokenize_texts(_PROBE_TEXTS, prompt)
         theirs = official(_PROBE_TEXTS, prompt)
-        if ours == theirs:
+        if backbone.text_style == "official" or ours == theirs:
             continue
         same_ids = [text.ids for text in ours] == [text.ids for text in theirs]
         raise ModelError(

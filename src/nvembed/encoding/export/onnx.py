@@ -36,15 +36,7 @@ from transformers import AttentionInterface, PreTrainedTokenizerFast
 
 from nvembed.core.errors import ModelError
 from nvembed.core.files import write_json
-from nvembed.encoding.export.stock import (
-    PROOF_PROMPTS,
-    closed_tokenizer,
-    counting_tokenizer,
-    largest_difference,
-    open_attention,
-    write_modules,
-    write_tokenizer,
-)
+from nvembed.encoding.export import stock
 from nvembed.interop.loading import loading
 from nvembed.interop.model_folder import ONNX_FILE, read_json_file
 from nvembed.model.attention import block_attention
@@ -158,11 +150,11 @@ def write_onnx(model: NVEmbed, folder: Path, *, name: str) -> bool:
             hint="Leave --dtype out",
         )
     model.eval()
-    expected = [model.encode(_PROOF_TEXTS, prompt=prompt) for prompt in PROOF_PROMPTS]
-    tokens = [backbone.tokenize_texts(_PROOF_TEXTS, prompt) for prompt in PROOF_PROMPTS]
-    stock = _write_tokenizer(model, folder, name)
-    _write_graph(model, folder / _FILE, tokens[1][:2], shared=stock)
-    if stock:
+    expected = [model.encode(_PROOF_TEXTS, prompt=prompt) for prompt in stock.PROOF_PROMPTS]
+    tokens = [backbone.tokenize_texts(_PROOF_TEXTS, prompt) for prompt in stock.PROOF_PROMPTS]
+    for_stock = _write_tokenizer(model, folder, name)
+    _write_graph(model, folder / _FILE, tokens[1][:2], shared=for_stock)
+    if for_stock:
         _share_weights(folder)
     settings = {
         "inputs": list(_INPUTS),
@@ -174,25 +166,25 @@ def write_onnx(model: NVEmbed, folder: Path, *, name: str) -> bool:
     }
     write_json(folder / ONNX_FILE, settings)
     _prove(folder / _FILE, tokens, expected, name)
-    return stock
+    return for_stock
 
 
 def _write_tokenizer(model: NVEmbed, folder: Path, name: str) -> bool:
     """Write the tokenizer, and where stock modules can pool as we do (the result), their files."""
     backbone = model.backbone
-    write_tokenizer(closed_tokenizer(backbone), backbone, folder)
+    stock.write_tokenizer(stock.closed_tokenizer(backbone), backbone, folder)
     if backbone.text_style != "nvembed":
         return False
     try:
-        counting = counting_tokenizer(backbone, name)
+        counting = stock.counting_tokenizer(backbone, name)
     except ModelError:
         return False
     inner = folder / _INNER
     inner.mkdir()
-    write_tokenizer(counting, backbone, inner)
+    stock.write_tokenizer(counting, backbone, inner)
     backbone.model.config.save_pretrained(inner)
-    open_attention(inner / "config.json", backbone)
-    write_modules(model, folder, transformer=_INNER)
+    stock.open_attention(inner / "config.json", backbone)
+    stock.write_modules(model, folder, transformer=_INNER)
     return True
 
 
@@ -267,7 +259,7 @@ def _prove(
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     for texts, wanted in zip(cases, expected, strict=True):
         alone = np.concatenate([_run(session, [text]) for text in texts])
-        difference = largest_difference(wanted, _run(session, texts), alone)
+        difference = stock.largest_difference(wanted, _run(session, texts), alone)
         if not difference <= _TOLERANCE:
             raise ModelError(
                 f"the ONNX graph gives other vectors (by up to {difference:.1e})",

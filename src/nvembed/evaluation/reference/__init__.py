@@ -23,20 +23,11 @@ InstructionSource = Literal["paper", "official", "mteb", "none"]
 
 @dataclass(frozen=True, slots=True)
 class PublishedModel:
-    """Published scores of one model on MTEB(eng, v1), times 100.
+    """Published scores of one model on MTEB(eng, v1), times 100, per type and task as printed.
 
-    Attributes:
-        name: hub id, put to the printed name here.
-        source: where the numbers were read.
-        date: of the printed table, ISO; ``None`` where the source has none.
-        certainty: of types and average. ``official``: the model card or the main text of the
-            paper; ``leaderboard``: tables of MTEB's leaderboard.
-        instructions: which were used; ``None`` where the source does not say.
-        average: over the 56 tasks, as printed.
-        types: average per task type, as printed.
-        tasks: main score per task; empty where none were read.
-        tasks_certainty: of the tasks, where it is not that of the types.
-        note: what a reader must know besides.
+    ``certainty`` is ``official`` (the model card or the main text of the paper) or ``leaderboard``
+    (tables of MTEB's leaderboard); tasks have one of their own where it differs, and there are none
+    where none were read. ``date`` (ISO) and ``instructions`` are ``None`` where no source says.
     """
 
     name: str
@@ -65,17 +56,12 @@ class PaperTable:
 def instruction_for(
     task_name: str, source: InstructionSource, *, mteb_prompt: str | None = None
 ) -> str | None:
-    """Return the instruction of a task from one source, in plain words.
+    """Return the instruction of a task of mteb from one source, in plain words.
 
-    A task that ``paper`` or ``official`` lacks gets mteb's prompt: the models compared were scored
+    ``paper`` is the table ``text/instructions.yaml``, which says how sure each row is: the paper's
+    appendix itself was not read. ``official`` are those rows of it that stand in NVIDIA's
+    instructions.json. A task that either lacks gets mteb's prompt: the models compared were scored
     with some instruction on every task, and without one they would be held against other scores.
-
-    Args:
-        task_name: mteb's.
-        source: ``paper`` is the table ``text/instructions.yaml``, which says how sure each row is:
-            the paper's appendix itself was not read. ``official`` are those rows of it that stand
-            in NVIDIA's instructions.json. ``mteb`` is mteb's prompt, ``none`` nothing.
-        mteb_prompt: mteb's own for that task; ``None`` where it has none.
     """
     if source == "none":
         return None
@@ -92,11 +78,7 @@ def published_scores() -> Mapping[str, PublishedModel]:
 
 
 def published_model(name: str) -> PublishedModel:
-    """Look up a model by its hub id.
-
-    Raises:
-        ConfigError: no such model; the nearest names are given.
-    """
+    """Look up a model by its hub id; a ``ConfigError`` gives near ones of an unknown name."""
     known = published_scores()
     if name not in known:
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
@@ -112,6 +94,7 @@ def paper_tables() -> Mapping[str, PaperTable]:
     return {name: PaperTable(name=name, **row) for name, row in _read("paper_tables").items()}
 
 
+@cache
 def _read(name: str) -> dict[str, dict[str, Any]]:
     text = files("nvembed.evaluation.reference").joinpath(f"{name}.yaml").read_text("utf-8")
     table: dict[str, dict[str, Any]] = yaml.safe_load(text)
@@ -119,16 +102,11 @@ def _read(name: str) -> dict[str, dict[str, Any]]:
 
 
 def ignores_identical_ids(name: str) -> str | None:
-    """Look up a retrieval task by its name in mteb, or by the name of its folder in BEIR's release.
+    """Look up a retrieval task whose results may not have the id of their query.
 
-    Returns:
-        The name in mteb of a task whose results may not have the id of their query, ``None`` for
-        all others.
+    The name is mteb's, or that of the folder in BEIR's release; mteb's comes back, or ``None``.
     """
-    return _identical_ids().get(name.casefold())
-
-
-@cache
-def _identical_ids() -> dict[str, str]:
     table: dict[str, Any] = _read("identical_ids")
-    return table["beir"] | {task.casefold(): task for task in table["tasks"]}
+    known = table["beir"] | {task.casefold(): task for task in table["tasks"]}
+    found: str | None = known.get(name.casefold())
+    return found

@@ -39,6 +39,7 @@ from nvembed.training.checkpoint import (
     trained_parameters,
 )
 from nvembed.training.config import TrainConfig, training_inputs
+from nvembed.training.contrastive_loss import new_temperature
 from nvembed.training.distributed import DistributedContext
 from nvembed.training.dry_run.report import (
     BatchForecast,
@@ -57,8 +58,6 @@ from nvembed.training.model import (
     read_activation_budget,
     starting_model,
 )
-from nvembed.training.objective import new_temperature
-from nvembed.training.optim import set_learning_rate, stage_schedule
 from nvembed.training.run_folder import (
     check_folder,
     check_inputs,
@@ -66,7 +65,15 @@ from nvembed.training.run_folder import (
     is_finished,
     with_settled_precision,
 )
-from nvembed.training.stages import DataLoader, PreparedBatch, Stage, load_mixtures, start_stage
+from nvembed.training.stages import (
+    DataLoader,
+    PreparedBatch,
+    Stage,
+    load_mixtures,
+    set_learning_rate,
+    stage_schedule,
+    start_stage,
+)
 from nvembed.training.step import contrastive_step, plan_step, recomputed_share
 
 SAMPLED_STEPS = 20  # batches of a stage that are counted, spread over it

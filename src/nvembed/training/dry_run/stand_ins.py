@@ -25,7 +25,7 @@ from nvembed.data.records import PairRecord, Record, StsRecord
 from nvembed.mining.corpus import MemoryCorpus
 from nvembed.mining.selection import Query
 from nvembed.training.config import TrainConfig
-from nvembed.training.stages import mined_dataset, mined_file, places_to_mine, with_mined
+from nvembed.training.stage_mining import mined_dataset, mined_file, places_to_mine, with_mined
 
 
 @dataclass(frozen=True, slots=True)

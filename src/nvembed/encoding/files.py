@@ -79,8 +79,8 @@ def encode_file(
     Args:
         model: folder or hub id, or an encoder that is loaded already.
         input: see ``nvembed.encoding.reading.read_documents``.
-        output: ``.npy`` (ids by row go to ``<output>.ids.json``), ``.parquet`` file or ``.lance``
-            table with the columns ``id`` (the place of a text without one) and ``embedding``.
+        output: ``.npy`` (ids by row go to ``<output>.ids.json``); or a ``.parquet`` file or
+            ``.lance`` table with ``id`` (the place of a text without one) and ``embedding``.
         task: with an instruction the texts are queries, without they are documents.
         columns: where ``text`` and ``id`` are found, see ``read_documents``.
         dtype: of the model's weights, see ``load_encoder``.

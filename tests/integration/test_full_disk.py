@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from faults import Fault, in_child
-from tiny_run import assert_same, attempt, command, finish
+from faults import Fault
+from tiny_run import assert_same, attempt, finish
 
 # Where the disk is full, and the line that says so. The same command goes on once there is room.
 FULL_AT = {
@@ -41,21 +41,6 @@ def test_a_full_disk_is_one_line_and_loses_nothing(folder: Path, whole: dict[str
         assert (code, err.count("\n")) == (2, 1), (place, err)
         assert re.search(f"^error: .*{message}", err), (place, err)
     finish(folder)
-    assert_same(folder, whole)
-
-
-def test_a_token_cache_that_cannot_be_written_is_a_warning(
-    folder: Path, whole: dict[str, Any], caplog: pytest.LogCaptureFixture
-) -> None:
-    def train() -> tuple[int, str]:
-        code = command(folder)[0]
-        return code, caplog.text
-
-    done = in_child(train, folder / "cache", fault=Fault(r"entries\.npy", full=True))
-    assert done.error is None, done.error
-    code, log = done.value
-    assert code == 0
-    assert "the token cache was not written" in log
     assert_same(folder, whole)
 
 

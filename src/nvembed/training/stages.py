@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -28,8 +28,8 @@ from nvembed.core.seeding import derive_seed
 from nvembed.data.batch import ContrastiveBatch, build_batch, effective_negatives
 from nvembed.data.loading import training_datasets
 from nvembed.data.mixture import Mixture, load_mixture
-from nvembed.text.token_cache import TokenCache
-from nvembed.text.tokens import TokenizedText
+from nvembed.text.instructions import PromptedText
+from nvembed.text.tokens import TextTokenizer, TokenizedText
 from nvembed.training.checkpoint import Parameters, restore_optimizer
 from nvembed.training.config import OptimizerConfig, ScheduleKind, StageConfig, TrainConfig
 from nvembed.training.contrastive_loss import Objective
@@ -38,9 +38,6 @@ from nvembed.training.step import StepSettings
 # What torch's fused kernels, and bitsandbytes' 8-bit ones, exist for.
 _FUSED_DEVICES = {"cpu", "cuda"}
 _EIGHT_BIT_DEVICES = {"cpu", "cuda", "xpu"}
-
-# New tokens wait in memory until they are written; this bounds how many, and what a kill costs.
-FLUSH_STEPS = 200
 
 PreparedBatch = tuple[ContrastiveBatch, Sequence[TokenizedText]]
 
@@ -75,11 +72,11 @@ class DataLoader:
     """Batches of a stage."""
 
     def __init__(
-        self, mixture: Mixture, stage: StageConfig, *, seed: int, tokens: TokenCache
+        self, mixture: Mixture, stage: StageConfig, *, seed: int, tokenizer: TextTokenizer
     ) -> None:
         self.mixture = mixture
         self.stage = stage
-        self.tokens = tokens
+        self.tokenizer = tokenizer
         self._seed = derive_seed(seed, "data", stage.name)
         self._order = mixture.order(
             self._seed,
@@ -118,29 +115,31 @@ class DataLoader:
     def step(self, step: int) -> PreparedBatch:
         """The batch of a step and the tokens of its texts."""
         batch = self.batch(step)
-        return batch, self.tokens(batch.texts)
+        return batch, tokenized(self.tokenizer, batch.texts)
 
     @contextmanager
     def steps(self, start: int, *, prefetch: bool) -> Iterator[Iterator[PreparedBatch]]:
-        """Give an iterator over the steps from ``start`` to the last.
-
-        New tokens are kept for the next run when the block ends, however it ends.
-        """
-        prepared = self._prepared(start)
+        """Give an iterator over the steps from ``start`` to the last."""
+        prepared = (self.step(step) for step in range(start, self.stage.steps))
         if prefetch:
             prepared = cast("Generator[PreparedBatch]", background.prefetch(prepared))
-        try:
+        with closing(prepared):  # where the block ends early, a step may still be in preparation
             yield prepared
-        finally:
-            prepared.close()  # where the block ends early, a step may still be in preparation
-            self.tokens.flush()
 
-    def _prepared(self, start: int) -> Generator[PreparedBatch]:
-        for step in range(start, self.stage.steps):
-            prepared = self.step(step)
-            if (step + 1) % FLUSH_STEPS == 0:
-                self.tokens.flush()
-            yield prepared
+
+def tokenized(tokenizer: TextTokenizer, texts: Sequence[PromptedText]) -> list[TokenizedText]:
+    """Tokenise (prompt, text) pairs; those of one prompt go in one call.
+
+    Nothing is kept: of 884,000 tokens a cache on disk saved one second of CPU time, 1 % of what
+    the smallest model takes to learn from them.
+    """
+    rows_by_prompt: dict[str, list[int]] = {}
+    for row, (prompt, _) in enumerate(texts):
+        rows_by_prompt.setdefault(prompt, []).append(row)
+    found: dict[int, TokenizedText] = {}
+    for prompt, rows in rows_by_prompt.items():
+        found |= zip(rows, tokenizer([texts[row][1] for row in rows], prompt), strict=True)
+    return [found[row] for row in range(len(texts))]
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,6 @@ from nvembed.core.runs import RunFolder
 from nvembed.core.seeding import derive_seed
 from nvembed.data.build_config import MiningConfig
 from nvembed.data.mixture import Mixture
-from nvembed.text.token_cache import TokenCache, default_cache_folder
 from nvembed.training import checkpoint, metrics, model, run_folder, stages
 from nvembed.training.checkpoint import Position, trained_parameters
 from nvembed.training.config import TrainConfig, training_inputs
@@ -109,7 +108,6 @@ class _Run:
         # Of a model that is to be sharded only the shares go to the device.
         device = "cpu" if processes.sharded else str(processes.device)
         self.embedder = model.starting_model(config, base_dir, device=device)
-        self.tokens = TokenCache(default_cache_folder(), self.embedder.backbone.text_tokenizer)
         self.recipe = config.model_dump(mode="json")
         self._save = partial(
             checkpoint.save_checkpoint,
@@ -182,7 +180,12 @@ class _Run:
         return stages.start_stage(
             self.config,
             number,
-            stages.DataLoader(mixture, config, seed=self.config.seed, tokens=self.tokens),
+            stages.DataLoader(
+                mixture,
+                config,
+                seed=self.config.seed,
+                tokenizer=self.embedder.backbone.text_tokenizer,
+            ),
             trained_parameters(self.embedder, log_temperature=self.log_temperature),
             head=self.embedder.pooling,
             activation_budget=activation_budget,

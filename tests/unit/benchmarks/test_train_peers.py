@@ -20,7 +20,6 @@ from train_scaling import loss_seconds, synthetic_batch
 
 from nvembed.core.files import write_jsonl
 from nvembed.data.mixture import load_mixture
-from nvembed.text.token_cache import TokenCache
 from nvembed.training.stages import DataLoader
 
 
@@ -91,8 +90,7 @@ def test_our_trainer_reads_the_rows_in_the_order_of_the_steps(tmp_path: Path) ->
     config = train_config(job)
     assert config.stages[0].name == STAGE
     mixture = load_mixture(config.datasets, stage=1, base_dir=tmp_path)
-    tokens = TokenCache(None, None)  # type: ignore[arg-type]  # nothing is tokenised
-    loader = DataLoader(mixture, config.stages[0], seed=config.seed, tokens=tokens)
+    loader = DataLoader(mixture, config.stages[0], seed=config.seed, tokenizer=None)
     for number, rows in enumerate(step_rows(steps, 4)):
         batch = loader.batch(number)
         texts = [text for _, text in batch.texts]

@@ -198,7 +198,6 @@ UNMARKED = {
     "encoding/file_search.py": {"write_array"},
     "kernels/precision.py": {"write_json"},
     "kernels/build.py": {"atomic_path", "write_text"},
-    "text/token_cache.py": {"write_array", "unlink"},
     # In a working folder, under such a hash.
     "building/hard_negatives.py": {"write_jsonl"},
     "building/set_build.py": {"rmdir", "atomic_folder", "write_json"},

@@ -9,10 +9,9 @@ import pytest
 from nvembed.data.examples import make_source
 from nvembed.data.mixture import Mixture
 from nvembed.data.records import PairRecord
-from nvembed.text.token_cache import TokenCache
 from nvembed.text.tokens import TextTokenizer
 from nvembed.training.config import StageConfig
-from nvembed.training.stages import DataLoader
+from nvembed.training.stages import DataLoader, tokenized
 
 
 def loader(tiny_tokenizer: Any, **options: Any) -> DataLoader:
@@ -26,8 +25,8 @@ def loader(tiny_tokenizer: Any, **options: Any) -> DataLoader:
         for name in ("one", "two")
     ]
     stage = StageConfig(name="s", steps=20, batch_size=4, in_batch_negatives=True, **options)
-    tokens = TokenCache(None, TextTokenizer(tiny_tokenizer))
-    return DataLoader(Mixture(sources, [1.0, 1.0]), stage, seed=0, tokens=tokens)
+    tokenizer = TextTokenizer(tiny_tokenizer)
+    return DataLoader(Mixture(sources, [1.0, 1.0]), stage, seed=0, tokenizer=tokenizer)
 
 
 @pytest.mark.parametrize("batches", ["mixed", "homogeneous"])
@@ -56,7 +55,7 @@ def test_queries_of_a_step_count_once_each(tiny_tokenizer: Any) -> None:
         np.testing.assert_array_equal(double.weight_B, np.full(8, 0.5, dtype=np.float32))
 
 
-def test_prepared_ahead_is_the_same_and_ends_early_in_order(tiny_tokenizer: Any, tmp_path) -> None:
+def test_prepared_ahead_is_the_same_and_ends_early_in_order(tiny_tokenizer: Any) -> None:
     of = loader(tiny_tokenizer)
     with of.steps(3, prefetch=False) as fed:
         expected = list(fed)
@@ -66,12 +65,13 @@ def test_prepared_ahead_is_the_same_and_ends_early_in_order(tiny_tokenizer: Any,
             assert batch.texts == other.texts
             np.testing.assert_array_equal(batch.negative_BN, other.negative_BN)
             assert tokens == others
-    # Left after one step while the next is in preparation: both steps' tokens are written.
-    early = loader(tiny_tokenizer)
-    early.tokens = TokenCache(tmp_path, TextTokenizer(tiny_tokenizer))
-    with early.steps(0, prefetch=True) as fed:
+    with of.steps(0, prefetch=True) as fed:  # left while the next step is in preparation
         next(iter(fed))
-    again = TokenCache(tmp_path, TextTokenizer(tiny_tokenizer))
-    for step in range(2):
-        again(early.batch(step).texts)
-    assert again.misses == 0
+
+
+def test_tokens_are_those_of_each_text_alone(tiny_tokenizer: Any) -> None:
+    tokenizer = TextTokenizer(tiny_tokenizer)
+    texts = [("find: ", "a"), ("", "b c"), ("find: ", "中文 🙂"), ("sort: ", "a"), ("", "")]
+    alone = [tokenizer([text], prompt)[0] for prompt, text in texts]
+    assert tokenized(tokenizer, texts) == alone
+    assert len({each.ids for each in alone}) == len(alone)

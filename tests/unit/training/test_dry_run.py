@@ -263,7 +263,9 @@ def test_one_process_only(tmp_path: Path, tiny_decoder_dir: Path, monkeypatch) -
 def test_a_warning_where_memory_is_short(
     tmp_path: Path, tiny_decoder_dir: Path, monkeypatch, capsys
 ) -> None:
+    held = iter([0, 10**6])
     monkeypatch.setattr(dry_run_forecast, "free_bytes", lambda device: 10**5)
+    monkeypatch.setattr(dry_run_forecast, "peak_bytes", lambda device: next(held))
     found = dry_run(recipe(tmp_path, tiny_decoder_dir), base_dir=tmp_path)
     assert "are needed and 0.0 GB are free" in found.warnings[-1]
     report.print_dry_run(found)

@@ -15,10 +15,10 @@ from nvembed.model.backbone import add_lora
 from nvembed.model.embedder import NVEmbed
 from nvembed.model.packs import embed_pack
 from nvembed.model.settings import LoraSettings
-from nvembed.text.token_cache import TokenCache
 from nvembed.training.contrastive_loss import Objective, info_nce, scores
 from nvembed.training.distributed import DistributedContext
 from nvembed.training.model import counted_graph, graph_bytes_per_token
+from nvembed.training.stages import tokenized
 from nvembed.training.step import StepResult, StepSettings, contrastive_step
 
 EVERYTHING = 10**9
@@ -62,7 +62,7 @@ def run(
 ) -> tuple[StepResult, dict[str, torch.Tensor]]:
     made.zero_grad()
     batch = build_batch(examples(), in_batch_negatives=coupled)
-    texts = TokenCache(None, made.backbone.text_tokenizer)(batch.texts)
+    texts = tokenized(made.backbone.text_tokenizer, batch.texts)
     settings = StepSettings(Objective(0.1), coupled, pack_tokens, activation_budget)
     result = contrastive_step(
         made, batch, texts, settings, DistributedContext.of_environment(), seed=seed

@@ -3,7 +3,7 @@
 Data, model, batches and steps are those of the run. A few steps of every stage that is left are
 taken in memory, updates included; time and peak memory are measured, and the rest is counted on a
 sample of the batches. Random documents stand in for negatives that are not mined yet
-(``stand_ins.py``). Only the token cache is written.
+(``stand_ins.py``).
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ from nvembed.data.mixture import Mixture
 from nvembed.encoding.embed import encode_texts
 from nvembed.model.embedder import NVEmbed
 from nvembed.model.memory import free_bytes
-from nvembed.text.token_cache import TokenCache, default_cache_folder
 from nvembed.training.checkpoint import (
     Position,
     check_recipe,
@@ -162,7 +161,6 @@ class _Rehearsal:
         device = self.processes.device
         self.free, self.peak_before = free_bytes(device), peak_bytes(device)
         self.embedder = starting_model(self.config, base_dir, device=str(device))
-        self.tokens = TokenCache(default_cache_folder(), self.embedder.backbone.text_tokenizer)
 
     def play(self) -> DryRun:
         config, device = self.config, self.processes.device
@@ -172,10 +170,7 @@ class _Rehearsal:
             self.embedder.train()
             known = None if self.fresh else read_activation_budget(self.run.graph_memory)
             self.budget = known or measure_activation_budget(self.embedder, config)
-            try:
-                stages = tuple(self._stage(number, bar) for number in numbers)
-            finally:
-                self.tokens.flush()
+            stages = tuple(self._stage(number, bar) for number in numbers)
         memory = TrainingMemory(
             elements=sum(parameter.numel() for parameter in self.embedder.parameters()),
             trained=sum(each.numel() for each in trained_parameters(self.embedder).values()),
@@ -198,11 +193,17 @@ class _Rehearsal:
             )
         mining = tuple(self._mining(each) for each in planned)
         log_temperature = new_temperature(config, self.processes.device)
+        tokenizer = self.embedder.backbone.text_tokenizer
         extra = {} if log_temperature is None else {"log_temperature": log_temperature}
         stage = start_stage(
             self.config,
             number,
-            DataLoader(mixture, config, seed=self.config.seed, tokens=self.tokens),
+            DataLoader(
+                mixture,
+                config,
+                seed=self.config.seed,
+                tokenizer=self.embedder.backbone.text_tokenizer,
+            ),
             trained_parameters(self.embedder, **extra),
             head=self.embedder.pooling,
             activation_budget=self.budget.tokens,

@@ -54,7 +54,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     ),
     "training/stages.py": ("training/test_stages.py", "training/test_optim.py"),
     "building/contamination.py": ("building/test_contamination.py",),
-    "encoding/nearest.py": ("encoding/test_mining_search.py",),
+    "encoding/nearest.py": ("encoding/test_nearest.py",),
     "text/tokens.py": (
         "text/test_tokens.py",
         "text/test_tokens_merges.py",

@@ -136,7 +136,7 @@ class _Claims:
         """
         first_N = self._keys.first_rows()
         values_N, rows_N = np.asarray(self._values), np.asarray(self._rows)
-        # Of one record that contradicts itself is told where it is read.
+        # A record that contradicts itself is told of where it is read.
         other_N = (values_N != values_N[first_N]) & (rows_N != rows_N[first_N])
         found = rows_N[other_N], rows_N[first_N[other_N]], values_N[other_N]
         return list(zip(*(values.tolist() for values in found), strict=True))

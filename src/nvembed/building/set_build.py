@@ -24,7 +24,7 @@ from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
-from nvembed.building.contamination import Contamination, EvaluationText, evaluation_texts
+from nvembed.building.contamination import Contamination, evaluation_texts
 from nvembed.building.hard_negatives import mined, teacher_name
 from nvembed.building.row_filters import ClassSamples, Notes, Repeats, capped, distinct, usable
 from nvembed.core import __version__
@@ -59,10 +59,8 @@ BUILD = "data build"
 _REFUSED = "refused.jsonl"
 _CONTAMINATED = "contaminated.jsonl"
 _COUNTS = "counts.json"
-# Of the intermediate files; the files of the set itself are as long as the recipe says.
-_STEP_ROWS = 250_000
-# Of a text in the list of contaminated records.
-_SHOWN_CHARACTERS = 300
+_STEP_ROWS = 250_000  # of an intermediate file; the recipe says how long those of the set are
+_SHOWN_CHARACTERS = 300  # of a text in the list of contaminated records
 _BAR_ROWS = 500
 _STEP = re.compile(r"(read|distinct|decontaminate|mine)-[0-9a-f]{16}")
 # What the steps leave, the miner's files among them.
@@ -106,15 +104,11 @@ class BuildContext:
     def _fingerprint(self, folder: str) -> str | None:
         return contents_fingerprint(folder) if Path(folder).is_dir() else None
 
-    @cached_property
-    def _texts(self) -> tuple[EvaluationText, ...]:
-        folders = [self.base_dir / folder for folder in self.build.tasks]
-        return tuple(evaluation_texts(load_tasks(folders)))
-
     @lru_cache(maxsize=1)  # noqa: B019 - lives as long as the command
     def contamination(self, bm25: float | None) -> Contamination:
         """Find evaluation texts, with a BM25 threshold where a set has one."""
-        return Contamination(self._texts, near=self.build.near, bm25=bm25)
+        tasks = load_tasks([self.base_dir / folder for folder in self.build.tasks])
+        return Contamination(evaluation_texts(tasks), near=self.build.near, bm25=bm25)
 
     @cached_property
     def teacher_dtype(self) -> PrecisionChoice:
@@ -162,9 +156,9 @@ class SetBuild:
         for path in (self.target, self.refused):
             tidy(path.parent, glob.escape(path.name))
         manifest = read_manifest(self.target)
-        if manifest is None or manifest["settings"] != self._settings:
+        if manifest is None:
             return None
-        if manifest["inputs"] != self._inputs:
+        if (manifest["settings"], manifest["inputs"]) != (self._settings, self._inputs):
             return None
         self._clear()
         return manifest

@@ -72,14 +72,15 @@ def encode_file(
     """Embed every text of a file, of several, of a folder or of stdin.
 
     The whole input is checked before the model is loaded. The output appears when it is complete;
-    until then what is done lies in ``<output>.parts``, from where a run that was killed goes on, if
-    the model is given by name. ``<output>.run.json`` says how the vectors were made.
+    until then what is done lies in ``<output>.parts``, from where a run that was killed goes on, in
+    the type it was begun with, if the model is given by name. ``<output>.run.json`` says how the
+    vectors were made.
 
     Args:
         model: folder or hub id, or an encoder that is loaded already.
         input: see ``nvembed.encoding.reading.read_documents``.
-        output: ``.npy`` (ids go to ``<output>.ids.json``), or a ``.parquet`` file or ``.lance``
-            table with the columns ``id`` (the place of a text without one) and ``embedding``.
+        output: ``.npy`` (ids by row go to ``<output>.ids.json``); or a ``.parquet`` file or
+            ``.lance`` table with ``id`` (the place of a text without one) and ``embedding``.
         task: with an instruction the texts are queries, without they are documents.
         columns: where ``text`` and ``id`` are found, see ``read_documents``.
         dtype: of the model's weights, see ``load_encoder``.
@@ -93,8 +94,10 @@ def encode_file(
         engine: ``ray`` embeds on the workers of a Ray cluster.
 
     Raises:
-        UserError: a ``DataError`` of the input, a ``ModelError`` of the model, a ``ConfigError`` of
-            an output that cannot hold the vectors or must not be replaced, or a full disk.
+        DataError: a line cannot be used, or there is none.
+        ConfigError: the output is an input, is not encode's own, or cannot hold such vectors.
+        ModelError: the model cannot be loaded or gives vectors that are no numbers.
+        UserError: the output cannot be written (no space, no permission).
     """
     form, long, skipped = form or OutputFormat(), long or LongTexts(), Skipped()
     paths = [input] if isinstance(input, Path) else list(input)

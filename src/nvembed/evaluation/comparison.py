@@ -11,21 +11,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from nvembed.core.errors import DataError
 from nvembed.core.reporting import progress
 from nvembed.core.text_files import read_json_object
-from nvembed.evaluation.results import TaskResult, items_folder, read_items, read_results
-from nvembed.evaluation.significance import (
-    RESAMPLES,
-    Difference,
-    compare_items,
-    holm,
-    mean_difference,
-    sign_flip_p,
+from nvembed.evaluation import significance
+from nvembed.evaluation.results import (
+    TaskResult,
+    items_folder,
+    read_items,
+    read_results,
+    run_file,
 )
 from nvembed.evaluation.summary import RowKind, lay_out, markdown_table, terminal_table
 
@@ -80,8 +79,7 @@ class Comparison:
     notes: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class _Side:
+class _Side(NamedTuple):
     path: Path
     name: str
     results: dict[str, TaskResult]
@@ -89,7 +87,7 @@ class _Side:
 
 
 def compare_results(
-    first: str | Path, second: str | Path, *, resamples: int = RESAMPLES
+    first: str | Path, second: str | Path, *, resamples: int = significance.RESAMPLES
 ) -> Comparison:
     """Compare two models on the tasks that both have a score for.
 
@@ -121,7 +119,7 @@ def compare_results(
             notes.append(f"{name}: left out, a score is undefined")
         else:
             kept[name] = a.main_score, b.main_score
-    tested: dict[str, Difference] = {}
+    tested: dict[str, significance.Difference] = {}
     missing = []
     with progress(len(kept), "compare") as bar:
         for name in kept:
@@ -132,7 +130,7 @@ def compare_results(
             elif items[0].task_hash != items[1].task_hash:
                 notes.append(f"{name}: not tested, the two were evaluated on different data")
             else:
-                tested[name] = compare_items(items[0], items[1], resamples=resamples)
+                tested[name] = significance.compare_items(items[0], items[1], resamples=resamples)
     if missing:
         notes.append(
             f"only scores can be compared of {_listed(missing)}: there are no items. To have them, "
@@ -145,7 +143,7 @@ def compare_results(
 def _read_side(path: Path) -> _Side:
     file = path / "results.json" if path.is_dir() else path
     results = read_results(file)
-    record = file.with_name(f"{file.stem}.run.json")
+    record = run_file(file)
     run = read_json_object(record, "the record of an evaluation") if record.is_file() else {}
     return _Side(file, str(run.get("model") or path), results, run)
 
@@ -182,9 +180,11 @@ def _object(values: Mapping[str, Any], key: str) -> dict[str, Any]:
 def _rows(
     scores: Mapping[str, tuple[float, float]],
     results: Mapping[str, TaskResult],
-    tested: Mapping[str, Difference],
+    tested: Mapping[str, significance.Difference],
 ) -> list[ComparedRow]:
-    adjusted = dict(zip(tested, holm([test.p for test in tested.values()]), strict=True))
+    adjusted = dict(
+        zip(tested, significance.holm([test.p for test in tested.values()]), strict=True)
+    )
     rows = []
     for kind, label, score_name, names in lay_out(results):
         scores_T2 = np.array([scores[name] for name in names])
@@ -195,25 +195,13 @@ def _rows(
             low, high, p = test.low, test.high, test.p
         elif kind != "task":
             if all(name in tested for name in names):
-                _, low, high = mean_difference([tested[name] for name in names])
+                _, low, high = significance.mean_difference([tested[name] for name in names])
             if len(names) > 1:
-                p = sign_flip_p(scores_T2[:, 1] - scores_T2[:, 0], resamples=100_000)
+                p = significance.sign_flip_p(scores_T2[:, 1] - scores_T2[:, 0], resamples=100_000)
         decisive = p_holm if kind == "task" else p
-        rows.append(
-            ComparedRow(
-                kind=kind,
-                name=label,
-                score_name=score_name,
-                first=first,
-                second=second,
-                difference=second - first,
-                low=low,
-                high=high,
-                p=p,
-                p_holm=p_holm,
-                significant=decisive is not None and decisive < SIGNIFICANT,
-            )
-        )
+        stands_out = decisive is not None and decisive < SIGNIFICANT
+        scored = (first, second, second - first, low, high, p, p_holm)
+        rows.append(ComparedRow(kind, label, score_name, *scored, significant=stands_out))
     return rows
 
 

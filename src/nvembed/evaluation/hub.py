@@ -194,17 +194,14 @@ def describe_model(name: str, encoder: Encoder, revision: str) -> ModelMeta:
 def _card(name: str) -> dict[str, Any]:
     """Read the YAML at the head of a model's card; empty where there is none here."""
     path: Any = Path(name) / "README.md"
-    if not Path(name).is_dir():
-        with suppress(ValueError):  # not the form of a hub id
+    with suppress(OSError, ValueError):  # ValueError: not the form of a hub id, or no YAML
+        if not Path(name).is_dir():
             path = try_to_load_from_cache(name, "README.md")
-    if not isinstance(path, str | Path):
-        return {}
-    try:
-        head = Path(path).read_text(encoding="utf-8").removeprefix("---\n").partition("\n---")[0]
-        values = parse_yaml(head).value
-    except (OSError, ValueError):
-        return {}
-    return values if isinstance(values, dict) else {}
+        if isinstance(path, str | Path):
+            text = Path(path).read_text(encoding="utf-8")
+            values = parse_yaml(text.removeprefix("---\n").partition("\n---")[0]).value
+            return values if isinstance(values, dict) else {}
+    return {}
 
 
 def _licence(card: Mapping[str, Any]) -> Any:
@@ -219,12 +216,9 @@ def _licence(card: Mapping[str, Any]) -> Any:
 
 def _trained_on(model: Path) -> list[str]:
     run = RunFolder(model.parent)
-    if not run.exists:
-        return []
-    try:
-        return [str(row["name"]) for row in run.read_recipe().get("datasets", ())]
-    except (UserError, KeyError, TypeError):  # not a run of ours
-        return []
+    with suppress(UserError, KeyError, TypeError):  # not a run of ours
+        return [str(row["name"]) for row in run.read_recipe()["datasets"]] if run.exists else []
+    return []
 
 
 def _tasks_of(datasets: Sequence[str]) -> set[str]:

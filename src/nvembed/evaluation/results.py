@@ -64,6 +64,11 @@ def read_results(path: str | Path) -> dict[str, TaskResult]:
         raise DataError("not evaluation results", where=str(path), expected=expected) from error
 
 
+def run_file(results: str | Path) -> Path:
+    """Where the record of what results were made with lies: ``a.json`` → ``a.run.json``."""
+    return Path(results).with_suffix(".run.json")
+
+
 # --- Items ----------------------------------------------------------------------------------------
 
 ItemKind = Literal["values", "correlation", "pairs", "classes", "clusters"]

@@ -22,16 +22,9 @@ from nvembed.core.ownership import check_outputs, remove
 from nvembed.core.runs import describe_environment
 from nvembed.core.text_files import check_ending, read_json_object
 from nvembed.encoding.encoder import Encoder, computed_fingerprint
+from nvembed.evaluation import results
 from nvembed.evaluation.encoders import CachedEncoder, SharedEncoder, shared_encoder
-from nvembed.evaluation.results import (
-    EVALUATE,
-    TaskResult,
-    items_folder,
-    keep_items,
-    read_results,
-    write_items,
-    write_results,
-)
+from nvembed.evaluation.results import EVALUATE, TaskResult
 from nvembed.evaluation.run import (
     BM25_NAME,
     Engine,
@@ -110,7 +103,7 @@ def check_session(settings: Settings, inputs: Iterable[Path] = ()) -> None:
     if output.is_dir():
         raise ConfigError("is a folder", where=str(output), expected="a file name")
     check_outputs(
-        [output, _run_file(output), items_folder(output), settings.mteb_folder],
+        [output, results.run_file(output), results.items_folder(output), settings.mteb_folder],
         made_by=EVALUATE,
         inputs=[settings.model, *inputs],
         places=[] if settings.cache is None else [settings.cache],
@@ -133,7 +126,7 @@ def run_session(
     instruction or data. A task of mteb whose data cannot be loaded is passed over and named in
     ``failed``; with ``keep_going`` every task that cannot be scored is.
     """
-    output, items_at = settings.output, items_folder(settings.output)
+    output, items_at = settings.output, results.items_folder(settings.output)
     check_ending(output, (".json",))
     check_session(settings, [task.folder for task in local])
     jobs: dict[str, LocalTask | AbsTask] = {task.name: task for task in local}
@@ -144,13 +137,13 @@ def run_session(
     record, found = _record(settings, jobs), Evaluation()
     if resume and output.exists():
         _continue_record(output, record)
-        found.results = read_results(output)
+        found.results = results.read_results(output)
 
     def write() -> None:
-        # The record goes first: results without one could not be gone on with.
         run = {**record, "failed": found.failed, "environment": describe_environment()}
-        write_json(_run_file(output), run, EVALUATE)
-        write_results(output, found.results, EVALUATE)
+        # The record goes first: results without one could not be gone on with.
+        write_json(results.run_file(output), run, EVALUATE)
+        results.write_results(output, found.results, EVALUATE)
 
     todo = {name: job for name, job in jobs.items() if name not in found.results}
     for name, outcome in _outcomes(settings, todo, processes, keep_going=keep_going):
@@ -160,9 +153,9 @@ def run_session(
         result, items = outcome
         if not found.results:
             remove(output)  # old scores never stand beside new items
-        keep_items(items_at, found.results)
+        results.keep_items(items_at, found.results)
         if items is not None:
-            write_items(items_at, name, items, EVALUATE)
+            results.write_items(items_at, name, items, EVALUATE)
         found.results[name] = result
         _keep_mteb_files(settings, found.results)
         write()
@@ -249,15 +242,12 @@ def _keep_mteb_files(settings: Settings, names: Collection[str]) -> None:
 # --- The record of what results were made with ----------------------------------------------------
 
 
-def _run_file(output: Path) -> Path:
-    return output.with_name(f"{output.stem}.run.json")
-
-
 def _record(settings: Settings, jobs: Mapping[str, LocalTask | AbsTask]) -> dict[str, Any]:
-    local = {name: job for name, job in jobs.items() if isinstance(job, LocalTask)}
-    instructions = {name: task.instruction for name, task in local.items()}
+    instructions, data = {}, {}
     for name, job in jobs.items():
-        if not isinstance(job, LocalTask):
+        if isinstance(job, LocalTask):
+            instructions[name], data[name] = job.instruction, task_hash(job)
+        else:
             from nvembed.evaluation.hub import hub_instruction
 
             instructions[name] = hub_instruction(job.metadata, settings.instructions)
@@ -272,12 +262,12 @@ def _record(settings: Settings, jobs: Mapping[str, LocalTask | AbsTask]) -> dict
         "dtype": settings.dtype,
         "computing": computing,
         "instructions": instructions,
-        "data": {name: task_hash(task) for name, task in local.items()},
+        "data": data,
     }
 
 
 def _earlier_record(output: Path) -> dict[str, Any]:
-    return read_json_object(_run_file(output), "the record of the evaluation to go on with")
+    return read_json_object(results.run_file(output), "the record of the evaluation to go on with")
 
 
 def _continue_record(output: Path, record: dict[str, Any]) -> None:

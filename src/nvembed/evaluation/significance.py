@@ -1,8 +1,8 @@
 """Tests between two models, and the intervals of their difference, from the items of a task.
 
-Everything is drawn from seeds, so that the same items always give the same numbers. scipy's
-``bootstrap`` and ``permutation_test`` call a statistic once per resample where these work on blocks
-of weights, and double the smaller tail: their smallest p of B resamples is twice the one here.
+Everything is drawn from seeds, so that the same items always give the same numbers. Resamples are
+blocks of weights. scipy's ``permutation_test`` doubles the smaller tail: its smallest p of B
+resamples is twice the one here; its ``bootstrap`` computes a statistic once per resample.
 
 What is resampled, with replacement: queries (Retrieval, Reranking), articles (Summarization), pairs
 (STS, PairClassification), test texts (Classification) and texts (Clustering). So the intervals tell
@@ -22,14 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nvembed.core.seeding import derive_seed
-from nvembed.evaluation.metrics import (
-    Floats,
-    Statistic,
-    confusion_scores,
-    correlation_of_resamples,
-    pairs_of_resamples,
-    v_measures,
-)
+from nvembed.evaluation import metrics
+from nvembed.evaluation.metrics import Floats, Statistic
 from nvembed.evaluation.results import Items
 
 RESAMPLES = 2000
@@ -187,16 +181,21 @@ def _statistic(items: Items) -> Statistic:
         return _mean_of_resamples(values_N)
     if items.kind == "correlation":
         name = "spearman" if score.endswith("spearman") else "pearson"
-        return correlation_of_resamples(name, arrays["gold_N"], arrays["similarities_N"])
+        return metrics.correlation_of_resamples(name, arrays["gold_N"], arrays["similarities_N"])
     if items.kind == "pairs":
         metric = score.partition("_")[2]
-        each = [pairs_of_resamples(metric, s, arrays["gold_N"]) for s in arrays["similarities_SN"]]
+        each = [
+            metrics.pairs_of_resamples(metric, s, arrays["gold_N"])
+            for s in arrays["similarities_SN"]
+        ]
         return lambda weights_BN: np.max([one(weights_BN) for one in each], axis=0)
     if items.kind == "classes":
         tables = _tables(arrays["gold_N"], arrays["predicted_EN"])
-        return lambda w_BN: np.mean([confusion_scores(t)[score] for t in tables(w_BN)], axis=0)
+        return lambda w_BN: np.mean(
+            [metrics.confusion_scores(t)[score] for t in tables(w_BN)], axis=0
+        )
     tables = _tables(arrays["gold_N"], arrays["assigned_EN"], arrays["drawn_EN"])
-    return lambda w_BN: np.mean([v_measures(table) for table in tables(w_BN)], axis=0)
+    return lambda w_BN: np.mean([metrics.v_measures(table) for table in tables(w_BN)], axis=0)
 
 
 def _mean_of_resamples(values_N: Floats) -> Statistic:

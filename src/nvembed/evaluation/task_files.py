@@ -199,15 +199,11 @@ class Problems:
         where = error.where or str(self.folder)
         self.add(str(error).removeprefix(f"{where}: "), where)
 
-    def place(self, name: str) -> str:
-        """Find the file of that name without the ending; JSONL where there is none."""
-        return str(find_rows(self.folder, name) or self.folder / f"{name}.jsonl")
-
     def open(self, name: str) -> Table | None:
         """Open a file of rows of the task by its name without the ending; ``None`` is a problem."""
         path = find_rows(self.folder, name)
         if path is None:
-            self.add("no such file", self.place(name))
+            self.add("no such file", str(self.folder / f"{name}.jsonl"))
             return None
         try:
             return open_file(path)
@@ -284,10 +280,10 @@ def read_rows(problems: Problems, kind: TaskType) -> TaskData:
     if kind == "Classification":
         return _read_classification(problems)
     make, row, alike, expected = _LAYOUTS[kind]
-    columns, _ = _read_columns(problems, "test", row)
+    columns, places = _read_columns(problems, "test", row)
     groups = columns[-1] if kind == "Summarization" else columns[-1:]
     if not problems and alike and all(len(set(values)) < 2 for values in groups):
-        problems.add(alike.format(groups[0][0]), problems.place("test"), expected)
+        problems.add(alike.format(groups[0][0]), places[0].rpartition(":")[0], expected)
     data: TaskData = make(*columns)
     return data
 
@@ -309,7 +305,7 @@ def _read_columns(
 
 
 def _read_classification(problems: Problems) -> ClassificationData:
-    train, _ = _read_columns(problems, "train", _LABELLED)
+    train, train_places = _read_columns(problems, "train", _LABELLED)
     test, places = _read_columns(problems, "test", _LABELLED)
     known = set(train[1])
     for label in sorted(set(test[1]) - known) if known else ():
@@ -317,5 +313,5 @@ def _read_classification(problems: Problems) -> ClassificationData:
         problems.add(f"label {label!r} does not occur in the train part", where)
     if len(known) == 1:
         _, _, alike, expected = _LAYOUTS["Clustering"]
-        problems.add(alike.format(train[1][0]), problems.place("train"), expected)
+        problems.add(alike.format(train[1][0]), train_places[0].rpartition(":")[0], expected)
     return ClassificationData(LabelledTexts(*train), LabelledTexts(*test))

@@ -27,8 +27,7 @@ from nvembed.encoding.embed import WINDOW_TEXTS, encode_window
 from nvembed.encoding.encoder import Encoder
 from nvembed.encoding.reading import Document, Skipped, input_files, read_documents
 from nvembed.index.database import ANN_ABOVE, INDEX, Database, is_database, text_hash, writing
-from nvembed.index.field_types import Fields, FieldTypes
-from nvembed.index.fields import same
+from nvembed.index.fields import Fields, FieldTypes, same
 from nvembed.index.record import first_dimensions, new_record, recorded_encoder
 from nvembed.text.instructions import read_task
 

@@ -1,8 +1,8 @@
 """Fields of documents: an Arrow type each, and values that go in and come out as they are.
 
 A type holds a value or it does not (``Misfit``): nothing is rounded, cut or spelled otherwise.
-Where a type has too little room, ``wider_type`` says which one holds both. Next file:
-``index/where.py``.
+Where a type has too little room, ``wider_type`` says which one holds both; ``FieldTypes`` settles
+the types of some documents. Next file: ``index/where.py``.
 """
 
 from __future__ import annotations
@@ -12,15 +12,19 @@ import datetime
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 from urllib.parse import unquote
 
 import pyarrow as pa
 
+from nvembed.core.errors import DataError
+from nvembed.data.sources.rows import Table
+
 # Lists and objects of JSON, which may have another form in every row: kept as their JSON.
 JSON = pa.json_(pa.string())
+Fields = dict[str, Any]  # by name
 OWN_COLUMNS = ("id", "text", "text_hash", "vector")
 
 _KIND = b"nvembed"  # of a column's metadata: what a text column holds
@@ -34,14 +38,8 @@ class Misfit(Exception):  # noqa: N818 - caught where the place of the value is 
     """A type does not hold a value."""
 
 
-# --- Names ----------------------------------------------------------------------------------------
-
-
 def column_name(name: str, generation: int = 1) -> str:
-    """Name the column of a field like it, but for signs that the engine does not take.
-
-    ``generation`` counts how often the type of the field was made wider.
-    """
+    """Name a field's column like it, but for signs that the engine does not take."""
     column = _ESCAPED.sub(lambda found: f"%{ord(found[0]):02X}", name) or "%"
     if name in OWN_COLUMNS:
         column = f"%{ord(name[0]):02X}{name[1:]}"
@@ -49,7 +47,7 @@ def column_name(name: str, generation: int = 1) -> str:
 
 
 def field_name(column: str) -> tuple[str, int]:
-    """Field and generation of a column; see ``column_name``."""
+    """Field and generation of a column: a wider type is another generation."""
     column, _, generation = column.partition("%~")
     return ("" if column == "%" else unquote(column)), int(generation or 1)
 
@@ -64,9 +62,6 @@ def to_column(name: str, type: pa.DataType) -> pa.Field:
 def type_of_column(column: pa.Field) -> pa.DataType:
     """The type of the field that a column of the table holds."""
     return JSON if (column.metadata or {}).get(_KIND) == b"json" else column.type
-
-
-# --- Types ----------------------------------------------------------------------------------------
 
 
 def is_text(type: pa.DataType) -> bool:
@@ -114,12 +109,11 @@ def kept_type(type: pa.DataType) -> pa.DataType:
         return pa.list_(pa.struct(pair))
     if pa.types.is_struct(type):
         return pa.struct([(field.name, _inner_type(field.type)) for field in type])
-    if pa.types.is_fixed_size_list(type):
-        return pa.list_(_inner_type(type.value_type), type.list_size)
-    if pa.types.is_large_list(type):
-        return pa.large_list(_inner_type(type.value_type))
-    if pa.types.is_list(type) or pa.types.is_list_view(type) or pa.types.is_large_list_view(type):
-        return pa.list_(_inner_type(type.value_type))
+    if hasattr(type, "value_type"):  # a list of one of five kinds
+        inner = _inner_type(type.value_type)
+        if pa.types.is_large_list(type):
+            return pa.large_list(inner)
+        return pa.list_(inner, getattr(type, "list_size", -1))
     return type
 
 
@@ -194,9 +188,6 @@ def _first_that_holds(
     return None
 
 
-# --- Values ---------------------------------------------------------------------------------------
-
-
 def kept_value(value: Any, type: pa.DataType) -> Any:
     """The value as it comes back from a column of a type; None for NaN, which is no value."""
     if value is None or (isinstance(value, float | Decimal) and math.isnan(value)):
@@ -230,7 +221,7 @@ def _as_number(value: Any, type: pa.DataType) -> int | float | Decimal:
     if not isinstance(value, int | float | Decimal):
         raise Misfit
     if pa.types.is_decimal(type):
-        return Decimal(repr(value)) if isinstance(value, float) else Decimal(value)
+        return Decimal(repr(value) if isinstance(value, float) else value)
     number = float(value) if pa.types.is_floating(type) else int(value)
     if number != value:
         raise Misfit
@@ -294,3 +285,115 @@ def plain(value: Any) -> Any:
     if value is None or isinstance(value, bool | int | float | str):
         return value
     return value.isoformat() if isinstance(value, datetime.date | datetime.time) else str(value)
+
+
+class FieldTypes:
+    """Settles the types of fields: known ones, those of files, those of values.
+
+    ``found`` are the types so far, at first those of the fields that the database has.
+    """
+
+    def __init__(self, known: Mapping[str, pa.DataType]) -> None:
+        self.found = dict(known)
+        self._of_cells: dict[str, pa.DataType] = {}
+
+    def settle(
+        self,
+        rows: Sequence[tuple[Fields, Table | None]],
+        refuse: Callable[[int, DataError], object],
+    ) -> list[Fields | None]:
+        """The values of rows under the types that hold all of them.
+
+        Rows come with the table that they are of. ``refuse`` is told the number of a row that no
+        type suits, for which None is returned.
+        """
+        known = dict(self.found)
+        cells: dict[str, list[str]] = {}  # a column of CSV has one type for all of them
+        for values, table in rows:
+            if table is not None and table.textual:
+                for name, text in values.items():
+                    if text != "" and name not in known:
+                        cells.setdefault(name, []).append(text)
+        self._of_cells = {name: type_of_texts(texts) for name, texts in cells.items()}
+        kept: list[Fields | None] = [{} for _ in rows]
+        for widen in (True, False):
+            for number, (values, table) in enumerate(rows):
+                if kept[number] is not None:
+                    try:
+                        kept[number] = self._kept(values, table, widen)
+                    except DataError as error:
+                        kept[number] = None
+                        refuse(number, error)
+            if self.found == known:
+                break  # else what was read before a type was found or made wider is read again
+        return kept
+
+    def _kept(self, values: Fields, table: Table | None, widen: bool) -> Fields:
+        types: dict[str, pa.DataType] = {}
+        kept: Fields = {}
+        textual = table is not None and table.textual
+        for name, value in values.items():
+            type = self.found.get(name)
+            if type is None and widen:
+                type = self._first_type(name, value, table)
+            if type is None:
+                continue
+            _check_name(name)
+            if textual:
+                value = None if value == "" else from_text(value, type)
+            types[name] = type
+            try:
+                got = kept_value(value, type)
+            except Misfit as misfit:
+                wider = wider_type(type, value) if widen else None
+                if wider is None:
+                    raise _mismatch(name, value, type, misfit) from misfit
+                types[name] = wider
+            else:
+                if got is not None:
+                    kept[name] = got
+        self.found |= types
+        return kept
+
+    def _first_type(self, name: str, value: Any, table: Table | None) -> pa.DataType | None:
+        """The type of a field that is new; None where nothing says it yet."""
+        if table is not None and table.textual:
+            return self._of_cells.get(name)
+        if table is not None and table.schema is not None:
+            types = [kept_type(column.type) for column in table.schema if column.name == name]
+            return None if not types or pa.types.is_null(types[-1]) else types[-1]
+        if value is None or value != value:
+            return None
+        try:
+            return type_of(value)
+        except Misfit as misfit:
+            raise DataError(f'"{name}" is {misfit}', expected="a text") from misfit
+
+
+def _check_name(name: str) -> None:
+    problem = f"a field cannot be called {name!r}"
+    if name in ("id", "text"):
+        hint = f"--column {name}=NAME says which column that is, --fields which others to keep"
+        raise DataError(f"{problem}: the document's own is", hint=hint)
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(problem, expected="whole characters") from error
+
+
+def _mismatch(name: str, value: Any, type: pa.DataType, misfit: Misfit) -> DataError:
+    if str(misfit):
+        return DataError(f'"{name}" holds {misfit}')
+    try:
+        kind = describe(type_of(value))
+    except Misfit as unknown:
+        return DataError(f'"{name}" is {unknown}', expected="a text")
+    problem = f"is a {kind}, in the documents before it a {describe(type)}"
+    if kind == describe(type):
+        problem = (
+            f"is {repr(value)[:60]}, which {type}, the type of the documents before it, "
+            "does not hold"
+        )
+    return DataError(
+        f'"{name}" {problem}', hint="Make them alike, or keep other fields only with --fields"
+    )

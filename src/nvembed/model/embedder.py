@@ -36,30 +36,14 @@ from nvembed.model.backbone import Backbone
 from nvembed.model.encoding import EncodingModel
 from nvembed.model.official_load import load_official
 from nvembed.model.placement import DeviceMap
-from nvembed.model.pooling import (
-    LastTokenPooling,
-    LatentAttentionPooling,
-    MeanPooling,
-    Pooling,
-    SelfAttentionPooling,
-    build_pooling,
-)
+from nvembed.model.pooling import POOLINGS, Pooling, build_pooling
 from nvembed.model.settings import AttentionDirection, LongTexts, PoolingKind
 from nvembed.text.instructions import resolve_prompt, task_prompts
 
 # What modules.json may name without remote code: our classes by name, and anything inside
 # sentence-transformers itself.
-_OWN_MODULES: dict[str, type[Module]] = {
-    f"{cls.__module__}.{cls.__name__}": cls
-    for cls in (
-        Backbone,
-        MeanPooling,
-        LastTokenPooling,
-        LatentAttentionPooling,
-        SelfAttentionPooling,
-    )
-}
-
+_OWN: tuple[type[Module], ...] = (Backbone, *POOLINGS.values())
+_OWN_MODULES = {f"{cls.__module__}.{cls.__name__}": cls for cls in _OWN}
 
 DtypeName = Literal["float32", "bfloat16", "float16", "float64", "auto"]
 """Types that weights are computed in; ``auto`` is the stored one."""
@@ -282,8 +266,8 @@ class NVEmbed(EncodingModel):
         """
         if task is not None:
             prompt, prompt_name = resolve_prompt(task, self.prompts), None
-        given: dict[str, Any] = {**options}
-        return super().encode_query(inputs, prompt_name=prompt_name, prompt=prompt, **given)
+        encode: Any = super().encode_query
+        return encode(inputs, prompt_name=prompt_name, prompt=prompt, **options)
 
     @checked
     def encode_document(  # type: ignore[override]
@@ -298,8 +282,8 @@ class NVEmbed(EncodingModel):
         """Embed documents: bare texts; in symmetric tasks both sides carry ``task``."""
         if task is not None:
             prompt, prompt_name = resolve_prompt(task, self.prompts), None
-        given: dict[str, Any] = {**options}
-        return super().encode_document(inputs, prompt_name=prompt_name, prompt=prompt, **given)
+        encode: Any = super().encode_document
+        return encode(inputs, prompt_name=prompt_name, prompt=prompt, **options)
 
 
 def _module_class(entry: ModuleEntry, source: ModelSource) -> type[Module]:

@@ -5,9 +5,8 @@
     latent            latent attention layer on the pooled tokens, then the average (NV-Embed)
     self_attention    one self-attention layer over the text, then the average (a baseline)
 
-They work on the flat batch of our :class:`~nvembed.model.backbone.Backbone` and equally behind the
-padded ``Transformer`` of an existing sentence-transformers model, whose states are flattened on
-entry; so latent attention can be put on any model.
+They work on our flat batch and equally behind the padded ``Transformer`` of sentence-transformers,
+whose states are flattened on entry; so latent attention can be put on any model.
 
 The latent attention layer (paper s3.2; exact form of the released code): the hidden states are the
 queries, a trained array of latents gives keys and values, and a GEGLU MLP follows; both sub-layers
@@ -188,10 +187,7 @@ class LatentAttention(nn.Module):
 
 
 class Pooling(Module):
-    """What all poolings share: reading the features, restoring the order of the texts, saving.
-
-    Subclasses implement :meth:`pool` over a flat batch.
-    """
+    """What all poolings share: reading the features, restoring the order of the texts, saving."""
 
     config_keys = ["width"]
 
@@ -204,10 +200,7 @@ class Pooling(Module):
         """Pool ``(T, D)`` token states to ``(N, D)`` float32."""
 
     def fixed_weights(self, *, fold_now: bool = False) -> AbstractContextManager[None]:
-        """A block in which no weight changes, so that work on weights alone is done once.
-
-        That is when it begins to pay, or at the start (``fold_now``).
-        """
+        """A block in which no weight changes, so that work on weights alone is done once."""
         return nullcontext()
 
     def forward(self, features: dict[str, Any], **_: Any) -> dict[str, Any]:
@@ -388,12 +381,15 @@ def _prompt_lengths(features: dict[str, Any], mask_BL: Tensor) -> Tensor:
     return lengths_B
 
 
-def build_pooling(
-    kind: PoolingKind, width: int, *, num_latents: int = 512, num_heads: int = 8
-) -> Pooling:
-    """Make a fresh pooling for a hidden size."""
-    if kind == "latent":
-        return LatentAttentionPooling(width, num_latents, num_heads)
-    if kind == "self_attention":
-        return SelfAttentionPooling(width, num_heads)
-    return MeanPooling(width) if kind == "mean" else LastTokenPooling(width)
+POOLINGS: dict[PoolingKind, type[Pooling]] = {
+    "mean": MeanPooling,
+    "last": LastTokenPooling,
+    "latent": LatentAttentionPooling,
+    "self_attention": SelfAttentionPooling,
+}
+
+
+def build_pooling(kind: PoolingKind, width: int, **sizes: int) -> Pooling:
+    """Make a fresh pooling for a hidden size, with those of the sizes that it has."""
+    cls = POOLINGS[kind]
+    return cls(width, **{name: size for name, size in sizes.items() if name in cls.config_keys})

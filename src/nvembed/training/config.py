@@ -277,8 +277,14 @@ class TrainConfig(StrictModel):
         return read if recipe is None else [recipe, *read]
 
 
-FREE_KEYS = {"output", "log_every", "checkpoint_every", "keep_checkpoints", "trackers"}
-FREE_KEYS |= {"peer_timeout_minutes"}
+FREE_KEYS = {
+    "output",
+    "log_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "trackers",
+    "peer_timeout_minutes",
+}
 """Keys of a recipe that may change while a run is stopped: no weight depends on them."""
 
 

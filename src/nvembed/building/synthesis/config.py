@@ -47,7 +47,7 @@ class SynthesisConfig(StrictModel):
         examples_per_task: examples asked for per task.
         tasks_per_request: tasks asked for at once; more of them are less alike.
         seed: decides what every request asks.
-        temperature: of the model; low ones give the same tasks again and again.
+        temperature: the model's; low ones give the same tasks again and again.
         max_answer_tokens: where an answer is cut.
         attempts: times that a request is asked again whose answer is no valid JSON.
         key_variable: environment variable with the key of the endpoint; without a value, no key is

@@ -16,7 +16,7 @@ from pydantic import BaseModel
 
 from nvembed.core.errors import ConfigError, DataError, UserError
 
-# Of the first line, which says what the run asks for: the mark of a journal.
+# How the first line begins, which says what the run asks for: the mark of a journal.
 _BEGINNING = b'{"run": {'
 
 
@@ -75,20 +75,14 @@ class Journal:
         assert row.id not in self._places
         self._places[row.id] = self._append(row.model_dump(exclude_none=True))
 
-    def get(self, name: str) -> JournalRow | None:
-        """Return the row of a name."""
-        place = self._places.get(name)
-        if place is None:
-            return None
-        self._in.seek(place)
+    def __getitem__(self, name: str) -> JournalRow:
+        self._in.seek(self._places[name])
         return JournalRow.model_validate_json(self._in.readline())
 
     def rows(self) -> Iterator[JournalRow]:
         """Yield all rows by their names, sorted."""
         for name in sorted(self._places):
-            row = self.get(name)
-            assert row is not None
-            yield row
+            yield self[name]
 
     def _append(self, row: dict[str, Any]) -> int:
         line = json.dumps(row, ensure_ascii=False).encode("utf-8", "replace") + b"\n"

@@ -158,8 +158,7 @@ class _Synthesis:
             await asker.ask_all(requests)
             before = len(tasks)
             for request in requests:
-                row = self._journal.get(request.name)
-                for task in row.answer["tasks"] if row and row.answer else ():
+                for task in self._answer(request).get("tasks", ()):
                     if seen.find_or_add(len(tasks), task):
                         counts.double_tasks += 1
                     else:
@@ -179,6 +178,10 @@ class _Synthesis:
                     prompt = example_prompt(kind, task, self._config.seed, number)
                     yield kind, task, Request(name, prompt, WrittenExample)
 
+    def _answer(self, request: Request) -> dict[str, Any]:
+        """Return the valid answer, empty where there is none."""
+        return (request.name in self._journal and self._journal[request.name].answer) or {}
+
     def write(self, folder: Path) -> None:
         """Write all files but the journal, from the journal."""
         tasks = ({"kind": kind, "task": t} for kind, texts in self._tasks.items() for t in texts)
@@ -190,10 +193,9 @@ class _Synthesis:
     def _records(self) -> Iterator[dict[str, Any]]:
         seen = NearDuplicates(_SAME_QUERY, shingle_words=_DOUBLE_WORDS)
         for kind, task, request in self._examples():
-            row, counts = self._journal.get(request.name), self.summary.kinds[kind]
-            if row is None or row.answer is None:
+            if not (answer := self._answer(request)):
                 continue
-            example = WrittenExample.model_validate(row.answer)
+            example, counts = WrittenExample.model_validate(answer), self.summary.kinds[kind]
             if seen.find_or_add(len(seen), example.query):
                 counts.double_examples += 1
                 continue

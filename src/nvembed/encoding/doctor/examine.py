@@ -101,8 +101,8 @@ class Subject:
         self.encoder, self.prompt, self.document = encoder, prompt, document
         self.ours = encoder if isinstance(encoder, NVEmbed) else None
         self.model = model = _model_of(encoder)
-        self.transformer: PreTrainedModel | None
-        self.transformer = getattr(model[0], "model", None) or getattr(model[0], "auto_model", None)
+        inner = getattr(model[0], "model", None) or getattr(model[0], "auto_model", None)
+        self.transformer: PreTrainedModel | None = inner
         self.device = torch.device(model.device)
         self.elements = sum(parameter.numel() for parameter in model.parameters())
         self.pooling = type(model[1]).__name__ if len(model) > 1 else "no pooling"

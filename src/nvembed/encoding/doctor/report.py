@@ -94,16 +94,15 @@ def print_diagnosis(diagnosis: Diagnosis, *, as_json: bool = False) -> None:
     if as_json:
         print(json.dumps(diagnosis.as_json(), ensure_ascii=False, indent=2))
         return
-    console = Console(highlight=False)
-    parts: list[Text | Table | str] = [
-        Text.assemble((diagnosis.model, "bold"), "  ", diagnosis.description)
-    ]
-    parts += ["", _findings(diagnosis)]
+    title = Text.assemble((diagnosis.model, "bold"), "  ", diagnosis.description)
+    parts: list[Text | Table | str] = [title, "", _findings(diagnosis), ""]
     if samples := [sample for sample in diagnosis.samples if sample.tokens]:
-        parts += ["", _samples(samples)]
+        parts += [_samples(samples), ""]
     if diagnosis.memory:
-        parts += ["", _memory(diagnosis), Text(diagnosis.memory_formula + _LETTERS, style="dim")]
-    for part in [*parts, "", _verdict(diagnosis)]:
+        formula = Text(diagnosis.memory_formula + _LETTERS, style="dim")
+        parts += [_memory(diagnosis), formula, ""]
+    console = Console(highlight=False)
+    for part in [*parts, _verdict(diagnosis)]:
         console.print(part)
 
 

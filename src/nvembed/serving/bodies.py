@@ -10,6 +10,7 @@ import asyncio
 from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.config import JsonDict
 
 from nvembed.serving.engines import Cut
 from nvembed.serving.errors import RequestError
@@ -23,8 +24,10 @@ _TASK = "what the texts are for, the name of an MTEB task or of a prompt of the 
 _PROMPT_NAME = "the name of a prompt of the model, or of an MTEB task, or null"
 
 
-def _optional(description: str, **more: Any) -> Any:
-    return Field(default=None, description=description, **more)
+def _optional(description: str, meant: bool | str | None = None, **more: Any) -> Any:
+    """A field that may be left out or null, which means ``meant``."""
+    shown: JsonDict = {"default": meant}  # in the OpenAPI document
+    return Field(default=None, description=description, json_schema_extra=shown, **more)
 
 
 class Body(BaseModel):
@@ -54,7 +57,7 @@ class VectorFields(InstructionFields):
     prompt_name: str | None = _optional(_PROMPT_NAME)
     dimensions: int | None = _optional("an integer from 1 to the model's width, or null", ge=1)
     encoding_format: Literal["float", "base64"] | None = _optional(
-        "'float' or 'base64' (little-endian float32)"
+        "'float' or 'base64' (little-endian float32)", "float"
     )
 
 
@@ -62,10 +65,10 @@ class TruncationFields(Body):
     """What becomes of long texts, as TEI says it."""
 
     truncate: bool | None = _optional(
-        "a boolean; false refuses texts that are too long for the model, which true cuts"
+        "a boolean; false refuses texts that are too long for the model, which true cuts", True
     )
     truncation_direction: Literal["Left", "Right", "left", "right"] | None = _optional(
-        "'Right' (the end is cut) or 'Left' (the beginning is)"
+        "'Right' (the end is cut) or 'Left' (the beginning is)", "Right"
     )
 
     @property
@@ -86,7 +89,7 @@ class OpenAIRequest(VectorFields):
         "'query', 'document', 'passage' or null (query where there is an instruction)"
     )
     truncate: Literal["END", "START", "NONE"] | None = _optional(
-        "'END' or 'START' (cut of long texts) or 'NONE' (these are refused)"
+        "'END' or 'START' (cut of long texts) or 'NONE' (these are refused)", "END"
     )
 
 
@@ -94,7 +97,9 @@ class EmbedRequest(VectorFields, TruncationFields):
     """The body of ``/embed``."""
 
     inputs: Inputs = Field(description=_INPUTS)
-    normalize: bool | None = _optional("a boolean; false leaves vectors as the pooling gives them")
+    normalize: bool | None = _optional(
+        "a boolean; false leaves vectors as the pooling gives them", True
+    )
 
 
 class RerankRequest(InstructionFields, TruncationFields):
@@ -102,8 +107,8 @@ class RerankRequest(InstructionFields, TruncationFields):
 
     query: str = Field(description="a text")
     texts: list[str] = Field(description="a list of texts")
-    raw_scores: bool | None = _optional("a boolean; scores are cosines either way")
-    return_text: bool | None = _optional("a boolean")
+    raw_scores: bool | None = _optional("a boolean; scores are cosines either way", False)
+    return_text: bool | None = _optional("a boolean", False)
 
 
 class SimilarityInputs(Body):
@@ -134,7 +139,7 @@ class TokenizeRequest(Body):
     """The body of ``/tokenize``."""
 
     inputs: str | list[str] = Field(description="a text or a list of texts")
-    add_special_tokens: bool | None = _optional("a boolean: BOS and EOS as well")
+    add_special_tokens: bool | None = _optional("a boolean: BOS and EOS as well", True)
     prompt_name: str | None = _optional(_PROMPT_NAME)
 
 

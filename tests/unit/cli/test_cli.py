@@ -7,7 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import typer
 
+from nvembed.cli import options
 from nvembed.cli.main import run
 from nvembed.core.files import write_jsonl
 
@@ -118,3 +120,24 @@ def test_a_task_with_broken_judgements_is_told(tmp_path: Path, capsys) -> None:
 def test_unknown_commands_and_options_are_one_line(capsys) -> None:
     failing(capsys, "trian")
     failing(capsys, "train", "--nope")
+
+
+def test_parameters_of_a_command_are_arguments_options_and_flags(capsys) -> None:
+    program, seen = typer.Typer(), []
+
+    @program.command()
+    @options.described(place="A place.", most=typer.Option(min=1, help="Most."), very_loud="Shout.")
+    def command(
+        place: str, *, most: int = 3, very_loud: bool = False, layout: str = "records"
+    ) -> None:
+        seen.append((place, most, very_loud, layout))
+
+    assert run(["here", "--very-loud", "--layout", "beir"], program) == 0
+    assert run(["there", "--most", "1"], program) == 0
+    assert seen == [("here", 3, True, "beir"), ("there", 1, False, "records")]
+    failing_codes = [run(["here", "--most", "0"], program), run(["a", "--no-very-loud"], program)]
+    assert failing_codes == [2, 2]
+    with pytest.raises(KeyError, match="unknown"):
+
+        @options.described()
+        def other(unknown: str) -> None: ...

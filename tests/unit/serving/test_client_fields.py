@@ -238,6 +238,8 @@ def test_null_is_the_same_as_leaving_out(client: TestClient, path: str) -> None:
     schema = client.get("/openapi.json").json()["paths"][path]["post"]["requestBody"]
     fields = schema["content"]["application/json"]["schema"]["properties"]
     assert set(fields) == set(body) | set(nulls)  # no field was forgotten here
+    told = {name: fields[name]["default"] for name in nulls if "default" in fields[name]}
+    assert post(client, path, **body, **told) == expected
     for name in body:
         refused(client, path, 400, name, **{**body, name: None})
     refused(client, path, 400, "unknown field", **body, colour=None)

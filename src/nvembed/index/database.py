@@ -41,6 +41,7 @@ from nvembed.index.record import DatabaseRecord
 from nvembed.index.where import sql_type, where_sql
 
 TABLE = "documents"
+_FOLDER = f"{TABLE}.lance"
 LOCK = ".lock"
 INDEX = "index"
 ANN_ABOVE = 50_000  # documents; measured in benchmarks/index_scale.py
@@ -52,23 +53,19 @@ _KEPT = timedelta(minutes=10)
 _PROBES, _REFINE = 20, 4  # measured in benchmarks/index_scale.py
 
 
-def _table_of(path: str | Path) -> Path:
-    return Path(path) / f"{TABLE}.lance"
-
-
 def is_database(path: str | Path) -> bool:
     """Whether ``nvembed index`` has made this folder, and came so far as to a first version."""
-    return any((_table_of(path) / "_versions").glob("*.manifest"))
+    return any((Path(path) / _FOLDER / "_versions").glob("*.manifest"))
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Let no other process write to a database while the block runs; its folder is made."""
-    ours = {LOCK, MARK, _table_of(path).name}
+    ours = {LOCK, MARK, _FOLDER}
     if path.exists() and (not path.is_dir() or any(p.name not in ours for p in path.iterdir())):
         raise ConfigError("not empty, and no database", where=str(path), hint="Choose another")
     if not is_database(path):
-        refuse_foreign(_table_of(path), INDEX)
+        refuse_foreign(path / _FOLDER, INDEX)
     path.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path / LOCK, timeout=0)
     try:
@@ -100,8 +97,8 @@ class Database:
     def create(cls, path: Path, record: DatabaseRecord) -> Database:
         """Make an empty database; within ``writing`` only."""
         # A process may have been killed before the first version was there.
-        shutil.rmtree(_table_of(path), ignore_errors=True)
-        mark_growing(_table_of(path), INDEX)
+        shutil.rmtree(path / _FOLDER, ignore_errors=True)
+        mark_growing(path / _FOLDER, INDEX)
         schema = pa.schema(
             [
                 pa.field("id", pa.string(), nullable=False),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import glob
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -33,7 +33,7 @@ from nvembed.encoding.workers import Engine, Loader
 from nvembed.mining.corpus import Corpus, MemoryCorpus, StoredCorpus
 from nvembed.mining.report import MiningReport
 from nvembed.mining.run import Plan, Run, plan_pairs, plan_records, plan_sts
-from nvembed.mining.teachers import BM25_NAME, check_teacher, named_teacher, rank
+from nvembed.mining.teachers import BM25_NAME, check_teacher, rank, settled_teacher
 
 MINE = "mine"
 # Columns that documents have; the others are of records.
@@ -200,23 +200,15 @@ class _Mining:
         """
         queries, texts = plan.queries, plan.corpus_texts(documents)
         tasks = (self.instruction, self.instruction if plan.symmetric else None)
-        corpus: Corpus
-        with ExitStack() as stack:
-            if folder is None:
-                corpus = MemoryCorpus(texts)
-            else:
-                corpus = stack.enter_context(StoredCorpus(texts, folder))
-            teacher: Encoder | Loader
-            dtype = None
-            if isinstance(self.teacher, str):
-                assert folder is not None
-                teacher = named_teacher(
-                    self.teacher, self.teacher_model, self.dtype, folder, self.engine
-                )
-                dtype = teacher.dtype
-            else:
-                teacher = self.teacher
+        opened: AbstractContextManager[Corpus] = (
+            nullcontext(MemoryCorpus(texts)) if folder is None else StoredCorpus(texts, folder)
+        )
+        with opened as corpus:
+            teacher = settled_teacher(
+                self.teacher, self.teacher_model, self.dtype, folder, self.engine
+            )
             ranking = rank(queries, corpus.texts, tasks, teacher, self.config, folder, self.engine)
+            dtype = teacher.dtype if isinstance(teacher, Loader) else None
             yield Run(plan, corpus, ranking, self.config), dtype
 
 

@@ -155,18 +155,25 @@ def check_teacher(
         )
 
 
-def named_teacher(
-    name: str, model: str | None, dtype: PrecisionChoice | None, work: Path, engine: Engine
-) -> Loader:
-    """Settle how a teacher computes; one process of several takes the GPU of its number."""
-    if name == BM25_NAME:
-        return Loader(name)
+def settled_teacher(
+    teacher: str | Encoder,
+    model: str | None,
+    dtype: PrecisionChoice | None,
+    work: Path | None,
+    engine: Engine,
+) -> Encoder | Loader:
+    """Settle how a named teacher computes; one process of several takes the GPU of its number."""
+    if not isinstance(teacher, str):
+        return teacher
+    if teacher == BM25_NAME:
+        return Loader(teacher)
     import torch
 
     if "LOCAL_RANK" in os.environ and torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    endpoint = is_endpoint(name)
-    return Loader(name, None if endpoint else settled_dtype(name, dtype, work, engine), model)
+    assert work is not None, "a named teacher has a folder"
+    endpoint = is_endpoint(teacher)
+    return Loader(teacher, None if endpoint else settled_dtype(teacher, dtype, work, engine), model)
 
 
 def settled_dtype(

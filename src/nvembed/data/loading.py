@@ -12,7 +12,13 @@ from typing import Any
 
 from nvembed.core.errors import DataError, SourceError
 from nvembed.core.reporting import ProblemCounts
-from nvembed.core.text_files import ending_of, read_jsonl
+from nvembed.core.text_files import (
+    ending_of,
+    numbered_lines,
+    open_text_file,
+    parse_json,
+    too_long,
+)
 from nvembed.data.build_config import BuildConfig
 from nvembed.data.built_sets import built_problem
 from nvembed.data.config import DatasetConfig
@@ -22,10 +28,10 @@ from nvembed.data.records import (
     LABEL_KINDS,
     BadRow,
     Conversion,
-    Converted,
     Kind,
     RowError,
     label_problems,
+    parse_line,
     parse_record,
 )
 from nvembed.data.sources.files import parquet_rows, shard_files
@@ -109,17 +115,37 @@ def training_datasets(
     return tuple(dataset.with_file(folder / dataset.name) for dataset in datasets)
 
 
-def _plain_rows(path: Path, kind: Kind) -> Iterator[Converted | BadRow]:
-    is_parquet = ending_of(path) == ".parquet" or path.is_dir()
-    for line, row in parquet_rows(path) if is_parquet else read_jsonl(path):
-        try:
-            yield Converted(parse_record(row, kind), f"{path}:{line}")
-        except RowError as bad:
-            yield BadRow(f"{path}:{line}", str(bad))
+def _plain_rows(path: Path, kind: Kind) -> Iterator[tuple[Any, ...] | BadRow]:
+    """Yield (record, place) of each good row, without ``Converted``, which takes its time."""
+    name = str(path)
+    if ending_of(path) == ".parquet" or path.is_dir():
+        for number, row in parquet_rows(path):
+            yield _checked(row, kind, f"{name}:{number}")
+        return
+    with open_text_file(path) as file:
+        for number, line in numbered_lines(file):
+            place = f"{name}:{number}"
+            if line is None:
+                raise DataError(too_long(), where=place)
+            if (record := parse_line(line, kind)) is not None:
+                yield record, place
+            elif line.strip():
+                value = parse_json(line, place)
+                if not isinstance(value, dict):
+                    message = f"a line holds {type(value).__name__}"
+                    raise DataError(message, where=place, expected="one JSON object per line")
+                yield _checked(value, kind, place)
+
+
+def _checked(row: dict[str, Any], kind: Kind, place: str) -> tuple[Any, str] | BadRow:
+    try:
+        return parse_record(row, kind), place
+    except RowError as bad:
+        return BadRow(place, str(bad))
 
 
 def _all_of(
-    rows: Iterable[Converted | BadRow],
+    rows: Iterable[tuple[Any, ...] | BadRow],
     kind: Kind,
     conversion: Conversion,
     empty: DataError,
@@ -134,8 +160,8 @@ def _all_of(
             if isinstance(row, BadRow):
                 (passed_over if row.harmless else problems).add(row.place, row.problem)
             else:
-                records.append(row.record)
-                places.append(row.place)
+                records.append(row[0])
+                places.append(row[1])
     except DataError as error:
         if not problems.count:
             raise

@@ -18,7 +18,8 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Annotated, Any, Literal
+from operator import attrgetter
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter, ValidationError
 
@@ -64,15 +65,12 @@ class _Row:
 
     def to_json(self) -> dict[str, Any]:
         """Return the object that is read back to an equal record; what is empty is left out."""
-        row: dict[str, Any] = {}
-        for name, column in _FIELDS[type(self)].items():
-            value = getattr(self, name)
-            if isinstance(value, tuple):
-                if value:
-                    row[column] = list(value)
-            elif value is not None:
-                row[column] = value
-        return row
+        columns, values_of = _FORMS[type(self)]
+        return {
+            column: list(value) if isinstance(value, tuple) else value
+            for column, value in zip(columns, values_of(self), strict=True)
+            if value is not None and value != ()
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,8 +145,9 @@ _FIELDS = {
     made: {one.name: _COLUMNS.get(one.name, one.name) for one in fields(made)}
     for _, made, _, _ in _KINDS
 }
-COLUMNS = {kind: tuple(_FIELDS[made].values()) for kind, made in RECORD_TYPES.items()}
-_CHECKS = {made: TypeAdapter[Any](made) for _, made, _, _ in _KINDS}
+_FORMS = {made: (tuple(of.values()), attrgetter(*of)) for made, of in _FIELDS.items()}
+COLUMNS = {kind: _FORMS[made][0] for kind, made in RECORD_TYPES.items()}
+_CHECKS = {kind: TypeAdapter[Any](made).validator for kind, made in RECORD_TYPES.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,8 +163,7 @@ class BadRow:
     harmless: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Converted:
+class Converted(NamedTuple):
     """A record and the place of the row that it comes from (the first one of several).
 
     ``repeats`` counts the texts that the row gives twice in one list; the record has them once.
@@ -200,10 +198,9 @@ def record_of(row: dict[str, Any], kind: Kind) -> Record:
 
 def records_digest(records: Sequence[Record]) -> str:
     """SHA-256 of records: the same from whatever file and layout they were read."""
-    digest = hashlib.sha256()
+    digest, encode = hashlib.sha256(), json.JSONEncoder(ensure_ascii=False).encode
     for record in records:
-        line = json.dumps(record.to_json(), ensure_ascii=False) + "\n"
-        digest.update(line.encode("utf-8", "surrogatepass"))
+        digest.update((encode(record.to_json()) + "\n").encode("utf-8", "surrogatepass"))
     return digest.hexdigest()
 
 
@@ -213,15 +210,23 @@ def parse_record(row: dict[str, Any], kind: Kind) -> Record:
     Raises:
         RowError: what is wrong with it.
     """
-    missing = [f'"{key}"' for key in REQUIRED[kind] if key not in row]
-    if missing:
-        raise RowError("missing " + " and ".join(missing))
-    scored = RECORD_TYPES[kind] is PairRecord and any(row.get(key) is not None for key in _SCORES)
     try:
-        record = _CHECKS[RECORD_TYPES[kind]].validate_python(row)
+        record: Record = _CHECKS[kind].validate_python(row)
     except ValidationError as error:
-        raise RowError(_problem(error, row)) from None
-    return _with_scores(record, row) if scored else record
+        missing = [f'"{key}"' for key in REQUIRED[kind] if key not in row]
+        told = f"missing {' and '.join(missing)}" if missing else _problem(error, row)
+        raise RowError(told) from None
+    if type(record) is PairRecord and ("positive_scores" in row or "negative_scores" in row):
+        return _with_scores(record, row)
+    return record
+
+
+def parse_line(line: bytes, kind: Kind) -> Record | None:
+    """The record of a line of JSON in half the time; None where ``parse_record`` has to see it."""
+    try:
+        return None if b"_scores" in line else _CHECKS[kind].validate_json(line)
+    except ValidationError:
+        return None
 
 
 def _problem(error: ValidationError, row: dict[str, Any]) -> str:

@@ -6,7 +6,7 @@ import html
 import unicodedata
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from nvembed.core.errors import SourceError
 from nvembed.data.config import Column
@@ -16,8 +16,7 @@ T = TypeVar("T")
 Values = dict[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
+class Row(NamedTuple):
     """One row of a source: the values of its columns."""
 
     place: str

@@ -37,15 +37,15 @@ class ComparedRow:
 
     Attributes:
         kind: ``task``, ``type`` or ``all``.
-        name: of the task or type.
-        score_name: of the main score; of averages how many tasks they are over.
+        name: the task or the type; ``Average`` of all.
+        score_name: the main score's, or over how many tasks an average is taken.
         first: score of the first model.
         second: score of the second model.
         difference: second less first.
         low: start of its 95 % interval, the tasks being these; ``None`` where items are missing.
         high: its end.
-        p: of a task, of its own test; of an average, over two or more tasks (signs flipped).
-        p_holm: of a task, adjusted for the number of tasks tested.
+        p: a task's own test; for an average, the test over its tasks (two or more, signs flipped).
+        p_holm: p of a task, adjusted for the number of tasks tested.
         significant: whether that is below 0.05; for averages, whether p is.
     """
 
@@ -94,7 +94,7 @@ def compare_results(
     Args:
         first: results file of `nvembed evaluate`, or a folder with a ``results.json``.
         second: the same of the other model.
-        resamples: of every interval and drawn test.
+        resamples: how many every interval and drawn test is made of.
 
     Raises:
         DataError: a file is missing or damaged, or no task is in both.

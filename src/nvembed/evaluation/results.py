@@ -32,7 +32,7 @@ class TaskResult:
     """The scores of one model on one task.
 
     Attributes:
-        type: of the task, mteb's name of it.
+        type: mteb's name of the type of task.
         main_score_name: as in its task.json.
         main_score: mostly 0 to 1, higher is better; ``None`` where undefined (constant vectors).
         seconds: wall time, encoding included.
@@ -95,7 +95,7 @@ class Items:
             ``clusters``: gold_N, and for E experiments how often each text was drawn and the
             cluster that it got.
         score: name of the main score.
-        task_hash: of the task's data: only items of equal data can be paired.
+        task_hash: names the task's data: only items of equal data can be paired.
         arrays: by name, the last axis running over the items.
     """
 

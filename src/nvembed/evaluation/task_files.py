@@ -298,7 +298,7 @@ def _read_columns(
     for where, values in problems.rows(table):
         row = problems.parse(model, values, where, textual=textual)
         if row is not None:
-            rows.append([tuple(v) if isinstance(v, list) else v for _, v in row])
+            rows.append([tuple(v) if isinstance(v, list) else v for v in vars(row).values()])
             places.append(where)
     columns = list(zip(*rows, strict=True)) if rows else [()] * len(model.model_fields)
     return columns, places

@@ -68,7 +68,7 @@ class LocalTask:
         main_score: one of ``MAIN_SCORES[type]``.
         folder: where it was read from.
         data: the texts and gold values, one class per layout.
-        ignore_identical_ids: of Retrieval: a result with the id of its query does not count.
+        ignore_identical_ids: in Retrieval, a result with the id of its query does not count.
         remarks: what the files hold that scores are computed in spite of, in one line; or nothing.
     """
 
@@ -127,7 +127,7 @@ def load_tasks(
 
     Args:
         folders: see ``find_tasks``.
-        names: of tasks; ``None`` is all.
+        names: the tasks that are wanted; ``None`` is all.
         broken: takes the tasks that cannot be used, and why, instead of an error about the first.
 
     Raises:

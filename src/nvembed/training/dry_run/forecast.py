@@ -193,7 +193,6 @@ class _Rehearsal:
             )
         mining = tuple(self._mining(each) for each in planned)
         log_temperature = new_temperature(config, self.processes.device)
-        tokenizer = self.embedder.backbone.text_tokenizer
         extra = {} if log_temperature is None else {"log_temperature": log_temperature}
         stage = start_stage(
             self.config,

@@ -24,7 +24,6 @@ import pyarrow as pa
 from filelock import FileLock, Timeout
 from lancedb.index import FTS, BTree, IvfSq
 from numpy.typing import NDArray
-from pydantic import ValidationError
 
 from nvembed.core.errors import ConfigError, DataError
 from nvembed.core.ownership import MARK, mark_growing, refuse_foreign
@@ -99,16 +98,11 @@ class Database:
         # A process may have been killed before the first version was there.
         shutil.rmtree(path / _FOLDER, ignore_errors=True)
         mark_growing(path / _FOLDER, INDEX)
-        schema = pa.schema(
-            [
-                pa.field("id", pa.string(), nullable=False),
-                pa.field("text", pa.string(), nullable=False),
-                pa.field("text_hash", pa.string(), nullable=False),
-                pa.field("vector", pa.list_(pa.float32(), record.dimension), nullable=False),
-            ],
-            metadata={_KEY: record.model_dump_json().encode()},
-        )
-        _connect(path).create_table(TABLE, schema=schema)
+        types = (*[pa.string()] * 3, pa.list_(pa.float32(), record.dimension))
+        columns = zip(OWN_COLUMNS, types, strict=True)
+        schema = pa.schema([pa.field(name, type, nullable=False) for name, type in columns])
+        metadata = {_KEY: record.model_dump_json().encode()}
+        _connect(path).create_table(TABLE, schema=schema.with_metadata(metadata))
         return cls.open(path)
 
     @classmethod
@@ -121,7 +115,7 @@ class Database:
         try:
             table = _connect(path).open_table(TABLE)
             record = DatabaseRecord.model_validate_json((table.schema.metadata or {})[_KEY])
-        except (KeyError, ValueError, ValidationError, RuntimeError, OSError) as error:
+        except (KeyError, ValueError, RuntimeError, OSError) as error:
             reason = str(error).strip().splitlines()
             raise DataError(
                 f"cannot be opened as a database of nvembed ({reason[0] if reason else error!r})",

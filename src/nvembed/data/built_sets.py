@@ -82,6 +82,7 @@ def write_shards(
             for group in _groups(part, rows_per_shard, places=places):
                 file.write_batch(pyarrow.RecordBatch.from_pylist(group, schema=schema))
                 written += len(group)
+                del group  # before the next one is filled
         with open(path, "rb") as whole:
             digest = hashlib.file_digest(whole, "sha256").hexdigest()
         shards.append(Shard(path.name, written, path.stat().st_size, digest))

@@ -85,12 +85,8 @@ def evaluate(
     session.check_session(session.Settings(model, output, cache=cache), folders)
     failed: dict[str, str] = {}
     local = _local_tasks(model, folders, failed if keep_going else None)
-    hub: Sequence[AbsTask] = ()
-    if benchmark or task:
-        from nvembed.evaluation.hub import find_hub_tasks
-
-        found = find_hub_tasks(benchmark or (), task or (), type)
-        hub, failed = found.tasks, failed | found.refused
+    hub, refused = _hub_tasks(benchmark or (), task or (), type)
+    failed |= refused
     if not (local or hub):
         raise _not_done(failed)
     precision = _precision(model, dtype, None if start_over else output)
@@ -118,6 +114,18 @@ def _local_tasks(
             expected="a Retrieval task in a folder, with the main score ndcg_at_10",
         )
     return tasks
+
+
+def _hub_tasks(
+    benchmarks: Sequence[str], names: Sequence[str], types: Sequence[str] | None
+) -> tuple[Sequence[AbsTask], dict[str, str]]:
+    """Find tasks of mteb; those that cannot be scored come with the reason."""
+    if not (benchmarks or names):
+        return (), {}
+    from nvembed.evaluation.hub import find_hub_tasks
+
+    found = find_hub_tasks(benchmarks, names, types)
+    return found.tasks, found.refused
 
 
 def _precision(model: str, dtype: PrecisionChoice, begun: Path | None) -> Precision | None:

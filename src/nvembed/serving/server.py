@@ -58,7 +58,7 @@ def serve(
         config: YAML file of ``ServerConfig``; ``None`` is the defaults.
         overrides: ``key=value`` over it.
         keys: file of API keys; ``None`` lets everybody call who reaches the port.
-        dtype: of the weights, see ``load_encoder``.
+        dtype: number type of the weights, see ``load_encoder``.
 
     Raises:
         UserError: settings, keys or model cannot be used, or the address is taken.

@@ -173,12 +173,9 @@ class PairSource(ExampleSource):
         record = self._records[number]
         known = self._known[record.query]
         first = int(rng.integers(len(record.positives)))
-        candidates = [
-            place
-            for place, text in enumerate(record.negatives)
-            if text != record.query and text not in known
-        ]
-        negatives = sample(candidates, num_negatives, rng)
+        refused = (record.query, *known)
+        allowed = [place for place, text in enumerate(record.negatives) if text not in refused]
+        negatives = sample(allowed, num_negatives, rng)
         others = [place for place in range(len(record.positives)) if place != first]
         further = sample(others, num_positives - 1, rng) if num_positives > 1 else ()
         scored = bool(record.positive_scores)
@@ -214,11 +211,8 @@ class StsSource(ExampleSource):
                 self._directions.append((query, positive, record.negatives))
                 self._known.setdefault(query, {})[positive] = None
         if not self._directions:
-            raise DataError(
-                f"no pair of different sentences scores {POSITIVE_SCORE:g} or more",
-                where=name,
-                expected="scores on the scale from 0 to 5",
-            )
+            told = f"no pair of different sentences scores {POSITIVE_SCORE:g} or more"
+            raise DataError(told, where=name, expected="scores on the scale from 0 to 5")
         sentences = (text for record in records for text in (record.sentence1, record.sentence2))
         self._pool = list(dict.fromkeys(sentences))
         super().__init__(name, instruction, len(self._directions))
@@ -326,11 +320,7 @@ class LabelTextSource(_LabelSource):
         record = self._records[number]
         own = self._labels_of[record.text]
         others = sample_where(
-            lambda label: label not in own,
-            self._labels,
-            num_negatives,
-            num_refused=len(own),
-            rng=rng,
+            lambda one: one not in own, self._labels, num_negatives, num_refused=len(own), rng=rng
         )
         return self._example(
             record.text,

@@ -46,12 +46,9 @@ _PLAIN = (".jsonl", ".jsonl.gz", ".parquet")
 def read_records(path: str | Path, kind: Kind, *, conversion: Conversion = "example") -> list[Any]:
     """Read all records of a file of plain records, or say everything that is wrong with it.
 
-    Args:
-        path: ``.jsonl``, ``.jsonl.gz``, ``.parquet`` (rows count as lines, from 1), or the folder
-            of a built set.
-        kind: what the file holds; decides the keys that are expected.
-        conversion: what classes will be turned into. A class with a single text gives no positive
-            by example, a class called "7" says nothing as a label text.
+    ``path`` is ``.jsonl``, ``.jsonl.gz``, ``.parquet`` (rows count as lines, from 1), or the folder
+    of a built set. ``conversion`` is what classes will be turned into: a class with a single text
+    gives no positive by example, a class called "7" says nothing as a label text.
 
     Raises:
         DataError: the file is missing, unreadable or empty; or naming up to five kinds of bad lines
@@ -97,11 +94,9 @@ def training_datasets(
     """
     if build is None:
         if away := [dataset.name for dataset in datasets if dataset.path is None]:
-            raise DataError(
-                f"{', '.join(away)}: on the hub, and the recipe has no `build` section",
-                where="datasets",
-                hint="Add one, as in `build: {folder: data}`, and run `nvembed data build RECIPE`",
-            )
+            told = f"{', '.join(away)}: on the hub, and the recipe has no `build` section"
+            hint = "Add one, as in `build: {folder: data}`, and run `nvembed data build RECIPE`"
+            raise DataError(told, where="datasets", hint=hint)
         return tuple(datasets)
     folder = (base_dir / build.folder).absolute()
     problems = (built_problem(dataset, build, folder) for dataset in datasets)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Generator, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,11 @@ from nvembed.data.sources.files import open_file, text_lines
 from nvembed.data.sources.rows import MISSING, Columns, Row, Rows, Table, Values, all_rows, read_id
 
 _SPLITS = ("test", "dev", "validation", "train")
-_COLUMNS = ("query-id", "corpus-id", "score")
-_TREC_COLUMNS = ("query-id", "iteration", "corpus-id", "score")
+# Columns where the first line does not name them, by their number; four are TREC's.
+_DEFAULT_NAMES = {
+    3: ("query-id", "corpus-id", "score"),
+    4: ("query-id", "iteration", "corpus-id", "score"),
+}
 # In the order of preference where a folder has several.
 _ROW_ENDINGS = (".jsonl", ".json", ".parquet", ".csv", ".tsv")
 _TEXT_ENDINGS = (".tsv", ".txt", ".trec", ".qrels", ".qrel")
@@ -114,28 +118,21 @@ def _grade(value: Any) -> float:
     """Read a finite number, or a text that spells one."""
     if isinstance(value, str) and _NUMBER.fullmatch(value.strip()):
         value = float(value)
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        try:
-            number = float(value)
-        except OverflowError:
-            number = math.inf
-        if math.isfinite(number):
-            return number
+    with suppress(OverflowError):
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if is_number and math.isfinite(value):
+            return float(value)
     shown = repr(value) if isinstance(value, str | int | float) else type(value).__name__
     raise RowError(f'"score" is {shown[:60]}, expected a number')
 
 
 def open_judgements(path: Path) -> Table:
-    """Open the judgements of a split: text as at the top of this file, or a file of rows.
-
-    Raises:
-        DataError: the file cannot be read, or is empty.
-    """
+    """Open the judgements of a split: text as at the top of this file, or a file of rows."""
     name = str(path)
     if ending_of(path) not in _TEXT_ENDINGS:
         table = open_file(path)
         if table.textual and table.columns and _is_row(table.columns):
-            return open_file(path, header=_default_names(table.columns))
+            return open_file(path, header=_DEFAULT_NAMES[len(table.columns)])
         return table
     if not path.is_file():
         raise SourceError("no such file", where=name)
@@ -145,17 +142,13 @@ def open_judgements(path: Path) -> Table:
     if isinstance(first, str):
         raise SourceError(first, where=f"{name}:1")
     skip = not _is_row(first)
-    columns = tuple(first) if skip else _default_names(first)
+    columns = tuple(first) if skip else _DEFAULT_NAMES[len(first)]
     return Table(name, _text_rows(path, columns, skip=skip), columns, textual=True)
 
 
 def _is_row(cells: Sequence[str]) -> bool:
     """Whether the first line is a row already, and does not name the columns."""
-    return len(cells) in (3, 4) and bool(_NUMBER.fullmatch(cells[-1]))
-
-
-def _default_names(cells: Sequence[str]) -> tuple[str, ...]:
-    return _TREC_COLUMNS if len(cells) == len(_TREC_COLUMNS) else _COLUMNS
+    return len(cells) in _DEFAULT_NAMES and bool(_NUMBER.fullmatch(cells[-1]))
 
 
 def _text_rows(path: Path, columns: tuple[str, ...], *, skip: bool) -> Rows:

@@ -104,11 +104,8 @@ def open_stdin(opener: Callable[[], IO[bytes]] = stdin_bytes, *, columns: bool =
         with open_bytes(opener, STDIN_NAME) as file:
             beginning, stream = peeked(file)
             if beginning.startswith(b"PAR1"):
-                raise SourceError(
-                    "Parquet cannot be read from a stream",
-                    where=STDIN_NAME,
-                    hint="Give the file by its name",
-                )
+                message, hint = "Parquet cannot be read from a stream", "Give the file by its name"
+                raise SourceError(message, where=STDIN_NAME, hint=hint)
             is_json = beginning.lstrip()[:1] in (b"{", b"[")
             if columns and not is_json and beginning.strip():
                 raise SourceError(
@@ -131,18 +128,11 @@ def shard_files(folder: Path) -> list[Path]:
 
 
 def parquet_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (row number from 1, object) of a Parquet file.
-
-    The shards of a built set's folder are one file, their rows counted on.
-
-    Raises:
-        DataError: there is no file, pyarrow is missing, or it is no Parquet file.
-    """
+    """Yield (row number from 1, object) of a Parquet file, or of all shards of a built set."""
     files = shard_files(path) if path.is_dir() else [path]
     if not files:
-        raise DataError(
-            "no training file here", where=str(path), expected="part-00000.parquet and so on"
-        )
+        expected = "part-00000.parquet and so on"
+        raise DataError("no training file here", where=str(path), expected=expected)
     numbers = count(1)
     for one in files:
         with _open_parquet(one) as file:
@@ -169,11 +159,8 @@ def _open_parquet(path: Path) -> Any:
     try:
         import pyarrow.parquet
     except ImportError as error:
-        raise DataError(
-            "reading Parquet needs pyarrow",
-            where=str(path),
-            hint="Run `pip install pyarrow`, or convert the file to JSONL",
-        ) from error
+        hint = "Run `pip install pyarrow`, or convert the file to JSONL"
+        raise DataError("reading Parquet needs pyarrow", where=str(path), hint=hint) from error
     try:
         return pyarrow.parquet.ParquetFile(path)
     except (pyarrow.ArrowException, OSError) as error:
@@ -364,8 +351,5 @@ def _fields(binary: Binary, quotes: bool, delimiter: str) -> _Fields:
 
 def _check_distinct(columns: Sequence[str], where: str) -> None:
     if len(set(columns)) < len(columns):
-        raise SourceError(
-            f"columns share a name: {', '.join(columns)}",
-            where=where,
-            hint="Does the file begin with a row? Then give the names as `header`",
-        )
+        hint = "Does the file begin with a row? Then give the names as `header`"
+        raise SourceError(f"columns share a name: {', '.join(columns)}", where=where, hint=hint)

@@ -52,9 +52,8 @@ def open_dataset(config: DatasetConfig, *, base_dir: Path, give_up: bool = True)
         table = _own_table(config, base_dir)
         columns = Columns(config.columns)
         columns.check(table, (*config.needed_columns, *config.where))
-        tables = {
-            name: _keyed(config, name, table, base_dir) for name in FORMS[config.layout].tables
-        }
+        names = FORMS[config.layout].tables
+        tables = {name: _keyed(config, name, table, base_dir) for name in names}
     opened = OpenedDataset(table.revision, iter(()))
     opened.rows = _read(opened, Source(config, columns, table.textual, tables), table, give_up)
     return opened
@@ -91,12 +90,9 @@ def _read(
             elif give_up:
                 told.append(found.problem)
             if give_up and len(told) == _FIRST_ROWS and len(set(told)) == 1:
-                raise SourceError(
-                    f"none of the first {_FIRST_ROWS:,} rows can be used: {told[0]}",
-                    where=table.name,
-                    hint="Has the set another form than the recipe says? See `layout` and "
-                    "`columns`",
-                )
+                message = f"none of the first {_FIRST_ROWS:,} rows can be used: {told[0]}"
+                hint = "Has the set another form than the recipe says? See `layout` and `columns`"
+                raise SourceError(message, where=table.name, hint=hint)
 
 
 def open_table(config: TableConfig, *, base_dir: Path) -> Table:
@@ -161,11 +157,9 @@ def _usual_table(config: DatasetConfig, name: str, base_dir: Path) -> TableConfi
     if config.layout == "beir" and folder.is_file() and folder.parent.name == "qrels":
         folder = folder.parent.parent
     if not folder.is_dir():
-        raise SourceError(
-            f"the file of judgements is given, but not its {name}",
-            where=str(folder),
-            hint=f"Add `{name}: {{path: …}}`, or give the folder of a set in BEIR's layout",
-        )
+        hint = f"Add `{name}: {{path: …}}`, or give the folder of a set in BEIR's layout"
+        told = f"the file of judgements is given, but not its {name}"
+        raise SourceError(told, where=str(folder), hint=hint)
     found = beir.find_rows(folder, name)
     if found is None:
         raise SourceError(f"no {name} in the folder", where=str(folder), expected=f"{name}.jsonl")

@@ -53,10 +53,9 @@ class OpenedDataset:
 
     Args:
         revision: commit on the hub; None for files.
-        rows: records and bad rows in the order of the source, read as they are asked for, once.
-            Raises ``SourceError`` where the source ends before its time.
-        rows_read: rows of the source read so far: a record may come from several rows, and rows
-            that ``where`` leaves out give none.
+        rows: records and bad rows in the order of the source, read as they are asked for, once. A
+            ``SourceError`` where the source ends before its time.
+        rows_read: rows of the source so far, those that give no record or part of one included.
     """
 
     revision: str | None

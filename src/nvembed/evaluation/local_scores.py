@@ -14,8 +14,7 @@ import math
 import random
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,14 +41,10 @@ _Found = tuple[dict[str, float], ItemKind | None, Mapping[str, NDArray[Any]]]
 _Encode = Callable[[Sequence[str], InputType], Vectors]
 
 
-@dataclass(frozen=True)
-class Scored:
-    """What a task gave.
+class Scored(NamedTuple):
+    """Scores by mteb's names, ``None`` where undefined, and the items that the main one is made of.
 
-    Attributes:
-        scores: by mteb's names, the main score among them; ``None`` where undefined.
-        items: for resampling the main score; ``None`` where it cannot be resampled (``ami``, or
-            an undefined score).
+    There are no items where it cannot be resampled (``ami``, or an undefined score).
     """
 
     scores: dict[str, float | None]

@@ -71,17 +71,15 @@ def fits_bm25(task: LocalTask) -> bool:
 def score_task(task: LocalTask, encoder: Encoder | None, engine: Engine = "local") -> TaskOutcome:
     """Score an encoder on one task; see ``evaluate``. ``None`` is BM25, on a task that fits it."""
     started = time.perf_counter()
-    items = None
     try:
         if encoder is not None and engine == "mteb":
             from nvembed.evaluation.mteb_adapter import score
 
-            scores = score(task, encoder)
+            scores, items = score(task, encoder), None
         else:
             from nvembed.evaluation.local_scores import score_bm25, score_local
 
-            scored = score_bm25(task) if encoder is None else score_local(task, encoder)
-            scores, items = scored.scores, scored.items
+            scores, items = score_bm25(task) if encoder is None else score_local(task, encoder)
     except ModuleNotFoundError as error:
         raise UserError(
             f"evaluation needs the package {error.name!r}",

@@ -13,9 +13,12 @@ from interruption import interrupt_after
 from nvembed.core.errors import TrainingError
 from nvembed.core.files import write_jsonl
 from nvembed.model.embedder import NVEmbed
-from nvembed.training.checkpoint import latest_checkpoint
+from nvembed.model.memory import weight_bytes
+from nvembed.training.checkpoint import latest_checkpoint, trained_parameters
 from nvembed.training.config import TrainConfig
 from nvembed.training.dry_run.forecast import dry_run
+from nvembed.training.model import starting_model
+from nvembed.training.stages import build_optimizer
 from nvembed.training.trainer import train
 from tiny_run import DATASET, PAIRS, STAGE
 
@@ -127,21 +130,38 @@ def test_what_is_trained_is_float32_and_all_of_it_moves(
     assert {value.dtype for value in saved(folder).values()} == {torch.bfloat16}
 
 
-def test_a_dry_run_counts_four_bytes_for_what_is_trained(rounded: Path, tmp_path: Path) -> None:
-    full, half = (
-        dry_run(recipe(tmp_path / "run", dtype), base_dir=rounded).memory
-        for dtype in ("float32", "bfloat16")
-    )
-    assert full is not None
-    assert half is not None
-    assert half.trained == half.elements
-    assert half.weights == full.weights >= 4 * half.elements
-    assert half.gradients == 4 * half.elements
-    assert half.optimizer == full.optimizer == 8 * half.elements
-    adapters = recipe(tmp_path / "run", "bfloat16", lora={"rank": 2})
-    lora = dry_run(adapters, base_dir=rounded).memory
-    assert lora is not None
-    assert lora.gradients == 4 * lora.trained
-    frozen = lora.elements - lora.trained
-    buffers = full.weights - 4 * full.elements
-    assert lora.weights == 2 * frozen + 4 * lora.trained + buffers
+def test_what_is_trained_takes_four_bytes_and_its_moments_eight(
+    rounded: Path, tmp_path: Path
+) -> None:
+    def held(dtype: str, **changes: Any) -> tuple[int, ...]:
+        """Elements, trained ones; bytes of weights and buffers, gradients, moments."""
+        config = recipe(tmp_path / "run", dtype, **changes)
+        model = starting_model(config, rounded, device="cpu")
+        trained = trained_parameters(model)
+        optimizer = build_optimizer(trained, model.pooling, config.stages[0], config.optimizer)
+        for parameter in trained.values():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        states = [value for state in optimizer.state.values() for value in state.values()]
+        found = dry_run(config, base_dir=rounded).memory
+        assert found is not None
+        assert found.elements == sum(parameter.numel() for parameter in model.parameters())
+        assert found.trained == sum(parameter.numel() for parameter in trained.values())
+        return (
+            found.elements,
+            found.trained,
+            sum(weight_bytes(model).values()),
+            sum(parameter.grad.nbytes for parameter in trained.values()),
+            sum(value.nbytes for value in states if value.ndim),
+        )
+
+    full_elements, _, full_weights, _, full_moments = held("float32")
+    elements, trained, weights, gradients, moments = held("bfloat16")
+    assert trained == elements == full_elements
+    assert weights == full_weights >= 4 * elements
+    assert gradients == 4 * elements
+    assert moments == full_moments == 8 * elements
+    buffers = full_weights - 4 * full_elements
+    elements, trained, weights, gradients, _ = held("bfloat16", lora={"rank": 2})
+    assert gradients == 4 * trained
+    assert weights == 2 * (elements - trained) + 4 * trained + buffers

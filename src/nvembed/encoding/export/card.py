@@ -1,7 +1,7 @@
 """The model card: what a folder is, what it was made from, how it scored; nothing made up.
 
 Data, recipe and scores come from the run folder that the model lies in; without one the card says
-so. Its text is ``model_card.md.jinja``, beside this file.
+so. Its text is ``model_card.jinja``, beside this file.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def model_card(model: NVEmbed, kind: str, name: str, *, stock: bool = False) -> 
         keep_trailing_newline=True,
     )
     card = environment.get_template(
-        "model_card.md.jinja",
+        "model_card.jinja",
         globals={
             "backbone": model.backbone,
             "title": Path(name).name,

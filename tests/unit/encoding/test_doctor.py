@@ -108,12 +108,12 @@ def test_texts_that_see_each_other_are_a_problem(tiny_decoder_dir: Path) -> None
 def test_a_missing_eos_is_a_problem(tiny_decoder_dir: Path) -> None:
     for pooling in ("mean", "last"):
         model = load(tiny_decoder_dir, pooling=pooling)
-        model.backbone._text._tail = ()
+        model.backbone.text_tokenizer._tail = ()
         diagnosis = examine(model, "tiny", OPTIONS)
         assert problems(diagnosis) == {"BOS and EOS"}
         assert "no EOS at the end" in found(diagnosis, "BOS and EOS").message
     model = load(tiny_decoder_dir)
-    model.backbone._text._head = ()
+    model.backbone.text_tokenizer._head = ()
     assert problems(examine(model, "tiny", OPTIONS)) == {"BOS and EOS"}
 
 
@@ -163,7 +163,7 @@ def test_truncation_of_both_styles(tiny_decoder_dir: Path) -> None:
     finding = found(examine(model, "tiny", OPTIONS), "truncation")
     expected = "texts over 96 tokens lose their end, but not the instruction or the EOS"
     assert finding == Finding("truncation", "ok", expected)
-    model.backbone._text.style = "official"
+    model.backbone.text_tokenizer.style = "official"
     finding = found(examine(model, "tiny", OPTIONS), "truncation")
     assert finding.status == "warning"
     assert "lose their EOS" in finding.message

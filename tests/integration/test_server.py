@@ -344,7 +344,7 @@ def test_sigterm_finishes_what_was_accepted(command: list[str]) -> None:
         [sys.executable, *command],
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT / "src", ROOT / "tests")))},
     ) as process:
         try:
             port = announced_port(process)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import subprocess
 import sys
@@ -49,8 +50,10 @@ SECONDS = 0.8
 def attempt(arguments: list[str], kill_after: float | None) -> tuple[int, str]:
     """Exit code and output."""
     command = [sys.executable, "-c", DRIVER, *arguments]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    pipe = subprocess.PIPE
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd="/"
+        command, stdout=pipe, stderr=pipe, text=True, cwd="/", env=environment
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"

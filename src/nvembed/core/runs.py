@@ -26,6 +26,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -120,20 +121,14 @@ class RunFolder:
         for path in self.written(stages):
             refuse_foreign(path, TRAIN)
         # Without a run beside them they are not of one.
+        hint = "Move or delete it, or choose another output"
         for path in unnamed(self.checkpoints, _CHECKPOINTS if self.exists else _NOTHING)[:1]:
-            raise ConfigError(
-                f"is there already, and nvembed did not make it: {path.name}",
-                where=str(path.parent),
-                hint="Move or delete it, or choose another output",
-            )
+            message = f"is there already, and nvembed did not make it: {path.name}"
+            raise ConfigError(message, where=str(path.parent), hint=hint)
         for file, is_ours in ((self.metrics, _is_row), (self.log, _LOG_LINE.fullmatch)):
             lines = file.read_bytes().split(b"\n")[:-1] if file.is_file() else []
             if not all(map(is_ours, lines)):
-                raise ConfigError(
-                    "was changed since nvembed made it",
-                    where=str(file),
-                    hint="Move or delete it, or choose another output",
-                )
+                raise ConfigError("was changed since nvembed made it", where=str(file), hint=hint)
 
     def create(
         self,
@@ -145,12 +140,9 @@ class RunFolder:
     ) -> None:
         """Start a run here: write ``config.yaml`` and ``env.json``, make ``checkpoints/``.
 
-        Args:
-            config_yaml: the resolved configuration.
-            stages: names of its stages.
-            replace: delete the earlier run of this folder (only the names listed above, and only
-                what nvembed made); else a run that is there is a ConfigError.
-            computing: how its numbers are computed, for ``env.json``.
+        ``replace`` deletes the earlier run of this folder (only the names listed above, and only
+        what nvembed made); without it, a run that is there is a ConfigError. ``computing`` says in
+        ``env.json`` how the numbers of the run are computed.
         """
         if self.exists and not replace and problem_of(self.config, TRAIN) is None:
             raise ConfigError(
@@ -170,7 +162,7 @@ class RunFolder:
         # Lines are added to two of them, and a damaged measurement is taken again.
         for file in (self.metrics, self.log, self.graph_memory):
             mark_growing(file, TRAIN)
-        computed = {} if computing is None else {"computing": computing}
+        computed = {"computing": computing} if computing is not None else {}
         write_json(self.env, describe_environment() | computed, TRAIN)
         write_text(self.config, config_yaml, TRAIN)
 
@@ -201,8 +193,11 @@ class RunFolder:
 
     def append_metrics(self, row: dict[str, Any]) -> None:
         """Append one row to ``metrics.jsonl``; nan and inf, which JSON lacks, become null."""
-        line = json.dumps({key: _finite(value) for key, value in row.items()}, ensure_ascii=False)
-        self._append(self.metrics, line)
+        finite = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in row.items()
+        }
+        self._append(self.metrics, json.dumps(finite, ensure_ascii=False))
 
     def append_log(self, line: str) -> None:
         """Append one line to ``train.log``, with the time."""
@@ -246,12 +241,8 @@ class RunFolder:
         """Read ``env.json``: ``describe_environment`` of when the run was started."""
         values = read_json_object(self.env, "the environment of a run", hint=_RESTORE)
         if not isinstance(values.get("started"), str):
-            raise DataError(
-                "does not say when the run was started",
-                where=str(self.env),
-                expected='"started", a time',
-                hint=_RESTORE,
-            )
+            message, expected = "does not say when the run was started", '"started", a time'
+            raise DataError(message, where=str(self.env), expected=expected, hint=_RESTORE)
         return values
 
     def trim_metrics(self, last_step: int) -> None:
@@ -278,10 +269,6 @@ def _is_row(line: bytes) -> bool:
         return False
 
 
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 # --- What a result was made with ------------------------------------------------------------------
 
 
@@ -301,10 +288,9 @@ def describe_environment() -> dict[str, Any]:
 
 
 def _version(package: str) -> str | None:
-    try:
+    with suppress(metadata.PackageNotFoundError):
         return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
+    return None
 
 
 def _processor() -> str:
@@ -328,16 +314,11 @@ def _git_state(folder: Path) -> dict[str, Any] | None:
     """Commit and whether files differ from it; None outside a git checkout."""
 
     def git(*arguments: str) -> str:
-        done = subprocess.run(
-            ["git", "-C", str(folder), *arguments],
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        )
-        return done.stdout.strip()
+        command = ["git", "-C", str(folder), *arguments]
+        return subprocess.check_output(
+            command, stderr=subprocess.DEVNULL, text=True, timeout=10
+        ).strip()
 
-    try:
+    with suppress(OSError, subprocess.SubprocessError):
         return {"commit": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain"))}
-    except (OSError, subprocess.SubprocessError):
-        return None
+    return None

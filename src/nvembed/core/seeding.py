@@ -32,23 +32,15 @@ def seed_everything(seed: int) -> None:
 
 
 def capture_rng() -> dict[str, Any]:
-    """Take the state of the global generators, as plain data and torch tensors.
-
-    The result survives ``torch.save`` / ``torch.load(weights_only=True)``.
-    """
+    """Take the state of the global generators, as ``torch.load(weights_only=True)`` reads it."""
     import torch
 
     version, internal, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    numbers = [[int(key) for key in keys], int(position), int(has_gauss), float(cached)]
     return {
         "python": [version, list(internal), gauss],
-        "numpy": [
-            str(name),
-            [int(key) for key in keys],
-            int(position),
-            int(has_gauss),
-            float(cached),
-        ],
+        "numpy": [str(name), *numbers],
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
@@ -60,8 +52,8 @@ def restore_rng(state: dict[str, Any]) -> None:
 
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
-    name, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
+    name, keys, *others = state["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *others))
     torch.set_rng_state(state["torch"].cpu())
     # A run saved on a GPU may go on elsewhere: then there is no such generator to restore.
     if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():

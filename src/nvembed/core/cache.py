@@ -24,7 +24,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from nvembed.core.errors import DataError, UserError
+from nvembed.core.errors import DataError, UserError, os_errors
 from nvembed.core.files import write_text
 
 _VARIABLE = "NVEMBED_CACHE"
@@ -181,16 +181,14 @@ def digest_of(path: Path) -> str:
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.is_file())
     hashed = hashlib.sha256()
-    try:
-        for file in files:
-            name = file.relative_to(path).as_posix()
-            hashed.update(json.dumps([name, file_digest(file)]).encode())
-    except FileNotFoundError as error:
-        raise DataError(
-            "no such file", where=str(path), hint="Check the path; it starts at the recipe's folder"
-        ) from error
-    except OSError as error:
-        raise DataError(f"cannot read: {error.strerror or error}", where=str(path)) from error
+    with os_errors("cannot read", path, kind=DataError):
+        try:
+            for file in files:
+                name = file.relative_to(path).as_posix()
+                hashed.update(json.dumps([name, file_digest(file)]).encode())
+        except FileNotFoundError as error:
+            hint = "Check the path; it starts at the recipe's folder"
+            raise DataError("no such file", where=str(path), hint=hint) from error
     return hashed.hexdigest()
 
 

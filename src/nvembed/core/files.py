@@ -19,12 +19,12 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from nvembed.core.errors import UserError
+from nvembed.core.errors import UserError, os_errors
 from nvembed.core.ownership import (
     LEFTOVER,
     NEW,
@@ -70,8 +70,9 @@ def atomic_folder(path: str | Path, made_by: str | None = None) -> Iterator[Path
 
 @contextmanager
 def _atomic(target: Path, made_by: str | None, *, folder: bool) -> Iterator[Path]:
-    temporary: Path | None = None
-    try:
+    untouched = f"the previous {'folder' if folder else 'file'} is untouched"
+    hint = f"Free space on the disk or choose another place; {untouched}"
+    with os_errors("cannot write", target, hint=hint), ExitStack() as cleanup:
         if made_by is not None:
             refuse_foreign(target, made_by)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -82,6 +83,7 @@ def _atomic(target: Path, made_by: str | None, *, folder: bool) -> Iterator[Path
             handle, made = tempfile.mkstemp(*name)
             os.close(handle)
             temporary = Path(made)
+        cleanup.callback(remove_any, temporary)
         yield temporary
         os.chmod(temporary, 0o755 if folder else 0o644)
         if made_by is not None:
@@ -98,16 +100,6 @@ def _atomic(target: Path, made_by: str | None, *, folder: bool) -> Iterator[Path
             os.replace(target, old)
             os.replace(temporary, target)
             shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
-        untouched = f"the previous {'folder' if folder else 'file'} is untouched"
-        raise UserError(
-            f"cannot write: {error.strerror or error}",
-            where=str(target),
-            hint=f"Free space on the disk or choose another place; {untouched}",
-        ) from error
-    finally:
-        if temporary is not None:
-            remove_any(temporary)
 
 
 @contextmanager
@@ -118,11 +110,9 @@ def alone_in(folder: Path) -> Iterator[bool]:
     """
     import fcntl
 
-    try:
+    with os_errors("cannot write", folder):
         folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder, os.O_RDONLY)
-    except OSError as error:
-        raise UserError(f"cannot write: {error.strerror or error}", where=str(folder)) from error
     try:
         alone = True
         try:

@@ -80,11 +80,9 @@ def post_json(url: str, body: dict[str, Any], *, timeout: float = 120.0) -> dict
 
 
 def _refusal(url: str, trouble: Trouble) -> ModelError:
-    hint = None
-    if trouble.refused in (401, 403):
-        hint = f"Set the environment variable {KEY_VARIABLES[0]} to a key that is allowed this"
-    elif trouble.refused == 404:
-        hint = "Check the address, which usually ends in /v1, and the name of the model"
+    key = f"Set the environment variable {KEY_VARIABLES[0]} to a key that is allowed this"
+    address = "Check the address, which usually ends in /v1, and the name of the model"
+    hint = {401: key, 403: key, 404: address}.get(trouble.refused or 0)
     message = f"refused with {trouble.problem} {trouble.said}".strip()
     return ModelError(message, where=url, hint=hint)
 

@@ -23,7 +23,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from nvembed.core.errors import ConfigError, UserError
+from nvembed.core.errors import ConfigError, UserError, os_errors
 
 MARK = ".nvembed.jsonl"
 # Ends of names that no user gives to a file: of what is being written, and of the folder that is
@@ -163,10 +163,8 @@ def mark_file(path: Path, content: Path, made_by: str) -> None:
 
 def mark_growing(path: Path, made_by: str) -> None:
     """Say beside ``path``, a log or a table that is not there yet, that a command adds to it."""
-    try:
+    with os_errors("cannot write", path):
         _append(path.parent, _Line(path.name, made_by, 0, _GROWS))
-    except OSError as error:
-        raise UserError(f"cannot write: {error.strerror or error}", where=str(path)) from error
 
 
 def mark_folder(folder: Path, made_by: str) -> None:
@@ -224,9 +222,13 @@ def check_outputs(
 def refuse_foreign(path: Path, made_by: str, *, contents: bool = True) -> None:
     """Refuse to replace what a command did not make, or what was changed since."""
     if (problem := problem_of(path, made_by, contents=contents)) is not None:
-        raise ConfigError(
-            problem, where=str(path), hint="Move or delete it, or choose another output"
-        )
+        raise foreign_error(problem, path)
+
+
+def foreign_error(problem: str, path: Path) -> ConfigError:
+    """Say that something is in the way of an output."""
+    hint = "Move or delete it, or choose another output"
+    return ConfigError(problem, where=str(path), hint=hint)
 
 
 def check_overlaps(outputs: Iterable[Path], inputs: Iterable[Path | str | None]) -> None:

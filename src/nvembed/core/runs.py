@@ -1,4 +1,4 @@
-"""The run folder: one place for everything a training run leaves behind.
+"""Runs: the folder of everything that a training run leaves behind, and its random state.
 
 config.yaml      the resolved configuration
 env.json         versions, machine, git commit, command line
@@ -13,14 +13,20 @@ model/           the finished model, an ordinary sentence-transformers folder
 adapter/         its adapters alone, where the recipe asks for them
 eval/            evaluation results
 tensorboard/     the metrics once more, where the recipe asks for them
+
+Every random choice draws from a generator seeded by ``derive_seed(run seed, what, which step)``, so
+no choice depends on how many others came before it. What still uses the global generators (dropout,
+libraries) is seeded before every pack; around evaluations it is captured and restored.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 import platform
+import random
 import re
 import subprocess
 import sys
@@ -34,9 +40,10 @@ from pathlib import Path
 from typing import Any
 
 from nvembed.core.config import read_yaml
-from nvembed.core.errors import ConfigError, DataError, UserError
+from nvembed.core.errors import ConfigError, DataError, os_errors
 from nvembed.core.files import tidy, write_json, write_text
 from nvembed.core.ownership import (
+    foreign_error,
     mark_growing,
     problem_of,
     refuse_foreign,
@@ -121,14 +128,13 @@ class RunFolder:
         for path in self.written(stages):
             refuse_foreign(path, TRAIN)
         # Without a run beside them they are not of one.
-        hint = "Move or delete it, or choose another output"
         for path in unnamed(self.checkpoints, _CHECKPOINTS if self.exists else _NOTHING)[:1]:
             message = f"is there already, and nvembed did not make it: {path.name}"
-            raise ConfigError(message, where=str(path.parent), hint=hint)
+            raise foreign_error(message, path.parent)
         for file, is_ours in ((self.metrics, _is_row), (self.log, _LOG_LINE.fullmatch)):
             lines = file.read_bytes().split(b"\n")[:-1] if file.is_file() else []
             if not all(map(is_ours, lines)):
-                raise ConfigError("was changed since nvembed made it", where=str(file), hint=hint)
+                raise foreign_error("was changed since nvembed made it", file)
 
     def create(
         self,
@@ -151,14 +157,10 @@ class RunFolder:
                 hint="Resume it, start over, or choose another output folder",
             )
         self.refuse_foreign(stages)
-        try:
+        with os_errors("cannot make the run folder", self.path):
             if replace:
                 self._clear()
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(
-                f"cannot make the run folder: {error.strerror or error}", where=str(self.path)
-            ) from error
         # Lines are added to two of them, and a damaged measurement is taken again.
         for file in (self.metrics, self.log, self.graph_memory):
             mark_growing(file, TRAIN)
@@ -206,15 +208,12 @@ class RunFolder:
 
     @staticmethod
     def _append(file: Path, line: str) -> None:
-        try:
-            with open(file, "a", encoding="utf-8", newline="\n") as out:
-                out.write(line + "\n")
-        except OSError as error:
-            raise UserError(
-                f"cannot write: {error.strerror or error}",
-                where=str(file),
-                hint="Free space on the disk, then resume from the last checkpoint",
-            ) from error
+        hint = "Free space on the disk, then resume from the last checkpoint"
+        with (
+            os_errors("cannot write", file, hint=hint),
+            open(file, "a", encoding="utf-8", newline="\n") as out,
+        ):
+            out.write(line + "\n")
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """Read all rows; a last line that a killed process left half written is dropped."""
@@ -222,11 +221,8 @@ class RunFolder:
             return []
         # Whole lines end with a line break, so what follows the last one is a torn line or nothing.
         # It may end within a character, so lines are split before they are decoded.
-        try:
+        with os_errors("cannot read", self.metrics, kind=DataError):
             lines = self.metrics.read_bytes().split(b"\n")
-        except OSError as error:
-            message = f"cannot read: {error.strerror or error}"
-            raise DataError(message, where=str(self.metrics)) from error
         return [
             _metrics_row(line, f"{self.metrics}:{number}")
             for number, line in enumerate(lines[:-1], start=1)
@@ -267,6 +263,57 @@ def _is_row(line: bytes) -> bool:
         return not line or isinstance(json.loads(line), dict)
     except ValueError:
         return False
+
+
+# --- Seeds and random state ----------------------------------------------------------------------
+
+
+def derive_seed(seed: int, *names: str | int) -> int:
+    """Return a 63-bit seed made of ``seed`` and all ``names``, the same on every machine."""
+    # JSON keeps ("a", "b") apart from ("ab",) and 1 from "1".
+    digest = hashlib.sha256(json.dumps([seed, *names]).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def seed_everything(seed: int) -> None:
+    """Seed the global generators of Python, NumPy and torch (with all CUDA devices)."""
+    import numpy as np
+    import torch
+
+    random.seed(derive_seed(seed, "python"))
+    np.random.seed(derive_seed(seed, "numpy") % 2**32)  # NumPy's global generator takes 32 bits
+    torch.manual_seed(derive_seed(seed, "torch"))
+
+
+def capture_rng() -> dict[str, Any]:
+    """Take the state of the global generators, as ``torch.load(weights_only=True)`` reads it."""
+    import numpy as np
+    import torch
+
+    version, internal, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    numbers = [[int(key) for key in keys], int(position), int(has_gauss), float(cached)]
+    return {
+        "python": [version, list(internal), gauss],
+        "numpy": [str(name), *numbers],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def restore_rng(state: dict[str, Any]) -> None:
+    """Put the global generators back to a state taken by ``capture_rng``."""
+    import numpy as np
+    import torch
+
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, *others = state["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *others))
+    torch.set_rng_state(state["torch"].cpu())
+    # A run saved on a GPU may go on elsewhere: then there is no such generator to restore.
+    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([tensor.cpu() for tensor in state["cuda"]])
 
 
 # --- What a result was made with ------------------------------------------------------------------

@@ -17,7 +17,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any, cast
 
-from nvembed.core.errors import ConfigError, DataError, UserError
+from nvembed.core.errors import ConfigError, DataError, UserError, os_errors
 
 STDIN = "-"  # as users write it
 STDIN_NAME = "standard input"  # as errors and places call it
@@ -71,7 +71,8 @@ def open_bytes(opener: Callable[[], IO[bytes]], name: str) -> Iterator[io.Buffer
     A ``name`` (path or address) that ends in ``.gz`` is decompressed; standard input is where its
     first bytes are those of gzip. What is not gzip or UTF-8, or cannot be read, is a DataError.
     """
-    with _translated(name), ExitStack() as opened:
+    unreadable = os_errors("cannot be read", name, kind=DataError)
+    with unreadable, _gzip_errors(name), ExitStack() as opened:
         beginning, stream = peeked(opened.enter_context(opener()), _LOOKED_AT)
         if is_gzip(name) or (name == STDIN_NAME and beginning.startswith(_GZIP)):
             unpacked = opened.enter_context(gzip.GzipFile(fileobj=stream))
@@ -88,32 +89,28 @@ def open_bytes(opener: Callable[[], IO[bytes]], name: str) -> Iterator[io.Buffer
         yield stream
 
 
+@contextmanager
+def _gzip_errors(name: str) -> Iterator[None]:
+    try:
+        yield
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        hint = "Copy or download it again"
+        raise DataError(f"broken gzip file ({error})", where=name, hint=hint) from error
+
+
 def open_text_file(path: str | Path) -> AbstractContextManager[io.BufferedReader]:
     """Open a file of UTF-8 text: ``open_bytes`` of a path, or of standard input for ``-``."""
     if str(path) == STDIN:
         return open_bytes(stdin_bytes, STDIN_NAME)
     if not Path(path).is_file():
-        raise DataError(
-            "no such file", where=str(path), hint="Check the path; relative paths start here"
-        )
+        hint = "Check the path; relative paths start here"
+        raise DataError("no such file", where=str(path), hint=hint)
     return open_bytes(lambda: open(path, "rb"), str(path))
 
 
 def stdin_bytes() -> IO[bytes]:
     """The bytes of standard input, which stays open when they are closed."""
     return peeked(sys.stdin.buffer, 0)[1]
-
-
-@contextmanager
-def _translated(name: str) -> Iterator[None]:
-    try:
-        yield
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise DataError(
-            f"broken gzip file ({error})", where=name, hint="Copy or download it again"
-        ) from error
-    except OSError as error:
-        raise DataError(f"cannot be read: {error.strerror or error}", where=name) from error
 
 
 class _Rejoined(io.RawIOBase):

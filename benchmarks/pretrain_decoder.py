@@ -32,7 +32,7 @@ from pretrain_model import DecoderShape, PretrainDecoder, export_folder
 from pretrain_muon import StackedMuon
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from nvembed.core.dtypes import Precision
+from nvembed.core.arguments import Precision
 from nvembed.core.files import atomic_folder, atomic_path, write_json
 from nvembed.kernels.precision import fastest_precision
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nvembed.core.files import write_json, write_jsonl
-from nvembed.core.seeding import derive_seed, seed_everything
+from nvembed.core.runs import derive_seed, seed_everything
 from nvembed.data.mixture import load_mixture
 from nvembed.encoding.export.folders import export_model
 from nvembed.model.backbone import save_adapter

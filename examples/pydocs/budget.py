@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from nvembed.core.dtypes import PrecisionChoice
+from nvembed.core.arguments import PrecisionChoice
 from nvembed.core.runs import RunFolder
 from pydocs.recipe import STAGES, Steps, demo_config
 

@@ -26,7 +26,7 @@ from typing import Any
 
 from nvembed.core.errors import DataError
 from nvembed.core.files import atomic_folder, write_json, write_jsonl, write_text
-from nvembed.core.seeding import derive_seed
+from nvembed.core.runs import derive_seed
 from pydocs.docstrings import truncate
 from pydocs.duplicates import keep_distinct
 from pydocs.harvest import DocEntry

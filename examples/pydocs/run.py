@@ -39,7 +39,7 @@ from pydocs.report import (
 )
 
 if TYPE_CHECKING:
-    from nvembed.core.dtypes import Precision
+    from nvembed.core.arguments import Precision
     from nvembed.encoding.encoder import Encoder
     from nvembed.training.config import TrainConfig
 

@@ -28,8 +28,8 @@ from nvembed.building.contamination import Contamination, evaluation_texts
 from nvembed.building.hard_negatives import mined, teacher_name
 from nvembed.building.row_filters import ClassSamples, Notes, Repeats, capped, distinct, usable
 from nvembed.core import __version__
+from nvembed.core.arguments import Precision, PrecisionChoice
 from nvembed.core.cache import content_hash, digest_of
-from nvembed.core.dtypes import Precision, PrecisionChoice
 from nvembed.core.errors import DataError
 from nvembed.core.files import atomic_folder, atomic_path, tidy, write_json
 from nvembed.core.ownership import remove, remove_named

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Literal
 import typer
 
 from nvembed.cli import options as opt
-from nvembed.core.dtypes import PrecisionChoice
+from nvembed.core.arguments import PrecisionChoice
 
 if TYPE_CHECKING:
     from mteb.abstasks import AbsTask
 
-    from nvembed.core.dtypes import Precision
+    from nvembed.core.arguments import Precision
     from nvembed.core.errors import UserError
     from nvembed.evaluation.session import Evaluation
     from nvembed.evaluation.tasks import LocalTask

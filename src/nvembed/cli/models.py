@@ -8,7 +8,7 @@ from typing import Literal
 import typer
 
 from nvembed.cli import options as opt
-from nvembed.core.dtypes import PrecisionChoice
+from nvembed.core.arguments import PrecisionChoice
 from nvembed.core.errors import ConfigError
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import typer
 
 from nvembed.cli import options as opt
-from nvembed.core.dtypes import PrecisionChoice
+from nvembed.core.arguments import PrecisionChoice
 
 if TYPE_CHECKING:
     from nvembed.mining.report import MiningReport

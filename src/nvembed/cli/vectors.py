@@ -9,7 +9,7 @@ from typing import Any, Literal
 import typer
 
 from nvembed.cli import options as opt
-from nvembed.core.dtypes import PrecisionChoice
+from nvembed.core.arguments import PrecisionChoice
 
 
 @opt.described(

@@ -15,19 +15,16 @@ import functools
 import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NotRequired, ParamSpec, TypeVar, get_type_hints
+from typing import Any, Literal, NotRequired, ParamSpec, TypeVar, get_type_hints
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    InstanceOf,
-    TypeAdapter,
-    ValidationError,
-    with_config,
-)
+from pydantic import BaseModel, ConfigDict, InstanceOf, TypeAdapter, ValidationError, with_config
 from typing_extensions import TypedDict
 
 from nvembed.core.errors import ConfigError
+
+Precision = Literal["float32", "bfloat16"]
+PrecisionChoice = Literal["auto", "float32", "bfloat16"]
+"""What a job computes in; ``auto`` is the machine's fastest, see ``kernels/precision.py``."""
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -36,13 +33,9 @@ _STRICT = ConfigDict(strict=True, arbitrary_types_allowed=True)
 
 
 def checked(function: Callable[P, R]) -> Callable[P, R]:
-    """Refuse arguments that the annotations of a function do not allow.
+    """Make a function refuse, by a ConfigError that names each, what its annotations do not allow.
 
-    Arguments are handed on as they were given. ``self``, ``cls``, ``*args`` and whatever a
-    ``**kwargs`` takes are not looked at.
-
-    Raises:
-        ConfigError: (the decorated function) naming every argument that is wrong.
+    Arguments are handed on as they were given; ``*args`` and ``**kwargs`` are not looked at.
     """
     signature = inspect.signature(function)
 
@@ -51,8 +44,9 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
         try:
             bound = signature.bind(*args, **kwargs)
         except TypeError as error:
-            message = f"{error}{_nearest(str(error), signature)}"
-            raise ConfigError(message, where=_called(function, args)) from error
+            _, unknown, name = str(error).partition("unexpected keyword argument '")
+            near = near_matches(name.rstrip("'"), list(signature.parameters)) if unknown else ""
+            raise ConfigError(f"{error}{near}", where=_called(function, args)) from error
         check_arguments(function, bound.arguments, where=_called(function, args))
         return function(*args, **kwargs)
 
@@ -70,10 +64,7 @@ def _called(function: Callable[..., Any], args: Sequence[Any]) -> str:
 def check_arguments(
     function: Callable[..., Any], values: Mapping[str, Any], *, where: str | None = None
 ) -> None:
-    """Check values by name against the parameters of a function or of a class's constructor.
-
-    Parameters without an annotation are not looked at. The ConfigError names every wrong value.
-    """
+    """Check values by name against the annotations of a function or of a class's constructor."""
     function = inspect.unwrap(function)
     values = {name: value for name, value in values.items() if name in _named(function)}
     try:
@@ -84,22 +75,20 @@ def check_arguments(
         for item in error.errors(include_url=False, include_context=False):
             message = str(item["msg"]).removeprefix("Input should be ")
             expected.setdefault(str(item["loc"][0]), {})[message] = None
-        problems = (
+        problems = "; ".join(
             f"{name}: {shown_value(values[name])} given, expected {' or '.join(allowed)}"
             for name, allowed in expected.items()
         )
-        raise ConfigError(
-            "; ".join(problems), where=where or f"{function.__qualname__}()"
-        ) from error
+        raise ConfigError(problems, where=where or f"{function.__qualname__}()") from error
 
 
 def check_settings(function: Callable[..., Any], values: Mapping[str, Any], *, where: str) -> None:
     """Check a settings file whose keys are the arguments of a constructor: all there, none else."""
     parameters = _named(function)
-    unknown = [name for name in values if name not in parameters]
-    if unknown:
-        hint = near_matches(unknown[0], list(parameters))
-        raise ConfigError(f"{unknown[0]}: unknown key{hint}", where=where)
+    for name in values:
+        if name not in parameters:
+            hint = near_matches(name, list(parameters))
+            raise ConfigError(f"{name}: unknown key{hint}", where=where)
     missing = [
         name
         for name, parameter in parameters.items()
@@ -136,12 +125,6 @@ def _plain(value: Any) -> Any:
     """Numbers of numpy as Python's, which strict types ask for."""
     is_scalar = getattr(value, "ndim", None) == 0 and type(value).__module__ == "numpy"
     return value.item() if is_scalar else value
-
-
-def _nearest(message: str, signature: inspect.Signature) -> str:
-    """The near match of an argument that is not known."""
-    _, found, rest = message.partition("unexpected keyword argument '")
-    return near_matches(rest.rstrip("'"), list(signature.parameters)) if found else ""
 
 
 def near_matches(key: str, names: Sequence[str]) -> str:

@@ -19,38 +19,26 @@ _END = object()
 
 
 def prefetch(items: Iterable[Item], count: int = 1) -> Iterator[Item]:
-    """Take items in a thread, before they are asked for.
+    """Take items in a thread, ``count`` (at least 1) before they are asked for.
 
-    Args:
-        items: are made one after the other; what they raise is raised here, in its place.
-        count: how many are made before the first of them is asked for, at least 1.
+    What making an item raises is raised here, in its place.
     """
     source = iter(items)
-
-    def take() -> object:
-        return next(source, _END)
-
     with ThreadPoolExecutor(1, "nvembed-prefetch") as thread:
-        waiting = deque(thread.submit(take) for _ in range(count))
+        waiting = deque(thread.submit(next, source, _END) for _ in range(count))
         while (item := waiting.popleft().result()) is not _END:
-            waiting.append(thread.submit(take))
+            waiting.append(thread.submit(next, source, _END))
             yield item  # type: ignore[misc]  # mypy cannot tell the end from an item
 
 
 def write_behind(items: Iterable[Item], use: Callable[[Item], object]) -> None:
-    """Use each item in a thread while the next one is made.
-
-    Raises:
-        Exception: whatever ``use`` raises; no further item is used then.
-    """
+    """Use each item in a thread while the next one is made; what ``use`` raises ends it."""
     with ThreadPoolExecutor(1, "nvembed-write-behind") as thread:
-        last: Future[object] | None = None
+        last: Future[object] = thread.submit(object)
         for item in items:
-            if last is not None:
-                last.result()
-            last = thread.submit(use, item)
-        if last is not None:
             last.result()
+            last = thread.submit(use, item)
+        last.result()
 
 
 def end_with_parent(end: Callable[[], object]) -> None:

@@ -24,7 +24,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from nvembed.core.errors import DataError, UserError
+from nvembed.core.errors import DataError, UserError, os_errors
 from nvembed.core.files import write_text
 
 _VARIABLE = "NVEMBED_CACHE"
@@ -40,10 +40,6 @@ def cache_folder(name: str) -> Path:
 
     That is ``$NVEMBED_CACHE/name``, else ``~/.cache/nvembed/name``, else, where there is no home
     folder or none that can be written to, a folder of this user in the system's temporary one.
-
-    Raises:
-        UserError: ``$NVEMBED_CACHE`` names a user without a home folder, or there is no temporary
-            folder.
     """
     given = os.environ.get(_VARIABLE)
     if given:
@@ -52,7 +48,11 @@ def cache_folder(name: str) -> Path:
         kept = Path.home() / ".cache" / "nvembed"
     except RuntimeError:  # no $HOME, and the system does not know this user
         return _temporary() / name
-    return (kept if _can_write(kept) else _temporary()) / name
+    with suppress(OSError):
+        kept.mkdir(parents=True, exist_ok=True)
+        if os.access(kept, os.W_OK | os.X_OK):
+            return kept / name
+    return _temporary() / name
 
 
 def expanded(path: Path, *, where: str) -> Path:
@@ -69,11 +69,9 @@ def expanded(path: Path, *, where: str) -> Path:
 def open_private(folder: Path) -> Iterator[int | None]:
     """Open a folder, made where there is none, in which nobody else can write.
 
-    It must be a folder and no link, belong to this user, and be writable for no one else.
-
-    Yields:
-        Its file descriptor, which stays that of the folder that was checked even if someone renames
-        it; None where it is not such a folder or cannot be made, which is logged once.
+    It must be a folder and no link, belong to this user, and be writable for no one else: then its
+    file descriptor comes, which stays that of the folder that was checked even if someone renames
+    it; else None, and why is logged once.
     """
     handle: int | None = None
     try:
@@ -111,10 +109,7 @@ def private_folders(name: str) -> Iterator[Path]:
 
 
 def read_private(folder: int, name: str) -> bytes | None:
-    """Content of a file of a folder that ``open_private`` opened.
-
-    None where it is no ordinary file of this user that nobody else can write to.
-    """
+    """Content of a file of a folder of ``open_private``; None where others can write to it."""
     try:
         handle = os.open(name, os.O_RDONLY | os.O_NOFOLLOW, dir_fd=folder)
         with open(handle, "rb") as file:
@@ -137,15 +132,6 @@ def _why_not_private(status: os.stat_result) -> str | None:
 def _log_once(folder: Path, reason: str, *, loud: bool) -> None:
     level = logging.WARNING if loud else logging.INFO
     _log.log(level, "%s: %s; a temporary folder takes its place", folder, reason)
-
-
-def _can_write(folder: Path) -> bool:
-    """Whether a folder, which is made, can be written to."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return False
-    return os.access(folder, os.W_OK | os.X_OK)
 
 
 def _temporary() -> Path:
@@ -190,25 +176,19 @@ def content_hash(*values: Any) -> str:
 
 
 def digest_of(path: Path) -> str:
-    """SHA-256 of the contents of a file, or of all files of a folder with their names.
-
-    Raises:
-        DataError: there is no such file, or it cannot be read.
-    """
+    """SHA-256 of the contents of a file, or of all files of a folder with their names."""
     files = [path]
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.is_file())
     hashed = hashlib.sha256()
-    try:
-        for file in files:
-            name = file.relative_to(path).as_posix()
-            hashed.update(json.dumps([name, file_digest(file)]).encode())
-    except FileNotFoundError as error:
-        raise DataError(
-            "no such file", where=str(path), hint="Check the path; it starts at the recipe's folder"
-        ) from error
-    except OSError as error:
-        raise DataError(f"cannot read: {error.strerror or error}", where=str(path)) from error
+    with os_errors("cannot read", path, kind=DataError):
+        try:
+            for file in files:
+                name = file.relative_to(path).as_posix()
+                hashed.update(json.dumps([name, file_digest(file)]).encode())
+        except FileNotFoundError as error:
+            hint = "Check the path; it starts at the recipe's folder"
+            raise DataError("no such file", where=str(path), hint=hint) from error
     return hashed.hexdigest()
 
 

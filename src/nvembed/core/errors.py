@@ -14,6 +14,9 @@ what to do. Anything else that reaches the command line is a bug and keeps its t
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class NVEmbedError(Exception):
     """Base of all errors raised on purpose."""
@@ -69,3 +72,14 @@ class ModelError(UserError):
 
 class TrainingError(UserError):
     """A run that had to stop before harm was done."""
+
+
+@contextmanager
+def os_errors(
+    what: str, where: object, *, kind: type[UserError] = UserError, hint: str | None = None
+) -> Iterator[None]:
+    """Turn an OSError of the block into one line of ``kind``: ``where: what: the reason. hint``."""
+    try:
+        yield
+    except OSError as error:
+        raise kind(f"{what}: {error.strerror or error}", where=str(where), hint=hint) from error

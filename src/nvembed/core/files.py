@@ -19,12 +19,12 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from nvembed.core.errors import UserError
+from nvembed.core.errors import UserError, os_errors
 from nvembed.core.ownership import (
     LEFTOVER,
     NEW,
@@ -45,38 +45,14 @@ _AT_FDCWD = -100
 def atomic_path(path: str | Path, made_by: str | None = None) -> Iterator[Path]:
     """Give a temporary path beside ``path`` and move it into place when the block ends well.
 
-    Args:
-        path: the file.
-        made_by: the command whose output it is: it is marked, and only its own file is replaced.
+    ``made_by`` is the command whose output it is: it is marked, and only its own file is replaced.
 
     Raises:
         ConfigError: the file that is there is not the command's; it is untouched.
         UserError: no space, no permission; the file that is there is untouched.
     """
-    target = Path(path)
-    temporary: Path | None = None
-    try:
-        if made_by is not None:
-            refuse_foreign(target, made_by)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=NEW, dir=target.parent)
-        os.close(handle)
-        temporary = Path(name)
+    with _atomic(Path(path), made_by, folder=False) as temporary:
         yield temporary
-        os.chmod(temporary, 0o644)
-        if made_by is not None:
-            refuse_foreign(target, made_by, contents=False)
-            mark_file(target, temporary, made_by)
-        os.replace(temporary, target)
-    except OSError as error:
-        raise UserError(
-            f"cannot write: {error.strerror or error}",
-            where=str(target),
-            hint="Free space on the disk or choose another place; the previous file is untouched",
-        ) from error
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -85,30 +61,38 @@ def atomic_folder(path: str | Path, made_by: str | None = None) -> Iterator[Path
 
     Where the system can exchange two names in one step, one of the two folders is there at any
     moment. Elsewhere a process may die between two renames, and ``tidy`` brings the old one back.
-
-    Args:
-        path: the folder.
-        made_by: the command whose output it is: its files are listed in it, and only a folder that
-            the command made, with nothing changed or added since, is replaced.
-
-    Raises:
-        ConfigError: the folder that is there is not the command's; it is untouched.
-        UserError: no space, no permission; the folder that is there is untouched.
+    With ``made_by`` the files are listed in the folder, and only a folder that the command made,
+    with nothing changed or added since, is replaced. Errors are those of ``atomic_path``.
     """
-    target = Path(path)
-    temporary: Path | None = None
-    try:
+    with _atomic(Path(path), made_by, folder=True) as temporary:
+        yield temporary
+
+
+@contextmanager
+def _atomic(target: Path, made_by: str | None, *, folder: bool) -> Iterator[Path]:
+    untouched = f"the previous {'folder' if folder else 'file'} is untouched"
+    hint = f"Free space on the disk or choose another place; {untouched}"
+    with os_errors("cannot write", target, hint=hint), ExitStack() as cleanup:
         if made_by is not None:
             refuse_foreign(target, made_by)
         target.parent.mkdir(parents=True, exist_ok=True)
-        name = tempfile.mkdtemp(prefix=f".{target.name}.", suffix=NEW, dir=target.parent)
-        temporary = Path(name)
+        name = (NEW, f".{target.name}.", target.parent)
+        if folder:
+            temporary = Path(tempfile.mkdtemp(*name))
+        else:
+            handle, made = tempfile.mkstemp(*name)
+            os.close(handle)
+            temporary = Path(made)
+        cleanup.callback(remove_any, temporary)
         yield temporary
-        os.chmod(temporary, 0o755)
+        os.chmod(temporary, 0o755 if folder else 0o644)
         if made_by is not None:
-            mark_folder(temporary, made_by)
-            refuse_foreign(target, made_by, contents=False)  # it may have taken hours
-        if not target.exists():
+            if folder:
+                mark_folder(temporary, made_by)
+            refuse_foreign(target, made_by, contents=False)  # the work may have taken hours
+            if not folder:
+                mark_file(target, temporary, made_by)
+        if not folder or not target.exists():
             os.replace(temporary, target)
         elif not _exchange(temporary, target):
             old = target.with_name(f".{target.name}{OLD}")
@@ -116,35 +100,23 @@ def atomic_folder(path: str | Path, made_by: str | None = None) -> Iterator[Path
             os.replace(target, old)
             os.replace(temporary, target)
             shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
-        raise UserError(
-            f"cannot write: {error.strerror or error}",
-            where=str(target),
-            hint="Free space on the disk or choose another place; the previous folder is untouched",
-        ) from error
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextmanager
 def alone_in(folder: Path) -> Iterator[bool]:
     """Hold a folder, which is made, for this process while the block runs.
 
-    Yields False where another process holds it. One that was killed holds nothing, and no lock file
-    is left in a folder of the user's.
+    Yields False where another process holds it. The lock dies with its process and is no file.
     """
     import fcntl
 
-    try:
+    with os_errors("cannot write", folder):
         folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder, os.O_RDONLY)
-    except OSError as error:
-        raise UserError(f"cannot write: {error.strerror or error}", where=str(folder)) from error
     try:
+        alone = True
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            alone = True
         except BlockingIOError:
             alone = False
         except OSError as error:
@@ -210,23 +182,11 @@ def write_jsonl(
     ``made_by`` as in ``atomic_path``.
     """
     count = 0
-    with (
-        atomic_path(path, made_by) as temporary,
-        open(temporary, "wb") as raw,
-        _text_writer(raw, gzipped=is_gzip(path)) as out,
-    ):
-        for row in rows:
-            out.write(json.dumps(row, ensure_ascii=False) + "\n")
-            count += 1
+    with atomic_path(path, made_by) as temporary, open(temporary, "wb") as raw:
+        # No time and no (temporary) name in the header: equal rows make equal bytes.
+        binary: Any = gzip.GzipFile("", fileobj=raw, mode="wb", mtime=0) if is_gzip(path) else raw
+        with io.TextIOWrapper(binary, encoding="utf-8", newline="\n") as out:
+            for row in rows:
+                out.write(json.dumps(row, ensure_ascii=False) + "\n")
+                count += 1
     return count
-
-
-@contextmanager
-def _text_writer(raw: io.BufferedWriter, *, gzipped: bool) -> Iterator[io.TextIOWrapper]:
-    # No time and no (temporary) name in the header: two writes of the same rows are byte-identical.
-    binary: Any = gzip.GzipFile("", fileobj=raw, mode="wb", mtime=0) if gzipped else raw
-    out = io.TextIOWrapper(binary, encoding="utf-8", newline="\n")
-    try:
-        yield out
-    finally:
-        out.close()

@@ -45,11 +45,9 @@ class Trouble(NamedTuple):
 def post_json(url: str, body: dict[str, Any], *, timeout: float = 120.0) -> dict[str, Any]:
     """Send an object and return the one that comes back.
 
-    What passes, and answers that are no JSON object, are tried again, seven times in all. A key in
-    ``$NVEMBED_API_KEY`` or ``$OPENAI_API_KEY`` goes along; it stands in no message.
-
-    Raises:
-        ModelError: another refusal, at once, or no answer in the end.
+    What passes, and answers that are no JSON object, are tried again, seven times in all. Another
+    refusal, at once, or no answer in the end is a ModelError. A key in ``$NVEMBED_API_KEY`` or
+    ``$OPENAI_API_KEY`` goes along; it stands in no message.
     """
     import httpx2
 
@@ -82,11 +80,9 @@ def post_json(url: str, body: dict[str, Any], *, timeout: float = 120.0) -> dict
 
 
 def _refusal(url: str, trouble: Trouble) -> ModelError:
-    hint = None
-    if trouble.refused in (401, 403):
-        hint = f"Set the environment variable {KEY_VARIABLES[0]} to a key that is allowed this"
-    elif trouble.refused == 404:
-        hint = "Check the address, which usually ends in /v1, and the name of the model"
+    key = f"Set the environment variable {KEY_VARIABLES[0]} to a key that is allowed this"
+    address = "Check the address, which usually ends in /v1, and the name of the model"
+    hint = {401: key, 403: key, 404: address}.get(trouble.refused or 0)
     message = f"refused with {trouble.problem} {trouble.said}".strip()
     return ModelError(message, where=url, hint=hint)
 
@@ -114,10 +110,7 @@ def pause(attempt: int, first_wait: float, asked: float | None) -> float:
 
 
 def retry_after(value: str | None, now: float) -> float | None:
-    """Return the seconds that a Retry-After header asks for, at least 0; None where it says none.
-
-    It holds seconds or a date, and ``now`` is in seconds since 1970.
-    """
+    """Return the seconds from ``now`` (since 1970) that a Retry-After header, or its date, asks."""
     try:
         seconds = float(value or "")
     except ValueError:

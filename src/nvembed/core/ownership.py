@@ -23,7 +23,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from nvembed.core.errors import ConfigError, UserError
+from nvembed.core.errors import ConfigError, UserError, os_errors
 
 MARK = ".nvembed.jsonl"
 # Ends of names that no user gives to a file: of what is being written, and of the folder that is
@@ -49,9 +49,6 @@ class _Line(NamedTuple):
         values = {"name": self.name, "by": self.by, "bytes": self.size, "sha256": self.digest}
         return json.dumps(values, ensure_ascii=False) + "\n"
 
-    def is_by(self, made_by: str | None) -> bool:
-        return made_by is None or self.by == made_by
-
 
 # --- Reading marks --------------------------------------------------------------------------------
 
@@ -59,12 +56,9 @@ class _Line(NamedTuple):
 def problem_of(path: Path, made_by: str | None = None, *, contents: bool = True) -> str | None:
     """Why a file or folder must not be replaced; None where it is ours or nothing is there.
 
-    An empty file and a folder without files hold nothing that could be lost.
-
-    Args:
-        path: the file or folder.
-        made_by: the command that must have made it; None is any of ours.
-        contents: compare digests; else names and sizes alone, which takes no time.
+    An empty file and a folder without files hold nothing that could be lost. ``made_by`` is the
+    command that must have made it, None any of ours. Without ``contents``, names and sizes are
+    compared but no digests, which takes no time.
     """
     try:
         mode = path.lstat().st_mode
@@ -73,7 +67,7 @@ def problem_of(path: Path, made_by: str | None = None, *, contents: bool = True)
     except OSError as error:
         return f"cannot be looked at ({error.strerror})"
     lines = _lines_of(path)
-    if any(line.digest == _GROWS and line.is_by(made_by) for line in lines):
+    if any(line.digest == _GROWS and made_by in (None, line.by) for line in lines):
         return None
     if stat.S_ISDIR(mode):
         for file, known in _files_below(path):
@@ -88,7 +82,7 @@ def problem_of(path: Path, made_by: str | None = None, *, contents: bool = True)
 def _problem(path: Path, lines: list[_Line], made_by: str | None, contents: bool) -> str | None:
     if not lines:
         return "is there already, and nvembed did not make it"
-    wanted = [line for line in lines if line.is_by(made_by)]
+    wanted = [line for line in lines if made_by in (None, line.by)]
     if not wanted:
         return f"is there already, made by another command ({lines[-1].by})"
     if path.is_symlink():
@@ -120,15 +114,11 @@ def _digest(path: Path) -> str:
 
 
 def _lines_of(path: Path) -> list[_Line]:
-    """What the mark beside a file says of it."""
     return [line for line in _read_mark(path.parent) if line.name == path.name]
 
 
 def _files_below(folder: Path) -> Iterator[tuple[Path, list[_Line]]]:
-    """All files below a folder, inner ones first, with what the marks say of them.
-
-    Marks are left out, and what a killed process left half written.
-    """
+    """All files below a folder but marks and leftovers, inner ones first, with their lines."""
     whole: dict[str, list[_Line]] = {}
     for line in _read_mark(folder):
         whole.setdefault(line.name, []).append(line)
@@ -173,10 +163,8 @@ def mark_file(path: Path, content: Path, made_by: str) -> None:
 
 def mark_growing(path: Path, made_by: str) -> None:
     """Say beside ``path``, a log or a table that is not there yet, that a command adds to it."""
-    try:
+    with os_errors("cannot write", path):
         _append(path.parent, _Line(path.name, made_by, 0, _GROWS))
-    except OSError as error:
-        raise UserError(f"cannot write: {error.strerror or error}", where=str(path)) from error
 
 
 def mark_folder(folder: Path, made_by: str) -> None:
@@ -221,15 +209,9 @@ def check_outputs(
 ) -> None:
     """Refuse to begin where something would be lost.
 
-    Args:
-        outputs: files, and folders that are replaced as a whole.
-        made_by: the command. What it made before may be replaced.
-        inputs: everything that is read; see ``check_overlaps``.
-        places: folders that are written into and never replaced (a cache, a database).
-
-    Raises:
-        ConfigError: see ``check_overlaps``; or something is there that the command did not make,
-            or that was changed since.
+    ``outputs`` are files, and folders that are replaced as a whole; ``made_by`` is the command,
+    whose earlier output may be replaced. ``inputs`` are everything that is read, as in
+    ``check_overlaps``. ``places`` are written into and never replaced (a cache, a database).
     """
     outputs = list(outputs)
     check_overlaps([*outputs, *(place / MARK for place in places)], inputs)
@@ -240,21 +222,19 @@ def check_outputs(
 def refuse_foreign(path: Path, made_by: str, *, contents: bool = True) -> None:
     """Refuse to replace what a command did not make, or what was changed since."""
     if (problem := problem_of(path, made_by, contents=contents)) is not None:
-        raise ConfigError(
-            problem, where=str(path), hint="Move or delete it, or choose another output"
-        )
+        raise foreign_error(problem, path)
+
+
+def foreign_error(problem: str, path: Path) -> ConfigError:
+    """Say that something is in the way of an output."""
+    hint = "Move or delete it, or choose another output"
+    return ConfigError(problem, where=str(path), hint=hint)
 
 
 def check_overlaps(outputs: Iterable[Path], inputs: Iterable[Path | str | None]) -> None:
     """Refuse an output that is an input, holds one or lies inside one, by whatever names.
 
-    Args:
-        outputs: files and folders; they need not be there.
-        inputs: files and folders that are read. Names that are no path here (of the hub, of an
-            endpoint, ``-``) and None are passed over.
-
-    Raises:
-        ConfigError: names both.
+    Inputs that are no path here (names of the hub, of an endpoint, ``-``) and None are passed over.
     """
     read = [path for given in inputs if given is not None and (path := Path(given)).exists()]
     for output in outputs:
@@ -265,7 +245,6 @@ def check_overlaps(outputs: Iterable[Path], inputs: Iterable[Path | str | None])
 
 
 def _overlap(output: Path, source: Path) -> str | None:
-    """What is wrong between an output and something that is read; None where nothing is."""
     own, other = _identity(output), _identity(source)
     if own is not None and own == other:
         return f"output and input are the same {'folder' if source.is_dir() else 'file'}"
@@ -283,11 +262,10 @@ def _overlap(output: Path, source: Path) -> str | None:
 
 def _identity(path: Path) -> tuple[int, int] | None:
     """The same for all names of a file or folder; None where nothing is there."""
-    try:
+    with suppress(OSError):
         found = path.stat()
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino
+        return found.st_dev, found.st_ino
+    return None
 
 
 def _above(path: Path) -> set[tuple[int, int]]:
@@ -305,7 +283,7 @@ def _linked(folder: Path) -> Iterator[Path]:
             with suppress(OSError):
                 found = path.lstat()
                 shared = stat.S_ISREG(found.st_mode) and found.st_nlink > 1
-                if stat.S_ISLNK(found.st_mode) or shared:
+                if shared or stat.S_ISLNK(found.st_mode):
                     yield path
 
 
@@ -331,20 +309,20 @@ def remove(path: Path) -> None:
 def remove_named(folder: Path, names: re.Pattern[str]) -> None:
     """Delete the files of a working folder by their paths in it; whatever else is in it stays."""
     _remove_leftovers(folder)
-    others = set(unnamed(folder, names))
     for path, _ in list(_files_below(folder)):
-        if path not in others:
+        if _named(path, folder, names):
             path.unlink(missing_ok=True)
     _remove_empty(folder)
 
 
 def unnamed(folder: Path, names: re.Pattern[str]) -> list[Path]:
     """What else lies in a working folder than the files that ``names`` describes."""
-    return [
-        path
-        for path, _ in _files_below(folder)
-        if path.is_symlink() or not names.fullmatch(path.relative_to(folder).as_posix())
-    ]
+    return [path for path, _ in _files_below(folder) if not _named(path, folder, names)]
+
+
+def _named(path: Path, folder: Path, names: re.Pattern[str]) -> bool:
+    inside = path.relative_to(folder).as_posix()
+    return names.fullmatch(inside) is not None and not path.is_symlink()
 
 
 def _remove_leftovers(folder: Path) -> None:

@@ -59,14 +59,10 @@ _MAX_RANGES = 10
 class ProblemKind:
     """The rows that have one problem.
 
-    Attributes:
-        place: of the first row: ``file:line``.
-        text: what is wrong with it.
-        count: number of rows.
-        ranges: [first, last] line of the other rows of the same file, as far as they are kept.
+    ``ranges`` are [first, last] line of the other rows of the same file, as far as they are kept.
     """
 
-    place: str
+    place: str  # of the first row: ``file:line``
     text: str
     count: int = 1
     ranges: list[list[int]] = field(default_factory=list)
@@ -91,8 +87,9 @@ class ProblemKind:
         ranges = self.ranges[:_MAX_RANGES]
         lines = [str(low) if low == high else f"{low}-{high}" for low, high in ranges]
         lines += ["…"] if len(self.ranges) > _MAX_RANGES else []
-        named = f": line{'' if lines == [str(ranges[0][0])] else 's'} " if lines else ""
-        return f"{self.text} ({self.count - 1:,} more like it{named}{', '.join(lines)})"
+        several = len(lines) > 1 or "-" in "".join(lines)
+        named = f": line{'s' if several else ''} {', '.join(lines)}" if lines else ""
+        return f"{self.text} ({self.count - 1:,} more like it{named})"
 
     def __str__(self) -> str:
         return f"{self.place}: {self.message}"
@@ -163,9 +160,8 @@ class ProgressBar:
             return
         if fields:
             text = "  ".join(f"{name} {_short(value)}" for name, value in fields.items())
-            self._shown.update(self._task, advance=n, fields=text)
-        else:
-            self._shown.update(self._task, advance=n)
+            self._shown.update(self._task, fields=text)
+        self._shown.update(self._task, advance=n)
 
 
 class Rates:
@@ -194,13 +190,9 @@ def progress(total: int | None, description: str, *, shown: bool = True) -> Iter
     from rich.console import Console
 
     columns = (
-        bar.TextColumn("{task.description}"),
-        bar.BarColumn(),
-        bar.MofNCompleteColumn(),
-        bar.TextColumn("{task.fields[fields]}"),
-        bar.TimeElapsedColumn(),
-        bar.TextColumn("left"),
-        bar.TimeRemainingColumn(),
+        *(bar.TextColumn("{task.description}"), bar.BarColumn(), bar.MofNCompleteColumn()),
+        *(bar.TextColumn("{task.fields[fields]}"), bar.TimeElapsedColumn()),
+        *(bar.TextColumn("left"), bar.TimeRemainingColumn()),
     )
     with bar.Progress(*columns, console=Console(stderr=True)) as bars:
         yield ProgressBar(bars, bars.add_task(description, total=total, fields=""))

@@ -1,4 +1,4 @@
-"""The run folder: one place for everything a training run leaves behind.
+"""Runs: the folder of everything that a training run leaves behind, and its random state.
 
 config.yaml      the resolved configuration
 env.json         versions, machine, git commit, command line
@@ -13,19 +13,26 @@ model/           the finished model, an ordinary sentence-transformers folder
 adapter/         its adapters alone, where the recipe asks for them
 eval/            evaluation results
 tensorboard/     the metrics once more, where the recipe asks for them
+
+Every random choice draws from a generator seeded by ``derive_seed(run seed, what, which step)``, so
+no choice depends on how many others came before it. What still uses the global generators (dropout,
+libraries) is seeded before every pack; around evaluations it is captured and restored.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 import platform
+import random
 import re
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -33,9 +40,10 @@ from pathlib import Path
 from typing import Any
 
 from nvembed.core.config import read_yaml
-from nvembed.core.errors import ConfigError, DataError, UserError
+from nvembed.core.errors import ConfigError, DataError, os_errors
 from nvembed.core.files import tidy, write_json, write_text
 from nvembed.core.ownership import (
+    foreign_error,
     mark_growing,
     problem_of,
     refuse_foreign,
@@ -121,19 +129,12 @@ class RunFolder:
             refuse_foreign(path, TRAIN)
         # Without a run beside them they are not of one.
         for path in unnamed(self.checkpoints, _CHECKPOINTS if self.exists else _NOTHING)[:1]:
-            raise ConfigError(
-                f"is there already, and nvembed did not make it: {path.name}",
-                where=str(path.parent),
-                hint="Move or delete it, or choose another output",
-            )
+            message = f"is there already, and nvembed did not make it: {path.name}"
+            raise foreign_error(message, path.parent)
         for file, is_ours in ((self.metrics, _is_row), (self.log, _LOG_LINE.fullmatch)):
             lines = file.read_bytes().split(b"\n")[:-1] if file.is_file() else []
             if not all(map(is_ours, lines)):
-                raise ConfigError(
-                    "was changed since nvembed made it",
-                    where=str(file),
-                    hint="Move or delete it, or choose another output",
-                )
+                raise foreign_error("was changed since nvembed made it", file)
 
     def create(
         self,
@@ -145,12 +146,9 @@ class RunFolder:
     ) -> None:
         """Start a run here: write ``config.yaml`` and ``env.json``, make ``checkpoints/``.
 
-        Args:
-            config_yaml: the resolved configuration.
-            stages: names of its stages.
-            replace: delete the earlier run of this folder (only the names listed above, and only
-                what nvembed made); else a run that is there is a ConfigError.
-            computing: how its numbers are computed, for ``env.json``.
+        ``replace`` deletes the earlier run of this folder (only the names listed above, and only
+        what nvembed made); without it, a run that is there is a ConfigError. ``computing`` says in
+        ``env.json`` how the numbers of the run are computed.
         """
         if self.exists and not replace and problem_of(self.config, TRAIN) is None:
             raise ConfigError(
@@ -159,18 +157,14 @@ class RunFolder:
                 hint="Resume it, start over, or choose another output folder",
             )
         self.refuse_foreign(stages)
-        try:
+        with os_errors("cannot make the run folder", self.path):
             if replace:
                 self._clear()
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(
-                f"cannot make the run folder: {error.strerror or error}", where=str(self.path)
-            ) from error
         # Lines are added to two of them, and a damaged measurement is taken again.
         for file in (self.metrics, self.log, self.graph_memory):
             mark_growing(file, TRAIN)
-        computed = {} if computing is None else {"computing": computing}
+        computed = {"computing": computing} if computing is not None else {}
         write_json(self.env, describe_environment() | computed, TRAIN)
         write_text(self.config, config_yaml, TRAIN)
 
@@ -201,8 +195,11 @@ class RunFolder:
 
     def append_metrics(self, row: dict[str, Any]) -> None:
         """Append one row to ``metrics.jsonl``; nan and inf, which JSON lacks, become null."""
-        line = json.dumps({key: _finite(value) for key, value in row.items()}, ensure_ascii=False)
-        self._append(self.metrics, line)
+        finite = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in row.items()
+        }
+        self._append(self.metrics, json.dumps(finite, ensure_ascii=False))
 
     def append_log(self, line: str) -> None:
         """Append one line to ``train.log``, with the time."""
@@ -211,15 +208,12 @@ class RunFolder:
 
     @staticmethod
     def _append(file: Path, line: str) -> None:
-        try:
-            with open(file, "a", encoding="utf-8", newline="\n") as out:
-                out.write(line + "\n")
-        except OSError as error:
-            raise UserError(
-                f"cannot write: {error.strerror or error}",
-                where=str(file),
-                hint="Free space on the disk, then resume from the last checkpoint",
-            ) from error
+        hint = "Free space on the disk, then resume from the last checkpoint"
+        with (
+            os_errors("cannot write", file, hint=hint),
+            open(file, "a", encoding="utf-8", newline="\n") as out,
+        ):
+            out.write(line + "\n")
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """Read all rows; a last line that a killed process left half written is dropped."""
@@ -227,11 +221,8 @@ class RunFolder:
             return []
         # Whole lines end with a line break, so what follows the last one is a torn line or nothing.
         # It may end within a character, so lines are split before they are decoded.
-        try:
+        with os_errors("cannot read", self.metrics, kind=DataError):
             lines = self.metrics.read_bytes().split(b"\n")
-        except OSError as error:
-            message = f"cannot read: {error.strerror or error}"
-            raise DataError(message, where=str(self.metrics)) from error
         return [
             _metrics_row(line, f"{self.metrics}:{number}")
             for number, line in enumerate(lines[:-1], start=1)
@@ -246,12 +237,8 @@ class RunFolder:
         """Read ``env.json``: ``describe_environment`` of when the run was started."""
         values = read_json_object(self.env, "the environment of a run", hint=_RESTORE)
         if not isinstance(values.get("started"), str):
-            raise DataError(
-                "does not say when the run was started",
-                where=str(self.env),
-                expected='"started", a time',
-                hint=_RESTORE,
-            )
+            message, expected = "does not say when the run was started", '"started", a time'
+            raise DataError(message, where=str(self.env), expected=expected, hint=_RESTORE)
         return values
 
     def trim_metrics(self, last_step: int) -> None:
@@ -278,8 +265,55 @@ def _is_row(line: bytes) -> bool:
         return False
 
 
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+# --- Seeds and random state ----------------------------------------------------------------------
+
+
+def derive_seed(seed: int, *names: str | int) -> int:
+    """Return a 63-bit seed made of ``seed`` and all ``names``, the same on every machine."""
+    # JSON keeps ("a", "b") apart from ("ab",) and 1 from "1".
+    digest = hashlib.sha256(json.dumps([seed, *names]).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def seed_everything(seed: int) -> None:
+    """Seed the global generators of Python, NumPy and torch (with all CUDA devices)."""
+    import numpy as np
+    import torch
+
+    random.seed(derive_seed(seed, "python"))
+    np.random.seed(derive_seed(seed, "numpy") % 2**32)  # NumPy's global generator takes 32 bits
+    torch.manual_seed(derive_seed(seed, "torch"))
+
+
+def capture_rng() -> dict[str, Any]:
+    """Take the state of the global generators, as ``torch.load(weights_only=True)`` reads it."""
+    import numpy as np
+    import torch
+
+    version, internal, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    numbers = [[int(key) for key in keys], int(position), int(has_gauss), float(cached)]
+    return {
+        "python": [version, list(internal), gauss],
+        "numpy": [str(name), *numbers],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def restore_rng(state: dict[str, Any]) -> None:
+    """Put the global generators back to a state taken by ``capture_rng``."""
+    import numpy as np
+    import torch
+
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, *others = state["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *others))
+    torch.set_rng_state(state["torch"].cpu())
+    # A run saved on a GPU may go on elsewhere: then there is no such generator to restore.
+    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([tensor.cpu() for tensor in state["cuda"]])
 
 
 # --- What a result was made with ------------------------------------------------------------------
@@ -301,10 +335,9 @@ def describe_environment() -> dict[str, Any]:
 
 
 def _version(package: str) -> str | None:
-    try:
+    with suppress(metadata.PackageNotFoundError):
         return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
+    return None
 
 
 def _processor() -> str:
@@ -328,16 +361,11 @@ def _git_state(folder: Path) -> dict[str, Any] | None:
     """Commit and whether files differ from it; None outside a git checkout."""
 
     def git(*arguments: str) -> str:
-        done = subprocess.run(
-            ["git", "-C", str(folder), *arguments],
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        )
-        return done.stdout.strip()
+        command = ["git", "-C", str(folder), *arguments]
+        return subprocess.check_output(
+            command, stderr=subprocess.DEVNULL, text=True, timeout=10
+        ).strip()
 
-    try:
+    with suppress(OSError, subprocess.SubprocessError):
         return {"commit": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain"))}
-    except (OSError, subprocess.SubprocessError):
-        return None
+    return None

@@ -59,24 +59,15 @@ def write_arrays(path: Path, arrays: dict[str, NDArray[np.generic]]) -> None:
 
 
 def read_array(path: Path, *, mapped: bool = False, hint: str = _AGAIN) -> NDArray[Any]:
-    """Read or map what ``write_array`` wrote.
-
-    Raises:
-        DataError: it is not there, or damaged.
-    """
+    """Read or map what ``write_array`` wrote; a DataError where it is missing or damaged."""
     # "c": torch takes only memory that could be written, and nothing here writes.
     with _readable(path, hint):
-        return cast(
-            NDArray[Any], np.load(path, mmap_mode="c" if mapped else None, allow_pickle=False)
-        )
+        array: NDArray[Any] = np.load(path, mmap_mode="c" if mapped else None, allow_pickle=False)
+        return array
 
 
 def read_arrays(path: Path, *names: str) -> list[NDArray[Any]]:
-    """Read arrays that ``write_arrays`` wrote.
-
-    Raises:
-        DataError: they are not there, or damaged.
-    """
+    """Read arrays that ``write_arrays`` wrote; a DataError where they are missing or damaged."""
     with _readable(path, _AGAIN), np.load(path, allow_pickle=False) as arrays:
         return [arrays[name] for name in names]
 
@@ -91,13 +82,10 @@ def _readable(path: Path, hint: str) -> Iterator[None]:
 
 @contextmanager
 def claims(paths: Sequence[Path]) -> Iterator[Iterator[int]]:
-    """Yield the numbers of artifacts that this process is to make, while the block runs.
+    """Yield the numbers of artifacts (of one folder) that this process is to make.
 
     First come all that nobody else is making; then those that another process had in hand, where it
     died over them. What is made must be written before the block ends, and with it the locks.
-
-    Args:
-        paths: of one folder, named by ``key_of``.
     """
     if all(path.is_file() for path in paths):
         yield iter(())

@@ -15,9 +15,9 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
-from nvembed.core.errors import ConfigError, DataError, UserError
+from nvembed.core.errors import ConfigError, DataError, UserError, os_errors
 
 STDIN = "-"  # as users write it
 STDIN_NAME = "standard input"  # as errors and places call it
@@ -44,10 +44,7 @@ def is_gzip(name: str | Path) -> bool:
 
 
 def check_ending(output: str | Path, endings: Sequence[str], *, packed: bool = False) -> None:
-    """Refuse a name for an output that does not end in one of ``endings`` (of lower case).
-
-    With ``packed``, ``.gz`` may follow.
-    """
+    """Refuse a name of an output without one of the ``endings``; ``packed``: ``.gz`` may follow."""
     if ending_of(output) in endings and (packed or not is_gzip(output)):
         return
     also = " (also with .gz)" if packed else ""
@@ -69,24 +66,17 @@ def check_folder_name(output: str | Path) -> None:
 
 @contextmanager
 def open_bytes(opener: Callable[[], IO[bytes]], name: str) -> Iterator[io.BufferedReader]:
-    """Open UTF-8 bytes: decompressed, without the byte order mark.
+    """Open UTF-8 bytes, which ``opener`` opens as they are stored: without byte order mark or gzip.
 
-    Args:
-        opener: opens the bytes as they are stored; what it returns is closed at the end.
-        name: path or address for errors. A name that ends in ``.gz`` is decompressed; standard
-            input, which has no name, is where its first bytes are those of gzip.
-
-    Raises:
-        DataError: it cannot be opened or read, is broken gzip, or another encoding than UTF-8.
+    A ``name`` (path or address) that ends in ``.gz`` is decompressed; standard input is where its
+    first bytes are those of gzip. What is not gzip or UTF-8, or cannot be read, is a DataError.
     """
-    with _translated(name), ExitStack() as opened:
-        stream = _buffered(opened.enter_context(opener()))
-        beginning = stream.read(_LOOKED_AT)
-        stream = _rejoined(beginning, stream)
+    unreadable = os_errors("cannot be read", name, kind=DataError)
+    with unreadable, _gzip_errors(name), ExitStack() as opened:
+        beginning, stream = peeked(opened.enter_context(opener()), _LOOKED_AT)
         if is_gzip(name) or (name == STDIN_NAME and beginning.startswith(_GZIP)):
-            stream = _buffered(opened.enter_context(gzip.GzipFile(fileobj=stream)))
-            beginning = stream.read(_LOOKED_AT)
-            stream = _rejoined(beginning, stream)
+            unpacked = opened.enter_context(gzip.GzipFile(fileobj=stream))
+            beginning, stream = peeked(unpacked, _LOOKED_AT)
         if beginning.startswith(_OTHER_ENCODINGS) or b"\0" in beginning:
             raise DataError(
                 "the text is UTF-16 or UTF-32",
@@ -99,41 +89,39 @@ def open_bytes(opener: Callable[[], IO[bytes]], name: str) -> Iterator[io.Buffer
         yield stream
 
 
+@contextmanager
+def _gzip_errors(name: str) -> Iterator[None]:
+    try:
+        yield
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        hint = "Copy or download it again"
+        raise DataError(f"broken gzip file ({error})", where=name, hint=hint) from error
+
+
 def open_text_file(path: str | Path) -> AbstractContextManager[io.BufferedReader]:
     """Open a file of UTF-8 text: ``open_bytes`` of a path, or of standard input for ``-``."""
     if str(path) == STDIN:
         return open_bytes(stdin_bytes, STDIN_NAME)
     if not Path(path).is_file():
-        raise DataError(
-            "no such file", where=str(path), hint="Check the path; relative paths start here"
-        )
+        hint = "Check the path; relative paths start here"
+        raise DataError("no such file", where=str(path), hint=hint)
     return open_bytes(lambda: open(path, "rb"), str(path))
 
 
 def stdin_bytes() -> IO[bytes]:
     """The bytes of standard input, which stays open when they are closed."""
-    return _rejoined(b"", _buffered(sys.stdin.buffer))
-
-
-@contextmanager
-def _translated(name: str) -> Iterator[None]:
-    try:
-        yield
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise DataError(
-            f"broken gzip file ({error})", where=name, hint="Copy or download it again"
-        ) from error
-    except OSError as error:
-        raise DataError(f"cannot be read: {error.strerror or error}", where=name) from error
+    return peeked(sys.stdin.buffer, 0)[1]
 
 
 class _Rejoined(io.RawIOBase):
-    """A stream with bytes in front that were taken from it to look at them."""
+    """A stream with bytes in front that were taken from it to look at them.
+
+    ``BufferedReader.peek`` reads once at most, and a pipe may give a byte at a time.
+    """
 
     def __init__(self, beginning: bytes, rest: io.BufferedReader) -> None:
         super().__init__()
-        self._beginning = beginning
-        self._rest = rest
+        self._beginning, self._rest = beginning, rest
 
     def readable(self) -> bool:
         return True
@@ -147,18 +135,12 @@ class _Rejoined(io.RawIOBase):
         return len(taken)
 
 
-def _rejoined(beginning: bytes, rest: io.BufferedReader) -> io.BufferedReader:
-    return io.BufferedReader(_Rejoined(beginning, rest), buffer_size=1 << 16)
-
-
-def _buffered(stream: Any) -> io.BufferedReader:
-    return stream if isinstance(stream, io.BufferedIOBase) else io.BufferedReader(stream)  # type: ignore[return-value]
-
-
-def peeked(file: io.BufferedReader, size: int = 4096) -> tuple[bytes, io.BufferedReader]:
+def peeked(file: Any, size: int = 4096) -> tuple[bytes, io.BufferedReader]:
     """Look at the first bytes of a stream; return them and the whole stream, to be read instead."""
-    beginning = file.read(size)
-    return beginning, _rejoined(beginning, file)
+    rest = file if isinstance(file, io.BufferedIOBase) else io.BufferedReader(file)
+    beginning = rest.read(size)
+    whole = _Rejoined(beginning, cast(io.BufferedReader, rest))
+    return beginning, io.BufferedReader(whole, buffer_size=1 << 16)
 
 
 def numbered_lines(
@@ -185,11 +167,7 @@ def too_long(max_bytes: int = MAX_LINE) -> str:
 
 
 def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield ``(line number from 1, object)`` from JSONL or JSONL.gz, skipping blank lines.
-
-    Raises:
-        DataError: the file is missing, is not UTF-8 or gzip, or a line is not a JSON object.
-    """
+    """Yield ``(line number from 1, object)`` from JSONL or JSONL.gz, skipping blank lines."""
     with open_text_file(path) as file:
         name = STDIN_NAME if str(path) == STDIN else str(path)
         for number, line in numbered_lines(file):
@@ -216,13 +194,7 @@ def parse_json(
 ) -> Any:
     """Read one JSON value of UTF-8 bytes: the one place where broken JSON becomes an error.
 
-    Args:
-        data: a line, or the contents of a file.
-        where: place of the line, or path of the file.
-        error: what is raised.
-        expected: what it should have been.
-        hint: what to do about it.
-        is_file: the error names the line as well.
+    ``where`` is the place of a line, or, with ``is_file``, a path: the error adds the line to it.
     """
     cause: Exception
     try:

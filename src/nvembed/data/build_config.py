@@ -6,8 +6,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from nvembed.core.arguments import PrecisionChoice
 from nvembed.core.config import StrictModel
-from nvembed.core.dtypes import PrecisionChoice
 
 Strategy = Literal["percent_of_positive", "margin", "absolute", "top_k"]
 

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nvembed.core.errors import DataError
-from nvembed.core.seeding import derive_seed
+from nvembed.core.runs import derive_seed
 from nvembed.data.config import DatasetConfig
 from nvembed.data.examples import Example, ExampleSource, make_source
 from nvembed.data.loading import load_records

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from nvembed.core.arguments import checked
-from nvembed.core.dtypes import Precision, PrecisionChoice
+from nvembed.core.arguments import Precision, PrecisionChoice, checked
 from nvembed.core.errors import ModelError
 from nvembed.core.reporting import release_notes
 from nvembed.interop.fingerprint import model_fingerprint

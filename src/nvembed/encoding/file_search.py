@@ -16,8 +16,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from nvembed.core.arguments import PrecisionChoice
 from nvembed.core.cache import cache_folder, expanded
-from nvembed.core.dtypes import PrecisionChoice
 from nvembed.core.errors import ConfigError, DataError, UserError
 from nvembed.core.store import read_array, write_array
 from nvembed.data.config import Column

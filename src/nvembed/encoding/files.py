@@ -20,7 +20,7 @@ from typing import cast, get_args
 
 import numpy as np
 
-from nvembed.core.dtypes import Precision, PrecisionChoice
+from nvembed.core.arguments import Precision, PrecisionChoice
 from nvembed.core.errors import ConfigError, DataError
 from nvembed.core.files import tidy, write_json
 from nvembed.core.ownership import NEW, check_outputs, remove, remove_named

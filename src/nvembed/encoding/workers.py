@@ -14,8 +14,8 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Literal, TypeVar, cast
 
+from nvembed.core.arguments import Precision, PrecisionChoice
 from nvembed.core.background import end_with_parent
-from nvembed.core.dtypes import Precision, PrecisionChoice
 from nvembed.core.errors import UserError
 from nvembed.core.reporting import hold_note
 from nvembed.encoding.encoder import Encoder, load_encoder, settle_dtype

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from nvembed.core.dtypes import Precision
+from nvembed.core.arguments import Precision
 from nvembed.core.errors import DataError
 from nvembed.core.files import tidy
 from nvembed.core.reporting import release_notes

@@ -24,10 +24,10 @@ from mteb.cache import ResultCache
 from mteb.models import ModelMeta
 from mteb.types import Licenses
 
+from nvembed.core.config import parse_yaml
 from nvembed.core.errors import ConfigError, UserError
 from nvembed.core.files import write_text
 from nvembed.core.runs import RunFolder
-from nvembed.core.strict_yaml import parse_yaml
 from nvembed.encoding.encoder import Encoder
 from nvembed.evaluation.mteb_adapter import MtebEncoder, finite_or_none, quiet, run_mteb
 from nvembed.evaluation.reference import InstructionSource, instruction_for

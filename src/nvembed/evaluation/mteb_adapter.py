@@ -35,7 +35,7 @@ from mteb.models.abs_encoder import AbsEncoder
 from mteb.types import PromptType
 from numpy.typing import NDArray
 
-from nvembed.core.seeding import capture_rng, restore_rng
+from nvembed.core.runs import capture_rng, restore_rng
 from nvembed.encoding.encoder import Encoder
 from nvembed.evaluation.local_scores import encode_distinct
 from nvembed.evaluation.task_files import RerankingData, TaskType

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
 
-from nvembed.core.dtypes import Precision
+from nvembed.core.arguments import Precision
 from nvembed.core.errors import ConfigError, UserError
 from nvembed.core.files import write_json
 from nvembed.core.ownership import check_outputs, remove

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from nvembed.core.seeding import derive_seed
+from nvembed.core.runs import derive_seed
 from nvembed.evaluation import metrics
 from nvembed.evaluation.metrics import Floats, Statistic
 from nvembed.evaluation.results import Items

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nvembed.core.dtypes import PrecisionChoice
+from nvembed.core.arguments import PrecisionChoice
 from nvembed.core.errors import ConfigError, DataError
 from nvembed.core.ownership import check_outputs
 from nvembed.core.reporting import progress

@@ -8,8 +8,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from nvembed.core.arguments import Precision, PrecisionChoice
 from nvembed.core.config import StrictModel
-from nvembed.core.dtypes import Precision, PrecisionChoice
 from nvembed.core.errors import ModelError
 from nvembed.encoding.embed import EncodeOptions, encode_window
 from nvembed.encoding.encoder import Encoder, load_encoder, prompts_of, settle_dtype

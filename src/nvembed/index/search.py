@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nvembed.core.dtypes import PrecisionChoice
+from nvembed.core.arguments import PrecisionChoice
 from nvembed.core.errors import ConfigError
 from nvembed.encoding.embed import encode_window
 from nvembed.encoding.encoder import Encoder

@@ -28,8 +28,8 @@ from typing import Any, overload
 import torch
 
 from nvembed.core import __version__
+from nvembed.core.arguments import Precision, PrecisionChoice
 from nvembed.core.cache import open_private, private_folders, read_private
-from nvembed.core.dtypes import Precision, PrecisionChoice
 from nvembed.core.errors import UserError
 from nvembed.core.files import write_json
 from nvembed.core.reporting import hold_note

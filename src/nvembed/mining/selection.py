@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nvembed.core.seeding import derive_seed
+from nvembed.core.runs import derive_seed
 from nvembed.data.build_config import MiningConfig, Strategy
 from nvembed.mining.corpus import Corpus, nearly_equal, words
 from nvembed.mining.ranking import NOTHING, Rows, Scores

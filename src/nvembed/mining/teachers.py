@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
-from nvembed.core.dtypes import Precision, PrecisionChoice
+from nvembed.core.arguments import Precision, PrecisionChoice
 from nvembed.core.errors import ConfigError
 from nvembed.core.reporting import progress
 from nvembed.core.store import claims, key_of, remembered

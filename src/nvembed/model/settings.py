@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from nvembed.core.arguments import check_arguments
+from nvembed.core.arguments import Precision, check_arguments
 from nvembed.core.config import StrictModel
-from nvembed.core.dtypes import Precision
 
 if TYPE_CHECKING:
     import numpy as np

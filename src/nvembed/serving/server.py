@@ -24,8 +24,8 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
 from nvembed.core import __version__
+from nvembed.core.arguments import PrecisionChoice
 from nvembed.core.config import load_config
-from nvembed.core.dtypes import PrecisionChoice
 from nvembed.core.errors import ConfigError
 from nvembed.encoding.encoder import load_encoder, settle_dtype
 from nvembed.serving.config import LimitsConfig, ServerConfig

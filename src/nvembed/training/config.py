@@ -13,8 +13,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from nvembed.core.arguments import PrecisionChoice
 from nvembed.core.config import StrictModel
-from nvembed.core.dtypes import PrecisionChoice
 from nvembed.data.build_config import BuildConfig, MiningConfig
 from nvembed.data.config import DatasetConfig, local_sources
 from nvembed.model.settings import LoraSettings, ModelSettings

@@ -19,8 +19,7 @@ import torch
 from accelerate import Accelerator, utils
 
 from nvembed.core.errors import ConfigError, TrainingError, UserError
-from nvembed.core.runs import RunFolder
-from nvembed.core.seeding import capture_rng, restore_rng
+from nvembed.core.runs import RunFolder, capture_rng, restore_rng
 from nvembed.evaluation.run import evaluate
 from nvembed.evaluation.tasks import LocalTask, load_tasks
 from nvembed.model.embedder import NVEmbed

@@ -25,8 +25,7 @@ from torch.nn import Parameter
 from nvembed.core.config import StrictModel
 from nvembed.core.errors import ConfigError, DataError, TrainingError, UserError
 from nvembed.core.files import atomic_folder, write_json
-from nvembed.core.runs import TRAIN
-from nvembed.core.seeding import derive_seed, seed_everything
+from nvembed.core.runs import TRAIN, derive_seed, seed_everything
 from nvembed.core.text_files import read_json_object
 from nvembed.interop.model_folder import ModelSource, model_kind
 from nvembed.kernels.accelerate import compile_elementwise

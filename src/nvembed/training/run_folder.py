@@ -15,9 +15,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
+from nvembed.core.arguments import Precision
 from nvembed.core.cache import content_hash, digest_of
 from nvembed.core.config import dump_config, load_config
-from nvembed.core.dtypes import Precision
 from nvembed.core.errors import DataError, TrainingError, UserError
 from nvembed.core.files import write_json, write_text
 from nvembed.core.ownership import check_outputs, problem_of

@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 
 from nvembed.core import background
 from nvembed.core.errors import ConfigError
-from nvembed.core.seeding import derive_seed
+from nvembed.core.runs import derive_seed
 from nvembed.data.batch import ContrastiveBatch, build_batch, effective_negatives
 from nvembed.data.loading import training_datasets
 from nvembed.data.mixture import Mixture, load_mixture

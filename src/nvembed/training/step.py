@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from nvembed.core.errors import TrainingError
-from nvembed.core.seeding import derive_seed
+from nvembed.core.runs import derive_seed
 from nvembed.data.batch import ContrastiveBatch, effective_negatives, needed_texts, select_queries
 from nvembed.model.embedder import NVEmbed
 from nvembed.model.packs import embed_pack

@@ -20,8 +20,7 @@ from torch import nn
 from nvembed.core.arguments import checked
 from nvembed.core.errors import TrainingError
 from nvembed.core.reporting import progress
-from nvembed.core.runs import RunFolder
-from nvembed.core.seeding import derive_seed
+from nvembed.core.runs import RunFolder, derive_seed
 from nvembed.data.build_config import MiningConfig
 from nvembed.data.mixture import Mixture
 from nvembed.training import checkpoint, metrics, model, run_folder, stages

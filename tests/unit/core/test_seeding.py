@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nvembed.core.seeding import capture_rng, derive_seed, restore_rng, seed_everything
+from nvembed.core.runs import capture_rng, derive_seed, restore_rng, seed_everything
 
 
 def test_derived_seeds_never_change():

@@ -23,7 +23,7 @@ from pydantic import (
 )
 
 from nvembed.building.synthesis.config import ExampleKind
-from nvembed.core.seeding import derive_seed
+from nvembed.core.runs import derive_seed
 from nvembed.text.similarity import text_key
 
 VERSION = 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Sequence
 
 from nvembed.training.ablation.grid import GridConfig
@@ -25,6 +26,7 @@ def draw(grid: GridConfig, arms: Sequence[ArmScores]) -> bytes:
     panels = list(dict.fromkeys(panel for panel, _, _ in cells.values()))
     columns = list(dict.fromkeys(column for _, column, _ in cells.values()))
     series = list(dict.fromkeys(name for _, _, name in cells.values()))
+    styles = dict(zip(series, itertools.cycle(zip(_COLOURS, _MARKERS, strict=True))))
     figure = Figure(figsize=(max(4.5, 0.7 + len(panels) * 0.75 * (len(columns) + 1)), 4.2), dpi=150)
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     width = 0.7 / len(series)
@@ -34,11 +36,9 @@ def draw(grid: GridConfig, arms: Sequence[ArmScores]) -> bytes:
                 continue
             scores = by_name[arm].columns[ALL]
             mean, spread = mean_and_spread(scores)
-            number = series.index(name)
-            x = columns.index(column) + (number - (len(series) - 1) / 2) * width
-            colour = _COLOURS[number % len(_COLOURS)]
+            x = columns.index(column) + (series.index(name) - (len(series) - 1) / 2) * width
+            colour, marker = styles[name]
             axis.plot([x] * len(scores), scores, ".", color=colour, alpha=0.45, markersize=5)
-            marker = _MARKERS[number % len(_MARKERS)]
             axis.errorbar(x, mean, yerr=spread, fmt=marker, color=colour, capsize=2, markersize=6)
         axis.set_title(panel, fontsize=10)
         axis.set_xticks(range(len(columns)), columns, fontsize=9, rotation=20, ha="right")
@@ -47,9 +47,7 @@ def draw(grid: GridConfig, arms: Sequence[ArmScores]) -> bytes:
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("mean of all tasks × 100")
     if len(series) > 1:
-        for number, name in enumerate(series):
-            colour = _COLOURS[number % len(_COLOURS)]
-            marker = _MARKERS[number % len(_MARKERS)]
+        for name, (colour, marker) in styles.items():
             axes[0].plot([], [], marker, color=colour, label=name)
         figure.legend(loc="upper center", ncols=len(series), frameon=False, fontsize=9)
     figure.tight_layout(rect=(0, 0, 1, 0.93))
@@ -62,11 +60,8 @@ def _cells(grid: GridConfig) -> dict[str, tuple[str, str, str]]:
     """Arm → panel, column, series."""
     found = {}
     for arm, values in grid.arms().items():
-        names = list(values.values())
-        if len(names) == 1:
-            found[arm] = ("", names[0], "")
-        elif len(names) == 2:
-            found[arm] = ("", names[1], names[0])
-        else:
-            found[arm] = (names[-1], names[-2], " + ".join(names[:-2]))
+        *others, last = values.values()
+        panel = last if len(others) > 1 else ""
+        column = others.pop() if panel else last
+        found[arm] = (panel, column, " + ".join(others))
     return found

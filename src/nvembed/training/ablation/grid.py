@@ -15,13 +15,10 @@ from nvembed.core.config import StrictModel, load_config
 from nvembed.core.errors import ConfigError, UserError
 from nvembed.training.config import TrainConfig
 
+_ORDER = "stage_order"
 # Names become folder names; "+" joins them.
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
-
-
 Settings = dict[str, Any]
-
-
 Axis = Annotated[dict[Name, Settings], Field(min_length=1)]
 
 
@@ -106,22 +103,14 @@ class GridConfig(StrictModel):
         for values in itertools.product(*self.axes.values()):
             arm = dict(zip(self.axes, values, strict=True))
             if not any(left_out.items() <= arm.items() for left_out in self.leave_out):
-                found[arm_name(arm)] = arm
+                found["+".join(values)] = arm
         return found
 
     @property
     def baseline_arm(self) -> str:
         """Name of the arm that others are compared with."""
-        first = {axis: next(iter(values)) for axis, values in self.axes.items()}
-        return arm_name({axis: (self.baseline or first)[axis] for axis in self.axes})
-
-
-def arm_name(values: Mapping[str, str]) -> str:
-    """Join the values of an arm, in the order of the axes."""
-    return "+".join(values.values())
-
-
-_ORDER = "stage_order"
+        chosen = self.baseline or {axis: next(iter(values)) for axis, values in self.axes.items()}
+        return "+".join(chosen[axis] for axis in self.axes)
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,8 +131,7 @@ class Run:
 def grid_runs(grid: GridConfig, base_dir: Path) -> list[Run]:
     """List all runs, seeds outermost: an interrupted grid has whole rows of its table.
 
-    Raises:
-        ConfigError: the recipe, or settings; names every arm that cannot be run.
+    The ConfigError names every arm that cannot be run.
     """
     recipe = base_dir / grid.recipe
     common = _overrides(grid.settings)
@@ -171,8 +159,7 @@ def _arm_config(
     overrides = list(common)
     for part in parts:
         if _ORDER in part:
-            shape = _reordered(base.model_dump(mode="json"), part[_ORDER])
-            overrides += [_override(key, value) for key, value in shape.items()]
+            overrides += _overrides(_reordered(base.model_dump(mode="json"), part[_ORDER]))
             base = load_config(TrainConfig, recipe, overrides)
     for part in parts:
         overrides += _overrides({key: part[key] for key in part if key != _ORDER})
@@ -180,11 +167,7 @@ def _arm_config(
 
 
 def _overrides(settings: Mapping[str, Any]) -> list[str]:
-    return [_override(key, value) for key, value in settings.items()]
-
-
-def _override(key: str, value: Any) -> str:
-    return f"{key}={json.dumps(value)}"  # JSON is YAML
+    return [f"{key}={json.dumps(value)}" for key, value in settings.items()]  # JSON is YAML
 
 
 def _reordered(base: Mapping[str, Any], order: Any) -> dict[str, Any]:

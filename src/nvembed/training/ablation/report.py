@@ -61,24 +61,23 @@ class Report:
     scores: tuple[tuple[str, int, str, str, float | None], ...]
 
 
-def write_report(grid: GridConfig, runs: Sequence[Run]) -> Path:
-    """Write the four files into the folder of the grid and return that of ``report.md``."""
-    report = make_report(grid, runs)
-    folder = Path(grid.output)
-    folder.mkdir(parents=True, exist_ok=True)
-    if report.figure is not None:
-        with atomic_path(folder / "figure.png", ABLATE) as path:
-            path.write_bytes(report.figure)
-    write_text(folder / "scores.csv", _csv(report), ABLATE)
-    write_text(folder / "report.html", _html(report), ABLATE)
-    write_text(folder / "report.md", _markdown(report), ABLATE)
-    return folder / "report.md"
-
-
 def report_files(grid: GridConfig) -> list[Path]:
     """The files that ``write_report`` writes."""
     names = ("figure.png", "scores.csv", "report.html", "report.md")
     return [Path(grid.output) / name for name in names]
+
+
+def write_report(grid: GridConfig, runs: Sequence[Run]) -> Path:
+    """Write the four files into the folder of the grid and return that of ``report.md``."""
+    report = make_report(grid, runs)
+    figure, scores, page, text = report_files(grid)
+    if report.figure is not None:
+        with atomic_path(figure, ABLATE) as path:
+            path.write_bytes(report.figure)
+    write_text(scores, _csv(report), ABLATE)
+    write_text(page, _html(report), ABLATE)
+    write_text(text, _markdown(report), ABLATE)
+    return text
 
 
 def make_report(grid: GridConfig, runs: Sequence[Run]) -> Report:
@@ -132,15 +131,13 @@ def _arm_table(
     columns = list(dict.fromkeys(column for arm in arms for column in arm.columns))
     rows = []
     for arm in arms:
-        if not arm.num_seeds:
-            rows.append((arm.arm, "0", *["–"] * (len(columns) + 2)))
-            continue
-        cells = [_spread_cell(arm.columns[column]) for column in columns]
-        contrast = contrasts.get(arm.arm)
-        own = ["baseline", ""] if arm.arm == grid.baseline_arm else ["–", "–"]
-        rows.append(
-            (arm.arm, str(arm.num_seeds), *cells, *(_contrast_cells(contrast) if contrast else own))
+        cells = [_spread_cell(arm.columns[c]) if arm.num_seeds else "–" for c in columns]
+        compared = (
+            ("baseline", "") if arm.arm == grid.baseline_arm and arm.num_seeds else ("–", "–")
         )
+        if arm.arm in contrasts:
+            compared = _contrast_cells(contrasts[arm.arm])
+        rows.append((arm.arm, str(arm.num_seeds), *cells, *compared))
     return Table(
         "Arms",
         ("arm", "seeds", *(_COLUMN_TITLES.get(c, c) for c in columns), "difference", "p"),
@@ -176,17 +173,11 @@ def _paper_tables(grid: GridConfig, arms: Sequence[ArmScores]) -> list[Table]:
         rows = []
         for arm, row in paper.rows.items():
             theirs = published.rows[row]["average"]
-            ours = found.get(arm)
-            known = ours is not None and base in found
-            rows.append(
-                (
-                    arm,
-                    "–" if ours is None else f"{ours:.2f}",
-                    f"{ours - found[base]:+.2f}" if ours is not None and known else "–",
-                    f"{theirs:.2f}",
-                    f"{theirs - base_theirs:+.2f}",
-                )
-            )
+            ours = f"{found[arm]:.2f}" if arm in found else "–"
+            compared = arm in found and base in found
+            difference = f"{found[arm] - found[base]:+.2f}" if compared else "–"
+            cells = (ours, difference, f"{theirs:.2f}", f"{theirs - base_theirs:+.2f}")
+            rows.append((arm, *cells))
         tables.append(
             Table(
                 f"Beside the paper: {published.source}",
@@ -203,26 +194,24 @@ def _cost_table(grid: GridConfig, runs: Sequence[Run], outcomes: Mapping[Run, Ou
     rows = []
     for arm, of_arm in runs_by_arm(runs):
         done = [outcomes[run] for run in of_arm if outcomes[run].state == "finished"]
-        if not done:
-            rows.append((arm, "–", "–", "–", "–"))
-            continue
-        count = len(done)
         losses = [outcome.loss for outcome in done if outcome.loss is not None]
-        rows.append(
-            (
-                arm,
-                f"{sum(o.tokens for o in done) / count:,.0f}",
-                f"{sum(o.training_seconds for o in done) / count:.0f}",
-                f"{sum(o.evaluation_seconds for o in done) / count:.0f}",
-                f"{sum(losses) / len(losses):.3f}" if losses else "–",
-            )
+        cells = (
+            _mean([outcome.tokens for outcome in done], ",.0f"),
+            _mean([outcome.training_seconds for outcome in done], ".0f"),
+            _mean([outcome.evaluation_seconds for outcome in done], ".0f"),
+            _mean(losses, ".3f"),
         )
+        rows.append((arm, *cells))
     return Table(
         "Cost per run",
         ("arm", "tokens trained on", "training, s", "scoring, s", "loss at the end"),
         tuple(rows),
         "Means over seeds, wall time. Losses of different stages or negatives do not compare.",
     )
+
+
+def _mean(values: Sequence[float], form: str) -> str:
+    return f"{sum(values) / len(values):{form}}" if values else "–"
 
 
 def _spread_cell(scores: Sequence[float]) -> str:
@@ -280,14 +269,10 @@ def _findings(
     for axis, values in effects.items():
         for value, contrast in values.items():
             what = f"{axis}: {value} against {_reference(grid, axis)} {contrast.difference:+.2f}"
-            found.append(
-                f"{what} over all else"
-                + (
-                    f" (p: {_shown_p(contrast.p)})."
-                    if contrast.stands_out and contrast.p is not None
-                    else ", which the spread does not allow to call a difference."
-                )
-            )
+            verdict = ", which the spread does not allow to call a difference."
+            if contrast.stands_out and contrast.p is not None:
+                verdict = f" (p: {_shown_p(contrast.p)})."
+            found.append(f"{what} over all else{verdict}")
     return found
 
 

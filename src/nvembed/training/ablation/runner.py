@@ -24,10 +24,10 @@ from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Literal, get_args
 
+from nvembed.core.arguments import Precision, PrecisionChoice
 from nvembed.core.background import end_with_parent
 from nvembed.core.cache import digest_of
-from nvembed.core.config import dump_config, load_config
-from nvembed.core.dtypes import Precision, PrecisionChoice
+from nvembed.core.config import load_config
 from nvembed.core.errors import ConfigError, DataError, UserError
 from nvembed.core.files import alone_in, write_json
 from nvembed.core.ownership import check_outputs, check_overlaps, mark_growing, refuse_foreign
@@ -40,8 +40,6 @@ from nvembed.training.config import TrainConfig, recipe_differences, training_in
 from nvembed.training.run_folder import changed_inputs, read_inputs_of, what_decides_inputs
 
 _OTHER_FOLDER = "Choose another output folder, or delete the folder of the arm"
-
-
 ABLATE = "ablate"
 _OUTCOME, _LOG = "outcome.json", "arm.log"
 _BUSY = 75  # exit code: another process holds the run
@@ -113,10 +111,8 @@ def check_same(run: Run) -> None:
     # The precision is settled when a run starts.
     earlier = load_config(TrainConfig, file)
     wanted = _with_precision(run, earlier.precision).config
-    if dump_config(earlier) == dump_config(wanted):
-        return
-    different = recipe_differences(earlier.model_dump(mode="json"), wanted.model_dump(mode="json"))
-    if different:
+    before, now = earlier.model_dump(mode="json"), wanted.model_dump(mode="json")
+    if different := recipe_differences(before, now):
         raise ConfigError(
             f"arm {run.arm} was run with another configuration: {'; '.join(different)}",
             where=str(file),
@@ -125,11 +121,7 @@ def check_same(run: Run) -> None:
 
 
 def check_inputs(run: Run, inputs: Mapping[str, str], tasks: Mapping[str, str]) -> None:
-    """Make sure that a finished run was made from what there is now, and scored on it.
-
-    Raises:
-        ConfigError: something changed; names it.
-    """
+    """Make sure that a finished run was made from what there is now, and scored on it."""
     scored = read_outcome(run).tasks or {}
     changed = changed_inputs(RunFolder(run.folder), inputs)
     changed += [f"task {name}" for name in tasks if scored.get(name, tasks[name]) != tasks[name]]
@@ -144,21 +136,13 @@ def check_inputs(run: Run, inputs: Mapping[str, str], tasks: Mapping[str, str]) 
 
 @dataclass(frozen=True)
 class GridJob:
-    """What all runs of a grid share.
+    """What all runs of a grid share."""
 
-    Args:
-        base_dir: folder that the paths of the recipe are relative to.
-        task_folders: tasks that every model is scored on.
-        task_names: only these; ``None`` is all.
-        processes: runs at once; the machine's cores are shared out among them.
-        keep_models: otherwise models and checkpoints of finished runs are deleted.
-    """
-
-    base_dir: Path
+    base_dir: Path  # that the paths of the recipe are relative to
     task_folders: Sequence[Path]
-    task_names: Sequence[str] | None = None
-    processes: int = 1
-    keep_models: bool = False
+    task_names: Sequence[str] | None = None  # None is all
+    processes: int = 1  # runs at once, among which the machine's cores are shared out
+    keep_models: bool = False  # and checkpoints, of finished runs
 
 
 def run_grid(
@@ -166,11 +150,7 @@ def run_grid(
 ) -> list[Outcome]:
     """Run what is not finished, and return how every run stands, in order.
 
-    ``on_done`` is called with every run that ends.
-
-    Raises:
-        ConfigError: a run in the output folder is of another grid.
-        DataError: a task cannot be used.
+    ``on_done`` is called with every run that ends. A run of another grid is a ConfigError.
     """
     _check_outputs(runs, job)
     tasks = load_tasks(job.task_folders, job.task_names)
@@ -285,7 +265,7 @@ def _work(run: Run, job: GridJob, tasks: dict[str, str]) -> None:
             if outcome.state == "finished" and not job.keep_models:
                 RunFolder(run.folder).remove_models()
     except UserError as error:  # of the lock
-        outcome = Outcome("failed", error=" ".join(str(error).split()))
+        outcome = Outcome("failed", error=str(error))
         write_outcome(run.folder, outcome)
     sys.exit(0 if outcome.state == "finished" else 1)
 
@@ -299,7 +279,7 @@ def _logged(run: Run, job: GridJob, tasks: dict[str, str]) -> Outcome:
         try:
             outcome = _train_and_score(run, job, tasks)
         except UserError as error:
-            outcome = Outcome("failed", error=" ".join(str(error).split()))
+            outcome = Outcome("failed", error=str(error))
         except Exception as error:
             traceback.print_exc()
             outcome = Outcome("failed", error=f"{type(error).__name__}: {error}".splitlines()[0])

@@ -77,86 +77,62 @@ def mean_and_spread(scores: Sequence[float]) -> tuple[float, float | None]:
     return float(np.mean(scores)), spread
 
 
-def pooled_spread(arms: Sequence[ArmScores], column: str = ALL) -> tuple[float, int]:
+def pooled_spread(arms: Sequence[ArmScores]) -> tuple[float, int]:
     """Standard deviation over seeds, pooled over arms, and its degrees of freedom."""
-    squares, freedom = 0.0, 0
-    for arm in arms:
-        scores = arm.columns[column]
-        if len(scores) > 1:
-            squares += float(np.var(scores, ddof=1)) * (len(scores) - 1)
-            freedom += len(scores) - 1
+    several = [arm.columns[ALL] for arm in arms if arm.num_seeds > 1]
+    freedom = sum(len(scores) - 1 for scores in several)
+    squares = sum(float(np.var(scores, ddof=1)) * (len(scores) - 1) for scores in several)
     return (math.sqrt(squares / freedom) if freedom else 0.0), freedom
 
 
-def arm_contrasts(
-    arms: Sequence[ArmScores], baseline: str, column: str = ALL
-) -> dict[str, Contrast]:
+def arm_contrasts(arms: Sequence[ArmScores], baseline: str) -> dict[str, Contrast]:
     """Compare every arm with the baseline: t tests with the pooled spread, Holm over the arms."""
-    by_name = {arm.arm: arm.columns[column] for arm in arms if arm.num_seeds}
-    if baseline not in by_name:
-        return {}
-    base = by_name.pop(baseline)
-    weights = {name: 1 / len(scores) + 1 / len(base) for name, scores in by_name.items()}
-    differences = {name: float(np.mean(scores) - np.mean(base)) for name, scores in by_name.items()}
-    return _contrasts(differences, weights, arms, column)
+    scores = {arm.arm: arm.columns[ALL] for arm in arms if arm.num_seeds}
+    base = scores.pop(baseline, None)
+    pairs = {} if base is None else {name: [(own, base)] for name, own in scores.items()}
+    return _contrasts(pairs, arms)
 
 
 def value_contrasts(
-    arms: Sequence[ArmScores],
-    values: Mapping[str, Mapping[str, str]],
-    axis: str,
-    reference: str,
-    column: str = ALL,
+    arms: Sequence[ArmScores], values: Mapping[str, Mapping[str, str]], axis: str, reference: str
 ) -> dict[str, Contrast]:
     """Compare the values of one axis, averaged over all else: the arms that have both values."""
-    means = {arm.arm: (arm.columns[column]) for arm in arms if arm.num_seeds}
-    places = {
-        (values[name][axis], _elsewhere(values[name], axis)): scores
-        for name, scores in means.items()
+    scores: dict[str, dict[tuple[str, ...], tuple[float, ...]]] = {}
+    for arm in arms:
+        if arm.num_seeds:
+            own = values[arm.arm]
+            elsewhere = tuple(value for name, value in own.items() if name != axis)
+            scores.setdefault(own[axis], {})[elsewhere] = arm.columns[ALL]
+    base = scores.pop(reference, {})
+    pairs = {
+        value: [(own[place], base[place]) for place in own if place in base]
+        for value, own in scores.items()
     }
-    differences, weights = {}, {}
-    for value in dict.fromkeys(value for value, _ in places):
-        pairs = [
-            (scores, places[reference, place])
-            for (other, place), scores in places.items()
-            if other == value and (reference, place) in places
-        ]
-        if value == reference or not pairs:
-            continue
-        count = len(pairs)
-        differences[value] = float(np.mean([np.mean(a) - np.mean(b) for a, b in pairs]))
-        weights[value] = sum(1 / len(a) + 1 / len(b) for a, b in pairs) / count**2
-    return _contrasts(differences, weights, arms, column)
+    return _contrasts({value: found for value, found in pairs.items() if found}, arms)
 
 
-def smallest_visible(arms: Sequence[ArmScores], column: str = ALL) -> float | None:
+def smallest_visible(arms: Sequence[ArmScores]) -> float | None:
     """Difference of two arms that would just stand out, were it the only comparison."""
-    spread, freedom = pooled_spread(arms, column)
-    counts = [arm.num_seeds for arm in arms if arm.num_seeds]
-    if not freedom or not counts:
+    spread, freedom = pooled_spread(arms)
+    if not freedom:
         return None
-    return float(stats.t.ppf(1 - LEVEL / 2, freedom)) * spread * math.sqrt(2 / min(counts))
-
-
-def _elsewhere(values: Mapping[str, str], axis: str) -> tuple[tuple[str, str], ...]:
-    return tuple((name, value) for name, value in values.items() if name != axis)
+    fewest = min(arm.num_seeds for arm in arms if arm.num_seeds)
+    return float(stats.t.ppf(1 - LEVEL / 2, freedom)) * spread * math.sqrt(2 / fewest)
 
 
 def _contrasts(
-    differences: Mapping[str, float],
-    weights: Mapping[str, float],
+    pairs: Mapping[str, Sequence[tuple[Sequence[float], Sequence[float]]]],
     arms: Sequence[ArmScores],
-    column: str,
 ) -> dict[str, Contrast]:
-    spread, freedom = pooled_spread(arms, column)
-    if not freedom or not spread:
-        return {name: Contrast(value, None) for name, value in differences.items()}
-    p_values = [
-        2 * float(stats.t.sf(abs(value) / (spread * math.sqrt(weights[name])), freedom))
-        for name, value in differences.items()
-    ]
-    adjusted = holm(p_values)
-    return {
-        name: Contrast(value, p)
-        for (name, value), p in zip(differences.items(), adjusted, strict=True)
-    }
+    """Mean difference of the pairs (scores, scores of the baseline) of every name."""
+    spread, freedom = pooled_spread(arms)
+    differences, p_values = [], []
+    for of_name in pairs.values():
+        difference = float(np.mean([np.mean(own) - np.mean(base) for own, base in of_name]))
+        variance = sum(1 / len(own) + 1 / len(base) for own, base in of_name) / len(of_name) ** 2
+        differences.append(difference)
+        if spread:
+            error = spread * math.sqrt(variance)
+            p_values.append(2 * float(stats.t.sf(abs(difference) / error, freedom)))
+    adjusted = holm(p_values) if spread else [None] * len(differences)
+    return dict(zip(pairs, map(Contrast, differences, adjusted), strict=True))

@@ -22,8 +22,7 @@ import torch
 
 from nvembed.core.errors import ConfigError, TrainingError, UserError
 from nvembed.core.reporting import ProgressBar, progress
-from nvembed.core.runs import RunFolder
-from nvembed.core.seeding import derive_seed
+from nvembed.core.runs import RunFolder, derive_seed
 from nvembed.data.batch import effective_negatives
 from nvembed.data.examples import ExampleSource
 from nvembed.data.mixture import Mixture

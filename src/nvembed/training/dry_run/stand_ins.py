@@ -14,7 +14,7 @@ from typing import cast
 
 import numpy as np
 
-from nvembed.core.seeding import derive_seed
+from nvembed.core.runs import derive_seed
 from nvembed.data.build_config import MiningConfig
 from nvembed.data.built_sets import MINED_KINDS
 from nvembed.data.config import DatasetConfig

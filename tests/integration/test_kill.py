@@ -73,8 +73,6 @@ KILLED_AT = [
     r"/\.step-0000000002\..*/state",
     r"rename .*/\.step-0000000002\.",
     r"rename .*/\.step-0000000004\.",
-    r"cache/.*/entries\.npy",
-    r"rename .*/cache/",
     r"/\.model-one\..*/config\.json",
     r"rename .*/\.model-one\.",
     r"/\.step-0000000005-end\..*/optimizer",

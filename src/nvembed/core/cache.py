@@ -60,9 +60,8 @@ def expanded(path: Path, *, where: str) -> Path:
     try:
         return path.expanduser()
     except RuntimeError as error:
-        raise UserError(
-            f"no home folder is known for {path}", where=where, expected="a path without ~"
-        ) from error
+        message = f"no home folder is known for {path}"
+        raise UserError(message, where=where, expected="a path without ~") from error
 
 
 @contextmanager
@@ -139,9 +138,8 @@ def _temporary() -> Path:
     try:
         folder = Path(tempfile.gettempdir()) / f"nvembed-{os.geteuid()}"
     except OSError as error:
-        raise UserError(
-            "there is no folder for temporary files", where=_VARIABLE, expected="a folder"
-        ) from error
+        message = "there is no folder for temporary files"
+        raise UserError(message, where=_VARIABLE, expected="a folder") from error
     with open_private(folder) as handle:
         return folder if handle is not None else _of_this_process()
 
@@ -151,11 +149,8 @@ def _of_this_process() -> Path:
     try:
         folder = Path(tempfile.mkdtemp(prefix="nvembed-"))
     except OSError as error:
-        raise UserError(
-            f"no folder for temporary files can be made ({error.strerror or error})",
-            where=_VARIABLE,
-            expected="a folder",
-        ) from error
+        message = f"no folder for temporary files can be made ({error.strerror or error})"
+        raise UserError(message, where=_VARIABLE, expected="a folder") from error
     made_by = os.getpid()
 
     def delete() -> None:

@@ -99,11 +99,8 @@ class ProblemCounts:
     """Problems by kind, in the order in which the kinds were met.
 
     Two rows have one problem when what is said of them differs in numbers and in values in single
-    quotes only. Memory does not grow with the number of rows.
-
-    Args:
-        problems: (place, text) of those to begin with.
-        by_value: values in quotes tell kinds apart, as names of classes do.
+    quotes only; ``by_value`` makes values tell kinds apart, as names of classes do. Memory does not
+    grow with the number of rows. ``problems`` are (place, text) of those to begin with.
     """
 
     def __init__(self, problems: Iterable[tuple[str, str]] = (), *, by_value: bool = False) -> None:
@@ -125,8 +122,8 @@ class ProblemCounts:
         key = _VARYING.sub(lambda found: found[0] if exact and found[0][0] == "'" else "#", text)
         if key not in self._kinds and len(self._kinds) >= _MAX_KINDS:
             key, text = "", "other problems"
-        if (kind := self._kinds.get(key)) is not None:
-            kind.add(place)
+        if key in self._kinds:
+            self._kinds[key].add(place)
         else:
             self._kinds[key] = ProblemKind(place, text)
 

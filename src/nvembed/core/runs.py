@@ -164,7 +164,7 @@ class RunFolder:
         # Lines are added to two of them, and a damaged measurement is taken again.
         for file in (self.metrics, self.log, self.graph_memory):
             mark_growing(file, TRAIN)
-        computed = {"computing": computing} if computing is not None else {}
+        computed = {} if computing is None else {"computing": computing}
         write_json(self.env, describe_environment() | computed, TRAIN)
         write_text(self.config, config_yaml, TRAIN)
 

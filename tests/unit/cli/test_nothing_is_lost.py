@@ -190,7 +190,7 @@ def run(command: Sequence[str]) -> int:
 # Calls that write or delete without the name of a command, and why none can lose what is a user's.
 UNMARKED = {
     # What the one mechanism is made of.
-    "core/files.py": {"replace", "write_text", "open", "unlink", "rmtree"},
+    "core/files.py": {"replace", "write_text", "open", "rmtree"},
     "core/ownership.py": {"open", "unlink", "rmdir", "rmtree"},
     # In a cache folder, under a hash of all that the contents depend on.
     "core/cache.py": {"rmtree", "write_text"},

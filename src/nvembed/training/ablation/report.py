@@ -94,14 +94,12 @@ def make_report(grid: GridConfig, runs: Sequence[Run]) -> Report:
     ]
     contrasts = arm_contrasts(arms, grid.baseline_arm)
     tables = [_arm_table(grid, arms, contrasts)]
-    effects = {}
-    if len(grid.axes) > 1:
-        for axis in grid.axes:
-            reference = _reference(grid, axis)
-            effects[axis] = value_contrasts(arms, grid.arms(), axis, reference)
-        tables.append(_effect_table(grid, effects))
-    tables += _paper_tables(grid, arms)
-    tables.append(_cost_table(grid, runs, outcomes))
+    effects = {
+        axis: value_contrasts(arms, grid.arms(), axis, _reference(grid, axis))
+        for axis in (grid.axes if len(grid.axes) > 1 else ())
+    }
+    tables += [_effect_table(grid, effects)] if effects else []
+    tables += [*_paper_tables(grid, arms), _cost_table(grid, runs, outcomes)]
     if broken := [(run, o) for run, o in outcomes.items() if o.state == "failed"]:
         rows = tuple((run.arm, str(run.seed), outcome.error or "") for run, outcome in broken)
         tables.append(Table("Failed runs", ("arm", "seed", "error"), rows))
@@ -132,11 +130,11 @@ def _arm_table(
     rows = []
     for arm in arms:
         cells = [_spread_cell(arm.columns[c]) if arm.num_seeds else "–" for c in columns]
-        compared = (
-            ("baseline", "") if arm.arm == grid.baseline_arm and arm.num_seeds else ("–", "–")
-        )
+        compared = ("–", "–")
         if arm.arm in contrasts:
             compared = _contrast_cells(contrasts[arm.arm])
+        elif arm.arm == grid.baseline_arm and arm.num_seeds:
+            compared = ("baseline", "")
         rows.append((arm.arm, str(arm.num_seeds), *cells, *compared))
     return Table(
         "Arms",

@@ -217,9 +217,8 @@ def with_one_precision(todo: Sequence[Run], runs: Sequence[Run]) -> list[Run]:
 
 
 def _with_precision(run: Run, precision: PrecisionChoice) -> Run:
-    if run.config.precision != "auto":
-        return run
-    return replace(run, config=run.config.model_copy(update={"precision": precision}))
+    update = {"precision": precision} if run.config.precision == "auto" else {}
+    return replace(run, config=run.config.model_copy(update=update))
 
 
 def _check_outputs(runs: Sequence[Run], job: GridJob) -> None:

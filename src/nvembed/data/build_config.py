@@ -26,7 +26,7 @@ class MiningConfig(StrictModel):
         strategy: rule by which a near document may be a negative. ``percent_of_positive``: its
             score is below ``threshold`` times the positive's; ``margin``: below the positive's
             minus ``threshold``; ``absolute``: below ``threshold``; ``top_k``: no rule.
-        threshold: of the strategy; ``None`` is 0.95, 0.05 or 0.7 in that order.
+        threshold: limit of the strategy; ``None`` is 0.95, 0.05 or 0.7 in that order.
         num_negatives: negatives wanted per record, given ones that are kept included (paper: 7).
         search_depth: how many of the nearest documents are looked at. A query whose positive is
             found further down than this may get no negatives under the first two rules. Deep costs
@@ -36,7 +36,7 @@ class MiningConfig(StrictModel):
         sample: ``top`` takes the nearest of those left, ``random`` draws from them.
         sample_from: ``random`` draws from this many of the nearest left (NV-Retriever: 4 from the
             top 10 is best); ``None`` draws from all.
-        seed: of the draw, which for a record depends on nothing but this and its place in the file.
+        seed: decides the draw, which depends on this and on the place of a record alone.
         near_duplicate: a candidate that shares at least this part of its words (intersection over
             union) with a known positive or the query is refused; ``None`` refuses equal texts only.
         given: whether a record's own negatives stay, in front of the mined ones, or make way for
@@ -98,7 +98,7 @@ class BuildMining(MiningConfig):
         teacher: what scores the candidates: folder (relative to the recipe) or hub id of a model,
             address of an OpenAI-compatible endpoint, or ``bm25``.
         teacher_model: name of the model at an endpoint.
-        dtype: of the teacher's weights, see ``nvembed.encoding.encoder.load_encoder``.
+        dtype: type of the teacher's weights, see ``encoding/encoder.py``.
         datasets: names of the sets to mine; None is all of these kinds.
     """
 

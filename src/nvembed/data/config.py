@@ -119,13 +119,13 @@ class DatasetConfig(StrictModel):
         corpus: the table of documents, of layouts that look documents up by their id.
         queries: the table of queries, of such layouts.
         split: which judgements of a BEIR folder are used: ``qrels/<split>.tsv``.
-        one_record_per: of ``beir``: a record per ``query`` with all its positives, or one per
+        one_record_per: for ``beir``: a record per ``query`` with all positives, or one per
             ``positive``.
         max_positives: use so many positives of a record at most, those that are judged best.
         max_negatives: use so many negatives of a record at most, the first ones.
-        percent_of_positive: of ``scored``: negatives are documents that score less than this share
+        percent_of_positive: for ``scored``: negatives are documents below this share
             of what the positive does.
-        judged_negatives: of ``beir``: documents judged 0 are negatives of the query.
+        judged_negatives: for ``beir``: documents judged 0 are negatives of the query.
         max_score: top of the scale of ``sts`` scores, which become 0 to 5; a score above it is
             refused. None is 5, unchanged.
         label_names: names of integer labels, from 0.

@@ -85,7 +85,7 @@ class ExampleSource(ABC):
     """A data set as a sequence of queries, each giving another example with another generator.
 
     Attributes:
-        name: of the data set in errors, masks and seeds.
+        name: names the data set in errors, masks and seeds.
         scored: whether any query has a teacher's scores.
         queries: the numbers of those that are used, all of them at first.
     """

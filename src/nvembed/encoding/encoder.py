@@ -70,7 +70,7 @@ def load_encoder(name: str, dtype: PrecisionChoice | None = None) -> Encoder:
 
     Args:
         name: folder or hub id.
-        dtype: of the weights; ``auto`` is what this machine is fastest in, ``None`` keeps what was
+        dtype: type of weights; ``auto`` is what this machine is fastest in, ``None`` keeps what was
             saved.
 
     Raises:

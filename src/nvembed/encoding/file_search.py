@@ -57,7 +57,7 @@ def search_file(
         task: the query's instruction; ``None`` is no instruction.
         top_k: number of hits, at least 1; fewer come back from a smaller file.
         columns: where text and id are found, see ``read_documents``.
-        dtype: of the weights, see ``load_encoder``.
+        dtype: type of the weights, see ``load_encoder``.
         cache: folder of the cached vectors, by default that of the package (``core/cache.py``),
             ``None`` keeps none. Nothing is ever removed from it.
 

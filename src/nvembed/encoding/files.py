@@ -83,8 +83,8 @@ def encode_file(
             ``.lance`` table with ``id`` (the place of a text without one) and ``embedding``.
         task: with an instruction the texts are queries, without they are documents.
         columns: where ``text`` and ``id`` are found, see ``read_documents``.
-        dtype: of the model's weights, see ``load_encoder``.
-        form: of the vectors; ``None`` is all dimensions in float32. The ranges of 8-bit numbers go
+        dtype: type of the model's weights, see ``load_encoder``.
+        form: width and numbers; ``None`` is all dimensions in float32. Ranges of 8-bit numbers go
             to ``<output>.ranges.npy``.
         keep_going: leave lines out that cannot be used, and count them.
         long: what becomes of texts beyond the model's limit. Late chunking writes a vector per

@@ -85,9 +85,9 @@ def index_documents(
         path: folder of the database.
         documents: files, folders or ``-``; see ``read_documents``. None at all is allowed.
         model: folder, hub id or encoder; None is the one that the database was made with.
-        task: of queries that bring none, see ``Encoder``; only for a new database.
+        task: instruction of queries that bring none; only for a new database.
         truncate_dim: keep the first dimensions only; only for a new database.
-        dtype: of the weights, see ``load_encoder``; fixed when the database is made.
+        dtype: type of the weights, see ``load_encoder``; fixed when the database is made.
         delete: ids to remove, after the documents are written.
         options: how documents are read and kept.
 

@@ -70,7 +70,7 @@ def search_index(
         query: what to look for.
         options: how to search.
         model: where the model of the database lies now, or the loaded model; None is where it lay.
-        dtype: of the weights; ``auto`` is the type that the database was made in.
+        dtype: type of the weights; ``auto`` is the type that the database was made in.
 
     Raises:
         ConfigError: there is no database, or the filter or the query cannot be used.

@@ -85,7 +85,7 @@ class ModelSource:
     Attributes:
         name: the folder, or ``owner/name`` on the hub.
         revision: commit, tag or branch on the hub.
-        token: of the hub, for gated models.
+        token: access token of the hub, for gated models.
         cache_folder: where downloads are kept.
         local_files_only: never ask the hub.
         inside: folder of one module inside the model; "" is the model's own.

@@ -210,9 +210,9 @@ def fill(
         module: whose tensors have names, shapes and types, and no values.
         stored: as ``stored_tensors`` finds them.
         where: the model, for errors.
-        stored_name: of a tensor of the module.
+        stored_name: gives the name on disk of a tensor of the module.
         place: device of a tensor by its name in the module.
-        dtype: of a tensor by what the module has; ``None`` keeps the stored one.
+        dtype: gives the type of a tensor by what the module has; ``None`` keeps the stored one.
     """
     empty = module.state_dict()
     shapes = {stored_name(name): tuple(value.shape) for name, value in empty.items()}

@@ -61,7 +61,7 @@ def mine_negatives(
         documents: further texts to search.
         encoder: the teacher.
         config: how to choose.
-        instruction: of the queries whose records bring none; documents are encoded without one.
+        instruction: given to queries whose records bring none; documents get none.
         further: records of the same set that nothing is mined for; what answers a query in one of
             them is no negative either.
 
@@ -133,10 +133,10 @@ def mine_file(
         layout: how rows become records, as in a recipe.
         columns: columns of other names, as in a recipe; ``text``, ``title`` and ``id`` are those
             of the ``documents``, if given.
-        instruction: of the queries whose records bring none (``sts``: of both sides).
+        instruction: given to queries whose records bring none (``sts``: to both sides).
         documents: file or folder of further texts to mine from; see ``read_documents``.
         further: records of the same set, not mined for, whose positives are no negatives.
-        dtype: of the teacher's weights, see ``load_encoder``.
+        dtype: type of the teacher's weights, see ``load_encoder``.
         teacher_model: name of the model at an endpoint.
         work: folder for what is computed, kept for the next run. ``None`` is a hidden one beside
             the output, gone when that is written.

@@ -80,7 +80,7 @@ class NVEmbed(EncodingModel):
     Use :meth:`from_pretrained`; the constructor is that of ``SentenceTransformer``.
 
     Attributes:
-        types_before_training: of parameters that are held in float32 while they are trained, by
+        types_before_training: types of parameters that are float32 while they are trained, by
             name; see ``model/memory.py``.
     """
 
@@ -129,7 +129,7 @@ class NVEmbed(EncodingModel):
             dtype: ``None`` keeps the saved dtype (float32 for a new model; for an official one
                 bfloat16 on CUDA and float32 elsewhere); ``"auto"`` is the stored dtype.
             revision: commit, tag or branch on the hub.
-            token: of the hub, for gated models.
+            token: access token of the hub, for gated models.
             cache_folder: where downloads are kept.
             local_files_only: never ask the hub.
 

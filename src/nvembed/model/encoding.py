@@ -131,18 +131,18 @@ class EncodingModel(PackModel):
 
         Args:
             inputs: one text or several.
-            prompt_name: of a prompt that was saved with the model.
+            prompt_name: name of a prompt that was saved with the model.
             prompt: put before every text; wins over ``prompt_name``.
             batch_size: without meaning here, since packs have a budget of tokens.
             show_progress_bar: ``None`` shows none.
             output_value: vectors of texts, which is all that packs give.
-            precision: of the numbers; those of 8 bits or 1 bit are made on the device.
+            precision: type of the numbers; 8 bits and 1 bit are made on the device.
             convert_to_numpy: return an array; else a list of tensors.
             convert_to_tensor: return one tensor.
             device: one, or several for a process on each; ``None`` is the model's.
             normalize_embeddings: bring vectors to length 1, which they have unless they are cut.
             truncate_dim: keep the first dimensions.
-            pool: of processes, see ``start_multi_process_pool``.
+            pool: processes, see ``start_multi_process_pool``.
             chunk_size: texts that a process of a pool is given at once.
             long: what becomes of texts beyond the limit.
             **others: what sentence-transformers says of the kind of input, such as ``task``.

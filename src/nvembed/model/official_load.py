@@ -46,7 +46,7 @@ def load_official(
         source: folder or hub id; its ``config.json`` is official.
         device: where the weights go; with ``device_map`` those of the pooling.
         device_map: spread the backbone over devices, see ``model/placement.py``.
-        dtype: of the weights; ``None`` means bfloat16 on CUDA and float32 elsewhere, ``"auto"`` the
+        dtype: type of weights; ``None`` is bfloat16 on CUDA and float32 elsewhere, ``"auto"`` the
             stored dtype.
         max_tokens: longest sequence; ``None`` takes the folder's limit.
     """

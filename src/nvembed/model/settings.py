@@ -32,7 +32,7 @@ class LongTexts:
             far as the model has positions, and pools the states of each of its chunks: several
             vectors for a text, of chunks that know what stands around them.
         overlap: tokens that a window shares with the one before.
-        chunk_tokens: of a chunk, at most.
+        chunk_tokens: most tokens of a chunk.
         max_tokens: that ``late`` reads at once; None is the number of positions.
 
     Raises:
@@ -71,8 +71,8 @@ class PoolingSettings(StrictModel):
 
     Args:
         kind: ``mean``, ``last`` (EOS), ``latent`` (NV-Embed) or ``self_attention``.
-        num_latents: of latent attention (paper: 512).
-        num_heads: of latent or self attention (paper: 8).
+        num_latents: rows of the latent array (paper: 512).
+        num_heads: heads of latent or self attention (paper: 8).
     """
 
     kind: PoolingKind = "latent"
@@ -93,9 +93,9 @@ class ModelSettings(StrictModel):
             modules keeps its own (mean or last) unless another is given.
         max_tokens: longest sequence with BOS, prompt and EOS; longer texts are cut. The limit of a
             model of stock modules, and a table of positions, are never exceeded.
-        dtype: of the backbone's weights; float32 by default, a saved embedding model keeps its own,
+        dtype: type of the backbone; float32 by default, a saved embedding model keeps its own,
             NVIDIA's gets bfloat16 on CUDA. What is trained is held in float32 until it is saved.
-        quantization: of the frozen base during training, to save memory: ``nf4`` (4 bits, as QLoRA)
+        quantization: holds the frozen base in fewer bits while it trains: ``nf4`` (4, as QLoRA)
             or ``int8``. The model is saved in ``dtype``, adapters merged into the base as it was.
     """
 
@@ -111,7 +111,7 @@ class LoraSettings(StrictModel):
     """Low-rank adapters on the backbone; the defaults are the paper's.
 
     Args:
-        rank: of the adapter matrices.
+        rank: width of the adapter matrices.
         alpha: the update is scaled by ``alpha / rank``.
         dropout: on the adapter's input.
         targets: names of linear layers; ``all-linear`` means every one of the backbone (the paper

@@ -48,7 +48,7 @@ class DistillationConfig(StrictModel):
     """Learning from a teacher's scores.
 
     Args:
-        weight: of the distillation loss, which is added to the contrastive one.
+        weight: factor of the distillation loss, which is added to the contrastive one.
         teacher_temperature: the teacher's scores are divided by it before the softmax: about 1 for
             logits of a reranker, about the stage's temperature for cosines.
     """
@@ -64,8 +64,8 @@ class StageConfig(StrictModel):
         name: part of file names and metrics.
         steps: optimizer updates.
         batch_size: queries per step.
-        learning_rate: of adapters (or of all weights without LoRA) at the end of the warm-up.
-        head_learning_rate: of the pooling head; ``None`` means the same (as NVIDIA says it did).
+        learning_rate: peak rate of adapters, or of all weights without LoRA.
+        head_learning_rate: peak rate of the pooling head; ``None`` is the same (as NVIDIA did).
         warmup_steps: linear rise.
         schedule: after the warm-up: a ``linear`` or ``cosine`` fall to zero, or ``constant``.
             ``None`` is linear, and constant under the optimizer ``schedule_free``.
@@ -79,7 +79,7 @@ class StageConfig(StrictModel):
             queries of a step from one set; over the stage the shares are the same.
         mixture_temperature: T of the weights of data sets without a weight of their own, which are
             in proportion to ``size ** (1 / T)``; 1 is by size, more is more even.
-        temperature: of the softmax (not published; 0.01–0.05 is usual).
+        temperature: divides the scores in the softmax (not published; 0.01–0.05 is usual).
         learn_temperature: tune the temperature with the weights, from ``temperature`` on and never
             below 0.005.
         hardness: harder negatives count more: a negative's share in the sum is multiplied by

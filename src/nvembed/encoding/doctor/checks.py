@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from nvembed.encoding.doctor.report import Status
+from nvembed.encoding.doctor.subject import Subject
 from nvembed.kernels.precision import fastest_precision
 from nvembed.model.attention import probe_direction
-
-if TYPE_CHECKING:
-    from nvembed.encoding.doctor.examine import Subject
 
 # Below these cosines to float32 a dtype changes rankings noticeably, or is broken.
 DRIFT_WARNING, DRIFT_PROBLEM = 0.999, 0.98

@@ -52,7 +52,7 @@ def export_folder(
         name: folder or hub id of a model that was saved here or has the official layout.
         to: the new folder; it appears when it is complete.
         kind: see the module.
-        dtype: of the weights; ``None`` keeps the stored one (float32 for a graph).
+        dtype: type of the weights; ``None`` keeps the stored one (float32 for a graph).
         max_shard_bytes: size of a weight file of the official layout.
 
     Raises:

@@ -38,9 +38,9 @@ class GridConfig(StrictModel):
     """A grid: every combination of one value per axis is an arm, run once per seed.
 
     Args:
-        recipe: of the training runs; relative to the grid file.
+        recipe: file of the training runs; relative to the grid file.
         output: folder of the runs and the report; relative to the working directory.
-        title: of the report.
+        title: heading of the report.
         settings: keys of the recipe with the values they have in every arm, as ``a.b.0.c: value``.
             A stage or data set can be named instead of counted (``datasets.banking77.weight``).
         axes: axis → value → settings, as above. An axis' settings apply after those of the axes
@@ -48,7 +48,7 @@ class GridConfig(StrictModel):
             which order; data sets move with their stages. Only an axis may have it, and it applies
             before the other keys of the axes.
         leave_out: combinations that are not run: each names values of some axes.
-        seeds: of every arm; spread and significance are over them.
+        seeds: each arm is run with each; spread and significance are over them.
         baseline: the arm that others are compared with, a value per axis; ``None`` is the first
             value of every axis.
         tasks: folders of local tasks, or of several; relative to the grid file.

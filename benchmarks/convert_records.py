@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from nvembed.data.config import DatasetConfig
+from nvembed.data.loading import open_dataset
 from nvembed.data.records import Converted
-from nvembed.data.sources.opening import open_dataset
 
 WORDS = ["lime", "mortar", "bridge", "fair", "river", "claim", "passage", "sleep", "fibre", "card"]
 COLUMNS: dict[str, Any] = {"query": "question", "positive": "answer"}

@@ -67,7 +67,7 @@ def memory(key: str) -> int:
 
 
 def by_us(folder: Path, *, near_duplicate: float | None) -> tuple[float, list[list[int]], int]:
-    from nvembed.data.build_config import MiningConfig
+    from nvembed.data.config import MiningConfig
     from nvembed.data.records import PairRecord
     from nvembed.mining.miner import mine_negatives
 
@@ -183,7 +183,7 @@ def run_growth(side: str, num_documents: int) -> dict[str, Any]:
 
 def _our_growth(folder: Path, num_documents: int) -> dict[str, Any]:
     from nvembed.core.files import write_jsonl
-    from nvembed.data.build_config import MiningConfig
+    from nvembed.data.config import MiningConfig
     from nvembed.encoding import workers
     from nvembed.mining.miner import mine_file
 

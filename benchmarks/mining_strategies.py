@@ -22,8 +22,7 @@ from peers.report import header, say, table
 
 from nvembed.core.config import load_config
 from nvembed.core.files import write_json
-from nvembed.data.build_config import MiningConfig
-from nvembed.data.config import DatasetConfig
+from nvembed.data.config import DatasetConfig, MiningConfig
 from nvembed.encoding.encoder import Encoder, load_encoder
 from nvembed.evaluation.encoders import CachedEncoder
 from nvembed.evaluation.results import TaskResult, read_results, write_results

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nvembed.data.build_config import MiningConfig
-from nvembed.data.config import DatasetConfig
+from nvembed.data.config import DatasetConfig, MiningConfig
 from nvembed.model.settings import ModelSettings, PoolingSettings
 from nvembed.training.config import OptimizerConfig, StageConfig, TrainConfig
 from pydocs.dataset import (

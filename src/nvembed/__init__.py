@@ -23,7 +23,7 @@ if TYPE_CHECKING:
         TrainingError,
         UserError,
     )
-    from nvembed.data.build_config import MiningConfig
+    from nvembed.data.config import MiningConfig
     from nvembed.encoding.doctor.examine import DoctorOptions
     from nvembed.encoding.doctor.examine import examine_model as doctor
     from nvembed.encoding.encoder import load_encoder
@@ -87,7 +87,7 @@ _HOMES = {
     "DoctorOptions": "encoding.doctor.examine.DoctorOptions",
     "IndexOptions": "index.build.IndexOptions",
     "LongTexts": "model.settings.LongTexts",
-    "MiningConfig": "data.build_config.MiningConfig",
+    "MiningConfig": "data.config.MiningConfig",
     "ModelError": "core.errors.ModelError",
     "NVEmbed": "model.embedder.NVEmbed",
     "NVEmbedError": "core.errors.NVEmbedError",

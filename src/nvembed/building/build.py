@@ -14,9 +14,8 @@ from nvembed.building.set_build import BUILD, BuildContext, SetBuild, set_places
 from nvembed.core.errors import ConfigError, UserError
 from nvembed.core.files import alone_in
 from nvembed.core.ownership import check_outputs, check_overlaps
-from nvembed.data.build_config import BuildConfig
 from nvembed.data.built_sets import read_manifest, set_settings
-from nvembed.data.config import DatasetConfig
+from nvembed.data.config import BuildConfig, DatasetConfig
 from nvembed.mining.teachers import check_teacher
 
 if TYPE_CHECKING:
@@ -39,10 +38,7 @@ _COLUMNS: dict[str, Callable[[dict[str, Any]], int | None]] = {
 
 @dataclass(frozen=True, slots=True)
 class SetOutcome:
-    """What became of a set, its manifest or why it failed.
-
-    ``unchanged`` is what was built before from the same settings and inputs.
-    """
+    """What became of a set: its manifest, also where it was built before, or why it failed."""
 
     name: str
     state: Literal["built", "unchanged", "failed"]

@@ -1,8 +1,7 @@
 """Checks a file of training data to its end: ``nvembed data check``.
 
-Problems are bad rows, and good ones with which the set would teach the opposite of what it says
-elsewhere; warnings are what may be meant, and seldom is. Memory holds 32 bytes per text of a
-record, and no texts but two of each class.
+Problems are bad rows, and good ones that contradict each other; warnings are what may be meant, and
+seldom is. Memory holds 32 bytes per text of a record, and no texts but two of each class.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from nvembed.building.row_filters import ClassSamples, Digests, identity
 from nvembed.core.reporting import ProblemCounts
 from nvembed.data.config import DatasetConfig
 from nvembed.data.examples import POSITIVE_SCORE
+from nvembed.data.loading import open_dataset
 from nvembed.data.records import (
     MAX_SCORE,
     BadRow,
@@ -27,7 +27,6 @@ from nvembed.data.records import (
     Record,
     StsRecord,
 )
-from nvembed.data.sources.opening import open_dataset
 from nvembed.text.similarity import text_key
 
 
@@ -129,11 +128,7 @@ class _Claims:
         self._rows.append(row)
 
     def conflicts(self) -> list[tuple[int, int, float]]:
-        """Find what is said otherwise than in the first record that says anything of it.
-
-        Returns:
-            the numbers of both records, the later one first, and what the later one says.
-        """
+        """Find (row, first row that says anything of the same, what this one says otherwise)."""
         first_N = self._keys.first_rows()
         values_N, rows_N = np.asarray(self._values), np.asarray(self._rows)
         # A record that contradicts itself is told of where it is read.

@@ -1,12 +1,7 @@
-"""Contamination: training texts that an evaluation asks about.
+"""Contamination: training texts that an evaluation asks about, and by which rule they are found.
 
-For a record that must go: which evaluation text it holds, by which rule, with which score.
-
-    exact   equal but for case and white space
-    near    Jaccard similarity of the shingle sets at or above a threshold
-    bm25    BM25 score, as shares of what the texts score for themselves, at or above a threshold
-
-No rule misses a text that reaches its threshold (``similar_texts.py``).
+``exact`` is equal but for case and white space, ``near`` and ``bm25`` are similarities at or above
+a threshold; no rule misses a text that reaches it (``similar_texts.py``).
 """
 
 from __future__ import annotations
@@ -33,22 +28,16 @@ Rule = Literal["exact", "near", "bm25"]
 
 @dataclass(frozen=True, slots=True)
 class EvaluationText:
-    """One text, or two that are evaluated as a pair in either order, of the test part of a task.
-
-    ``part`` says which texts of the task they are, such as ``query`` or ``pair``.
-    """
+    """One text, or two that are evaluated as a pair in either order, of the test part of a task."""
 
     texts: tuple[str, ...]
     task: str
-    part: str = "text"
+    part: str = "text"  # which texts of the task they are, such as "query" or "pair"
 
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """Why a record must go: the first rule that found an evaluation text in texts of the record.
-
-    The score is 1 for exact, else what reached the threshold, in (0, 1]; of a pair the lower one.
-    """
+    """The first rule that found an evaluation text in texts of a record, and the lower score."""
 
     rule: Rule
     score: float
@@ -60,10 +49,9 @@ class Contamination:
     """Finds evaluation texts among training records.
 
     ``near`` is the Jaccard similarity of shingle sets from which two texts count as the same, and
-    ``bm25`` the lower share of two texts in each other (``similar_texts.py``), both in (0, 1]; None
-    is off. The defaults find a text of a dozen words with one of them changed. They find sentences
-    of one form with another name in it as well, which costs a little training data and leaks
-    nothing. The paper filters Emotion and AmazonCounterfactual by BM25, without giving a number.
+    ``bm25`` the lower share of two texts in each other, both in (0, 1]; None is off. The defaults
+    find a text of a dozen words with one of them changed, and sentences of one form with another
+    name, which costs a little training data and leaks nothing.
     """
 
     def __init__(
@@ -116,8 +104,7 @@ class Contamination:
         """Compare what a record brings: its queries with texts, its pairs with pairs.
 
         Documents alone are not compared: retrieval tasks share their corpus with training data by
-        design. A query with its positive, or two sentences of STS, are pairs; a pair that scores
-        low is one as well. The texts of STS and classes are queries too.
+        design. A pair that scores low is a pair as well. Texts of STS and classes are queries too.
         """
         brought: list[tuple[str, ...]]
         if isinstance(record, PairRecord):
@@ -135,14 +122,9 @@ def evaluation_texts(
 ) -> Iterator[EvaluationText]:
     """List what must not be trained on of the test parts of tasks, in the order of their files.
 
-        Retrieval, Reranking    the queries; documents are shared by design and never listed
-        Classification          the texts of the test part
-        Clustering              the texts
-        STS, PairClassification the pairs, on request each sentence as well
-        Summarization           the articles and all their summaries
-
-    With ``sentences`` those of pairs are listed singly as well, as for STS22, whose texts are rare;
-    those of other STS sets are captions and headlines that many sets share.
+    Documents of retrieval and reranking are shared by design and not listed. With ``sentences``
+    those of pairs are listed singly as well, as for STS22, whose texts are rare; those of other STS
+    sets are captions and headlines that many sets share.
     """
     for task in tasks:
         data = task.data

@@ -10,9 +10,8 @@ from typing import Any
 from nvembed.core.errors import DataError
 from nvembed.core.files import tidy, write_jsonl
 from nvembed.core.text_files import read_json_object, read_jsonl
-from nvembed.data.build_config import BuildMining
 from nvembed.data.built_sets import Rows
-from nvembed.data.config import DatasetConfig
+from nvembed.data.config import BuildMining, DatasetConfig
 from nvembed.data.records import Converted, PairRecord, record_of
 from nvembed.mining.miner import mine_file
 from nvembed.mining.report import MiningReport
@@ -34,19 +33,11 @@ def mined(
     work: Path,
     base_dir: Path,
 ) -> tuple[Iterator[Converted], dict[str, Any]]:
-    """Give records negatives from all documents of their set.
+    """Give records negatives from all documents of their set; return them with the miner's report.
 
-    Args:
-        dataset: a set of kind retrieval, nli or sts.
-        config: the settings of mining.
-        rows: the records.
-        pool: all records of the set, where there are more; their documents may be negatives too,
-            but not those that answer the same query.
-        work: a folder for what is computed of these records and settings alone.
-        base_dir: folder of the recipe.
-
-    Returns:
-        The records with negatives, in order, and the miner's report.
+    ``pool`` is all records of the set, where there are more: their documents may be negatives too,
+    but not those that answer the same query. ``work`` holds what is computed of these records and
+    settings.
     """
     names = ("in", "documents", "further", "out")
     records, documents, further, output = (work / f"{name}.jsonl" for name in names)

@@ -24,8 +24,8 @@ from nvembed.core.reporting import ProblemCounts, progress
 from nvembed.data.built_sets import MANIFEST, read_manifest, read_shards
 from nvembed.data.config import DatasetConfig
 from nvembed.data.examples import POSITIVE_SCORE
+from nvembed.data.loading import open_dataset
 from nvembed.data.records import BadRow, Converted, Kind, LabelRecord, PairRecord, Record, StsRecord
-from nvembed.data.sources.opening import open_dataset
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -45,10 +45,8 @@ CountTokens = Callable[[Sequence[str]], list[int]]
 class Inspection:
     """What a set holds; None stands for what its kind does not have.
 
-    ``bad`` are rows that are no records, and ``problems`` the first kinds of those. ``repeated``
-    are records equal to an earlier one (pairs: with the query of an earlier one). Lengths are of
-    the texts of each side, in tokens where there is a tokenizer. ``trained_on`` are STS pairs
-    scored 4 or more.
+    ``repeated`` are records equal to an earlier one (pairs: with the query of an earlier one).
+    Lengths are of the texts of each side, in tokens where there is a tokenizer.
     """
 
     name: str
@@ -85,8 +83,8 @@ def open_sets(
 ) -> Iterator[OpenSet]:
     """Find the sets at a path.
 
-    A path is a recipe, whose sets are taken as built where they are, else from their sources; the
-    folder of a built set, or of several; or a file of records, read as ``given`` says.
+    It is a recipe, whose sets are taken as built where they are; the folder of a built set, or of
+    several; or a file of records, read as ``given`` says.
     """
     if path.suffix in (".yaml", ".yml"):
         config = read_recipe(path)
@@ -149,10 +147,7 @@ def inspect(
     num_samples: int,
     count_tokens: CountTokens | None = None,
 ) -> Inspection:
-    """Look at all records of a set, and keep some of them, drawn evenly with a fixed seed.
-
-    Without ``count_tokens`` lengths are in characters alone.
-    """
+    """Look at all records of a set, and keep some of them, drawn evenly with a fixed seed."""
     found, trained_on = Inspection(name, kind), 0
     problems, digests, classes = ProblemCounts(), Digests(), Counter[str]()
     numbers = [defaultdict[str, "array[int]"](lambda: array("q")) for _ in range(3)]

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,8 +31,6 @@ from nvembed.data.records import (
 )
 from nvembed.text.similarity import text_key
 
-# Records that share a query and are held in memory at once.
-SPILL_RECORDS = 50_000
 # ``text_key`` leaves no white space but single blanks, and this character counts as such.
 _BETWEEN = "\x1f"
 
@@ -58,10 +54,7 @@ class Notes:
 def usable(
     rows: Iterable[Converted | BadRow], notes: Notes, *, base_dir: Path
 ) -> Iterator[Converted]:
-    """Yield the records among the rows; places are given relative to ``base_dir``.
-
-    Refused are bad rows, and queries with no positive but themselves.
-    """
+    """Yield the records among the rows, with places relative to ``base_dir``; the rest is noted."""
     root = f"{base_dir}/"
     for row in rows:
         place = row.place.removeprefix(root)  # the same on every machine
@@ -116,7 +109,7 @@ def capped(rows: Rows, total: int, dataset: DatasetConfig) -> Iterator[Converted
 
     Of classes each gives its share, at least two texts (so that a few more may come). STS sets are
     left whole: there the number counts directions of pairs that score 4 or more, which training
-    cuts itself.
+    cuts.
     """
     most = dataset.max_records
     if most is None or most >= total or dataset.kind == "sts":
@@ -180,17 +173,10 @@ def identity(record: Record) -> tuple[str, ...]:
 def distinct(rows: Rows, scratch: Path, repeats: Repeats) -> Iterator[Converted]:
     """Yield the records without repetition, in the order of their first places.
 
-        retrieval, nli    records with an equal query and instruction become one, at the place of
-                          the first: positives and negatives of all, each once, in order; a negative
-                          that is a positive of another record goes. Teacher's scores stay if every
-                          record has them.
-        sts               of records with the same two sentences, in either order, the first stays
-        classification,   of records with the same text and label the first stays; a text may have
-        clustering        several labels
-
-    Memory holds 16 bytes per record. Records that are to be merged are spilled to files of bounded
-    size in ``scratch``, a folder that does not exist and is deleted in the end. ``repeats`` is
-    counted up.
+    Pair records with an equal query and instruction become one, with the positives and negatives of
+    all; teacher's scores stay if every record has them. Of others with the same ``identity`` the
+    first stays. ``repeats`` is counted up. Memory holds numbers per record; those that are to be
+    merged wait in the file ``scratch``, which is deleted in the end.
     """
     digests = Digests()
     is_pairs = False
@@ -200,60 +186,30 @@ def distinct(rows: Rows, scratch: Path, repeats: Repeats) -> Iterator[Converted]
     first_N = digests.first_rows()
     del digests
     size_N = np.bincount(first_N, minlength=len(first_N))
-    # Groups in the order of their first records, cut where a bucket is full.
-    members_N = np.where(size_N > 1, size_N, 0)
-    bucket_N = (np.cumsum(members_N) - members_N) // SPILL_RECORDS
-    if is_pairs:
-        _spill(rows, first_N, size_N, bucket_N, scratch)
-    bucket, groups = -1, dict[int, list[PairRecord]]()
-    for number, row in enumerate(rows()):
-        if first_N[number] != number:
-            repeats.equal += not is_pairs
-        elif size_N[number] == 1 or not is_pairs:
-            yield row
-        else:
-            if bucket != bucket_N[number]:
-                bucket = int(bucket_N[number])
-                groups = _read_spilled(scratch / f"{bucket}.jsonl")
-            yield Converted(merge(groups[number], repeats), row.place)
-    shutil.rmtree(scratch, ignore_errors=True)
+    order_N, start_N = np.argsort(first_N, kind="stable"), np.cumsum(size_N) - size_N
+    place_N, end = np.zeros_like(first_N), 0
+    with open(scratch, "w+b") as spilled:
+        for number, row in enumerate(rows() if is_pairs and (size_N > 1).any() else ()):
+            if size_N[first_N[number]] > 1:
+                place_N[number] = end
+                line = json.dumps(row.record.to_json(), ensure_ascii=False) + "\n"
+                end += spilled.write(line.encode())
 
-
-def _spill(
-    rows: Rows,
-    first_N: NDArray[np.int64],
-    size_N: NDArray[np.int64],
-    bucket_N: NDArray[np.int64],
-    scratch: Path,
-) -> None:
-    """Write the records that share a query to the file of their bucket."""
-    buckets = np.unique(bucket_N[size_N > 1]).tolist()
-    if not buckets:
-        return
-    scratch.mkdir()
-    with ExitStack() as opened:
-        files = {
-            bucket: opened.enter_context(
-                open(scratch / f"{bucket}.jsonl", "w", encoding="utf-8", newline="\n")
-            )
-            for bucket in buckets
-        }
-        for number, row in enumerate(rows()):
-            first = int(first_N[number])
-            if size_N[first] > 1:
-                line = json.dumps([first, row.record.to_json()], ensure_ascii=False)
-                files[int(bucket_N[first])].write(line + "\n")
-
-
-def _read_spilled(path: Path) -> dict[int, list[PairRecord]]:
-    groups: dict[int, list[PairRecord]] = {}
-    with open(path, encoding="utf-8", newline="\n") as lines:
-        for line in lines:
-            first, row = json.loads(line)
-            record = record_of(row, "retrieval")
+        def read(place: int) -> PairRecord:
+            spilled.seek(place)
+            record = record_of(json.loads(spilled.readline()), "retrieval")
             assert isinstance(record, PairRecord)
-            groups.setdefault(first, []).append(record)
-    return groups
+            return record
+
+        for number, row in enumerate(rows()):
+            if first_N[number] != number:
+                repeats.equal += not is_pairs
+            elif size_N[number] == 1 or not is_pairs:
+                yield row
+            else:
+                group = order_N[start_N[number] :][: size_N[number]]
+                yield Converted(merge([*map(read, place_N[group].tolist())], repeats), row.place)
+    scratch.unlink()
 
 
 def merge(records: Sequence[PairRecord], repeats: Repeats) -> PairRecord:

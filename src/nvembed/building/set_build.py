@@ -1,14 +1,8 @@
 """One data set on its way from source to shards, step by step; see ``data/built_sets.py``.
 
-    read            rows of the source become records; bad rows are refused
-    distinct        equal records and equal queries, once each
-    decontaminate   records that hold evaluation texts go
-    finish          classes that cannot be converted, the cap, hard negatives, shards, manifest
-
 The steps before the last are folders in ``<folder>/.steps/<set>/`` until the set is done. Each is
-finished as a whole or not at all, and is not repeated: it is named after the step and a hash of
-everything that decides its contents. So what is there is right, and what a killed process left half
-written has another name and is deleted.
+finished as a whole or not at all and named after a hash of everything that decides its contents: so
+it is not repeated, and what a killed process left half written has another name and is deleted.
 """
 
 from __future__ import annotations
@@ -36,7 +30,6 @@ from nvembed.core.ownership import remove, remove_named
 from nvembed.core.reporting import progress
 from nvembed.core.store import STORED
 from nvembed.core.text_files import read_json_object
-from nvembed.data.build_config import BuildConfig
 from nvembed.data.built_sets import (
     FORMAT,
     MANIFEST,
@@ -47,9 +40,9 @@ from nvembed.data.built_sets import (
     set_settings,
     write_shards,
 )
-from nvembed.data.config import DatasetConfig, local_sources
+from nvembed.data.config import BuildConfig, DatasetConfig, local_sources
+from nvembed.data.loading import open_dataset
 from nvembed.data.records import Converted, LabelRecord
-from nvembed.data.sources.opening import open_dataset
 from nvembed.encoding.endpoint import is_endpoint
 from nvembed.evaluation.tasks import load_tasks
 from nvembed.interop.fingerprint import contents_fingerprint
@@ -66,16 +59,13 @@ _STEP = re.compile(r"(read|distinct|decontaminate|mine)-[0-9a-f]{16}")
 # What the steps leave, the miner's files among them.
 _STEP_FILES = re.compile(
     rf"{_COUNTS}|part-\d+\.parquet|(refused|contaminated|in|further|documents|out)\.jsonl"
-    rf"|out\.jsonl\.report\.json|spilled/\d+\.jsonl|{STORED.pattern}"
+    rf"|out\.jsonl\.report\.json|spilled(/\d+\.jsonl)?|{STORED.pattern}"
 )
 
 
 @dataclass(eq=False)
 class BuildContext:
-    """What the sets of one build share; evaluation texts and digests are read once.
-
-    Sets go to ``folder``; the paths of the recipe are relative to ``base_dir``.
-    """
+    """What the sets of one build share; evaluation texts and digests are read once."""
 
     build: BuildConfig
     base_dir: Path
@@ -149,10 +139,7 @@ class SetBuild:
         self._mining = self._steps / _step_name("mine", self._settings, self._inputs)
 
     def finished_manifest(self) -> dict[str, Any] | None:
-        """The manifest of a set that is built already from the same settings and inputs.
-
-        What a killed process left half written is deleted.
-        """
+        """The manifest of a set that is built already from the same; half written things go."""
         for path in (self.target, self.refused):
             tidy(path.parent, glob.escape(path.name))
         manifest = read_manifest(self.target)

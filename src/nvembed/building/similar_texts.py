@@ -1,9 +1,8 @@
 """Indexes of texts that find the similar ones without comparing each with each.
 
-``ShingleIndex`` and ``Bm25Index`` find, among fixed texts, all whose score reaches a threshold.
 They hold of every text only so many of its rarest parts that no text can reach the threshold
 without one of them (prefix filter; Bayardo et al., Scaling Up All Pairs Similarity Search, 2007).
-What shares such a part is scored. ``NearDuplicates`` finds them in a stream.
+``NearDuplicates`` finds them in a stream.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,9 +69,8 @@ class ShingleIndex:
 class Bm25Index:
     """Texts by the share of their BM25 score that a query reaches, and the query's own share.
 
-    The score of query q for text d is that of ``encoding/bm25.py`` with every different word of q
-    once. So d scores most for queries that hold all its words, and dividing by that gives a share
-    from 0 (no word in common) to 1, whatever the lengths. Any long query reaches 1 for a short d,
+    The score of query q for text d, with every different word of q once, is divided by the most
+    that any query scores: from 0 (no word in common) to 1. Any long query reaches 1 for a short d,
     so the lower one counts of this share and of the part that words of d have in q, by weight idf.
     """
 
@@ -120,9 +117,8 @@ class NearDuplicates:
     """The texts of a stream so far, as hashes: about 2 kB each at the defaults, 8 bytes per word.
 
     MinHash LSH (``rensa``) proposes candidates, and the Jaccard similarity of the shingle sets
-    decides. A duplicate exactly at the threshold is missed with a chance of 2 % at most, one above
-    it far more seldom, and one of similarity 1 never. The same texts in the same order give the
-    same answers in every process. A MinHash has ``num_hashes`` numbers at most.
+    decides. A duplicate exactly at the threshold is missed with a chance of 2 % at most, one of
+    similarity 1 never. The same texts in the same order give the same answers in every process.
     """
 
     def __init__(
@@ -142,48 +138,27 @@ class NearDuplicates:
         self._index = rensa.RMinHashLSH(threshold, self._num_hashes, bands)
         self._shingles: dict[int, NDArray[np.uint64]] = {}
 
-    def __len__(self) -> int:
-        return len(self._shingles)
-
-    def add(self, key: int, text: str) -> None:
-        """Take a text in under a key, 0 or more, that was not used before."""
-        self._insert(key, *self._hashed(text))
-
-    def find(self, text: str) -> list[int]:
-        """Return the keys of the texts that are near-duplicates of this one, ascending."""
-        return self._near(*self._hashed(text))
-
     def find_or_add(self, key: int, text: str) -> list[int]:
-        """Return what ``find`` returns; where that is nothing, take the text in."""
-        hashed = self._hashed(text)
-        found = self._near(*hashed)
-        if not found:
-            self._insert(key, *hashed)
-        return found
-
-    def _hashed(self, text: str) -> tuple[NDArray[np.uint64], Any]:
+        """Return the keys of the near-duplicates of a text, ascending; if none, take it in."""
         own = shingles(text, self._shingle_words)
         minhash = self._new_minhash(self._num_hashes, _SEED)
         # The same bytes on machines of either byte order.
         data = own.astype("<u8", copy=False).tobytes()
         minhash.update([data[at : at + 8] for at in range(0, len(data), 8)])
-        return own, minhash
-
-    def _insert(self, key: int, own: NDArray[np.uint64], minhash: Any) -> None:
-        self._index.insert(key, minhash)
-        self._shingles[key] = own
-
-    def _near(self, own: NDArray[np.uint64], minhash: Any) -> list[int]:
         least = self._threshold - _ROUNDING
         candidates = self._index.query(minhash)
-        return sorted(key for key in candidates if jaccard(own, self._shingles[key]) >= least)
+        found = sorted(key for key in candidates if jaccard(own, self._shingles[key]) >= least)
+        if not found:
+            self._index.insert(key, minhash)
+            self._shingles[key] = own
+        return found
 
 
 def lsh_shape(threshold: float, num_hashes: int) -> tuple[int, int]:
     """Choose the number of bands b and of hashes per band r, with ``b * r <= num_hashes``.
 
-    Two texts of similarity s meet in one of b bands of r hashes with the chance 1 - (1 - s^r)^b.
-    The longest bands, which propose least in vain, that miss 2 % at the threshold at most.
+    Two texts of similarity s meet with the chance 1 - (1 - s^r)^b: the longest bands that miss 2 %
+    at the threshold at most.
     """
     rows = 1
     while rows < num_hashes:

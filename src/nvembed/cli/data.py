@@ -208,7 +208,7 @@ def synthesize(
       nvembed data synthesize data/labels --endpoint http://localhost:8000/v1 \\
         --model local 'kinds=["long-short"]' tasks=50 examples_per_task=4
     """
-    from nvembed.building.synthesis.config import SynthesisConfig, check_secrets
+    from nvembed.building.synthesis.prompts import SynthesisConfig, check_secrets
     from nvembed.building.synthesis.run import print_summary
     from nvembed.building.synthesis.run import synthesize as run
     from nvembed.core.config import load_config

@@ -73,7 +73,7 @@ def mine(
     """
     from nvembed.core.config import load_config
     from nvembed.core.errors import ConfigError
-    from nvembed.data.build_config import MiningConfig
+    from nvembed.data.config import MiningConfig
     from nvembed.mining.miner import help_mining, mine_file
 
     given: dict[str, Any] = {"kind": kind, "layout": layout, "columns": opt.read_columns(columns)}

@@ -1,12 +1,8 @@
 """The contrastive batch: examples as unique texts and index matrices.
 
-Examples enter, texts without repetition and three index arrays leave. The model embeds every text
-once, the loss sees embeddings and indices and never a text. Which document may stand against which
-query is decided here and only here. Next files: ``text/instructions.py``, then
-``training/contrastive_loss.py``.
-
-Shapes: B rows of the loss (a query and one of its positives), N unique documents, U unique texts,
-K own candidates of a row, Q queries.
+The model embeds every text once; the loss sees embeddings and indices. Which document may stand
+against which query is decided here alone. B rows of the loss (a query and one of its positives),
+N unique documents, U unique texts, K own candidates of a row, Q queries.
 """
 
 from __future__ import annotations
@@ -25,43 +21,25 @@ from nvembed.text.instructions import PromptedText, query_prompt
 
 @dataclass(frozen=True, slots=True)
 class TeacherScores:
-    """How well a teacher finds that the own documents of a row answer its query.
+    """How well a teacher finds that the own documents of a row answer its query."""
 
-    Args:
-        column_BK: columns in ``document_N``: the positive, then the own negatives that stand
-            against the query, then -1.
-        score_BK: their scores, float32, on the teacher's scale; NaN where there is none.
-    """
-
+    # Columns in document_N: the positive, its negatives that stand against the query, then -1.
     column_BK: NDArray[np.int64]
-    score_BK: NDArray[np.float32]
+    score_BK: NDArray[np.float32]  # on the teacher's scale; NaN where there is none
 
 
 @dataclass(frozen=True, slots=True)
 class ContrastiveBatch:
-    """One step's texts and who stands against whom.
+    """One step's texts and who stands against whom; a query with P positives has P rows."""
 
-    A query with P positives has P rows, one after the other.
-
-    Args:
-        texts: U different (prompt, text) pairs; a query and a document may share a row.
-        query_B: row of each query in ``texts``.
-        document_N: row of each document in ``texts``, without repetition.
-        positive_B: column of each query's positive in ``document_N``.
-        negative_BN: True where document n is a negative of query b.
-        weight_B: float32 weight of each row in the mean of the loss: 1 / P.
-        mentioned: texts before repeated ones were joined.
-        teacher: a teacher's scores of own candidates; None where no example has any.
-    """
-
-    texts: tuple[PromptedText, ...]
-    query_B: NDArray[np.int64]
-    document_N: NDArray[np.int64]
-    positive_B: NDArray[np.int64]
-    negative_BN: NDArray[np.bool_]
-    weight_B: NDArray[np.float32]
-    mentioned: int
-    teacher: TeacherScores | None = None
+    texts: tuple[PromptedText, ...]  # U different ones; a query and a document may share a row
+    query_B: NDArray[np.int64]  # row of each query in texts
+    document_N: NDArray[np.int64]  # row of each document in texts, without repetition
+    positive_B: NDArray[np.int64]  # column of each query's positive in document_N
+    negative_BN: NDArray[np.bool_]  # True where document n is a negative of query b
+    weight_B: NDArray[np.float32]  # of each row in the mean of the loss: 1 / P
+    mentioned: int  # texts before repeated ones were joined
+    teacher: TeacherScores | None = None  # None where no example has scores
 
 
 def build_batch(
@@ -177,12 +155,9 @@ def needed_texts(batch: ContrastiveBatch) -> list[list[int]]:
 def select_queries(
     batch: ContrastiveBatch, rows: Sequence[int]
 ) -> tuple[ContrastiveBatch, NDArray[np.int64]]:
-    """Cut a batch down to some of its queries and what they need.
+    """Cut a batch down to some of its queries and what they need, whose losses add up to the whole.
 
-    The losses of parts that hold every query once add up to that of the whole batch.
-
-    Returns:
-        The part, and which rows of the whole batch's ``texts`` its own texts are.
+    Returned with it are the rows of the whole batch's ``texts`` that its own texts are.
     """
     chosen = np.asarray(rows, dtype=np.int64)
     columns = _candidates(batch, chosen)

@@ -1,13 +1,8 @@
-"""Built data sets: records in Parquet files, and the manifest that says what they were built from.
+"""Built data sets: ``part-00000.parquet`` … with records, and ``manifest.json`` beside them.
 
-    <folder>/<set>/part-00000.parquet …   records, files of a fixed number of rows
-                   manifest.json          settings, counts, checksums
-                   refused.jsonl          bad rows: place and problem
-                   contaminated.jsonl     records that hold evaluation texts
-
-The same records give the same bytes: no times, no random names, row groups that end at fixed
-places. Where a recipe has a ``build`` section, training reads what ``nvembed data build`` wrote,
-after comparing the settings of the manifest with those of the recipe (``data/loading.py``).
+The manifest says what a set was built from: settings, counts, checksums. ``refused.jsonl`` and
+``contaminated.jsonl`` list what was left out. The same records give the same bytes: no times, no
+random names, row groups that end at fixed places.
 """
 
 from __future__ import annotations
@@ -20,8 +15,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from nvembed.data.build_config import BuildConfig, BuildMining
-from nvembed.data.config import DatasetConfig
+from nvembed.data.config import BuildConfig, BuildMining, DatasetConfig
 from nvembed.data.records import COLUMNS, Converted, Kind, record_of, texts_of
 from nvembed.data.sources.files import parquet_rows, shard_files
 
@@ -57,10 +51,7 @@ def write_shards(
     rows_per_shard: int,
     places: bool = False,
 ) -> list[Shard]:
-    """Write records of one kind into a folder that holds no shards, and return the files.
-
-    With ``places``, where each record came from is a column too.
-    """
+    """Write records into a folder without shards; ``places``: with where each came from."""
     import pyarrow
     from pyarrow.parquet import ParquetWriter
 
@@ -92,10 +83,7 @@ def write_shards(
 def _groups(
     rows: Iterable[Converted], most: int, *, places: bool
 ) -> Iterator[list[dict[str, Any]]]:
-    """Yield the row groups of a file of at most ``most`` rows.
-
-    A file that ends early where a group does has an empty one at its end.
-    """
+    """Yield the row groups of a file; the last one is empty where a group ends early at its end."""
     group: list[dict[str, Any]] = []
     characters = 0
     for number, row in enumerate(rows, start=1):

@@ -1,21 +1,11 @@
 """Examples: records of any kind become (query, positive, negatives).
 
-    retrieval, nli      one of the positives (or several, each in a row of the loss of its own),
-                        negatives drawn from the record's own
-    sts                 every pair scored 4 or more gives (a, b) and (b, a); negatives are the mined
-                        ones of the record, else other sentences of the set
-    classification,     ``example`` (default): the positive is another text of the class, negatives
-    clustering          are texts of other classes; ``label``: the class names are the documents
-
 NV-Embed v2 converts multi-class sets by example and binary ones by label text, v1 all by label text
-(paper s4.2, s5.2.4). Here all sets, binary ones too, are converted by example unless the recipe
-says ``conversion: label``: labels of real files are often codes, and evaluation compares texts with
-texts.
+(paper s4.2, s5.2.4). Here all are converted by example unless the recipe says ``conversion:
+label``: labels of real files are often codes, and evaluation compares texts with texts.
 
 An instruction belongs to the query; a pair record may bring its own, as synthetic ones do. Where
-both sides are texts of one sort, positive and negatives carry it too (``symmetric``): sts as in the
-paper, and example-based classes, whose texts all carry the instruction when they are classified or
-clustered later. Next file: ``data/mixture.py``.
+both sides are texts of one sort, the documents carry it too (``symmetric``).
 """
 
 from __future__ import annotations
@@ -48,49 +38,27 @@ POSITIVE_SCORE = 4.0  # paper s4.2: "relevance score greater than or equal to 4"
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One query with what it is trained on.
-
-    Args:
-        query: the query text, without instruction.
-        positive: the document that answers it.
-        negatives: documents that do not; fewer than asked for where the data has no more.
-        known_positives: all texts known to answer the query; never used against it.
-        labels: all classes of the query; a document of any of them never stands against it.
-        instruction: goes before the query, and before the documents if ``symmetric``.
-        symmetric: query and documents are texts of one sort.
-        dataset: name of the source.
-        positive_labels: all classes of the positive.
-        negative_labels: all classes of each negative, in their order.
-        further_positives: other positives to train on, each in a row of the loss of its own.
-        positive_scores: a teacher's scores of the positive and the further ones.
-        negative_scores: a teacher's scores of the negatives.
-    """
+    """One query with what it is trained on; its instruction is not part of the text."""
 
     query: str
     positive: str
-    negatives: tuple[str, ...]
-    known_positives: tuple[str, ...]
-    labels: tuple[str, ...]
+    negatives: tuple[str, ...]  # fewer than asked for where the data has no more
+    known_positives: tuple[str, ...]  # never used against the query
+    labels: tuple[str, ...]  # of the query; no document of any of them stands against it
     instruction: str | None
-    symmetric: bool
+    symmetric: bool  # whether the instruction goes before the documents too
     dataset: str
     positive_labels: tuple[str, ...] = ()
     negative_labels: tuple[tuple[str, ...], ...] = ()
-    further_positives: tuple[str, ...] = ()
-    positive_scores: tuple[float, ...] = ()
+    further_positives: tuple[str, ...] = ()  # each in a row of the loss of its own
+    positive_scores: tuple[float, ...] = ()  # of a teacher: the positive and the further ones
     negative_scores: tuple[float, ...] = ()
 
 
 class ExampleSource(ABC):
-    """A data set as a sequence of queries, each giving another example with another generator.
+    """A data set as a sequence of queries, each giving another example with another generator."""
 
-    Attributes:
-        name: names the data set in errors, masks and seeds.
-        scored: whether any query has a teacher's scores.
-        queries: the numbers of those that are used, all of them at first.
-    """
-
-    scored = False
+    scored = False  # whether any query has a teacher's scores
     symmetric = False
 
     def __init__(self, name: str, instruction: str | None, num_queries: int) -> None:
@@ -127,13 +95,10 @@ def make_source(
     conversion: Conversion = "example",
     max_records: int | None = None,
 ) -> ExampleSource:
-    """Build the source of a set's records.
+    """Build the source of a set's records; a DataError where they cannot be converted.
 
     At most ``max_records`` queries are used, spread evenly over the file, because files are often
     sorted by class. The other records still serve as positives and negatives.
-
-    Raises:
-        DataError: no record, no pair scored 4 or more, or classes that cannot be converted.
     """
     make: Callable[[Sequence[Any], str, str | None], ExampleSource] = PairSource
     if kind == "sts":
@@ -154,11 +119,7 @@ def make_source(
 
 
 class PairSource(ExampleSource):
-    """Queries with listed positives; a query of several records knows the positives of all of them.
-
-    A record without negatives gives examples without: fine with in-batch negatives, of no use
-    without (mine them first).
-    """
+    """Queries with listed positives; one of several records knows the positives of all of them."""
 
     def __init__(self, records: Sequence[PairRecord], name: str, instruction: str | None) -> None:
         super().__init__(name, instruction, len(records))
@@ -192,10 +153,9 @@ class PairSource(ExampleSource):
 
 
 class StsSource(ExampleSource):
-    """Both directions of every pair scored 4 or more.
+    """Both directions of every pair of different sentences scored 4 or more.
 
-    A pair of one sentence with itself teaches nothing and is left out. Where no negatives are
-    mined, they are sentences of the set that are no positives of the query.
+    Where no negatives are mined, they are sentences of the set that are no positives of the query.
     """
 
     symmetric = True
@@ -248,10 +208,7 @@ class _LabelSource(ExampleSource):
 
 
 class ClassSource(_LabelSource):
-    """Example-based conversion: a text, another text of its class, texts of other classes.
-
-    Texts that carry several labels are never negatives of each other where they share one.
-    """
+    """A text, another text of its class, and texts that share no class with it."""
 
     symmetric = True
 
@@ -311,10 +268,7 @@ class ClassSource(_LabelSource):
 
 
 class LabelTextSource(_LabelSource):
-    """Label-text conversion: the positive is the name of the class, negatives are other names.
-
-    Query and document are different sorts of text here, so only the query carries the instruction.
-    """
+    """The positive is the name of the class, negatives are other names."""
 
     def _draw(self, number: int, rng: Rng, num_negatives: int, num_positives: int) -> Example:
         record = self._records[number]
@@ -349,8 +303,7 @@ def sample_where(
 ) -> tuple[T, ...]:
     """Draw up to ``count`` accepted items of a pool of different ones, without walking it.
 
-    At most ``num_refused`` items of the pool are not accepted; with so many drawn in addition,
-    enough are left.
+    At most ``num_refused`` are not accepted; with so many drawn in addition, enough are left.
     """
     drawn = sample(pool, count + num_refused, rng)
     return tuple(item for item in drawn if accept(item))[:count]

@@ -1,10 +1,8 @@
 """Mixtures: which query comes when, as a pure function of the seed.
 
-Several sources and their weights enter; an order of (source, query) pairs leaves, blended so that
-every stretch of it holds the sources in their proportions (NV-Embed trains on well-blended batches,
-not on task-homogeneous ones; paper s4; the latter are an option). Nothing is stored between steps:
-the place in the order is the whole state of the data, so a run can stop and go on anywhere. Next
-file: ``data/batch.py``.
+Every stretch of the order holds the sources in their proportions (NV-Embed trains on well-blended
+batches; paper s4; homogeneous ones are an option). The place in the order is the whole state of the
+data, so a run can stop and go on anywhere. Next file: ``data/batch.py``.
 """
 
 from __future__ import annotations
@@ -45,12 +43,9 @@ def load_source(
 def load_mixture(
     datasets: Sequence[DatasetConfig], *, stage: int, base_dir: Path, temperature: float = 1.0
 ) -> Mixture:
-    """Load those of a recipe's data sets that a stage uses, the first of which is number 1.
+    """Load the sets that a stage uses, from 1; a DataError names every file that cannot be used.
 
     ``temperature`` evens out the sets without a weight of their own; see ``tempered_weights``.
-
-    Raises:
-        DataError: naming every file that cannot be used.
     """
     chosen = [config for config in datasets if stage in config.stages]
     sources: list[ExampleSource] = []
@@ -93,8 +88,7 @@ def tempered_weights(
 class Mixture:
     """Sources, each with a name of its own, and their relative weights.
 
-    ``digests`` holds, by the name of a set that was read from files, ``records_digest`` of all its
-    records, those that no query is taken from included.
+    ``digests`` holds, by name, ``records_digest`` of all records of a set that was read from files.
     """
 
     sources: Sequence[ExampleSource]
@@ -107,18 +101,12 @@ class Mixture:
         assert all(weight > 0 for weight in self.weights)
 
     def order(self, seed: int, num_examples: int, *, run_length: int = 1) -> NDArray[np.int64]:
-        """Plan which query comes in which slot; the order of fewer slots begins that of more.
+        """Plan (source, query) of every slot; the order of fewer slots begins that of more.
 
         The source of slot t is where ``offset + t * golden ratio`` (mod 1) falls among the shares
-        of the sources laid end to end: after any n slots each source is within a few of n times its
-        share, where independent draws would be off by the square root of n. Each source is walked
-        in freshly shuffled epochs: no query comes again before all others of its source have come.
-
-        With a ``run_length`` the rule holds for runs of slots instead: each run takes its queries
-        from one source. The batch size as run length gives homogeneous batches.
-
-        Returns:
-            shape (num_examples, 2): index of the source, index of the query in it.
+        of the sources laid end to end: after any n slots each is within a few of n times its share.
+        Each is walked in freshly shuffled epochs. With a ``run_length``, each run of so many slots
+        takes its queries from one source.
         """
         shares = np.cumsum(np.asarray(self.weights, dtype=np.float64))
         offset = np.random.default_rng(derive_seed(seed, "blend")).random()
@@ -145,10 +133,7 @@ class Mixture:
         num_negatives: int,
         num_positives: int = 1,
     ) -> list[Example]:
-        """Make the examples of the slots ``start`` to ``stop`` of an order.
-
-        What a slot draws depends on ``seed`` and the slot alone, not on the slots before it.
-        """
+        """Make the examples of some slots; each draws by the seed and the slot alone."""
         found = []
         for slot, (source, index) in enumerate(order[start:stop].tolist(), start):
             rng = np.random.default_rng(derive_seed(seed, "draw", slot))

@@ -1,14 +1,7 @@
 """Records: what a row of training data holds, by the kind of its set, and how a row is checked.
 
-    retrieval, nli         {"query": str, "positive": str | [str], "negative": [str]?,
-                            "positive_scores": float | [float]?, "negative_scores": [float]?,
-                            "instruction": str?}
-    sts                    {"sentence1": str, "sentence2": str, "score": 0 to 5, "negative": [str]?}
-    classification,        {"text": str, "label": str | int}
-    clustering
-
-Other keys (ids, titles, sources) may be there and are not read. Nothing is repaired: a bad row is
-refused with the reason. Next file: ``data/loading.py``.
+``_KINDS`` says what columns each kind has. Other keys (ids, titles, sources) may be there and are
+not read. Nothing is repaired: a bad row is refused with the reason.
 """
 
 from __future__ import annotations
@@ -75,23 +68,15 @@ class _Row:
 
 @dataclass(frozen=True, slots=True)
 class PairRecord(_Row):
-    """A query with documents that answer it and, where given or mined, documents that do not.
-
-    Args:
-        query: the query text.
-        positives: different documents that answer it, at least one.
-        negatives: different documents that do not.
-        positive_scores: what a teacher gives each positive for the query, on a scale of its own;
-            empty where there is no teacher.
-        negative_scores: the same of the negatives; there with ``positive_scores`` or not at all.
-        instruction: task of this query alone, in place of the one of its set; None for that one.
-    """
+    """A query with documents that answer it and, given or mined, documents that do not."""
 
     query: Text
+    # Texts of one list are different. A teacher's scores are there for both lists or for none.
     positives: Annotated[_Texts, Field(alias="positive", min_length=1)]
     negatives: Annotated[_Texts, _NULL_IS_NONE, Field(alias="negative")] = ()
     positive_scores: Annotated[_Scores, _NULL_IS_NONE] = ()
     negative_scores: Annotated[_Scores, _NULL_IS_NONE] = ()
+    # The task of this query alone, in place of the one of its set.
     instruction: Annotated[Text, AfterValidator(known_task)] | None = None
 
 
@@ -154,8 +139,7 @@ _CHECKS = {kind: TypeAdapter[Any](made).validator for kind, made in RECORD_TYPES
 class BadRow:
     """A row that gives no record, why, and its place: ``file.jsonl:17``, or ``org/name row 17``.
 
-    A harmless one is well formed and names what is not there, or has no text, as in many published
-    sets: the others are used without it.
+    A harmless one names what is not there, or has no text: the others are used without it.
     """
 
     place: str
@@ -164,10 +148,7 @@ class BadRow:
 
 
 class Converted(NamedTuple):
-    """A record and the place of the row that it comes from (the first one of several).
-
-    ``repeats`` counts the texts that the row gives twice in one list; the record has them once.
-    """
+    """A record, the place of its (first) row, and how many texts its lists give a second time."""
 
     record: Record
     place: str
@@ -205,11 +186,7 @@ def records_digest(records: Sequence[Record]) -> str:
 
 
 def parse_record(row: dict[str, Any], kind: Kind) -> Record:
-    """Check one row and make its record.
-
-    Raises:
-        RowError: what is wrong with it.
-    """
+    """Check one row and make its record; a RowError says what is wrong."""
     try:
         record: Record = _CHECKS[kind].validate_python(row)
     except ValidationError as error:
@@ -306,9 +283,8 @@ LABEL_HINTS = {
 def label_problems(records: Sequence[LabelRecord], conversion: Conversion) -> list[tuple[int, str]]:
     """Find the classes that cannot be converted: (index of the first record, problem), in order.
 
-    Example-based conversion takes the positive from the same class and the negatives from others,
-    so a class needs two different texts and a set two classes. Label-text conversion needs labels
-    that are words and differ from each other.
+    By example a class needs two different texts and a set two classes; label texts need to be words
+    that differ from each other.
     """
     first: dict[str, int] = {}
     texts: dict[str, set[str]] = {}

@@ -20,11 +20,9 @@ from nvembed.core.files import tidy, write_json, write_jsonl
 from nvembed.core.ownership import check_outputs, remove_named
 from nvembed.core.store import STORED
 from nvembed.core.text_files import check_ending, ending_of, read_jsonl
-from nvembed.data.build_config import MiningConfig
-from nvembed.data.config import Column, DatasetConfig, file_dataset
-from nvembed.data.loading import load_records
+from nvembed.data.config import Column, DatasetConfig, MiningConfig, file_dataset
+from nvembed.data.loading import load_records, open_table
 from nvembed.data.records import REQUIRED, Kind, PairRecord, StsRecord, record_of
-from nvembed.data.sources.opening import open_table
 from nvembed.data.sources.rows import Row
 from nvembed.encoding.encoder import Encoder
 from nvembed.encoding.endpoint import is_endpoint

@@ -19,7 +19,7 @@ import numpy as np
 from nvembed.core.background import prefetch
 from nvembed.core.errors import DataError
 from nvembed.core.reporting import progress
-from nvembed.data.build_config import MiningConfig
+from nvembed.data.config import MiningConfig
 from nvembed.data.examples import POSITIVE_SCORE
 from nvembed.data.records import PairRecord, Record, StsRecord
 from nvembed.mining.corpus import Corpus

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nvembed.core.runs import derive_seed
-from nvembed.data.build_config import MiningConfig, Strategy
+from nvembed.data.config import MiningConfig, Strategy
 from nvembed.mining.corpus import Corpus, nearly_equal, words
 from nvembed.mining.ranking import NOTHING, Rows, Scores
 from nvembed.mining.report import MiningReport, MiningSample, ScoredText, reaching, report_of

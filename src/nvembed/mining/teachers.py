@@ -17,7 +17,7 @@ from nvembed.core.arguments import Precision, PrecisionChoice
 from nvembed.core.errors import ConfigError
 from nvembed.core.reporting import progress
 from nvembed.core.store import claims, key_of, remembered
-from nvembed.data.build_config import MiningConfig
+from nvembed.data.config import MiningConfig
 from nvembed.encoding.embed import EncodeOptions, Job, embed, encode_texts
 from nvembed.encoding.encoder import Encoder, computed_fingerprint, settle_dtype
 from nvembed.encoding.endpoint import is_endpoint

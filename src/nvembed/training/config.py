@@ -15,8 +15,7 @@ from pydantic import Field, model_validator
 
 from nvembed.core.arguments import PrecisionChoice
 from nvembed.core.config import StrictModel
-from nvembed.data.build_config import BuildConfig, MiningConfig
-from nvembed.data.config import DatasetConfig, local_sources
+from nvembed.data.config import BuildConfig, DatasetConfig, MiningConfig, local_sources
 from nvembed.model.settings import LoraSettings, ModelSettings
 
 ScheduleKind = Literal["linear", "cosine", "constant"]

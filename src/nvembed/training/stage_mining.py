@@ -13,9 +13,8 @@ from typing import Any
 
 from nvembed.core.files import write_json, write_jsonl
 from nvembed.core.runs import TRAIN
-from nvembed.data.build_config import MiningConfig
 from nvembed.data.built_sets import MINED_KINDS
-from nvembed.data.config import DatasetConfig
+from nvembed.data.config import DatasetConfig, MiningConfig
 from nvembed.data.loading import load_records, training_datasets
 from nvembed.data.mixture import Mixture, load_mixture
 from nvembed.data.records import Record

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from nvembed.building import row_filters
 from nvembed.building.build import build_recipe
 from nvembed.core.config import load_config
 from nvembed.data import built_sets
@@ -25,7 +24,6 @@ def _small_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
     """In proportion to these sets; with the real ones a build of them is one buffer."""
     monkeypatch.setattr(built_sets, "GROUP_ROWS", 128)
     monkeypatch.setattr(files, "_PARQUET_ROWS", 64)
-    monkeypatch.setattr(row_filters, "SPILL_RECORDS", 100)
 
 
 def peak_of_build(folder: Path, records: int) -> int:

@@ -35,29 +35,28 @@ def test_a_text_with_a_word_changed_is_found_and_another_is_not() -> None:
     words = [f"w{number}" for number in range(40)]
     edited = [*words[:20], "other", *words[21:]]
     seen = NearDuplicates(0.8)
-    seen.add(7, " ".join(words))
-    seen.add(8, "a text about something else entirely")
+    assert seen.find_or_add(7, " ".join(words)) == []
+    assert seen.find_or_add(8, "a text about something else entirely") == []
     # 38 shingles each, 35 of them shared: 35 / 41 = 0.854.
-    assert seen.find(" ".join(edited)) == [7]
-    assert seen.find(" ".join(words).upper() + "!") == [7]
-    assert seen.find(" ".join(words[:20])) == []
     assert seen.find_or_add(9, " ".join(edited)) == [7]
-    assert seen.find_or_add(10, "new words are taken in") == []
-    assert seen.find("new words are taken in") == [10]
-    assert len(seen) == 3
+    assert seen.find_or_add(9, " ".join(words).upper() + "!") == [7]
+    assert seen.find_or_add(10, " ".join(words[:20])) == []
+    assert seen.find_or_add(11, "new words are taken in") == []
+    assert seen.find_or_add(12, "new words are taken in") == [11]
 
 
 @settings(max_examples=20, deadline=None)
 @given(st.lists(texts_of_few_words, min_size=1, max_size=60))
 def test_what_is_found_is_near(texts: list[str]) -> None:
     seen = NearDuplicates(0.7, shingle_words=2)
+    taken_in: list[int] = []
     for key, text in enumerate(texts):
-        found = seen.find(text)
-        similarity = [plain_jaccard(text, other, 2) for other in texts[:key]]
-        same = {other for other in range(key) if similarity[other] == 1}
-        near = {other for other in range(key) if similarity[other] >= 0.7}
+        found = seen.find_or_add(key, text)
+        similarity = {other: plain_jaccard(text, texts[other], 2) for other in taken_in}
+        same = {other for other in taken_in if similarity[other] == 1}
+        near = {other for other in taken_in if similarity[other] >= 0.7}
         assert same <= set(found) <= near
-        seen.add(key, text)
+        taken_in += [] if found else [key]
 
 
 def edited_copies() -> list[str]:
@@ -77,10 +76,11 @@ def edited_copies() -> list[str]:
 def test_of_hundreds_of_edited_texts_next_to_none_is_missed() -> None:
     texts = edited_copies()
     seen, found, near = NearDuplicates(0.8), 0, 0
+    taken_in: list[str] = []
     for key, text in enumerate(texts):
-        found += len(seen.find(text))
-        near += sum(plain_jaccard(text, other, 3) >= 0.8 for other in texts[:key])
-        seen.add(key, text)
+        near += sum(plain_jaccard(text, other, 3) >= 0.8 for other in taken_in)
+        found += len(some := seen.find_or_add(key, text))
+        taken_in += [] if some else [text]
     assert near > 100
     assert 0.98 * near <= found <= near
 

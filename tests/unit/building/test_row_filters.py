@@ -3,9 +3,6 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
-import pytest
-
-from nvembed.building import row_filters as module
 from nvembed.building.row_filters import Repeats, distinct
 from nvembed.data.built_sets import read_shards, write_shards
 from nvembed.data.records import Converted, LabelRecord, PairRecord, Record, StsRecord
@@ -50,11 +47,7 @@ def plain_merge(records: list[PairRecord]) -> list[PairRecord]:
     return merged
 
 
-@pytest.mark.parametrize("spill", [1, 3, 1000])
-def test_pairs_with_the_same_query_become_one(
-    tmp_path: Path, spill: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "SPILL_RECORDS", spill)
+def test_pairs_with_the_same_query_become_one(tmp_path: Path) -> None:
     choose = random.Random(0)
 
     def text() -> str:

@@ -18,9 +18,8 @@ from numpy.typing import NDArray
 from hash_encoder import HashEncoder
 from nvembed.core.errors import DataError
 from nvembed.data.config import DatasetConfig
-from nvembed.data.loading import load_records
+from nvembed.data.loading import load_records, open_dataset
 from nvembed.data.records import Converted
-from nvembed.data.sources.opening import open_dataset
 from nvembed.evaluation.local_scores import score_local
 from nvembed.evaluation.reference import ignores_identical_ids
 from nvembed.evaluation.run import score_task

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from hash_encoder import HashEncoder
 from nvembed.core.errors import DataError, ModelError
-from nvembed.data.build_config import MiningConfig
+from nvembed.data.config import MiningConfig
 from nvembed.data.records import PairRecord, StsRecord
 from nvembed.mining import run
 from nvembed.mining.miner import mine_negatives, mine_sts_negatives

@@ -24,7 +24,7 @@ from nvembed.cli.main import run
 from nvembed.core.errors import DataError, ModelError, UserError
 from nvembed.core.files import write_jsonl
 from nvembed.core.ownership import MARK
-from nvembed.data.build_config import MiningConfig
+from nvembed.data.config import MiningConfig
 from nvembed.encoding import workers
 from nvembed.mining import ranking, teachers
 from nvembed.mining.corpus import MemoryCorpus, StoredCorpus, nearly_equal, word_overlap, words

@@ -16,7 +16,7 @@ from nvembed.core.errors import ConfigError, ModelError
 from nvembed.core.files import write_jsonl
 from nvembed.core.ownership import MARK
 from nvembed.core.text_files import read_jsonl
-from nvembed.data.build_config import MiningConfig
+from nvembed.data.config import MiningConfig
 from nvembed.data.loading import read_records
 from nvembed.data.records import PairRecord
 from nvembed.encoding import workers

@@ -11,8 +11,13 @@ import pytest
 from pydantic import ValidationError
 
 from chat_endpoint import fake_endpoint
-from nvembed.building.synthesis.config import EXAMPLE_KINDS, ExampleKind, SynthesisConfig
-from nvembed.building.synthesis.prompts import example_prompt, tasks_prompt
+from nvembed.building.synthesis.prompts import (
+    EXAMPLE_KINDS,
+    ExampleKind,
+    SynthesisConfig,
+    example_prompt,
+    tasks_prompt,
+)
 from nvembed.cli.main import run
 
 

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 
 from chat_endpoint import FakeEndpoint, fake_endpoint, good_answer, word
-from nvembed.building.synthesis.config import SynthesisConfig
 from nvembed.building.synthesis.endpoint import EndpointError
+from nvembed.building.synthesis.prompts import SynthesisConfig
 from nvembed.building.synthesis.run import Summary, synthesize
 from nvembed.core.errors import ConfigError, DataError, UserError
 from nvembed.core.ownership import MARK
@@ -336,7 +336,7 @@ def test_a_killed_run_loses_what_was_in_flight_at_most(fake: FakeEndpoint, tmp_p
     settings = config(fake, tasks=15, tasks_per_request=15, concurrency=4)
     code = (
         "import sys; from pathlib import Path\n"
-        "from nvembed.building.synthesis.config import SynthesisConfig\n"
+        "from nvembed.building.synthesis.prompts import SynthesisConfig\n"
         "from nvembed.building.synthesis.run import synthesize\n"
         "synthesize(SynthesisConfig.model_validate_json(sys.argv[1]), Path(sys.argv[2]))\n"
     )

@@ -15,8 +15,7 @@ from hash_encoder import HashEncoder
 from nvembed.core.errors import ConfigError, DataError
 from nvembed.core.files import write_jsonl
 from nvembed.core.ownership import MARK, problem_of
-from nvembed.data.build_config import MiningConfig
-from nvembed.data.config import DatasetConfig
+from nvembed.data.config import DatasetConfig, MiningConfig
 from nvembed.data.examples import Example
 from nvembed.data.mixture import Mixture, tempered_weights
 from nvembed.data.records import PairRecord, StsRecord

@@ -2,7 +2,7 @@
 
 The folder then holds:
 
-    journal.jsonl    every answer (``journal.py``); a run with the same settings goes on from it
+    journal.jsonl    every answer ; a run with the same settings goes on from it
     tasks.jsonl      {"kind", "task"}
     examples.jsonl   records of kind retrieval, each with its task as ``instruction``
     rejects.jsonl    {"id", "problem", "text"}: answers that stayed unusable
@@ -25,11 +25,11 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel
 
 from nvembed.building.similar_texts import NearDuplicates
-from nvembed.building.synthesis.config import ExampleKind, SynthesisConfig
-from nvembed.building.synthesis.endpoint import Asker, Request
-from nvembed.building.synthesis.journal import Journal
+from nvembed.building.synthesis.endpoint import Asker, Journal, Request
 from nvembed.building.synthesis.prompts import (
     VERSION,
+    ExampleKind,
+    SynthesisConfig,
     TaskList,
     WrittenExample,
     example_prompt,
@@ -192,11 +192,11 @@ class _Synthesis:
 
     def _records(self) -> Iterator[dict[str, Any]]:
         seen = NearDuplicates(_SAME_QUERY, shingle_words=_DOUBLE_WORDS)
-        for kind, task, request in self._examples():
+        for key, (kind, task, request) in enumerate(self._examples()):
             if not (answer := self._answer(request)):
                 continue
             example, counts = WrittenExample.model_validate(answer), self.summary.kinds[kind]
-            if seen.find_or_add(len(seen), example.query):
+            if seen.find_or_add(key, example.query):
                 counts.double_examples += 1
                 continue
             counts.examples += 1

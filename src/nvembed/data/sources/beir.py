@@ -1,12 +1,8 @@
 """BEIR's layout: corpus, queries and judgements, read as BEIR, mteb and trec_eval read them.
 
-    corpus, queries     rows with ``_id`` (or ``id``), ``text`` and, of documents, ``title``
-    qrels/<split>       rows of ``query-id``, ``corpus-id``, ``score``
-
-Each may have any format of ``data/sources/files.py``, compressed or not. Judgements may also be
-text between tabs or white space, with or without a first line of names, and TREC's
-``query 0 document grade``. Training (the layout ``beir``) and evaluation
-(``evaluation/retrieval_files.py``) both read through this file.
+Each may have any format of ``data/sources/files.py``. Judgements may also be text between tabs or
+white space, with or without a first line of names, and TREC's ``query 0 document grade``. Training
+(the layout ``beir``) and evaluation (``evaluation/retrieval_files.py``) both read through this.
 """
 
 from __future__ import annotations
@@ -93,10 +89,9 @@ Judgements = dict[str, dict[str, Judgement]]
 
 
 def read_judgements(rows: Rows, columns: Columns) -> Generator[BadRow, None, Judgements]:
-    """Read all judgements, and yield the rows that are none.
+    """Read all judgements, the last of a pair; without a column ``score`` all are relevant.
 
-    Of a pair that is judged twice the last row counts, as in BEIR and mteb. Rows without a column
-    ``score`` are all relevant.
+    Rows that are none are yielded.
     """
 
     def read(values: Values) -> Iterator[tuple[str, str, float]]:

@@ -1,9 +1,8 @@
 """Files of rows: JSONL, JSON, CSV, TSV, text (each also ``.gz``), Parquet and standard input.
 
-The one place that knows what the kinds of files look like, for training, encoding, indexing, search
-and mining. A broken line becomes a bad row and reading goes on; a broken file is an error. Memory
-is bounded: rows are read as they are asked for, and a line of more than 64 MB is not kept. Next
-file: ``data/sources/layouts.py``.
+The one place that knows the kinds of files. A broken line becomes a bad row and reading goes on; a
+broken file is an error. Rows are read as they are asked for, and a line of more than 64 MB is not
+kept.
 """
 
 from __future__ import annotations
@@ -49,17 +48,11 @@ def open_file(
     quotes: bool | None = None,
     opener: Callable[[], IO[bytes]] | None = None,
 ) -> Table:
-    """Open a file of rows.
+    """Open a file of rows; ``name`` is what errors call it, and its ending says the format.
 
-    Args:
-        path: the file, or the address of a stream.
-        name: what places and errors call it; its ending says the format. None is the path.
-        header: columns of a CSV or TSV file that does not name them in its first line.
-        quotes: whether its fields may be in quotes; None is yes for CSV, no for TSV.
-        opener: opens a stream of another format than Parquet, twice where it has a header.
-
-    Raises:
-        DataError: no such file, an unknown ending, or a file that is not what its ending says.
+    ``header`` names the columns of a CSV or TSV file that does not do so in its first line, and
+    ``quotes`` says whether fields may be in quotes (by default of CSV). ``opener`` opens a stream
+    of another format than Parquet, twice where it has a header.
     """
     name = str(path) if name is None else name
     form = ending_of(name)
@@ -96,8 +89,7 @@ def open_file(
 def open_stdin(opener: Callable[[], IO[bytes]] = stdin_bytes, *, columns: bool = False) -> Table:
     """Open standard input: JSON where it begins with ``{`` or ``[``, else a text per line.
 
-    ``opener`` opens its bytes, where they were read before. With ``columns``, columns are named, so
-    that lines of text are not what was meant.
+    ``columns``: they are named, so that lines of text are an error. ``opener`` opens its bytes.
     """
 
     def rows() -> Rows:

@@ -1,8 +1,4 @@
-"""Sets on the Hugging Face hub, or in local folders laid out like them, as tables of rows.
-
-A set is read by its card (``load_dataset``), or file by file as it lies in the repository, which
-also works for sets that come with a loading script and for single files of very large ones.
-"""
+"""Sets on the Hugging Face hub, or in local folders laid out like them, as tables of rows."""
 
 from __future__ import annotations
 
@@ -30,12 +26,7 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def open_hub(table: TableConfig, location: HubLocation, base_dir: Path) -> Table:
-    """Open a set on the hub, or in a folder, whose relative path starts at ``base_dir``.
-
-    Raises:
-        SourceError: a library is missing, the set cannot be reached or may not be read, or there is
-            no such set, revision, configuration, split or file.
-    """
+    """Open a set by its card or, also where a script comes with it, file by file."""
     _import("huggingface_hub")
     folder = base_dir / location.id
     local = folder if folder.is_dir() else None

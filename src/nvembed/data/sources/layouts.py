@@ -51,12 +51,7 @@ Joined = Iterator[tuple[str, Values] | BadRow]
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """What converting a row depends on.
-
-    With ``textual``, all values are texts: numbers are read from them, and empty ones are left out
-    where they may be. ``tables`` are those of documents (``corpus``) and of ``queries``, where the
-    layout has them.
-    """
+    """What converting a row depends on: whether values are ``textual``, and the tables of texts."""
 
     config: DatasetConfig
     columns: Columns

@@ -28,39 +28,23 @@ Rows = Iterator[Row | BadRow]
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """An opened table.
+    """An opened table, whose rows are read as they are asked for, once."""
 
-    Args:
-        name: for errors: the path, or the id on the hub with configuration and split.
-        rows: read as they are asked for, once.
-        columns: names of the columns; None where every row has its own (JSON).
-        textual: all values are texts (CSV and TSV), so numbers have to be read from them.
-        revision: commit on the hub; None for files.
-        schema: the Arrow schema of Parquet; None of other files, whose values say what they are.
-    """
-
-    name: str
+    name: str  # for errors: the path, or the id on the hub with configuration and split
     rows: Rows
-    columns: tuple[str, ...] | None = None
-    textual: bool = False
-    revision: str | None = None
-    schema: Any = None
+    columns: tuple[str, ...] | None = None  # None where every row has its own (JSON)
+    textual: bool = False  # numbers have to be read from texts (CSV and TSV)
+    revision: str | None = None  # commit on the hub
+    schema: Any = None  # of Arrow, where it is Parquet
 
 
 @dataclass(slots=True)
 class OpenedDataset:
-    """A data set whose source was found and has the expected form.
+    """A data set whose source was found and has the expected form; ``rows`` are read once."""
 
-    Args:
-        revision: commit on the hub; None for files.
-        rows: records and bad rows in the order of the source, read as they are asked for, once. A
-            ``SourceError`` where the source ends before its time.
-        rows_read: rows of the source so far, those that give no record or part of one included.
-    """
-
-    revision: str | None
+    revision: str | None  # commit on the hub
     rows: Iterator[Converted | BadRow]
-    rows_read: int = 0
+    rows_read: int = 0  # so far, those that give no record or part of one included
 
 
 def each_row(
@@ -209,21 +193,13 @@ def _join_texts(parts: Sequence[Any]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Keyed:
-    """A table of texts by their ids.
-
-    Args:
-        table: its rows.
-        columns: where ``id`` and ``text`` are found.
-        ids: names that the id may have where ``columns`` does not say.
-        texts: columns that make up the text, those that are there, where ``columns`` does not say.
-        spell: reads the value of an id as the text by which it is looked up.
-    """
+    """A table of texts by their ids."""
 
     table: Table
     columns: Columns
-    ids: tuple[str, ...] = ID_NAMES
-    texts: tuple[str, ...] = ("title", "text")
-    spell: Callable[[Any], str] = read_title
+    ids: tuple[str, ...] = ID_NAMES  # names of the id where ``columns`` does not say
+    texts: tuple[str, ...] = ("title", "text")  # what is there of these, likewise
+    spell: Callable[[Any], str] = read_title  # how an id is written to be looked up
 
     def check(self) -> None:
         """Look for the columns; see ``Columns.check``."""

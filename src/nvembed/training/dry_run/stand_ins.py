@@ -15,9 +15,8 @@ from typing import cast
 import numpy as np
 
 from nvembed.core.runs import derive_seed
-from nvembed.data.build_config import MiningConfig
 from nvembed.data.built_sets import MINED_KINDS
-from nvembed.data.config import DatasetConfig
+from nvembed.data.config import DatasetConfig, MiningConfig
 from nvembed.data.examples import POSITIVE_SCORE, ExampleSource, make_source, sample_where
 from nvembed.data.loading import load_records, training_datasets
 from nvembed.data.mixture import Mixture, load_source

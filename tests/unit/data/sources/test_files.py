@@ -15,11 +15,10 @@ import pytest
 
 from nvembed.core.errors import DataError, SourceError
 from nvembed.data.config import DatasetConfig
-from nvembed.data.loading import load_records
+from nvembed.data.loading import load_records, open_dataset
 from nvembed.data.mixture import load_source
 from nvembed.data.records import Converted, PairRecord
 from nvembed.data.sources import files as files_module
-from nvembed.data.sources.opening import open_dataset
 
 PAIRS = [("what is a?", "a, the first letter"), ('a "quoted" one\nover lines', "été \u2028 ok")]
 EXPECTED = [PairRecord(query, (positive,)) for query, positive in PAIRS]

@@ -16,9 +16,9 @@ hub = pytest.importorskip("huggingface_hub")
 
 from nvembed.core.errors import SourceError
 from nvembed.data.config import DatasetConfig
+from nvembed.data.loading import open_dataset
 from nvembed.data.records import Converted, LabelRecord, PairRecord
 from nvembed.data.sources.hub import through_buffer
-from nvembed.data.sources.opening import open_dataset
 from nvembed.data.sources.rows import Row
 
 CARD = """---

@@ -12,9 +12,9 @@ from pydantic import ValidationError
 
 from nvembed.core.errors import SourceError
 from nvembed.data.config import DatasetConfig
+from nvembed.data.loading import open_dataset
 from nvembed.data.records import BadRow, Converted, LabelRecord, PairRecord, StsRecord
 from nvembed.data.sources.layouts import Source, record_values
-from nvembed.data.sources.opening import open_dataset
 from nvembed.data.sources.rows import Columns, Row
 
 

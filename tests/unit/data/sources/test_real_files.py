@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from nvembed.data.config import DatasetConfig
+from nvembed.data.loading import open_dataset
 from nvembed.data.records import BadRow, Converted, LabelRecord, PairRecord, StsRecord
-from nvembed.data.sources.opening import open_dataset
 
 BESIDE = Path(__file__).resolve().parents[5] / "shared"
 SHARED = Path(os.environ.get("NVEMBED_SHARED", BESIDE)) / "data"

@@ -17,8 +17,8 @@ import pytest
 datasets = pytest.importorskip("datasets")
 
 from nvembed.core.config import load_config
+from nvembed.data.loading import open_dataset
 from nvembed.data.records import Converted, LabelRecord, PairRecord, Record, StsRecord
-from nvembed.data.sources.opening import open_dataset
 from nvembed.training.config import TrainConfig
 
 RECIPE = Path(__file__).resolve().parents[4] / "recipes" / "nv-embed-v2.yaml"

@@ -31,8 +31,7 @@ from nvembed.core.runs import RunFolder
 from nvembed.encoding.encoder import Encoder
 from nvembed.evaluation.mteb_adapter import MtebEncoder, finite_or_none, quiet, run_mteb
 from nvembed.evaluation.reference import InstructionSource, instruction_for
-from nvembed.evaluation.results import TaskResult
-from nvembed.evaluation.run import UnreachableTaskError
+from nvembed.evaluation.results import TaskResult, UnreachableTaskError
 from nvembed.text.instructions import Side, find_instruction
 
 _ONE_SIDED = ("Retrieval", "Reranking", "InstructionRetrieval", "InstructionReranking")

@@ -23,7 +23,7 @@ from nvembed.data.records import Converted
 from nvembed.data.sources.opening import open_dataset
 from nvembed.evaluation.local_scores import score_local
 from nvembed.evaluation.reference import ignores_identical_ids
-from nvembed.evaluation.run import score_task
+from nvembed.evaluation.session import score_task
 from nvembed.evaluation.task_files import RetrievalData
 from nvembed.evaluation.tasks import LocalTask, find_tasks, load_task, load_tasks, task_hash
 from task_folders import write_rows, write_task

@@ -62,25 +62,17 @@ def evaluate(
         ModelError: the encoder gives vectors of another shape or that are not finite.
         UserError: scikit-learn or scipy is not installed.
     """
-    return _evaluate(encoder, tasks, on_result)
-
-
-def evaluate_bm25(
-    tasks: Iterable[LocalTask], *, on_result: OnResult | None = None
-) -> dict[str, TaskResult]:
-    """Score BM25 on those of the tasks that are retrieval with nDCG@10; the others are left out."""
-    return _evaluate(None, filter(fits_bm25, tasks), on_result)
-
-
-def _evaluate(
-    encoder: Encoder | None, tasks: Iterable[LocalTask], on_result: OnResult | None
-) -> dict[str, TaskResult]:
     found: dict[str, TaskResult] = {}
     for task in tasks:
         found[task.name], _ = score_task(task, encoder)
         if on_result is not None:
             on_result(task.name, found[task.name])
     return found
+
+
+def evaluate_bm25(tasks: Iterable[LocalTask]) -> dict[str, TaskResult]:
+    """Score BM25 on those of the tasks that are retrieval with nDCG@10; the others are left out."""
+    return {task.name: score_task(task, None)[0] for task in tasks if fits_bm25(task)}
 
 
 def fits_bm25(task: LocalTask) -> bool:
@@ -115,18 +107,13 @@ def score_task(task: LocalTask, encoder: Encoder | None, engine: Engine = "local
 
 @dataclass(frozen=True)
 class Settings:
-    """What all tasks of an evaluation share.
-
-    ``output`` is the file of the results, and the other files lie beside it. ``dtype`` is that of
-    the weights, ``None`` as saved. ``instructions`` are those of mteb's tasks; local ones bring
-    their own. ``cache`` is the folder of the vectors, ``None`` keeps none.
-    """
+    """What all tasks of an evaluation share."""
 
     model: str
-    output: Path
-    dtype: Precision | None = None
-    instructions: InstructionSource = "paper"
-    cache: Path | None = None
+    output: Path  # of the results; the other files lie beside it
+    dtype: Precision | None = None  # of the weights; ``None`` as saved
+    instructions: InstructionSource = "paper"  # of mteb's tasks; local ones bring their own
+    cache: Path | None = None  # folder of the vectors
     engine: Engine = "local"
 
     @property

@@ -268,7 +268,8 @@ def mteb_of() -> Any:
     from nvembed.evaluation import mteb_adapter
 
     def score(folder: Path, task: LocalTask, *, ignore: bool = False) -> dict[str, Any]:
-        attributes = {"metadata": mteb_adapter._metadata(task), "ignore_identical_ids": ignore}
+        metadata = mteb_adapter._mteb_task(task).metadata
+        attributes = {"metadata": metadata, "ignore_identical_ids": ignore}
         made = type("Published", (AbsTaskRetrieval,), attributes)()
         with mteb_adapter.quiet():
             result = mteb.evaluate(

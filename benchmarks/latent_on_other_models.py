@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from nvembed.core.files import write_text
 from nvembed.encoding.encoder import Encoder
 from nvembed.evaluation.results import TaskResult, read_results, write_results
-from nvembed.evaluation.run import evaluate
+from nvembed.evaluation.session import evaluate
 from nvembed.evaluation.tasks import LocalTask, load_tasks
 from nvembed.kernels.precision import settle_precision
 from nvembed.model.embedder import NVEmbed

@@ -26,7 +26,7 @@ from nvembed.data.config import DatasetConfig, MiningConfig
 from nvembed.encoding.encoder import Encoder, load_encoder
 from nvembed.evaluation.encoders import CachedEncoder
 from nvembed.evaluation.results import TaskResult, read_results, write_results
-from nvembed.evaluation.run import evaluate
+from nvembed.evaluation.session import evaluate
 from nvembed.evaluation.tasks import LocalTask, load_tasks
 from nvembed.interop.fingerprint import model_fingerprint
 from nvembed.mining.miner import mine_file

@@ -17,9 +17,8 @@ from pathlib import Path
 from nvembed.core.config import load_config
 from nvembed.core.files import write_text
 from nvembed.encoding.encoder import Encoder, load_encoder
-from nvembed.evaluation.results import TaskResult, read_results, write_results
-from nvembed.evaluation.run import evaluate, evaluate_bm25
-from nvembed.evaluation.summary import format_markdown
+from nvembed.evaluation.results import TaskResult, format_markdown, read_results, write_results
+from nvembed.evaluation.session import evaluate, evaluate_bm25
 from nvembed.evaluation.tasks import load_tasks
 from nvembed.kernels.precision import settle_precision
 from nvembed.model.embedder import NVEmbed

@@ -22,7 +22,7 @@ from nvembed.core.ownership import check_outputs, check_overlaps
 from nvembed.core.runs import RunFolder
 from nvembed.encoding.file_search import search_file
 from nvembed.evaluation.results import TaskResult, write_results
-from nvembed.evaluation.run import evaluate, evaluate_bm25
+from nvembed.evaluation.session import evaluate, evaluate_bm25
 from nvembed.evaluation.tasks import LocalTask, load_task
 from pydocs.budget import plan_steps, rehearse, training_seconds
 from pydocs.dataset import DEMO, TASK_NAMES, DemoData, build_dataset

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from nvembed.encoding.files import encode_file
     from nvembed.encoding.outputs import OutputFormat
     from nvembed.evaluation.comparison import compare_results as compare
-    from nvembed.evaluation.run import evaluate
+    from nvembed.evaluation.session import evaluate
     from nvembed.evaluation.tasks import load_tasks
     from nvembed.index.build import IndexOptions
     from nvembed.index.build import index_documents as build_index
@@ -102,7 +102,7 @@ _HOMES = {
     "compare": "evaluation.comparison.compare_results",
     "doctor": "encoding.doctor.examine.examine_model",
     "encode_file": "encoding.files.encode_file",
-    "evaluate": "evaluation.run.evaluate",
+    "evaluate": "evaluation.session.evaluate",
     "export": "encoding.export.folders.export_folder",
     "load_config": "core.config.load_config",
     "load_encoder": "encoding.encoder.load_encoder",

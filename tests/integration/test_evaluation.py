@@ -8,10 +8,8 @@ from pathlib import Path
 import pytest
 
 from hash_encoder import HashEncoder
-from nvembed.evaluation.results import read_results
-from nvembed.evaluation.run import evaluate, evaluate_bm25
-from nvembed.evaluation.session import Settings, run_session
-from nvembed.evaluation.summary import format_table
+from nvembed.evaluation.results import format_table, read_results
+from nvembed.evaluation.session import Settings, evaluate, evaluate_bm25, run_session
 from nvembed.evaluation.task_files import TASK_TYPES
 from nvembed.evaluation.tasks import load_tasks
 from task_folders import write_task

@@ -104,7 +104,7 @@ def _local_tasks(
     model: str, folders: Sequence[Path], broken: dict[str, str] | None
 ) -> list[LocalTask]:
     from nvembed.core.errors import DataError
-    from nvembed.evaluation.run import BM25_NAME, fits_bm25
+    from nvembed.evaluation.session import BM25_NAME, fits_bm25
     from nvembed.evaluation.tasks import load_tasks
 
     tasks = load_tasks(folders, broken=broken)
@@ -131,8 +131,7 @@ def _hub_tasks(
 def _precision(model: str, dtype: PrecisionChoice, begun: Path | None) -> Precision | None:
     """Settle the type to compute in; ``auto`` goes on with that of the results in ``begun``."""
     from nvembed.encoding.encoder import settle_dtype
-    from nvembed.evaluation.run import BM25_NAME
-    from nvembed.evaluation.session import earlier_precision
+    from nvembed.evaluation.session import BM25_NAME, earlier_precision
 
     if model == BM25_NAME:
         return None
@@ -143,8 +142,8 @@ def _precision(model: str, dtype: PrecisionChoice, begun: Path | None) -> Precis
 def _show_table(
     model: str, done: Evaluation, for_bm25: Sequence[LocalTask], against: Sequence[str]
 ) -> None:
-    from nvembed.evaluation.run import BM25_NAME, evaluate_bm25
-    from nvembed.evaluation.summary import format_table, published_results
+    from nvembed.evaluation.results import format_table, published_results
+    from nvembed.evaluation.session import BM25_NAME, evaluate_bm25
 
     columns = {model: done.results}
     if for_bm25 and model != BM25_NAME:

@@ -20,63 +20,46 @@ from nvembed.core.reporting import progress
 from nvembed.core.text_files import read_json_object
 from nvembed.evaluation import significance
 from nvembed.evaluation.results import (
+    RowKind,
     TaskResult,
     items_folder,
+    lay_out,
     read_items,
     read_results,
     run_file,
+    table_text,
 )
-from nvembed.evaluation.summary import RowKind, lay_out, markdown_table, terminal_table
 
 SIGNIFICANT = 0.05
 
 
 @dataclass(frozen=True)
 class ComparedRow:
-    """One task, or the average of a type's or of all tasks.
-
-    Attributes:
-        kind: ``task``, ``type`` or ``all``.
-        name: the task or the type; ``Average`` of all.
-        score_name: the main score's, or over how many tasks an average is taken.
-        first: score of the first model.
-        second: score of the second model.
-        difference: second less first.
-        low: start of its 95 % interval, the tasks being these; ``None`` where items are missing.
-        high: its end.
-        p: a task's own test; for an average, the test over its tasks (two or more, signs flipped).
-        p_holm: p of a task, adjusted for the number of tasks tested.
-        significant: whether that is below 0.05; for averages, whether p is.
-    """
+    """One task, or the average of a type or of all tasks."""
 
     kind: RowKind
-    name: str
-    score_name: str
+    name: str  # of the task or the type; ``Average`` of all
+    score_name: str  # or over how many tasks an average is taken
     first: float
     second: float
-    difference: float
-    low: float | None
+    difference: float  # second less first
+    low: float | None  # its 95 % interval, the tasks being these; ``None`` where items are missing
     high: float | None
-    p: float | None
-    p_holm: float | None
-    significant: bool
+    p: (
+        float | None
+    )  # a task's own test; for an average, over its tasks (two or more, signs flipped)
+    p_holm: float | None  # p of a task, adjusted for the number of tasks tested
+    significant: bool  # whether that is below 0.05; for averages, whether p is
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What ``compare_results`` found.
+    """What ``compare_results`` found."""
 
-    Attributes:
-        first: name of the first model.
-        second: name of the second model.
-        rows: tasks by type, each type ending with its average, then the average of all.
-        notes: what keeps the comparison from being one of models alone, or from being tested.
-    """
-
-    first: str
+    first: str  # names of the models
     second: str
-    rows: tuple[ComparedRow, ...]
-    notes: tuple[str, ...]
+    rows: tuple[ComparedRow, ...]  # each type ends with its average; the last is that of all tasks
+    notes: tuple[str, ...]  # what keeps it from comparing models alone, or from being tested
 
 
 class _Side(NamedTuple):
@@ -227,7 +210,7 @@ def format_text(comparison: Comparison, *, markdown: bool = False) -> str:
 
     titles = [comparison.first, comparison.second, "difference", "95 %", "p"]
     rows = [(row.kind, row.name, list(map(escaped, _cells(row)))) for row in comparison.rows]
-    table = markdown_table(titles, rows) if markdown else terminal_table(titles, rows, width=120)
+    table = table_text(titles, rows, 120, markdown=markdown)
     notes = [f"note: {note}" for note in comparison.notes]
     return ("\n\n" if markdown else "\n").join([table, escaped(_EXPLANATION), *notes])
 

@@ -45,10 +45,7 @@ _KEY_BYTES = 16
 
 @contextmanager
 def shared_encoder(model: str, dtype: Precision | None, processes: int) -> Iterator[SharedEncoder]:
-    """Start processes for a block, each with the model and a GPU where there are some.
-
-    Where one dies, the call that needs it raises a ``UserError``.
-    """
+    """Start processes for a block, each with the model and a GPU where there are some."""
     with process_pool(processes, Loader(model, dtype)) as pool:
         yield SharedEncoder(pool)
 

@@ -6,7 +6,6 @@ In: names of benchmarks and tasks, and an ``Encoder``; out: ``TaskResult`` by ta
 
 from __future__ import annotations
 
-import difflib
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -30,9 +29,8 @@ from nvembed.core.files import write_text
 from nvembed.core.runs import RunFolder
 from nvembed.encoding.encoder import Encoder
 from nvembed.evaluation.mteb_adapter import MtebEncoder, finite_or_none, quiet, run_mteb
-from nvembed.evaluation.reference import InstructionSource, instruction_for
-from nvembed.evaluation.results import TaskResult
-from nvembed.evaluation.run import UnreachableTaskError
+from nvembed.evaluation.reference import InstructionSource, instruction_for, near_names
+from nvembed.evaluation.results import TaskResult, UnreachableTaskError
 from nvembed.text.instructions import Side, find_instruction
 
 _ONE_SIDED = ("Retrieval", "Reranking", "InstructionRetrieval", "InstructionReranking")
@@ -48,10 +46,7 @@ class HubTasks(NamedTuple):
 def find_hub_tasks(
     benchmarks: Sequence[str] = (), names: Sequence[str] = (), types: Sequence[str] | None = None
 ) -> HubTasks:
-    """Look up benchmarks and single tasks, of certain types or of all; each task once.
-
-    An unknown name or type is a ``ConfigError`` with near matches.
-    """
+    """Look up benchmarks and single tasks, of certain types or of all; each task once."""
     found: dict[str, AbsTask] = {}
     with quiet():
         for name in benchmarks:
@@ -80,13 +75,9 @@ def find_hub_tasks(
 
 
 def _check_known(what: str, name: str, known: Sequence[str]) -> None:
-    if name in known:
-        return
-    folded = {other.lower(): other for other in known}
-    near = difflib.get_close_matches(name.lower(), folded, n=3, cutoff=0.5)
-    matches = " or ".join(folded[one] for one in near)
-    expected = f"perhaps {matches}" if near else "a name of mteb"
-    raise ConfigError(f"no {what} called {name!r}", expected=expected)
+    if name not in known:
+        expected = near_names(name, known, "a name of mteb")
+        raise ConfigError(f"no {what} called {name!r}", expected=expected)
 
 
 def hub_instruction(metadata: TaskMetadata, source: InstructionSource) -> str | None:
@@ -110,11 +101,7 @@ def hub_encoder(encoder: Encoder, meta: ModelMeta, source: InstructionSource) ->
 def score_hub(
     task: AbsTask, encoder: MtebEncoder, folder: Path, made_by: str | None = None
 ) -> TaskResult:
-    """Score one task and write mteb's own files of it anew.
-
-    mteb writes into a folder for the moment; from there its files come to their places. Where its
-    data cannot be loaded this is an ``UnreachableTaskError``.
-    """
+    """Score one task and write mteb's own files of it anew, through a folder for the moment."""
     started = time.perf_counter()
     name, score_name = task.metadata.name, task.metadata.main_score
     try:
@@ -152,9 +139,8 @@ def _unreachable(name: str, reason: str, hint: str | None = None) -> Unreachable
 def describe_model(name: str, encoder: Encoder, revision: str) -> ModelMeta:
     """Describe a model as the leaderboard wants it; ``None`` where nothing says.
 
-    Licence and data sets come from the model card, data sets also from the run folder that the
-    model lies in. Those are named as tasks of mteb, so that it knows what was trained on. (mteb's
-    own ``ModelMeta.from_hub`` asks the network.)
+    Data sets, from the model card and the run folder, are named as tasks of mteb, so that it knows
+    what was trained on. (mteb's own ``ModelMeta.from_hub`` asks the network.)
     """
     path = Path(name)
     inner: Any = getattr(encoder, "model", encoder)

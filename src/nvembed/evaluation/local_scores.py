@@ -1,8 +1,6 @@
 """Scores a local task without mteb: its protocols and scores, at a small part of its cost.
 
-The scores are those of ``mteb_adapter.score``, equal to 1e-6, 1.8 to 10 times as fast and without
-importing mteb (docs/results.md), and with the items that they are made of. Beside the vectors of
-the texts, retrieval holds ``CHUNK_DOCUMENTS`` documents and a block of similarities at a time.
+Beside the vectors, retrieval holds ``CHUNK_DOCUMENTS`` documents and a block of similarities.
 
 Letters: Q queries, N documents or items, M documents of a chunk, D width, K results per query, E
 experiments, S kinds of similarity or texts of a sample, H human summaries.
@@ -42,24 +40,14 @@ _Encode = Callable[[Sequence[str], InputType], Vectors]
 
 
 class Scored(NamedTuple):
-    """Scores by mteb's names, ``None`` where undefined, and the items that the main one is made of.
-
-    There are no items where it cannot be resampled (``ami``, or an undefined score).
-    """
+    """Scores by mteb's names, and the items of the main one, where it can be resampled."""
 
     scores: dict[str, float | None]
     items: Items | None
 
 
 def score_local(task: LocalTask, encoder: Encoder) -> Scored:
-    """Evaluate ``encoder`` on ``task``, each text encoded once per side.
-
-    Equal similarities of different documents are told apart by id, as in mteb. Where queries are
-    too many for one block of similarities, the products may differ from mteb's in the last bit.
-
-    Raises:
-        ModelError: the encoder gives vectors of another shape or that are not finite.
-    """
+    """Evaluate ``encoder`` on ``task``, each text encoded once per side; ties as in mteb."""
 
     def encode(texts: Sequence[str], side: InputType) -> Vectors:
         # Documents are encoded bare, all others with the instruction of the task.
@@ -106,32 +94,23 @@ def _retrieval(task: LocalTask, data: Any, encode: _Encode) -> _Found:
 
 
 def score_bm25(task: LocalTask) -> Scored:
-    """Score BM25 on a Retrieval task with nDCG@10."""
-    values_N = bm25_ndcgs(task)
-    items = Items("values", task.main_score, task_hash(task), {"values_N": values_N})
-    return Scored({task.main_score: float(values_N.mean())}, items)
-
-
-def bm25_ndcgs(task: LocalTask) -> Floats:
-    """Compute nDCG@10 of BM25 per query; documents without a shared word do not rank."""
+    """Score BM25 on a Retrieval task with nDCG@10; documents without a shared word do not rank."""
     from nvembed.encoding.bm25 import BM25  # needs scipy, which is optional
 
     data: Any = task.data
-    searcher = BM25(data.documents)
-    scores_QK, rows_QK = searcher.top_k(data.queries, 10 + task.ignore_identical_ids)
+    scores_QK, rows_QK = BM25(data.documents).top_k(data.queries, 10 + task.ignore_identical_ids)
     counted_QK, grades_QK, relevant = _grades(task, data, rows_QK)
     order = np.argsort(~(counted_QK & (scores_QK > 0)), axis=1, kind="stable")
     grades_QK = np.take_along_axis(grades_QK * (scores_QK > 0), order, axis=1)
-    return metrics.ranking_values(grades_QK, relevant)["ndcg_at_10"]
+    values_N = metrics.ranking_values(grades_QK, relevant)["ndcg_at_10"]
+    items = Items("values", task.main_score, task_hash(task), {"values_N": values_N})
+    return Scored({task.main_score: float(values_N.mean())}, items)
 
 
 def _grades(
     task: LocalTask, data: RetrievalData, rows_QK: Ints
 ) -> tuple[NDArray[np.bool_], Ints, list[Ints]]:
-    """Tell which results count, their grades, and those above 0 of each query's judged documents.
-
-    A judged document that is not in the corpus is relevant and found by nobody, as in trec_eval.
-    """
+    """Tell which results count, their grades, and those above 0 of each query, found or not."""
     row_of = {name: row for row, name in enumerate(data.document_ids)}
     counted_QK = np.ones(rows_QK.shape, dtype=bool)
     if task.ignore_identical_ids:

@@ -1,8 +1,6 @@
 """The metrics of mteb over arrays: rankings, correlations, pairs, classes and clusters.
 
-Functions of ``weights_BN`` give the metric of B resamples at once, an item counted as often as its
-weight says: ``significance.py`` needs that, and neither scipy nor sklearn does it. In rankings a
-document without a judgement has grade 0, as has the padding of short ones.
+Functions of ``weights_BN`` give the metric of B resamples at once, which scipy and sklearn do not.
 
 Letters: N items (texts or pairs), Q queries, K results per query, B resamples, D width of the
 vectors, C classes, G gold labels, K clusters, R rates, T thresholds.
@@ -175,11 +173,7 @@ def _ranks_of_resamples(values_N: Floats) -> Statistic:
 def pair_similarities(
     first_ND: NDArray[np.float32], second_ND: NDArray[np.float32]
 ) -> dict[str, Floats]:
-    """Compute mteb's five similarities of each pair; the larger, the more alike.
-
-    They are rounded as mteb's, since ties decide: ``similarity`` is torch's cosine, ``cosine``
-    sklearn's, and both distances are negative.
-    """
+    """Compute mteb's five similarities of each pair, rounded as its are, since ties decide."""
     import torch
     from sklearn.metrics import pairwise
 
@@ -199,6 +193,7 @@ def pair_similarities(
     return {name: values.astype(np.float64) for name, values in found.items()}
 
 
+# A threshold lies between two different similarities: one label for all is none, as in mteb.
 # Of pairs with label 1 and with 0 above each threshold; the last is below all pairs.
 _AT_THRESHOLDS: dict[str, Callable[[Floats, Floats], Floats]] = {
     "accuracy": lambda true, false: (true + false[:, -1:] - false) / (true + false)[:, -1:],
@@ -207,11 +202,7 @@ _AT_THRESHOLDS: dict[str, Callable[[Floats, Floats], Floats]] = {
 
 
 def pair_metrics(similarities_N: Floats, labels_N: Ints) -> dict[str, float]:
-    """Compute accuracy, F1 (with its precision and recall) at the best threshold, and AP.
-
-    A threshold lies between two different similarities; that all pairs get one label is no
-    threshold, as in mteb.
-    """
+    """Compute accuracy, F1 (with its precision and recall) at the best threshold, and AP."""
     counts = _counts_above_thresholds(similarities_N, labels_N)
     true_BT, false_BT, used_BT = counts(np.ones((1, len(labels_N))))
     accuracy_T, f1_T = (
@@ -275,11 +266,7 @@ def _average_precision(true_BT: Floats, false_BT: Floats) -> Floats:
 
 
 def undersample(labels: Ints) -> list[Ints]:
-    """Choose the training texts of every experiment, as mteb does with its seed.
-
-    Each experiment shuffles the order of the one before with the same seed, and takes the first
-    texts of each label.
-    """
+    """Choose the training texts of every experiment, as mteb does with its seed."""
     order = np.arange(len(labels))
     chosen = []
     for _ in range(EXPERIMENTS):
@@ -306,12 +293,10 @@ def class_scores(gold_N: Ints, predicted_N: Ints) -> dict[str, float]:
 
 
 def confusion_scores(confusion_BCC: Floats) -> dict[str, Floats]:
-    """Compute accuracy, F1, precision and recall (macro and weighted) of confusion matrices.
-
-    Rows are gold, columns predicted. A class that is neither counts in no macro average.
-    """
+    """Compute accuracy, F1, precision and recall of matrices whose rows are gold."""
     right_BC = np.diagonal(confusion_BCC, axis1=1, axis2=2)
     gold_BC, predicted_BC = confusion_BCC.sum(axis=2), confusion_BCC.sum(axis=1)
+    # A class that is neither gold nor predicted counts in no macro average.
     counted_B = (gold_BC + predicted_BC > 0).sum(axis=1)
     total_B = gold_BC.sum(axis=1)
     found = {"accuracy": right_BC.sum(axis=1) / total_B}

@@ -1,49 +1,51 @@
-"""What an evaluation leaves: ``results.json``, and the items that each main score is made of.
+"""What an evaluation leaves: ``results.json``, the items of each main score, and tables.
 
-``results.json`` has one entry per finished task; ``summary`` makes tables of it. The items, for
-resampling, are one ``.npz`` without pickle per task in the folder ``<results>.items`` beside it;
-``significance`` reads them. Neither torch nor mteb is needed.
+``results.json`` has one entry per finished task. The items, for resampling, are one ``.npz``
+without pickle per task in the folder ``<results>.items`` beside it; ``significance`` reads them.
+Neither torch nor mteb is needed.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import io
 import zipfile
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 from urllib.parse import quote
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
+from rich.console import Console
+from rich.table import Table
 
 from nvembed.core.errors import DataError
 from nvembed.core.files import atomic_path, write_json
 from nvembed.core.ownership import remove
 from nvembed.core.text_files import read_json_object
+from nvembed.evaluation.reference import published_model
+from nvembed.evaluation.task_files import TASK_TYPES
 
 EVALUATE = "evaluate"
 
 
 @dataclass(frozen=True)
 class TaskResult:
-    """The scores of one model on one task.
+    """The scores of one model on one task."""
 
-    Attributes:
-        type: mteb's name of the type of task.
-        main_score_name: as in its task.json.
-        main_score: mostly 0 to 1, higher is better; ``None`` where undefined (constant vectors).
-        seconds: wall time, encoding included.
-        scores: all scores, the main one among them.
-    """
-
-    type: str
+    type: str  # mteb's name
     main_score_name: str
-    main_score: float | None
-    seconds: float
-    scores: Mapping[str, float | None]
+    main_score: float | None  # mostly 0 to 1, higher is better; None for constant vectors
+    seconds: float  # wall time, encoding included
+    scores: Mapping[str, float | None]  # the main one among them
+
+
+class UnreachableTaskError(DataError):
+    """The data of one task of mteb could not be loaded; others may be."""
 
 
 def write_results(
@@ -72,36 +74,24 @@ def run_file(results: str | Path) -> Path:
 # --- Items ----------------------------------------------------------------------------------------
 
 ItemKind = Literal["values", "correlation", "pairs", "classes", "clusters"]
+"""How the main score comes from the arrays."""
 
 _ARRAYS: dict[str, set[str]] = {
-    "values": {"values_N"},
-    "correlation": {"gold_N", "similarities_N"},
-    "pairs": {"gold_N", "similarities_SN"},
-    "classes": {"gold_N", "predicted_EN"},
-    "clusters": {"gold_N", "assigned_EN", "drawn_EN"},
+    "values": {"values_N"},  # the mean, per query or article
+    "correlation": {"gold_N", "similarities_N"},  # per pair
+    "pairs": {"gold_N", "similarities_SN"},  # labels, and what the score is the best of
+    "classes": {"gold_N", "predicted_EN"},  # per test text, the predictions of E experiments
+    "clusters": {"gold_N", "assigned_EN", "drawn_EN"},  # and how often a text was drawn
 }
 
 
 @dataclass(frozen=True)
 class Items:
-    """The items of one model on one task.
-
-    Attributes:
-        kind: how the main score comes from the arrays:
-            ``values``: the mean of values_N, per query or article;
-            ``correlation``: of similarities_N with gold_N, per pair;
-            ``pairs``: labels gold_N and the similarities that the score is the best of;
-            ``classes``: gold_N and the predictions of E experiments, per test text;
-            ``clusters``: gold_N, and for E experiments how often each text was drawn and the
-            cluster that it got.
-        score: name of the main score.
-        task_hash: names the task's data: only items of equal data can be paired.
-        arrays: by name, the last axis running over the items.
-    """
+    """The items of one model on one task; the last axis of the arrays runs over them."""
 
     kind: ItemKind
     score: str
-    task_hash: str
+    task_hash: str  # of the task's data: only items of equal data can be paired
     arrays: Mapping[str, NDArray[Any]]
 
     def __len__(self) -> int:
@@ -133,11 +123,7 @@ def keep_items(folder: str | Path, names: Collection[str]) -> None:
 
 
 def read_items(folder: str | Path, name: str) -> Items | None:
-    """Read the items of the task ``name``; ``None`` where none were written.
-
-    Raises:
-        DataError: the file is damaged or holds something else.
-    """
+    """Read the items of the task ``name``; ``None`` where none were written."""
     path = _items_file(folder, name)
     if not path.is_file():
         return None
@@ -159,3 +145,106 @@ def read_items(folder: str | Path, name: str) -> Items | None:
         ) from error
     kinds: Any = kind
     return Items(kinds, score, hashed, arrays)
+
+
+# --- Tables ---------------------------------------------------------------------------------------
+
+ResultsByModel = Mapping[str, Mapping[str, TaskResult]]
+RowKind = Literal["task", "type", "all"]
+TableRow = tuple[RowKind, str, Sequence[str]]
+"""Kind, label, and the cells after the label."""
+
+
+class Row(NamedTuple):
+    """One line of the table; ``scores`` follow the models, ``None`` where there is no score."""
+
+    kind: RowKind
+    label: str
+    score_name: str
+    scores: tuple[float | None, ...]
+
+
+def lay_out(results: Mapping[str, TaskResult]) -> Iterator[tuple[RowKind, str, str, list[str]]]:
+    """Yield (kind, label, name of the score, tasks) of each line of a table.
+
+    Types come in the order of the paper, then others, each with its tasks by name and its average;
+    the last line averages over tasks, as MTEB does, not types.
+    """
+
+    def count(names: Collection[str]) -> str:
+        return "1 task" if len(names) == 1 else f"mean of {len(names)} tasks"
+
+    others = {result.type for result in results.values()} - set(TASK_TYPES)
+    for kind in [*TASK_TYPES, *sorted(others)]:
+        names = sorted(name for name, result in results.items() if result.type == kind)
+        for name in names:
+            yield "task", name, results[name].main_score_name, [name]
+        if names:
+            yield "type", kind, count(names), names
+    if results:
+        yield "all", "Average", count(results), list(results)
+
+
+def summary_rows(results_by_model: ResultsByModel) -> list[Row]:
+    """Lay out the results of models; only a model with all tasks of an average has one."""
+    models = list(results_by_model.values())
+    tasks = {name: result for results in reversed(models) for name, result in results.items()}
+
+    def mean(results: Mapping[str, TaskResult], names: Sequence[str]) -> float | None:
+        scores = [results[name].main_score for name in names if name in results]
+        known = [score for score in scores if score is not None]
+        return sum(known) / len(known) if len(known) == len(names) else None
+
+    return [
+        Row(kind, label, score, tuple(mean(results, names) for results in models))
+        for kind, label, score, names in lay_out(tasks)
+    ]
+
+
+def format_table(results_by_model: ResultsByModel, *, markdown: bool = False) -> str:
+    """Render the results as text, scores times 100, one column per model."""
+    rows: list[TableRow] = [
+        (kind, label, [name, *("–" if s is None else f"{100 * s:.2f}" for s in scores)])
+        for kind, label, name, scores in summary_rows(results_by_model)
+    ]
+    width = max(80, 44 + 14 * len(results_by_model))
+    return table_text(list(results_by_model), rows, width, markdown=markdown)
+
+
+format_markdown = partial(format_table, markdown=True)
+
+
+def table_text(
+    titles: Sequence[str], rows: Sequence[TableRow], width: int, *, markdown: bool
+) -> str:
+    """Draw rows of tasks and averages; ``titles`` are those after task and score."""
+    if markdown:
+        escaped = [title.replace("|", "\\|") for title in titles]
+        lines = [f"| task | score | {' | '.join(escaped)} |", f"|---|---|{'---:|' * len(titles)}"]
+        for kind, label, cells in rows:
+            shown = [label.replace("|", "\\|"), *cells]
+            if kind != "task":
+                shown = [f"**{cell}**" if cell else cell for cell in shown]
+            lines.append(f"| {' | '.join(shown)} |")
+        return "\n".join(lines)
+    table = Table()
+    for title in ("task", "score"):
+        table.add_column(title, no_wrap=True)
+    for title in titles:
+        table.add_column(title, justify="right", overflow="fold", min_width=6)
+    for kind, label, cells in rows:
+        indented = f"  {label}" if kind == "task" else label
+        table.add_row(indented, *cells, end_section=kind != "task")
+    out = io.StringIO()
+    Console(file=out, width=width, no_color=True).print(table)
+    return out.getvalue().rstrip("\n")
+
+
+def published_results(name: str, results: Mapping[str, TaskResult]) -> dict[str, TaskResult]:
+    """Make a column of what was published of a model, by its hub id, on those of the tasks."""
+    published = published_model(name).tasks
+    return {
+        task: dataclasses.replace(result, main_score=published[task] / 100, seconds=0.0, scores={})
+        for task, result in results.items()
+        if task in published
+    }

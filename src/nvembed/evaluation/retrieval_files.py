@@ -8,15 +8,8 @@ from __future__ import annotations
 
 from nvembed.core.errors import DataError
 from nvembed.data.records import RowError
-from nvembed.data.sources.beir import (
-    Judgement,
-    Judgements,
-    find_judgements,
-    first_split,
-    judged_splits,
-    open_judgements,
-    read_judgements,
-)
+from nvembed.data.sources import beir
+from nvembed.data.sources.beir import Judgement, Judgements
 from nvembed.data.sources.rows import Columns, Keyed, read_id
 from nvembed.evaluation.task_files import Problems, RetrievalData
 
@@ -90,20 +83,20 @@ def _query_text(row: dict[str, object]) -> str:
 def _read_judgements(problems: Problems, split: str | None) -> tuple[Judgements, str]:
     """Read the judgements of a split, and say where they are from."""
     folder = problems.folder
-    taken = split or first_split(folder) or "test"
-    path = find_judgements(folder, taken)
+    taken = split or beir.first_split(folder) or "test"
+    path = beir.find_judgements(folder, taken)
     where = str(path or folder / "qrels" / f"{taken}.tsv")
     if path is None:
-        there = ", ".join(judged_splits(folder))
+        there = ", ".join(beir.judged_splits(folder))
         expected = f"one of the splits there: {there}" if there else "judgements"
         problems.add("no such file", where, expected)
         return {}, where
     if split is None and taken != "test":
         problems.remarks.add(where, f"the split is {taken}, since there is no test")
     try:
-        table = open_judgements(path)
+        table = beir.open_judgements(path)
         _COLUMNS.check(table, ("query-id", "corpus-id"))
-        rows = read_judgements(table.rows, _COLUMNS)
+        rows = beir.read_judgements(table.rows, _COLUMNS)
         while True:
             bad = next(rows)
             problems.add(bad.problem, bad.place)

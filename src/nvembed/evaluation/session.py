@@ -1,19 +1,19 @@
-"""One evaluation from names to files: local folders and tasks of mteb, in one or several processes.
+"""Evaluation: tasks scored in memory, or from names to files, in one or several processes.
 
 Files: ``results.json`` after every task, ``results.run.json`` (what it was made with),
-``results.items/`` (for ``nvembed compare``) and ``results.mteb/`` (mteb's own format). The results
-say which tasks there are: what an earlier evaluation left of others is deleted. Started again, it
-keeps the finished tasks, and takes the vectors of a half finished one from the cache.
+``results.items/`` (for ``nvembed compare``) and ``results.mteb/`` (mteb's own format). What an
+earlier evaluation left of other tasks is deleted, and finished tasks are kept.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from nvembed.core.arguments import Precision
 from nvembed.core.errors import ConfigError, UserError
@@ -24,15 +24,7 @@ from nvembed.core.text_files import check_ending, read_json_object
 from nvembed.encoding.encoder import Encoder, computed_fingerprint
 from nvembed.evaluation import results
 from nvembed.evaluation.encoders import CachedEncoder, SharedEncoder, shared_encoder
-from nvembed.evaluation.results import EVALUATE, TaskResult
-from nvembed.evaluation.run import (
-    BM25_NAME,
-    Engine,
-    TaskOutcome,
-    UnreachableTaskError,
-    fits_bm25,
-    score_task,
-)
+from nvembed.evaluation.results import EVALUATE, Items, TaskResult, UnreachableTaskError
 from nvembed.evaluation.tasks import LocalTask, task_hash
 from nvembed.interop.fingerprint import model_fingerprint
 
@@ -43,22 +35,85 @@ if TYPE_CHECKING:
     from nvembed.evaluation.reference import InstructionSource
 
 _SHOWN_FINGERPRINT = 12
+BM25_NAME = "bm25"
+"""The name under which BM25 is evaluated like a model."""
+
+Engine = Literal["local", "mteb"]
+"""Who scores local tasks."""
+
+OnResult = Callable[[str, TaskResult], None]
+TaskOutcome = tuple[TaskResult, Items | None]
+
+
+# --- Scores in memory -----------------------------------------------------------------------------
+
+
+def evaluate(
+    encoder: Encoder, tasks: Iterable[LocalTask], *, on_result: OnResult | None = None
+) -> dict[str, TaskResult]:
+    """Score an encoder on tasks, one after the other.
+
+    Args:
+        encoder: the model.
+        tasks: read by ``load_tasks``.
+        on_result: called with name and result as soon as a task is finished.
+
+    Raises:
+        ModelError: the encoder gives vectors of another shape or that are not finite.
+        UserError: scikit-learn or scipy is not installed.
+    """
+    found: dict[str, TaskResult] = {}
+    for task in tasks:
+        found[task.name], _ = score_task(task, encoder)
+        if on_result is not None:
+            on_result(task.name, found[task.name])
+    return found
+
+
+def evaluate_bm25(tasks: Iterable[LocalTask]) -> dict[str, TaskResult]:
+    """Score BM25 on those of the tasks that are retrieval with nDCG@10; the others are left out."""
+    return {task.name: score_task(task, None)[0] for task in tasks if fits_bm25(task)}
+
+
+def fits_bm25(task: LocalTask) -> bool:
+    """Whether BM25 has a score for it."""
+    return task.type == "Retrieval" and task.main_score == "ndcg_at_10"
+
+
+def score_task(task: LocalTask, encoder: Encoder | None, engine: Engine = "local") -> TaskOutcome:
+    """Score an encoder on one task; see ``evaluate``. ``None`` is BM25, on a task that fits it."""
+    started = time.perf_counter()
+    try:
+        if encoder is not None and engine == "mteb":
+            from nvembed.evaluation.mteb_adapter import score
+
+            scores, items = score(task, encoder), None
+        else:
+            from nvembed.evaluation.local_scores import score_bm25, score_local
+
+            scores, items = score_bm25(task) if encoder is None else score_local(task, encoder)
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"evaluation needs the package {error.name!r}",
+            hint="Install it with: pip install 'nvembed[eval]'",
+        ) from error
+    seconds = round(time.perf_counter() - started, 2)
+    main = scores[task.main_score]
+    return TaskResult(task.type, task.main_score, main, seconds, scores), items
+
+
+# --- Scores on disk -------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What all tasks of an evaluation share.
-
-    ``output`` is the file of the results, and the other files lie beside it. ``dtype`` is that of
-    the weights, ``None`` as saved. ``instructions`` are those of mteb's tasks; local ones bring
-    their own. ``cache`` is the folder of the vectors, ``None`` keeps none.
-    """
+    """What all tasks of an evaluation share."""
 
     model: str
-    output: Path
-    dtype: Precision | None = None
-    instructions: InstructionSource = "paper"
-    cache: Path | None = None
+    output: Path  # of the results; the other files lie beside it
+    dtype: Precision | None = None  # of the weights; ``None`` as saved
+    instructions: InstructionSource = "paper"  # of mteb's tasks; local ones bring their own
+    cache: Path | None = None  # folder of the vectors
     engine: Engine = "local"
 
     @property
@@ -94,11 +149,7 @@ def earlier_precision(output: Path) -> Precision | None:
 
 
 def check_session(settings: Settings, inputs: Iterable[Path] = ()) -> None:
-    """Refuse to evaluate where results would replace something of the user's.
-
-    That is a folder, the model or one of the ``inputs`` (folders of tasks), or what no evaluation
-    made, or what was changed since.
-    """
+    """Refuse to evaluate where results would replace something of the user's."""
     output = settings.output
     if output.is_dir():
         raise ConfigError("is a folder", where=str(output), expected="a file name")
@@ -180,7 +231,14 @@ def _outcomes(
             else:
                 yield name, "BM25 scores local Retrieval tasks with ndcg_at_10 alone"
         return
-    with _loaded(settings, processes) as bare:
+    loaded: AbstractContextManager[Encoder]
+    if processes > 1:
+        loaded = shared_encoder(settings.model, settings.dtype, processes)
+    else:
+        from nvembed.encoding.encoder import load_encoder
+
+        loaded = nullcontext(load_encoder(settings.model, settings.dtype))
+    with loaded as bare:
         encoder, hub = bare, None
         if settings.cache is not None:
             length = getattr(bare, "max_seq_length", None)
@@ -201,14 +259,6 @@ def _outcomes(
                     raise
                 outcome = str(error)
             yield name, outcome
-
-
-def _loaded(settings: Settings, processes: int) -> AbstractContextManager[Encoder]:
-    if processes > 1:
-        return shared_encoder(settings.model, settings.dtype, processes)
-    from nvembed.encoding.encoder import load_encoder
-
-    return nullcontext(load_encoder(settings.model, settings.dtype))
 
 
 def _hub_encoder(settings: Settings, bare: Encoder, encoder: Encoder) -> MtebEncoder:

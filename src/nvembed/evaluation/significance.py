@@ -1,14 +1,8 @@
 """Tests between two models, and the intervals of their difference, from the items of a task.
 
-Everything is drawn from seeds, so that the same items always give the same numbers. Resamples are
-blocks of weights. scipy's ``permutation_test`` doubles the smaller tail: its smallest p of B
-resamples is twice the one here; its ``bootstrap`` computes a statistic once per resample.
-
-What is resampled, with replacement: queries (Retrieval, Reranking), articles (Summarization), pairs
-(STS, PairClassification), test texts (Classification) and texts (Clustering). So the intervals tell
-how much a score would move with other queries, pairs or texts of the same kind. They do not cover
-another corpus or other judgements, another training run or seed of the model, another choice of
-mteb's training texts (Classification) or of k-means (Clustering): these stay as they were.
+All is drawn from seeds, in blocks of weights: scipy's ``bootstrap`` calls a statistic per resample.
+Queries, articles, pairs or test texts are resampled, so intervals tell how far a score moves with
+others of the same kind, not with another corpus, training run, seed or choice of training texts.
 
 Letters: N items, B resamples, M models, T tasks.
 """
@@ -36,16 +30,12 @@ _NUMBERS_AT_ONCE = 4_000_000
 
 @dataclass(frozen=True)
 class Difference:
-    """The second model's score on a task less the first one's.
-
-    ``low`` and ``high`` are its interval, the same items resampled for both models, whose
-    differences are ``resampled_B``. ``p`` is two-sided, that the models are equally good.
-    """
+    """The second model's score on a task less the first one's."""
 
     value: float
-    low: float
+    low: float  # its interval, the same items resampled for both models
     high: float
-    p: float
+    p: float  # two-sided, that the models are equally good
     resampled_B: Floats
 
 
@@ -54,12 +44,8 @@ def compare_items(
 ) -> Difference:
     """Test two models on the same items of one task.
 
-    Where the score is a mean over items (rankings, summaries, accuracy) the test flips the signs of
-    the items' differences, as if the two models had been mixed up: it assumes nothing else. For
-    other scores it is the paired bootstrap: twice the smaller share of resamples on one side of 0.
-
-    Raises:
-        ValueError: the items are of different tasks.
+    Means over items (rankings, summaries, accuracy) get a test by sign flips, as if the models had
+    been mixed up; others the paired bootstrap: twice the smaller share of resamples beside 0.
     """
     if any(getattr(first, k) != getattr(second, k) for k in ("task_hash", "kind", "score")):
         raise ValueError("items of different tasks cannot be paired")
@@ -77,12 +63,8 @@ def compare_items(
 
 
 def sign_flip_p(differences_N: Floats, *, resamples: int = RESAMPLES, seed: int = 0) -> float:
-    """Two-sided p value of a mean difference of 0, by flipping the signs of the differences.
-
-    All flips with up to ``EXACT_SIGNS`` differences that are not 0, else ``resamples`` of them
-    drawn, the data as they are counted as one more. Over tasks, an item is a task: then the
-    question is whether the models differ on tasks like these, not only on these.
-    """
+    """Two-sided p value of a mean difference of 0, by flipping the signs of the differences."""
+    # Drawn flips count the data as they are as one more.
     moved_N = differences_N[differences_N != 0]
     count = len(moved_N)
     if not count:
@@ -117,10 +99,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def mean_difference(differences: Sequence[Difference]) -> tuple[float, float, float]:
-    """Average over tasks: mean, low and high for these very tasks, whose items are resampled.
-
-    Tasks are resampled with seeds of their own, so their errors do not add up.
-    """
+    """Average over tasks: mean, low and high for these very tasks, whose items are resampled."""
     mean = float(np.mean([difference.value for difference in differences]))
     return mean, *interval(np.mean([one.resampled_B for one in differences], axis=0))
 
@@ -215,10 +194,7 @@ def _tables(
     answers_EN: NDArray[np.integer],
     counts_EN: NDArray[np.generic] | None = None,
 ) -> Callable[[Floats], Iterator[Floats]]:
-    """From weights_BN to the tables_BCC of gold label and answer, one after the other experiment.
-
-    ``counts_EN`` says how often a text occurs, once where it is ``None``.
-    """
+    """From weights_BN to the tables_BCC of gold label and answer, one after the other."""
     from scipy import sparse
 
     size = int(max(gold_N.max(), answers_EN.max())) + 1

@@ -46,17 +46,13 @@ _SHOWN_PROBLEMS = 10
 
 @dataclass(frozen=True)
 class RetrievalData:
-    """A corpus, queries, and for every query the judged documents.
-
-    ``documents`` are title and text joined by a space, and may be empty. Queries without a
-    judgement are left out. ``judgements`` holds grades of 0 or more; it may name documents that
-    are not in the corpus: no ranking finds them, and the relevant ones count as missed.
-    """
+    """A corpus, queries with a judgement, and for every query the judged documents."""
 
     document_ids: tuple[str, ...]
-    documents: tuple[str, ...]
+    documents: tuple[str, ...]  # title and text joined by a space, or empty
     query_ids: tuple[str, ...]
     queries: tuple[str, ...]
+    # Grades of 0 or more, of documents that need not be there: relevant ones count as missed.
     judgements: Mapping[str, Mapping[str, int]]
 
 
@@ -177,10 +173,7 @@ M = TypeVar("M", bound=BaseModel)
 
 
 class Problems:
-    """Everything found wrong with one task folder, and what was read by a rule of its own.
-
-    ``remarks`` is what the scores are computed in spite of, such as documents without a text.
-    """
+    """What was found wrong with one task folder, or was read by a rule of its own (``remarks``)."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -246,11 +239,7 @@ class Problems:
         return None
 
     def check(self) -> None:
-        """Raise what was noted, as one error.
-
-        Raises:
-            DataError: naming up to ten kinds of problems with file and line, and counting the rest.
-        """
+        """Raise what was noted, as one error that names up to ten kinds of problems."""
         if not self:
             return
         first = self._found.kinds[0]

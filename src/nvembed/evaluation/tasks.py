@@ -6,7 +6,6 @@ A folder in BEIR's layout without ``task.json`` is a Retrieval task called like 
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import logging
 from collections.abc import Iterator, Sequence
@@ -20,7 +19,7 @@ from pydantic import BaseModel, Field, ValidationInfo, field_validator
 from nvembed.core.errors import ConfigError, DataError
 from nvembed.core.text_files import read_json_object
 from nvembed.data.sources.beir import first_split, is_beir_folder
-from nvembed.evaluation.reference import ignores_identical_ids
+from nvembed.evaluation.reference import ignores_identical_ids, near_names
 from nvembed.evaluation.retrieval_files import read_retrieval
 from nvembed.evaluation.task_files import (
     TASK_TYPES,
@@ -59,27 +58,16 @@ MAIN_SCORES: dict[TaskType, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class LocalTask:
-    """One evaluation task, read and checked.
+    """One evaluation task, read and checked."""
 
-    Attributes:
-        name: unique among the tasks evaluated together.
-        type: what is measured and how the files look.
-        instruction: in plain words, for queries and both sides of symmetric types; or ``None``.
-        main_score: one of ``MAIN_SCORES[type]``.
-        folder: where it was read from.
-        data: the texts and gold values, one class per layout.
-        ignore_identical_ids: in Retrieval, a result with the id of its query does not count.
-        remarks: what the files hold that scores are computed in spite of, in one line; or nothing.
-    """
-
-    name: str
+    name: str  # unique among the tasks evaluated together
     type: TaskType
-    instruction: str | None
-    main_score: str
+    instruction: str | None  # in plain words, for queries and both sides of symmetric types
+    main_score: str  # one of ``MAIN_SCORES[type]``
     folder: Path
     data: TaskData
-    ignore_identical_ids: bool = False
-    remarks: str = ""
+    ignore_identical_ids: bool = False  # in Retrieval: a result with the id of its query
+    remarks: str = ""  # what the files hold that scores are computed in spite of, in one line
 
 
 def task_hash(task: LocalTask) -> str:
@@ -150,7 +138,7 @@ def load_tasks(
             kept[header.name] = path, header
     for name in names or ():
         if name not in kept:
-            raise DataError(f"no task called {name!r}", expected=_near(name, sorted(kept)))
+            raise DataError(f"no task called {name!r}", expected=near_names(name, sorted(kept)))
     loaded = []
     for name, (path, header) in kept.items():
         if names is None or name in names:
@@ -211,11 +199,6 @@ def _load(path: Path, header: _Header) -> LocalTask:
     )
 
 
-def _near(given: str, known: Sequence[str]) -> str:
-    matches = difflib.get_close_matches(given, known, n=3, cutoff=0.5)
-    return f"perhaps {' or '.join(matches)}" if matches else f"one of {', '.join(known)}"
-
-
 class _Header(BaseModel):
     """A task.json."""
 
@@ -230,7 +213,7 @@ class _Header(BaseModel):
     @classmethod
     def _is_known(cls, value: Any) -> Any:
         if isinstance(value, str) and value.strip() and value not in TASK_TYPES:
-            raise ValueError(f"type {value!r}; expected {_near(value, TASK_TYPES)}")
+            raise ValueError(f"type {value!r}; expected {near_names(value, TASK_TYPES)}")
         return value
 
     @field_validator("main_score")
@@ -238,7 +221,7 @@ class _Header(BaseModel):
     def _is_of_type(cls, value: str, info: ValidationInfo) -> str:
         kind = info.data.get("type")
         if kind is not None and value not in MAIN_SCORES[kind]:
-            near = _near(value, MAIN_SCORES[kind])
+            near = near_names(value, MAIN_SCORES[kind])
             raise ValueError(f"main_score {value!r} for {kind}; expected {near}")
         return value
 

@@ -20,7 +20,7 @@ from accelerate import Accelerator, utils
 
 from nvembed.core.errors import ConfigError, TrainingError, UserError
 from nvembed.core.runs import RunFolder, capture_rng, restore_rng
-from nvembed.evaluation.run import evaluate
+from nvembed.evaluation.session import evaluate
 from nvembed.evaluation.tasks import LocalTask, load_tasks
 from nvembed.model.embedder import NVEmbed
 from nvembed.training.checkpoint import Parameters, restore_weights, save_weights

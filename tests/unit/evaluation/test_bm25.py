@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from nvembed.encoding.bm25 import BM25
-from nvembed.evaluation.local_scores import bm25_ndcgs
+from nvembed.evaluation.local_scores import score_bm25
 from nvembed.evaluation.metrics import ranking_values
 from nvembed.evaluation.task_files import RetrievalData
-from nvembed.evaluation.tasks import load_task
+from nvembed.evaluation.tasks import LocalTask, load_task
 from oracles import bm25 as oracle
 from task_folders import write_task
 
@@ -34,6 +34,13 @@ WORDS = [
     "Moon",
     "MOON",
 ]
+
+
+def bm25_ndcgs(task: LocalTask) -> list[float]:
+    items = score_bm25(task).items
+    assert items is not None
+    found: list[float] = items.arrays["values_N"].tolist()
+    return found
 
 
 def _texts(count: int, length: int, seed: int) -> list[str]:

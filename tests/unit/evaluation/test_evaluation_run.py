@@ -6,14 +6,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from hash_encoder import HashEncoder
 from nvembed.cli.main import run as run_command
 from nvembed.core.errors import DataError, ModelError, UserError
-from nvembed.evaluation import run
-from nvembed.evaluation.local_scores import bm25_ndcgs
+from nvembed.evaluation import session
+from nvembed.evaluation.local_scores import score_bm25
 from nvembed.evaluation.results import items_folder, read_items, read_results
 from nvembed.evaluation.session import Settings, run_session
 from nvembed.evaluation.tasks import load_task, load_tasks
@@ -30,13 +29,10 @@ def tasks(tmp_path: Path) -> Path:
 
 
 def test_bm25_scores_retrieval_only(tasks: Path) -> None:
-    finished: list[str] = []
-    results = run.evaluate_bm25(
-        load_tasks([tasks]), on_result=lambda name, result: finished.append(name)
-    )
+    results = session.evaluate_bm25(load_tasks([tasks]))
     task = load_task(tasks / "find")
-    assert list(results) == finished == ["find"]
-    assert results["find"].main_score == pytest.approx(np.mean(bm25_ndcgs(task)))
+    assert list(results) == ["find"]
+    assert results["find"].main_score == pytest.approx(score_bm25(task).scores["ndcg_at_10"])
     assert results["find"].type == "Retrieval"
 
 
@@ -49,7 +45,9 @@ def test_bm25_by_name_needs_no_model_and_can_be_compared(
     assert json.loads((tmp_path / "bm25.run.json").read_text())["model"] == "bm25"
     items = read_items(items_folder(output), "find")
     assert items is not None
-    assert items.arrays["values_N"].tolist() == bm25_ndcgs(load_task(tasks / "find")).tolist()
+    expected = score_bm25(load_task(tasks / "find")).items
+    assert expected is not None
+    assert items.arrays["values_N"].tolist() == expected.arrays["values_N"].tolist()
     capsys.readouterr()
     words = ["evaluate", "bm25", "--tasks", str(tasks / "similar"), "--output", str(output)]
     assert run_command(words) == 2
@@ -59,12 +57,12 @@ def test_bm25_by_name_needs_no_model_and_can_be_compared(
 def test_scores_are_those_of_each_task_in_order(tasks: Path) -> None:
     finished: list[str] = []
     found = load_tasks([tasks])
-    results = run.evaluate(
+    results = session.evaluate(
         HashEncoder(64), found, on_result=lambda name, result: finished.append(name)
     )
     assert list(results) == finished == ["find", "order", "similar"]
     for task in found:
-        expected, _ = run.score_task(task, HashEncoder(64))
+        expected, _ = session.score_task(task, HashEncoder(64))
         assert results[task.name].scores == expected.scores
         assert results[task.name].main_score == expected.scores[task.main_score]
 
@@ -106,4 +104,4 @@ def test_missing_libraries_are_a_user_error(tasks: Path, monkeypatch: pytest.Mon
             monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(builtins, "__import__", refuse)
     with pytest.raises(UserError, match=r"needs the package 'sklearn'.*nvembed\[eval\]"):
-        run.evaluate(HashEncoder(8), load_tasks([tasks]))
+        session.evaluate(HashEncoder(8), load_tasks([tasks]))

@@ -22,7 +22,7 @@ from nvembed.data.loading import load_records, open_dataset
 from nvembed.data.records import Converted
 from nvembed.evaluation.local_scores import score_local
 from nvembed.evaluation.reference import ignores_identical_ids
-from nvembed.evaluation.run import score_task
+from nvembed.evaluation.session import score_task
 from nvembed.evaluation.task_files import RetrievalData
 from nvembed.evaluation.tasks import LocalTask, find_tasks, load_task, load_tasks, task_hash
 from task_folders import write_rows, write_task
@@ -267,7 +267,8 @@ def mteb_of() -> Any:
     from nvembed.evaluation import mteb_adapter
 
     def score(folder: Path, task: LocalTask, *, ignore: bool = False) -> dict[str, Any]:
-        attributes = {"metadata": mteb_adapter._metadata(task), "ignore_identical_ids": ignore}
+        metadata = mteb_adapter._mteb_task(task).metadata
+        attributes = {"metadata": metadata, "ignore_identical_ids": ignore}
         made = type("Published", (AbsTaskRetrieval,), attributes)()
         with mteb_adapter.quiet():
             result = mteb.evaluate(

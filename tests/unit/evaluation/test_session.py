@@ -15,10 +15,14 @@ from nvembed.core.errors import ConfigError, ModelError
 from nvembed.core.ownership import MARK
 from nvembed.encoding.encoder import Encoder
 from nvembed.evaluation import session
-from nvembed.evaluation.results import TaskResult, items_folder, read_items, read_results
-from nvembed.evaluation.run import Engine, TaskOutcome
-from nvembed.evaluation.session import Settings, run_session
-from nvembed.evaluation.summary import published_results
+from nvembed.evaluation.results import (
+    TaskResult,
+    items_folder,
+    published_results,
+    read_items,
+    read_results,
+)
+from nvembed.evaluation.session import Engine, Settings, TaskOutcome, run_session
 from nvembed.evaluation.tasks import LocalTask, load_tasks
 from task_folders import rows_of, write_rows, write_task
 

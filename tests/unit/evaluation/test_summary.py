@@ -7,8 +7,14 @@ from pathlib import Path
 import pytest
 
 from nvembed.core.errors import DataError
-from nvembed.evaluation.results import TaskResult, read_results, write_results
-from nvembed.evaluation.summary import format_markdown, format_table, summary_rows
+from nvembed.evaluation.results import (
+    TaskResult,
+    format_markdown,
+    format_table,
+    read_results,
+    summary_rows,
+    write_results,
+)
 
 
 def _result(kind: str, score: float | None, name: str = "accuracy") -> TaskResult:
@@ -110,7 +116,7 @@ def test_other_files_are_refused(tmp_path: Path, text: str, message: str) -> Non
 
 def test_tables_need_neither_torch_nor_mteb() -> None:
     code = (
-        "import sys, nvembed.evaluation.summary;"
+        "import sys, nvembed.evaluation.results;"
         "print([m for m in ('torch', 'mteb', 'scipy', 'datasets') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -15,7 +15,7 @@ import torch
 
 from nvembed.core.errors import DataError, UserError
 from nvembed.evaluation.results import TaskResult
-from nvembed.evaluation.run import evaluate
+from nvembed.evaluation.session import evaluate
 from nvembed.evaluation.tasks import LocalTask, load_tasks
 from nvembed.model.embedder import NVEmbed
 from nvembed.training import metrics

@@ -7,7 +7,7 @@ source and how certain it is. Needs neither torch nor mteb.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -23,17 +23,12 @@ InstructionSource = Literal["paper", "official", "mteb", "none"]
 
 @dataclass(frozen=True, slots=True)
 class PublishedModel:
-    """Published scores of one model on MTEB(eng, v1), times 100, per type and task as printed.
-
-    ``certainty`` is ``official`` (the model card or the main text of the paper) or ``leaderboard``
-    (tables of MTEB's leaderboard); tasks have one of their own where it differs, and there are none
-    where none were read. ``date`` (ISO) and ``instructions`` are ``None`` where no source says.
-    """
+    """Published scores of one model on MTEB(eng, v1), times 100, per type and task as printed."""
 
     name: str
     source: str
-    date: str | None
-    certainty: str
+    date: str | None  # ISO
+    certainty: str  # ``official`` (card or paper) or ``leaderboard``; tasks may have their own
     instructions: str | None
     average: float
     types: Mapping[str, float]
@@ -71,6 +66,15 @@ def instruction_for(
     return mteb_prompt
 
 
+def near_names(name: str, known: Collection[str], otherwise: str | None = None) -> str:
+    """Say which names come near to an unknown one, or else what is expected."""
+    folded = {other.lower(): other for other in known}
+    near = difflib.get_close_matches(name.lower(), folded, n=3, cutoff=0.5)
+    if near:
+        return f"perhaps {' or '.join(folded[one] for one in near)}"
+    return otherwise or f"one of {', '.join(known)}"
+
+
 @cache
 def published_scores() -> Mapping[str, PublishedModel]:
     """Return the published models by hub id; do not change it."""
@@ -81,10 +85,7 @@ def published_model(name: str) -> PublishedModel:
     """Look up a model by its hub id; a ``ConfigError`` gives near ones of an unknown name."""
     known = published_scores()
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-        raise ConfigError(
-            f"no published scores of {name!r}", expected=" or ".join(near or list(known))
-        )
+        raise ConfigError(f"no published scores of {name!r}", expected=near_names(name, known))
     return known[name]
 
 
@@ -102,10 +103,7 @@ def _read(name: str) -> dict[str, dict[str, Any]]:
 
 
 def ignores_identical_ids(name: str) -> str | None:
-    """Look up a retrieval task whose results may not have the id of their query.
-
-    The name is mteb's, or that of the folder in BEIR's release; mteb's comes back, or ``None``.
-    """
+    """Give mteb's name of a retrieval task whose results may not have the id of their query."""
     table: dict[str, Any] = _read("identical_ids")
     known = table["beir"] | {task.casefold(): task for task in table["tasks"]}
     found: str | None = known.get(name.casefold())

@@ -23,12 +23,7 @@ Axis = Annotated[dict[Name, Settings], Field(min_length=1)]
 
 
 class PaperRows(StrictModel):
-    """Which rows of a published table stand beside the arms.
-
-    Args:
-        table: its name in ``evaluation/reference``.
-        rows: arm → row of the table; an arm is named as in the report, its values joined by ``+``.
-    """
+    """Rows (arm → row) of a published ``table``, by its name in ``evaluation/reference``."""
 
     table: str = Field(min_length=1)
     rows: dict[str, str] = Field(min_length=1)
@@ -129,10 +124,7 @@ class Run:
 
 
 def grid_runs(grid: GridConfig, base_dir: Path) -> list[Run]:
-    """List all runs, seeds outermost: an interrupted grid has whole rows of its table.
-
-    The ConfigError names every arm that cannot be run.
-    """
+    """List all runs, seeds outermost; the ConfigError names every arm that cannot be run."""
     recipe = base_dir / grid.recipe
     common = _overrides(grid.settings)
     base = load_config(TrainConfig, recipe, common)

@@ -1,7 +1,6 @@
 """The report of a grid: what was found, what it cost, and what it does not show.
 
-In: the grid and its finished runs. Out: one ``Report``, and from it ``report.md``, ``scores.csv``,
-``figure.png`` and ``report.html``, which needs no other file.
+``report.md``, ``scores.csv``, ``figure.png``, and ``report.html``, which needs no other file.
 """
 
 from __future__ import annotations
@@ -9,6 +8,7 @@ from __future__ import annotations
 import base64
 import csv
 import io
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,21 +17,13 @@ from nvembed.core.files import atomic_path, write_text
 from nvembed.core.runs import describe_environment
 from nvembed.evaluation.reference import paper_tables
 from nvembed.evaluation.results import TaskResult, read_results
-from nvembed.training.ablation.figure import draw
+from nvembed.training.ablation import statistics
 from nvembed.training.ablation.grid import GridConfig, Run, runs_by_arm
 from nvembed.training.ablation.runner import ABLATE, Outcome, read_outcome
-from nvembed.training.ablation.statistics import (
-    ALL,
-    ArmScores,
-    Contrast,
-    arm_contrasts,
-    arm_scores,
-    mean_and_spread,
-    pooled_spread,
-    smallest_visible,
-    value_contrasts,
-)
+from nvembed.training.ablation.statistics import ALL, ArmScores, Contrast
 
+_COLOURS = ("#0b6fb8", "#c8502c", "#3d8f45", "#8a5bb0", "#9a7a1f", "#4f5b66")
+_MARKERS = ("o", "s", "D", "^", "v", "P")
 _COLUMN_TITLES = {
     ALL: "mean of all tasks",
     "PairClassification": "Pair class.",
@@ -89,13 +81,13 @@ def make_report(grid: GridConfig, runs: Sequence[Run]) -> Report:
         if outcome.state == "finished"
     }
     arms = [
-        arm_scores(arm, [results[run] for run in of_arm if run in results])
+        statistics.arm_scores(arm, [results[run] for run in of_arm if run in results])
         for arm, of_arm in runs_by_arm(runs)
     ]
-    contrasts = arm_contrasts(arms, grid.baseline_arm)
+    contrasts = statistics.arm_contrasts(arms, grid.baseline_arm)
     tables = [_arm_table(grid, arms, contrasts)]
     effects = {
-        axis: value_contrasts(arms, grid.arms(), axis, _reference(grid, axis))
+        axis: statistics.value_contrasts(arms, grid.arms(), axis, _reference(grid, axis))
         for axis in (grid.axes if len(grid.axes) > 1 else ())
     }
     tables += [_effect_table(grid, effects)] if effects else []
@@ -130,11 +122,8 @@ def _arm_table(
     rows = []
     for arm in arms:
         cells = [_spread_cell(arm.columns[c]) if arm.num_seeds else "–" for c in columns]
-        compared = ("–", "–")
-        if arm.arm in contrasts:
-            compared = _contrast_cells(contrasts[arm.arm])
-        elif arm.arm == grid.baseline_arm and arm.num_seeds:
-            compared = ("baseline", "")
+        is_baseline = arm.arm == grid.baseline_arm and arm.num_seeds
+        compared = ("baseline", "") if is_baseline else _contrast_cells(contrasts.get(arm.arm))
         rows.append((arm.arm, str(arm.num_seeds), *cells, *compared))
     return Table(
         "Arms",
@@ -162,7 +151,9 @@ def _effect_table(grid: GridConfig, effects: Mapping[str, Mapping[str, Contrast]
 
 
 def _paper_tables(grid: GridConfig, arms: Sequence[ArmScores]) -> list[Table]:
-    found = {arm.arm: mean_and_spread(arm.columns[ALL])[0] for arm in arms if arm.num_seeds}
+    found = {
+        arm.arm: statistics.mean_and_spread(arm.columns[ALL])[0] for arm in arms if arm.num_seeds
+    }
     tables = []
     for paper in grid.paper:
         published = paper_tables()[paper.table]
@@ -193,13 +184,10 @@ def _cost_table(grid: GridConfig, runs: Sequence[Run], outcomes: Mapping[Run, Ou
     for arm, of_arm in runs_by_arm(runs):
         done = [outcomes[run] for run in of_arm if outcomes[run].state == "finished"]
         losses = [outcome.loss for outcome in done if outcome.loss is not None]
-        cells = (
-            _mean([outcome.tokens for outcome in done], ",.0f"),
-            _mean([outcome.training_seconds for outcome in done], ".0f"),
-            _mean([outcome.evaluation_seconds for outcome in done], ".0f"),
-            _mean(losses, ".3f"),
-        )
-        rows.append((arm, *cells))
+        tokens = _mean([outcome.tokens for outcome in done], ",.0f")
+        training = _mean([outcome.training_seconds for outcome in done], ".0f")
+        scoring = _mean([outcome.evaluation_seconds for outcome in done], ".0f")
+        rows.append((arm, tokens, training, scoring, _mean(losses, ".3f")))
     return Table(
         "Cost per run",
         ("arm", "tokens trained on", "training, s", "scoring, s", "loss at the end"),
@@ -213,13 +201,13 @@ def _mean(values: Sequence[float], form: str) -> str:
 
 
 def _spread_cell(scores: Sequence[float]) -> str:
-    mean, spread = mean_and_spread(scores)
+    mean, spread = statistics.mean_and_spread(scores)
     return f"{mean:.2f}" if spread is None else f"{mean:.2f} ± {spread:.2f}"
 
 
-def _contrast_cells(contrast: Contrast) -> tuple[str, str]:
-    if contrast.p is None:
-        return f"{contrast.difference:+.2f}", "–"
+def _contrast_cells(contrast: Contrast | None) -> tuple[str, str]:
+    if contrast is None or contrast.p is None:
+        return "–" if contrast is None else f"{contrast.difference:+.2f}", "–"
     mark = " *" if contrast.stands_out else ""
     return f"{contrast.difference:+.2f}{mark}", _shown_p(contrast.p)
 
@@ -244,14 +232,11 @@ def _findings(
         f"{len(results)} of {len(runs)} runs are finished: {len(arms)} arms, "
         f"{len(grid.seeds)} seeds each, {len(tasks)} tasks."
     ]
-    spread, freedom = pooled_spread(arms)
-    visible = smallest_visible(arms)
+    spread, freedom = statistics.pooled_spread(arms)
+    visible = statistics.smallest_visible(arms)
     if visible is None:
-        found.append(
-            "No arm has two finished seeds, so nothing is known of the spread, and no difference "
-            "can be told from chance."
-        )
-        return found
+        told = "so nothing is known of the spread, and no difference can be told from chance."
+        return [*found, f"No arm has two finished seeds, {told}"]
     found.append(
         f"Other seeds move an arm's mean by {spread:.2f} (standard deviation, {freedom} degrees "
         f"of freedom). Two arms must differ by {visible:.2f} to stand out even as the only "
@@ -277,6 +262,59 @@ def _findings(
 def _listed(names: Sequence[str]) -> str:
     shown = ", ".join(names[:6])
     return f"{shown} and {len(names) - 6} more" if len(names) > 6 else shown or "none"
+
+
+# --- Figure --------------------------------------------------------------------------------------
+
+
+def draw(grid: GridConfig, arms: Sequence[ArmScores]) -> bytes:
+    """Draw the mean of all tasks per arm as PNG: every seed a dot, every arm its mean."""
+    from matplotlib.figure import Figure
+
+    by_name = {arm.arm: arm for arm in arms if arm.num_seeds}
+    cells = _cells(grid)
+    panels = list(dict.fromkeys(panel for panel, _, _ in cells.values()))
+    columns = list(dict.fromkeys(column for _, column, _ in cells.values()))
+    series = list(dict.fromkeys(name for _, _, name in cells.values()))
+    styles = dict(zip(series, itertools.cycle(zip(_COLOURS, _MARKERS, strict=True))))
+    figure = Figure(figsize=(max(4.5, 0.7 + len(panels) * 0.75 * (len(columns) + 1)), 4.2), dpi=150)
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    width = 0.7 / len(series)
+    for panel, axis in zip(panels, axes, strict=True):
+        for arm, (where, column, name) in cells.items():
+            if where != panel or arm not in by_name:
+                continue
+            scores = by_name[arm].columns[ALL]
+            mean, spread = statistics.mean_and_spread(scores)
+            x = columns.index(column) + (series.index(name) - (len(series) - 1) / 2) * width
+            colour, marker = styles[name]
+            axis.plot([x] * len(scores), scores, ".", color=colour, alpha=0.45, markersize=5)
+            axis.errorbar(x, mean, yerr=spread, fmt=marker, color=colour, capsize=2, markersize=6)
+        axis.set_title(panel, fontsize=10)
+        axis.set_xticks(range(len(columns)), columns, fontsize=9, rotation=20, ha="right")
+        axis.set_xlim(-0.6, len(columns) - 0.4)
+        axis.grid(axis="y", alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("mean of all tasks × 100")
+    if len(series) > 1:
+        for name, (colour, marker) in styles.items():
+            axes[0].plot([], [], marker, color=colour, label=name)
+        figure.legend(loc="upper center", ncols=len(series), frameon=False, fontsize=9)
+    figure.tight_layout(rect=(0, 0, 1, 0.93))
+    out = io.BytesIO()
+    figure.savefig(out, format="png", metadata={"Software": None})
+    return out.getvalue()
+
+
+def _cells(grid: GridConfig) -> dict[str, tuple[str, str, str]]:
+    """Arm → panel, column, series."""
+    found = {}
+    for arm, values in grid.arms().items():
+        *others, last = values.values()
+        panel = last if len(others) > 1 else ""
+        column = others.pop() if panel else last
+        found[arm] = (panel, column, " + ".join(others))
+    return found
 
 
 # --- Files ----------------------------------------------------------------------------------------

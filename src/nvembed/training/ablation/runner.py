@@ -1,8 +1,7 @@
 """Runs a grid: each arm in a process of its own, several at once, finished ones skipped.
 
-Several commands may work on one grid: a run is held by its process, the others pass it over.
-A run that breaks, by an error or killed, does not stop the others; started again, the grid goes on
-where it was: the training of an arm from its last checkpoint, its scores task by task.
+Several commands may work on one grid: a run is held by its process, the others pass it over. A run
+that breaks does not stop the others; started again, the grid goes on where it was.
 
 ``outcome.json`` in the folder of a run: state, cost and error. ``results.json``: its scores.
 """
@@ -10,7 +9,6 @@ where it was: the training of an arm from its last checkpoint, its scores task b
 from __future__ import annotations
 
 import dataclasses
-import json
 import multiprocessing
 import os
 import signal
@@ -22,7 +20,9 @@ from dataclasses import dataclass, replace
 from multiprocessing.connection import wait
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
+
+from pydantic import ConfigDict, TypeAdapter
 
 from nvembed.core.arguments import Precision, PrecisionChoice
 from nvembed.core.background import end_with_parent
@@ -50,6 +50,8 @@ State = Literal["finished", "failed", "open"]
 class Outcome:
     """Where a run stands and what it cost; ``open`` is not finished, started or not."""
 
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
     state: State
     error: str | None = None  # one line
     training_seconds: float = 0.0  # wall time of its steps
@@ -67,11 +69,9 @@ def write_outcome(folder: Path, outcome: Outcome) -> None:
 def read_outcome(run: Run) -> Outcome:
     """Read where a run stands; one that never ended is ``open``."""
     try:
-        values = json.loads((run.folder / _OUTCOME).read_text("utf-8"))
-        outcome = Outcome(**values)
-    except (OSError, ValueError, TypeError, RecursionError):
+        return TypeAdapter(Outcome).validate_json((run.folder / _OUTCOME).read_bytes())
+    except (OSError, ValueError):  # ValidationError is one
         return Outcome("open")
-    return outcome if outcome.state in get_args(State) else Outcome("open")
 
 
 def training_cost(folder: Path) -> tuple[float, int, float | None]:
@@ -148,10 +148,7 @@ class GridJob:
 def run_grid(
     runs: Sequence[Run], job: GridJob, on_done: Callable[[Run, Outcome], None] | None = None
 ) -> list[Outcome]:
-    """Run what is not finished, and return how every run stands, in order.
-
-    ``on_done`` is called with every run that ends. A run of another grid is a ConfigError.
-    """
+    """Run what is not finished, and return how every run stands; ``on_done`` gets ended ones."""
     _check_outputs(runs, job)
     tasks = load_tasks(job.task_folders, job.task_names)
     digests = {task.name: digest_of(task.folder) for task in tasks}

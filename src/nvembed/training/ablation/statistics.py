@@ -1,10 +1,8 @@
 """From the scores of runs to arms: means, spread over seeds, and what differs.
 
-All scores are times 100. Letters: A arms, S seeds. Next file: ``training/ablation/report.py``.
-
-Spread is that of training runs with other seeds. It is pooled over the arms: with three seeds an
-arm's own spread is hardly known, and arms of one grid differ little in it. Tasks are fixed: nothing
-here says that a difference would be found on other tasks.
+Scores are times 100. Letters: A arms, S seeds. The spread is that of training runs with other
+seeds, pooled over the arms, since of three seeds it is hardly known. Tasks are fixed: nothing here
+says that a difference would be found on other tasks.
 """
 
 from __future__ import annotations
@@ -40,13 +38,10 @@ class ArmScores:
 
 @dataclass(frozen=True)
 class Contrast:
-    """How far an arm, or all arms with a value of an axis, lie from what they are compared with.
-
-    ``p`` is two-sided and adjusted for the number of contrasts (Holm); ``None`` with too few seeds.
-    """
+    """How far an arm, or all arms with a value of an axis, lie from what they are compared with."""
 
     difference: float  # of the means, positive where it is better than the baseline
-    p: float | None
+    p: float | None  # two-sided, after Holm's correction; ``None`` with too few seeds
 
     @property
     def stands_out(self) -> bool:
@@ -55,10 +50,7 @@ class Contrast:
 
 
 def arm_scores(arm: str, results_of_seeds: Sequence[Mapping[str, TaskResult]]) -> ArmScores:
-    """Average the main scores of every seed over all tasks and over those of each type.
-
-    An undefined score (all vectors alike) counts as 0.
-    """
+    """Average each seed's main scores over all tasks and each type; an undefined one is 0."""
     columns: dict[str, list[float]] = {ALL: []}
     for results in results_of_seeds:
         by_column: dict[str, list[float]] = {}

@@ -21,7 +21,6 @@ from nvembed.core.files import atomic_folder, atomic_path
 from nvembed.core.store import read_arrays
 from nvembed.core.text_files import check_ending, ending_of
 from nvembed.encoding.embed import Part, read_part
-from nvembed.encoding.encoder import unit_rows
 
 OutputPrecision = Literal["float32", "int8", "uint8", "binary"]
 
@@ -43,11 +42,6 @@ class OutputFormat:
 
     truncate_dim: int | None = None
     precision: OutputPrecision = "float32"
-
-
-def shorten(vectors: NDArray[np.float32], dimension: int) -> NDArray[np.float32]:
-    """Keep the first dimensions of unit vectors ``(N, D)`` and bring them back to length 1."""
-    return unit_rows(vectors[:, :dimension])
 
 
 class Parts:

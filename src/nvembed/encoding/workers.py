@@ -18,8 +18,13 @@ from nvembed.core.arguments import Precision, PrecisionChoice
 from nvembed.core.background import end_with_parent
 from nvembed.core.errors import UserError
 from nvembed.core.reporting import hold_note
-from nvembed.encoding.encoder import Encoder, load_encoder, settle_dtype
-from nvembed.encoding.endpoint import EndpointEncoder, is_endpoint
+from nvembed.encoding.encoder import (
+    Encoder,
+    EndpointEncoder,
+    is_endpoint,
+    load_encoder,
+    settle_dtype,
+)
 
 Engine = Literal["local", "ray"]
 T = TypeVar("T")

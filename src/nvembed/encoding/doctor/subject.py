@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -12,7 +13,6 @@ from numpy.typing import NDArray
 from sentence_transformers.util import batch_to_device
 from torch import Tensor
 
-from nvembed.encoding.doctor.report import Placement, Role, Sample, SampleToken
 from nvembed.encoding.encoder import SentenceTransformerEncoder
 from nvembed.model import memory
 from nvembed.model.embedder import NVEmbed
@@ -36,20 +36,42 @@ DOCUMENTS = (
     "Bread is baked from flour, water, salt and yeast.",
 )
 
-
+Role = Literal["BOS", "instruction", "text", "EOS", "special"]
 Examined = NVEmbed | SentenceTransformerEncoder
 
 
+@dataclass(frozen=True, slots=True)
+class SampleToken:
+    """One token of a sample text, and whether it is pooled (``None``: cannot be told)."""
+
+    text: str
+    role: Role
+    pooled: bool | None
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A sample text as the model sees it."""
+
+    side: Literal["query", "document"]
+    tokens: tuple[SampleToken, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where the weights of a module are, and in which dtype."""
+
+    module: str
+    device: str
+    dtype: str
+    bytes: int
+
+
 class Subject:
-    """A loaded model, ours or foreign, and all that the checks look at."""
+    """A loaded model and all that the checks look at; ``prompt`` is that of the sample query."""
 
     def __init__(
-        self,
-        encoder: Examined,
-        prompt: str,  # of the sample query; empty for a model that takes none
-        query: str,
-        document: str,
-        task: str = "",
+        self, encoder: Examined, prompt: str, query: str, document: str, task: str = ""
     ) -> None:
         self.encoder, self.prompt, self.document = encoder, prompt, document
         self.ours = encoder if isinstance(encoder, NVEmbed) else None
@@ -61,8 +83,10 @@ class Subject:
         self.pooling = type(model[1]).__name__ if len(model) > 1 else "no pooling"
         last = len(model) > 1 and getattr(model[1], "pooling_mode", "") == "lasttoken"
         self.pools_last = last or self.pooling == "LastTokenPooling"
-        tokens = self.tokens(query, prompt), self.tokens(document, "")
-        self.samples = Sample("query", tokens[0]), Sample("document", tokens[1])
+        self.samples = (
+            Sample("query", self.tokens(query, prompt)),
+            Sample("document", self.tokens(document, "")),
+        )
         self.placement = tuple(
             Placement(type(module).__name__, device, dtype, count)
             for module in model
@@ -98,44 +122,17 @@ class Subject:
         features, ids = self.read(text, prompt)
         if ids is None:
             return ()
-        roles = _roles(self.model.tokenizer, ids, prompt, text)
+        tokenizer: Any = self.model.tokenizer
         if self.ours is not None and isinstance(self.ours.pooling, SelfAttentionPooling):
             # Every token has a say through this layer's attention; what is averaged is the mask.
             pooled: Tensor | None = features["flat"].pool_mask_T
         else:
             pooled = probe_pooled(list(self.model), features)
         marks = [None] * len(ids) if pooled is None else pooled.tolist()
-        pieces = self.model.tokenizer.convert_ids_to_tokens(ids)
+        pieces = tokenizer.convert_ids_to_tokens(ids)
         for mark, shown in (("Ġ", "␣"), ("▁", "␣"), ("Ċ", "⏎"), ("<0x0A>", "⏎")):
             pieces = [piece.replace(mark, shown) for piece in pieces]
-        return tuple(map(SampleToken, pieces, roles, marks))
-
-
-def _drift(encoder: Examined, task: str | None) -> dict[str, float] | str:
-    """The smallest cosines of ways to compute in 16 bit to float32, or why there are none."""
-    model = model_of(encoder)
-    needed = 6 * sum(parameter.numel() for parameter in model.parameters())
-    free = memory.free_bytes(model.device)
-    if needed > free:
-        return f"copies need {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
-    encoder = copy.deepcopy(encoder)
-    model = model_of(encoder)
-
-    def encoded() -> NDArray[np.float64]:
-        queries = encoder.encode_query(QUERIES, task=task)
-        return np.concatenate([queries, encoder.encode_document(DOCUMENTS)]).astype(np.float64)
-
-    model.float()
-    expected = encoded()
-    with torch.autocast(model.device.type, torch.bfloat16):
-        autocast = encoded()
-    # The head too: sentence-transformers gives all modules the dtype of the first.
-    model.to(torch.bfloat16)
-    length = np.linalg.norm(expected, axis=1)
-    return {
-        how: float(((expected * x).sum(1) / (length * np.linalg.norm(x, axis=1))).min())
-        for how, x in (("bfloat16 weights", encoded()), ("autocast", autocast))
-    }
+        return tuple(map(SampleToken, pieces, _roles(tokenizer, ids, prompt, text), marks))
 
 
 def model_of(encoder: Examined) -> SentenceTransformer:
@@ -143,16 +140,42 @@ def model_of(encoder: Examined) -> SentenceTransformer:
     return encoder if isinstance(encoder, NVEmbed) else encoder.model
 
 
+def _drift(encoder: Examined, task: str | None) -> dict[str, float] | str:
+    """The smallest cosines of ways to compute in 16 bit to float32, or why there are none."""
+    needed = 6 * sum(parameter.numel() for parameter in model_of(encoder).parameters())
+    free = memory.free_bytes(model_of(encoder).device)
+    if needed > free:
+        return f"copies need {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
+    encoder = copy.deepcopy(encoder)
+    model = model_of(encoder)
+
+    def encoded() -> NDArray[np.float64]:
+        queries = encoder.encode_query(QUERIES, task=task)
+        vectors = np.concatenate([queries, encoder.encode_document(DOCUMENTS)]).astype(np.float64)
+        return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+    model.float()
+    expected = encoded()
+    with torch.autocast(model.device.type, torch.bfloat16):
+        autocast = encoded()
+    # The head too: sentence-transformers gives all modules the dtype of the first.
+    model.to(torch.bfloat16)
+    return {
+        how: float((expected * found).sum(1).min())
+        for how, found in (("bfloat16 weights", encoded()), ("autocast", autocast))
+    }
+
+
 def _roles(tokenizer: Any, ids: list[int], prompt: str, text: str) -> list[Role]:
     """Tell instruction from text by character offsets; ids of neither are special."""
     encoded = tokenizer(prompt + text, add_special_tokens=False, return_offsets_mapping=True)
     body, offsets = encoded["input_ids"], encoded["offset_mapping"]
-    first = 1 if ids[0] in (tokenizer.bos_token_id, tokenizer.cls_token_id) else 0
-    last = 1 if ids[-1] in (tokenizer.eos_token_id, tokenizer.sep_token_id) else 0
-    roles: list[Role] = ["BOS"] if first else []
+    first = int(ids[0] in (tokenizer.bos_token_id, tokenizer.cls_token_id))
+    last = int(ids[-1] in (tokenizer.eos_token_id, tokenizer.sep_token_id))
+    roles: list[Role] = ["BOS"] * first
     for position, token in enumerate(ids[first : len(ids) - last]):
         if position >= len(body) or body[position] != token:
             roles.append("special")
         else:
             roles.append("text" if offsets[position][1] > len(prompt) else "instruction")
-    return [*roles, "EOS"] if last else roles
+    return roles + ["EOS"] * last

@@ -36,6 +36,7 @@ from transformers import AttentionInterface, PreTrainedTokenizerFast
 
 from nvembed.core.errors import ModelError
 from nvembed.core.files import write_json
+from nvembed.encoding.encoder import BaseEncoder
 from nvembed.encoding.export import stock
 from nvembed.interop.loading import loading
 from nvembed.interop.model_folder import ONNX_FILE, read_json_file
@@ -288,7 +289,7 @@ def _run(session: Any, texts: Sequence[TokenizedText]) -> NDArray[np.float32]:
     return np.asarray(vectors, dtype=np.float32)
 
 
-class OnnxEncoder:
+class OnnxEncoder(BaseEncoder):
     """The graph of a folder that ``nvembed export --format onnx`` wrote, as an encoder in float32.
 
     Raises:
@@ -320,17 +321,7 @@ class OnnxEncoder:
             self._session = onnxruntime.InferenceSession(str(path / _FILE))
             self.dimension = int(self._session.get_outputs()[0].shape[1])
 
-    def encode_query(self, texts: Sequence[str], *, task: str | None = None) -> NDArray[np.float32]:
-        """Embed queries; see :class:`~nvembed.encoding.encoder.Encoder`."""
-        return self._encode(texts, task, "query")
-
-    def encode_document(
-        self, texts: Sequence[str], *, task: str | None = None
-    ) -> NDArray[np.float32]:
-        """Embed documents; see :class:`~nvembed.encoding.encoder.Encoder`."""
-        return self._encode(texts, task, "document")
-
-    def _encode(self, texts: Sequence[str], task: str | None, side: Side) -> NDArray[np.float32]:
+    def _encode(self, side: Side, texts: Sequence[str], task: str | None) -> NDArray[np.float32]:
         prompt = resolve_prompt(task, self.prompts)
         if prompt is None:
             prompt = side_prompt(self.prompts, side)

@@ -3,10 +3,8 @@
     texts → jobs (one artifact each) → windows of one instruction → prefetch: tokenised
           → the model, here or in workers → write-behind: checked and written
 
-Used by encoding to files, the index, search, mining and evaluation, so that no model can hand any
-of them vectors of the wrong shape or with NaN in them. A file is named after everything its vectors
-depend on, so a run that was killed goes on with what is missing (``core/store.py``). Memory holds
-few windows.
+No model can hand vectors of the wrong shape or with NaN to any user of it. A file is named after
+all its vectors depend on, so a run that was killed goes on with what is missing.
 """
 
 from __future__ import annotations
@@ -133,12 +131,10 @@ def embed(
     processes: int = 1,
     engine: Engine = "local",
 ) -> None:
-    """Embed the texts of jobs and write their files.
+    """Embed the texts of jobs and write their files; without jobs no model is loaded.
 
-    Jobs, whose file is not there, are read as they are needed; the model is not loaded if there are
-    none. Other processes, or with ``ray`` the workers of a cluster, load a model that is a
-    ``Loader`` themselves. ``made`` is told how many texts were embedded, and how many tokens that
-    were, if anybody counts them.
+    Workers load a ``Loader`` themselves. ``made`` is told how many texts were embedded, and how
+    many tokens that were, if anybody counts them.
     """
     jobs = iter(missing)
     if (first := next(jobs, None)) is None:

@@ -218,9 +218,9 @@ def is_endpoint(name: str) -> bool:
 class EndpointEncoder(BaseEncoder):
     """An OpenAI-compatible endpoint (vLLM, TEI, Infinity, hosted ones …), vectors normalised.
 
-    Texts go to ``<url>/embeddings``. The instruction is put before queries as NVEmbed models have it; endpoints of models that know
-    no instructions want none. Batches are sent four at a time; what fails for the moment is tried
-    again (``core/http.py``).
+    Texts go to ``<url>/embeddings``, with the instruction in front as NVEmbed models have it;
+    endpoints of models that know no instructions want none. Batches are sent four at a time; what
+    fails for the moment is tried again (``core/http.py``).
 
     Args:
         url: up to and with ``/v1``.

@@ -1,8 +1,6 @@
 """Files of vectors: ``.npy`` (also in 8 bits or 1 bit), Parquet and Lance, put together from parts.
 
-The smaller formats are those of sentence-transformers (``quantize_embeddings``), applied to a file
-of any size: the ranges of ``int8`` and ``uint8`` come from all of its vectors. Memory holds one
-part.
+The ranges of ``int8`` and ``uint8`` come from all vectors of a file. Memory holds one part.
 """
 
 from __future__ import annotations
@@ -100,11 +98,7 @@ def write_vectors(parts: Parts, output: Path, precision: OutputPrecision) -> Non
 
 
 def value_ranges(parts: Parts) -> NDArray[np.float32]:
-    """Least and greatest value of each dimension, ``(2, D)``.
-
-    Other vectors are only comparable with ``int8`` and ``uint8`` ones when they are quantised with
-    the same ranges.
-    """
+    """Least and greatest value of each dimension, ``(2, D)``; vectors to compare need the same."""
     extremes = [(part.vectors.min(axis=0), part.vectors.max(axis=0)) for _, part in parts]
     least, greatest = zip(*extremes, strict=True)
     return np.stack([np.min(least, axis=0), np.max(greatest, axis=0)])

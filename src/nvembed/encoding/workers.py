@@ -131,11 +131,7 @@ def _call(*call: Any) -> Any:
 
 
 def join_cluster() -> tuple[Any, str, int]:
-    """Find the Ray cluster, or start one here.
-
-    Returns ray, what a worker takes one of (``"GPU"``, or ``"CPU"`` where the cluster has none),
-    and how many of these there are.
-    """
+    """Find the Ray cluster, or start one: ray, what a worker takes one of, and their number."""
     try:
         import ray
     except ModuleNotFoundError as error:

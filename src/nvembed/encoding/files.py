@@ -95,8 +95,6 @@ def encode_file(
         ModelError: the model cannot be loaded or gives vectors that are no numbers.
         UserError: the output cannot be written (no space, no permission).
     """
-    from nvembed.kernels.precision import computing_record
-
     form, long, skipped = form or OutputFormat(), long or LongTexts(), Skipped()
     paths = [input] if isinstance(input, Path) else list(input)
     _check(model, paths, output, form.precision, processes > 1 or engine == "ray")
@@ -108,8 +106,7 @@ def encode_file(
             made = _embed_missing(read, source, options, folder, len(names), processes, engine)
             parts = Parts(made, names, chunked=long.way == "late")
             settled = source.dtype if isinstance(source, Loader) else None
-            name = model if isinstance(model, str) else type(model).__name__
-            record = {"model": name, "task": task, "computing": computing_record(settled)}
+            record = _record(model, settled, task)
             ids, ranges = _write(parts, output, form.precision, record, with_ids=with_ids)
     return EncodedFile(output, ids, len(parts.names), parts.dimension, ranges, skipped, settled)
 
@@ -236,6 +233,13 @@ def _embed_missing(
     if found != count:
         raise DataError(f"the input changed while it was read ({count} texts, then {found})")
     return paths
+
+
+def _record(model: str | Encoder, dtype: Precision | None, task: str | None) -> dict[str, object]:
+    from nvembed.kernels.precision import computing_record
+
+    name = model if isinstance(model, str) else type(model).__name__
+    return {"model": name, "task": task, "computing": computing_record(dtype)}
 
 
 def _write(

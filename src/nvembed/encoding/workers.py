@@ -48,14 +48,10 @@ class Loader:
 
 @dataclass(frozen=True)
 class Pool:
-    """``size`` workers that have a model each; ``send`` hands a call to one of them."""
+    """``size`` workers that have a model each: one calls ``function(encoder, *given)``."""
 
     size: int
-    send: Callable[..., Future[Any]]
-
-    def submit(self, function: Callable[..., T], /, *given: Any) -> Future[T]:
-        """Call ``function(encoder, *given)`` in a worker."""
-        return self.send(function, *given)
+    submit: Callable[..., Future[Any]]
 
 
 class _Worker:

@@ -18,13 +18,14 @@ from rich.text import Text
 
 from nvembed.core.errors import ConfigError, ModelError
 from nvembed.core.reporting import byte_size
-from nvembed.encoding.doctor.checks import CHECKS, Status
-from nvembed.encoding.doctor.subject import (
+from nvembed.encoding.doctor.checks import (
+    CHECKS,
     DOCUMENTS,
     QUERIES,
     Examined,
     Placement,
     Sample,
+    Status,
     Subject,
     model_of,
 )

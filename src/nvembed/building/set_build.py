@@ -43,7 +43,7 @@ from nvembed.data.built_sets import (
 from nvembed.data.config import BuildConfig, DatasetConfig, local_sources
 from nvembed.data.loading import open_dataset
 from nvembed.data.records import Converted, LabelRecord
-from nvembed.encoding.endpoint import is_endpoint
+from nvembed.encoding.encoder import is_endpoint
 from nvembed.evaluation.tasks import load_tasks
 from nvembed.interop.fingerprint import contents_fingerprint
 from nvembed.mining.teachers import BM25_NAME

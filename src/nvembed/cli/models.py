@@ -43,8 +43,7 @@ def doctor(
       nvembed doctor runs/demo/model --batch 256 --max-tokens 128
       nvembed doctor sentence-transformers/all-MiniLM-L6-v2 --json
     """
-    from nvembed.encoding.doctor.examine import DoctorOptions, examine_model
-    from nvembed.encoding.doctor.report import print_diagnosis
+    from nvembed.encoding.doctor.examine import DoctorOptions, examine_model, print_diagnosis
 
     diagnosis = examine_model(model, DoctorOptions(task, query, document, batch, max_tokens))
     print_diagnosis(diagnosis, as_json=json)

@@ -199,3 +199,12 @@ def _short(value: float | str) -> str:
     if isinstance(value, str):
         return value
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+# --- Numbers --------------------------------------------------------------------------------------
+
+
+def byte_size(count: float) -> str:
+    """Show a number of bytes: ``1.5 GB``."""
+    unit, size = ("GB", 1e9) if count >= 1e9 else ("MB", 1e6) if count >= 1e6 else ("kB", 1e3)
+    return f"{count / size:,.1f} {unit}"

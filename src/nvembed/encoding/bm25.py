@@ -29,19 +29,9 @@ class BM25:
     and ``idf(w) = ln(1 + (N − n + 0.5) / (n + 0.5))`` for w in n of N documents. Always positive,
     so a score of 0 means that query and document share no word.
 
-    Args:
-        documents: the texts to search, at least one.
-        k1: how soon repeating a word stops to help; 0.9 as in Anserini.
-        b: how much long documents are held back, 0 to 1; 0.4 as in Anserini.
-        words: splits a text.
-
-    Attributes:
-        weights: what a word adds to the score of a document, sparse, ``(documents, words)``.
-        vocabulary: columns by word.
-        idf: weights of the words, ``(words,)``.
-
-    Source: Robertson and Zaragoza, The Probabilistic Relevance Framework (2009). Checked against
-    plain loops in tests/unit/evaluation/test_bm25.py.
+    ``weights`` is what a word adds to the score of a document, sparse, ``(documents, words)``;
+    ``k1`` and ``b`` are those of Anserini. Source: Robertson and Zaragoza, The Probabilistic
+    Relevance Framework (2009).
     """
 
     def __init__(
@@ -66,13 +56,9 @@ class BM25:
     def top_k(
         self, queries: Sequence[str], k: int
     ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-        """Find the best ``k`` documents of each query, fewer if there are fewer documents.
+        """Find the best ``k`` documents of each query, equal scores by index.
 
-        Equal scores are ordered by index.
-
-        Returns:
-            scores and document indices, both of shape ``(len(queries), min(k, documents))``, best
-            first; indices at score 0 share no word with the query.
+        Returns scores and indices ``(len(queries), min(k, documents))``, best first.
         """
         num_documents = self.weights.shape[0]
         k = min(k, num_documents)

@@ -3,10 +3,8 @@
     texts → jobs (one artifact each) → windows of one instruction → prefetch: tokenised
           → the model, here or in workers → write-behind: checked and written
 
-Used by encoding to files, the index, search, mining and evaluation, so that no model can hand any
-of them vectors of the wrong shape or with NaN in them. A file is named after everything its vectors
-depend on, so a run that was killed goes on with what is missing (``core/store.py``). Memory holds
-few windows.
+No model can hand vectors of the wrong shape or with NaN to any user of it. A file is named after
+all its vectors depend on, so a run that was killed goes on with what is missing.
 """
 
 from __future__ import annotations
@@ -18,7 +16,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import astuple, dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,12 +25,11 @@ from nvembed.core.background import prefetch, write_behind
 from nvembed.core.errors import ConfigError, ModelError
 from nvembed.core.reporting import Rates, progress, release_notes
 from nvembed.core.store import read_arrays, write_array, write_arrays
-from nvembed.encoding.encoder import Encoder, unit_rows
+from nvembed.encoding.encoder import Encoder, shorten
 from nvembed.encoding.workers import Engine, Loader, Pool, process_pool, ray_pool
 from nvembed.model.settings import LongTexts, Work
+from nvembed.text.instructions import Side
 from nvembed.text.tokens import batches
-
-InputType = Literal["query", "document"]
 
 # Texts per call of the encoder: enough for it to sort by length, few enough to show progress.
 WINDOW_TEXTS = 1024
@@ -45,7 +42,7 @@ _Made = Callable[[int, int | None], None]
 class EncodeOptions:
     """How texts are embedded: all that vectors depend on, besides model and text."""
 
-    input_type: InputType
+    input_type: Side
     task: str | None = None
     truncate_dim: int | None = None  # keep the first dimensions, at length 1; None keeps all
     long: LongTexts = field(default_factory=LongTexts)
@@ -97,7 +94,7 @@ def read_part(path: Path) -> Part:
 
 
 def encode_window(
-    encoder: Encoder, texts: Sequence[str], *, side: InputType, task: str | None = None
+    encoder: Encoder, texts: Sequence[str], *, side: Side, task: str | None = None
 ) -> NDArray[np.float32]:
     """Embed a few texts in one call; a ModelError where the vectors are of no use to anybody."""
     encode = encoder.encode_query if side == "query" else encoder.encode_document
@@ -110,7 +107,7 @@ def encode_texts(
     encoder: Encoder,
     texts: Sequence[str],
     *,
-    side: InputType,
+    side: Side,
     task: str | None = None,
     description: str = "encode",
     own_tasks: Mapping[int, str] | None = None,
@@ -134,12 +131,10 @@ def embed(
     processes: int = 1,
     engine: Engine = "local",
 ) -> None:
-    """Embed the texts of jobs and write their files.
+    """Embed the texts of jobs and write their files; without jobs no model is loaded.
 
-    Jobs, whose file is not there, are read as they are needed; the model is not loaded if there are
-    none. Other processes, or with ``ray`` the workers of a cluster, load a model that is a
-    ``Loader`` themselves. ``made`` is told how many texts were embedded, and how many tokens that
-    were, if anybody counts them.
+    Workers load a ``Loader`` themselves. ``made`` is told how many texts were embedded, and how
+    many tokens that were, if anybody counts them.
     """
     jobs = iter(missing)
     if (first := next(jobs, None)) is None:
@@ -281,7 +276,7 @@ def _prepare(
     def launch() -> _Arriving:
         vectors = encode_window(encoder, texts, side=side, task=task)
         if width != vectors.shape[1]:
-            vectors = unit_rows(vectors[:, :width])
+            vectors = shorten(vectors, width)
         return lambda: vectors
 
     return Work(launch)

@@ -5,7 +5,10 @@ torch and the model libraries are imported when a model is loaded, and not befor
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
@@ -13,9 +16,10 @@ from numpy.typing import NDArray
 
 from nvembed.core.arguments import Precision, PrecisionChoice, checked
 from nvembed.core.errors import ModelError
+from nvembed.core.http import post_json
 from nvembed.core.reporting import release_notes
 from nvembed.interop.fingerprint import model_fingerprint
-from nvembed.text.instructions import resolve_prompt
+from nvembed.text.instructions import Side, resolve_prompt
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -47,10 +51,33 @@ class Encoder(Protocol):
         ...
 
 
+class BaseEncoder(ABC):
+    """An :class:`Encoder` whose sides are computed by one method."""
+
+    def encode_query(self, texts: Sequence[str], *, task: str | None = None) -> NDArray[np.float32]:
+        """Embed queries; see :class:`Encoder`."""
+        return self._encode("query", texts, task)
+
+    def encode_document(
+        self, texts: Sequence[str], *, task: str | None = None
+    ) -> NDArray[np.float32]:
+        """Embed documents; see :class:`Encoder`."""
+        return self._encode("document", texts, task)
+
+    @abstractmethod
+    def _encode(self, side: Side, texts: Sequence[str], task: str | None) -> NDArray[np.float32]:
+        pass
+
+
 def unit_rows(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
     """Bring the rows of ``(N, D)`` to length 1; rows of zeros stay."""
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     return vectors / np.maximum(lengths, np.finfo(np.float32).tiny)
+
+
+def shorten(vectors: NDArray[np.float32], dimension: int) -> NDArray[np.float32]:
+    """Keep the first dimensions of unit vectors ``(N, D)`` and bring them back to length 1."""
+    return unit_rows(vectors[:, :dimension])
 
 
 def prompts_of(encoder: Encoder) -> Mapping[str, str | None]:
@@ -134,7 +161,7 @@ def computed_fingerprint(model: str, dtype: str | None, *settings: object) -> st
     return model_fingerprint(model, dtype, *settings, *kernels())
 
 
-class SentenceTransformerEncoder:
+class SentenceTransformerEncoder(BaseEncoder):
     """A plain sentence-transformers model as an encoder, vectors normalised.
 
     The task becomes a prompt only for a model that was trained with instructions, which shows in
@@ -161,26 +188,78 @@ class SentenceTransformerEncoder:
             raise ModelError("the model does not say how wide its vectors are")
         return int(width)
 
-    def encode_query(self, texts: Sequence[str], *, task: str | None = None) -> NDArray[np.float32]:
-        """Embed queries; see :class:`Encoder`."""
-        return self._encode(self.model.encode_query, texts, task)
-
-    def encode_document(
-        self, texts: Sequence[str], *, task: str | None = None
-    ) -> NDArray[np.float32]:
-        """Embed documents; see :class:`Encoder`."""
-        return self._encode(self.model.encode_document, texts, task)
-
     def prompt_of(self, task: str | None) -> str | None:
         """Return the prompt of a task; ``None`` is the model's own of either side."""
         prompt = resolve_prompt(task, self.prompts)
         named = task is not None and task.strip() in self.prompts
         return prompt if self.follows_instructions or named else None
 
-    def _encode(self, encode: Any, texts: Sequence[str], task: str | None) -> NDArray[np.float32]:
+    def _encode(self, side: Side, texts: Sequence[str], task: str | None) -> NDArray[np.float32]:
         if not texts:
             return np.empty((0, self.dimension), dtype=np.float32)
-        options = {"normalize_embeddings": True, "show_progress_bar": False}
+        encode = self.model.encode_query if side == "query" else self.model.encode_document
+        options: Any = {"normalize_embeddings": True, "show_progress_bar": False}
         vectors = encode(list(texts), prompt=self.prompt_of(task), **options)
         # A model in 16 bit normalises in 16 bit, to lengths that are off by up to 0.4 %.
         return unit_rows(np.asarray(vectors, dtype=np.float32))
+
+
+# --- Endpoints ------------------------------------------------------------------------------------
+
+BATCH_TEXTS = 64
+PARALLEL_REQUESTS = 4
+
+
+def is_endpoint(name: str) -> bool:
+    """Tell an address from a folder or a hub id."""
+    return name.startswith(("http://", "https://"))
+
+
+class EndpointEncoder(BaseEncoder):
+    """An OpenAI-compatible endpoint (vLLM, TEI, Infinity, hosted ones …), vectors normalised.
+
+    Texts go to ``<url>/embeddings``, with the instruction in front as NVEmbed models have it;
+    endpoints of models that know no instructions want none. Batches are sent four at a time; what
+    fails for the moment is tried again (``core/http.py``).
+
+    Args:
+        url: up to and with ``/v1``.
+        model: name that the endpoint knows it by.
+        timeout: seconds for one batch.
+    """
+
+    def __init__(self, url: str, model: str, *, timeout: float = 120.0) -> None:
+        self._url = url.rstrip("/") + "/embeddings"
+        self._model = model
+        self._timeout = timeout
+
+    @cached_property
+    def dimension(self) -> int:
+        """Width of the vectors, found by embedding a word."""
+        return int(self._embed(["width"]).shape[1])
+
+    def _encode(self, side: Side, texts: Sequence[str], task: str | None) -> NDArray[np.float32]:
+        prompt = resolve_prompt(task) or ""  # of documents too; mostly there is none
+        batches = [
+            [prompt + text for text in texts[start : start + BATCH_TEXTS]]
+            for start in range(0, len(texts), BATCH_TEXTS)
+        ]
+        if not batches:
+            return np.empty((0, self.dimension), dtype=np.float32)
+        with ThreadPoolExecutor(PARALLEL_REQUESTS) as pool:
+            return unit_rows(np.concatenate(list(pool.map(self._embed, batches))))
+
+    def _embed(self, texts: list[str]) -> NDArray[np.float32]:
+        answer = post_json(self._url, {"model": self._model, "input": texts}, timeout=self._timeout)
+        try:
+            rows = sorted(answer["data"], key=lambda row: int(row["index"]))
+            vectors = np.array([row["embedding"] for row in rows], dtype=np.float32)
+            if vectors.ndim != 2 or [int(row["index"]) for row in rows] != list(range(len(texts))):
+                raise ValueError
+        except (KeyError, TypeError, ValueError) as error:
+            raise ModelError(
+                "the answer does not hold one vector per text",
+                where=self._url,
+                expected='{"data": [{"index": int, "embedding": [float]}]}',
+            ) from error
+        return vectors

@@ -1,8 +1,4 @@
-"""Search a file of documents with one query: exact, no index to build.
-
-The document vectors are kept in a cache folder, under the contents of the file and the state of the
-model, so that the next query over the same file costs one short encode.
-"""
+"""Search a file of documents with one query: exact, no index to build, vectors cached."""
 
 from __future__ import annotations
 

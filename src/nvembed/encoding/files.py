@@ -1,9 +1,4 @@
-"""Files of texts to files of vectors.
-
-In: what ``encoding/reading.py`` reads; out: a float32 ``.npy`` matrix, one row per text in the
-same order (or fewer dimensions, 8 bits or 1 bit: ``encoding/outputs.py``), and beside it the ids
-where the lines have them. Memory is bounded by a window of texts, not by the file.
-"""
+"""Files of texts to files of vectors; memory is bounded by a window of texts, not by the file."""
 
 from __future__ import annotations
 
@@ -29,12 +24,13 @@ from nvembed.core.store import STORED, write_array
 from nvembed.core.text_files import STDIN, STDIN_NAME, ending_of, stdin_bytes
 from nvembed.data.config import Column
 from nvembed.encoding import outputs
-from nvembed.encoding.embed import EncodeOptions, InputType, Job, embed, windows
+from nvembed.encoding.embed import EncodeOptions, Job, embed, windows
 from nvembed.encoding.encoder import Encoder, computed_fingerprint
 from nvembed.encoding.outputs import ENCODE, OutputFormat, Parts
 from nvembed.encoding.reading import Document, Skipped, input_files, read_documents
 from nvembed.encoding.workers import Engine, Loader, settle_for
 from nvembed.model.settings import LongTexts
+from nvembed.text.instructions import Side
 
 _Reader = Callable[..., Iterator[Document]]
 
@@ -102,7 +98,7 @@ def encode_file(
     form, long, skipped = form or OutputFormat(), long or LongTexts(), Skipped()
     paths = [input] if isinstance(input, Path) else list(input)
     _check(model, paths, output, form.precision, processes > 1 or engine == "ray")
-    side: InputType = "document" if task is None else "query"
+    side: Side = "document" if task is None else "query"
     options = EncodeOptions(side, task, form.truncate_dim, long)
     with _reader(paths, columns, keep_going) as read:
         names, with_ids = _names(read(skipped=skipped), paths)

@@ -1,11 +1,7 @@
 """Exact nearest documents by tiled matrix products with a running top-k.
 
-In: query and document vectors; out: the best ``k`` documents of every query.
-
-The products are as fast as the machine multiplies; what costs is looking for the best in their
-results. So every query keeps a floor, the k-th best score at the last count: of a tile only scores
-above it are looked at, and of random documents that is about one in N/k·ln(N/k).
-
+What costs is looking for the best in the products. So every query keeps a floor, the k-th best
+score at the last count, and of a tile only scores above it are looked at.
 Letters: Q queries, N documents, D width, K results per query, B and M rows and columns of a tile.
 """
 
@@ -44,17 +40,10 @@ def top_k(
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """Find the ``k`` documents with the largest inner product, best first, ties by the lower row.
 
-    Nothing is approximated (checked against a full sort in the tests). Memory beside the inputs and
-    results is that of ``GROUP_QUERIES`` queries, each with ``k + max(k, FEWEST_NEW)`` integers of 8
-    bytes, and of a few tiles of ``block_queries`` rows and ``block_documents`` columns.
-
-    Equal documents tie only as far as the matrix product gives them equal scores: the columns of
-    different tiles may be rounded differently, by one unit in the last place.
-
-    The documents are one matrix (which may be memory-mapped) or parts, one after the other. Parts
-    are gone through once for every ``GROUP_QUERIES`` queries, so with more than that they must not
-    be an iterator. Returns scores_QK, descending in each row, and indices_QK, rows of all
-    documents, with K = min(k, N).
+    Nothing is approximated; columns of different tiles may be rounded differently, by one unit in
+    the last place. The documents are one matrix (which may be memory-mapped) or parts, gone through
+    once for every ``GROUP_QUERIES`` queries: with more they must not be an iterator. Returns
+    scores_QK and indices_QK, rows of all documents, with K = min(k, N).
     """
     if queries_QD.ndim != 2:
         raise ValueError("top_k takes two matrices, one vector a row")
@@ -102,9 +91,8 @@ def _search(
 def _threads() -> Iterator[_RunAll]:
     """Give a function that does something for all blocks, on as many threads as torch may use.
 
-    Each multiplies with one thread of its own: OpenMP's wait for each other at every product, which
-    on a busy machine took ten times as long (docs/log.md), and the best would be looked for on one
-    core. Besides, no result depends on the number of cores.
+    Each multiplies alone: OpenMP's threads wait for each other at every product, which on a busy
+    machine took ten times as long, and no result depends on the number of cores.
     """
     import torch
 

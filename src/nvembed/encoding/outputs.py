@@ -1,8 +1,6 @@
 """Files of vectors: ``.npy`` (also in 8 bits or 1 bit), Parquet and Lance, put together from parts.
 
-The smaller formats are those of sentence-transformers (``quantize_embeddings``), applied to a file
-of any size: the ranges of ``int8`` and ``uint8`` come from all of its vectors. Memory holds one
-part.
+The ranges of ``int8`` and ``uint8`` come from all vectors of a file. Memory holds one part.
 """
 
 from __future__ import annotations
@@ -21,7 +19,6 @@ from nvembed.core.files import atomic_folder, atomic_path
 from nvembed.core.store import read_arrays
 from nvembed.core.text_files import check_ending, ending_of
 from nvembed.encoding.embed import Part, read_part
-from nvembed.encoding.encoder import unit_rows
 
 OutputPrecision = Literal["float32", "int8", "uint8", "binary"]
 
@@ -43,11 +40,6 @@ class OutputFormat:
 
     truncate_dim: int | None = None
     precision: OutputPrecision = "float32"
-
-
-def shorten(vectors: NDArray[np.float32], dimension: int) -> NDArray[np.float32]:
-    """Keep the first dimensions of unit vectors ``(N, D)`` and bring them back to length 1."""
-    return unit_rows(vectors[:, :dimension])
 
 
 class Parts:
@@ -106,11 +98,7 @@ def write_vectors(parts: Parts, output: Path, precision: OutputPrecision) -> Non
 
 
 def value_ranges(parts: Parts) -> NDArray[np.float32]:
-    """Least and greatest value of each dimension, ``(2, D)``.
-
-    Other vectors are only comparable with ``int8`` and ``uint8`` ones when they are quantised with
-    the same ranges.
-    """
+    """Least and greatest value of each dimension, ``(2, D)``; vectors to compare need the same."""
     extremes = [(part.vectors.min(axis=0), part.vectors.max(axis=0)) for _, part in parts]
     least, greatest = zip(*extremes, strict=True)
     return np.stack([np.min(least, axis=0), np.max(greatest, axis=0)])

@@ -1,8 +1,4 @@
-"""Documents from files, folders and standard input: what encoding, indexing and search take.
-
-Rows come from ``data/sources/files.py``; here they become texts with ids, and folders are walked.
-What cannot be used is named with its file and line; it stops reading, or is left out and counted.
-"""
+"""Documents from files, folders and standard input: what encoding, indexing and search take."""
 
 from __future__ import annotations
 
@@ -100,10 +96,7 @@ def read_documents(
 
 
 def input_files(paths: Sequence[str | Path]) -> list[Path]:
-    """Return the files that ``read_documents`` would read, stdin left out.
-
-    A DataError where one of the paths is not there.
-    """
+    """Return the files that ``read_documents`` would read; a DataError where a path is missing."""
     return [file for path in paths if str(path) != STDIN for file in _files_of(Path(path))]
 
 

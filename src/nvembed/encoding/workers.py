@@ -18,8 +18,13 @@ from nvembed.core.arguments import Precision, PrecisionChoice
 from nvembed.core.background import end_with_parent
 from nvembed.core.errors import UserError
 from nvembed.core.reporting import hold_note
-from nvembed.encoding.encoder import Encoder, load_encoder, settle_dtype
-from nvembed.encoding.endpoint import EndpointEncoder, is_endpoint
+from nvembed.encoding.encoder import (
+    Encoder,
+    EndpointEncoder,
+    is_endpoint,
+    load_encoder,
+    settle_dtype,
+)
 
 Engine = Literal["local", "ray"]
 T = TypeVar("T")
@@ -43,14 +48,10 @@ class Loader:
 
 @dataclass(frozen=True)
 class Pool:
-    """``size`` workers that have a model each; ``send`` hands a call to one of them."""
+    """``size`` workers that have a model each: one calls ``function(encoder, *given)``."""
 
     size: int
-    send: Callable[..., Future[Any]]
-
-    def submit(self, function: Callable[..., T], /, *given: Any) -> Future[T]:
-        """Call ``function(encoder, *given)`` in a worker."""
-        return self.send(function, *given)
+    submit: Callable[..., Future[Any]]
 
 
 class _Worker:
@@ -126,11 +127,7 @@ def _call(*call: Any) -> Any:
 
 
 def join_cluster() -> tuple[Any, str, int]:
-    """Find the Ray cluster, or start one here.
-
-    Returns ray, what a worker takes one of (``"GPU"``, or ``"CPU"`` where the cluster has none),
-    and how many of these there are.
-    """
+    """Find the Ray cluster, or start one: ray, what a worker takes one of, and their number."""
     try:
         import ray
     except ModuleNotFoundError as error:

@@ -11,7 +11,7 @@ import glob
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial, partialmethod
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,13 +26,13 @@ from nvembed.core.store import key_of, make_missing, read_array, write_array
 from nvembed.encoding.embed import (
     WINDOW_TEXTS,
     EncodeOptions,
-    InputType,
     Job,
     embed_job,
     encode_window,
 )
-from nvembed.encoding.encoder import Encoder
+from nvembed.encoding.encoder import BaseEncoder, Encoder
 from nvembed.encoding.workers import Loader, Pool, process_pool, result_of
+from nvembed.text.instructions import Side
 
 T = TypeVar("T")
 Vectors = NDArray[np.float32]
@@ -50,7 +50,7 @@ def shared_encoder(model: str, dtype: Precision | None, processes: int) -> Itera
         yield SharedEncoder(pool)
 
 
-class SharedEncoder:
+class SharedEncoder(BaseEncoder):
     """One encoder made of the processes of a pool, each of which embeds a share of every call."""
 
     def __init__(self, pool: Pool) -> None:
@@ -62,7 +62,7 @@ class SharedEncoder:
         """Ask the encoder of one of the processes; question and answer go through a pipe."""
         return result_of(self._pool.submit(question))
 
-    def _encode(self, side: InputType, texts: Sequence[str], *, task: str | None = None) -> Vectors:
+    def _encode(self, side: Side, texts: Sequence[str], task: str | None) -> Vectors:
         vectors = np.empty((len(texts), self.dimension), dtype=np.float32)
         parts = []
         for rows in shares(texts, self._pool.size):
@@ -71,9 +71,6 @@ class SharedEncoder:
         for rows, part in parts:
             vectors[rows] = result_of(part)[0].vectors
         return vectors
-
-    encode_query = partialmethod(_encode, "query")
-    encode_document = partialmethod(_encode, "document")
 
 
 def shares(texts: Sequence[str], count: int) -> list[list[int]]:
@@ -89,7 +86,7 @@ def _facts(encoder: Encoder) -> tuple[int, int | None]:
 # --- Vectors on disk ------------------------------------------------------------------------------
 
 
-class CachedEncoder:
+class CachedEncoder(BaseEncoder):
     """Vectors from the files of a model in ``folder``, or else from an encoder, and then kept.
 
     Each text is found by itself, whatever batch it came in: a corpus with one changed document
@@ -108,7 +105,7 @@ class CachedEncoder:
         # come to similar sizes: to learn M keys bit by bit costs M log M, and runs are few.
         self._runs: list[tuple[NDArray[np.bytes_], NDArray[np.int32]]] = []
 
-    def _encode(self, side: InputType, texts: Sequence[str], *, task: str | None = None) -> Vectors:
+    def _encode(self, side: Side, texts: Sequence[str], task: str | None) -> Vectors:
         keys_N = _keys(texts, side, task)
         places_N2 = self._find(keys_N)
         if (places_N2 < 0).any():
@@ -127,9 +124,6 @@ class CachedEncoder:
             mine = places_N2[:, 0] == number
             vectors_ND[mine] = self._read_vectors(self._files[number])[places_N2[mine, 1]]
         return vectors_ND
-
-    encode_query = partialmethod(_encode, "query")
-    encode_document = partialmethod(_encode, "document")
 
     def _keep(self, keys_N: NDArray[np.bytes_], encode: Callable[[], Vectors]) -> None:
         name = hashlib.blake2b(keys_N.tobytes(), digest_size=_KEY_BYTES).hexdigest()
@@ -177,7 +171,7 @@ class CachedEncoder:
         return vectors
 
 
-def _keys(texts: Sequence[str], side: InputType, task: str | None) -> NDArray[np.bytes_]:
+def _keys(texts: Sequence[str], side: Side, task: str | None) -> NDArray[np.bytes_]:
     start = hashlib.blake2b(repr((side, task)).encode(), digest_size=_KEY_BYTES)
     keys = []
     for text in texts:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from nvembed.encoding.embed import InputType, encode_texts
+from nvembed.encoding.embed import encode_texts
 from nvembed.encoding.encoder import Encoder
 from nvembed.encoding.nearest import RunningTopK
 from nvembed.evaluation import metrics
@@ -25,6 +25,7 @@ from nvembed.evaluation.metrics import TOP_K, Floats, Ints
 from nvembed.evaluation.results import ItemKind, Items
 from nvembed.evaluation.task_files import RetrievalData, TaskType
 from nvembed.evaluation.tasks import LocalTask, task_hash
+from nvembed.text.instructions import Side
 
 CHUNK_DOCUMENTS = 50_000
 """Documents encoded and searched at once; mteb's number, so that products are rounded alike."""
@@ -36,7 +37,7 @@ _ALIASES = {"map": f"map_at_{TOP_K}", "mrr": f"mrr_at_{TOP_K}"}
 
 Vectors = NDArray[np.float32]
 _Found = tuple[dict[str, float], ItemKind | None, Mapping[str, NDArray[Any]]]
-_Encode = Callable[[Sequence[str], InputType], Vectors]
+_Encode = Callable[[Sequence[str], Side], Vectors]
 
 
 class Scored(NamedTuple):
@@ -49,7 +50,7 @@ class Scored(NamedTuple):
 def score_local(task: LocalTask, encoder: Encoder) -> Scored:
     """Evaluate ``encoder`` on ``task``, each text encoded once per side; ties as in mteb."""
 
-    def encode(texts: Sequence[str], side: InputType) -> Vectors:
+    def encode(texts: Sequence[str], side: Side) -> Vectors:
         # Documents are encoded bare, all others with the instruction of the task.
         instruction = None if side == "document" else task.instruction
         return encode_distinct(encoder, texts, side, instruction, task.name)
@@ -64,7 +65,7 @@ def score_local(task: LocalTask, encoder: Encoder) -> Scored:
 
 
 def encode_distinct(
-    encoder: Encoder, texts: Sequence[str], side: InputType, instruction: str | None, name: str
+    encoder: Encoder, texts: Sequence[str], side: Side, instruction: str | None, name: str
 ) -> Vectors:
     """Encode texts for the task ``name``, one row each; equal texts once."""
     rows = {text: row for row, text in enumerate(dict.fromkeys(texts))}

@@ -12,8 +12,7 @@ from nvembed.core.arguments import Precision, PrecisionChoice
 from nvembed.core.config import StrictModel
 from nvembed.core.errors import ModelError
 from nvembed.encoding.embed import EncodeOptions, encode_window
-from nvembed.encoding.encoder import Encoder, load_encoder, prompts_of, settle_dtype
-from nvembed.encoding.outputs import shorten
+from nvembed.encoding.encoder import Encoder, load_encoder, prompts_of, settle_dtype, shorten
 from nvembed.interop.fingerprint import contents_fingerprint
 from nvembed.text.instructions import read_task
 

@@ -24,8 +24,7 @@ from nvembed.data.config import Column, DatasetConfig, MiningConfig, file_datase
 from nvembed.data.loading import load_records, open_table
 from nvembed.data.records import REQUIRED, Kind, PairRecord, StsRecord, record_of
 from nvembed.data.sources.rows import Row
-from nvembed.encoding.encoder import Encoder
-from nvembed.encoding.endpoint import is_endpoint
+from nvembed.encoding.encoder import Encoder, is_endpoint
 from nvembed.encoding.reading import read_documents
 from nvembed.encoding.workers import Engine, Loader
 from nvembed.mining.corpus import Corpus, MemoryCorpus, StoredCorpus

@@ -19,8 +19,7 @@ from nvembed.core.reporting import progress
 from nvembed.core.store import claims, key_of, remembered
 from nvembed.data.config import MiningConfig
 from nvembed.encoding.embed import EncodeOptions, Job, embed, encode_texts
-from nvembed.encoding.encoder import Encoder, computed_fingerprint, settle_dtype
-from nvembed.encoding.endpoint import is_endpoint
+from nvembed.encoding.encoder import Encoder, computed_fingerprint, is_endpoint, settle_dtype
 from nvembed.encoding.workers import Engine, Loader, settle_for
 from nvembed.interop.fingerprint import model_fingerprint
 from nvembed.mining.ranking import (

@@ -14,9 +14,15 @@ from families import make_family
 from nvembed.cli.main import run
 from nvembed.core.errors import ConfigError, ModelError
 from nvembed.encoding.doctor import checks
-from nvembed.encoding.doctor.examine import DoctorOptions, examine, examine_model
-from nvembed.encoding.doctor.report import Diagnosis, Finding, Placement, print_diagnosis
-from nvembed.encoding.doctor.subject import Subject
+from nvembed.encoding.doctor.checks import Placement, Subject
+from nvembed.encoding.doctor.examine import (
+    Diagnosis,
+    DoctorOptions,
+    Finding,
+    examine,
+    examine_model,
+    print_diagnosis,
+)
 from nvembed.encoding.encoder import SentenceTransformerEncoder, load_encoder
 from nvembed.model.embedder import NVEmbed
 from nvembed.model.memory import weight_bytes

@@ -19,8 +19,8 @@ from nvembed.core import http
 from nvembed.core.errors import ModelError
 from nvembed.core.files import write_jsonl
 from nvembed.core.text_files import read_jsonl
-from nvembed.encoding import endpoint
-from nvembed.encoding.endpoint import EndpointEncoder
+from nvembed.encoding import encoder as endpoint
+from nvembed.encoding.encoder import EndpointEncoder
 
 Answer = Callable[[dict[str, Any]], tuple[int, bytes, dict[str, str]]]
 

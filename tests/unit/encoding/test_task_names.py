@@ -15,8 +15,7 @@ from nvembed.core.files import write_jsonl
 from nvembed.data.config import DatasetConfig
 from nvembed.data.loading import read_records
 from nvembed.encoding.doctor.examine import DoctorOptions, examine
-from nvembed.encoding.encoder import SentenceTransformerEncoder
-from nvembed.encoding.endpoint import EndpointEncoder
+from nvembed.encoding.encoder import EndpointEncoder, SentenceTransformerEncoder
 from nvembed.encoding.file_search import search_file
 from nvembed.evaluation.tasks import load_task
 from nvembed.index.build import index_documents

@@ -15,7 +15,7 @@ from nvembed.core.config import dump_config
 from nvembed.core.errors import TrainingError, UserError
 from nvembed.core.files import write_jsonl, write_text
 from nvembed.core.runs import TRAIN, RunFolder
-from nvembed.encoding.export.card import model_card
+from nvembed.encoding.export.folders import model_card
 from nvembed.model.embedder import NVEmbed
 from nvembed.training.config import TrainConfig
 from nvembed.training.dry_run.forecast import dry_run

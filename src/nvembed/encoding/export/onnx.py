@@ -1,21 +1,7 @@
 """A model as an ONNX graph over padded rows: written, proven equal before it is kept, and run.
 
-    model.onnx
-        input_ids       int64 (B, L)   padded on the right
-        attention_mask  int64 (B, L)   1 where there is a token
-        pool_mask       int64 (B, L)   1 where a token is pooled: 0 for a query's prompt
-        → sentence_embedding  float32 (B, D), of length 1
-    transformer/model.onnx
-        input_ids, attention_mask → last_hidden_state  float32 (B, L, D)
-        the same graph up to its mean, for ``SentenceTransformer(folder, backend="onnx")``. Both
-        read one file of weights. It is there only where stock modules can pool as we do.
-
-The tokenizer in the folder adds BOS and EOS by itself, so its ids are those of the model.
-
-The layers are those of transformers with another attention behind them (``padded_attention``), so
-direction and windows are decided here as they are in our own; the latents are folded, so a latent
-pooling is two small matrices and an MLP.
-
+model.onnx gives vectors; transformer/model.onnx is the same graph up to its mean, for
+``SentenceTransformer(folder, backend="onnx")``, where stock modules can pool as we do.
 Letters: B texts, L tokens of the longest, H heads, K key/value heads, E head width, D width.
 """
 
@@ -25,6 +11,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +23,7 @@ from transformers import AttentionInterface, PreTrainedTokenizerFast
 
 from nvembed.core.errors import ModelError
 from nvembed.core.files import write_json
+from nvembed.encoding.encoder import BaseEncoder
 from nvembed.encoding.export import stock
 from nvembed.interop.loading import loading
 from nvembed.interop.model_folder import ONNX_FILE, read_json_file
@@ -77,10 +65,7 @@ def padded_attention(
     softcap: float | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """The function transformers calls in every layer of the graph.
-
-    Shapes: query ``(B, H, L, E)``, key and value ``(B, K, L, E)``; returns ``(B, L, H, E)``.
-    """
+    """Attend in a layer of transformers: ``(B, H, L, E)``, ``(B, K, L, E)`` to ``(B, L, H, E)``."""
     out_BHLE = block_attention(
         query, key, value, causal=causal, scaling=scaling, softcap=softcap, seen_GL=seen_BL
     )
@@ -103,7 +88,7 @@ class PaddedEmbedder(nn.Module):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, pool_mask: Tensor
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """See the module docstring."""
+        """Compute unit vectors float32 ``(B, D)`` of int64 ``(B, L)``, padded on the right."""
         position_BL = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
         hidden_BLD = self.decoder(
             input_ids=input_ids,
@@ -113,10 +98,8 @@ class PaddedEmbedder(nn.Module):
             causal=self.causal,
         ).last_hidden_state
         if isinstance(self.pooling, LatentAttentionPooling):
-            batch, length, width = hidden_BLD.shape
-            hidden_BLD = self.pooling.layer(hidden_BLD.reshape(batch * length, width)).reshape(
-                batch, length, width
-            )
+            shape = hidden_BLD.shape
+            hidden_BLD = self.pooling.layer(hidden_BLD.flatten(0, 1)).reshape(shape)
         weight_BL1 = pool_mask.to(hidden_BLD.dtype)[:, :, None]
         mean_BD = (hidden_BLD * weight_BL1).sum(1) / weight_BL1.sum(1).clamp(min=1)
         vectors_BD = nn.functional.normalize(mean_BD, dim=-1)
@@ -127,10 +110,9 @@ class PaddedEmbedder(nn.Module):
 
 
 def write_onnx(model: NVEmbed, folder: Path, *, name: str) -> bool:
-    """Write graph, tokenizer and what a caller has to know, then compare vectors.
+    """Write and prove the graph; returns whether sentence-transformers can run it too.
 
-    The model, in float32, cannot be used for anything else afterwards. Returns whether
-    sentence-transformers can run the graph too.
+    The model, in float32, cannot be used for anything else afterwards.
     """
     import onnxruntime  # noqa: F401 - one that is missing is told before the work begins
     import onnxscript  # noqa: F401
@@ -258,8 +240,7 @@ def _prove(
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     for texts, wanted in zip(cases, expected, strict=True):
-        alone = np.concatenate([_run(session, [text]) for text in texts])
-        difference = stock.largest_difference(wanted, _run(session, texts), alone)
+        difference = stock.largest_difference(wanted, partial(_run, session), texts)
         if not difference <= _TOLERANCE:
             raise ModelError(
                 f"the ONNX graph gives other vectors (by up to {difference:.1e})",
@@ -288,12 +269,8 @@ def _run(session: Any, texts: Sequence[TokenizedText]) -> NDArray[np.float32]:
     return np.asarray(vectors, dtype=np.float32)
 
 
-class OnnxEncoder:
-    """The graph of a folder that ``nvembed export --format onnx`` wrote, as an encoder in float32.
-
-    Raises:
-        ModelError: onnxruntime is missing, or the folder is damaged.
-    """
+class OnnxEncoder(BaseEncoder):
+    """The graph of a folder that ``nvembed export --format onnx`` wrote, as an encoder."""
 
     def __init__(self, folder: str | Path) -> None:
         try:
@@ -320,17 +297,7 @@ class OnnxEncoder:
             self._session = onnxruntime.InferenceSession(str(path / _FILE))
             self.dimension = int(self._session.get_outputs()[0].shape[1])
 
-    def encode_query(self, texts: Sequence[str], *, task: str | None = None) -> NDArray[np.float32]:
-        """Embed queries; see :class:`~nvembed.encoding.encoder.Encoder`."""
-        return self._encode(texts, task, "query")
-
-    def encode_document(
-        self, texts: Sequence[str], *, task: str | None = None
-    ) -> NDArray[np.float32]:
-        """Embed documents; see :class:`~nvembed.encoding.encoder.Encoder`."""
-        return self._encode(texts, task, "document")
-
-    def _encode(self, texts: Sequence[str], task: str | None, side: Side) -> NDArray[np.float32]:
+    def _encode(self, side: Side, texts: Sequence[str], task: str | None) -> NDArray[np.float32]:
         prompt = resolve_prompt(task, self.prompts)
         if prompt is None:
             prompt = side_prompt(self.prompts, side)

@@ -1,14 +1,15 @@
 """A mean-pooled model as stock sentence-transformers modules, proven equal before it is kept.
 
-The folder holds ``Transformer``, ``Pooling`` and ``Normalize`` of sentence-transformers and nothing
-of ours. What our backbone does by itself must then be said by files: attention in both directions
-(``is_causal``, which transformers 5 reads in every causal mask), no sliding window, BOS and EOS
-from the tokenizer, and a prompt that is left out of pooling.
+What our backbone does by itself is said by files: attention in both directions (``is_causal``,
+which transformers 5 reads in every causal mask), no sliding window, BOS and EOS from the tokenizer,
+and a prompt that is left out of pooling.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from nvembed.text.tokens import plain_backend
 _QUERY_PROMPT = query_prompt("Find it")  # short: it must leave room in a model of short texts
 PROOF_PROMPTS = ("", _QUERY_PROMPT)
 _TEXTS = ["how do I sort a list?", "x", "A longer passage, " * 6 + "cut or not."]
+Vectors = NDArray[np.float32]
 _HINT = "Use --format nvembed"
 
 
@@ -51,10 +53,7 @@ def write_stock(model: NVEmbed, folder: Path, *, name: str) -> None:
 
 
 def write_modules(model: NVEmbed, folder: Path, *, transformer: str = "") -> None:
-    """Write what makes a folder one of sentence-transformers: stock modules, limit and prompts.
-
-    ``transformer`` is the folder of the first module inside it; "" is itself.
-    """
+    """Write stock modules, limit and prompts; the first module lies in the folder or inside it."""
     modules = ((transformer, "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize"))
     entries = [
         {"idx": i, "name": str(i), "path": place, "type": f"sentence_transformers.models.{kind}"}
@@ -73,42 +72,37 @@ def write_modules(model: NVEmbed, folder: Path, *, transformer: str = "") -> Non
 
 
 def prove_stock(model: NVEmbed, folder: Path, *, name: str) -> None:
-    """Load the folder in plain sentence-transformers and compare vectors, alone and in a batch.
-
-    They differ where a family does not do what its configuration says.
-    """
-
-    def refusal(message: str) -> ModelError:
-        family = model.backbone.model.config.model_type
-        return ModelError(
-            message,
-            where=name,
-            expected="the same vectors as ours; transformers reads the "
-            f"{family} family's files, or its tokenizer, its own way",
-            hint=_HINT,
-        )
-
+    """Compare vectors with plain sentence-transformers: not all families do what they are told."""
+    refusal = partial(
+        ModelError,
+        where=name,
+        expected="the same vectors as ours; transformers reads the "
+        f"{model.backbone.model.config.model_type} family's files, or its tokenizer, its own way",
+        hint=_HINT,
+    )
     for prompt in PROOF_PROMPTS:
         options: dict[str, Any] = {"prompt": prompt, "show_progress_bar": False}
         expected = model.encode(_TEXTS, **options)
         try:
             plain = SentenceTransformer(str(folder), device="cpu", local_files_only=True)
-            together = plain.encode(_TEXTS, **options)
-            alone = np.stack([plain.encode(text, **options) for text in _TEXTS])
+            difference = largest_difference(expected, partial(plain.encode, **options), _TEXTS)
         except (LookupError, RuntimeError, TypeError, ValueError) as error:
             raise refusal(f"stock modules do not run it ({error})") from error
-        difference = largest_difference(expected, together, alone)
         # float32 of two implementations, or 16 bit rounded at other places
         if not difference <= (1e-5 if model.dtype == torch.float32 else 2e-2):
             what = "queries with a prompt" if prompt else "texts"
-            raise refusal(
-                f"stock modules give other vectors for {what} (by up to {difference:.1e})"
-            )
+            found = f"stock modules give other vectors for {what} (by up to {difference:.1e})"
+            raise refusal(found)
 
 
-def largest_difference(expected: NDArray[np.float32], *others: NDArray[np.float32]) -> float:
-    """Return the largest difference of a number to its expected value."""
-    return max(float(np.abs(found - expected).max()) for found in others)
+def largest_difference(
+    expected: NDArray[np.float32],
+    encode: Callable[[Any], NDArray[np.float32]],
+    texts: Sequence[Any],
+) -> float:
+    """Encode texts in a batch and each alone; return the largest difference to what is expected."""
+    alone = np.concatenate([encode([text]) for text in texts])
+    return float(np.abs(np.stack([encode(texts), alone]) - expected).max())
 
 
 def open_attention(config_path: Path, backbone: Backbone) -> None:
@@ -142,10 +136,7 @@ def closed_tokenizer(backbone: Backbone) -> Tokenizer:
 
 
 def counting_tokenizer(backbone: Backbone, name: str) -> Tokenizer:
-    """Close the tokenizer so that a prompt by itself has as many tokens as we leave out of pooling.
-
-    A ModelError where that cannot be done.
-    """
+    """Close the tokenizer so that a prompt alone has as many tokens as we leave out of pooling."""
     backend = closed_tokenizer(backbone)
 
     def missed() -> int:
@@ -159,11 +150,8 @@ def counting_tokenizer(backbone: Backbone, name: str) -> Tokenizer:
         own = [backend.normalizer] if backend.normalizer is not None else []
         backend.normalizer = normalizers.Sequence([bare, *own])
     if missed():
-        raise ModelError(
-            "the length of a prompt cannot be expressed in a stock tokenizer",
-            where=name,
-            hint=_HINT,
-        )
+        message = "the length of a prompt cannot be expressed in a stock tokenizer"
+        raise ModelError(message, where=name, hint=_HINT)
     return backend
 
 

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from nvembed.core.reporting import byte_size
 from nvembed.training.checkpoint import Position
 from nvembed.training.config import StageConfig, TrainConfig
 from nvembed.training.model import ActivationBudget
@@ -261,7 +262,7 @@ def _verdict(found: DryRun) -> Text:
     assert found.memory is not None
     without = ", evaluation not counted" if any(s.evaluations for s in found.stages) else ""
     peak, free = found.memory.peak, found.memory.free
-    line = f"about {duration(found.seconds)}{without}; {_size(peak)} of {_size(free)} free"
+    line = f"about {duration(found.seconds)}{without}; {byte_size(peak)} of {byte_size(free)} free"
     return Text(f"✓ {line}", "bold green") if peak <= free else Text(f"✗ {line}", "bold red")
 
 
@@ -284,11 +285,6 @@ def _amount(value: float) -> str:
         if value >= size:
             return f"{_digits(value / size)} {unit}"
     return f"{value:,.0f}"
-
-
-def _size(count: float) -> str:
-    unit, size = ("GB", 1e9) if count >= 1e9 else ("MB", 1e6)
-    return f"{count / size:,.1f} {unit}"
 
 
 def duration(seconds: float) -> str:

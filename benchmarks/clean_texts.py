@@ -17,8 +17,12 @@ from pathlib import Path
 
 import psutil
 
-from nvembed.building.contamination import Contamination, EvaluationText, evaluation_texts
-from nvembed.building.similar_texts import NearDuplicates
+from nvembed.building.contamination import (
+    Contamination,
+    EvaluationText,
+    NearDuplicates,
+    evaluation_texts,
+)
 from nvembed.core.text_files import read_jsonl
 from nvembed.data.loading import read_records
 from nvembed.data.records import Kind, LabelRecord, PairRecord, Record

@@ -164,7 +164,10 @@ def inspect(
                     continue
                 record = row.record
                 found.records += 1
-                _sample(record, found.records, samples, num_samples, choose)
+                if len(samples) < num_samples:  # each of the records so far with the same chance
+                    samples.append((found.records, record))
+                elif (place := choose.randrange(found.records)) < num_samples:
+                    samples[place] = (found.records, record)
                 digests.add(*identity(record))
                 sides += _sides(record)
                 if isinstance(record, LabelRecord):
@@ -196,16 +199,6 @@ def inspect(
         found.trained_on = trained_on
     found.samples = tuple(record.to_json() for _, record in sorted(samples, key=itemgetter(0)))
     return found
-
-
-def _sample(
-    record: Record, number: int, samples: list[tuple[int, Record]], most: int, choose: random.Random
-) -> None:
-    """Keep each of the records so far with the same chance."""
-    if len(samples) < most:
-        samples.append((number, record))
-    elif (place := choose.randrange(number)) < most:
-        samples[place] = (number, record)
 
 
 def _spreads(numbers: dict[str, array[int]]) -> dict[str, Spread]:

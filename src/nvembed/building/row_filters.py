@@ -1,7 +1,4 @@
-"""Which rows of a source stay in a set: usable ones, each record and query once, up to a cap.
-
-All of them walk the rows, in memory that does not grow with the texts, and keep their order.
-"""
+"""Which rows of a source stay in a set; memory does not grow with the texts."""
 
 from __future__ import annotations
 

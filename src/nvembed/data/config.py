@@ -361,7 +361,7 @@ class BuildConfig(StrictModel):
         near: Jaccard similarity of pairs of words from which a training text counts as one of an
             evaluation task; None compares equal texts only.
         bm25: name of a set → BM25 similarity in (0, 1] (the lower share of two texts in each
-            other, ``building/similar_texts.py``) from which a text of the set counts as that of a
+            other, ``building/contamination.py``) from which a text of the set counts as that of a
             task (the paper did this for Emotion and AmazonCounterfactual).
         mine: hard negatives; None leaves the sets with the negatives that they have.
         rows_per_shard: records in a Parquet file.

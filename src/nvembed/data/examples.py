@@ -1,11 +1,9 @@
 """Examples: records of any kind become (query, positive, negatives).
 
-NV-Embed v2 converts multi-class sets by example and binary ones by label text, v1 all by label text
-(paper s4.2, s5.2.4). Here all are converted by example unless the recipe says ``conversion:
-label``: labels of real files are often codes, and evaluation compares texts with texts.
-
-An instruction belongs to the query; a pair record may bring its own, as synthetic ones do. Where
-both sides are texts of one sort, the documents carry it too (``symmetric``).
+NV-Embed v2 converts multi-class sets by example and binary ones by label text (paper s4.2, s5.2.4).
+Here all are converted by example unless the recipe says ``conversion: label``: labels are often
+codes. An instruction belongs to the query; where both sides are texts of one sort, the documents
+carry it too (``symmetric``).
 """
 
 from __future__ import annotations

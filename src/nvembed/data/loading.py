@@ -78,8 +78,6 @@ def _as_source_errors() -> Iterator[None]:
     """Errors of files are those of a source here."""
     try:
         yield
-    except SourceError:
-        raise
     except DataError as error:
         raise SourceError(
             error.message, where=error.where, expected=error.expected, hint=error.hint

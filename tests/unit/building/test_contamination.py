@@ -8,8 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nvembed.building.contamination import Contamination, EvaluationText, Match
-from nvembed.building.similar_texts import Bm25Index, ShingleIndex
+from nvembed.building.contamination import (
+    Bm25Index,
+    Contamination,
+    EvaluationText,
+    Match,
+    ShingleIndex,
+)
 from nvembed.data.records import LabelRecord, PairRecord, StsRecord
 from nvembed.encoding.bm25 import BM25
 from oracles.cleaning import best_pair, best_single, bm25_share, plain_jaccard

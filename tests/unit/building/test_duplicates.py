@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nvembed.building.similar_texts import NearDuplicates, lsh_shape
+from nvembed.building.contamination import NearDuplicates, lsh_shape
 from nvembed.core.errors import UserError
 from nvembed.text.similarity import jaccard, shingles
 from oracles.cleaning import plain_jaccard
@@ -89,7 +89,7 @@ def test_answers_are_the_same_in_every_process() -> None:
     code = (
         "import sys; sys.path[:0] = ['src', 'tests']\n"
         "from unit.building.test_duplicates import edited_copies\n"
-        "from nvembed.building.similar_texts import NearDuplicates\n"
+        "from nvembed.building.contamination import NearDuplicates\n"
         "seen = NearDuplicates(0.7)\n"
         "print([seen.find_or_add(*item) for item in enumerate(edited_copies())])"
     )

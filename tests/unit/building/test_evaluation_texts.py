@@ -38,13 +38,6 @@ def test_test_parts_of_every_type(kind: str, tmp_path: Path) -> None:
             for text in (*row["human_summaries"], *row["machine_summaries"])
         ]
     assert list(evaluation_texts([task])) == expected
-    singly = [item for item in evaluation_texts([task], sentences=True) if item not in expected]
-    if part == "pair":
-        assert singly == [
-            EvaluationText((row[key],), "mine", "sentence") for row in rows for key in keys
-        ]
-    else:
-        assert singly == []
 
 
 def test_a_published_beir_folder_is_decontaminated_against(tmp_path: Path) -> None:

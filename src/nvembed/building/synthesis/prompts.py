@@ -1,9 +1,8 @@
 """The settings of a synthesis, what the model is asked, and what it may answer.
 
 Tasks are asked for first, then one example of a task (the two steps of E5-mistral, Wang et al.
-2024, which NV-Embed v2 follows for English, paper s4.3). Every request draws subjects, lengths and
-difficulty from the seed. Of an answer the first JSON object counts; what is not as asked is asked
-again.
+2024, which NV-Embed v2 follows, paper s4.3). Every request draws subjects, lengths and difficulty
+from the seed. Of an answer the first JSON object counts; what is not as asked is asked again.
 """
 
 from __future__ import annotations
@@ -265,11 +264,7 @@ AnswerT = TypeVar("AnswerT", bound=BaseModel)
 
 
 def parse_answer(text: str, answer: type[AnswerT]) -> AnswerT:
-    """Read the first JSON object of an answer.
-
-    Raises:
-        AnswerError: there is none, or it is not as asked.
-    """
+    """Read the first JSON object of an answer, or say in an AnswerError what is wrong."""
     start = text.find("{")
     if start < 0:
         raise AnswerError("no JSON object")

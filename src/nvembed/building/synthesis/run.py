@@ -1,15 +1,8 @@
 """A synthesis: tasks are thought of, examples of each are written, doubles are dropped.
 
-The folder then holds:
-
-    journal.jsonl    every answer ; a run with the same settings goes on from it
-    tasks.jsonl      {"kind", "task"}
-    examples.jsonl   records of kind retrieval, each with its task as ``instruction``
-    rejects.jsonl    {"id", "problem", "text"}: answers that stayed unusable
-    summary.json     counts
-
-All but the journal are made from the journal alone, so the same answers give the same files,
-whatever order they came in.
+The folder then holds every answer (``journal.jsonl``), tasks, examples (records of kind retrieval,
+each with its task as ``instruction``), rejects and a summary. All but the journal are made from the
+journal alone, so the same answers give the same files, whatever order they came in.
 """
 
 from __future__ import annotations
@@ -24,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
-from nvembed.building.similar_texts import NearDuplicates
+from nvembed.building.contamination import NearDuplicates
 from nvembed.building.synthesis.endpoint import Asker, Journal, Request
 from nvembed.building.synthesis.prompts import (
     VERSION,
@@ -70,10 +63,9 @@ class KindSummary(BaseModel):
 
 
 class Summary(BaseModel):
-    """What a run has come to: counts by kind, and what the whole journal has cost.
+    """Counts by kind, and what the whole journal has cost, in tokens as the endpoint counted them.
 
-    ``unanswered`` are requests that came to nothing in this run; another run asks them again.
-    Tokens are as the endpoint counted them, ``uncounted`` the answers that it gave no counts for.
+    ``unanswered`` requests came to nothing in this run; ``uncounted`` answers came without counts.
     """
 
     kinds: dict[str, KindSummary]
@@ -86,8 +78,8 @@ class Summary(BaseModel):
 def synthesize(config: SynthesisConfig, folder: Path) -> Summary:
     """Make examples, or go on with it, and write everything into the folder.
 
-    Settings that decide what is asked must be the ones of before where the folder holds a journal;
-    more tasks and more examples may be asked for. What was answered is kept where an error ends it.
+    Settings that decide what is asked must be those of a journal that is there; more may be asked
+    for.
     """
     check_folder_name(folder)
     key = read_key(config.key_variable)
@@ -136,10 +128,7 @@ class _Synthesis:
             self.summary.unanswered += asker.unanswered
 
     async def _think_of_tasks(self, kind: ExampleKind, asker: Asker) -> list[str]:
-        """Ask for tasks in rounds until there are enough different ones, or no more new ones come.
-
-        The rounds of a run that goes on are those of before: they depend on the answers alone.
-        """
+        """Ask in rounds, by the answers alone, until there are enough tasks or no new ones come."""
         config, counts = self._config, self.summary.kinds[kind]
         seen = NearDuplicates(_SAME_TASK, shingle_words=_DOUBLE_WORDS)
         tasks: list[str] = []

@@ -1,26 +1,8 @@
 """The nine layouts: how rows of a source become the objects of records.
 
-Row by row:
-
-    records     as in ``data/records.py``: pairs, classes and sentence pairs, by ``columns``
-    tuples      a query (or ``anchor``), a ``positive``, and every column called ``negative…``
-    lists       FlagEmbedding: ``query``, ``pos``, ``neg``, ``pos_scores``, ``neg_scores``, and with
-                ``columns: {instruction: prompt}`` an instruction per row
-    passages    Tevatron: ``query``, ``positive_passages``, ``negative_passages``: [{title, text}]
-    clusters    old MTEB clustering: ``sentences`` and ``labels``, one row for many texts
-
-Rows put together, by an id or by their query:
-
-    beir        judgements ``query-id``, ``corpus-id``, ``score`` (above 0: relevant), with tables
-                of queries and of documents: BEIR, MTEB, MIRACL
-    references  a ``query`` and the ``ids`` of its documents in ``corpus`` (``negative_ids``: of
-                documents that do not answer it): passages by number, Wikipedia articles by title
-    scored      LightOn: ``document_ids`` of a query, the positive first, and a teacher's ``scores``
-    entailment  ``premise``, ``hypothesis``, ``label``: a record per premise, what follows from it
-                against what contradicts it
-
-Tables of documents may be far larger than memory: which documents are needed is found out first,
-then the table is read through once and only those are kept.
+``FORMS`` of ``data/config.py`` has their columns. ``lists`` are those of FlagEmbedding,
+``passages`` Tevatron's, ``clusters`` MTEB's old ones, ``scored`` LightOn's. Tables of documents may
+be far larger than memory: which are needed is found out first, then the table is read through once.
 """
 
 from __future__ import annotations

@@ -101,7 +101,7 @@ def open_onnx(folders: dict[str, str], threads: int) -> Any:
     import onnxruntime
     from transformers import AutoTokenizer
 
-    from nvembed.encoding.export.onnx import padded_inputs
+    from nvembed.encoding.encoder import padded_inputs
     from nvembed.text.tokens import TextTokenizer
 
     options = onnxruntime.SessionOptions()

@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
@@ -19,10 +20,12 @@ from nvembed.core.errors import ModelError
 from nvembed.core.http import post_json
 from nvembed.core.reporting import release_notes
 from nvembed.interop.fingerprint import model_fingerprint
-from nvembed.text.instructions import Side, resolve_prompt
+from nvembed.text.instructions import Side, resolve_prompt, side_prompt
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
+
+    from nvembed.text.tokens import TokenizedText
 
 
 class Encoder(Protocol):
@@ -114,8 +117,6 @@ def load_encoder(name: str, dtype: PrecisionChoice | None = None) -> Encoder:
     from nvembed.model.embedder import NVEmbed
 
     if holds_graph(name):
-        from nvembed.encoding.export.onnx import OnnxEncoder
-
         if settled not in (None, "float32"):
             raise ModelError(
                 f"an ONNX graph in {settled}",
@@ -262,4 +263,82 @@ class EndpointEncoder(BaseEncoder):
                 where=self._url,
                 expected='{"data": [{"index": int, "embedding": [float]}]}',
             ) from error
+        return vectors
+
+
+# --- ONNX graphs ----------------------------------------------------------------------------------
+
+GRAPH_FILE = "model.onnx"
+GRAPH_INPUTS = ("input_ids", "attention_mask", "pool_mask")
+GRAPH_OUTPUT = "sentence_embedding"  # a plain "embedding" is the name of a node already
+# Of the backbone, which a caller of the graph has to know.
+TOKENIZER_SETTINGS = ("max_tokens", "text_style", "add_bos", "add_eos")
+# Padded tokens of one run of the graph: enough to fill the cores, few enough for any memory.
+_BATCH_TOKENS = 4096
+
+
+def padded_inputs(texts: Sequence[TokenizedText]) -> dict[str, NDArray[np.int64]]:
+    """The graph's inputs for tokenised texts, padded with zeros on the right."""
+    width = max(len(text) for text in texts)
+    arrays = {name: np.zeros((len(texts), width), dtype=np.int64) for name in GRAPH_INPUTS}
+    for row, text in enumerate(texts):
+        arrays["input_ids"][row, : len(text)] = text.ids
+        arrays["attention_mask"][row, : len(text)] = 1
+        arrays["pool_mask"][row, text.pool_start : len(text)] = 1
+    return arrays
+
+
+def run_graph(session: Any, texts: Sequence[TokenizedText]) -> NDArray[np.float32]:
+    """Vectors of tokenised texts."""
+    (vectors,) = session.run([GRAPH_OUTPUT], dict(padded_inputs(texts)))
+    return np.asarray(vectors, dtype=np.float32)
+
+
+class OnnxEncoder(BaseEncoder):
+    """The graph of a folder that ``nvembed export --format onnx`` wrote, as an encoder."""
+
+    def __init__(self, folder: str | Path) -> None:
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise ModelError(
+                "an ONNX graph needs onnxruntime",
+                where=str(folder),
+                hint="pip install 'nvembed[onnx]'",
+            ) from error
+        from transformers import PreTrainedTokenizerFast
+
+        from nvembed.interop.loading import loading
+        from nvembed.interop.model_folder import ONNX_FILE, read_json_file
+        from nvembed.text.tokens import TextTokenizer
+
+        path = Path(folder)
+        with loading(str(path), expected="what nvembed export --format onnx wrote"):
+            settings: dict[str, Any] = read_json_file(path / ONNX_FILE)
+            special = read_json_file(path / "special_tokens_map.json")
+            max_tokens, style, add_bos, add_eos = map(settings.__getitem__, TOKENIZER_SETTINGS)
+            self._text = TextTokenizer(
+                PreTrainedTokenizerFast(tokenizer_file=str(path / "tokenizer.json"), **special),
+                max_tokens=max_tokens,
+                style=style,
+                add_bos=add_bos,
+                add_eos=add_eos,
+            )
+            self.prompts: dict[str, str] = settings["prompts"]
+            self._session = onnxruntime.InferenceSession(str(path / GRAPH_FILE))
+            self.dimension = int(self._session.get_outputs()[0].shape[1])
+
+    def _encode(self, side: Side, texts: Sequence[str], task: str | None) -> NDArray[np.float32]:
+        prompt = resolve_prompt(task, self.prompts)
+        if prompt is None:
+            prompt = side_prompt(self.prompts, side)
+        tokens = self._text(texts, prompt)
+        vectors = np.empty((len(tokens), self.dimension), dtype=np.float32)
+        order = sorted(range(len(tokens)), key=lambda row: -len(tokens[row]))
+        start = 0
+        while start < len(order):
+            # Longest first, so the first text of a batch is as wide as all of it.
+            end = start + max(_BATCH_TOKENS // len(tokens[order[start]]), 1)
+            batch, start = order[start:end], end
+            vectors[batch] = run_graph(self._session, [tokens[row] for row in batch])
         return vectors

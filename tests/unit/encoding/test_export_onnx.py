@@ -14,10 +14,10 @@ from transformers import AutoTokenizer
 from families import make_family
 from nvembed.cli.main import run
 from nvembed.core.errors import ModelError
-from nvembed.encoding.encoder import load_encoder
+from nvembed.encoding.encoder import OnnxEncoder, load_encoder, padded_inputs
 from nvembed.encoding.export import onnx as export_onnx
 from nvembed.encoding.export.folders import export_folder
-from nvembed.encoding.export.onnx import OnnxEncoder, padded_inputs, write_onnx
+from nvembed.encoding.export.onnx import write_onnx
 from nvembed.model.embedder import NVEmbed
 from official_folders import write_official
 

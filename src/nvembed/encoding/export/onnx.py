@@ -1,4 +1,4 @@
-"""A model as an ONNX graph over padded rows: written, proven equal before it is kept, and run.
+"""A model as an ONNX graph over padded rows: written, proven equal before it is kept.
 
 model.onnx gives vectors; transformer/model.onnx is the same graph up to its mean, for
 ``SentenceTransformer(folder, backend="onnx")``, where stock modules can pool as we do.
@@ -19,35 +19,34 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedTokenizerFast
+from transformers import AttentionInterface
 
 from nvembed.core.errors import ModelError
 from nvembed.core.files import write_json
-from nvembed.encoding.encoder import BaseEncoder
+from nvembed.encoding.encoder import (
+    GRAPH_FILE,
+    GRAPH_INPUTS,
+    GRAPH_OUTPUT,
+    TOKENIZER_SETTINGS,
+    padded_inputs,
+    run_graph,
+)
 from nvembed.encoding.export import stock
-from nvembed.interop.loading import loading
-from nvembed.interop.model_folder import ONNX_FILE, read_json_file
+from nvembed.interop.model_folder import ONNX_FILE
 from nvembed.model.attention import block_attention
 from nvembed.model.embedder import NVEmbed
 from nvembed.model.pooling import LatentAttentionPooling, MeanPooling
-from nvembed.text.instructions import QUERY_PROMPT, Side, resolve_prompt, side_prompt
-from nvembed.text.tokens import TextTokenizer, TokenizedText
+from nvembed.text.instructions import QUERY_PROMPT
+from nvembed.text.tokens import TokenizedText
 
 _ATTENTION = "nvembed_padded"
-_FILE = "model.onnx"
-_OUTPUT = "sentence_embedding"  # a plain "embedding" is the name of a node already
 _STATES = "last_hidden_state"
 # Of what sentence-transformers loads; the weights lie there under the name that it asks for.
 _INNER = "transformer"
 _WEIGHTS = "model.onnx_data"
-_INPUTS = ("input_ids", "attention_mask", "pool_mask")
-# Of the backbone, which a caller of the graph has to know.
-_TOKENIZER_SETTINGS = ("max_tokens", "text_style", "add_bos", "add_eos")
 
 # A graph of more than 2 GB needs its weights in a file beside it.
 _MAX_INLINE_BYTES = 1_500_000_000
-# Padded tokens of one run of the graph: enough to fill the cores, few enough for any memory.
-_BATCH_TOKENS = 4096
 _PROOF_TEXTS = ["how do I sort a list?", "x", "A longer passage, " * 6 + "cut or not.", ""]
 _TOLERANCE = 1e-5
 
@@ -135,19 +134,19 @@ def write_onnx(model: NVEmbed, folder: Path, *, name: str) -> bool:
     expected = [model.encode(_PROOF_TEXTS, prompt=prompt) for prompt in stock.PROOF_PROMPTS]
     tokens = [backbone.tokenize_texts(_PROOF_TEXTS, prompt) for prompt in stock.PROOF_PROMPTS]
     for_stock = _write_tokenizer(model, folder, name)
-    _write_graph(model, folder / _FILE, tokens[1][:2], shared=for_stock)
+    _write_graph(model, folder / GRAPH_FILE, tokens[1][:2], shared=for_stock)
     if for_stock:
         _share_weights(folder)
     settings = {
-        "inputs": list(_INPUTS),
-        "output": _OUTPUT,
+        "inputs": list(GRAPH_INPUTS),
+        "output": GRAPH_OUTPUT,
         "query_prompt": QUERY_PROMPT,
-        **{name: getattr(backbone, name) for name in _TOKENIZER_SETTINGS},
+        **{name: getattr(backbone, name) for name in TOKENIZER_SETTINGS},
         "pool_mask": "1 from the first token that holds a character of the text",
         "prompts": model.prompts,
     }
     write_json(folder / ONNX_FILE, settings)
-    _prove(folder / _FILE, tokens, expected, name)
+    _prove(folder / GRAPH_FILE, tokens, expected, name)
     return for_stock
 
 
@@ -183,9 +182,9 @@ def _write_graph(
             PaddedEmbedder(model, states=shared),
             inputs,
             path,
-            input_names=list(_INPUTS),
-            output_names=[_OUTPUT, _STATES] if shared else [_OUTPUT],
-            dynamic_shapes=dict.fromkeys(_INPUTS, size),
+            input_names=list(GRAPH_INPUTS),
+            output_names=[GRAPH_OUTPUT, _STATES] if shared else [GRAPH_OUTPUT],
+            dynamic_shapes=dict.fromkeys(GRAPH_INPUTS, size),
             dynamo=True,
             external_data=shared or size_in_bytes > _MAX_INLINE_BYTES,
             verbose=False,
@@ -198,14 +197,14 @@ def _share_weights(folder: Path) -> None:
     from onnx.external_data_helper import uses_external_data
     from onnx.utils import Extractor
 
-    path = folder / _FILE
+    path = folder / GRAPH_FILE
     graph = onnx.load(str(path), load_external_data=False)
     for node in graph.graph.node:  # three inputs of one shape, and any may be asked for it
-        if node.op_type == "Shape" and node.input[0] == _INPUTS[2]:
-            node.input[0] = _INPUTS[1]
+        if node.op_type == "Shape" and node.input[0] == GRAPH_INPUTS[2]:
+            node.input[0] = GRAPH_INPUTS[1]
     wanted = (
-        (_INPUTS, _OUTPUT, path, f"{_INNER}/{_WEIGHTS}"),
-        (_INPUTS[:2], _STATES, folder / _INNER / _FILE, _WEIGHTS),
+        (GRAPH_INPUTS, GRAPH_OUTPUT, path, f"{_INNER}/{_WEIGHTS}"),
+        (GRAPH_INPUTS[:2], _STATES, folder / _INNER / GRAPH_FILE, _WEIGHTS),
     )
     for inputs, output, place, location in wanted:
         part = Extractor(graph).extract_model(list(inputs), [output])
@@ -214,7 +213,7 @@ def _share_weights(folder: Path) -> None:
                 if entry.key == "location":
                     entry.value = location
         onnx.save(part, str(place))
-    (folder / f"{_FILE}.data").replace(folder / _INNER / _WEIGHTS)
+    (folder / f"{GRAPH_FILE}.data").replace(folder / _INNER / _WEIGHTS)
 
 
 @contextmanager
@@ -240,7 +239,7 @@ def _prove(
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     for texts, wanted in zip(cases, expected, strict=True):
-        difference = stock.largest_difference(wanted, partial(_run, session), texts)
+        difference = stock.largest_difference(wanted, partial(run_graph, session), texts)
         if not difference <= _TOLERANCE:
             raise ModelError(
                 f"the ONNX graph gives other vectors (by up to {difference:.1e})",
@@ -248,66 +247,3 @@ def _prove(
                 expected=f"the model's own to {_TOLERANCE:g}",
                 hint="Please report the model family",
             )
-
-
-# --- Running --------------------------------------------------------------------------------------
-
-
-def padded_inputs(texts: Sequence[TokenizedText]) -> dict[str, NDArray[np.int64]]:
-    """The graph's inputs for tokenised texts, padded with zeros on the right."""
-    width = max(len(text) for text in texts)
-    arrays = {name: np.zeros((len(texts), width), dtype=np.int64) for name in _INPUTS}
-    for row, text in enumerate(texts):
-        arrays["input_ids"][row, : len(text)] = text.ids
-        arrays["attention_mask"][row, : len(text)] = 1
-        arrays["pool_mask"][row, text.pool_start : len(text)] = 1
-    return arrays
-
-
-def _run(session: Any, texts: Sequence[TokenizedText]) -> NDArray[np.float32]:
-    (vectors,) = session.run([_OUTPUT], dict(padded_inputs(texts)))
-    return np.asarray(vectors, dtype=np.float32)
-
-
-class OnnxEncoder(BaseEncoder):
-    """The graph of a folder that ``nvembed export --format onnx`` wrote, as an encoder."""
-
-    def __init__(self, folder: str | Path) -> None:
-        try:
-            import onnxruntime
-        except ImportError as error:
-            raise ModelError(
-                "an ONNX graph needs onnxruntime",
-                where=str(folder),
-                hint="pip install 'nvembed[onnx]'",
-            ) from error
-        path = Path(folder)
-        with loading(str(path), expected="what nvembed export --format onnx wrote"):
-            settings: dict[str, Any] = read_json_file(path / ONNX_FILE)
-            special = read_json_file(path / "special_tokens_map.json")
-            max_tokens, style, add_bos, add_eos = map(settings.__getitem__, _TOKENIZER_SETTINGS)
-            self._text = TextTokenizer(
-                PreTrainedTokenizerFast(tokenizer_file=str(path / "tokenizer.json"), **special),
-                max_tokens=max_tokens,
-                style=style,
-                add_bos=add_bos,
-                add_eos=add_eos,
-            )
-            self.prompts: dict[str, str] = settings["prompts"]
-            self._session = onnxruntime.InferenceSession(str(path / _FILE))
-            self.dimension = int(self._session.get_outputs()[0].shape[1])
-
-    def _encode(self, side: Side, texts: Sequence[str], task: str | None) -> NDArray[np.float32]:
-        prompt = resolve_prompt(task, self.prompts)
-        if prompt is None:
-            prompt = side_prompt(self.prompts, side)
-        tokens = self._text(texts, prompt)
-        vectors = np.empty((len(tokens), self.dimension), dtype=np.float32)
-        order = sorted(range(len(tokens)), key=lambda row: -len(tokens[row]))
-        start = 0
-        while start < len(order):
-            # Longest first, so the first text of a batch is as wide as all of it.
-            end = start + max(_BATCH_TOKENS // len(tokens[order[start]]), 1)
-            batch, start = order[start:end], end
-            vectors[batch] = _run(self._session, [tokens[row] for row in batch])
-        return vectors

@@ -166,12 +166,7 @@ class SeveralError(UserError):
 
 
 def dry_run(config: TrainConfig, *, base_dir: Path, fresh: bool = False) -> DryRun:
-    """Find out what ``train`` with the same arguments would do.
-
-    Raises:
-        SeveralError: data, tasks, trackers or the output folder cannot be used.
-        UserError: the model cannot be used, or a step does not fit or has no finite loss.
-    """
+    """Find out what ``train`` with the same arguments would do."""
     if (launched := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
         raise ConfigError(
             f"{launched} processes were started",

@@ -85,10 +85,7 @@ def mined_dataset(dataset: DatasetConfig, folder: Path) -> DatasetConfig:
 
 
 def places_to_mine(dataset: DatasetConfig, records: Sequence[Record]) -> Sequence[int]:
-    """Which records training will see: mining the others would be work for nothing.
-
-    Of sts, ``max_records`` counts directions of pairs scored 4 or more, so all records are needed.
-    """
+    """Which records training will see; of sts all, since it counts other things."""
     most = dataset.max_records
     if most is None or most >= len(records) or dataset.kind == "sts":
         return range(len(records))
@@ -98,10 +95,7 @@ def places_to_mine(dataset: DatasetConfig, records: Sequence[Record]) -> Sequenc
 def with_mined(
     records: Sequence[Record], places: Sequence[int], mined: Sequence[Record]
 ) -> list[Record]:
-    """All records of a set, those that were mined for with their negatives.
-
-    The others stay, since training must know what answers a query in any of them.
-    """
+    """All records of a set, those that were mined for with their negatives."""
     found = dict(zip(places, mined, strict=True))
     return [found.get(place, record) for place, record in enumerate(records)]
 
@@ -119,10 +113,7 @@ class PlannedMining:
 def plan_mining(
     config: TrainConfig, settings: MiningConfig, mixture: Mixture, base_dir: Path, mined_dir: Path
 ) -> tuple[Mixture, list[PlannedMining]]:
-    """Give the sets that will be mined negatives of the right number; nothing is written.
-
-    The queries of the mixture come in the order of the run. With it comes what is left to be mined.
-    """
+    """Give the sets that will be mined stand-ins, and say what is to mine; write nothing."""
     datasets = {d.name: d for d in training_datasets(config.datasets, config.build, base_dir)}
     sources: list[ExampleSource] = []
     planned: list[PlannedMining] = []

@@ -148,9 +148,9 @@ def train(
         if os.environ.get("RANK", "0") == "0":
             typer.echo(f"model: {model}")
         return
-    from nvembed.training.dry_run.forecast import SeveralError
-    from nvembed.training.dry_run.forecast import dry_run as forecast
-    from nvembed.training.dry_run.report import print_dry_run
+    from nvembed.training.dry_run import SeveralError
+    from nvembed.training.dry_run import dry_run as forecast
+    from nvembed.training.dry_run_report import print_dry_run
 
     try:
         print_dry_run(forecast(config, base_dir=recipe.parent, fresh=fresh))

@@ -1,16 +1,8 @@
 """Checkpoints: everything a run needs to go on as if it had never stopped, and nothing else.
 
-    checkpoints/step-0000000400/       after an update; ``step-…-end`` is the end of a stage
-      weights.safetensors     trained parameters (adapters and head, or all); never a frozen base
-      optimizer.safetensors   the optimizer's tensors, by ``parameter|key``
-      state.json              where the run stands, the optimizer's numbers, recipe, processes
-
-No generator state: every random choice derives from (seed, stage, step, pack). A checkpoint is
-written under another name, brought to the disk and moved into place, so one that is there is
-complete; where the disk lost one nevertheless, the one before it is taken. No pickle.
-
-With several processes all of them call these functions; parameters that are spread over them are
-gathered one at a time, and one process writes.
+A folder ``step-0000000400``, or ``step-…-end`` at the end of a stage, holds the trained parameters,
+the optimizer's tensors and ``state.json``; no generator state, which derives from seed and step.
+With several processes all call these functions; tensors are gathered one at a time, one writes.
 """
 
 from __future__ import annotations
@@ -60,10 +52,7 @@ class Position:
 
 
 def trained_parameters(model: nn.Module, **others: nn.Parameter | None) -> dict[str, nn.Parameter]:
-    """Parameters that receive gradients, by name: those of the model, and ``others``.
-
-    To be asked again after sharding, which replaces them.
-    """
+    """Parameters with gradients, by name, and ``others``; sharding replaces them."""
     own = {name: p for name, p in model.named_parameters() if p.requires_grad}
     return own | {name: p for name, p in others.items() if p is not None}
 
@@ -78,10 +67,7 @@ def save_checkpoint(
     processes: DistributedContext,
     keep: int,
 ) -> Path:
-    """Write ``folder/step-…`` and drop all but the latest ``keep`` checkpoints.
-
-    Where it cannot be written (disk full), every process raises and older ones are untouched.
-    """
+    """Write ``folder/step-…`` and drop all but the latest ``keep``; if one fails, all do."""
     ended = "-end" if position.stage and not position.stage_step else ""
     target = folder / f"step-{position.step:010d}{ended}"
     tensors, numbers = _optimizer_state(trained, optimizer)
@@ -307,19 +293,12 @@ def _read_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def file_order(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors in the order of a file, the same in all processes.
-
-    The widest types come first: every tensor then starts at a multiple of its width.
-    """
+    """The tensors in the order of a file: the widest types first, so that all are aligned."""
     return dict(sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])))
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], values: Iterator[Tensor]) -> None:
-    """Write a safetensors file and wait until it is on the disk.
-
-    The library would want all tensors at once; here ``values`` gives one after the other, in the
-    order of ``tensors``, of which only shapes and dtypes are looked at.
-    """
+    """Write and sync a safetensors file; ``values`` gives one tensor at a time, in order."""
     header: dict[str, Any] = {}
     end = 0
     for name, tensor in tensors.items():

@@ -242,7 +242,7 @@ class TrainConfig(StrictModel):
             yield f"data sets name stage {', '.join(map(str, extra))}, but {stages}"
 
     def _of_a_frozen_backbone(self) -> Iterator[str]:
-        pooling = self.model.pooling
+        kind = self.model.pooling.kind if self.model.pooling else None
         if self.lora is not None:
             yield (
                 "backbone is freeze and lora is on: adapters would change the backbone; set "
@@ -250,10 +250,10 @@ class TrainConfig(StrictModel):
             )
         if self.pooling_head == "freeze":
             yield "backbone and pooling_head are both freeze: nothing to train"
-        if pooling is not None and pooling.kind in ("mean", "last"):
+        if kind in ("mean", "last"):
             yield (
-                f"backbone is freeze and {pooling.kind} pooling has no weights: nothing to train; "
-                "take latent or self_attention"
+                f"backbone is freeze and {kind} pooling has no weights: nothing to train; take "
+                "latent or self_attention"
             )
         if self.activation_checkpointing:
             yield (

@@ -1,12 +1,8 @@
 """The loss of a batch of embeddings: InfoNCE over index matrices, distillation, Matryoshka.
 
-Embeddings and the indices of a ``ContrastiveBatch`` enter; a number, and the gradient with respect
-to the embeddings, leave. In-batch negatives, mined negatives and all masks are entries of
-``negative_BN``; there is no other contrastive loss in this package. The matrix of all queries times
-all documents is never held: a piece of it is computed, sent back and forgotten. Next file:
-``training/step.py``.
-
-Shapes: B queries (b those of one piece), N unique documents, U texts, K own candidates, D width.
+In-batch negatives, mined negatives and all masks are entries of ``negative_BN``. The matrix of all
+queries times all documents is never held: a piece is computed, sent back and forgotten. Shapes: B
+queries (b of a piece), N unique documents, U texts, K own candidates, D width.
 """
 
 from __future__ import annotations
@@ -44,19 +40,10 @@ def info_nce(
 
         −log( exp(q·d⁺/τ) / (exp(q·d⁺/τ) + Σ_{n negative of q} exp(q·dₙ/τ)) )
 
-    A query without negatives has the loss 0 and the gradient 0, and counts in the mean.
-
-    Args:
-        score_BN: q·d of all queries and documents, from ``scores``.
-        positive_B: column of each query's positive.
-        negative_BN: bool, True where document n is a negative of query b; False elsewhere.
-        temperature: τ, above 0; a scalar tensor where it is learned.
-        hardness: α, multiplies a negative's share in the sum by ``exp(α · score)``, the score taken
-            as a constant: harder negatives count more (LLaVE, arXiv 2503.04812 s3). ``None`` is
-            off.
-        weight_B: the result is the sum of the losses times these weights; ``None`` is the mean.
-
-    Source: NV-Embed s2.2 and s3.3. The paper gives no temperature; 0.01 to 0.05 is usual.
+    ``positive_B`` are columns of ``score_BN``, ``negative_BN`` says which are negatives; a query
+    without any has the loss 0 and counts in the mean. ``hardness`` α multiplies a negative's share
+    in the sum by ``exp(α · score)``, the score a constant (LLaVE, arXiv 2503.04812 s3). With
+    ``weight_B`` the result is the sum of losses times weights. Source: NV-Embed s2.2 and s3.3.
     """
     if not isinstance(temperature, Tensor) and not temperature > 0:
         raise ConfigError(f"the temperature is {temperature}", expected="a number above 0")
@@ -72,10 +59,7 @@ def info_nce(
 
 
 def scores(query_BD: Tensor, document_ND: Tensor) -> Tensor:
-    """Dot products ``(B, N)`` of embeddings of length 1, in at least float32, also under autocast.
-
-    At τ = 0.02 a bfloat16 score is off by up to 0.2 in the exponent.
-    """
+    """Dot products ``(B, N)`` in float32 or wider: bfloat16 ones are off by 0.2 in the exponent."""
     dtype = torch.promote_types(query_BD.dtype, torch.float32)
     with torch.autocast(query_BD.device.type, enabled=False):
         return query_BD.to(dtype) @ document_ND.to(dtype).T
@@ -91,8 +75,7 @@ def distillation(
 ) -> Tensor:
     """Weighted sum of KL(softmax(teacher / τₜ) ‖ softmax(score / τ)) over scored candidates.
 
-    Candidates that the teacher did not score (nan) are left out of both distributions; a row with
-    fewer than two scored ones adds nothing. τₜ makes up for the teacher's scale.
+    Candidates with nan are left out; a row with fewer than two scored ones adds nothing.
     """
     scored_BK = teacher_BK.isfinite()
     used_B = scored_BK.sum(dim=1) > 1
@@ -111,10 +94,7 @@ def distillation(
 
 @dataclass(frozen=True, slots=True)
 class ContrastiveStatistics:
-    """How well a batch is told apart, without temperature.
-
-    All but the first are means over the queries that have negatives; None without any.
-    """
+    """How well a batch is told apart; the last three are None without any negatives."""
 
     positive_similarity: float  # mean cosine of queries and their positives
     hardest_negative_similarity: float | None  # of queries and the negative nearest to each
@@ -197,11 +177,9 @@ def evaluate_objective(
     log_temperature: Tensor | None = None,
     piece_scores: int = PIECE_SCORES,
 ) -> Evaluated:
-    """Value and gradient of the loss of a batch, or of a part of one.
+    """Value and gradient of the loss of a batch, or of a part of a step of ``total_weight``.
 
-    Embeddings are of length 1 and need no graph. ``total_weight`` is that of all rows of the step,
-    so that parts of a step add up to its mean. Where log τ is learned, its gradient is added to its
-    ``.grad``. No more than ``piece_scores`` scores are held at once.
+    No more than ``piece_scores`` scores are held. The gradient of log τ is added to its ``.grad``.
     """
     device = embedding_UD.device
     dtype = torch.promote_types(embedding_UD.dtype, torch.float32)

@@ -1,17 +1,8 @@
 """Several processes train one model: gathered rows, summed gradients, agreement, sharded weights.
 
-A step needs no wrapper around the model. Its backward passes start from given gradients of the
-embeddings, so the gradient of a step is the sum over packs, wherever a pack was computed, and one
-sum over the processes at its end is all there is to exchange. Sums, never averages: the loss of a
-step already divides by its queries. With one process everything here does nothing.
-
-Sharding (FSDP2) is for a backbone that one device cannot hold. Every process holds a share of each
-weight; a layer is gathered for its forward and its backward pass. With LoRA only the frozen base is
-sharded: adapters are small, so they stay replicated, FSDP never reduces a gradient, and their type
-may differ from that of the base. In full fine-tuning gradients of the backbone are reduce-scattered
-after every pack, since waiting for the last one would keep a whole gradient on every process. The
-pooling head lies outside FSDP in both cases. Gathering is collective: every process must run as
-many packs as the others, in the same order. An empty pack is filled with ``FILLER``.
+The gradient of a step is the sum (no average) over packs, wherever a pack was computed. FSDP2
+shards the backbone alone; with LoRA adapters stay replicated. Gathering is collective: every
+process runs as many packs as the others, in the same order; an empty one is filled with ``FILLER``.
 """
 
 from __future__ import annotations
@@ -63,10 +54,7 @@ class DistributedContext:
 
     @classmethod
     def of_environment(cls, *, shard: bool = False, timeout_minutes: float = 30) -> Self:
-        """Join the processes that ``accelerate launch`` or ``torchrun`` started, or be alone.
-
-        Must run before anything else of accelerate, which would not join on a CPU.
-        """
+        """Join the launched processes, or be alone; before anything else of accelerate."""
         launched = int(os.environ.get("WORLD_SIZE", "1"))
         shard = _launcher_shards() or shard
         on_cpu = _flag("ACCELERATE_USE_CPU") or (launched > 1 and not torch.cuda.is_available())
@@ -111,11 +99,7 @@ class DistributedContext:
 
     @torch.no_grad()
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Sum the gradients of replicated parameters over the processes, once per step.
-
-        A parameter without gradient counts as zero, unless none of the processes has one. Those
-        that are sharded are left alone: FSDP has summed them.
-        """
+        """Sum gradients of replicated parameters; a missing one is zero unless all lack it."""
         if self.count == 1:
             return
         replicated = [p for p in parameters if p.requires_grad and not isinstance(p, DTensor)]
@@ -252,10 +236,7 @@ def shard_backbone(
 ) -> None:
     """Shard the backbone over the processes, in place, and move the rest to the device.
 
-    The model may still lie on the CPU: only the shares go to the device. A sharded model cannot be
-    copied or saved as it is: ``training/checkpoint.py`` gathers tensor by tensor. Weights are
-    gathered in ``compute_dtype``: autocast's, where it is on, which would otherwise keep a second
-    copy of whole weights.
+    ``compute_dtype`` is autocast's, which would otherwise keep a second copy of whole weights.
     """
     if processes.count == 1:
         return

@@ -51,10 +51,7 @@ def tracker_options(kinds: Sequence[TrackerKind], run: RunFolder) -> dict[str, A
 def start_trackers(
     accelerator: Accelerator, run: RunFolder, recipe: Mapping[str, Any], *, step: int
 ) -> None:
-    """Begin to track a run, or go on tracking it.
-
-    Its identity is the same for all restarts: of its folder and the moment it was started first.
-    """
+    """Begin to track a run, or go on; its identity is that of its folder and first start."""
     place = run.path.resolve()
     identity = hashlib.sha256(f"{place} {run.read_env()['started']}".encode()).hexdigest()[:16]
     common = {"config": dict(recipe), "resume": "allow"}
@@ -139,10 +136,9 @@ def should_stop(config: EvaluationConfig, best: Best) -> bool:
 def evaluate_model(
     model: NVEmbed, tasks: Sequence[LocalTask], processes: DistributedContext
 ) -> dict[str, float | None]:
-    """Main scores by task of a model in training, which goes on as if nothing had been asked.
+    """Main scores by task of a model in training; all processes call it.
 
-    All processes call it. Where each holds the whole model they share out the tasks; where weights
-    are sharded all do all of them together, since every forward needs every process.
+    Each does a share of the tasks, or all of them together where weights are sharded.
     """
     modes = [(module, module.training) for module in model.modules()]
     rng = capture_rng()  # the first evaluation imports mteb, which draws random numbers
@@ -193,10 +189,7 @@ class Evaluation:
         return best, {"tasks": scores, "mean": mean, "best": best.score, "best_step": best.step}
 
     def put_back(self, trained: Parameters, best: Best, step: int) -> bool:
-        """Give the model the best weights of the stage that ends; tell whether they were others.
-
-        The parameters must be where the optimizer evaluates them (``averaged_weights``).
-        """
+        """Give the model the stage's best weights, from the average; tell if they are others."""
         if not self.config.keep_best or best.step in (None, step):
             return False
         restore_weights(self.checkpoints / BEST, trained)

@@ -1,10 +1,7 @@
 """The model of a run: what it starts from, the memory its activations need, the folder it ends as.
 
-What a graph holds between forward and backward is counted by hooks on the tensors that autograd
-saves, on one pack of texts of the full length (attention of longer texts holds more per token, so
-shorter ones need less). The number is written into the run folder, because in a stage without
-in-batch negatives it decides which queries are sent back together, and a resumed run must add up
-floats in the same order.
+What a graph holds is counted by hooks on one pack of texts of the full length. The number is kept
+in the run folder: it decides in which order a resumed run adds up floats.
 """
 
 from __future__ import annotations
@@ -63,11 +60,7 @@ def starting_model(config: TrainConfig, base_dir: Path, *, device: str) -> NVEmb
 
 
 def computing(config: TrainConfig, device: torch.device) -> torch.autocast:
-    """The block in which a run computes in its precision.
-
-    One block for all packs of a step, in which every weight is cast once; accelerate's own mixed
-    precision casts them again for every pack.
-    """
+    """One autocast block for all packs of a step, in which every weight is cast once."""
     return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16")
 
 
@@ -127,10 +120,7 @@ def save_model(
     final: bool = False,
     write: bool = True,
 ) -> None:
-    """Write an ordinary sentence-transformers folder with adapters merged and prompts set.
-
-    Weights are saved in the types that they were loaded in.
-    """
+    """Write a sentence-transformers folder, adapters merged, in the types that were loaded."""
     lossy = config.model.quantization or (config.lora and config.precision == "bfloat16")
     if lossy or isinstance(model.backbone.model, FSDPModule):
         saved = _rebuilt(model, config, base_dir, build=write)
@@ -171,10 +161,7 @@ def _unwritten_is_an_error(folder: Path) -> Iterator[None]:
 
 @torch.no_grad()
 def _rebuilt(model: NVEmbed, config: TrainConfig, base_dir: Path, *, build: bool) -> NVEmbed:
-    """What was trained, on the base as it was before it was rounded or sharded; on the CPU.
-
-    All processes give their shares; the one that does not ``build`` gets its own model back.
-    """
+    """What was trained on the base before rounding or sharding; without ``build`` the model."""
     settings = config.model.model_copy(update={"quantization": None})
     plain = config.model_copy(update={"model": settings, "precision": "float32", "compile": False})
     made, into = model, dict[str, Parameter]()
@@ -209,10 +196,7 @@ class ActivationBudget(StrictModel):
 def settle_activation_budget(
     file: Path, model: NVEmbed, config: TrainConfig, processes: DistributedContext
 ) -> ActivationBudget:
-    """Read what the run settled on, or measure and write it; the first process's budget counts.
-
-    The model is on its device, in training mode, in the block of the run's precision.
-    """
+    """Read what the run settled on, or measure and write it; the first process decides."""
     known = read_activation_budget(file)
     if processes.agree(known is None):
         known = measure_activation_budget(model, config)
@@ -251,10 +235,7 @@ def graph_bytes_per_token(model: NVEmbed, pack_tokens: int) -> float:
 
 @contextmanager
 def counted_graph(model: torch.nn.Module) -> Iterator[dict[int, UntypedStorage]]:
-    """Collect all storages that graphs made in the block save, by identity, without parameters.
-
-    Weights that were gathered for a layer and are given up after it have no bytes by the end.
-    """
+    """Collect all storages that graphs made in the block save, without parameters."""
 
     def storage_of(tensor: Tensor) -> UntypedStorage:
         return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).untyped_storage()

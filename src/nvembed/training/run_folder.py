@@ -1,8 +1,6 @@
 """The folder of a run: started, or found to be of this run and its inputs; how a run is stopped.
 
-``inputs.json`` holds a digest of every input: the records of the data sets, the tasks that the run
-is evaluated on, the model that it starts from, the cross-encoder that it mines with, and, once they
-are there, the mined sets. A run that goes on must find them as they were.
+``inputs.json`` holds a digest of every input; a run that goes on must find them as they were.
 """
 
 from __future__ import annotations
@@ -63,10 +61,7 @@ def prepare_folder(
 
 
 def changed_kernels(run: RunFolder) -> str | None:
-    """Say that a run goes on with other kernels than it was begun with; None where it does not.
-
-    The machine is another one then, or its compiler is gone. Numbers differ in the last bits.
-    """
+    """Say that a run goes on with other kernels, and so other last bits; None if not."""
     begun: object = None
     with suppress(OSError, ValueError, KeyError, TypeError):  # of an earlier version, or damaged
         begun = json.loads(run.env.read_text("utf-8"))["computing"]["kernels"]
@@ -92,7 +87,17 @@ def check_folder(
     kept: set[Path] = {run.config} if same else set()
     if known and run.has_results:
         if not same:
-            _check_same(run, config)
+            try:
+                earlier = load_config(TrainConfig, run.config).model_dump(mode="json")
+                different = recipe_differences(earlier, config.model_dump(mode="json"))
+            except UserError:
+                different = ["the recipe of the run cannot be read"]
+            if different:
+                raise TrainingError(
+                    f"the folder holds a run with another configuration: {'; '.join(different)}",
+                    where=str(run.config),
+                    hint="Choose another output folder, or start over with --fresh",
+                )
         if is_finished(run):  # then nothing is written
             return
         kept |= {run.env, run.inputs}
@@ -114,22 +119,6 @@ def check_folder(
         )
 
 
-def _check_same(run: RunFolder, config: TrainConfig) -> None:
-    try:
-        different = recipe_differences(
-            load_config(TrainConfig, run.config).model_dump(mode="json"),
-            config.model_dump(mode="json"),
-        )
-    except UserError:
-        different = ["the recipe of the run cannot be read"]
-    if different:
-        raise TrainingError(
-            f"the folder holds a run with another configuration: {'; '.join(different)}",
-            where=str(run.config),
-            hint="Choose another output folder, or start over with --fresh",
-        )
-
-
 def _recorded(run: RunFolder) -> str | None:
     """The configuration in the folder; ``None`` where nothing can read it."""
     with suppress(OSError, UnicodeDecodeError):
@@ -140,10 +129,7 @@ def _recorded(run: RunFolder) -> str | None:
 def with_settled_precision(
     config: TrainConfig, run: RunFolder, *, fresh: bool
 ) -> tuple[TrainConfig, str | None]:
-    """Replace ``auto`` by what the run was started with, which must not change half-way.
-
-    Also returned is a line that says what ``auto`` has become.
-    """
+    """Replace ``auto`` by what the run was started with, and say what it has become."""
     if config.precision != "auto":
         return config, None
     begun: Precision | None = None
@@ -187,10 +173,7 @@ def what_decides_inputs(config: TrainConfig) -> str:
 
 
 def changed_inputs(run: RunFolder, inputs: Mapping[str, str]) -> list[str]:
-    """Names of inputs that are others than those that the run was started with.
-
-    Mined sets come into being with the run and are none of them.
-    """
+    """Names of inputs, mined sets apart, that differ from those the run was started with."""
     if (recorded := _recorded_inputs(run)) is None:
         return []
     started = {name: digest for name, digest in recorded.items() if not name.startswith(_MINED)}
@@ -284,11 +267,7 @@ def sigterm_is_an_error(folder: str) -> Iterator[None]:
 
 @contextmanager
 def stop_signals() -> Iterator[Callable[[], bool]]:
-    """Turn Ctrl-C and SIGTERM into a flag that a stage looks at after each step and at its end.
-
-    Outside the block (loading, mining) they stop at once: nothing there is lost by it. So does a
-    second one inside.
-    """
+    """Turn a first Ctrl-C or SIGTERM into a flag that a stage looks at; a second one stops."""
     asked: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:

@@ -1,25 +1,31 @@
 """The data of a stage with hard negatives mined anew, by the model as it is by then.
 
 Mined files are kept; those that are there already (a resumed run) are used as they are, so mining
-never happens twice.
+never happens twice. In a dry run random documents stand in for negatives that are not mined yet.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+
+import numpy as np
 
 from nvembed.core.files import write_json, write_jsonl
-from nvembed.core.runs import TRAIN
+from nvembed.core.runs import TRAIN, derive_seed
 from nvembed.data.built_sets import MINED_KINDS
 from nvembed.data.config import DatasetConfig, MiningConfig
+from nvembed.data.examples import ExampleSource, make_source, sample_where
 from nvembed.data.loading import load_records, training_datasets
-from nvembed.data.mixture import Mixture, load_mixture
-from nvembed.data.records import Record
+from nvembed.data.mixture import Mixture, load_mixture, load_source
+from nvembed.data.records import PairRecord, Record
 from nvembed.encoding.encoder import Encoder
+from nvembed.mining.corpus import MemoryCorpus
 from nvembed.mining.miner import mine_negatives, mine_sts_negatives
+from nvembed.mining.run import plan_records
 from nvembed.training.config import TrainConfig
 
 
@@ -78,10 +84,7 @@ def mined_dataset(dataset: DatasetConfig, folder: Path) -> DatasetConfig:
 
 
 def places_to_mine(dataset: DatasetConfig, records: Sequence[Record]) -> Sequence[int]:
-    """Which records training will see: mining the others would be work for nothing.
-
-    Of sts, ``max_records`` counts directions of pairs scored 4 or more, so all records are needed.
-    """
+    """Which records training will see; of sts all, since it counts other things."""
     most = dataset.max_records
     if most is None or most >= len(records) or dataset.kind == "sts":
         return range(len(records))
@@ -91,9 +94,73 @@ def places_to_mine(dataset: DatasetConfig, records: Sequence[Record]) -> Sequenc
 def with_mined(
     records: Sequence[Record], places: Sequence[int], mined: Sequence[Record]
 ) -> list[Record]:
-    """All records of a set, those that were mined for with their negatives.
-
-    The others stay, since training must know what answers a query in any of them.
-    """
+    """All records of a set, those that were mined for with their negatives."""
     found = dict(zip(places, mined, strict=True))
     return [found.get(place, record) for place, record in enumerate(records)]
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedMining:
+    """What the teacher of a set will have to embed: its different queries, and all documents."""
+
+    dataset: str
+    instruction: str | None
+    queries: Sequence[str]
+    documents: Sequence[str]
+
+
+def plan_mining(
+    config: TrainConfig, settings: MiningConfig, mixture: Mixture, base_dir: Path, mined_dir: Path
+) -> tuple[Mixture, list[PlannedMining]]:
+    """Give the sets that will be mined stand-ins, and say what is to mine; write nothing."""
+    datasets = {d.name: d for d in training_datasets(config.datasets, config.build, base_dir)}
+    sources: list[ExampleSource] = []
+    planned: list[PlannedMining] = []
+    for source in mixture.sources:
+        dataset = datasets[source.name]
+        if dataset.kind in MINED_KINDS and mined_file(dataset, mined_dir).is_file():
+            mined = mined_dataset(dataset, mined_dir)
+            source = load_source(mined, base_dir=base_dir)
+        elif dataset.kind in MINED_KINDS:
+            records = load_records(dataset, base_dir=base_dir)
+            places = places_to_mine(dataset, records)
+            chosen = [records[place] for place in places]
+            plan = plan_records(chosen)
+            queries, documents = [q for q, _ in plan.queries], MemoryCorpus(plan.corpus_texts(()))
+            planned.append(
+                PlannedMining(dataset.name, dataset.instruction, queries, documents.texts)
+            )
+            if dataset.kind != "sts":  # which draws other sentences as long as none are mined
+                seed = derive_seed(config.seed, "stand-ins", dataset.name)
+                pairs = cast(list[PairRecord], chosen)
+                stand_ins = _with_stand_ins(pairs, documents.texts, settings, seed)
+                source = make_source(
+                    cast(list[PairRecord], with_mined(records, places, stand_ins)),
+                    dataset.kind,
+                    name=dataset.name,
+                    instruction=dataset.instruction,
+                    max_records=dataset.max_records,
+                )
+        sources.append(source)
+    return Mixture(sources, mixture.weights), planned
+
+
+def _with_stand_ins(
+    records: Sequence[PairRecord], documents: Sequence[str], settings: MiningConfig, seed: int
+) -> list[PairRecord]:
+    rng = np.random.default_rng(seed)
+    made = []
+    for record in records:
+        given = record.negatives if settings.given == "keep" else ()
+        refused = {record.query, *record.positives, *given}
+        drawn = sample_where(
+            lambda text, refused=refused: text not in refused,  # type: ignore[misc]
+            documents,
+            max(0, settings.num_negatives - len(given)),
+            num_refused=len(refused),
+            rng=rng,
+        )
+        made.append(
+            replace(record, negatives=(*given, *drawn), positive_scores=(), negative_scores=())
+        )
+    return made

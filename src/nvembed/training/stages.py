@@ -1,12 +1,7 @@
 """What a stage works with: its data, its batches, its optimizer and learning rate.
 
-A batch is a pure function of (seed, stage, step); the thread that prepares the next one while the
-model works on this one changes nothing but the time.
-
-    adamw          torch's, with all updates of a step in one fused kernel where there is one
-    adamw_8bit     bitsandbytes': both moments in 8 bits per weight
-    schedule_free  AdamW that trains at one point and is evaluated at an average of its steps, which
-                   takes the place of a falling learning rate (Defazio et al., 2024)
+A batch is a pure function of (seed, stage, step). ``schedule_free`` is AdamW that trains at one
+point and is evaluated at an average of its steps (Defazio et al., 2024).
 """
 
 from __future__ import annotations
@@ -128,11 +123,7 @@ class DataLoader:
 
 
 def tokenized(tokenizer: TextTokenizer, texts: Sequence[PromptedText]) -> list[TokenizedText]:
-    """Tokenise (prompt, text) pairs; those of one prompt go in one call.
-
-    Nothing is kept: of 884,000 tokens a cache on disk saved one second of CPU time, 1 % of what
-    the smallest model takes to learn from them.
-    """
+    """Tokenise (prompt, text) pairs, one call per prompt; a cache would save only 1 % of time."""
     rows_by_prompt: dict[str, list[int]] = {}
     for row, (prompt, _) in enumerate(texts):
         rows_by_prompt.setdefault(prompt, []).append(row)
@@ -176,12 +167,7 @@ def start_stage(
 
 
 def schedule(step: int, *, steps: int, warmup_steps: int, kind: ScheduleKind = "linear") -> float:
-    """Share of the peak learning rate at an update, counted from 0.
-
-    Linear rise over the warm-up, then by ``kind``: a line to zero (paper: linear decay), half a
-    cosine to zero, or the peak to the end. The last update still moves: the fall reaches zero at
-    ``steps``, which is no update any more.
-    """
+    """Share of the peak rate at an update, from 0: a linear rise, then a fall by ``kind``."""
     warmup_steps = min(warmup_steps, steps)
     if step < warmup_steps:
         return (step + 1) / (warmup_steps + 1)
@@ -211,11 +197,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, share: float) -> None:
 def build_optimizer(
     trained: Parameters, head: nn.Module, stage: StageConfig, config: OptimizerConfig
 ) -> torch.optim.Optimizer:
-    """The optimizer of a stage; no weight decay on vectors and latents.
-
-    Each parameter group remembers its peak rate as ``peak``; parameters of the pooling head have a
-    rate of their own.
-    """
+    """The optimizer of a stage; no decay on vectors and latents, peak rates as ``peak``."""
     in_head = {id(parameter) for parameter in head.parameters()}
     head_rate = stage.head_learning_rate or stage.learning_rate
     split: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
@@ -268,20 +250,14 @@ def training_weights(optimizer: Any) -> None:
 
 
 def averaged_weights(optimizer: Any) -> None:
-    """Bring the parameters to where the model is evaluated and saved, at the end of a stage.
-
-    The way back rounds: for a look in the middle of a stage there is ``evaluation_weights``.
-    """
+    """Bring the parameters to where the model is evaluated, for good: the way back rounds."""
     if hasattr(optimizer, "eval"):
         optimizer.eval()
 
 
 @contextmanager
 def evaluation_weights(optimizer: Any) -> Iterator[None]:
-    """Evaluate or save inside; after it the parameters are back, bit for bit.
-
-    Where the optimizer has two points, a copy of the trained parameters is kept meanwhile.
-    """
+    """Evaluate or save inside; after it the parameters are back, bit for bit."""
     if not hasattr(optimizer, "eval"):
         yield
         return

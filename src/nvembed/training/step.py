@@ -1,17 +1,9 @@
 """One training step up to the gradients: packs → embeddings → loss → back through the packs.
 
-The loss sees embeddings and no graph. Every pack is embedded, with its graph for as many tokens as
-memory allows and without one beyond; the loss gives the gradient of the embeddings; each pack takes
-its rows of it backward, the kept ones at once, the others after they were embedded again with the
-same dropout. So a batch of any size has the loss and the gradients of one big graph (GradCache,
-arXiv 2101.06983, with as little recomputed as possible). Without in-batch negatives queries do not
-touch each other: the step then goes in groups of whole queries and recomputes nothing.
-
-With several processes each embeds its share of the packs; the embeddings are gathered, and all
-compute the same loss. Parameter gradients are then partial sums, to be added up over the processes
-once per step (not averaged: the loss is that of the whole batch already).
-
-Letters: U unique texts, N texts of a pack, D width.
+The loss sees embeddings and no graph. Packs beyond the memory are embedded again on the way back
+with the same dropout, so any batch has the gradients of one big graph (GradCache, arXiv
+2101.06983). Without in-batch negatives groups of whole queries go one by one instead. Parameter
+gradients are this process's partial sums. U unique texts, N texts of a pack, D width.
 """
 
 from __future__ import annotations
@@ -53,11 +45,7 @@ class StepSettings:
 
 @dataclass(frozen=True, slots=True)
 class PassPlan:
-    """Queries whose texts are embedded, contrasted and sent back before the next ones.
-
-    The first ``kept`` packs are held with their graphs; the others are embedded twice. As many in
-    all processes: sharded weights are gathered by all of them together.
-    """
+    """Queries that are contrasted together; ``kept`` packs hold graphs, alike in all processes."""
 
     part: ContrastiveBatch
     rows: Sequence[int]  # the step's texts that it needs, in the order of ``part.texts``
@@ -65,19 +53,11 @@ class PassPlan:
     sizes: list[list[int]]  # tokens of each of these packs
     kept: int
 
-    def kept_tokens(self, rank: int) -> int:
-        """Tokens whose graphs a process holds at once."""
-        return sum(self.sizes[rank][: self.kept])
-
 
 def plan_step(
     batch: ContrastiveBatch, lengths: Sequence[int], settings: StepSettings, num_processes: int
 ) -> list[PassPlan]:
-    """Cut a step into passes, and each pass into packs.
-
-    A step with in-batch negatives is one pass. Without them queries do not touch each other: there
-    are as many passes of whole queries as it takes to hold the graphs of each.
-    """
+    """Cut a step into passes (one, where queries are coupled), and each pass into packs."""
     room = settings.activation_budget * num_processes
     if settings.coupled or sum(lengths) <= room:
         return [_plan_pass(batch, range(len(lengths)), lengths, settings, num_processes)]
@@ -147,8 +127,7 @@ def contrastive_step(
 ) -> StepResult:
     """Add this process's part of the batch's gradient to the ``.grad`` of the parameters.
 
-    The model is in training mode, the batch the same on all processes; the seed is that of dropout
-    in this step. A loss that is not finite is a FloatingPointError and is not sent back.
+    The seed is that of dropout; a loss that is not finite is a FloatingPointError, not sent back.
     """
     lengths = [len(text) for text in texts]
     total_weight = float(batch.weight_B.sum())

@@ -255,10 +255,7 @@ class _Run:
     def _step(
         self, stage: stages.Stage, stage_step: int, prepared: stages.PreparedBatch, started: float
     ) -> dict[str, Any]:
-        """One update; returns its metrics. A number that is not finite changes nothing.
-
-        Its time counts from ``started``, so that waiting for the batch is part of it.
-        """
+        """One update, timed from ``started``; one that is not finite changes nothing."""
         config, optimizer, trained = stage.config, stage.optimizer, stage.trained.values()
         share = stages.stage_schedule(stage_step, config, self.config.optimizer)
         stages.set_learning_rate(optimizer, share)

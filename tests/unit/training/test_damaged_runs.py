@@ -18,7 +18,7 @@ from nvembed.core.runs import TRAIN, RunFolder
 from nvembed.encoding.export.folders import model_card
 from nvembed.model.embedder import NVEmbed
 from nvembed.training.config import TrainConfig
-from nvembed.training.dry_run.forecast import dry_run
+from nvembed.training.dry_run import dry_run
 from nvembed.training.trainer import train
 from tiny_run import PAIRS, recipe
 

@@ -16,12 +16,12 @@ from nvembed.core.files import write_jsonl
 from nvembed.core.runs import derive_seed
 from nvembed.core.text_files import read_jsonl
 from nvembed.data.mixture import Mixture
+from nvembed.training import dry_run as dry_run_forecast
+from nvembed.training import dry_run_report as report
 from nvembed.training.config import TrainConfig
-from nvembed.training.dry_run import forecast as dry_run_forecast
-from nvembed.training.dry_run import report
-from nvembed.training.dry_run.forecast import SeveralError, dry_run
-from nvembed.training.dry_run.stand_ins import plan_mining
+from nvembed.training.dry_run import SeveralError, dry_run
 from nvembed.training.model import graph_bytes_per_token, starting_model
+from nvembed.training.stage_mining import plan_mining
 from nvembed.training.stages import load_mixtures
 from nvembed.training.trainer import train
 
@@ -206,7 +206,11 @@ def test_mining_is_planned(tmp_path: Path, tiny_decoder_dir: Path) -> None:
     assert first.mining == ()
     (mining,) = second.mining
     documents = {text for pair in PAIRS for text in (pair["positive"], *pair["negative"])}
-    assert (mining.dataset, mining.queries, mining.documents) == ("pairs", 24, len(documents))
+    assert (mining.dataset, len(mining.queries), len(mining.documents)) == (
+        "pairs",
+        24,
+        len(documents),
+    )
     assert second.mining_seconds > 0
     assert found.seconds > sum(stage.seconds for stage in found.stages)
     assert {row.name: row.to_mine for row in second.data} == {"pairs": True, "classes": False}
@@ -214,11 +218,10 @@ def test_mining_is_planned(tmp_path: Path, tiny_decoder_dir: Path) -> None:
     def planned() -> tuple[Mixture, int]:
         mixture, left = plan_mining(
             config,
-            1,
             config.stages[1].mine,
             load_mixtures(config, tmp_path)[1],
-            base_dir=tmp_path,
-            mined_dir=tmp_path / "run" / "mined" / "two",
+            tmp_path,
+            tmp_path / "run" / "mined" / "two",
         )
         return mixture, len(left)
 

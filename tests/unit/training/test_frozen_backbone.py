@@ -17,7 +17,7 @@ from nvembed.model.embedder import NVEmbed
 from nvembed.model.packs import embed_pack
 from nvembed.training.checkpoint import latest_checkpoint, trained_parameters
 from nvembed.training.config import TrainConfig
-from nvembed.training.dry_run.forecast import dry_run
+from nvembed.training.dry_run import dry_run
 from nvembed.training.model import graph_bytes_per_token, starting_model
 from nvembed.training.trainer import train
 

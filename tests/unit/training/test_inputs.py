@@ -19,7 +19,7 @@ from nvembed.core.text_files import read_jsonl
 from nvembed.data.records import PairRecord, StsRecord, records_digest
 from nvembed.training.config import TrainConfig
 from nvembed.training.distributed import DistributedContext
-from nvembed.training.dry_run.forecast import dry_run
+from nvembed.training.dry_run import dry_run
 from nvembed.training.run_folder import settle_inputs
 from nvembed.training.trainer import train
 from task_folders import write_task

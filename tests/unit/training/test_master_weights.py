@@ -16,7 +16,7 @@ from nvembed.model.embedder import NVEmbed
 from nvembed.model.memory import weight_bytes
 from nvembed.training.checkpoint import latest_checkpoint, trained_parameters
 from nvembed.training.config import TrainConfig
-from nvembed.training.dry_run.forecast import dry_run
+from nvembed.training.dry_run import dry_run
 from nvembed.training.model import starting_model
 from nvembed.training.stages import build_optimizer
 from nvembed.training.trainer import train

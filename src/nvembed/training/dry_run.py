@@ -1,21 +1,21 @@
 """A dry run: the first minute of a run, with its own parts, and nothing written.
 
-Data, model, batches and steps are those of the run. A few steps of every stage that is left are
-taken in memory, updates included; time and peak memory are measured, and the rest is counted on a
-sample of the batches. Random documents stand in for negatives that are not mined yet
-(``stand_ins.py``).
+A few steps of every stage that is left are taken in memory, updates included; time and peak memory
+are measured, and the rest is counted on a sample of the batches. Which negatives a query will get
+is known only when the model of that moment has been asked, so random documents stand in for them.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
@@ -24,54 +24,16 @@ from nvembed.core.errors import ConfigError, TrainingError, UserError
 from nvembed.core.reporting import ProgressBar, progress
 from nvembed.core.runs import RunFolder, derive_seed
 from nvembed.data.batch import effective_negatives
-from nvembed.data.examples import ExampleSource
 from nvembed.data.mixture import Mixture
 from nvembed.encoding.embed import encode_texts
-from nvembed.model.embedder import NVEmbed
 from nvembed.model.memory import free_bytes
-from nvembed.training.checkpoint import (
-    Position,
-    check_recipe,
-    latest_checkpoint,
-    read_position,
-    trained_parameters,
-)
-from nvembed.training.config import TrainConfig, training_inputs
+from nvembed.training import checkpoint, metrics, model, run_folder, stages
+from nvembed.training.checkpoint import Position, trained_parameters
+from nvembed.training.config import StageConfig, TrainConfig, training_inputs
 from nvembed.training.contrastive_loss import new_temperature
 from nvembed.training.distributed import DistributedContext
-from nvembed.training.dry_run.report import (
-    BatchForecast,
-    DataForecast,
-    DryRun,
-    MiningForecast,
-    StageForecast,
-    TrainingMemory,
-)
-from nvembed.training.dry_run.stand_ins import PlannedMining, plan_mining
-from nvembed.training.metrics import evaluation_is_due, load_evaluation_tasks, tracker_options
-from nvembed.training.model import (
-    computing,
-    measure_activation_budget,
-    peak_bytes,
-    read_activation_budget,
-    starting_model,
-)
-from nvembed.training.run_folder import (
-    check_folder,
-    check_inputs,
-    inputs_of,
-    is_finished,
-    with_settled_precision,
-)
-from nvembed.training.stages import (
-    DataLoader,
-    PreparedBatch,
-    Stage,
-    load_mixtures,
-    set_learning_rate,
-    stage_schedule,
-    start_stage,
-)
+from nvembed.training.model import peak_bytes
+from nvembed.training.stage_mining import PlannedMining, plan_mining
 from nvembed.training.step import contrastive_step, plan_step, recomputed_share
 
 SAMPLED_STEPS = 20  # batches of a stage that are counted, spread over it
@@ -83,6 +45,118 @@ _SAMPLED_TEXTS = 256
 Found = TypeVar("Found")
 
 
+@dataclass(frozen=True, slots=True)
+class DataForecast:
+    """A data set in a stage."""
+
+    name: str
+    kind: str
+    queries: int
+    share: float  # of the stage's slots, by the weights
+    used: int  # slots that it fills in the steps of the stage
+    negatives: float  # own ones drawn per query, mean
+    without: float  # share of its queries that have none
+    to_mine: bool  # they are mined first, and these are their stand-ins
+
+
+@dataclass(frozen=True, slots=True)
+class BatchForecast:
+    """The steps of a stage, from a sample of its batches: means, and the ``most`` of any step."""
+
+    sampled: int
+    texts: float  # different ones
+    most_texts: int
+    tokens: float
+    most_tokens: int
+    full: float  # share of the texts that reach the limit of tokens, and are cut or just fit
+    duplicates: float  # share of the texts that are embedded once for several places
+    negatives: float  # effective ones per query
+    recomputed: float  # share of the tokens that are embedded twice
+
+
+@dataclass(frozen=True, slots=True)
+class StageForecast:
+    """A stage, or what is left of it; evaluations are those on the way and at its end."""
+
+    config: StageConfig
+    steps: int
+    data: tuple[DataForecast, ...]
+    mining: tuple[PlannedMining, ...]
+    mining_seconds: float  # of all sets
+    batches: BatchForecast
+    evaluations: int
+    seconds_per_step: float
+
+    @property
+    def seconds(self) -> float:
+        """Of all steps, without mining and evaluation."""
+        return self.seconds_per_step * self.steps
+
+    @property
+    def tokens(self) -> float:
+        """Of all steps."""
+        return self.batches.tokens * self.steps
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingMemory:
+    """Bytes of one process; ``elements`` and ``trained`` are numbers of parameters."""
+
+    elements: int
+    trained: int
+    graph: model.ActivationBudget
+    peak: int  # most that model, optimizer and steps took, beyond what the process held before
+    free: int  # on the device before the model was loaded
+
+
+@dataclass(frozen=True, slots=True)
+class DryRun:
+    """What a run would do; ``stages`` are those that are left."""
+
+    config: TrainConfig  # with settled precision
+    position: Position
+    resumed: Path | None  # the checkpoint it goes on from
+    finished: bool
+    replaces: bool  # an earlier run in the folder would be deleted
+    device: str
+    tasks: tuple[str, ...] = ()
+    stages: tuple[StageForecast, ...] = ()
+    memory: TrainingMemory | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Of steps and mining."""
+        return sum(stage.seconds + stage.mining_seconds for stage in self.stages)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What the run would do, and its owner may not want; a line each."""
+        found = []
+        for stage in self.stages:
+            name, batches = stage.config.name, stage.batches
+            idle = [
+                f"{row.name} ({row.without:.0%})" for row in stage.data if row.used and row.without
+            ]
+            if idle and not stage.config.in_batch_negatives:
+                found.append(
+                    f"{name}: there are queries without negatives, which teach nothing without "
+                    f"in-batch negatives: {', '.join(idle)}"
+                )
+            if self.memory is not None and batches.recomputed:
+                whole = batches.most_tokens * self.memory.graph.bytes_per_token
+                found.append(
+                    f"{name}: {batches.recomputed:.0%} of the tokens are embedded twice; with "
+                    f"memory_gb={math.ceil(whole / 1e8) / 10:.1f} none would be"
+                )
+        if self.memory is not None and self.memory.peak > self.memory.free:
+            needed, free = self.memory.peak / 1e9, self.memory.free / 1e9
+            found.append(
+                f"about {needed:.1f} GB are needed and {free:.1f} GB are free: lower memory_gb or "
+                "pack_tokens, or train adapters"
+            )
+        return tuple(found)
+
+
 class SeveralError(UserError):
     """Several mistakes at once, each with a line of its own in ``problems``."""
 
@@ -92,12 +166,7 @@ class SeveralError(UserError):
 
 
 def dry_run(config: TrainConfig, *, base_dir: Path, fresh: bool = False) -> DryRun:
-    """Find out what ``train`` with the same arguments would do.
-
-    Raises:
-        SeveralError: data, tasks, trackers or the output folder cannot be used.
-        UserError: the model cannot be used, or a step does not fit or has no finite loss.
-    """
+    """Find out what ``train`` with the same arguments would do."""
     if (launched := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
         raise ConfigError(
             f"{launched} processes were started",
@@ -105,7 +174,7 @@ def dry_run(config: TrainConfig, *, base_dir: Path, fresh: bool = False) -> DryR
             expected="one: it forecasts one process that does all the work",
         )
     run = RunFolder(Path(config.output))
-    config, _ = with_settled_precision(config, run, fresh=fresh)
+    config, _ = run_folder.with_settled_precision(config, run, fresh=fresh)
     problems: list[UserError] = []
 
     def noted(find: Callable[[], Found]) -> Found | None:
@@ -118,20 +187,24 @@ def dry_run(config: TrainConfig, *, base_dir: Path, fresh: bool = False) -> DryR
 
     evaluation = config.evaluation
     resumed = noted(lambda: _checkpoint(run, config, base_dir, fresh=fresh))
-    mixtures = noted(lambda: load_mixtures(config, base_dir))
-    tasks = noted(lambda: load_evaluation_tasks(evaluation, base_dir) if evaluation else [])
-    noted(lambda: tracker_options(config.trackers, run))
+    mixtures = noted(lambda: stages.load_mixtures(config, base_dir))
+    tasks = noted(lambda: metrics.load_evaluation_tasks(evaluation, base_dir) if evaluation else [])
+    noted(lambda: metrics.tracker_options(config.trackers, run))
     begun = not fresh and run.exists and run.has_results and run.inputs.exists()
     if mixtures is not None and tasks is not None and begun:
-        noted(lambda: check_inputs(run, inputs_of(config, base_dir, mixtures, tasks)))
+        noted(
+            lambda: run_folder.check_inputs(
+                run, run_folder.inputs_of(config, base_dir, mixtures, tasks)
+            )
+        )
     if problems or mixtures is None or tasks is None:
         raise SeveralError(problems)
     device = DistributedContext.of_environment().device
     found = DryRun(
         config,
-        read_position(resumed) if resumed else Position(),
+        checkpoint.read_position(resumed) if resumed else Position(),
         resumed,
-        finished=not fresh and is_finished(run),
+        finished=not fresh and run_folder.is_finished(run),
         replaces=fresh and run.exists,
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper(),
         tasks=tuple(task.name for task in tasks),
@@ -141,11 +214,12 @@ def dry_run(config: TrainConfig, *, base_dir: Path, fresh: bool = False) -> DryR
 
 def _checkpoint(run: RunFolder, config: TrainConfig, base_dir: Path, *, fresh: bool) -> Path | None:
     """Find what the run would go on from; refuse a folder that the run would refuse."""
-    check_folder(run, config, fresh=fresh, inputs=training_inputs(config, base_dir))
-    checkpoint = None if fresh or not run.exists else latest_checkpoint(run.checkpoints)
-    if checkpoint is not None:
-        check_recipe(checkpoint, config.model_dump(mode="json"))
-    return checkpoint
+    inputs = training_inputs(config, base_dir)
+    run_folder.check_folder(run, config, fresh=fresh, inputs=inputs)
+    found = None if fresh or not run.exists else checkpoint.latest_checkpoint(run.checkpoints)
+    if found is not None:
+        checkpoint.check_recipe(found, config.model_dump(mode="json"))
+    return found
 
 
 class _Rehearsal:
@@ -159,17 +233,17 @@ class _Rehearsal:
         self.processes = DistributedContext.of_environment()
         device = self.processes.device
         self.free, self.peak_before = free_bytes(device), peak_bytes(device)
-        self.embedder = starting_model(self.config, base_dir, device=str(device))
+        self.embedder = model.starting_model(self.config, base_dir, device=str(device))
 
     def play(self) -> DryRun:
         config, device = self.config, self.processes.device
         numbers = range(self.found.position.stage, len(config.stages))
         steps = sum(min(TIMED_STEPS, config.stages[number].steps) for number in numbers)
-        with computing(config, device), progress(steps, "dry run") as bar:
+        with model.computing(config, device), progress(steps, "dry run") as bar:
             self.embedder.train()
-            known = None if self.fresh else read_activation_budget(self.run.graph_memory)
-            self.budget = known or measure_activation_budget(self.embedder, config)
-            stages = tuple(self._stage(number, bar) for number in numbers)
+            known = None if self.fresh else model.read_activation_budget(self.run.graph_memory)
+            self.budget = known or model.measure_activation_budget(self.embedder, config)
+            found = tuple(self._stage(number, bar) for number in numbers)
         memory = TrainingMemory(
             elements=sum(parameter.numel() for parameter in self.embedder.parameters()),
             trained=sum(each.numel() for each in trained_parameters(self.embedder).values()),
@@ -177,32 +251,24 @@ class _Rehearsal:
             peak=peak_bytes(device) - self.peak_before,
             free=self.free,
         )
-        return replace(self.found, stages=stages, memory=memory)
+        return replace(self.found, stages=found, memory=memory)
 
     def _stage(self, number: int, bar: ProgressBar) -> StageForecast:
         config, position = self.config.stages[number], self.found.position
         start = position.stage_step if number == position.stage else 0
-        mixture = self.mixtures[number]
-        planned: list[PlannedMining] = []
+        mixture, planned = self.mixtures[number], list[PlannedMining]()
         if config.mine is not None:
             # Of a run that is to be replaced nothing counts.
             folder = self.run.mined / config.name / ("none" if self.fresh else "")
-            mixture, planned = plan_mining(
-                self.config, number, config.mine, mixture, base_dir=self.base_dir, mined_dir=folder
-            )
-        mining = tuple(self._mining(each) for each in planned)
-        log_temperature = new_temperature(config, self.processes.device)
-        extra = {} if log_temperature is None else {"log_temperature": log_temperature}
-        stage = start_stage(
+            mixture, planned = plan_mining(self.config, config.mine, mixture, self.base_dir, folder)
+        mining_seconds = sum(map(self._mining_seconds, planned))
+        tau = new_temperature(config, self.processes.device)
+        tokenizer = self.embedder.backbone.text_tokenizer
+        stage = stages.start_stage(
             self.config,
             number,
-            DataLoader(
-                mixture,
-                config,
-                seed=self.config.seed,
-                tokenizer=self.embedder.backbone.text_tokenizer,
-            ),
-            trained_parameters(self.embedder, **extra),
+            stages.DataLoader(mixture, config, seed=self.config.seed, tokenizer=tokenizer),
+            trained_parameters(self.embedder, log_temperature=tau),
             head=self.embedder.pooling,
             activation_budget=self.budget.tokens,
             checkpoint=None,
@@ -215,21 +281,26 @@ class _Rehearsal:
             config,
             left,
             self._data(stage, {each.dataset for each in planned}),
-            mining,
+            tuple(planned),
+            mining_seconds,
             batches,
             sum(
-                evaluation is not None and evaluation_is_due(evaluation, step + 1, config.steps)
+                evaluation is not None
+                and metrics.evaluation_is_due(evaluation, step + 1, config.steps)
                 for step in range(start, config.steps)
             ),
-            self._seconds_per_token(sampled, stage, log_temperature, bar) * batches.tokens,
+            self._seconds_per_token(sampled, stage, tau, bar) * batches.tokens,
         )
 
-    def _data(self, stage: Stage, to_mine: set[str]) -> tuple[DataForecast, ...]:
+    def _data(self, stage: stages.Stage, to_mine: set[str]) -> tuple[DataForecast, ...]:
         kinds = {dataset.name: dataset.kind for dataset in self.config.datasets}
         mixture, rows = stage.loader.mixture, []
         weights, used = mixture.weights, stage.loader.queries_used()
         for source, weight, slots in zip(mixture.sources, weights, used, strict=True):
-            name, counts = source.name, _own_negatives(source, stage.config.num_negatives)
+            name, rng = source.name, np.random.default_rng(0)
+            chosen = range(0, len(source), max(1, len(source) // _SAMPLED_QUERIES))
+            most = stage.config.num_negatives
+            counts = [len(source.example(index, rng, most).negatives) for index in chosen]
             share, mean = weight / sum(weights), statistics.fmean(counts)
             without, mined = counts.count(0) / len(counts), name in to_mine
             rows.append(
@@ -239,9 +310,9 @@ class _Rehearsal:
 
     def _seconds_per_token(
         self,
-        sampled: Sequence[PreparedBatch],
-        stage: Stage,
-        log_temperature: torch.nn.Parameter | None,
+        sampled: Sequence[stages.PreparedBatch],
+        stage: stages.Stage,
+        tau: torch.nn.Parameter | None,
         bar: ProgressBar,
     ) -> float:
         """Take a few steps, the largest first, so that memory is that of the largest."""
@@ -249,7 +320,8 @@ class _Rehearsal:
         name, began = stage.config.name, time.perf_counter()
         largest_first = sorted(sampled, key=lambda prepared: -sum(map(len, prepared[1])))
         timed = itertools.islice(itertools.cycle(largest_first), TIMED_STEPS)
-        set_learning_rate(stage.optimizer, stage_schedule(0, stage.config, self.config.optimizer))
+        rate = stages.stage_schedule(0, stage.config, self.config.optimizer)
+        stages.set_learning_rate(stage.optimizer, rate)
         for number, (batch, texts) in enumerate(timed):
             started = time.perf_counter()
             try:
@@ -260,7 +332,7 @@ class _Rehearsal:
                     stage.settings,
                     self.processes,
                     seed=derive_seed(self.config.seed, "dropout", name, number),
-                    log_temperature=log_temperature,
+                    log_temperature=tau,
                 )
             except FloatingPointError as error:
                 raise TrainingError(
@@ -286,31 +358,23 @@ class _Rehearsal:
                 break
         return statistics.median(found)
 
-    def _mining(self, planned: PlannedMining) -> MiningForecast:
+    def _mining_seconds(self, planned: PlannedMining) -> float:
         """Embed a sample of the texts, and take the others to need as much per character."""
-        seconds = _scaled_seconds(self.embedder, planned.documents, None)
-        seconds += _scaled_seconds(self.embedder, planned.queries, planned.instruction)
+        seconds = 0.0
+        for texts, task in ((planned.documents, None), (planned.queries, planned.instruction)):
+            sample = texts[:: max(1, len(texts) // _SAMPLED_TEXTS)]
+            started = time.perf_counter()
+            side: Literal["query", "document"] = "document" if task is None else "query"
+            encode_texts(self.embedder, sample, side=side, task=task)
+            took = time.perf_counter() - started
+            seconds += took * sum(map(len, texts)) / sum(map(len, sample))
         self.embedder.train()
-        queries, documents = len(planned.queries), len(planned.documents)
-        return MiningForecast(planned.dataset, queries, documents, seconds)
+        return seconds
 
 
-def _scaled_seconds(model: NVEmbed, texts: Sequence[str], task: str | None) -> float:
-    sample = texts[:: max(1, len(texts) // _SAMPLED_TEXTS)]
-    started = time.perf_counter()
-    encode_texts(model, sample, side="document" if task is None else "query", task=task)
-    seconds = time.perf_counter() - started
-    return seconds * sum(map(len, texts)) / sum(map(len, sample))
-
-
-def _own_negatives(source: ExampleSource, most: int) -> list[int]:
-    """Count the negatives of the queries of a set, of a sample spread over a large one."""
-    rng = np.random.default_rng(0)
-    chosen = range(0, len(source), max(1, len(source) // _SAMPLED_QUERIES))
-    return [len(source.example(index, rng, most).negatives) for index in chosen]
-
-
-def _count(sampled: Sequence[PreparedBatch], stage: Stage, max_tokens: int) -> BatchForecast:
+def _count(
+    sampled: Sequence[stages.PreparedBatch], stage: stages.Stage, max_tokens: int
+) -> BatchForecast:
     lengths = [[len(text) for text in texts] for _, texts in sampled]
     every = [length for own in lengths for length in own]
     mean = statistics.fmean

@@ -89,11 +89,9 @@ def _facts(encoder: Encoder) -> tuple[int, int | None]:
 class CachedEncoder(BaseEncoder):
     """Vectors from the files of a model in ``folder``, or else from an encoder, and then kept.
 
-    Each text is found by itself, whatever batch it came in: a corpus with one changed document
-    costs one text. Of the files only the keys are held in memory, 24 bytes per text; vectors are
-    mapped when they are taken. A pair of files (``vectors-X.npy``, then ``keys-X.npy``) holds what
-    one call embedded. It is never changed and named after its keys; other processes that need the
-    very same wait for it, and take over from one that died.
+    Each text is found by itself, whatever batch it came in. Only keys are held in memory, 24 bytes
+    per text; vectors are mapped. A pair of files (``vectors-X.npy``, ``keys-X.npy``) holds what
+    one call embedded, named after its keys; other processes that need the very same wait for it.
     """
 
     def __init__(self, encoder: Encoder, folder: Path, fingerprint: str) -> None:

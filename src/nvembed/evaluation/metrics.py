@@ -46,11 +46,8 @@ def order_with_ties(scores_QK: Floats, tie_ranks_QK: Ints) -> Ints:
 
 
 def ranking_values(grades_QK: Ints, relevant: Sequence[Ints]) -> dict[str, Floats]:
-    """Compute nDCG (gain is the grade), MAP, recall, precision, hit rate and MRR at ``CUTS``.
-
-    ``grades_QK`` are those of the results, best first, at most ``TOP_K``; ``relevant`` has for each
-    query the grades above 0 of all judged documents, found or not. A query without any gets 0.
-    """
+    """Compute nDCG (gain is the grade), MAP, recall, precision, hit rate and MRR at ``CUTS``."""
+    # ``relevant``: per query the grades above 0 of all judged documents, found or not.
     width = max([grades_QK.shape[1], *map(len, relevant)])
     found_QK, ideal_QK = np.zeros((2, len(relevant), width))
     found_QK[:, : grades_QK.shape[1]] = grades_QK
@@ -81,11 +78,7 @@ def ranking_values(grades_QK: Ints, relevant: Sequence[Ints]) -> dict[str, Float
 
 
 def ranking_scores(values: Mapping[str, Floats], scores: Sequence[Floats]) -> dict[str, float]:
-    """Sum up ``ranking_values`` as mteb does; ``scores`` are each query's similarities.
-
-    Means over queries, rounded where mteb rounds, ``accuracy`` (recall at 1), and nAUC: how well
-    the similarities tell on which queries to abstain. NaN where undefined.
-    """
+    """Sum up ``ranking_values`` as mteb does; nAUC is how well ``scores`` tell when to abstain."""
     found: dict[str, float] = {}
     for name, values_Q in values.items():
         mean = sum(values_Q.tolist()) / len(values_Q)

@@ -53,10 +53,7 @@ _MTEB_NAMES = {"map": "map_at_1000", "mrr": "mrr_at_1000"}
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep mteb's log lines, warnings and progress bars from the terminal.
-
-    The global random generators, which it seeds and draws from, are put back at the end.
-    """
+    """Keep mteb's output from the terminal, and put back the random generators that it seeds."""
     logger = logging.getLogger("mteb")
     level, bars, rng = logger.level, datasets.are_progress_bars_disabled(), capture_rng()
     # This one evaluator shows its bar whatever show_progress_bar says.

@@ -165,11 +165,7 @@ class Row(NamedTuple):
 
 
 def lay_out(results: Mapping[str, TaskResult]) -> Iterator[tuple[RowKind, str, str, list[str]]]:
-    """Yield (kind, label, name of the score, tasks) of each line of a table.
-
-    Types come in the order of the paper, then others, each with its tasks by name and its average;
-    the last line averages over tasks, as MTEB does, not types.
-    """
+    """Yield (kind, label, name of the score, tasks) of each line; the last averages over tasks."""
 
     def count(names: Collection[str]) -> str:
         return "1 task" if len(names) == 1 else f"mean of {len(names)} tasks"

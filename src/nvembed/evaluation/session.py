@@ -172,10 +172,8 @@ def run_session(
 ) -> Evaluation:
     """Evaluate a model and keep every finished task on disk.
 
-    The texts of each task are shared out to ``processes``, each with a GPU where there are some.
-    ``resume`` keeps what the output holds, which is refused where it is of another model, revision,
-    instruction or data. A task of mteb whose data cannot be loaded is passed over and named in
-    ``failed``; with ``keep_going`` every task that cannot be scored is.
+    ``resume`` keeps what the output holds, which is refused where it was made otherwise. A task of
+    mteb without data is named in ``failed``; with ``keep_going`` every task that has no score is.
     """
     output, items_at = settings.output, results.items_folder(settings.output)
     check_ending(output, (".json",))

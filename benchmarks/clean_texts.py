@@ -19,7 +19,7 @@ import psutil
 
 from nvembed.building.contamination import Contamination, EvaluationText, evaluation_texts
 from nvembed.building.similar_texts import NearDuplicates
-from nvembed.core.text_files import read_jsonl
+from nvembed.core.files import read_jsonl
 from nvembed.data.loading import read_records
 from nvembed.data.records import Kind, LabelRecord, PairRecord, Record
 from nvembed.evaluation.tasks import load_tasks

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from nvembed.core.arguments import Precision, PrecisionChoice, checked
 from nvembed.core.errors import ModelError
 from nvembed.core.reporting import release_notes
-from nvembed.interop.fingerprint import model_fingerprint
+from nvembed.interop.model_folder import model_fingerprint
 from nvembed.text.instructions import resolve_prompt
 
 if TYPE_CHECKING:

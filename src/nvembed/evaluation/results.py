@@ -20,9 +20,8 @@ from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
 
 from nvembed.core.errors import DataError
-from nvembed.core.files import atomic_path, write_json
+from nvembed.core.files import atomic_path, read_json_object, write_json
 from nvembed.core.ownership import remove
-from nvembed.core.text_files import read_json_object
 
 EVALUATE = "evaluate"
 

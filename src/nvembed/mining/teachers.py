@@ -22,7 +22,7 @@ from nvembed.encoding.embed import EncodeOptions, Job, embed, encode_texts
 from nvembed.encoding.encoder import Encoder, computed_fingerprint, settle_dtype
 from nvembed.encoding.endpoint import is_endpoint
 from nvembed.encoding.workers import Engine, Loader, settle_for
-from nvembed.interop.fingerprint import model_fingerprint
+from nvembed.interop.model_folder import model_fingerprint
 from nvembed.mining.ranking import (
     BM25Ranking,
     Ranking,

@@ -15,9 +15,10 @@ from torch import Tensor
 from nvembed.encoding.doctor.report import Placement, Role, Sample, SampleToken
 from nvembed.encoding.encoder import SentenceTransformerEncoder
 from nvembed.model import memory
+from nvembed.model.attention import probe_pooled
+from nvembed.model.backbone import free_bytes
 from nvembed.model.embedder import NVEmbed
 from nvembed.model.pooling import SelfAttentionPooling
-from nvembed.model.probe import probe_pooled
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -115,7 +116,7 @@ def _drift(encoder: Examined, task: str | None) -> dict[str, float] | str:
     """The smallest cosines of ways to compute in 16 bit to float32, or why there are none."""
     model = model_of(encoder)
     needed = 6 * sum(parameter.numel() for parameter in model.parameters())
-    free = memory.free_bytes(model.device)
+    free = free_bytes(model.device)
     if needed > free:
         return f"copies need {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
     encoder = copy.deepcopy(encoder)

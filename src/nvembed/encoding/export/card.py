@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, UndefinedError
 
 from nvembed.core.errors import DataError, UserError
+from nvembed.core.files import read_json_object
 from nvembed.core.runs import RunFolder
-from nvembed.core.text_files import read_json_object
 from nvembed.text.instructions import task_prompts
 
 if TYPE_CHECKING:

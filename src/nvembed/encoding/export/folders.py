@@ -16,9 +16,8 @@ from pydantic import Field
 
 from nvembed.core.arguments import checked
 from nvembed.core.errors import ConfigError, ModelError
-from nvembed.core.files import atomic_folder, write_json, write_text
+from nvembed.core.files import atomic_folder, check_folder_name, write_json, write_text
 from nvembed.core.ownership import check_outputs
-from nvembed.core.text_files import check_folder_name
 from nvembed.encoding.export import stock
 from nvembed.encoding.export.card import model_card
 from nvembed.interop.model_folder import ModelSource, model_kind

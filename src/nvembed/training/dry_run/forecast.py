@@ -27,8 +27,8 @@ from nvembed.data.batch import effective_negatives
 from nvembed.data.examples import ExampleSource
 from nvembed.data.mixture import Mixture
 from nvembed.encoding.embed import encode_texts
+from nvembed.model.backbone import free_bytes
 from nvembed.model.embedder import NVEmbed
-from nvembed.model.memory import free_bytes
 from nvembed.training.checkpoint import (
     Position,
     check_recipe,

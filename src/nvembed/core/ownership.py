@@ -1,8 +1,8 @@
 """Whose a file is: only what nvembed made, and nobody has changed since, is ever replaced.
 
 Every folder with outputs holds ``.nvembed.jsonl``: a line for each file that was written there,
-with the command, the size and a digest, written before the file is moved into place. A folder that is an
-output as a whole lists all of its files. A command asks ``check_outputs`` before it begins.
+with command, size and digest, written before the file is moved into place. A folder that is an
+output as a whole lists all its files. Commands ask ``check_outputs`` before they begin.
 """
 
 from __future__ import annotations

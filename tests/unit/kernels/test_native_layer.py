@@ -30,6 +30,7 @@ if not native_layer.available():
 @pytest.fixture(autouse=True)
 def _layers_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Norms, MLPs and linear layers have tests of their own."""
+    kinds = native_layer.KINDS
     layers = {name: kind for name, kind in kinds.items() if name.endswith("DecoderLayer")}
     monkeypatch.setattr(native_layer, "KINDS", layers)
 

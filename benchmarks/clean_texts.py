@@ -23,7 +23,7 @@ from nvembed.building.contamination import (
     NearDuplicates,
     evaluation_texts,
 )
-from nvembed.core.text_files import read_jsonl
+from nvembed.core.files import read_jsonl
 from nvembed.data.loading import read_records
 from nvembed.data.records import Kind, LabelRecord, PairRecord, Record
 from nvembed.evaluation.tasks import load_tasks

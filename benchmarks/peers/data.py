@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nvembed.core.text_files import read_jsonl
+from nvembed.core.files import read_jsonl
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,7 @@ from pathlib import Path
 from typing import Literal
 
 from nvembed.core.errors import DataError
-from nvembed.core.files import write_jsonl
-from nvembed.core.text_files import read_jsonl
+from nvembed.core.files import read_jsonl, write_jsonl
 from pydocs.docstrings import describe
 from pydocs.split import module_name
 

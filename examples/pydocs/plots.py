@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nvembed.core.errors import DataError
-from nvembed.core.files import atomic_path
-from nvembed.core.text_files import read_jsonl
+from nvembed.core.files import atomic_path, read_jsonl
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

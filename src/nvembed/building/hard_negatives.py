@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nvembed.core.errors import DataError
-from nvembed.core.files import tidy, write_jsonl
-from nvembed.core.text_files import read_json_object, read_jsonl
+from nvembed.core.files import read_json_object, read_jsonl, tidy, write_jsonl
 from nvembed.data.built_sets import Rows
 from nvembed.data.config import BuildMining, DatasetConfig
 from nvembed.data.records import Converted, PairRecord, record_of

@@ -25,11 +25,10 @@ from nvembed.core import __version__
 from nvembed.core.arguments import Precision, PrecisionChoice
 from nvembed.core.cache import content_hash, digest_of
 from nvembed.core.errors import DataError
-from nvembed.core.files import atomic_folder, atomic_path, tidy, write_json
+from nvembed.core.files import atomic_folder, atomic_path, read_json_object, tidy, write_json
 from nvembed.core.ownership import remove, remove_named
 from nvembed.core.reporting import progress
 from nvembed.core.store import STORED
-from nvembed.core.text_files import read_json_object
 from nvembed.data.built_sets import (
     FORMAT,
     MANIFEST,
@@ -45,7 +44,7 @@ from nvembed.data.loading import open_dataset
 from nvembed.data.records import Converted, LabelRecord
 from nvembed.encoding.encoder import is_endpoint
 from nvembed.evaluation.tasks import load_tasks
-from nvembed.interop.fingerprint import contents_fingerprint
+from nvembed.interop.model_folder import contents_fingerprint
 from nvembed.mining.teachers import BM25_NAME
 
 BUILD = "data build"

@@ -1,11 +1,8 @@
 """Arguments of the Python API, checked against the annotations of the function they are given to.
 
-    @checked
-    def encode(self, inputs: Any, truncate_dim: Annotated[int, Field(ge=1)] | None = None): …
-
-The signature is the specification: what it does not allow is one line that names the argument,
-before the function runs. Types are strict: ``"512"`` is not a number and ``True`` is not 1.
-Settings files, whose keys are the arguments of a constructor, are checked in the same way.
+What a signature does not allow is one line that names the argument, before the function runs. Types
+are strict: ``"512"`` is not a number and ``True`` is not 1. Settings files, whose keys are the
+arguments of a constructor, are checked in the same way.
 """
 
 from __future__ import annotations

@@ -1,8 +1,4 @@
-"""A thread beside the one that computes: prefetch, write-behind, or watching the parent process.
-
-Memory holds few items. It pays where both let go of Python's lock, as tokenizers, torch and files
-do.
-"""
+"""A thread beside the one that computes: prefetch, write-behind, or watching the parent process."""
 
 from __future__ import annotations
 
@@ -19,10 +15,7 @@ _END = object()
 
 
 def prefetch(items: Iterable[Item], count: int = 1) -> Iterator[Item]:
-    """Take items in a thread, ``count`` (at least 1) before they are asked for.
-
-    What making an item raises is raised here, in its place.
-    """
+    """Take items in a thread, ``count`` before they are asked for; its errors are raised here."""
     source = iter(items)
     with ThreadPoolExecutor(1, "nvembed-prefetch") as thread:
         waiting = deque(thread.submit(next, source, _END) for _ in range(count))

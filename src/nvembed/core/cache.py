@@ -1,10 +1,7 @@
 """Folders for what can be made again, kept between runs, and digests that name what is in them.
 
-``cache_folder`` is for data. ``open_private`` is for what is used without being looked at, such as
-compiled code: it opens folders in which nobody but this user can have put anything. A digest of a
-file, a folder or plain data is the same as long as they are. Large files are read once: their sums
-are kept under everything that changes with a write, which is inode, size, time of the last write,
-and time of the last change, which no program can set back.
+``cache_folder`` is for data; ``open_private`` is for what is used without being looked at, such as
+compiled code. Sums of large files are kept under inode, size, and both times of the last change.
 """
 
 from __future__ import annotations
@@ -24,8 +21,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from nvembed.core.errors import DataError, UserError, os_errors
-from nvembed.core.files import write_text
+from nvembed.core.errors import DataError, UserError
+from nvembed.core.files import os_errors, write_text
 
 _VARIABLE = "NVEMBED_CACHE"
 # Smaller files are read each time.
@@ -66,11 +63,9 @@ def expanded(path: Path, *, where: str) -> Path:
 
 @contextmanager
 def open_private(folder: Path) -> Iterator[int | None]:
-    """Open a folder, made where there is none, in which nobody else can write.
+    """Open a folder, made where there is none, in which nobody else can write; else yield None.
 
-    It must be a folder and no link, belong to this user, and be writable for no one else: then its
-    file descriptor comes, which stays that of the folder that was checked even if someone renames
-    it; else None, and why is logged once.
+    The descriptor stays that of the folder that was checked, even if someone renames it.
     """
     handle: int | None = None
     try:
@@ -94,10 +89,9 @@ def open_private(folder: Path) -> Iterator[int | None]:
 
 
 def private_folders(name: str) -> Iterator[Path]:
-    """Folders to be tried with ``open_private``, in this order: of the cache, then temporary ones.
+    """Folders to be tried with ``open_private``: of the cache, then temporary ones.
 
-    The last one is made for this process alone, and deleted at its end. There is none on systems
-    whose files have no owner in the way of POSIX.
+    There is none on systems whose files have no owner in the way of POSIX.
     """
     if os.name != "posix":
         return

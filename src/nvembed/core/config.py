@@ -1,13 +1,8 @@
 """Strict configuration: YAML plus ``key.path=value`` overrides, checked in one go.
 
-A recipe with five mistakes is reported once, with all five: key path, line, what was found, what
-was expected, and the near match of a misspelt key. Nothing is converted behind the user's back:
-``"10"`` is not an integer and ``true`` is not 1.
-
-The YAML is 1.2 as recipes need it. PyYAML follows YAML 1.1, where ``1e-4`` is a text, ``no`` is
-false and ``2024-01-01`` a date. Here these are a number and two texts, keys are texts as they are
-written, and only the types of JSON exist. A key given twice is reported, and so are aliases that
-contain themselves or that unfold to more values than a recipe can have.
+All mistakes of a recipe are reported at once, with key path, line, what was found and expected.
+Nothing is converted: ``"10"`` is not an integer. The YAML is 1.2 with the types of JSON alone, so
+``1e-4`` is a number and ``no`` a text, and a key given twice is reported.
 """
 
 from __future__ import annotations

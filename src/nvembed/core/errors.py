@@ -1,21 +1,9 @@
-"""The error tree.
+"""The error tree; every UserError is one line and exit code 2.
 
-    NVEmbedError            base of everything this package raises on purpose
-    └── UserError           a mistake in what the user gave: one line, exit code 2
-        ├── ConfigError     recipe, key=value override or command line option
-        ├── DataError       a record, a training file or an evaluation task
-        │   └── SourceError a source of training data: out of reach, or of another form
-        ├── ModelError      a model folder or backbone that cannot be used
-        └── TrainingError   a run that had to stop (non-finite loss, no disk)
-
-A user error names what was wrong, where (``file:line`` or the config key), what was expected and
-what to do. Anything else that reaches the command line is a bug and keeps its traceback.
+Anything else that reaches the command line is a bug and keeps its traceback.
 """
 
 from __future__ import annotations
-
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 
 class NVEmbedError(Exception):
@@ -72,14 +60,3 @@ class ModelError(UserError):
 
 class TrainingError(UserError):
     """A run that had to stop before harm was done."""
-
-
-@contextmanager
-def os_errors(
-    what: str, where: object, *, kind: type[UserError] = UserError, hint: str | None = None
-) -> Iterator[None]:
-    """Turn an OSError of the block into one line of ``kind``: ``where: what: the reason. hint``."""
-    try:
-        yield
-    except OSError as error:
-        raise kind(f"{what}: {error.strerror or error}", where=str(where), hint=hint) from error

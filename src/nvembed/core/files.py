@@ -1,14 +1,15 @@
-"""Files: atomic writes. Reading is in ``core/text_files.py``.
+"""Files: opening and decoding what users give, and atomic writes.
 
-Everything that is written goes to a temporary name beside its target and is moved into place, so a
-killed process or a full disk never leaves half a file under the real name. What a command makes for
-its user is written with its name (``made_by``): only what it made before is replaced
-(``core/ownership.py``). Without it something is written that is ours by its place: in a cache, in a
-working folder, or in a folder that is being made.
+Every reader starts here, so all commands agree on what a file is: its name says by its ending, in
+any case, what it holds; text is UTF-8, with or without a byte order mark. What is written goes to a
+temporary name beside its target and is moved into place, so a killed process or a full disk leaves
+no half file. What a command makes for its user is written with its name (``made_by``), and only
+what it made before is replaced (``core/ownership.py``); without it, the place is ours.
 """
 
 from __future__ import annotations
 
+import codecs
 import ctypes
 import errno
 import gzip
@@ -18,13 +19,14 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
-from nvembed.core.errors import UserError, os_errors
+from nvembed.core.errors import ConfigError, DataError, UserError
 from nvembed.core.ownership import (
     LEFTOVER,
     NEW,
@@ -34,7 +36,217 @@ from nvembed.core.ownership import (
     refuse_foreign,
     remove_any,
 )
-from nvembed.core.text_files import is_gzip
+
+STDIN = "-"  # as users write it
+STDIN_NAME = "standard input"  # as errors and places call it
+MAX_LINE = 64 * 2**20  # bytes
+
+_GZIP = b"\x1f\x8b"
+_OTHER_ENCODINGS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)
+_LOOKED_AT = 4  # bytes
+_FILES = (
+    *(".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".md", ".npy", ".npz", ".yaml"),
+    *(".onnx", ".safetensors", ".gguf", ".bin", ".pt", ".zip"),
+)
+
+
+def ending_of(name: str | Path) -> str:
+    """The ending that says what a file holds: in lower case, ``.gz`` passed over."""
+    path = Path(name)
+    return Path(path.stem).suffix.lower() if is_gzip(path) else path.suffix.lower()
+
+
+def is_gzip(name: str | Path) -> bool:
+    """Whether a name says that the file is compressed."""
+    return Path(name).suffix.lower() == ".gz"
+
+
+def check_ending(output: str | Path, endings: Sequence[str], *, packed: bool = False) -> None:
+    """Refuse a name of an output without one of the ``endings``; ``packed``: ``.gz`` may follow."""
+    if ending_of(output) in endings and (packed or not is_gzip(output)):
+        return
+    also = " (also with .gz)" if packed else ""
+    folder = Path(output).is_dir()
+    raise ConfigError(
+        "is a folder" if folder else f"unknown kind of output {Path(output).name!r}",
+        where=str(output),
+        expected=f"a name that ends in {' or '.join(endings)}{also}",
+    )
+
+
+def check_folder_name(output: str | Path) -> None:
+    """Refuse the name of a file, of data or of a model, for a folder that is to be made."""
+    if not Path(output).is_dir() and (ending_of(output) in _FILES or is_gzip(output)):
+        raise ConfigError(
+            f"{Path(output).name!r} is the name of a file", where=str(output), expected="a folder"
+        )
+
+
+@contextmanager
+def open_bytes(opener: Callable[[], IO[bytes]], name: str) -> Iterator[io.BufferedReader]:
+    """Open UTF-8 bytes, which ``opener`` opens as they are stored: without byte order mark or gzip.
+
+    Gzip is known by the ending of the ``name``, of standard input by its first bytes.
+    """
+    unreadable = os_errors("cannot be read", name, kind=DataError)
+    with unreadable, _gzip_errors(name), ExitStack() as opened:
+        beginning, stream = peeked(opened.enter_context(opener()), _LOOKED_AT)
+        if is_gzip(name) or (name == STDIN_NAME and beginning.startswith(_GZIP)):
+            unpacked = opened.enter_context(gzip.GzipFile(fileobj=stream))
+            beginning, stream = peeked(unpacked, _LOOKED_AT)
+        if beginning.startswith(_OTHER_ENCODINGS) or b"\0" in beginning:
+            raise DataError(
+                "the text is UTF-16 or UTF-32",
+                where=name,
+                expected="UTF-8",
+                hint="Convert it: iconv -f UTF-16 -t UTF-8 FILE",
+            )
+        if beginning.startswith(codecs.BOM_UTF8):
+            stream.read(len(codecs.BOM_UTF8))
+        yield stream
+
+
+@contextmanager
+def _gzip_errors(name: str) -> Iterator[None]:
+    try:
+        yield
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        hint = "Copy or download it again"
+        raise DataError(f"broken gzip file ({error})", where=name, hint=hint) from error
+
+
+def open_text_file(path: str | Path) -> AbstractContextManager[io.BufferedReader]:
+    """Open a file of UTF-8 text: ``open_bytes`` of a path, or of standard input for ``-``."""
+    if str(path) == STDIN:
+        return open_bytes(stdin_bytes, STDIN_NAME)
+    if not Path(path).is_file():
+        hint = "Check the path; relative paths start here"
+        raise DataError("no such file", where=str(path), hint=hint)
+    return open_bytes(lambda: open(path, "rb"), str(path))
+
+
+def stdin_bytes() -> IO[bytes]:
+    """The bytes of standard input, which stays open when they are closed."""
+    return peeked(sys.stdin.buffer, 0)[1]
+
+
+class _Rejoined(io.RawIOBase):
+    """A stream with bytes in front that were taken from it; ``peek`` reads once at most."""
+
+    def __init__(self, beginning: bytes, rest: io.BufferedReader) -> None:
+        super().__init__()
+        self._beginning, self._rest = beginning, rest
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        taken = self._beginning[: len(buffer)]
+        if not taken:
+            return self._rest.readinto1(buffer)
+        buffer[: len(taken)] = taken
+        self._beginning = self._beginning[len(taken) :]
+        return len(taken)
+
+
+def peeked(file: Any, size: int = 4096) -> tuple[bytes, io.BufferedReader]:
+    """Look at the first bytes of a stream; return them and the whole stream, to be read instead."""
+    rest = file if isinstance(file, io.BufferedIOBase) else io.BufferedReader(file)
+    beginning = rest.read(size)
+    whole = _Rejoined(beginning, cast(io.BufferedReader, rest))
+    return beginning, io.BufferedReader(whole, buffer_size=1 << 16)
+
+
+def numbered_lines(
+    file: IO[bytes], max_bytes: int = MAX_LINE
+) -> Iterator[tuple[int, bytes | None]]:
+    """Yield (number from 1, line with its end), None for a line that is too long to be kept.
+
+    Lines end at ``\\n`` only: texts may hold U+2028, on which ``str.splitlines`` splits too.
+    """
+    number = 0
+    while line := file.readline(max_bytes):
+        number += 1
+        if len(line) < max_bytes or line.endswith(b"\n"):
+            yield number, line
+            continue
+        while len(line) == max_bytes and not line.endswith(b"\n"):
+            line = file.readline(max_bytes)
+        yield number, None
+
+
+def too_long(max_bytes: int = MAX_LINE) -> str:
+    """What is wrong with a line that ``numbered_lines`` did not keep."""
+    return f"the line is longer than {max_bytes // 2**20} MB"
+
+
+def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield ``(line number from 1, object)`` from JSONL or JSONL.gz, skipping blank lines."""
+    with open_text_file(path) as file:
+        name = STDIN_NAME if str(path) == STDIN else str(path)
+        for number, line in numbered_lines(file):
+            place = f"{name}:{number}"
+            if line is None:
+                raise DataError(too_long(), where=place)
+            if not line.strip():
+                continue
+            value = parse_json(line, place)
+            if not isinstance(value, dict):
+                message = f"a line holds {type(value).__name__}"
+                raise DataError(message, where=place, expected="one JSON object per line")
+            yield number, value
+
+
+def parse_json(
+    data: bytes,
+    where: str,
+    *,
+    error: type[UserError] = DataError,
+    expected: str | None = "one JSON object per line",
+    hint: str | None = None,
+    is_file: bool = False,
+) -> Any:
+    """Read one JSON value; ``where`` is the place of a line, or a path with ``is_file``."""
+    cause: Exception
+    try:
+        return json.loads(data.decode("utf-8"))
+    except UnicodeDecodeError as broken:
+        message, cause = "not UTF-8 text", broken
+    except json.JSONDecodeError as broken:
+        message, cause = f"not valid JSON ({broken.msg} at column {broken.colno})", broken
+        where = f"{where}:{broken.lineno}" if is_file else where
+    except (ValueError, RecursionError) as broken:  # integers of thousands of digits, deep nesting
+        message, cause = "numbers too long or nesting too deep", broken
+    raise error(message, where=where, expected=expected, hint=hint) from cause
+
+
+def read_json_object(path: Path, expected: str, *, hint: str | None = None) -> dict[str, Any]:
+    """Read a JSON file that holds an object; ``expected`` and ``hint`` are for the DataError."""
+    try:
+        with open_bytes(lambda: open(path, "rb"), str(path)) as file:
+            content = file.read()
+    except DataError as error:
+        raise DataError(error.message, where=str(path), expected=expected, hint=hint) from error
+    values = parse_json(content, str(path), expected=expected, hint=hint, is_file=True)
+    if not isinstance(values, dict):
+        message = f"the file holds {type(values).__name__}"
+        raise DataError(message, where=str(path), expected=expected, hint=hint)
+    return values
+
+
+# --- Writing --------------------------------------------------------------------------------------
+
+
+@contextmanager
+def os_errors(
+    what: str, where: object, *, kind: type[UserError] = UserError, hint: str | None = None
+) -> Iterator[None]:
+    """Turn an OSError of the block into one line of ``kind``: ``where: what: the reason. hint``."""
+    try:
+        yield
+    except OSError as error:
+        raise kind(f"{what}: {error.strerror or error}", where=str(where), hint=hint) from error
+
 
 # RENAME_EXCHANGE of Linux, RENAME_SWAP of macOS: both are 2.
 _EXCHANGE = 2
@@ -45,11 +257,7 @@ _AT_FDCWD = -100
 def atomic_path(path: str | Path, made_by: str | None = None) -> Iterator[Path]:
     """Give a temporary path beside ``path`` and move it into place when the block ends well.
 
-    ``made_by`` is the command whose output it is: it is marked, and only its own file is replaced.
-
-    Raises:
-        ConfigError: the file that is there is not the command's; it is untouched.
-        UserError: no space, no permission; the file that is there is untouched.
+    With ``made_by``, the command whose output it is, only its own file is replaced (ConfigError).
     """
     with _atomic(Path(path), made_by, folder=False) as temporary:
         yield temporary
@@ -59,10 +267,8 @@ def atomic_path(path: str | Path, made_by: str | None = None) -> Iterator[Path]:
 def atomic_folder(path: str | Path, made_by: str | None = None) -> Iterator[Path]:
     """Give a temporary folder beside ``path``; when the block ends well it replaces ``path``.
 
-    Where the system can exchange two names in one step, one of the two folders is there at any
-    moment. Elsewhere a process may die between two renames, and ``tidy`` brings the old one back.
-    With ``made_by`` the files are listed in the folder, and only a folder that the command made,
-    with nothing changed or added since, is replaced. Errors are those of ``atomic_path``.
+    Where two names cannot be exchanged in one step, a process may die between two renames, and
+    ``tidy`` brings the old folder back. ``made_by`` as in ``atomic_path``, for all of its files.
     """
     with _atomic(Path(path), made_by, folder=True) as temporary:
         yield temporary
@@ -104,10 +310,7 @@ def _atomic(target: Path, made_by: str | None, *, folder: bool) -> Iterator[Path
 
 @contextmanager
 def alone_in(folder: Path) -> Iterator[bool]:
-    """Hold a folder, which is made, for this process while the block runs.
-
-    Yields False where another process holds it. The lock dies with its process and is no file.
-    """
+    """Make and hold a folder during the block; yields False where another process holds it."""
     import fcntl
 
     with os_errors("cannot write", folder):
@@ -131,10 +334,9 @@ def alone_in(folder: Path) -> Iterator[bool]:
 
 
 def tidy(folder: Path, names: str) -> None:
-    """Clear up after a process that was killed while it wrote; nothing else may be writing there.
+    """Clear up after a process that was killed while it wrote to targets of the pattern ``names``.
 
-    What was written half is deleted, and a folder that was to be replaced goes back to its place
-    where that is empty. ``names`` is a pattern of the targets, such as ``model*``.
+    A folder that was to be replaced goes back to its place where that is empty.
     """
     for path in folder.glob(".*"):
         found = LEFTOVER.fullmatch(path.name)
@@ -177,10 +379,7 @@ def write_json(path: str | Path, value: Any, made_by: str | None = None) -> None
 def write_jsonl(
     path: str | Path, rows: Iterable[dict[str, Any]], made_by: str | None = None
 ) -> int:
-    """Write one JSON object per line (gzip when the name ends in ``.gz``); return the count.
-
-    ``made_by`` as in ``atomic_path``.
-    """
+    """Write one JSON object per line (gzip by the name); return the count."""
     count = 0
     with atomic_path(path, made_by) as temporary, open(temporary, "wb") as raw:
         # No time and no (temporary) name in the header: equal rows make equal bytes.

@@ -1,9 +1,7 @@
 """Requests to endpoints that are busy, slow or broken at times: the one policy of trying again.
 
 Overloads (408, 425, 429), errors of the server (5xx), time running out and lost connections pass:
-the request is sent again after growing pauses, or when the endpoint says (``Retry-After``). Other
-refusals are final. What an endpoint says is shown without the key that it was sent.
-``post_json`` is the plain call; ``building/synthesis/endpoint.py`` sends many at once.
+the request is sent again after growing pauses, or when the endpoint says. Other refusals are final.
 """
 
 from __future__ import annotations
@@ -43,11 +41,9 @@ class Trouble(NamedTuple):
 
 
 def post_json(url: str, body: dict[str, Any], *, timeout: float = 120.0) -> dict[str, Any]:
-    """Send an object and return the one that comes back.
+    """Send an object and return the one that comes back; seven attempts, then a ModelError.
 
-    What passes, and answers that are no JSON object, are tried again, seven times in all. Another
-    refusal, at once, or no answer in the end is a ModelError. A key in ``$NVEMBED_API_KEY`` or
-    ``$OPENAI_API_KEY`` goes along; it stands in no message.
+    A key of the environment goes along; it stands in no message.
     """
     import httpx2
 

@@ -1,13 +1,8 @@
 """Whose a file is: only what nvembed made, and nobody has changed since, is ever replaced.
 
-Every folder with outputs holds one hidden file, ``.nvembed.jsonl``: a line for each file that was
-written there, with the command, the size and a digest. A file whose name, size and digest stand in
-it is ours; everything else is the user's. A folder that is an output as a whole (a model, a built
-data set) lists all of its files, so an edited model card or a note beside it is noticed. A line is
-written before its file is moved into place, so a killed process leaves nothing unaccounted for.
-
-A command asks ``check_outputs`` before it begins; ``core/files.py`` asks ``problem_of`` again when
-it replaces something, and leaves the marks.
+Every folder with outputs holds ``.nvembed.jsonl``: a line for each file that was written there,
+with command, size and digest, written before the file is moved into place. A folder that is an
+output as a whole lists all its files. Commands ask ``check_outputs`` before they begin.
 """
 
 from __future__ import annotations
@@ -23,7 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from nvembed.core.errors import ConfigError, UserError, os_errors
+from nvembed.core.errors import ConfigError, UserError
 
 MARK = ".nvembed.jsonl"
 # Ends of names that no user gives to a file: of what is being written, and of the folder that is
@@ -54,11 +49,9 @@ class _Line(NamedTuple):
 
 
 def problem_of(path: Path, made_by: str | None = None, *, contents: bool = True) -> str | None:
-    """Why a file or folder must not be replaced; None where it is ours or nothing is there.
+    """Why a file or folder must not be replaced; None where it is ours, empty or nothing is there.
 
-    An empty file and a folder without files hold nothing that could be lost. ``made_by`` is the
-    command that must have made it, None any of ours. Without ``contents``, names and sizes are
-    compared but no digests, which takes no time.
+    ``made_by`` None is any command of ours. Without ``contents`` no digests are compared.
     """
     try:
         mode = path.lstat().st_mode
@@ -163,8 +156,7 @@ def mark_file(path: Path, content: Path, made_by: str) -> None:
 
 def mark_growing(path: Path, made_by: str) -> None:
     """Say beside ``path``, a log or a table that is not there yet, that a command adds to it."""
-    with os_errors("cannot write", path):
-        _append(path.parent, _Line(path.name, made_by, 0, _GROWS))
+    _append(path.parent, _Line(path.name, made_by, 0, _GROWS))
 
 
 def mark_folder(folder: Path, made_by: str) -> None:
@@ -209,9 +201,8 @@ def check_outputs(
 ) -> None:
     """Refuse to begin where something would be lost.
 
-    ``outputs`` are files, and folders that are replaced as a whole; ``made_by`` is the command,
-    whose earlier output may be replaced. ``inputs`` are everything that is read, as in
-    ``check_overlaps``. ``places`` are written into and never replaced (a cache, a database).
+    ``made_by`` is the command, whose earlier outputs may be replaced; ``inputs`` are as in
+    ``check_overlaps``; ``places`` (a cache, a database) are written into and never replaced.
     """
     outputs = list(outputs)
     check_overlaps([*outputs, *(place / MARK for place in places)], inputs)
@@ -232,10 +223,7 @@ def foreign_error(problem: str, path: Path) -> ConfigError:
 
 
 def check_overlaps(outputs: Iterable[Path], inputs: Iterable[Path | str | None]) -> None:
-    """Refuse an output that is an input, holds one or lies inside one, by whatever names.
-
-    Inputs that are no path here (names of the hub, of an endpoint, ``-``) and None are passed over.
-    """
+    """Refuse an output that is an input, holds one or lies inside one."""
     read = [path for given in inputs if given is not None and (path := Path(given)).exists()]
     for output in outputs:
         for path in read:
@@ -291,10 +279,7 @@ def _linked(folder: Path) -> Iterator[Path]:
 
 
 def remove(path: Path) -> None:
-    """Delete what nvembed made of a file or a folder; whatever else is in it stays.
-
-    A mark is deleted after the files that it lists, so that it can be gone on with.
-    """
+    """Delete what nvembed made of a file or folder, marks last; whatever else is in it stays."""
     if not path.is_dir() or path.is_symlink():
         if problem_of(path) is None:
             path.unlink(missing_ok=True)

@@ -1,9 +1,7 @@
 """What a job tells its user while it runs: notes, problems of many rows, and a progress bar.
 
-A note tells what was decided for the user. It is shown by the command line, silent in Python, and
-held back until the work that it speaks of has begun, so a command that fails before, for a mistake
-in the input, says nothing but its error. The bar is silent when stderr is no terminal (logs, pipes,
-tests); ``NVEMBED_PROGRESS=1`` shows it all the same, ``NVEMBED_PROGRESS=0`` never.
+Notes are shown by the command line alone, and held until the work that they speak of has begun. The
+bar needs a terminal; ``NVEMBED_PROGRESS=1`` shows it all the same, ``NVEMBED_PROGRESS=0`` never.
 """
 
 from __future__ import annotations
@@ -57,10 +55,7 @@ _MAX_RANGES = 10
 
 @dataclass
 class ProblemKind:
-    """The rows that have one problem.
-
-    ``ranges`` are [first, last] line of the other rows of the same file, as far as they are kept.
-    """
+    """The rows that have one problem; ``ranges`` are those of others in its file."""
 
     place: str  # of the first row: ``file:line``
     text: str
@@ -96,11 +91,10 @@ class ProblemKind:
 
 
 class ProblemCounts:
-    """Problems by kind, in the order in which the kinds were met.
+    """Problems by kind, in the order in which the kinds were met; memory does not grow with rows.
 
-    Two rows have one problem when what is said of them differs in numbers and in values in single
-    quotes only; ``by_value`` makes values tell kinds apart, as names of classes do. Memory does not
-    grow with the number of rows. ``problems`` are (place, text) of those to begin with.
+    Two rows have one problem when what is said of them differs in numbers only, and in values in
+    single quotes, unless ``by_value``. ``problems`` are (place, text) of those to begin with.
     """
 
     def __init__(self, problems: Iterable[tuple[str, str]] = (), *, by_value: bool = False) -> None:

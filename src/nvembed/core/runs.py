@@ -40,8 +40,8 @@ from pathlib import Path
 from typing import Any
 
 from nvembed.core.config import read_yaml
-from nvembed.core.errors import ConfigError, DataError, os_errors
-from nvembed.core.files import tidy, write_json, write_text
+from nvembed.core.errors import ConfigError, DataError
+from nvembed.core.files import os_errors, parse_json, read_json_object, tidy, write_json, write_text
 from nvembed.core.ownership import (
     foreign_error,
     mark_growing,
@@ -51,7 +51,6 @@ from nvembed.core.ownership import (
     remove_named,
     unnamed,
 )
-from nvembed.core.text_files import parse_json, read_json_object
 
 # The command that makes a run folder.
 TRAIN = "train"
@@ -146,9 +145,8 @@ class RunFolder:
     ) -> None:
         """Start a run here: write ``config.yaml`` and ``env.json``, make ``checkpoints/``.
 
-        ``replace`` deletes the earlier run of this folder (only the names listed above, and only
-        what nvembed made); without it, a run that is there is a ConfigError. ``computing`` says in
-        ``env.json`` how the numbers of the run are computed.
+        ``replace`` deletes the earlier run of this folder, which is a ConfigError without it.
+        ``computing`` says in ``env.json`` how the numbers of the run are computed.
         """
         if self.exists and not replace and problem_of(self.config, TRAIN) is None:
             raise ConfigError(
@@ -161,9 +159,9 @@ class RunFolder:
             if replace:
                 self._clear()
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-        # Lines are added to two of them, and a damaged measurement is taken again.
-        for file in (self.metrics, self.log, self.graph_memory):
-            mark_growing(file, TRAIN)
+            # Lines are added to two of them, and a damaged measurement is taken again.
+            for file in (self.metrics, self.log, self.graph_memory):
+                mark_growing(file, TRAIN)
         computed = {} if computing is None else {"computing": computing}
         write_json(self.env, describe_environment() | computed, TRAIN)
         write_text(self.config, config_yaml, TRAIN)

@@ -1,13 +1,8 @@
-"""Artifacts: files that are made once, by whichever process comes to them first.
+"""A folder of artifacts, each named after all it depends on, that is shared by processes.
 
-A store is a folder of artifacts. Each is named after everything that its contents depend on and is
-written whole or not at all, so a run that was killed goes on with what is missing, and processes
-that share the folder share the work. The one that makes an artifact holds a lock on it, and the
-system lets go of that lock when the process dies.
-
-A lock is one byte of one file, at an offset that the artifact's name decides. ``filelock`` locks
-whole files: a folder of thousands of artifacts would hold as many lock files, and deleting those
-while others wait for them is a race.
+The one that makes an artifact holds a lock on it: one byte of one file, at an offset that the name
+decides, which the system lets go when the process dies. ``filelock`` locks whole files: thousands
+of artifacts would be as many lock files, and deleting those while others wait is a race.
 """
 
 from __future__ import annotations
@@ -28,8 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nvembed.core.errors import DataError, UserError
-from nvembed.core.files import atomic_path, tidy, write_json
-from nvembed.core.text_files import read_json_object
+from nvembed.core.files import atomic_path, read_json_object, tidy, write_json
 
 _LOCKS = "locks"
 _AGAIN = "Delete it; it will be made again"
@@ -84,8 +78,7 @@ def _readable(path: Path, hint: str) -> Iterator[None]:
 def claims(paths: Sequence[Path]) -> Iterator[Iterator[int]]:
     """Yield the numbers of artifacts (of one folder) that this process is to make.
 
-    First come all that nobody else is making; then those that another process had in hand, where it
-    died over them. What is made must be written before the block ends, and with it the locks.
+    Those in the hands of another process come last, where it died over them.
     """
     if all(path.is_file() for path in paths):
         yield iter(())

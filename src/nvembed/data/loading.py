@@ -10,14 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from nvembed.core.errors import DataError, SourceError
+from nvembed.core.files import ending_of, numbered_lines, open_text_file, parse_json, too_long
 from nvembed.core.reporting import ProblemCounts
-from nvembed.core.text_files import (
-    ending_of,
-    numbered_lines,
-    open_text_file,
-    parse_json,
-    too_long,
-)
 from nvembed.data.built_sets import built_problem
 from nvembed.data.config import FORMS, BuildConfig, DatasetConfig, TableConfig
 from nvembed.data.records import (

@@ -17,11 +17,10 @@ import numpy as np
 
 from nvembed.core.arguments import Precision, PrecisionChoice
 from nvembed.core.errors import ConfigError, DataError
-from nvembed.core.files import tidy, write_json
+from nvembed.core.files import STDIN, STDIN_NAME, ending_of, stdin_bytes, tidy, write_json
 from nvembed.core.ownership import NEW, check_outputs, remove, remove_named
 from nvembed.core.reporting import Rates, progress
 from nvembed.core.store import STORED, write_array
-from nvembed.core.text_files import STDIN, STDIN_NAME, ending_of, stdin_bytes
 from nvembed.data.config import Column
 from nvembed.encoding import outputs
 from nvembed.encoding.embed import EncodeOptions, Job, embed, windows

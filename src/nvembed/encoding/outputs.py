@@ -15,9 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nvembed.core.errors import ConfigError, UserError
-from nvembed.core.files import atomic_folder, atomic_path
+from nvembed.core.files import atomic_folder, atomic_path, check_ending, ending_of
 from nvembed.core.store import read_arrays
-from nvembed.core.text_files import check_ending, ending_of
 from nvembed.encoding.embed import Part, read_part
 
 OutputPrecision = Literal["float32", "int8", "uint8", "binary"]

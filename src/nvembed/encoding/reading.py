@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nvembed.core.errors import ConfigError, DataError
-from nvembed.core.text_files import MAX_LINE, STDIN, ending_of, open_text_file, stdin_bytes
+from nvembed.core.files import MAX_LINE, STDIN, ending_of, open_text_file, stdin_bytes
 from nvembed.data.config import Column
 from nvembed.data.records import BadRow, RowError
 from nvembed.data.sources.files import FORMATS, open_file, open_stdin

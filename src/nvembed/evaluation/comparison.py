@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from nvembed.core.errors import DataError
+from nvembed.core.files import read_json_object
 from nvembed.core.reporting import progress
-from nvembed.core.text_files import read_json_object
 from nvembed.evaluation import significance
 from nvembed.evaluation.results import (
     RowKind,

@@ -24,9 +24,8 @@ from rich.console import Console
 from rich.table import Table
 
 from nvembed.core.errors import DataError
-from nvembed.core.files import atomic_path, write_json
+from nvembed.core.files import atomic_path, read_json_object, write_json
 from nvembed.core.ownership import remove
-from nvembed.core.text_files import read_json_object
 from nvembed.evaluation.reference import published_model
 from nvembed.evaluation.task_files import TASK_TYPES
 

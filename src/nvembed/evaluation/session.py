@@ -17,16 +17,15 @@ from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from nvembed.core.arguments import Precision
 from nvembed.core.errors import ConfigError, UserError
-from nvembed.core.files import write_json
+from nvembed.core.files import check_ending, read_json_object, write_json
 from nvembed.core.ownership import check_outputs, remove
 from nvembed.core.runs import describe_environment
-from nvembed.core.text_files import check_ending, read_json_object
 from nvembed.encoding.encoder import Encoder, computed_fingerprint
 from nvembed.evaluation import results
 from nvembed.evaluation.encoders import CachedEncoder, SharedEncoder, shared_encoder
 from nvembed.evaluation.results import EVALUATE, Items, TaskResult, UnreachableTaskError
 from nvembed.evaluation.tasks import LocalTask, task_hash
-from nvembed.interop.fingerprint import model_fingerprint
+from nvembed.interop.model_folder import model_fingerprint
 
 if TYPE_CHECKING:
     from mteb.abstasks import AbsTask

@@ -17,7 +17,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, Field, ValidationInfo, field_validator
 
 from nvembed.core.errors import ConfigError, DataError
-from nvembed.core.text_files import read_json_object
+from nvembed.core.files import read_json_object
 from nvembed.data.sources.beir import first_split, is_beir_folder
 from nvembed.evaluation.reference import ignores_identical_ids, near_names
 from nvembed.evaluation.retrieval_files import read_retrieval

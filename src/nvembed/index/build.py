@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 
 from nvembed.core.arguments import PrecisionChoice
 from nvembed.core.errors import ConfigError, DataError
+from nvembed.core.files import check_folder_name, open_text_file
 from nvembed.core.ownership import check_outputs
 from nvembed.core.reporting import progress
-from nvembed.core.text_files import check_folder_name, open_text_file
 from nvembed.data.config import Column
 from nvembed.data.records import BadRow
 from nvembed.encoding.embed import WINDOW_TEXTS, encode_window

@@ -26,6 +26,7 @@ from lancedb.index import FTS, BTree, IvfSq
 from numpy.typing import NDArray
 
 from nvembed.core.errors import ConfigError, DataError
+from nvembed.core.files import os_errors
 from nvembed.core.ownership import MARK, mark_growing, refuse_foreign
 from nvembed.index.fields import (
     JSON,
@@ -97,7 +98,8 @@ class Database:
         """Make an empty database; within ``writing`` only."""
         # A process may have been killed before the first version was there.
         shutil.rmtree(path / _FOLDER, ignore_errors=True)
-        mark_growing(path / _FOLDER, INDEX)
+        with os_errors("cannot write", path / _FOLDER):
+            mark_growing(path / _FOLDER, INDEX)
         types = (*[pa.string()] * 3, pa.list_(pa.float32(), record.dimension))
         columns = zip(OWN_COLUMNS, types, strict=True)
         schema = pa.schema([pa.field(name, type, nullable=False) for name, type in columns])

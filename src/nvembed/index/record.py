@@ -13,7 +13,7 @@ from nvembed.core.config import StrictModel
 from nvembed.core.errors import ModelError
 from nvembed.encoding.embed import EncodeOptions, encode_window
 from nvembed.encoding.encoder import Encoder, load_encoder, prompts_of, settle_dtype, shorten
-from nvembed.interop.fingerprint import contents_fingerprint
+from nvembed.interop.model_folder import contents_fingerprint
 from nvembed.text.instructions import read_task
 
 # Texts whose vectors are kept: an encoder that gives others is not the one of the database.

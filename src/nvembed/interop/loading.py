@@ -1,13 +1,8 @@
 """The one boundary to the libraries that load models: every weight in its place, or one line.
 
-    with loading(name):
-        model = AutoModel.from_pretrained(name)      # or SentenceTransformer, CrossEncoder, …
-
-transformers starts a model with random numbers wherever a checkpoint has no tensor of that name,
-and tells it in a log. Here its report of every model that is loaded in the block is read: tensors
-that are missing, unexpected or of another shape are an error with their names, as are values that
-are not finite. A prefix that all names share (``module.``, ``base_model.model.``, …) is taken off
-where the names fit without it. Whatever else a library raises becomes one line too.
+transformers fills what a checkpoint lacks with random numbers. Here its report of every model that
+is loaded in a block is read: missing, unexpected or misshapen tensors and values that are not
+finite are an error. A prefix that all names share is taken off where they fit without it.
 """
 
 from __future__ import annotations
@@ -78,10 +73,9 @@ _one_at_a_time = threading.RLock()
 
 @contextmanager
 def loading(name: str, *, expected: str = "the folder or the hub id of a model") -> Iterator[None]:
-    """Load models of transformers or sentence-transformers in a block.
+    """Load models of transformers or sentence-transformers in a block, or raise a ModelError.
 
-    The files of a folder are looked at first. A ModelError where one is damaged, weights do not
-    fit, or a library cannot load the model; ``expected`` says what ``name`` should have been.
+    The files of a folder are looked at first; ``expected`` says what ``name`` should have been.
     """
     if Path(name).is_dir():
         check_files(Path(name))
@@ -142,10 +136,7 @@ def prove_encoding(model: SentenceTransformer, *, name: str) -> None:
 
 
 def check_vocabulary(model: Any, tokenizer: Any, *, where: str) -> None:
-    """Make sure that every token of a tokenizer has an embedding.
-
-    Tokens that were added and that no text is turned into, such as a padding token, may have none.
-    """
+    """Make sure that every token that a text can be turned into has an embedding."""
     try:
         table = model.get_input_embeddings()
     except (AttributeError, NotImplementedError):  # no table of tokens, as in models of images
@@ -221,8 +212,7 @@ def _misfit(model: PreTrainedModel, info: Any) -> Misfit:
 def _watched(name: str, reports: list[tuple[PreTrainedModel, Any]]) -> Iterator[None]:
     """Collect the reports of all models that this thread loads in the block.
 
-    ``output_loading_info`` gives the same report to the caller of transformers alone, which here is
-    sentence-transformers at times, and that of the adapter alone where a folder has one.
+    ``output_loading_info`` gives them to the caller of transformers alone, here another library.
     """
     kept = PreTrainedModel.__dict__["_load_pretrained_model"]
     original = PreTrainedModel._load_pretrained_model

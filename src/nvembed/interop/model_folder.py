@@ -1,14 +1,13 @@
-"""What a model is and what its files say: the one place that decides it, before any model is built.
+"""What a model is and what its files say, decided in one place before any model is built.
 
-A model lies in a folder, or in a repository on the hub. It is an exported ONNX graph, NVIDIA's
-layout, a saved embedding model (ours, or one of sentence-transformers) or a bare language model.
-Everything that can go wrong on the way to a file is a :class:`ModelError` of one line. Nothing here
-imports torch.
+It is an exported ONNX graph, NVIDIA's layout, a saved embedding model or a bare language model, in
+a folder or on the hub. What goes wrong on the way to a file is a ModelError. No torch here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -24,9 +23,11 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from nvembed.core import __version__
 from nvembed.core.arguments import check_settings, kind_of, shown_value
+from nvembed.core.cache import file_digest
 from nvembed.core.errors import ConfigError, ModelError
-from nvembed.core.text_files import parse_json
+from nvembed.core.files import parse_json
 
 ONNX_FILE = "nvembed_onnx.json"
 """What ``nvembed export --format onnx`` writes beside a graph."""
@@ -137,10 +138,7 @@ class ModelSource:
             raise ModelError("no such model folder", where=self.name, hint="Check the path")
 
     def find(self, filename: str) -> Path | None:
-        """Path of a file, downloaded where needed; ``None`` where the model has no such file.
-
-        A ModelError where the hub refuses the repository or its revision.
-        """
+        """Path of a file, downloaded where needed; ``None`` where the model has no such file."""
         if self.is_folder:
             path = Path(self.name) / self.inside / filename
             return path if path.is_file() else None
@@ -256,10 +254,7 @@ def is_foreign(source: ModelSource) -> bool:
 
 
 def model_kind(source: ModelSource) -> Literal["official", "saved", "language_model"]:
-    """Tell what a model with weights is; ``config.json`` goes before ``modules.json``.
-
-    A ModelError where there is nothing of that name, or its model type is unknown.
-    """
+    """Tell what a model with weights is; ``config.json`` goes before ``modules.json``."""
     from transformers import CONFIG_MAPPING  # takes seconds
 
     if source.find(ONNX_FILE) is not None:
@@ -347,3 +342,44 @@ def read_limit(source: ModelSource, filename: str, key: str) -> int | None:
         return None if limit is None else int(limit)
     where = f"{source.name}/{filename}"
     raise damaged(f"{key} is {shown_value(limit)}", where, "a number of tokens")
+
+
+# --- What tells two states of it apart: 64 hexadecimal digits -------------------------------------
+
+# What a model folder holds besides the model.
+_NOT_THE_MODEL = {".md", ".log", ".png", ".svg"}
+
+
+def model_fingerprint(model: str, *settings: object) -> str:
+    """Name a model folder by what it holds, or a hub id by itself, with whatever else matters.
+
+    Files are told apart by name, size and time of change: reading gigabytes would cost too much.
+    """
+    digest = hashlib.sha256(" ".join([__version__, *map(str, settings)]).encode())
+    folder = Path(model)
+    digest.update(str(folder.resolve() if folder.is_dir() else model).encode())
+    for path, name in _model_files(folder):
+        status = path.stat()
+        digest.update(f"\n{name} {status.st_size} {status.st_mtime_ns}".encode())
+    return digest.hexdigest()
+
+
+def contents_fingerprint(model: str) -> str:
+    """Name a model by the contents of its files, wherever they lie; a hub id by its commit."""
+    folder = Path(model)
+    if not folder.is_dir():
+        config = ModelSource(model).require("config.json")
+        return hashlib.sha256(f"{model} {config.parent.name}".encode()).hexdigest()
+    digest = hashlib.sha256()
+    for path, name in _model_files(folder):
+        hidden = any(part.startswith(".") for part in name.parts)
+        if not hidden and path.suffix not in _NOT_THE_MODEL:
+            digest.update(f"{name.as_posix()} {file_digest(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def _model_files(folder: Path) -> Iterator[tuple[Path, Path]]:
+    """Yield the files below a folder and their names in it; none where there is no folder."""
+    for path in sorted(folder.rglob("*")) if folder.is_dir() else []:
+        if path.is_file():
+            yield path, path.relative_to(folder)

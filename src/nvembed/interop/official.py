@@ -1,8 +1,6 @@
 """The layout of ``nvidia/NV-Embed-v1`` and ``-v2``: names of the weights and configuration.
 
-One table serves loading and exporting. Facts are those of the released files: 304 tensors,
-``model_type: nvembed``, a ``MistralModel`` without head under ``embedding_model.`` and the latent
-attention layer under ``latent_attention_model.``.
+One table serves loading and exporting; its facts are those of the released files.
 """
 
 from __future__ import annotations
@@ -69,10 +67,7 @@ def official_name(own: str) -> str | None:
 
 
 def read_config(config: Mapping[str, Any], *, where: str) -> tuple[MistralConfig, LatentShape]:
-    """Backbone configuration and sizes of the latent layer from an official ``config.json``.
-
-    A ModelError where a part is missing, or it asks for what the released models do not do.
-    """
+    """Backbone configuration and sizes of the latent layer from an official ``config.json``."""
     text, latent = (config.get(key) for key in ("text_config", "latent_attention_config"))
     for key, part in (("text_config", text), ("latent_attention_config", latent)):
         if not isinstance(part, dict):
@@ -122,10 +117,7 @@ def read_config(config: Mapping[str, Any], *, where: str) -> tuple[MistralConfig
 def write_config(
     decoder: MistralConfig, latent: LatentShape, *, dtype: torch.dtype, tokenizer_path: str
 ) -> dict[str, Any]:
-    """An official ``config.json`` for a backbone and a latent layer.
-
-    ``tokenizer_path`` is where the official code loads the tokenizer from, a folder or a hub id.
-    """
+    """An official ``config.json``; the official code loads a tokenizer from ``tokenizer_path``."""
     dtype_name = str(dtype).removeprefix("torch.")
     values = decoder.to_dict()
     values["rope_theta"] = values["rope_parameters"]["rope_theta"]

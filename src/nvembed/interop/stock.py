@@ -17,9 +17,7 @@ _POOLINGS: dict[str, Literal["mean", "last"]] = {"mean": "mean", "lasttoken": "l
 class StockModel(NamedTuple):
     """A ready model of stock modules as something to start from.
 
-    Its ``Transformer`` becomes the backbone; its length limit, its pooling (where no other is asked
-    for) and its prompts are taken over. With ``mean`` pooling the vectors are those of the model
-    itself (``tests/unit/interop/test_stock.py``).
+    With ``mean`` pooling the vectors are those of the model itself.
     """
 
     folder: str  # of the transformer inside the model; "" is the model's own
@@ -40,10 +38,7 @@ class StockModel(NamedTuple):
 
 
 def read_stock(source: ModelSource) -> StockModel | None:
-    """Read ``modules.json`` and what it names; ``None`` where the modules are not all stock ones.
-
-    A ModelError where a stock module has no place in a model of ours: it would be lost silently.
-    """
+    """Read ``modules.json`` and what it names; ``None`` where some module is no stock one."""
     entries = read_modules(source)
     if not all(entry.type.startswith("sentence_transformers.") for entry in entries):
         return None

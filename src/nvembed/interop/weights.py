@@ -1,7 +1,6 @@
 """Weights on disk and in a model: safetensors, their names and shapes, and that all are numbers.
 
-Tensors are read one at a time. The file is mapped afresh for each, because pages of a mapping count
-as memory of the process for as long as it lives, and here it lives for one tensor.
+The file is mapped afresh for each tensor: pages of a mapping count as memory of the process.
 """
 
 from __future__ import annotations
@@ -103,9 +102,7 @@ def write_shards(
 ) -> list[Path]:
     """Write tensors as one file, or as shards with an index where one would be too large.
 
-    They are laid out in the order of ``names``. ``sizes`` are bytes as written, and ``tensor`` is
-    asked shard by shard, so that only one shard is in memory. A tensor that is larger than a shard
-    may be gets its own.
+    ``sizes`` are bytes as written; ``tensor`` is asked shard by shard, so one shard is in memory.
     """
     shards: list[list[str]] = []
     room = 0
@@ -171,10 +168,7 @@ def _first(names: Sequence[str], kind: str) -> str:
 def fit(
     needed: Mapping[str, Sequence[int]], stored: Mapping[str, StoredTensor], *, where: str
 ) -> dict[str, str]:
-    """Find the stored tensor of every one that is needed: name needed → name stored.
-
-    A prefix that all stored names share is taken off where they fit without it.
-    """
+    """Find the stored tensor of every one that is needed, without a prefix that all share."""
 
     def misfit(prefix: str) -> Misfit:
         shapes = {name.removeprefix(prefix): tensor.shape for name, tensor in stored.items()}
@@ -206,13 +200,8 @@ def fill(
 ) -> None:
     """Give a module that was built without memory its weights, which are checked.
 
-    Args:
-        module: whose tensors have names, shapes and types, and no values.
-        stored: as ``stored_tensors`` finds them.
-        where: the model, for errors.
-        stored_name: gives the name on disk of a tensor of the module.
-        place: device of a tensor by its name in the module.
-        dtype: gives the type of a tensor by what the module has; ``None`` keeps the stored one.
+    ``stored_name`` gives the name on disk of a tensor of the module, ``place`` its device by its
+    name, ``dtype`` its type by what the module has, where ``None`` keeps the stored one.
     """
     empty = module.state_dict()
     shapes = {stored_name(name): tuple(value.shape) for name, value in empty.items()}

@@ -1,15 +1,8 @@
 """Attention on a CPU by compiled kernels: float32 with gradients, bfloat16 without.
 
-    float32     native/varlen_attention.cpp      bidirectional; CPUs with AVX-512
-    bfloat16    native/bfloat16_attention.cpp    both directions; CPUs with AVX512-BF16
-
-Both take the whole pack at once, whatever the lengths of its segments, read queries, keys and
-values where they lie, and keep nothing as large as the scores: of a float32 forward pass, one
-number per token and head for the backward pass. Products in bfloat16 sum in float32, and softmax is
-float32. What they gain over torch's kernels is in docs/results.md.
-
-Letters: T tokens of the pack, N segments, H heads, K key/value heads (a divisor of H), E head
-width.
+The first is bidirectional and for CPUs with AVX-512, the second for those with AVX512-BF16. Both
+take a whole pack at once and keep nothing as large as the scores; sums and softmax are float32.
+Letters: T tokens, N segments, H heads, K key/value heads (a divisor of H), E head width.
 """
 
 from __future__ import annotations
@@ -93,7 +86,6 @@ def float32_attention(
 ) -> Tensor:
     """Attention within each segment, ``(T, H, E)``, differentiable in all three tensors.
 
-    Of these only the last dimension must lie without gaps; they are copied where it does not.
     ``starts`` ``(N + 1,)`` are the first tokens of the segments, then T.
     """
     scale = checked_scaling(scaling, query_HTE.shape[-1])

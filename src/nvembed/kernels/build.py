@@ -1,19 +1,9 @@
 """This machine's CPU, and the C++ of ``kernels/native/`` that is compiled for it on first use.
 
-    <cache>/native/varlen_attention-<key>.so
-    <cache>/native/varlen_attention-<key>.so.sha256
-
-Which library multiplies and which kernel attends changes the last bits of vectors, so it follows
-from the features of the CPU and never from a clock: the choice is the same in every process and at
-every start, also beside other jobs. The one choice that features do not tell, that of bfloat16, is
-measured (``kernels/precision.py``).
-
-The key is a hash of the sources, the options, the compiler's name and version and the instructions
-of this CPU, so that a folder shared by several machines holds one library for each kind. A library
-is loaded only from a folder in which nobody else can write, and only if its checksum is that of
-when it was compiled: a damaged one would end the process. Otherwise it is compiled again, in a
-temporary folder where the cache cannot be used (``core/cache.py``). Without a compiler (or where
-anything else goes wrong) there is no library, and callers take torch's own code.
+Which code computes changes the last bits of vectors, so it follows from features of the CPU and
+never from a clock. A library is named by all it depends on and loaded only from a folder in which
+nobody else can write, with the checksum of when it was compiled: a damaged one would end the
+process. Where anything goes wrong, callers take torch's own code.
 """
 
 from __future__ import annotations

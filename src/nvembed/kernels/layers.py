@@ -1,26 +1,20 @@
-"""Norms, gated MLPs and decoder layers on a CPU, by compiled code.
+"""Norms, gated MLPs and decoder layers on a CPU by compiled code, and the one hook of all kernels.
 
-    native/elementwise.cpp      norms and gates, forward and backward
-    native/decoder_layer.cpp    whole layers without gradient
-
-torch takes a pass over memory for each operation of a norm or a gate. Here they take one forward
-and one backward in float32, and keep less for the way back.
-
-Without gradient a whole decoder layer is its products with compiled code between them. The sum that
-runs through the layers (the residual) is float32 whatever the weights are; products take the type
-of the weights, and so does attention where the CPU multiplies bfloat16. So a model in bfloat16 is
-both faster and nearer to float32 than as transformers runs it.
-
-Under ``torch.compile`` and autocast, in other types, on other devices and without a compiler the
-modules compute as they did.
-
-Letters: T tokens of the pack, D width, H heads, E head width, F inner width of the MLP.
+Norms and gates take one pass each way in float32. Without gradient a whole layer is its products
+with compiled code between them, around a residual in float32, whatever the weights are. Elsewhere
+modules compute as they did. ``accelerate`` gives a module of ``KINDS`` a ``forward`` of its own,
+a ``partial`` that is pickled and copied with it; ``restore`` takes it off again, which a shallow
+copy (``nn.DataParallel``) needs first. Letters: T tokens, D width, H heads, E head width, F MLP.
 """
 
 from __future__ import annotations
 
 import ctypes
-from typing import Any
+import os
+from collections import Counter
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from nvembed.kernels.attention import bfloat16_available, float32_available, plain_on_cpu
 from nvembed.kernels.build import library
+from nvembed.kernels.linear import fused_lora, has_plain_base, linear
 
 _UNIT = 16  # widths must be a multiple of it, head widths of twice as many
 
@@ -231,10 +226,7 @@ def _add(residual_TD: Tensor, added_TD: Tensor) -> Tensor:
 def _rotate(
     x_TI: Tensor, positions: tuple[Tensor, Tensor], width: int, dtype: torch.dtype
 ) -> Tensor:
-    """Rotary positions on ``(T, H · E)``; returns ``(T, H, E)`` in ``dtype``.
-
-    ``positions`` are cosines and sines ``(1, T, E)``, the second half of which repeats the first.
-    """
+    """Rotary positions ``(1, T, E)`` on ``(T, H · E)``; returns ``(T, H, E)`` in ``dtype``."""
     x_TI = x_TI.contiguous()
     cos_TE, sin_TE = (angles[0].to(x_TI.dtype).contiguous() for angles in positions)
     tokens, heads = x_TI.shape[0], x_TI.shape[1] // width
@@ -243,3 +235,125 @@ def _rotate(
     shape = (tokens, heads, width, cos_TE.shape[1])
     _call("rotate", x_TI, cos_TE, sin_TE, out_THE, wide, wide_out, *shape)
     return out_THE
+
+
+# --- Which modules compute so ---------------------------------------------------------------------
+
+
+class Kind(NamedTuple):
+    """What computes in place of a class's forward, and for which of its modules."""
+
+    forward: Callable[..., Any]
+    fits: Callable[[Any], bool] = lambda module: True
+
+
+def _transformers(name: str, *families: str) -> list[str]:
+    return [f"transformers.models.{f.lower()}.modeling_{f.lower()}.{f}{name}" for f in families]
+
+
+_ROTARY = ("Llama", "Mistral", "Qwen2")
+
+# Class → what computes in its place. A decoder layer of these families is norm, attention with
+# rotary positions, norm, gated MLP, and nothing else.
+KINDS: dict[str, Kind] = {
+    "torch.nn.modules.linear.Linear": Kind(linear),
+    "peft.tuners.lora.layer.Linear": Kind(fused_lora, has_plain_base),
+    **dict.fromkeys(_transformers("RMSNorm", *_ROTARY, "Qwen3"), Kind(rms_norm)),
+    **dict.fromkeys(_transformers("MLP", *_ROTARY, "Qwen3"), Kind(gated_mlp, is_silu)),
+    **dict.fromkeys(
+        _transformers("DecoderLayer", *_ROTARY), Kind(decoder_layer, fits_decoder_layer)
+    ),
+}
+
+
+def accelerate(model: nn.Module) -> Counter[str]:
+    """Let a model compute by the kernels, in place; count the modules by what computes them.
+
+    Modules whose forward is another library's hook already are left alone.
+    """
+    counts: Counter[str] = Counter()
+    for module in model.modules():
+        cls = type(module)
+        kind = KINDS.get(f"{cls.__module__}.{cls.__qualname__}")
+        if kind is not None and "forward" not in vars(module) and kind.fits(module):
+            module.forward = partial(kind.forward, module)
+            counts[kind.forward.__name__] += 1
+    return counts
+
+
+def restore(model: nn.Module) -> None:
+    """Give every module the forward of its class again, in place."""
+    for module in model.modules():
+        if _is_ours(module):
+            del module.forward
+
+
+def _is_ours(module: nn.Module) -> bool:
+    forward = vars(module).get("forward")
+    return isinstance(forward, partial) and forward.func in _FORWARDS
+
+
+def compile_elementwise(backbone: nn.Module) -> int:
+    """Compile the norms and gated MLPs of a backbone, in place; return how many.
+
+    Products and attention stay: their libraries do better than generated code. Compiled once per
+    process, for all lengths, which needs a C++ compiler on a CPU and takes some seconds.
+    """
+    count = 0
+    for module in backbone.modules():
+        name = type(module).__name__
+        if name.endswith(("RMSNorm", "MLP")) and (
+            "forward" not in vars(module) or _is_ours(module)
+        ):
+            function = compiled_norm if name.endswith("RMSNorm") else compiled_mlp
+            module.forward = partial(function, module)
+            count += 1
+    return count
+
+
+def compiled_norm(module: Any, x: Tensor) -> Tensor:
+    """The norm of its class, compiled."""
+    out: Tensor = _compiled(type(module).forward)(module, x)
+    return out
+
+
+def compiled_mlp(module: Any, x: Tensor) -> Tensor:
+    """``down(act(gate x) · up x)``, the form of the gated MLPs of transformers."""
+    gated = _compiled(_activated)(module.act_fn, module.gate_proj(x), module.up_proj(x))
+    out: Tensor = module.down_proj(gated)
+    return out
+
+
+def _activated(activation: Any, gate: Tensor, up: Tensor) -> Tensor:
+    out: Tensor = activation(gate) * up
+    return out
+
+
+@cache
+def _compiled(function: Any) -> Any:
+    # On first use: importing the compiler takes seconds.
+    return torch.compile(function, dynamic=True)
+
+
+_FORWARDS = {kind.forward for kind in KINDS.values()} | {compiled_norm, compiled_mlp}
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+_KEPT = 256 << 20
+_LARGEST_REUSED = 32 << 20  # the most that glibc allows
+
+
+@cache
+def keep_freed_memory() -> None:
+    """Let up to 256 MB of freed memory stay with this process, for buffers of up to 32 MB.
+
+    By default glibc returns them and gets fresh pages, which have to be cleared: a third of the
+    time of encoding in float32 (docs/results.md). Settings of the environment go before.
+    """
+    if "MALLOC_TRIM_THRESHOLD_" in os.environ or "GLIBC_TUNABLES" in os.environ:
+        return
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, TypeError, AttributeError):  # no glibc
+        return
+    mallopt(_MMAP_THRESHOLD, _LARGEST_REUSED)
+    mallopt(_TRIM_THRESHOLD, _KEPT)

@@ -1,25 +1,13 @@
 """Linear layers: products in float32 on a CPU, and layers with a low-rank adapter.
 
-torch multiplies float32 matrices with MKL, which on CPUs of another maker leaves out their widest
-instructions; oneDNN, which torch carries too, takes them (an AMD EPYC: 200 against 440 GFLOP/s,
-docs/log.md). Which one it is here follows from the CPU's features (``kernels/build.py``). Both are
-float32 to the same accuracy, and differ in the last bits: a measurement could come out otherwise
-the next time, and vectors with it. All linear layers of a model go through here, the latent
-attention too. In 16 bit, under autocast and on other devices everything is as torch does it.
-
-Of an adapter peft computes ``W x``, then ``B (A x)`` as a second tensor of the full width, scales
-it, and adds the two; the backward pass takes as many passes again. Here the scale goes onto the
-narrow tensor, and the adapter's part is added by the product itself:
+Where features of the CPU say that oneDNN is faster than MKL it multiplies float32. An adapter's
+part is added by the product itself, where peft takes passes over tensors of the full width:
 
     h = s · x Aᵀ            y = x Wᵀ + h Bᵀ
     dh = s · dy B           dx = dy W + dh A        dA = dhᵀ x      dB = dyᵀ h
 
-In float32 and with more tokens than the layer is wide, the sum W + s · B A is made first, which
-costs less than the passes over y and dx; 16 bit would round the adapter away. With dropout, x in
-``h`` and in ``dA`` is the dropped-out one and ``dh A`` is its gradient. The parameters stay peft's,
-so that adapters are saved, loaded and merged by it. What it gains is in docs/results.md.
-
-Letters: T tokens, I and O widths of input and output, r rank.
+In float32 and with more tokens than the layer is wide, W + s · B A is made first. The parameters
+stay peft's. Letters: T tokens, I and O widths of input and output, r rank.
 """
 
 from __future__ import annotations
@@ -44,10 +32,7 @@ def product(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Te
 
 
 def same_in_every_process(x_TI: Tensor, weight_OI: Tensor) -> Tensor:
-    """``x Wᵀ`` without gradient, by oneDNN wherever torch has it, whatever the CPU.
-
-    For results that processes on machines of different makers must find to the bit.
-    """
+    """``x Wᵀ`` without gradient, by oneDNN wherever torch has it: the same bits on every CPU."""
     if _in_float32_on_cpu(x_TI, weight_OI) and _has_onednn():
         return _onednn(x_TI, weight_OI)
     return x_TI @ weight_OI.T

@@ -1,16 +1,8 @@
 """Which floating-point type a job computes in, and what its vectors depend on beside the model.
 
-CPUs with AVX512-BF16 or AMX multiply matrices in bfloat16 several times as fast as in float32; on
-others bfloat16 is emulated and slower, and no flag says which it will be (docs/log.md has both). So
-it is measured. A job settles its type once, when it begins: the settled type goes to all its
-processes, into the names of what it keeps and into its record, and a job that goes on takes the
-type that it was begun with.
-
-Load must not move a measurement: both computations run on one thread, in turns, and what counts is
-the CPU time of that thread, since other processes take wall-clock time from it, but hardly CPU
-time. The best of several turns is compared, since whatever disturbs only adds. The answer is kept
-in the cache folder for a month, per CPU, number of cores and version of what computes, so that all
-processes of a machine go by one measurement.
+No flag says whether a CPU is faster in bfloat16, so it is measured: both products on one thread, in
+turns, by the best CPU time, which other jobs do not move. The answer is kept for a month. A job
+settles its type once; one that goes on takes the type that it was begun with.
 """
 
 from __future__ import annotations
@@ -60,10 +52,7 @@ def settle_precision(
     begun: Precision | None = None,
     option: str | None = "--dtype",
 ) -> Precision | None:
-    """Return the user's choice, ``auto`` replaced by a type; a held note says which one, and why.
-
-    ``None``, what was saved, stays. ``begun`` and ``option`` as in ``choose_precision``.
-    """
+    """Return the choice, ``auto`` replaced by a type, which a held note tells; ``None`` stays."""
     if choice != "auto":
         return choice
     precision, line = choose_precision(begun, option)
@@ -72,10 +61,7 @@ def settle_precision(
 
 
 def choose_precision(begun: Precision | None, option: str | None) -> tuple[Precision, str]:
-    """Choose the type of a job that may have any, and say in one line which it is, and why.
-
-    A job that goes on has the type that it was ``begun`` with; ``option`` is what fixes the choice.
-    """
+    """Choose the type of a job, or the one it was ``begun`` with; say which, and why."""
     device = _device_type()
     precision = begun or fastest_precision(device)
     if begun:
@@ -93,8 +79,7 @@ def choose_precision(begun: Precision | None, option: str | None) -> tuple[Preci
 def fastest_precision(device_type: str) -> Precision:
     """Return the type that matrix products are fastest in on a device of ``torch.device.type``.
 
-    On a CPU that may multiply bfloat16, two products of a small decoder's size are measured (0.1
-    seconds, then kept). CUDA devices with bfloat16 arithmetic get bfloat16, others float32.
+    On a CPU that may multiply bfloat16, products are measured (0.1 seconds, then kept).
     """
     if device_type == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"

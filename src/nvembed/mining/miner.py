@@ -16,10 +16,9 @@ from typing import Any, cast
 
 from nvembed.core.arguments import Precision, PrecisionChoice
 from nvembed.core.errors import ConfigError
-from nvembed.core.files import tidy, write_json, write_jsonl
+from nvembed.core.files import check_ending, ending_of, read_jsonl, tidy, write_json, write_jsonl
 from nvembed.core.ownership import check_outputs, remove_named
 from nvembed.core.store import STORED
-from nvembed.core.text_files import check_ending, ending_of, read_jsonl
 from nvembed.data.config import Column, DatasetConfig, MiningConfig, file_dataset
 from nvembed.data.loading import load_records, open_table
 from nvembed.data.records import REQUIRED, Kind, PairRecord, StsRecord, record_of

@@ -21,7 +21,7 @@ from nvembed.data.config import MiningConfig
 from nvembed.encoding.embed import EncodeOptions, Job, embed, encode_texts
 from nvembed.encoding.encoder import Encoder, computed_fingerprint, is_endpoint, settle_dtype
 from nvembed.encoding.workers import Engine, Loader, settle_for
-from nvembed.interop.fingerprint import model_fingerprint
+from nvembed.interop.model_folder import model_fingerprint
 from nvembed.mining.ranking import (
     BM25Ranking,
     Ranking,

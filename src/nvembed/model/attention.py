@@ -1,19 +1,9 @@
 """Attention over the segments of a flat batch, behind transformers' ``AttentionInterface``.
 
-Every backbone runs with ``attn_implementation="nvembed_flat"``. transformers then builds no mask at
-all and hands queries, keys and values of the whole pack to :func:`flat_attention`, which lets a
-token see its own segment only: all of it (bidirectional) or what came before (causal). Sliding
-windows are ignored on purpose: an embedding needs the whole text (NV-Embed never applies Mistral's,
-arXiv 2405.17428).
-
-Four kernels: ``varlen_attn`` on CUDA in 16 bit, our own on a CPU (``kernels/attention.py``) in
-bidirectional float32 and in bfloat16 without gradient, dense blocks elsewhere (segments of equal
-length stand side by side and form one block; nothing is padded).
-
-A probe tells which way attention really goes: it runs a model and reads no setting.
-
-Letters: T tokens of the pack, H heads, K key/value heads, E head width, G segments of one block, L
-their length.
+transformers builds no mask and hands queries, keys and values of the whole pack to
+:func:`flat_attention`, which lets a token see its own segment only. Sliding windows are ignored: an
+embedding needs the whole text. Probes run a model and find its direction and pooled tokens.
+Letters: T tokens, H heads, K key/value heads, E head width, G segments of one block, L length.
 """
 
 from __future__ import annotations
@@ -61,11 +51,8 @@ def flat_attention(
 ) -> tuple[Tensor, None]:
     """The function transformers calls in every layer, with ``scaling``, ``dropout``, ``softcap``.
 
-    Shapes: query ``(1, H, T, E)``, key and value ``(1, K, T, E)``; returns ``(1, T, H, E)``.
-
-    Raises:
-        ModelError: the backbone asks for something that would silently be left out (attention
-            sinks, position biases, a mask of its own), or scales the scores by 0 or less.
+    Shapes: query ``(1, H, T, E)``, key and value ``(1, K, T, E)``; returns ``(1, T, H, E)``. A
+    ModelError where a backbone asks for what would silently be left out.
     """
     scaling: float | None = options.get("scaling")
     dropout, softcap = options.get("dropout") or 0.0, options.get("softcap")
@@ -182,11 +169,10 @@ def block_attention(
     softcap: float | None = None,
     seen_GL: Tensor | None = None,
 ) -> Tensor:
-    """Plain attention of one block of texts of equal length.
+    """Plain attention of one block of texts of equal length; keys are never repeated.
 
-    Query heads that share a key head are laid end to end as more rows of it, so that keys and
-    values are never repeated. ``softcap`` is Gemma 2's ``cap * tanh(score / cap)``, which SDPA does
-    not have; ``seen_GL`` is False for padding (of an exported graph; there is none elsewhere).
+    ``softcap`` is Gemma 2's ``cap * tanh(score / cap)``; ``seen_GL`` is False for padding of an
+    exported graph.
     """
     num_heads, length, width = query_GHLE.shape[1:]
     num_key_heads = key_GKLE.shape[1]
@@ -224,8 +210,7 @@ def probe_direction(
 ) -> DirectionFinding:
     """Change the last token of a sequence and see whether the first state moves.
 
-    ``states`` is the model, in evaluation mode: rows of token ids, the longer first, to their last
-    hidden states ``(T, D)``, end to end. ``vocabulary`` is the number of token ids.
+    ``states`` is the model: rows of token ids, the longer first, to states ``(T, D)``.
     """
     ids = [(7 * i + 11) % vocabulary for i in range(8)]
     changed = [*ids[:-1], (ids[-1] + vocabulary // 2) % vocabulary]
@@ -236,3 +221,32 @@ def probe_direction(
     tolerance = 1e-3 if first_TD.dtype == torch.float32 else 0.1
     difference = float((first_TD - packed_TD[: len(ids)]).float().abs().max()) / scale
     return DirectionFinding("bidirectional" if seen else "causal", difference > tolerance)
+
+
+def probe_pooled(modules: Sequence[nn.Module], features: dict[str, Any]) -> Tensor | None:
+    """Find which token states enter the embedding of one text, bool ``(L,)`` without padding.
+
+    They are those with a gradient. ``features`` are what the model's ``preprocess`` gave; ``None``
+    if the model has no token states.
+    """
+    with torch.no_grad():
+        features = modules[0](features)
+    states = features.get("token_embeddings")
+    if states is None:
+        return None
+    # Not an inference tensor and no view of one, so that a gradient can be taken.
+    states = states.detach().clone().requires_grad_(True)
+    features = {**features, "token_embeddings": states}
+    with torch.enable_grad():
+        for module in modules[1:]:
+            features = module(features)
+            if "sentence_embedding" in features:
+                break
+        embedding_D = features["sentence_embedding"].flatten().float()
+        # Uneven weights: a plain sum could cancel, and does behind a layer norm.
+        weight_D = torch.linspace(0.5, 1.5, embedding_D.numel(), device=embedding_D.device).sin()
+        (gradient,) = torch.autograd.grad((embedding_D * weight_D).sum(), states)
+    pooled = gradient.abs().amax(-1) > 0
+    if "attention_mask" in features and pooled.dim() == 2:
+        pooled = pooled[features["attention_mask"].bool()]
+    return pooled.flatten().cpu()

@@ -1,9 +1,7 @@
 """The backbone: a Hugging Face model run on flat batches, bidirectional by proof.
 
-Loads any decoder (or encoder) without its language-model head, puts it behind our flat attention,
-switches the cache off, and checks by a probe that attention really goes the way that was asked for.
-Model families ignore flags silently, so a model that stays causal is an error here, not a warning.
-LoRA adapters (peft) are put on it in place. Next file: ``model/pooling.py``.
+Model families ignore flags silently, so a model that stays causal is an error here. LoRA adapters
+(peft) are put on it in place. Next file: ``model/pooling.py``.
 """
 
 from __future__ import annotations
@@ -11,21 +9,25 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Self
 
+import psutil
 import torch
 from pydantic import Field
 from sentence_transformers.base.modules import InputModule
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from nvembed.core.errors import ModelError
 from nvembed.core.files import atomic_folder
 from nvembed.core.runs import TRAIN
 from nvembed.interop.loading import check_vocabulary, loading, reason
 from nvembed.interop.model_folder import COPY_AGAIN, ModelSource, read_values
-from nvembed.kernels.accelerate import accelerate
+from nvembed.kernels.layers import accelerate
 from nvembed.model.attention import FLAT_ATTENTION, OTHER_BACKBONE, probe_direction
 from nvembed.model.placement import DeviceMap
 from nvembed.model.settings import AttentionDirection, LoraSettings
@@ -47,9 +49,8 @@ class SavedBackbone:
 class Backbone(InputModule):
     """Text to token states, nothing padded.
 
-    ``model`` is a transformers base model (no head) that runs with ``nvembed_flat`` attention.
-    ``max_tokens`` (512 where None) counts BOS, prompt and EOS; longer texts are cut, and a table of
-    positions is never exceeded. The rules of ``text_style`` are in :mod:`nvembed.text.tokens`.
+    ``model`` is a transformers base model (no head). ``max_tokens`` (512 where None) counts BOS,
+    prompt and EOS; longer texts are cut, and a table of positions is never exceeded.
     """
 
     config_file_name = "nvembed_config.json"
@@ -265,11 +266,7 @@ def main_device(decoder: torch.nn.Module) -> torch.device:
 
 
 def prove_direction(backbone: Backbone, *, name: str) -> None:
-    """Probe that attention goes the way that was asked for and stays within each text.
-
-    A ModelError where the model is causal although bidirectional attention was asked for (or the
-    reverse), a neighbour in the pack changes a text, or the family does not run at all.
-    """
+    """Probe that attention goes the way that was asked for and stays within each text."""
     model = backbone.model
     if main_device(model).type == "meta":
         return
@@ -341,3 +338,48 @@ def merge_lora(backbone: Backbone) -> None:
     model: Any = backbone.model
     if isinstance(model, PeftModel):
         backbone.model = model.merge_and_unload()
+
+
+# --- Memory in training ---------------------------------------------------------------------------
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that is free on a device; on a CPU what the machine or the container has left."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    free = int(psutil.virtual_memory().available)
+    try:
+        limit, used = (
+            Path(f"/sys/fs/cgroup/memory.{name}").read_text() for name in ("max", "current")
+        )
+        return min(free, int(limit) - int(used))
+    except (OSError, ValueError):  # no container, or one without a limit ("max")
+        return free
+
+
+def recompute_layers(backbone: Backbone) -> None:
+    """Checkpoint activations: of a layer only its input is kept in training, in place.
+
+    Dropout is the same in both forwards, since torch keeps the generator's state.
+    """
+    modules = backbone.model.modules()
+    layers: list[Any] = [m for m in modules if isinstance(m, GradientCheckpointingLayer)]
+    if not layers:
+        raise ModelError(
+            f"the layers of {backbone.model.config.model_type} cannot be computed again",
+            where="activation_checkpointing",
+            hint=f"Leave it out, or: {OTHER_BACKBONE}",
+        )
+    for layer in layers:
+        # transformers' own switch has another name in every other release; it sets the same.
+        layer.gradient_checkpointing = True
+        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+
+
+def hold_frozen(backbone: Backbone, dtype: torch.dtype) -> None:
+    """Keep frozen linear weights in the dtype of autocast, in place."""
+    for module in backbone.model.modules():
+        weight = module.weight if isinstance(module, nn.Linear) else None
+        # Quantised weights are of types of their own.
+        if type(weight) is nn.Parameter and not weight.requires_grad:
+            weight.data = weight.data.to(dtype)

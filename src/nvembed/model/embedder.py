@@ -1,9 +1,7 @@
 """``NVEmbed``: backbone, pooling and normalisation as one sentence-transformers model.
 
-Saving, prompts, similarity, truncated and quantised outputs come from ``SentenceTransformer``. What
-is ours: loading without remote code, instructions (``task=``), and encoding in packs of a token
-budget instead of padded batches (``model/encoding.py``). Next file in the tour:
-``training/contrastive_loss.py``.
+Ours is loading without remote code, instructions (``task=``), and encoding in packs of a token
+budget (``model/encoding.py``). Next file in the tour: ``training/contrastive_loss.py``.
 """
 
 from __future__ import annotations
@@ -31,7 +29,7 @@ from nvembed.interop.model_folder import (
 )
 from nvembed.interop.stock import read_stock
 from nvembed.interop.weights import check_finite
-from nvembed.kernels.accelerate import accelerate
+from nvembed.kernels.layers import accelerate
 from nvembed.model.backbone import Backbone
 from nvembed.model.encoding import EncodingModel
 from nvembed.model.official_load import load_official
@@ -337,3 +335,22 @@ def _settled(
             f"{found} given", where="dtype", expected="float32, bfloat16, float16 or auto"
         )
     return _Place(usable, device_map, found)
+
+
+def hold_masters(model: NVEmbed) -> None:
+    """Hold all parameters that receive gradients in float32, in place.
+
+    In 16 bits most updates would round to nothing. ``release_masters`` rounds once, at the end.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.dtype is not torch.float32:
+            model.types_before_training[name] = parameter.dtype
+            parameter.data = parameter.data.float()
+
+
+def release_masters(model: NVEmbed) -> None:
+    """Round what ``hold_masters`` holds to the types that it had, in place."""
+    parameters = dict(model.named_parameters())
+    for name, dtype in model.types_before_training.items():
+        parameters[name].data = parameters[name].data.to(dtype)
+    model.types_before_training = {}

@@ -1,11 +1,7 @@
 """Texts through the model in packs of a token budget: all of encoding but loading the model.
 
-    texts → different ones → windows → tokenised and planned into packs (one window ahead)
-          → packs, longest first → vectors in the order of the texts → host
-
-A window is as many texts as a pack has tokens: memory is bounded, and packs are filled well. The
-next window is tokenised in a thread while the model computes this one, and nothing waits for copies
-from the device. Vectors depend on none of it. Next file: ``model/embedder.py``.
+A window is as many texts as a pack has tokens; the next one is tokenised in a thread while the
+model computes this one. Vectors depend on none of it. Next file: ``model/embedder.py``.
 """
 
 from __future__ import annotations
@@ -250,8 +246,7 @@ class EncodingModel(PackModel):
     ) -> Any:
         """Encode in packs of a token budget, longest first, equal texts once; ``encode`` calls it.
 
-        ``batch_size`` has no meaning without padding and is ignored; so are the sizes of the
-        batches that the caller cuts, since vectors do not depend on their neighbours.
+        ``batch_size`` has no meaning without padding and is ignored.
         """
         if long.way == "late":
             raise ModelError("late chunking gives several vectors", hint="Call encode_chunks")
@@ -289,8 +284,7 @@ class EncodingModel(PackModel):
 def quantize(vectors_ND: Tensor, precision: SmallPrecision) -> Tensor:
     """Quantise at least one vector on its device, as ``sentence_transformers.quantize_embeddings``.
 
-    ``(N, D)`` in ``int8`` or ``uint8``, which divide the range of each dimension into 256 steps;
-    ``(N, ceil(D / 8))`` in ``binary`` or ``ubinary``, which keep the sign, eight to a byte.
+    ``(N, D)`` in ``int8`` or ``uint8``; ``(N, ceil(D / 8))`` bits in ``binary`` or ``ubinary``.
     """
     vectors_ND = vectors_ND.float()
     if precision in ("binary", "ubinary"):

@@ -1,8 +1,7 @@
 """Load ``nvidia/NV-Embed-v1``, ``-v2`` or a folder in their layout, without their code.
 
-Both modules are built without memory (on the meta device), every tensor is checked against them by
-name and shape, and only then read: one at a time, straight into the wanted dtype on the wanted
-device. So the peak is the model plus its largest tensor. Next file: ``model/embedder.py``.
+Modules are built without memory, and every tensor is checked by name and shape before it is read
+straight to its place, so the peak is the model plus its largest tensor.
 """
 
 from __future__ import annotations
@@ -42,13 +41,8 @@ def load_official(
 ) -> tuple[Backbone, LatentAttentionPooling]:
     """Load an official checkpoint into our modules, with the official token rules.
 
-    Args:
-        source: folder or hub id; its ``config.json`` is official.
-        device: where the weights go; with ``device_map`` those of the pooling.
-        device_map: spread the backbone over devices, see ``model/placement.py``.
-        dtype: type of weights; ``None`` is bfloat16 on CUDA and float32 elsewhere, ``"auto"`` the
-            stored dtype.
-        max_tokens: longest sequence; ``None`` takes the folder's limit.
+    ``dtype`` None is bfloat16 on CUDA and float32 elsewhere, ``"auto"`` the stored one;
+    ``max_tokens`` None takes the folder's limit.
     """
     config_path = source.require("config.json")
     source = source.pinned(config_path)
@@ -120,8 +114,7 @@ def _official(own: str) -> str:
 def _load_tokenizer(source: ModelSource) -> PreTrainedTokenizerFast:
     """The tokenizer file as it is.
 
-    AutoTokenizer would ask about the remote code that ``auto_map`` names, and transformers 5
-    rebuilds the pre-tokenizer of a LlamaTokenizer (docs/log.md).
+    AutoTokenizer would ask about remote code and rebuild the pre-tokenizer (docs/log.md).
     """
     path = source.require("tokenizer.json", hint="The tokenizer comes with the model")
     settings = source.read_json("tokenizer_config.json") or {}

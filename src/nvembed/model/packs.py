@@ -16,7 +16,7 @@ from sentence_transformers.base.modules import Normalize
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from nvembed.kernels.accelerate import keep_freed_memory
+from nvembed.kernels.layers import keep_freed_memory
 from nvembed.model.backbone import Backbone
 from nvembed.model.pooling import Pooling
 from nvembed.model.settings import LongTexts
@@ -54,10 +54,7 @@ class PackModel(SentenceTransformer):
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A window of texts before the model: tokenised, and planned into packs.
-
-    A unit is what goes through the model: a text, a window of one, or several of its chunks.
-    """
+    """Texts, tokenised and planned; a unit is a text, a window of one, or several chunks."""
 
     units: list[TokenizedText]
     unit_texts: list[int]  # the text of each unit, rising
@@ -90,10 +87,7 @@ def rows_of(places: Sequence[int], counts: Sequence[int]) -> list[int]:
 def plan_texts(
     backbone: Backbone, texts: Sequence[str], prompt: str, long: LongTexts, budget: int
 ) -> Plan:
-    """Tokenise texts that share a prompt, and share them out to packs of at most ``budget`` tokens.
-
-    A UserError where the prompt, or what ``long`` asks for, leaves no room for a text.
-    """
+    """Tokenise texts that share a prompt, and plan packs of at most ``budget`` tokens."""
     tokenizer = backbone.text_tokenizer
     spans: list[tuple[Span, ...]] = []
     chunks: list[tuple[int, ...]] | None = None
@@ -118,10 +112,9 @@ def plan_texts(
 def embed_plan(
     model: PackModel, plan: Plan, done: Callable[[int, int], None] = lambda texts, tokens: None
 ) -> Tensor:
-    """Run the packs of a plan of at least one text.
+    """Run the packs of a plan of at least one text: ``(N, D)`` of length 1, per text or chunk.
 
-    ``(N, D)`` of length 1: a row per text, or per chunk where texts have chunks. ``done`` is told
-    after each pack how many texts it ended, and how many tokens it had.
+    ``done`` is told after each pack how many texts it ended, and how many tokens it had.
     """
     found = []
     for pack in plan.packs:
@@ -138,11 +131,7 @@ def embed_plan(
 
 
 def embed_pack(model: torch.nn.Module, texts: Sequence[TokenizedText]) -> Tensor:
-    """The only forward of training and encoding, of one pack.
-
-    ``(N, D)`` embeddings, L2-normalised, rows in the order of ``texts``. The model is an
-    ``NVEmbed``, or one that accelerate has wrapped.
-    """
+    """The only forward of training and encoding: ``(N, D)`` of length 1, a row per text."""
     embedding_ND: Tensor = model({"flat": flatten(texts)})["sentence_embedding"]
     return embedding_ND
 
@@ -162,8 +151,7 @@ def embed_filled(
 ) -> Tensor:
     """``embed_pack`` for encoding: on a CPU the pack is filled up to one of few lengths.
 
-    oneDNN makes a program for every shape that it has not seen lately. The forward of one text took
-    half as long again where its length was new, and 500 lengths took 800 MB (docs/log.md).
+    oneDNN makes a program for every new shape: half as long again, 800 MB for 500 lengths.
     """
     forward = embed_pack if normalized else pool_pack
     if model.device.type != "cpu":
@@ -184,8 +172,7 @@ def embed_chunks(
 ) -> Tensor:
     """The forward of late chunking: attention over whole texts, pooling over their chunks.
 
-    ``(C, D)`` embeddings of all chunks, L2-normalised, in the order of ``texts``. ``chunks`` are
-    the lengths of each text's chunks in tokens, together the text's.
+    ``(C, D)`` of length 1, in the order of ``texts``; ``chunks`` are lengths in tokens.
     """
     flat = flatten(texts).to(model.backbone.device)
     hidden_TD = model.backbone.hidden(flat)

@@ -1,7 +1,6 @@
 """Where the layers of a backbone lie when one device is too small for them (``device_map``).
 
-accelerate plans the places and moves the states between them; layers placed on the CPU beside a GPU
-wait there and are copied over for every forward. The pooling lies on the main device.
+Layers placed on the CPU beside a GPU wait there and are copied over for every forward.
 """
 
 from __future__ import annotations
@@ -22,10 +21,7 @@ DeviceMap = str | Mapping[str, int | str | torch.device]
 def plan_places(
     decoder: PreTrainedModel, device_map: DeviceMap, dtype: torch.dtype | None
 ) -> dict[str, torch.device]:
-    """Settle where every module of a backbone goes, which may lie on the meta device.
-
-    ``dtype`` is that of the weights to come; ``None`` is that of the decoder.
-    """
+    """Settle where every module goes; ``dtype`` is that of the weights to come."""
     if isinstance(device_map, str):
         if device_map != "auto":
             raise ModelError(

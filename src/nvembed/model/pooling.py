@@ -1,27 +1,15 @@
 """Poolings: from token states to one vector per text. Each is a sentence-transformers ``Module``.
 
-    mean              average of the pooled tokens
-    last              state of the last token (the EOS)
-    latent            latent attention layer on the pooled tokens, then the average (NV-Embed)
-    self_attention    one self-attention layer over the text, then the average (a baseline)
-
-They work on our flat batch and equally behind the padded ``Transformer`` of sentence-transformers,
-whose states are flattened on entry; so latent attention can be put on any model.
-
-The latent attention layer (paper s3.2; exact form of the released code): the hidden states are the
-queries, a trained array of latents gives keys and values, and a GEGLU MLP follows; both sub-layers
-have a pre-norm and a residual. The layer is position-wise: a token's result depends on no other
-token, so it runs on flat tokens and only on those that are pooled.
+They work on our flat batch and equally behind the padded ``Transformer`` of sentence-transformers.
+The latent attention layer (paper s3.2; exact form of the released code) is position-wise:
 
     Xn = LayerNorm(X)    Zn = LayerNorm(latents)
     q = Wq Xn            k, v = split(Wkv Zn)
     Y = X + Wo · concat over heads of softmax(q kᵀ / √E) v
     H = Y + FF(LayerNorm(Y)),   FF(y) = W2 (a · gelu(b)) + c2,   [a, b] = W1 y + c1
 
-Keys and values depend on weights alone, so per head ``q kᵀ = Xn (k Wq)ᵀ`` and ``P v Woᵀ = P (v
-Woᵀ)``: the *folded* form needs two matrices of ``(heads · latents, width)`` instead of the two wide
-projections. It is exact up to rounding and gradients flow through the folding, so it serves
-training too. Next file: ``model/packs.py``.
+Per head ``q kᵀ = Xn (k Wq)ᵀ`` and ``P v Woᵀ = P (v Woᵀ)``: the *folded* form needs two matrices of
+``(heads · latents, width)`` instead of the wide projections. Next file: ``model/packs.py``.
 
 Letters: T tokens of the pack, P of them pooled, N texts, D width, B × L a padded batch; of latent
 attention R latents, H heads, E head width, S = H · R folded rows.
@@ -48,10 +36,7 @@ from nvembed.text.packing import Segments
 
 
 def pooled_mean(hidden_PD: Tensor, pool_mask_T: Tensor, segments: Segments) -> Tensor:
-    """Average of the pooled tokens of every segment, accumulated in float32.
-
-    ``(N, D)`` float32; zeros for a segment without pooled tokens.
-    """
+    """Average of the pooled tokens of every segment, ``(N, D)`` float32; zeros without any."""
     lengths_N = segments.cu_seqlens.diff()
     rows_N = torch.arange(len(segments.lengths), device=hidden_PD.device)
     segment_P = rows_N.repeat_interleave(lengths_N, output_size=pool_mask_T.shape[0])[pool_mask_T]
@@ -87,9 +72,7 @@ class GegluFeedForward(nn.Module):
 class LatentAttention(nn.Module):
     """Latent cross attention and MLP over token states; see ``LatentAttentionPooling``.
 
-    Both output projections start at zero, so an untrained layer returns its input and the model
-    starts as plain mean pooling. (The released code keeps PyTorch's default; with little data that
-    start has to be unlearned first, see docs/log.md.)
+    Both output projections start at zero, so the model starts as plain mean pooling.
     """
 
     def __init__(
@@ -293,8 +276,7 @@ class LatentAttentionPooling(Pooling):
 class SelfAttentionPooling(Pooling):
     """One bidirectional self-attention layer with MLP over each text, then the average.
 
-    Same pre-norms, residuals and MLP as latent attention, so the two differ in keys and values
-    only. Starts as mean pooling too (zero output projections).
+    It differs from latent attention in keys and values only.
     """
 
     config_keys = ["width", "num_heads"]
@@ -351,9 +333,8 @@ def _flatten_padded(features: dict[str, Any]) -> tuple[Tensor, Tensor, Segments]
 def _prompt_lengths(features: dict[str, Any], mask_BL: Tensor) -> Tensor:
     """Tokens ``(B,)`` at the start of each text that belong to its prompt alone.
 
-    A stock ``Transformer`` counts the tokens of the prompt by itself. Where the prompt ends in a
-    space that becomes a part of the first word, the last of these tokens is that word; a ModelError
-    where the batch does not say of which texts that is so.
+    The last token of the prompt may have become a part of the first word; a ModelError where the
+    batch does not say of which texts that is so.
     """
     count = int(torch.as_tensor(features["prompt_length"]).flatten()[0])
     lengths_B = torch.full((len(mask_BL),), count, device=mask_BL.device)

@@ -1,13 +1,8 @@
-"""Weight-only quantisation of the backbone: 8 or 4 bits per weight, computation as before.
+"""Weight-only quantisation of the linear layers of a backbone; computation stays as before.
 
-    int8  8 bits, one scale per output row                        (torchao)
-    fp8   8 bits, E4M3 floating point, one scale per output row   (torchao)
-    nf4   4 bits, quantiles of a normal, one scale per 64 weights (bitsandbytes)
-
-Only the linear layers of the backbone are quantised: embeddings, norms and the pooling head stay as
-they are. A quantised model encodes (``quantize_backbone``) or carries adapters that are trained
-(``quantize_frozen``); it is not saved. What each kind costs in accuracy is in docs/results.md, made
-by ``benchmarks/quantization.py``.
+int8  8 bits, one scale per output row                        (torchao)
+fp8   8 bits, E4M3 floating point, one scale per output row   (torchao)
+nf4   4 bits, quantiles of a normal, one scale per 64 weights (bitsandbytes)
 """
 
 from __future__ import annotations
@@ -30,11 +25,7 @@ _BLOCK, _ROWS = 64, 32
 
 @torch.no_grad()
 def quantize_backbone(model: NVEmbed, kind: Quantization) -> None:
-    """Quantise the linear layers of the backbone, in place.
-
-    A ModelError where the library for this kind is not installed, the backbone has adapters, is
-    quantised already, or has widths that ``nf4`` cannot take.
-    """
+    """Quantise the linear layers of the backbone, which has no adapters, in place."""
     backbone = model.backbone.model
     if hasattr(backbone, "peft_config"):
         raise ModelError("the backbone has adapters", hint="Merge them first (merge_lora)")
@@ -57,9 +48,7 @@ def quantize_backbone(model: NVEmbed, kind: Quantization) -> None:
 def quantize_frozen(model: NVEmbed, kind: Literal["int8", "nf4"]) -> None:
     """Quantise the linear layers of the backbone to be the frozen base of adapters, in place.
 
-    The layers of the libraries are made for encoding: torchao's keeps a whole copy of its weight
-    for the way back, bitsandbytes' computes in the dtype the weight had (also under autocast) and
-    on some CPUs turns it into a layout that gradients do not pass.
+    The layers of the libraries are made for encoding: gradients do not pass, or cost memory.
     """
     quantize_backbone(model, kind)
     backbone = model.backbone.model
@@ -69,10 +58,7 @@ def quantize_frozen(model: NVEmbed, kind: Literal["int8", "nf4"]) -> None:
 
 
 class FrozenLinear(nn.Linear):
-    """A linear layer of a quantised weight that gradients pass through to its input.
-
-    The weight is made whole for a product and forgotten after it, on the way back as well.
-    """
+    """A linear layer of a quantised weight that gradients pass; it is whole for products alone."""
 
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__(layer.in_features, layer.out_features, bias=False, device="meta")

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
 AttentionDirection = Literal["bidirectional", "causal"]
 PoolingKind = Literal["mean", "last", "latent", "self_attention"]
-
-
 LongTextWay = Literal["cut", "windows", "late"]
 
 

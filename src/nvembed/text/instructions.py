@@ -1,12 +1,8 @@
 """The template of prompts, and the instructions of the MTEB tasks by name.
 
-A query is ``Instruct: {instruction}\\nQuery: {text}``, a document the bare text (paper s4;
-symmetric tasks such as STS carry the instruction on both sides). The rendered part before the text
-is called the *prompt*, as in sentence-transformers, and everything downstream takes a prompt.
-
-``instructions.yaml`` beside this file says for a task of MTEB English v1, or of a renamed or
-reduced version of it, its instruction, whether both sides carry it, and how sure that is. Next
-file: ``text/tokens.py``.
+A query is ``Instruct: {instruction}\\nQuery: {text}``, a document the bare text (paper s4); the
+part before the text is the *prompt*. ``instructions.yaml`` has the instruction of each task of MTEB
+English v1. Next file: ``text/tokens.py``.
 """
 
 from __future__ import annotations
@@ -51,10 +47,7 @@ def query_prompt(instruction: str | None) -> str:
 def side_prompt(
     prompts: Mapping[str, str | None], side: Side, default_name: str | None = None
 ) -> str:
-    """Return a model's own prompt of a side, as encode_query and encode_document choose it.
-
-    ``default_name`` is that of the prompt where the model has none of that side.
-    """
+    """Return a model's own prompt of a side, as encode_query and encode_document choose it."""
     names = ("query",) if side == "query" else ("document", "passage", "corpus")
     name = next((name for name in names if name in prompts), default_name)
     return (prompts.get(name) or "") if name is not None else ""
@@ -64,14 +57,8 @@ def side_prompt(
 class TaskInstruction:
     """The instruction of one task, a row of ``instructions.yaml``.
 
-    Attributes:
-        name: as in the benchmark "MTEB(eng, v1)".
-        type: mteb's, such as ``Retrieval``.
-        instruction: in plain words, without the template.
-        source: ``official`` (file of the released model), ``mteb`` (mteb's prompt, said to be the
-            paper's too) or ``recalled`` (from memory).
-        symmetric: two texts are compared and both carry it; otherwise documents stay bare.
-        aliases: tasks over the same texts under other names.
+    ``source`` is ``official`` (file of the released model), ``mteb`` or ``recalled`` (from memory);
+    where a task is symmetric documents carry the instruction too.
     """
 
     name: str
@@ -119,15 +106,9 @@ def task_instruction(name: str) -> TaskInstruction:
 def read_task(task: str | None, prompts: Collection[str] | None = ()) -> str | None:
     """Read what a user gave as a task: the name of an MTEB task becomes its instruction.
 
-    The name of a prompt that was saved with the model stays as it is, for ``resolve_prompt``.
-    Anything else is the instruction itself, except a single word that looks like a name: used as an
-    instruction, a typing error would spoil every vector without a sign, so it is a ConfigError with
-    the nearest names. What was read once is read to the same again.
-
-    Args:
-        task: a name, an instruction, or ``None`` for none.
-        prompts: names of the prompts of the model; ``None`` where they are not known yet: a word
-            that looks like a name may be one of them then.
+    The name of one of the ``prompts`` stays, for ``resolve_prompt``. Else it is an instruction, but
+    a single word that looks like a name is a ConfigError, as a typing error would spoil every
+    vector without a sign; with ``prompts`` None it may be a prompt that is not known yet.
     """
     if task is None or len(task.split()) != 1:
         return task
@@ -151,12 +132,8 @@ def resolve_prompt(
 ) -> str | None:
     """Return the prompt that stands in front of texts: the one place where a task becomes one.
 
-    >>> resolve_prompt("FiQA2018") == query_prompt(task_instruction("FiQA2018").instruction)
-    True
-
-    ``task`` is the name of an MTEB task, else of one of the model's ``prompts``, else the
-    instruction in plain words (see ``read_task``); a blank one gives the empty prompt. ``None``
-    gives ``None``: what a model does without a task is its own affair.
+    ``task`` is the name of an MTEB task, else of one of the model's ``prompts``, else an
+    instruction; a blank one gives the empty prompt, and ``None`` gives ``None``.
     """
     if task is None:
         return None
@@ -169,9 +146,7 @@ def resolve_prompt(
 def task_prompts() -> dict[str, str]:
     """Return the prompts of all tasks and aliases, for the ``prompts`` of a model.
 
-    ``model.encode(texts, prompt_name="FiQA2018")`` then encodes queries of that task. For tasks
-    whose documents stay bare there is an empty ``FiQA2018-document`` too: mteb would otherwise put
-    the prompt of the task in front of its documents.
+    Where documents stay bare there is an empty ``NAME-document`` for mteb.
     """
     prompts = {}
     for name, task in _by_any_name().items():

@@ -1,15 +1,9 @@
 """Packing: many tokenised texts, one flat batch, no padding.
 
-    texts (lengths 3, 2, 3)          pack
-    a a a                            token_ids_T    a a a c c c b b
-    b b                      ---->   cu_seqlens     0     3     6   8
-    c c c                            position_ids_T 0 1 2 0 1 2 0 1
+    a a a    b b    c c c    ---->    a a a c c c b b      positions 0 1 2 0 1 2 0 1
 
-Segments of a pack are ordered by falling length, so that equal lengths stand side by side and
-attention can treat each run of them as one dense block. ``order`` remembers which text each segment
-was. Next file: ``model/packs.py``.
-
-Letters: T tokens of the pack, N segments (texts) of the pack.
+Segments are ordered by falling length, so that attention can treat equal lengths as one block.
+Next file: ``model/packs.py``. Letters: T tokens of the pack, N segments (texts).
 """
 
 from __future__ import annotations
@@ -97,12 +91,10 @@ def flatten(texts: Sequence[TokenizedText]) -> FlatBatch:
 
 
 def plan_packs(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Share texts out to packs of at most ``budget`` tokens: best fit decreasing.
+    """Share texts out to packs of at most ``budget`` tokens: best fit decreasing, ``n log n``.
 
-    Texts are walked from long to short, and each goes to the fullest pack that still has room for
-    it (of equally full ones, to the one begun first). That never takes more packs than filling one
-    after the other. A text longer than the budget gets its own pack. Takes ``n log n`` steps.
-    A pack is a list of row numbers, from long texts to short ones.
+    A pack is a list of row numbers, from long texts to short ones. A text longer than the budget
+    gets its own.
     """
     if budget < 1:
         raise ValueError(f"a pack needs a budget of at least one token, got {budget}")
@@ -133,11 +125,8 @@ def plan_packs(lengths: Sequence[int], budget: int) -> list[list[int]]:
 def share_packs(lengths: Sequence[int], budget: int, num_processes: int) -> list[list[list[int]]]:
     """Plan packs for several processes: even in tokens, equal in number.
 
-    Texts are dealt out from long to short, each to the process with the fewest tokens so far, and
-    each process packs its own. Where one has fewer packs than another, its largest are split in two
-    until the numbers agree, since processes that share weights must run equally many forwards; if
-    its texts are too few for that, it gets empty packs. Each process has packs as ``plan_packs``
-    gives them.
+    Processes that share weights must run equally many forwards: large packs are split, and where
+    texts are too few there are empty packs.
     """
     if num_processes < 1:
         raise ValueError(f"texts need at least one process, got {num_processes}")
@@ -160,10 +149,8 @@ def plan_groups(
 ) -> list[list[int]]:
     """Cut the queries of a step, in their order, into groups whose texts fit a budget.
 
-    For losses that decompose by query: a group can be embedded, contrasted and sent back before the
-    next one is begun. A text that several queries of a group need counts once. A query that needs
-    more than the budget alone is a group of its own. ``rows_of_query`` are the texts that each
-    query needs: itself, its positive, its negatives; a group is a list of query numbers.
+    ``rows_of_query`` are the texts that each query needs, which count once in a group. A query that
+    needs more than the budget is a group of its own.
     """
     if budget < 1:
         raise ValueError(f"a group needs a budget of at least one token, got {budget}")

@@ -1,8 +1,7 @@
 """When two texts are the same, and how much two texts have in common.
 
-Texts are the same when they differ in case and white space only. Texts that are edited copies of
-each other share shingles: runs of words, without case and punctuation, as 64-bit numbers that are
-the same in every process and on every machine.
+Texts are the same when they differ in case and white space only; edited copies share shingles,
+runs of words as 64-bit numbers that are the same in every process.
 """
 
 from __future__ import annotations
@@ -25,18 +24,12 @@ def text_key(text: str) -> str:
 
 
 def word_list(text: str) -> list[str]:
-    """Return the words of a text in order, without case.
-
-    A text without any (a row of signs) is one word, so that it equals itself only.
-    """
+    """Return the words of a text in order, without case; a text without any is one word."""
     return _WORD.findall(text.casefold()) or [text_key(text)]
 
 
 def shingles(text: str, num_words: int) -> NDArray[np.uint64]:
-    """Return the different runs of ``num_words`` words, ascending; a shorter text is one run.
-
-    Two different runs get the same number with a chance of about 2**-32.
-    """
+    """Return the different runs of ``num_words`` words, ascending; a shorter text is one run."""
     words = word_list(text)
     size = min(num_words, len(words))
     numbers = np.fromiter(

@@ -1,26 +1,16 @@
 """Tokenise: (prompt, text) to token ids and the place where pooling starts.
 
-One function serves training, mining, evaluation, encoding and serving, so that no two of them can
-disagree. Tokens of the prompt take part in attention but are never pooled. Next file:
-``text/packing.py``.
+Tokens of the prompt take part in attention but are never pooled. Next file: ``text/packing.py``.
 
 ``nvembed``
-    prompt + text is tokenised as one string; a token is pooled when it holds a character of the
-    text (so a space that belongs to the prompt is not pooled). Truncation cuts the text only: the
-    prompt and the EOS always survive.
+    prompt + text is one string; a token is pooled when it holds a character of the text.
+    Truncation cuts the text only: the prompt and the EOS always survive.
 ``official``
-    the rules of NVIDIA's code: the first ``n`` positions are left out, ``n`` being the number of
-    pieces of the prompt tokenised alone; the EOS is part of the text when it is truncated, so
-    over-long texts lose it.
+    the rules of NVIDIA's code: as many positions are left out as the prompt has pieces alone; the
+    EOS is part of the text when it is truncated, so over-long texts lose it.
 
-Texts beyond the model's limit can be cut into windows, or read whole and pooled chunk by chunk.
-Both are slices of the tokens of the whole text:
-
-    windows     [BOS prompt | body 0…r | EOS] [BOS prompt | body r-o…2r-o | EOS] …   a forward each
-    contexts    [BOS prompt | chunk 0 | chunk 1 | … | EOS]                           one forward
-
-Truncation and padding are state of a Hugging Face tokenizer, which every call of anybody sets anew.
-So texts are tokenised by a copy whose state never changes, by any number of threads at once.
+Texts beyond the limit can be cut into windows (a forward each), or read whole and pooled by chunks.
+All texts are tokenised by a copy of the tokenizer whose state never changes, in any thread.
 """
 
 from __future__ import annotations
@@ -95,9 +85,8 @@ class Context:
 class TextTokenizer:
     """Turns texts into ids and pool starts with a Hugging Face fast tokenizer.
 
-    ``max_tokens`` counts BOS, prompt and EOS. BOS (or CLS) and EOS (or SEP) stand around a text
-    where the tokenizer has them and they are wanted. Tokens that are added to the tokenizer later
-    are not seen.
+    ``max_tokens`` counts BOS (or CLS), prompt and EOS (or SEP), which stand around a text where the
+    tokenizer has them and they are wanted.
     """
 
     def __init__(
@@ -145,10 +134,7 @@ class TextTokenizer:
         self._max_tokens = value
 
     def __call__(self, texts: Sequence[str], prompt: str = "") -> list[TokenizedText]:
-        """Tokenise texts that share a prompt, which is "" for documents.
-
-        A DataError where one is no string, or the prompt alone fills ``max_tokens``.
-        """
+        """Tokenise texts that share a prompt, which is "" for documents."""
         check_strings(texts)
         encode = self._official if self.style == "official" else self._own
         chunks = (texts[at : at + CHUNK_TEXTS] for at in range(0, len(texts), CHUNK_TEXTS))
@@ -162,10 +148,7 @@ class TextTokenizer:
         return [self._finish(e.ids, _text_start(e.offsets, len(prompt))) for e in encoded]
 
     def _finish(self, ids: Sequence[int], text_start: int | None) -> TokenizedText:
-        """Add BOS and EOS, cut the text (never prompt or EOS), and place the start of pooling.
-
-        Without a prompt (``None``) all is pooled, the BOS too.
-        """
+        """Add BOS and EOS, cut the text, and place the start of pooling (None: at 0)."""
         room = self.max_tokens - len(self._head) - len(self._tail)
         if len(ids) > room and (text_start or 0) >= room:
             raise _no_room(text_start or 0, self.max_tokens)
@@ -240,8 +223,7 @@ class TextTokenizer:
     def _beginning(self, text: str) -> str:
         """Cut a text of many more characters than tokens are wanted of it.
 
-        The beginning ends before white space and must give more tokens than are kept, or the whole
-        text is tokenised: cutting changes time and memory alone.
+        The beginning must give more tokens than are kept, or the whole text is tokenised.
         """
         characters = CHARACTERS_PER_TOKEN * self.max_tokens
         while len(text) > 2 * characters:
@@ -270,10 +252,7 @@ class TextTokenizer:
 def text_ends(
     tokenizer: TextTokenizer, texts: Sequence[str], prompt: str, *, cut: bool
 ) -> list[TokenizedText]:
-    """Keep the end of texts that are too long, with BOS, prompt and EOS around it.
-
-    Without ``cut`` all of a text is kept, also where it has more than ``tokenizer.max_tokens``.
-    """
+    """Keep the end of texts that are too long, with BOS, prompt and EOS; all without ``cut``."""
     ends = []
     for whole in tokenizer.whole(texts, prompt):
         room = whole.room(tokenizer.max_tokens)
@@ -285,10 +264,7 @@ def text_ends(
 def text_windows(
     tokenizer: TextTokenizer, texts: Sequence[str], prompt: str, overlap: int
 ) -> list[list[TokenizedText]]:
-    """Cut texts into windows of at most ``tokenizer.max_tokens``, each with BOS, prompt and EOS.
-
-    A window shares ``overlap`` tokens with the one before.
-    """
+    """Cut texts into windows of at most ``max_tokens`` that share ``overlap`` tokens."""
     found = []
     for whole in tokenizer.whole(texts, prompt):
         room = whole.room(tokenizer.max_tokens)
@@ -312,9 +288,8 @@ def text_contexts(
 ) -> list[list[Context]]:
     """Cut texts into chunks of about equal length, and gather these into contexts.
 
-    A chunk has at most ``chunk_tokens``, BOS, prompt and EOS not counted, and a context at most
-    ``max_tokens`` with them, whatever the tokenizer's own limit is. A longer text gets several
-    contexts, which do not see each other.
+    A chunk has at most ``chunk_tokens`` without BOS, prompt and EOS, a context ``max_tokens`` with
+    them. Contexts do not see each other.
     """
     if chunk_tokens < 1:
         raise ConfigError(f"{chunk_tokens} tokens in a chunk", expected="at least 1")
@@ -355,10 +330,7 @@ def plain_backend(tokenizer: Any) -> tokenizers.Tokenizer:
 
 
 def batches(texts: Iterable[str], count: int) -> Iterator[list[str]]:
-    """Cut texts into runs of at most ``count``, and of at most eight million characters.
-
-    A text beyond that is a run of its own. Every text comes once, in order.
-    """
+    """Cut texts into runs of at most ``count``, and of at most eight million characters."""
     batch: list[str] = []
     characters = 0
     for text in texts:

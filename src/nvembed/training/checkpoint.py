@@ -23,9 +23,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from nvembed.core.errors import DataError, TrainingError, UserError
-from nvembed.core.files import atomic_folder, tidy
+from nvembed.core.files import atomic_folder, read_json_object, tidy
 from nvembed.core.ownership import remove_named, unnamed
-from nvembed.core.text_files import read_json_object
 from nvembed.interop.weights import check_finite_tensor
 from nvembed.training.config import recipe_differences
 from nvembed.training.distributed import DistributedContext, full, spread

@@ -26,9 +26,12 @@ from nvembed.core.runs import RunFolder, derive_seed
 from nvembed.data.batch import effective_negatives
 from nvembed.data.mixture import Mixture
 from nvembed.encoding.embed import encode_texts
-from nvembed.model.memory import free_bytes
+from nvembed.model.backbone import free_bytes
 from nvembed.training import checkpoint, metrics, model, run_folder, stages
-from nvembed.training.checkpoint import Position, trained_parameters
+from nvembed.training.checkpoint import (
+    Position,
+    trained_parameters,
+)
 from nvembed.training.config import StageConfig, TrainConfig, training_inputs
 from nvembed.training.contrastive_loss import new_temperature
 from nvembed.training.distributed import DistributedContext

@@ -21,20 +21,19 @@ from torch.nn import Parameter
 
 from nvembed.core.config import StrictModel
 from nvembed.core.errors import ConfigError, DataError, TrainingError, UserError
-from nvembed.core.files import atomic_folder, write_json
+from nvembed.core.files import atomic_folder, read_json_object, write_json
 from nvembed.core.runs import TRAIN, derive_seed, seed_everything
-from nvembed.core.text_files import read_json_object
 from nvembed.interop.model_folder import ModelSource, model_kind
-from nvembed.kernels.accelerate import compile_elementwise
-from nvembed.model.backbone import add_lora, merge_lora, save_adapter
-from nvembed.model.embedder import NVEmbed
-from nvembed.model.memory import (
+from nvembed.kernels.layers import compile_elementwise
+from nvembed.model.backbone import (
+    add_lora,
     free_bytes,
     hold_frozen,
-    hold_masters,
+    merge_lora,
     recompute_layers,
-    release_masters,
+    save_adapter,
 )
+from nvembed.model.embedder import NVEmbed, hold_masters, release_masters
 from nvembed.model.packs import embed_pack
 from nvembed.model.quantization import quantize_frozen
 from nvembed.model.settings import PoolingSettings

@@ -17,14 +17,13 @@ from nvembed.core.arguments import Precision
 from nvembed.core.cache import content_hash, digest_of
 from nvembed.core.config import dump_config, load_config
 from nvembed.core.errors import DataError, TrainingError, UserError
-from nvembed.core.files import write_json, write_text
+from nvembed.core.files import read_json_object, write_json, write_text
 from nvembed.core.ownership import check_outputs, problem_of
 from nvembed.core.runs import TRAIN, RunFolder
-from nvembed.core.text_files import read_json_object
 from nvembed.data.built_sets import MINED_KINDS
 from nvembed.data.mixture import Mixture
 from nvembed.evaluation.tasks import LocalTask
-from nvembed.interop.fingerprint import contents_fingerprint
+from nvembed.interop.model_folder import contents_fingerprint
 from nvembed.kernels.precision import choose_precision, computing_record, kernels
 from nvembed.training.checkpoint import remove_leftovers
 from nvembed.training.config import TrainConfig, recipe_differences

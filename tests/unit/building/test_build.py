@@ -17,8 +17,7 @@ from nvembed.building.set_build import BuildContext
 from nvembed.cli.main import run
 from nvembed.core.config import load_config
 from nvembed.core.errors import DataError, SourceError
-from nvembed.core.files import alone_in, write_jsonl
-from nvembed.core.text_files import read_jsonl
+from nvembed.core.files import alone_in, read_jsonl, write_jsonl
 from nvembed.data.config import DatasetConfig, MiningConfig
 from nvembed.data.loading import read_records, training_datasets
 from nvembed.data.records import BadRow, Converted, LabelRecord, PairRecord, StsRecord

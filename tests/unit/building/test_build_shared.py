@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from nvembed.cli.main import run
-from nvembed.core.text_files import read_jsonl
+from nvembed.core.files import read_jsonl
 from nvembed.data.loading import read_records
 from oracles.cleaning import plain_jaccard
 from tiny_build import recipe as tiny_recipe

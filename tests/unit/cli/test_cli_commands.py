@@ -12,8 +12,7 @@ import pytest
 import yaml
 
 from nvembed.cli.main import run
-from nvembed.core.files import write_jsonl
-from nvembed.core.text_files import read_jsonl
+from nvembed.core.files import read_jsonl, write_jsonl
 from nvembed.model.embedder import NVEmbed
 from task_folders import write_task
 

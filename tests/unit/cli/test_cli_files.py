@@ -10,8 +10,7 @@ from hash_encoder import HashEncoder
 from nvembed.cli.main import run
 from nvembed.cli.options import read_columns
 from nvembed.core.errors import ConfigError
-from nvembed.core.files import write_jsonl
-from nvembed.core.text_files import check_ending, check_folder_name
+from nvembed.core.files import check_ending, check_folder_name, write_jsonl
 from nvembed.encoding.file_search import search_file
 from nvembed.encoding.files import encode_file
 from task_folders import write_task

@@ -8,8 +8,14 @@ from pathlib import Path
 import pytest
 
 from nvembed.core.errors import DataError, UserError
-from nvembed.core.files import atomic_folder, atomic_path, write_json, write_jsonl, write_text
-from nvembed.core.text_files import read_jsonl
+from nvembed.core.files import (
+    atomic_folder,
+    atomic_path,
+    read_jsonl,
+    write_json,
+    write_jsonl,
+    write_text,
+)
 
 ROWS = [{"text": "a\u2028b\u0085c"}, {"n": 1}, {"deep": {"x": [1, None]}}]
 

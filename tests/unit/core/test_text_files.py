@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from nvembed.core.errors import DataError
-from nvembed.core.text_files import (
+from nvembed.core.files import (
     STDIN_NAME,
     ending_of,
     numbered_lines,

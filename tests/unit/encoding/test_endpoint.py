@@ -17,8 +17,7 @@ from hash_encoder import HashEncoder
 from nvembed.cli.main import run
 from nvembed.core import http
 from nvembed.core.errors import ModelError
-from nvembed.core.files import write_jsonl
-from nvembed.core.text_files import read_jsonl
+from nvembed.core.files import read_jsonl, write_jsonl
 from nvembed.encoding import encoder as endpoint
 from nvembed.encoding.encoder import EndpointEncoder
 

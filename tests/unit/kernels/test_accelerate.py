@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import MistralConfig, MistralModel
 
-from nvembed.kernels.accelerate import KINDS, accelerate, restore
+from nvembed.kernels.layers import KINDS, accelerate, restore
 from nvembed.model.backbone import add_lora, merge_lora
 from nvembed.model.embedder import NVEmbed
 from nvembed.model.settings import LoraSettings

@@ -11,7 +11,7 @@ import pytest
 SCRIPT = """
 import resource, sys
 import numpy as np
-from nvembed.kernels.accelerate import keep_freed_memory
+from nvembed.kernels.layers import keep_freed_memory
 
 if sys.argv[1] == "keep":
     keep_freed_memory()

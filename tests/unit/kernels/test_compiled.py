@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nvembed.kernels.accelerate import compile_elementwise
+from nvembed.kernels.layers import compile_elementwise
 from nvembed.model.embedder import NVEmbed
 from nvembed.text.packing import flatten
 

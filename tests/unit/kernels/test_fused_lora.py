@@ -10,11 +10,10 @@ import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
 
-from nvembed.kernels.accelerate import accelerate, restore
+from nvembed.kernels.layers import accelerate, restore
 from nvembed.kernels.linear import fused_lora
-from nvembed.model.backbone import add_lora, merge_lora
+from nvembed.model.backbone import add_lora, hold_frozen, merge_lora
 from nvembed.model.embedder import NVEmbed
-from nvembed.model.memory import hold_frozen
 from nvembed.model.settings import LoraSettings
 from nvembed.text.packing import flatten
 

@@ -15,8 +15,7 @@ from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from nvembed.kernels import build as native_build
-from nvembed.kernels.accelerate import accelerate
-from nvembed.kernels.layers import _supports
+from nvembed.kernels.layers import _supports, accelerate
 
 try:
     native_build._compiler()

@@ -7,9 +7,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, LlamaConfig, MistralConfig, Qwen2Config
 
-from nvembed.kernels import accelerate as hook
 from nvembed.kernels import layers as native_layer
-from nvembed.kernels.accelerate import accelerate
+from nvembed.kernels.layers import accelerate
 from nvembed.model.attention import FLAT_ATTENTION
 from nvembed.text.packing import Segments
 
@@ -31,8 +30,9 @@ if not native_layer.available():
 @pytest.fixture(autouse=True)
 def _layers_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Norms, MLPs and linear layers have tests of their own."""
-    layers = {name: kind for name, kind in hook.KINDS.items() if name.endswith("DecoderLayer")}
-    monkeypatch.setattr(hook, "KINDS", layers)
+    kinds = native_layer.KINDS
+    layers = {name: kind for name, kind in kinds.items() if name.endswith("DecoderLayer")}
+    monkeypatch.setattr(native_layer, "KINDS", layers)
 
 
 @pytest.fixture(params=["mistral", "llama", "qwen2"])

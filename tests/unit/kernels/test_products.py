@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from nvembed.kernels import linear as products
-from nvembed.kernels.accelerate import accelerate
+from nvembed.kernels.layers import accelerate
 from nvembed.kernels.linear import product, transposed_times
 
 SHAPES = [(5, 3, 4), (64, 32, 16), (33, 16, 96), (7, 1, 2)]

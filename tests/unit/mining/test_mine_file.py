@@ -12,9 +12,8 @@ import pytest
 
 from hash_encoder import HashEncoder
 from nvembed.core.errors import ConfigError, DataError
-from nvembed.core.files import write_jsonl, write_text
+from nvembed.core.files import read_jsonl, write_jsonl, write_text
 from nvembed.core.ownership import MARK
-from nvembed.core.text_files import read_jsonl
 from nvembed.data.config import MiningConfig
 from nvembed.data.loading import read_records
 from nvembed.data.records import PairRecord

@@ -13,9 +13,8 @@ from numpy.typing import NDArray
 
 from hash_encoder import HashEncoder
 from nvembed.core.errors import ConfigError, ModelError
-from nvembed.core.files import write_jsonl
+from nvembed.core.files import read_jsonl, write_jsonl
 from nvembed.core.ownership import MARK
-from nvembed.core.text_files import read_jsonl
 from nvembed.data.config import MiningConfig
 from nvembed.data.loading import read_records
 from nvembed.data.records import PairRecord

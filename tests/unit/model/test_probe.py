@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from nvembed.model.attention import probe_direction
-from nvembed.model.probe import probe_pooled
+from nvembed.model.attention import probe_direction, probe_pooled
 
 TABLE = torch.randn(50, 6, generator=torch.Generator().manual_seed(1))
 

@@ -12,9 +12,8 @@ from torch import nn
 
 from families import FAMILIES, make_family
 from nvembed.core.errors import ModelError
-from nvembed.model.backbone import add_lora
+from nvembed.model.backbone import add_lora, recompute_layers
 from nvembed.model.embedder import NVEmbed
-from nvembed.model.memory import recompute_layers
 from nvembed.model.packs import embed_pack
 from nvembed.model.settings import LoraSettings
 from nvembed.text.tokens import TokenizedText

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from nvembed.core.errors import DataError
+from nvembed.core.files import read_jsonl
 from nvembed.core.ownership import MARK
-from nvembed.core.text_files import read_jsonl
 from nvembed.data.loading import read_records
 from nvembed.evaluation.task_files import RetrievalData
 from nvembed.evaluation.tasks import load_task

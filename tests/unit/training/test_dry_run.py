@@ -12,9 +12,8 @@ import yaml
 from interruption import interrupt_after
 from nvembed.cli.main import run
 from nvembed.core.errors import ConfigError, TrainingError, UserError
-from nvembed.core.files import write_jsonl
+from nvembed.core.files import read_jsonl, write_jsonl
 from nvembed.core.runs import derive_seed
-from nvembed.core.text_files import read_jsonl
 from nvembed.data.mixture import Mixture
 from nvembed.training import dry_run as dry_run_forecast
 from nvembed.training import dry_run_report as report

@@ -13,9 +13,8 @@ import pytest
 from interruption import interrupt_after
 from nvembed.core.config import dump_config
 from nvembed.core.errors import DataError, TrainingError, UserError
-from nvembed.core.files import write_jsonl, write_text
+from nvembed.core.files import read_jsonl, write_jsonl, write_text
 from nvembed.core.runs import TRAIN, RunFolder
-from nvembed.core.text_files import read_jsonl
 from nvembed.data.records import PairRecord, StsRecord, records_digest
 from nvembed.training.config import TrainConfig
 from nvembed.training.distributed import DistributedContext

@@ -28,11 +28,10 @@ from nvembed.building.synthesis.prompts import (
     example_prompt,
     tasks_prompt,
 )
-from nvembed.core.files import tidy, write_json, write_jsonl
+from nvembed.core.files import check_folder_name, tidy, write_json, write_jsonl
 from nvembed.core.http import read_key
 from nvembed.core.ownership import check_outputs
 from nvembed.core.reporting import progress
-from nvembed.core.text_files import check_folder_name
 from nvembed.data.records import PairRecord
 
 if TYPE_CHECKING:

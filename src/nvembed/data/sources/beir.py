@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from nvembed.core.errors import SourceError
-from nvembed.core.text_files import ending_of, open_text_file
+from nvembed.core.files import ending_of, open_text_file
 from nvembed.data.records import BadRow, RowError
 from nvembed.data.sources.files import open_file, text_lines
 from nvembed.data.sources.rows import MISSING, Columns, Row, Rows, Table, Values, all_rows, read_id

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from nvembed.core.errors import DataError, SourceError
-from nvembed.core.text_files import (
+from nvembed.core.files import (
     MAX_LINE,
     STDIN_NAME,
     ending_of,

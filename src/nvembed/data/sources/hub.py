@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from nvembed.core.errors import DataError, SourceError
+from nvembed.core.files import ending_of
 from nvembed.core.runs import derive_seed
-from nvembed.core.text_files import ending_of
 from nvembed.data.config import HubLocation, TableConfig
 from nvembed.data.records import BadRow
 from nvembed.data.sources.files import open_file

@@ -17,10 +17,10 @@ from torch import Tensor
 from nvembed.encoding.encoder import SentenceTransformerEncoder
 from nvembed.kernels.precision import fastest_precision
 from nvembed.model import memory
-from nvembed.model.attention import probe_direction
+from nvembed.model.attention import probe_direction, probe_pooled
+from nvembed.model.backbone import free_bytes
 from nvembed.model.embedder import NVEmbed
 from nvembed.model.pooling import SelfAttentionPooling
-from nvembed.model.probe import probe_pooled
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -146,7 +146,7 @@ def model_of(encoder: Examined) -> SentenceTransformer:
 def _measure_drift(encoder: Examined, task: str | None) -> dict[str, float] | str:
     """The smallest cosines of ways to compute in 16 bit to float32, or why there are none."""
     needed = 6 * sum(parameter.numel() for parameter in model_of(encoder).parameters())
-    free = memory.free_bytes(model_of(encoder).device)
+    free = free_bytes(model_of(encoder).device)
     if needed > free:
         return f"copies need {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
     encoder = copy.deepcopy(encoder)

@@ -20,10 +20,15 @@ from pydantic import Field
 
 from nvembed.core.arguments import checked
 from nvembed.core.errors import ConfigError, DataError, ModelError, UserError
-from nvembed.core.files import atomic_folder, write_json, write_text
+from nvembed.core.files import (
+    atomic_folder,
+    check_folder_name,
+    read_json_object,
+    write_json,
+    write_text,
+)
 from nvembed.core.ownership import check_outputs
 from nvembed.core.runs import RunFolder
-from nvembed.core.text_files import check_folder_name, read_json_object
 from nvembed.encoding.export import stock
 from nvembed.interop.model_folder import ModelSource, model_kind
 from nvembed.interop.official import LatentShape, official_name, write_config

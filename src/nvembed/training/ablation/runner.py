@@ -29,7 +29,7 @@ from nvembed.core.background import end_with_parent
 from nvembed.core.cache import digest_of
 from nvembed.core.config import load_config
 from nvembed.core.errors import ConfigError, DataError, UserError
-from nvembed.core.files import alone_in, write_json
+from nvembed.core.files import alone_in, os_errors, write_json
 from nvembed.core.ownership import check_outputs, check_overlaps, mark_growing, refuse_foreign
 from nvembed.core.reporting import progress
 from nvembed.core.runs import RunFolder
@@ -256,7 +256,8 @@ def _work(run: Run, job: GridJob, tasks: dict[str, str]) -> None:
                 sys.exit(_BUSY)
             if read_outcome(run).state == "finished":
                 sys.exit(0)
-            mark_growing(log, ABLATE)
+            with os_errors("cannot write", log):
+                mark_growing(log, ABLATE)
             outcome = _logged(run, job, tasks)
             if outcome.state == "finished" and not job.keep_models:
                 RunFolder(run.folder).remove_models()

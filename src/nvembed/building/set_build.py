@@ -53,7 +53,7 @@ from nvembed.data.sources.opening import open_dataset
 from nvembed.encoding.endpoint import is_endpoint
 from nvembed.evaluation.tasks import load_tasks
 from nvembed.interop.fingerprint import contents_fingerprint
-from nvembed.mining.teachers import BM25_NAME
+from nvembed.mining.ranking import BM25_NAME
 
 BUILD = "data build"
 _REFUSED = "refused.jsonl"

@@ -21,7 +21,6 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
-from uvicorn.server import ServerState
 
 from nvembed.core import __version__
 from nvembed.core.arguments import PrecisionChoice
@@ -77,10 +76,7 @@ def serve(
 
 
 def model_names(model: str, settings: ServerConfig) -> tuple[str, ...]:
-    """Return what clients may call a model, the name that answers say first.
-
-    Besides those of the settings its folder is one, or its hub id, with and without the owner.
-    """
+    """Return the names of a model, the first for answers: from settings, its folder or hub id."""
     own = [Path(model).resolve().name] if Path(model).is_dir() else [model, model.split("/")[-1]]
     first = settings.model_name or own[0]
     return tuple(dict.fromkeys([first, *settings.model_aliases, *own]))
@@ -134,60 +130,47 @@ def build_server(
     )
 
 
-class _LimitedConnection(asyncio.Protocol):
+class _LimitedConnection(HttpToolsProtocol):
     """Limits the headers of requests and the number of connections, which uvicorn does not.
 
-    Everything is handed to uvicorn's protocol, which has a new ``cycle`` once headers are whole.
-    uvicorn itself closes connections that are idle between two requests; bodies and answers have
-    their limits in ``middleware.py``.
+    There is a new ``cycle`` once headers are whole; bodies and answers have their limits in
+    ``middleware.py``.
     """
 
-    def __init__(self, limits: LimitsConfig, *, server_state: ServerState, **given: Any) -> None:
+    def __init__(self, limits: LimitsConfig, **given: Any) -> None:
+        super().__init__(**given)
         self._limits = limits
-        self._connections = server_state.connections
-        self._http = HttpToolsProtocol(server_state=server_state, **given)
         self._deadline: asyncio.TimerHandle | None = None
         self._header_bytes = 0
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._http.connection_made(transport)  # type: ignore[arg-type]  # as uvicorn narrows it
-        if len(self._connections) > self._limits.max_connections:
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        if len(self.connections) > self._limits.max_connections:
             transport.close()
         else:
             self._expect_headers()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._end_headers()
-        self._http.connection_lost(exc)
+        super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        before = self._http.cycle
-        self._http.data_received(data)
-        cycle = self._http.cycle
+        before = self.cycle
+        super().data_received(data)
+        cycle = self.cycle
         if cycle is not before:
             self._end_headers()
-        elif (cycle is None or cycle.response_complete) and not self._http.transport.is_closing():
+        elif (cycle is None or cycle.response_complete) and not self.transport.is_closing():
             self._expect_headers()
             if cycle is None or not cycle.more_body:  # else of a body that was refused unread
                 self._header_bytes += len(data)
             if self._header_bytes > self._limits.max_header_bytes:
                 self._refuse("431 Request Header Fields Too Large")
 
-    def eof_received(self) -> None:
-        self._http.eof_received()
-
-    def pause_writing(self) -> None:
-        self._http.pause_writing()
-
-    def resume_writing(self) -> None:
-        self._http.resume_writing()
-
     def _expect_headers(self) -> None:
         if self._deadline is None:
             seconds = self._limits.header_seconds
-            self._deadline = self._http.loop.call_later(
-                seconds, self._refuse, "408 Request Timeout"
-            )
+            self._deadline = self.loop.call_later(seconds, self._refuse, "408 Request Timeout")
 
     def _end_headers(self) -> None:
         if self._deadline is not None:
@@ -196,8 +179,8 @@ class _LimitedConnection(asyncio.Protocol):
 
     def _refuse(self, status: str) -> None:
         head = f"HTTP/1.1 {status}\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
-        self._http.transport.write(head.encode())
-        self._http.transport.close()
+        self.transport.write(head.encode())
+        self.transport.close()
 
 
 def create_app(engine: EncoderEngine, config: ServerConfig, keys: ApiKeys | None = None) -> FastAPI:

@@ -23,7 +23,7 @@ from nvembed.data.loading import load_records, training_datasets
 from nvembed.data.mixture import Mixture, load_source
 from nvembed.data.records import PairRecord, Record, StsRecord
 from nvembed.mining.corpus import MemoryCorpus
-from nvembed.mining.selection import Query
+from nvembed.mining.ranking import Query
 from nvembed.training.config import TrainConfig
 from nvembed.training.stage_mining import mined_dataset, mined_file, places_to_mine, with_mined
 

@@ -16,7 +16,7 @@ from nvembed.core.files import alone_in
 from nvembed.core.ownership import check_outputs, check_overlaps
 from nvembed.data.built_sets import read_manifest, set_settings
 from nvembed.data.config import BuildConfig, DatasetConfig
-from nvembed.mining.teachers import check_teacher
+from nvembed.mining.ranking import check_teacher
 
 if TYPE_CHECKING:
     from rich.console import Console

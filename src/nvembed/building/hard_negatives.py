@@ -13,8 +13,8 @@ from nvembed.data.built_sets import Rows
 from nvembed.data.config import BuildMining, DatasetConfig
 from nvembed.data.records import Converted, PairRecord, record_of
 from nvembed.mining.miner import mine_file
-from nvembed.mining.report import MiningReport
-from nvembed.mining.teachers import BM25_NAME
+from nvembed.mining.ranking import BM25_NAME
+from nvembed.mining.selection import MiningReport
 
 
 def teacher_name(name: str, base_dir: Path) -> str:

@@ -45,7 +45,7 @@ from nvembed.data.records import Converted, LabelRecord
 from nvembed.encoding.encoder import is_endpoint
 from nvembed.evaluation.tasks import load_tasks
 from nvembed.interop.model_folder import contents_fingerprint
-from nvembed.mining.teachers import BM25_NAME
+from nvembed.mining.ranking import BM25_NAME
 
 BUILD = "data build"
 _REFUSED = "refused.jsonl"

@@ -11,6 +11,7 @@ from typing import Literal
 import typer
 
 from nvembed.cli import options as opt
+from nvembed.core.errors import DataError
 
 data = typer.Typer(
     help="Build training data from files and hub data sets, look into it, check it.",
@@ -41,7 +42,6 @@ def build(recipe: Path, changes: list[str] | None = None, *, keep_going: bool = 
     """
     from nvembed.building.build import build_recipe, default_folder, print_outcomes
     from nvembed.core.config import load_config
-    from nvembed.core.errors import DataError
     from nvembed.training.config import TrainConfig
 
     config = load_config(TrainConfig, recipe, changes or ())
@@ -102,7 +102,6 @@ def inspect(
     from nvembed.building import inspection
     from nvembed.building.inspection import open_sets, print_inspection
     from nvembed.core.config import load_config
-    from nvembed.core.errors import DataError
     from nvembed.data.config import file_dataset
     from nvembed.training.config import TrainConfig
 
@@ -158,7 +157,6 @@ def check(
       nvembed data check beir/fiqa --kind retrieval --layout beir
     """
     from nvembed.building.check import check_file
-    from nvembed.core.errors import DataError
     from nvembed.data.config import file_dataset
 
     names = opt.read_columns(columns)

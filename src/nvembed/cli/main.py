@@ -17,8 +17,7 @@ import typer
 from typer.exceptions import Abort, TyperException
 
 from nvembed.cli.data import data
-from nvembed.cli.evaluate import compare, evaluate
-from nvembed.cli.models import doctor, export, serve
+from nvembed.cli.models import compare, doctor, evaluate, export, serve
 from nvembed.cli.options import OLD_OPTIONS
 from nvembed.cli.train import ablate, mine, train
 from nvembed.cli.vectors import encode, index, search

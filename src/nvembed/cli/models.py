@@ -1,15 +1,23 @@
-"""``nvembed doctor``, ``export`` and ``serve``: one model examined, written anew, served."""
+"""``nvembed doctor``, ``export``, ``serve``, ``evaluate`` and ``compare``: models in use."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import typer
 
 from nvembed.cli import options as opt
 from nvembed.core.arguments import PrecisionChoice
-from nvembed.core.errors import ConfigError
+from nvembed.core.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from mteb.abstasks import AbsTask
+
+    from nvembed.core.arguments import Precision
+    from nvembed.evaluation.session import Evaluation
+    from nvembed.evaluation.tasks import LocalTask
 
 
 @opt.described(
@@ -128,7 +136,7 @@ def serve(
 
         from nvembed.index.database import Database
         from nvembed.index.page import page_app
-        from nvembed.index.record import recorded_encoder
+        from nvembed.index.search import recorded_encoder
 
         database = Database.open(Path(model))
         encoder = recorded_encoder(database.record, moved, dtype, model)
@@ -142,3 +150,178 @@ def serve(
     from nvembed.serving.server import serve as run
 
     run(model, host=host, port=port, config=config, overrides=settings, keys=keys, dtype=dtype)
+
+
+@opt.described(
+    model="Folder or hub id of any sentence-transformers model, or bm25.",
+    more=typer.Argument(metavar="FOLDER", help="More task folders."),
+    tasks=typer.Option(
+        metavar="FOLDER...", help="Task folders or BEIR folders, or a folder of such folders."
+    ),
+    benchmark='A benchmark of mteb, such as "MTEB(eng, v1)".',
+    task="A task of mteb, such as STS12.",
+    type="Only mteb's tasks of this type.",
+    instructions="For mteb's tasks: the package's table, or mteb's prompts.",
+    engine="Who scores task folders: equal scores, local is faster.",
+    cache="Folder that keeps the vectors. Default: none.",
+    processes=typer.Option(min=1, help="Share the texts of each task; each process has a GPU."),
+    bm25="Show BM25 beside the model.",
+    against="Show published scores beside: a hub id such as nvidia/NV-Embed-v2.",
+    start_over="Replace what the output holds.",
+    keep_going="Score the other tasks where one is broken.",
+    output="Where the scores go.",
+)
+def evaluate(
+    model: str,
+    more: list[Path] | None = None,
+    *,
+    tasks: list[Path] | None = None,
+    benchmark: list[str] | None = None,
+    task: list[str] | None = None,
+    type: list[str] | None = None,
+    instructions: Literal["paper", "official", "mteb", "none"] = "paper",
+    engine: Literal["local", "mteb"] = "local",
+    cache: Path | None = None,
+    processes: int = 1,
+    bm25: bool = False,
+    against: list[str] | None = None,
+    start_over: bool = False,
+    keep_going: bool = False,
+    output: Path = Path("results.json"),
+    dtype: PrecisionChoice = "auto",
+) -> None:
+    """Score a model on task folders and on tasks of mteb; print a table, write the scores as JSON.
+
+    Started again, it keeps the finished tasks. Beside the output lie the files that mteb and its
+    leaderboard read (OUTPUT.mteb/results) and those of `nvembed compare`. Exit code 2 where a task
+    could not be done; the others are.
+
+    Examples:
+
+    \b
+      nvembed evaluate runs/demo/model --tasks runs/demo/tasks
+      nvembed evaluate runs/demo/model --tasks tasks/stsb tasks/nfcorpus --bm25
+      nvembed evaluate runs/demo/model --tasks beir/scifact beir/fiqa --keep-going
+      nvembed evaluate nvidia/NV-Embed-v2 --benchmark "MTEB(eng, v1)" --cache vectors --processes 8
+      nvembed evaluate sentence-transformers/all-MiniLM-L6-v2 --task STS12 --task SciFact
+    """
+    from nvembed.evaluation import reference, session
+
+    # An option takes one value, so the other folders of `--tasks a b c` arrive as arguments.
+    folders = [*(tasks or ()), *(more or ())]
+    if not (folders or benchmark or task):
+        raise ConfigError("nothing to evaluate", expected="--tasks, --benchmark or --task")
+    for name in against or ():
+        reference.published_model(name)  # an unknown one is told before hours of work
+    session.check_session(session.Settings(model, output, cache=cache), folders)
+    failed: dict[str, str] = {}
+    local = _local_tasks(model, folders, failed if keep_going else None)
+    hub, refused = _hub_tasks(benchmark or (), task or (), type)
+    failed |= refused
+    if not (local or hub):
+        raise _not_done(failed)
+    precision = _precision(model, dtype, None if start_over else output)
+    settings = session.Settings(model, output, precision, instructions, cache, engine)
+    done = session.run_session(
+        settings, local, hub, processes=processes, resume=not start_over, keep_going=keep_going
+    )
+    _show_table(model, done, local if bm25 else (), against or ())
+    typer.echo(f"written: {output}")
+    if failed := failed | done.failed:
+        raise _not_done(failed)
+
+
+def _local_tasks(
+    model: str, folders: Sequence[Path], broken: dict[str, str] | None
+) -> list[LocalTask]:
+    from nvembed.evaluation.session import BM25_NAME, fits_bm25
+    from nvembed.evaluation.tasks import load_tasks
+
+    tasks = load_tasks(folders, broken=broken)
+    if model == BM25_NAME and not (tasks := [task for task in tasks if fits_bm25(task)]):
+        raise DataError(
+            "BM25 has no score for any of these tasks",
+            expected="a Retrieval task in a folder, with the main score ndcg_at_10",
+        )
+    return tasks
+
+
+def _hub_tasks(
+    benchmarks: Sequence[str], names: Sequence[str], types: Sequence[str] | None
+) -> tuple[Sequence[AbsTask], dict[str, str]]:
+    """Find tasks of mteb; those that cannot be scored come with the reason."""
+    if not (benchmarks or names):
+        return (), {}
+    from nvembed.evaluation.hub import find_hub_tasks
+
+    found = find_hub_tasks(benchmarks, names, types)
+    return found.tasks, found.refused
+
+
+def _precision(model: str, dtype: PrecisionChoice, begun: Path | None) -> Precision | None:
+    """Settle the type to compute in; ``auto`` goes on with that of the results in ``begun``."""
+    from nvembed.encoding.encoder import settle_dtype
+    from nvembed.evaluation.session import BM25_NAME, earlier_precision
+
+    if model == BM25_NAME:
+        return None
+    earlier = earlier_precision(begun) if dtype == "auto" and begun is not None else None
+    return settle_dtype(model, dtype, begun=earlier)
+
+
+def _show_table(
+    model: str, done: Evaluation, for_bm25: Sequence[LocalTask], against: Sequence[str]
+) -> None:
+    from nvembed.evaluation.results import format_table, published_results
+    from nvembed.evaluation.session import BM25_NAME, evaluate_bm25
+
+    columns = {model: done.results}
+    if for_bm25 and model != BM25_NAME:
+        columns[BM25_NAME] = evaluate_bm25(for_bm25)
+    for name in against:
+        columns[f"{name} (published)"] = published_results(name, done.results)
+    typer.echo(format_table(columns))
+
+
+def _not_done(failed: Mapping[str, str]) -> DataError:
+    """Say which tasks have no result and why, a line for each; the error counts them."""
+    opt.echo_error(*(f"not done: {name}: {reason}" for name, reason in failed.items()))
+    count = f"{len(failed)} task{'s' if len(failed) > 1 else ''}"
+    return DataError(f"{count} could not be done", where=", ".join(failed))
+
+
+@opt.described(
+    first=typer.Argument(
+        metavar="A", help="Results file of `nvembed evaluate`, or a folder with a results.json."
+    ),
+    second=typer.Argument(metavar="B", help="The same of the other model."),
+    resamples=typer.Option(min=100, help="Resamples of every interval and test."),
+    markdown="Print a Markdown table.",
+    as_json=typer.Option("--json", help="Print JSON."),
+)
+def compare(
+    first: Path,
+    second: Path,
+    *,
+    resamples: int = 2000,
+    markdown: bool = False,
+    as_json: bool = False,
+) -> None:
+    """Compare two models' results: differences, their intervals, and what chance explains.
+
+    Intervals and tests need the items that `nvembed evaluate` leaves beside its results.
+
+    Examples:
+
+    \b
+      nvembed compare base.json tuned.json
+      nvembed compare runs/one/results.json runs/two/results.json --markdown > table.md
+      nvembed compare base.json tuned.json --json --resamples 10000
+    """
+    from nvembed.evaluation import comparison
+
+    if markdown and as_json:
+        raise ConfigError("--markdown and --json exclude each other", expected="one of them")
+    found = comparison.compare_results(first, second, resamples=resamples)
+    render = comparison.format_markdown if markdown else comparison.format_text
+    typer.echo(comparison.format_json(found) if as_json else render(found))

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
 
 import typer
 
+from nvembed.core.errors import ConfigError
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -71,8 +73,6 @@ OLD_OPTIONS = {
 
 def read_columns(given: Sequence[str] | None) -> dict[str, Column]:
     """Read ``--column``; a ConfigError where one is not of the form NAME=COLUMN."""
-    from nvembed.core.errors import ConfigError
-
     columns: dict[str, list[str]] = {}
     for one in given or ():
         name, equals, column = one.partition("=")

@@ -10,9 +10,10 @@ import typer
 
 from nvembed.cli import options as opt
 from nvembed.core.arguments import PrecisionChoice
+from nvembed.core.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
-    from nvembed.mining.report import MiningReport
+    from nvembed.mining.selection import MiningReport
     from nvembed.training.ablation.grid import GridConfig, Run
     from nvembed.training.ablation.runner import Outcome
 
@@ -72,7 +73,6 @@ def mine(
         --teacher nvidia/NV-Embed-v2 --documents docs.jsonl --work mining
     """
     from nvembed.core.config import load_config
-    from nvembed.core.errors import ConfigError
     from nvembed.data.config import MiningConfig
     from nvembed.mining.miner import help_mining, mine_file
 
@@ -187,7 +187,6 @@ def ablate(
       nvembed ablate recipes/ablations/paper.yaml 'seeds=[0]' output=runs/quick
     """
     from nvembed.core.config import load_config
-    from nvembed.core.errors import UserError
     from nvembed.core.ownership import check_outputs
     from nvembed.training.ablation.grid import GridConfig, grid_runs
     from nvembed.training.ablation.report import report_files, write_report

@@ -10,6 +10,7 @@ import typer
 
 from nvembed.cli import options as opt
 from nvembed.core.arguments import PrecisionChoice
+from nvembed.core.errors import ConfigError
 
 
 @opt.described(
@@ -192,8 +193,6 @@ def search(
       nvembed search runs/demo/model "sort a list" --documents docs.jsonl --top-k 3 \\
         --task "Given a question about Python, retrieve its documentation"
     """
-    from nvembed.core.errors import ConfigError
-
     if documents is None:
         if columns:
             raise ConfigError("a database knows its columns", where="--column", hint="Leave it out")

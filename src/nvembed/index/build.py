@@ -28,26 +28,22 @@ from nvembed.encoding.encoder import Encoder
 from nvembed.encoding.reading import Document, Skipped, input_files, read_documents
 from nvembed.index.database import ANN_ABOVE, INDEX, Database, is_database, text_hash, writing
 from nvembed.index.fields import Fields, FieldTypes, same
-from nvembed.index.record import first_dimensions, new_record, recorded_encoder
+from nvembed.index.search import first_dimensions, new_record, recorded_encoder
 from nvembed.text.instructions import read_task
 
 
 @dataclass
 class IndexReport:
-    """What was done, in numbers of documents.
-
-    ``embedded`` are texts that went through the model, ``skipped`` lines left out, and
-    ``absent_fields`` fields to keep that no document has.
-    """
+    """What was done, in numbers of documents."""
 
     added: int = 0
     updated: int = 0
     unchanged: int = 0
-    embedded: int = 0
+    embedded: int = 0  # texts that went through the model
     deleted: int = 0
     total: int = 0
-    skipped: Skipped = field(default_factory=Skipped)
-    absent_fields: set[str] = field(default_factory=set)
+    skipped: Skipped = field(default_factory=Skipped)  # lines left out
+    absent_fields: set[str] = field(default_factory=set)  # to be kept, and no document has them
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,6 @@
 Every change is one version of the table, so a process that is killed leaves the version before it.
 Columns: ``id``, ``text``, ``text_hash``, ``vector`` ``(D,)`` of length 1, and a column per field,
 of its Arrow type (``index/fields.py``).
-Next file: ``index/search.py``.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lancedb
 import numpy as np
@@ -25,6 +24,8 @@ from filelock import FileLock, Timeout
 from lancedb.index import FTS, BTree, IvfSq
 from numpy.typing import NDArray
 
+from nvembed.core.arguments import Precision
+from nvembed.core.config import StrictModel
 from nvembed.core.errors import ConfigError, DataError
 from nvembed.core.files import os_errors
 from nvembed.core.ownership import MARK, mark_growing, refuse_foreign
@@ -37,7 +38,6 @@ from nvembed.index.fields import (
     to_json,
     type_of_column,
 )
-from nvembed.index.record import DatabaseRecord
 from nvembed.index.where import sql_type, where_sql
 
 TABLE = "documents"
@@ -83,6 +83,18 @@ def writing(path: Path) -> Iterator[None]:
 def text_hash(text: str) -> str:
     """Name a text by its content, 32 hexadecimal digits."""
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+class DatabaseRecord(StrictModel):
+    """How the vectors of a database were made."""
+
+    layout: Literal[1] = 1  # version of the table's columns
+    model: str | None  # folder (absolute) or hub id; None for an encoder that was handed over
+    fingerprint: str | None  # of the model's files, see ``contents_fingerprint``
+    dimension: int  # width of the vectors, possibly the first of a wider model
+    task: str | None  # instruction of queries that bring none
+    probe: tuple[tuple[float, ...], ...]  # vectors of test texts, see ``search.py``
+    dtype: Precision | None = None  # of the weights, for all documents; None where not known
 
 
 class Database:

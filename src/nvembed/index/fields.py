@@ -1,8 +1,6 @@
 """Fields of documents: an Arrow type each, and values that go in and come out as they are.
 
 A type holds a value or it does not (``Misfit``): nothing is rounded, cut or spelled otherwise.
-Where a type has too little room, ``wider_type`` says which one holds both; ``FieldTypes`` settles
-the types of some documents. Next file: ``index/where.py``.
 """
 
 from __future__ import annotations
@@ -92,10 +90,7 @@ def describe(type: pa.DataType) -> str:
 
 
 def kept_type(type: pa.DataType) -> pa.DataType:
-    """The type under which a column of a file is kept: its own, but for other codings of it.
-
-    A map is a list of keys and values, which is what Arrow makes of it too.
-    """
+    """The type under which a column of a file is kept: its own, but for other codings of it."""
     if pa.types.is_dictionary(type) or pa.types.is_run_end_encoded(type):
         return kept_type(type.value_type)
     if isinstance(type, pa.BaseExtensionType) and type != JSON:
@@ -154,10 +149,7 @@ def type_of_texts(texts: Iterable[str]) -> pa.DataType:
 
 
 def wider_type(type: pa.DataType, value: Any) -> pa.DataType | None:
-    """The type of a field that has held ``type`` and is to hold a value too; None if there is none.
-
-    Whole numbers get more room and then fractions, decimals more digits, times more of a second.
-    """
+    """The type of a field that has held ``type`` and is to hold a value too, if any."""
     candidates: list[pa.DataType] = []
     if pa.types.is_integer(type):
         candidates = [] if pa.types.is_signed_integer(type) else [pa.uint64()]
@@ -288,10 +280,7 @@ def plain(value: Any) -> Any:
 
 
 class FieldTypes:
-    """Settles the types of fields: known ones, those of files, those of values.
-
-    ``found`` are the types so far, at first those of the fields that the database has.
-    """
+    """Settles the types of fields; ``found`` are those so far, at first those of the database."""
 
     def __init__(self, known: Mapping[str, pa.DataType]) -> None:
         self.found = dict(known)
@@ -302,11 +291,7 @@ class FieldTypes:
         rows: Sequence[tuple[Fields, Table | None]],
         refuse: Callable[[int, DataError], object],
     ) -> list[Fields | None]:
-        """The values of rows under the types that hold all of them.
-
-        Rows come with the table that they are of. ``refuse`` is told the number of a row that no
-        type suits, for which None is returned.
-        """
+        """The values of rows (of tables) under types that hold all; None where one is refused."""
         known = dict(self.found)
         cells: dict[str, list[str]] = {}  # a column of CSV has one type for all of them
         for values, table in rows:
@@ -390,10 +375,7 @@ def _mismatch(name: str, value: Any, type: pa.DataType, misfit: Misfit) -> DataE
         return DataError(f'"{name}" is {unknown}', expected="a text")
     problem = f"is a {kind}, in the documents before it a {describe(type)}"
     if kind == describe(type):
-        problem = (
-            f"is {repr(value)[:60]}, which {type}, the type of the documents before it, "
-            "does not hold"
-        )
-    return DataError(
-        f'"{name}" {problem}', hint="Make them alike, or keep other fields only with --fields"
-    )
+        shown = repr(value)[:60]
+        problem = f"is {shown}, which {type}, the type of the documents before it, does not hold"
+    hint = "Make them alike, or keep other fields only with --fields"
+    return DataError(f'"{name}" {problem}', hint=hint)

@@ -1,7 +1,4 @@
-"""A web page to search a database: one file of HTML, two addresses that answer in JSON.
-
-Nothing is fetched from elsewhere, and the page may load nothing from elsewhere either.
-"""
+"""A web page to search a database: HTML and JSON answers; nothing is loaded from elsewhere."""
 
 from __future__ import annotations
 
@@ -48,14 +45,10 @@ class SearchRequest(BaseModel):
 
 
 def page_app(database: Database, encoder: Encoder) -> FastAPI:
-    """Build the page of a database: ``/``, ``/api/about`` and ``/api/search``.
-
-    What is written to the database later is found too. The encoder (see ``recorded_encoder``) is
-    used by one request at a time.
-    """
+    """Build the page of a database: ``/``, ``/api/about`` and ``/api/search``."""
     app = FastAPI(title="nvembed search", docs_url=None, redoc_url=None, openapi_url=None)
     html = resources.files("nvembed.index").joinpath("page.html").read_text(encoding="utf-8")
-    encoding = threading.Lock()
+    encoding = threading.Lock()  # one request at a time
 
     @app.middleware("http")
     async def guard(request: Request, answer: Any) -> Any:

@@ -58,12 +58,10 @@ _Token = tuple[str, str, int]  # kind, text, column from 1
 def where_sql(
     expression: str, fields: Mapping[str, pa.DataType], columns: Mapping[str, str] | None = None
 ) -> str:
-    """Check a filter and write it as SQL.
+    """Check a filter and write it as SQL; one that nothing can ever pass is a ``ConfigError``.
 
     As in SQL, a test of a field that a document lacks is neither true nor false, and such a
-    document is left out, by ``NOT`` too; ``IS NULL`` finds it. ``columns`` are those of the table,
-    by field, where they are not called like it. A filter that names a field that is not there, or
-    compares it with a value that it can never have, is a ``ConfigError``.
+    document is left out, by ``NOT`` too. ``columns`` are those of the table by field, if others.
     """
     if len(expression) > MAX_CHARS:
         raise _error(f"a filter of {len(expression)} characters", f"{MAX_CHARS}")

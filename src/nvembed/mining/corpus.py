@@ -1,8 +1,4 @@
-"""The documents that negatives are taken from.
-
-In: texts as they come; out: each different text once, with its row (``text/similarity.py``). Next
-file: ``miner.py``.
-"""
+"""The documents that negatives are taken from, each different text once, with its row."""
 
 from __future__ import annotations
 
@@ -40,11 +36,7 @@ def words(text: str) -> frozenset[str]:
 
 
 def nearly_equal(text: str, other: frozenset[str], threshold: float) -> bool:
-    """Tell whether a text shares at least ``threshold`` of its words with another's ``words``.
-
-    The result of ``word_overlap``, mostly without splitting the text: so many shared words mean
-    that few of the other's are missing, and a word that is no part of the text at all is missing.
-    """
+    """Whether a text shares ``threshold`` of its words with another's; mostly without a split."""
     folded = text.casefold()
     may_miss = (1.0 - threshold) * len(other) + _ROUNDING
     for word in other:

@@ -27,9 +27,9 @@ from nvembed.encoding.encoder import Encoder, is_endpoint
 from nvembed.encoding.reading import read_documents
 from nvembed.encoding.workers import Engine, Loader
 from nvembed.mining.corpus import Corpus, MemoryCorpus, StoredCorpus
-from nvembed.mining.report import MiningReport
+from nvembed.mining.ranking import BM25_NAME, check_teacher, rank, settled_teacher
 from nvembed.mining.run import Plan, Run, plan_pairs, plan_records, plan_sts
-from nvembed.mining.teachers import BM25_NAME, check_teacher, rank, settled_teacher
+from nvembed.mining.selection import MiningReport
 
 MINE = "mine"
 # Columns that documents have; the others are of records.
@@ -82,12 +82,10 @@ def mine_sts_negatives(
     *,
     instruction: str | None = None,
 ) -> tuple[list[StsRecord], MiningReport]:
-    """Give STS pairs hard negatives from the other sentences (paper v2).
+    """Give STS pairs that are trained on hard negatives from the other sentences (paper v2).
 
-    Only pairs that are trained on (scored 4 or more) get any; the others come back as they are. The
-    negatives serve both sentences as queries, so a candidate counts with the higher of its two
-    scores and must be no known positive of either. The instruction goes to both sides, as in
-    training. Arguments, results and errors are those of ``mine_negatives``.
+    These serve both sentences as queries: a candidate counts with the higher of its two scores and
+    must be no known positive of either. The instruction goes to both sides, as in training.
     """
     plan = plan_sts(records)
     with _Mining(encoder, config, instruction).run(plan, documents or ()) as (run, _):
@@ -190,10 +188,7 @@ class _Mining:
     def run(
         self, plan: Plan, documents: Iterable[str], folder: Path | None = None
     ) -> Iterator[tuple[Run, Precision | None]]:
-        """Embed and search; give the run, and the type of the teacher's weights.
-
-        ``folder`` is ``None`` where all is to stay in memory, as that of a loaded encoder may.
-        """
+        """Embed and search, in memory or in a folder; give the run, and the type of weights."""
         queries, texts = plan.queries, plan.corpus_texts(documents)
         tasks = (self.instruction, self.instruction if plan.symmetric else None)
         opened: AbstractContextManager[Corpus] = (
@@ -295,11 +290,7 @@ def _computing(teacher: str | Encoder, dtype: Precision | None) -> dict[str, Any
 def _output_rows(
     source: DatasetConfig, mined: Iterable[PairRecord | StsRecord]
 ) -> Iterator[dict[str, Any]]:
-    """The records with negatives, and beside them what else their rows hold.
-
-    Only text files whose rows are records one by one have something to carry over. Columns that
-    are called differently there get the names of records.
-    """
+    """The records with negatives and, of text files of a record a row, the rest of the row."""
     path = Path(source.path or "")
     if source.layout != "records" or path.is_dir() or ending_of(path) == ".parquet":
         yield from (record.to_json() for record in mined)

@@ -1,8 +1,5 @@
 """One run of mining: the corpus searched for every case, block by block, and negatives chosen.
 
-In: cases and a ranking; out: their negatives, one case after the other, and the report. Next file:
-``selection.py``.
-
 Letters: C cases, S sides of each, N candidates, K results of a query, P pairs.
 """
 
@@ -23,9 +20,8 @@ from nvembed.data.config import MiningConfig
 from nvembed.data.examples import POSITIVE_SCORE
 from nvembed.data.records import PairRecord, Record, StsRecord
 from nvembed.mining.corpus import Corpus
-from nvembed.mining.ranking import BLOCK_QUERIES, NOTHING, Ranking, Rows, Scores
-from nvembed.mining.report import MiningReport
-from nvembed.mining.selection import Case, Mined, Neighbours, Query, Selector
+from nvembed.mining.ranking import BLOCK_QUERIES, NOTHING, Query, Ranking, Rows, Scores
+from nvembed.mining.selection import Case, Mined, MiningReport, Neighbours, Selector
 from nvembed.text.similarity import text_key
 
 # Records per search. What is chosen from holds a few numbers for each of their candidates.
@@ -33,11 +29,7 @@ BLOCK_RECORDS = 2048
 
 
 class Run:
-    """Mining for a plan: ``mined`` gives the negatives of each case, then ``report`` the numbers.
-
-    The corpus holds all texts of the cases but the queries; the ranking is of the rows of
-    ``Plan.queries`` and of the corpus.
-    """
+    """Mining for a plan: ``mined`` gives negatives case by case, then ``report`` the numbers."""
 
     def __init__(self, plan: Plan, corpus: Corpus, ranking: Ranking, config: MiningConfig) -> None:
         cases = plan.cases
@@ -155,10 +147,7 @@ class Plan:
 
     @cached_property
     def queries(self) -> list[Query]:
-        """The different queries; equal ones of several cases are looked for once.
-
-        A text with two instructions is two queries: the teacher finds other documents for each.
-        """
+        """The different queries, with their instructions; equal ones are looked for once."""
         if not self.cases:
             raise DataError(
                 "no records to mine for",

@@ -1,6 +1,7 @@
-"""The choice for a block of records: which of the nearest documents become their negatives.
+"""Which of the nearest documents become negatives of a block of records, and the report of it.
 
-In: candidates with their scores, nearest first; out: texts. Counts what it did, for the report.
+The number of the report that matters is how many negatives may be positives that nobody labelled:
+of those a teacher scores nearly as high as the labelled positive, many are.
 
 Letters: C cases, N candidates of each.
 """
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -19,25 +20,19 @@ from nvembed.core.runs import derive_seed
 from nvembed.data.config import MiningConfig, Strategy
 from nvembed.mining.corpus import Corpus, nearly_equal, words
 from nvembed.mining.ranking import NOTHING, Rows, Scores
-from nvembed.mining.report import MiningReport, MiningSample, ScoredText, reaching, report_of
 
 NUM_SAMPLES = 5
 SAMPLE_CHARACTERS = 200
 _FEW = 16  # rows that are sooner compared one by one
 
 Marks = NDArray[np.bool_]
-Query = tuple[str, str | None]
-"""The text of a query, and its own instruction; ``None`` is that of its set."""
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One record to mine for.
+    """One record to mine for."""
 
-    Its sides are queries, each with its positives: one of a pair record; both sentences of an STS
-    pair, each the other's positive.
-    """
-
+    # Queries with their positives: one of a pair record; both sentences of an STS pair.
     sides: tuple[tuple[str, tuple[str, ...]], ...]
     given: tuple[str, ...]  # negatives that the record has already
     instruction: str | None = None  # the record's own, in place of that of its set
@@ -55,23 +50,16 @@ class Neighbours:
 
 @dataclass(frozen=True, slots=True)
 class Mined:
-    """The negatives of a case, given ones that stay in front, and their rows in the corpus.
-
-    The scores are there where they are to be written.
-    """
+    """The negatives of a case, given ones that stay in front."""
 
     negatives: tuple[str, ...]
-    rows: tuple[int, ...]
-    positive_scores: tuple[float, ...] = ()
+    rows: tuple[int, ...]  # of the corpus
+    positive_scores: tuple[float, ...] = ()  # where they are to be written
     negative_scores: tuple[float, ...] = ()
 
 
 class Selector:
-    """Chooses negatives block after block, in file order.
-
-    ``known`` has, for every query, the rows of everything known to be positive for it;
-    ``num_cases`` spreads the samples.
-    """
+    """Chooses negatives block after block; ``known`` has the rows of all positives by query."""
 
     def __init__(
         self,
@@ -216,12 +204,7 @@ class Selector:
 
 
 def passes(strategy: Strategy, limit: float, positive_scores_C: Scores, scores_CN: Scores) -> Marks:
-    """Keep the candidates that look clearly worse than the labelled positive.
-
-    So a positive that nobody labelled is not taught as a negative. The rules are those of
-    NV-Retriever (arXiv 2407.15831): TopK-PercPos, whose 0.95 is NV-Embed-v2's choice as well,
-    TopK-MarginPos, TopK-Abs and none.
-    """
+    """Keep candidates clearly worse than the positive, by a rule of NV-Retriever (2407.15831)."""
     match strategy:
         case "percent_of_positive":
             # Below 0 the ceiling would rise above the positive itself, so nothing is kept there.
@@ -236,10 +219,7 @@ def passes(strategy: Strategy, limit: float, positive_scores_C: Scores, scores_C
 
 
 def after_first(eligible_CN: Marks, *, skip: int) -> Marks:
-    """Keep the eligible candidates of each case but the first ``skip``.
-
-    Source: Top-K shifted by N of NV-Retriever (best N: 10).
-    """
+    """Keep all but the first ``skip``: Top-K shifted by N of NV-Retriever (best N: 10)."""
     return np.logical_and(eligible_CN, np.cumsum(eligible_CN, axis=1) > skip)
 
 
@@ -247,3 +227,102 @@ def first_of(eligible_CN: Marks, wanted_C: Rows) -> Marks:
     """Keep the first ``wanted`` eligible candidates of each case."""
     count_CN = np.cumsum(eligible_CN, axis=1, dtype=np.int32)
     return np.logical_and(eligible_CN, count_CN <= wanted_C[:, None])
+
+
+# --- The report -----------------------------------------------------------------------------------
+
+SHARES_OF_POSITIVE = (0.8, 0.9, 0.95, 1.0)
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredText:
+    """A text with the teacher's score for it, shortened for reading."""
+
+    text: str
+    score: float
+
+
+@dataclass(frozen=True, slots=True)
+class MiningSample:
+    """One record as it came out, with the first of its queries."""
+
+    query: str
+    positive: ScoredText  # the one with the lowest score
+    negatives: tuple[ScoredText, ...]
+    refused: tuple[ScoredText, ...]  # by the rule, of the nearest: read whether these answer
+
+
+@dataclass(frozen=True, slots=True)
+class NearPositive:
+    """Which part of the negatives scores at least so much of their positive's score, if any."""
+
+    of_positive: float
+    mined: float | None
+    nearest: float | None  # of as many nearest documents, taken without any rule
+
+
+@dataclass(frozen=True, slots=True)
+class MiningReport:
+    """The outcome of a run."""
+
+    records: int  # that negatives were sought for
+    documents: int  # different texts that were searched
+    negatives: int  # all records together
+    given_kept: int  # that the records had before and keep
+    given_dropped: int  # left out for being equal to a positive or the query
+    mean_positive_score: float  # of several positives the lowest counts
+    mean_negative_score: float | None  # of mined ones
+    share_with_fewer: float  # of the records, than asked for
+    share_with_none: float  # of the records, no negative at all
+    # Of the records, no positive among the documents looked at: raise ``search_depth`` where large.
+    share_positive_not_found: float
+    candidates: int  # looked at, neither known positive nor query nor given
+    share_rejected: float  # of the candidates, by the strategy's rule
+    near_duplicates: int  # candidates that are nearly a known positive or the query
+    near_positive: tuple[NearPositive, ...]
+    samples: tuple[MiningSample, ...]  # spread over the file
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the report as plain data."""
+        return asdict(self)
+
+
+def reaching(
+    positive_scores_C: NDArray[Any], scores_CN: NDArray[Any], marks_CN: NDArray[np.bool_]
+) -> NDArray[np.int64]:
+    """Count, for each of ``SHARES_OF_POSITIVE``, the marked scores that reach it."""
+    case, _ = np.nonzero(marks_CN)
+    positive, score = positive_scores_C[case], scores_CN[marks_CN]
+    # Of a positive below 0 as far below it as the share is below 1.
+    levels = (positive - np.float32(1.0 - share) * np.abs(positive) for share in SHARES_OF_POSITIVE)
+    return np.array([(score >= level).sum() for level in levels])
+
+
+def report_of(
+    counts: Mapping[str, Any], samples: Iterable[MiningSample], *, documents: int
+) -> MiningReport:
+    """Make the report of what ``selection.Selector`` has counted; there must be a record."""
+    records, mined, nearest = counts["records"], counts["mined"], counts["nearest"]
+    reached = zip(
+        SHARES_OF_POSITIVE,
+        [count / mined if mined else None for count in counts["mined_reaching"].tolist()],
+        [count / nearest if nearest else None for count in counts["nearest_reaching"].tolist()],
+        strict=True,
+    )
+    return MiningReport(
+        records=records,
+        documents=documents,
+        negatives=mined,
+        given_kept=counts["given_kept"],
+        given_dropped=counts["given_dropped"],
+        mean_positive_score=counts["positive_score"] / records,
+        mean_negative_score=counts["negative_score"] / mined if mined else None,
+        share_with_fewer=counts["with_fewer"] / records,
+        share_with_none=counts["with_none"] / records,
+        share_positive_not_found=counts["not_found"] / records,
+        candidates=counts["candidates"],
+        share_rejected=counts["rejected"] / max(counts["candidates"], 1),
+        near_duplicates=counts["near_duplicates"],
+        near_positive=tuple(NearPositive(*row) for row in reached),
+        samples=tuple(samples),
+    )

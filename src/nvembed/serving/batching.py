@@ -1,27 +1,29 @@
-"""Which texts go into the next forward: fair between clients, within a token budget.
+"""The queue between requests (on the event loop) and the model (in threads of its own).
 
-In: jobs (one request's texts as token counts); out: batches of (job, row). Pure: no threads, no
-clock of its own (``now`` is given), so its rules are tested step by step.
-
-Fairness is start-time fair queueing: every client has a virtual time, the tokens it was served, and
-the client with the least comes next, text by text. So a request of 2,048 texts takes turns with the
-single texts of others. A client that comes back goes on at its own time or that of the queue,
-whichever is later: nobody saves up a right to the machine, and nobody gets rid of what he had by
-leaving for a moment. Within a client, first come, first served.
-
-The queue's own time grows by each text's tokens, shared out among the clients that wait. It thus
-passes whoever waits after a bounded number of tokens, even where ever new clients come, and a
-client is forgotten when it has passed him, or when nobody waits.
+``Scheduler`` decides which texts go into the next forward: fair between clients, within a token
+budget, without threads or a clock. ``Batcher`` has the lock, the threads and the futures.
 """
 
 from __future__ import annotations
 
+import asyncio
 import heapq
 import itertools
+import threading
+import time
 from collections import deque
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
+import numpy as np
+from numpy.typing import NDArray
+
+from nvembed.serving.engines import EncoderEngine, Item
+from nvembed.serving.errors import RequestError
+from nvembed.serving.telemetry import Metrics, log_event
+
+_Vectors = NDArray[np.float32]
 Slot = tuple["Job", int]  # a job and the row of one of its texts
 
 
@@ -51,7 +53,17 @@ class _Client:
 
 
 class Scheduler:
-    """The bounded queue in front of the model."""
+    """The bounded queue in front of the model, by start-time fair queueing.
+
+    Every client has a virtual time, the tokens it was served; who has the least comes next, text by
+    text, so a request of 2,048 texts takes turns with the single texts of others. A client that
+    comes back goes on at its own time or the queue's, whichever is later: nobody saves up a right
+    to the machine, or gets rid of what he had by leaving for a moment.
+
+    The queue's time grows by each text's tokens, shared out among the clients that wait: it passes
+    whoever waits after a bounded number of tokens, even where ever new clients come. A client is
+    forgotten when it has passed him, or when nobody waits.
+    """
 
     def __init__(self, *, batch_tokens: int, max_wait: float, queue_tokens: int) -> None:
         self.batch_tokens = batch_tokens  # of a batch; a longer text goes alone
@@ -108,11 +120,7 @@ class Scheduler:
             self._forget_if_empty()
 
     def ready_at(self, now: float) -> float | None:
-        """Tell when the next batch should start: ``now``, later, or ``None`` with nothing queued.
-
-        At once where a batch is full; otherwise when the text that waited longest has waited
-        ``max_wait``.
-        """
+        """Tell when the next batch should start (full, or ``max_wait`` over); ``None``: nothing."""
         if not self.waiting_jobs:
             return None
         if self.waiting_tokens >= self.batch_tokens:
@@ -121,18 +129,14 @@ class Scheduler:
         return max(now, oldest + self.max_wait)
 
     def take(self) -> list[Slot]:
-        """Take the next batch: at most ``batch_tokens``, or one text that is longer.
-
-        A turn whose text does not fit any more ends the batch, so that long texts are not passed
-        over for ever.
-        """
+        """Take the next batch: at most ``batch_tokens``, or one text that is longer."""
         batch: list[Slot] = []
         room = self.batch_tokens
         while (client := self._next_client()) is not None:
             job = client.jobs[0]
             length = job.lengths[job.next_row]
             if batch and length > room:
-                break
+                break  # passing over long texts, they would wait for ever
             batch.append((job, job.next_row))
             room -= length
             self._serve(client, job, length)
@@ -171,3 +175,190 @@ class Scheduler:
             self._clients.clear()
             self._turns.clear()
             self._virtual = 0.0
+
+
+# --- Threads --------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False, slots=True, kw_only=True)
+class _Request(Job):
+    """A job whose vectors somebody waits for, unless it is cancelled."""
+
+    items: Sequence[Item]
+    future: asyncio.Future[_Vectors]
+    vectors: _Vectors  # (len(items), dimension), filled batch by batch
+    missing: int  # rows of it
+
+
+_Part = tuple[_Request, list[int]]  # a request and rows of it
+
+
+class Batcher:
+    """Runs an engine in threads of its own, on batches that a scheduler makes for it alone.
+
+    A thread that is free takes at once whatever waits, so a lone text never waits for company. A
+    batch on which the model fails is run again request by request.
+    """
+
+    def __init__(self, engine: EncoderEngine, scheduler: Scheduler, metrics: Metrics) -> None:
+        self._engine = engine
+        self._scheduler = scheduler
+        self._metrics = metrics
+        metrics.queued_tokens.set_function(lambda: scheduler.waiting_tokens)
+        metrics.queued_requests.set_function(lambda: scheduler.waiting_jobs)
+        self._condition = threading.Condition()
+        self._closing = False
+        self._tokens_per_second = 1000.0  # of one thread; until something was measured
+        self._threads = [
+            threading.Thread(target=self._work, name=f"nvembed-model-{number}", daemon=True)
+            for number in range(engine.forwards)
+        ]
+
+    def start(self) -> None:
+        """Start the threads."""
+        for thread in self._threads:
+            thread.start()
+
+    def close(self) -> None:
+        """Finish what is queued, then stop the threads."""
+        with self._condition:
+            self._closing = True
+            self._condition.notify_all()
+        for thread in self._threads:
+            thread.join()
+
+    @property
+    def ready(self) -> bool:
+        """Whether requests are taken: the threads are alive and the queue has room."""
+        return (
+            all(thread.is_alive() for thread in self._threads)
+            and not self._closing
+            and self._scheduler.waiting_tokens < self._scheduler.queue_tokens
+        )
+
+    async def embed(self, items: Sequence[Item], client: Hashable) -> _Vectors:
+        """Queue the items of a request and wait for ``(len(items), dimension)``; may be cancelled.
+
+        A RequestError says that the queue is full (429) or that the model failed on it (503).
+        """
+        request = _Request(
+            client,
+            [item.tokens for item in items],
+            items=items,
+            future=asyncio.get_running_loop().create_future(),
+            vectors=np.empty((len(items), self._engine.dimension), dtype=np.float32),
+            missing=len(items),
+        )
+        with self._condition:
+            taken = not self._closing and self._scheduler.add(request, time.monotonic())
+            if taken:
+                self._condition.notify()
+        if not taken:
+            raise self._overloaded()
+        try:
+            return await request.future
+        finally:
+            with self._condition:
+                self._scheduler.cancel(request)
+
+    def _overloaded(self) -> RequestError:
+        speed = self._tokens_per_second * len(self._threads)
+        wait = min(60.0, self._scheduler.waiting_tokens / speed)
+        message = "too many texts are waiting; send this request again after Retry-After seconds"
+        return RequestError(429, message, "overloaded", retry_seconds=wait)
+
+    # --- the model's threads ----------------------------------------------------------------------
+
+    def _work(self) -> None:
+        while (batch := self._next_batch()) is not None:
+            self._run(batch)
+
+    def _next_batch(self) -> list[Slot] | None:
+        with self._condition:
+            while True:
+                now = time.monotonic()
+                start = self._scheduler.ready_at(now)
+                if start is None:
+                    if self._closing:
+                        return None
+                    self._condition.wait()
+                elif start > now and not self._closing:
+                    self._condition.wait(start - now)
+                else:
+                    break
+            batch = self._scheduler.take()
+            if self._scheduler.waiting_jobs:
+                self._condition.notify()  # for the next thread
+        for job, row in batch:
+            if row == 0:
+                self._metrics.queue_seconds.observe(now - job.arrived)
+        return batch
+
+    def _run(self, batch: Sequence[Slot]) -> None:
+        rows_of: dict[_Request, list[int]] = {}
+        for job, row in batch:
+            if not job.cancelled:
+                rows_of.setdefault(cast(_Request, job), []).append(row)
+        parts = list(rows_of.items())
+        vectors = self._forward(parts) if parts else None
+        if vectors is not None or len(parts) == 1:
+            self._keep(parts, vectors)
+            return
+        for part in parts:  # one of them spoils the batch
+            self._keep([part], self._forward([part]))
+
+    def _forward(self, parts: Sequence[_Part]) -> _Vectors | None:
+        """Run the model; ``None`` where it failed."""
+        items = [request.items[row] for request, rows in parts for row in rows]
+        tokens = sum(item.tokens for item in items)
+        start = time.perf_counter()
+        try:
+            vectors = np.asarray(self._engine.embed(items), dtype=np.float32)
+            fault = None if vectors.shape == (len(items), self._engine.dimension) else "shape"
+        except Exception as error:  # whatever a model can raise; the server goes on
+            fault = type(error).__name__
+        if fault is not None:
+            log_event("model_fault", error=fault, texts=len(items), tokens=tokens)
+            return None
+        seconds = time.perf_counter() - start
+        self._metrics.model_seconds.observe(seconds)
+        self._metrics.batch_tokens.observe(tokens)
+        self._metrics.batch_texts.observe(len(items))
+        self._tokens_per_second += 0.1 * (tokens / max(seconds, 1e-6) - self._tokens_per_second)
+        return vectors
+
+    def _keep(self, parts: Sequence[_Part], vectors: _Vectors | None) -> None:
+        """Keep the vectors of rows of requests; wake those that have all, or that failed."""
+        settled: list[tuple[_Request, RequestError | None]] = []
+        at = 0
+        for request, rows in parts:
+            own = None if vectors is None else vectors[at : at + len(rows)]
+            at += len(rows)
+            if own is not None and np.isfinite(own).all():
+                request.vectors[rows] = own
+                with self._condition:
+                    request.missing -= len(rows)
+                if not request.missing:
+                    settled.append((request, None))
+                continue
+            self._metrics.faults.inc()
+            with self._condition:
+                self._scheduler.cancel(request)
+            found = "failed on this request"
+            if own is not None:
+                found = "gave NaN or infinity for a text of this request"
+            advice = "send other texts, or ask who runs the server to load it in float32"
+            error = RequestError(503, f"the model {found}; {advice}", "model_fault")
+            settled.append((request, error))
+        if settled:  # the event loop is woken once per batch
+            settled[0][0].future.get_loop().call_soon_threadsafe(_settle, settled)
+
+
+def _settle(settled: Sequence[tuple[_Request, RequestError | None]]) -> None:
+    for request, error in settled:
+        if request.future.done():  # its client left, or another part of it failed
+            continue
+        if error is not None:
+            request.future.set_exception(error)
+        else:
+            request.future.set_result(request.vectors)

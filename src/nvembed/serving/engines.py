@@ -1,8 +1,4 @@
-"""The model as the server sees it: texts become items with a token count, items become vectors.
-
-There is an engine for ``NVEmbed``, one for stock sentence-transformers models and one for any other
-encoder, which is the base of both.
-"""
+"""The model as the server sees it: texts become items with a token count, items become vectors."""
 
 from __future__ import annotations
 
@@ -59,8 +55,7 @@ BOS and EOS are), and first and last-plus-one character from the beginning of th
 class EncoderEngine:
     """Any encoder: one call per method and task, tokens guessed from characters.
 
-    ``prepare``, ``prepare_ids`` and ``tokens`` are called one at a time, from any thread; ``embed``
-    from ``forwards`` threads at once.
+    Texts are prepared one call at a time, from any thread; ``forwards`` threads ``embed`` at once.
     """
 
     takes_ids = False  # token ids can be embedded
@@ -116,9 +111,8 @@ class EncoderEngine:
 class PackEngine(EncoderEngine):
     """An ``NVEmbed``: texts of any clients and prompts side by side in one flat batch.
 
-    On a CPU several forwards run side by side, each with its share of the threads: those of one
-    forward wait for each other some hundred times, and all stand still as soon as the event loop or
-    a client needs one of their cores. ``forwards`` is as in ``BatchingConfig``.
+    On a CPU several forwards run side by side, each with its share of the threads, since those of
+    one forward wait for each other some hundred times.
     """
 
     takes_ids = True

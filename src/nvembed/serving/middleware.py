@@ -240,10 +240,7 @@ class ApiKeys:
         self._digests = {name: hashlib.sha256(key.encode()).digest() for name, key in keys.items()}
 
     def owner(self, header: str | None) -> str | None:
-        """Return the name of the key in an ``Authorization`` header; ``None`` is no valid key.
-
-        All keys are compared, whichever fits, so time tells nothing about them.
-        """
+        """Name the key of an ``Authorization`` header; all are compared, so time tells nothing."""
         scheme, _, given = (header or "").partition(" ")
         digest = hashlib.sha256(given.strip().encode("latin-1", "replace")).digest()
         found = None
@@ -254,11 +251,7 @@ class ApiKeys:
 
 
 def read_keys(path: Path) -> ApiKeys:
-    """Read a file of keys: one per line, ``name:key`` or the key alone; ``#`` begins a comment.
-
-    Raises:
-        ConfigError: no such file, no key in it, a key that is too short or a name twice.
-    """
+    """Read a file of keys: one per line, ``name:key`` or the key alone; ``#`` begins a comment."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:

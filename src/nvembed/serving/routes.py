@@ -19,6 +19,7 @@ import numpy as np
 import orjson
 from fastapi import FastAPI
 from numpy.typing import NDArray
+from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -36,6 +37,7 @@ from nvembed.serving.bodies import (
     VectorFields,
     read_body,
 )
+from nvembed.serving.engines import Token
 from nvembed.serving.errors import TEI_PATHS, RequestError
 from nvembed.serving.middleware import RequestContext
 from nvembed.serving.service import Inputs, Service
@@ -50,33 +52,28 @@ def add_routes(app: FastAPI, service: Service) -> None:
     names = {"enum": list(service.model_names)}
     widths = {"maximum": service.engine.dimension}
     post = partial(_add_post, app, service)
-    answered = _object("object", "data", "model", "usage")
-    post("/v1/embeddings", OpenAIRequest, embeddings, answered, model=names, dimensions=widths)
-    numbers = {"type": "array", "items": {"type": "number"}}
-    vectors = _array({"anyOf": [numbers, {"type": "string"}]})  # a string is base64
-    post("/", EmbedRequest, embed, vectors, dimensions=widths)
-    post("/embed", EmbedRequest, embed, vectors, dimensions=widths)
-    post("/rerank", RerankRequest, rerank, _array(_object()))
-    post("/similarity", SimilarityRequest, similarity, numbers)
-    post("/tokenize", TokenizeRequest, tokenize, _array(_array(_object())))
+    post("/v1/embeddings", OpenAIRequest, embeddings, _Embeddings, model=names, dimensions=widths)
+    post("/", EmbedRequest, embed, _Vectors, dimensions=widths)
+    post("/embed", EmbedRequest, embed, _Vectors, dimensions=widths)
+    post("/rerank", RerankRequest, rerank, list[dict[str, Any]])
+    post("/similarity", SimilarityRequest, similarity, list[float])
+    post("/tokenize", TokenizeRequest, tokenize, list[list[Token]])
 
     cards = {
         name: {"id": name, "object": "model", "created": 0, "owned_by": "nvembed"}
         for name in service.model_names
     }
 
-    @app.get("/v1/models", responses=_described_answer(_object("object", "data")))
+    @app.get("/v1/models")
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": list(cards.values())}
 
-    card = _described_answer(_object("id", "object")) | {404: _described_errors(tei=False)[404]}
-
-    @app.get("/v1/models/{model_id:path}", responses=card)
+    @app.get("/v1/models/{model_id:path}", responses={404: _described_errors("/v1")[404]})
     async def one_model(model_id: str) -> dict[str, Any]:
         _check_model(service, model_id)
         return cards[model_id]
 
-    @app.get("/info", responses=_described_answer(_object("model_id")))
+    @app.get("/info")
     async def info() -> dict[str, Any]:
         return _info(service)
 
@@ -87,7 +84,7 @@ def _add_post(
     path: str,
     cls: type[Body],
     handler: _Handler,
-    answered: dict[str, Any],
+    answered: object,
     **patches: dict[str, Any],
 ) -> None:
     """Add a route that reads a body; ``patches`` adds to its fields in the OpenAPI document."""
@@ -106,7 +103,7 @@ def _add_post(
         path,
         name=handler.__name__,
         openapi_extra=_described_body(cls, patches),
-        responses={**_described_answer(answered), **_described_errors(tei=path in TEI_PATHS)},
+        responses={200: {"model": answered}, **_described_errors(path)},
     )(route)
 
 
@@ -239,12 +236,23 @@ _ERRORS = {
 }
 
 
-def _object(*required: str, **properties: Any) -> dict[str, Any]:
-    return {"type": "object", "required": list(required), "properties": properties}
+_Vectors = list[list[float] | str]  # a string is base64
 
 
-def _array(schema: dict[str, Any]) -> dict[str, Any]:
-    return {"type": "array", "items": schema}
+class _Embeddings(BaseModel):
+    object: str
+    data: list[dict[str, Any]]
+    model: str
+    usage: dict[str, int]
+
+
+class _OpenAIError(BaseModel):
+    error: dict[str, str | None]  # message, type, param and code
+
+
+class _TEIError(BaseModel):
+    error: str
+    error_type: str
 
 
 def _described_body(cls: type[Body], patches: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -259,16 +267,6 @@ def _described_body(cls: type[Body], patches: dict[str, dict[str, Any]]) -> dict
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
-def _described_answer(schema: dict[str, Any]) -> dict[int | str, dict[str, Any]]:
-    content = {"application/json": {"schema": schema}}
-    return {200: {"description": "the answer", "content": content}}
-
-
-def _described_errors(tei: bool) -> dict[int | str, dict[str, Any]]:
-    text, nullable = {"type": "string"}, {"type": ["string", "null"]}
-    fields = {"message": text, "type": text, "param": nullable, "code": text}
-    error = text if tei else _object(*fields, **fields)
-    content = {"application/json": {"schema": _object("error", error=error)}}
-    return {
-        status: {"description": meaning, "content": content} for status, meaning in _ERRORS.items()
-    }
+def _described_errors(path: str) -> dict[int | str, dict[str, Any]]:
+    model = _TEIError if path in TEI_PATHS else _OpenAIError
+    return {status: {"description": told, "model": model} for status, told in _ERRORS.items()}

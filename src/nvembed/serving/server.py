@@ -77,10 +77,7 @@ def serve(
 
 
 def model_names(model: str, settings: ServerConfig) -> tuple[str, ...]:
-    """Return what clients may call a model, the name that answers say first.
-
-    Besides those of the settings its folder is one, or its hub id, with and without the owner.
-    """
+    """Return the names of a model, the first for answers: from settings, its folder or hub id."""
     own = [Path(model).resolve().name] if Path(model).is_dir() else [model, model.split("/")[-1]]
     first = settings.model_name or own[0]
     return tuple(dict.fromkeys([first, *settings.model_aliases, *own]))

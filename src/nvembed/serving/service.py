@@ -16,8 +16,7 @@ from numpy.typing import NDArray
 from starlette.requests import Request
 
 from nvembed.core.errors import UserError
-from nvembed.serving.batcher import Batcher
-from nvembed.serving.batching import Scheduler
+from nvembed.serving.batching import Batcher, Scheduler
 from nvembed.serving.config import ServerConfig
 from nvembed.serving.engines import Cut, EmbedOptions, EncoderEngine, Item, Token
 from nvembed.serving.errors import ClientGoneError, RequestError
@@ -70,11 +69,7 @@ class Service:
         cut: Cut = "end",
         normalize: bool = True,
     ) -> EmbedOptions:
-        """Read how texts are to be embedded; with an instruction they are queries by default.
-
-        A RequestError says that there is no prompt of that name, that a word is nearly a task's
-        name, that both are given, or that the model cannot do it.
-        """
+        """Read how texts are to be embedded; with an instruction they are queries by default."""
         if instruction is not None and prompt_name is not None:
             message = "send an instruction or prompt_name, not both"
             raise RequestError(400, message, param="prompt_name")
@@ -108,11 +103,7 @@ class Service:
     async def embed(
         self, parts: Sequence[tuple[Inputs, EmbedOptions]], context: RequestContext
     ) -> NDArray[np.float32]:
-        """Embed the parts of one request: a row for every text, of length 1 where wanted.
-
-        A RequestError says that there are too many, too long or empty texts, or that an instruction
-        leaves them no room; see also ``Batcher.embed``.
-        """
+        """Embed the parts of one request: a row for every text, of length 1 where wanted."""
         items = [item for part in parts for item in await self._items(*part)]
         vectors = await self.batcher.embed(items, context.client)
         context.texts, context.tokens = len(items), sum(item.tokens for item in items)
@@ -142,10 +133,7 @@ class Service:
         return rows
 
     async def finish(self, request: Request, work: Coroutine[Any, Any, T]) -> T:
-        """Run the work of a request for as long as its client is there and time is left.
-
-        Else it is cancelled: a ClientGoneError, or a RequestError (503).
-        """
+        """Run the work of a request, or cancel it when its client is gone or time is over."""
         task = asyncio.ensure_future(work)
         gone = asyncio.ensure_future(_wait_until_gone(request))
         try:

@@ -17,11 +17,10 @@ from nvembed.core.errors import ConfigError, DataError, ModelError
 from nvembed.core.files import write_jsonl
 from nvembed.core.ownership import mark_growing
 from nvembed.encoding.encoder import load_encoder
-from nvembed.index import record
+from nvembed.index import search
 from nvembed.index.build import IndexOptions, index_documents
-from nvembed.index.database import Database, writing
-from nvembed.index.record import recorded_encoder
-from nvembed.index.search import SearchOptions, find, map_of, search_database
+from nvembed.index.database import Database, DatabaseRecord, writing
+from nvembed.index.search import SearchOptions, find, map_of, recorded_encoder, search_database
 from oracles.index import fuse, nearest
 
 WORDS = ["red", "green", "blue", "tree", "moon", "river", "stone", "bread", "sail", "lamp"]
@@ -362,7 +361,7 @@ def test_all_documents_of_a_database_are_of_one_type(tmp_path, tiny_decoder_dir,
     """The machine measures otherwise the second time: the database keeps its type."""
     loaded = []
     monkeypatch.setattr(
-        record,
+        search,
         "load_encoder",
         lambda name, dtype: (loaded.append(dtype), load_encoder(name, dtype))[1],
     )
@@ -388,4 +387,4 @@ def test_all_documents_of_a_database_are_of_one_type(tmp_path, tiny_decoder_dir,
 
 def test_a_database_of_an_earlier_version_has_no_type():
     values = {"model": None, "fingerprint": None, "dimension": 2, "task": None, "probe": [[1, 0]]}
-    assert record.DatabaseRecord.model_validate(values).dtype is None
+    assert DatabaseRecord.model_validate(values).dtype is None

@@ -26,7 +26,7 @@ from nvembed.core.files import write_jsonl
 from nvembed.core.ownership import MARK
 from nvembed.data.config import MiningConfig
 from nvembed.encoding import workers
-from nvembed.mining import ranking, teachers
+from nvembed.mining import ranking
 from nvembed.mining.corpus import MemoryCorpus, StoredCorpus, nearly_equal, word_overlap, words
 from nvembed.mining.miner import help_mining, mine_file
 
@@ -64,7 +64,7 @@ def encoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> NotedEncoder:
     """A teacher by the name "noted", files of a few texts, and 30 records over 40 documents."""
     made = NotedEncoder(tmp_path.parent / f"{tmp_path.name}-calls")
     monkeypatch.setattr(workers, "load_encoder", lambda name, dtype: made)
-    monkeypatch.setattr(teachers, "SHARD_TEXTS", 16)
+    monkeypatch.setattr(ranking, "SHARD_TEXTS", 16)
     monkeypatch.setattr(ranking, "GROUP_QUERIES", 8)
     monkeypatch.chdir(tmp_path)
     pairs = [{"query": f"{WORDS[i % 16]} {i % 25}", "positive": _text(i)} for i in range(30)]
@@ -170,7 +170,7 @@ def test_a_kept_folder_saves_embedding(
     _mine(work=work)
     new = [text for _, text in encoder.asked()[asked:]]
     assert {_text(i) for i in range(60, 70)} <= set(new)
-    assert len(new) <= 10 + teachers.SHARD_TEXTS
+    assert len(new) <= 10 + ranking.SHARD_TEXTS
     # Another instruction, or another model, has vectors of its own.
     asked = len(encoder.asked())
     _mine(work=work, instruction="Find")
@@ -299,7 +299,7 @@ def test_a_run_that_goes_on_keeps_the_type_it_was_begun_with(
     monkeypatch.setattr(
         workers, "load_encoder", lambda name, dtype: (loaded.append(dtype), encoder)[1]
     )
-    monkeypatch.setattr(teachers, "SHARD_TEXTS", 4)
+    monkeypatch.setattr(ranking, "SHARD_TEXTS", 4)
     measured = ["bfloat16"]
     monkeypatch.setattr("nvembed.kernels.precision.fastest_precision", lambda device: measured[-1])
     asked, limit = encoder._encode, [2]
@@ -362,4 +362,4 @@ def test_a_cluster_settles_on_what_its_workers_are_fastest_in(
     assert workers.settle_by_ray("auto") == "bfloat16"
     assert asked == {"num_gpus": 1}
     assert workers.settle_by_ray("float32") == "float32"
-    assert teachers.settled_dtype("m", "auto", tmp_path, "ray") == "bfloat16"
+    assert ranking.settled_dtype("m", "auto", tmp_path, "ray") == "bfloat16"

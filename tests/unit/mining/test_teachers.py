@@ -19,7 +19,7 @@ from nvembed.data.config import MiningConfig
 from nvembed.data.loading import read_records
 from nvembed.data.records import PairRecord
 from nvembed.encoding import workers
-from nvembed.mining import ranking, teachers
+from nvembed.mining import ranking
 from nvembed.mining.miner import mine_file, mine_negatives
 from oracles import bm25 as bm25_oracle
 
@@ -82,7 +82,7 @@ class LengthScorer:
 
 def test_scores_of_a_cross_encoder_replace_the_cosines(monkeypatch: pytest.MonkeyPatch) -> None:
     scorer = LengthScorer()
-    monkeypatch.setattr(teachers, "load_cross_encoder", lambda name: scorer)
+    monkeypatch.setattr(ranking, "load_cross_encoder", lambda name: scorer)
     config = MiningConfig(
         num_negatives=9, near_duplicate=None, write_scores=True, rerank="by length"
     )
@@ -105,7 +105,7 @@ def test_scores_of_a_cross_encoder_replace_the_cosines(monkeypatch: pytest.Monke
 def test_scores_of_a_cross_encoder_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     scorer = LengthScorer()
     monkeypatch.setattr(workers, "load_encoder", lambda *_: HashEncoder())
-    monkeypatch.setattr(teachers, "load_cross_encoder", lambda name: scorer)
+    monkeypatch.setattr(ranking, "load_cross_encoder", lambda name: scorer)
     config = MiningConfig(near_duplicate=None, rerank="by length", num_negatives=2)
     options: dict[str, Any] = {"dtype": "float32", "work": Path("work")}
     first = _mined("hash", config, **options)
@@ -117,7 +117,7 @@ def test_scores_of_a_cross_encoder_are_kept(monkeypatch: pytest.MonkeyPatch) -> 
     def broken(_: Any) -> NDArray[np.float32]:
         return np.array([np.nan], dtype=np.float32)
 
-    monkeypatch.setattr(teachers, "load_cross_encoder", lambda name: broken)
+    monkeypatch.setattr(ranking, "load_cross_encoder", lambda name: broken)
     other = config.model_copy(update={"rerank": "broken"})
     with pytest.raises(ModelError, match="the cross-encoder gave no score"):
         _mined("hash", other, **options)
@@ -148,7 +148,7 @@ def test_ray_workers_write_the_same_files(
     ray = pytest.importorskip("ray")
     request.addfinalizer(ray.shutdown)
     config = MiningConfig(num_negatives=2, near_duplicate=None)
-    monkeypatch.setattr(teachers, "SHARD_TEXTS", 2)
+    monkeypatch.setattr(ranking, "SHARD_TEXTS", 2)
     options: dict[str, Any] = {"dtype": "float32"}
     expected = _mined(str(tiny_decoder_dir), config, work=Path("local"), **options)
     made = sorted(path.name for path in Path("local").glob("vectors-*"))

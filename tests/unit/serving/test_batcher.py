@@ -8,8 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from nvembed.serving.batcher import Batcher
-from nvembed.serving.batching import Scheduler
+from nvembed.serving.batching import Batcher, Scheduler
 from nvembed.serving.engines import EmbedOptions
 from nvembed.serving.errors import RequestError
 from nvembed.serving.telemetry import Metrics

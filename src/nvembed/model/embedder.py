@@ -79,7 +79,7 @@ class NVEmbed(EncodingModel):
 
     Attributes:
         types_before_training: types of parameters that are float32 while they are trained, by
-            name; see ``model/memory.py``.
+            name; see ``hold_masters``.
     """
 
     types_before_training: dict[str, torch.dtype]

@@ -227,7 +227,7 @@ def test_drift_is_that_of_sixteen_bit(tiny_decoder_dir: Path, monkeypatch) -> No
     values = [float(word.rstrip(",")) for word in message.split() if word[0].isdigit()]
     assert len(values) == 2
     assert all(0.999 < value < 1 for value in values)  # float32 against itself would print 1.00000
-    monkeypatch.setattr("nvembed.encoding.doctor.subject.free_bytes", lambda device: 1000)
+    monkeypatch.setattr("nvembed.encoding.doctor.checks.free_bytes", lambda device: 1000)
     finding = found(examine(load(tiny_decoder_dir), "tiny", OPTIONS), "16-bit drift")
     assert finding.status == "warning"
     assert "GB are free" in finding.message

@@ -61,7 +61,7 @@ memory_gb: {memory}
 checkpoint_every: 100
 stages:
   - name: one
-    steps: 8
+    steps: 6
     batch_size: 64
     learning_rate: 1.0e-3
     in_batch_negatives: true
@@ -134,7 +134,7 @@ class Jobs:
 
     def train(self, source: Path) -> dict[str, float]:
         found = {}
-        for kind, memory in (("uncached", 8.0), ("cached", 0.5)):
+        for kind, memory in (("uncached", 8.0), ("cached", 1.2)):
             with tempfile.TemporaryDirectory(dir=self.folder) as name:
                 recipe = Path(name) / "recipe.yaml"
                 recipe.write_text(

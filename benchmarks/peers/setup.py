@@ -8,7 +8,7 @@ from pathlib import Path
 
 from nvembed.core.files import write_json, write_jsonl
 from nvembed.core.runs import derive_seed, seed_everything
-from nvembed.data.mixture import load_mixture
+from nvembed.data.loading import load_mixture
 from nvembed.encoding.export.folders import export_model
 from nvembed.model.backbone import save_adapter
 from nvembed.model.embedder import NVEmbed

@@ -14,6 +14,7 @@ from nvembed.core.files import ending_of, numbered_lines, open_text_file, parse_
 from nvembed.core.reporting import ProblemCounts
 from nvembed.data.built_sets import built_problem
 from nvembed.data.config import FORMS, BuildConfig, DatasetConfig, TableConfig
+from nvembed.data.examples import ExampleSource, Mixture, make_source, tempered_weights
 from nvembed.data.records import (
     EXPECTED,
     LABEL_HINTS,
@@ -28,6 +29,7 @@ from nvembed.data.records import (
     label_problems,
     parse_line,
     parse_record,
+    records_digest,
     texts_of,
 )
 from nvembed.data.sources import beir
@@ -243,6 +245,46 @@ def load_records(config: DatasetConfig, *, base_dir: Path) -> list[Any]:
     rows = open_dataset(config, base_dir=base_dir).rows
     empty = DataError("the set holds no records", where=str(path), expected=EXPECTED[kind])
     return _all_of(rows, kind, config.conversion, empty, config)
+
+
+def load_source(
+    config: DatasetConfig, *, base_dir: Path, records: Sequence[Any] | None = None
+) -> ExampleSource:
+    """Read the records of a data set, unless they are given, and make its source."""
+    return make_source(
+        load_records(config, base_dir=base_dir) if records is None else records,
+        config.kind,
+        name=config.name,
+        instruction=config.instruction,
+        conversion=config.conversion,
+        max_records=config.max_records,
+    )
+
+
+def load_mixture(
+    datasets: Sequence[DatasetConfig], *, stage: int, base_dir: Path, temperature: float = 1.0
+) -> Mixture:
+    """Load the sets that a stage uses, from 1; a DataError names every file that cannot be used.
+
+    ``temperature`` evens out the sets without a weight of their own; see ``tempered_weights``.
+    """
+    chosen = [config for config in datasets if stage in config.stages]
+    sources: list[ExampleSource] = []
+    digests: dict[str, str] = {}
+    errors: list[DataError] = []
+    for config in chosen:
+        try:
+            records = load_records(config, base_dir=base_dir)
+            sources.append(load_source(config, base_dir=base_dir, records=records))
+            digests[config.name] = records_digest(records)
+        except DataError as error:
+            errors.append(error)
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        raise DataError(f"{len(errors)} data sets cannot be used: {' | '.join(map(str, errors))}")
+    sizes, given = [len(source) for source in sources], [config.weight for config in chosen]
+    return Mixture(sources, tempered_weights(sizes, given, temperature), digests)
 
 
 def training_datasets(

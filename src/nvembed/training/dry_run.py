@@ -24,7 +24,7 @@ from nvembed.core.errors import ConfigError, TrainingError, UserError
 from nvembed.core.reporting import ProgressBar, progress
 from nvembed.core.runs import RunFolder, derive_seed
 from nvembed.data.batch import effective_negatives
-from nvembed.data.mixture import Mixture
+from nvembed.data.examples import Mixture
 from nvembed.encoding.embed import encode_texts
 from nvembed.model.backbone import free_bytes
 from nvembed.training import checkpoint, metrics, model, run_folder, stages

@@ -21,7 +21,7 @@ from nvembed.core.files import read_json_object, write_json, write_text
 from nvembed.core.ownership import check_outputs, problem_of
 from nvembed.core.runs import TRAIN, RunFolder
 from nvembed.data.built_sets import MINED_KINDS
-from nvembed.data.mixture import Mixture
+from nvembed.data.examples import Mixture
 from nvembed.evaluation.tasks import LocalTask
 from nvembed.interop.model_folder import contents_fingerprint
 from nvembed.kernels.precision import choose_precision, computing_record, kernels

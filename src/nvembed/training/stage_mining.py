@@ -18,9 +18,8 @@ from nvembed.core.files import write_json, write_jsonl
 from nvembed.core.runs import TRAIN, derive_seed
 from nvembed.data.built_sets import MINED_KINDS
 from nvembed.data.config import DatasetConfig, MiningConfig
-from nvembed.data.examples import ExampleSource, make_source, sample_where
-from nvembed.data.loading import load_records, training_datasets
-from nvembed.data.mixture import Mixture, load_mixture, load_source
+from nvembed.data.examples import ExampleSource, Mixture, make_source, sample_where
+from nvembed.data.loading import load_mixture, load_records, load_source, training_datasets
 from nvembed.data.records import PairRecord, Record
 from nvembed.encoding.encoder import Encoder
 from nvembed.mining.corpus import MemoryCorpus

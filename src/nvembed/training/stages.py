@@ -21,8 +21,8 @@ from nvembed.core import background
 from nvembed.core.errors import ConfigError
 from nvembed.core.runs import derive_seed
 from nvembed.data.batch import ContrastiveBatch, build_batch, effective_negatives
-from nvembed.data.loading import training_datasets
-from nvembed.data.mixture import Mixture, load_mixture
+from nvembed.data.examples import Mixture
+from nvembed.data.loading import load_mixture, training_datasets
 from nvembed.text.instructions import PromptedText
 from nvembed.text.tokens import TextTokenizer, TokenizedText
 from nvembed.training.checkpoint import Parameters, restore_optimizer

@@ -22,7 +22,7 @@ from nvembed.core.errors import TrainingError
 from nvembed.core.reporting import progress
 from nvembed.core.runs import RunFolder, derive_seed
 from nvembed.data.config import MiningConfig
-from nvembed.data.mixture import Mixture
+from nvembed.data.examples import Mixture
 from nvembed.training import checkpoint, metrics, model, run_folder, stages
 from nvembed.training.checkpoint import Position, trained_parameters
 from nvembed.training.config import TrainConfig, training_inputs

@@ -19,7 +19,7 @@ from peers.setup import INSTRUCTION, STAGE, _order, _write_rows, prepare, train_
 from train_scaling import loss_seconds, synthetic_batch
 
 from nvembed.core.files import write_jsonl
-from nvembed.data.mixture import load_mixture
+from nvembed.data.loading import load_mixture
 from nvembed.training.stages import DataLoader
 
 

@@ -281,7 +281,7 @@ def test_same_source_only_keeps_other_data_sets_out() -> None:
 
 def test_data_does_not_import_torch() -> None:
     code = (
-        "import sys, nvembed.data.batch, nvembed.data.mixture; "
+        "import sys, nvembed.data.batch, nvembed.data.examples; "
         "sys.exit(bool({'torch', 'transformers', 'pyarrow'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -23,8 +23,7 @@ from nvembed.building.synthesis.run import Summary, synthesize
 from nvembed.core.errors import ConfigError, DataError, UserError
 from nvembed.core.ownership import MARK
 from nvembed.data.config import DatasetConfig
-from nvembed.data.loading import read_records
-from nvembed.data.mixture import load_source
+from nvembed.data.loading import load_source, read_records
 
 pytest.importorskip("httpx2")
 

@@ -6,8 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nvembed.data.examples import make_source
-from nvembed.data.mixture import Mixture
+from nvembed.data.examples import Mixture, make_source
 from nvembed.data.records import PairRecord
 from nvembed.text.tokens import TextTokenizer
 from nvembed.training.config import StageConfig

@@ -14,7 +14,7 @@ from nvembed.cli.main import run
 from nvembed.core.errors import ConfigError, TrainingError, UserError
 from nvembed.core.files import read_jsonl, write_jsonl
 from nvembed.core.runs import derive_seed
-from nvembed.data.mixture import Mixture
+from nvembed.data.examples import Mixture
 from nvembed.training import dry_run as dry_run_forecast
 from nvembed.training import dry_run_report as report
 from nvembed.training.config import TrainConfig

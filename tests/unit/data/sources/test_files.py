@@ -15,8 +15,7 @@ import pytest
 
 from nvembed.core.errors import DataError, SourceError
 from nvembed.data.config import DatasetConfig
-from nvembed.data.loading import load_records, open_dataset
-from nvembed.data.mixture import load_source
+from nvembed.data.loading import load_records, load_source, open_dataset
 from nvembed.data.records import Converted, PairRecord
 from nvembed.data.sources import files as files_module
 

@@ -114,6 +114,11 @@ class LoraSettings(StrictModel):
         dropout: on the adapter's input.
         targets: names of linear layers; ``all-linear`` means every one of the backbone (the paper
             does not say which it took).
+        dora: learn the length of every row of a weight apart from its direction (DoRA, arXiv
+            2402.09353; peft's ``use_dora``); a step takes longer.
+        rslora: scale the update by ``alpha / sqrt(rank)`` instead, so that a high rank learns as
+            fast as a low one (arXiv 2312.03732; peft's ``use_rslora``). At rank 16 that is four
+            times as much: lower ``alpha`` or the rate.
         save_adapter: write them unmerged too, as a peft folder ``adapter/`` in the run folder.
     """
 
@@ -121,4 +126,6 @@ class LoraSettings(StrictModel):
     alpha: int = Field(default=32, ge=1)
     dropout: float = Field(default=0.1, ge=0, lt=1)
     targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    dora: bool = False
+    rslora: bool = False
     save_adapter: bool = False

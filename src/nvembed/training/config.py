@@ -213,6 +213,11 @@ class TrainConfig(StrictModel):
                 f"model.quantization is {self.model.quantization} and lora is off: quantised "
                 "weights cannot be trained; give lora, or leave quantization out"
             )
+        if self.model.quantization is not None and self.lora is not None and self.lora.dora:
+            yield (
+                f"lora.dora is on and model.quantization is {self.model.quantization}: the lengths "
+                "of quantised rows are not those of the base that is saved; leave one of them out"
+            )
         if self.backbone == "freeze":
             yield from self._of_a_frozen_backbone()
         for stage in self.stages:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -62,6 +63,37 @@ class Work:
     launch: Callable[[], Callable[[], NDArray[np.float32]]]
     tokens: int | None = None
     spans: Sequence[tuple[tuple[int, int], ...]] | None = None
+
+
+TunedPart = Literal["adapters", "all", "head"]
+# Weights of the backbone, and the peak rate that was good there: by the paper at 7 B, else measured
+# (Mistral 7 B and SmolLM2-135M; decoders of 6 M and 135 M).
+_GOOD_RATES: dict[TunedPart, tuple[tuple[float, float], tuple[float, float]]] = {
+    "adapters": ((134.5e6, 5e-4), (7.11e9, 2e-5)),
+    "all": ((6.0e6, 2e-3), (134.5e6, 1.5e-4)),
+}
+_HEAD_RATE = 1e-3  # on a frozen backbone, measured at 22 M
+_HIGHEST_RATE = 2e-3  # twice as much was worse with the smallest
+
+
+def fitting_rate(elements: int, part: TunedPart) -> float:
+    """A peak learning rate for a backbone of so many weights, with two digits.
+
+    The logarithm of the rate falls in that of the size, through two sizes at which a rate is known,
+    and is never above the highest of these; a head on a frozen backbone has one for all.
+    """
+    if part == "head":
+        return _HEAD_RATE
+    (size, rate), (other_size, other_rate) = _GOOD_RATES[part]
+    slope = math.log(other_rate / rate) / math.log(other_size / size)
+    fitting = rate * (max(elements, 1) / size) ** slope
+    return float(f"{min(_HIGHEST_RATE, fitting):.1e}")
+
+
+def shown_rate(rate: float) -> str:
+    """A rate as a recipe may have it: ``5e-4``."""
+    digits, exponent = f"{rate:.1e}".split("e")
+    return f"{float(digits):g}e{int(exponent)}"
 
 
 class PoolingSettings(StrictModel):

@@ -107,6 +107,8 @@ def find_rate(
     if (launched := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
         raise ConfigError(f"{launched} processes were started", where="--find-rate", expected="one")
     if plot is not None:
+        if plot.suffix.lower() != ".png":
+            raise ConfigError("is no name of a picture", where=str(plot), expected="NAME.png")
         import matplotlib  # noqa: F401  # before the work, if it is missing
 
         check_outputs([plot], made_by=TRAIN, inputs=training_inputs(config, base_dir))

@@ -212,9 +212,11 @@ def test_the_command_and_its_picture(written: list[str], capsys: Any) -> None:
 
 def test_bad_ways_to_ask(written: list[str], capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("mine.png").write_text("my own")
+    Path("pairs.png").hardlink_to("pairs.jsonl")
     for given, expected in (
         (["--plot", "mine.png"], "mine.png: is there already, and nvembed did not make it"),
-        (["--plot", "pairs.jsonl"], "output and input are the same file"),
+        (["--plot", "pairs.png"], "output and input are the same file"),
+        (["--plot", "rates.pdf"], "rates.pdf: is no name of a picture; expected NAME.png"),
         (["--dry-run"], "--find-rate: given together with --dry-run"),
     ):
         assert run([*written, *given]) == 2

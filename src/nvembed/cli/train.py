@@ -122,7 +122,7 @@ def _show_mined(report: MiningReport, samples: int) -> None:
     dry_run="Say what the run would do and take, and change nothing.",
     find_rate="Train the first stage for some steps at several learning rates, say which is best, "
     "and leave nothing.",
-    minutes=typer.Option(min=0.1, help="With --find-rate: no further rate is begun after them."),
+    minutes=typer.Option(min=0.1, help="With --find-rate: about as long as it may take."),
     plot="With --find-rate: PNG to draw the losses to.",
 )
 def train(

@@ -36,7 +36,8 @@ from nvembed.training.stage_mining import plan_mining
 FACTOR = 2.5  # between two rates
 _AROUND = (0, 1, -1, 2, -2)  # first tried, in steps of the factor from the rate of the recipe
 _MOST_RATES = 9
-_FEWEST_STEPS, _MOST_STEPS = 10, 40  # at each rate
+_FEWEST_RATES = 3  # whatever the time, so that something is compared
+_FEWEST_STEPS, _MOST_STEPS = 8, 40  # at each rate
 _TIMED_STEPS = 2  # the first of them is slower than the others
 
 
@@ -98,7 +99,8 @@ def find_rate(
     Args:
         config: the run; its rate, or the one that fits the model, is the first that is tried.
         base_dir: folder that relative paths start from.
-        minutes: no further rate is begun when they are over; they decide how many steps each has.
+        minutes: beyond three rates none is begun when they are over; they decide how many steps
+            each has.
         plot: PNG to draw the losses to; ``None`` draws none.
 
     Raises:
@@ -159,7 +161,8 @@ class _Search:
                 while (
                     place := next_place({n: t.loss for n, t in self.trials.items()})
                 ) is not None:
-                    if self.trials and time.monotonic() - began > 60 * self.minutes:
+                    is_late = time.monotonic() - began > 60 * self.minutes
+                    if is_late and len(self.trials) >= _FEWEST_RATES:
                         break
                     rate = float(f"{peak_rate(stage) * FACTOR**place:.1e}")
                     self.trials[place] = self._trial(stage, rate, steps, bar)

@@ -150,10 +150,12 @@ def test_time_decides_how_many_steps_and_rates(
     found = find_rate(config, base_dir=tmp_path, minutes=25 / 60)
     assert found.steps == 3
     assert len(found.trials) >= 5
-    # With 8 s it is the fewest, and no further rate is begun when they are over.
+    # With 8 s it is the fewest, and three rates are tried although they are over.
     found = find_rate(config, base_dir=tmp_path, minutes=8 / 60)
     assert found.steps == 2
-    assert [trial.rate for trial in found.trials] == [1e-3, 2.5e-3]
+    assert [trial.rate for trial in found.trials] == [4e-4, 1e-3, 2.5e-3]
+    monkeypatch.setattr(search, "_FEWEST_RATES", 1)
+    assert len(find_rate(config, base_dir=tmp_path, minutes=8 / 60).trials) == 2
 
 
 def made_up(*losses: float) -> RateSearch:

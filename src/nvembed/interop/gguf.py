@@ -133,7 +133,7 @@ def read_gguf(path: Path) -> GgufFile:
         try:
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as blob:
                 found = _header(path, _Cursor(blob, len(MAGIC)))
-        except (struct.error, EOFError, ValueError) as error:
+        except (EOFError, ValueError) as error:
             message = f"its header cannot be read ({error})"
             raise damaged(message, path, "a complete GGUF file") from error
     end = max((tensor.start + tensor.size for tensor in found.tensors.values()), default=0)
@@ -151,9 +151,7 @@ class _Cursor:
         self.at = at
 
     def take(self, format: str) -> Any:
-        layout = struct.Struct(f"<{format}")
-        (value,) = layout.unpack_from(self._blob, self.at)
-        self.at += layout.size
+        (value,) = struct.unpack(f"<{format}", self.bytes(struct.calcsize(f"<{format}")))
         return value
 
     def bytes(self, length: int) -> bytes:

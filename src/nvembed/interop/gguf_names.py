@@ -48,12 +48,13 @@ def _in_package(name: str) -> Path:
         ) from error
     held = [file for file in listed or () if file.name.lower().endswith(_ENDING)]
     found = [file for file in held if wanted in ("", file.name, file.as_posix())]
+    if not held:
+        raise ModelError("the package holds no GGUF file", where=name)
     if len(found) != 1:
-        files = ", ".join(file.name for file in held) or "none"
         raise ModelError(
-            f"{len(found)} GGUF files of that name in the package (it holds {files})",
+            f"{len(found)} GGUF files of the package have that name",
             where=name,
-            expected="one",
-            hint="Pick one: package:NAME/FILE.gguf" if held else "Name a package that has one",
+            expected=f"one of {', '.join(file.name for file in held)}",
+            hint=f"Pick one: {PACKAGE}{package}/FILE.gguf",
         )
     return Path(str(found[0].locate()))

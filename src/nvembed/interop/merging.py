@@ -21,6 +21,7 @@ from torch import Tensor
 from nvembed.core.arguments import shown_value
 from nvembed.core.errors import ModelError
 from nvembed.core.files import write_json
+from nvembed.core.reporting import hold_note
 from nvembed.interop.model_folder import ModelSource, check_present, read_json_file, read_modules
 from nvembed.interop.weights import (
     INDEX,
@@ -194,12 +195,13 @@ def _merge_weights(places: Sequence[Path], to: Path, mix: Mix, *, of_base: bool)
     write_shards(to, stored[0], sizes, merged)
     for place, (dot, own, other) in zip(places, products.tolist(), strict=True):
         cosine = dot / math.sqrt(own * other) if own * other > 0 else 1.0
-        if of_base and cosine < _LEAST_COSINE:
-            raise ModelError(
-                f"its weights have a cosine of {cosine:.2f} with those of {places[0]}",
-                where=str(place),
-                expected="models that were tuned from one base",
-            )
+        if cosine >= _LEAST_COSINE:
+            continue
+        said = f"its weights have a cosine of {cosine:.2f} with those of {places[0]}"
+        if of_base:
+            expected = "models that were tuned from one base"
+            raise ModelError(said, where=str(place), expected=expected)
+        hold_note(f"{place}: {said}: they began at other random weights, and may not mix well")
 
 
 def _note_products(products: Tensor, tensors: Sequence[Tensor]) -> None:

@@ -243,6 +243,12 @@ def _load_tokenizer(file: GgufFile) -> PreTrainedTokenizerFast:
             digits = pre_tokenizers.Digits(individual_digits=True)
             byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
             made.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
+        if kind == "llama" and not file.architecture.startswith("gemma"):
+            # A space in front even where there is one, after special tokens too; or none at all.
+            first = file.settings.get("tokenizer.ggml.add_space_prefix", True)
+            prepended = [normalizers.Prepend("▁")] if first else []
+            made.normalizer = normalizers.Sequence([*prepended, normalizers.Replace(" ", "▁")])
+            made.pre_tokenizer = None
         if split in _WHOLE_PIECES:
             made.model.ignore_merges = True
         if split in _COMPOSED:

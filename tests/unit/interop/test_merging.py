@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nvembed import NVEmbed
+from nvembed.cli.main import run
 from nvembed.core.errors import ModelError
 from nvembed.interop.merging import Mix, merge_folders, slerp, weighted_sum
 from nvembed.model.backbone import add_lora, merge_lora, save_adapter
@@ -123,6 +124,19 @@ def test_weights_of_16_bits_are_mixed_in_32_and_keep_their_type(siblings, tmp_pa
     a, b = map(weights, halves)
     for name, value in found.items():
         assert torch.equal(value, (0.25 * a[name].float() + 0.75 * b[name].float()).bfloat16())
+
+
+def test_heads_that_began_elsewhere_are_told(siblings, tmp_path, capsys) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(siblings[1], other)
+    head = other / "1_LatentAttentionPooling" / "model.safetensors"
+    generator = torch.Generator().manual_seed(9)
+    others = {n: torch.randn(t.shape, generator=generator) for n, t in load_file(head).items()}
+    save_file(others, head)
+    assert run(["merge", str(siblings[0]), str(other), "--to", str(tmp_path / "to")]) == 0
+    assert "began at other random weights" in capsys.readouterr().err
+    assert run(["merge", *map(str, siblings[:2]), "--to", str(tmp_path / "same")]) == 0
+    assert "random" not in capsys.readouterr().err
 
 
 # --- Adapters -------------------------------------------------------------------------------------

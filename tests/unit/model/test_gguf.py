@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from nvembed.cli.main import run
 from nvembed.core.errors import ModelError
 from nvembed.interop.gguf import read_gguf
 from nvembed.interop.model_folder import ModelSource, contents_fingerprint, model_fingerprint
+from nvembed.model import transformer_load
 from nvembed.model.backbone import Backbone
 from task_folders import write_task
 
@@ -127,12 +129,18 @@ def test_a_spread_model_has_the_same_vectors(tiny_gguf: Path) -> None:
     np.testing.assert_allclose(spread.encode(TEXTS), vectors, atol=1e-6)
 
 
-def test_saved_and_loaded_it_is_the_same(tiny_gguf: Path, tmp_path: Path) -> None:
-    model = NVEmbed.from_pretrained(tiny_gguf, pooling="latent", num_latents=4, num_heads=2)
+@pytest.mark.parametrize("architecture", list(ARCHITECTURES))
+def test_saved_and_loaded_it_is_the_same(folders, tmp_path: Path, architecture: str) -> None:
+    # transformers gives Qwen2 the rules of its family, whatever a saved tokenizer says.
+    pre = "qwen2" if architecture == "qwen2" else "gpt-2"
+    path = write_gguf(folders[architecture], tmp_path / "tiny.gguf", architecture, "Q8_0", pre)
+    model = NVEmbed.from_pretrained(path, pooling="latent", num_latents=4, num_heads=2)
     model.save_pretrained(str(tmp_path / "saved"), create_model_card=False)
     again = NVEmbed.from_pretrained(tmp_path / "saved")
     np.testing.assert_array_equal(again.encode(TEXTS), model.encode(TEXTS))
-    assert not list(tmp_path.rglob("*.gguf"))
+    mine, saved = (one.backbone.tokenize_texts(TRICKY) for one in (model, again))
+    assert mine == saved
+    assert not list((tmp_path / "saved").rglob("*.gguf"))
 
 
 @pytest.mark.parametrize(
@@ -277,6 +285,48 @@ def test_the_tokenizer_gives_the_same_ids(tmp_path: Path, pre: str) -> None:
     ]
 
 
+@pytest.mark.parametrize("prefix", [True, False, None])
+def test_a_sentencepiece_vocabulary_gives_the_same_ids(tmp_path: Path, prefix: bool | None) -> None:
+    """As in Llama 2 and Mistral: bytes where there is no token, a space in front by a setting."""
+    from tokenizers import Tokenizer, models, normalizers, trainers
+
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    spaces = [normalizers.Replace(" ", "▁")]
+    if prefix is not False:
+        spaces.insert(0, normalizers.Prepend("▁"))
+    tokenizer.normalizer = normalizers.Sequence(spaces)
+    special = ["<unk>", "<s>", "</s>"]
+    all_bytes = [f"<0x{byte:02X}>" for byte in range(256)]
+    trainer = trainers.BpeTrainer(
+        vocab_size=420, special_tokens=special + all_bytes, show_progress=False
+    )
+    tokenizer.train_from_iterator(["a cat in the hat, and the hats of two cats"] * 20, trainer)
+    state = json.loads(tokenizer.to_str())
+    state["added_tokens"] = state["added_tokens"][: len(special)]
+    original = Tokenizer.from_str(json.dumps(state))
+    vocabulary = sorted(original.get_vocab(), key=original.get_vocab().__getitem__)
+    ranks = {"".join(merge): rank for rank, merge in enumerate(state["model"]["merges"])}
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(vocabulary)
+    writer.add_token_scores([-float(ranks.get(token, 1000)) for token in vocabulary])
+    kinds = {"<unk>": 2, "<s>": 3, "</s>": 3, **dict.fromkeys(all_bytes, 6)}
+    writer.add_token_types([kinds.get(token, 1) for token in vocabulary])
+    for number, name in enumerate(("unk", "bos", "eos")):
+        getattr(writer, f"add_{name}_token_id")(number)
+    if prefix is not None:
+        writer.add_add_space_prefix(prefix)
+    writer.add_tensor("x.weight", np.zeros((1, 32), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    mine = transformer_load._load_tokenizer(read_gguf(tmp_path / "m.gguf"))
+    for text in [*TRICKY, "the cat  in two hats", "hat"]:
+        expected = original.encode(text, add_special_tokens=False).ids
+        assert mine(text, add_special_tokens=False).input_ids == expected, text
+
+
 def test_a_split_that_is_not_known_is_refused(folders, tmp_path) -> None:
     path = write_gguf(folders["llama"], tmp_path / "m.gguf", "llama", pre="default")
     with pytest.raises(ModelError, match="splits texts by the rules of 'default'"):
@@ -413,8 +463,6 @@ def test_a_file_cut_short_or_damaged_is_one_line(tiny_gguf: Path, tmp_path: Path
 def test_files_that_cannot_be_loaded_are_refused(
     tiny_gguf: Path, monkeypatch, settings, said: str
 ) -> None:
-    from nvembed.model import transformer_load
-
     file = read_gguf(tiny_gguf)
     object.__setattr__(file, "settings", {**file.settings, **settings})
     monkeypatch.setattr(transformer_load, "read_gguf", lambda path: file)
@@ -424,8 +472,6 @@ def test_files_that_cannot_be_loaded_are_refused(
 
 
 def test_a_kind_of_tensor_that_cannot_be_read_is_named(tiny_gguf: Path, monkeypatch) -> None:
-    from nvembed.model import transformer_load
-
     file = read_gguf(tiny_gguf)
     name, tensor = next(iter(file.tensors.items()))
     tensors = {**file.tensors, name: tensor._replace(kind="Q8_K")}
@@ -443,10 +489,6 @@ def test_without_the_library_the_command_is_told(tiny_gguf: Path, monkeypatch) -
 
 def test_weights_are_never_all_there_twice(folders, tmp_path, byte_level_tokenizer) -> None:
     """A tensor is dequantised in parts: next to nothing is held beside the result."""
-    import tracemalloc
-
-    from nvembed.model import transformer_load
-
     path = tmp_path / "wide.gguf"
     writer = gguf.GGUFWriter(path, "llama")
     values = np.random.default_rng(0).standard_normal((20_000, 320)).astype(np.float32)

@@ -107,9 +107,11 @@ def _shares(weights: Sequence[float] | None, count: int, method: MergeMethod) ->
 def _greedy(folders: Sequence[Path], to: Path, tasks: Sequence[Path]) -> Merged:
     """Find the models that a greedy soup keeps."""
     found = load_tasks(tasks)
+    beside = to.absolute().parent  # where there is room for a model
+    beside.mkdir(parents=True, exist_ok=True)
 
     def score(chosen: Sequence[int]) -> float:
-        with TemporaryDirectory(prefix=".merge-", dir=to.absolute().parent) as folder:
+        with TemporaryDirectory(prefix=".merge-", dir=beside) as folder:
             place = Path(folder)
             if len(chosen) == 1:
                 place = folders[chosen[0]]

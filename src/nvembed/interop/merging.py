@@ -22,7 +22,13 @@ from nvembed.core.arguments import shown_value
 from nvembed.core.errors import ModelError
 from nvembed.core.files import write_json
 from nvembed.core.reporting import hold_note
-from nvembed.interop.model_folder import ModelSource, check_present, read_json_file, read_modules
+from nvembed.interop.model_folder import (
+    ModelSource,
+    ModuleEntry,
+    check_present,
+    read_json_file,
+    read_modules,
+)
 from nvembed.interop.weights import (
     INDEX,
     SINGLE,
@@ -115,9 +121,7 @@ def _modules(folder: Path) -> list[str]:
     """Folders of the modules of a model that hold weights; "" is the model's own."""
     if not folder.is_dir():
         raise ModelError("no such folder", where=str(folder), expected="a model's folder")
-    paths = [""]
-    if (folder / "modules.json").is_file():
-        paths = [entry.path for entry in read_modules(ModelSource(str(folder)))]
+    paths = [entry.path for entry in _entries(folder)] or [""]
     files = (SINGLE, INDEX, _ADAPTER)
     found = [path for path in paths if any((folder / path / file).is_file() for file in files)]
     if not found:
@@ -125,6 +129,12 @@ def _modules(folder: Path) -> list[str]:
             "no weights to merge", where=str(folder), expected=f"{SINGLE} or {_ADAPTER} in it"
         )
     return found
+
+
+def _entries(folder: Path) -> list[ModuleEntry]:
+    """Modules of a model; none of a bare language model or an adapter."""
+    has = (folder / "modules.json").is_file()
+    return read_modules(ModelSource(str(folder))) if has else []
 
 
 def _check_same(first: Path, other: Path, modules: Sequence[str]) -> None:
@@ -137,10 +147,13 @@ def _check_same(first: Path, other: Path, modules: Sequence[str]) -> None:
 
     if (found := _modules(other)) != list(modules):
         raise differ(f"weights are in {_named(found)}, and in {_named(modules)}")
-    kinds = [_kinds(folder) for folder in (other, first)]
+    kinds = [
+        ", ".join(entry.type.rpartition(".")[2] for entry in _entries(folder))
+        for folder in (other, first)
+    ]
     if kinds[0] != kinds[1]:
-        raise differ(f"the modules are {kinds[0]}, and {kinds[1]}")
-    for module in sorted({"", *modules}):
+        raise differ(f"the modules are {kinds[0] or 'not said'}, and {kinds[1] or 'not said'}")
+    for module in sorted({"", *(entry.path for entry in _entries(first))}):
         for file in _COMPARED:
             mine, known = (_settings(folder / module / file) for folder in (other, first))
             if mine == known:
@@ -155,13 +168,6 @@ def _check_same(first: Path, other: Path, modules: Sequence[str]) -> None:
 
 def _named(modules: Sequence[str]) -> str:
     return ", ".join(module or "the model's own folder" for module in modules)
-
-
-def _kinds(folder: Path) -> str:
-    if not (folder / "modules.json").is_file():
-        return "those of a language model or adapter"
-    entries = read_modules(ModelSource(str(folder)))
-    return ", ".join(entry.type.rpartition(".")[2] for entry in entries)
 
 
 def _settings(path: Path) -> dict[str, Any]:

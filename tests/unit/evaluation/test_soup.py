@@ -79,18 +79,18 @@ def test_the_command_with_weights(place: Path, tmp_path: Path, capsys) -> None:
 def test_tasks_decide(place: Path, tmp_path: Path) -> None:
     models = [place / f"m{number}" for number in range(3)]
     tasks = [place / "task", place / "retrieval"]
-    merged = merge(models, tmp_path / "to", tasks=tasks)
+    merged = merge(models, tmp_path / "deep" / "to", tasks=tasks)
 
     def mean(folder: Path) -> float:
         found = evaluate(NVEmbed.from_pretrained(folder), load_tasks(tasks)).values()
         return sum(result.main_score or 0.0 for result in found) / 2
 
     assert [part.score for part in merged.parts] == pytest.approx([mean(m) for m in models])
-    assert merged.score == pytest.approx(mean(tmp_path / "to"))
+    assert merged.score == pytest.approx(mean(tmp_path / "deep" / "to"))
     assert merged.score >= max(part.score or 0.0 for part in merged.parts)
     kept = [part for part in merged.parts if part.share]
     assert [part.share for part in kept] == [1 / len(kept)] * len(kept)
-    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".merge")]
+    assert not [path for path in (tmp_path / "deep").iterdir() if path.name.startswith(".merge")]
 
 
 @pytest.mark.parametrize(

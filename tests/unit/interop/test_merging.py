@@ -17,6 +17,7 @@ from nvembed import NVEmbed
 from nvembed.cli.main import run
 from nvembed.core.errors import ModelError
 from nvembed.interop.merging import Mix, merge_folders, slerp, weighted_sum
+from nvembed.interop.weights import write_shards
 from nvembed.model.backbone import add_lora, merge_lora, save_adapter
 from nvembed.model.settings import LoraSettings
 
@@ -202,6 +203,34 @@ def test_stabilised_ranks_scale_by_their_root(tiny_decoder_dir: Path, tmp_path: 
     for name, value in load_file(one / "adapter_model.safetensors").items():
         factor = 12 / math.sqrt(4) if "lora_B" in name else 1
         torch.testing.assert_close(found[name], factor * value)
+
+
+def test_shards_are_read(siblings, tmp_path: Path) -> None:
+    split = tmp_path / "split"
+    shutil.copytree(siblings[0], split)
+    tensors = load_file(split / "model.safetensors")
+    (split / "model.safetensors").unlink()
+    sizes = {name: value.nbytes for name, value in tensors.items()}
+    assert len(write_shards(split, tensors, sizes, tensors.__getitem__, max_bytes=20_000)) > 2
+    found = weights(merged([split, siblings[1]], tmp_path / "to", Mix((0.5, 0.5))))
+    whole = weights(merged(siblings[:2], tmp_path / "whole", Mix((0.5, 0.5))))
+    assert found.keys() == whole.keys()
+    assert all(torch.equal(found[name], whole[name]) for name in whole)
+
+
+def test_stock_poolings_are_compared(tmp_path: Path) -> None:
+    for name, mode in (("a", "mean"), ("b", "cls")):
+        folder = tmp_path / name
+        (folder / "1_Pooling").mkdir(parents=True)
+        save_file({"x": torch.ones(2, 2)}, folder / "model.safetensors")
+        kinds = [("Transformer", ""), ("Pooling", "1_Pooling")]
+        entries = [
+            {"type": f"sentence_transformers.models.{kind}", "path": path} for kind, path in kinds
+        ]
+        (folder / "modules.json").write_text(json.dumps(entries))
+        (folder / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode": mode}))
+    with pytest.raises(ModelError, match=r'pooling_mode is "cls" \(1_Pooling/config.*"mean" in'):
+        merged([tmp_path / "a", tmp_path / "b"], tmp_path / "to", Mix((0.5, 0.5)))
 
 
 # --- What does not belong together ----------------------------------------------------------------

@@ -114,6 +114,7 @@ WRITERS: dict[str, list[Writer]] = {
             folders=("",),
         )
     ],
+    "merge": [Writer("merge", ("merge", "model", "--to", "OUT"), files=("",), folders=("",))],
     "train": [
         Writer(
             "train", ("train", "recipe.yaml", "output=OUT", *more), RUN_FILES, RUN_FOLDERS, RUN_LOGS
@@ -218,6 +219,8 @@ UNMARKED = {
     "encoding/export/onnx.py": {"write_json", "save", "save_pretrained"},
     "encoding/export/stock.py": {"save_pretrained", "save", "write_json"},
     "interop/weights.py": {"write_json"},
+    "interop/merging.py": {"write_json"},
+    "evaluation/soup.py": {"write_json"},
     "training/model.py": {"save_pretrained"},
     # A checkpoint, after a look at what else lies in its place.
     "training/checkpoint.py": {"open", "atomic_folder"},

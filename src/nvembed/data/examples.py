@@ -29,6 +29,7 @@ from nvembed.data.records import (
     LabelRecord,
     PairRecord,
     StsRecord,
+    TextRecord,
     label_problems,
     label_text,
 )
@@ -47,7 +48,7 @@ class Example:
     """One query with what it is trained on; its instruction is not part of the text."""
 
     query: str
-    positive: str
+    positive: str | None  # None: a text without labels, which is contrasted with nothing
     negatives: tuple[str, ...]  # fewer than asked for where the data has no more
     known_positives: tuple[str, ...]  # never used against the query
     labels: tuple[str, ...]  # of the query; no document of any of them stands against it
@@ -59,6 +60,11 @@ class Example:
     further_positives: tuple[str, ...] = ()  # each in a row of the loss of its own
     positive_scores: tuple[float, ...] = ()  # of a teacher: the positive and the further ones
     negative_scores: tuple[float, ...] = ()
+
+    @property
+    def positives(self) -> tuple[str, ...]:
+        """All of them, each of which gives a row of the loss."""
+        return () if self.positive is None else (self.positive, *self.further_positives)
 
 
 class ExampleSource(ABC):
@@ -86,7 +92,7 @@ class ExampleSource(ABC):
     @abstractmethod
     def _draw(self, number: int, rng: Rng, num_negatives: int, num_positives: int) -> Example: ...
 
-    def _example(self, query: str, positive: str, **others: Any) -> Example:
+    def _example(self, query: str, positive: str | None, **others: Any) -> Example:
         of_the_set: dict[str, Any] = {"dataset": self.name, "symmetric": self.symmetric}
         of_the_set |= {"instruction": self.instruction, "labels": ()}
         return Example(query=query, positive=positive, **of_the_set | others)
@@ -109,6 +115,8 @@ def make_source(
     make: Callable[[Sequence[Any], str, str | None], ExampleSource] = PairSource
     if kind == "sts":
         make = StsSource
+    elif kind == "text":
+        make = TextSource
     elif kind in LABEL_KINDS:
         # Files were checked line by line before; records made in memory come here first.
         problems = [text for _, text in label_problems(records, conversion)]
@@ -291,6 +299,17 @@ class LabelTextSource(_LabelSource):
             positive_labels=(record.label,),
             negative_labels=tuple((label,) for label in others),
         )
+
+
+class TextSource(ExampleSource):
+    """Texts by themselves: without an instruction they are documents, with one queries."""
+
+    def __init__(self, records: Sequence[TextRecord], name: str, instruction: str | None) -> None:
+        super().__init__(name, instruction, len(records))
+        self._records = records
+
+    def _draw(self, number: int, rng: Rng, num_negatives: int, num_positives: int) -> Example:
+        return self._example(self._records[number].text, None, negatives=(), known_positives=())
 
 
 @dataclass(frozen=True)

@@ -28,8 +28,10 @@ from nvembed.training.checkpoint import Position, trained_parameters
 from nvembed.training.config import TrainConfig, training_inputs
 from nvembed.training.contrastive_loss import bounded, new_temperature
 from nvembed.training.distributed import DistributedContext, dead_peer_is_an_error, shard_backbone
+from nvembed.training.loss_config import TeacherConfig
 from nvembed.training.stage_mining import mine_mixture
 from nvembed.training.step import StepResult, contrastive_step
+from nvembed.training.teacher import PROJECTION, Teacher, new_projection, saved_projection
 
 
 @checked
@@ -116,7 +118,9 @@ class _Run:
             keep=config.keep_checkpoints,
         )
         self.position, self.best, lines = Position(), metrics.Best(), [why]
+        # Of the loss of the stage, beside the model.
         self.log_temperature: nn.Parameter | None = None
+        self.projection: nn.Parameter | None = None
         self.begun = checkpoint.latest_checkpoint(run.checkpoints, log=self.log)
         if self.begun is not None:
             lines += [
@@ -128,9 +132,10 @@ class _Run:
             if self.position.stage_step:
                 stage = config.stages[self.position.stage]
                 self.log_temperature = new_temperature(stage, processes.device)
+                self.projection = saved_projection(self.begun, processes.device)
         if processes.is_main:
             run.trim_metrics(self.position.step)
-        trained = trained_parameters(self.embedder, log_temperature=self.log_temperature)
+        trained = self._trained()
         if self.begun is None:
             # All start from the same numbers, whatever the machines make of a seed.
             processes.broadcast_parameters(trained.values())
@@ -174,22 +179,43 @@ class _Run:
         config = self.config.stages[number]
         mixture = self.mixtures[number] if config.mine is None else self._mined(number, config.mine)
         going_on = self.position.stage_step > 0
+        loader = stages.DataLoader(
+            mixture,
+            config,
+            seed=self.config.seed,
+            tokenizer=self.embedder.backbone.text_tokenizer,
+        )
+        if config.teacher is not None:
+            self._prepare(loader, config.teacher)
         if not going_on:
             self.log_temperature = new_temperature(config, self.processes.device)
+            self.projection = new_projection(
+                loader.teacher,
+                self.embedder,
+                seed=self.config.seed,
+                where=f"stages.{number}.teacher",
+            )
         return stages.start_stage(
             self.config,
             number,
-            stages.DataLoader(
-                mixture,
-                config,
-                seed=self.config.seed,
-                tokenizer=self.embedder.backbone.text_tokenizer,
-            ),
-            trained_parameters(self.embedder, log_temperature=self.log_temperature),
+            loader,
+            self._trained(),
             head=self.embedder.pooling,
             activation_budget=activation_budget,
             checkpoint=self.begun if going_on else None,
         )
+
+    def _trained(self) -> dict[str, nn.Parameter]:
+        """What the stage trains; the model alone is what is left after it."""
+        of_loss = {"log_temperature": self.log_temperature, PROJECTION: self.projection}
+        return trained_parameters(self.embedder, **of_loss)
+
+    def _prepare(self, loader: stages.DataLoader, settings: TeacherConfig) -> None:
+        """Have the teacher's vectors of all texts that the loader will give."""
+        teacher = Teacher(settings, self.base_dir)
+        made = teacher.prepare(loader.given(self.position.stage_step), self.processes)
+        loader.teacher = teacher
+        self.log(f"{loader.stage.name}: {made:,} texts embedded by {settings.model}")
 
     def _mined(self, number: int, settings: MiningConfig) -> Mixture:
         """The data of a stage, with negatives mined by the model as it is now."""
@@ -260,8 +286,8 @@ class _Run:
         share = stages.stage_schedule(stage_step, config, self.config.optimizer)
         stages.set_learning_rate(optimizer, share)
         result = self._gradients(stage, stage_step, prepared)
-        # The temperature's gradient is whole already: every process computes the whole loss.
-        self.processes.sum_gradients(p for p in trained if p is not self.log_temperature)
+        # Those of the loss are whole already: every process computes the whole loss.
+        self.processes.sum_gradients(self.embedder.parameters())
         norm = self.processes.clip_gradients(trained, self.config.optimizer.max_grad_norm)
         if not math.isfinite(norm):
             raise self._not_finite(norm, "gradient norm", config.name)
@@ -272,19 +298,10 @@ class _Run:
         return {
             "step": self.position.step + 1,
             "stage": config.name,
-            "loss": result.loss,
+            **result.to_row(),
             "learning_rate": config.learning_rate * share,
             "grad_norm": norm,
             "temperature": temperature,
-            "positive_similarity": result.statistics.positive_similarity,
-            "margin": result.statistics.margin,
-            "accuracy": result.statistics.accuracy,
-            "effective_negatives": result.effective_negatives,
-            "texts": result.num_texts,
-            "tokens": result.num_tokens,
-            "padding": 0.0,
-            "duplicates": result.duplicates,
-            "recomputed": result.recomputed,
             "seconds": seconds,
             "tokens_per_second": result.num_tokens / seconds,
         }
@@ -304,6 +321,7 @@ class _Run:
                     self.processes,
                     seed=derive_seed(self.config.seed, "dropout", config.name, stage_step),
                     log_temperature=self.log_temperature,
+                    projection=self.projection,
                 )
         except FloatingPointError as error:
             raise self._not_finite(error.args[0], "loss", config.name) from error

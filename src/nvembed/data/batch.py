@@ -38,6 +38,14 @@ class TeacherScores:
 
 
 @dataclass(frozen=True, slots=True)
+class GradedPairs:
+    """Pairs of texts and how similar they are, from 0 to 5."""
+
+    rows_2P: NDArray[np.int64]  # in texts
+    score_P: NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
 class ContrastiveBatch:
     """One step's texts and who stands against whom; a query with P positives has P rows."""
 
@@ -49,6 +57,7 @@ class ContrastiveBatch:
     weight_B: NDArray[np.float32]  # of each row in the mean of the loss: 1 / P
     mentioned: int  # texts before repeated ones were joined
     teacher: TeacherScores | None = None  # None where no example has scores
+    graded: GradedPairs | None = None  # None where no example is one
     given_U: tuple[GivenText, ...] = ()  # what ``texts`` are made of
     teacher_UE: NDArray[np.float16] | None = None  # a teacher's vectors of them, of its width E
 
@@ -66,8 +75,10 @@ def build_batch(
     among the texts, and no row of the loss.
     """
     assert examples
-    given, num_examples = given_texts(examples), len(examples)
+    given = given_texts(examples)
+    num_mentioned = len(examples) + sum(example.graded is not None for example in examples)
     rows = {prompted: row for row, prompted in enumerate(given)}
+    graded = _graded_pairs(examples, rows)
     examples = [example for example in examples if example.positive is not None]
     queries = [rows[query_prompt(example.instruction), example.query] for example in examples]
     documents = _Documents(rows)
@@ -91,10 +102,23 @@ def build_batch(
         positive_B=np.array([column for own in positives_Q for column in own], dtype=np.int64),
         negative_BN=negative_QN if single else negative_QN.repeat(counts_Q, axis=0),
         weight_B=(1.0 / counts_Q).astype(np.float32).repeat(counts_Q),
-        mentioned=num_examples + sum(map(len, (*positives_Q, *negatives_Q))),
+        mentioned=num_mentioned + sum(map(len, (*positives_Q, *negatives_Q))),
         teacher=_teacher_scores(examples, positives_Q, negatives_Q, negative_QN),
+        graded=graded,
         given_U=tuple(given.values()),
     )
+
+
+def _graded_pairs(examples: Sequence[Example], rows: dict[PromptedText, int]) -> GradedPairs | None:
+    pairs = []
+    for example in examples:
+        if example.graded is not None:
+            prompt, (other, score) = query_prompt(example.instruction), example.graded
+            pairs.append((rows[prompt, example.query], rows[prompt, other], score))
+    if not pairs:
+        return None
+    first, second, scores = zip(*pairs, strict=True)
+    return GradedPairs(np.array([first, second], dtype=np.int64), np.array(scores, np.float32))
 
 
 def given_texts(examples: Iterable[Example]) -> dict[PromptedText, GivenText]:
@@ -107,13 +131,14 @@ def given_texts(examples: Iterable[Example]) -> dict[PromptedText, GivenText]:
     documents: dict[PromptedText, GivenText] = {}
     for example in examples:
         prompt, instruction = query_prompt(example.instruction), example.instruction
-        asks = example.positive is not None or bool(prompt)
+        asks = example.positive is not None or example.symmetric or bool(prompt)
         side: Side = "query" if asks else "document"
         given = GivenText(side, instruction, example.query)
         (queries if asks else documents).setdefault((prompt, example.query), given)
         if not example.symmetric:
             prompt, instruction, side = "", None, "document"
-        for text in (*example.positives, *example.negatives):
+        graded = () if example.graded is None else example.graded[:1]
+        for text in (*example.positives, *example.negatives, *graded):
             documents.setdefault((prompt, text), GivenText(side, instruction, text))
     return queries | {key: given for key, given in documents.items() if key not in queries}
 

@@ -14,13 +14,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nvembed.core.errors import DataError
 from nvembed.core.runs import derive_seed
+from nvembed.data.drawing import Rng, sample, sample_where
 from nvembed.data.records import (
     LABEL_HINTS,
     LABEL_KINDS,
@@ -29,13 +30,9 @@ from nvembed.data.records import (
     LabelRecord,
     PairRecord,
     StsRecord,
-    TextRecord,
     label_problems,
     label_text,
 )
-
-T = TypeVar("T")
-Rng = np.random.Generator
 
 POSITIVE_SCORE = 4.0  # paper s4.2: "relevance score greater than or equal to 4"
 
@@ -60,6 +57,7 @@ class Example:
     further_positives: tuple[str, ...] = ()  # each in a row of the loss of its own
     positive_scores: tuple[float, ...] = ()  # of a teacher: the positive and the further ones
     negative_scores: tuple[float, ...] = ()
+    graded: tuple[str, float] | None = None  # another text, and how similar it is, from 0 to 5
 
     @property
     def positives(self) -> tuple[str, ...]:
@@ -95,6 +93,7 @@ class ExampleSource(ABC):
     def _example(self, query: str, positive: str | None, **others: Any) -> Example:
         of_the_set: dict[str, Any] = {"dataset": self.name, "symmetric": self.symmetric}
         of_the_set |= {"instruction": self.instruction, "labels": ()}
+        of_the_set |= {"negatives": (), "known_positives": ()}
         return Example(query=query, positive=positive, **of_the_set | others)
 
 
@@ -106,15 +105,17 @@ def make_source(
     instruction: str | None,
     conversion: Conversion = "example",
     max_records: int | None = None,
+    graded: bool = False,
 ) -> ExampleSource:
     """Build the source of a set's records; a DataError where they cannot be converted.
 
     At most ``max_records`` queries are used, spread evenly over the file, because files are often
-    sorted by class. The other records still serve as positives and negatives.
+    sorted by class. The other records still serve as positives and negatives. ``graded`` takes the
+    scores of STS sets as they are.
     """
     make: Callable[[Sequence[Any], str, str | None], ExampleSource] = PairSource
     if kind == "sts":
-        make = StsSource
+        make = GradedSource if graded else StsSource
     elif kind == "text":
         make = TextSource
     elif kind in LABEL_KINDS:
@@ -304,12 +305,22 @@ class LabelTextSource(_LabelSource):
 class TextSource(ExampleSource):
     """Texts by themselves: without an instruction they are documents, with one queries."""
 
-    def __init__(self, records: Sequence[TextRecord], name: str, instruction: str | None) -> None:
+    def __init__(self, records: Sequence[Any], name: str, instruction: str | None) -> None:
         super().__init__(name, instruction, len(records))
         self._records = records
 
     def _draw(self, number: int, rng: Rng, num_negatives: int, num_positives: int) -> Example:
-        return self._example(self._records[number].text, None, negatives=(), known_positives=())
+        return self._example(self._records[number].text, None)
+
+
+class GradedSource(TextSource):
+    """All pairs of an STS set with their scores, whatever these are."""
+
+    symmetric = True
+
+    def _draw(self, number: int, rng: Rng, num_negatives: int, num_positives: int) -> Example:
+        record: StsRecord = self._records[number]
+        return self._example(record.sentence1, None, graded=(record.sentence2, record.score))
 
 
 @dataclass(frozen=True)
@@ -367,43 +378,3 @@ class Mixture:
             rng = np.random.default_rng(derive_seed(seed, "draw", slot))
             found.append(self.sources[source].example(index, rng, num_negatives, num_positives))
         return found
-
-
-def tempered_weights(
-    sizes: Sequence[int], weights: Sequence[float | None], temperature: float
-) -> list[float]:
-    """Weights of sets by their sizes; given ones (not None) are left as they are.
-
-    Sets without a weight share the sum of their sizes in proportion to ``size ** (1 / T)``. At 1
-    these are the sizes themselves; a higher temperature moves queries from large sets to small
-    ones, and neither to nor from the sets whose weight is given.
-    """
-    assert temperature >= 1
-    by_size = [size for size, weight in zip(sizes, weights, strict=True) if weight is None]
-    scale = sum(by_size) / sum(size ** (1 / temperature) for size in by_size) if by_size else 1.0
-    return [
-        weight if weight is not None else scale * size ** (1 / temperature)
-        for size, weight in zip(sizes, weights, strict=True)
-    ]
-
-
-def sample(candidates: Sequence[T], count: int, rng: Rng) -> tuple[T, ...]:
-    """Draw up to ``count`` different places of ``candidates`` in random order."""
-    size = min(count, len(candidates))
-    return tuple(candidates[place] for place in rng.choice(len(candidates), size, replace=False))
-
-
-def sample_where(
-    accept: Callable[[T], bool],
-    pool: Sequence[T],
-    count: int,
-    *,
-    num_refused: int,
-    rng: Rng,
-) -> tuple[T, ...]:
-    """Draw up to ``count`` accepted items of a pool of different ones, without walking it.
-
-    At most ``num_refused`` are not accepted; with so many drawn in addition, enough are left.
-    """
-    drawn = sample(pool, count + num_refused, rng)
-    return tuple(item for item in drawn if accept(item))[:count]

@@ -15,9 +15,15 @@ from pydantic import Field, model_validator
 
 from nvembed.core.arguments import PrecisionChoice
 from nvembed.core.config import StrictModel
+from nvembed.data.built_sets import MINED_KINDS
 from nvembed.data.config import BuildConfig, DatasetConfig, MiningConfig, local_sources
 from nvembed.model.settings import LoraSettings, ModelSettings
-from nvembed.training.loss_config import DistillationConfig, TeacherConfig
+from nvembed.training.loss_config import (
+    CosentConfig,
+    DistillationConfig,
+    SpreadConfig,
+    TeacherConfig,
+)
 
 ScheduleKind = Literal["linear", "cosine", "constant"]
 OptimizerKind = Literal["adamw", "adamw_8bit", "schedule_free"]
@@ -76,6 +82,9 @@ class StageConfig(StrictModel):
         contrastive: factor of the contrastive loss; ``None`` is off, and the stage learns from its
             teacher alone.
         teacher: learn from the vectors of another model; ``None`` is off.
+        cosent: order all pairs of the STS sets by their scores, in place of taking those of 4 and
+            more as positives (the paper's way); ``None`` is off.
+        spread: a regulariser that keeps different texts apart (GOR); ``None`` is off.
         distillation: draw the ranking of a query's own candidates to the teacher's scores that the
             records hold; ``None`` is off.
         mine: mine hard negatives for the retrieval and NLI sets before the stage, with the model as
@@ -100,18 +109,28 @@ class StageConfig(StrictModel):
     matryoshka: tuple[Annotated[int, Field(ge=1)], ...] | None = Field(default=None, min_length=1)
     contrastive: float | None = Field(default=1.0, gt=0)
     teacher: TeacherConfig | None = None
+    cosent: CosentConfig | None = None
+    spread: SpreadConfig | None = None
     distillation: DistillationConfig | None = None
     mine: MiningConfig | None = None
 
     @property
+    def mined_kinds(self) -> tuple[str, ...]:
+        """Kinds of sets that ``mine`` gives negatives; graded pairs have no use for them."""
+        return tuple(kind for kind in MINED_KINDS if kind != "sts" or self.cosent is None)
+
+    @property
     def losses(self) -> dict[str, float]:
         """The weights of the parts of the loss, by name."""
-        scores, teacher = self.distillation, self.teacher
+        scores, teacher, spread = self.distillation, self.teacher, self.spread
         weights = {
             "contrastive": self.contrastive,
             "distillation": scores.weight if scores else None,
             "similarities": teacher.similarities if teacher else None,
             "vectors": teacher.vectors if teacher else None,
+            "cosent": self.cosent.weight if self.cosent else None,
+            "spread_mean": spread.mean if spread else None,
+            "spread_second_moment": spread.second_moment if spread else None,
         }
         return {name: weight for name, weight in weights.items() if weight is not None}
 
@@ -122,7 +141,7 @@ class StageConfig(StrictModel):
             raise ValueError(
                 "in_batch_negatives is off and num_negatives is 0: nothing to contrast with"
             )
-        if self.contrastive is None and self.teacher is None and self.distillation is None:
+        if not self.losses.keys() - {"spread_mean", "spread_second_moment"}:
             raise ValueError("contrastive is off, and there is no teacher: nothing to learn")
         return self
 
@@ -252,7 +271,10 @@ class TrainConfig(StrictModel):
 
     def _of_texts_without_labels(self) -> Iterator[str]:
         for number, stage in enumerate(self.stages, start=1):
-            bare = [d.name for d in self.datasets if d.kind == "text" and number in d.stages]
+            used = [dataset for dataset in self.datasets if number in dataset.stages]
+            bare = [dataset.name for dataset in used if dataset.kind == "text"]
+            if stage.cosent is not None and "sts" not in {dataset.kind for dataset in used}:
+                yield f"stage {stage.name} has cosent, and no data set of kind sts"
             if bare and stage.teacher is None:
                 yield (
                     f"stage {stage.name} has no teacher, and {', '.join(bare)} has texts without "

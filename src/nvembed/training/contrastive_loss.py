@@ -21,12 +21,14 @@ from torch.nn.functional import cross_entropy, normalize
 from nvembed.core.errors import ConfigError
 from nvembed.data.batch import ContrastiveBatch
 from nvembed.training.config import StageConfig
-from nvembed.training.distillation import (
+from nvembed.training.loss_config import CosentConfig, SpreadConfig, TeacherConfig
+from nvembed.training.text_losses import (
+    cosent,
     distance_of_vectors,
     distillation,
     similarities_of_texts,
+    spread_terms,
 )
-from nvembed.training.loss_config import TeacherConfig
 
 # Scores of one piece: 4 MB in float32, of which a few copies live at once. With pieces of 16 MB
 # the allocator kept 160 MB more, and they were no faster.
@@ -135,6 +137,8 @@ class Objective:
     teacher_temperature: float = 1.0
     contrastive: float | None = 1.0  # weight
     teacher: TeacherConfig | None = None
+    cosent: CosentConfig | None = None
+    spread: SpreadConfig | None = None
 
     @classmethod
     def of_stage(cls, stage: StageConfig) -> Objective:
@@ -148,6 +152,8 @@ class Objective:
             taught.teacher_temperature if taught else 1.0,
             stage.contrastive,
             stage.teacher,
+            stage.cosent,
+            stage.spread,
         )
 
     @property
@@ -158,7 +164,7 @@ class Objective:
     @property
     def coupled(self) -> bool:
         """Whether a loss depends on all texts of a step together."""
-        return self.teacher is not None
+        return (self.teacher, self.cosent, self.spread) != (None, None, None)
 
 
 @dataclass(slots=True)
@@ -203,8 +209,13 @@ def evaluate_objective(
         if len(batch.query_B) and objective.contrasts:
             tau = objective.temperature if log_temperature is None else log_temperature
             _contrast(objective, leaf_UD, batch, tau, total_weight, piece_scores, found)
-        if objective.teacher is not None and batch.teacher_UE is not None:
-            _follow(objective, leaf_UD, batch.teacher_UE, projection, piece_scores, found)
+        if objective.coupled:
+            leaf_UD.requires_grad_()
+            if objective.teacher is not None and batch.teacher_UE is not None:
+                _follow(objective, leaf_UD, batch.teacher_UE, projection, piece_scores, found)
+            found.send_back(_parts_of_texts(objective, leaf_UD, batch))
+            if leaf_UD.grad is not None:
+                found.gradient_UD += leaf_UD.grad
     return found
 
 
@@ -297,7 +308,6 @@ def _follow(
     assert settings is not None
     taught_UE = torch.as_tensor(teacher, device=leaf_UD.device).to(leaf_UD.dtype)
     taught_UE = normalize(taught_UE, dim=1)  # 16 bit have moved it
-    leaf_UD = leaf_UD.requires_grad_()
     rows = max(1, piece_scores // len(leaf_UD))
     widths = objective.dimensions or (leaf_UD.shape[1],)
     if settings.similarities is not None:
@@ -311,8 +321,34 @@ def _follow(
     if settings.vectors is not None:
         distance = distance_of_vectors(leaf_UD, taught_UE, projection_ED)
         found.send_back({"vectors": settings.vectors * distance})
-    assert leaf_UD.grad is not None
-    found.gradient_UD += leaf_UD.grad
+
+
+def _parts_of_texts(
+    objective: Objective, leaf_UD: Tensor, batch: ContrastiveBatch
+) -> dict[str, Tensor]:
+    """Losses of graded pairs, and of texts by themselves."""
+    device, found = leaf_UD.device, dict[str, list[Tensor]]()
+    widths = objective.dimensions or (leaf_UD.shape[1],)
+    for cut_UD in (cut_to(leaf_UD, width) for width in widths):
+        if objective.cosent is not None and (pairs := batch.graded) is not None:
+            first_P, second_P = (torch.as_tensor(rows, device=device) for rows in pairs.rows_2P)
+            cosine_P = (cut_UD[first_P] * cut_UD[second_P]).sum(dim=1)
+            score_P = torch.as_tensor(pairs.score_P, device=device)
+            value = cosent(cosine_P, score_P, temperature=objective.cosent.temperature)
+            found.setdefault("cosent", []).append(objective.cosent.weight * value)
+        if (spread := objective.spread) is not None:
+            asks_U = torch.zeros(len(leaf_UD), dtype=torch.bool, device=device)
+            asks_U[torch.as_tensor(batch.query_B, device=device)] = True
+            terms = [spread_terms(cut_UD[side_U]) for side_U in (asks_U, ~asks_U)]
+            for name, weight, values in zip(
+                ("spread_mean", "spread_second_moment"),
+                (spread.mean, spread.second_moment),
+                zip(*terms, strict=True),
+                strict=True,
+            ):
+                if weight is not None:
+                    found.setdefault(name, []).append(weight * torch.stack(values).mean())
+    return {name: torch.stack(values).mean() for name, values in found.items()}
 
 
 def cut_to(embedding_ND: Tensor, width: int) -> Tensor:

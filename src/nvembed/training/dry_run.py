@@ -159,7 +159,7 @@ class _Rehearsal:
         if config.mine is not None:
             # Of a run that is to be replaced nothing counts.
             folder = self.run.mined / config.name / ("none" if self.fresh else "")
-            mixture, planned = plan_mining(self.config, config.mine, mixture, self.base_dir, folder)
+            mixture, planned = plan_mining(self.config, config, mixture, self.base_dir, folder)
         mining_seconds = sum(map(self._mining_seconds, planned))
         tokenizer = self.embedder.backbone.text_tokenizer
         loader = stages.DataLoader(mixture, config, seed=self.config.seed, tokenizer=tokenizer)
@@ -208,10 +208,10 @@ class _Rehearsal:
             name, rng = source.name, np.random.default_rng(0)
             chosen = range(0, len(source), max(1, len(source) // _SAMPLED_QUERIES))
             most = stage.config.num_negatives
-            counts = [len(source.example(index, rng, most).negatives) for index in chosen]
-            share, mean = weight / sum(weights), statistics.fmean(counts)
+            examples = [source.example(index, rng, most) for index in chosen]
+            counts = [len(one.negatives) for one in examples if one.positive is not None] or [-1]
+            share, mean = weight / sum(weights), max(0.0, statistics.fmean(counts))
             without, mined = counts.count(0) / len(counts), name in to_mine
-            without = 0.0 if kinds[name] == "text" else without
             rows.append(
                 DataForecast(name, kinds[name], len(source), share, slots, mean, without, mined)
             )

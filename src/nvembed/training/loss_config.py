@@ -23,6 +23,37 @@ class DistillationConfig(StrictModel):
     teacher_temperature: float = Field(default=1.0, gt=0)
 
 
+class CosentConfig(StrictModel):
+    """Learning the order of graded pairs.
+
+    Args:
+        weight: factor of the loss of the pairs of a step.
+        temperature: divides the cosines.
+    """
+
+    weight: float = Field(default=1.0, gt=0)
+    temperature: float = Field(default=0.05, gt=0)
+
+
+class SpreadConfig(StrictModel):
+    """Keeping the texts of a step apart, queries from queries and documents from documents.
+
+    Args:
+        mean: factor of the squared mean of the cosines; ``None`` is off (as in EmbeddingGemma).
+        second_moment: factor of what the mean of the squared cosines is above 1 / width; ``None``
+            is off.
+    """
+
+    mean: float | None = Field(default=1.0, gt=0)
+    second_moment: float | None = Field(default=1.0, gt=0)
+
+    @model_validator(mode="after")
+    def _spreads(self) -> Self:
+        if self.mean is None and self.second_moment is None:
+            raise ValueError("mean and second_moment are both off: nothing to spread by")
+        return self
+
+
 class TeacherConfig(StrictModel):
     """Learning from a teacher's vectors of all texts of a step, labelled or not.
 

@@ -50,7 +50,13 @@ def load_mixtures(config: TrainConfig, base_dir: Path) -> list[Mixture]:
     datasets = training_datasets(config.datasets, config.build, base_dir)
     kinds = {dataset.name: dataset.kind for dataset in config.datasets}
     mixtures = [
-        load_mixture(datasets, stage=n, base_dir=base_dir, temperature=stage.mixture_temperature)
+        load_mixture(
+            datasets,
+            stage=n,
+            base_dir=base_dir,
+            temperature=stage.mixture_temperature,
+            graded=stage.cosent is not None,
+        )
         for n, stage in enumerate(config.stages, start=1)
     ]
     for number, (stage, mixture) in enumerate(zip(config.stages, mixtures, strict=True)):

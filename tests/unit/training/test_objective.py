@@ -15,7 +15,7 @@ from nvembed.training.contrastive_loss import (
     info_nce,
     scores,
 )
-from nvembed.training.distillation import distillation
+from nvembed.training.text_losses import distillation
 
 QUERIES, DOCUMENTS, WIDTH = 7, 11, 6
 

@@ -1,6 +1,7 @@
-"""What a teacher teaches: its scores of records, and its vectors of all texts, labelled or not.
+"""The losses of a step beside the contrastive one: of teachers, of graded pairs, of spread.
 
-Shapes: B queries, K own candidates, U texts of a step (u of a piece), D width, E the teacher's.
+Shapes: B queries, K own candidates, U texts of a step (u of a piece), P pairs, D width, E the
+teacher's width.
 """
 
 from __future__ import annotations
@@ -70,3 +71,27 @@ def distance_of_vectors(
     if projection_ED is not None:
         embedding_UD = embedding_UD @ projection_ED.to(embedding_UD.dtype).T
     return (1 - cosine_similarity(embedding_UD, teacher_UE, dim=1)).mean()
+
+
+def cosent(cosine_P: Tensor, score_P: Tensor, *, temperature: float) -> Tensor:
+    """log(1 + Σ exp((cosine of i − cosine of j) / τ)) over pairs i with a lower score than j.
+
+    Source: CoSENT (IEEE TASLP 2024); sentence-transformers' ``CoSENTLoss`` with scale 1 / τ.
+    """
+    logit_PP = (cosine_P[:, None] - cosine_P[None, :]) / temperature
+    logits = logit_PP[score_P[:, None] < score_P[None, :]]
+    return torch.cat([logits.new_zeros(1), logits]).logsumexp(dim=0)
+
+
+def spread_terms(embedding_ND: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean cosine squared, and how far the mean squared cosine is above 1 / D, of different texts.
+
+    Random directions have the values 0 and 0. Source: Global Orthogonal Regularization (arXiv
+    1708.06320); the sums over all pairs are those of a vector and of a matrix ``(D, D)``.
+    """
+    count, width = embedding_ND.shape
+    pairs = max(1, count * (count - 1))
+    length_N = embedding_ND.square().sum(dim=1)
+    total = embedding_ND.sum(dim=0).square().sum() - length_N.sum()
+    squares = (embedding_ND.T @ embedding_ND).square().sum() - length_N.square().sum()
+    return (total / pairs).square(), (squares / pairs - 1 / width).relu()

@@ -309,7 +309,8 @@ class TrainConfig(StrictModel):
         names += self.evaluation.tasks if self.evaluation else ()
         names += self.build.tasks if self.build else ()
         names += [build_mine.teacher] if build_mine else ()
-        names += [stage.teacher.model for stage in self.stages if stage.teacher is not None]
+        for teacher in filter(None, (stage.teacher for stage in self.stages)):
+            names += [teacher.name, *([teacher.file.texts] if teacher.file else [])]
         names += [mine.rerank for mine in mining if mine is not None and mine.rerank is not None]
         found = [path for dataset in self.datasets for path in local_sources(dataset, base_dir)]
         # Some of them are looked for beside the recipe, some where the command runs.

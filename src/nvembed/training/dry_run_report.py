@@ -124,7 +124,7 @@ def _notes(found: DryRun) -> list[str]:
             notes.append(f"The loss of {stage.config.name}: {' + '.join(weights)}.")
         if stage.teacher is not None:
             notes.append(
-                f"{stage.teacher.missing:,} texts are embedded by {stage.teacher.settings.model} "
+                f"{stage.teacher.missing:,} texts are embedded by {stage.teacher.settings.name} "
                 f"({stage.teacher.dimension} wide) before {stage.config.name}; random vectors "
                 "stand in for its own here."
             )

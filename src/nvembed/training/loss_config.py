@@ -54,6 +54,18 @@ class SpreadConfig(StrictModel):
         return self
 
 
+class VectorsConfig(StrictModel):
+    """Vectors that were computed before, relative to the recipe.
+
+    Args:
+        vectors: ``.npy`` or Parquet file in float32, as ``nvembed encode`` writes it.
+        texts: the file that it was encoded from, which has all texts that the stage draws.
+    """
+
+    vectors: str = Field(min_length=1)
+    texts: str = Field(min_length=1)
+
+
 class TeacherConfig(StrictModel):
     """Learning from a teacher's vectors of all texts of a step, labelled or not.
 
@@ -63,6 +75,8 @@ class TeacherConfig(StrictModel):
     Args:
         model: folder (relative to the recipe) or hub id of an embedding model, or the address of an
             OpenAI-compatible endpoint.
+        file: in place of a model, a file of vectors; a text has one vector, whatever its side and
+            instruction.
         endpoint_model: name of the model at an endpoint.
         dtype: type of the teacher's weights, see ``encoding/encoder.py``; ``None`` is what was
             saved.
@@ -83,7 +97,8 @@ class TeacherConfig(StrictModel):
         document_prefix: put before documents.
     """
 
-    model: str = Field(min_length=1)
+    model: str | None = Field(default=None, min_length=1)
+    file: VectorsConfig | None = None
     endpoint_model: str | None = None
     dtype: PrecisionChoice | None = None
     similarities: float | None = Field(default=1.0, gt=0)
@@ -95,11 +110,18 @@ class TeacherConfig(StrictModel):
     query_prefix: str = ""
     document_prefix: str = ""
 
+    @property
+    def name(self) -> str:
+        """What the teacher is called."""
+        return self.model or (self.file.vectors if self.file else "")
+
     @model_validator(mode="after")
     def _teaches(self) -> Self:
         if self.similarities is None and self.vectors is None:
             raise ValueError("similarities and vectors are both off: nothing to learn")
-        address = self.model.startswith(("http://", "https://"))
+        if (self.model is None) == (self.file is None):
+            raise ValueError("a teacher is either a model or a file of vectors: give one of them")
+        address = self.name.startswith(("http://", "https://"))
         if address and not self.endpoint_model:
             raise ValueError("an endpoint serves models by name: give endpoint_model")
         if self.endpoint_model and not address:

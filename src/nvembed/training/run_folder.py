@@ -31,7 +31,7 @@ from nvembed.training.distributed import DistributedContext
 from nvembed.training.metrics import load_evaluation_tasks
 from nvembed.training.model import backbone_source
 from nvembed.training.stages import load_mixtures
-from nvembed.training.teacher import teacher_source
+from nvembed.training.teacher import teacher_fingerprint
 
 GO_ON = "The same command goes on from the last checkpoint"
 _MINED = "mined set "
@@ -153,10 +153,8 @@ def inputs_of(
         if stage.mine and stage.mine.rerank and Path(stage.mine.rerank).is_dir():
             key = f"mine.rerank of {stage.name}"
             found[key] = contents_fingerprint(stage.mine.rerank)
-        if stage.teacher:
-            teacher = teacher_source(stage.teacher, base_dir)
-            if Path(teacher).is_dir():
-                found[f"teacher of {stage.name}"] = contents_fingerprint(teacher)
+        if stage.teacher and (teacher := teacher_fingerprint(stage.teacher, base_dir)):
+            found[f"teacher of {stage.name}"] = teacher
     return found
 
 
@@ -172,7 +170,7 @@ def what_decides_inputs(config: TrainConfig) -> str:
     datasets = [dataset.model_dump(mode="json") for dataset in config.datasets]
     build = config.build and config.build.model_dump(mode="json")
     mining = [
-        [stage.name, stage.mine and stage.mine.rerank, stage.teacher and stage.teacher.model]
+        [stage.name, stage.mine and stage.mine.rerank, stage.teacher and stage.teacher.model_dump()]
         for stage in config.stages
     ]
     tasks = config.evaluation and list(config.evaluation.tasks)

@@ -20,8 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from nvembed.core.arguments import Precision
-from nvembed.core.cache import cache_folder
+from nvembed.core.cache import cache_folder, content_hash, digest_of
 from nvembed.core.errors import ConfigError
 from nvembed.core.reporting import Rates, progress
 from nvembed.core.runs import derive_seed
@@ -30,8 +29,9 @@ from nvembed.data.batch import GivenText
 from nvembed.encoding.embed import encode_window
 from nvembed.encoding.encoder import Encoder, computed_fingerprint, is_endpoint
 from nvembed.encoding.kept_vectors import KeptVectors, text_keys
+from nvembed.encoding.vector_file import VectorFile
 from nvembed.encoding.workers import Loader
-from nvembed.interop.model_folder import model_fingerprint
+from nvembed.interop.model_folder import contents_fingerprint, model_fingerprint
 from nvembed.mining.ranking import settled_dtype
 from nvembed.model.embedder import NVEmbed
 from nvembed.training.checkpoint import WEIGHTS, tensor_shapes
@@ -46,8 +46,16 @@ PROJECTION = "projection"  # its name among the trained parameters
 
 def teacher_source(settings: TeacherConfig, base_dir: Path) -> str:
     """The folder of a teacher where there is one beside the recipe, else what it is called."""
-    local = base_dir / settings.model
-    return str(local) if not is_endpoint(settings.model) and local.is_dir() else settings.model
+    local = base_dir / settings.name
+    return str(local) if not is_endpoint(settings.name) and local.is_dir() else settings.name
+
+
+def teacher_fingerprint(settings: TeacherConfig, base_dir: Path) -> str | None:
+    """Name a teacher by its contents, where these lie in files here."""
+    if (file := settings.file) is not None:
+        return content_hash(*(digest_of(base_dir / name) for name in (file.vectors, file.texts)))
+    source = teacher_source(settings, base_dir)
+    return contents_fingerprint(source) if Path(source).is_dir() else None
 
 
 class Teacher:
@@ -55,15 +63,18 @@ class Teacher:
 
     def __init__(self, settings: TeacherConfig, base_dir: Path) -> None:
         name, folder = teacher_source(settings, base_dir), cache_folder(FOLDER)
-        dtype: Precision | None = None
-        if not is_endpoint(name):
-            dtype = settled_dtype(name, settings.dtype, folder / key_of(name), "local")
-        fingerprint = model_fingerprint if is_endpoint(name) else computed_fingerprint
-        identity = fingerprint(name, dtype, settings.endpoint_model)
         self.settings = settings
-        self._load: Callable[[], Encoder] = lambda: (
-            Loader(name, dtype, settings.endpoint_model).encoder
-        )
+        self._load: Callable[[], Encoder]
+        if (file := settings.file) is not None:
+            identity = teacher_fingerprint(settings, base_dir) or ""
+            self._load = partial(VectorFile, base_dir / file.vectors, base_dir / file.texts)
+        elif is_endpoint(name):
+            identity = model_fingerprint(name, settings.endpoint_model)
+            self._load = lambda: Loader(name, None, settings.endpoint_model).encoder
+        else:
+            dtype = settled_dtype(name, settings.dtype, folder / key_of(name), "local")
+            identity = computed_fingerprint(name, dtype)
+            self._load = lambda: Loader(name, dtype).encoder
         self._kept = KeptVectors(folder / key_of(identity), dtype=np.float16)
 
     @property
@@ -77,7 +88,7 @@ class Teacher:
 
         Returns the number of texts that were missing.
         """
-        texts = self._missing(given)
+        texts = self._missing(map(self._as_read, given))
         processes.barrier()  # all see the same ones missing, before the first of them is there
         encoder: Encoder | None = None
         for own in (texts[processes.rank :: processes.count], texts):
@@ -95,11 +106,11 @@ class Teacher:
 
     def vectors(self, given_U: Sequence[GivenText]) -> NDArray[np.float16]:
         """Vectors of texts that were prepared, ``(U, E)``."""
-        return cast(NDArray[np.float16], self._kept.take(self._keys(given_U)))
+        return cast(NDArray[np.float16], self._kept.take(text_keys(map(self._as_read, given_U))))
 
     def rehearse(self, given: Iterable[GivenText], sample: int) -> TeacherStandIn:
         """Find out what is missing, and how long it takes; keep nothing."""
-        texts, encoder = self._missing(given), self._load()
+        texts, encoder = self._missing(map(self._as_read, given)), self._load()
         chosen = texts[:: max(1, len(texts) // sample)]
         started = time.perf_counter()
         for window in _windows(chosen):
@@ -109,21 +120,20 @@ class Teacher:
         seconds = took * characters / max(1, in_sample)
         return TeacherStandIn(self.settings, encoder.dimension, len(texts), seconds)
 
-    def _missing(self, given: Iterable[GivenText]) -> list[GivenText]:
-        texts = list(dict.fromkeys(map(self._as_read, given)))
+    def _missing(self, read: Iterable[GivenText]) -> list[GivenText]:
+        texts = list(dict.fromkeys(read))
         keys_N = text_keys(texts)
         return [texts[row] for row in self._kept.missing(keys_N).tolist()]
 
     def _as_read(self, given: GivenText) -> GivenText:
         """What the teacher is told and reads."""
         settings = self.settings
+        if settings.file is not None:
+            return GivenText("document", None, given.text)
         is_query = given.side == "query"
         prefix = settings.query_prefix if is_query else settings.document_prefix
         instruction = given.instruction if settings.instructions else None
         return GivenText(given.side, instruction, prefix + given.text)
-
-    def _keys(self, given: Iterable[GivenText]) -> NDArray[np.bytes_]:
-        return text_keys(map(self._as_read, given))
 
     def _embed(self, window: Sequence[GivenText], encoder: Encoder) -> None:
         self._kept.keep(text_keys(window), partial(self._encode, window, encoder))

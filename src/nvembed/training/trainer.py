@@ -215,7 +215,7 @@ class _Run:
         teacher = Teacher(settings, self.base_dir)
         made = teacher.prepare(loader.given(self.position.stage_step), self.processes)
         loader.teacher = teacher
-        self.log(f"{loader.stage.name}: {made:,} texts embedded by {settings.model}")
+        self.log(f"{loader.stage.name}: {made:,} texts embedded by {settings.name}")
 
     def _mined(self, number: int, settings: MiningConfig) -> Mixture:
         """The data of a stage, with negatives mined by the model as it is now."""

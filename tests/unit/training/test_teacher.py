@@ -15,12 +15,13 @@ from torch.nn.functional import normalize
 
 from hash_encoder import HashEncoder
 from interruption import interrupt_after
-from nvembed.core.errors import ConfigError, TrainingError
+from nvembed.core.errors import ConfigError, DataError, TrainingError
 from nvembed.core.files import write_jsonl
 from nvembed.data.batch import ContrastiveBatch, build_batch, given_texts
 from nvembed.data.examples import make_source
 from nvembed.data.records import LabelRecord, PairRecord, TextRecord
 from nvembed.encoding import workers
+from nvembed.encoding.files import encode_file
 from nvembed.model.embedder import NVEmbed
 from nvembed.training.checkpoint import latest_checkpoint
 from nvembed.training.config import TrainConfig
@@ -330,9 +331,80 @@ def test_a_dry_run_tells_what_the_teacher_has_to_embed(
     assert again.stages[0].teacher.missing == 0
 
 
+@pytest.mark.parametrize("ending", [".npy", ".parquet"])
+def test_a_file_of_vectors_teaches_what_its_model_does(
+    tmp_path: Path, tiny_decoder_dir: Path, teacher: Asked, ending: str
+) -> None:
+    texts = [*BARE, *({"text": text} for pair in PAIRS for text in pair.values())]
+    write_jsonl(tmp_path / "texts.jsonl", [{"id": f"t{n}", **row} for n, row in enumerate(texts)])
+    vectors = tmp_path / f"vectors{ending}"
+    encode_file(HashEncoder(24, 0.0), tmp_path / "texts.jsonl", vectors, task=None)
+    train(recipe(tmp_path, tiny_decoder_dir, "model"), base_dir=tmp_path)
+    asked = len(teacher.texts)
+    settings = {"file": {"vectors": vectors.name, "texts": "texts.jsonl"}}
+    settings |= {"vectors": 1.0, "temperature": 0.1}
+    config = recipe(tmp_path, tiny_decoder_dir, "file", teacher=settings)
+    train(config, base_dir=tmp_path)
+    one, other = ([row["parts"] for row in rows(tmp_path / name)] for name in ("model", "file"))
+    assert one == other
+    assert len(teacher.texts) == asked
+    # Another file of the same name is another teacher, and one that lacks texts is told.
+    write_jsonl(tmp_path / "texts.jsonl", texts[:9])
+    with pytest.raises(TrainingError, match="changed since the run was started: teacher of one"):
+        train(config, base_dir=tmp_path)
+    again = recipe(tmp_path, tiny_decoder_dir, "again", teacher=settings)
+    with pytest.raises(DataError, match="80 vectors for 9 texts"):
+        train(again, base_dir=tmp_path)
+    encode_file(HashEncoder(24, 0.0), tmp_path / "texts.jsonl", vectors, task=None)
+    with pytest.raises(DataError, match="texts have no vector, the first is"):
+        train(again, base_dir=tmp_path)
+
+
+def test_an_endpoint_teaches_in_its_own_words(
+    tmp_path: Path, tiny_decoder_dir: Path, teacher: Asked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[str] = []
+
+    def answer(url: str, body: dict[str, Any], **_: Any) -> dict[str, Any]:
+        assert url == "http://teacher/v1/embeddings"
+        assert body["model"] == "e5"
+        sent.extend(body["input"])
+        vectors = HashEncoder(24, 0.0).encode_document(body["input"]).tolist()
+        return {"data": [{"index": n, "embedding": v} for n, v in enumerate(vectors)]}
+
+    monkeypatch.setattr("nvembed.encoding.encoder.post_json", answer)
+    settings = {"model": "http://teacher/v1", "endpoint_model": "e5", "instructions": False}
+    settings |= {"query_prefix": "query: ", "document_prefix": "passage: "}
+    train(recipe(tmp_path, tiny_decoder_dir, teacher=settings), base_dir=tmp_path)
+    assert len(sent) == len(set(sent))
+    pairs = {f"query: {p['query']}" for p in PAIRS} | {f"passage: {p['positive']}" for p in PAIRS}
+    bare = {f"passage: {row['text']}" for row in BARE}
+    assert set(sent) <= pairs | bare
+    assert set(sent) & {f"query: {p['query']}" for p in PAIRS}
+    assert set(sent) & bare
+
+
+def test_a_step_is_never_cut_where_all_texts_teach_each_other(
+    tmp_path: Path, tiny_decoder_dir: Path, teacher: Asked
+) -> None:
+    changes = {"in_batch_negatives": False, "num_negatives": 1, "steps": 2}
+    found = []
+    for memory in (0.0003, 1.0):
+        config = recipe(tmp_path, tiny_decoder_dir, f"run-{memory}", **changes)
+        config = config.model_copy(update={"memory_gb": memory, "pack_tokens": 32})
+        train(config, base_dir=tmp_path)
+        found.append(rows(tmp_path / f"run-{memory}"))
+    assert [row["recomputed"] > 0 for row in found[0]] == [True, True]
+    assert [row["recomputed"] > 0 for row in found[1]] == [False, False]
+    for cut, whole in zip(*found, strict=True):
+        assert cut["parts"] == pytest.approx(whole["parts"], rel=1e-4)
+        assert cut["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-3)
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
+        ({"teacher": {}}, "either a model or a file"),
         ({"teacher": None}, "bare has texts without labels"),
         ({"teacher": {"model": "t", "similarities": None}}, "both off"),
         ({"teacher": {"model": "http://x/v1"}}, "give endpoint_model"),

@@ -168,7 +168,7 @@ class _Rehearsal:
         beside = {
             "log_temperature": new_temperature(config, self.processes.device),
             PROJECTION: new_projection(
-                standing, self.embedder, seed=self.config.seed, where=f"stages.{number}.teacher"
+                standing, self.embedder, seed=self.config.seed, stage=number
             ),
         }
         stage = stages.start_stage(

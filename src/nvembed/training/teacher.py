@@ -92,9 +92,8 @@ class Teacher:
         processes.barrier()  # all see the same ones missing, before the first of them is there
         encoder: Encoder | None = None
         for own in (texts[processes.rank :: processes.count], texts):
-            if left := self._missing(
-                own
-            ):  # of others' shares there is some where nothing is shared
+            # What others made is still missing where the cache is not shared.
+            if left := self._missing(own):
                 encoder = encoder or self._load()
                 rates = Rates()
                 with progress(len(left), "teacher") as bar:
@@ -169,6 +168,14 @@ def _windows(texts: Iterable[GivenText]) -> Iterable[list[GivenText]]:
             yield own[start : start + WINDOW_TEXTS]
 
 
+def is_continued(before: TeacherConfig | None, after: TeacherConfig | None) -> bool:
+    """Whether a stage goes on with the projection of the one before it."""
+    if before is None or after is None or after.vectors is None:
+        return False
+    keys = ("model", "file", "endpoint_model")
+    return all(getattr(before, key) == getattr(after, key) for key in keys)
+
+
 def saved_projection(checkpoint: Path, device: torch.device) -> nn.Parameter | None:
     """A projection as large as the one that a checkpoint holds, to be filled; None without one."""
     shape = tensor_shapes(checkpoint / WEIGHTS).get(PROJECTION)
@@ -176,11 +183,12 @@ def saved_projection(checkpoint: Path, device: torch.device) -> nn.Parameter | N
 
 
 def new_projection(
-    teacher: Teacher | TeacherStandIn | None, model: NVEmbed, *, seed: int, where: str
+    teacher: Teacher | TeacherStandIn | None, model: NVEmbed, *, seed: int, stage: int
 ) -> nn.Parameter | None:
     """A random orthogonal map ``(E, D)`` to the teacher's width, where its vectors want one."""
     if teacher is None or teacher.settings.vectors is None or teacher.dimension == model.dimension:
         return None
+    where = f"stages.{stage}.teacher"
     own, taught = model.dimension, teacher.dimension
     if not teacher.settings.projection:
         raise ConfigError(

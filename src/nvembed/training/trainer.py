@@ -23,7 +23,7 @@ from nvembed.core.reporting import progress
 from nvembed.core.runs import RunFolder, derive_seed
 from nvembed.data.config import MiningConfig
 from nvembed.data.examples import Mixture
-from nvembed.training import checkpoint, metrics, model, run_folder, stages
+from nvembed.training import checkpoint, metrics, model, run_folder, stages, teacher
 from nvembed.training.checkpoint import Position, trained_parameters
 from nvembed.training.config import TrainConfig, training_inputs
 from nvembed.training.contrastive_loss import bounded, new_temperature
@@ -31,7 +31,6 @@ from nvembed.training.distributed import DistributedContext, dead_peer_is_an_err
 from nvembed.training.loss_config import TeacherConfig
 from nvembed.training.stage_mining import mine_mixture
 from nvembed.training.step import StepResult, contrastive_step
-from nvembed.training.teacher import PROJECTION, Teacher, new_projection, saved_projection
 
 
 @checked
@@ -132,7 +131,7 @@ class _Run:
             if self.position.stage_step:
                 stage = config.stages[self.position.stage]
                 self.log_temperature = new_temperature(stage, processes.device)
-                self.projection = saved_projection(self.begun, processes.device)
+            self.projection = teacher.saved_projection(self.begun, processes.device)
         if processes.is_main:
             run.trim_metrics(self.position.step)
         trained = self._trained()
@@ -189,12 +188,10 @@ class _Run:
             self._prepare(loader, config.teacher)
         if not going_on:
             self.log_temperature = new_temperature(config, self.processes.device)
-            self.projection = new_projection(
-                loader.teacher,
-                self.embedder,
-                seed=self.config.seed,
-                where=f"stages.{number}.teacher",
-            )
+            if self.projection is None:
+                self.projection = teacher.new_projection(
+                    loader.teacher, self.embedder, seed=self.config.seed, stage=number
+                )
         return stages.start_stage(
             self.config,
             number,
@@ -207,14 +204,13 @@ class _Run:
 
     def _trained(self) -> dict[str, nn.Parameter]:
         """What the stage trains; the model alone is what is left after it."""
-        of_loss = {"log_temperature": self.log_temperature, PROJECTION: self.projection}
+        of_loss = {"log_temperature": self.log_temperature, teacher.PROJECTION: self.projection}
         return trained_parameters(self.embedder, **of_loss)
 
     def _prepare(self, loader: stages.DataLoader, settings: TeacherConfig) -> None:
         """Have the teacher's vectors of all texts that the loader will give."""
-        teacher = Teacher(settings, self.base_dir)
-        made = teacher.prepare(loader.given(self.position.stage_step), self.processes)
-        loader.teacher = teacher
+        loader.teacher = known = teacher.Teacher(settings, self.base_dir)
+        made = known.prepare(loader.given(self.position.stage_step), self.processes)
         self.log(f"{loader.stage.name}: {made:,} texts embedded by {settings.name}")
 
     def _mined(self, number: int, settings: MiningConfig) -> Mixture:
@@ -362,10 +358,14 @@ class _Run:
         if self.evaluation and self.evaluation.put_back(stage.trained, self.best, step):
             self.log(f"{name}: back to the weights of step {self.best.step}")
         self.best = metrics.Best()
-        if stage.number + 1 < len(self.config.stages):
+        following = self.config.stages[stage.number + 1 :]
+        if following:
             self._save_model(self.run.path / f"model-{name}", final=False)
+        if not following or not teacher.is_continued(stage.config.teacher, following[0].teacher):
+            self.projection = None
         self.position = Position(step, stage.number + 1, 0, self.position.seconds)
-        self._save(self.position, trained_parameters(self.embedder), stage.optimizer)
+        self.log_temperature = None
+        self._save(self.position, self._trained(), stage.optimizer)
         self.log(f"{name} finished after step {step}")
 
     def _save_model(self, folder: Path, *, final: bool) -> None:

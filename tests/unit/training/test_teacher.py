@@ -295,6 +295,40 @@ def test_resumed_equals_uninterrupted_and_asks_nothing_again(
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.parametrize("stop_at", [6, 8])
+def test_the_next_stage_goes_on_with_the_projection(
+    tmp_path: Path,
+    tiny_decoder_dir: Path,
+    teacher: Asked,
+    monkeypatch: pytest.MonkeyPatch,
+    stop_at: int,
+) -> None:
+    def two_stages(output: str, **second: Any) -> TrainConfig:
+        config = recipe(tmp_path, tiny_decoder_dir, output)
+        data = config.model_dump(mode="json")
+        data["stages"].append(data["stages"][0] | {"name": "two", "steps": 4} | second)
+        for dataset in data["datasets"]:
+            dataset["stages"] = [1, 2]
+        return TrainConfig.model_validate_json(json.dumps(data))
+
+    train(two_stages("whole"), base_dir=tmp_path)
+    parts = two_stages("parts")
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, stop_at)
+        with pytest.raises(TrainingError, match="interrupted"):
+            train(parts, base_dir=tmp_path)
+    train(parts, base_dir=tmp_path)
+    one, other = (rows(tmp_path / name) for name in ("whole", "parts"))
+    assert [row["parts"] for row in one] == [row["parts"] for row in other]
+    # With another teacher's name it starts anew, and further away.
+    other_teacher = {"model": "another", "vectors": 1.0, "temperature": 0.1}
+    train(two_stages("anew", teacher=other_teacher), base_dir=tmp_path)
+    anew = rows(tmp_path / "anew")
+    assert [row["parts"] for row in anew[:6]] == [row["parts"] for row in one[:6]]
+    assert anew[6]["parts"]["similarities"] == one[6]["parts"]["similarities"]
+    assert anew[6]["parts"]["vectors"] > one[6]["parts"]["vectors"] + 0.1
+
+
 def test_another_width_without_projection_is_one_line(
     tmp_path: Path, tiny_decoder_dir: Path, teacher: Asked
 ) -> None:
@@ -379,7 +413,7 @@ def test_an_endpoint_teaches_in_its_own_words(
     assert len(sent) == len(set(sent))
     pairs = {f"query: {p['query']}" for p in PAIRS} | {f"passage: {p['positive']}" for p in PAIRS}
     bare = {f"passage: {row['text']}" for row in BARE}
-    assert set(sent) <= pairs | bare
+    assert set(sent) - {"width"} <= pairs | bare
     assert set(sent) & {f"query: {p['query']}" for p in PAIRS}
     assert set(sent) & bare
 

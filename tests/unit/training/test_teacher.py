@@ -13,11 +13,12 @@ from safetensors.torch import load_file
 from sentence_transformers.sentence_transformer.losses import DistillKLDivLoss, EmbedDistillLoss
 from torch.nn.functional import normalize
 
+from forked import in_processes
 from hash_encoder import HashEncoder
 from interruption import interrupt_after
 from nvembed.core.errors import ConfigError, DataError, TrainingError
 from nvembed.core.files import write_jsonl
-from nvembed.data.batch import ContrastiveBatch, build_batch, given_texts
+from nvembed.data.batch import ContrastiveBatch, GivenText, build_batch, given_texts
 from nvembed.data.examples import make_source
 from nvembed.data.records import LabelRecord, PairRecord, TextRecord
 from nvembed.encoding import workers
@@ -26,9 +27,11 @@ from nvembed.model.embedder import NVEmbed
 from nvembed.training.checkpoint import latest_checkpoint
 from nvembed.training.config import TrainConfig
 from nvembed.training.contrastive_loss import Objective, evaluate_objective
+from nvembed.training.distributed import DistributedContext
 from nvembed.training.dry_run import dry_run
 from nvembed.training.dry_run_report import print_dry_run
 from nvembed.training.loss_config import TeacherConfig
+from nvembed.training.teacher import Teacher
 from nvembed.training.trainer import train
 
 TEXTS, WIDTH, TAUGHT = 9, 6, 5
@@ -242,7 +245,7 @@ def agreement(model: NVEmbed) -> float:
 def test_a_tiny_model_learns_from_bare_texts_alone(
     tmp_path: Path, tiny_decoder_dir: Path, teacher: Asked
 ) -> None:
-    config = recipe(tmp_path, tiny_decoder_dir, contrastive=None, steps=40, batch_size=16)
+    config = recipe(tmp_path, tiny_decoder_dir, contrastive=None, steps=25, batch_size=16)
     config = config.model_copy(update={"datasets": config.datasets[:1]})
     before = NVEmbed.from_pretrained(tiny_decoder_dir, pooling="mean", device="cpu")
     low = agreement(before)
@@ -293,6 +296,25 @@ def test_resumed_equals_uninterrupted_and_asks_nothing_again(
         load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "parts")
     )
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+GIVEN = [GivenText("document", None, f"text {number}") for number in range(7)]
+
+
+def prepared_by_one_of_two(teacher: Asked) -> tuple[list[str], Any]:
+    made = Teacher(TeacherConfig(model="teacher"), Path())
+    assert made.prepare(GIVEN, DistributedContext.of_environment()) == len(GIVEN)
+    return teacher.texts, made.vectors(GIVEN[::-1])
+
+
+def test_two_processes_share_the_teachers_work(teacher: Asked) -> None:
+    (one, first), (other, second) = in_processes(prepared_by_one_of_two, teacher)
+    assert (len(one), len(other)) == (4, 3)
+    assert sorted(one + other) == [given.text for given in GIVEN]
+    expected = HashEncoder(24, 0.0).encode_document([given.text for given in GIVEN[::-1]])
+    for found in (first, second):
+        assert found.dtype == np.float16
+        np.testing.assert_allclose(found, expected, atol=1e-3)
 
 
 @pytest.mark.parametrize("stop_at", [6, 8])

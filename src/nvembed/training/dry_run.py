@@ -13,6 +13,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -45,7 +46,13 @@ from nvembed.training.loss_config import TeacherConfig
 from nvembed.training.model import peak_bytes
 from nvembed.training.stage_mining import PlannedMining, plan_mining
 from nvembed.training.step import contrastive_step, plan_step, recomputed_share
-from nvembed.training.teacher import PROJECTION, Teacher, TeacherStandIn, new_projection
+from nvembed.training.teacher import (
+    PROJECTION,
+    Teacher,
+    TeacherStandIn,
+    new_projection,
+    teacher_fingerprint,
+)
 
 SAMPLED_STEPS = 20  # batches of a stage that are counted, spread over it
 TIMED_STEPS = 4  # of them taken, the largest first, to warm up; fewer where they take long
@@ -89,6 +96,8 @@ def dry_run(config: TrainConfig, *, base_dir: Path, fresh: bool = False) -> DryR
     mixtures = noted(lambda: stages.load_mixtures(config, base_dir))
     tasks = noted(lambda: metrics.load_evaluation_tasks(evaluation, base_dir) if evaluation else [])
     noted(lambda: metrics.tracker_options(config.trackers, run))
+    for teacher in filter(None, (stage.teacher for stage in config.stages)):
+        noted(partial(teacher_fingerprint, teacher, base_dir))
     begun = not fresh and run.exists and run.has_results and run.inputs.exists()
     if mixtures is not None and tasks is not None and begun:
         noted(

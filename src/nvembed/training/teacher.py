@@ -31,7 +31,11 @@ from nvembed.encoding.encoder import Encoder, computed_fingerprint, is_endpoint
 from nvembed.encoding.kept_vectors import KeptVectors, text_keys
 from nvembed.encoding.vector_file import VectorFile
 from nvembed.encoding.workers import Loader
-from nvembed.interop.model_folder import contents_fingerprint, model_fingerprint
+from nvembed.interop.model_folder import (
+    check_model_name,
+    contents_fingerprint,
+    model_fingerprint,
+)
 from nvembed.mining.ranking import settled_dtype
 from nvembed.model.embedder import NVEmbed
 from nvembed.training.checkpoint import WEIGHTS, tensor_shapes
@@ -51,10 +55,13 @@ def teacher_source(settings: TeacherConfig, base_dir: Path) -> str:
 
 
 def teacher_fingerprint(settings: TeacherConfig, base_dir: Path) -> str | None:
-    """Name a teacher by its contents, where these lie in files here."""
+    """Name a teacher by its contents, where these lie in files here; or say that there is none."""
     if (file := settings.file) is not None:
         return content_hash(*(digest_of(base_dir / name) for name in (file.vectors, file.texts)))
     source = teacher_source(settings, base_dir)
+    if is_endpoint(source):
+        return None
+    check_model_name(source)
     return contents_fingerprint(source) if Path(source).is_dir() else None
 
 

@@ -16,7 +16,7 @@ from torch.nn.functional import normalize
 from forked import in_processes
 from hash_encoder import HashEncoder
 from interruption import interrupt_after
-from nvembed.core.errors import ConfigError, DataError, TrainingError
+from nvembed.core.errors import ConfigError, DataError, ModelError, TrainingError
 from nvembed.core.files import write_jsonl
 from nvembed.data.batch import ContrastiveBatch, GivenText, build_batch, given_texts
 from nvembed.data.examples import make_source
@@ -28,7 +28,7 @@ from nvembed.training.checkpoint import latest_checkpoint
 from nvembed.training.config import TrainConfig
 from nvembed.training.contrastive_loss import Objective, evaluate_objective
 from nvembed.training.distributed import DistributedContext
-from nvembed.training.dry_run import dry_run
+from nvembed.training.dry_run import SeveralError, dry_run
 from nvembed.training.dry_run_report import print_dry_run
 from nvembed.training.loss_config import TeacherConfig
 from nvembed.training.teacher import Teacher
@@ -359,6 +359,22 @@ def test_another_width_without_projection_is_one_line(
     with pytest.raises(ConfigError, match=r"stages\.0\.teacher: .*24 wide.*32") as raised:
         train(config, base_dir=tmp_path)
     assert "\n" not in str(raised.value)
+
+
+def test_a_teacher_that_is_not_there_is_told_before_anything_begins(
+    tmp_path: Path, tiny_decoder_dir: Path, teacher: Asked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def loaded(*_: Any, **__: Any) -> None:
+        raise AssertionError("the model was loaded before")
+
+    monkeypatch.setattr("nvembed.training.model.starting_model", loaded)
+    config = recipe(tmp_path, tiny_decoder_dir, teacher={"model": "../no/teacher"})
+    with pytest.raises(ModelError, match=r"^\.\./no/teacher: no such model folder"):
+        train(config, base_dir=tmp_path)
+    (tmp_path / "bare.jsonl").unlink()
+    with pytest.raises(SeveralError) as raised:
+        dry_run(config, base_dir=tmp_path)
+    assert len(raised.value.problems) == 2
 
 
 def test_a_dry_run_tells_what_the_teacher_has_to_embed(

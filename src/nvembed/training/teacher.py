@@ -90,25 +90,33 @@ class Teacher:
         assert self._kept.dimension is not None, "prepared"
         return self._kept.dimension
 
-    def prepare(self, given: Iterable[GivenText], processes: DistributedContext) -> int:
+    def prepare(
+        self,
+        given: Iterable[GivenText],
+        processes: DistributedContext,
+        log: Callable[[str], None],
+    ) -> None:
         """Embed the texts that no file has yet, shared out over processes that all call this.
 
-        Returns the number of texts that were missing.
+        The log has a line for every tenth of them: a run in the background shows no bar.
         """
         texts = self._missing(map(self._as_read, given))
         processes.barrier()  # all see the same ones missing, before the first of them is there
+        log(f"{len(texts):,} texts to embed by {self.settings.name}")
         encoder: Encoder | None = None
         for own in (texts[processes.rank :: processes.count], texts):
             # What others made is still missing where the cache is not shared.
             if left := self._missing(own):
                 encoder = encoder or self._load()
-                rates = Rates()
+                rates, done = Rates(), 0
                 with progress(len(left), "teacher") as bar:
                     for window in _windows(left):
                         self._embed(window, encoder)
                         bar.advance(len(window), **rates.add(texts=len(window)))
+                        tenth, done = 10 * done // len(left), done + len(window)
+                        if tenth < 10 * done // len(left):
+                            log(f"{done:,} of {len(left):,} texts embedded by the teacher")
             processes.barrier()
-        return len(texts)
 
     def vectors(self, given_U: Sequence[GivenText]) -> NDArray[np.float16]:
         """Vectors of texts that were prepared, ``(U, E)``."""

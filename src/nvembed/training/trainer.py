@@ -210,8 +210,7 @@ class _Run:
     def _prepare(self, loader: stages.DataLoader, settings: TeacherConfig) -> None:
         """Have the teacher's vectors of all texts that the loader will give."""
         loader.teacher = known = teacher.Teacher(settings, self.base_dir)
-        made = known.prepare(loader.given(self.position.stage_step), self.processes)
-        self.log(f"{loader.stage.name}: {made:,} texts embedded by {settings.name}")
+        known.prepare(loader.given(self.position.stage_step), self.processes, self.log)
 
     def _mined(self, number: int, settings: MiningConfig) -> Mixture:
         """The data of a stage, with negatives mined by the model as it is now."""

@@ -301,14 +301,15 @@ def test_resumed_equals_uninterrupted_and_asks_nothing_again(
 GIVEN = [GivenText("document", None, f"text {number}") for number in range(7)]
 
 
-def prepared_by_one_of_two(teacher: Asked) -> tuple[list[str], Any]:
-    made = Teacher(TeacherConfig(model="teacher"), Path())
-    assert made.prepare(GIVEN, DistributedContext.of_environment()) == len(GIVEN)
-    return teacher.texts, made.vectors(GIVEN[::-1])
+def prepared_by_one_of_two(teacher: Asked) -> tuple[list[str], Any, list[str]]:
+    made, told = Teacher(TeacherConfig(model="teacher"), Path()), list[str]()
+    made.prepare(GIVEN, DistributedContext.of_environment(), told.append)
+    return teacher.texts, made.vectors(GIVEN[::-1]), told
 
 
 def test_two_processes_share_the_teachers_work(teacher: Asked) -> None:
-    (one, first), (other, second) = in_processes(prepared_by_one_of_two, teacher)
+    (one, first, told), (other, second, _) = in_processes(prepared_by_one_of_two, teacher)
+    assert told == ["7 texts to embed by teacher", "4 of 4 texts embedded by the teacher"]
     assert (len(one), len(other)) == (4, 3)
     assert sorted(one + other) == [given.text for given in GIVEN]
     expected = HashEncoder(24, 0.0).encode_document([given.text for given in GIVEN[::-1]])

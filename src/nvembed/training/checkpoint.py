@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -26,7 +27,7 @@ from nvembed.core.errors import DataError, TrainingError, UserError
 from nvembed.core.files import atomic_folder, read_json_object, tidy
 from nvembed.core.ownership import remove_named, unnamed
 from nvembed.interop.weights import check_finite_tensor
-from nvembed.training.config import recipe_differences
+from nvembed.training.config import TrainConfig, recipe_differences
 from nvembed.training.distributed import DistributedContext, full, spread
 
 _NAME = re.compile(r"step-\d{10}(-end)?")
@@ -130,7 +131,10 @@ def read_position(checkpoint: Path) -> Position:
 def check_recipe(checkpoint: Path, recipe: Mapping[str, Any], processes: int = 1) -> str | None:
     """Refuse a checkpoint of another recipe; return what to say of another number of processes."""
     state = _read_state(checkpoint)
-    if different := recipe_differences(state["recipe"], recipe):
+    before = state["recipe"]
+    with suppress(ValidationError):  # options that are newer than the checkpoint have defaults
+        before = TrainConfig.model_validate_json(json.dumps(before)).model_dump(mode="json")
+    if different := recipe_differences(before, recipe):
         raise TrainingError(
             f"the checkpoint is of another recipe: {'; '.join(different)}",
             where=str(checkpoint),

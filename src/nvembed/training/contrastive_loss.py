@@ -178,7 +178,7 @@ class Evaluated:
     @property
     def loss(self) -> float:
         """The value."""
-        return math.fsum(self.parts.values())
+        return sum(self.parts.values())
 
     def send_back(self, parts: Mapping[str, Tensor]) -> None:
         """Add the values of some parts, and take their gradients."""

@@ -47,7 +47,7 @@ def prepare_folder(
     run.tidy()
     if begun:
         remove_leftovers(run.checkpoints)
-        if _recorded(run) == resolved:
+        if _recorded(run) == resolved or is_finished(run):
             return
         if run.has_results:
             write_text(run.config, resolved, TRAIN)

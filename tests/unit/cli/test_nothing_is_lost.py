@@ -204,7 +204,7 @@ UNMARKED = {
     "building/set_build.py": {"rmdir", "atomic_folder", "write_json"},
     "encoding/embed.py": {"write_array", "write_arrays"},
     "mining/ranking.py": {"write_array"},
-    "evaluation/encoders.py": {"write_array"},
+    "encoding/kept_vectors.py": {"write_array"},
     "core/store.py": {"atomic_path", "open", "save", "savez", "write_json"},
     # In a folder or file that is being made, by the block around it.
     "training/ablation/report.py": {"write_bytes"},

@@ -16,6 +16,7 @@ from torch.nn.functional import normalize
 from forked import in_processes
 from hash_encoder import HashEncoder
 from interruption import interrupt_after
+from noting import Counting
 from nvembed.core.errors import ConfigError, DataError, ModelError, TrainingError
 from nvembed.core.files import write_jsonl
 from nvembed.data.batch import ContrastiveBatch, GivenText, build_batch, given_texts
@@ -316,6 +317,25 @@ def test_two_processes_share_the_teachers_work(teacher: Asked) -> None:
     for found in (first, second):
         assert found.dtype == np.float16
         np.testing.assert_allclose(found, expected, atol=1e-3)
+
+
+def test_a_teacher_is_told_sides_and_instructions_and_what_is_known_is_not_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counting = Counting(24)
+    monkeypatch.setenv("NVEMBED_CACHE", str(tmp_path))
+    monkeypatch.setattr(workers, "load_encoder", lambda *_: counting)
+    alone, told = DistributedContext.of_environment(), list[str]()
+    given = [GivenText("query", "find", "q"), GivenText("query", "sort", "q"), *GIVEN]
+    for instructions, expected in ((True, [*given]), (False, [GivenText("query", None, "q")])):
+        settings = TeacherConfig(model="teacher", instructions=instructions)
+        for _ in range(2):
+            Teacher(settings, Path()).prepare([*given, *given], alone, told.append)
+        assert counting.asked == [(one.side, one.text, one.instruction) for one in expected]
+        counting.asked.clear()
+    assert [line for line in told if "to embed" in line] == [
+        f"{count} texts to embed by teacher" for count in (9, 0, 1, 0)
+    ]
 
 
 @pytest.mark.parametrize("stop_at", [6, 8])

@@ -32,7 +32,7 @@ from nvembed.training.distributed import DistributedContext, full, spread
 
 _NAME = re.compile(r"step-\d{10}(-end)?")
 _FILES = re.compile(r"(weights|optimizer)\.safetensors|state\.json")
-_WEIGHTS, _OPTIMIZER, _STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
+WEIGHTS, _OPTIMIZER, _STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
 # Of a parameter group: how this machine computes, which is not part of the run's state.
 _MACHINE = {"params", "fused", "foreach", "capturable"}
 _COPY_BACK = "Copy the folder back if it was copied, or start over with --fresh"
@@ -77,7 +77,7 @@ def save_checkpoint(
         "recipe": recipe,
         "processes": processes.count,
     }
-    _write_together(target, {_WEIGHTS: trained, _OPTIMIZER: tensors}, processes, state)
+    _write_together(target, {WEIGHTS: trained, _OPTIMIZER: tensors}, processes, state)
     if processes.is_main:
         remove_leftovers(folder)
         found = _checkpoints(folder)
@@ -90,7 +90,7 @@ def save_checkpoint(
 
 def save_weights(target: Path, trained: Parameters, processes: DistributedContext) -> None:
     """Write the folder ``target`` with the trained parameters alone, for ``restore_weights``."""
-    _write_together(target, {_WEIGHTS: trained}, processes)
+    _write_together(target, {WEIGHTS: trained}, processes)
 
 
 def latest_checkpoint(folder: Path, *, log: Callable[[str], None] | None = None) -> Path | None:
@@ -99,7 +99,7 @@ def latest_checkpoint(folder: Path, *, log: Callable[[str], None] | None = None)
     problem = ""
     for path in reversed(found):
         try:
-            tensor_shapes(path / _WEIGHTS)
+            tensor_shapes(path / WEIGHTS)
             tensor_shapes(path / _OPTIMIZER)
             _read_state(path)
         except (OSError, DataError, SafetensorError) as error:
@@ -150,7 +150,7 @@ def check_recipe(checkpoint: Path, recipe: Mapping[str, Any], processes: int = 1
 
 def restore_weights(checkpoint: Path, trained: Parameters) -> None:
     """Put the trained parameters back, which must be those of this model, and finite."""
-    file = checkpoint / _WEIGHTS
+    file = checkpoint / WEIGHTS
     try:
         shapes = tensor_shapes(file)
     except (OSError, SafetensorError) as error:

@@ -32,6 +32,7 @@ from nvembed.training.contrastive_loss import new_temperature
 from nvembed.training.distributed import DistributedContext
 from nvembed.training.learning_rate import peak_rate, with_fitting_rates
 from nvembed.training.stage_mining import plan_mining
+from nvembed.training.teacher import PROJECTION, Teacher, new_projection
 
 FACTOR = 2.5  # between two rates
 _AROUND = (0, 1, -1, 2, -2)  # first tried, in steps of the factor from the rate of the recipe
@@ -141,7 +142,8 @@ class _Search:
         mine = self.config.stages[0].mine
         if mine is not None:  # random documents stand in for what would be mined
             nowhere = Path(self.config.output) / "none"
-            mixture, _ = plan_mining(self.config, mine, mixture, self.base_dir, nowhere)
+            first = self.config.stages[0]
+            mixture, _ = plan_mining(self.config, first, mixture, self.base_dir, nowhere)
         self.mixture = mixture
         self.processes = DistributedContext.of_environment()
         device = self.processes.device
@@ -186,9 +188,36 @@ class _Search:
         took: list[float] | None = None,
     ) -> Trial:
         """Train from the start for some steps; ``took`` gets the seconds of each."""
+        config, started, beside = self._stage(stage, rate, min(steps, stage.steps))
+        losses = list[float]()
+        with suppress(FloatingPointError):
+            for number in range(started.config.steps):
+                began = time.monotonic()
+                share = stages.stage_schedule(number, started.config, config.optimizer)
+                stages.set_learning_rate(started.optimizer, share)
+                result = stages.trial_step(
+                    self.embedder,
+                    started,
+                    started.loader.step(number),
+                    config,
+                    self.processes,
+                    number=number,
+                    **beside,
+                )
+                losses.append(result.loss)
+                if took is not None:
+                    took.append(time.monotonic() - began)
+                if bar is not None:
+                    bar.advance(1, rate=shown_rate(rate), loss=result.loss)
+        return Trial(rate, tuple(losses), diverged=len(losses) < started.config.steps)
+
+    def _stage(
+        self, stage: StageConfig, rate: float, steps: int
+    ) -> tuple[TrainConfig, stages.Stage, dict[str, torch.nn.Parameter | None]]:
+        """The run with the stage made short, the stage at its start, and what its loss has."""
         short = stage.model_copy(
             update={
-                "steps": min(steps, stage.steps),
+                "steps": steps,
                 "warmup_steps": min(stage.warmup_steps, steps // 5),
                 "learning_rate": rate,
             }
@@ -196,8 +225,15 @@ class _Search:
         config = self.config.model_copy(update={"stages": (short, *self.config.stages[1:])})
         tokenizer = self.embedder.backbone.text_tokenizer
         loader = stages.DataLoader(self.mixture, short, seed=config.seed, tokenizer=tokenizer)
-        log_temperature = new_temperature(short, self.processes.device)
-        trained = trained_parameters(self.embedder, log_temperature=log_temperature)
+        if short.teacher is not None:
+            loader.teacher = known = Teacher(short.teacher, self.base_dir)
+            with torch.autocast(self.processes.device.type, enabled=False):
+                known.prepare(loader.given(0), self.processes, lambda line: None)
+        beside = {
+            "log_temperature": new_temperature(short, self.processes.device),
+            PROJECTION: new_projection(loader.teacher, self.embedder, seed=config.seed, stage=0),
+        }
+        trained = trained_parameters(self.embedder, **beside)
         with torch.no_grad():
             for name, value in self.start.items():
                 trained[name].copy_(value)
@@ -210,27 +246,7 @@ class _Search:
             activation_budget=self.budget,
             checkpoint=None,
         )
-        losses = list[float]()
-        with suppress(FloatingPointError):
-            for number in range(short.steps):
-                began = time.monotonic()
-                share = stages.stage_schedule(number, short, config.optimizer)
-                stages.set_learning_rate(started.optimizer, share)
-                result = stages.trial_step(
-                    self.embedder,
-                    started,
-                    loader.step(number),
-                    config,
-                    self.processes,
-                    number=number,
-                    log_temperature=log_temperature,
-                )
-                losses.append(result.loss)
-                if took is not None:
-                    took.append(time.monotonic() - began)
-                if bar is not None:
-                    bar.advance(1, rate=shown_rate(rate), loss=result.loss)
-        return Trial(rate, tuple(losses), diverged=len(losses) < short.steps)
+        return config, started, beside
 
 
 # --- What is shown --------------------------------------------------------------------------------

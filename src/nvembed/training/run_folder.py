@@ -33,6 +33,7 @@ from nvembed.training.learning_rate import with_fitting_rates, with_rates
 from nvembed.training.metrics import load_evaluation_tasks
 from nvembed.training.model import backbone_source
 from nvembed.training.stages import load_mixtures
+from nvembed.training.teacher import teacher_fingerprint
 
 GO_ON = "The same command goes on from the last checkpoint"
 _MINED = "mined set "
@@ -62,13 +63,19 @@ def prepare_folder(
 
 
 def settle_rates(
-    run: RunFolder, config: TrainConfig, embedder: NVEmbed, processes: DistributedContext
-) -> tuple[TrainConfig, str | None]:
-    """Fit open learning rates to the model, and keep them in the folder; a line that says so."""
+    run: RunFolder,
+    config: TrainConfig,
+    embedder: NVEmbed,
+    processes: DistributedContext,
+    log: Callable[[str], None],
+) -> TrainConfig:
+    """Fit open learning rates to the model, say so, and keep them in the folder."""
     config, line = with_fitting_rates(config, embedder)
-    if line is not None and processes.is_main:
-        write_text(run.config, dump_config(config), TRAIN)
-    return config, line
+    if line is not None:
+        log(line)
+        if processes.is_main:
+            write_text(run.config, dump_config(config), TRAIN)
+    return config
 
 
 def changed_kernels(run: RunFolder) -> str | None:
@@ -156,6 +163,18 @@ def with_settled_choices(
     return config.model_copy(update={"precision": precision}), line
 
 
+def settle_choices(
+    config: TrainConfig, run: RunFolder, processes: DistributedContext, *, fresh: bool
+) -> tuple[TrainConfig, str | None]:
+    """``with_settled_choices`` by the first process for all."""
+    why: str | None = None
+    if processes.is_main:
+        config, why = with_settled_choices(config, run, fresh=fresh)
+    known = config.precision, [stage.learning_rate for stage in config.stages]
+    precision, rates = processes.of_main(known)
+    return with_rates(config.model_copy(update={"precision": precision}), rates), why
+
+
 def inputs_of(
     config: TrainConfig, base_dir: Path, mixtures: Sequence[Mixture], tasks: Sequence[LocalTask]
 ) -> dict[str, str]:
@@ -168,6 +187,8 @@ def inputs_of(
         if stage.mine and stage.mine.rerank and Path(stage.mine.rerank).is_dir():
             key = f"mine.rerank of {stage.name}"
             found[key] = contents_fingerprint(stage.mine.rerank)
+        if stage.teacher and (teacher := teacher_fingerprint(stage.teacher, base_dir)):
+            found[f"teacher of {stage.name}"] = teacher
     return found
 
 
@@ -182,7 +203,10 @@ def what_decides_inputs(config: TrainConfig) -> str:
     """The same for runs of the same inputs, whose data then need to be read once."""
     datasets = [dataset.model_dump(mode="json") for dataset in config.datasets]
     build = config.build and config.build.model_dump(mode="json")
-    mining = [[stage.name, stage.mine and stage.mine.rerank] for stage in config.stages]
+    mining = [
+        [stage.name, stage.mine and stage.mine.rerank, stage.teacher and stage.teacher.model_dump()]
+        for stage in config.stages
+    ]
     tasks = config.evaluation and list(config.evaluation.tasks)
     return content_hash(datasets, build, config.model.backbone, mining, tasks)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,9 +19,16 @@ from torch.distributed.tensor import DTensor
 
 from nvembed.core import background
 from nvembed.core.errors import ConfigError, TrainingError
+from nvembed.core.reporting import progress
 from nvembed.core.runs import derive_seed
-from nvembed.data.batch import ContrastiveBatch, build_batch, effective_negatives
-from nvembed.data.examples import Mixture
+from nvembed.data.batch import (
+    ContrastiveBatch,
+    GivenText,
+    build_batch,
+    effective_negatives,
+    given_texts,
+)
+from nvembed.data.examples import Example, Mixture
 from nvembed.data.loading import load_mixture, training_datasets
 from nvembed.model.embedder import NVEmbed
 from nvembed.text.instructions import PromptedText
@@ -32,6 +39,7 @@ from nvembed.training.contrastive_loss import Objective
 from nvembed.training.distributed import DistributedContext
 from nvembed.training.learning_rate import peak_rate
 from nvembed.training.step import StepResult, StepSettings, contrastive_step
+from nvembed.training.teacher import PROJECTION, Teacher, TeacherStandIn
 
 # What torch's fused kernels, and bitsandbytes' 8-bit ones, exist for.
 _FUSED_DEVICES = {"cpu", "cuda"}
@@ -45,7 +53,13 @@ def load_mixtures(config: TrainConfig, base_dir: Path) -> list[Mixture]:
     datasets = training_datasets(config.datasets, config.build, base_dir)
     kinds = {dataset.name: dataset.kind for dataset in config.datasets}
     mixtures = [
-        load_mixture(datasets, stage=n, base_dir=base_dir, temperature=stage.mixture_temperature)
+        load_mixture(
+            datasets,
+            stage=n,
+            base_dir=base_dir,
+            temperature=stage.mixture_temperature,
+            graded=stage.cosent is not None,
+        )
         for n, stage in enumerate(config.stages, start=1)
     ]
     for number, (stage, mixture) in enumerate(zip(config.stages, mixtures, strict=True)):
@@ -75,6 +89,7 @@ class DataLoader:
         self.mixture = mixture
         self.stage = stage
         self.tokenizer = tokenizer
+        self.teacher: Teacher | TeacherStandIn | None = None  # which has the vectors of all texts
         self._seed = derive_seed(seed, "data", stage.name)
         self._order = mixture.order(
             self._seed,
@@ -88,6 +103,7 @@ class DataLoader:
         sizes = ", ".join(f"{source.name} {len(source):,}" for source in self.mixture.sources)
         return (
             f"{stage.name}: {stage.steps:,} steps of {stage.batch_size} queries; "
+            f"loss {' + '.join(f'{weight:g} {name}' for name, weight in stage.losses.items())}; "
             f"in-batch negatives {'on' if stage.in_batch_negatives else 'off'}; "
             f"effective negatives per query {effective_negatives(self.batch(0)):.1f}; data: {sizes}"
         )
@@ -99,8 +115,19 @@ class DataLoader:
 
     def batch(self, step: int) -> ContrastiveBatch:
         """The batch of a step of the stage, counted from 0."""
+        examples = self._examples(step)
+        return build_batch(examples, in_batch_negatives=self.stage.in_batch_negatives)
+
+    def given(self, start: int) -> Iterator[GivenText]:
+        """All texts of the stage from a step on, as the data sets give them."""
+        with progress(self.stage.steps - start, f"{self.stage.name}: texts") as bar:
+            for step in range(start, self.stage.steps):
+                yield from given_texts(self._examples(step)).values()
+                bar.advance(1)
+
+    def _examples(self, step: int) -> list[Example]:
         first = step * self.stage.batch_size
-        examples = self.mixture.examples(
+        return self.mixture.examples(
             self._order,
             first,
             first + self.stage.batch_size,
@@ -108,11 +135,12 @@ class DataLoader:
             num_negatives=self.stage.num_negatives,
             num_positives=self.stage.num_positives,
         )
-        return build_batch(examples, in_batch_negatives=self.stage.in_batch_negatives)
 
     def step(self, step: int) -> PreparedBatch:
-        """The batch of a step and the tokens of its texts."""
+        """The batch of a step with its teacher's vectors, and the tokens of its texts."""
         batch = self.batch(step)
+        if self.teacher is not None:
+            batch = replace(batch, teacher_UE=self.teacher.vectors(batch.given_U))
         return batch, tokenized(self.tokenizer, batch.texts)
 
     @contextmanager
@@ -164,7 +192,8 @@ def start_stage(
     training_weights(optimizer)
     if checkpoint is not None:
         restore_optimizer(checkpoint, trained, optimizer)
-    objective, coupled = Objective.of_stage(stage), stage.in_batch_negatives
+    objective = Objective.of_stage(stage)
+    coupled = stage.in_batch_negatives or objective.coupled
     settings = StepSettings(objective, coupled, config.pack_tokens, activation_budget)
     return Stage(number, stage, loader, settings, trained, optimizer)
 
@@ -184,10 +213,12 @@ def trial_step(
     ``of_loss`` is what the loss has besides the model, such as a temperature. A loss or gradient
     that is not finite is a FloatingPointError.
     """
+    batch, texts = prepared
     try:
         result = contrastive_step(
             model,
-            *prepared,
+            batch,
+            texts,
             stage.settings,
             processes,
             seed=derive_seed(config.seed, "dropout", stage.config.name, number),
@@ -245,7 +276,8 @@ def build_optimizer(
     head_rate = stage.head_learning_rate or backbone_rate
     split: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
     for name, parameter in trained.items():
-        rate = head_rate if id(parameter) in in_head else backbone_rate
+        of_head = id(parameter) in in_head or name == PROJECTION
+        rate = head_rate if of_head else backbone_rate
         decays = parameter.ndim > 1 and "latents" not in name and "embed_tokens" not in name
         # No kernel takes sharded and other parameters together.
         kind = (rate, config.weight_decay if decays else 0.0, isinstance(parameter, DTensor))

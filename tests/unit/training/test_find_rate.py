@@ -72,6 +72,35 @@ def test_a_trial_is_the_run_with_that_rate(tmp_path: Path, tiny_decoder_dir: Pat
     assert trial.loss == pytest.approx(np.mean(expected[-3:]))
 
 
+def test_a_teacher_and_mined_negatives_are_part_of_it(
+    tmp_path: Path, tiny_decoder_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NVEMBED_CACHE", str(tmp_path / "cache"))
+    folder = train(recipe(tmp_path, tiny_decoder_dir, 1e-3), base_dir=tmp_path)
+    parts: list[dict[str, float]] = []
+    step = stages.trial_step
+
+    def noted(*arguments: Any, **options: Any) -> Any:
+        result = step(*arguments, **options)
+        parts.append(result.to_row()["parts"])
+        return result
+
+    monkeypatch.setattr(stages, "trial_step", noted)
+    monkeypatch.setattr(search, "_AROUND", (0,))
+    monkeypatch.setattr(search, "_MOST_RATES", 1)
+    (stage,) = recipe(tmp_path, tiny_decoder_dir, 1e-3).stages
+    data = stage.model_dump(mode="json") | {
+        "steps": 3,
+        "num_negatives": 1,
+        "teacher": {"model": str(folder), "vectors": 1.0},
+        "mine": {"num_negatives": 1},
+    }
+    config = recipe(tmp_path, tiny_decoder_dir, 1e-3, stages=[data])
+    (trial,) = find_rate(config, base_dir=tmp_path).trials
+    assert len(trial.losses) == 3
+    assert all({*found} >= {"contrastive", "similarities", "vectors"} for found in parts)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("lora", [None, {"rank": 4, "dropout": 0.0}], ids=["full", "lora"])
 @pytest.mark.parametrize("start", [1e-4, 2e-3])

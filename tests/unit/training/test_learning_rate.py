@@ -15,6 +15,7 @@ from interruption import interrupt_after
 from nvembed.core.config import load_config
 from nvembed.core.errors import ConfigError, TrainingError
 from nvembed.core.files import read_jsonl, write_jsonl
+from nvembed.core.runs import RunFolder
 from nvembed.model.backbone import add_lora
 from nvembed.model.embedder import NVEmbed
 from nvembed.model.settings import LoraSettings, fitting_rate, shown_rate
@@ -29,6 +30,7 @@ from nvembed.training.learning_rate import (
     peak_rate,
     with_rates,
 )
+from nvembed.training.run_folder import prepare_folder
 from nvembed.training.trainer import train
 from tiny_run import DATASET, PAIRS
 
@@ -136,6 +138,16 @@ def test_a_run_settles_its_rates_and_keeps_them(
     train(config, base_dir=tmp_path)  # finished
     with pytest.raises(TrainingError, match=r"stages\.0\.learning_rate: 0\.002 → 0\.003"):
         train(with_rates(recipe(tmp_path, tiny_decoder_dir, 3e-3, None), []), base_dir=tmp_path)
+
+
+def test_a_run_that_was_killed_before_its_model_was_there_settles_them(
+    tmp_path: Path, tiny_decoder_dir: Path
+) -> None:
+    config = recipe(tmp_path, tiny_decoder_dir, None)
+    prepare_folder(RunFolder(tmp_path / "run"), config, fresh=False)
+    assert kept_rates(tmp_path) == [None]
+    train(config, base_dir=tmp_path)
+    assert kept_rates(tmp_path) == [2e-3]
 
 
 def test_given_rates_stay_and_later_ones_follow_the_first(

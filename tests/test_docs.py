@@ -70,7 +70,9 @@ def place(
         "datasets": [{**dataset, "stages": [1]}],
         "stages": [{"name": "one", "steps": 1, "batch_size": 4, "in_batch_negatives": True}],
     }
-    (tmp_path / "recipes" / "small.yaml").write_text(yaml.safe_dump(recipe))
+    for name in ("small", "demo"):
+        named = {**recipe, "output": f"runs/{name}"}
+        (tmp_path / "recipes" / f"{name}.yaml").write_text(yaml.safe_dump(named))
     (tmp_path / "recipes" / "ablations").mkdir()
     grid = {"recipe": "../small.yaml", "output": "runs/grid", "tasks": ["../../FOLDER"]}
     grid["axes"] = {"pooling": {"mean": {}, "last": {"model.pooling": {"kind": "last"}}}}

@@ -1,6 +1,6 @@
 """One's own Python code as a searchable file.
 
-    python -m pydocs.own FOLDER docs.jsonl
+    PYTHONPATH=examples python -m pydocs.own FOLDER docs.jsonl
     nvembed search MODEL "read the settings from a file" --documents docs.jsonl
 
 Enters: a folder of Python source, which is parsed and never run. Leaves: JSONL with one document

@@ -95,7 +95,7 @@ def next_commands(output: Path) -> list[tuple[str, str]]:
         ),
         (
             "search your own Python",
-            "python -m pydocs.own path/to/your/code my-docs.jsonl\n"
+            "PYTHONPATH=examples python -m pydocs.own path/to/your/code my-docs.jsonl\n"
             f'nvembed search {folder}/model "read the settings" --documents my-docs.jsonl',
         ),
         ("train longer", f"python examples/pydocs --minutes 60 --output {folder}-60"),
@@ -104,5 +104,8 @@ def next_commands(output: Path) -> list[tuple[str, str]]:
             f"python examples/pydocs --backbone HuggingFaceTB/SmolLM2-135M --minutes 120 "
             f"--output {folder}-smollm2",
         ),
-        ("train on your own data", "nvembed train recipes/demo.yaml   # a recipe to copy"),
+        (
+            "train on your own data",
+            "nvembed train recipes/demo.yaml   # a recipe to copy; this goes to runs/demo-recipe",
+        ),
     ]

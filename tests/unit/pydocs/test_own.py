@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,9 @@ import pytest
 from hash_encoder import HashEncoder
 from nvembed.encoding.file_search import search_file
 from pydocs.own import main
+from pydocs.report import next_commands
+
+ROOT = Path(__file__).parents[3]
 
 SOURCE = '''
 def dew_point(temperature, humidity):
@@ -35,6 +41,18 @@ def test_own_code_is_searchable(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert [hit.id for hit in hits] == ["weather.air.Station", "weather.air.dew_point"]
     assert hits[1].text.startswith("dew_point(temperature, humidity)\nCompute the dew point")
     assert hits[0].text == "Station()\nRepresent a weather station. It holds sensors."
+
+
+def test_the_command_that_the_demo_names_runs(tmp_path: Path) -> None:
+    (tmp_path / "air.py").write_text(SOURCE, encoding="utf-8")
+    named = dict(next_commands(Path("runs/demo")))["search your own Python"].splitlines()[0]
+    command = named.replace("path/to/your/code", str(tmp_path)).replace(
+        "my-docs", str(tmp_path / "d")
+    )
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path}
+    subprocess.run(command, shell=True, check=True, cwd=ROOT, env=environment)
+    assert len((tmp_path / "d.jsonl").read_text("utf-8").splitlines()) == 2
 
 
 def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,7 @@ def test_recipe_file_is_the_run_of_the_demo() -> None:
     loaded = load_config(TrainConfig, RECIPE)
     steps = Steps(loaded.stages[0].steps, loaded.stages[1].steps)
     expected = demo_config(
-        output="runs/demo",
+        output="runs/demo-recipe",
         backbone="../assets/decoder-6m",
         steps=steps,
         data="../runs/demo/data",

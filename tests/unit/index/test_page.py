@@ -257,6 +257,23 @@ def test_by_keyboard_alone(page):
     assert page.evaluate("document.activeElement.id") == "query"
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_search_before_the_page_is_ready_waits(browser, address, fails):
+    page = browser.new_page()
+    held = []
+    page.route("**/api/about", lambda route: held.append(route))
+    page.goto(address)
+    page.fill("#query", "moon")
+    page.press("#query", "Enter")
+    until(lambda: page.text_content("#status") == "Searching …")
+    if fails:
+        held[0].abort()
+        until(lambda: page.text_content("#status") == "The server does not answer.")
+    else:
+        held[0].continue_()
+        page.wait_for_selector("#results li")
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_contrast_and_names(browser, address, scheme):
     page = browser.new_page(color_scheme=scheme, viewport={"width": 380, "height": 800})

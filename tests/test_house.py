@@ -91,6 +91,7 @@ def test_public_names_are_exact_and_sorted() -> None:
         "load_config",
         "load_encoder",
         "load_tasks",
+        "merge",
         "mine",
         "mine_negatives",
         "search_file",

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from nvembed.encoding.outputs import OutputFormat
     from nvembed.evaluation.comparison import compare_results as compare
     from nvembed.evaluation.session import evaluate
+    from nvembed.evaluation.soup import merge
     from nvembed.evaluation.tasks import load_tasks
     from nvembed.index.build import IndexOptions
     from nvembed.index.build import index_documents as build_index
@@ -72,6 +73,7 @@ __all__ = [
     "load_config",
     "load_encoder",
     "load_tasks",
+    "merge",
     "mine",
     "mine_negatives",
     "search_file",
@@ -107,6 +109,7 @@ _HOMES = {
     "load_config": "core.config.load_config",
     "load_encoder": "encoding.encoder.load_encoder",
     "load_tasks": "evaluation.tasks.load_tasks",
+    "merge": "evaluation.soup.merge",
     "mine": "mining.miner.mine_file",
     "mine_negatives": "mining.miner.mine_negatives",
     "search_file": "encoding.file_search.search_file",

@@ -118,7 +118,7 @@ class _Claims:
                     self._add((record.query, text), relevant, row)
         elif isinstance(record, StsRecord):
             self._add(identity(record), record.score, row)
-        else:
+        elif isinstance(record, LabelRecord):
             number = self._labels.setdefault(record.label, len(self._labels))
             self._add((record.text,), number, row)
 

@@ -18,9 +18,9 @@ from nvembed.mining.selection import MiningReport
 
 
 def teacher_name(name: str, base_dir: Path) -> str:
-    """The folder of a teacher where there is one beside the recipe, else what it is called."""
+    """The folder or file of a teacher where one lies beside the recipe, else what it is called."""
     local = base_dir / name
-    return str(local) if name != BM25_NAME and local.is_dir() else name
+    return str(local) if name != BM25_NAME and local.exists() else name
 
 
 def mined(

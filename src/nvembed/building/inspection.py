@@ -25,7 +25,16 @@ from nvembed.data.built_sets import MANIFEST, read_manifest, read_shards
 from nvembed.data.config import DatasetConfig
 from nvembed.data.examples import POSITIVE_SCORE
 from nvembed.data.loading import open_dataset
-from nvembed.data.records import BadRow, Converted, Kind, LabelRecord, PairRecord, Record, StsRecord
+from nvembed.data.records import (
+    BadRow,
+    Converted,
+    Kind,
+    LabelRecord,
+    PairRecord,
+    Record,
+    StsRecord,
+    TextRecord,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -172,11 +181,11 @@ def inspect(
                 sides += _sides(record)
                 if isinstance(record, LabelRecord):
                     classes[record.label] += 1
-                    continue
-                per_record["negatives"].append(len(record.negatives))
+                elif isinstance(record, PairRecord | StsRecord):
+                    per_record["negatives"].append(len(record.negatives))
                 if isinstance(record, PairRecord):
                     per_record["positives"].append(len(record.positives))
-                else:
+                elif isinstance(record, StsRecord):
                     trained_on += record.score >= POSITIVE_SCORE
             counts = count_tokens([text for _, text in sides]) if count_tokens else ()
             for side, text in sides:
@@ -193,7 +202,7 @@ def inspect(
         found.classes = len(ordered)
         found.largest = tuple(ordered[:_CLASSES_SHOWN])
         found.smallest = tuple(ordered[: -_CLASSES_SHOWN - 1 : -1])
-    else:
+    elif kind != "text":
         found.without_negatives = per_record["negatives"].count(0)
     if kind == "sts":
         found.trained_on = trained_on
@@ -213,7 +222,7 @@ def _spreads(numbers: dict[str, array[int]]) -> dict[str, Spread]:
 
 
 def _sides(record: Record) -> list[tuple[str, str]]:
-    if isinstance(record, LabelRecord):
+    if isinstance(record, LabelRecord | TextRecord):
         return [("text", record.text)]
     if isinstance(record, StsRecord):
         sides = [("sentence", record.sentence1), ("sentence", record.sentence2)]

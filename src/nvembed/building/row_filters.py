@@ -164,7 +164,7 @@ def identity(record: Record) -> tuple[str, ...]:
         return (record.query, record.instruction or "")
     if isinstance(record, StsRecord):
         return tuple(sorted((record.sentence1, record.sentence2), key=text_key))
-    return record.text, record.label
+    return (record.text, record.label) if isinstance(record, LabelRecord) else (record.text,)
 
 
 def distinct(rows: Rows, scratch: Path, repeats: Repeats) -> Iterator[Converted]:

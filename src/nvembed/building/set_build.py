@@ -44,6 +44,7 @@ from nvembed.data.loading import open_dataset
 from nvembed.data.records import Converted, LabelRecord
 from nvembed.encoding.encoder import is_endpoint
 from nvembed.evaluation.tasks import load_tasks
+from nvembed.interop.gguf_names import find_gguf
 from nvembed.interop.model_folder import contents_fingerprint
 from nvembed.mining.ranking import BM25_NAME
 
@@ -91,7 +92,8 @@ class BuildContext:
 
     @lru_cache(maxsize=2)  # noqa: B019 - lives as long as the command
     def _fingerprint(self, folder: str) -> str | None:
-        return contents_fingerprint(folder) if Path(folder).is_dir() else None
+        is_here = Path(folder).is_dir() or find_gguf(folder) is not None
+        return contents_fingerprint(folder) if is_here else None
 
     @lru_cache(maxsize=1)  # noqa: B019 - lives as long as the command
     def contamination(self, bm25: float | None) -> Contamination:

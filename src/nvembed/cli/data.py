@@ -17,7 +17,7 @@ data = typer.Typer(
     help="Build training data from files and hub data sets, look into it, check it.",
     no_args_is_help=True,
 )
-Kind = Literal["retrieval", "nli", "sts", "classification", "clustering"]
+Kind = Literal["retrieval", "nli", "sts", "classification", "clustering", "text"]
 
 
 @data.command()

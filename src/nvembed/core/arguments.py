@@ -105,15 +105,17 @@ def _named(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
 @functools.cache
 def _adapter(function: Callable[..., Any]) -> TypeAdapter[Any]:
     home: Any = function
-    if isinstance(function, type):
+    if isinstance(function, type) and not issubclass(function, tuple):  # a NamedTuple's own
         home = getattr(function, "__init__")  # noqa: B009  # mypy: unsound on an instance
     hints = get_type_hints(home, include_extras=True)
     for name, hint in hints.items():
         if isinstance(hint, type) and issubclass(hint, BaseModel):
             # Or a mapping of the same keys would do.
             hints[name] = InstanceOf[hint]  # type: ignore[misc, valid-type]
+    unchecked = _named(function).keys() - hints.keys() - {"self", "cls"}
+    assert not unchecked, f"{function.__qualname__}: {unchecked} without a type"
+    # self is an extra key, and those are let through.
     allowed = {name: NotRequired[hints[name]] for name in _named(function) if name in hints}
-    # What has no annotation, such as self, is an extra key, and those are let through.
     arguments = TypedDict("arguments", allowed)  # type: ignore[misc]
     return TypeAdapter(with_config(_STRICT)(arguments))
 

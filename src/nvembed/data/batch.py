@@ -9,14 +9,23 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nvembed.data.examples import Example
-from nvembed.text.instructions import PromptedText, query_prompt
+from nvembed.text.instructions import PromptedText, Side, query_prompt
+
+
+class GivenText(NamedTuple):
+    """A text as its data set gives it, which is what a teacher reads."""
+
+    side: Side
+    instruction: str | None
+    text: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +35,14 @@ class TeacherScores:
     # Columns in document_N: the positive, its negatives that stand against the query, then -1.
     column_BK: NDArray[np.int64]
     score_BK: NDArray[np.float32]  # on the teacher's scale; NaN where there is none
+
+
+@dataclass(frozen=True, slots=True)
+class GradedPairs:
+    """Pairs of texts and how similar they are, from 0 to 5."""
+
+    rows_2P: NDArray[np.int64]  # in texts
+    score_P: NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +57,9 @@ class ContrastiveBatch:
     weight_B: NDArray[np.float32]  # of each row in the mean of the loss: 1 / P
     mentioned: int  # texts before repeated ones were joined
     teacher: TeacherScores | None = None  # None where no example has scores
+    graded: GradedPairs | None = None  # None where no example is one
+    given_U: tuple[GivenText, ...] = ()  # what ``texts`` are made of
+    teacher_UE: NDArray[np.float16] | None = None  # a teacher's vectors of them, of its width E
 
 
 def build_batch(
@@ -51,16 +71,19 @@ def build_batch(
     do, with ``same_source_only`` those that an example of the same data set brought in. Taken out
     in any case are documents whose text is the query's own, its positive's or that of a known
     positive (whatever their prompt), of this example or of another one with the same query, and
-    documents that share a class with the query in the same data set.
+    documents that share a class with the query in the same data set. Texts without labels are
+    among the texts, and no row of the loss.
     """
     assert examples
-    rows: dict[PromptedText, int] = {}
-    queries = [
-        rows.setdefault((query_prompt(example.instruction), example.query), len(rows))
-        for example in examples
-    ]
+    given = given_texts(examples)
+    num_mentioned = len(examples) + sum(example.graded is not None for example in examples)
+    rows = {prompted: row for row, prompted in enumerate(given)}
+    graded = _graded_pairs(examples, rows)
+    examples = [example for example in examples if example.positive is not None]
+    queries = [rows[query_prompt(example.instruction), example.query] for example in examples]
     documents = _Documents(rows)
-    positives_Q, negatives_Q = zip(*map(documents.add, examples), strict=True)
+    columns = list(map(documents.add, examples))
+    positives_Q, negatives_Q = [own for own, _ in columns], [own for _, own in columns]
     negative_QN = np.zeros((len(examples), len(documents.columns)), dtype=np.bool_)
     for example, allowed_N, own in zip(examples, negative_QN, negatives_Q, strict=True):
         if in_batch_negatives and same_source_only:
@@ -69,7 +92,7 @@ def build_batch(
             allowed_N[:] = True
         allowed_N[own] = True
         allowed_N[documents.never_against(example)] = False
-    counts_Q = np.array([len(own) for own in positives_Q])
+    counts_Q = np.array([len(own) for own in positives_Q], dtype=np.int64)
     # The mask is the largest array of a step: not copied where every query is one row.
     single = bool((counts_Q == 1).all())
     return ContrastiveBatch(
@@ -79,9 +102,45 @@ def build_batch(
         positive_B=np.array([column for own in positives_Q for column in own], dtype=np.int64),
         negative_BN=negative_QN if single else negative_QN.repeat(counts_Q, axis=0),
         weight_B=(1.0 / counts_Q).astype(np.float32).repeat(counts_Q),
-        mentioned=len(examples) + sum(map(len, (*positives_Q, *negatives_Q))),
+        mentioned=num_mentioned + sum(map(len, (*positives_Q, *negatives_Q))),
         teacher=_teacher_scores(examples, positives_Q, negatives_Q, negative_QN),
+        graded=graded,
+        given_U=tuple(given.values()),
     )
+
+
+def _graded_pairs(examples: Sequence[Example], rows: dict[PromptedText, int]) -> GradedPairs | None:
+    pairs = []
+    for example in examples:
+        if example.graded is not None:
+            prompt, (other, score) = query_prompt(example.instruction), example.graded
+            pairs.append((rows[prompt, example.query], rows[prompt, other], score))
+    if not pairs:
+        return None
+    first, second, scores = zip(*pairs, strict=True)
+    return GradedPairs(np.array([first, second], dtype=np.int64), np.array(scores, np.float32))
+
+
+def given_texts(examples: Iterable[Example]) -> dict[PromptedText, GivenText]:
+    """The different texts of examples, in the order that ``build_batch`` numbers them in.
+
+    Documents of a symmetric set carry the instruction, and so are queries to a teacher as well. A
+    text that is a query here and a bare document there, without an instruction, is a query.
+    """
+    queries: dict[PromptedText, GivenText] = {}
+    documents: dict[PromptedText, GivenText] = {}
+    for example in examples:
+        prompt, instruction = query_prompt(example.instruction), example.instruction
+        asks = example.positive is not None or example.symmetric or bool(prompt)
+        side: Side = "query" if asks else "document"
+        given = GivenText(side, instruction, example.query)
+        (queries if asks else documents).setdefault((prompt, example.query), given)
+        if not example.symmetric:
+            prompt, instruction, side = "", None, "document"
+        graded = () if example.graded is None else example.graded[:1]
+        for text in (*example.positives, *example.negatives, *graded):
+            documents.setdefault((prompt, text), GivenText(side, instruction, text))
+    return queries | {key: given for key, given in documents.items() if key not in queries}
 
 
 class _Documents:
@@ -97,14 +156,14 @@ class _Documents:
 
     def add(self, example: Example) -> tuple[list[int], list[int]]:
         """Number the documents of an example; return the columns of positives and of negatives."""
-        positives = (example.positive, *example.further_positives)
+        positives = example.positives
         self._answers[example.query].update((example.query,), positives, example.known_positives)
         prompt = query_prompt(example.instruction) if example.symmetric else ""
         labels = [example.positive_labels] * len(positives)
         labels += example.negative_labels or ((),) * len(example.negatives)
         own: list[int] = []
         for text, of_text in zip((*positives, *example.negatives), labels, strict=True):
-            row = self._rows.setdefault((prompt, text), len(self._rows))
+            row = self._rows[prompt, text]
             own.append(column := self.columns.setdefault(row, len(self.columns)))
             self._of_text[text].add(column)
             self.of_dataset[example.dataset].add(column)
@@ -193,5 +252,7 @@ def _candidates(batch: ContrastiveBatch, rows: NDArray[np.int64]) -> NDArray[np.
 
 
 def effective_negatives(batch: ContrastiveBatch) -> float:
-    """Mean number of negatives per query that the masks leave."""
+    """Mean number of negatives per query that the masks leave; 0 without queries."""
+    if not len(batch.weight_B):
+        return 0.0
     return float(np.average(batch.negative_BN.sum(axis=1), weights=batch.weight_B))

@@ -38,7 +38,7 @@ class _Form(NamedTuple):
 
 # How rows are converted is in ``data/sources/layouts.py``.
 FORMS: dict[Layout, _Form] = {
-    "records": _Form((), (*PAIR_KINDS, "sts", *LABEL_KINDS)),
+    "records": _Form((), (*PAIR_KINDS, "sts", *LABEL_KINDS, "text")),
     "tuples": _Form(("positive",)),
     "lists": _Form(("query", "pos")),
     "passages": _Form(("query", "positive_passages")),

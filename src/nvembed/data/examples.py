@@ -14,13 +14,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nvembed.core.errors import DataError
 from nvembed.core.runs import derive_seed
+from nvembed.data.drawing import Rng, sample, sample_where
 from nvembed.data.records import (
     LABEL_HINTS,
     LABEL_KINDS,
@@ -33,9 +34,6 @@ from nvembed.data.records import (
     label_text,
 )
 
-T = TypeVar("T")
-Rng = np.random.Generator
-
 POSITIVE_SCORE = 4.0  # paper s4.2: "relevance score greater than or equal to 4"
 
 # The additive sequence of the golden ratio covers [0, 1) more evenly than any other of its sort.
@@ -47,7 +45,7 @@ class Example:
     """One query with what it is trained on; its instruction is not part of the text."""
 
     query: str
-    positive: str
+    positive: str | None  # None: a text without labels, which is contrasted with nothing
     negatives: tuple[str, ...]  # fewer than asked for where the data has no more
     known_positives: tuple[str, ...]  # never used against the query
     labels: tuple[str, ...]  # of the query; no document of any of them stands against it
@@ -59,6 +57,12 @@ class Example:
     further_positives: tuple[str, ...] = ()  # each in a row of the loss of its own
     positive_scores: tuple[float, ...] = ()  # of a teacher: the positive and the further ones
     negative_scores: tuple[float, ...] = ()
+    graded: tuple[str, float] | None = None  # another text, and how similar it is, from 0 to 5
+
+    @property
+    def positives(self) -> tuple[str, ...]:
+        """All of them, each of which gives a row of the loss."""
+        return () if self.positive is None else (self.positive, *self.further_positives)
 
 
 class ExampleSource(ABC):
@@ -86,9 +90,10 @@ class ExampleSource(ABC):
     @abstractmethod
     def _draw(self, number: int, rng: Rng, num_negatives: int, num_positives: int) -> Example: ...
 
-    def _example(self, query: str, positive: str, **others: Any) -> Example:
+    def _example(self, query: str, positive: str | None, **others: Any) -> Example:
         of_the_set: dict[str, Any] = {"dataset": self.name, "symmetric": self.symmetric}
         of_the_set |= {"instruction": self.instruction, "labels": ()}
+        of_the_set |= {"negatives": (), "known_positives": ()}
         return Example(query=query, positive=positive, **of_the_set | others)
 
 
@@ -100,15 +105,19 @@ def make_source(
     instruction: str | None,
     conversion: Conversion = "example",
     max_records: int | None = None,
+    graded: bool = False,
 ) -> ExampleSource:
     """Build the source of a set's records; a DataError where they cannot be converted.
 
     At most ``max_records`` queries are used, spread evenly over the file, because files are often
-    sorted by class. The other records still serve as positives and negatives.
+    sorted by class. The other records still serve as positives and negatives. ``graded`` takes the
+    scores of STS sets as they are.
     """
     make: Callable[[Sequence[Any], str, str | None], ExampleSource] = PairSource
     if kind == "sts":
-        make = StsSource
+        make = GradedSource if graded else StsSource
+    elif kind == "text":
+        make = TextSource
     elif kind in LABEL_KINDS:
         # Files were checked line by line before; records made in memory come here first.
         problems = [text for _, text in label_problems(records, conversion)]
@@ -293,6 +302,27 @@ class LabelTextSource(_LabelSource):
         )
 
 
+class TextSource(ExampleSource):
+    """Texts by themselves: without an instruction they are documents, with one queries."""
+
+    def __init__(self, records: Sequence[Any], name: str, instruction: str | None) -> None:
+        super().__init__(name, instruction, len(records))
+        self._records = records
+
+    def _draw(self, number: int, rng: Rng, num_negatives: int, num_positives: int) -> Example:
+        return self._example(self._records[number].text, None)
+
+
+class GradedSource(TextSource):
+    """All pairs of an STS set with their scores, whatever these are."""
+
+    symmetric = True
+
+    def _draw(self, number: int, rng: Rng, num_negatives: int, num_positives: int) -> Example:
+        record: StsRecord = self._records[number]
+        return self._example(record.sentence1, None, graded=(record.sentence2, record.score))
+
+
 @dataclass(frozen=True)
 class Mixture:
     """Sources, each with a name of its own, and their relative weights.
@@ -348,43 +378,3 @@ class Mixture:
             rng = np.random.default_rng(derive_seed(seed, "draw", slot))
             found.append(self.sources[source].example(index, rng, num_negatives, num_positives))
         return found
-
-
-def tempered_weights(
-    sizes: Sequence[int], weights: Sequence[float | None], temperature: float
-) -> list[float]:
-    """Weights of sets by their sizes; given ones (not None) are left as they are.
-
-    Sets without a weight share the sum of their sizes in proportion to ``size ** (1 / T)``. At 1
-    these are the sizes themselves; a higher temperature moves queries from large sets to small
-    ones, and neither to nor from the sets whose weight is given.
-    """
-    assert temperature >= 1
-    by_size = [size for size, weight in zip(sizes, weights, strict=True) if weight is None]
-    scale = sum(by_size) / sum(size ** (1 / temperature) for size in by_size) if by_size else 1.0
-    return [
-        weight if weight is not None else scale * size ** (1 / temperature)
-        for size, weight in zip(sizes, weights, strict=True)
-    ]
-
-
-def sample(candidates: Sequence[T], count: int, rng: Rng) -> tuple[T, ...]:
-    """Draw up to ``count`` different places of ``candidates`` in random order."""
-    size = min(count, len(candidates))
-    return tuple(candidates[place] for place in rng.choice(len(candidates), size, replace=False))
-
-
-def sample_where(
-    accept: Callable[[T], bool],
-    pool: Sequence[T],
-    count: int,
-    *,
-    num_refused: int,
-    rng: Rng,
-) -> tuple[T, ...]:
-    """Draw up to ``count`` accepted items of a pool of different ones, without walking it.
-
-    At most ``num_refused`` are not accepted; with so many drawn in addition, enough are left.
-    """
-    drawn = sample(pool, count + num_refused, rng)
-    return tuple(item for item in drawn if accept(item))[:count]

@@ -14,7 +14,8 @@ from nvembed.core.files import ending_of, numbered_lines, open_text_file, parse_
 from nvembed.core.reporting import ProblemCounts
 from nvembed.data.built_sets import built_problem
 from nvembed.data.config import FORMS, BuildConfig, DatasetConfig, TableConfig
-from nvembed.data.examples import ExampleSource, Mixture, make_source, tempered_weights
+from nvembed.data.drawing import tempered_weights
+from nvembed.data.examples import ExampleSource, Mixture, make_source
 from nvembed.data.records import (
     EXPECTED,
     LABEL_HINTS,
@@ -248,7 +249,11 @@ def load_records(config: DatasetConfig, *, base_dir: Path) -> list[Any]:
 
 
 def load_source(
-    config: DatasetConfig, *, base_dir: Path, records: Sequence[Any] | None = None
+    config: DatasetConfig,
+    *,
+    base_dir: Path,
+    records: Sequence[Any] | None = None,
+    graded: bool = False,
 ) -> ExampleSource:
     """Read the records of a data set, unless they are given, and make its source."""
     return make_source(
@@ -258,15 +263,22 @@ def load_source(
         instruction=config.instruction,
         conversion=config.conversion,
         max_records=config.max_records,
+        graded=graded,
     )
 
 
 def load_mixture(
-    datasets: Sequence[DatasetConfig], *, stage: int, base_dir: Path, temperature: float = 1.0
+    datasets: Sequence[DatasetConfig],
+    *,
+    stage: int,
+    base_dir: Path,
+    temperature: float = 1.0,
+    graded: bool = False,
 ) -> Mixture:
     """Load the sets that a stage uses, from 1; a DataError names every file that cannot be used.
 
     ``temperature`` evens out the sets without a weight of their own; see ``tempered_weights``.
+    With ``graded`` the scores of STS sets are used as they are.
     """
     chosen = [config for config in datasets if stage in config.stages]
     sources: list[ExampleSource] = []
@@ -275,7 +287,7 @@ def load_mixture(
     for config in chosen:
         try:
             records = load_records(config, base_dir=base_dir)
-            sources.append(load_source(config, base_dir=base_dir, records=records))
+            sources.append(load_source(config, base_dir=base_dir, records=records, graded=graded))
             digests[config.name] = records_digest(records)
         except DataError as error:
             errors.append(error)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from operator import attrgetter
 from typing import Annotated, Any, Literal, NamedTuple
@@ -19,7 +19,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter, Valida
 from nvembed.core.errors import ConfigError
 from nvembed.text.instructions import read_task
 
-Kind = Literal["retrieval", "nli", "sts", "classification", "clustering"]
+Kind = Literal["retrieval", "nli", "sts", "classification", "clustering", "text"]
 Conversion = Literal["example", "label"]
 
 MAX_SCORE = 5.0  # STS scores are on the SemEval scale, 0 (unrelated) to 5 (the same meaning)
@@ -100,7 +100,21 @@ class LabelRecord(_Row):
     ]
 
 
-Record = PairRecord | StsRecord | LabelRecord
+@dataclass(frozen=True, slots=True)
+class TextRecord(_Row):
+    """A text of which nothing is known; a teacher's vectors are all that it teaches."""
+
+    text: Text
+
+
+Record = PairRecord | StsRecord | LabelRecord | TextRecord
+
+
+def _getter(*names: str) -> Callable[[Any], tuple[Any, ...]]:
+    """A function that gives some fields; ``attrgetter`` of a single one gives no tuple."""
+    get = attrgetter(*names)
+    return get if len(names) > 1 else lambda record: (get(record),)
+
 
 PAIR_KINDS = ("retrieval", "nli")
 LABEL_KINDS = ("classification", "clustering")
@@ -121,6 +135,7 @@ _KINDS: tuple[tuple[tuple[str, ...], Any, tuple[str, ...], str], ...] = (
         '{"sentence1": text, "sentence2": text, "score": 0 to 5, "negative": [texts], optional}',
     ),
     (LABEL_KINDS, LabelRecord, ("text", "label"), '{"text": text, "label": text or integer}'),
+    (("text",), TextRecord, ("text",), '{"text": text}'),
 )
 RECORD_TYPES = {kind: made for kinds, made, _, _ in _KINDS for kind in kinds}
 REQUIRED = {kind: needed for kinds, _, needed, _ in _KINDS for kind in kinds}
@@ -130,7 +145,7 @@ _FIELDS = {
     made: {one.name: _COLUMNS.get(one.name, one.name) for one in fields(made)}
     for _, made, _, _ in _KINDS
 }
-_FORMS = {made: (tuple(of.values()), attrgetter(*of)) for made, of in _FIELDS.items()}
+_FORMS = {made: (tuple(of.values()), _getter(*of)) for made, of in _FIELDS.items()}
 COLUMNS = {kind: _FORMS[made][0] for kind, made in RECORD_TYPES.items()}
 _CHECKS = {kind: TypeAdapter[Any](made).validator for kind, made in RECORD_TYPES.items()}
 

@@ -99,7 +99,7 @@ def load_encoder(name: str, dtype: PrecisionChoice | None = None) -> Encoder:
     sentence-transformers model.
 
     Args:
-        name: folder or hub id.
+        name: folder, GGUF file, ``package:NAME`` or hub id.
         dtype: type of weights; ``auto`` is what this machine is fastest in, ``None`` keeps what was
             saved.
 

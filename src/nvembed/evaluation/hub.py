@@ -31,6 +31,7 @@ from nvembed.encoding.encoder import Encoder
 from nvembed.evaluation.mteb_adapter import MtebEncoder, finite_or_none, quiet, run_mteb
 from nvembed.evaluation.reference import InstructionSource, instruction_for, near_names
 from nvembed.evaluation.results import TaskResult, UnreachableTaskError
+from nvembed.interop.gguf_names import find_gguf
 from nvembed.text.instructions import Side, find_instruction
 
 _ONE_SIDED = ("Retrieval", "Reranking", "InstructionRetrieval", "InstructionReranking")
@@ -154,6 +155,8 @@ def describe_model(name: str, encoder: Encoder, revision: str) -> ModelMeta:
         datasets += _trained_on(path)
         # runs/demo/model says nothing by its last part alone.
         full_name = f"nvembed/{'-'.join(p for p in path.resolve().parts[-2:] if p != '/')}"
+    elif (file := find_gguf(name)) is not None:
+        full_name = f"nvembed/{file.stem}"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return ModelMeta(

@@ -25,6 +25,7 @@ from nvembed.evaluation import results
 from nvembed.evaluation.encoders import CachedEncoder, SharedEncoder, shared_encoder
 from nvembed.evaluation.results import EVALUATE, Items, TaskResult, UnreachableTaskError
 from nvembed.evaluation.tasks import LocalTask, task_hash
+from nvembed.interop.gguf_names import find_gguf
 from nvembed.interop.model_folder import model_fingerprint
 
 if TYPE_CHECKING:
@@ -268,7 +269,7 @@ def _hub_encoder(settings: Settings, bare: Encoder, encoder: Encoder) -> MtebEnc
 
 def _commit(model: str) -> str | None:
     """Of a hub id that was downloaded; ``None`` for folders."""
-    if Path(model).is_dir():
+    if Path(model).exists() or find_gguf(model):
         return None
     from huggingface_hub import try_to_load_from_cache
 

@@ -15,6 +15,7 @@ from nvembed.core.errors import ConfigError, ModelError
 from nvembed.encoding.embed import EncodeOptions, encode_window
 from nvembed.encoding.encoder import Encoder, load_encoder, prompts_of, settle_dtype, shorten
 from nvembed.index.database import Database, DatabaseRecord, is_database
+from nvembed.interop.gguf_names import find_gguf
 from nvembed.interop.model_folder import contents_fingerprint
 from nvembed.text.instructions import read_task
 
@@ -167,7 +168,7 @@ def new_record(
     name, settled = None, None
     if isinstance(model, str):
         settled = settle_dtype(model, dtype)
-        name = str(Path(model).resolve()) if Path(model).is_dir() else model
+        name = str(Path(model).resolve()) if Path(model).exists() else model
     encoder = load_encoder(model, settled) if isinstance(model, str) else model
     task = read_task(task, prompts_of(encoder))
     dimension = EncodeOptions("document", truncate_dim=truncate_dim).width(encoder)
@@ -203,7 +204,8 @@ def recorded_encoder(
             raise ModelError(
                 "the database does not know its model", where=where, expected="--model"
             )
-        if record.model and Path(record.model).is_absolute() and not Path(name).is_dir():
+        here = Path(name).exists() or find_gguf(name) is not None
+        if record.model and Path(record.model).is_absolute() and not here:
             raise ModelError(
                 f"its model is no longer at {name}" if model is None else f"no folder {name}",
                 where=where,

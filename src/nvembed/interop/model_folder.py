@@ -28,6 +28,7 @@ from nvembed.core.arguments import check_settings, kind_of, shown_value
 from nvembed.core.cache import file_digest
 from nvembed.core.errors import ConfigError, ModelError
 from nvembed.core.files import parse_json
+from nvembed.interop.gguf_names import find_gguf
 
 ONNX_FILE = "nvembed_onnx.json"
 """What ``nvembed export --format onnx`` writes beside a graph."""
@@ -81,10 +82,10 @@ def check_present(path: Path) -> None:
 
 @dataclass(frozen=True, slots=True)
 class ModelSource:
-    """A model by folder or hub id.
+    """A model by folder, GGUF file or hub id.
 
     Attributes:
-        name: the folder, or ``owner/name`` on the hub.
+        name: the folder, ``owner/name`` on the hub, a GGUF file, or ``package:NAME``.
         revision: commit, tag or branch on the hub.
         token: access token of the hub, for gated models.
         cache_folder: where downloads are kept.
@@ -120,12 +121,19 @@ class ModelSource:
         return Path(self.name).is_dir()
 
     @property
+    def gguf(self) -> Path | None:
+        """The file where it is a GGUF file; see ``find_gguf``."""
+        return find_gguf(self.name)
+
+    @property
     def place(self) -> str:
         """The folder of the module, or the hub id."""
         return str(Path(self.name) / self.inside) if self.is_folder else self.name
 
     def check(self) -> None:
-        """Refuse a name that is a file or a path to nothing."""
+        """Refuse a name that is a file of another kind than GGUF, or a path to nothing."""
+        if self.gguf is not None:
+            return
         try:
             is_file, is_folder = Path(self.name).is_file(), self.is_folder
         except OSError as error:  # a name that is too long, or a folder that may not be read
@@ -142,6 +150,8 @@ class ModelSource:
         if self.is_folder:
             path = Path(self.name) / self.inside / filename
             return path if path.is_file() else None
+        if self.gguf is not None:
+            return None
         try:
             return self._download(filename)
         except _UnreachableError:
@@ -149,7 +159,8 @@ class ModelSource:
 
     def require(self, filename: str, *, hint: str | None = None) -> Path:
         """Path of a file that must be there."""
-        path = self.find(filename) if self.is_folder else self._download(filename)
+        local = self.is_folder or self.gguf is not None
+        path = self.find(filename) if local else self._download(filename)
         if path is None:
             where = str(Path(self.name) / self.inside)
             raise ModelError(f"{filename} is missing", where=where, hint=hint)
@@ -231,9 +242,9 @@ def check_model_name(name: str) -> None:
     ModelSource(name).check()
     path = Path(name)
     # A hub id is "name" or "owner/name".
-    is_path = name.startswith((".", "/", "~")) or name.count("/") > 1
-    if path.is_file() or (not path.is_dir() and is_path):
-        raise ModelError("no such model folder", where=name, expected="a folder or a hub id")
+    if name.startswith((".", "/", "~")) and not path.exists():
+        expected = "a folder, a GGUF file or a hub id"
+        raise ModelError("no such model folder", where=name, expected=expected)
     listings = (ONNX_FILE, "modules.json", "config.json")
     if path.is_dir() and not any((path / file).is_file() for file in listings):
         raise ModelError(
@@ -264,6 +275,8 @@ def model_kind(source: ModelSource) -> Literal["official", "saved", "language_mo
             expected="a model with weights",
             hint="nvembed encode and onnxruntime run it; load the model that it was exported from",
         )
+    if source.gguf is not None:
+        return "language_model"
     config = source.read_json("config.json")
     if config is not None and config.get("model_type") == OFFICIAL_TYPE:
         return "official"
@@ -356,8 +369,8 @@ def model_fingerprint(model: str, *settings: object) -> str:
     Files are told apart by name, size and time of change: reading gigabytes would cost too much.
     """
     digest = hashlib.sha256(" ".join([__version__, *map(str, settings)]).encode())
-    folder = Path(model)
-    digest.update(str(folder.resolve() if folder.is_dir() else model).encode())
+    folder = find_gguf(model) or Path(model)
+    digest.update(str(folder.resolve() if folder.exists() else model).encode())
     for path, name in _model_files(folder):
         status = path.stat()
         digest.update(f"\n{name} {status.st_size} {status.st_mtime_ns}".encode())
@@ -367,6 +380,8 @@ def model_fingerprint(model: str, *settings: object) -> str:
 def contents_fingerprint(model: str) -> str:
     """Name a model by the contents of its files, wherever they lie; a hub id by its commit."""
     folder = Path(model)
+    if (file := find_gguf(model)) is not None:
+        return hashlib.sha256(f"gguf {file_digest(file)}".encode()).hexdigest()
     if not folder.is_dir():
         config = ModelSource(model).require("config.json")
         return hashlib.sha256(f"{model} {config.parent.name}".encode()).hexdigest()
@@ -379,7 +394,7 @@ def contents_fingerprint(model: str) -> str:
 
 
 def _model_files(folder: Path) -> Iterator[tuple[Path, Path]]:
-    """Yield the files below a folder and their names in it; none where there is no folder."""
-    for path in sorted(folder.rglob("*")) if folder.is_dir() else []:
+    """Yield the files below a folder (or a file itself) and their names in it."""
+    for path in sorted(folder.rglob("*")) if folder.is_dir() else [folder]:
         if path.is_file():
             yield path, path.relative_to(folder)

@@ -197,11 +197,13 @@ def fill(
     stored_name: Callable[[str], str] = str,
     place: Callable[[str], torch.device] = lambda name: torch.device("cpu"),
     dtype: Callable[[Tensor], torch.dtype | None] = lambda value: value.dtype,
+    read: Callable[[str, StoredTensor, torch.device, torch.dtype | None], Tensor] = read_tensor,
 ) -> None:
     """Give a module that was built without memory its weights, which are checked.
 
     ``stored_name`` gives the name on disk of a tensor of the module, ``place`` its device by its
-    name, ``dtype`` its type by what the module has, where ``None`` keeps the stored one.
+    name, ``dtype`` its type by what the module has, where ``None`` keeps the stored one; ``read``
+    gets a stored tensor where the file is not safetensors.
     """
     empty = module.state_dict()
     shapes = {stored_name(name): tuple(value.shape) for name, value in empty.items()}
@@ -209,7 +211,7 @@ def fill(
     tensors = {}
     for name, value in empty.items():
         key = names[stored_name(name)]
-        tensors[name] = read_tensor(key, stored[key], place(name), dtype(value))
+        tensors[name] = read(key, stored[key], place(name), dtype(value))
         check_finite_tensor(tensors[name], key, where=where)
     module.load_state_dict(tensors, assign=True)
 

@@ -19,6 +19,7 @@ from nvembed.core.errors import ConfigError
 from nvembed.core.files import check_ending, ending_of, read_jsonl, tidy, write_json, write_jsonl
 from nvembed.core.ownership import check_outputs, remove_named
 from nvembed.core.store import STORED
+from nvembed.data.built_sets import MINED_KINDS
 from nvembed.data.config import Column, DatasetConfig, MiningConfig, file_dataset
 from nvembed.data.loading import load_records, open_table
 from nvembed.data.records import REQUIRED, Kind, PairRecord, StsRecord, record_of
@@ -310,12 +311,12 @@ def _output_rows(
 
 
 def _check_request(output: Path, kind: Kind, config: MiningConfig) -> None:
-    if kind in ("classification", "clustering"):
+    if kind not in MINED_KINDS:
         raise ConfigError(
             f"kind {kind} has no negatives to mine",
             where="kind",
             expected="retrieval, nli or sts",
-            hint="Sets of classes take their negatives from the other classes in training",
+            hint="Sets of classes take theirs from the other classes in training, texts have none",
         )
     if kind == "sts" and config.write_scores:
         raise ConfigError(

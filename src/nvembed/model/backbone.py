@@ -19,18 +19,19 @@ from pydantic import Field
 from sentence_transformers.base.modules import InputModule
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from nvembed.core.errors import ModelError
 from nvembed.core.files import atomic_folder
 from nvembed.core.runs import TRAIN
-from nvembed.interop.loading import check_vocabulary, loading, reason
+from nvembed.interop.loading import check_vocabulary, reason
 from nvembed.interop.model_folder import COPY_AGAIN, ModelSource, read_values
 from nvembed.kernels.layers import accelerate
-from nvembed.model.attention import FLAT_ATTENTION, OTHER_BACKBONE, probe_direction
+from nvembed.model.attention import OTHER_BACKBONE, probe_direction
 from nvembed.model.placement import DeviceMap
 from nvembed.model.settings import AttentionDirection, LoraSettings
+from nvembed.model.transformer_load import load_transformer
 from nvembed.text.packing import FlatBatch, flatten
 from nvembed.text.tokens import TextStyle, TextTokenizer, TokenizedText
 
@@ -94,35 +95,20 @@ class Backbone(InputModule):
         device_map: DeviceMap | None = None,
         **settings: Any,
     ) -> Self:
-        """Load a decoder or encoder from a folder or the hub, and prove its direction.
+        """Load a decoder or encoder from a folder, a GGUF file or the hub; prove its direction.
 
         Weights are float32 unless a ``dtype`` is given; ``"auto"`` is the one they were saved in.
         ``settings`` are those of the class.
         """
         if isinstance(source, str):
             source = ModelSource(source)
-        given = source.options()
-        where = {"subfolder": source.inside, "cache_dir": given.pop("cache_folder"), **given}
-        name, place = source.name, source.place
-        with loading(place, expected="a Hugging Face model folder or hub id"):
-            config = AutoConfig.from_pretrained(name, trust_remote_code=False, **where)
-            config.use_cache = False
-            model = AutoModel.from_pretrained(
-                name,
-                config=config,
-                attn_implementation=FLAT_ATTENTION,
-                dtype=dtype or torch.float32,
-                device_map=device_map,
-                trust_remote_code=False,
-                **where,
-            )
-        with loading(place, expected="the model's tokenizer (tokenizer.json)"):
-            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **where)
-        check_vocabulary(model, tokenizer, where=place)
+        model: Any
+        model, tokenizer = load_transformer(source, dtype, device_map)
+        check_vocabulary(model, tokenizer, where=source.place)
         if getattr(model, "pooler", None) is not None:
             model.pooler = None  # BERT's; unused, and unused weights only cost memory
         backbone = cls(model, tokenizer, **settings)
-        prove_direction(backbone, name=name)
+        prove_direction(backbone, name=source.name)
         return backbone
 
     def freeze(self) -> None:

@@ -114,7 +114,9 @@ class NVEmbed(EncodingModel):
             name_or_path: folder or hub id. ``nvidia/NV-Embed-v2``, ``-v1`` and folders in their
                 layout are read without their code; another one with a ``modules.json`` is loaded as
                 saved; anything else is a language model to start from. So is a model of stock
-                sentence-transformers modules, whose transformer, limit and prompts are taken.
+                sentence-transformers modules, whose transformer, limit and prompts are taken, and
+                a GGUF file: its path, or ``package:NAME`` for the one inside an installed package
+                (``package:NAME/FILE.gguf`` of several). Its blocks become numbers again.
             pooling: for a new model (default ``mean``, which needs no training; the model's own
                 where one of stock modules is started from).
             num_latents: for a new latent pooling (default 512).

@@ -84,7 +84,8 @@ class ModelSettings(StrictModel):
     Args:
         backbone: folder (relative to the recipe) or hub id of a decoder LM, an encoder, or an
             embedding model that is tuned further: one saved by nvembed, NVIDIA's, or one of stock
-            sentence-transformers modules, which is started from like an encoder.
+            sentence-transformers modules, which is started from like an encoder. A decoder LM may
+            be a GGUF file, or ``package:NAME`` for the one inside an installed package.
         attention: ``bidirectional`` (default), or ``causal`` for ablations; a saved embedding model
             has its own, so leave it out then.
         pooling: latent attention by default; leave it out for an embedding model. One of stock

@@ -78,7 +78,7 @@ def serve(
 
 def model_names(model: str, settings: ServerConfig) -> tuple[str, ...]:
     """Return the names of a model, the first for answers: from settings, its folder or hub id."""
-    own = [Path(model).resolve().name] if Path(model).is_dir() else [model, model.split("/")[-1]]
+    own = [Path(model).resolve().name] if Path(model).exists() else [model, model.split("/")[-1]]
     first = settings.model_name or own[0]
     return tuple(dict.fromkeys([first, *settings.model_aliases, *own]))
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -26,12 +27,12 @@ from nvembed.core.errors import DataError, TrainingError, UserError
 from nvembed.core.files import atomic_folder, read_json_object, tidy
 from nvembed.core.ownership import remove_named, unnamed
 from nvembed.interop.weights import check_finite_tensor
-from nvembed.training.config import recipe_differences
+from nvembed.training.config import TrainConfig, recipe_differences
 from nvembed.training.distributed import DistributedContext, full, spread
 
 _NAME = re.compile(r"step-\d{10}(-end)?")
 _FILES = re.compile(r"(weights|optimizer)\.safetensors|state\.json")
-_WEIGHTS, _OPTIMIZER, _STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
+WEIGHTS, _OPTIMIZER, _STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
 # Of a parameter group: how this machine computes, which is not part of the run's state.
 _MACHINE = {"params", "fused", "foreach", "capturable"}
 _COPY_BACK = "Copy the folder back if it was copied, or start over with --fresh"
@@ -76,7 +77,7 @@ def save_checkpoint(
         "recipe": recipe,
         "processes": processes.count,
     }
-    _write_together(target, {_WEIGHTS: trained, _OPTIMIZER: tensors}, processes, state)
+    _write_together(target, {WEIGHTS: trained, _OPTIMIZER: tensors}, processes, state)
     if processes.is_main:
         remove_leftovers(folder)
         found = _checkpoints(folder)
@@ -89,7 +90,7 @@ def save_checkpoint(
 
 def save_weights(target: Path, trained: Parameters, processes: DistributedContext) -> None:
     """Write the folder ``target`` with the trained parameters alone, for ``restore_weights``."""
-    _write_together(target, {_WEIGHTS: trained}, processes)
+    _write_together(target, {WEIGHTS: trained}, processes)
 
 
 def latest_checkpoint(folder: Path, *, log: Callable[[str], None] | None = None) -> Path | None:
@@ -98,7 +99,7 @@ def latest_checkpoint(folder: Path, *, log: Callable[[str], None] | None = None)
     problem = ""
     for path in reversed(found):
         try:
-            tensor_shapes(path / _WEIGHTS)
+            tensor_shapes(path / WEIGHTS)
             tensor_shapes(path / _OPTIMIZER)
             _read_state(path)
         except (OSError, DataError, SafetensorError) as error:
@@ -130,7 +131,10 @@ def read_position(checkpoint: Path) -> Position:
 def check_recipe(checkpoint: Path, recipe: Mapping[str, Any], processes: int = 1) -> str | None:
     """Refuse a checkpoint of another recipe; return what to say of another number of processes."""
     state = _read_state(checkpoint)
-    if different := recipe_differences(state["recipe"], recipe):
+    before = state["recipe"]
+    with suppress(ValidationError):  # options that are newer than the checkpoint have defaults
+        before = TrainConfig.model_validate_json(json.dumps(before)).model_dump(mode="json")
+    if different := recipe_differences(before, recipe):
         raise TrainingError(
             f"the checkpoint is of another recipe: {'; '.join(different)}",
             where=str(checkpoint),
@@ -146,7 +150,7 @@ def check_recipe(checkpoint: Path, recipe: Mapping[str, Any], processes: int = 1
 
 def restore_weights(checkpoint: Path, trained: Parameters) -> None:
     """Put the trained parameters back, which must be those of this model, and finite."""
-    file = checkpoint / _WEIGHTS
+    file = checkpoint / WEIGHTS
     try:
         shapes = tensor_shapes(file)
     except (OSError, SafetensorError) as error:

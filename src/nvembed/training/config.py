@@ -15,8 +15,15 @@ from pydantic import Field, model_validator
 
 from nvembed.core.arguments import PrecisionChoice
 from nvembed.core.config import StrictModel
+from nvembed.data.built_sets import MINED_KINDS
 from nvembed.data.config import BuildConfig, DatasetConfig, MiningConfig, local_sources
 from nvembed.model.settings import LoraSettings, ModelSettings
+from nvembed.training.loss_config import (
+    CosentConfig,
+    DistillationConfig,
+    SpreadConfig,
+    TeacherConfig,
+)
 
 ScheduleKind = Literal["linear", "cosine", "constant"]
 OptimizerKind = Literal["adamw", "adamw_8bit", "schedule_free"]
@@ -41,19 +48,6 @@ class OptimizerConfig(StrictModel):
     beta1: float = Field(default=0.9, ge=0, lt=1)
     beta2: float = Field(default=0.999, ge=0, lt=1)
     max_grad_norm: float | None = Field(default=1.0, gt=0)
-
-
-class DistillationConfig(StrictModel):
-    """Learning from a teacher's scores.
-
-    Args:
-        weight: factor of the distillation loss, which is added to the contrastive one.
-        teacher_temperature: the teacher's scores are divided by it before the softmax: about 1 for
-            logits of a reranker, about the stage's temperature for cosines.
-    """
-
-    weight: float = Field(default=1.0, gt=0)
-    teacher_temperature: float = Field(default=1.0, gt=0)
 
 
 class StageConfig(StrictModel):
@@ -85,6 +79,12 @@ class StageConfig(StrictModel):
             exp(hardness · cosine); ``None`` is off.
         matryoshka: widths; the loss is the mean over embeddings cut to each of them, so that short
             embeddings are good too. Name the full width as well; ``None`` is the full width alone.
+        contrastive: factor of the contrastive loss; ``None`` is off, and the stage learns from its
+            teacher alone.
+        teacher: learn from the vectors of another model; ``None`` is off.
+        cosent: order all pairs of the STS sets by their scores, in place of taking those of 4 and
+            more as positives (the paper's way); ``None`` is off.
+        spread: a regulariser that keeps different texts apart (GOR); ``None`` is off.
         distillation: draw the ranking of a query's own candidates to the teacher's scores that the
             records hold; ``None`` is off.
         mine: mine hard negatives for the retrieval and NLI sets before the stage, with the model as
@@ -107,15 +107,42 @@ class StageConfig(StrictModel):
     learn_temperature: bool = False
     hardness: float | None = Field(default=None, gt=0)
     matryoshka: tuple[Annotated[int, Field(ge=1)], ...] | None = Field(default=None, min_length=1)
+    contrastive: float | None = Field(default=1.0, gt=0)
+    teacher: TeacherConfig | None = None
+    cosent: CosentConfig | None = None
+    spread: SpreadConfig | None = None
     distillation: DistillationConfig | None = None
     mine: MiningConfig | None = None
 
+    @property
+    def mined_kinds(self) -> tuple[str, ...]:
+        """Kinds of sets that ``mine`` gives negatives; graded pairs have no use for them."""
+        return tuple(kind for kind in MINED_KINDS if kind != "sts" or self.cosent is None)
+
+    @property
+    def losses(self) -> dict[str, float]:
+        """The weights of the parts of the loss, by name."""
+        scores, teacher, spread = self.distillation, self.teacher, self.spread
+        weights = {
+            "contrastive": self.contrastive,
+            "distillation": scores.weight if scores else None,
+            "similarities": teacher.similarities if teacher else None,
+            "vectors": teacher.vectors if teacher else None,
+            "cosent": self.cosent.weight if self.cosent else None,
+            "spread_mean": spread.mean if spread else None,
+            "spread_second_moment": spread.second_moment if spread else None,
+        }
+        return {name: weight for name, weight in weights.items() if weight is not None}
+
     @model_validator(mode="after")
-    def _has_negatives(self) -> Self:
-        if not self.in_batch_negatives and self.num_negatives == 0:
+    def _has_a_loss(self) -> Self:
+        contrasts = self.in_batch_negatives or self.num_negatives > 0
+        if self.contrastive is not None and self.teacher is None and not contrasts:
             raise ValueError(
                 "in_batch_negatives is off and num_negatives is 0: nothing to contrast with"
             )
+        if not self.losses.keys() - {"spread_mean", "spread_second_moment"}:
+            raise ValueError("contrastive is off, and there is no teacher: nothing to learn")
         return self
 
 
@@ -222,6 +249,7 @@ class TrainConfig(StrictModel):
                     f"stage {stage.name}: the optimizer schedule_free has no use for a "
                     f"{stage.schedule} schedule; leave schedule out, or say constant"
                 )
+        yield from self._of_texts_without_labels()
         names = [dataset.name for dataset in self.datasets]
         for what, given in (("datasets", names), ("stages", [s.name for s in self.stages])):
             if repeated := sorted({name for name in given if given.count(name) > 1}):
@@ -240,6 +268,18 @@ class TrainConfig(StrictModel):
         if extra := sorted(used - known):
             stages = f"there are {len(known)} stages"
             yield f"data sets name stage {', '.join(map(str, extra))}, but {stages}"
+
+    def _of_texts_without_labels(self) -> Iterator[str]:
+        for number, stage in enumerate(self.stages, start=1):
+            used = [dataset for dataset in self.datasets if number in dataset.stages]
+            bare = [dataset.name for dataset in used if dataset.kind == "text"]
+            if stage.cosent is not None and "sts" not in {dataset.kind for dataset in used}:
+                yield f"stage {stage.name} has cosent, and no data set of kind sts"
+            if bare and stage.teacher is None:
+                yield (
+                    f"stage {stage.name} has no teacher, and {', '.join(bare)} has texts without "
+                    "labels: give the stage a teacher, or the set other stages"
+                )
 
     def _of_a_frozen_backbone(self) -> Iterator[str]:
         kind = self.model.pooling.kind if self.model.pooling else None
@@ -269,6 +309,8 @@ class TrainConfig(StrictModel):
         names += self.evaluation.tasks if self.evaluation else ()
         names += self.build.tasks if self.build else ()
         names += [build_mine.teacher] if build_mine else ()
+        for teacher in filter(None, (stage.teacher for stage in self.stages)):
+            names += [teacher.name, *([teacher.file.texts] if teacher.file else [])]
         names += [mine.rerank for mine in mining if mine is not None and mine.rerank is not None]
         found = [path for dataset in self.datasets for path in local_sources(dataset, base_dir)]
         # Some of them are looked for beside the recipe, some where the command runs.

@@ -1,4 +1,4 @@
-"""The loss of a batch of embeddings: InfoNCE over index matrices, distillation, Matryoshka.
+"""The loss of a batch of embeddings: InfoNCE over index matrices, Matryoshka, and other losses.
 
 In-batch negatives, mined negatives and all masks are entries of ``negative_BN``. The matrix of all
 queries times all documents is never held: a piece is computed, sent back and forgotten. Shapes: B
@@ -9,15 +9,26 @@ from __future__ import annotations
 
 import math
 import operator
-from dataclasses import astuple, dataclass
+from collections.abc import Mapping
+from dataclasses import astuple, dataclass, field
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
 from nvembed.core.errors import ConfigError
 from nvembed.data.batch import ContrastiveBatch
 from nvembed.training.config import StageConfig
+from nvembed.training.loss_config import CosentConfig, SpreadConfig, TeacherConfig
+from nvembed.training.text_losses import (
+    cosent,
+    distance_of_vectors,
+    distillation,
+    similarities_of_texts,
+    spread_terms,
+)
 
 # Scores of one piece: 4 MB in float32, of which a few copies live at once. With pieces of 16 MB
 # the allocator kept 160 MB more, and they were no faster.
@@ -65,38 +76,11 @@ def scores(query_BD: Tensor, document_ND: Tensor) -> Tensor:
         return query_BD.to(dtype) @ document_ND.to(dtype).T
 
 
-def distillation(
-    score_BK: Tensor,
-    teacher_BK: Tensor,
-    *,
-    temperature: float | Tensor,
-    teacher_temperature: float,
-    weight_B: Tensor,
-) -> Tensor:
-    """Weighted sum of KL(softmax(teacher / τₜ) ‖ softmax(score / τ)) over scored candidates.
-
-    Candidates with nan are left out; a row with fewer than two scored ones adds nothing.
-    """
-    scored_BK = teacher_BK.isfinite()
-    used_B = scored_BK.sum(dim=1) > 1
-    if not used_B.any():
-        return score_BK.sum() * 0.0
-    scored_BK = scored_BK[used_B]
-    teacher = teacher_BK[used_B].nan_to_num(0.0) / teacher_temperature
-    target_BK = teacher.masked_fill(~scored_BK, float("-inf")).softmax(dim=1)
-    student = score_BK[used_B] / temperature
-    log_student_BK = student.masked_fill(~scored_BK, float("-inf")).log_softmax(dim=1)
-    # 0 · -inf is nan, so what was left out of both is left out of the product as well.
-    cross_B = -(target_BK * log_student_BK.masked_fill(~scored_BK, 0.0)).sum(dim=1)
-    entropy_B = torch.special.entr(target_BK).sum(dim=1)
-    return ((cross_B - entropy_B) * weight_B[used_B]).sum()
-
-
 @dataclass(frozen=True, slots=True)
 class ContrastiveStatistics:
-    """How well a batch is told apart; the last three are None without any negatives."""
+    """How well a batch is told apart; None without any query, the last three without negatives."""
 
-    positive_similarity: float  # mean cosine of queries and their positives
+    positive_similarity: float | None  # mean cosine of queries and their positives
     hardest_negative_similarity: float | None  # of queries and the negative nearest to each
     margin: float | None  # of positive minus hardest negative
     accuracy: float | None  # share of positives strictly above all negatives of their query
@@ -134,10 +118,11 @@ class ScoreSums:
         return ScoreSums(*map(operator.add, astuple(self), astuple(other)))
 
     def means(self) -> ContrastiveStatistics:
-        """The statistics of at least one row."""
+        """The statistics of all rows."""
         sums = (self.hardest, self.margin, self.hits)
         means = [total / self.contrasted if self.contrasted else None for total in sums]
-        return ContrastiveStatistics(self.positive / self.queries, *means)
+        positive = self.positive / self.queries if self.queries else None
+        return ContrastiveStatistics(positive, *means)
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,22 +135,57 @@ class Objective:
     dimensions: tuple[int, ...] | None = None
     distillation_weight: float | None = None  # of the loss added to the contrastive one
     teacher_temperature: float = 1.0
+    contrastive: float | None = 1.0  # weight
+    teacher: TeacherConfig | None = None
+    cosent: CosentConfig | None = None
+    spread: SpreadConfig | None = None
 
     @classmethod
     def of_stage(cls, stage: StageConfig) -> Objective:
         """The objective that a stage of a recipe asks for."""
         taught = stage.distillation
-        weight, temperature = (taught.weight, taught.teacher_temperature) if taught else (None, 1.0)
-        return cls(stage.temperature, stage.hardness, stage.matryoshka, weight, temperature)
+        return cls(
+            stage.temperature,
+            stage.hardness,
+            stage.matryoshka,
+            taught.weight if taught else None,
+            taught.teacher_temperature if taught else 1.0,
+            stage.contrastive,
+            stage.teacher,
+            stage.cosent,
+            stage.spread,
+        )
+
+    @property
+    def contrasts(self) -> bool:
+        """Whether queries are held against documents."""
+        return self.contrastive is not None or self.distillation_weight is not None
+
+    @property
+    def coupled(self) -> bool:
+        """Whether a loss depends on all texts of a step together."""
+        return (self.teacher, self.cosent, self.spread) != (None, None, None)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Evaluated:
-    """An objective at some embeddings: its value, its gradient (float32), and score sums."""
+    """An objective at some embeddings: its gradient (float32), the parts of its value, and sums."""
 
-    loss: float
     gradient_UD: Tensor
-    sums: ScoreSums
+    parts: dict[str, float] = field(default_factory=dict)  # by name; they add up to the loss
+    sums: ScoreSums = ScoreSums()
+
+    @property
+    def loss(self) -> float:
+        """The value."""
+        return sum(self.parts.values())
+
+    def send_back(self, parts: Mapping[str, Tensor]) -> None:
+        """Add the values of some parts, and take their gradients."""
+        for name, value in parts.items():
+            self.parts[name] = self.parts.get(name, 0.0) + float(value.detach())
+        if parts:
+            torch.stack(list(parts.values())).sum().backward()
 
 
 def evaluate_objective(
@@ -175,44 +195,62 @@ def evaluate_objective(
     *,
     total_weight: float,
     log_temperature: Tensor | None = None,
+    projection: Tensor | None = None,
     piece_scores: int = PIECE_SCORES,
 ) -> Evaluated:
     """Value and gradient of the loss of a batch, or of a part of a step of ``total_weight``.
 
-    No more than ``piece_scores`` scores are held. The gradient of log τ is added to its ``.grad``.
+    No more than ``piece_scores`` scores are held. The gradients of log τ and of the ``projection``
+    (E, D) to the teacher's width are added to their ``.grad``.
     """
-    device = embedding_UD.device
-    dtype = torch.promote_types(embedding_UD.dtype, torch.float32)
-    leaf_UD = embedding_UD.detach().to(dtype)
+    leaf_UD = embedding_UD.detach().to(torch.promote_types(embedding_UD.dtype, torch.float32))
+    found = Evaluated(torch.zeros_like(leaf_UD))
+    with torch.enable_grad(), torch.autocast(embedding_UD.device.type, enabled=False):
+        if len(batch.query_B) and objective.contrasts:
+            tau = objective.temperature if log_temperature is None else log_temperature
+            _contrast(objective, leaf_UD, batch, tau, total_weight, piece_scores, found)
+        if objective.coupled:
+            leaf_UD.requires_grad_()
+            if objective.teacher is not None and batch.teacher_UE is not None:
+                _follow(objective, leaf_UD, batch.teacher_UE, projection, piece_scores, found)
+            found.send_back(_parts_of_texts(objective, leaf_UD, batch))
+            if leaf_UD.grad is not None:
+                found.gradient_UD += leaf_UD.grad
+    return found
+
+
+def _contrast(
+    objective: Objective,
+    leaf_UD: Tensor,
+    batch: ContrastiveBatch,
+    temperature: float | Tensor,
+    total_weight: float,
+    piece_scores: int,
+    found: Evaluated,
+) -> None:
+    """Add what queries have against their documents; a temperature that is learned is log τ."""
+    device = leaf_UD.device
     query_row_B = torch.as_tensor(batch.query_B, device=device)
     document_row_N = torch.as_tensor(batch.document_N, device=device)
-    weight_B = torch.as_tensor(batch.weight_B, device=device).to(dtype) / total_weight
-    gradient_UD = torch.zeros_like(leaf_UD)
+    weight_B = torch.as_tensor(batch.weight_B, device=device).to(leaf_UD.dtype) / total_weight
     document_ND = leaf_UD[document_row_N].requires_grad_()
-    loss = torch.zeros((), dtype=torch.float64, device=device)
-    sums = ScoreSums()
     rows = max(1, piece_scores // len(batch.document_N))
     for start in range(0, len(batch.query_B), rows):
         piece = slice(start, start + rows)
         query_bD = leaf_UD[query_row_B[piece]].requires_grad_()
-        with torch.enable_grad():
-            temperature = (
-                objective.temperature if log_temperature is None else log_temperature.exp()
-            )
-            value, part = _piece_loss(
-                objective, query_bD, document_ND, batch, piece, weight_B[piece], temperature
-            )
-            value.backward()
-        assert query_bD.grad is not None
-        gradient_UD.index_add_(0, query_row_B[piece], query_bD.grad)
-        loss += value.detach().double()
-        sums += part
-    assert document_ND.grad is not None
-    gradient_UD.index_add_(0, document_row_N, document_ND.grad)
-    return Evaluated(float(loss), gradient_UD, sums)
+        tau = temperature.exp() if isinstance(temperature, Tensor) else temperature
+        parts, sums = _piece_parts(
+            objective, query_bD, document_ND, batch, piece, weight_B[piece], tau
+        )
+        found.send_back(parts)
+        if query_bD.grad is not None:
+            found.gradient_UD.index_add_(0, query_row_B[piece], query_bD.grad)
+        found.sums += sums
+    if document_ND.grad is not None:
+        found.gradient_UD.index_add_(0, document_row_N, document_ND.grad)
 
 
-def _piece_loss(
+def _piece_parts(
     objective: Objective,
     query_bD: Tensor,
     document_ND: Tensor,
@@ -220,39 +258,103 @@ def _piece_loss(
     piece: slice,
     weight_b: Tensor,
     temperature: float | Tensor,
-) -> tuple[Tensor, ScoreSums]:
-    """Loss of the rows of one piece, with its graph, and their sums at full width."""
+) -> tuple[dict[str, Tensor], ScoreSums]:
+    """Losses of the rows of one piece, with their graph, and their sums at full width."""
     device, width = query_bD.device, query_bD.shape[1]
     positive_b = torch.as_tensor(batch.positive_B[piece], device=device)
     negative_bN = torch.as_tensor(batch.negative_BN[piece], device=device)
     full_bN = scores(query_bD, document_ND)
     widths = objective.dimensions or (width,)
-    total = full_bN.new_zeros(())
+    parts: dict[str, Tensor] = {}
     for cut in widths:
         score_bN = full_bN
         if cut < width:
-            # Embeddings cut to a width are set to length 1 again.
-            score_bN = scores(*(normalize(e[:, :cut], dim=1) for e in (query_bD, document_ND)))
-        total = total + info_nce(
-            score_bN,
-            positive_b,
-            negative_bN,
-            temperature=temperature,
-            hardness=objective.hardness,
-            weight_B=weight_b,
-        )
+            score_bN = scores(*(cut_to(embedding, cut) for embedding in (query_bD, document_ND)))
+        if objective.contrastive is not None:
+            contrastive = objective.contrastive * info_nce(
+                score_bN,
+                positive_b,
+                negative_bN,
+                temperature=temperature,
+                hardness=objective.hardness,
+                weight_B=weight_b,
+            )
+            parts["contrastive"] = parts.get("contrastive", 0.0) + contrastive
         if objective.distillation_weight is not None and batch.teacher is not None:
             column_bK = torch.as_tensor(batch.teacher.column_BK[piece], device=device)
             teacher_bK = torch.as_tensor(batch.teacher.score_BK[piece], device=device)
-            total = total + objective.distillation_weight * distillation(
+            taught = objective.distillation_weight * distillation(
                 score_bN.gather(1, column_bK.clamp(min=0)),
                 teacher_bK.to(query_bD.dtype).masked_fill(column_bK < 0, float("nan")),
                 temperature=temperature,
                 teacher_temperature=objective.teacher_temperature,
                 weight_B=weight_b,
             )
+            parts["distillation"] = parts.get("distillation", 0.0) + taught
     sums = ScoreSums.of_scores(full_bN.detach(), positive_b, negative_bN)
-    return total / len(widths), sums
+    return {name: value / len(widths) for name, value in parts.items()}, sums
+
+
+def _follow(
+    objective: Objective,
+    leaf_UD: Tensor,
+    teacher: NDArray[np.float16],
+    projection_ED: Tensor | None,
+    piece_scores: int,
+    found: Evaluated,
+) -> None:
+    """Add what the teacher's vectors teach about all texts."""
+    settings = objective.teacher
+    assert settings is not None
+    taught_UE = torch.as_tensor(teacher, device=leaf_UD.device).to(leaf_UD.dtype)
+    taught_UE = normalize(taught_UE, dim=1)  # 16 bit have moved it
+    rows = max(1, piece_scores // len(leaf_UD))
+    widths = objective.dimensions or (leaf_UD.shape[1],)
+    if settings.similarities is not None:
+        for start in range(0, len(leaf_UD), rows):
+            piece = slice(start, start + rows)
+            values = [
+                similarities_of_texts(cut_to(leaf_UD, width), taught_UE, piece, settings)
+                for width in widths
+            ]
+            found.send_back({"similarities": settings.similarities * torch.stack(values).mean()})
+    if settings.vectors is not None:
+        distance = distance_of_vectors(leaf_UD, taught_UE, projection_ED)
+        found.send_back({"vectors": settings.vectors * distance})
+
+
+def _parts_of_texts(
+    objective: Objective, leaf_UD: Tensor, batch: ContrastiveBatch
+) -> dict[str, Tensor]:
+    """Losses of graded pairs, and of texts by themselves."""
+    device, found = leaf_UD.device, dict[str, list[Tensor]]()
+    widths = objective.dimensions or (leaf_UD.shape[1],)
+    for cut_UD in (cut_to(leaf_UD, width) for width in widths):
+        if objective.cosent is not None and (pairs := batch.graded) is not None:
+            first_P, second_P = (torch.as_tensor(rows, device=device) for rows in pairs.rows_2P)
+            cosine_P = (cut_UD[first_P] * cut_UD[second_P]).sum(dim=1)
+            score_P = torch.as_tensor(pairs.score_P, device=device)
+            value = cosent(cosine_P, score_P, temperature=objective.cosent.temperature)
+            found.setdefault("cosent", []).append(objective.cosent.weight * value)
+        if (spread := objective.spread) is not None:
+            asks_U = torch.zeros(len(leaf_UD), dtype=torch.bool, device=device)
+            asks_U[torch.as_tensor(batch.query_B, device=device)] = True
+            terms = [spread_terms(cut_UD[side_U]) for side_U in (asks_U, ~asks_U)]
+            for name, weight, values in zip(
+                ("spread_mean", "spread_second_moment"),
+                (spread.mean, spread.second_moment),
+                zip(*terms, strict=True),
+                strict=True,
+            ):
+                if weight is not None:
+                    found.setdefault(name, []).append(weight * torch.stack(values).mean())
+    return {name: torch.stack(values).mean() for name, values in found.items()}
+
+
+def cut_to(embedding_ND: Tensor, width: int) -> Tensor:
+    """The first dimensions of embeddings, at length 1 again."""
+    cut = width < embedding_ND.shape[1]
+    return normalize(embedding_ND[:, :width], dim=1) if cut else embedding_ND
 
 
 def new_temperature(stage: StageConfig | None, device: torch.device) -> nn.Parameter | None:

@@ -8,12 +8,12 @@ is known only when the model of that moment has been asked, so random documents 
 from __future__ import annotations
 
 import itertools
-import math
 import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -32,12 +32,27 @@ from nvembed.training.checkpoint import (
     Position,
     trained_parameters,
 )
-from nvembed.training.config import StageConfig, TrainConfig, training_inputs
+from nvembed.training.config import TrainConfig, training_inputs
 from nvembed.training.contrastive_loss import new_temperature
 from nvembed.training.distributed import DistributedContext
+from nvembed.training.forecast import (
+    BatchForecast,
+    DataForecast,
+    DryRun,
+    StageForecast,
+    TrainingMemory,
+)
+from nvembed.training.loss_config import TeacherConfig
 from nvembed.training.model import peak_bytes
 from nvembed.training.stage_mining import PlannedMining, plan_mining
 from nvembed.training.step import contrastive_step, plan_step, recomputed_share
+from nvembed.training.teacher import (
+    PROJECTION,
+    Teacher,
+    TeacherStandIn,
+    new_projection,
+    teacher_fingerprint,
+)
 
 SAMPLED_STEPS = 20  # batches of a stage that are counted, spread over it
 TIMED_STEPS = 4  # of them taken, the largest first, to warm up; fewer where they take long
@@ -46,118 +61,6 @@ _SAMPLED_QUERIES = 2000
 _SAMPLED_TEXTS = 256
 
 Found = TypeVar("Found")
-
-
-@dataclass(frozen=True, slots=True)
-class DataForecast:
-    """A data set in a stage."""
-
-    name: str
-    kind: str
-    queries: int
-    share: float  # of the stage's slots, by the weights
-    used: int  # slots that it fills in the steps of the stage
-    negatives: float  # own ones drawn per query, mean
-    without: float  # share of its queries that have none
-    to_mine: bool  # they are mined first, and these are their stand-ins
-
-
-@dataclass(frozen=True, slots=True)
-class BatchForecast:
-    """The steps of a stage, from a sample of its batches: means, and the ``most`` of any step."""
-
-    sampled: int
-    texts: float  # different ones
-    most_texts: int
-    tokens: float
-    most_tokens: int
-    full: float  # share of the texts that reach the limit of tokens, and are cut or just fit
-    duplicates: float  # share of the texts that are embedded once for several places
-    negatives: float  # effective ones per query
-    recomputed: float  # share of the tokens that are embedded twice
-
-
-@dataclass(frozen=True, slots=True)
-class StageForecast:
-    """A stage, or what is left of it; evaluations are those on the way and at its end."""
-
-    config: StageConfig
-    steps: int
-    data: tuple[DataForecast, ...]
-    mining: tuple[PlannedMining, ...]
-    mining_seconds: float  # of all sets
-    batches: BatchForecast
-    evaluations: int
-    seconds_per_step: float
-
-    @property
-    def seconds(self) -> float:
-        """Of all steps, without mining and evaluation."""
-        return self.seconds_per_step * self.steps
-
-    @property
-    def tokens(self) -> float:
-        """Of all steps."""
-        return self.batches.tokens * self.steps
-
-
-@dataclass(frozen=True, slots=True)
-class TrainingMemory:
-    """Bytes of one process; ``elements`` and ``trained`` are numbers of parameters."""
-
-    elements: int
-    trained: int
-    graph: model.ActivationBudget
-    peak: int  # most that model, optimizer and steps took, beyond what the process held before
-    free: int  # on the device before the model was loaded
-
-
-@dataclass(frozen=True, slots=True)
-class DryRun:
-    """What a run would do; ``stages`` are those that are left."""
-
-    config: TrainConfig  # with settled precision
-    position: Position
-    resumed: Path | None  # the checkpoint it goes on from
-    finished: bool
-    replaces: bool  # an earlier run in the folder would be deleted
-    device: str
-    tasks: tuple[str, ...] = ()
-    stages: tuple[StageForecast, ...] = ()
-    memory: TrainingMemory | None = None
-
-    @property
-    def seconds(self) -> float:
-        """Of steps and mining."""
-        return sum(stage.seconds + stage.mining_seconds for stage in self.stages)
-
-    @property
-    def warnings(self) -> tuple[str, ...]:
-        """What the run would do, and its owner may not want; a line each."""
-        found = []
-        for stage in self.stages:
-            name, batches = stage.config.name, stage.batches
-            idle = [
-                f"{row.name} ({row.without:.0%})" for row in stage.data if row.used and row.without
-            ]
-            if idle and not stage.config.in_batch_negatives:
-                found.append(
-                    f"{name}: there are queries without negatives, which teach nothing without "
-                    f"in-batch negatives: {', '.join(idle)}"
-                )
-            if self.memory is not None and batches.recomputed:
-                whole = batches.most_tokens * self.memory.graph.bytes_per_token
-                found.append(
-                    f"{name}: {batches.recomputed:.0%} of the tokens are embedded twice; with "
-                    f"memory_gb={math.ceil(whole / 1e8) / 10:.1f} none would be"
-                )
-        if self.memory is not None and self.memory.peak > self.memory.free:
-            needed, free = self.memory.peak / 1e9, self.memory.free / 1e9
-            found.append(
-                f"about {needed:.1f} GB are needed and {free:.1f} GB are free: lower memory_gb or "
-                "pack_tokens, or train adapters"
-            )
-        return tuple(found)
 
 
 class SeveralError(UserError):
@@ -193,6 +96,8 @@ def dry_run(config: TrainConfig, *, base_dir: Path, fresh: bool = False) -> DryR
     mixtures = noted(lambda: stages.load_mixtures(config, base_dir))
     tasks = noted(lambda: metrics.load_evaluation_tasks(evaluation, base_dir) if evaluation else [])
     noted(lambda: metrics.tracker_options(config.trackers, run))
+    for teacher in filter(None, (stage.teacher for stage in config.stages)):
+        noted(partial(teacher_fingerprint, teacher, base_dir))
     begun = not fresh and run.exists and run.has_results and run.inputs.exists()
     if mixtures is not None and tasks is not None and begun:
         noted(
@@ -263,15 +168,23 @@ class _Rehearsal:
         if config.mine is not None:
             # Of a run that is to be replaced nothing counts.
             folder = self.run.mined / config.name / ("none" if self.fresh else "")
-            mixture, planned = plan_mining(self.config, config.mine, mixture, self.base_dir, folder)
+            mixture, planned = plan_mining(self.config, config, mixture, self.base_dir, folder)
         mining_seconds = sum(map(self._mining_seconds, planned))
-        tau = new_temperature(config, self.processes.device)
         tokenizer = self.embedder.backbone.text_tokenizer
+        loader = stages.DataLoader(mixture, config, seed=self.config.seed, tokenizer=tokenizer)
+        standing = self._standing_in(config.teacher, loader, start)
+        loader.teacher = standing
+        beside = {
+            "log_temperature": new_temperature(config, self.processes.device),
+            PROJECTION: new_projection(
+                standing, self.embedder, seed=self.config.seed, stage=number
+            ),
+        }
         stage = stages.start_stage(
             self.config,
             number,
-            stages.DataLoader(mixture, config, seed=self.config.seed, tokenizer=tokenizer),
-            trained_parameters(self.embedder, log_temperature=tau),
+            loader,
+            trained_parameters(self.embedder, **beside),
             head=self.embedder.pooling,
             activation_budget=self.budget.tokens,
             checkpoint=None,
@@ -286,13 +199,14 @@ class _Rehearsal:
             self._data(stage, {each.dataset for each in planned}),
             tuple(planned),
             mining_seconds,
+            standing,
             batches,
             sum(
                 evaluation is not None
                 and metrics.evaluation_is_due(evaluation, step + 1, config.steps)
                 for step in range(start, config.steps)
             ),
-            self._seconds_per_token(sampled, stage, tau, bar) * batches.tokens,
+            self._seconds_per_token(sampled, stage, beside, bar) * batches.tokens,
         )
 
     def _data(self, stage: stages.Stage, to_mine: set[str]) -> tuple[DataForecast, ...]:
@@ -303,8 +217,9 @@ class _Rehearsal:
             name, rng = source.name, np.random.default_rng(0)
             chosen = range(0, len(source), max(1, len(source) // _SAMPLED_QUERIES))
             most = stage.config.num_negatives
-            counts = [len(source.example(index, rng, most).negatives) for index in chosen]
-            share, mean = weight / sum(weights), statistics.fmean(counts)
+            examples = [source.example(index, rng, most) for index in chosen]
+            counts = [len(one.negatives) for one in examples if one.positive is not None] or [-1]
+            share, mean = weight / sum(weights), max(0.0, statistics.fmean(counts))
             without, mined = counts.count(0) / len(counts), name in to_mine
             rows.append(
                 DataForecast(name, kinds[name], len(source), share, slots, mean, without, mined)
@@ -315,7 +230,7 @@ class _Rehearsal:
         self,
         sampled: Sequence[stages.PreparedBatch],
         stage: stages.Stage,
-        tau: torch.nn.Parameter | None,
+        beside: dict[str, torch.nn.Parameter | None],
         bar: ProgressBar,
     ) -> float:
         """Take a few steps, the largest first, so that memory is that of the largest."""
@@ -335,7 +250,7 @@ class _Rehearsal:
                     stage.settings,
                     self.processes,
                     seed=derive_seed(self.config.seed, "dropout", name, number),
-                    log_temperature=tau,
+                    **beside,
                 )
             except FloatingPointError as error:
                 raise TrainingError(
@@ -360,6 +275,16 @@ class _Rehearsal:
             if found and time.perf_counter() - began > _MOST_SECONDS:
                 break
         return statistics.median(found)
+
+    def _standing_in(
+        self, settings: TeacherConfig | None, loader: stages.DataLoader, start: int
+    ) -> TeacherStandIn | None:
+        """Something in the place of the teacher's vectors, and how long those will take."""
+        if settings is None:
+            return None
+        with torch.autocast(self.processes.device.type, enabled=False):
+            teacher = Teacher(settings, self.base_dir)
+            return teacher.rehearse(loader.given(start), _SAMPLED_TEXTS)
 
     def _mining_seconds(self, planned: PlannedMining) -> float:
         """Embed a sample of the texts, and take the others to need as much per character."""

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from nvembed.core.reporting import byte_size
-from nvembed.training.dry_run import DryRun, StageForecast
+from nvembed.training.forecast import DryRun, StageForecast
 
 
 def print_dry_run(found: DryRun) -> None:
@@ -86,9 +86,20 @@ def _steps(stages: Sequence[StageForecast]) -> Table:
         ("tokens", _amount, lambda s: s.tokens, True),
         ("time of the steps", duration, lambda s: s.seconds, True),
     ]
+
+    def some(seconds: float) -> str:
+        return duration(seconds) if seconds else "–"
+
     if any(stage.mining for stage in stages):
+        rows.append(("mining before", some, lambda s: s.mining_seconds, True))
+    if any(stage.teacher for stage in stages):
         rows.append(
-            ("mining before", lambda t: duration(t) if t else "–", lambda s: s.mining_seconds, True)
+            (
+                "teacher before",
+                lambda t: duration(t) if t else "–",
+                lambda s: s.teacher_seconds,
+                True,
+            )
         )
     for name, shown, value, has_sum in rows:
         values = [value(stage) for stage in stages]
@@ -107,6 +118,16 @@ def _notes(found: DryRun) -> list[str]:
             f"* mined before {stage.config.name} for {queries:,} queries among {documents:,} "
             f"documents of {names}; random documents stand in for them here."
         )
+    for stage in found.stages:
+        if stage.config.losses != {"contrastive": 1.0}:
+            weights = (f"{weight:g} {name}" for name, weight in stage.config.losses.items())
+            notes.append(f"The loss of {stage.config.name}: {' + '.join(weights)}.")
+        if stage.teacher is not None:
+            notes.append(
+                f"{stage.teacher.missing:,} texts are embedded by {stage.teacher.settings.name} "
+                f"({stage.teacher.dimension} wide) before {stage.config.name}; random vectors "
+                "stand in for its own here."
+            )
     if found.stages:
         sampled = ", ".join(
             f"{s.batches.sampled} of {s.steps:,} batches of {s.config.name}" for s in found.stages

@@ -64,9 +64,9 @@ def computing(config: TrainConfig, device: torch.device) -> torch.autocast:
 
 
 def backbone_source(config: TrainConfig, base_dir: Path) -> str:
-    """The folder or hub id of what a run starts from."""
+    """The folder, GGUF file or hub id of what a run starts from."""
     local = base_dir / config.model.backbone
-    return str(local) if local.is_dir() else config.model.backbone
+    return str(local) if local.exists() else config.model.backbone
 
 
 def build_model(config: TrainConfig, base_dir: Path, *, device: str | None = None) -> NVEmbed:

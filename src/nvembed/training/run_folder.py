@@ -31,6 +31,7 @@ from nvembed.training.distributed import DistributedContext
 from nvembed.training.metrics import load_evaluation_tasks
 from nvembed.training.model import backbone_source
 from nvembed.training.stages import load_mixtures
+from nvembed.training.teacher import teacher_fingerprint
 
 GO_ON = "The same command goes on from the last checkpoint"
 _MINED = "mined set "
@@ -46,7 +47,7 @@ def prepare_folder(
     run.tidy()
     if begun:
         remove_leftovers(run.checkpoints)
-        if _recorded(run) == resolved:
+        if _recorded(run) == resolved or is_finished(run):
             return
         if run.has_results:
             write_text(run.config, resolved, TRAIN)
@@ -152,6 +153,8 @@ def inputs_of(
         if stage.mine and stage.mine.rerank and Path(stage.mine.rerank).is_dir():
             key = f"mine.rerank of {stage.name}"
             found[key] = contents_fingerprint(stage.mine.rerank)
+        if stage.teacher and (teacher := teacher_fingerprint(stage.teacher, base_dir)):
+            found[f"teacher of {stage.name}"] = teacher
     return found
 
 
@@ -166,7 +169,10 @@ def what_decides_inputs(config: TrainConfig) -> str:
     """The same for runs of the same inputs, whose data then need to be read once."""
     datasets = [dataset.model_dump(mode="json") for dataset in config.datasets]
     build = config.build and config.build.model_dump(mode="json")
-    mining = [[stage.name, stage.mine and stage.mine.rerank] for stage in config.stages]
+    mining = [
+        [stage.name, stage.mine and stage.mine.rerank, stage.teacher and stage.teacher.model_dump()]
+        for stage in config.stages
+    ]
     tasks = config.evaluation and list(config.evaluation.tasks)
     return content_hash(datasets, build, config.model.backbone, mining, tasks)
 

@@ -16,16 +16,16 @@ import numpy as np
 
 from nvembed.core.files import write_json, write_jsonl
 from nvembed.core.runs import TRAIN, derive_seed
-from nvembed.data.built_sets import MINED_KINDS
 from nvembed.data.config import DatasetConfig, MiningConfig
-from nvembed.data.examples import ExampleSource, Mixture, make_source, sample_where
+from nvembed.data.drawing import sample_where
+from nvembed.data.examples import ExampleSource, Mixture, make_source
 from nvembed.data.loading import load_mixture, load_records, load_source, training_datasets
 from nvembed.data.records import PairRecord, Record
 from nvembed.encoding.encoder import Encoder
 from nvembed.mining.corpus import MemoryCorpus
 from nvembed.mining.miner import mine_negatives, mine_sts_negatives
 from nvembed.mining.run import plan_records
-from nvembed.training.config import TrainConfig
+from nvembed.training.config import StageConfig, TrainConfig
 
 
 def mine_mixture(
@@ -39,16 +39,21 @@ def mine_mixture(
     log: Callable[[str], None],
 ) -> Mixture:
     """Load the data of a stage (counted from 0) with negatives mined for its pairs."""
-    datasets = []
+    datasets, kinds = [], config.stages[stage].mined_kinds
     for dataset in training_datasets(config.datasets, config.build, base_dir):
-        if stage + 1 in dataset.stages and dataset.kind in MINED_KINDS:
+        if stage + 1 in dataset.stages and dataset.kind in kinds:
             if not mined_file(dataset, mined_dir).is_file():
                 log(f"mining {settings.num_negatives} negatives per query of {dataset.name}")
                 _mine(dataset, settings, base_dir=base_dir, folder=mined_dir, teacher=teacher)
             dataset = mined_dataset(dataset, mined_dir)
         datasets.append(dataset)
-    temperature = config.stages[stage].mixture_temperature
-    return load_mixture(datasets, stage=stage + 1, base_dir=base_dir, temperature=temperature)
+    return load_mixture(
+        datasets,
+        stage=stage + 1,
+        base_dir=base_dir,
+        temperature=config.stages[stage].mixture_temperature,
+        graded=config.stages[stage].cosent is not None,
+    )
 
 
 def _mine(
@@ -109,18 +114,20 @@ class PlannedMining:
 
 
 def plan_mining(
-    config: TrainConfig, settings: MiningConfig, mixture: Mixture, base_dir: Path, mined_dir: Path
+    config: TrainConfig, stage: StageConfig, mixture: Mixture, base_dir: Path, mined_dir: Path
 ) -> tuple[Mixture, list[PlannedMining]]:
     """Give the sets that will be mined stand-ins, and say what is to mine; write nothing."""
     datasets = {d.name: d for d in training_datasets(config.datasets, config.build, base_dir)}
     sources: list[ExampleSource] = []
     planned: list[PlannedMining] = []
+    kinds, settings = stage.mined_kinds, stage.mine
+    assert settings is not None
     for source in mixture.sources:
         dataset = datasets[source.name]
-        if dataset.kind in MINED_KINDS and mined_file(dataset, mined_dir).is_file():
+        if dataset.kind in kinds and mined_file(dataset, mined_dir).is_file():
             mined = mined_dataset(dataset, mined_dir)
             source = load_source(mined, base_dir=base_dir)
-        elif dataset.kind in MINED_KINDS:
+        elif dataset.kind in kinds:
             records = load_records(dataset, base_dir=base_dir)
             places = places_to_mine(dataset, records)
             chosen = [records[place] for place in places]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,9 +19,16 @@ from torch.distributed.tensor import DTensor
 
 from nvembed.core import background
 from nvembed.core.errors import ConfigError
+from nvembed.core.reporting import progress
 from nvembed.core.runs import derive_seed
-from nvembed.data.batch import ContrastiveBatch, build_batch, effective_negatives
-from nvembed.data.examples import Mixture
+from nvembed.data.batch import (
+    ContrastiveBatch,
+    GivenText,
+    build_batch,
+    effective_negatives,
+    given_texts,
+)
+from nvembed.data.examples import Example, Mixture
 from nvembed.data.loading import load_mixture, training_datasets
 from nvembed.text.instructions import PromptedText
 from nvembed.text.tokens import TextTokenizer, TokenizedText
@@ -29,6 +36,7 @@ from nvembed.training.checkpoint import Parameters, restore_optimizer
 from nvembed.training.config import OptimizerConfig, ScheduleKind, StageConfig, TrainConfig
 from nvembed.training.contrastive_loss import Objective
 from nvembed.training.step import StepSettings
+from nvembed.training.teacher import PROJECTION, Teacher, TeacherStandIn
 
 # What torch's fused kernels, and bitsandbytes' 8-bit ones, exist for.
 _FUSED_DEVICES = {"cpu", "cuda"}
@@ -42,7 +50,13 @@ def load_mixtures(config: TrainConfig, base_dir: Path) -> list[Mixture]:
     datasets = training_datasets(config.datasets, config.build, base_dir)
     kinds = {dataset.name: dataset.kind for dataset in config.datasets}
     mixtures = [
-        load_mixture(datasets, stage=n, base_dir=base_dir, temperature=stage.mixture_temperature)
+        load_mixture(
+            datasets,
+            stage=n,
+            base_dir=base_dir,
+            temperature=stage.mixture_temperature,
+            graded=stage.cosent is not None,
+        )
         for n, stage in enumerate(config.stages, start=1)
     ]
     for number, (stage, mixture) in enumerate(zip(config.stages, mixtures, strict=True)):
@@ -72,6 +86,7 @@ class DataLoader:
         self.mixture = mixture
         self.stage = stage
         self.tokenizer = tokenizer
+        self.teacher: Teacher | TeacherStandIn | None = None  # which has the vectors of all texts
         self._seed = derive_seed(seed, "data", stage.name)
         self._order = mixture.order(
             self._seed,
@@ -85,6 +100,7 @@ class DataLoader:
         sizes = ", ".join(f"{source.name} {len(source):,}" for source in self.mixture.sources)
         return (
             f"{stage.name}: {stage.steps:,} steps of {stage.batch_size} queries; "
+            f"loss {' + '.join(f'{weight:g} {name}' for name, weight in stage.losses.items())}; "
             f"in-batch negatives {'on' if stage.in_batch_negatives else 'off'}; "
             f"effective negatives per query {effective_negatives(self.batch(0)):.1f}; data: {sizes}"
         )
@@ -96,8 +112,19 @@ class DataLoader:
 
     def batch(self, step: int) -> ContrastiveBatch:
         """The batch of a step of the stage, counted from 0."""
+        examples = self._examples(step)
+        return build_batch(examples, in_batch_negatives=self.stage.in_batch_negatives)
+
+    def given(self, start: int) -> Iterator[GivenText]:
+        """All texts of the stage from a step on, as the data sets give them."""
+        with progress(self.stage.steps - start, f"{self.stage.name}: texts") as bar:
+            for step in range(start, self.stage.steps):
+                yield from given_texts(self._examples(step)).values()
+                bar.advance(1)
+
+    def _examples(self, step: int) -> list[Example]:
         first = step * self.stage.batch_size
-        examples = self.mixture.examples(
+        return self.mixture.examples(
             self._order,
             first,
             first + self.stage.batch_size,
@@ -105,11 +132,12 @@ class DataLoader:
             num_negatives=self.stage.num_negatives,
             num_positives=self.stage.num_positives,
         )
-        return build_batch(examples, in_batch_negatives=self.stage.in_batch_negatives)
 
     def step(self, step: int) -> PreparedBatch:
-        """The batch of a step and the tokens of its texts."""
+        """The batch of a step with its teacher's vectors, and the tokens of its texts."""
         batch = self.batch(step)
+        if self.teacher is not None:
+            batch = replace(batch, teacher_UE=self.teacher.vectors(batch.given_U))
         return batch, tokenized(self.tokenizer, batch.texts)
 
     @contextmanager
@@ -161,7 +189,8 @@ def start_stage(
     training_weights(optimizer)
     if checkpoint is not None:
         restore_optimizer(checkpoint, trained, optimizer)
-    objective, coupled = Objective.of_stage(stage), stage.in_batch_negatives
+    objective = Objective.of_stage(stage)
+    coupled = stage.in_batch_negatives or objective.coupled
     settings = StepSettings(objective, coupled, config.pack_tokens, activation_budget)
     return Stage(number, stage, loader, settings, trained, optimizer)
 
@@ -202,7 +231,8 @@ def build_optimizer(
     head_rate = stage.head_learning_rate or stage.learning_rate
     split: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
     for name, parameter in trained.items():
-        rate = head_rate if id(parameter) in in_head else stage.learning_rate
+        of_head = id(parameter) in in_head or name == PROJECTION
+        rate = head_rate if of_head else stage.learning_rate
         decays = parameter.ndim > 1 and "latents" not in name and "embed_tokens" not in name
         # No kernel takes sharded and other parameters together.
         kind = (rate, config.weight_decay if decays else 0.0, isinstance(parameter, DTensor))

@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -107,12 +108,29 @@ class StepResult:
     """What a step found; the gradients lie in the parameters."""
 
     loss: float
+    parts: dict[str, float]  # of the loss, by name
     statistics: ContrastiveStatistics
     effective_negatives: float  # mean number of negatives per query
     num_tokens: int  # of all texts of the step, on all processes
     num_texts: int  # unique ones
     duplicates: float  # share of the texts that stood in the batch more than once
     recomputed: float  # share of this process's tokens that were embedded twice
+
+    def to_row(self) -> dict[str, Any]:
+        """Its numbers as a row of metrics has them."""
+        return {
+            "loss": self.loss,
+            "parts": self.parts,
+            "positive_similarity": self.statistics.positive_similarity,
+            "margin": self.statistics.margin,
+            "accuracy": self.statistics.accuracy,
+            "effective_negatives": self.effective_negatives,
+            "texts": self.num_texts,
+            "tokens": self.num_tokens,
+            "padding": 0.0,
+            "duplicates": self.duplicates,
+            "recomputed": self.recomputed,
+        }
 
 
 def contrastive_step(
@@ -124,6 +142,7 @@ def contrastive_step(
     *,
     seed: int,
     log_temperature: Tensor | None = None,
+    projection: Tensor | None = None,
 ) -> StepResult:
     """Add this process's part of the batch's gradient to the ``.grad`` of the parameters.
 
@@ -131,7 +150,7 @@ def contrastive_step(
     """
     lengths = [len(text) for text in texts]
     total_weight = float(batch.weight_B.sum())
-    loss, sums = 0.0, ScoreSums()
+    loss, sums, parts = 0.0, ScoreSums(), dict[str, float]()
     plans = plan_step(batch, lengths, settings, processes.count)
     for number, plan in enumerate(plans):
         pass_ = _Pass(model, [texts[row] for row in plan.rows], plan, processes, seed, number)
@@ -142,15 +161,18 @@ def contrastive_step(
             plan.part,
             total_weight=total_weight,
             log_temperature=log_temperature,
+            projection=projection,
         )
         if not math.isfinite(evaluated.loss):
             raise FloatingPointError(evaluated.loss)
         gradient_UD = evaluated.gradient_UD.to(embedding_UD.dtype)
         pass_.backward(gradient_UD, last=number == len(plans) - 1)
         loss += evaluated.loss
+        parts |= {name: parts.get(name, 0.0) + part for name, part in evaluated.parts.items()}
         sums += evaluated.sums
     return StepResult(
         loss=loss,
+        parts=parts,
         statistics=sums.means(),
         effective_negatives=effective_negatives(batch),
         num_tokens=sum(lengths),

@@ -23,11 +23,12 @@ from nvembed.core.reporting import progress
 from nvembed.core.runs import RunFolder, derive_seed
 from nvembed.data.config import MiningConfig
 from nvembed.data.examples import Mixture
-from nvembed.training import checkpoint, metrics, model, run_folder, stages
+from nvembed.training import checkpoint, metrics, model, run_folder, stages, teacher
 from nvembed.training.checkpoint import Position, trained_parameters
 from nvembed.training.config import TrainConfig, training_inputs
 from nvembed.training.contrastive_loss import bounded, new_temperature
 from nvembed.training.distributed import DistributedContext, dead_peer_is_an_error, shard_backbone
+from nvembed.training.loss_config import TeacherConfig
 from nvembed.training.stage_mining import mine_mixture
 from nvembed.training.step import StepResult, contrastive_step
 
@@ -116,7 +117,9 @@ class _Run:
             keep=config.keep_checkpoints,
         )
         self.position, self.best, lines = Position(), metrics.Best(), [why]
+        # Of the loss of the stage, beside the model.
         self.log_temperature: nn.Parameter | None = None
+        self.projection: nn.Parameter | None = None
         self.begun = checkpoint.latest_checkpoint(run.checkpoints, log=self.log)
         if self.begun is not None:
             lines += [
@@ -128,9 +131,10 @@ class _Run:
             if self.position.stage_step:
                 stage = config.stages[self.position.stage]
                 self.log_temperature = new_temperature(stage, processes.device)
+            self.projection = teacher.saved_projection(self.begun, processes.device)
         if processes.is_main:
             run.trim_metrics(self.position.step)
-        trained = trained_parameters(self.embedder, log_temperature=self.log_temperature)
+        trained = self._trained()
         if self.begun is None:
             # All start from the same numbers, whatever the machines make of a seed.
             processes.broadcast_parameters(trained.values())
@@ -174,22 +178,39 @@ class _Run:
         config = self.config.stages[number]
         mixture = self.mixtures[number] if config.mine is None else self._mined(number, config.mine)
         going_on = self.position.stage_step > 0
+        loader = stages.DataLoader(
+            mixture,
+            config,
+            seed=self.config.seed,
+            tokenizer=self.embedder.backbone.text_tokenizer,
+        )
+        if config.teacher is not None:
+            self._prepare(loader, config.teacher)
         if not going_on:
             self.log_temperature = new_temperature(config, self.processes.device)
+            if self.projection is None:
+                self.projection = teacher.new_projection(
+                    loader.teacher, self.embedder, seed=self.config.seed, stage=number
+                )
         return stages.start_stage(
             self.config,
             number,
-            stages.DataLoader(
-                mixture,
-                config,
-                seed=self.config.seed,
-                tokenizer=self.embedder.backbone.text_tokenizer,
-            ),
-            trained_parameters(self.embedder, log_temperature=self.log_temperature),
+            loader,
+            self._trained(),
             head=self.embedder.pooling,
             activation_budget=activation_budget,
             checkpoint=self.begun if going_on else None,
         )
+
+    def _trained(self) -> dict[str, nn.Parameter]:
+        """What the stage trains; the model alone is what is left after it."""
+        of_loss = {"log_temperature": self.log_temperature, teacher.PROJECTION: self.projection}
+        return trained_parameters(self.embedder, **of_loss)
+
+    def _prepare(self, loader: stages.DataLoader, settings: TeacherConfig) -> None:
+        """Have the teacher's vectors of all texts that the loader will give."""
+        loader.teacher = known = teacher.Teacher(settings, self.base_dir)
+        known.prepare(loader.given(self.position.stage_step), self.processes, self.log)
 
     def _mined(self, number: int, settings: MiningConfig) -> Mixture:
         """The data of a stage, with negatives mined by the model as it is now."""
@@ -260,8 +281,8 @@ class _Run:
         share = stages.stage_schedule(stage_step, config, self.config.optimizer)
         stages.set_learning_rate(optimizer, share)
         result = self._gradients(stage, stage_step, prepared)
-        # The temperature's gradient is whole already: every process computes the whole loss.
-        self.processes.sum_gradients(p for p in trained if p is not self.log_temperature)
+        # Those of the loss are whole already: every process computes the whole loss.
+        self.processes.sum_gradients(self.embedder.parameters())
         norm = self.processes.clip_gradients(trained, self.config.optimizer.max_grad_norm)
         if not math.isfinite(norm):
             raise self._not_finite(norm, "gradient norm", config.name)
@@ -272,19 +293,10 @@ class _Run:
         return {
             "step": self.position.step + 1,
             "stage": config.name,
-            "loss": result.loss,
+            **result.to_row(),
             "learning_rate": config.learning_rate * share,
             "grad_norm": norm,
             "temperature": temperature,
-            "positive_similarity": result.statistics.positive_similarity,
-            "margin": result.statistics.margin,
-            "accuracy": result.statistics.accuracy,
-            "effective_negatives": result.effective_negatives,
-            "texts": result.num_texts,
-            "tokens": result.num_tokens,
-            "padding": 0.0,
-            "duplicates": result.duplicates,
-            "recomputed": result.recomputed,
             "seconds": seconds,
             "tokens_per_second": result.num_tokens / seconds,
         }
@@ -304,6 +316,7 @@ class _Run:
                     self.processes,
                     seed=derive_seed(self.config.seed, "dropout", config.name, stage_step),
                     log_temperature=self.log_temperature,
+                    projection=self.projection,
                 )
         except FloatingPointError as error:
             raise self._not_finite(error.args[0], "loss", config.name) from error
@@ -344,10 +357,14 @@ class _Run:
         if self.evaluation and self.evaluation.put_back(stage.trained, self.best, step):
             self.log(f"{name}: back to the weights of step {self.best.step}")
         self.best = metrics.Best()
-        if stage.number + 1 < len(self.config.stages):
+        following = self.config.stages[stage.number + 1 :]
+        if following:
             self._save_model(self.run.path / f"model-{name}", final=False)
+        if not following or not teacher.is_continued(stage.config.teacher, following[0].teacher):
+            self.projection = None
         self.position = Position(step, stage.number + 1, 0, self.position.seconds)
-        self._save(self.position, trained_parameters(self.embedder), stage.optimizer)
+        self.log_temperature = None
+        self._save(self.position, self._trained(), stage.optimizer)
         self.log(f"{name} finished after step {step}")
 
     def _save_model(self, folder: Path, *, final: bool) -> None:

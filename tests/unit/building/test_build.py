@@ -137,6 +137,23 @@ def test_positives_beyond_the_cap_are_no_negatives(tmp_path: Path) -> None:
         assert set(record.negatives) == everything - own
 
 
+def test_bare_texts_stand_once_and_none_is_of_a_task(recipe: Path) -> None:
+    texts = ["one", "two", "ONE ", "what is asked", "three"]
+    write_jsonl(recipe.parent / "bare.jsonl", [{"text": text} for text in texts])
+    config = yaml.safe_load(recipe.read_text())
+    config["datasets"] += [{**config["datasets"][0], "name": "bare", "kind": "text"}]
+    config["datasets"][-1] |= {"path": "bare.jsonl", "max_records": 2}
+    for stage in config["stages"]:
+        stage["teacher"] = {"model": "any"}
+    recipe.write_text(yaml.safe_dump(config))
+    assert build(recipe) == 0
+    records = read_records(recipe.parent / "built" / "bare", "text")
+    assert [record.text for record in records] == ["one", "three"]
+    found = manifest(recipe, "bare")
+    assert "mine" not in found["steps"]
+    assert found["steps"]["select"]["beyond_cap"] == 1
+
+
 def test_shards_have_a_fixed_length_and_the_checksums_of_the_manifest(recipe: Path) -> None:
     assert build(recipe) == 0
     found = manifest(recipe, "pairs")

@@ -380,3 +380,17 @@ def test_judgements_of_what_is_not_there_are_warnings(
         "(2 more like it: lines 3-4)",
         f"{folder}: 1 records, 4 warnings",
     ]
+
+
+def test_bare_texts_are_inspected_and_checked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = ["one", "two words", "One", ""]
+    write_jsonl(tmp_path / "texts.jsonl", [{"text": text} for text in texts])
+    (found,) = inspect(str(tmp_path / "texts.jsonl"), "--kind", "text", capsys=capsys)
+    assert (found["records"], found["repeated"], found["bad"]) == (3, 1, 1)
+    assert found["characters"] == {"text": expected_spread([3, 9, 3])}
+    assert found["without_negatives"] is None
+    assert run(["data", "check", str(tmp_path / "texts.jsonl"), "--kind", "text"]) == 2
+    told = capsys.readouterr()
+    assert "texts.jsonl:4" in told.out + told.err

@@ -114,6 +114,7 @@ WRITERS: dict[str, list[Writer]] = {
             folders=("",),
         )
     ],
+    "merge": [Writer("merge", ("merge", "model", "--to", "OUT"), files=("",), folders=("",))],
     "train": [
         Writer(
             "train", ("train", "recipe.yaml", "output=OUT", *more), RUN_FILES, RUN_FOLDERS, RUN_LOGS
@@ -203,7 +204,7 @@ UNMARKED = {
     "building/set_build.py": {"rmdir", "atomic_folder", "write_json"},
     "encoding/embed.py": {"write_array", "write_arrays"},
     "mining/ranking.py": {"write_array"},
-    "evaluation/encoders.py": {"write_array"},
+    "encoding/kept_vectors.py": {"write_array"},
     "core/store.py": {"atomic_path", "open", "save", "savez", "write_json"},
     # In a folder or file that is being made, by the block around it.
     "training/ablation/report.py": {"write_bytes"},
@@ -218,6 +219,8 @@ UNMARKED = {
     "encoding/export/onnx.py": {"write_json", "save", "save_pretrained"},
     "encoding/export/stock.py": {"save_pretrained", "save", "write_json"},
     "interop/weights.py": {"write_json"},
+    "interop/merging.py": {"write_json"},
+    "evaluation/soup.py": {"write_json"},
     "training/model.py": {"save_pretrained"},
     # A checkpoint, after a look at what else lies in its place.
     "training/checkpoint.py": {"open", "atomic_folder"},

@@ -2,13 +2,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import pytest
 from pydantic import Field
 
-from nvembed.core.arguments import check_settings, checked
+from nvembed.core.arguments import check_arguments, check_settings, checked
 from nvembed.core.errors import ConfigError, UserError
 
 
@@ -80,8 +80,14 @@ class Settings:
     name: str = "x"
 
 
-def test_settings_files() -> None:
-    check_settings(Settings, {"width": 3}, where="f.json")
+class Pair(NamedTuple):
+    width: Annotated[int, Field(ge=1)]
+    name: str = "x"
+
+
+@pytest.mark.parametrize("of", [Settings, Pair])
+def test_settings_files(of: Any) -> None:
+    check_settings(of, {"width": 3}, where="f.json")
     for values, message in (
         ({}, "f.json: width: missing"),
         ({"width": 3, "nmae": "y"}, "f.json: nmae: unknown key, did you mean name"),
@@ -89,7 +95,15 @@ def test_settings_files() -> None:
         ({"width": 3, "name": None}, "f.json: name: null given, expected a valid string"),
     ):
         with pytest.raises(ConfigError, match=message):
-            check_settings(Settings, values, where="f.json")
+            check_settings(of, values, where="f.json")
+
+
+def test_an_argument_without_a_type_would_not_be_checked() -> None:
+    def work(count) -> None:  # type: ignore[no-untyped-def]
+        pass
+
+    with pytest.raises(AssertionError, match=r"work: \{'count'\} without a type"):
+        check_arguments(work, {"count": 1})
 
 
 def test_an_error_is_one_line_whatever_was_given() -> None:

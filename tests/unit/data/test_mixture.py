@@ -13,7 +13,8 @@ from pydantic import ValidationError
 from nvembed.core.errors import DataError
 from nvembed.core.files import write_jsonl
 from nvembed.data.config import DatasetConfig
-from nvembed.data.examples import Example, Mixture, make_source, tempered_weights
+from nvembed.data.drawing import tempered_weights
+from nvembed.data.examples import Example, Mixture, make_source
 from nvembed.data.loading import load_mixture, load_source
 from nvembed.data.records import PairRecord
 

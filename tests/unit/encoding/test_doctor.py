@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from families import make_family
+from gguf_files import write_gguf
 from nvembed.cli.main import run
 from nvembed.core.errors import ConfigError, ModelError
 from nvembed.encoding.doctor import checks
@@ -323,3 +325,22 @@ def test_the_report_shows_advice_and_json_is_complete(tiny_decoder_dir: Path, ca
     )
     print_diagnosis(diagnosis, as_json=True)
     assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(diagnosis.as_json()))
+
+
+def test_a_gguf_file_says_what_it_is(tmp_path: Path, byte_level_tokenizer) -> None:
+    pytest.importorskip("gguf", reason="needs the extra gguf")
+    folder = make_family("llama", tmp_path / "folder", byte_level_tokenizer)
+    path = write_gguf(folder, tmp_path / "tiny.gguf", "llama", "Q8_0")
+    diagnosis = examine_model(str(path), DoctorOptions())
+    said = diagnosis.findings[0].message
+    assert said.startswith("Tiny; architecture llama; layers 2; width 32; heads 4; context 128; ")
+    tokens = len(byte_level_tokenizer)
+    assert f"tokens {tokens}; tokenizer gpt2/gpt-2; tensors " in said
+    assert re.search(r"14 Q8_0, .*; weights 0\.0 M; file .*; licence apache-2\.0$", said)
+    assert diagnosis.memory
+    other = write_gguf(folder, tmp_path / "other.gguf", "llama", pre="default")
+    refused = examine_model(str(other), DoctorOptions())
+    assert not refused.healthy
+    assert [f.status for f in refused.findings] == ["ok", "problem"]
+    assert "'default'" in refused.findings[1].message
+    print_diagnosis(refused)

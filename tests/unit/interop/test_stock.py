@@ -94,6 +94,17 @@ def test_layout_of_old_folders(tmp_path: Path) -> None:
     assert abs(again - expected).max() < 1e-6
 
 
+@pytest.mark.parametrize(("key", "value"), [("type", None), ("path", -1), ("path", None)])
+def test_a_damaged_list_of_modules_is_one_line(tmp_path: Path, key: str, value: Any) -> None:
+    folder = write_stock(tmp_path / "stock")
+    modules = json.loads((folder / "modules.json").read_text())
+    modules[0][key] = value
+    (folder / "modules.json").write_text(json.dumps(modules))
+    message = f"modules.json, entry 0: {key}: .* expected a valid string"
+    with pytest.raises(ModelError, match=message):
+        NVEmbed.from_pretrained(folder, device="cpu")
+
+
 def test_what_cannot_be_taken_over_is_refused(tmp_path: Path) -> None:
     folder = write_stock(tmp_path / "stock", mode="cls")
     with pytest.raises(ModelError, match=r"its pooling is 'cls'.*pooling=") as error:

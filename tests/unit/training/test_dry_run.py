@@ -217,7 +217,7 @@ def test_mining_is_planned(tmp_path: Path, tiny_decoder_dir: Path) -> None:
     def planned() -> tuple[Mixture, int]:
         mixture, left = plan_mining(
             config,
-            config.stages[1].mine,
+            config.stages[1],
             load_mixtures(config, tmp_path)[1],
             tmp_path,
             tmp_path / "run" / "mined" / "two",

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from families import make_family
+from gguf_files import write_gguf
 from interruption import interrupt_after
 from nvembed.core.config import dump_config
 from nvembed.core.errors import DataError, TrainingError, UserError
@@ -225,3 +227,32 @@ def test_records_are_told_apart_by_every_part() -> None:
     assert records_digest([one, others[0]]) != records_digest([others[0], one])
     pair = StsRecord("a", "b", 4.0)
     assert records_digest([pair]) != records_digest([StsRecord("a", "b", 4.5)])
+
+
+@pytest.mark.slow
+def test_a_gguf_file_is_a_backbone_like_a_folder(tmp_path: Path, byte_level_tokenizer) -> None:
+    """The same weights, adapters and metrics, to the bit, and the file is known by its contents."""
+    pytest.importorskip("gguf", reason="needs the extra gguf")
+    llama = make_family("llama", tmp_path / "decoder", byte_level_tokenizer)
+    write_gguf(llama, tmp_path / "tiny.gguf", "llama")
+    write_jsonl(tmp_path / "pairs.jsonl", PAIRS)
+
+    def config(backbone: str, steps: int = 1) -> TrainConfig:
+        base = recipe(Path(backbone))
+        stage = base.stages[0].model_copy(update={"steps": steps})
+        output = str(tmp_path / f"run-{backbone}")
+        changes = {"output": output, "stages": (stage,), "precision": "bfloat16"}
+        return base.model_copy(update={**changes, "evaluation": None})
+
+    dry_run(config("tiny.gguf"), base_dir=tmp_path)
+    for backbone in ("decoder", "tiny.gguf"):
+        train(config(backbone), base_dir=tmp_path)
+    for file in ("model/model.safetensors", "adapter/adapter_model.safetensors"):
+        found = [(tmp_path / f"run-{one}" / file).read_bytes() for one in ("decoder", "tiny.gguf")]
+        assert found[0] == found[1]
+    adapter = json.loads((tmp_path / "run-tiny.gguf/adapter/adapter_config.json").read_text())
+    assert adapter["base_model_name_or_path"] == str(tmp_path / "tiny.gguf")
+    with (tmp_path / "tiny.gguf").open("ab") as file:
+        file.write(b"\0")
+    with pytest.raises(TrainingError, match=r"changed since the run was started: model\.backbone"):
+        train(config("tiny.gguf"), base_dir=tmp_path)

@@ -11,11 +11,11 @@ import torch
 from nvembed.data.batch import ContrastiveBatch, TeacherScores
 from nvembed.training.contrastive_loss import (
     Objective,
-    distillation,
     evaluate_objective,
     info_nce,
     scores,
 )
+from nvembed.training.text_losses import distillation
 
 QUERIES, DOCUMENTS, WIDTH = 7, 11, 6
 

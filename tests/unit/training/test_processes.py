@@ -6,10 +6,12 @@ import os
 import signal
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -34,6 +36,7 @@ from nvembed.training.distributed import (
     shard_backbone,
 )
 from nvembed.training.distributed import full as whole
+from nvembed.training.loss_config import TeacherConfig
 from nvembed.training.step import StepSettings, contrastive_step
 
 
@@ -344,17 +347,25 @@ def test_other_errors_pass_through() -> None:
         raise RuntimeError("shape")
 
 
-def step_with_graphs_of(folder: Path, activation_budget: int, shard: bool) -> tuple[float, float]:
+def step_with_graphs_of(folder: Path, activation_budget: int, shard: bool) -> tuple[float, ...]:
     here = DistributedContext.of_environment(shard=shard)
     model = small_model(folder, lora=True)
     if here.sharded:
         shard_backbone(model, here)
     batch, texts = batch_and_texts(model)
-    settings = StepSettings(Objective(0.1), True, 100, activation_budget)
-    result = contrastive_step(model, batch, texts, settings, here, seed=1)
+    rng = np.random.default_rng(0)
+    batch = replace(batch, teacher_UE=rng.standard_normal((len(texts), 5)).astype(np.float16))
+    teacher = TeacherConfig(model="t", similarities=1.0, vectors=1.0)
+    settings = StepSettings(Objective(0.1, teacher=teacher), True, 100, activation_budget)
+    projection = parameter(rng.standard_normal((5, WIDTH)).tolist())
+    result = contrastive_step(model, batch, texts, settings, here, seed=1, projection=projection)
+    assert set(result.parts) == {"contrastive", "similarities", "vectors"}
+    assert projection.grad is not None
     trained = [p for p in model.parameters() if p.requires_grad]
     here.sum_gradients(trained)
-    return result.loss, here.clip_gradients(trained, None)
+    # What belongs to the loss is whole in every process.
+    beside = float(projection.grad.norm())
+    return result.loss, here.clip_gradients(trained, None), beside, *result.parts.values()
 
 
 def batch_and_texts(model: NVEmbed) -> tuple[ContrastiveBatch, Sequence[TokenizedText]]:

@@ -294,7 +294,7 @@ def test_a_loss_that_is_not_finite_is_not_sent_back(monkeypatch: pytest.MonkeyPa
 
         def broken(*args: Any, value: float = value, **options: Any) -> Evaluated:
             found = evaluate(*args, **options)
-            return Evaluated(value, found.gradient_UD, found.sums)
+            return Evaluated(found.gradient_UD, {"contrastive": value}, found.sums)
 
         monkeypatch.setattr(step, "evaluate_objective", broken)
         model = Table()

@@ -153,6 +153,23 @@ def test_resumed_equals_uninterrupted_exactly(
     )
 
 
+def test_a_checkpoint_of_before_an_option_goes_on(
+    tmp_path: Path, tiny_decoder_dir: Path, monkeypatch
+) -> None:
+    config = recipe(tmp_path, tiny_decoder_dir, **one_stage())
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 2)
+        with pytest.raises(TrainingError, match="interrupted"):
+            train(config, base_dir=tmp_path)
+    file = latest_checkpoint(tmp_path / "run" / "checkpoints") / "state.json"
+    state = json.loads(file.read_text())
+    for key in ("contrastive", "teacher", "cosent", "spread"):
+        del state["recipe"]["stages"][0][key]
+    file.write_text(json.dumps(state))
+    train(config, base_dir=tmp_path)
+    assert len(rows(tmp_path / "run")) == 5
+
+
 def test_a_loss_that_is_not_finite_stops_before_the_weights_move(
     tmp_path: Path, tiny_decoder_dir: Path, monkeypatch
 ) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,8 @@ from nvembed.encoding.doctor.checks import (
     model_of,
 )
 from nvembed.encoding.encoder import Encoder, load_encoder, prompts_of
+from nvembed.interop.gguf import read_gguf
+from nvembed.interop.gguf_names import find_gguf
 from nvembed.model import memory, packs
 from nvembed.model.attention import short_tokens
 from nvembed.model.embedder import NVEmbed
@@ -81,8 +83,20 @@ class Diagnosis:
 
 
 def examine_model(name: str, options: DoctorOptions) -> Diagnosis:
-    """Load a model by folder or hub id and examine it."""
-    return examine(load_encoder(name), Path(name).name or name, options)
+    """Load a model by folder, GGUF file or hub id and examine it.
+
+    What a GGUF file is is told too where it cannot be loaded, as a problem.
+    """
+    shown = Path(name).name or name
+    if (path := find_gguf(name)) is None:
+        return examine(load_encoder(name), shown, options)
+    said = Finding("GGUF file", "ok", read_gguf(path).described())
+    try:
+        found = examine(load_encoder(name), shown, options)
+    except ModelError as error:
+        refused = Finding("loading", "problem", error.message, error.hint)
+        return Diagnosis(shown, "a GGUF file", (said, refused), (), (), (), memory.FORMULA)
+    return replace(found, findings=(said, *found.findings))
 
 
 def examine(encoder: Encoder, name: str, options: DoctorOptions) -> Diagnosis:

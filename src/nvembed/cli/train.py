@@ -120,9 +120,20 @@ def _show_mined(report: MiningReport, samples: int) -> None:
     ),
     fresh="Delete the earlier run in the output folder.",
     dry_run="Say what the run would do and take, and change nothing.",
+    find_rate="Train the first stage for some steps at several learning rates, say which is best, "
+    "and leave nothing.",
+    minutes=typer.Option(min=0.1, help="With --find-rate: about as long as it may take."),
+    plot="With --find-rate: PNG to draw the losses to.",
 )
 def train(
-    recipe: Path, changes: list[str] | None = None, *, fresh: bool = False, dry_run: bool = False
+    recipe: Path,
+    changes: list[str] | None = None,
+    *,
+    fresh: bool = False,
+    dry_run: bool = False,
+    find_rate: bool = False,
+    minutes: float = 15,
+    plot: Path | None = None,
 ) -> None:
     """Train an embedding model by a recipe.
 
@@ -135,12 +146,24 @@ def train(
       nvembed train recipes/small.yaml seed=1 output=runs/seed-1
       nvembed train recipes/small.yaml stages.0.steps=100
       nvembed train recipes/small.yaml --dry-run
+      nvembed train recipes/small.yaml --find-rate --plot rates.png
       torchrun --nproc-per-node 8 -m nvembed train recipes/small.yaml
     """
     from nvembed.core.config import load_config
     from nvembed.training.config import TrainConfig
 
     config = load_config(TrainConfig, recipe, changes or ())
+    if find_rate and dry_run:
+        raise ConfigError("given together with --dry-run", where="--find-rate", expected="one")
+    if plot is not None and not find_rate:
+        raise ConfigError("draws what --find-rate finds", where="--plot", expected="--find-rate")
+    if find_rate:
+        from nvembed.training.find_rate import find_rate as search
+        from nvembed.training.find_rate import lines_of
+
+        found = search(config, base_dir=recipe.parent, minutes=minutes, plot=plot)
+        typer.echo("\n".join(lines_of(found)))
+        return
     if not dry_run:
         from nvembed.training.trainer import train as run_training
 

@@ -66,6 +66,8 @@ _SETTINGS = (
 )
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt")
 _WEIGHTS = ("model.safetensors", "adapter_model.safetensors", "pytorch_model.bin")
+# Of a DoRA adapter: peft writes it without the ".weight" that transformers looks for.
+_LENGTHS = "lora_magnitude_vector"
 
 # transformers itself is not made for loading in several threads, and here its class is patched.
 _one_at_a_time = threading.RLock()
@@ -225,8 +227,8 @@ def _watched(name: str, reports: list[tuple[PreTrainedModel, Any]]) -> Iterator[
         if threading.get_ident() != own_thread:
             return result
         if state_dict is None and _misfit(model, result[0]).missing:
-            for stripped in _stripped(checkpoint_files):
-                again = original(model, stripped, checkpoint_files, *given, **options)
+            for renamed in _renamed(checkpoint_files):
+                again = original(model, renamed, checkpoint_files, *given, **options)
                 if len(again[0].missing_keys) < len(result[0].missing_keys):
                     result = again
                     break
@@ -246,8 +248,8 @@ def _watched(name: str, reports: list[tuple[PreTrainedModel, Any]]) -> Iterator[
         cls._load_pretrained_model = kept
 
 
-def _stripped(files: Sequence[str] | None) -> Iterator[dict[str, Any]]:
-    """The tensors of a checkpoint under shorter and shorter names."""
+def _renamed(files: Sequence[str] | None) -> Iterator[dict[str, Any]]:
+    """The tensors of a checkpoint as a DoRA adapter's, or under shorter and shorter names."""
     if not files or not all(str(file).endswith(".safetensors") for file in files):
         return
     with ExitStack() as stack:
@@ -257,6 +259,11 @@ def _stripped(files: Sequence[str] | None) -> Iterator[dict[str, Any]]:
             for handle in handles
             for name in handle.keys()  # noqa: SIM118  # not a mapping
         }
+        if any(name.endswith(_LENGTHS) for name in tensors):
+            yield {
+                f"{name}.weight" if name.endswith(_LENGTHS) else name: tensor
+                for name, tensor in tensors.items()
+            }
         for prefix in shared_prefixes(tensors):
             yield {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 

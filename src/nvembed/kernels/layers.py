@@ -23,7 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from nvembed.kernels.attention import bfloat16_available, float32_available, plain_on_cpu
 from nvembed.kernels.build import library
-from nvembed.kernels.linear import fused_lora, has_plain_base, linear
+from nvembed.kernels.linear import fused_lora, is_plain_lora, linear
 
 _UNIT = 16  # widths must be a multiple of it, head widths of twice as many
 
@@ -257,7 +257,7 @@ _ROTARY = ("Llama", "Mistral", "Qwen2")
 # rotary positions, norm, gated MLP, and nothing else.
 KINDS: dict[str, Kind] = {
     "torch.nn.modules.linear.Linear": Kind(linear),
-    "peft.tuners.lora.layer.Linear": Kind(fused_lora, has_plain_base),
+    "peft.tuners.lora.layer.Linear": Kind(fused_lora, is_plain_lora),
     **dict.fromkeys(_transformers("RMSNorm", *_ROTARY, "Qwen3"), Kind(rms_norm)),
     **dict.fromkeys(_transformers("MLP", *_ROTARY, "Qwen3"), Kind(gated_mlp, is_silu)),
     **dict.fromkeys(

@@ -106,9 +106,9 @@ class _Product(torch.autograd.Function):
 # --- With an adapter ------------------------------------------------------------------------------
 
 
-def has_plain_base(module: Any) -> bool:
-    """Whether an adapter's layer is a plain linear one: quantised layers are of other classes."""
-    return type(module.get_base_layer()) is nn.Linear
+def is_plain_lora(module: Any) -> bool:
+    """Whether an adapter is W + s · B A on a plain linear layer: no DoRA, nothing quantised."""
+    return type(module.get_base_layer()) is nn.Linear and not module.lora_variant
 
 
 def fused_lora(module: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -295,6 +295,8 @@ def add_lora(backbone: Backbone, settings: LoraSettings) -> None:
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
         target_modules=targets,
+        use_dora=settings.dora,
+        use_rslora=settings.rslora,
         bias="none",
     )
     with warnings.catch_warnings():

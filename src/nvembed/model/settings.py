@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -64,6 +65,37 @@ class Work:
     spans: Sequence[tuple[tuple[int, int], ...]] | None = None
 
 
+TunedPart = Literal["adapters", "all", "head"]
+# Weights of the backbone, and the peak rate that was good there: by the paper at 7 B, else measured
+# (Mistral 7 B and SmolLM2-135M; decoders of 6 M and 135 M).
+_GOOD_RATES: dict[TunedPart, tuple[tuple[float, float], tuple[float, float]]] = {
+    "adapters": ((134.5e6, 5e-4), (7.11e9, 2e-5)),
+    "all": ((6.0e6, 2e-3), (134.5e6, 1.5e-4)),
+}
+_HEAD_RATE = 1e-3  # on a frozen backbone, measured at 22 M
+_HIGHEST_RATE = 2e-3  # twice as much was worse with the smallest
+
+
+def fitting_rate(elements: int, part: TunedPart) -> float:
+    """A peak learning rate for a backbone of so many weights, with two digits.
+
+    The logarithm of the rate falls in that of the size, through two sizes at which a rate is known,
+    and is never above the highest of these; a head on a frozen backbone has one for all.
+    """
+    if part == "head":
+        return _HEAD_RATE
+    (size, rate), (other_size, other_rate) = _GOOD_RATES[part]
+    slope = math.log(other_rate / rate) / math.log(other_size / size)
+    fitting = rate * (max(elements, 1) / size) ** slope
+    return float(f"{min(_HIGHEST_RATE, fitting):.1e}")
+
+
+def shown_rate(rate: float) -> str:
+    """A rate as a recipe may have it: ``5e-4``."""
+    digits, exponent = f"{rate:.1e}".split("e")
+    return f"{float(digits):g}e{int(exponent)}"
+
+
 class PoolingSettings(StrictModel):
     """From token states to one vector.
 
@@ -115,6 +147,11 @@ class LoraSettings(StrictModel):
         dropout: on the adapter's input.
         targets: names of linear layers; ``all-linear`` means every one of the backbone (the paper
             does not say which it took).
+        dora: learn the length of every row of a weight apart from its direction (DoRA, arXiv
+            2402.09353; peft's ``use_dora``); a step takes longer.
+        rslora: scale the update by ``alpha / sqrt(rank)`` instead, so that a high rank learns as
+            fast as a low one (arXiv 2312.03732; peft's ``use_rslora``). At rank 16 that is four
+            times as much: lower ``alpha`` or the rate.
         save_adapter: write them unmerged too, as a peft folder ``adapter/`` in the run folder.
     """
 
@@ -122,4 +159,6 @@ class LoraSettings(StrictModel):
     alpha: int = Field(default=32, ge=1)
     dropout: float = Field(default=0.1, ge=0, lt=1)
     targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    dora: bool = False
+    rslora: bool = False
     save_adapter: bool = False

@@ -57,7 +57,10 @@ class StageConfig(StrictModel):
         name: part of file names and metrics.
         steps: optimizer updates.
         batch_size: queries per step.
-        learning_rate: peak rate of adapters, or of all weights without LoRA.
+        learning_rate: peak rate of adapters, or of all weights without LoRA. ``None`` fits it to
+            the size of the backbone and to what is trained of it (``fitting_rate`` in
+            model/settings.py); later stages then have three quarters of the first one's, as in the
+            paper. The run says what it takes.
         head_learning_rate: peak rate of the pooling head; ``None`` is the same (as NVIDIA did).
         warmup_steps: linear rise.
         schedule: after the warm-up: a ``linear`` or ``cosine`` fall to zero, or ``constant``.
@@ -94,7 +97,7 @@ class StageConfig(StrictModel):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")
     steps: int = Field(ge=1)
     batch_size: int = Field(default=128, ge=2)
-    learning_rate: float = Field(default=2e-5, gt=0)
+    learning_rate: float | None = Field(default=None, gt=0)
     head_learning_rate: float | None = Field(default=None, gt=0)
     warmup_steps: int = Field(default=50, ge=0)
     schedule: ScheduleKind | None = None
@@ -239,6 +242,11 @@ class TrainConfig(StrictModel):
             yield (
                 f"model.quantization is {self.model.quantization} and lora is off: quantised "
                 "weights cannot be trained; give lora, or leave quantization out"
+            )
+        if self.model.quantization is not None and self.lora is not None and self.lora.dora:
+            yield (
+                f"lora.dora is on and model.quantization is {self.model.quantization}: the lengths "
+                "of quantised rows are not those of the base that is saved; leave one of them out"
             )
         if self.backbone == "freeze":
             yield from self._of_a_frozen_backbone()

@@ -22,7 +22,7 @@ import torch
 
 from nvembed.core.errors import ConfigError, TrainingError, UserError
 from nvembed.core.reporting import ProgressBar, progress
-from nvembed.core.runs import RunFolder, derive_seed
+from nvembed.core.runs import RunFolder
 from nvembed.data.batch import effective_negatives
 from nvembed.data.examples import Mixture
 from nvembed.encoding.embed import encode_texts
@@ -42,10 +42,11 @@ from nvembed.training.forecast import (
     StageForecast,
     TrainingMemory,
 )
+from nvembed.training.learning_rate import with_fitting_rates
 from nvembed.training.loss_config import TeacherConfig
 from nvembed.training.model import peak_bytes
 from nvembed.training.stage_mining import PlannedMining, plan_mining
-from nvembed.training.step import contrastive_step, plan_step, recomputed_share
+from nvembed.training.step import plan_step, recomputed_share
 from nvembed.training.teacher import (
     PROJECTION,
     Teacher,
@@ -80,7 +81,7 @@ def dry_run(config: TrainConfig, *, base_dir: Path, fresh: bool = False) -> DryR
             expected="one: it forecasts one process that does all the work",
         )
     run = RunFolder(Path(config.output))
-    config, _ = run_folder.with_settled_precision(config, run, fresh=fresh)
+    config, _ = run_folder.with_settled_choices(config, run, fresh=fresh)
     problems: list[UserError] = []
 
     def noted(find: Callable[[], Found]) -> Found | None:
@@ -136,12 +137,13 @@ class _Rehearsal:
     def __init__(
         self, found: DryRun, run: RunFolder, base_dir: Path, mixtures: list[Mixture], fresh: bool
     ) -> None:
-        self.found, self.config = found, found.config
         self.run, self.base_dir, self.mixtures, self.fresh = run, base_dir, mixtures, fresh
         self.processes = DistributedContext.of_environment()
         device = self.processes.device
         self.free, self.peak_before = free_bytes(device), peak_bytes(device)
-        self.embedder = model.starting_model(self.config, base_dir, device=str(device))
+        self.embedder = model.starting_model(found.config, base_dir, device=str(device))
+        self.config, rates = with_fitting_rates(found.config, self.embedder)
+        self.found = replace(found, config=self.config, rates=rates)
 
     def play(self) -> DryRun:
         config, device = self.config, self.processes.device
@@ -235,40 +237,30 @@ class _Rehearsal:
     ) -> float:
         """Take a few steps, the largest first, so that memory is that of the largest."""
         found: list[float] = []
-        name, began = stage.config.name, time.perf_counter()
+        began = time.perf_counter()
         largest_first = sorted(sampled, key=lambda prepared: -sum(map(len, prepared[1])))
         timed = itertools.islice(itertools.cycle(largest_first), TIMED_STEPS)
         rate = stages.stage_schedule(0, stage.config, self.config.optimizer)
         stages.set_learning_rate(stage.optimizer, rate)
-        for number, (batch, texts) in enumerate(timed):
+        for number, prepared in enumerate(timed):
             started = time.perf_counter()
             try:
-                result = contrastive_step(
+                result = stages.trial_step(
                     self.embedder,
-                    batch,
-                    texts,
-                    stage.settings,
+                    stage,
+                    prepared,
+                    self.config,
                     self.processes,
-                    seed=derive_seed(self.config.seed, "dropout", name, number),
+                    number=number,
                     **beside,
                 )
             except FloatingPointError as error:
                 raise TrainingError(
                     f"the loss of a step is {error.args[0]}",
-                    where=name,
+                    where=stage.config.name,
                     expected="a finite number",
                     hint="Raise the temperature, or compute in float32",
                 ) from error
-            except torch.OutOfMemoryError as error:
-                raise TrainingError(
-                    "a step does not fit into memory",
-                    where=name,
-                    hint="Lower memory_gb, pack_tokens or batch_size",
-                ) from error
-            limit = self.config.optimizer.max_grad_norm
-            self.processes.clip_gradients(stage.trained.values(), limit)  # waits for the device
-            stage.optimizer.step()
-            stage.optimizer.zero_grad()
             if number:
                 found.append((time.perf_counter() - started) / result.num_tokens)
             bar.advance(1)

@@ -11,7 +11,9 @@ from rich.table import Table
 from rich.text import Text
 
 from nvembed.core.reporting import byte_size
+from nvembed.model.settings import shown_rate
 from nvembed.training.forecast import DryRun, StageForecast
+from nvembed.training.learning_rate import peak_rate
 
 
 def print_dry_run(found: DryRun) -> None:
@@ -71,6 +73,7 @@ def _steps(stages: Sequence[StageForecast]) -> Table:
     whole, tenths, share = "{:,.0f}".format, "{:,.1f}".format, "{:.1%}".format
     rows: list[tuple[str, Callable[[float], str], Callable[[StageForecast], float], bool]] = [
         ("steps", whole, lambda s: s.steps, True),
+        ("learning rate", shown_rate, lambda s: peak_rate(s.config), False),
         ("queries per step", whole, lambda s: s.config.batch_size, False),
         ("negatives per query", tenths, lambda s: s.batches.negatives, False),
         ("texts per step", whole, lambda s: s.batches.texts, False),
@@ -109,7 +112,7 @@ def _steps(stages: Sequence[StageForecast]) -> Table:
 
 
 def _notes(found: DryRun) -> list[str]:
-    notes = []
+    notes = [f"{found.rates[0].upper()}{found.rates[1:]}."] if found.rates else []
     for stage in (stage for stage in found.stages if stage.mining):
         queries = sum(len(each.queries) for each in stage.mining)
         documents = sum(len(each.documents) for each in stage.mining)

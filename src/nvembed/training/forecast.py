@@ -87,7 +87,7 @@ class TrainingMemory:
 class DryRun:
     """What a run would do; ``stages`` are those that are left."""
 
-    config: TrainConfig  # with settled precision
+    config: TrainConfig  # with settled precision and learning rates
     position: Position
     resumed: Path | None  # the checkpoint it goes on from
     finished: bool
@@ -96,6 +96,7 @@ class DryRun:
     tasks: tuple[str, ...] = ()
     stages: tuple[StageForecast, ...] = ()
     memory: TrainingMemory | None = None
+    rates: str | None = None  # what learning rates the recipe left open, and what they become
 
     @property
     def seconds(self) -> float:

@@ -25,9 +25,11 @@ from nvembed.data.examples import Mixture
 from nvembed.evaluation.tasks import LocalTask
 from nvembed.interop.model_folder import contents_fingerprint
 from nvembed.kernels.precision import choose_precision, computing_record, kernels
+from nvembed.model.embedder import NVEmbed
 from nvembed.training.checkpoint import remove_leftovers
 from nvembed.training.config import TrainConfig, recipe_differences
 from nvembed.training.distributed import DistributedContext
+from nvembed.training.learning_rate import with_fitting_rates, with_rates
 from nvembed.training.metrics import load_evaluation_tasks
 from nvembed.training.model import backbone_source
 from nvembed.training.stages import load_mixtures
@@ -58,6 +60,22 @@ def prepare_folder(
         replace=fresh or begun,
         computing=computing_record(None if config.precision == "auto" else config.precision),
     )
+
+
+def settle_rates(
+    run: RunFolder,
+    config: TrainConfig,
+    embedder: NVEmbed,
+    processes: DistributedContext,
+    log: Callable[[str], None],
+) -> TrainConfig:
+    """Fit open learning rates to the model, say so, and keep them in the folder."""
+    config, line = with_fitting_rates(config, embedder)
+    if line is not None:
+        log(line)
+        if processes.is_main:
+            write_text(run.config, dump_config(config), TRAIN)
+    return config
 
 
 def changed_kernels(run: RunFolder) -> str | None:
@@ -126,19 +144,35 @@ def _recorded(run: RunFolder) -> str | None:
     return None
 
 
-def with_settled_precision(
+def with_settled_choices(
     config: TrainConfig, run: RunFolder, *, fresh: bool
 ) -> tuple[TrainConfig, str | None]:
-    """Replace ``auto`` by what the run was started with, and say what it has become."""
-    if config.precision != "auto":
-        return config, None
+    """Replace ``auto`` and open learning rates by what the run was started with.
+
+    Say what ``auto`` has become; of a run that starts, the rates are open until its model is there.
+    """
     begun: Precision | None = None
     if run.exists and not fresh:
         with suppress(UserError):  # not readable: the comparison of configurations refuses it
-            earlier = load_config(TrainConfig, run.config).precision
-            begun = None if earlier == "auto" else earlier
+            earlier = load_config(TrainConfig, run.config)
+            begun = None if earlier.precision == "auto" else earlier.precision
+            config = with_rates(config, [stage.learning_rate for stage in earlier.stages])
+    if config.precision != "auto":
+        return config, None
     precision, line = choose_precision(begun, "precision=float32")
     return config.model_copy(update={"precision": precision}), line
+
+
+def settle_choices(
+    config: TrainConfig, run: RunFolder, processes: DistributedContext, *, fresh: bool
+) -> tuple[TrainConfig, str | None]:
+    """``with_settled_choices`` by the first process for all."""
+    why: str | None = None
+    if processes.is_main:
+        config, why = with_settled_choices(config, run, fresh=fresh)
+    known = config.precision, [stage.learning_rate for stage in config.stages]
+    precision, rates = processes.of_main(known)
+    return with_rates(config.model_copy(update={"precision": precision}), rates), why
 
 
 def inputs_of(

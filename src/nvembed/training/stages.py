@@ -18,7 +18,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from nvembed.core import background
-from nvembed.core.errors import ConfigError
+from nvembed.core.errors import ConfigError, TrainingError
 from nvembed.core.reporting import progress
 from nvembed.core.runs import derive_seed
 from nvembed.data.batch import (
@@ -30,12 +30,15 @@ from nvembed.data.batch import (
 )
 from nvembed.data.examples import Example, Mixture
 from nvembed.data.loading import load_mixture, training_datasets
+from nvembed.model.embedder import NVEmbed
 from nvembed.text.instructions import PromptedText
 from nvembed.text.tokens import TextTokenizer, TokenizedText
 from nvembed.training.checkpoint import Parameters, restore_optimizer
 from nvembed.training.config import OptimizerConfig, ScheduleKind, StageConfig, TrainConfig
 from nvembed.training.contrastive_loss import Objective
-from nvembed.training.step import StepSettings
+from nvembed.training.distributed import DistributedContext
+from nvembed.training.learning_rate import peak_rate
+from nvembed.training.step import StepResult, StepSettings, contrastive_step
 from nvembed.training.teacher import PROJECTION, Teacher, TeacherStandIn
 
 # What torch's fused kernels, and bitsandbytes' 8-bit ones, exist for.
@@ -195,6 +198,47 @@ def start_stage(
     return Stage(number, stage, loader, settings, trained, optimizer)
 
 
+def trial_step(
+    model: NVEmbed,
+    stage: Stage,
+    prepared: PreparedBatch,
+    config: TrainConfig,
+    processes: DistributedContext,
+    *,
+    number: int,
+    **of_loss: nn.Parameter | None,
+) -> StepResult:
+    """A step with its update, of a run in one process that leaves nothing.
+
+    ``of_loss`` is what the loss has besides the model, such as a temperature. A loss or gradient
+    that is not finite is a FloatingPointError.
+    """
+    batch, texts = prepared
+    try:
+        result = contrastive_step(
+            model,
+            batch,
+            texts,
+            stage.settings,
+            processes,
+            seed=derive_seed(config.seed, "dropout", stage.config.name, number),
+            **of_loss,
+        )
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(
+            "a step does not fit into memory",
+            where=stage.config.name,
+            hint="Lower memory_gb, pack_tokens or batch_size",
+        ) from error
+    # Waits for the device.
+    norm = processes.clip_gradients(stage.trained.values(), config.optimizer.max_grad_norm)
+    if not math.isfinite(norm):
+        raise FloatingPointError(norm)
+    stage.optimizer.step()
+    stage.optimizer.zero_grad()
+    return result
+
+
 def schedule(step: int, *, steps: int, warmup_steps: int, kind: ScheduleKind = "linear") -> float:
     """Share of the peak rate at an update, from 0: a linear rise, then a fall by ``kind``."""
     warmup_steps = min(warmup_steps, steps)
@@ -228,11 +272,12 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """The optimizer of a stage; no decay on vectors and latents, peak rates as ``peak``."""
     in_head = {id(parameter) for parameter in head.parameters()}
-    head_rate = stage.head_learning_rate or stage.learning_rate
+    backbone_rate = peak_rate(stage)
+    head_rate = stage.head_learning_rate or backbone_rate
     split: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
     for name, parameter in trained.items():
         of_head = id(parameter) in in_head or name == PROJECTION
-        rate = head_rate if of_head else stage.learning_rate
+        rate = head_rate if of_head else backbone_rate
         decays = parameter.ndim > 1 and "latents" not in name and "embed_tokens" not in name
         # No kernel takes sharded and other parameters together.
         kind = (rate, config.weight_decay if decays else 0.0, isinstance(parameter, DTensor))

@@ -28,6 +28,7 @@ from nvembed.training.checkpoint import Position, trained_parameters
 from nvembed.training.config import TrainConfig, training_inputs
 from nvembed.training.contrastive_loss import bounded, new_temperature
 from nvembed.training.distributed import DistributedContext, dead_peer_is_an_error, shard_backbone
+from nvembed.training.learning_rate import LossWatch, peak_rate
 from nvembed.training.loss_config import TeacherConfig
 from nvembed.training.stage_mining import mine_mixture
 from nvembed.training.step import StepResult, contrastive_step
@@ -68,10 +69,7 @@ def train(
         shard=config.shard, timeout_minutes=config.peer_timeout_minutes
     )
     with dead_peer_is_an_error(str(run.checkpoints)), run_folder.sigterm_is_an_error(str(run.path)):
-        why: str | None = None
-        if processes.is_main:  # settles it for all
-            config, why = run_folder.with_settled_precision(config, run, fresh=fresh)
-        config = config.model_copy(update={"precision": processes.of_main(config.precision)})
+        config, why = run_folder.settle_choices(config, run, processes, fresh=fresh)
         if processes.is_main:
             inputs = training_inputs(config, base_dir, None if recipe is None else Path(recipe))
             run_folder.prepare_folder(run, config, fresh=fresh, inputs=inputs)
@@ -94,7 +92,7 @@ class _Run:
         processes: DistributedContext,
         why: str | None,
     ) -> None:
-        self.config, self.run, self.base_dir, self.processes = config, run, base_dir, processes
+        self.run, self.base_dir, self.processes = run, base_dir, processes
         self.computing = partial(model.computing, config, processes.device)
         # All data are read first: a bad line is told before a large model is loaded.
         self.mixtures = stages.load_mixtures(config, base_dir)
@@ -108,7 +106,8 @@ class _Run:
         # Of a model that is to be sharded only the shares go to the device.
         device = "cpu" if processes.sharded else str(processes.device)
         self.embedder = model.starting_model(config, base_dir, device=device)
-        self.recipe = config.model_dump(mode="json")
+        self.config = run_folder.settle_rates(run, config, self.embedder, processes, self.log)
+        self.recipe = self.config.model_dump(mode="json")
         self._save = partial(
             checkpoint.save_checkpoint,
             run.checkpoints,
@@ -117,8 +116,7 @@ class _Run:
             keep=config.keep_checkpoints,
         )
         self.position, self.best, lines = Position(), metrics.Best(), [why]
-        # Of the loss of the stage, beside the model.
-        self.log_temperature: nn.Parameter | None = None
+        self.log_temperature: nn.Parameter | None = None  # both are of the stage's loss
         self.projection: nn.Parameter | None = None
         self.begun = checkpoint.latest_checkpoint(run.checkpoints, log=self.log)
         if self.begun is not None:
@@ -240,6 +238,7 @@ class _Run:
         config, evaluation, processes = stage.config, self.evaluation, self.processes
         self.log(stage.loader.describe())
         start = self.position.stage_step
+        watch = LossWatch(config, start)
         with run_folder.stop_signals() as stopping:
             with (
                 progress(config.steps - start, config.name, shown=processes.is_main) as bar,
@@ -259,6 +258,8 @@ class _Run:
                         self.position.seconds + row["seconds"],
                         {"best": asdict(self.best)},
                     )
+                    if (warning := watch.after(row["loss"])) is not None:
+                        self.log(warning)
                     if row["step"] % self.config.log_every == 0:
                         self._report(row)
                     if evaluation:
@@ -294,7 +295,7 @@ class _Run:
             "step": self.position.step + 1,
             "stage": config.name,
             **result.to_row(),
-            "learning_rate": config.learning_rate * share,
+            "learning_rate": peak_rate(config) * share,
             "grad_norm": norm,
             "temperature": temperature,
             "seconds": seconds,

@@ -120,7 +120,8 @@ WRITERS: dict[str, list[Writer]] = {
             "train", ("train", "recipe.yaml", "output=OUT", *more), RUN_FILES, RUN_FOLDERS, RUN_LOGS
         )
         for more in ((), ("--fresh",), ("--dry-run",))
-    ],
+    ]
+    + [Writer("train", ("train", "recipe.yaml", "--find-rate", "--plot", "OUT.png"), (".png",))],
     "ablate": [
         Writer(
             "ablate",
@@ -208,6 +209,7 @@ UNMARKED = {
     "core/store.py": {"atomic_path", "open", "save", "savez", "write_json"},
     # In a folder or file that is being made, by the block around it.
     "training/ablation/report.py": {"write_bytes"},
+    "training/find_rate.py": {"write_bytes"},
     "building/row_filters.py": {"unlink", "open"},
     "data/built_sets.py": {"open"},
     "examples/pydocs/dataset.py": {"write_json", "write_jsonl", "write_text"},

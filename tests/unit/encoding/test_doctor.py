@@ -202,6 +202,8 @@ def test_thresholds_of_drift_speed_and_placement(tiny_decoder_dir: Path, monkeyp
     ):
         subject.drift = values
         assert check(subject, "16-bit drift").status == status
+    by_size = "learning rate by its size: 2e-3 with LoRA, 2e-3 for all weights"
+    assert check(subject, "training").message == by_size
     subject.drift = "no room"
     assert check(subject, "16-bit drift").message == "not measured: no room"
     half = (Placement("Backbone", "cpu", "bfloat16", 10),)

@@ -38,9 +38,8 @@ class Toy(nn.Module):
 
 
 def stage(**changes) -> StageConfig:
-    return StageConfig.model_validate(
-        {"name": "one", "steps": 10, "in_batch_negatives": True, "warmup_steps": 0, **changes}
-    )
+    given = {"name": "one", "steps": 10, "in_batch_negatives": True, "learning_rate": 1e-3}
+    return StageConfig.model_validate({**given, "warmup_steps": 0, **changes})
 
 
 def build(model: Toy, config: OptimizerConfig, **changes) -> torch.optim.Optimizer:

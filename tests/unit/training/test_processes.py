@@ -180,13 +180,18 @@ def gradient_of(pack: list[list[int]]) -> Tensor:
     return torch.randn(len(pack), WIDTH, generator=generator)
 
 
-def small_model(folder: Path, *, lora: bool, base: torch.dtype = torch.float32) -> NVEmbed:
+Lora = bool | LoraSettings
+DORA = LoraSettings(rank=2, dropout=0.0, dora=True)
+
+
+def small_model(folder: Path, *, lora: Lora, base: torch.dtype = torch.float32) -> NVEmbed:
     torch.manual_seed(1)
     model = NVEmbed.from_pretrained(
         folder, pooling="latent", num_latents=4, num_heads=2, device="cpu", dtype=base
     )
     if lora:
-        add_lora(model.backbone, LoraSettings(rank=2, dropout=0.0))
+        plain = LoraSettings(rank=2, dropout=0.0)
+        add_lora(model.backbone, lora if isinstance(lora, LoraSettings) else plain)
     model.pooling.float()
     for name, weight in model.named_parameters():
         # Zeros at first, behind which no gradient reaches the rest.
@@ -232,13 +237,13 @@ def step_of(
     return result
 
 
-def one_process(folder: Path, *, lora: bool, keep: int) -> dict[str, Any]:
+def one_process(folder: Path, *, lora: Lora, keep: int) -> dict[str, Any]:
     packs = [pack for own in PACKS for pack in own if pack]
     model = small_model(folder, lora=lora)
     return step_of(model, DistributedContext(), packs, keep=keep, updates=2)
 
 
-def of_two(folder: Path, lora: bool, shard: bool, keep: int) -> dict[str, Any]:
+def of_two(folder: Path, lora: Lora, shard: bool, keep: int) -> dict[str, Any]:
     here = DistributedContext.of_environment(shard=shard)
     model = small_model(folder, lora=lora)
     if here.sharded:
@@ -249,11 +254,14 @@ def of_two(folder: Path, lora: bool, shard: bool, keep: int) -> dict[str, Any]:
     return step_of(model, here, PACKS[here.rank], keep=keep, updates=2)
 
 
-@pytest.mark.parametrize("keep", [2, 1, 0])
-@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
-@pytest.mark.parametrize("shard", [False, True], ids=["replicated", "sharded"])
+HOW = [
+    (lora, shard, keep) for lora in (True, False) for shard in (False, True) for keep in range(3)
+]
+
+
+@pytest.mark.parametrize(("lora", "shard", "keep"), [*HOW, (DORA, True, 1)])
 def test_two_processes_step_as_one(
-    tiny_decoder_dir: Path, shard: bool, lora: bool, keep: int
+    tiny_decoder_dir: Path, lora: Lora, shard: bool, keep: int
 ) -> None:
     expected = one_process(tiny_decoder_dir, lora=lora, keep=keep)
     results = in_processes(of_two, tiny_decoder_dir, lora, shard, keep)

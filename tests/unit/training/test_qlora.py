@@ -173,6 +173,8 @@ def test_quantisation_without_adapters_or_without_the_library(
 ) -> None:
     with pytest.raises(ValueError, match=r"quantization is nf4 and lora is off: .* give lora"):
         recipe(tiny_decoder_dir, "nf4", lora=None)
+    with pytest.raises(ValueError, match=r"dora is on and model.quantization is nf4: .* leave one"):
+        recipe(tiny_decoder_dir, "nf4", lora={"dora": True})
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)
     monkeypatch.setitem(sys.modules, "bitsandbytes.nn", None)
     for kind in LIBRARIES:

@@ -27,7 +27,7 @@ from nvembed.model.embedder import NVEmbed
 from nvembed.training import checkpoint, trainer
 from nvembed.training.checkpoint import latest_checkpoint
 from nvembed.training.config import TrainConfig
-from nvembed.training.run_folder import changed_kernels, with_settled_precision
+from nvembed.training.run_folder import changed_kernels, with_settled_choices
 from nvembed.training.stages import schedule
 from nvembed.training.trainer import train
 from official_folders import write_official
@@ -451,15 +451,16 @@ def test_a_run_that_goes_on_with_other_kernels_says_so(
 def test_the_first_process_settles_the_type_for_all(
     tmp_path: Path, tiny_decoder_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = recipe(tmp_path, tiny_decoder_dir, precision="auto", **one_stage(steps=1))
-    given: list[str] = []
+    open_ = one_stage(steps=1, learning_rate=None)
+    config = recipe(tmp_path, tiny_decoder_dir, precision="auto", **open_)
+    given: list[Any] = []
 
     class Other(trainer.DistributedContext):
         """The second of two processes, which is told what the first has."""
 
         def of_main(self, value: Any) -> Any:
-            assert value == "auto"  # nothing was measured here
-            return "bfloat16"
+            assert value == ("auto", [None])  # nothing was measured here
+            return "bfloat16", [3e-4]
 
         def barrier(self) -> None:
             pass
@@ -473,10 +474,10 @@ def test_the_first_process_settles_the_type_for_all(
     monkeypatch.setattr(
         trainer,
         "_Run",
-        lambda config, *_: given.append(config.precision) or SimpleNamespace(train=lambda: None),
+        lambda config, *_: given.append(config) or SimpleNamespace(train=lambda: None),
     )
     assert train(config, base_dir=tmp_path) is None
-    assert given == ["bfloat16"]
+    assert [(c.precision, c.stages[0].learning_rate) for c in given] == [("bfloat16", 3e-4)]
 
 
 def test_a_dry_run_settles_as_the_run_does(
@@ -486,7 +487,7 @@ def test_a_dry_run_settles_as_the_run_does(
     for measured in ("bfloat16", "float32"):
         monkeypatch.setattr(precision, "fastest_precision", lambda device, m=measured: m)
         folder = RunFolder(tmp_path / measured)
-        rehearsed, _ = with_settled_precision(config, folder, fresh=False)
+        rehearsed, _ = with_settled_choices(config, folder, fresh=False)
         settled = config.model_copy(update={"output": str(folder.path)})
         train(settled, base_dir=tmp_path)
         assert load_config(TrainConfig, folder.config).precision == rehearsed.precision == measured

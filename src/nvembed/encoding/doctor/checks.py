@@ -21,6 +21,7 @@ from nvembed.model.attention import probe_direction, probe_pooled
 from nvembed.model.backbone import free_bytes
 from nvembed.model.embedder import NVEmbed
 from nvembed.model.pooling import SelfAttentionPooling
+from nvembed.model.settings import TunedPart, fitting_rate, shown_rate
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -192,6 +193,9 @@ _DRIFT_WARNING, _DRIFT_PROBLEM = 0.999, 0.98
 _ALIKE_WARNING = 0.95
 # Lengths normalised in bfloat16 are off by up to 0.4 %.
 _NORM_TOLERANCE = 1e-2
+
+# Of a model that is to be tuned.
+_PARTS: tuple[TunedPart, ...] = ("adapters", "all")
 
 Status = Literal["ok", "warning", "problem"]
 # Status, what was found, and advice where there is any.
@@ -366,6 +370,12 @@ def _precision(subject: Subject) -> _Verdict:
     return "ok", f"matrix products are fastest in {fastest} here{gain}"
 
 
+def _training(subject: Subject) -> _Verdict:
+    size = sum(parameter.numel() for parameter in subject.model[0].parameters())
+    adapters, whole = (shown_rate(fitting_rate(size, part)) for part in _PARTS)
+    return "ok", f"learning rate by its size: {adapters} with LoRA, {whole} for all weights"
+
+
 CHECKS: dict[str, Callable[[Subject], _Verdict]] = {
     "attention": _direction,
     "pooled tokens": _pooled,
@@ -376,4 +386,5 @@ CHECKS: dict[str, Callable[[Subject], _Verdict]] = {
     "placement": _placement,
     "16-bit drift": _drift,
     "speed": _precision,
+    "training": _training,
 }

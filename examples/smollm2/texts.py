@@ -69,6 +69,7 @@ def sentences(files: Iterable[Path]) -> Iterator[dict[str, object]]:
 
 
 def main() -> None:
+    """Write the files."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--wordnet", type=Path, default=Path("/usr/share/wordnet"))
     parser.add_argument("--sections", type=Path, nargs="*", default=[])

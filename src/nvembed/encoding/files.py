@@ -16,7 +16,7 @@ from typing import cast, get_args
 import numpy as np
 
 from nvembed.core.arguments import Precision, PrecisionChoice
-from nvembed.core.errors import ConfigError, DataError
+from nvembed.core.errors import ConfigError, DataError, UserError
 from nvembed.core.files import STDIN, STDIN_NAME, ending_of, stdin_bytes, tidy, write_json
 from nvembed.core.ownership import NEW, check_outputs, remove, remove_named
 from nvembed.core.reporting import Rates, progress
@@ -172,7 +172,12 @@ def _source(
         tidy(path.parent, glob.escape(path.name))  # of a run that was killed
     if isinstance(model, str):
         folder = _parts_folder(output)
-        yield Loader(model, _settled(model, dtype, folder, engine)), folder
+        try:
+            yield Loader(model, _settled(model, dtype, folder, engine)), folder
+        except UserError:
+            if not any(folder.glob("*.np?")):  # no part: nothing to go on from
+                remove_named(folder, STORED)
+            raise
         remove_named(folder, STORED)
         return
     # Nothing names the state of a loaded model: its parts are of no use later.

@@ -128,6 +128,17 @@ def test_missing_files_and_models_are_user_errors(tmp_path: Path) -> None:
         encode_file("./no-such-model", tmp_path / "in.jsonl", tmp_path / "out.npy", task=None)
     with pytest.raises(ConfigError, match="same file"):
         encode_file(HashEncoder(), tmp_path / "in.jsonl", tmp_path / "in.jsonl", task=None)
+    # A name of the hub is looked for when the work has begun, of which nothing is left.
+    with pytest.raises(ModelError):
+        encode_file("no-such-model", tmp_path / "in.jsonl", tmp_path / "out.npy", task=None)
+    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+    # But for parts of an earlier run.
+    part = tmp_path / "out.npy.parts" / f"document-{'0' * 32}.npy"
+    part.parent.mkdir()
+    part.write_bytes(b"")
+    with pytest.raises(ModelError):
+        encode_file("no-such-model", tmp_path / "in.jsonl", tmp_path / "out.npy", task=None)
+    assert part.exists()
 
 
 def test_a_failing_run_leaves_the_earlier_output(

@@ -22,6 +22,7 @@ from nvembed.core.arguments import shown_value
 from nvembed.core.errors import ModelError
 from nvembed.core.files import write_json
 from nvembed.core.reporting import hold_note
+from nvembed.interop.adapter_folder import ADAPTER, ADAPTER_CONFIG
 from nvembed.interop.model_folder import (
     ModelSource,
     ModuleEntry,
@@ -43,7 +44,6 @@ from nvembed.interop.weights import (
 MergeMethod = Literal["linear", "slerp"]
 RECORD = "nvembed_merge.json"
 
-_ADAPTER, _ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 # Settings that say nothing about what is computed.
 _IDLE = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"}
 _COMPARED = ("config.json", "nvembed_config.json", "tokenizer.json")
@@ -111,7 +111,7 @@ def merge_folders(folders: Sequence[Path], to: Path, mix: Mix) -> None:
             shutil.copyfile(path, to / name)
     for number, module in enumerate(modules):
         places = [folder / module for folder in folders]
-        if (places[0] / _ADAPTER_CONFIG).is_file():
+        if (places[0] / ADAPTER_CONFIG).is_file():
             _merge_adapters(places, to / module, mix)
         if any((places[0] / file).is_file() for file in (SINGLE, INDEX)):
             _merge_weights(places, to / module, mix, of_base=number == 0)
@@ -122,11 +122,11 @@ def _modules(folder: Path) -> list[str]:
     if not folder.is_dir():
         raise ModelError("no such folder", where=str(folder), expected="a model's folder")
     paths = [entry.path for entry in _entries(folder)] or [""]
-    files = (SINGLE, INDEX, _ADAPTER)
+    files = (SINGLE, INDEX, ADAPTER)
     found = [path for path in paths if any((folder / path / file).is_file() for file in files)]
     if not found:
         raise ModelError(
-            "no weights to merge", where=str(folder), expected=f"{SINGLE} or {_ADAPTER} in it"
+            "no weights to merge", where=str(folder), expected=f"{SINGLE} or {ADAPTER} in it"
         )
     return found
 
@@ -262,7 +262,7 @@ class _Adapter(NamedTuple):
 
 
 def _adapter(place: Path) -> _Adapter:
-    file = place / _ADAPTER_CONFIG
+    file = place / ADAPTER_CONFIG
     config = read_json_file(file)
     given = config if isinstance(config, dict) else {}
     rank, alpha = given.get("r"), given.get("lora_alpha")
@@ -301,7 +301,7 @@ def _merge_adapters(places: Sequence[Path], to: Path, mix: Mix) -> None:
                 where=str(place),
                 expected="adapters of one base",
             )
-    stored = [read_header(place / _ADAPTER) for place in places]
+    stored = [read_header(place / ADAPTER) for place in places]
     _check_shapes(places, stored, free_axes={"lora_A": 0, "lora_B": 1})
     weights = {}
     for name in stored[0]:
@@ -316,9 +316,9 @@ def _merge_adapters(places: Sequence[Path], to: Path, mix: Mix) -> None:
             weights[name] = mix.of(tensors).to(tensors[0].dtype)
         check_finite_tensor(weights[name], name, where="the merged adapter")
     rank = sum(adapter.rank for adapter in adapters)
-    config = read_json_file(places[0] / _ADAPTER_CONFIG)
+    config = read_json_file(places[0] / ADAPTER_CONFIG)
     to.mkdir(parents=True, exist_ok=True)
     # Scales are in the matrices now, so the adapter's own is 1.
     config |= {"r": rank, "lora_alpha": rank, "use_rslora": False}
-    write_json(to / _ADAPTER_CONFIG, config)
-    save_file(weights, to / _ADAPTER, metadata={"format": "pt"})
+    write_json(to / ADAPTER_CONFIG, config)
+    save_file(weights, to / ADAPTER, metadata={"format": "pt"})

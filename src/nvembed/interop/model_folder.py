@@ -6,8 +6,7 @@ a folder or on the hub. What goes wrong on the way to a file is a ModelError. No
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -23,9 +22,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from nvembed.core import __version__
 from nvembed.core.arguments import check_settings, kind_of, shown_value
-from nvembed.core.cache import file_digest
 from nvembed.core.errors import ConfigError, ModelError
 from nvembed.core.files import parse_json
 from nvembed.interop.gguf_names import find_gguf
@@ -355,46 +352,3 @@ def read_limit(source: ModelSource, filename: str, key: str) -> int | None:
         return None if limit is None else int(limit)
     where = f"{source.name}/{filename}"
     raise damaged(f"{key} is {shown_value(limit)}", where, "a number of tokens")
-
-
-# --- What tells two states of it apart: 64 hexadecimal digits -------------------------------------
-
-# What a model folder holds besides the model.
-_NOT_THE_MODEL = {".md", ".log", ".png", ".svg"}
-
-
-def model_fingerprint(model: str, *settings: object) -> str:
-    """Name a model folder by what it holds, or a hub id by itself, with whatever else matters.
-
-    Files are told apart by name, size and time of change: reading gigabytes would cost too much.
-    """
-    digest = hashlib.sha256(" ".join([__version__, *map(str, settings)]).encode())
-    folder = find_gguf(model) or Path(model)
-    digest.update(str(folder.resolve() if folder.exists() else model).encode())
-    for path, name in _model_files(folder):
-        status = path.stat()
-        digest.update(f"\n{name} {status.st_size} {status.st_mtime_ns}".encode())
-    return digest.hexdigest()
-
-
-def contents_fingerprint(model: str) -> str:
-    """Name a model by the contents of its files, wherever they lie; a hub id by its commit."""
-    folder = Path(model)
-    if (file := find_gguf(model)) is not None:
-        return hashlib.sha256(f"gguf {file_digest(file)}".encode()).hexdigest()
-    if not folder.is_dir():
-        config = ModelSource(model).require("config.json")
-        return hashlib.sha256(f"{model} {config.parent.name}".encode()).hexdigest()
-    digest = hashlib.sha256()
-    for path, name in _model_files(folder):
-        hidden = any(part.startswith(".") for part in name.parts)
-        if not hidden and path.suffix not in _NOT_THE_MODEL:
-            digest.update(f"{name.as_posix()} {file_digest(path)}\n".encode())
-    return digest.hexdigest()
-
-
-def _model_files(folder: Path) -> Iterator[tuple[Path, Path]]:
-    """Yield the files below a folder (or a file itself) and their names in it."""
-    for path in sorted(folder.rglob("*")) if folder.is_dir() else [folder]:
-        if path.is_file():
-            yield path, path.relative_to(folder)

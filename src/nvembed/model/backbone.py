@@ -6,9 +6,8 @@ Model families ignore flags silently, so a model that stays causal is an error h
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -25,9 +24,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from nvembed.core.errors import ModelError
 from nvembed.core.files import atomic_folder
 from nvembed.core.runs import TRAIN
+from nvembed.interop.adapter_folder import BACKBONE_CONFIG, named_base
 from nvembed.interop.loading import check_vocabulary, reason
 from nvembed.interop.model_folder import COPY_AGAIN, ModelSource, read_values
 from nvembed.kernels.layers import accelerate
+from nvembed.model.adapted_load import load_adapted, with_adapters
 from nvembed.model.attention import OTHER_BACKBONE, probe_direction
 from nvembed.model.placement import DeviceMap
 from nvembed.model.settings import AttentionDirection, LoraSettings
@@ -45,6 +46,8 @@ class SavedBackbone:
     text_style: TextStyle
     add_bos: bool
     add_eos: bool
+    # Names of the base where it is saved as adapters; see ``interop/adapter_folder.py``.
+    bases: list[Annotated[str, Field(min_length=1)]] = field(default_factory=list)
 
 
 class Backbone(InputModule):
@@ -54,8 +57,8 @@ class Backbone(InputModule):
     prompt and EOS; longer texts are cut, and a table of positions is never exceeded.
     """
 
-    config_file_name = "nvembed_config.json"
-    config_keys = [field.name for field in fields(SavedBackbone)]
+    config_file_name = BACKBONE_CONFIG
+    config_keys = [each.name for each in fields(SavedBackbone)]
 
     def __init__(
         self,
@@ -67,6 +70,7 @@ class Backbone(InputModule):
         text_style: TextStyle = "nvembed",
         add_bos: bool = True,
         add_eos: bool = True,
+        bases: Sequence[str] = (),
     ) -> None:
         super().__init__()
         self.model = model
@@ -75,6 +79,7 @@ class Backbone(InputModule):
         self.text_style: TextStyle = text_style
         self.add_bos = add_bos
         self.add_eos = add_eos
+        self.bases = list(bases)
         self._frozen = False
         self.text_tokenizer = TextTokenizer(
             tokenizer,
@@ -103,11 +108,13 @@ class Backbone(InputModule):
         if isinstance(source, str):
             source = ModelSource(source)
         model: Any
-        model, tokenizer = load_transformer(source, dtype, device_map)
+        adapted = settings.pop("bases", ())
+        load = load_adapted if adapted else load_transformer
+        model, tokenizer = load(source, dtype, device_map)
         check_vocabulary(model, tokenizer, where=source.place)
         if getattr(model, "pooler", None) is not None:
             model.pooler = None  # BERT's; unused, and unused weights only cost memory
-        backbone = cls(model, tokenizer, **settings)
+        backbone = cls(model, tokenizer, bases=named_base(source), **settings)
         prove_direction(backbone, name=source.name)
         return backbone
 
@@ -216,10 +223,21 @@ class Backbone(InputModule):
     def save(
         self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any
     ) -> None:
-        """Write weights (safetensors), configuration and tokenizer."""
-        self.model.save_pretrained(output_path, safe_serialization=True)
-        self.save_tokenizer(output_path)
+        """Write weights (safetensors), configuration and tokenizer; of adapters not the base."""
+        if is_adapted(self):
+            # "auto" would ask the hub whether the vocabulary was changed; it never is.
+            self.model.save_pretrained(output_path, save_embedding_layers=False)
+        else:
+            self.model.save_pretrained(output_path, safe_serialization=True)
+            self.save_tokenizer(output_path)
         self.save_config(output_path)
+
+    def get_config_dict(self) -> dict[str, Any]:
+        """What ``save_config`` writes; the bases of adapters alone."""
+        settings: dict[str, Any] = super().get_config_dict()
+        if not is_adapted(self):
+            del settings["bases"]
+        return settings
 
     @classmethod
     def load(  # type: ignore[override]  # options of other modules are ignored
@@ -287,7 +305,7 @@ def prove_direction(backbone: Backbone, *, name: str) -> None:
 
 def add_lora(backbone: Backbone, settings: LoraSettings) -> None:
     """Freeze the backbone and put fresh adapters on it, in place."""
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig
 
     targets = settings.targets if isinstance(settings.targets, str) else list(settings.targets)
     config = LoraConfig(
@@ -299,32 +317,26 @@ def add_lora(backbone: Backbone, settings: LoraSettings) -> None:
         use_rslora=settings.rslora,
         bias="none",
     )
-    with warnings.catch_warnings():
-        # peft reads a property that transformers 5 has renamed; nothing a user could do about.
-        warnings.filterwarnings(
-            "ignore", message=".*is_gradient_checkpointing", category=FutureWarning
-        )
-        # Of an int8 base: that adapters could not be merged into it, which nobody does.
-        warnings.filterwarnings("ignore", message=".*get_apply_tensor_subclass")
-        adapted: Any = get_peft_model(backbone.model, config)
+    adapted = with_adapters(backbone.model, config)
     accelerate(adapted)
     backbone.model = adapted
 
 
+def is_adapted(backbone: Backbone) -> bool:
+    """Whether there are adapters that are not merged."""
+    return hasattr(backbone.model, "peft_config")
+
+
 def save_adapter(backbone: Backbone, folder: Path) -> None:
-    """Write the adapters alone as a peft folder, which must happen before they are merged."""
-    model: Any = backbone.model
+    """Write the adapters alone, which must happen before they are merged."""
     with atomic_folder(folder, TRAIN) as temporary:
-        # "auto" would ask the hub whether the vocabulary was changed; it never is.
-        model.save_pretrained(str(temporary), save_embedding_layers=False)
+        backbone.save(str(temporary))
 
 
 def merge_lora(backbone: Backbone) -> None:
     """Add the adapters into the weights and drop them, in place; does nothing without adapters."""
-    from peft import PeftModel
-
     model: Any = backbone.model
-    if isinstance(model, PeftModel):
+    if is_adapted(backbone):
         backbone.model = model.merge_and_unload()
 
 

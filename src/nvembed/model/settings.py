@@ -152,7 +152,8 @@ class LoraSettings(StrictModel):
         rslora: scale the update by ``alpha / sqrt(rank)`` instead, so that a high rank learns as
             fast as a low one (arXiv 2312.03732; peft's ``use_rslora``). At rank 16 that is four
             times as much: lower ``alpha`` or the rate.
-        save_adapter: write them unmerged too, as a peft folder ``adapter/`` in the run folder.
+        save_adapter: write them unmerged too, with the pooling, into ``adapter/`` of the run
+            folder: a model that loads where its base is at hand, in peft's format.
     """
 
     rank: int = Field(default=16, ge=1)

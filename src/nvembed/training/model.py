@@ -129,19 +129,29 @@ def save_model(
         return
     merge_lora(saved.backbone)
     release_masters(saved)
+    _write(saved, config, folder)
+
+
+def save_adapters(model: NVEmbed, config: TrainConfig, folder: Path) -> None:
+    """Write adapters and head without the base, in float32, before ``save_model`` merges them.
+
+    On a base that is an official model the adapters go alone: its backbone is no model by itself.
+    """
+    if model.backbone.bases:
+        _write(model, config, folder)
+        return
+    with _unwritten_is_an_error(folder):
+        save_adapter(model.backbone, folder)
+
+
+def _write(model: NVEmbed, config: TrainConfig, folder: Path) -> None:
     prompts = {dataset.name: query_prompt(dataset.instruction) for dataset in config.datasets}
     retrieval = {prompts[d.name] for d in config.datasets if d.kind == "retrieval"}
     if len(retrieval) == 1:
         prompts["query"] = retrieval.pop()
-    saved.prompts = {"document": "", **task_prompts(), **prompts}
+    model.prompts = {"document": "", **task_prompts(), **prompts}
     with _unwritten_is_an_error(folder), atomic_folder(folder, TRAIN) as temporary:
-        saved.save_pretrained(str(temporary), create_model_card=False)
-
-
-def save_adapters(model: NVEmbed, folder: Path) -> None:
-    """Write the adapters alone, before ``save_model`` merges them."""
-    with _unwritten_is_an_error(folder):
-        save_adapter(model.backbone, folder)
+        model.save_pretrained(str(temporary), create_model_card=False)
 
 
 @contextmanager

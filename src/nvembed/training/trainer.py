@@ -160,7 +160,7 @@ class _Run:
         for number in range(self.position.stage, len(self.config.stages)):
             self._stage(self._start(number, budget.tokens))
         if (lora := self.config.lora) and lora.save_adapter and self.processes.is_main:
-            model.save_adapters(self.embedder, self.run.adapter)
+            model.save_adapters(self.embedder, self.config, self.run.adapter)
         self._save_model(self.run.model, final=True)
         self.log(f"model written to {self.run.model}")
         self.accelerator.end_training()  # parts with the other processes

@@ -18,8 +18,9 @@ from gguf_files import write_gguf
 from nvembed import NVEmbed
 from nvembed.cli.main import run
 from nvembed.core.errors import ModelError
+from nvembed.interop.fingerprints import contents_fingerprint, model_fingerprint
 from nvembed.interop.gguf import read_gguf
-from nvembed.interop.model_folder import ModelSource, contents_fingerprint, model_fingerprint
+from nvembed.interop.model_folder import ModelSource
 from nvembed.model import transformer_load
 from nvembed.model.backbone import Backbone
 from task_folders import write_task

@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from matplotlib.figure import Figure
 
 from nvembed.core.arguments import Precision
@@ -26,7 +27,7 @@ from nvembed.encoding.encoder import load_encoder
 from nvembed.evaluation.results import read_results, write_results
 from nvembed.evaluation.session import evaluate
 from nvembed.evaluation.tasks import LocalTask, load_tasks
-from nvembed.training.checkpoint import restore_weights, trained_parameters
+from nvembed.training.checkpoint import WEIGHTS, read_tensors, trained_parameters
 from nvembed.training.config import TrainConfig
 from nvembed.training.model import save_adapters, starting_model
 
@@ -40,7 +41,12 @@ def model_of(run: Path, checkpoint: Path, to: Path) -> Path:
     if not to.is_dir():
         config = load_config(TrainConfig, run / "config.yaml", [])
         model = starting_model(config, run, device="cpu")
-        restore_weights(checkpoint, trained_parameters(model))
+        trained = trained_parameters(model)
+        with torch.no_grad():
+            for name, value in read_tensors(checkpoint / WEIGHTS):
+                if name in trained:  # a teacher's projection is of the run alone
+                    trained.pop(name).copy_(value)
+        assert not trained, f"{checkpoint} lacks {', '.join(trained)}"
         save_adapters(model, config, to)
     return to
 

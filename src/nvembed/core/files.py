@@ -292,6 +292,8 @@ def _atomic(target: Path, made_by: str | None, *, folder: bool) -> Iterator[Path
         cleanup.callback(remove_any, temporary)
         yield temporary
         os.chmod(temporary, 0o755 if folder else 0o644)
+        if folder:
+            _show(temporary)
         if made_by is not None:
             if folder:
                 mark_folder(temporary, made_by)
@@ -306,6 +308,13 @@ def _atomic(target: Path, made_by: str | None, *, folder: bool) -> Iterator[Path
             os.replace(target, old)
             os.replace(temporary, target)
             shutil.rmtree(old, ignore_errors=True)
+
+
+def _show(folder: Path) -> None:
+    """Let everybody read what is in a folder; safetensors writes files for their owner alone."""
+    for path in folder.rglob("*"):
+        if not path.is_symlink():
+            path.chmod(path.stat().st_mode | (0o055 if path.is_dir() else 0o044))
 
 
 @contextmanager

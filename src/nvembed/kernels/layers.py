@@ -1,10 +1,11 @@
-"""Norms, gated MLPs and decoder layers on a CPU by compiled code, and the one hook of all kernels.
+"""Norms, MLPs, attention and decoder layers on a CPU by compiled code; the one hook of all kernels.
 
-Norms and gates take one pass each way in float32. Without gradient a whole layer is its products
-with compiled code between them, around a residual in float32, whatever the weights are. Elsewhere
-modules compute as they did. ``accelerate`` gives a module of ``KINDS`` a ``forward`` of its own,
-a ``partial`` that is pickled and copied with it; ``restore`` takes it off again, which a shallow
-copy (``nn.DataParallel``) needs first. Letters: T tokens, D width, H heads, E head width, F MLP.
+Norms, gates and rotary positions take one pass each way (``elementwise.py``). Without gradient a
+whole layer is its products with compiled code between them, around a residual in float32, whatever
+the weights are. Elsewhere modules compute as they did. ``accelerate`` gives a module of ``KINDS`` a
+``forward`` of its own, a ``partial`` that is pickled and copied with it; ``restore`` takes it off
+again, which a shallow copy (``nn.DataParallel``) needs first. Letters: T tokens, D width, H heads,
+E head width, F MLP.
 """
 
 from __future__ import annotations
@@ -12,33 +13,34 @@ from __future__ import annotations
 import ctypes
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from nvembed.kernels.attention import bfloat16_available, float32_available, plain_on_cpu
 from nvembed.kernels.build import library
+from nvembed.kernels.elementwise import SOURCE, UNIT, Norm, Rotated, call, fits, gate, rotate
 from nvembed.kernels.linear import fused_lora, is_plain_lora, linear
 
-_UNIT = 16  # widths must be a multiple of it, head widths of twice as many
+_LAYER = "decoder_layer.cpp"
 
 
 def available() -> bool:
     """Whether whole layers can compute so on this machine; compiles what they need."""
-    return float32_available() and library("decoder_layer.cpp") is not None
+    return float32_available() and None not in (library(SOURCE), library(_LAYER))
 
 
 def rms_norm(module: Any, x: Tensor) -> Tensor:
     """``weight · x / rms(x)``."""
-    if not _supports(x, module.weight):
-        out: Tensor = type(module).forward(module, x)
-        return out
-    return _Norm.apply(x, module.weight, module.variance_epsilon)
+    if fits(x, module.weight):
+        out: Tensor = Norm.apply(x, module.weight, module.variance_epsilon)
+    else:
+        out = type(module).forward(module, x)
+    return out
 
 
 def gated_mlp(module: Any, x: Tensor) -> Tensor:
@@ -46,10 +48,9 @@ def gated_mlp(module: Any, x: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
         out: Tensor = type(module).forward(module, x)
         return out
-    gate, up = module.gate_proj(x), module.up_proj(x)
-    out = module.down_proj(
-        _Gate.apply(gate, up) if _supports(gate, up) else module.act_fn(gate) * up
-    )
+    opened, up = module.gate_proj(x), module.up_proj(x)
+    gated = gate(opened, up) if fits(opened, up) else module.act_fn(opened) * up
+    out = module.down_proj(gated)
     return out
 
 
@@ -62,8 +63,8 @@ def fits_decoder_layer(layer: Any) -> bool:
     """Whether the widths and the activation of a layer are those of the compiled code."""
     widths = (layer.input_layernorm.weight.numel(), layer.mlp.gate_proj.weight.shape[0])
     return (
-        all(width % _UNIT == 0 for width in widths)
-        and layer.self_attn.head_dim % (2 * _UNIT) == 0
+        all(width % UNIT == 0 for width in widths)
+        and layer.self_attn.head_dim % (2 * UNIT) == 0
         and is_silu(layer.mlp)
     )
 
@@ -81,25 +82,77 @@ def decoder_layer(module: Any, hidden_states: Tensor, *arguments: Any, **options
     normed_TD = _add_norm(residual_TD, None, module.input_layernorm, dtype)
     # In bfloat16 where there is a kernel for it, else in float32: torch's own is slower.
     inner = dtype if bfloat16_available() else torch.float32
+    cos_TA, sin_TA = (angles_1TA[0] for angles_1TA in positions)
     query, key = (
-        _rotate(project(normed_TD), positions, attention.head_dim, inner)
+        rotate(project(normed_TD), cos_TA, sin_TA, attention.head_dim, inner)
         for project in (attention.q_proj, attention.k_proj)
     )
     value = attention.v_proj(normed_TD).to(inner).unflatten(1, (-1, attention.head_dim))
-    # The function that transformers would call.
-    attend = ALL_ATTENTION_FUNCTIONS[attention.config._attn_implementation]
-    mixed_1THE, _ = attend(
-        attention,
-        *(x_THE.transpose(0, 1)[None] for x_THE in (query, key, value)),
-        options.get("attention_mask"),
-        segments=segments,
-        causal=options["causal"],
-        scaling=attention.scaling,
-    )
+    mixed_1THE, _ = _attend(attention, (query, key, value), options)
     attended_TD = attention.o_proj(mixed_1THE[0].flatten(1).to(dtype))
     normed_TD = _add_norm(residual_TD, attended_TD, module.post_attention_layernorm, dtype)
-    gated_TF = _gate(mlp.gate_proj(normed_TD), mlp.up_proj(normed_TD))
+    gated_TF = gate(mlp.gate_proj(normed_TD), mlp.up_proj(normed_TD))
     return _add(residual_TD, mlp.down_proj(gated_TF))[None]
+
+
+def rotary_attention(
+    module: Any,
+    hidden_states: Tensor,
+    position_embeddings: tuple[Tensor, Tensor] | None = None,
+    attention_mask: Tensor | None = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention of a flat batch with rotary positions, ``(1, T, D)`` → ``(1, T, D)``."""
+    flat = "segments" in options and options.get("cache") is None and attention_mask is None
+    here = hidden_states.device.type == "cpu" and not torch.compiler.is_compiling()
+    if position_embeddings is None or not flat or not here:
+        out: tuple[Tensor, Tensor | None] = type(module).forward(
+            module, hidden_states, position_embeddings, attention_mask, **options
+        )
+        return out
+    width = module.head_dim
+    query, key, value = (
+        project(hidden_states)[0] for project in (module.q_proj, module.k_proj, module.v_proj)
+    )
+    angles = [angle_1TA[0] for angle_1TA in position_embeddings]
+    dropout = module.attention_dropout if module.training else 0.0
+    turned = [
+        Rotated.apply(x_TI, *angles, width) if fits(x_TI) else _turned(x_TI, angles, width)
+        for x_TI in (query, key)
+    ]
+    heads = (*turned, value.unflatten(1, (-1, width)))
+    mixed_1THE, weights = _attend(module, heads, options | {"dropout": dropout})
+    return module.o_proj(mixed_1THE.flatten(2)), weights
+
+
+def _turned(x_TI: Tensor, angles: Sequence[Tensor], width: int) -> Tensor:
+    """What ``rotate`` computes, by torch, for types that the compiled code does not know."""
+    cos_T1A, sin_T1A = (angle_TA[:, None] for angle_TA in angles)
+    x_THE = x_TI.unflatten(1, (-1, width))
+    first, second = x_THE.chunk(2, dim=-1)
+    return x_THE * cos_T1A + torch.cat((-second, first), dim=-1) * sin_T1A
+
+
+def _attend(
+    attention: Any, heads: Sequence[Tensor], options: Mapping[str, Any]
+) -> tuple[Tensor, Tensor | None]:
+    """Mix ``(T, H, E)`` heads by the function that transformers would call."""
+    attend = ALL_ATTENTION_FUNCTIONS[attention.config._attn_implementation]
+    mixed: tuple[Tensor, Tensor | None] = attend(
+        attention,
+        *(x_THE.transpose(0, 1)[None] for x_THE in heads),
+        None,
+        segments=options["segments"],
+        causal=options["causal"],
+        scaling=attention.scaling,
+        dropout=options.get("dropout", 0.0),
+    )
+    return mixed
+
+
+def fits_rotary_attention(attention: Any) -> bool:
+    """Whether the head width is one of the compiled code."""
+    return bool(attention.head_dim % (2 * UNIT) == 0)
 
 
 def _runs(layer: Any, hidden_1TD: Tensor) -> bool:
@@ -124,77 +177,6 @@ def _runs(layer: Any, hidden_1TD: Tensor) -> bool:
     )
 
 
-def _supports(*tensors: Tensor) -> bool:
-    return (
-        plain_on_cpu(torch.float32, *tensors)
-        and all(x.shape[-1] % _UNIT == 0 for x in tensors)
-        and not torch.is_autocast_enabled("cpu")
-        and library("elementwise.cpp") is not None
-    )
-
-
-def _call(name: str, *arguments: Tensor | int | float | None) -> None:
-    """Call a function of the compiled code; norms and gates alone go both ways."""
-    source = "elementwise.cpp" if name.endswith(("forward", "backward")) else "decoder_layer.cpp"
-    function = getattr(library(source), f"nvembed_{name}")
-    function.restype = None
-
-    def converted(argument: Tensor | int | float | None) -> Any:
-        if isinstance(argument, Tensor):
-            return ctypes.c_void_p(argument.data_ptr())
-        if isinstance(argument, bool):
-            return ctypes.c_int(argument)
-        if isinstance(argument, float):
-            return ctypes.c_float(argument)
-        return ctypes.c_void_p(None) if argument is None else ctypes.c_int64(argument)
-
-    function(*map(converted, arguments), ctypes.c_int(torch.get_num_threads()))
-
-
-class _Norm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-        x, weight_D = x.contiguous(), weight_D.contiguous()
-        out = torch.empty_like(x)
-        inverse = x.new_empty(x.shape[:-1])
-        shape = (inverse.numel(), x.shape[-1])
-        _call("norm_forward", x, weight_D, out, inverse, *shape, float(eps))
-        ctx.save_for_backward(x, weight_D, inverse)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight_D, inverse = ctx.saved_tensors
-        d_out = gradients[0].contiguous()
-        d_x = torch.empty_like(x)
-        shape = (inverse.numel(), x.shape[-1])
-        _call("norm_backward", x, weight_D, inverse, d_out, d_x, *shape)
-        d_weight_D = None
-        if ctx.needs_input_grad[1]:
-            d_weight_D = (d_out * x * inverse[..., None]).flatten(0, -2).sum(0)
-        return d_x, d_weight_D, None
-
-
-class _Gate(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
-        gate, up = gate.contiguous(), up.contiguous()
-        out = torch.empty_like(gate)
-        _call("gate_forward", gate, up, out, out.numel())
-        ctx.save_for_backward(gate, up)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
-        gate, up = ctx.saved_tensors
-        d_out = gradients[0].contiguous()
-        d_gate, d_up = torch.empty_like(gate), torch.empty_like(up)
-        _call("gate_backward", gate, up, d_out, d_gate, d_up, gate.numel())
-        return d_gate, d_up
-
-
 def _add_norm(
     residual_TD: Tensor, added_TD: Tensor | None, norm: Any, dtype: torch.dtype
 ) -> Tensor:
@@ -205,36 +187,15 @@ def _add_norm(
     weight_D = norm.weight.float().contiguous()
     rows, width = residual_TD.shape
     eps, wide = float(norm.variance_epsilon), dtype is torch.float32
-    _call("add_norm", residual_TD, added_TD, weight_D, out_TD, wide, rows, width, eps)
+    call(_LAYER, "add_norm", residual_TD, added_TD, weight_D, out_TD, wide, rows, width, eps)
     return out_TD
-
-
-def _gate(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
-    gate_TF, up_TF = gate_TF.contiguous(), up_TF.contiguous()
-    out_TF = torch.empty_like(gate_TF)
-    _call("gate", gate_TF, up_TF, out_TF, gate_TF.dtype is torch.float32, out_TF.numel())
-    return out_TF
 
 
 def _add(residual_TD: Tensor, added_TD: Tensor) -> Tensor:
     """Add to the residual in place."""
     added_TD = added_TD.contiguous()
-    _call("add", residual_TD, added_TD, added_TD.dtype is torch.float32, *residual_TD.shape)
+    call(_LAYER, "add", residual_TD, added_TD, added_TD.dtype is torch.float32, *residual_TD.shape)
     return residual_TD
-
-
-def _rotate(
-    x_TI: Tensor, positions: tuple[Tensor, Tensor], width: int, dtype: torch.dtype
-) -> Tensor:
-    """Rotary positions ``(1, T, E)`` on ``(T, H · E)``; returns ``(T, H, E)`` in ``dtype``."""
-    x_TI = x_TI.contiguous()
-    cos_TE, sin_TE = (angles[0].to(x_TI.dtype).contiguous() for angles in positions)
-    tokens, heads = x_TI.shape[0], x_TI.shape[1] // width
-    out_THE = torch.empty(tokens, heads, width, dtype=dtype)
-    wide, wide_out = x_TI.dtype is torch.float32, dtype is torch.float32
-    shape = (tokens, heads, width, cos_TE.shape[1])
-    _call("rotate", x_TI, cos_TE, sin_TE, out_THE, wide, wide_out, *shape)
-    return out_THE
 
 
 # --- Which modules compute so ---------------------------------------------------------------------
@@ -260,6 +221,9 @@ KINDS: dict[str, Kind] = {
     "peft.tuners.lora.layer.Linear": Kind(fused_lora, is_plain_lora),
     **dict.fromkeys(_transformers("RMSNorm", *_ROTARY, "Qwen3"), Kind(rms_norm)),
     **dict.fromkeys(_transformers("MLP", *_ROTARY, "Qwen3"), Kind(gated_mlp, is_silu)),
+    **dict.fromkeys(
+        _transformers("Attention", *_ROTARY), Kind(rotary_attention, fits_rotary_attention)
+    ),
     **dict.fromkeys(
         _transformers("DecoderLayer", *_ROTARY), Kind(decoder_layer, fits_decoder_layer)
     ),

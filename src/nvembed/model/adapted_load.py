@@ -52,6 +52,7 @@ def load_adapted(
     with loading(place, expected="adapters of peft"):
         settings = PeftConfig.from_pretrained(str(folder))
         settings.inference_mode = True
+        settings.base_model_name_or_path = base.name_or_path  # peft warns where it is another
         adapted = with_adapters(base, settings)
         needed = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     sizes = {name: tuple(tensor.shape) for name, tensor in needed.items()}

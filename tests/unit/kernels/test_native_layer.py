@@ -7,7 +7,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, LlamaConfig, MistralConfig, Qwen2Config
 
+from nvembed.kernels import elementwise
 from nvembed.kernels import layers as native_layer
+from nvembed.kernels.elementwise import gate as gated_by
+from nvembed.kernels.elementwise import rotate
 from nvembed.kernels.layers import accelerate
 from nvembed.model.attention import FLAT_ATTENTION
 from nvembed.text.packing import Segments
@@ -68,13 +71,14 @@ def _hidden(model: nn.Module, *, causal: bool = False) -> Tensor:
 
 def _calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     called: list[str] = []
-    call = native_layer._call
+    call = elementwise.call
 
-    def counted(name: str, *arguments: Any) -> None:
+    def counted(source: str, name: str, *arguments: Any) -> None:
         called.append(name)
-        call(name, *arguments)
+        call(source, name, *arguments)
 
-    monkeypatch.setattr(native_layer, "_call", counted)
+    for module in (elementwise, native_layer):
+        monkeypatch.setattr(module, "call", counted)
     return called
 
 
@@ -115,7 +119,7 @@ def test_the_parts_are_those_of_plain_float64(dtype: torch.dtype) -> None:
     wanted = norm.weight.double() * total / (total.pow(2).mean(1, keepdim=True) + 1e-5).sqrt()
     with torch.no_grad():
         normed = native_layer._add_norm(residual, added, norm, dtype)
-        gated = native_layer._gate(gate, up)
+        gated = gated_by(gate, up)
     torch.testing.assert_close(residual.double(), total, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(normed.double(), wanted.detach(), rtol=bound, atol=bound / 100)
     wanted = nn.functional.silu(gate.double()) * up.double()
@@ -127,7 +131,7 @@ def test_the_parts_are_those_of_plain_float64(dtype: torch.dtype) -> None:
     turned = turned * torch.complex(*(x[0, :, :16].double() for x in positions))[:, None]
     wanted = torch.cat([turned.real, turned.imag], dim=2)
     for inner in {torch.float32, dtype}:
-        found = native_layer._rotate(x.flatten(1), positions, 32, inner)
+        found = rotate(x.flatten(1), *(angles[0] for angles in positions), 32, inner)
         bound = 1e-5 if inner is torch.float32 else 2**-8
         torch.testing.assert_close(found.double(), wanted, rtol=bound, atol=1e-5)
     assert native_layer._add(residual, added) is residual
@@ -202,8 +206,8 @@ def test_gates_and_rotations_hide_no_nan(dtype: torch.dtype) -> None:
     x = special[None] if dtype is torch.float32 else bits[None]
     ones = torch.ones_like(x)
     for gate, up in ((x, ones), (ones, x)):
-        assert torch.equal(native_layer._gate(gate, up).isnan(), x.isnan())
-    angles = (torch.full((1, 1, 32), 0.6), torch.full((1, 1, 32), 0.8))
-    found = native_layer._rotate(x, angles, 32, dtype)[0, 0]
+        assert torch.equal(gated_by(gate, up).isnan(), x.isnan())
+    angles = (torch.full((1, 32), 0.6), torch.full((1, 32), 0.8))
+    found = rotate(x, *angles, 32, dtype)[0, 0]
     turned = torch.cat([-x[0, 16:], x[0, :16]]).float() * 0.8
     assert torch.equal(found.isnan(), (x[0].float() * 0.6 + turned).isnan())

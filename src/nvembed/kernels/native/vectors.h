@@ -1,4 +1,5 @@
-// Vectors of the width of this CPU's registers, as GCC and Clang have them, and 2^x of them.
+// Vectors of the width of this CPU's registers, as GCC and Clang have them: float32 or bfloat16 in
+// memory, float32 in between; 2^x and the sigmoid of them.
 
 #pragma once
 
@@ -35,6 +36,24 @@ inline float largest(Vector value) {
     return best;
 }
 
+typedef uint16_t Short __attribute__((vector_size(kLanes * 2), aligned(2), may_alias));
+typedef uint32_t Bits __attribute__((vector_size(kLanes * 4)));
+
+inline Vector get(const float *from) { return load(from); }
+inline Vector get(const uint16_t *from) {
+    const Bits bits = __builtin_convertvector(*reinterpret_cast<const Short *>(from), Bits);
+    return (Vector)(bits << 16);
+}
+
+inline void put(float *to, Vector value) { store(to, value); }
+// To the nearest, ties to even. NaN keeps its sign and gets a bit that rounding cannot carry away.
+inline void put(uint16_t *to, Vector value) {
+    const Bits bits = (Bits)value;
+    const Bits rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+    const Bits chosen = (Bits)(value != value) ? (bits | 0x400000u) : rounded;
+    *reinterpret_cast<Short *>(to) = __builtin_convertvector(chosen >> 16, Short);
+}
+
 // 2^x for x <= 0, to two units of the last place; what would be denormal becomes about 1e-38.
 // Rounding by a large number puts the whole part into the low bits, from where it is added to the
 // exponent. NaN stays NaN: the low bits of one may hold anything, so it is not added to.
@@ -52,6 +71,11 @@ inline Vector power_of_two(Vector x) {
     p = p * f + 1.0f;
     const Integers is_number = x == x;
     return (Vector)((Integers)p + (((Integers)shifted << 23) & is_number));
+}
+
+inline Vector sigmoid(Vector x) {
+    const Vector exponent = x * -kLog2e, high = all(126.0f);
+    return 1.0f / (1.0f + power_of_two(exponent > high ? high : exponent));
 }
 
 }  // namespace

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         TrainingError,
         UserError,
     )
+    from nvembed.compression.compress import compress
     from nvembed.data.config import MiningConfig
     from nvembed.encoding.doctor.examine import DoctorOptions
     from nvembed.encoding.doctor.examine import examine_model as doctor
@@ -66,6 +67,7 @@ __all__ = [
     "build_data",
     "build_index",
     "compare",
+    "compress",
     "doctor",
     "encode_file",
     "evaluate",
@@ -102,6 +104,7 @@ _HOMES = {
     "build_data": "building.build.build_recipe",
     "build_index": "index.build.index_documents",
     "compare": "evaluation.comparison.compare_results",
+    "compress": "compression.compress.compress",
     "doctor": "encoding.doctor.examine.examine_model",
     "encode_file": "encoding.files.encode_file",
     "evaluate": "evaluation.session.evaluate",

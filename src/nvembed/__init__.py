@@ -13,6 +13,7 @@ from nvembed.core import __version__
 
 if TYPE_CHECKING:
     from nvembed.building.build import build_recipe as build_data
+    from nvembed.compression.compress import compress
     from nvembed.core.config import load_config
     from nvembed.core.errors import (
         ConfigError,
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
         TrainingError,
         UserError,
     )
-    from nvembed.compression.compress import compress
     from nvembed.data.config import MiningConfig
     from nvembed.encoding.doctor.examine import DoctorOptions
     from nvembed.encoding.doctor.examine import examine_model as doctor

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from nvembed.core.arguments import PrecisionChoice
+from nvembed.core.arguments import FloatPrecision
 from nvembed.core.config import StrictModel
 from nvembed.data.built_sets import MINED_KINDS
 from nvembed.data.config import BuildConfig, DatasetConfig, MiningConfig, local_sources
@@ -223,7 +223,7 @@ class TrainConfig(StrictModel):
     stages: tuple[StageConfig, ...] = Field(min_length=1)
     optimizer: OptimizerConfig = OptimizerConfig()
     shard: bool = False
-    precision: PrecisionChoice = "auto"
+    precision: Literal["auto"] | FloatPrecision = "auto"
     pack_tokens: int = Field(default=4096, ge=16)
     memory_gb: float | None = Field(default=None, gt=0)
     activation_checkpointing: bool = False

@@ -20,7 +20,7 @@ from nvembed.core.errors import ModelError
 from nvembed.kernels.int8 import Int8Linear
 
 if TYPE_CHECKING:
-    from nvembed.model.embedder import NVEmbed
+    from nvembed.model.packs import PackModel
 
 Quantization = Literal["int8", "fp8", "nf4", "int8_products"]
 
@@ -32,7 +32,7 @@ _BLOCK, _ROWS = 64, 32
 
 
 @torch.no_grad()
-def quantize_backbone(model: NVEmbed, kind: Quantization) -> None:
+def quantize_backbone(model: PackModel, kind: Quantization) -> None:
     """Quantise the linear layers of the backbone, which has no adapters, in place."""
     backbone = model.backbone.model
     if hasattr(backbone, "peft_config"):
@@ -60,7 +60,7 @@ def quantize_backbone(model: NVEmbed, kind: Quantization) -> None:
 
 
 @torch.no_grad()
-def quantize_frozen(model: NVEmbed, kind: Literal["int8", "nf4"]) -> None:
+def quantize_frozen(model: PackModel, kind: Literal["int8", "nf4"]) -> None:
     """Quantise the linear layers of the backbone to be the frozen base of adapters, in place.
 
     The layers of the libraries are made for encoding: gradients do not pass, or cost memory.

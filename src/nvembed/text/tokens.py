@@ -152,8 +152,9 @@ class TextTokenizer:
         room = self.max_tokens - len(self._head) - len(self._tail)
         if len(ids) > room and (text_start or 0) >= room:
             raise _no_room(text_start or 0, self.max_tokens)
-        whole = text_start is None or self.style == "whole"
-        pool_start = 0 if whole else text_start + len(self._head)
+        pool_start = 0
+        if text_start is not None and self.style != "whole":
+            pool_start = text_start + len(self._head)
         return TokenizedText((*self._head, *ids[:room], *self._tail), pool_start)
 
     def _official(self, texts: Sequence[str], prompt: str) -> list[TokenizedText]:

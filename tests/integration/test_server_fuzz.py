@@ -42,7 +42,7 @@ def fuzz(port: int, examples: int, expected: set[int]) -> set[int]:
             )
             with contextlib.suppress(Unsatisfiable):  # without parameters none can be wrong
                 quiet(test)()
-    for path in ("/v1/embeddings", "/", "/embed", "/rerank", "/similarity"):
+    for path in ("/v1/embeddings", "/", "/embed", "/rerank", "/similarity", "/v2/embed"):
         assert expected <= seen[path], (path, seen[path])
     assert expected - {200} <= seen["/tokenize"]  # the fake model has no tokenizer
     return set().union(*seen.values())

@@ -1,4 +1,4 @@
-"""From the checked fields of a body to vectors, off the event loop; what both APIs call.
+"""From the checked fields of a body to vectors, off the event loop; what all routes call.
 
 Limits of a request are checked here, before a text costs anything.
 """
@@ -9,13 +9,14 @@ import asyncio
 import threading
 from collections.abc import Callable, Coroutine, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
 from starlette.requests import Request
 
 from nvembed.core.errors import UserError
+from nvembed.encoding.encoder import unit_rows
 from nvembed.serving.batching import Batcher, Scheduler
 from nvembed.serving.config import ServerConfig
 from nvembed.serving.engines import Cut, EmbedOptions, EncoderEngine, Item, Token
@@ -29,6 +30,18 @@ SizedT = TypeVar("SizedT", bound=Sized)
 
 Inputs = str | list[str] | list[int] | list[list[int]]
 """A text, a list of texts, the ids of a text, or a list of such lists."""
+
+CoherePurpose = Literal["search_query", "search_document", "classification", "clustering"]
+JinaPurpose = Literal[
+    "retrieval.query", "retrieval.passage", "text-matching", "classification", "separation"
+]
+Purpose = CoherePurpose | JinaPurpose
+_SIDES: dict[str, Side] = {
+    "search_query": "query",
+    "retrieval.query": "query",
+    "search_document": "document",
+    "retrieval.passage": "document",
+}
 
 # Characters (or ids) of one visit to the tokeniser's thread: requests take turns there.
 _SLICE_CHARS = 50_000
@@ -88,6 +101,19 @@ class Service:
         input_type = input_type or ("document" if task is None else "query")
         return EmbedOptions(input_type, task, prompt, cut, normalize)
 
+    def options_for(self, purpose: Purpose, instruction: str | None, cut: Cut) -> EmbedOptions:
+        """Read what Cohere and Jina call the purpose of texts.
+
+        Searches have sides; of others texts are documents, with the model's own prompt of that name
+        where it has one. An instruction wins over such a prompt.
+        """
+        if purpose in _SIDES:
+            return self.read_options(instruction=instruction, input_type=_SIDES[purpose], cut=cut)
+        wanted = (purpose, "clustering") if purpose == "separation" else (purpose,)
+        prompt = next((name for name in self.engine.prompts if name.lower() in wanted), None)
+        named = None if instruction is not None else prompt
+        return self.read_options(instruction=instruction, prompt_name=named, cut=cut)
+
     def named_prompt(self, name: str) -> str:
         """Return a prompt of the model, or that of an MTEB task; a RequestError if it is none."""
         prompts = self.engine.prompts
@@ -108,6 +134,25 @@ class Service:
         vectors = await self.batcher.embed(items, context.client)
         context.texts, context.tokens = len(items), sum(item.tokens for item in items)
         return vectors
+
+    async def vectors(
+        self,
+        content: Inputs,
+        options: EmbedOptions,
+        dimensions: int | None,
+        context: RequestContext,
+    ) -> NDArray[np.float32]:
+        """Embed the texts of a request: their first ``dimensions``, of length 1 where wanted."""
+        width = self.engine.dimension
+        if dimensions is not None and dimensions > width:
+            message = f"{dimensions} dimensions asked for, the model has {width}"
+            message = f"{message}; send at most that"
+            raise RequestError(400, message, "bad_dimensions", param="dimensions")
+        vectors = await self.embed([(content, options)], context)
+        if dimensions is None:
+            return vectors
+        short = vectors[:, :dimensions]
+        return unit_rows(short) if options.normalize else short
 
     async def tokens(
         self, texts: Sequence[str], prompt: str, special: bool, context: RequestContext

@@ -1,0 +1,29 @@
+"""Request bodies of Cohere: see ``bodies.py``."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from nvembed.serving.bodies import InstructionFields, ModelField, optional
+from nvembed.serving.service import CoherePurpose
+from nvembed.serving.vectors import Dtype
+
+CohereType = Dtype | Literal["base64"]
+
+
+class CohereEmbedRequest(ModelField, InstructionFields):
+    """The body of ``/v2/embed``: Cohere's fields for texts, and those of instructions."""
+
+    texts: list[str] = Field(description="a list of texts")
+    input_type: CoherePurpose = Field(
+        description="'search_query', 'search_document', 'classification' or 'clustering'"
+    )
+    embedding_types: list[CohereType] | None = optional(
+        "a list of 'float', 'int8', 'uint8', 'binary', 'ubinary' and 'base64', or null for 'float'"
+    )
+    output_dimension: int | None = optional("an integer from 1 to the model's width, or null", ge=1)
+    truncate: Literal["END", "START", "NONE"] | None = optional(
+        "'END' or 'START' (cut of long texts) or 'NONE' (these are refused)", "END"
+    )

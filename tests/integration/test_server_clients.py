@@ -30,6 +30,8 @@ ROUTES = {
     "/rerank": {"query": "a", "texts": ["a b"]},
     "/similarity": {"inputs": {"source_sentence": "a", "sentences": ["a b"]}},
     "/tokenize": {"inputs": "a b"},
+    "/v1/rerank": {"query": "a", "documents": ["a b"]},
+    "/v2/rerank": {"query": "a", "documents": [{"text": "a b"}]},
     "/v2/embed": {"texts": ["a b"], "input_type": "search_query"},
 }
 JSON = {"content-type": "application/json"}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import json
+import urllib.request
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,6 +12,7 @@ import numpy as np
 import pytest
 
 from hash_encoder import HashEncoder
+from nvembed.encoding.encoder import unit_rows
 from nvembed.serving.middleware import ApiKeys
 from nvembed.serving.vectors import as_type
 from serving_fakes import WIDTH, HeldEngine, make_config, running
@@ -32,6 +36,11 @@ def test_the_client_of_cohere(address: str) -> None:
     cohere = pytest.importorskip("cohere", reason="needs nvembed[clients]")
     with cohere.ClientV2(KEY, base_url=address) as client:
         check_cohere(cohere, client)
+    with cohere.Client(KEY, base_url=address) as older:
+        ranked = older.rerank(
+            model="m", query="fish", documents=[{"text": "a fish"}, "it"], return_documents=True
+        )
+        assert [row.document.text for row in ranked.results] == ["a fish", "it"]
     with (
         cohere.ClientV2("x", base_url=address) as stranger,
         pytest.raises(cohere.UnauthorizedError, match="no valid API key"),
@@ -57,7 +66,54 @@ def check_cohere(cohere: Any, client: Any) -> None:
         model="m", texts=TEXTS, input_type="search_document", output_dimension=4
     ).embeddings.float_
     assert np.array(short).shape == (2, 4)
+    documents = ["red", "a blue fish", "one red fish"]
+    ranked = client.rerank(model="m", query="red fish", documents=documents, top_n=2)
+    assert isinstance(ranked, cohere.V2RerankResponse)
+    scores = ENCODER.encode_document(documents) @ ENCODER.encode_query(["red fish"])[0]
+    assert [row.index for row in ranked.results] == np.argsort(-scores)[:2].tolist()
+    found = [row.relevance_score for row in ranked.results]
+    np.testing.assert_allclose(found, np.sort(scores)[:0:-1], atol=1e-6)
     with pytest.raises(cohere.NotFoundError, match="ask for 'm'"):
         client.embed(model="other", texts=TEXTS, input_type="search_query")
     with pytest.raises(cohere.BadRequestError, match="text 1 is empty"):
         client.embed(model="m", texts=["a", ""], input_type="search_query")
+
+
+def test_small_numbers_by_the_client_of_openai(address: str) -> None:
+    openai = pytest.importorskip("openai", reason="needs the openai package")
+    unit = ENCODER.encode_document(TEXTS)
+    with openai.OpenAI(base_url=f"{address}/v1", api_key=KEY) as client:
+        for kind in ("int8", "uint8", "binary", "ubinary"):
+            expected = as_type(unit, kind)
+            for packed in ("base64", "float"):  # with its own default it takes them for float32
+                answer = client.embeddings.create(
+                    model="m",
+                    input=TEXTS,
+                    encoding_format=packed,
+                    extra_body={"output_dtype": kind},
+                )
+                rows = [row.embedding for row in answer.data]
+                if packed == "base64":
+                    rows = [np.frombuffer(base64.b64decode(row), expected.dtype) for row in rows]
+                same(rows, expected)
+
+
+def test_what_the_client_of_voyage_sends(address: str) -> None:
+    body = {  # every field of its embed(), with the encoding that it asks for by itself
+        "input": TEXTS,
+        "model": "m",
+        "input_type": "query",
+        "truncation": True,
+        "output_dtype": "int8",
+        "output_dimension": 8,
+        "encoding_format": "base64",
+    }
+    request = urllib.request.Request(
+        f"{address}/v1/embeddings",
+        json.dumps(body).encode(),
+        {"Content-Type": "application/json", "Authorization": f"Bearer {KEY}"},
+    )
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        data = json.load(answer)["data"]
+    rows = [np.frombuffer(base64.b64decode(row["embedding"]), np.int8) for row in data]
+    same(rows, as_type(unit_rows(ENCODER.encode_query(TEXTS)[:, :8]), "int8"))

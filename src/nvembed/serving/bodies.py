@@ -8,20 +8,22 @@ the same as leaving it out.
 from __future__ import annotations
 
 import asyncio
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.config import JsonDict
 
 from nvembed.serving.engines import Cut
 from nvembed.serving.errors import RequestError
-from nvembed.serving.service import Inputs
+from nvembed.serving.service import Inputs, JinaPurpose
+from nvembed.serving.vectors import Dtype
 
 LARGE_BYTES = 64 * 1024
 """Bodies and answers above it are read and written in a thread, to keep the event loop free."""
 
 _INPUTS = "a text, a list of texts, a list of token ids, or a list of such lists"
 _TASK = "what the texts are for, the name of an MTEB task or of a prompt of the model, or null"
+_DTYPE = "'float', 'int8', 'uint8', 'binary' or 'ubinary'"
 _PROMPT_NAME = "the name of a prompt of the model, or of an MTEB task, or null"
 
 
@@ -93,16 +95,54 @@ class TruncationFields(Body):
 
 
 class OpenAIRequest(ModelField, VectorFields):
-    """The body of ``/v1/embeddings``: OpenAI's fields, NVIDIA NIM's and those of instructions."""
+    """The body of ``/v1/embeddings``: OpenAI's fields, and those that others add to them.
+
+    NVIDIA NIM's are ``input_type`` and ``truncate``; Jina's ``embedding_type`` and values of
+    ``task``; Voyage's ``output_dtype``, ``output_dimension`` and ``truncation``.
+    """
 
     input: Inputs = Field(description=_INPUTS)
     user: str | None = optional("a text; it is not used")
     input_type: Literal["query", "document", "passage"] | None = optional(
         "'query', 'document', 'passage' or null (query where there is an instruction)"
     )
-    truncate: Literal["END", "START", "NONE"] | None = optional(
-        "'END' or 'START' (cut of long texts) or 'NONE' (these are refused)", "END"
+    truncate: Literal["END", "START", "NONE"] | bool | None = optional(
+        "'END' or 'START' (cut of long texts), 'NONE' (these are refused), or a boolean", "END"
     )
+    truncation: bool | None = optional("a boolean; the same as truncate")
+    output_dimension: int | None = optional("the same as dimensions", ge=1)
+    output_dtype: Dtype | None = optional(_DTYPE, "float")
+    embedding_type: Dtype | Literal["base64"] | None = optional(
+        f"the same as output_dtype, {_DTYPE}; or 'base64'"
+    )
+
+    @property
+    def purpose(self) -> JinaPurpose | None:
+        """What Jina calls the task, which is no instruction."""
+        return cast(JinaPurpose, self.task) if self.task in get_args(JinaPurpose) else None
+
+    def given_instruction(self) -> str | None:
+        """Return the instruction, under either name."""
+        if self.purpose is None:
+            return super().given_instruction()
+        found: str | None = self.one_of("instruction")
+        return found
+
+    @property
+    def cut(self) -> Cut:
+        """What is cut of long texts."""
+        told = self.one_of("truncate", "truncation")
+        if isinstance(told, str):
+            return cast(Cut, told.lower())
+        return "none" if told is False else "end"
+
+    @property
+    def form(self) -> tuple[Dtype, bool]:
+        """The type of the numbers, and whether they are packed."""
+        packed = self.encoding_format == "base64"
+        if self.embedding_type == "base64":
+            return self.output_dtype or "float", True
+        return self.one_of("output_dtype", "embedding_type") or "float", packed
 
 
 class EmbedRequest(VectorFields, TruncationFields):

@@ -7,7 +7,7 @@ cross-encoder.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
@@ -32,15 +32,19 @@ Answer = tuple[object, int]
 
 async def embeddings(service: Service, body: OpenAIRequest, context: RequestContext) -> Answer:
     """Answer ``/v1/embeddings``."""
-    input_type: Any = "document" if body.input_type == "passage" else body.input_type
-    options = service.read_options(
-        instruction=body.given_instruction(),
-        prompt_name=body.prompt_name,
-        input_type=input_type,
-        cut=cast(Cut, (body.truncate or "END").lower()),
-    )
-    vectors = await service.vectors(body.input, options, body.dimensions, context)
-    rows = as_rows(vectors, packed=body.encoding_format == "base64")
+    instruction = body.given_instruction()
+    if body.purpose is not None and body.input_type is None and body.prompt_name is None:
+        options = service.options_for(body.purpose, instruction, body.cut)
+    else:
+        options = service.read_options(
+            instruction=instruction,
+            prompt_name=body.prompt_name,
+            input_type="document" if body.input_type == "passage" else body.input_type,
+            cut=body.cut,
+        )
+    width, (dtype, packed) = body.one_of("dimensions", "output_dimension"), body.form
+    vectors = await service.vectors(body.input, options, width, context)
+    rows = as_rows(vectors, dtype, packed=packed)
     data = [
         {"object": "embedding", "index": index, "embedding": row} for index, row in enumerate(rows)
     ]
@@ -71,17 +75,30 @@ async def root(service: Service, body: RootRequest, context: RequestContext) -> 
 
 async def rerank(service: Service, body: RerankRequest, context: RequestContext) -> Answer:
     """Answer ``/rerank``."""
-    instruction = body.given_instruction()
-    query = service.read_options(instruction=instruction, input_type="query", cut=body.cut)
-    documents = replace(query, input_type="document", task=None)
-    vectors = await service.embed([(body.texts, documents), ([body.query], query)], context)
-    scores = (vectors[:-1] @ vectors[-1]).astype(float)
-    ranking = [
-        {"index": row, "score": float(scores[row])}
-        | ({"text": body.texts[row]} if body.return_text else {})
-        for row in np.argsort(-scores, kind="stable").tolist()
+    asked = body.query, body.given_instruction()
+    ranked = await ranking(service, asked, body.texts, body.cut, context)
+    answer = [
+        {"index": row, "score": score} | ({"text": body.texts[row]} if body.return_text else {})
+        for row, score in ranked
     ]
-    return ranking, len(ranking)
+    return answer, len(answer)
+
+
+async def ranking(
+    service: Service,
+    asked: tuple[str, str | None],
+    texts: list[str],
+    cut: Cut,
+    context: RequestContext,
+) -> list[tuple[int, float]]:
+    """Sort texts by the cosine with what is asked, a query and its instruction, nearest first."""
+    text, instruction = asked
+    query = service.read_options(instruction=instruction, input_type="query", cut=cut)
+    documents = replace(query, input_type="document", task=None)
+    vectors = await service.embed([(texts, documents), ([text], query)], context)
+    scores = (vectors[:-1] @ vectors[-1]).astype(float)
+    order = np.argsort(-scores, kind="stable")
+    return list(zip(order.tolist(), scores[order].tolist(), strict=True))
 
 
 async def similarity(service: Service, body: SimilarityRequest, context: RequestContext) -> Answer:

@@ -33,7 +33,7 @@ from nvembed.serving.engines import Token
 from nvembed.serving.errors import Api, RequestError, api_of
 from nvembed.serving.middleware import RequestContext
 from nvembed.serving.service import Service
-from nvembed.serving.vendor_bodies import CohereEmbedRequest
+from nvembed.serving.vendor_bodies import CohereEmbedRequest, RankRequest
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,15 @@ class _CohereEmbeddings(BaseModel):
     meta: dict[str, Any]
 
 
+class _Ranked(BaseModel):
+    id: str
+    model: str
+    object: str
+    results: list[dict[str, Any]]
+    usage: dict[str, int]
+    meta: dict[str, Any]
+
+
 ROUTES = (
     _Route("/v1/embeddings", OpenAIRequest, handlers.embeddings, _Embeddings),
     _Route("/", RootRequest, handlers.root, _Vectors | list[float]),
@@ -73,6 +82,8 @@ ROUTES = (
     _Route("/similarity", SimilarityRequest, handlers.similarity, list[float]),
     _Route("/tokenize", TokenizeRequest, handlers.tokenize, list[list[Token]]),
     _Route("/v2/embed", CohereEmbedRequest, vendor_handlers.cohere_embed, _CohereEmbeddings),
+    _Route("/v1/rerank", RankRequest, vendor_handlers.rank, _Ranked),
+    _Route("/v2/rerank", RankRequest, vendor_handlers.rank, _Ranked),
 )
 
 

@@ -1,12 +1,12 @@
-"""Request bodies of Cohere: see ``bodies.py``."""
+"""Request bodies of Cohere and Jina: see ``bodies.py``."""
 
 from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
-from nvembed.serving.bodies import InstructionFields, ModelField, optional
+from nvembed.serving.bodies import Body, InstructionFields, ModelField, optional
 from nvembed.serving.service import CoherePurpose
 from nvembed.serving.vectors import Dtype
 
@@ -26,4 +26,25 @@ class CohereEmbedRequest(ModelField, InstructionFields):
     output_dimension: int | None = optional("an integer from 1 to the model's width, or null", ge=1)
     truncate: Literal["END", "START", "NONE"] | None = optional(
         "'END' or 'START' (cut of long texts) or 'NONE' (these are refused)", "END"
+    )
+
+
+class RankDocument(Body):
+    """A text with whatever else a client keeps with it."""
+
+    model_config = ConfigDict(extra="allow")
+
+    text: str
+
+
+class RankRequest(ModelField, InstructionFields):
+    """The body of ``/v1/rerank`` and ``/v2/rerank``: the fields that Jina and Cohere have both."""
+
+    query: str = Field(description="a text")
+    documents: list[str | RankDocument] = Field(
+        description="a list of texts, or of objects that have a text"
+    )
+    top_n: int | None = optional("an integer from 1: so many results, or null for all", ge=1)
+    return_documents: bool | None = optional(
+        "a boolean: the document with each result; null is true for /v1/rerank alone"
     )

@@ -210,7 +210,8 @@ def test_prompts_that_are_none(client: TestClient, path: str) -> None:
 NULLS = {
     "/v1/embeddings": (
         {"input": TEXTS},
-        "model dimensions encoding_format user input_type truncate instruction task prompt_name",
+        "model dimensions encoding_format user input_type truncate instruction task prompt_name "
+        "truncation output_dimension output_dtype embedding_type",
     ),
     "/embed": (
         {"inputs": TEXTS},
@@ -229,6 +230,14 @@ NULLS = {
     "/v2/embed": (
         {"texts": TEXTS, "input_type": "search_query"},
         "model embedding_types output_dimension truncate instruction task",
+    ),
+    "/v1/rerank": (
+        {"query": TEXTS[0], "documents": TEXTS},
+        "model top_n return_documents instruction task",
+    ),
+    "/v2/rerank": (
+        {"query": TEXTS[0], "documents": TEXTS},
+        "model top_n return_documents instruction task",
     ),
 }
 

@@ -135,6 +135,92 @@ def test_the_answer_of_cohere(client: TestClient) -> None:
     assert (unknown.status_code, unknown.json().keys()) == (404, {"message"})
 
 
+# --- Jina and Voyage ------------------------------------------------------------------------------
+
+
+def openai(client: TestClient, **body: Any) -> list[Any]:
+    data = post(client, "/v1/embeddings", **{"input": TEXTS} | body)["data"]
+    return [row["embedding"] for row in data]
+
+
+def test_tasks_of_jina(client: TestClient, model: NVEmbed) -> None:
+    query, document = model.encode_query(TEXTS), model.encode_document(TEXTS)
+    near(openai(client, task="retrieval.query"), query)
+    for task in ("retrieval.passage", "text-matching", "classification"):
+        near(openai(client, task=task), document)
+    near(openai(client, task="separation"), model.encode(TEXTS, prompt="group: "))
+    told = model.encode_query(TEXTS, task="find it")
+    near(openai(client, task="retrieval.query", instruction="find it"), told)
+    near(openai(client, task="find it"), told)
+    near(openai(client, task="retrieval.query", instruction=" "), query)
+    near(openai(client, task="classification", input_type="query"), query)
+    near(openai(client, task="text-matching", prompt_name="query"), query)
+
+
+@pytest.mark.parametrize("dtype", ["float", "int8", "uint8", "binary", "ubinary"])
+@pytest.mark.parametrize("field", ["output_dtype", "embedding_type"])
+def test_types_of_numbers(client: TestClient, model: NVEmbed, dtype: str, field: str) -> None:
+    expected = as_type(model.encode_document(TEXTS), dtype)
+    rows = openai(client, **{field: dtype})
+    np.testing.assert_allclose(np.array(rows, dtype=expected.dtype), expected, atol=1e-6)
+    rows = openai(client, **{field: dtype}, encoding_format="base64")
+    found = [np.frombuffer(base64.b64decode(row), expected.dtype) for row in rows]
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    short = openai(client, **{field: "ubinary"}, output_dimension=12)
+    signs = model.encode_document(TEXTS)[:, :12] > 0
+    np.testing.assert_array_equal(short, np.packbits(signs, axis=1))
+
+
+def test_other_names_of_fields(client: TestClient, model: NVEmbed, monkeypatch: Any) -> None:
+    unit = model.encode_document(TEXTS)
+    near(openai(client, output_dimension=8), unit_rows(unit[:, :8]))
+    rows = openai(client, embedding_type="base64")
+    near([np.frombuffer(base64.b64decode(row), "<f4") for row in rows], unit)
+    rows = openai(client, embedding_type="base64", output_dtype="int8")
+    found = [np.frombuffer(base64.b64decode(row), np.int8) for row in rows]
+    np.testing.assert_array_equal(found, as_type(unit, "int8"))
+    for pair in (
+        {"dimensions": 8, "output_dimension": 8},
+        {"truncate": "END", "truncation": True},
+        {"output_dtype": "int8", "embedding_type": "int8"},
+    ):
+        refused(client, "/v1/embeddings", "send one of them", input="a", **pair)
+    monkeypatch.setattr(model.backbone, "max_tokens", 8)
+    long = "a text of many more than eight tokens"
+    for field in ({"truncation": True}, {"truncate": True}):
+        near(openai(client, input=long, **field), openai(client, input=long))
+    for field in ({"truncation": False}, {"truncate": False}, {"truncate": "NONE"}):
+        answer = client.post("/v1/embeddings", json={"input": long, **field})
+        assert (answer.status_code, "takes 8" in answer.text) == (413, True)
+
+
+def test_rerank_of_jina_and_cohere(client: TestClient, model: NVEmbed) -> None:
+    texts = ["a bond", "a share", "something else", "a share of it"]
+    documents = [texts[0], {"text": texts[1], "page": 7}, *texts[2:]]
+    kept = [{"text": text} for text in texts]
+    kept[1]["page"] = 7
+    for instruction in (None, "find it"):
+        scores = model.encode_document(texts) @ model.encode_query(["share"], task=instruction)[0]
+        body = {"query": "share", "documents": documents, "instruction": instruction}
+        answer = post(client, "/v1/rerank", **body)
+        order = np.argsort(-scores).tolist()
+        assert [row["index"] for row in answer["results"]] == order
+        near([row["relevance_score"] for row in answer["results"]], scores[order])
+        assert [row["document"] for row in answer["results"]] == [kept[row] for row in order]
+        assert answer["usage"]["total_tokens"] > 8
+        top = post(client, "/v1/rerank", **body, top_n=2, return_documents=False)["results"]
+        assert [row.keys() for row in top] == [{"index", "relevance_score"}] * 2
+        assert [row["index"] for row in top] == order[:2]
+        second = post(client, "/v2/rerank", **body, top_n=9)["results"]
+        assert ([row["index"] for row in second], "document" in second[0]) == (order, False)
+    for wrong in ([1], [{"page": 7}], "a", [["a"]]):
+        refused(client, "/v1/rerank", "objects that have a text", query="a", documents=wrong)
+    refused(client, "/v2/rerank", "at least one", query="a", documents=[], top_n=1)
+    refused(client, "/v1/rerank", "from 1", query="a", documents=["a"], top_n=0)
+    known = post(client, "/rerank", query="a", texts=["a"])  # as it was
+    assert known[0].keys() == {"index", "score"}
+
+
 # --- the client of the hub ------------------------------------------------------------------------
 
 

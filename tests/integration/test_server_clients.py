@@ -32,6 +32,8 @@ ROUTES = {
     "/tokenize": {"inputs": "a b"},
     "/v1/rerank": {"query": "a", "documents": ["a b"]},
     "/v2/rerank": {"query": "a", "documents": [{"text": "a b"}]},
+    "/api/embed": {"model": "m:latest", "input": "a b"},
+    "/api/embeddings": {"prompt": "a b"},
     "/v2/embed": {"texts": ["a b"], "input_type": "search_query"},
 }
 JSON = {"content-type": "application/json"}
@@ -121,7 +123,15 @@ def test_a_trailing_slash_changes_nothing(client: TestClient, path: str) -> None
 
 
 def test_slashes_on_routes_that_are_read(client: TestClient) -> None:
-    for path in ("/health", "/ready", "/v1/models", "/v1/models/m", "/info", "/openapi.json"):
+    for path in (
+        "/health",
+        "/ready",
+        "/v1/models",
+        "/v1/models/m",
+        "/info",
+        "/api/tags",
+        "/openapi.json",
+    ):
         answer = client.get(f"{path}/")
         assert (answer.status_code, answer.text) == (200, client.get(path).text)
 

@@ -79,6 +79,35 @@ def check_cohere(cohere: Any, client: Any) -> None:
         client.embed(model="m", texts=["a", ""], input_type="search_query")
 
 
+def test_the_client_of_ollama(address: str) -> None:
+    ollama = pytest.importorskip("ollama", reason="needs nvembed[clients]")
+    headers = {"Authorization": f"Bearer {KEY}"}
+    with ollama.Client(host=address, headers=headers) as client:
+        assert [row.model for row in client.list().models] == ["m"]
+        answer = client.embed("m", TEXTS, truncate=True, keep_alive="5m", options={"num_ctx": 9})
+        same(answer.embeddings, ENCODER.encode_document(TEXTS))
+        assert (answer.model, answer.prompt_eval_count) == ("m", 4)
+        same(client.embed("m:latest", "one").embeddings, ENCODER.encode_document(["one"]))
+        typed = client.embed("m", TEXTS, options=ollama.Options(temperature=0.5))
+        same(typed.embeddings, ENCODER.encode_document(TEXTS))
+        told = client.embed("m", TEXTS, options={"instruction": "find it"}, keep_alive=0)
+        same(told.embeddings, ENCODER.encode_query(TEXTS, task="find it"))
+        short = client.embed("m", TEXTS, dimensions=4).embeddings
+        same(short, unit_rows(ENCODER.encode_document(TEXTS)[:, :4]))
+        same([client.embeddings("m", "one").embedding], ENCODER.encode_document(["one"]))
+        shown = client.show("m")
+        assert shown.capabilities == ["embedding"]
+        assert shown.modelinfo["nvembed.embedding_length"] == WIDTH
+        with pytest.raises(ollama.ResponseError, match="ask for 'm'") as caught:
+            client.embed("other", "a")
+        assert caught.value.status_code == 404
+    with (
+        ollama.Client(host=address) as stranger,
+        pytest.raises(ollama.ResponseError, match="API key"),
+    ):
+        stranger.list()
+
+
 def test_small_numbers_by_the_client_of_openai(address: str) -> None:
     openai = pytest.importorskip("openai", reason="needs the openai package")
     unit = ENCODER.encode_document(TEXTS)

@@ -33,7 +33,13 @@ from nvembed.serving.engines import Token
 from nvembed.serving.errors import Api, RequestError, api_of
 from nvembed.serving.middleware import RequestContext
 from nvembed.serving.service import Service
-from nvembed.serving.vendor_bodies import CohereEmbedRequest, RankRequest
+from nvembed.serving.vendor_bodies import (
+    CohereEmbedRequest,
+    OllamaEmbedRequest,
+    OllamaPromptRequest,
+    OllamaShowRequest,
+    RankRequest,
+)
 
 
 @dataclass(frozen=True)
@@ -74,6 +80,18 @@ class _Ranked(BaseModel):
     meta: dict[str, Any]
 
 
+class _OllamaVectors(BaseModel):
+    model: str
+    embeddings: list[list[float]]
+    total_duration: int
+    load_duration: int
+    prompt_eval_count: int
+
+
+class _OllamaVector(BaseModel):
+    embedding: list[float]
+
+
 ROUTES = (
     _Route("/v1/embeddings", OpenAIRequest, handlers.embeddings, _Embeddings),
     _Route("/", RootRequest, handlers.root, _Vectors | list[float]),
@@ -84,6 +102,9 @@ ROUTES = (
     _Route("/v2/embed", CohereEmbedRequest, vendor_handlers.cohere_embed, _CohereEmbeddings),
     _Route("/v1/rerank", RankRequest, vendor_handlers.rank, _Ranked),
     _Route("/v2/rerank", RankRequest, vendor_handlers.rank, _Ranked),
+    _Route("/api/embed", OllamaEmbedRequest, vendor_handlers.ollama_embed, _OllamaVectors),
+    _Route("/api/embeddings", OllamaPromptRequest, vendor_handlers.ollama_prompt, _OllamaVector),
+    _Route("/api/show", OllamaShowRequest, vendor_handlers.ollama_show, dict[str, Any]),
 )
 
 
@@ -106,6 +127,10 @@ def add_routes(app: FastAPI, service: Service) -> None:
         _check_model(service, model_id)
         return cards[model_id]
 
+    @app.get("/api/tags")
+    async def ollama_tags() -> dict[str, Any]:
+        return vendor_handlers.ollama_tags(service.model_names)
+
     @app.get("/info")
     async def info() -> dict[str, Any]:
         return handlers.describe(service)
@@ -116,6 +141,8 @@ def _add_post(app: FastAPI, service: Service, row: _Route) -> None:
         context: RequestContext = request.state.context
         body = await read_body(context.body, row.body)
         if (model := getattr(body, "model", None)) is not None:
+            if api_of(row.path) == "ollama":
+                model = model.removesuffix(vendor_handlers.LATEST)
             _check_model(service, model)
         content, numbers = await service.finish(request, row.handler(service, body, context))
         if numbers * 12 > LARGE_BYTES:

@@ -1,4 +1,4 @@
-"""Request bodies of Cohere and Jina: see ``bodies.py``."""
+"""Request bodies of Cohere, Jina and Ollama: see ``bodies.py``."""
 
 from __future__ import annotations
 
@@ -48,3 +48,41 @@ class RankRequest(ModelField, InstructionFields):
     return_documents: bool | None = optional(
         "a boolean: the document with each result; null is true for /v1/rerank alone"
     )
+
+
+class OllamaOptions(InstructionFields):
+    """The free fields of Ollama: ours are read, those of its own engine mean nothing here."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    prompt_name: str | None = None
+    input_type: Literal["query", "document"] | None = None
+
+
+class OllamaFields(ModelField):
+    """What all requests to embed have."""
+
+    options: OllamaOptions | None = optional(
+        "an object; instruction, task, prompt_name and input_type are read, as in /v1/embeddings"
+    )
+    keep_alive: float | str | None = optional("a number or a text; it is not used")
+
+
+class OllamaEmbedRequest(OllamaFields):
+    """The body of ``/api/embed``."""
+
+    input: str | list[str] = Field(description="a text or a list of texts")
+    truncate: bool | None = optional("a boolean; false refuses texts that are too long", True)
+    dimensions: int | None = optional("an integer from 1 to the model's width, or null", ge=1)
+
+
+class OllamaPromptRequest(OllamaFields):
+    """The body of ``/api/embeddings``, the older route for one text."""
+
+    prompt: str = Field(description="a text")
+
+
+class OllamaShowRequest(ModelField):
+    """The body of ``/api/show``."""
+
+    verbose: bool | None = optional("a boolean; it is not used")

@@ -231,6 +231,9 @@ NULLS = {
         {"texts": TEXTS, "input_type": "search_query"},
         "model embedding_types output_dimension truncate instruction task",
     ),
+    "/api/embed": ({"input": TEXTS}, "model truncate dimensions options keep_alive"),
+    "/api/embeddings": ({"prompt": TEXTS[0]}, "model options keep_alive"),
+    "/api/show": ({}, "model verbose"),
     "/v1/rerank": (
         {"query": TEXTS[0], "documents": TEXTS},
         "model top_n return_documents instruction task",

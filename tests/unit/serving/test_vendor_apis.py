@@ -221,6 +221,59 @@ def test_rerank_of_jina_and_cohere(client: TestClient, model: NVEmbed) -> None:
     assert known[0].keys() == {"index", "score"}
 
 
+# --- Ollama ---------------------------------------------------------------------------------------
+
+
+def test_ollama(client: TestClient, model: NVEmbed, monkeypatch: Any) -> None:
+    unit = model.encode_document(TEXTS)
+    options = {"num_ctx": 2048, "stop": ["a"], "anything": {"at": "all"}}
+    for name in ("m", "m:latest", None):
+        for keep in (5, "5m", -1.5, None):
+            body = {"model": name, "input": TEXTS, "options": options, "keep_alive": keep}
+            answer = post(client, "/api/embed", **body)
+            assert answer["model"] == (name or "m")
+            near(answer["embeddings"], unit)
+    assert answer["prompt_eval_count"] > 4
+    assert 0 < answer["total_duration"] < 60e9
+    near(post(client, "/api/embed", input=TEXTS[0])["embeddings"], unit[:1])
+    short = post(client, "/api/embed", input=TEXTS, dimensions=8)["embeddings"]
+    near(short, unit_rows(unit[:, :8]))
+    near(post(client, "/api/embeddings", prompt=TEXTS[1])["embedding"], unit[1])
+    for given, prompt in (
+        ({"instruction": "find it"}, "Instruct: find it\nQuery: "),
+        ({"task": "find it"}, "Instruct: find it\nQuery: "),
+        ({"prompt_name": "Clustering"}, "group: "),
+        ({"input_type": "query"}, "ask: "),
+    ):
+        expected = model.encode(TEXTS, prompt=prompt)
+        near(post(client, "/api/embed", input=TEXTS, options=given)["embeddings"], expected)
+        one = post(client, "/api/embeddings", prompt=TEXTS[0], options=given)["embedding"]
+        near(one, expected[0])
+    monkeypatch.setattr(model.backbone, "max_tokens", 8)
+    long = "a text of many more than eight tokens"
+    assert len(post(client, "/api/embed", input=long)["embeddings"]) == 1
+    answer = client.post("/api/embed", json={"input": long, "truncate": False})
+    assert (answer.status_code, answer.json().keys()) == (413, {"error"})
+
+
+def test_models_of_ollama(client: TestClient) -> None:
+    assert [row["model"] for row in client.get("/api/tags").json()["models"]] == ["m"]
+    shown = post(client, "/api/show", model="m")
+    assert shown["capabilities"] == ["embedding"]
+    assert shown["model_info"]["nvembed.embedding_length"] == WIDTH
+    assert shown["model_info"]["nvembed.context_length"] == 200
+    assert shown["details"]["quantization_level"] == "float32"
+    for path, body in (("/api/show", {}), ("/api/embed", {"input": "a"})):
+        unknown = client.post(path, json={**body, "model": "other:latest"})
+        assert (unknown.status_code, unknown.json().keys()) == (404, {"error"})
+    missing = client.post("/api/generate", json={})
+    assert (missing.status_code, missing.json().keys()) == (404, {"error"})
+    refused(client, "/api/embed", "text 0 is empty", input="")
+    refused(client, "/api/embed", "'options'", input="a", options={"instruction": 5})
+    refused(client, "/api/embed", "'options'", input="a", options=[])
+    refused(client, "/api/embed", "unknown field", input="a", images=[])
+
+
 # --- the client of the hub ------------------------------------------------------------------------
 
 

@@ -47,7 +47,8 @@ def started(
 ) -> Iterator[list[dict[str, Any]]]:
     """What each serve command of the document would serve, in order."""
     place = tmp_path_factory.mktemp("server-docs")
-    shutil.copytree(tiny_decoder_dir, place / "MODEL")
+    for name in ("MODEL", "SMALL"):
+        shutil.copytree(tiny_decoder_dir, place / name)
     (place / "keys.txt").write_text("me:" + "k" * 20 + "\n")
     (place / "server.yaml").write_text("log_requests: false\n")
     seen: list[dict[str, Any]] = []
@@ -78,17 +79,18 @@ def test_all_blocks_are_run_here() -> None:
     assert {words[0] for words in REQUESTS} == {"curl"}
     counts = len(SNIPPETS) + len(blocks("bash")) + len(blocks("sh"))
     assert DOCUMENT.count("\n```") == 2 * counts
-    assert len(SERVE) == 3
+    assert len(SERVE) == 4
     assert len(REQUESTS) == 1
     assert len(SNIPPETS) == len(PRINTED)
 
 
 def test_every_command_serves_by_the_names_it_says(started: list[dict[str, Any]]) -> None:
     names = [config.model_name for config in (start["of"][1] for start in started)]
-    assert names == ["docs", "MODEL", "MODEL"]
+    assert names == ["docs", "MODEL", "MODEL", "MODEL"]
     assert started[0]["of"][1].model_aliases == ("MODEL",)
+    assert [source.names for source in started[3]["sources"]] == [("MODEL",), ("small",)]
     assert "text-embedding-3-small" in started[1]["of"][1].model_aliases
-    for start, has_keys in zip(started, (False, True, True), strict=True):
+    for start, has_keys in zip(started, (False, True, True, False), strict=True):
         assert (start["keys"] is not None) is has_keys
 
 

@@ -122,10 +122,10 @@ async def tokenize(service: Service, body: TokenizeRequest, context: RequestCont
     return rows, 8 * sum(map(len, rows))
 
 
-def describe(service: Service) -> dict[str, Any]:
-    """Describe model and limits by the names that TEI has for them."""
+async def info(service: Service, body: None, context: RequestContext) -> Answer:
+    """Answer ``/info``: model and limits by the names that TEI has for them."""
     engine, limits = service.engine, service.config.limits
-    return {
+    answer = {
         "model_id": service.model_name,
         "model_sha": None,
         "model_dtype": engine.dtype,
@@ -141,3 +141,4 @@ def describe(service: Service) -> dict[str, Any]:
         "sha": None,
         "docker_label": None,
     }
+    return answer, len(answer)

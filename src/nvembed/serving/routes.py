@@ -29,10 +29,13 @@ from nvembed.serving.bodies import (
     TokenizeRequest,
     read_body,
 )
+from nvembed.serving.config import ServerConfig
 from nvembed.serving.engines import Token
-from nvembed.serving.errors import Api, RequestError, api_of
+from nvembed.serving.errors import Api, api_of
 from nvembed.serving.middleware import RequestContext
-from nvembed.serving.service import Service
+from nvembed.serving.models import Models
+from nvembed.serving.service import Service, finish
+from nvembed.serving.telemetry import Metrics
 from nvembed.serving.vendor_bodies import (
     CohereEmbedRequest,
     OllamaEmbedRequest,
@@ -41,6 +44,8 @@ from nvembed.serving.vendor_bodies import (
     RankRequest,
 )
 
+_Handler = Callable[[Service, Any, RequestContext], Coroutine[Any, Any, handlers.Answer]]
+
 
 @dataclass(frozen=True)
 class _Route:
@@ -48,7 +53,7 @@ class _Route:
 
     path: str
     body: type[Body]
-    handler: Callable[[Service, Any, RequestContext], Coroutine[Any, Any, handlers.Answer]]
+    handler: _Handler
     answered: object  # the type of its answer in the OpenAPI document
 
 
@@ -108,52 +113,66 @@ ROUTES = (
 )
 
 
-def add_routes(app: FastAPI, service: Service) -> None:
+def add_routes(app: FastAPI, models: Models, config: ServerConfig, metrics: Metrics) -> None:
     """Add the routes of all APIs."""
-    for route in ROUTES:
-        _add_post(app, service, route)
 
-    cards = {
-        name: {"id": name, "object": "model", "created": 0, "owned_by": "nvembed"}
-        for name in service.model_names
-    }
+    async def answer(
+        request: Request, name: str | None, handler: _Handler, body: Body | None
+    ) -> Response:
+        async def work() -> handlers.Answer:
+            async with models.using(name) as service:
+                return await handler(service, body, request.state.context)
 
-    @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
-        return {"object": "list", "data": list(cards.values())}
-
-    @app.get("/v1/models/{model_id:path}", responses={404: _described_errors("/v1")[404]})
-    async def one_model(model_id: str) -> dict[str, Any]:
-        _check_model(service, model_id)
-        return cards[model_id]
-
-    @app.get("/api/tags")
-    async def ollama_tags() -> dict[str, Any]:
-        return vendor_handlers.ollama_tags(service.model_names)
-
-    @app.get("/info")
-    async def info() -> dict[str, Any]:
-        return handlers.describe(service)
-
-
-def _add_post(app: FastAPI, service: Service, row: _Route) -> None:
-    async def route(request: Request) -> Response:
-        context: RequestContext = request.state.context
-        body = await read_body(context.body, row.body)
-        if (model := getattr(body, "model", None)) is not None:
-            if api_of(row.path) == "ollama":
-                model = model.removesuffix(vendor_handlers.LATEST)
-            _check_model(service, model)
-        content, numbers = await service.finish(request, row.handler(service, body, context))
+        seconds = config.limits.request_seconds
+        content, numbers = await finish(request, work(), seconds, metrics)
         if numbers * 12 > LARGE_BYTES:
             rendered = await asyncio.to_thread(_dump, content)
         else:
             rendered = _dump(content)
         return Response(rendered, media_type="application/json")
 
-    width: dict[str, Any] = {"maximum": service.engine.dimension}
+    for route in ROUTES:
+        _add_post(app, models, route, answer)
+
+    cards = {
+        name: {"id": name, "object": "model", "created": 0, "owned_by": "nvembed"}
+        for name in models.names
+    }
+
+    @app.get("/v1/models")
+    async def all_models() -> dict[str, Any]:
+        return {"object": "list", "data": list(cards.values())}
+
+    @app.get("/v1/models/{model_id:path}", responses={404: _described_errors("/v1")[404]})
+    async def one_model(model_id: str) -> dict[str, Any]:
+        models.find(model_id)
+        return cards[model_id]
+
+    @app.get("/api/tags")
+    async def ollama_tags() -> dict[str, Any]:
+        return vendor_handlers.ollama_tags(models.names)
+
+    @app.get("/info", responses={200: {"model": dict[str, Any]}})
+    async def info(request: Request) -> Response:
+        return await answer(request, None, handlers.info, None)
+
+
+def _add_post(
+    app: FastAPI,
+    models: Models,
+    row: _Route,
+    answer: Callable[..., Coroutine[Any, Any, Response]],
+) -> None:
+    async def route(request: Request) -> Response:
+        body = await read_body(request.state.context.body, row.body)
+        name: str | None = getattr(body, "model", None)
+        if name is not None and api_of(row.path) == "ollama":
+            name = name.removesuffix(vendor_handlers.LATEST)
+        return await answer(request, name, row.handler, body)
+
+    width: dict[str, Any] = {} if models.width is None else {"maximum": models.width}
     patches = {
-        "model": {"enum": list(service.model_names)},
+        "model": {"enum": list(models.names)},
         "dimensions": width,
         "output_dimension": width,
     }
@@ -167,13 +186,6 @@ def _add_post(app: FastAPI, service: Service, row: _Route) -> None:
 
 def _dump(content: object) -> bytes:
     return orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)
-
-
-def _check_model(service: Service, given: str) -> None:
-    if given not in service.model_names:
-        names = " or ".join(map(repr, service.model_names))
-        message = f"no model of that name here; ask for {names}"
-        raise RequestError(404, message, "model_not_found", param="model")
 
 
 # --- The OpenAPI document -------------------------------------------------------------------------

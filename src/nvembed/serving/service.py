@@ -52,12 +52,12 @@ _SMALL_CHARS = 2_000
 class Service:
     """A model with its queue."""
 
-    def __init__(self, engine: EncoderEngine, config: ServerConfig, metrics: Metrics) -> None:
+    def __init__(
+        self, engine: EncoderEngine, name: str, config: ServerConfig, metrics: Metrics
+    ) -> None:
         self.engine = engine
         self.config = config
-        self.model_name = config.model_name or "nvembed"
-        self.model_names = (self.model_name, *config.model_aliases)
-        self.metrics = metrics
+        self.model_name = name
         self.batch_tokens = config.batching.batch_tokens or engine.batch_tokens
         scheduler = Scheduler(
             batch_tokens=self.batch_tokens,
@@ -177,24 +177,6 @@ class Service:
         context.texts, context.tokens = len(rows), found
         return rows
 
-    async def finish(self, request: Request, work: Coroutine[Any, Any, T]) -> T:
-        """Run the work of a request, or cancel it when its client is gone or time is over."""
-        task = asyncio.ensure_future(work)
-        gone = asyncio.ensure_future(_wait_until_gone(request))
-        try:
-            seconds = self.config.limits.request_seconds
-            await asyncio.wait((task, gone), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-            if task.done():
-                return task.result()
-            if gone.done():
-                self.metrics.cancelled.inc()
-                raise ClientGoneError
-            message = f"not ready after {seconds:g} seconds; send fewer texts, or again later"
-            raise RequestError(503, message, "timeout", retry_seconds=5)
-        finally:
-            task.cancel()
-            gone.cancel()
-
     async def _items(self, content: Inputs, options: EmbedOptions) -> list[Item]:
         if isinstance(content, str):
             content = [content]
@@ -267,6 +249,26 @@ class Service:
         except UserError as error:
             raise RequestError(400, str(error), param="input") from error
         return items
+
+
+async def finish(
+    request: Request, work: Coroutine[Any, Any, T], seconds: float, metrics: Metrics
+) -> T:
+    """Run the work of a request, or cancel it when its client is gone or time is over."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_wait_until_gone(request))
+    try:
+        await asyncio.wait((task, gone), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        if gone.done():
+            metrics.cancelled.inc()
+            raise ClientGoneError
+        message = f"not ready after {seconds:g} seconds; send fewer texts, or again later"
+        raise RequestError(503, message, "timeout", retry_seconds=5)
+    finally:
+        task.cancel()
+        gone.cancel()
 
 
 async def _wait_until_gone(request: Request) -> None:

@@ -131,6 +131,7 @@ def test_slashes_on_routes_that_are_read(client: TestClient) -> None:
         "/info",
         "/api/tags",
         "/openapi.json",
+        "/docs",
     ):
         answer = client.get(f"{path}/")
         assert (answer.status_code, answer.text) == (200, client.get(path).text)

@@ -1,6 +1,6 @@
 """From a model's name to a listening server: what ``nvembed serve`` calls.
 
-No CORS headers, no pages that load scripts from elsewhere: the OpenAPI document alone.
+No CORS headers, and no page that loads anything from elsewhere.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
-from fastapi.responses import JSONResponse, PlainTextResponse
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
@@ -36,6 +37,13 @@ from nvembed.serving.models import Models, Source
 from nvembed.serving.routes import add_routes
 from nvembed.serving.telemetry import Metrics, log_event, start_logging
 
+_PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; "
+    "script-src 'unsafe-inline'; connect-src 'self'; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+}
 _LOCAL = ("127.0.0.1", "::1", "localhost")
 
 
@@ -259,8 +267,9 @@ def create_app(
     )
     app.add_exception_handler(HTTPException, _answer_http)
     _add_state_routes(app, models, metrics)
+    _add_page(app)
     add_routes(app, models, config, metrics)
-    routes = frozenset(app.openapi()["paths"]) | {"/openapi.json"}
+    routes = frozenset(app.openapi()["paths"]) | {"/openapi.json", "/docs"}
     app.add_middleware(LimitsMiddleware, config=config, keys=keys, metrics=metrics, routes=routes)
     return app
 
@@ -279,6 +288,15 @@ def _add_state_routes(app: FastAPI, models: Models, metrics: Metrics) -> None:
     @app.get("/metrics", response_class=PlainTextResponse)
     async def page() -> Response:
         return Response(metrics.render(), media_type="text/plain; version=0.0.4")
+
+
+def _add_page(app: FastAPI) -> None:
+    """Add ``/docs``, a page over the OpenAPI document."""
+    html = resources.files("nvembed.serving").joinpath("page.html").read_text(encoding="utf-8")
+
+    @app.get("/docs", response_class=HTMLResponse, include_in_schema=False)
+    async def docs() -> Response:
+        return HTMLResponse(html, headers=_PAGE_HEADERS)
 
 
 async def _answer_http(request: Request, error: Any) -> Response:

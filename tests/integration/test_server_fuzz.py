@@ -17,6 +17,8 @@ schemathesis = pytest.importorskip("schemathesis", reason="needs schemathesis (e
 
 @pytest.fixture(scope="module")
 def port() -> Iterator[int]:
+    import nvembed.model.encoding  # noqa: F401  # as in a server that has a real model
+
     with running(HeldEngine(), make_config(limits={"max_texts": 8})) as made:
         yield made
 

@@ -7,7 +7,6 @@ import gc
 import itertools
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -24,7 +23,7 @@ class Source:
     """A model that can be loaded."""
 
     names: tuple[str, ...]  # the first for answers
-    load: Callable[[], EncoderEngine]  # takes its time; called in a thread of its own
+    load: Callable[[], EncoderEngine]  # takes its time; called in any thread
 
 
 @dataclass(eq=False)
@@ -117,12 +116,10 @@ class Models:
 
     async def _load(self, hosted: _Hosted) -> None:
         source, start = hosted.source, time.perf_counter()
-        # Of its own, since how many threads torch takes is a setting of each.
-        thread = ThreadPoolExecutor(1, thread_name_prefix="nvembed-loader")
         try:
             async with self._one_load:
                 await self._make_room()
-                engine = await asyncio.get_running_loop().run_in_executor(thread, source.load)
+                engine = await asyncio.to_thread(source.load)
                 service = self._service(engine, source)
                 service.batcher.start()
                 hosted.service = service
@@ -132,7 +129,6 @@ class Models:
             told = str(error) if isinstance(error, UserError) else type(error).__name__
             log_event("load_fault", model=source.names[0], error=told)
         finally:
-            thread.shutdown(wait=False)
             hosted.loading = None
 
     async def _make_room(self) -> None:

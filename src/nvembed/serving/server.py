@@ -91,16 +91,23 @@ def model_sources(
         if any(name in names for names in places):
             raise ConfigError("the name of two models", where=f"models.{name}", expected="another")
         places[(name,)] = place
-    sources = []
+    import torch
+
+    sources, threads = [], torch.get_num_threads()
     for names, place in places.items():
         settled = settle_dtype(place, dtype)  # one type for all forwards; it is there, too
         log_event("computing", model=names[0], dtype=settled or "as saved")
-        sources.append(Source(names, partial(_load, place, settled, settings.batching.forwards)))
+        sources.append(Source(names, partial(_load, place, settled, settings, threads)))
     return tuple(sources)
 
 
-def _load(place: str, dtype: PrecisionChoice | None, forwards: int | None) -> EncoderEngine:
-    engine = build_engine(load_encoder(place, dtype), forwards)
+def _load(
+    place: str, dtype: PrecisionChoice | None, settings: ServerConfig, threads: int
+) -> EncoderEngine:
+    import torch
+
+    torch.set_num_threads(threads)  # a new thread starts with what another model left
+    engine = build_engine(load_encoder(place, dtype), settings.batching.forwards)
     # The first forward of a process compiles and measures; no client should wait for it.
     engine.embed(engine.prepare(["warm up"], EmbedOptions()))
     return engine

@@ -7,11 +7,13 @@ import gc
 import threading
 import weakref
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from starlette.testclient import TestClient
 
 import nvembed.serving.server as serving_run
@@ -197,7 +199,7 @@ BODIES: dict[str, tuple[dict[str, Any], Callable[[Any], Sequence[float]]]] = {
 
 
 def test_every_route_takes_the_name_of_a_model() -> None:
-    shelf = Shelf("a", "b", "c", limit=1)
+    shelf = Shelf("a", "b", "c", limit=3)
     with TestClient(create_app(shelf.first, shelf.config, sources=shelf.sources)) as client:
         names = ["a", "owner/a", "b", "owner/b", "c", "owner/c"]
         assert [row["id"] for row in client.get("/v1/models").json()["data"]] == names
@@ -222,7 +224,7 @@ def test_every_route_takes_the_name_of_a_model() -> None:
         shown = client.post("/api/show", json={"model": "b"}).json()["model_info"]
         assert shown["nvembed.embedding_length"] == 24
         assert client.get("/info").json()["model_id"] == "a"
-        assert "nvembed_loaded_models 1.0" in client.get("/metrics").text
+        assert "nvembed_loaded_models 3.0" in client.get("/metrics").text
         assert client.get("/ready").status_code == 200
         paths = client.get("/openapi.json").json()["paths"]
         schema = paths["/v1/embeddings"]["post"]["requestBody"]["content"]["application/json"]
@@ -309,6 +311,23 @@ def test_real_models_come_and_go(tiny_decoder_dir: Path) -> None:
         assert vectors[0] == vectors[1] == vectors[2]
         gc.collect()
         assert gone() is None
+
+
+def test_every_model_has_all_cores(tiny_decoder_dir: Path) -> None:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(4)
+        config = ServerConfig(models={"b": str(tiny_decoder_dir)}, batching={"forwards": 2})
+        sources = model_sources(str(tiny_decoder_dir), config, "float32")
+        with ThreadPoolExecutor(1) as pool:
+            engines = [sources[0].load(), pool.submit(sources[1].load).result()]
+        items = engines[1].prepare(["text"], EmbedOptions())
+        for engine in engines:
+            torch.set_num_threads(1)
+            engine.embed(items)
+            assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_serve_hands_the_models_on(

@@ -281,10 +281,13 @@ class EncodingModel(PackModel):
         return rows_ND[torch.tensor(places, device=rows_ND.device)]
 
 
-def quantize(vectors_ND: Tensor, precision: SmallPrecision) -> Tensor:
+def quantize(
+    vectors_ND: Tensor, precision: SmallPrecision, bounds: tuple[float, float] | None = None
+) -> Tensor:
     """Quantise at least one vector on its device, as ``sentence_transformers.quantize_embeddings``.
 
-    ``(N, D)`` in ``int8`` or ``uint8``; ``(N, ceil(D / 8))`` bits in ``binary`` or ``ubinary``.
+    ``(N, D)`` in ``int8`` or ``uint8``; ``(N, ceil(D / 8))`` bits in ``binary`` or ``ubinary``. The
+    least and greatest of 8-bit numbers are those of each dimension here, or ``bounds`` of all.
     """
     vectors_ND = vectors_ND.float()
     if precision in ("binary", "ubinary"):
@@ -294,7 +297,11 @@ def quantize(vectors_ND: Tensor, precision: SmallPrecision) -> Tensor:
         places = torch.tensor([1 << place for place in reversed(range(8))], device=bits.device)
         packed = (bits * places.short()).sum(dim=2)
         return packed.to(torch.uint8) if precision == "ubinary" else (packed - 128).to(torch.int8)
-    least_D, greatest_D = vectors_ND.amin(dim=0), vectors_ND.amax(dim=0)
+    least_D, greatest_D = (
+        (vectors_ND.amin(dim=0), vectors_ND.amax(dim=0))
+        if bounds is None
+        else vectors_ND.new_tensor(bounds)[:, None]
+    )
     step_D = (greatest_D - least_D) / 255
     step_D = torch.where(step_D == 0, torch.ones_like(step_D), step_D)
     number_ND = ((vectors_ND - least_D) / step_D).floor().clamp(0, 255)

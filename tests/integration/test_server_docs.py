@@ -23,7 +23,7 @@ from serving_fakes import running
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENT = (ROOT / "docs" / "server.md").read_text(encoding="utf-8")
-PRINTED = {"openai": "2 16\n", "huggingface_hub": "2\n"}
+PRINTED = {"openai": "2 16\n", "huggingface_hub": "2 2\n", "cohere": "1 1\n", "ollama": "2\n"}
 ADDRESS = "http://127.0.0.1:8000"
 
 
@@ -47,7 +47,8 @@ def started(
 ) -> Iterator[list[dict[str, Any]]]:
     """What each serve command of the document would serve, in order."""
     place = tmp_path_factory.mktemp("server-docs")
-    shutil.copytree(tiny_decoder_dir, place / "MODEL")
+    for name in ("MODEL", "SMALL"):
+        shutil.copytree(tiny_decoder_dir, place / name)
     (place / "keys.txt").write_text("me:" + "k" * 20 + "\n")
     (place / "server.yaml").write_text("log_requests: false\n")
     seen: list[dict[str, Any]] = []
@@ -78,17 +79,18 @@ def test_all_blocks_are_run_here() -> None:
     assert {words[0] for words in REQUESTS} == {"curl"}
     counts = len(SNIPPETS) + len(blocks("bash")) + len(blocks("sh"))
     assert DOCUMENT.count("\n```") == 2 * counts
-    assert len(SERVE) == 3
+    assert len(SERVE) == 4
     assert len(REQUESTS) == 1
     assert len(SNIPPETS) == len(PRINTED)
 
 
 def test_every_command_serves_by_the_names_it_says(started: list[dict[str, Any]]) -> None:
     names = [config.model_name for config in (start["of"][1] for start in started)]
-    assert names == ["docs", "MODEL", "MODEL"]
+    assert names == ["docs", "MODEL", "MODEL", "MODEL"]
     assert started[0]["of"][1].model_aliases == ("MODEL",)
+    assert [source.names for source in started[3]["sources"]] == [("MODEL",), ("small",)]
     assert "text-embedding-3-small" in started[1]["of"][1].model_aliases
-    for start, has_keys in zip(started, (False, True, True), strict=True):
+    for start, has_keys in zip(started, (False, True, True, False), strict=True):
         assert (start["keys"] is not None) is has_keys
 
 
@@ -110,8 +112,9 @@ def test_snippets(
     assert ADDRESS in snippet
     names: dict[str, Any] = {}
     exec(compile(snippet.replace(ADDRESS, served), "server.md", "exec"), names)
-    if library == "openai":
-        names["client"].close()
+    if "client" in names:
+        with names["client"]:  # which closes it
+            pass
     assert capsys.readouterr().out == PRINTED[library]
 
 

@@ -84,7 +84,7 @@ def serve(
     ui: bool = False,
     moved: str | None = None,
 ) -> None:
-    """Serve a model over HTTP: OpenAI's /v1/embeddings, TEI's /embed and /rerank, /metrics.
+    """Serve models over HTTP: the routes of OpenAI, TEI, Cohere, Jina and Ollama, and /metrics.
 
     With --ui, serve a page to search a database instead.
 
@@ -93,6 +93,7 @@ def serve(
     \b
       nvembed serve runs/demo/model
       nvembed serve runs/demo/model model_name=docs --port 9000 --keys keys.txt
+      nvembed serve runs/demo/model models.other=runs/other/model
       nvembed serve runs/demo/model --host 0.0.0.0 --keys keys.txt --config server.yaml
       nvembed serve runs/demo/db --ui
     """

@@ -281,10 +281,13 @@ class EncodingModel(PackModel):
         return rows_ND[torch.tensor(places, device=rows_ND.device)]
 
 
-def quantize(vectors_ND: Tensor, precision: SmallPrecision) -> Tensor:
+def quantize(
+    vectors_ND: Tensor, precision: SmallPrecision, bounds: tuple[float, float] | None = None
+) -> Tensor:
     """Quantise at least one vector on its device, as ``sentence_transformers.quantize_embeddings``.
 
-    ``(N, D)`` in ``int8`` or ``uint8``; ``(N, ceil(D / 8))`` bits in ``binary`` or ``ubinary``.
+    ``(N, D)`` in ``int8`` or ``uint8``; ``(N, ceil(D / 8))`` bits in ``binary`` or ``ubinary``. The
+    least and greatest of 8-bit numbers are those of each dimension here, or ``bounds`` of all.
     """
     vectors_ND = vectors_ND.float()
     if precision in ("binary", "ubinary"):
@@ -294,14 +297,20 @@ def quantize(vectors_ND: Tensor, precision: SmallPrecision) -> Tensor:
         places = torch.tensor([1 << place for place in reversed(range(8))], device=bits.device)
         packed = (bits * places.short()).sum(dim=2)
         return packed.to(torch.uint8) if precision == "ubinary" else (packed - 128).to(torch.int8)
-    number_ND = numbered(vectors_ND, *calibration(vectors_ND))
+    number_ND = numbered(vectors_ND, *calibration(vectors_ND, bounds))
     return number_ND.to(torch.uint8) if precision == "uint8" else (number_ND - 128).to(torch.int8)
 
 
-def calibration(vectors_ND: Tensor) -> tuple[Tensor, Tensor]:
-    """Least value and step ``(D,)`` of each dimension of some vectors, for 256 steps."""
-    least_D = vectors_ND.amin(dim=0)
-    step_D = (vectors_ND.amax(dim=0) - least_D) / 255
+def calibration(
+    vectors_ND: Tensor, bounds: tuple[float, float] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Least value and step ``(D,)`` of 256, of each dimension here or by ``bounds`` of all."""
+    least_D, greatest_D = (
+        (vectors_ND.amin(dim=0), vectors_ND.amax(dim=0))
+        if bounds is None
+        else vectors_ND.new_tensor(bounds)[:, None]
+    )
+    step_D = (greatest_D - least_D) / 255
     return least_D, torch.where(step_D == 0, torch.ones_like(step_D), step_D)
 
 

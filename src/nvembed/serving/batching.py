@@ -204,8 +204,6 @@ class Batcher:
         self._engine = engine
         self._scheduler = scheduler
         self._metrics = metrics
-        metrics.queued_tokens.set_function(lambda: scheduler.waiting_tokens)
-        metrics.queued_requests.set_function(lambda: scheduler.waiting_jobs)
         self._condition = threading.Condition()
         self._closing = False
         self._tokens_per_second = 1000.0  # of one thread; until something was measured
@@ -226,6 +224,16 @@ class Batcher:
             self._condition.notify_all()
         for thread in self._threads:
             thread.join()
+
+    @property
+    def waiting_tokens(self) -> int:
+        """Tokens in the queue."""
+        return self._scheduler.waiting_tokens
+
+    @property
+    def waiting_requests(self) -> int:
+        """Requests in the queue."""
+        return self._scheduler.waiting_jobs
 
     @property
     def ready(self) -> bool:

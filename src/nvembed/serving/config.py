@@ -8,6 +8,8 @@ from pydantic import Field
 
 from nvembed.core.config import StrictModel
 
+Name = Annotated[str, Field(min_length=1)]
+
 
 class BatchingConfig(StrictModel):
     """How texts of many requests share one forward."""
@@ -46,7 +48,11 @@ class ServerConfig(StrictModel):
     """All settings of ``nvembed serve``; the file of ``--config`` has these keys."""
 
     model_name: str | None = Field(default=None, min_length=1)  # None is its hub id or folder name
-    model_aliases: tuple[Annotated[str, Field(min_length=1)], ...] = ()  # further names
-    batching: BatchingConfig = BatchingConfig()
+    model_aliases: tuple[Name, ...] = ()  # further names
+    # Further models by name, each loaded when it is asked for.
+    models: dict[Name, Name] = Field(default_factory=dict)
+    # Of all, how many are in memory at once; the longest unused one makes room.
+    loaded_models: int = Field(default=2, ge=1)
+    batching: BatchingConfig = BatchingConfig()  # of each model
     limits: LimitsConfig = LimitsConfig()
     log_requests: bool = True  # a line of JSON each on stderr, without texts

@@ -181,7 +181,7 @@ class PackEngine(EncoderEngine):
         from nvembed.model.packs import embed_filled
 
         if self._on_cpu:
-            torch.set_num_threads(self._threads)  # of this Python thread alone
+            torch.set_num_threads(self._threads)  # of this thread, and of threads to come
         texts = [item.content for item in items]
         with torch.inference_mode():
             pooled = embed_filled(self._model, texts, normalized=False)[:, : self.dimension]

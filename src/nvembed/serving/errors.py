@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from starlette.responses import JSONResponse
 
@@ -12,7 +12,18 @@ from starlette.responses import JSONResponse
 _OPENAI_TYPES = {401: "authentication_error", 429: "rate_limit_error", 503: "server_error"}
 _TEI_TYPES = {401: "Unauthorized", 429: "Overloaded", 503: "Unhealthy"}
 
-TEI_PATHS = ("/", "/embed", "/rerank", "/similarity", "/tokenize", "/info")
+Api = Literal["openai", "tei", "cohere", "ollama"]
+
+_TEI_PATHS = ("/", "/embed", "/rerank", "/similarity", "/tokenize", "/info")
+
+
+def api_of(path: str) -> Api:
+    """Name the API that a path belongs to, which decides the form of its errors."""
+    if path in _TEI_PATHS:
+        return "tei"
+    return (
+        "cohere" if path.startswith("/v2/") else "ollama" if path.startswith("/api/") else "openai"
+    )
 
 
 class ClientGoneError(Exception):
@@ -42,10 +53,14 @@ class RequestError(Exception):
 
     def response(self, path: str) -> JSONResponse:
         """Render the answer in the form of the API that the path belongs to."""
-        kind = _OPENAI_TYPES.get(self.status, "invalid_request_error")
-        inner = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
-        content: dict[str, Any] = {"error": inner}
-        if path in TEI_PATHS:
+        api = api_of(path)
+        if api == "openai":
+            kind = _OPENAI_TYPES.get(self.status, "invalid_request_error")
+            inner = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
+            content: dict[str, Any] = {"error": inner}
+        elif api == "tei":
             kind = _TEI_TYPES.get(self.status, "Validation")
             content = {"error": self.message, "error_type": kind}
+        else:
+            content = {"message" if api == "cohere" else "error": self.message}
         return JSONResponse(content, status_code=self.status, headers=self.headers())

@@ -28,7 +28,7 @@ from nvembed.serving.errors import ClientGoneError, RequestError
 from nvembed.serving.telemetry import Metrics, log_event
 
 # Answered without a key, and however busy the server is.
-OPEN_PATHS = ("/health", "/ready", "/openapi.json")
+OPEN_PATHS = ("/health", "/ready", "/openapi.json", "/docs")
 PIECE_BYTES = 64 * 1024
 MIN_KEY_CHARS = 16
 

@@ -1,6 +1,6 @@
 """From a model's name to a listening server: what ``nvembed serve`` calls.
 
-No CORS headers, no pages that load scripts from elsewhere: the OpenAPI document alone.
+No CORS headers, and no page that loads anything from elsewhere.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
-from fastapi.responses import JSONResponse, PlainTextResponse
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
@@ -32,10 +33,17 @@ from nvembed.serving.config import LimitsConfig, ServerConfig
 from nvembed.serving.engines import EmbedOptions, EncoderEngine, build_engine
 from nvembed.serving.errors import RequestError
 from nvembed.serving.middleware import ApiKeys, LimitsMiddleware, read_keys
+from nvembed.serving.models import Models, Source
 from nvembed.serving.routes import add_routes
-from nvembed.serving.service import Service
 from nvembed.serving.telemetry import Metrics, log_event, start_logging
 
+_PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; "
+    "script-src 'unsafe-inline'; connect-src 'self'; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+}
 _LOCAL = ("127.0.0.1", "::1", "localhost")
 
 
@@ -64,16 +72,45 @@ def serve(
         UserError: settings, keys or model cannot be used, or the address is taken.
     """
     settings = load_config(ServerConfig, config, overrides)
-    names = model_names(model, settings)
-    settings = settings.model_copy(update={"model_name": names[0], "model_aliases": names[1:]})
     known = read_keys(keys) if keys is not None else None
     start_logging()
     if known is None and host not in _LOCAL:
         log_event("warning", message="no --keys: everybody who reaches this address may call")
-    settled = settle_dtype(model, dtype)  # one type for all forwards
-    log_event("computing", dtype=settled or "as saved")
-    engine = build_engine(load_encoder(model, settled), settings.batching.forwards)
-    run_server(engine, settings, host=host, port=port, keys=known)
+    sources = model_sources(model, settings, dtype)
+    names = sources[0].names
+    settings = settings.model_copy(update={"model_name": names[0], "model_aliases": names[1:]})
+    run_server(sources[0].load(), settings, host=host, port=port, keys=known, sources=sources)
+
+
+def model_sources(
+    model: str, settings: ServerConfig, dtype: PrecisionChoice | None
+) -> tuple[Source, ...]:
+    """Return the models of a server, the first and those of its settings; none is loaded yet."""
+    places = {model_names(model, settings): model}
+    for name, place in settings.models.items():
+        if any(name in names for names in places):
+            raise ConfigError("the name of two models", where=f"models.{name}", expected="another")
+        places[(name,)] = place
+    import torch
+
+    sources, threads = [], torch.get_num_threads()
+    for names, place in places.items():
+        settled = settle_dtype(place, dtype)  # one type for all forwards; it is there, too
+        log_event("computing", model=names[0], dtype=settled or "as saved")
+        sources.append(Source(names, partial(_load, place, settled, settings, threads)))
+    return tuple(sources)
+
+
+def _load(
+    place: str, dtype: PrecisionChoice | None, settings: ServerConfig, threads: int
+) -> EncoderEngine:
+    import torch
+
+    torch.set_num_threads(threads)  # a new thread starts with what another model left
+    engine = build_engine(load_encoder(place, dtype), settings.batching.forwards)
+    # The first forward of a process compiles and measures; no client should wait for it.
+    engine.embed(engine.prepare(["warm up"], EmbedOptions()))
+    return engine
 
 
 def model_names(model: str, settings: ServerConfig) -> tuple[str, ...]:
@@ -90,11 +127,16 @@ def run_server(
     host: str,
     port: int,
     keys: ApiKeys | None = None,
+    sources: Sequence[Source] = (),
 ) -> None:
-    """Serve an engine until SIGTERM or Ctrl-C; a ConfigError where the address is taken."""
-    # The first forward of a process compiles and measures; no client should wait for it.
-    engine.embed(engine.prepare(["warm up"], EmbedOptions()))
-    server = build_server(engine, config, host=host, port=port, keys=keys)
+    """Serve an engine, and further models, until SIGTERM or Ctrl-C.
+
+    ``sources`` are all models by name, the first that of the engine; none are the engine alone.
+
+    Raises:
+        ConfigError: the address is taken.
+    """
+    server = build_server(engine, config, host=host, port=port, keys=keys, sources=sources)
     try:
         socket = server.config.bind_socket()
     except (SystemExit, OSError) as error:
@@ -106,18 +148,24 @@ def run_server(
     signal.signal(signal.SIGTERM, lambda *_: None)
     address = "http://{}:{}".format(*socket.getsockname()[:2])
     log_event("listening", address=address, model=config.model_name, width=engine.dimension)
+    del engine  # it may be unloaded
     print(f"nvembed serves {config.model_name} on {address}", file=sys.stderr, flush=True)
     server.run(sockets=[socket])
     log_event("stopped")
 
 
 def build_server(
-    engine: EncoderEngine, config: ServerConfig, *, keys: ApiKeys | None = None, **place: Any
+    engine: EncoderEngine,
+    config: ServerConfig,
+    *,
+    keys: ApiKeys | None = None,
+    sources: Sequence[Source] = (),
+    **place: Any,
 ) -> uvicorn.Server:
     """Put the application of an engine behind a server that does not listen yet."""
     return uvicorn.Server(
         uvicorn.Config(
-            create_app(engine, config, keys),
+            create_app(engine, config, keys, sources),
             http=partial(_LimitedConnection, config.limits),  # type: ignore[arg-type]  # is called
             log_config=None,
             access_log=False,
@@ -197,16 +245,24 @@ class _LimitedConnection(asyncio.Protocol):
         self._http.transport.close()
 
 
-def create_app(engine: EncoderEngine, config: ServerConfig, keys: ApiKeys | None = None) -> FastAPI:
-    """Build the application of one model; without ``keys`` everybody may call."""
+def create_app(
+    engine: EncoderEngine,
+    config: ServerConfig,
+    keys: ApiKeys | None = None,
+    sources: Sequence[Source] = (),
+) -> FastAPI:
+    """Build the application; without ``keys`` everybody may call. See ``run_server``."""
     metrics = Metrics()
-    service = Service(engine, config, metrics)
+    if not sources:
+        names = (config.model_name or "nvembed", *config.model_aliases)
+        sources = (Source(names, lambda: engine),)
+    models = Models(engine, sources, config, metrics)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        service.batcher.start()
+        models.start()
         yield
-        service.close()
+        models.close()
 
     app = FastAPI(
         title="nvembed",
@@ -217,27 +273,37 @@ def create_app(engine: EncoderEngine, config: ServerConfig, keys: ApiKeys | None
         redirect_slashes=False,
     )
     app.add_exception_handler(HTTPException, _answer_http)
-    _add_state_routes(app, service)
-    add_routes(app, service)
-    routes = frozenset(app.openapi()["paths"]) | {"/openapi.json"}
+    _add_state_routes(app, models, metrics)
+    _add_page(app)
+    add_routes(app, models, config, metrics)
+    routes = frozenset(app.openapi()["paths"]) | {"/openapi.json", "/docs"}
     app.add_middleware(LimitsMiddleware, config=config, keys=keys, metrics=metrics, routes=routes)
     return app
 
 
-def _add_state_routes(app: FastAPI, service: Service) -> None:
+def _add_state_routes(app: FastAPI, models: Models, metrics: Metrics) -> None:
     @app.get("/health")
     async def health() -> dict[str, str]:
         return {"status": "ok"}
 
     @app.get("/ready", responses={503: {"description": "the queue is full, or it is closing"}})
     async def ready() -> JSONResponse:
-        if service.batcher.ready:
+        if models.ready:
             return JSONResponse({"status": "ready"})
         return JSONResponse({"status": "busy"}, status_code=503, headers={"retry-after": "1"})
 
     @app.get("/metrics", response_class=PlainTextResponse)
-    async def metrics() -> Response:
-        return Response(service.metrics.render(), media_type="text/plain; version=0.0.4")
+    async def page() -> Response:
+        return Response(metrics.render(), media_type="text/plain; version=0.0.4")
+
+
+def _add_page(app: FastAPI) -> None:
+    """Add ``/docs``, a page over the OpenAPI document."""
+    html = resources.files("nvembed.serving").joinpath("page.html").read_text(encoding="utf-8")
+
+    @app.get("/docs", response_class=HTMLResponse, include_in_schema=False)
+    async def docs() -> Response:
+        return HTMLResponse(html, headers=_PAGE_HEADERS)
 
 
 async def _answer_http(request: Request, error: Any) -> Response:

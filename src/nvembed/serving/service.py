@@ -1,4 +1,4 @@
-"""From the checked fields of a body to vectors, off the event loop; what both APIs call.
+"""From the checked fields of a body to vectors, off the event loop; what all routes call.
 
 Limits of a request are checked here, before a text costs anything.
 """
@@ -9,13 +9,14 @@ import asyncio
 import threading
 from collections.abc import Callable, Coroutine, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
 from starlette.requests import Request
 
 from nvembed.core.errors import UserError
+from nvembed.encoding.encoder import unit_rows
 from nvembed.serving.batching import Batcher, Scheduler
 from nvembed.serving.config import ServerConfig
 from nvembed.serving.engines import Cut, EmbedOptions, EncoderEngine, Item, Token
@@ -30,6 +31,18 @@ SizedT = TypeVar("SizedT", bound=Sized)
 Inputs = str | list[str] | list[int] | list[list[int]]
 """A text, a list of texts, the ids of a text, or a list of such lists."""
 
+CoherePurpose = Literal["search_query", "search_document", "classification", "clustering"]
+JinaPurpose = Literal[
+    "retrieval.query", "retrieval.passage", "text-matching", "classification", "separation"
+]
+Purpose = CoherePurpose | JinaPurpose
+_SIDES: dict[str, Side] = {
+    "search_query": "query",
+    "retrieval.query": "query",
+    "search_document": "document",
+    "retrieval.passage": "document",
+}
+
 # Characters (or ids) of one visit to the tokeniser's thread: requests take turns there.
 _SLICE_CHARS = 50_000
 # So few are tokenised (a few tenths of a millisecond) faster than they are handed to a thread.
@@ -39,12 +52,12 @@ _SMALL_CHARS = 2_000
 class Service:
     """A model with its queue."""
 
-    def __init__(self, engine: EncoderEngine, config: ServerConfig, metrics: Metrics) -> None:
+    def __init__(
+        self, engine: EncoderEngine, name: str, config: ServerConfig, metrics: Metrics
+    ) -> None:
         self.engine = engine
         self.config = config
-        self.model_name = config.model_name or "nvembed"
-        self.model_names = (self.model_name, *config.model_aliases)
-        self.metrics = metrics
+        self.model_name = name
         self.batch_tokens = config.batching.batch_tokens or engine.batch_tokens
         scheduler = Scheduler(
             batch_tokens=self.batch_tokens,
@@ -88,6 +101,19 @@ class Service:
         input_type = input_type or ("document" if task is None else "query")
         return EmbedOptions(input_type, task, prompt, cut, normalize)
 
+    def options_for(self, purpose: Purpose, instruction: str | None, cut: Cut) -> EmbedOptions:
+        """Read what Cohere and Jina call the purpose of texts.
+
+        Searches have sides; of others texts are documents, with the model's own prompt of that name
+        where it has one. An instruction wins over such a prompt.
+        """
+        if purpose in _SIDES:
+            return self.read_options(instruction=instruction, input_type=_SIDES[purpose], cut=cut)
+        wanted = (purpose, "clustering") if purpose == "separation" else (purpose,)
+        prompt = next((name for name in self.engine.prompts if name.lower() in wanted), None)
+        named = None if instruction is not None else prompt
+        return self.read_options(instruction=instruction, prompt_name=named, cut=cut)
+
     def named_prompt(self, name: str) -> str:
         """Return a prompt of the model, or that of an MTEB task; a RequestError if it is none."""
         prompts = self.engine.prompts
@@ -108,6 +134,25 @@ class Service:
         vectors = await self.batcher.embed(items, context.client)
         context.texts, context.tokens = len(items), sum(item.tokens for item in items)
         return vectors
+
+    async def vectors(
+        self,
+        content: Inputs,
+        options: EmbedOptions,
+        dimensions: int | None,
+        context: RequestContext,
+    ) -> NDArray[np.float32]:
+        """Embed the texts of a request: their first ``dimensions``, of length 1 where wanted."""
+        width = self.engine.dimension
+        if dimensions is not None and dimensions > width:
+            message = f"{dimensions} dimensions asked for, the model has {width}"
+            message = f"{message}; send at most that"
+            raise RequestError(400, message, "bad_dimensions", param="dimensions")
+        vectors = await self.embed([(content, options)], context)
+        if dimensions is None:
+            return vectors
+        short = vectors[:, :dimensions]
+        return unit_rows(short) if options.normalize else short
 
     async def tokens(
         self, texts: Sequence[str], prompt: str, special: bool, context: RequestContext
@@ -131,24 +176,6 @@ class Service:
             raise RequestError(413, message, "too_many_tokens", "input")
         context.texts, context.tokens = len(rows), found
         return rows
-
-    async def finish(self, request: Request, work: Coroutine[Any, Any, T]) -> T:
-        """Run the work of a request, or cancel it when its client is gone or time is over."""
-        task = asyncio.ensure_future(work)
-        gone = asyncio.ensure_future(_wait_until_gone(request))
-        try:
-            seconds = self.config.limits.request_seconds
-            await asyncio.wait((task, gone), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-            if task.done():
-                return task.result()
-            if gone.done():
-                self.metrics.cancelled.inc()
-                raise ClientGoneError
-            message = f"not ready after {seconds:g} seconds; send fewer texts, or again later"
-            raise RequestError(503, message, "timeout", retry_seconds=5)
-        finally:
-            task.cancel()
-            gone.cancel()
 
     async def _items(self, content: Inputs, options: EmbedOptions) -> list[Item]:
         if isinstance(content, str):
@@ -222,6 +249,26 @@ class Service:
         except UserError as error:
             raise RequestError(400, str(error), param="input") from error
         return items
+
+
+async def finish(
+    request: Request, work: Coroutine[Any, Any, T], seconds: float, metrics: Metrics
+) -> T:
+    """Run the work of a request, or cancel it when its client is gone or time is over."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_wait_until_gone(request))
+    try:
+        await asyncio.wait((task, gone), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        if gone.done():
+            metrics.cancelled.inc()
+            raise ClientGoneError
+        message = f"not ready after {seconds:g} seconds; send fewer texts, or again later"
+        raise RequestError(503, message, "timeout", retry_seconds=5)
+    finally:
+        task.cancel()
+        gone.cancel()
 
 
 async def _wait_until_gone(request: Request) -> None:

@@ -36,6 +36,7 @@ class Metrics:
         self.inflight = gauge("inflight_requests", "Requests under way.")
         self.queued_tokens = gauge("queued_tokens", "Tokens waiting.")
         self.queued_requests = gauge("queued_requests", "Requests waiting.")
+        self.loaded_models = gauge("loaded_models", "Models in memory.")
         self.queue_seconds = seconds("queue_seconds", "Wait of a request's first text.")
         self.model_seconds = seconds("model_seconds", "One forward.")
         self.batch_tokens = histogram("batch_tokens", "Tokens of a forward.", buckets=_TOKENS)

@@ -1,6 +1,6 @@
 """Tokenise: (prompt, text) to token ids and the place where pooling starts.
 
-Tokens of the prompt take part in attention but are never pooled. Next file: ``text/packing.py``.
+Tokens of the prompt take part in attention but are not pooled. Next file: ``text/packing.py``.
 
 ``nvembed``
     prompt + text is one string; a token is pooled when it holds a character of the text.
@@ -26,7 +26,7 @@ import tokenizers
 
 from nvembed.core.errors import ConfigError, DataError, ModelError
 
-TextStyle = Literal["nvembed", "official"]
+TextStyle = Literal["nvembed", "official", "whole"]
 Span = tuple[int, int]
 """First and last-plus-one character of a token or chunk in its text."""
 
@@ -152,7 +152,9 @@ class TextTokenizer:
         room = self.max_tokens - len(self._head) - len(self._tail)
         if len(ids) > room and (text_start or 0) >= room:
             raise _no_room(text_start or 0, self.max_tokens)
-        pool_start = 0 if text_start is None else text_start + len(self._head)
+        pool_start = 0
+        if text_start is not None and self.style != "whole":
+            pool_start = text_start + len(self._head)
         return TokenizedText((*self._head, *ids[:room], *self._tail), pool_start)
 
     def _official(self, texts: Sequence[str], prompt: str) -> list[TokenizedText]:
@@ -199,7 +201,7 @@ class TextTokenizer:
         else:
             start, end = _text_start(offsets, len(prompt)) if prompt else 0, len(ids)
             head, tail = (*self._head, *ids[:start]), self._tail
-            pool_start = len(head) if prompt else 0
+            pool_start = len(head) if prompt and self.style != "whole" else 0
         spans = ((max(a - len(prompt), 0), b - len(prompt)) for a, b in offsets[start:end])
         return WholeText(head, ids[start:end], tail, pool_start, tuple(spans))
 

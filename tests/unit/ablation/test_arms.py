@@ -139,3 +139,13 @@ def test_an_arm_that_is_no_recipe_is_named(
     assert "arm bad: " in str(raised.value)
     assert message in str(raised.value)
     assert "arm good" not in str(raised.value)
+
+
+def test_sets_are_left_out_of_all_arms(tmp_path: Path) -> None:
+    runs = grid_runs(grid(tmp_path, without=["labels"]), tmp_path)
+    assert len(runs) == 12
+    for run in runs:
+        names = [dataset.name for dataset in run.config.datasets]
+        assert names == (["pairs"] if "single" in run.arm else ["pairs", "first"])
+    with pytest.raises(ConfigError, match=r"without: lebals: no data set .*pairs, labels, first"):
+        grid_runs(grid(tmp_path, without=["lebals"]), tmp_path)

@@ -9,15 +9,19 @@ import numpy as np
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Normalize
 
 from families import FAMILIES, make_family
 from nvembed.cli.main import run
 from nvembed.core.errors import ConfigError, ModelError
 from nvembed.core.files import write_json
 from nvembed.core.runs import RunFolder
+from nvembed.encoding.doctor.examine import DoctorOptions, examine_model
 from nvembed.encoding.export import stock as export_stock
 from nvembed.encoding.export.folders import export_folder
+from nvembed.model.backbone import Backbone
 from nvembed.model.embedder import NVEmbed
+from nvembed.model.pooling import MeanPooling
 from official_folders import write_official
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -54,6 +58,30 @@ def test_stock_modules_give_the_same_vectors(tmp_path: Path, tiny_tokenizer, nam
     plain[1].include_prompt = True
     pooled = plain.encode(TEXTS, prompt=PROMPT)
     assert np.abs(pooled - ours.encode(TEXTS, prompt=PROMPT)).max() > 1e-3
+
+
+def test_a_model_of_whole_texts_needs_nothing_but_mean_pooling(tmp_path: Path) -> None:
+    """A byte-level BPE, and a stock model that was never told to leave a prompt out."""
+    start = NVEmbed.from_pretrained(ROOT / "assets" / "decoder-6m", device="cpu", max_tokens=24)
+    backbone = Backbone(
+        start.backbone.model, start.backbone.tokenizer, max_tokens=24, text_style="whole"
+    )
+    ours = NVEmbed(modules=[backbone, MeanPooling(backbone.width), Normalize()], device="cpu")
+    ours.save_pretrained(str(tmp_path / "model"))
+    export_folder(str(tmp_path / "model"), tmp_path / "out", "sentence-transformers")
+    plain = SentenceTransformer(str(tmp_path / "out"), device="cpu")
+    texts = [*TEXTS, "many more words than the limit allows " * 5]
+    for prompt in ("", PROMPT):
+        expected = ours.encode(texts, prompt=prompt)
+        np.testing.assert_allclose(plain.encode(texts, prompt=prompt), expected, atol=1e-5)
+        together = [prompt + text for text in texts]
+        np.testing.assert_allclose(plain.encode(together), expected, atol=1e-5)
+    assert (
+        np.abs(start.encode(TEXTS, prompt=PROMPT) - ours.encode(TEXTS, prompt=PROMPT)).max() > 0.01
+    )
+    diagnosis = examine_model(str(tmp_path / "model"), DoctorOptions(TASK, None, None, 2, 24))
+    pooled = next(one for one in diagnosis.findings if "instruction's" in one.message)
+    assert pooled.status == "ok"
 
 
 def test_texts_are_cut_alike_and_a_space_of_the_prompt_is_counted_alike(tmp_path: Path) -> None:

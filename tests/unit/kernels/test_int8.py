@@ -111,7 +111,8 @@ def test_vectors_of_a_model_in_int8(folder: Path, tmp_path: Path) -> None:
     alone = np.concatenate([model.encode_document([text]) for text in TEXTS])
     assert (alone * vectors).sum(axis=1).min() > 0.9999
     write_jsonl(tmp_path / "texts.jsonl", [{"text": text} for text in TEXTS])
-    encode_file(str(folder), tmp_path / "texts.jsonl", tmp_path / "v.npy", dtype="int8")
+    places = (tmp_path / "texts.jsonl", tmp_path / "v.npy")
+    encode_file(str(folder), *places, task=None, dtype="int8")
     np.testing.assert_allclose(np.load(tmp_path / "v.npy"), vectors, atol=1e-6)
     with pytest.raises(ModelError, match="weights in 8 bits are not saved"):
         model.save_pretrained(str(tmp_path / "other"))  # type: ignore[attr-defined]

@@ -37,6 +37,22 @@ def test_documents_pool_everything(tiny_tokenizer) -> None:
     assert len(tokens) == 1 + len("hello") + 1
 
 
+def test_a_whole_text_is_pooled_with_its_prompt(tiny_tokenizer) -> None:
+    limit = len(PROMPT) + 5
+    own = TextTokenizer(tiny_tokenizer, max_tokens=limit)
+    whole = TextTokenizer(tiny_tokenizer, max_tokens=limit, style="whole")
+    for prompt in ("", PROMPT):
+        (mine,), (theirs,) = whole(["a long text"], prompt), own(["a long text"], prompt)
+        assert mine.ids == theirs.ids
+        assert mine.pool_start == 0
+        uncut = whole.whole(["a long text"], prompt)[0]
+        assert uncut.pool_start == 0
+        assert uncut.head == own.whole(["a long text"], prompt)[0].head
+    assert whole.fingerprint != own.fingerprint
+    with pytest.raises(DataError, match="leaves no room for the text"):
+        TextTokenizer(tiny_tokenizer, max_tokens=len(PROMPT), style="whole")(["text"], PROMPT)
+
+
 def test_truncation_keeps_prompt_and_eos(tiny_tokenizer) -> None:
     limit = len(PROMPT) + 5
     (tokens,) = TextTokenizer(tiny_tokenizer, max_tokens=limit)(["a long text"], PROMPT)

@@ -235,6 +235,8 @@ def _pooled(subject: Subject) -> _Verdict:
         if subject.ours is None:
             advice = "Fine if it was trained so; NV-Embed leaves the instruction out"
             return "warning", found, advice
+        if subject.ours.backbone.text_style == "whole":
+            return "ok", f"all {len(pooled)} of the sample query, the instruction's among them"
         advice = "The pool mask must start after the prompt: check text_style and the tokenizer"
         return "problem", found, advice
     if subject.pools_last:

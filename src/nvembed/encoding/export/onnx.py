@@ -105,6 +105,14 @@ class PaddedEmbedder(nn.Module):
         return (vectors_BD, hidden_BLD) if self.states else vectors_BD
 
 
+# For who feeds the graph without us.
+_POOLED = {
+    "nvembed": "1 from the first token that holds a character of the text",
+    "official": "1 from the first token that holds a character of the text",
+    "whole": "1 for every token",
+}
+
+
 # --- Writing --------------------------------------------------------------------------------------
 
 
@@ -142,7 +150,7 @@ def write_onnx(model: NVEmbed, folder: Path, *, name: str) -> bool:
         "output": GRAPH_OUTPUT,
         "query_prompt": QUERY_PROMPT,
         **{name: getattr(backbone, name) for name in TOKENIZER_SETTINGS},
-        "pool_mask": "1 from the first token that holds a character of the text",
+        "pool_mask": _POOLED[model.backbone.text_style],
         "prompts": model.prompts,
     }
     write_json(folder / ONNX_FILE, settings)
@@ -154,10 +162,13 @@ def _write_tokenizer(model: NVEmbed, folder: Path, name: str) -> bool:
     """Write the tokenizer, and where stock modules can pool as we do (the result), their files."""
     backbone = model.backbone
     stock.write_tokenizer(stock.closed_tokenizer(backbone), backbone, folder)
-    if backbone.text_style != "nvembed":
+    if backbone.text_style == "official":
         return False
     try:
-        counting = stock.counting_tokenizer(backbone, name)
+        whole = backbone.text_style == "whole"
+        counting = (
+            stock.closed_tokenizer(backbone) if whole else stock.counting_tokenizer(backbone, name)
+        )
     except ModelError:
         return False
     inner = folder / _INNER

@@ -38,17 +38,19 @@ _HINT = "Use --format nvembed"
 def write_stock(model: NVEmbed, folder: Path, *, name: str) -> None:
     """Write the files; a ModelError where the pooling or the tokens have no stock counterpart."""
     backbone = model.backbone
-    if not isinstance(model.pooling, MeanPooling) or backbone.text_style != "nvembed":
+    if not isinstance(model.pooling, MeanPooling) or backbone.text_style == "official":
         raise ModelError(
             f"{type(model.pooling).__name__} with {backbone.text_style} token rules",
             where=name,
-            expected="MeanPooling with nvembed token rules; sentence-transformers has no other "
-            "that would give the same vectors",
+            expected="MeanPooling, and not the token rules of NVIDIA's code; sentence-transformers "
+            "has no other that would give the same vectors",
             hint=f"{_HINT}; plain sentence-transformers loads that with trust_remote_code=True",
         )
     backbone.model.save_pretrained(folder)
     open_attention(folder / "config.json", backbone)
-    write_tokenizer(counting_tokenizer(backbone, name), backbone, folder)
+    whole = backbone.text_style == "whole"
+    backend = closed_tokenizer(backbone) if whole else counting_tokenizer(backbone, name)
+    write_tokenizer(backend, backbone, folder)
     write_modules(model, folder)
 
 
@@ -62,7 +64,8 @@ def write_modules(model: NVEmbed, folder: Path, *, transformer: str = "") -> Non
     write_json(folder / "modules.json", entries)
     # The keys of earlier versions, which later ones read too.
     pooling = {"word_embedding_dimension": model.dimension, "pooling_mode_mean_tokens": True}
-    write_json(folder / "1_Pooling" / "config.json", {**pooling, "include_prompt": False})
+    prompted = {"include_prompt": model.backbone.text_style == "whole"}
+    write_json(folder / "1_Pooling" / "config.json", pooling | prompted)
     limit = {"max_seq_length": model.backbone.max_tokens, "do_lower_case": False}
     write_json(folder / transformer / "sentence_bert_config.json", limit)
     prompts = {"prompts": model.prompts, "default_prompt_name": model.default_prompt_name}

@@ -38,6 +38,7 @@ class GridConfig(StrictModel):
         title: heading of the report.
         settings: keys of the recipe with the values they have in every arm, as ``a.b.0.c: value``.
             A stage or data set can be named instead of counted (``datasets.banking77.weight``).
+        without: data sets of the recipe that no arm uses, by name; they go before the settings.
         axes: axis → value → settings, as above. An axis' settings apply after those of the axes
             before it. The key ``stage_order`` lists which stages of the recipe run, by number, in
             which order; data sets move with their stages. Only an axis may have it, and it applies
@@ -56,6 +57,7 @@ class GridConfig(StrictModel):
     output: str = Field(min_length=1)
     title: str = "Ablation"
     settings: Settings = Field(default_factory=dict)
+    without: tuple[str, ...] = ()
     axes: dict[Name, Axis] = Field(min_length=1)
     leave_out: tuple[dict[str, str], ...] = ()
     seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(default=(0, 1, 2), min_length=1)
@@ -126,7 +128,7 @@ class Run:
 def grid_runs(grid: GridConfig, base_dir: Path) -> list[Run]:
     """List all runs, seeds outermost; the ConfigError names every arm that cannot be run."""
     recipe = base_dir / grid.recipe
-    common = _overrides(grid.settings)
+    common = [*_left_out(grid.without, recipe), *_overrides(grid.settings)]
     base = load_config(TrainConfig, recipe, common)
     runs, problems = [], []
     for arm, values in grid.arms().items():
@@ -156,6 +158,21 @@ def _arm_config(
     for part in parts:
         overrides += _overrides({key: part[key] for key in part if key != _ORDER})
     return load_config(TrainConfig, recipe, overrides)
+
+
+def _left_out(names: Sequence[str], recipe: Path) -> list[str]:
+    """The data sets of a recipe but for some, as an override."""
+    if not names:
+        return []
+    datasets = load_config(TrainConfig, recipe).model_dump(mode="json")["datasets"]
+    known = [dataset["name"] for dataset in datasets]
+    if unknown := [name for name in names if name not in known]:
+        raise ConfigError(
+            f"{', '.join(unknown)}: no data set of the recipe",
+            where="without",
+            expected=f"some of {', '.join(known)}",
+        )
+    return _overrides({"datasets": [each for each in datasets if each["name"] not in names]})
 
 
 def _overrides(settings: Mapping[str, Any]) -> list[str]:

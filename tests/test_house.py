@@ -21,7 +21,7 @@ SOURCE = ROOT / "src" / "nvembed"
 LEVELS = [
     {"cli"},
     {"training", "building"},
-    {"mining", "evaluation", "index", "serving"},
+    {"mining", "evaluation", "index", "serving", "compression"},
     {"encoding"},
     {"model", "data"},
     {"text", "kernels", "interop"},
@@ -84,6 +84,7 @@ def test_public_names_are_exact_and_sorted() -> None:
         "build_data",
         "build_index",
         "compare",
+        "compress",
         "doctor",
         "encode_file",
         "evaluate",

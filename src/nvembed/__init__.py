@@ -13,6 +13,7 @@ from nvembed.core import __version__
 
 if TYPE_CHECKING:
     from nvembed.building.build import build_recipe as build_data
+    from nvembed.compression.compress import compress
     from nvembed.core.config import load_config
     from nvembed.core.errors import (
         ConfigError,
@@ -66,6 +67,7 @@ __all__ = [
     "build_data",
     "build_index",
     "compare",
+    "compress",
     "doctor",
     "encode_file",
     "evaluate",
@@ -102,6 +104,7 @@ _HOMES = {
     "build_data": "building.build.build_recipe",
     "build_index": "index.build.index_documents",
     "compare": "evaluation.comparison.compare_results",
+    "compress": "compression.compress.compress",
     "doctor": "encoding.doctor.examine.examine_model",
     "encode_file": "encoding.files.encode_file",
     "evaluate": "evaluation.session.evaluate",

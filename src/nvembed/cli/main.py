@@ -17,7 +17,8 @@ import typer
 from typer.exceptions import Abort, TyperException
 
 from nvembed.cli.data import data
-from nvembed.cli.models import compare, doctor, evaluate, export, merge, serve
+from nvembed.cli.folders import compress, export, merge
+from nvembed.cli.models import compare, doctor, evaluate, serve
 from nvembed.cli.options import OLD_OPTIONS
 from nvembed.cli.train import ablate, mine, train
 from nvembed.cli.vectors import encode, index, search
@@ -44,7 +45,7 @@ app = typer.Typer(
 )
 _COMMANDS: tuple[Callable[..., None], ...] = (
     *(train, mine, evaluate, compare, ablate, encode),
-    *(index, search, serve, doctor, export, merge),
+    *(index, search, serve, doctor, export, merge, compress),
 )
 for _command in _COMMANDS:
     app.command()(_command)

@@ -1,4 +1,4 @@
-"""``nvembed doctor``, ``export``, ``merge``, ``serve``, ``evaluate``, ``compare``: using models."""
+"""``nvembed doctor``, ``serve``, ``evaluate``, ``compare``: using models."""
 
 from __future__ import annotations
 
@@ -58,83 +58,6 @@ def doctor(
     print_diagnosis(diagnosis, as_json=json)
     if not diagnosis.healthy:
         raise typer.Exit(1)
-
-
-@opt.described(
-    model="Folder or hub id: saved by nvembed, or NVIDIA's layout.",
-    to="The new folder.",
-    format="NVIDIA's layout, our own folder, stock sentence-transformers modules "
-    "(mean pooling only), or an ONNX graph.",
-    dtype="Of the weights. Default: as they are stored.",
-)
-def export(
-    model: str,
-    *,
-    to: Path,
-    format: Literal["nv-embed", "nvembed", "sentence-transformers", "onnx"],
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
-) -> None:
-    """Write an embedding model in another format, with a model card.
-
-    Examples:
-
-    \b
-      nvembed export runs/mine/model --to out --format nv-embed --dtype float16
-      nvembed export nvidia/NV-Embed-v2 --to v2 --format nvembed --dtype bfloat16
-      nvembed export runs/mean/model --to plain --format sentence-transformers
-      nvembed export runs/mine/model --to graph --format onnx
-    """
-    from nvembed.encoding.export.folders import export_folder
-
-    export_folder(model, to, format, dtype=dtype)
-    typer.echo(f"written: {to} ({format})")
-
-
-@opt.described(
-    models=typer.Argument(metavar="MODEL...", help="Folders: saved models, or adapters (peft)."),
-    to="The new folder.",
-    weights=typer.Option(metavar="NUMBERS", help="Such as 2,1. Default: equal weights."),
-    method="slerp takes the arc between two models in place of the line.",
-    tasks=typer.Option(
-        metavar="FOLDER",
-        help="Task folder that decides the weights: a greedy soup. May be repeated.",
-    ),
-)
-def merge(
-    models: list[Path],
-    *,
-    to: Path,
-    weights: str | None = None,
-    method: Literal["linear", "slerp"] = "linear",
-    tasks: list[Path] | None = None,
-) -> None:
-    """Merge models that were tuned from one base: averages of their weights, heads among them.
-
-    With --tasks, a greedy soup: from the best model on, the others join in the order of their
-    scores where the mean score of the tasks does not fall. Adapters are merged as what they add to
-    the weights, so their ranks add up.
-
-    Examples:
-
-    \b
-      nvembed merge runs/seed-0/model runs/seed-1/model runs/seed-2/model --to soup
-      nvembed merge runs/a/model runs/b/model --to mixed --weights 0.7,0.3
-      nvembed merge runs/a/model runs/b/model --to arc --method slerp
-      nvembed merge runs/a/model runs/b/model --to best --tasks FOLDER
-    """
-    from nvembed.evaluation import soup
-
-    try:
-        numbers = None if weights is None else [float(one) for one in weights.split(",")]
-    except ValueError as error:
-        expected = "numbers with commas between them"
-        raise ConfigError(f"{weights!r}", where="--weights", expected=expected) from error
-    merged = soup.merge(models, to, weights=numbers, method=method, tasks=tasks)
-    for part in merged.parts:
-        alone = "" if part.score is None else f", {100 * part.score:.2f} alone"
-        typer.echo(f"{part.share:.3f}  {part.model}{alone}")
-    reached = "" if merged.score is None else f" ({100 * merged.score:.2f})"
-    typer.echo(f"written: {to}{reached}")
 
 
 @opt.described(

@@ -100,8 +100,8 @@ def load_encoder(name: str, dtype: PrecisionChoice | None = None) -> Encoder:
 
     Args:
         name: folder, GGUF file, ``package:NAME`` or hub id.
-        dtype: type of weights; ``auto`` is what this machine is fastest in, ``None`` keeps what was
-            saved.
+        dtype: type of weights; ``auto`` is what this machine is fastest in, ``int8`` takes products
+            in 8 bits on a CPU, ``None`` keeps what was saved.
 
     Raises:
         ConfigError: an argument of a wrong type.
@@ -129,6 +129,13 @@ def load_encoder(name: str, dtype: PrecisionChoice | None = None) -> Encoder:
         encoder = cast(Encoder, NVEmbed.from_pretrained(name, dtype=settled))
         release_notes()
         return encoder
+    if settled == "int8":
+        raise ModelError(
+            "a plain sentence-transformers model in int8",
+            where=name,
+            expected="a model that nvembed saved, or a language model",
+            hint="Use --dtype bfloat16",
+        )
     with loading(name):
         model = SentenceTransformer(name, model_kwargs={"dtype": settled} if settled else {})
         if isinstance(model[0], Transformer):

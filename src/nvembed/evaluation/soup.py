@@ -12,9 +12,9 @@ from pydantic import Field
 
 from nvembed.core.arguments import checked
 from nvembed.core.errors import ConfigError
-from nvembed.core.files import atomic_folder, check_folder_name, write_json
-from nvembed.core.ownership import check_outputs
+from nvembed.core.files import atomic_folder, write_json
 from nvembed.encoding.encoder import load_encoder
+from nvembed.encoding.export.folders import check_new_folder
 from nvembed.evaluation.session import evaluate
 from nvembed.evaluation.tasks import load_tasks
 from nvembed.interop.merging import RECORD, MergeMethod, Mix, merge_folders
@@ -66,14 +66,7 @@ def merge(
         DataError: a task that cannot be read.
     """
     folders, to = [Path(model) for model in models], Path(to)
-    check_folder_name(to)
-    check_outputs((), made_by=MERGE, inputs=[*folders, *(tasks or ())], places=[to])
-    if to.exists() and (not to.is_dir() or any(to.iterdir())):
-        raise ConfigError(
-            "something is there already",
-            where=f"--to {to}",
-            expected="a new folder, or an empty one",
-        )
+    check_new_folder(to, made_by=MERGE, inputs=[*folders, *(tasks or ())])
     if tasks is None:
         shares = _shares(weights, len(folders), method)
         merged = Merged(tuple(map(Part, map(str, folders), shares)))

@@ -24,6 +24,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from nvembed.kernels.attention import bfloat16_available, float32_available, plain_on_cpu
 from nvembed.kernels.build import library
 from nvembed.kernels.elementwise import SOURCE, UNIT, Norm, Rotated, call, fits, gate, rotate
+from nvembed.kernels.int8 import Int8Linear
 from nvembed.kernels.linear import fused_lora, is_plain_lora, linear
 
 _LAYER = "decoder_layer.cpp"
@@ -77,7 +78,7 @@ def decoder_layer(module: Any, hidden_states: Tensor, *arguments: Any, **options
         out: Tensor = type(module).forward(module, hidden_states, *arguments, **options)
         return out
     mlp, attention = module.mlp, module.self_attn
-    dtype = mlp.gate_proj.weight.dtype
+    dtype = _dtype_of(mlp.gate_proj)
     residual_TD = hidden_states[0].to(torch.float32, copy=True)
     normed_TD = _add_norm(residual_TD, None, module.input_layernorm, dtype)
     # In bfloat16 where there is a kernel for it, else in float32: torch's own is slower.
@@ -164,17 +165,24 @@ def _runs(layer: Any, hidden_1TD: Tensor) -> bool:
     )
     if layer.training or torch.is_grad_enabled():
         return False
-    dtype = getattr(mlp.gate_proj, "weight", hidden_1TD).dtype
+    dtype = _dtype_of(mlp.gate_proj)
+    plain = [linear for linear in linears if not isinstance(linear, Int8Linear)]
     return (
         dtype in (torch.float32, torch.bfloat16)
-        and all(isinstance(linear, nn.Linear) for linear in linears)
-        and plain_on_cpu(dtype, *(linear.weight for linear in linears))
+        and all(isinstance(linear, nn.Linear) for linear in plain)
+        and plain_on_cpu(dtype, *(linear.weight for linear in plain))
         and hidden_1TD.device.type == "cpu"
         and type(hidden_1TD) is Tensor
         and hidden_1TD.shape[0] == 1
         and not torch.is_autocast_enabled("cpu")
         and available()
     )
+
+
+def _dtype_of(linear: Any) -> Any:
+    """The type of what a linear layer takes and gives; None of a module of another kind."""
+    holder = linear if isinstance(linear, Int8Linear) else getattr(linear, "weight", None)
+    return getattr(holder, "dtype", None)
 
 
 def _add_norm(

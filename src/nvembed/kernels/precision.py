@@ -20,7 +20,7 @@ from typing import Any, overload
 import torch
 
 from nvembed.core import __version__
-from nvembed.core.arguments import Precision, PrecisionChoice
+from nvembed.core.arguments import FloatPrecision, Precision, PrecisionChoice
 from nvembed.core.cache import open_private, private_folders, read_private
 from nvembed.core.errors import UserError
 from nvembed.core.files import write_json
@@ -76,7 +76,7 @@ def choose_precision(begun: Precision | None, option: str | None) -> tuple[Preci
     return precision, f"computing in {precision} ({reason}{how})"
 
 
-def fastest_precision(device_type: str) -> Precision:
+def fastest_precision(device_type: str) -> FloatPrecision:
     """Return the type that matrix products are fastest in on a device of ``torch.device.type``.
 
     On a CPU that may multiply bfloat16, products are measured (0.1 seconds, then kept).

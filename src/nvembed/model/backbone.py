@@ -27,6 +27,7 @@ from nvembed.core.runs import TRAIN
 from nvembed.interop.adapter_folder import BACKBONE_CONFIG, named_base
 from nvembed.interop.loading import check_vocabulary, reason
 from nvembed.interop.model_folder import COPY_AGAIN, ModelSource, read_values
+from nvembed.kernels.int8 import Int8Linear
 from nvembed.kernels.layers import accelerate
 from nvembed.model.adapted_load import load_adapted, with_adapters
 from nvembed.model.attention import OTHER_BACKBONE, probe_direction
@@ -224,6 +225,9 @@ class Backbone(InputModule):
         self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any
     ) -> None:
         """Write weights (safetensors), configuration and tokenizer; of adapters not the base."""
+        if any(isinstance(module, Int8Linear) for module in self.model.modules()):
+            hint = "Load it without dtype int8, which is for encoding"
+            raise ModelError("weights in 8 bits are not saved", where=output_path, hint=hint)
         if is_adapted(self):
             # "auto" would ask the hub whether the vocabulary was changed; it never is.
             self.model.save_pretrained(output_path, save_embedding_layers=False)

@@ -29,12 +29,14 @@ from nvembed.interop.model_folder import (
 )
 from nvembed.interop.stock import read_stock
 from nvembed.interop.weights import check_finite
+from nvembed.kernels.build import this_cpu
 from nvembed.kernels.layers import accelerate
 from nvembed.model.backbone import Backbone
 from nvembed.model.encoding import EncodingModel
 from nvembed.model.official_load import load_official
 from nvembed.model.placement import DeviceMap
 from nvembed.model.pooling import POOLINGS, Pooling, build_pooling
+from nvembed.model.quantization import quantize_backbone
 from nvembed.model.settings import AttentionDirection, LongTexts, PoolingKind
 from nvembed.text.instructions import resolve_prompt, task_prompts
 
@@ -43,8 +45,9 @@ from nvembed.text.instructions import resolve_prompt, task_prompts
 _OWN: tuple[type[Module], ...] = (Backbone, *POOLINGS.values())
 _OWN_MODULES = {f"{cls.__module__}.{cls.__name__}": cls for cls in _OWN}
 
-DtypeName = Literal["float32", "bfloat16", "float16", "float64", "auto"]
-"""Types that weights are computed in; ``auto`` is the stored one."""
+_Stored = Literal["float32", "bfloat16", "float16", "float64", "auto"]
+DtypeName = Literal[_Stored, "int8"]
+"""Types that weights are computed in; ``auto`` is the stored one, ``int8`` is for encoding."""
 
 
 class EncodeOptions(TypedDict, total=False):
@@ -127,7 +130,8 @@ class NVEmbed(EncodingModel):
             device: ``None`` picks the best there is.
             device_map: spread the backbone over devices: ``"auto"``, or module name → device.
             dtype: ``None`` keeps the saved dtype (float32 for a new model; for an official one
-                bfloat16 on CUDA and float32 elsewhere); ``"auto"`` is the stored dtype.
+                bfloat16 on CUDA and float32 elsewhere); ``"auto"`` is the stored dtype. ``"int8"``
+                takes the products of the backbone in 8 bits, on a CPU and for encoding alone.
             revision: commit, tag or branch on the hub.
             token: access token of the hub, for gated models.
             cache_folder: where downloads are kept.
@@ -140,8 +144,13 @@ class NVEmbed(EncodingModel):
         kept_in = None if cache_folder is None else str(cache_folder)
         source = ModelSource(str(name_or_path), revision, token, kept_in, local_files_only)
         head = {"pooling": pooling, "num_latents": num_latents, "num_heads": num_heads}
-        place = _settled(device, device_map, dtype)
-        return cls._load(source, place, {**head, "attention": attention}, max_tokens)
+        in_bytes = dtype == "int8"
+        between: DtypeName = "bfloat16" if this_cpu().may_multiply_bfloat16 else "float32"
+        place = _settled(device, device_map, between if in_bytes else dtype)
+        model = cls._load(source, place, {**head, "attention": attention}, max_tokens)
+        if in_bytes:
+            quantize_backbone(model, "int8_products")
+        return model
 
     @classmethod
     def _load(
@@ -332,9 +341,9 @@ def _settled(
     if dtype is None or dtype == "auto":
         return _Place(usable, device_map, dtype)
     found = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    if str(found).removeprefix("torch.") not in get_args(DtypeName):
+    if str(found).removeprefix("torch.") not in get_args(_Stored):
         raise ConfigError(
-            f"{found} given", where="dtype", expected="float32, bfloat16, float16 or auto"
+            f"{found} given", where="dtype", expected="float32, bfloat16, float16, int8 or auto"
         )
     return _Place(usable, device_map, found)
 

@@ -297,15 +297,26 @@ def quantize(
         places = torch.tensor([1 << place for place in reversed(range(8))], device=bits.device)
         packed = (bits * places.short()).sum(dim=2)
         return packed.to(torch.uint8) if precision == "ubinary" else (packed - 128).to(torch.int8)
+    number_ND = numbered(vectors_ND, *calibration(vectors_ND, bounds))
+    return number_ND.to(torch.uint8) if precision == "uint8" else (number_ND - 128).to(torch.int8)
+
+
+def calibration(
+    vectors_ND: Tensor, bounds: tuple[float, float] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Least value and step ``(D,)`` of 256, of each dimension here or by ``bounds`` of all."""
     least_D, greatest_D = (
         (vectors_ND.amin(dim=0), vectors_ND.amax(dim=0))
         if bounds is None
         else vectors_ND.new_tensor(bounds)[:, None]
     )
     step_D = (greatest_D - least_D) / 255
-    step_D = torch.where(step_D == 0, torch.ones_like(step_D), step_D)
-    number_ND = ((vectors_ND - least_D) / step_D).floor().clamp(0, 255)
-    return number_ND.to(torch.uint8) if precision == "uint8" else (number_ND - 128).to(torch.int8)
+    return least_D, torch.where(step_D == 0, torch.ones_like(step_D), step_D)
+
+
+def numbered(vectors_ND: Tensor, least_D: Tensor, step_D: Tensor) -> Tensor:
+    """The step that each value lies in, 0 to 255."""
+    return ((vectors_ND - least_D) / step_D).floor().clamp(0, 255)
 
 
 def _cut(rows_ND: Tensor, truncate_dim: int | None, *, normalized: bool) -> Tensor:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from nvembed.core.arguments import Precision, check_arguments
+from nvembed.core.arguments import FloatPrecision, check_arguments
 from nvembed.core.config import StrictModel
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ class ModelSettings(StrictModel):
     attention: AttentionDirection | None = None
     pooling: PoolingSettings | None = None
     max_tokens: int = Field(default=512, ge=8)
-    dtype: Precision | None = None
+    dtype: FloatPrecision | None = None
     quantization: Literal["nf4", "int8"] | None = None
 
 

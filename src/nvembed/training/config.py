@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from nvembed.core.arguments import PrecisionChoice
+from nvembed.core.arguments import FloatPrecision
 from nvembed.core.config import StrictModel
 from nvembed.data.built_sets import MINED_KINDS
 from nvembed.data.config import BuildConfig, DatasetConfig, MiningConfig, local_sources
@@ -82,6 +82,9 @@ class StageConfig(StrictModel):
             exp(hardness · cosine); ``None`` is off.
         matryoshka: widths; the loss is the mean over embeddings cut to each of them, so that short
             embeddings are good too. Name the full width as well; ``None`` is the full width alone.
+        rounded: ``int8`` and ``binary``: at each width the loss is also taken of the vectors as
+            ``encode(precision=…)`` rounds them (int8 by the ranges of the step's texts), and the
+            mean of all counts; gradients pass straight through. ``None`` is plain vectors alone.
         contrastive: factor of the contrastive loss; ``None`` is off, and the stage learns from its
             teacher alone.
         teacher: learn from the vectors of another model; ``None`` is off.
@@ -110,6 +113,7 @@ class StageConfig(StrictModel):
     learn_temperature: bool = False
     hardness: float | None = Field(default=None, gt=0)
     matryoshka: tuple[Annotated[int, Field(ge=1)], ...] | None = Field(default=None, min_length=1)
+    rounded: tuple[Literal["int8", "binary"], ...] | None = Field(default=None, min_length=1)
     contrastive: float | None = Field(default=1.0, gt=0)
     teacher: TeacherConfig | None = None
     cosent: CosentConfig | None = None
@@ -219,7 +223,7 @@ class TrainConfig(StrictModel):
     stages: tuple[StageConfig, ...] = Field(min_length=1)
     optimizer: OptimizerConfig = OptimizerConfig()
     shard: bool = False
-    precision: PrecisionChoice = "auto"
+    precision: Literal["auto"] | FloatPrecision = "auto"
     pack_tokens: int = Field(default=4096, ge=16)
     memory_gb: float | None = Field(default=None, gt=0)
     activation_checkpointing: bool = False

@@ -1,4 +1,4 @@
-"""The loss of a batch of embeddings: InfoNCE over index matrices, Matryoshka, and other losses.
+"""The loss of a batch of embeddings: InfoNCE over index matrices, and other losses.
 
 In-batch negatives, mined negatives and all masks are entries of ``negative_BN``. The matrix of all
 queries times all documents is never held: a piece is computed, sent back and forgotten. Shapes: B
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, field
 
 import numpy as np
@@ -29,6 +29,7 @@ from nvembed.training.text_losses import (
     similarities_of_texts,
     spread_terms,
 )
+from nvembed.training.views import Rounding, View, views_of
 
 # Scores of one piece: 4 MB in float32, of which a few copies live at once. With pieces of 16 MB
 # the allocator kept 160 MB more, and they were no faster.
@@ -139,6 +140,7 @@ class Objective:
     teacher: TeacherConfig | None = None
     cosent: CosentConfig | None = None
     spread: SpreadConfig | None = None
+    rounded: tuple[Rounding, ...] | None = None  # besides the plain vectors; see ``views.py``
 
     @classmethod
     def of_stage(cls, stage: StageConfig) -> Objective:
@@ -154,6 +156,7 @@ class Objective:
             stage.teacher,
             stage.cosent,
             stage.spread,
+            stage.rounded,
         )
 
     @property
@@ -164,7 +167,8 @@ class Objective:
     @property
     def coupled(self) -> bool:
         """Whether a loss depends on all texts of a step together."""
-        return (self.teacher, self.cosent, self.spread) != (None, None, None)
+        ranges = self.rounded is not None and "int8" in self.rounded
+        return ranges or (self.teacher, self.cosent, self.spread) != (None, None, None)
 
 
 @dataclass(slots=True)
@@ -205,15 +209,17 @@ def evaluate_objective(
     """
     leaf_UD = embedding_UD.detach().to(torch.promote_types(embedding_UD.dtype, torch.float32))
     found = Evaluated(torch.zeros_like(leaf_UD))
+    views = views_of(leaf_UD, objective.dimensions, objective.rounded)
     with torch.enable_grad(), torch.autocast(embedding_UD.device.type, enabled=False):
         if len(batch.query_B) and objective.contrasts:
             tau = objective.temperature if log_temperature is None else log_temperature
-            _contrast(objective, leaf_UD, batch, tau, total_weight, piece_scores, found)
+            _contrast(objective, leaf_UD, views, batch, tau, total_weight, piece_scores, found)
         if objective.coupled:
             leaf_UD.requires_grad_()
             if objective.teacher is not None and batch.teacher_UE is not None:
-                _follow(objective, leaf_UD, batch.teacher_UE, projection, piece_scores, found)
-            found.send_back(_parts_of_texts(objective, leaf_UD, batch))
+                taught = batch.teacher_UE
+                _follow(objective, leaf_UD, views, taught, projection, piece_scores, found)
+            found.send_back(_parts_of_texts(objective, leaf_UD, views, batch))
             if leaf_UD.grad is not None:
                 found.gradient_UD += leaf_UD.grad
     return found
@@ -222,6 +228,7 @@ def evaluate_objective(
 def _contrast(
     objective: Objective,
     leaf_UD: Tensor,
+    views: Sequence[View],
     batch: ContrastiveBatch,
     temperature: float | Tensor,
     total_weight: float,
@@ -240,7 +247,7 @@ def _contrast(
         query_bD = leaf_UD[query_row_B[piece]].requires_grad_()
         tau = temperature.exp() if isinstance(temperature, Tensor) else temperature
         parts, sums = _piece_parts(
-            objective, query_bD, document_ND, batch, piece, weight_B[piece], tau
+            objective, query_bD, document_ND, views, batch, piece, weight_B[piece], tau
         )
         found.send_back(parts)
         if query_bD.grad is not None:
@@ -254,22 +261,21 @@ def _piece_parts(
     objective: Objective,
     query_bD: Tensor,
     document_ND: Tensor,
+    views: Sequence[View],
     batch: ContrastiveBatch,
     piece: slice,
     weight_b: Tensor,
     temperature: float | Tensor,
 ) -> tuple[dict[str, Tensor], ScoreSums]:
     """Losses of the rows of one piece, with their graph, and their sums at full width."""
-    device, width = query_bD.device, query_bD.shape[1]
+    device = query_bD.device
     positive_b = torch.as_tensor(batch.positive_B[piece], device=device)
     negative_bN = torch.as_tensor(batch.negative_BN[piece], device=device)
     full_bN = scores(query_bD, document_ND)
-    widths = objective.dimensions or (width,)
     parts: dict[str, Tensor] = {}
-    for cut in widths:
-        score_bN = full_bN
-        if cut < width:
-            score_bN = scores(*(cut_to(embedding, cut) for embedding in (query_bD, document_ND)))
+    for view in views:
+        seen_bD = view(query_bD)
+        score_bN = full_bN if seen_bD is query_bD else scores(seen_bD, view(document_ND))
         if objective.contrastive is not None:
             contrastive = objective.contrastive * info_nce(
                 score_bN,
@@ -292,12 +298,13 @@ def _piece_parts(
             )
             parts["distillation"] = parts.get("distillation", 0.0) + taught
     sums = ScoreSums.of_scores(full_bN.detach(), positive_b, negative_bN)
-    return {name: value / len(widths) for name, value in parts.items()}, sums
+    return {name: value / len(views) for name, value in parts.items()}, sums
 
 
 def _follow(
     objective: Objective,
     leaf_UD: Tensor,
+    views: Sequence[View],
     teacher: NDArray[np.float16],
     projection_ED: Tensor | None,
     piece_scores: int,
@@ -309,13 +316,11 @@ def _follow(
     taught_UE = torch.as_tensor(teacher, device=leaf_UD.device).to(leaf_UD.dtype)
     taught_UE = normalize(taught_UE, dim=1)  # 16 bit have moved it
     rows = max(1, piece_scores // len(leaf_UD))
-    widths = objective.dimensions or (leaf_UD.shape[1],)
     if settings.similarities is not None:
         for start in range(0, len(leaf_UD), rows):
             piece = slice(start, start + rows)
             values = [
-                similarities_of_texts(cut_to(leaf_UD, width), taught_UE, piece, settings)
-                for width in widths
+                similarities_of_texts(view(leaf_UD), taught_UE, piece, settings) for view in views
             ]
             found.send_back({"similarities": settings.similarities * torch.stack(values).mean()})
     if settings.vectors is not None:
@@ -324,12 +329,11 @@ def _follow(
 
 
 def _parts_of_texts(
-    objective: Objective, leaf_UD: Tensor, batch: ContrastiveBatch
+    objective: Objective, leaf_UD: Tensor, views: Sequence[View], batch: ContrastiveBatch
 ) -> dict[str, Tensor]:
     """Losses of graded pairs, and of texts by themselves."""
     device, found = leaf_UD.device, dict[str, list[Tensor]]()
-    widths = objective.dimensions or (leaf_UD.shape[1],)
-    for cut_UD in (cut_to(leaf_UD, width) for width in widths):
+    for cut_UD in (view(leaf_UD) for view in views):
         if objective.cosent is not None and (pairs := batch.graded) is not None:
             first_P, second_P = (torch.as_tensor(rows, device=device) for rows in pairs.rows_2P)
             cosine_P = (cut_UD[first_P] * cut_UD[second_P]).sum(dim=1)
@@ -349,12 +353,6 @@ def _parts_of_texts(
                 if weight is not None:
                     found.setdefault(name, []).append(weight * torch.stack(values).mean())
     return {name: torch.stack(values).mean() for name, values in found.items()}
-
-
-def cut_to(embedding_ND: Tensor, width: int) -> Tensor:
-    """The first dimensions of embeddings, at length 1 again."""
-    cut = width < embedding_ND.shape[1]
-    return normalize(embedding_ND[:, :width], dim=1) if cut else embedding_ND
 
 
 def new_temperature(stage: StageConfig | None, device: torch.device) -> nn.Parameter | None:

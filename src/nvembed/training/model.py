@@ -149,7 +149,8 @@ def _write(model: NVEmbed, config: TrainConfig, folder: Path) -> None:
     retrieval = {prompts[d.name] for d in config.datasets if d.kind == "retrieval"}
     if len(retrieval) == 1:
         prompts["query"] = retrieval.pop()
-    model.prompts = {"document": "", **task_prompts(), **prompts}
+    kept = {name: prompt for name, prompt in model.prompts.items() if prompt}  # of what it began as
+    model.prompts = {"document": "", **task_prompts(), **kept, **prompts}
     with _unwritten_is_an_error(folder), atomic_folder(folder, TRAIN) as temporary:
         model.save_pretrained(str(temporary), create_model_card=False)
 

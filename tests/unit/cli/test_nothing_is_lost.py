@@ -114,6 +114,14 @@ WRITERS: dict[str, list[Writer]] = {
             folders=("",),
         )
     ],
+    "compress": [
+        Writer(
+            "compress",
+            ("compress", "model", "--texts", "docs.jsonl", "--layers", "1", "--to", "OUT"),
+            files=("",),
+            folders=("",),
+        )
+    ],
     "merge": [Writer("merge", ("merge", "model", "--to", "OUT"), files=("",), folders=("",))],
     "train": [
         Writer(
@@ -216,13 +224,14 @@ UNMARKED = {
     "evaluation/results.py": {"open"},
     "encoding/files.py": {"write_json"},
     "encoding/outputs.py": {"create_table", "rmdir", "open", "rename"},
-    "model/backbone.py": {"save_pretrained"},
+    "model/backbone.py": {"save", "save_pretrained"},
     "encoding/export/folders.py": {"write_json", "write_text", "save_pretrained"},
     "encoding/export/onnx.py": {"write_json", "save", "save_pretrained"},
     "encoding/export/stock.py": {"save_pretrained", "save", "write_json"},
     "interop/weights.py": {"write_json"},
     "interop/merging.py": {"write_json"},
     "evaluation/soup.py": {"write_json"},
+    "compression/compress.py": {"save_pretrained", "write_json", "write_text"},
     "training/model.py": {"save_pretrained"},
     # A checkpoint, after a look at what else lies in its place.
     "training/checkpoint.py": {"open", "atomic_folder"},
@@ -500,6 +509,7 @@ OVERLAPS = {
         "evaluate model --tasks task --cache model",
         "index task --to task/db --model model",
         "export model --to model/new --format nvembed",
+        "compress model --texts docs.jsonl --layers 1 --to model/new",
         "train recipe.yaml output=model/run",
         "data build recipe.yaml build.folder=task/built datasets.0.path=task",
         "ablate grid.yaml output=task/grid",

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -70,14 +71,25 @@ def export_folder(
         ModelError: the model cannot be loaded, or not be expressed in that format.
     """
     to = Path(to)
+    check_new_folder(to, made_by=EXPORT, inputs=[name])
+    model = load_own(name, dtype or ("float32" if kind == "onnx" else "auto"))
+    export_model(model, to, kind, name=name, max_shard_bytes=max_shard_bytes)
+
+
+def check_new_folder(to: Path, *, made_by: str, inputs: Sequence[str | Path]) -> None:
+    """Refuse a place for a new model that holds something, lies in an input or is like a file."""
     check_folder_name(to)
-    check_outputs((), made_by=EXPORT, inputs=[name], places=[to])
+    check_outputs((), made_by=made_by, inputs=inputs, places=[to])
     if os.path.lexists(to) and (not to.is_dir() or any(to.iterdir())):
         raise ConfigError(
             "something is there already",
             where=f"--to {to}",
             expected="a new folder, or an empty one",
         )
+
+
+def load_own(name: str, dtype: Dtype | Literal["auto"]) -> NVEmbed:
+    """An embedding model of our own modules, on the CPU; a ModelError where it is another."""
     if model_kind(ModelSource(name)) == "language_model":
         raise ModelError(
             "a language model, not an embedding model",
@@ -85,8 +97,7 @@ def export_folder(
             expected="a folder that nvembed saved, or the layout of nvidia/NV-Embed-v2",
             hint="Train it first: nvembed train",
         )
-    stored: Literal["float32", "auto"] = "float32" if kind == "onnx" else "auto"
-    model = NVEmbed.from_pretrained(name, device="cpu", dtype=dtype or stored)
+    model = NVEmbed.from_pretrained(name, device="cpu", dtype=dtype)
     if not isinstance(model[0], Backbone):
         raise ModelError(
             f"its first module is a {type(model[0]).__name__}",
@@ -94,7 +105,7 @@ def export_folder(
             expected="a model that nvembed saved",
             hint="It is a sentence-transformers model already",
         )
-    export_model(model, to, kind, name=name, max_shard_bytes=max_shard_bytes)
+    return model
 
 
 @checked

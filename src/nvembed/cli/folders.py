@@ -1,0 +1,131 @@
+"""Commands that make a model of a model: ``export``, ``merge`` and ``compress``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import typer
+
+from nvembed.cli import options as opt
+from nvembed.core.errors import ConfigError
+
+
+@opt.described(
+    model="Folder or hub id: saved by nvembed, or NVIDIA's layout.",
+    to="The new folder.",
+    format="NVIDIA's layout, our own folder, stock sentence-transformers modules "
+    "(mean pooling only), or an ONNX graph.",
+    dtype="Of the weights. Default: as they are stored.",
+)
+def export(
+    model: str,
+    *,
+    to: Path,
+    format: Literal["nv-embed", "nvembed", "sentence-transformers", "onnx"],
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+) -> None:
+    """Write an embedding model in another format, with a model card.
+
+    Examples:
+
+    \b
+      nvembed export runs/mine/model --to out --format nv-embed --dtype float16
+      nvembed export nvidia/NV-Embed-v2 --to v2 --format nvembed --dtype bfloat16
+      nvembed export runs/mean/model --to plain --format sentence-transformers
+      nvembed export runs/mine/model --to graph --format onnx
+    """
+    from nvembed.encoding.export.folders import export_folder
+
+    export_folder(model, to, format, dtype=dtype)
+    typer.echo(f"written: {to} ({format})")
+
+
+@opt.described(
+    model="Folder or hub id: saved by nvembed, or NVIDIA's layout.",
+    texts=typer.Option(metavar="FILE", help="Texts that decide what goes; JSONL, CSV, TXT …"),
+    to="The new folder.",
+    layers=typer.Option(min=1, help="Layers that stay. Default: all."),
+    mlp=typer.Option(min=1, help="Channels that stay in each MLP. Default: all."),
+    vocabulary=typer.Option(min=1, help="Most tokens that stay. Default: all."),
+    sample=typer.Option(min=1, help="Texts that layers and channels are chosen by."),
+)
+def compress(
+    model: str,
+    *,
+    texts: Path,
+    to: Path,
+    layers: int | None = None,
+    mlp: int | None = None,
+    vocabulary: int | None = None,
+    sample: int = 128,
+) -> None:
+    """Make a model smaller: leave out layers, channels and tokens that texts can do without.
+
+    What goes is chosen by what it changes in the vectors. The new folder holds the model,
+    compression.json (what went; size, time and cosine after each step, on texts held out) and
+    recover.yaml, a recipe for `nvembed train` that learns back from the whole model.
+
+    Examples:
+
+    \b
+      nvembed compress runs/mine/model --texts texts.jsonl --layers 15 --to small
+      nvembed compress runs/mine/model --texts texts.jsonl --vocabulary 20000 --mlp 1024 --to small
+      nvembed train small/recover.yaml
+    """
+    from nvembed.compression import compress as compression
+
+    sizes = {"layers": layers, "mlp": mlp, "vocabulary": vocabulary}
+    found = compression.compress(model, texts, to, **sizes, sample=sample)
+    typer.echo(f"{'':<12}{'parameters':>14}{'MB':>10}{'seconds':>10}{'cosine':>10}")
+    for step in found.steps:
+        size = f"{step.parameters:>14,}{step.bytes / 1e6:>10,.1f}"
+        typer.echo(f"{step.step:<12}{size}{step.seconds:>10.2f}{step.cosine:>10.4f}")
+    typer.echo(f"written: {to}; to recover: nvembed train {to / compression.RECIPE}")
+
+
+@opt.described(
+    models=typer.Argument(metavar="MODEL...", help="Folders: saved models, or adapters (peft)."),
+    to="The new folder.",
+    weights=typer.Option(metavar="NUMBERS", help="Such as 2,1. Default: equal weights."),
+    method="slerp takes the arc between two models in place of the line.",
+    tasks=typer.Option(
+        metavar="FOLDER",
+        help="Task folder that decides the weights: a greedy soup. May be repeated.",
+    ),
+)
+def merge(
+    models: list[Path],
+    *,
+    to: Path,
+    weights: str | None = None,
+    method: Literal["linear", "slerp"] = "linear",
+    tasks: list[Path] | None = None,
+) -> None:
+    """Merge models that were tuned from one base: averages of their weights, heads among them.
+
+    With --tasks, a greedy soup: from the best model on, the others join in the order of their
+    scores where the mean score of the tasks does not fall. Adapters are merged as what they add to
+    the weights, so their ranks add up.
+
+    Examples:
+
+    \b
+      nvembed merge runs/seed-0/model runs/seed-1/model runs/seed-2/model --to soup
+      nvembed merge runs/a/model runs/b/model --to mixed --weights 0.7,0.3
+      nvembed merge runs/a/model runs/b/model --to arc --method slerp
+      nvembed merge runs/a/model runs/b/model --to best --tasks FOLDER
+    """
+    from nvembed.evaluation import soup
+
+    try:
+        numbers = None if weights is None else [float(one) for one in weights.split(",")]
+    except ValueError as error:
+        expected = "numbers with commas between them"
+        raise ConfigError(f"{weights!r}", where="--weights", expected=expected) from error
+    merged = soup.merge(models, to, weights=numbers, method=method, tasks=tasks)
+    for part in merged.parts:
+        alone = "" if part.score is None else f", {100 * part.score:.2f} alone"
+        typer.echo(f"{part.share:.3f}  {part.model}{alone}")
+    reached = "" if merged.score is None else f" ({100 * merged.score:.2f})"
+    typer.echo(f"written: {to}{reached}")

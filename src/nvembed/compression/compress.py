@@ -1,0 +1,267 @@
+"""``nvembed compress``: a smaller model of a model, what each step changed, and how to recover.
+
+The folder is an ordinary model. ``compression.json`` has what was left out and, after each step,
+the size, the time and the cosine to the whole model on texts that chose nothing. ``recover.yaml``
+is a recipe that teaches the small model the vectors of the whole one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from nvembed.compression.pruning import (
+    Packs,
+    channel_lengths,
+    cut_mlps,
+    decoder_layers,
+    gated_mlps,
+    layers_to_leave_out,
+    leave_out_layers,
+)
+from nvembed.compression.vocabulary import (
+    Vocabulary,
+    cut_tokenizer,
+    cut_vocabulary,
+    token_counts,
+    tokens_to_keep,
+)
+from nvembed.core.arguments import checked
+from nvembed.core.errors import ConfigError, DataError, ModelError
+from nvembed.core.files import atomic_folder, write_json, write_text
+from nvembed.core.reporting import progress
+from nvembed.encoding.embed import encode_window
+from nvembed.encoding.export.folders import check_new_folder, load_own
+from nvembed.encoding.reading import read_documents
+from nvembed.model.embedder import NVEmbed
+from nvembed.model.packs import CPU_PACK_TOKENS
+from nvembed.text.instructions import query_prompt
+from nvembed.text.packing import plan_packs
+
+COMPRESS = "compress"
+RECORD, RECIPE = "compression.json", "recover.yaml"
+_HELD_OUT = 256  # texts; of a small file a quarter
+_Count = Annotated[int, Field(ge=1)]
+
+
+class Step(NamedTuple):
+    """The model after a step."""
+
+    step: str  # what was made smaller; "whole" is the model as it came
+    parameters: int
+    bytes: int
+    cosine: float  # mean to the whole model's vectors, of the held-out texts
+    seconds: float  # that these texts took
+
+
+@dataclass(slots=True)
+class Compressed:
+    """What became of a model; ``compression.json`` has the same.
+
+    Attributes:
+        model: what it was made of.
+        texts: the file of texts.
+        held_out: texts that chose nothing.
+        steps: in order, the first is the whole model.
+        left_out: what each step left out, by its name.
+    """
+
+    model: str
+    texts: str
+    held_out: int
+    steps: list[Step] = field(default_factory=list)
+    left_out: dict[str, Any] = field(default_factory=dict)
+
+
+@checked
+def compress(
+    name: str,
+    texts: str | Path,
+    to: str | Path,
+    *,
+    layers: _Count | None = None,
+    mlp: _Count | None = None,
+    vocabulary: _Count | None = None,
+    sample: _Count = 128,
+) -> Compressed:
+    """Write a smaller model: fewer tokens, then fewer layers, then narrower MLPs.
+
+    Args:
+        name: folder or hub id of a model that was saved here or has the official layout.
+        texts: a file of documents, as ``nvembed encode`` reads it. A quarter of them, at most 256,
+            is held out to measure with.
+        to: the new folder; it appears when it is complete.
+        layers: how many stay; ``None`` is all. See ``compression/pruning.py`` for which.
+        mlp: channels that stay in the MLP of each layer; ``None`` is all.
+        vocabulary: most tokens that stay, chosen by the texts; ``None`` is all.
+        sample: texts that layers and channels are chosen by.
+
+    Raises:
+        ConfigError: nothing is to be made smaller, a number is not below the model's, or ``to``
+            holds something.
+        DataError: the texts cannot be read, or are fewer than eight different ones.
+        ModelError: the model cannot be loaded, or its family or tokenizer cannot be cut.
+    """
+    to = Path(to)
+    check_new_folder(to, made_by=COMPRESS, inputs=[name, texts])
+    if (layers, mlp, vocabulary) == (None, None, None):
+        expected = "layers, mlp or vocabulary"
+        raise ConfigError("nothing is to be made smaller", expected=expected)
+    held_out, corpus = _split(Path(texts))
+    model = load_own(name, "auto")
+    tokens = None if vocabulary is None else Vocabulary.of(model.backbone.tokenizer)
+    _check_sizes(model, {"layers": layers, "mlp": mlp, "vocabulary": vocabulary}, tokens)
+    found = Compressed(name, str(texts), len(held_out))
+    encode_window(model, held_out[:8], side="document")  # the first texts take longer
+    whole_ND = _note(found, "whole", model, held_out)
+    if tokens is not None and vocabulary is not None:
+        found.left_out["vocabulary"] = _cut_vocabulary(model, tokens, corpus, vocabulary)
+        _note(found, "vocabulary", model, held_out, whole_ND)
+    packs = _packs(model, corpus[:sample])
+    if layers is not None:
+        found.left_out["layers"] = _leave_out_layers(model, packs, layers)
+        _note(found, "layers", model, held_out, whole_ND)
+    if mlp is not None:
+        before = gated_mlps(model)[0].down_proj.in_features
+        cut_mlps(model, channel_lengths(model, packs), mlp)
+        found.left_out["mlp"] = {"channels": before - mlp}
+        _note(found, "mlp", model, held_out, whole_ND)
+    with atomic_folder(to, COMPRESS) as temporary:
+        model.save_pretrained(str(temporary), create_model_card=False)
+        _prove(model, temporary, held_out[:8], name)
+        write_json(
+            temporary / RECORD, asdict(found) | {"steps": [s._asdict() for s in found.steps]}
+        )
+        write_text(temporary / RECIPE, recovery_recipe(name, Path(texts), to, len(corpus)))
+    return found
+
+
+def _split(file: Path) -> tuple[list[str], list[str]]:
+    """Different texts in an order of their own: those held out, and the others."""
+    texts = list(dict.fromkeys(row.text for row in read_documents([file], keep_going=None)))
+    if len(texts) < 8:
+        raise DataError(f"{len(texts)} different texts", where=str(file), expected="at least 8")
+    mixed = [texts[row] for row in np.random.default_rng(0).permutation(len(texts))]
+    held_out = min(_HELD_OUT, len(texts) // 4)
+    return mixed[:held_out], mixed[held_out:]
+
+
+def _check_sizes(model: NVEmbed, wanted: dict[str, int | None], tokens: Vocabulary | None) -> None:
+    """Refuse what is not smaller, all of it at once."""
+    sizes = {}
+    if wanted["layers"] is not None:
+        sizes["layers"] = len(decoder_layers(model))
+    if wanted["mlp"] is not None:
+        sizes["mlp"] = gated_mlps(model)[0].down_proj.in_features
+    if tokens is not None:
+        sizes["vocabulary"] = len(tokens.ids)
+    wrong = [
+        f"{key}: {value} given, expected 1 to {sizes[key] - 1}"
+        for key, value in wanted.items()
+        if value is not None and value >= sizes[key]
+    ]
+    if wrong:
+        raise ConfigError("; ".join(wrong), where=COMPRESS)
+
+
+def _note(
+    found: Compressed,
+    step: str,
+    model: NVEmbed,
+    held_out: Sequence[str],
+    whole_ND: NDArray[np.float32] | None = None,
+) -> NDArray[np.float32]:
+    """Measure the model after a step."""
+    started = time.perf_counter()
+    vectors_ND = encode_window(model, held_out, side="document")
+    seconds = time.perf_counter() - started
+    whole_ND = vectors_ND if whole_ND is None else whole_ND
+    parameters = list(model.parameters())
+    found.steps.append(
+        Step(
+            step,
+            sum(value.numel() for value in parameters),
+            sum(value.numel() * value.element_size() for value in parameters),
+            float((vectors_ND * whole_ND).sum(axis=1).mean()),
+            round(seconds, 3),
+        )
+    )
+    return vectors_ND
+
+
+def _packs(model: NVEmbed, texts: Sequence[str]) -> Packs:
+    tokenized = model.backbone.tokenize_texts(texts)
+    plan = plan_packs(list(map(len, tokenized)), CPU_PACK_TOKENS)
+    return [[tokenized[row] for row in pack] for pack in plan]
+
+
+def _cut_vocabulary(
+    model: NVEmbed, tokens: Vocabulary, corpus: Sequence[str], size: int
+) -> dict[str, Any]:
+    tokenizer = model.backbone.tokenizer
+    template = query_prompt("Find it")  # behind which the first word of a text has a space
+    first_words = (template + text.split(maxsplit=1)[0] for text in corpus if text.strip())
+    counts = token_counts(tokenizer, corpus) + token_counts(tokenizer, first_words)
+    prompts = token_counts(tokenizer, [template, *filter(None, model.prompts.values())])
+    names = {number: token for token, number in tokens.ids.items()}
+    always = [names[number] for number in np.flatnonzero(prompts).tolist()]
+    kept = tokens_to_keep(tokens, counts, size, always)
+    cut, old_ids = cut_tokenizer(tokenizer, tokens, kept)
+    cut_vocabulary(model.backbone, cut, old_ids)
+    share = counts[old_ids].sum() / max(1, counts.sum())
+    return {"tokens": len(tokens.ids) - len(kept), "of_the_texts": float(1 - share)}
+
+
+def _leave_out_layers(model: NVEmbed, packs: Packs, keep: int) -> list[dict[str, Any]]:
+    with progress(len(decoder_layers(model)) - keep, "layers") as bar:
+        dropped = layers_to_leave_out(model, packs, keep, lambda: bar.advance(1))
+    leave_out_layers(model, [layer for layer, _ in dropped])
+    return [each._asdict() for each in dropped]
+
+
+def _prove(model: NVEmbed, folder: Path, texts: Sequence[str], name: str) -> None:
+    """Compare what was written with what is in memory: tokenizers are rebuilt when they load."""
+    written = encode_window(load_own(str(folder), "auto"), texts, side="document")
+    difference = float(np.abs(written - encode_window(model, texts, side="document")).max())
+    if not difference <= 1e-5:
+        raise ModelError(
+            f"the written model gives other vectors (by up to {difference:.1e})",
+            where=name,
+            hint="Leave vocabulary out, or report the model's family",
+        )
+
+
+def recovery_recipe(name: str, texts: Path, to: Path, count: int) -> str:
+    """A recipe, to lie in the folder ``to``, that teaches it the vectors of the whole model."""
+
+    def seen_from(path: str | Path) -> str:
+        place = os.path.relpath(Path(path).resolve(), to.resolve())
+        return json.dumps(place if Path(path).exists() else str(path), ensure_ascii=False)
+
+    batch = min(128, count)
+    output = json.dumps(f"{to}-recovered", ensure_ascii=False)
+    return f"""\
+# What `nvembed compress` took is learned back from the whole model: nvembed train {RECIPE}
+output: {output}   # from the folder in which the command runs; other paths from here
+model: {{backbone: {json.dumps(f"../{to.resolve().name}", ensure_ascii=False)}}}
+lora: null   # all weights; for a large model {{rank: 16}}
+datasets:
+  - {{name: texts, path: {seen_from(texts)}, kind: text, instruction: null, stages: [1]}}
+stages:
+  - name: recover
+    steps: {max(20, min(2000, 3 * count // batch))}
+    batch_size: {batch}
+    in_batch_negatives: false
+    num_negatives: 0
+    contrastive: null
+    teacher: {{model: {seen_from(name)}, similarities: 1.0, vectors: 1.0}}
+"""

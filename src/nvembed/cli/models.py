@@ -62,19 +62,21 @@ def doctor(
 
 @opt.described(
     model="Folder or hub id: saved by nvembed, or NVIDIA's layout.",
-    to="The new folder.",
+    to="The new folder; with gguf a file.",
     format="NVIDIA's layout, our own folder, stock sentence-transformers modules "
-    "(mean pooling only), or an ONNX graph.",
+    "(mean pooling only), an ONNX graph, or a GGUF file for llama.cpp and Ollama.",
     dtype="Of the weights. Default: as they are stored.",
+    quantize="Of a GGUF file's matrices. Default: f16.",
 )
 def export(
     model: str,
     *,
     to: Path,
-    format: Literal["nv-embed", "nvembed", "sentence-transformers", "onnx"],
+    format: Literal["nv-embed", "nvembed", "sentence-transformers", "onnx", "gguf"],
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    quantize: Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"] | None = None,
 ) -> None:
-    """Write an embedding model in another format, with a model card.
+    """Write an embedding model in another format, the folders with a model card.
 
     Examples:
 
@@ -83,7 +85,18 @@ def export(
       nvembed export nvidia/NV-Embed-v2 --to v2 --format nvembed --dtype bfloat16
       nvembed export runs/mean/model --to plain --format sentence-transformers
       nvembed export runs/mine/model --to graph --format onnx
+      nvembed export runs/mean/model --to model.gguf --format gguf --quantize q8_0
     """
+    if format == "gguf":
+        if dtype is not None:
+            raise ConfigError("--dtype is of folders", expected="--quantize with --format gguf")
+        from nvembed.encoding.export.gguf import export_gguf
+
+        export_gguf(model, to, quantize or "f16")
+        typer.echo(f"written: {to} ({quantize or 'f16'})")
+        return
+    if quantize is not None:
+        raise ConfigError("--quantize is of GGUF files", expected="--format gguf with it")
     from nvembed.encoding.export.folders import export_folder
 
     export_folder(model, to, format, dtype=dtype)

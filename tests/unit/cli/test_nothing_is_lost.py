@@ -112,7 +112,12 @@ WRITERS: dict[str, list[Writer]] = {
             ("export", "model", "--to", "OUT", "--format", "nvembed"),
             files=("",),
             folders=("",),
-        )
+        ),
+        Writer(
+            "export",
+            ("export", "model", "--to", "OUT.gguf", "--format", "gguf"),
+            files=(".gguf",),
+        ),
     ],
     "merge": [Writer("merge", ("merge", "model", "--to", "OUT"), files=("",), folders=("",))],
     "train": [
@@ -216,7 +221,7 @@ UNMARKED = {
     "evaluation/results.py": {"open"},
     "encoding/files.py": {"write_json"},
     "encoding/outputs.py": {"create_table", "rmdir", "open", "rename"},
-    "model/backbone.py": {"save_pretrained"},
+    "model/backbone.py": {"save", "save_pretrained"},
     "encoding/export/folders.py": {"write_json", "write_text", "save_pretrained"},
     "encoding/export/onnx.py": {"write_json", "save", "save_pretrained"},
     "encoding/export/stock.py": {"save_pretrained", "save", "write_json"},

@@ -5,7 +5,7 @@ nvembed                 our own folder in another dtype, or an official checkpoi
 sentence-transformers   stock modules, no code of ours (``encoding/export/stock.py``)
 onnx                    one graph over padded rows (``encoding/export/onnx.py``)
 
-Each with a model card (``model_card.jinja``).
+Each with a model card (``model_card.jinja``). A GGUF file, ``encoding/export/gguf.py``, has none.
 """
 
 from __future__ import annotations
@@ -78,6 +78,13 @@ def export_folder(
             where=f"--to {to}",
             expected="a new folder, or an empty one",
         )
+    stored: Literal["float32", "auto"] = "float32" if kind == "onnx" else "auto"
+    model = load_for_export(name, dtype or stored)
+    export_model(model, to, kind, name=name, max_shard_bytes=max_shard_bytes)
+
+
+def load_for_export(name: str, dtype: Dtype | Literal["auto"]) -> NVEmbed:
+    """Load an embedding model that was saved here; a ModelError says what else it is."""
     if model_kind(ModelSource(name)) == "language_model":
         raise ModelError(
             "a language model, not an embedding model",
@@ -85,8 +92,7 @@ def export_folder(
             expected="a folder that nvembed saved, or the layout of nvidia/NV-Embed-v2",
             hint="Train it first: nvembed train",
         )
-    stored: Literal["float32", "auto"] = "float32" if kind == "onnx" else "auto"
-    model = NVEmbed.from_pretrained(name, device="cpu", dtype=dtype or stored)
+    model = NVEmbed.from_pretrained(name, device="cpu", dtype=dtype)
     if not isinstance(model[0], Backbone):
         raise ModelError(
             f"its first module is a {type(model[0]).__name__}",
@@ -94,7 +100,7 @@ def export_folder(
             expected="a model that nvembed saved",
             hint="It is a sentence-transformers model already",
         )
-    export_model(model, to, kind, name=name, max_shard_bytes=max_shard_bytes)
+    return model
 
 
 @checked

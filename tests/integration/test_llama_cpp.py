@@ -6,7 +6,14 @@ test needs a real decoder of the Llama family: ``$NVEMBED_DECODER``, or the pack
 
 from __future__ import annotations
 
+import json
 import os
+import re
+import shlex
+import shutil
+import subprocess
+import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -153,3 +160,59 @@ def test_a_real_model_has_our_vectors_on_200_texts(
     model, folder = real_model
     export_gguf(str(folder), tmp_path / "m.gguf", kind)
     check(model, tmp_path / "m.gguf", real_texts, least)
+
+
+# --- docs/serving-elsewhere.md --------------------------------------------------------------------
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "serving-elsewhere.md"
+
+
+def blocks(language: str) -> list[str]:
+    text = PAGE.read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture
+def exported(tmp_path: Path, wide_decoder_dir: Path, monkeypatch: pytest.MonkeyPatch) -> NVEmbed:
+    """A tiny model, written where the commands of the page look for it."""
+    monkeypatch.chdir(tmp_path)
+    model = NVEmbed.from_pretrained(wide_decoder_dir, device="cpu")
+    model.save_pretrained("model", create_model_card=False)
+    export_gguf("model", "model.gguf", "f16")
+    return model
+
+
+def test_the_snippet_of_the_page(exported: NVEmbed, capfd: pytest.CaptureFixture[str]) -> None:
+    (snippet,) = blocks("python")
+    names: dict[str, Any] = {}
+    exec(compile(snippet, PAGE.name, "exec"), names)
+    assert capfd.readouterr().out == "2 64\n"
+    expected = exported.encode([names["query"], "sorted(x) sorts."])
+    np.testing.assert_allclose(names["vectors"], expected, atol=2e-3)
+
+
+@pytest.mark.skipif(shutil.which("llama-server") is None, reason="needs llama-server in the PATH")
+def test_the_server_of_the_page(exported: NVEmbed) -> None:
+    (block,) = blocks("sh")
+    serve, request = (shlex.split(line) for line in block.replace("\\\n", " ").strip().split("\n"))
+    with subprocess.Popen(serve, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as server:
+        try:
+            _wait(server, request[1].replace("/v1/embeddings", "/health"))
+            answer = json.loads(subprocess.run(request, check=True, capture_output=True).stdout)
+        finally:
+            server.terminate()
+    vectors = [row["embedding"] for row in answer["data"]]
+    texts = json.loads(request[request.index("-d") + 1])["input"]
+    np.testing.assert_allclose(vectors, exported.encode(texts), atol=2e-3)
+
+
+def _wait(server: subprocess.Popen[bytes], address: str) -> None:
+    for _ in range(600):
+        assert server.poll() is None, "the server ended"
+        try:
+            with urllib.request.urlopen(address) as answer:
+                if answer.status == 200:
+                    return
+        except OSError:
+            time.sleep(0.1)
+    raise AssertionError("the server did not start")

@@ -14,6 +14,7 @@ import yaml
 
 import nvembed
 from api_page import PAGE, api_page
+from families import make_family
 from nvembed.cli.main import run
 from nvembed.core.config import load_config
 from nvembed.core.files import write_jsonl
@@ -181,12 +182,15 @@ def test_every_block_of_the_documents_is_run() -> None:
         assert known is None or languages == known, document.name
 
 
-def test_the_exports_for_other_servers_run(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_exports_for_other_servers_run(
+    place: Path, byte_level_tokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("gguf", reason="needs the extra gguf")
     text = (ROOT / "docs" / "serving-elsewhere.md").read_text(encoding="utf-8")
     for block in re.findall(r"^#+ .*?(?=^#+ |\Z)", text, re.MULTILINE | re.DOTALL):
         assert ("```text" in block) == ("(not tested here)" in block.split("\n")[0])
-    model = nvembed.NVEmbed.from_pretrained(place / "MODEL", device="cpu")
+    make_family("llama", place / "lm", byte_level_tokenizer)
+    model = nvembed.NVEmbed.from_pretrained(place / "lm", device="cpu")
     model.save_pretrained(str(place / "runs" / "demo" / "model"), create_model_card=False)
     for words in command_lines(text):
         assert run(words[1:]) == 0, f"{words}: {capsys.readouterr().err}"

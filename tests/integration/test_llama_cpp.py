@@ -112,7 +112,24 @@ TINY: dict[str, tuple[str, Callable[[], Any], dict[str, Any], dict[str, Any]]] =
 @pytest.mark.parametrize("case", list(TINY))
 def test_tiny_models_have_our_vectors(tmp_path: Path, case: str, monkeypatch) -> None:
     family, make_tokenizer, rope, settings = TINY[case]
-    tokenizer = make_tokenizer()
+    wide_families(monkeypatch, family, rope)
+    model = tiny_model(tmp_path, family, make_tokenizer(), "f32", **settings)
+    texts = [*TRICKY_TEXTS, "some text of 12 words or so", PROMPT + "what is the longest river?"]
+    # Keys and values in float32 too, as llama.cpp keeps them in float16 otherwise.
+    check(model, tmp_path / "model.gguf", texts, 0.99999, type_k=0, type_v=0)
+
+
+def tiny_model(folder: Path, family: str, tokenizer: Any, kind: Any, **settings: Any) -> NVEmbed:
+    """A random model, and the file ``model.gguf`` that it is exported to."""
+    make_family(family, folder / "lm", tokenizer)
+    model = NVEmbed.from_pretrained(folder / "lm", device="cpu", max_tokens=MOST_TOKENS, **settings)
+    model.save_pretrained(str(folder / "model"), create_model_card=False)
+    export_gguf(str(folder / "model"), folder / "model.gguf", kind)
+    return model
+
+
+def wide_families(monkeypatch: pytest.MonkeyPatch, family: str, rope: dict[str, Any]) -> None:
+    """Give the family heads of 32, as the kernels of llama.cpp want, and other positions."""
     changes = {"max_position_embeddings": MOST_TOKENS, "head_dim": 32}
     if family == "gemma3_text":  # the sixth layer is the first without a window
         changes |= {"num_hidden_layers": 6, "query_pre_attn_scalar": 32}
@@ -120,25 +137,11 @@ def test_tiny_models_have_our_vectors(tmp_path: Path, case: str, monkeypatch) ->
         changes["hidden_size"] = 128
     for key, value in changes.items():
         monkeypatch.setitem(COMMON, key, value)
-    monkeypatch.setattr("families.FAMILIES", _widened(family, rope))
-    make_family(family, tmp_path / "lm", tokenizer)
-    model = NVEmbed.from_pretrained(
-        tmp_path / "lm", device="cpu", max_tokens=MOST_TOKENS, **settings
-    )
-    model.save_pretrained(str(tmp_path / "model"), create_model_card=False)
-    export_gguf(str(tmp_path / "model"), tmp_path / "m.gguf", "f32")
-    texts = [*TRICKY_TEXTS, "some text of 12 words or so", PROMPT + "what is the longest river?"]
-    # Keys and values in float32 too, as llama.cpp keeps them in float16 otherwise.
-    check(model, tmp_path / "m.gguf", texts, 0.99999, type_k=0, type_v=0)
-
-
-def _widened(family: str, rope: dict[str, Any]) -> dict[str, Any]:
-    """The family with heads of 32, as the kernels of llama.cpp want, and other positions."""
-    name, changes = FAMILIES[family]
-    settled = {**changes, "head_dim": 32}
+    name, own = FAMILIES[family]
+    settled = {**own, "head_dim": 32}
     if rope:
         settled["rope_parameters"] = {"rope_theta": 10000.0, **rope}
-    return {**FAMILIES, family: (name, settled)}
+    monkeypatch.setitem(FAMILIES, family, (name, settled))
 
 
 @pytest.fixture(scope="session")
@@ -173,20 +176,18 @@ def blocks(language: str) -> list[str]:
 
 
 @pytest.fixture
-def exported(tmp_path: Path, wide_decoder_dir: Path, monkeypatch: pytest.MonkeyPatch) -> NVEmbed:
+def exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> NVEmbed:
     """A tiny model, written where the commands of the page look for it."""
     monkeypatch.chdir(tmp_path)
-    model = NVEmbed.from_pretrained(wide_decoder_dir, device="cpu")
-    model.save_pretrained("model", create_model_card=False)
-    export_gguf("model", "model.gguf", "f16")
-    return model
+    wide_families(monkeypatch, "llama", {})
+    return tiny_model(tmp_path, "llama", trained("gpt-2"), "f16")
 
 
 def test_the_snippet_of_the_page(exported: NVEmbed, capfd: pytest.CaptureFixture[str]) -> None:
     (snippet,) = blocks("python")
     names: dict[str, Any] = {}
     exec(compile(snippet, PAGE.name, "exec"), names)
-    assert capfd.readouterr().out == "2 64\n"
+    assert capfd.readouterr().out == "2 128\n"
     expected = exported.encode([names["query"], "sorted(x) sorts."])
     np.testing.assert_allclose(names["vectors"], expected, atol=2e-3)
 

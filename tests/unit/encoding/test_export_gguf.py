@@ -268,6 +268,12 @@ def unigram() -> PreTrainedTokenizerFast:
     )
 
 
+def dropping() -> PreTrainedTokenizerFast:
+    tokenizer = trained("gpt-2")
+    tokenizer.backend_tokenizer.model.dropout = 0.5
+    return tokenizer
+
+
 def few_bytes() -> PreTrainedTokenizerFast:
     state = json.loads(sentencepiece().backend_tokenizer.to_str())
     vocabulary = state["model"]["vocab"]
@@ -292,7 +298,8 @@ def unmerged() -> PreTrainedTokenizerFast:
     ("make", "said"),
     [
         (odd_splits, r"splits or normalises texts by rules .* has no name for; expected those of"),
-        (unigram, "its tokenizer is Unigram with its own rules; expected BPE"),
+        (unigram, "its tokenizer is Unigram without merges; expected BPE with merges"),
+        (dropping, "its tokenizer is BPE with affixes or dropout"),
         (few_bytes, "no token for the byte <0x7F>"),
         (unmerged, "the file's tokenizer gives other ids than the model's for"),
     ],

@@ -52,10 +52,12 @@ def tokenizer_settings(backbone: Backbone, rows: int, *, name: str) -> dict[str,
     backend = plain_backend(tokenizer)
     state = json.loads(backend.to_str())
     model = state["model"]
-    if model["type"] != "BPE" or any(
+    if not model.get("merges"):
+        raise _refusal(f"its tokenizer is {model['type']} without merges", "BPE with merges", name)
+    if any(
         model.get(key) for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
     ):
-        raise _refusal(f"its tokenizer is {model['type']} with its own rules", "BPE", name)
+        raise _refusal("its tokenizer is BPE with affixes or dropout", "plain BPE", name)
     added = {token["id"]: token["special"] for token in state["added_tokens"]}
     by_id = {number: token for token, number in backend.get_vocab().items()}
     tokens = [by_id.get(row, f"[PAD{row}]") for row in range(rows)]

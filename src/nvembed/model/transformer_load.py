@@ -237,7 +237,7 @@ def split_rules(split: str | None) -> pre_tokenizers.PreTokenizer | None:
     if split in _SINGLE_DIGITS:
         digits = pre_tokenizers.Digits(individual_digits=True)
         return pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    if (pattern := _their_splits().get(split)) is None:
+    if (pattern := _their_splits().get(str(split))) is None:
         return None
     pieces = pre_tokenizers.Split(Regex(pattern), "isolated")
     plain = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -249,11 +249,10 @@ def whole_pieces(split: str | None) -> bool:
     return split in _WHOLE_PIECES
 
 
-def _their_splits() -> Mapping[str | None, str]:
+def _their_splits() -> Mapping[str, str]:
     from transformers.integrations.gguf import gguf_tokenizer_mapping as theirs
 
-    found: Mapping[str | None, str] = theirs.GGUF_PRE_TOKENIZER_SPLITS
-    return found
+    return theirs.GGUF_PRE_TOKENIZER_SPLITS
 
 
 def load_gguf_tokenizer(file: GgufFile) -> PreTrainedTokenizerFast:
@@ -277,7 +276,7 @@ def load_gguf_tokenizer(file: GgufFile) -> PreTrainedTokenizerFast:
         raise ModelError(
             f"its tokenizer splits texts by the rules of {split!r}, which are not known",
             where=where,
-            expected=f"one of {', '.join(sorted(map(str, known)))}",
+            expected=f"one of {', '.join(sorted(known))}",
             hint="Take a newer conversion, or the model's folder (safetensors)",
         )
     with loading(where, expected="a tokenizer in a GGUF file"):

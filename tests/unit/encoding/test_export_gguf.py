@@ -24,6 +24,7 @@ from nvembed import NVEmbed
 from nvembed.cli.main import run
 from nvembed.core.errors import ConfigError, ModelError
 from nvembed.encoding.export import gguf as export
+from nvembed.encoding.export import gguf_tokenizer as export_tokenizer
 from nvembed.encoding.export.gguf import export_gguf
 from nvembed.interop.gguf import read_gguf
 from nvembed.model.backbone import Backbone
@@ -234,6 +235,36 @@ def test_a_tokenizer_comes_back_the_same(tmp_path: Path, pre: str) -> None:
     assert settings.get("tokenizer.ggml.add_space_prefix") == {"spaced": True, "bare": False}.get(
         pre
     )
+
+
+def metaspace() -> PreTrainedTokenizerFast:
+    """As Mistral's of later versions: no second space in front of a text that begins with one."""
+    tokenizer = sentencepiece()
+    tokenizer.backend_tokenizer.normalizer = None
+    pieces = rules.Metaspace(prepend_scheme="first", split=False)
+    tokenizer.backend_tokenizer.pre_tokenizer = pieces
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("make", "said", "exact"),
+    [
+        (metaspace, "puts a space in front of every text", str.lstrip),
+        (lambda: trained("qwen2"), "does not compose characters", str),
+        (lambda: trained("gpt-2"), None, str),
+    ],
+)
+def test_where_llama_cpp_differs_is_said(tmp_path, monkeypatch, make, said, exact) -> None:
+    notes: list[str] = []
+    monkeypatch.setattr(export_tokenizer, "hold_note", notes.append)
+    tokenizer = make()
+    export_gguf(str(save("llama", tmp_path, tokenizer)), tmp_path / "m.gguf", "f32")
+    assert [said in note for note in notes] == ([] if said is None else [True])
+    back = Backbone.from_pretrained(str(tmp_path / "m.gguf")).tokenizer
+    # Of special tokens in a text the two kinds of spaces differ too.
+    for text in map(exact, (text for text in TRICKY if "<s>" not in text)):
+        expected = tokenizer(text, add_special_tokens=False).input_ids
+        assert back(text, add_special_tokens=False).input_ids == expected, text
 
 
 def test_rows_without_a_token_get_one(tmp_path: Path) -> None:

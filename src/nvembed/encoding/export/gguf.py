@@ -99,7 +99,8 @@ def write_gguf(model: NVEmbed, to: Path, kind: Kind, *, name: str) -> None:
     ``name`` is what it is called in errors and in the file; the rest as of :func:`export_gguf`.
     """
     merge_lora(model.backbone)
-    backbone, decoder = model.backbone, model.backbone.model
+    backbone = model.backbone
+    decoder: Any = backbone.model
     architecture = _check_carried(model, name)
     values = _settings(model, architecture)
     rows = int(decoder.get_input_embeddings().weight.shape[0])

@@ -14,6 +14,7 @@ import yaml
 
 import nvembed
 from api_page import PAGE, api_page
+from families import make_family
 from nvembed.cli.main import run
 from nvembed.core.config import load_config
 from nvembed.core.files import write_jsonl
@@ -172,11 +173,29 @@ def test_every_block_of_the_documents_is_run() -> None:
     run_here |= {"index.md": {"bash"}, "evaluation.md": {"yaml"}}
     run_here |= {"api.md": {"python"}}  # signatures, compared with the code
     run_there = {"server.md": {"bash", "sh", "python"}}
+    # The rest of it by tests/integration/test_llama_cpp.py; text is marked as not tested.
+    run_there |= {"serving-elsewhere.md": {"bash", "sh", "python", "text"}}
     for document in DOCUMENTS:
         text = document.read_text(encoding="utf-8")
         languages = set(re.findall(r"^```(\w+)$", text, re.MULTILINE))
         known = (run_here | run_there).get(document.name, set())
         assert known is None or languages == known, document.name
+
+
+def test_the_exports_for_other_servers_run(
+    place: Path, byte_level_tokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("gguf", reason="needs the extra gguf")
+    text = (ROOT / "docs" / "serving-elsewhere.md").read_text(encoding="utf-8")
+    for block in re.findall(r"^#+ .*?(?=^#+ |\Z)", text, re.MULTILINE | re.DOTALL):
+        assert ("```text" in block) == ("(not tested here)" in block.split("\n")[0])
+    make_family("llama", place / "lm", byte_level_tokenizer)
+    model = nvembed.NVEmbed.from_pretrained(place / "lm", device="cpu")
+    model.save_pretrained(str(place / "runs" / "demo" / "model"), create_model_card=False)
+    for words in command_lines(text):
+        assert run(words[1:]) == 0, f"{words}: {capsys.readouterr().err}"
+    assert (place / "model.gguf").read_bytes()[:4] == b"GGUF"
+    assert (place / "plain" / "modules.json").is_file()
 
 
 def test_the_commands_of_the_index_run(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,19 +13,21 @@ from nvembed.core.errors import ConfigError
 
 @opt.described(
     model="Folder or hub id: saved by nvembed, or NVIDIA's layout.",
-    to="The new folder.",
+    to="The new folder; with gguf a file.",
     format="NVIDIA's layout, our own folder, stock sentence-transformers modules "
-    "(mean pooling only), or an ONNX graph.",
+    "(mean pooling only), an ONNX graph, or a GGUF file for llama.cpp and Ollama.",
     dtype="Of the weights. Default: as they are stored.",
+    quantize="Of a GGUF file's matrices. Default: f16.",
 )
 def export(
     model: str,
     *,
     to: Path,
-    format: Literal["nv-embed", "nvembed", "sentence-transformers", "onnx"],
+    format: Literal["nv-embed", "nvembed", "sentence-transformers", "onnx", "gguf"],
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    quantize: Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"] | None = None,
 ) -> None:
-    """Write an embedding model in another format, with a model card.
+    """Write an embedding model in another format, the folders with a model card.
 
     Examples:
 
@@ -34,7 +36,18 @@ def export(
       nvembed export nvidia/NV-Embed-v2 --to v2 --format nvembed --dtype bfloat16
       nvembed export runs/mean/model --to plain --format sentence-transformers
       nvembed export runs/mine/model --to graph --format onnx
+      nvembed export runs/mean/model --to model.gguf --format gguf --quantize q8_0
     """
+    if format == "gguf":
+        if dtype is not None:
+            raise ConfigError("--dtype is of folders", expected="--quantize with --format gguf")
+        from nvembed.encoding.export.gguf import export_gguf
+
+        export_gguf(model, to, quantize or "f16")
+        typer.echo(f"written: {to} ({quantize or 'f16'})")
+        return
+    if quantize is not None:
+        raise ConfigError("--quantize is of GGUF files", expected="--format gguf with it")
     from nvembed.encoding.export.folders import export_folder
 
     export_folder(model, to, format, dtype=dtype)
@@ -48,6 +61,7 @@ def export(
     layers=typer.Option(min=1, help="Layers that stay. Default: all."),
     mlp=typer.Option(min=1, help="Channels that stay in each MLP. Default: all."),
     vocabulary=typer.Option(min=1, help="Most tokens that stay. Default: all."),
+    head_free="Pool all tokens by their mean, the prompt's too, as servers do that know no head.",
     sample=typer.Option(min=1, help="Texts that layers and channels are chosen by."),
 )
 def compress(
@@ -58,13 +72,16 @@ def compress(
     layers: int | None = None,
     mlp: int | None = None,
     vocabulary: int | None = None,
+    head_free: bool = False,
     sample: int = 128,
 ) -> None:
     """Make a model smaller: leave out layers, channels and tokens that texts can do without.
 
     What goes is chosen by what it changes in the vectors. The new folder holds the model,
     compression.json (what went; size, time and cosine after each step, on texts held out) and
-    recover.yaml, a recipe for `nvembed train` that learns back from the whole model.
+    recover.yaml, a recipe for `nvembed train` that learns back from the whole model. With
+    --head-free the model that recovers needs no latent attention and no pool mask: it can be
+    exported for llama.cpp, vLLM and any other server (--format gguf, sentence-transformers).
 
     Examples:
 
@@ -72,11 +89,12 @@ def compress(
       nvembed compress runs/mine/model --texts texts.jsonl --layers 15 --to small
       nvembed compress runs/mine/model --texts texts.jsonl --vocabulary 20000 --mlp 1024 --to small
       nvembed train small/recover.yaml
+      nvembed compress runs/mine/model --texts texts.jsonl --head-free --to plain
     """
     from nvembed.compression import compress as compression
 
     sizes = {"layers": layers, "mlp": mlp, "vocabulary": vocabulary}
-    found = compression.compress(model, texts, to, **sizes, sample=sample)
+    found = compression.compress(model, texts, to, **sizes, head_free=head_free, sample=sample)
     typer.echo(f"{'':<12}{'parameters':>14}{'MB':>10}{'seconds':>10}{'cosine':>10}")
     for step in found.steps:
         size = f"{step.parameters:>14,}{step.bytes / 1e6:>10,.1f}"

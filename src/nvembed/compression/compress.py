@@ -18,6 +18,7 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
+from sentence_transformers.base.modules import Normalize
 
 from nvembed.compression.pruning import (
     Packs,
@@ -42,13 +43,17 @@ from nvembed.core.reporting import progress
 from nvembed.encoding.embed import encode_window
 from nvembed.encoding.export.folders import check_new_folder, load_own
 from nvembed.encoding.reading import read_documents
+from nvembed.model.backbone import Backbone
 from nvembed.model.embedder import NVEmbed
 from nvembed.model.packs import CPU_PACK_TOKENS
-from nvembed.text.instructions import query_prompt
+from nvembed.model.pooling import MeanPooling
+from nvembed.text.instructions import prompt_instruction, query_prompt, task_prompts
 from nvembed.text.packing import plan_packs
 
 COMPRESS = "compress"
 RECORD, RECIPE = "compression.json", "recover.yaml"
+_MOST_PROMPTS = 8
+_INSTRUCTION = "Given a question, retrieve passages that answer the question"
 _HELD_OUT = 256  # texts; of a small file a quarter
 _Count = Annotated[int, Field(ge=1)]
 
@@ -91,9 +96,10 @@ def compress(
     layers: _Count | None = None,
     mlp: _Count | None = None,
     vocabulary: _Count | None = None,
+    head_free: bool = False,
     sample: _Count = 128,
 ) -> Compressed:
-    """Write a smaller model: fewer tokens, then fewer layers, then narrower MLPs.
+    """Write a smaller model: fewer tokens, then fewer layers, then narrower MLPs, then no head.
 
     Args:
         name: folder or hub id of a model that was saved here or has the official layout.
@@ -103,6 +109,8 @@ def compress(
         layers: how many stay; ``None`` is all. See ``compression/pruning.py`` for which.
         mlp: channels that stay in the MLP of each layer; ``None`` is all.
         vocabulary: most tokens that stay, chosen by the texts; ``None`` is all.
+        head_free: the mean of all tokens, those of the prompt among them, in place of the pooling.
+            Until it has recovered such a model is another one, in queries above all.
         sample: texts that layers and channels are chosen by.
 
     Raises:
@@ -113,8 +121,8 @@ def compress(
     """
     to = Path(to)
     check_new_folder(to, made_by=COMPRESS, inputs=[name, texts])
-    if (layers, mlp, vocabulary) == (None, None, None):
-        expected = "layers, mlp or vocabulary"
+    if (layers, mlp, vocabulary) == (None, None, None) and not head_free:
+        expected = "layers, mlp, vocabulary or head_free"
         raise ConfigError("nothing is to be made smaller", expected=expected)
     held_out, corpus = _split(Path(texts))
     model = load_own(name, "auto")
@@ -135,14 +143,47 @@ def compress(
         cut_mlps(model, channel_lengths(model, packs), mlp)
         found.left_out["mlp"] = {"channels": before - mlp}
         _note(found, "mlp", model, held_out, whole_ND)
+    if head_free:
+        found.left_out["head"] = type(model.pooling).__name__
+        model = without_head(model)
+        _note(found, "head", model, held_out, whole_ND)
     with atomic_folder(to, COMPRESS) as temporary:
         model.save_pretrained(str(temporary), create_model_card=False)
         _prove(model, temporary, held_out[:8], name)
         write_json(
             temporary / RECORD, asdict(found) | {"steps": [s._asdict() for s in found.steps]}
         )
-        write_text(temporary / RECIPE, recovery_recipe(name, Path(texts), to, len(corpus)))
+        prompts = query_prompts(model) if head_free else []
+        recipe = recovery_recipe(name, Path(texts), to, len(corpus), prompts)
+        write_text(temporary / RECIPE, recipe)
     return found
+
+
+def without_head(model: NVEmbed) -> NVEmbed:
+    """The same backbone, whose tokens are all pooled by their mean, and the same prompts."""
+    old = model.backbone
+    backbone = Backbone(
+        old.model,
+        old.tokenizer,
+        attention=old.attention,
+        max_tokens=old.max_tokens,
+        text_style="whole",
+        add_bos=old.add_bos,
+        add_eos=old.add_eos,
+    )
+    free = NVEmbed(modules=[backbone, MeanPooling(backbone.width), Normalize()], device="cpu")
+    free.prompts = model.prompts
+    free.default_prompt_name = model.default_prompt_name
+    free.similarity_fn_name = model.similarity_fn_name
+    return free
+
+
+def query_prompts(model: NVEmbed) -> list[str]:
+    """Instructions that queries are learned back with: a few, the model's own before MTEB's."""
+    of_tasks = task_prompts()
+    names = sorted(model.prompts, key=lambda name: name in of_tasks)
+    found = (prompt_instruction(model.prompts[name]) for name in names)
+    return list(dict.fromkeys(filter(None, found)))[:_MOST_PROMPTS] or [_INSTRUCTION]
 
 
 def _split(file: Path) -> tuple[list[str], list[str]]:
@@ -240,8 +281,13 @@ def _prove(model: NVEmbed, folder: Path, texts: Sequence[str], name: str) -> Non
         )
 
 
-def recovery_recipe(name: str, texts: Path, to: Path, count: int) -> str:
-    """A recipe, to lie in the folder ``to``, that teaches it the vectors of the whole model."""
+def recovery_recipe(
+    name: str, texts: Path, to: Path, count: int, prompts: Sequence[str] = ()
+) -> str:
+    """A recipe, to lie in the folder ``to``, that teaches it the vectors of the whole model.
+
+    Half of what it reads are documents; with ``prompts`` the other half are queries with them.
+    """
 
     def seen_from(path: str | Path) -> str:
         place = os.path.relpath(Path(path).resolve(), to.resolve())
@@ -249,14 +295,20 @@ def recovery_recipe(name: str, texts: Path, to: Path, count: int) -> str:
 
     batch = min(128, count)
     output = json.dumps(f"{to}-recovered", ensure_ascii=False)
+    queries = "".join(
+        f"  - {{name: queries-{number}, path: {seen_from(texts)}, kind: text, "
+        f"instruction: {json.dumps(prompt, ensure_ascii=False)}, stages: [1], weight: 1}}\n"
+        for number, prompt in enumerate(prompts, start=1)
+    )
+    weight = f", weight: {len(prompts)}" if prompts else ""
     return f"""\
 # What `nvembed compress` took is learned back from the whole model: nvembed train {RECIPE}
 output: {output}   # from the folder in which the command runs; other paths from here
 model: {{backbone: {json.dumps(f"../{to.resolve().name}", ensure_ascii=False)}}}
 lora: null   # all weights; for a large model {{rank: 16}}
 datasets:
-  - {{name: texts, path: {seen_from(texts)}, kind: text, instruction: null, stages: [1]}}
-stages:
+  - {{name: texts, path: {seen_from(texts)}, kind: text, instruction: null, stages: [1]{weight}}}
+{queries}stages:
   - name: recover
     steps: {max(20, min(2000, 3 * count // batch))}
     batch_size: {batch}

@@ -109,7 +109,7 @@ def gguf_package() -> Any:
         import gguf
     except ImportError as error:
         raise ModelError(
-            "reading a GGUF file needs the package gguf, which is not installed",
+            "GGUF files need the package gguf, which is not installed",
             hint="Install it with: pip install 'nvembed[gguf]'",
         ) from error
     return gguf

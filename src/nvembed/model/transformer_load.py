@@ -9,14 +9,14 @@ transformers', put right.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import init_empty_weights
-from tokenizers import Tokenizer, normalizers, pre_tokenizers
+from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
 from torch import Tensor
 from transformers import (
     CONFIG_MAPPING,
@@ -99,7 +99,7 @@ def _load_gguf(
     values = configuration(file)
     if "rope_freqs.weight" in file.tensors:
         values["rope_scaling"] = _llama3_scaling(file, values)
-    tokenizer = _load_tokenizer(file)  # first: merges take memory that is free again afterwards
+    tokenizer = load_gguf_tokenizer(file)  # first: merges take memory that is free again afterwards
     with loading(str(path), expected="a model in a GGUF file"):
         config = CONFIG_MAPPING[ARCHITECTURES[file.architecture]](**values)
         config.use_cache = False
@@ -109,7 +109,7 @@ def _load_gguf(
     if isinstance(wanted, str):
         wanted = getattr(torch, wanted)
     places = None if device_map is None else plan_places(decoder, device_map, wanted)
-    names = _tensor_names(file, decoder)
+    names = gguf_names(file.architecture, file.count("block_count"), decoder.state_dict())
     fill(
         decoder,
         {
@@ -129,27 +129,46 @@ def _load_gguf(
     return decoder.eval(), tokenizer
 
 
-def _tensor_names(file: GgufFile, decoder: PreTrainedModel) -> dict[str, str]:
-    """Names in the file of the tensors of a base model."""
+def gguf_names(architecture: str, layers: int, names: Iterable[str]) -> dict[str, str]:
+    """Names in a file of the tensors of a base model."""
     gguf = gguf_package()
-    architecture = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}[file.architecture]
-    table = gguf.get_tensor_name_map(architecture, file.count("block_count"))
+    number = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}[architecture]
+    table = gguf.get_tensor_name_map(number, layers)
     found = {}
-    for name in decoder.state_dict():
+    for name in names:
         part, _, ending = name.rpartition(".")
         found[name] = f"{table.get_name(f'model.{part}') or part}.{ending}"
     return found
 
 
+# Settings with the number of heads of the tensors whose rows Llama's conversion reorders.
+_ROTATED = {"attn_q": "attention.head_count", "attn_k": "attention.head_count_kv"}
+
+
+def as_stored(value: Tensor, name: str, architecture: str, heads: Callable[[str], int]) -> Tensor:
+    """A tensor as the file has it; ``read_tensor`` undoes it.
+
+    In Llama's the rows of queries and keys are reordered, so dimensions that rotate together stand
+    side by side; to the weights of Gemma's norms 1 is added. ``heads`` gives a setting.
+    """
+    if architecture == "llama" and (key := _ROTATED.get(name.split(".")[-2])):
+        halves = value.reshape(heads(key), 2, -1, *value.shape[1:])
+        return halves.transpose(1, 2).reshape(value.shape)
+    return value.float() + 1 if _plus_one(architecture, name) else value
+
+
+def _plus_one(architecture: str, name: str) -> bool:
+    return architecture.startswith("gemma") and name.endswith("norm.weight")
+
+
 def read_tensor(file: GgufFile, name: str, dtype: torch.dtype | None = None) -> Tensor:
     """One tensor as transformers has it, a few rows at a time, so little more is in memory.
 
-    Undone is what the conversion does: in Llama's it reorders the rows of queries and keys (so
-    dimensions that rotate together stand side by side), in Gemma's it adds 1 to weights of norms.
+    What the conversion does (``as_stored``) is undone.
     """
     gguf = gguf_package()
     kind, shape = file.tensors[name].kind, file.tensors[name].shape
-    plus_one = file.architecture.startswith("gemma") and name.endswith("norm.weight")
+    plus_one = _plus_one(file.architecture, name)
     whole = torch.empty(shape, dtype=torch.float32 if plus_one else dtype or torch.float32)
     stored, rows_NE = _stored_rows(file, name), whole.view(-1, shape[-1])
     step = max(_AT_ONCE // shape[-1], 1)
@@ -159,8 +178,7 @@ def read_tensor(file: GgufFile, name: str, dtype: torch.dtype | None = None) -> 
         rows_NE[start : start + step] = torch.from_numpy(rows)
     if plus_one:
         whole = (whole - 1).to(dtype)
-    heads = {"attn_q": "attention.head_count", "attn_k": "attention.head_count_kv"}
-    if file.architecture == "llama" and (key := heads.get(name.split(".")[-2])):
+    if file.architecture == "llama" and (key := _ROTATED.get(name.split(".")[-2])):
         count = file.count(key, file.count("attention.head_count"))
         whole = whole.view(count, -1, 2, *shape[1:]).transpose(1, 2).reshape(shape)
     return whole
@@ -205,7 +223,6 @@ _LIKE_GPT2 = {"gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "exaone4"}
 _SINGLE_DIGITS = {
     *("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
 }
-# A piece that is a token is taken whole, whatever the merges say.
 _WHOLE_PIECES = {
     *("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0"),
     *("lfm2", "jina-v5-nano", "tekken"),
@@ -213,7 +230,32 @@ _WHOLE_PIECES = {
 _COMPOSED = {"qwen2", "qwen35", "deepseek-r1-qwen", "f2llmv2", "kormo", "megrez"}
 
 
-def _load_tokenizer(file: GgufFile) -> PreTrainedTokenizerFast:
+def split_rules(split: str | None) -> pre_tokenizers.PreTokenizer | None:
+    """How byte-level vocabularies of the name split a text; ``None`` where that is not known."""
+    if split in _LIKE_GPT2:
+        return pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if split in _SINGLE_DIGITS:
+        digits = pre_tokenizers.Digits(individual_digits=True)
+        return pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    if (pattern := _their_splits().get(str(split))) is None:
+        return None
+    pieces = pre_tokenizers.Split(Regex(pattern), "isolated")
+    plain = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return pre_tokenizers.Sequence([pieces, plain])
+
+
+def whole_pieces(split: str | None) -> bool:
+    """Whether a piece that is a token is taken whole, whatever the merges say."""
+    return split in _WHOLE_PIECES
+
+
+def _their_splits() -> Mapping[str, str]:
+    from transformers.integrations.gguf import gguf_tokenizer_mapping as theirs
+
+    return theirs.GGUF_PRE_TOKENIZER_SPLITS
+
+
+def load_gguf_tokenizer(file: GgufFile) -> PreTrainedTokenizerFast:
     """The tokenizer that transformers makes, with the rules that it leaves out.
 
     It also adds tokens that its classes have and the file has not, for which there is no embedding.
@@ -228,8 +270,9 @@ def _load_tokenizer(file: GgufFile) -> PreTrainedTokenizerFast:
             hint="Install it with: pip install 'nvembed[gguf]'",
         ) from error
     kind, split = tokenizer_kind(file)
-    known = {*theirs.GGUF_PRE_TOKENIZER_SPLITS, *_LIKE_GPT2, *_SINGLE_DIGITS}
-    if kind == "gpt2" and split not in known:
+    rules = split_rules(split)
+    if kind == "gpt2" and rules is None:
+        known = {*_their_splits(), *_LIKE_GPT2, *_SINGLE_DIGITS}
         raise ModelError(
             f"its tokenizer splits texts by the rules of {split!r}, which are not known",
             where=where,
@@ -239,17 +282,15 @@ def _load_tokenizer(file: GgufFile) -> PreTrainedTokenizerFast:
     with loading(where, expected="a tokenizer in a GGUF file"):
         architecture, vocabulary, special = theirs.get_gguf_tokenizer(where)
         made, _ = theirs.convert_gguf_tokenizer(architecture, vocabulary)
-        if split in _SINGLE_DIGITS:
-            digits = pre_tokenizers.Digits(individual_digits=True)
-            byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
-            made.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
+        if kind == "gpt2":
+            made.pre_tokenizer = rules
         if kind == "llama" and not file.architecture.startswith("gemma"):
             # A space in front even where there is one, after special tokens too; or none at all.
             first = file.settings.get("tokenizer.ggml.add_space_prefix", True)
             prepended = [normalizers.Prepend("▁")] if first else []
             made.normalizer = normalizers.Sequence([*prepended, normalizers.Replace(" ", "▁")])
             made.pre_tokenizer = None
-        if split in _WHOLE_PIECES:
+        if whole_pieces(split):
             made.model.ignore_merges = True
         if split in _COMPOSED:
             made.normalizer = normalizers.NFC()

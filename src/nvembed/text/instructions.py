@@ -44,6 +44,14 @@ def query_prompt(instruction: str | None) -> str:
     return QUERY_PROMPT.replace("{instruction}", instruction.strip())
 
 
+def prompt_instruction(prompt: str | None) -> str | None:
+    """The instruction of a prompt of our template; ``None`` where it is another."""
+    before, after = QUERY_PROMPT.split("{instruction}")
+    if not prompt or not (prompt.startswith(before) and prompt.endswith(after)):
+        return None
+    return prompt[len(before) : -len(after)]
+
+
 def side_prompt(
     prompts: Mapping[str, str | None], side: Side, default_name: str | None = None
 ) -> str:

@@ -112,7 +112,12 @@ WRITERS: dict[str, list[Writer]] = {
             ("export", "model", "--to", "OUT", "--format", "nvembed"),
             files=("",),
             folders=("",),
-        )
+        ),
+        Writer(
+            "export",
+            ("export", "model", "--to", "OUT.gguf", "--format", "gguf"),
+            files=(".gguf",),
+        ),
     ],
     "compress": [
         Writer(

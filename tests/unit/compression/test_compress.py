@@ -9,11 +9,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
+from sentence_transformers import SentenceTransformer
 
 from nvembed import NVEmbed
 from nvembed.cli.main import run
 from nvembed.core.files import write_jsonl
+from nvembed.encoding.export.folders import export_folder
+from nvembed.model.pooling import MeanPooling
 
 DECODER = Path(__file__).resolve().parents[3] / "assets" / "decoder-6m"
 WORDS = ["red", "blue", "green", "fox", "owl", "cat", "tree", "lake", "hill", "sun", "moon", "star"]
@@ -27,6 +31,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = NVEmbed.from_pretrained(
         DECODER, pooling="latent", num_latents=8, num_heads=2, max_tokens=64
     )
+    with torch.no_grad():  # a head that is still what it began as does nothing
+        torch.nn.init.normal_(model.pooling.layer.to_out.weight, std=0.05)
+        torch.nn.init.normal_(model.pooling.layer.feed_forward.down.weight, std=0.02)
     model.prompts["query"] = QUERY
     model.save_pretrained(str(folder / "whole"), create_model_card=False)
     write_jsonl(folder / "texts.jsonl", [{"text": text} for text in TEXTS])
@@ -78,6 +85,38 @@ def test_a_small_model_is_written_and_recovers(
     assert after > before + 0.2 * (1 - before), (before, after)
 
 
+def test_a_model_without_its_head_recovers_for_servers_that_know_none(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert command(place, "plain", "--head-free") == 0
+    plain, whole = (NVEmbed.from_pretrained(place / name) for name in ("plain", "whole"))
+    assert isinstance(plain.pooling, MeanPooling)
+    assert plain.backbone.text_style == "whole"
+    assert plain.prompts == whole.prompts
+    record = json.loads((place / "plain" / "compression.json").read_text())
+    assert record["left_out"] == {"head": "LatentAttentionPooling"}
+    assert [step["step"] for step in record["steps"]] == ["whole", "head"]
+    recipe = yaml.safe_load((place / "plain" / "recover.yaml").read_text())
+    assert [(one["instruction"], one["weight"]) for one in recipe["datasets"]] == [
+        (None, 1),
+        ("find it", 1),
+    ]
+
+    monkeypatch.chdir(place)
+    changes = ["stages.recover.steps=16", "stages.recover.batch_size=16", f"output={tmp_path}/run"]
+    changes += ["stages.recover.warmup_steps=2", "precision=float32", "memory_gb=1.0"]
+    assert run(["train", str(place / "plain" / "recover.yaml"), *changes]) == 0
+    export_folder(str(tmp_path / "run" / "model"), tmp_path / "stock", "sentence-transformers")
+    stock = SentenceTransformer(str(tmp_path / "stock"), device="cpu")
+    for prompt in ("", QUERY):
+        wanted = whole.encode(TEXTS, prompt=prompt)
+        before = (plain.encode(TEXTS, prompt=prompt) * wanted).sum(axis=1).mean()
+        # A server that is given prompt and text as one string.
+        served = stock.encode([prompt + text for text in TEXTS])
+        after = (served * wanted).sum(axis=1).mean()
+        assert after > before + 0.2 * (1 - before), (prompt, before, after)
+
+
 def test_texts_in_the_vocabulary_keep_their_vectors(place: Path) -> None:
     assert command(place, "cut", "--vocabulary", "8000") == 0
     cut, whole = (NVEmbed.from_pretrained(place / name) for name in ("cut", "whole"))
@@ -94,7 +133,7 @@ def test_texts_in_the_vocabulary_keep_their_vectors(place: Path) -> None:
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        ((), "nothing is to be made smaller; expected layers, mlp or vocabulary"),
+        ((), "nothing is to be made smaller; expected layers, mlp, vocabulary or head_free"),
         (("--layers", "4", "--mlp", "1024"), "layers: 4 given, expected 1 to 3; mlp: 1024 given"),
         (("--vocabulary", "200"), "vocabulary: 200 tokens; expected at least"),
         (("--vocabulary", "8192"), "vocabulary: 8192 given, expected 1 to 8191"),

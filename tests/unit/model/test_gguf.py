@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM
 
 from families import make_family
 from gguf_files import write_gguf
+from gguf_tokenizers import BYTES, TRICKY, sentencepiece, trained
 from nvembed import NVEmbed
 from nvembed.cli.main import run
 from nvembed.core.errors import ModelError
@@ -211,61 +212,6 @@ def test_llama_3_scales_its_frequencies(folders, tmp_path, byte_level_tokenizer)
 
 # --- Tokenizers -----------------------------------------------------------------------------------
 
-TRICKY = [
-    "Hello  1 2 1234  \n\n  two   spaces  9",
-    "don't DON'T I'll we've 3.14,15 ½ ²x",
-    "tabs\t\tand\r\nlines\n \n end   ",
-    "naïve cafe\u0301 Ångström 日本語 مرحبا 🙂",
-    "<s>special</s> x<unk>",
-    "",
-    " leading",
-    "snake_case(camelCase) == {a: [1, 2]}",
-]
-QWEN2 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-LLAMA3 = QWEN2.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
-
-
-def trained(pre: str) -> PreTrainedTokenizerFast:
-    """A byte-level vocabulary with the rules of a family, whose merges cross what they split."""
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, trainers
-    from tokenizers import pre_tokenizers as rules
-
-    byte_level = rules.ByteLevel(add_prefix_space=False)
-    plain = rules.ByteLevel(add_prefix_space=False, use_regex=False)
-    splits = {
-        "gpt-2": [byte_level],
-        "smollm": [rules.Digits(individual_digits=True), byte_level],
-        "qwen2": [rules.Split(Regex(QWEN2), "isolated"), plain],
-        "llama-bpe": [rules.Split(Regex(LLAMA3), "isolated"), plain],
-    }
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.decoder = decoders.ByteLevel()
-    special = ["<unk>", "<s>", "</s>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=700,
-        special_tokens=special,
-        initial_alphabet=rules.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.pre_tokenizer = byte_level
-    tokenizer.train_from_iterator([*TRICKY, "café 1234 12 34 \n\n\n     spaces  "] * 9, trainer)
-    tokenizer.pre_tokenizer = rules.Sequence(splits[pre])
-    if pre == "qwen2":
-        tokenizer.normalizer = normalizers.NFC()
-    if pre == "llama-bpe":
-        # "Hello" is a token that no merges lead to, which Llama 3 takes whole all the same.
-        found = json.loads(tokenizer.to_str())
-        found["model"]["ignore_merges"] = True
-        found["model"]["merges"] = [m for m in found["model"]["merges"] if "".join(m) != "Hello"]
-        tokenizer = Tokenizer.from_str(json.dumps(found))
-    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in special])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
-    )
-
 
 @pytest.mark.parametrize("pre", ["gpt-2", "smollm", "qwen2", "llama-bpe"])
 def test_the_tokenizer_gives_the_same_ids(tmp_path: Path, pre: str) -> None:
@@ -289,29 +235,15 @@ def test_the_tokenizer_gives_the_same_ids(tmp_path: Path, pre: str) -> None:
 @pytest.mark.parametrize("prefix", [True, False, None])
 def test_a_sentencepiece_vocabulary_gives_the_same_ids(tmp_path: Path, prefix: bool | None) -> None:
     """As in Llama 2 and Mistral: bytes where there is no token, a space in front by a setting."""
-    from tokenizers import Tokenizer, models, normalizers, trainers
-
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-    spaces = [normalizers.Replace(" ", "▁")]
-    if prefix is not False:
-        spaces.insert(0, normalizers.Prepend("▁"))
-    tokenizer.normalizer = normalizers.Sequence(spaces)
-    special = ["<unk>", "<s>", "</s>"]
-    all_bytes = [f"<0x{byte:02X}>" for byte in range(256)]
-    trainer = trainers.BpeTrainer(
-        vocab_size=420, special_tokens=special + all_bytes, show_progress=False
-    )
-    tokenizer.train_from_iterator(["a cat in the hat, and the hats of two cats"] * 20, trainer)
-    state = json.loads(tokenizer.to_str())
-    state["added_tokens"] = state["added_tokens"][: len(special)]
-    original = Tokenizer.from_str(json.dumps(state))
+    original = sentencepiece(prefix=prefix is not False).backend_tokenizer
+    state = json.loads(original.to_str())
     vocabulary = sorted(original.get_vocab(), key=original.get_vocab().__getitem__)
     ranks = {"".join(merge): rank for rank, merge in enumerate(state["model"]["merges"])}
     writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
     writer.add_tokenizer_model("llama")
     writer.add_token_list(vocabulary)
     writer.add_token_scores([-float(ranks.get(token, 1000)) for token in vocabulary])
-    kinds = {"<unk>": 2, "<s>": 3, "</s>": 3, **dict.fromkeys(all_bytes, 6)}
+    kinds = {"<unk>": 2, "<s>": 3, "</s>": 3, **dict.fromkeys(BYTES, 6)}
     writer.add_token_types([kinds.get(token, 1) for token in vocabulary])
     for number, name in enumerate(("unk", "bos", "eos")):
         getattr(writer, f"add_{name}_token_id")(number)
@@ -322,7 +254,7 @@ def test_a_sentencepiece_vocabulary_gives_the_same_ids(tmp_path: Path, prefix: b
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    mine = transformer_load._load_tokenizer(read_gguf(tmp_path / "m.gguf"))
+    mine = transformer_load.load_gguf_tokenizer(read_gguf(tmp_path / "m.gguf"))
     for text in [*TRICKY, "the cat  in two hats", "hat"]:
         expected = original.encode(text, add_special_tokens=False).ids
         assert mine(text, add_special_tokens=False).input_ids == expected, text

@@ -5,7 +5,7 @@ nvembed                 our own folder in another dtype, or an official checkpoi
 sentence-transformers   stock modules, no code of ours (``encoding/export/stock.py``)
 onnx                    one graph over padded rows (``encoding/export/onnx.py``)
 
-Each with a model card (``model_card.jinja``).
+Each with a model card (``model_card.jinja``). A GGUF file, ``encoding/export/gguf.py``, has none.
 """
 
 from __future__ import annotations

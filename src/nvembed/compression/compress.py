@@ -147,16 +147,19 @@ def compress(
         found.left_out["head"] = type(model.pooling).__name__
         model = without_head(model)
         _note(found, "head", model, held_out, whole_ND)
+    prompts = query_prompts(model) if head_free else []
+    recipe = recovery_recipe(name, Path(texts), to, len(corpus), prompts)
+    _write(model, found, recipe, to, held_out[:8])
+    return found
+
+
+def _write(model: NVEmbed, found: Compressed, recipe: str, to: Path, proof: Sequence[str]) -> None:
     with atomic_folder(to, COMPRESS) as temporary:
         model.save_pretrained(str(temporary), create_model_card=False)
-        _prove(model, temporary, held_out[:8], name)
-        write_json(
-            temporary / RECORD, asdict(found) | {"steps": [s._asdict() for s in found.steps]}
-        )
-        prompts = query_prompts(model) if head_free else []
-        recipe = recovery_recipe(name, Path(texts), to, len(corpus), prompts)
+        _prove(model, temporary, proof, found.model)
+        record = asdict(found) | {"steps": [step._asdict() for step in found.steps]}
+        write_json(temporary / RECORD, record)
         write_text(temporary / RECIPE, recipe)
-    return found
 
 
 def without_head(model: NVEmbed) -> NVEmbed:

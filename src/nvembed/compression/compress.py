@@ -139,16 +139,15 @@ def compress(
         found.left_out["layers"] = _leave_out_layers(model, packs, layers)
         _note(found, "layers", model, held_out, whole_ND)
     if mlp is not None:
-        before = gated_mlps(model)[0].down_proj.in_features
-        cut_mlps(model, channel_lengths(model, packs), mlp)
-        found.left_out["mlp"] = {"channels": before - mlp}
+        found.left_out["mlp"] = _cut_mlps(model, packs, mlp)
         _note(found, "mlp", model, held_out, whole_ND)
     if head_free:
         found.left_out["head"] = type(model.pooling).__name__
         model = without_head(model)
         _note(found, "head", model, held_out, whole_ND)
-    prompts = query_prompts(model) if head_free else []
-    recipe = recovery_recipe(name, Path(texts), to, len(corpus), prompts)
+    recipe = recovery_recipe(
+        name, Path(texts), to, len(corpus), query_prompts(model) if head_free else ()
+    )
     _write(model, found, recipe, to, held_out[:8])
     return found
 
@@ -270,6 +269,12 @@ def _leave_out_layers(model: NVEmbed, packs: Packs, keep: int) -> list[dict[str,
         dropped = layers_to_leave_out(model, packs, keep, lambda: bar.advance(1))
     leave_out_layers(model, [layer for layer, _ in dropped])
     return [each._asdict() for each in dropped]
+
+
+def _cut_mlps(model: NVEmbed, packs: Packs, keep: int) -> dict[str, int]:
+    before: int = gated_mlps(model)[0].down_proj.in_features
+    cut_mlps(model, channel_lengths(model, packs), keep)
+    return {"channels": before - keep}
 
 
 def _prove(model: NVEmbed, folder: Path, texts: Sequence[str], name: str) -> None:

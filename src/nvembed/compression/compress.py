@@ -114,22 +114,22 @@ def compress(
         sample: texts that layers and channels are chosen by.
 
     Raises:
-        ConfigError: nothing is to be made smaller, a number is not below the model's, or ``to``
-            holds something.
+        ConfigError: nothing to do, a number not below the model's, or ``to`` holds something.
         DataError: the texts cannot be read, or are fewer than eight different ones.
         ModelError: the model cannot be loaded, or its family or tokenizer cannot be cut.
     """
     to = Path(to)
     check_new_folder(to, made_by=COMPRESS, inputs=[name, texts])
-    if (layers, mlp, vocabulary) == (None, None, None) and not head_free:
-        expected = "layers, mlp, vocabulary or head_free"
-        raise ConfigError("nothing is to be made smaller", expected=expected)
+    sizes = {"layers": layers, "mlp": mlp, "vocabulary": vocabulary}
+    if not (any(sizes.values()) or head_free):
+        raise ConfigError(
+            "nothing is to be made smaller", expected=f"{', '.join(sizes)} or head_free"
+        )
     held_out, corpus = _split(Path(texts))
     model = load_own(name, "auto")
     tokens = None if vocabulary is None else Vocabulary.of(model.backbone.tokenizer)
-    _check_sizes(model, {"layers": layers, "mlp": mlp, "vocabulary": vocabulary}, tokens)
+    _check_sizes(model, sizes, tokens)
     found = Compressed(name, str(texts), len(held_out))
-    encode_window(model, held_out[:8], side="document")  # the first texts take longer
     whole_ND = _note(found, "whole", model, held_out)
     if tokens is not None and vocabulary is not None:
         found.left_out["vocabulary"] = _cut_vocabulary(model, tokens, corpus, vocabulary)
@@ -145,9 +145,7 @@ def compress(
         found.left_out["head"] = type(model.pooling).__name__
         model = without_head(model)
         _note(found, "head", model, held_out, whole_ND)
-    recipe = recovery_recipe(
-        name, Path(texts), to, len(corpus), query_prompts(model) if head_free else ()
-    )
+    recipe = recovery_recipe(model, name, Path(texts), to, len(corpus))
     _write(model, found, recipe, to, held_out[:8])
     return found
 
@@ -224,6 +222,7 @@ def _note(
     whole_ND: NDArray[np.float32] | None = None,
 ) -> NDArray[np.float32]:
     """Measure the model after a step."""
+    encode_window(model, held_out[:8], side="document")  # the first texts take longer
     started = time.perf_counter()
     vectors_ND = encode_window(model, held_out, side="document")
     seconds = time.perf_counter() - started
@@ -289,13 +288,12 @@ def _prove(model: NVEmbed, folder: Path, texts: Sequence[str], name: str) -> Non
         )
 
 
-def recovery_recipe(
-    name: str, texts: Path, to: Path, count: int, prompts: Sequence[str] = ()
-) -> str:
+def recovery_recipe(model: NVEmbed, name: str, texts: Path, to: Path, count: int) -> str:
     """A recipe, to lie in the folder ``to``, that teaches it the vectors of the whole model.
 
-    Half of what it reads are documents; with ``prompts`` the other half are queries with them.
+    It reads documents; where prompts are pooled too, as many queries with those of the model.
     """
+    prompts = query_prompts(model) if model.backbone.text_style == "whole" else []
 
     def seen_from(path: str | Path) -> str:
         place = os.path.relpath(Path(path).resolve(), to.resolve())

@@ -14,6 +14,7 @@ from nvembed.core.runs import RunFolder
 from nvembed.evaluation.session import evaluate, evaluate_bm25
 from nvembed.evaluation.tasks import load_tasks
 from nvembed.model.embedder import NVEmbed
+from nvembed.training import run_folder
 
 
 @pytest.fixture
@@ -25,6 +26,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             writer.writerow([f"what of {i}?", f"word{i}, {i * 37 % 48}", i])
         writer.writerow(["no answer", "", 48])
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run_folder, "choose_precision", lambda *_: ("float32", None))  # quick
     return tmp_path
 
 
@@ -47,8 +49,9 @@ def test_from_a_csv_to_scores(
     assert run(["train", "faq/recipe.yaml", "precision=float32"]) == 0, capsys.readouterr().err
     out = capsys.readouterr().out
     tasks = load_tasks(["faq/held-out"])
-    start = NVEmbed.from_pretrained(tiny_decoder_dir, pooling="mean", max_tokens=64)
     end = NVEmbed.from_pretrained("faq/run/model")
+    limit = end.backbone.max_tokens
+    start = NVEmbed.from_pretrained(tiny_decoder_dir, pooling="mean", max_tokens=limit)
     rows = {row["step"]: row["evaluation"] for row in evaluations(place)}
     assert min(rows) == 0
     for model, scores in ((start, rows[0]), (end, rows[max(rows)])):
@@ -84,7 +87,6 @@ def test_labels_and_scores_too(
     for name in ("labels", "graded"):
         command = ["init", f"{name}.csv", "--to", name, "--backbone", str(tiny_decoder_dir)]
         assert run(command) == 0, capsys.readouterr().err
-        assert run(["train", f"{name}/recipe.yaml", "--dry-run"]) == 0, capsys.readouterr().err
     recipe = (place / "labels" / "recipe.yaml").read_text()
     assert 'conversion: "label"' in recipe  # one label has a single text
     header = json.loads((place / "graded" / "held-out" / "task.json").read_text())

@@ -120,7 +120,8 @@ def _first_run(
             documents += record.positives
             negatives = negatives or bool(record.negatives)
         elif isinstance(record, StsRecord):
-            queries += (record.sentence1, record.sentence2)
+            queries.append(record.sentence1)
+            documents.append(record.sentence2)
         elif isinstance(record, LabelRecord):
             queries.append(record.text)
             labelled.append(record)

@@ -9,12 +9,15 @@ from pathlib import Path
 import pytest
 
 from nvembed.cli.main import run
+from nvembed.core.config import load_config
 from nvembed.core.files import read_jsonl
 from nvembed.core.runs import RunFolder
 from nvembed.evaluation.session import evaluate, evaluate_bm25
 from nvembed.evaluation.tasks import load_tasks
 from nvembed.model.embedder import NVEmbed
 from nvembed.training import run_folder
+from nvembed.training.config import TrainConfig
+from nvembed.training.dry_run import dry_run
 
 
 @pytest.fixture
@@ -41,6 +44,8 @@ def test_from_a_csv_to_scores(
     assert told.out.endswith("next      nvembed train faq/recipe.yaml\n")
     assert "faq.csv:50" in told.err
     assert "only 24 records could be held out" in told.err
+    forecast = dry_run(load_config(TrainConfig, "faq/recipe.yaml"), base_dir=place / "faq")
+    assert forecast.stages[0].evaluations == 2  # before and at the end
     train = [row for _, row in read_jsonl(place / "faq" / "train.jsonl")]
     assert len(train) == 24
     assert run(command) == 2

@@ -38,6 +38,7 @@ _FEWEST_STEPS = 10
 _EPOCHS = 5  # more of few data is learning by heart
 _FULL_TUNING = 50e6  # weights up to which all are trained
 _LENGTHS = (32, 256)  # tokens
+_SHORTER = (192, 128, 96)  # where the time is too short for enough steps of whole texts
 _SAMPLE = 1000  # texts whose tokens are counted
 _STARTING = 20.0  # seconds of loading and saving
 _TRUST = 0.85  # share of the time that is planned with: real steps take longer than rehearsed ones
@@ -113,7 +114,8 @@ def fit_recipe(run: FirstRun, base_dir: Path) -> FirstRecipe:
     )
     model = build_model(trial, base_dir)
     elements = backbone_elements(model)
-    limit = _length(run, model.backbone.text_tokenizer)
+    lengths = _lengths(run, model.backbone.text_tokenizer)
+    limit = _limit(lengths)
     del model
     trial = trial.model_copy(
         update={
@@ -124,20 +126,27 @@ def fit_recipe(run: FirstRun, base_dir: Path) -> FirstRecipe:
     timed = dry_run(trial, base_dir=base_dir)
     stage = timed.stages[0]
     per_token = stage.seconds_per_step / stage.batches.tokens
-    # Without gradient a token takes a third. Four characters are about a token.
-    shown = sum(min(limit, len(text) / 4 + 8) for text in run.evaluated)
-    scoring = 2 * shown * per_token / 3
-    left = max(0.0, _TRUST * (60 * run.minutes - _STARTING) - scoring)
-    steps, batch = _steps(left, stage.seconds_per_step / small, size, small)
+    whole, rehearsed = stage.seconds_per_step / small, _tokens(lengths, limit)
+    limits = [limit, *(shorter for shorter in _SHORTER if shorter < limit)]
+    for limit in limits:
+        # Without gradient a token takes a third. Four characters are about a token.
+        shown = sum(min(limit, len(text) / 4 + 8) for text in run.evaluated)
+        scoring = 2 * shown * per_token / 3
+        left = max(0.0, _TRUST * (60 * run.minutes - _STARTING) - scoring)
+        per_query = whole * _tokens(lengths, limit) / rehearsed
+        steps, batch = _steps(left, per_query, size, small)
+        if steps >= _ENOUGH_STEPS or (steps + 1) * batch > _EPOCHS * size:
+            break
     rate = peak_rate(timed.config.stages[0])
     final = _stage(run, steps=steps, batch_size=batch, learning_rate=rate)
     config = trial.model_copy(
         update={
+            "model": settings.model_copy(update={"max_tokens": limit}),
             "stages": (final,),
             "evaluation": EvaluationConfig(tasks=(run.task,), every=steps, before=True),
         }
     )
-    seconds = scoring + steps * batch * stage.seconds_per_step / small
+    seconds = scoring + steps * batch * per_query
     return FirstRecipe(config, elements, seconds, steps * batch / size)
 
 
@@ -162,18 +171,27 @@ def _stage(run: FirstRun, **values: Any) -> StageConfig:
     return StageConfig(**values, in_batch_negatives=kind == "retrieval", num_negatives=own)
 
 
-def _length(run: FirstRun, tokenizer: Any) -> int:
-    """Tokens that nine of ten texts have at most, of queries or of documents."""
-    lengths = []
+def _lengths(run: FirstRun, tokenizer: Any) -> list[list[int]]:
+    """Tokens of queries, with their prompt, and of documents; of a sample."""
+    found = []
     for texts, prompt in (
         (run.queries, query_prompt(run.dataset.instruction)),
         (run.documents, ""),
     ):
         sample = texts[:: max(1, len(texts) // _SAMPLE)]
-        counts = [len(text) for text in tokenizer(sample, prompt)] or [0]
-        lengths.append(float(np.percentile(counts, 90)))
-    low, high = _LENGTHS
-    return min(high, max(low, 16 * math.ceil(max(lengths) / 16)))
+        found.append([len(text) for text in tokenizer(sample, prompt)] or [0])
+    return found
+
+
+def _limit(lengths: Sequence[Sequence[int]]) -> int:
+    """A length that nine of ten queries, and of ten documents, do not exceed."""
+    longest = max(float(np.percentile(counts, 90)) for counts in lengths)
+    return min(_LENGTHS[1], max(_LENGTHS[0], 16 * math.ceil(longest / 16)))
+
+
+def _tokens(lengths: Sequence[Sequence[int]], limit: int) -> float:
+    """Mean tokens of a record whose texts are cut at a limit."""
+    return sum(float(np.minimum(counts, limit).mean()) for counts in lengths)
 
 
 def recipe_text(found: FirstRecipe, *, command: str, remarks: Sequence[str]) -> str:
@@ -188,7 +206,7 @@ def recipe_text(found: FirstRecipe, *, command: str, remarks: Sequence[str]) -> 
         (f"  backbone: {_yaml(model.backbone)}", ""),
         (
             f"  max_tokens: {model.max_tokens}",
-            "nine of ten texts are no longer; the others are cut",
+            "longer texts are cut; raise it where the time allows",
         ),
         ("  pooling: {kind: mean}", "latent attention has more to learn")
         if model.pooling

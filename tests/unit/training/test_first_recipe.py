@@ -94,6 +94,29 @@ def test_large_backbones_get_adapters(
     assert found.epochs == pytest.approx(found.config.stages[0].steps / 2)
 
 
+def test_texts_are_cut_before_there_are_too_few_steps(
+    tmp_path: Path, tiny_decoder_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = ["d" * 300] * 40
+    rows = [{"query": f"q{i} {text}", "positive": f"d{i} {text}"} for i, text in enumerate(texts)]
+    write_jsonl(tmp_path / "train.jsonl", rows)
+    data = DatasetConfig(
+        name="own", path="train.jsonl", kind="retrieval", instruction=None, stages=(1,)
+    )
+    wanted: list[float] = []
+
+    def steps(seconds: float, per_query: float, size: int, small: int) -> tuple[int, int]:
+        wanted.append(per_query)
+        return int(60 * wanted[0] / per_query), 2  # as if the time were 60 whole steps
+
+    monkeypatch.setattr(first_recipe, "_steps", steps)
+    given = {"queries": texts, "documents": texts, "backbone": str(tiny_decoder_dir)}
+    found = fit_recipe(FirstRun(data, "held-out", **given, **RUN), tmp_path)
+    # Of 256 tokens half is cut.
+    assert found.config.model.max_tokens == 128
+    assert [one / wanted[0] for one in wanted] == pytest.approx([1, 192 / 256, 128 / 256])
+
+
 def test_the_best_model_at_hand_is_the_default(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -64,6 +64,8 @@ def place(
     write_jsonl(tmp_path / "pairs.jsonl", pairs)
     rows = "".join(f"q{i},text {i}\n" for i in range(4))
     (tmp_path / "recipes" / "pairs.csv").write_text("question,answer\n" + rows)
+    many = "".join(f"what is {i}?,number {i}\n" for i in range(20))
+    (tmp_path / "faq.csv").write_text("question,answer\n" + many)
     dataset = {"name": "pairs", "path": "pairs.jsonl", "kind": "retrieval", "instruction": "find"}
     recipe = {
         "output": "runs/small",

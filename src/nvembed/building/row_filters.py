@@ -57,13 +57,13 @@ def usable(
         place = row.place.removeprefix(root)  # the same on every machine
         if isinstance(row, BadRow):
             notes.add(place=place, problem=row.problem)
-        elif (record := _without_query(row.record)) is None:
+        elif (record := without_query(row.record)) is None:
             notes.add(place=place, problem="the only positive is the query itself")
         else:
             yield Converted(record, place)
 
 
-def _without_query(record: Record) -> Record | None:
+def without_query(record: Record) -> Record | None:
     """Take the query out of its positives; None where nothing is left."""
     if not isinstance(record, PairRecord):
         return record

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -172,6 +173,38 @@ def check(
         raise DataError(told, where=str(file))
     told = f"{warnings:,} warning{'s' if warnings > 1 else ''}" if warnings else "all good"
     typer.echo(f"{file}: {good:,} records, {told}")
+
+
+@data.command()
+@opt.described(
+    pairs="CSV, TSV, JSON, JSONL or Parquet file, or a BEIR folder.",
+    to="Folder of the task, new or empty.",
+    instruction="Task that is put before queries, or the name of an MTEB task.",
+)
+def task(
+    pairs: Path, *, to: Path, columns: list[str] | None = None, instruction: str | None = None
+) -> None:
+    """Make an evaluation task of a file.
+
+    Queries with answers become Retrieval, texts with labels Classification, scored pairs STS.
+
+    Examples:
+
+    \b
+      nvembed data task faq.csv --to tasks/faq
+      nvembed data task intents.csv --to tasks/intents --column label=intent --column text=message
+    """
+    from nvembed.building.held_out import check_new, make_task
+    from nvembed.building.own_pairs import find_dataset, read_pairs
+
+    check_new(to, pairs)
+    config = find_dataset(
+        pairs, opt.read_columns(columns), instruction=instruction, ask=opt.asker()
+    )
+    found = read_pairs(config)
+    opt.echo_error(*found.notes)
+    typer.echo(f"{to}: {config.kind}, {make_task(found, to):,} of {len(found.records):,} asked")
+    typer.echo(f"next: nvembed evaluate MODEL --tasks {shlex.quote(str(to))} --bm25")
 
 
 @data.command()

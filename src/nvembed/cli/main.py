@@ -20,6 +20,7 @@ from nvembed.cli.data import data
 from nvembed.cli.folders import compress, export, merge
 from nvembed.cli.models import compare, doctor, evaluate, serve
 from nvembed.cli.options import OLD_OPTIONS
+from nvembed.cli.start import init
 from nvembed.cli.train import ablate, mine, train
 from nvembed.cli.vectors import encode, index, search
 from nvembed.core import __version__
@@ -44,7 +45,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 _COMMANDS: tuple[Callable[..., None], ...] = (
-    *(train, mine, evaluate, compare, ablate, encode),
+    *(init, train, mine, evaluate, compare, ablate, encode),
     *(index, search, serve, doctor, export, merge, compress),
 )
 for _command in _COMMANDS:

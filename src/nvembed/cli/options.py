@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from inspect import Parameter, signature
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
@@ -81,6 +82,20 @@ def read_columns(given: Sequence[str] | None) -> dict[str, Column]:
             raise ConfigError(f"{one!r}", where="--column", expected="NAME=COLUMN")
         columns.setdefault(name, []).append(column)
     return {name: tuple(all) if len(all) > 1 else all[0] for name, all in columns.items()}
+
+
+def asker() -> Callable[[str, Sequence[str]], str] | None:
+    """What asks for a column, where somebody sits at a terminal."""
+    if not sys.stdin.isatty():
+        return None
+
+    def ask(role: str, columns: Sequence[str]) -> str:
+        told = f"Which column holds the {role}? ({', '.join(columns)})"
+        while (answer := str(typer.prompt(told)).strip()) not in columns:
+            continue
+        return answer
+
+    return ask
 
 
 def echo_error(*lines: object) -> None:

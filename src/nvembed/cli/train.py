@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from nvembed.mining.selection import MiningReport
     from nvembed.training.ablation.grid import GridConfig, Run
     from nvembed.training.ablation.runner import Outcome
+    from nvembed.training.config import TrainConfig
 
 
 @opt.described(
@@ -169,7 +171,7 @@ def train(
 
         model = run_training(config, base_dir=recipe.parent, fresh=fresh, recipe=recipe)
         if os.environ.get("RANK", "0") == "0":
-            typer.echo(f"model: {model}")
+            _tell_outcome(config, recipe.parent, model)
         return
     from nvembed.training.dry_run import SeveralError
     from nvembed.training.dry_run import dry_run as forecast
@@ -180,6 +182,23 @@ def train(
     except SeveralError as error:
         opt.echo_error(*(f"error: {' '.join(str(problem).split())}" for problem in error.problems))
         raise typer.Exit(error.exit_code) from error
+
+
+def _tell_outcome(config: TrainConfig, base_dir: Path, model: Path) -> None:
+    """Print where the model is; after evaluations also a table of them, and what to do next."""
+    from nvembed.evaluation.results import format_table
+    from nvembed.training.outcome import run_scores
+
+    if columns := run_scores(config, base_dir):
+        typer.echo(format_table(columns))
+    typer.echo(f"model: {model}")
+    if columns and config.evaluation:
+        folders = [os.path.normpath(base_dir / folder) for folder in config.evaluation.tasks]
+        place, tasks = shlex.quote(str(model)), shlex.join(folders)
+        typer.echo(
+            f"next:\n  nvembed evaluate {place} --tasks {tasks}\n"
+            f"  nvembed index DOCUMENTS --to documents.db --model {place}\n  nvembed serve {place}"
+        )
 
 
 @opt.described(

@@ -162,12 +162,14 @@ class EvaluationConfig(StrictModel):
         patience: a stage ends after so many evaluations in a row that were not better than its
             best; ``None`` is never.
         keep_best: a stage ends with the weights of its best evaluation, by the mean of main scores.
+        before: evaluate the model that the run starts from too, before its first step.
     """
 
     tasks: tuple[str, ...] = Field(min_length=1)
     every: int = Field(ge=1)
     patience: int | None = Field(default=None, ge=1)
     keep_best: bool = True
+    before: bool = False
 
 
 class TrainConfig(StrictModel):

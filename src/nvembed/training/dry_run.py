@@ -207,7 +207,8 @@ class _Rehearsal:
                 evaluation is not None
                 and metrics.evaluation_is_due(evaluation, step + 1, config.steps)
                 for step in range(start, config.steps)
-            ),
+            )
+            + (evaluation is not None and evaluation.before and position.step == number == 0),
             self._seconds_per_token(sampled, stage, beside, bar) * batches.tokens,
         )
 

@@ -171,6 +171,11 @@ class Evaluation:
     checkpoints: Path
     processes: DistributedContext
 
+    def scores(self, model: NVEmbed) -> dict[str, Any]:
+        """Scores of the model as it is, and their mean."""
+        scores = evaluate_model(model, self.tasks, self.processes)
+        return {"tasks": scores, "mean": mean_score(scores)}
+
     def step(
         self,
         model: NVEmbed,
@@ -181,12 +186,11 @@ class Evaluation:
     ) -> tuple[Best, dict[str, Any]]:
         """Evaluate after an update; return the best so far, and what goes to the row of metrics."""
         with evaluation_weights(optimizer):
-            scores = evaluate_model(model, self.tasks, self.processes)
-            mean = mean_score(scores)
-            best = best.after(mean, step)
+            scores = self.scores(model)
+            best = best.after(scores["mean"], step)
             if self.config.keep_best and best.step == step:
                 save_weights(self.checkpoints / BEST, trained, self.processes)
-        return best, {"tasks": scores, "mean": mean, "best": best.score, "best_step": best.step}
+        return best, {**scores, "best": best.score, "best_step": best.step}
 
     def put_back(self, trained: Parameters, best: Best, step: int) -> bool:
         """Give the model the stage's best weights, from the average; tell if they are others."""

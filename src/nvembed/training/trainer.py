@@ -131,7 +131,7 @@ class _Run:
                 self.log_temperature = new_temperature(stage, processes.device)
             self.projection = teacher.saved_projection(self.begun, processes.device)
         if processes.is_main:
-            run.trim_metrics(self.position.step)
+            run.trim_metrics(self.position.step or -1)  # a start writes its scores anew
         trained = self._trained()
         if self.begun is None:
             # All start from the same numbers, whatever the machines make of a seed.
@@ -157,6 +157,10 @@ class _Run:
         )
         if self.processes.is_main and self.config.trackers:
             metrics.start_trackers(self.accelerator, self.run, self.recipe, step=self.position.step)
+        if self.evaluation and self.evaluation.config.before and not self.position.step:
+            with self.computing():
+                scores = self.evaluation.scores(self.embedder)
+            self._report({"step": 0, "stage": None, "evaluation": scores})
         for number in range(self.position.stage, len(self.config.stages)):
             self._stage(self._start(number, budget.tokens))
         if (lora := self.config.lora) and lora.save_adapter and self.processes.is_main:

@@ -173,6 +173,10 @@ WRITERS: dict[str, list[Writer]] = {
             folders=("/pairs",),
         )
     ],
+    "init": [Writer("init", ("init", "pairs.jsonl", "--to", "OUT"), ("",), ("",))],
+    "data task": [
+        Writer("data task", ("data", "task", "pairs.jsonl", "--to", "OUT"), ("",), ("",))
+    ],
     "data synthesize": [
         Writer(
             "data synthesize",
@@ -224,6 +228,8 @@ UNMARKED = {
     "training/ablation/report.py": {"write_bytes"},
     "training/find_rate.py": {"write_bytes"},
     "building/row_filters.py": {"unlink", "open"},
+    "building/held_out.py": {"write_json", "write_jsonl", "write_text"},
+    "cli/start.py": {"write_jsonl", "write_text"},
     "data/built_sets.py": {"open"},
     "examples/pydocs/dataset.py": {"write_json", "write_jsonl", "write_text"},
     "evaluation/results.py": {"open"},

@@ -142,7 +142,7 @@ def _attend(
     mixed: tuple[Tensor, Tensor | None] = attend(
         attention,
         *(x_THE.transpose(0, 1)[None] for x_THE in heads),
-        None,
+        options.get("attention_mask"),  # which ours refuses
         segments=options["segments"],
         causal=options["causal"],
         scaling=attention.scaling,

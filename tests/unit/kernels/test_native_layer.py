@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, LlamaConfig, MistralConfig, Qwen2Config
 
+from nvembed.core.errors import ModelError
 from nvembed.kernels import elementwise
 from nvembed.kernels import layers as native_layer
 from nvembed.kernels.elementwise import gate as gated_by
@@ -93,6 +94,17 @@ def test_float32_layers_give_what_float64_ones_of_transformers_give(
         found = _hidden(model, causal=causal)
     assert len(called) == 3 * 6  # two norms, two rotations, a gate and a sum per layer
     assert float((found - wanted).abs().max() / wanted.abs().max()) < 1e-5
+
+
+def test_a_mask_is_not_left_out_in_silence(model: nn.Module) -> None:
+    accelerate(model)
+    options: Any = {"segments": Segments.of_lengths([3]), "causal": False}
+    angles = (torch.ones(1, 3, 32), torch.zeros(1, 3, 32))
+    x_1TD = torch.randn(1, 3, 64)
+    with torch.inference_mode(), pytest.raises(ModelError, match="attention_mask"):
+        model.layers[0](
+            x_1TD, position_embeddings=angles, attention_mask=torch.zeros(1, 1, 3, 3), **options
+        )
 
 
 def test_bfloat16_layers_are_nearer_to_float64_than_those_of_transformers(model: nn.Module) -> None:

@@ -80,7 +80,7 @@ def check_new_folder(to: Path, *, made_by: str, inputs: Sequence[str | Path]) ->
     """Refuse a place for a new model that holds something, lies in an input or is like a file."""
     check_folder_name(to)
     check_outputs((), made_by=made_by, inputs=inputs, places=[to])
-    if os.path.lexists(to) and (not to.is_dir() or any(to.iterdir())):
+    if os.path.lexists(to) and (to.is_symlink() or not to.is_dir() or any(to.iterdir())):
         raise ConfigError(
             "something is there already",
             where=f"--to {to}",

@@ -175,6 +175,7 @@ def test_every_block_of_the_documents_is_run() -> None:
     run_here |= {"index.md": {"bash"}, "evaluation.md": {"yaml"}}
     run_here |= {"api.md": {"python"}}  # signatures, compared with the code
     run_there = {"server.md": {"bash", "sh", "python"}}
+    run_there |= {"gpu.md": {"bash"}}  # by tests/unit/benchmarks/test_gpu_run.py
     # The rest of it by tests/integration/test_llama_cpp.py; text is marked as not tested.
     run_there |= {"serving-elsewhere.md": {"bash", "sh", "python", "text"}}
     for document in DOCUMENTS:

@@ -33,7 +33,7 @@ RESULTS, TABLES, LOG = "results.jsonl", "results.md", "log.txt"
 STATUS = "status"  # the row that ends a part
 _GRACE = 8.0  # seconds between the request to end and the end
 _LEAST = 5.0  # seconds that a part is started for
-_SCRIPT = Path(__file__)
+_SCRIPT = Path(__file__).resolve()
 
 
 @dataclass(frozen=True)
@@ -176,9 +176,15 @@ def run_part(
     """Run one part in a group of processes of its own: how it ended, and what it said."""
     own = [sys.executable, str(_SCRIPT), "--child", part.name, "--out", str(out), *options]
     command = list(part.command) or [*own, "--seconds", str(seconds)]
+    # Servers and tests that a part starts find this checkout too; nothing is looked for elsewhere.
+    path = [str(_SCRIPT.parents[1] / "src"), os.environ.get("PYTHONPATH", "")]
+    environment = {"HF_HUB_OFFLINE": "1", **os.environ}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, path))
     with open(out / LOG, "ab") as log:
         start = log.tell()
-        process = subprocess.Popen(command, stdout=log, stderr=log, process_group=0)
+        process = subprocess.Popen(
+            command, env=environment, stdout=log, stderr=log, process_group=0
+        )
         try:
             code = process.wait(seconds)
         except subprocess.TimeoutExpired:

@@ -25,7 +25,6 @@ from nvembed.model.embedder import NVEmbed
 from nvembed.model.memory import weight_bytes
 from nvembed.model.official_load import empty_modules
 from nvembed.model.pooling import LatentAttentionPooling
-from nvembed.text.tokens import TokenizedText
 
 MAX_TOKENS = 4096
 
@@ -90,12 +89,6 @@ def random_texts(count: int, tokens: int, *, seed: int = 0) -> list[str]:
     """Different texts of letters, which are so many tokens with BOS and EOS."""
     generator = random.Random(seed)
     return ["".join(generator.choices(string.ascii_letters, k=tokens - 2)) for _ in range(count)]
-
-
-def random_ids(count: int, tokens: int, vocabulary: int) -> list[TokenizedText]:
-    """Texts of random tokens."""
-    ids_NL = torch.randint(vocabulary, (count, tokens)).tolist()
-    return [TokenizedText(tuple(ids), 0) for ids in ids_NL]
 
 
 # --- Operations -----------------------------------------------------------------------------------

@@ -162,16 +162,17 @@ def small(tmp_path_factory: pytest.TempPathFactory):
 
 def test_operations_are_those_that_torch_counts(small, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
-    from gpu_parts.shapes import forward_operations, random_ids
+    from gpu_parts.shapes import forward_operations
     from torch.utils.flop_counter import FlopCounterMode
 
     from nvembed.kernels import attention as kernels
     from nvembed.kernels.layers import accelerate, restore
     from nvembed.model.packs import embed_pack
+    from nvembed.text.tokens import TokenizedText
 
     monkeypatch.setattr(kernels, "supports_bfloat16", lambda *_: False)  # torch cannot see it
     lengths = [24, 24, 9]
-    texts = [text for length in lengths for text in random_ids(1, length, 200)]
+    texts = [TokenizedText(tuple(range(length)), 0) for length in lengths]
     restore(small)
     try:
         fixed = small.pooling.fixed_weights(fold_now=True)

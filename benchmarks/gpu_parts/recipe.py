@@ -12,6 +12,7 @@ import signal
 import statistics
 import tarfile
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -111,20 +112,14 @@ def settings(context: Context, base: str) -> TrainConfig:
     return TrainConfig.model_validate(values)
 
 
-def fitted(config: TrainConfig, seconds: float) -> tuple[TrainConfig, float]:
-    """With as many steps as fit, in the recipe's proportions; and the seconds of the recipe's."""
-    whole = dry_run(config, base_dir=ROOT).seconds
-    share = seconds / whole
+def scaled(config: TrainConfig, share: float) -> TrainConfig:
+    """With a share of the steps, in the recipe's proportions."""
+    counts = [max(2, int(stage.steps * share)) for stage in config.stages]
     stages = tuple(
-        stage.model_copy(
-            update={
-                "steps": (steps := max(2, int(stage.steps * share))),
-                "warmup_steps": max(1, steps // 20),
-            }
-        )
-        for stage in config.stages
+        stage.model_copy(update={"steps": steps, "warmup_steps": max(1, steps // 20)})
+        for stage, steps in zip(config.stages, counts, strict=True)
     )
-    return config.model_copy(update={"stages": stages}), whole
+    return config.model_copy(update={"stages": stages})
 
 
 def pieces(source: Path, extra: list[Path], out: Path, work: Path) -> list[str]:
@@ -145,10 +140,15 @@ def run(context: Context) -> None:
     device_of(context.rehearse)
     base = context.base or random_base(context.work / "base", rehearse=context.rehearse)
     config = settings(context, base)
-    room = context.left() - 2 * _RESERVE
-    config, whole = fitted(config, 4.0 if context.rehearse else _TRUST * room)
+    started = time.monotonic()
+    whole = dry_run(config, base_dir=ROOT).seconds
+    starting = time.monotonic() - started  # the run reads its data and loads its model again
+    room = _TRUST * (context.left() - _RESERVE - starting)
+    config = scaled(config, (4.0 if context.rehearse else room) / whole)
     steps = sum(stage.steps for stage in config.stages)
-    context.row("plan", steps=steps, recipe_seconds=whole, sets=len(config.datasets))
+    context.row(
+        "plan", steps=steps, recipe_seconds=whole, starting=starting, sets=len(config.datasets)
+    )
     stop = threading.Timer(context.left() - _RESERVE, os.kill, (os.getpid(), signal.SIGTERM))
     stop.daemon = True
     stop.start()
@@ -161,6 +161,7 @@ def run(context: Context) -> None:
     done = RunFolder(Path(config.output))
     rows = [row for row in done.read_metrics() if "loss" in row]
     tokens = sum(row["tokens"] for row in rows)
+    few = max(1, min(20, len(rows) // 4))
     context.row(
         "trained",
         base=context.base or "random weights",
@@ -169,8 +170,8 @@ def run(context: Context) -> None:
         tokens=tokens,
         seconds=sum(row["seconds"] for row in rows),
         tokens_per_second=statistics.median(row["tokens_per_second"] for row in rows),
-        first_loss=statistics.fmean(row["loss"] for row in rows[:20]),
-        last_loss=statistics.fmean(row["loss"] for row in rows[-20:]),
+        first_loss=statistics.fmean(row["loss"] for row in rows[:few]),
+        last_loss=statistics.fmean(row["loss"] for row in rows[-few:]),
         recomputed=statistics.fmean(row["recomputed"] for row in rows),
     )
     last = latest_checkpoint(done.checkpoints, log=print)

@@ -13,7 +13,6 @@ import sys
 import tarfile
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -236,9 +235,7 @@ def test_pieces_are_joined_to_what_was_packed(
         assert archive.getnames() == ["adapter", "adapter/weights", "metrics.jsonl"]
 
 
-def test_the_recipe_keeps_the_sets_that_are_there_and_fits_the_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_recipe_keeps_the_sets_that_are_there_and_fits_the_time(tmp_path: Path) -> None:
     from gpu_parts import recipe
 
     data = tmp_path / "data"
@@ -259,9 +256,7 @@ def test_the_recipe_keeps_the_sets_that_are_there_and_fits_the_time(
     assert kept.stages[0].teacher.model == "teacher"
 
     steps = [stage.steps for stage in config.stages]
-    monkeypatch.setattr(recipe, "dry_run", lambda config, base_dir: SimpleNamespace(seconds=200.0))
-    half, whole = recipe.fitted(config, 100.0)
-    assert whole == 200.0
+    half = recipe.scaled(config, 0.5)
     assert [stage.steps for stage in half.stages] == [n // 2 for n in steps]
     assert [stage.warmup_steps for stage in half.stages] == [n // 40 for n in steps]
 

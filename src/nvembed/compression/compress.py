@@ -39,9 +39,10 @@ from nvembed.compression.vocabulary import (
 from nvembed.core.arguments import checked
 from nvembed.core.errors import ConfigError, DataError, ModelError
 from nvembed.core.files import atomic_folder, write_json, write_text
+from nvembed.core.outputs import check_new_folder
 from nvembed.core.reporting import progress
 from nvembed.encoding.embed import encode_window
-from nvembed.encoding.export.folders import check_new_folder, load_own
+from nvembed.encoding.export.folders import load_own
 from nvembed.encoding.reading import read_documents
 from nvembed.model.backbone import Backbone
 from nvembed.model.embedder import NVEmbed
@@ -119,7 +120,7 @@ def compress(
         ModelError: the model cannot be loaded, or its family or tokenizer cannot be cut.
     """
     to = Path(to)
-    check_new_folder(to, made_by=COMPRESS, inputs=[name, texts])
+    check_new_folder(to, [name, texts])
     sizes = {"layers": layers, "mlp": mlp, "vocabulary": vocabulary}
     if not (any(sizes.values()) or head_free):
         raise ConfigError(

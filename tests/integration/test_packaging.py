@@ -206,7 +206,8 @@ def test_completion(program: Path, outside: Path) -> None:
     assert "complete -o default -F _nvembed_completion nvembed" in script
     (outside / "script").write_text(script)
     ask = (
-        "source script; COMP_WORDS=({}); COMP_CWORD={}; _nvembed_completion; echo ${{COMPREPLY[@]}}"
+        "source ./script; COMP_WORDS=({}); COMP_CWORD={}; _nvembed_completion nvembed; "
+        "echo ${{COMPREPLY[@]}}"
     )
     for words, found in (
         ("nvembed enc", "encode"),

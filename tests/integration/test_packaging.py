@@ -74,9 +74,13 @@ def test_the_compose_file_is_sound() -> None:
         assert all(port.startswith("127.0.0.1:") for port in service["ports"])
 
 
+def sent_to_docker() -> set[str]:
+    lines = (ROOT / ".dockerignore").read_text(encoding="utf-8").split()
+    return {line.removeprefix("!") for line in lines if line.startswith("!")}
+
+
 def test_the_image_is_made_of_what_is_there() -> None:
-    kept = (ROOT / ".dockerignore").read_text(encoding="utf-8").split()
-    needed = {line.removeprefix("!") for line in kept if line.startswith("!")}
+    needed = sent_to_docker()
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert needed >= {"src", "pyproject.toml", project["readme"], *project["license-files"]}
     assert all((ROOT / name).exists() for name in needed)
@@ -110,9 +114,13 @@ def call(*command: str | Path, **options: Any) -> str:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, built from the files alone that the image is built from."""
     pytest.importorskip("hatchling", reason="needs hatchling (extra dev)")
-    folder = tmp_path_factory.mktemp("wheel")
-    call(sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", folder, cwd=ROOT)
+    folder, source = tmp_path_factory.mktemp("wheel"), tmp_path_factory.mktemp("source")
+    for name in sent_to_docker() - {"src"}:
+        shutil.copy(ROOT / name, source)
+    shutil.copytree(ROOT / "src", source / "src", ignore=shutil.ignore_patterns("__pycache__"))
+    call(sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", folder, cwd=source)
     (made,) = folder.glob("*.whl")
     return made
 

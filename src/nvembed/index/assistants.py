@@ -112,8 +112,9 @@ def _described(database: Database) -> list[Tool]:
 
 
 def _search(database: Database, encoder: Encoder, given: SearchArguments) -> dict[str, Any]:
-    database.count(given.where)  # checks the filter before anything is embedded
-    options = SearchOptions(top_k=given.top_k, where=given.where, hybrid=given.hybrid)
+    where = given.where if given.where and given.where.strip() else None
+    database.count(where)  # checks the filter before anything is embedded
+    options = SearchOptions(top_k=given.top_k, where=where, hybrid=given.hybrid)
     hits = search_database(database, encoder, given.query, options)
     return {
         "hits": [

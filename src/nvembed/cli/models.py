@@ -129,17 +129,17 @@ def _serve_database(
     from nvembed.index.database import Database
     from nvembed.index.search import recorded_encoder
 
+    database = Database.open(Path(path))
     if address is None:
         from nvembed.index.assistants import serve_assistant
 
-        database = Database.open(Path(path))
         serve_assistant(database, recorded_encoder(database.record, model, dtype, path))
         return
     import uvicorn
 
     from nvembed.index.page import page_app
 
-    database, (host, port) = Database.open(Path(path)), address
+    host, port = address
     encoder = recorded_encoder(database.record, model, dtype, path)
     typer.echo(f"{database.count()} documents: http://{host}:{port}/ (Ctrl-C ends it)")
     uvicorn.run(page_app(database, encoder), host=host, port=port, log_level="warning")

@@ -22,7 +22,7 @@ import yaml
 
 import nvembed
 from nvembed.core.config import load_config
-from nvembed.kernels.build import library
+from nvembed.kernels.build import COMPILERS
 from nvembed.serving.config import ServerConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -174,14 +174,14 @@ def test_the_program_works_without_the_checkout(program: Path, outside: Path) ->
     code = "import nvembed, sys; print(nvembed.__file__); assert 'torch' not in sys.modules"
     assert Path(call(python, "-c", code).strip()).is_relative_to(program.parent.parent)
     code = (
+        "import torch\n"  # whose OpenMP the kernels take
         "from nvembed.text.instructions import all_instructions as a\n"
         "from nvembed.kernels.build import library\n"
         "print(len(a()), *(library(f'{n}.cpp') is not None for n in ('elementwise', 'int8')))"
     )
     count, *compiled = call(python, "-c", code).split()
     assert int(count) > 50
-    here = library("elementwise.cpp") is not None
-    assert compiled == [str(here)] * 2
+    assert compiled == [str(any(map(shutil.which, COMPILERS)))] * 2
 
 
 @pytest.mark.slow

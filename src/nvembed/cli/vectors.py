@@ -109,6 +109,7 @@ SHOWN_CHARS = 160
         "it is given; none leaves files whole. Default of a new database: 256, or what the model "
         "reads.",
     ),
+    long="late reads documents as a whole and pools each passage from its states; of a new one.",
 )
 def index(
     documents: list[str] | None = None,
@@ -124,6 +125,7 @@ def index(
     truncate_dim: int | None = None,
     ann_above: int = 50_000,
     passages: str = "auto",
+    long: Literal["cut", "late"] | None = None,
     dtype: PrecisionChoice = "auto",
 ) -> None:
     """Write documents into an embedded vector database; run again, it embeds what is new.
@@ -154,7 +156,12 @@ def index(
         dtype=dtype,
         delete=[*(delete or []), *(read_ids(delete_file) if delete_file else [])],
         options=IndexOptions(
-            opt.read_columns(columns), kept, keep_going, ann_above, _read_passages(passages)
+            opt.read_columns(columns),
+            kept,
+            keep_going,
+            ann_above,
+            _read_passages(passages),
+            long,
         ),
     )
     typer.echo(

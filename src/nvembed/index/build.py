@@ -38,7 +38,14 @@ from nvembed.index.database import (
 )
 from nvembed.index.documents import Group, LeftOut, Reader
 from nvembed.index.fields import Fields, FieldTypes, same
-from nvembed.index.passages import PLACE_FIELDS, Cutter, Passage, is_passage_id
+from nvembed.index.passages import (
+    PLACE_FIELDS,
+    Cutter,
+    Passage,
+    is_passage_id,
+    key_of,
+    late_vectors,
+)
 from nvembed.index.search import first_dimensions, new_record, recorded_encoder
 from nvembed.text.instructions import read_task
 
@@ -75,6 +82,9 @@ class IndexOptions:
         passages: most tokens of a passage, with its headings, as the model counts. ``auto`` is what
             the database was made with, and for a new one 256, or as many as the model reads; it
             leaves rows whole, which a number cuts too. None leaves files whole.
+        long: ``late`` (late chunking) reads a document as a whole, as far as the model has
+            positions, and pools the states of each passage; None is what the database was made
+            with, and ``cut``, each passage by itself under its headings, for a new one.
     """
 
     columns: Mapping[str, Column] | None = None
@@ -82,6 +92,7 @@ class IndexOptions:
     keep_going: bool = False
     ann_above: int = ANN_ABOVE
     passages: int | Literal["auto"] | None = "auto"
+    long: Literal["cut", "late"] | None = None
 
 
 def index_documents(
@@ -129,13 +140,13 @@ def index_documents(
         if is_database(path):
             database = Database.open(path)
             _check_settings(database, read_task(task, None), truncate_dim, dtype)
-            _check_passages(database, options.passages)
+            _check_passages(database, options)
             if documents:
                 encoder = recorded_encoder(database.record, model, dtype, str(path))
         else:
             assert model is not None
             record, encoder = new_record(model, task, truncate_dim, dtype)
-            update = _passage_settings(encoder, options.passages)
+            update = _passage_settings(encoder, options)
             database = Database.create(path, record.model_copy(update=update))
         if encoder is not None:
             _Writer(database, encoder, options, report).write(documents)
@@ -157,39 +168,41 @@ def _check_settings(
         ("dtype", fixed, record.dtype),
     ):
         if given is not None and given != kept:
-            raise ConfigError(
-                f"{what} is {given!r}, the database has {kept!r}",
-                where=str(database.path),
-                hint="It is fixed when a database is made; leave it out, or make a new one",
-            )
+            raise _is_fixed(database, f"{what} is {given!r}, the database has {kept!r}")
 
 
-def _passage_settings(
-    encoder: Encoder, wanted: int | Literal["auto"] | None
-) -> dict[str, int | bool | None]:
+def _passage_settings(encoder: Encoder, options: IndexOptions) -> dict[str, object]:
     """What a new database keeps of how documents are cut."""
     _, limit = reading_limit(encoder)
+    wanted, long = options.passages, options.long or "cut"
+    if long == "late" and (wanted is None or not hasattr(encoder, "prepare")):
+        needed = "passages" if wanted is None else "an NVEmbed model or a bare language model"
+        raise ConfigError("late chunking", where="long", expected=needed)
     if wanted == "auto":
-        return {"passages": min(_PASSAGE, limit or _PASSAGE)}
+        return {"passages": min(_PASSAGE, limit or _PASSAGE), "long": long}
     if wanted is not None and not 1 <= wanted <= (limit or wanted):
         expected = "at least 1" if limit is None else f"1 to {limit}, which the model reads"
         raise ConfigError(f"{wanted} tokens in a passage", where="passages", expected=expected)
-    return {"passages": wanted, "rows_cut": wanted is not None}
+    return {"passages": wanted, "rows_cut": wanted is not None, "long": long}
 
 
-def _check_passages(database: Database, wanted: int | Literal["auto"] | None) -> None:
-    record = database.record
+def _check_passages(database: Database, options: IndexOptions) -> None:
+    record, wanted = database.record, options.passages
+    if options.long not in (None, record.long):
+        raise _is_fixed(database, f"long is {options.long!r}, the database has {record.long!r}")
     if wanted == "auto" or (wanted, wanted is not None) == (record.passages, record.rows_cut):
         return
     kept = "leaves documents whole"
     if record.passages is not None:
         what = "rows too" if record.rows_cut else "of files only"
         kept = f"has passages of {record.passages} tokens, {what}"
-    raise ConfigError(
-        f"passages is {'none' if wanted is None else wanted}, the database {kept}",
-        where=str(database.path),
-        hint="It is fixed when a database is made; leave it out, or make a new one",
-    )
+    given = "none" if wanted is None else wanted
+    raise _is_fixed(database, f"passages is {given}, the database {kept}")
+
+
+def _is_fixed(database: Database, problem: str) -> ConfigError:
+    hint = "It is fixed when a database is made; leave it out, or make a new one"
+    return ConfigError(problem, where=str(database.path), hint=hint)
 
 
 def _windows(groups: Iterable[Group]) -> Iterator[list[Group]]:
@@ -216,8 +229,11 @@ class _Writer:
     def write(self, paths: Sequence[str | Path]) -> None:
         record, report = self.database.record, self.report
         tokenizer, _ = reading_limit(self.encoder)
+        cutter = None
+        if record.passages is not None:
+            cutter = Cutter(record.passages, tokenizer, record.long == "late")
         reader = Reader(
-            None if record.passages is None else Cutter(record.passages, tokenizer),
+            cutter,
             record.rows_cut,
             self.options.columns,
             self.options.keep_going,
@@ -240,7 +256,12 @@ class _Writer:
         new: list[str] = []
         for id, (doc, fields) in rows.items():
             old = known.get(id)
-            if old is not None and old["text"] == doc.text and same(old["fields"], fields):
+            made_of = (doc.text, key_of(doc))
+            if (
+                old is not None
+                and (old["text"], old["text_hash"]) == made_of
+                and same(old["fields"], fields)
+            ):
                 self.report.unchanged += 1
                 continue
             self.report.added += old is None
@@ -312,15 +333,20 @@ class _Writer:
 
     def _vectors(self, documents: list[Document]) -> tuple[list[str], NDArray[np.float32]]:
         """Keys of what the model reads, and vectors ``(N, D)``: each key goes through it once."""
-        reads = [doc.read if isinstance(doc, Passage) else doc.text for doc in documents]
-        keys = [text_hash(read) for read in reads]
-        by_key = dict(zip(keys, reads, strict=True))
+        keys = [key_of(document) for document in documents]
+        by_key = dict(zip(keys, documents, strict=True))
         found = {r["text_hash"]: r["vector"] for r in self.database.get("text_hash", [*by_key])}
-        missing = [key for key in by_key if key not in found]
+        missing = {key: document for key, document in by_key.items() if key not in found}
         if missing:
-            made = encode_window(self.encoder, [by_key[key] for key in missing], side="document")
-            short = first_dimensions(made, self.database.record.dimension)
-            found |= dict(zip(missing, short, strict=True))
+            late = self.database.record.long == "late"
+            made = late_vectors(self.encoder, missing) if late else {}
+            alone = {key: doc for key, doc in missing.items() if key not in made}
+            if alone:
+                reads = [d.read if isinstance(d, Passage) else d.text for d in alone.values()]
+                rows = encode_window(self.encoder, reads, side="document")
+                made |= dict(zip(alone, rows, strict=True))
+            short = first_dimensions(np.stack([*made.values()]), self.database.record.dimension)
+            found |= dict(zip(made, short, strict=True))
             self.report.embedded += len(missing)
         return keys, np.stack([found[key] for key in keys])
 

@@ -97,6 +97,7 @@ class DatabaseRecord(StrictModel):
     dtype: Precision | None = None  # of the weights, for all documents; None where not known
     passages: int | None = None  # most tokens of a passage; None leaves documents whole
     rows_cut: bool = False  # and not files alone
+    long: Literal["cut", "late"] = "cut"  # late: passages are pooled from the whole document
 
 
 class Database:

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+import torch
 
 from hash_encoder import HashEncoder
+from nvembed import NVEmbed
 from nvembed.core.errors import ConfigError, DataError, UserError
 from nvembed.core.files import write_jsonl
 from nvembed.encoding.encoder import load_encoder, reading_limit
@@ -305,3 +307,41 @@ def test_passages_fit_the_model(tiny_decoder_dir: Path, folder: Path, tmp_path: 
         assert len(tokenizer.encode(headed, add_special_tokens=False).ids) <= 60
         expected = encoder.encode_document([headed])[0]
         assert row["vector"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_late_passages_are_pooled_states_of_the_document(
+    tiny_decoder_dir: Path, tmp_path: Path
+) -> None:
+    encoder, path = NVEmbed.from_pretrained(tiny_decoder_dir), tmp_path / "db"
+    text = (
+        "# One\n\nThe first part is so long that it stands alone.\n\n# Two\n\nThe second is too.\n"
+    )
+    (tmp_path / "a.md").write_text(text)
+    (tmp_path / "b.txt").write_text(text.replace("#", "="))
+    files = [tmp_path / "a.md", tmp_path / "b.txt"]
+    index(path, *files, encoder=encoder, passages=60, long="late")
+    rows = sorted((r for r in kept(path).values() if r["id"][0] == "a"), key=lambda r: r["start"])
+    assert [row["heading"] for row in rows] == ["One", "Two"]
+    border = text.index("# Two")
+    assert rows[1]["start"] == border
+    ids = (1, *encoder.tokenizer(text, add_special_tokens=False)["input_ids"], 2)
+    assert len(ids) == len(text) + 2  # a token is a byte
+    with torch.inference_mode():
+        hidden_TD = encoder.backbone.states([ids])
+        wanted_D = [hidden_TD[: 1 + border].mean(0), hidden_TD[1 + border :].mean(0)]
+    for row, wanted in zip(rows, wanted_D, strict=True):
+        assert row["vector"] == pytest.approx((wanted / wanted.norm()).numpy(), abs=1e-5)
+
+    before = kept(path)
+    files[0].write_text(text.replace("is too", "is so"))
+    report = index(path, *files, encoder=encoder)
+    after = kept(path)
+    assert (report.embedded, report.added, report.updated, report.deleted) == (2, 1, 1, 1)
+    first = rows[0]["id"]  # its words are the same, what stands around them is not
+    assert after[first]["vector"] != before[first]["vector"]
+    assert index(path, *files, encoder=encoder).unchanged == len(after)
+    with pytest.raises(ConfigError, match="long is 'cut', the database has 'late'"):
+        index(path, *files, encoder=encoder, long="cut")
+    for options, model in (({"passages": None}, encoder), ({}, HashEncoder(8))):
+        with pytest.raises(ConfigError, match="late chunking"):
+            index(tmp_path / "new", *files, encoder=model, long="late", **options)

@@ -164,13 +164,19 @@ def index(
             long,
         ),
     )
+    _tell_indexed(to, done)
+
+
+def _tell_indexed(to: Path, done: Any) -> None:
+    """Print what was indexed, and on stderr what was left out."""
     typer.echo(
         f"{to}: {done.total} {'passages' if done.documents else 'documents'}; {done.added} new, "
         f"{done.updated} changed, {done.unchanged} as they were, {done.deleted} deleted; "
         f"{done.embedded} texts embedded"
     )
     if done.documents:
-        typer.echo(f"{done.documents} documents cut at {done.passages} tokens")
+        cut = f"{done.documents} document{'s' if done.documents > 1 else ''}"
+        typer.echo(f"{cut} in passages of at most {done.passages} tokens")
     if done.left_out.count:
         opt.echo_error(done.left_out)
     if done.absent_fields:

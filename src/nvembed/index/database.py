@@ -240,7 +240,9 @@ class Database:
 
     def get(self, column: str, values: Sequence[str]) -> list[dict[str, Any]]:
         """Documents by ``id`` or ``text_hash``, in no order, with ``vector`` and ``fields``."""
-        return self._rows(self._table.search().where(_is_in(column, values))) if values else []
+        parts = (values[start : start + 1000] for start in range(0, len(values), 1000))
+        queries = (self._table.search().where(_is_in(column, part)) for part in parts)
+        return [row for query in queries for row in self._rows(query)]
 
     def passages(
         self, field: str, values: Sequence[str], *, begins: bool = False

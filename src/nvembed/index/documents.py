@@ -226,7 +226,9 @@ def _html(content: bytes) -> str:
         for node in [*soup(list(_NO_CONTENT)), *soup.select(_PERMALINKS), *soup("head")]:
             node.decompose()
         main = soup.find("main") or soup.find(role="main") or soup.find("article") or soup
-        body = converter(heading_style="atx", strip=["a", "img"]).convert_soup(main).strip()
+        as_written = {"escape_underscores": False, "escape_asterisks": False}
+        markdown = converter(heading_style="atx", strip=["a", "img"], **as_written)
+        body = markdown.convert_soup(main).strip()
     except Exception as error:  # any of two libraries
         raise _Unusable("unreadable", f"not readable as HTML ({error!r:.80})") from error
     return body if main.find("h1") or not (title and body) else f"# {title}\n\n{body}"

@@ -83,8 +83,8 @@ def cut_passages(
 
     Args:
         text: the text, whose lines end with ``\\n``.
-        ending: of its file, which says the structure: ``.md``, ``.rst``, ``.txt``, ``.py``; any
-            other has none and is code, "" is prose.
+        ending: the ending of its file, which says the structure: ``.md``, ``.rst``, ``.txt``,
+            ``.py``; any other has none and is code, "" is prose.
         ends: where its tokens end, see ``token_ends``.
         room: tokens of a passage under these headings, at least 1.
     """

@@ -67,7 +67,7 @@ def pdf(*pages: str) -> bytes:
 
 PAGE = """<html><head><title>Page</title><style>b {}</style></head><body><nav>menu</nav>
 <div role="main"><h2>Soup<a class="headerlink" href="#soup">¶</a></h2>
-<p>Salt and <a href="x">water</a> boil.</p><pre>x = 1</pre></div><script>no()</script></body>"""
+<p>Salt and <a href="x">hot_water</a> boil.</p><pre>x = 1</pre></div><script>no()</script></body>"""
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ def folder(tmp_path: Path) -> Path:
     (place / "sub").mkdir(parents=True)
     paragraphs = "\n\n".join(f"paragraph {n} tells of number {n}." for n in range(12))
     guide = f"# Guide\n\n{paragraphs}\n\n## Moon\n\nThe moon turns.\n\n## Sea\n\n{paragraphs}\n"
-    (place / "guide.md").write_text(guide)
+    (place / "a.md").write_text(guide)
     (place / "sub" / "code.py").write_text("import os\n\n\ndef boil(water):\n    return water\n")
     (place / "page.html").write_text(PAGE)
     (place / "paper.pdf").write_bytes(pdf("The first page is about bread.", "Then comes wine."))
@@ -85,9 +85,9 @@ def folder(tmp_path: Path) -> Path:
     (place / "package.json").write_text('{"name": "no text"}')
     (place / "broken.json").write_text("{")
     (place / "bad.pdf").write_bytes(b"%PDF-1.4 cut off")
-    (place / "binary.md").write_bytes(b"head\0\1\2")
+    (place / "table.md").write_bytes(b"head\0\1\2")
     (place / "latin.rst").write_bytes(b"caf\xe9 au lait")
-    (place / "empty.md").write_text(" \n")
+    (place / "notes.md").write_text(" \n")
     for name in ("a.png", "b.png", "LICENSE"):
         (place / name).write_bytes(b"\x89")
     return place
@@ -125,22 +125,22 @@ def test_a_folder_in_passages(folder: Path, tmp_path: Path) -> None:
     assert rows["r"]["text"] == "a row stays whole " * 40
     assert rows["r"]["year"] == 1
     assert rows["r"]["start"] is None
-    of = {name: [] for name in ("guide.md", "sub/code.py", "page.html", "paper.pdf", "win.txt")}
+    of = {name: [] for name in ("a.md", "sub/code.py", "page.html", "paper.pdf", "win.txt")}
     for id, row in rows.items():
         if id != "r":
             of[id.partition("#")[0]].append(row)
             assert row["file"] == str(folder / id.partition("#")[0])
-    text = (folder / "guide.md").read_text()
-    assert len(of["guide.md"]) > 3
-    for row in of["guide.md"]:
+    text = (folder / "a.md").read_text()
+    assert len(of["a.md"]) > 3
+    for row in of["a.md"]:
         assert row["text"] == text[row["start"] : row["end"]]
         assert text.split("\n")[row["line"] - 1] == row["text"].split("\n")[0]
-    assert {row["heading"] for row in of["guide.md"]} == {"Guide", "Guide > Moon", "Guide > Sea"}
+    assert {row["heading"] for row in of["a.md"]} == {"Guide", "Guide > Moon", "Guide > Sea"}
     (code,) = of["sub/code.py"]
     assert code["text"].startswith("import os")
     (page,) = of["page.html"]
     assert page["heading"] == "Page > Soup"
-    assert page["text"] == "# Page\n\n## Soup\n\nSalt and water boil.\n\n```\nx = 1\n```"
+    assert page["text"] == "# Page\n\n## Soup\n\nSalt and hot_water boil.\n\n```\nx = 1\n```"
     assert page["line"] is None
     (paper,) = of["paper.pdf"]
     assert (paper["page"], paper["line"]) == (1, None)
@@ -153,7 +153,7 @@ def test_hits_tell_the_place(folder: Path, tmp_path: Path) -> None:
     index(tmp_path / "db", folder, passages=30)
     database, encoder = Database.open(tmp_path / "db"), HashEncoder(64)
     for query, id, place in (
-        ("the moon turns", "guide.md", "line 27 · Guide > Moon"),
+        ("the moon turns", "a.md", "line 27 · Guide > Moon"),
         ("wine page 2 about", "paper.pdf", "page 2"),
         ("salt water boil soup", "page.html", "characters 0–"),
     ):
@@ -168,9 +168,9 @@ def test_again_what_is_new(folder: Path, tmp_path: Path) -> None:
     encoder, path = Counting(), tmp_path / "db"
     other = tmp_path / "other"
     other.mkdir()
-    (other / "own.md").write_text("kept: of another folder")
+    (other / "b.md").write_text("kept: of another folder")
     # A row with a field that looks like a place in the folder is no passage.
-    foreign = {"id": "mine", "text": "x", "file": f"{folder}/gone.md", "start": 1}
+    foreign = {"id": "mine", "text": "x", "file": f"{folder}/report.md", "start": 1}
     write_jsonl(tmp_path / "mine.jsonl", [foreign])
     index(path, folder, other, tmp_path / "mine.jsonl", encoder=encoder, passages="auto")
     with pytest.MonkeyPatch.context() as patch:
@@ -184,8 +184,8 @@ def test_again_what_is_new(folder: Path, tmp_path: Path) -> None:
     assert encoder.since() == []
     assert kept(path) == before
 
-    text = (folder / "guide.md").read_text()
-    (folder / "guide.md").write_text(
+    text = (folder / "a.md").read_text()
+    (folder / "a.md").write_text(
         text.replace("# Guide\n", "# Guide\n\nNew words.\n", 1).replace("moon", "sun")
     )
     (folder / "sub" / "code.py").unlink()
@@ -194,33 +194,35 @@ def test_again_what_is_new(folder: Path, tmp_path: Path) -> None:
     report = index(path, folder, encoder=encoder)
     after = kept(path)
     changed = encoder.since()
-    assert 2 <= len(changed) <= 4 < len([id for id in before if id.startswith("guide.md")])
+    assert 2 <= len(changed) <= 4 < len([id for id in before if id.startswith("a.md")])
     assert "Guide > Moon\n## Moon\n\nThe sun turns." in changed
     assert report.embedded == len(changed)
     gone = before.keys() - after.keys()
     assert report.deleted == len(gone)
-    assert {id.partition("#")[0] for id in gone} == {"guide.md", "sub/code.py", "win.txt"}
+    assert {id.partition("#")[0] for id in gone} == {"a.md", "sub/code.py", "win.txt"}
     assert {
         "mine",
-        *(id for id in before if id.startswith(("own.md", "paper.pdf"))),
+        *(id for id in before if id.startswith(("b.md", "paper.pdf"))),
     } <= after.keys()
     # Passages that only moved have their id, vector and new place.
-    moved = [id for id in before.keys() & after.keys() if id.startswith("guide.md")]
+    moved = [id for id in before.keys() & after.keys() if id.startswith("a.md")]
     assert moved
-    new = (folder / "guide.md").read_text()
+    new = (folder / "a.md").read_text()
     for id in moved:
         assert after[id]["vector"] == before[id]["vector"]
         assert new[after[id]["start"] : after[id]["end"]] == before[id]["text"]
 
 
 def test_a_document_is_deleted_with_its_passages(folder: Path, tmp_path: Path) -> None:
-    index(tmp_path / "db", folder, passages=20)
-    rows = [{"id": "guide.md#own", "text": "a row", "start": 3}]
-    write_jsonl(tmp_path / "rows.jsonl", rows)
+    # A row whose id looks like a passage of the file stays.
+    write_jsonl(tmp_path / "rows.jsonl", [{"id": "a.md#own", "text": "a row", "start": 3}])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "_PASSAGE", 40)
+        index(tmp_path / "db", folder, tmp_path / "rows.jsonl")
     before = kept(tmp_path / "db")
-    report = index_documents(tmp_path / "db", [], model=None, delete=["guide.md", "r"])
+    report = index_documents(tmp_path / "db", [], model=None, delete=["a.md", "r"])
     after = kept(tmp_path / "db")
-    gone = {id for id in before if id.startswith(("guide.md#", "r#"))}
+    gone = {id for id in before if id == "r" or id.startswith("a.md#")} - {"a.md#own"}
     assert before.keys() - after.keys() == gone
     assert report.deleted == len(gone) > 4
 
@@ -252,14 +254,12 @@ def test_rows_are_cut_where_a_number_is_given(tmp_path: Path) -> None:
 def test_how_documents_are_cut_is_fixed(folder: Path, tmp_path: Path) -> None:
     for number, (made, wrong) in enumerate(((20, None), (None, 20), ("auto", 256), (20, 30))):
         path = tmp_path / str(number)
-        index(path, folder / "guide.md", passages=made)
-        index(path, folder / "guide.md", passages=made)
+        index(path, folder / "a.md", passages=made)
+        index(path, folder / "a.md", passages=made)
         with pytest.raises(ConfigError, match="fixed when a database is made"):
-            index(path, folder / "guide.md", passages=wrong)
-    assert kept(tmp_path / "1").keys() == {
-        "guide.md"
-    }  # a whole file, as before there were passages
-    assert set(kept(tmp_path / "1")["guide.md"]) == {"id", "text", "text_hash", "vector"}
+            index(path, folder / "a.md", passages=wrong)
+    assert kept(tmp_path / "1").keys() == {"a.md"}  # a whole file, as before there were passages
+    assert set(kept(tmp_path / "1")["a.md"]) == {"id", "text", "text_hash", "vector"}
     with pytest.raises(ConfigError, match="at least 1"):
         index(tmp_path / "new", folder, passages=0)
 
@@ -267,8 +267,8 @@ def test_how_documents_are_cut_is_fixed(folder: Path, tmp_path: Path) -> None:
 def test_a_file_given_by_name_is_read_or_refused(folder: Path, tmp_path: Path) -> None:
     for name, message in (
         ("bad.pdf", "not readable as PDF"),
-        ("empty.md", "the file is empty"),
-        ("binary.md", "a binary file"),
+        ("notes.md", "the file is empty"),
+        ("table.md", "a binary file"),
         ("latin.rst", "not UTF-8"),
         ("a.png", "unknown kind of file 'a.png'"),
     ):
@@ -299,9 +299,9 @@ def test_passages_fit_the_model(tiny_decoder_dir: Path, folder: Path, tmp_path: 
     assert limit == encoder.max_seq_length - 2
     path = tmp_path / "db"
     with pytest.raises(ConfigError, match=f"1 to {limit}, which the model reads"):
-        index(path, folder / "guide.md", encoder=encoder, passages=limit + 1)
+        index(path, folder / "a.md", encoder=encoder, passages=limit + 1)
     shutil.rmtree(path)
-    index(path, folder / "guide.md", encoder=encoder, passages=60)
+    index(path, folder / "a.md", encoder=encoder, passages=60)
     for row in kept(path).values():
         headed = f"{row['heading']}\n{row['text']}"
         assert len(tokenizer.encode(headed, add_special_tokens=False).ids) <= 60

@@ -3,12 +3,12 @@
     python benchmarks/passages.py TASK --model MODEL --queries 500
 
 TASK is a retrieval task (BEIR layout) whose document ids are ``article-number``, such as SQuAD's:
-the paragraphs of an article are put together as one Markdown file under its title. Its questions
-are asked against one vector per file, cut where the model ends, and against passages as ``nvembed
-index`` makes them, read with and without their headings. A file is found at k if one of its
-passages is of the best k files; an answer is found at 10 if one of the ten best passages lies at
-least half inside its paragraph, or holds half of it. "deep" are the questions whose paragraph
-begins after what the vector of the whole file has read.
+the paragraphs of an article are put together as one Markdown file under its title, with their own
+as headings where they have one. Its questions are asked against one vector per file, cut where the
+model ends, and against passages as ``nvembed index`` makes them, read with and without their
+headings. A file is found at k if one of its passages is of the best k files; an answer is found at
+10 if one of the ten best passages lies at least half inside its paragraph, or holds half of it.
+"deep" are the questions whose paragraph begins after what the vector of the whole file has read.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ def read_articles(task: Path, count: int | None) -> tuple[dict[str, str], Places
     paragraphs = defaultdict(list)
     for _, row in read_jsonl(task / "corpus.jsonl"):
         article, _, number = row["_id"].rpartition("-")
-        paragraphs[article].append((int(number), row["_id"], row["text"].strip()))
+        heading = f"## {row['title']}\n\n" if row.get("title") else ""
+        paragraphs[article].append((int(number), row["_id"], heading + row["text"].strip()))
     texts, places = {}, {}
     for article, found in list(paragraphs.items())[:: max(len(paragraphs) // (count or 10**9), 1)]:
         text = f"# {article.replace('_', ' ')}\n"

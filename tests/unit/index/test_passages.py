@@ -345,3 +345,26 @@ def test_late_passages_are_pooled_states_of_the_document(
     for options, model in (({"passages": None}, encoder), ({}, HashEncoder(8))):
         with pytest.raises(ConfigError, match="late chunking"):
             index(tmp_path / "new", *files, encoder=model, long="late", **options)
+
+
+def test_a_run_that_was_stopped_goes_on(folder: Path, tmp_path: Path, monkeypatch) -> None:
+    class Stopped(Counting):
+        def encode_document(self, texts, *, task=None):
+            if len(self.read) > 4:
+                raise KeyboardInterrupt
+            return super().encode_document(texts, task=task)
+
+    monkeypatch.setattr(build, "_PASSAGE", 40)
+    index(tmp_path / "whole", folder)
+    monkeypatch.setattr(build, "WINDOW_TEXTS", 3)
+    stopped, encoder, path = Stopped(), Counting(), tmp_path / "db"
+    with pytest.raises(KeyboardInterrupt):
+        index(path, folder, encoder=stopped)
+    expected, before = kept(tmp_path / "whole"), kept(path)
+    assert 0 < len(before) < len(expected)
+    documents = {id.partition("#")[0] for id in before}  # each is there with all its passages
+    assert before.keys() == {id for id in expected if id.partition("#")[0] in documents}
+    index(path, folder, encoder=encoder)
+    assert kept(path) == expected
+    assert not set(encoder.read) & {row["text"] for row in before.values()}
+    assert len(encoder.read) == len(expected) - len(before)

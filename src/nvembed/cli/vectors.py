@@ -94,7 +94,7 @@ SHOWN_CHARS = 160
 
 
 @opt.described(
-    documents="Files (JSONL, JSON, CSV, TSV, Parquet, text; .gz), folders, or - for stdin.",
+    documents="Files (tables, text, HTML, PDF, code; .gz), folders, or - for stdin.",
     to="Folder of the database.",
     model="Folder or hub id; needed once, the database remembers it.",
     task="Instruction, or name of a task, of queries without one; of a new database.",

@@ -250,14 +250,18 @@ class Database:
         """Ids of passages by a text of theirs that is one of the values, or begins with one."""
         columns = self._columns()
         column = "id" if field == "id" else columns[field].name if field in columns else None
-        if column is None or "start" not in columns or not values:
+        if column is None or "start" not in columns:
             return {}
-        test = _is_in(column, values)
-        if begins:
-            test = " OR ".join(f"starts_with(`{column}`, {_quoted(value)})" for value in values)
-        query = self._table.search().where(f"`start` IS NOT NULL AND ({test})")
-        found = query.select(sorted({"id", column})).to_arrow()
-        return dict(zip(found["id"].to_pylist(), found[column].to_pylist(), strict=True))
+        names: dict[str, str] = {}
+        for first in range(0, len(values), 100):  # a chain of OR is as deep as it is long
+            part = values[first : first + 100]
+            test = _is_in(column, part)
+            if begins:
+                test = " OR ".join(f"starts_with(`{column}`, {_quoted(value)})" for value in part)
+            query = self._table.search().where(f"`start` IS NOT NULL AND ({test})")
+            found = query.select(sorted({"id", column})).to_arrow()
+            names |= zip(found["id"].to_pylist(), found[column].to_pylist(), strict=True)
+        return names
 
     def _rows(self, query: Any) -> list[dict[str, Any]]:
         """What a query finds: rows with their vectors as arrays, their fields by name."""

@@ -220,7 +220,8 @@ def test_a_document_is_deleted_with_its_passages(folder: Path, tmp_path: Path) -
         patch.setattr(build, "_PASSAGE", 40)
         index(tmp_path / "db", folder, tmp_path / "rows.jsonl")
     before = kept(tmp_path / "db")
-    report = index_documents(tmp_path / "db", [], model=None, delete=["a.md", "r"])
+    many = [f"it's not there {n}" for n in range(300)]
+    report = index_documents(tmp_path / "db", [], model=None, delete=["r", *many, "a.md"])
     after = kept(tmp_path / "db")
     gone = {id for id in before if id == "r" or id.startswith("a.md#")} - {"a.md#own"}
     assert before.keys() - after.keys() == gone

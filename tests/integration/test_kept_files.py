@@ -62,6 +62,14 @@ def test_a_database_is_searched_and_grows(kept: Path, capsys: pytest.CaptureFixt
     assert "25 documents; 1 new, 0 changed" in capsys.readouterr().out
     assert run(["index", "docs.jsonl", "--to", "docs.db"]) == 0
     assert "0 new, 0 changed, 24 as they were" in capsys.readouterr().out
+    # It was made before there were passages: files stay whole in it.
+    (kept / "folder").mkdir()
+    (kept / "folder" / "a.md").write_text("# One\n\nwords\n\n# Two\n\n" + "more words " * 400)
+    (kept / "folder" / "a.py").write_text("x = 1")
+    assert run(["index", "folder", "--to", "docs.db"]) == 0
+    assert "26 documents; 1 new, 0 changed" in capsys.readouterr().out
+    assert run([*query, "--where", "id = 'a.md'"]) == 0
+    assert "[a.md]  # One words # Two" in capsys.readouterr().out
 
 
 def test_a_built_set_is_not_built_again_and_trains(

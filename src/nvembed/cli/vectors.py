@@ -94,7 +94,7 @@ SHOWN_CHARS = 160
 
 
 @opt.described(
-    documents="Files (JSONL, JSON, CSV, TSV, Parquet, text; .gz), folders, or - for stdin.",
+    documents="Files (tables, text, HTML, PDF, code; .gz), folders, or - for stdin.",
     to="Folder of the database.",
     model="Folder or hub id; needed once, the database remembers it.",
     task="Instruction, or name of a task, of queries without one; of a new database.",
@@ -103,6 +103,13 @@ SHOWN_CHARS = 160
     delete_file="File of ids to remove, one per line.",
     truncate_dim=typer.Option(min=1, help="First dimensions only; of a new database."),
     ann_above=typer.Option(min=0, help="Documents from which on search is approximate."),
+    passages=typer.Option(
+        metavar="TOKENS|none",
+        help="Longest passage that files of text, HTML, PDF and code are cut into, and rows where "
+        "it is given; none leaves files whole. Default of a new database: 256, or what the model "
+        "reads.",
+    ),
+    long="late reads documents as a whole and pools each passage from its states; of a new one.",
 )
 def index(
     documents: list[str] | None = None,
@@ -117,14 +124,21 @@ def index(
     keep_going: bool = False,
     truncate_dim: int | None = None,
     ann_above: int = 50_000,
+    passages: str = "auto",
+    long: Literal["cut", "late"] | None = None,
     dtype: PrecisionChoice = "auto",
 ) -> None:
     """Write documents into an embedded vector database; run again, it embeds what is new.
+
+    Rows of tables have a vector each. Other files are cut into passages, by their headings or
+    definitions, else by paragraphs and sentences; passages of files that have changed or are no
+    longer in a folder go.
 
     Examples:
 
     \b
       nvembed index docs.jsonl --to docs.db --model runs/demo/model
+      nvembed index manuals/ --to manuals.db --model MODEL --passages 200
       nvembed index docs.jsonl more.csv folder/ --to docs.db --keep-going
       nvembed index faq.csv --to faq.db --model MODEL --column text=answer --column id=key
       nvembed index --to docs.db --delete old-1 --delete-file gone.txt
@@ -141,17 +155,43 @@ def index(
         truncate_dim=truncate_dim,
         dtype=dtype,
         delete=[*(delete or []), *(read_ids(delete_file) if delete_file else [])],
-        options=IndexOptions(opt.read_columns(columns), kept, keep_going, ann_above),
+        options=IndexOptions(
+            opt.read_columns(columns),
+            kept,
+            keep_going,
+            ann_above,
+            _read_passages(passages),
+            long,
+        ),
     )
+    _tell_indexed(to, done)
+
+
+def _tell_indexed(to: Path, done: Any) -> None:
+    """Print what was indexed, and on stderr what was left out."""
     typer.echo(
-        f"{to}: {done.total} documents; {done.added} new, {done.updated} changed, "
-        f"{done.unchanged} as they were, {done.deleted} deleted; {done.embedded} texts embedded"
+        f"{to}: {done.total} {'passages' if done.documents else 'documents'}; {done.added} new, "
+        f"{done.updated} changed, {done.unchanged} as they were, {done.deleted} deleted; "
+        f"{done.embedded} texts embedded"
     )
+    if done.documents:
+        cut = f"{done.documents} document{'s' if done.documents > 1 else ''}"
+        typer.echo(f"{cut} in passages of at most {done.passages} tokens")
+    if done.left_out.count:
+        opt.echo_error(done.left_out)
     if done.absent_fields:
         opt.echo_error(f"no document has the field {', '.join(sorted(done.absent_fields))}")
     if done.skipped.count:
         opt.echo_error(f"{done.skipped.count} lines left out, the first:")
         opt.echo_error(*(f"  {line}" for line in opt.bad_lines(done.skipped.first)))
+
+
+def _read_passages(given: str) -> int | Literal["auto"] | None:
+    if given == "none":
+        return None
+    if given != "auto" and not (given.isascii() and given.isdecimal()):
+        raise ConfigError(f"{given!r}", where="--passages", expected="a number of tokens, or none")
+    return "auto" if given == "auto" else int(given)
 
 
 @opt.described(
@@ -230,6 +270,10 @@ def _show(hit: Any, keys: tuple[str, ...], as_json: bool) -> None:
     scores = (values.get(key) for key in ("score", "cosine", "fused"))
     shown = [f"{score:.4f}" for score in scores if score is not None]
     shown += [f"[{hit.id}]"] if hit.id is not None else []
+    if values.get("fields"):
+        from nvembed.index.passages import place_of
+
+        shown += filter(None, [place_of(hit.id, values["fields"])])
     line = " ".join(hit.text.split())
     line = line if len(line) <= SHOWN_CHARS else line[: SHOWN_CHARS - 1] + "…"
     typer.echo("  ".join([f"{hit.rank:>3}", *shown, line]))

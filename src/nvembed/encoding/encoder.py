@@ -24,6 +24,7 @@ from nvembed.text.instructions import Side, resolve_prompt, side_prompt
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
+    from tokenizers import Tokenizer
 
     from nvembed.text.tokens import TokenizedText
 
@@ -99,6 +100,24 @@ def set_query_prompt(encoder: Encoder, task: str) -> bool:
         return False
     cast(dict[str, str | None], prompts_of(encoder))["query"] = prompt
     return True
+
+
+def reading_limit(encoder: Encoder) -> tuple[Tokenizer | None, int | None]:
+    """Return the tokenizer of a model, and how many tokens of a document it reads, if it says."""
+    inner: Any = encoder
+    if isinstance(encoder, SentenceTransformerEncoder):
+        inner = encoder.model
+    elif isinstance(encoder, OnnxEncoder):
+        inner = encoder.text
+    tokenizer: Any = getattr(inner, "tokenizer", None)
+    limit = getattr(inner, "max_seq_length", getattr(inner, "max_tokens", None))
+    if not getattr(tokenizer, "is_fast", False):
+        return None, limit
+    from nvembed.text.tokens import plain_backend
+
+    prompt = side_prompt(prompts_of(encoder), "document")
+    around = 2 + (len(tokenizer.tokenize(prompt)) if prompt else 0)  # BOS and EOS, or the like
+    return plain_backend(tokenizer), None if limit is None else limit - around
 
 
 @checked
@@ -336,7 +355,7 @@ class OnnxEncoder(BaseEncoder):
             settings: dict[str, Any] = read_json_file(path / ONNX_FILE)
             special = read_json_file(path / "special_tokens_map.json")
             max_tokens, style, add_bos, add_eos = map(settings.__getitem__, TOKENIZER_SETTINGS)
-            self._text = TextTokenizer(
+            self.text = TextTokenizer(
                 PreTrainedTokenizerFast(tokenizer_file=str(path / "tokenizer.json"), **special),
                 max_tokens=max_tokens,
                 style=style,
@@ -351,7 +370,7 @@ class OnnxEncoder(BaseEncoder):
         prompt = resolve_prompt(task, self.prompts)
         if prompt is None:
             prompt = side_prompt(self.prompts, side)
-        tokens = self._text(texts, prompt)
+        tokens = self.text(texts, prompt)
         vectors = np.empty((len(tokens), self.dimension), dtype=np.float32)
         order = sorted(range(len(tokens)), key=lambda row: -len(tokens[row]))
         start = 0

@@ -106,11 +106,16 @@ def _files_of(path: Path) -> list[Path]:
         raise DataError("no such file or folder", where=str(path), hint="Relative paths start here")
     if not path.is_dir():
         return [path]
+    return [file for file in walk(path) if ending_of(file) in _KINDS]
+
+
+def walk(folder: Path) -> list[Path]:
+    """All files of a folder by name, but for hidden ones."""
     found = []
-    for parent, folders, names in os.walk(path):
+    for parent, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         found += [Path(parent, name) for name in sorted(names) if not name.startswith(".")]
-    return [file for file in found if ending_of(file) in _KINDS]
+    return found
 
 
 def _read(path: str, columns: Columns, stdin: Path | None) -> Iterator[Document | BadRow]:

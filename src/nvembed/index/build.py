@@ -2,35 +2,55 @@
 
 Documents are taken in windows; each window is one change of the database. The same command over the
 same files therefore goes on where it was killed. No window is prefetched: which of its texts are to
-be embedded is known when the one before is written.
+be embedded is known when the one before is written. The passages of a document are in one window,
+and those that it no longer has are deleted after it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nvembed.core.arguments import PrecisionChoice
 from nvembed.core.errors import ConfigError, DataError
-from nvembed.core.files import open_text_file
+from nvembed.core.files import STDIN, open_text_file
 from nvembed.core.outputs import check_folder_name
 from nvembed.core.ownership import check_outputs
 from nvembed.core.reporting import progress
 from nvembed.data.config import Column
 from nvembed.data.records import BadRow
 from nvembed.encoding.embed import WINDOW_TEXTS, encode_window
-from nvembed.encoding.encoder import Encoder
-from nvembed.encoding.reading import Document, Skipped, input_files, read_documents
-from nvembed.index.database import ANN_ABOVE, INDEX, Database, is_database, text_hash, writing
+from nvembed.encoding.encoder import Encoder, reading_limit
+from nvembed.encoding.reading import Document, Skipped, input_files, walk
+from nvembed.index.database import (
+    ANN_ABOVE,
+    INDEX,
+    Database,
+    is_database,
+    text_hash,
+    writing,
+)
+from nvembed.index.documents import Group, LeftOut, Reader
 from nvembed.index.fields import Fields, FieldTypes, same
+from nvembed.index.passages import (
+    PLACE_FIELDS,
+    Cutter,
+    Passage,
+    is_passage_id,
+    key_of,
+    late_vectors,
+)
 from nvembed.index.search import first_dimensions, new_record, recorded_encoder
 from nvembed.text.instructions import read_task
+
+_PASSAGE = 256  # tokens; benchmarks/passages.py
 
 
 @dataclass
@@ -43,7 +63,10 @@ class IndexReport:
     embedded: int = 0  # texts that went through the model
     deleted: int = 0
     total: int = 0
+    documents: int = 0  # that were cut, into passages of at most so many tokens
+    passages: int | None = None
     skipped: Skipped = field(default_factory=Skipped)  # lines left out
+    left_out: LeftOut = field(default_factory=LeftOut)  # files of folders
     absent_fields: set[str] = field(default_factory=set)  # to be kept, and no document has them
 
 
@@ -57,12 +80,20 @@ class IndexOptions:
         fields: keys to keep for filters; None keeps all.
         keep_going: leave bad lines out and count them.
         ann_above: number of documents from which on search is approximate.
+        passages: most tokens of a passage, with its headings, as the model counts. ``auto`` is what
+            the database was made with, and for a new one 256, or as many as the model reads; it
+            leaves rows whole, which a number cuts too. None leaves files whole.
+        long: ``late`` (late chunking) reads a document as a whole, as far as the model has
+            positions, and pools the states of each passage; None is what the database was made
+            with, and ``cut``, each passage by itself under its headings, for a new one.
     """
 
     columns: Mapping[str, Column] | None = None
     fields: tuple[str, ...] | None = None
     keep_going: bool = False
     ann_above: int = ANN_ABOVE
+    passages: int | Literal["auto"] | None = "auto"
+    long: Literal["cut", "late"] | None = None
 
 
 def index_documents(
@@ -80,12 +111,14 @@ def index_documents(
 
     Args:
         path: folder of the database.
-        documents: files, folders or ``-``; see ``read_documents``. None at all is allowed.
+        documents: files, folders or ``-``; see ``read_documents``. None at all is allowed. Files
+            of text, HTML, PDF and code are cut into passages, unless ``options`` says otherwise.
         model: folder, hub id or encoder; None is the one that the database was made with.
         task: instruction of queries that bring none; only for a new database.
         truncate_dim: keep the first dimensions only; only for a new database.
         dtype: type of the weights, see ``load_encoder``; fixed when the database is made.
-        delete: ids to remove, after the documents are written.
+        delete: ids to remove, after the documents are written; of a document that was cut (the path
+            of a file in its folder, the id of a row) with all its passages.
         options: how documents are read and kept.
 
     Raises:
@@ -108,15 +141,18 @@ def index_documents(
         if is_database(path):
             database = Database.open(path)
             _check_settings(database, read_task(task, None), truncate_dim, dtype)
+            _check_passages(database, options)
             if documents:
                 encoder = recorded_encoder(database.record, model, dtype, str(path))
         else:
             assert model is not None
             record, encoder = new_record(model, task, truncate_dim, dtype)
-            database = Database.create(path, record)
+            update = _passage_settings(encoder, options)
+            database = Database.create(path, record.model_copy(update=update))
         if encoder is not None:
             _Writer(database, encoder, options, report).write(documents)
-        report.deleted = database.delete(delete)
+        cut = database.passages("id", [f"{id}#" for id in delete], begins=True)
+        report.deleted += database.delete([*delete, *filter(is_passage_id, cut)])
         database.tidy(options.ann_above)
     report.total = database.count()
     return report
@@ -133,11 +169,55 @@ def _check_settings(
         ("dtype", fixed, record.dtype),
     ):
         if given is not None and given != kept:
-            raise ConfigError(
-                f"{what} is {given!r}, the database has {kept!r}",
-                where=str(database.path),
-                hint="It is fixed when a database is made; leave it out, or make a new one",
-            )
+            raise _is_fixed(database, f"{what} is {given!r}, the database has {kept!r}")
+
+
+def _passage_settings(encoder: Encoder, options: IndexOptions) -> dict[str, object]:
+    """What a new database keeps of how documents are cut."""
+    _, limit = reading_limit(encoder)
+    wanted, long = options.passages, options.long or "cut"
+    if long == "late" and (wanted is None or not hasattr(encoder, "prepare")):
+        needed = "passages" if wanted is None else "an NVEmbed model or a bare language model"
+        raise ConfigError("late chunking", where="long", expected=needed)
+    if wanted == "auto":
+        return {"passages": min(_PASSAGE, limit or _PASSAGE), "long": long}
+    if wanted is not None and not 1 <= wanted <= (limit or wanted):
+        expected = "at least 1" if limit is None else f"1 to {limit}, which the model reads"
+        raise ConfigError(f"{wanted} tokens in a passage", where="passages", expected=expected)
+    return {"passages": wanted, "rows_cut": wanted is not None, "long": long}
+
+
+def _check_passages(database: Database, options: IndexOptions) -> None:
+    record, wanted = database.record, options.passages
+    if options.long not in (None, record.long):
+        raise _is_fixed(database, f"long is {options.long!r}, the database has {record.long!r}")
+    if wanted == "auto" or (wanted, wanted is not None) == (record.passages, record.rows_cut):
+        return
+    kept = "leaves documents whole"
+    if record.passages is not None:
+        what = "rows too" if record.rows_cut else "of files only"
+        kept = f"has passages of {record.passages} tokens, {what}"
+    given = "none" if wanted is None else wanted
+    raise _is_fixed(database, f"passages is {given}, the database {kept}")
+
+
+def _is_fixed(database: Database, problem: str) -> ConfigError:
+    hint = "It is fixed when a database is made; leave it out, or make a new one"
+    return ConfigError(problem, where=str(database.path), hint=hint)
+
+
+def _windows(groups: Iterable[Group]) -> Iterator[list[Group]]:
+    """Gather groups until they have as many documents as a window, or a few more."""
+    window: list[Group] = []
+    documents = 0
+    for group in groups:
+        window.append(group)
+        documents += len(group.documents)
+        if documents >= WINDOW_TEXTS:
+            yield window
+            window, documents = [], 0
+    if window:
+        yield window
 
 
 @dataclass
@@ -148,33 +228,71 @@ class _Writer:
     report: IndexReport
 
     def write(self, paths: Sequence[str | Path]) -> None:
-        columns, keep_going = self.options.columns, self.options.keep_going
-        documents = read_documents(
-            paths, columns=columns, keep_going=keep_going, skipped=self.report.skipped
+        record, report = self.database.record, self.report
+        tokenizer, _ = reading_limit(self.encoder)
+        cutter = None
+        if record.passages is not None:
+            cutter = Cutter(record.passages, tokenizer, record.long == "late")
+        reader = Reader(
+            cutter,
+            record.rows_cut,
+            self.options.columns,
+            self.options.keep_going,
+            report.skipped,
+            report.left_out,
         )
+        report.passages = record.passages
+        groups = chain.from_iterable(reader.groups(str(path)) for path in paths)
         with progress(None, "index") as bar:
-            while window := list(islice(documents, WINDOW_TEXTS)):
+            for window in _windows(groups):
                 self._write_window(window)
-                bar.advance(len(window), embedded=self.report.embedded)
+                bar.advance(sum(len(group.documents) for group in window), embedded=report.embedded)
+        for path in paths:
+            if record.passages is not None and str(path) != STDIN and Path(path).is_dir():
+                self._delete_gone(Path(path))
 
-    def _write_window(self, window: list[Document]) -> None:
-        rows = self._checked(window)
+    def _write_window(self, groups: list[Group]) -> None:
+        rows = self._checked([document for group in groups for document in group.documents])
         known = {row["id"]: row for row in self.database.get("id", list(rows))}
         new: list[str] = []
-        for id, (text, fields) in rows.items():
+        for id, (doc, fields) in rows.items():
             old = known.get(id)
-            if old is not None and old["text"] == text and same(old["fields"], fields):
+            made_of = (doc.text, key_of(doc))
+            if (
+                old is not None
+                and (old["text"], old["text_hash"]) == made_of
+                and same(old["fields"], fields)
+            ):
                 self.report.unchanged += 1
                 continue
             self.report.added += old is None
             self.report.updated += old is not None
             new.append(id)
         if new:
-            texts = [rows[id][0] for id in new]
-            vectors = self._vectors(texts)
-            self.database.upsert(new, texts, [rows[id][1] for id in new], vectors)
+            documents = [rows[id][0] for id in new]
+            keys, vectors = self._vectors(documents)
+            texts = [document.text for document in documents]
+            self.database.upsert(new, texts, [rows[id][1] for id in new], vectors, keys)
+        self._delete_former(groups)
 
-    def _checked(self, window: list[Document]) -> dict[str, tuple[str, Fields]]:
+    def _delete_former(self, groups: Sequence[Group]) -> None:
+        """Delete the passages that documents had and have no more."""
+        for field_name in ("file", "document"):
+            now = {g.name: {d.id for d in g.documents} for g in groups if g.field == field_name}
+            self.report.documents += sum(map(bool, now.values()))
+            before = self.database.passages(field_name, list(now))
+            former = [id for id, name in before.items() if id not in now[name]]
+            self.report.deleted += self.database.delete(list(filter(is_passage_id, former)))
+
+    def _delete_gone(self, folder: Path) -> None:
+        """Delete the passages of files that are no longer in a folder."""
+        top = os.path.join(os.path.abspath(folder), "")
+        here = {os.path.abspath(file) for file in walk(folder)}
+        before = self.database.passages("file", [top], begins=True)
+        gone = [id for id, file in before.items() if file not in here]
+        self.report.deleted += self.database.delete(list(filter(is_passage_id, gone)))
+
+    def _checked(self, window: list[Document]) -> dict[str, tuple[Document, Fields]]:
         """Check fields and make new columns; of several documents with one id the last counts."""
 
         def refuse(number: int, error: DataError) -> None:
@@ -188,12 +306,12 @@ class _Writer:
         before = self.database.fields
         types = FieldTypes(before)
         kept = types.settle([(self._wanted(doc), doc.table) for doc in window], refuse)
-        rows: dict[str, tuple[str, Fields]] = {}
+        rows: dict[str, tuple[Document, Fields]] = {}
         for doc, fields in zip(window, kept, strict=True):
             if fields is not None:
                 id = doc.id if doc.id is not None else text_hash(doc.text)
                 rows.pop(id, None)
-                rows[id] = (doc.text, fields)
+                rows[id] = (doc, fields)
         for name, type in types.found.items():
             if name in before and type != before[name]:
                 self.database.widen(name, type)
@@ -201,23 +319,37 @@ class _Writer:
         return rows
 
     def _wanted(self, doc: Document) -> dict[str, Any]:
-        wanted = self.options.fields
-        if wanted is None:
-            return doc.metadata
-        self.report.absent_fields -= doc.metadata.keys()
-        return {name: doc.metadata[name] for name in wanted if name in doc.metadata}
+        wanted, found = self.options.fields, doc.metadata
+        if wanted is not None:
+            self.report.absent_fields -= found.keys()
+            found = {name: found[name] for name in wanted if name in found}
+        if not isinstance(doc, Passage):
+            return found
+        if taken := [name for name in PLACE_FIELDS if name in found]:
+            hint = "Call it otherwise, or keep other fields only with --fields"
+            problem = f'the row has "{taken[0]}", which passages have of their own'
+            raise DataError(problem, where=doc.place, hint=hint)
+        textual = doc.table is not None and doc.table.textual
+        return found | {n: str(v) if textual else v for n, v in doc.fields.items()}
 
-    def _vectors(self, texts: list[str]) -> NDArray[np.float32]:
-        """Vectors ``(N, D)``: from the database where it has the text, else once from the model."""
-        by_hash = {text_hash(text): text for text in texts}
-        found = {r["text_hash"]: r["vector"] for r in self.database.get("text_hash", [*by_hash])}
-        missing = [key for key in by_hash if key not in found]
+    def _vectors(self, documents: list[Document]) -> tuple[list[str], NDArray[np.float32]]:
+        """Keys of what the model reads, and vectors ``(N, D)``: each key goes through it once."""
+        keys = [key_of(document) for document in documents]
+        by_key = dict(zip(keys, documents, strict=True))
+        found = {r["text_hash"]: r["vector"] for r in self.database.get("text_hash", [*by_key])}
+        missing = {key: document for key, document in by_key.items() if key not in found}
         if missing:
-            made = encode_window(self.encoder, [by_hash[key] for key in missing], side="document")
-            short = first_dimensions(made, self.database.record.dimension)
-            found |= dict(zip(missing, short, strict=True))
+            late = self.database.record.long == "late"
+            made = late_vectors(self.encoder, missing) if late else {}
+            alone = {key: doc for key, doc in missing.items() if key not in made}
+            if alone:
+                reads = [d.read if isinstance(d, Passage) else d.text for d in alone.values()]
+                rows = encode_window(self.encoder, reads, side="document")
+                made |= dict(zip(alone, rows, strict=True))
+            short = first_dimensions(np.stack([*made.values()]), self.database.record.dimension)
+            found |= dict(zip(made, short, strict=True))
             self.report.embedded += len(missing)
-        return np.stack([found[text_hash(text)] for text in texts])
+        return keys, np.stack([found[key] for key in keys])
 
 
 def read_ids(path: Path) -> list[str]:

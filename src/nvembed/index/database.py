@@ -95,6 +95,9 @@ class DatabaseRecord(StrictModel):
     task: str | None  # instruction of queries that bring none
     probe: tuple[tuple[float, ...], ...]  # vectors of test texts, see ``search.py``
     dtype: Precision | None = None  # of the weights, for all documents; None where not known
+    passages: int | None = None  # most tokens of a passage; None leaves documents whole
+    rows_cut: bool = False  # and not files alone
+    long: Literal["cut", "late"] = "cut"  # late: passages are pooled from the whole document
 
 
 class Database:
@@ -199,15 +202,17 @@ class Database:
         texts: Sequence[str],
         fields: Sequence[Mapping[str, Any]],
         vectors: NDArray[np.float32],
+        keys: Sequence[str] | None = None,
     ) -> None:
         """Write documents ``(N,)`` with vectors ``(N, D)``; those with a known id are replaced.
 
-        Ids must be distinct, and of fields only known ones may be given.
+        Ids must be distinct, and of fields only known ones may be given. ``keys`` name what the
+        vectors were made of, where that is more than the texts.
         """
         columns: dict[str, Any] = {
             "id": ids,
             "text": texts,
-            "text_hash": [text_hash(text) for text in texts],
+            "text_hash": keys or [text_hash(text) for text in texts],
             "vector": pa.FixedSizeListArray.from_arrays(
                 pa.array(vectors.astype(np.float32).ravel()), self.record.dimension
             ),
@@ -235,7 +240,28 @@ class Database:
 
     def get(self, column: str, values: Sequence[str]) -> list[dict[str, Any]]:
         """Documents by ``id`` or ``text_hash``, in no order, with ``vector`` and ``fields``."""
-        return self._rows(self._table.search().where(_is_in(column, values))) if values else []
+        parts = (values[start : start + 1000] for start in range(0, len(values), 1000))
+        queries = (self._table.search().where(_is_in(column, part)) for part in parts)
+        return [row for query in queries for row in self._rows(query)]
+
+    def passages(
+        self, field: str, values: Sequence[str], *, begins: bool = False
+    ) -> dict[str, str]:
+        """Ids of passages by a text of theirs that is one of the values, or begins with one."""
+        columns = self._columns()
+        column = "id" if field == "id" else columns[field].name if field in columns else None
+        if column is None or "start" not in columns:
+            return {}
+        names: dict[str, str] = {}
+        for first in range(0, len(values), 100):  # a chain of OR is as deep as it is long
+            part = values[first : first + 100]
+            test = _is_in(column, part)
+            if begins:
+                test = " OR ".join(f"starts_with(`{column}`, {_quoted(value)})" for value in part)
+            query = self._table.search().where(f"`start` IS NOT NULL AND ({test})")
+            found = query.select(sorted({"id", column})).to_arrow()
+            names |= zip(found["id"].to_pylist(), found[column].to_pylist(), strict=True)
+        return names
 
     def _rows(self, query: Any) -> list[dict[str, Any]]:
         """What a query finds: rows with their vectors as arrays, their fields by name."""
@@ -321,5 +347,8 @@ def _connect(path: Path) -> Any:
 
 
 def _is_in(column: str, values: Sequence[str]) -> str:
-    quoted = ", ".join("'" + value.replace("'", "''") + "'" for value in values)
-    return f"`{column}` IN ({quoted})"
+    return f"`{column}` IN ({', '.join(map(_quoted, values))})"
+
+
+def _quoted(value: str) -> str:
+    return "'" + value.replace("'", "''") + "'"

@@ -17,6 +17,7 @@ from nvembed.core.errors import UserError
 from nvembed.encoding.encoder import Encoder
 from nvembed.index.database import Database
 from nvembed.index.fields import describe, plain
+from nvembed.index.passages import PLACE_FIELDS, place_of
 from nvembed.index.search import Found, SearchOptions, find, map_of, query_vector
 from nvembed.index.where import MAX_CHARS
 from nvembed.text.instructions import all_instructions
@@ -109,10 +110,13 @@ def _about(database: Database) -> dict[str, Any]:
 
 def _hit(hit: Found, place: list[float]) -> dict[str, Any]:
     as_it_is = ("rank", "id", "cosine", "words", "fused")
+    source = place_of(hit.id, hit.fields)
+    told = PLACE_FIELDS if source else ()
     return {name: getattr(hit, name) for name in as_it_is} | {
+        "source": source,
         "text": hit.text[:_SHOWN_CHARS],
         "cut": len(hit.text) > _SHOWN_CHARS,
-        "fields": {name: _shown(plain(value)) for name, value in hit.fields.items()},
+        "fields": {n: _shown(plain(value)) for n, value in hit.fields.items() if n not in told},
         "place": place,
     }
 

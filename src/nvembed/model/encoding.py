@@ -70,6 +70,7 @@ class EncodingModel(PackModel):
         task: str | None = None,
         truncate_dim: int | None = None,
         long: LongTexts = _CUT,
+        cuts: Sequence[Sequence[int]] | None = None,
     ) -> Work:
         """Do for some texts what comes before the model, in whatever thread.
 
@@ -82,13 +83,16 @@ class EncodingModel(PackModel):
             task: see ``encode_query``.
             truncate_dim: keep the first dimensions.
             long: what becomes of texts beyond the limit.
+            cuts: for late chunking the characters at which chunks of each text begin, the first 0.
         """
         prompt = resolve_prompt(task, self.prompts)
         if prompt is None:
             prompt = side_prompt(self.prompts, side, self.default_prompt_name)
         different, places = _different(texts)
+        if cuts is not None:  # equal texts may be cut in other ways
+            different, places = list(texts), list(range(len(texts)))
         budget = _budget(self._resolve_inference_device(None))
-        plan = plan_texts(self.backbone, different, prompt, long, budget)
+        plan = plan_texts(self.backbone, different, prompt, long, budget, cuts)
         rows = rows_of(places, list(map(len, plan.spans))) if plan.spans else places
         width = self.truncate_dim if truncate_dim is None else truncate_dim
 

@@ -85,16 +85,24 @@ def rows_of(places: Sequence[int], counts: Sequence[int]) -> list[int]:
 
 
 def plan_texts(
-    backbone: Backbone, texts: Sequence[str], prompt: str, long: LongTexts, budget: int
+    backbone: Backbone,
+    texts: Sequence[str],
+    prompt: str,
+    long: LongTexts,
+    budget: int,
+    cuts: Sequence[Sequence[int]] | None = None,
 ) -> Plan:
-    """Tokenise texts that share a prompt, and plan packs of at most ``budget`` tokens."""
+    """Tokenise texts that share a prompt, and plan packs of at most ``budget`` tokens.
+
+    ``cuts`` as in ``text_contexts``, for late chunking.
+    """
     tokenizer = backbone.text_tokenizer
     spans: list[tuple[Span, ...]] = []
     chunks: list[tuple[int, ...]] | None = None
     if long.way == "late":
         limit = long.max_tokens or backbone.max_positions or backbone.max_tokens
         contexts = text_contexts(
-            tokenizer, texts, prompt, chunk_tokens=long.chunk_tokens, max_tokens=limit
+            tokenizer, texts, prompt, chunk_tokens=long.chunk_tokens, max_tokens=limit, cuts=cuts
         )
         units_of = [[context.text for context in mine] for mine in contexts]
         chunks = [context.chunks for mine in contexts for context in mine]

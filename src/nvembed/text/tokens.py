@@ -17,9 +17,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, Literal
 
 import tokenizers
@@ -287,24 +289,49 @@ def text_contexts(
     *,
     chunk_tokens: int,
     max_tokens: int,
+    cuts: Sequence[Sequence[int]] | None = None,
 ) -> list[list[Context]]:
     """Cut texts into chunks of about equal length, and gather these into contexts.
 
     A chunk has at most ``chunk_tokens`` without BOS, prompt and EOS, a context ``max_tokens`` with
-    them. Contexts do not see each other.
+    them. Contexts do not see each other. ``cuts`` are the characters, of each text, at which chunks
+    begin, whatever their length; the first begins with the text.
     """
     if chunk_tokens < 1:
         raise ConfigError(f"{chunk_tokens} tokens in a chunk", expected="at least 1")
-    return [_contexts(whole, chunk_tokens, max_tokens) for whole in tokenizer.whole(texts, prompt)]
-
-
-def _contexts(whole: WholeText, chunk_tokens: int, max_tokens: int) -> list[Context]:
-    room = whole.room(max_tokens)
-    count = max(-(-len(whole.body) // min(chunk_tokens, room)), 1)
-    bounds = _evenly(len(whole.body), count)
-    longest = max(end - start for start, end in bounds)
     found = []
-    for first, last in _evenly(count, -(-count // (room // max(longest, 1)))):
+    for row, whole in enumerate(tokenizer.whole(texts, prompt)):
+        room = whole.room(max_tokens)
+        if cuts is None:
+            count = max(-(-len(whole.body) // min(chunk_tokens, room)), 1)
+            bounds = _evenly(len(whole.body), count)
+            longest = max(end - start for start, end in bounds)
+            groups = _evenly(count, -(-count // (room // max(longest, 1))))
+        else:
+            bounds = _given_chunks(whole, cuts[row], room)
+            groups = _gathered(bounds, room)
+        found.append(_contexts(whole, bounds, groups))
+    return found
+
+
+def _given_chunks(whole: WholeText, starts: Sequence[int], room: int) -> list[Span]:
+    ends = [end for _, end in whole.spans]
+    firsts = [0, *(bisect_right(ends, start) for start in starts[1:]), len(ends)]
+    return [(first, min(last, first + room)) for first, last in pairwise(firsts)]
+
+
+def _gathered(bounds: Sequence[Span], room: int) -> list[Span]:
+    """Runs of chunks that have room together."""
+    firsts = [0]
+    for number, (_, end) in enumerate(bounds):
+        if end - bounds[firsts[-1]][0] > room:
+            firsts.append(number)
+    return list(pairwise([*firsts, len(bounds)]))
+
+
+def _contexts(whole: WholeText, bounds: Sequence[Span], groups: Iterable[Span]) -> list[Context]:
+    found = []
+    for first, last in groups:
         mine = bounds[first:last]
         chunks = [end - start for start, end in mine]
         chunks[0] += len(whole.head)

@@ -163,6 +163,41 @@ def test_demo_passes_its_options(monkeypatch):
     assert seen[1] == ((10.0, None, Path("runs/demo")), {})
 
 
+def test_a_folder_is_indexed_in_passages(place, tiny_decoder_dir, capsys):
+    pytest.importorskip("lancedb", reason="needs the extra nvembed[index]")
+    shutil.copytree(tiny_decoder_dir, "model")
+    Path("docs").mkdir()
+    Path("docs/a.md").write_text(f"# Moon\n\n{'It is bright. ' * 9}\n\n## Orbit\n\nIt turns.\n")
+    Path("docs/a.png").write_bytes(b"")
+    index = ["index", "docs", "--to", "db", "--model", "model", "--dtype", "float32"]
+    for wrong in ("0.5", "-1", "all", "²"):
+        assert run([*index, "--passages", wrong]) == 2
+        assert "--passages" in capsys.readouterr().err
+    assert run([*index, "--passages", "90"]) == 0
+    done = capsys.readouterr()
+    assert done.out.splitlines() == [
+        "db: 3 passages; 3 new, 0 changed, 0 as they were, 0 deleted; 3 texts embedded",
+        "1 document in passages of at most 90 tokens",
+    ]
+    assert "1 file left out: 1 of other kinds (.png 1)" in done.err
+    assert run(["search", "db", "turns", "--dtype", "float32"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    assert any("]  line 5 · Moon > Orbit  ## Orbit It turns." in line for line in lines)
+    assert (
+        run(["search", "db", "turns", "--dtype", "float32", "--where", "line = 5", "--json"]) == 0
+    )
+    hit = json.loads(capsys.readouterr().out)
+    assert hit["fields"] == {
+        "file": str(place / "docs" / "a.md"), "heading": "Moon > Orbit",
+        "start": hit["fields"]["start"], "end": hit["fields"]["end"], "line": 5,
+    }  # fmt: skip
+    assert run([*index, "--passages", "none"]) == 2
+    assert "passages is none, the database has passages of 90" in capsys.readouterr().err
+    assert run(["index", "docs", "--to", "whole", *index[4:], "--passages", "none"]) == 0
+    assert "whole: 1 documents; 1 new" in capsys.readouterr().out
+
+
 def test_index_and_search_of_a_database(place, tiny_decoder_dir, capsys):
     pytest.importorskip("lancedb", reason="needs the extra nvembed[index]")
     rows = [{"_id": f"d{i}", "text": text, "year": 2000 + i} for i, text in enumerate(DOCUMENTS)]

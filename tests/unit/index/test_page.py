@@ -16,10 +16,10 @@ from hash_encoder import HashEncoder
 from nvembed.core.files import write_jsonl
 from nvembed.index.build import index_documents
 from nvembed.index.database import Database
-from nvembed.index.search import SearchOptions, map_of, query_vector, search_database
+from nvembed.index.search import Found, SearchOptions, map_of, query_vector, search_database
 
 uvicorn = pytest.importorskip("uvicorn", reason="needs the extra nvembed[index]")
-from nvembed.index.page import page_app
+from nvembed.index.page import _hit, page_app
 
 EVIL = "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script> moon"
 ROWS = [
@@ -63,6 +63,15 @@ def post(address: str, body: object) -> tuple[int, dict]:
     except urllib.error.HTTPError as error:
         with error:
             return error.code, json.load(error)
+
+
+def test_a_passage_tells_its_place():
+    fields = {"file": "/x/a.md", "heading": "A > B", "start": 0, "end": 4, "line": 3, "year": 1999}
+    scores = (0.5, None, None, np.zeros(2, np.float32))
+    hit = _hit(Found(1, "a.md#0123456789ab", "text", fields, *scores), [0.0, 0.0])
+    assert (hit["source"], hit["fields"]) == ("line 3 · A > B", {"year": 1999})
+    row = _hit(Found(1, "a", "text", fields, *scores), [0.0, 0.0])  # a row with such fields
+    assert (row["source"], row["fields"]) == (None, fields)
 
 
 @pytest.mark.parametrize("hybrid", [False, True])
@@ -199,6 +208,15 @@ def test_search_in_a_browser(page, database):
     page.check("#hybrid")
     page.click(".go")
     until(lambda: "words" in page.locator("#results .score").first.text_content())
+
+
+def test_a_passage_in_a_browser(page):
+    hit = {"rank": 1, "id": "a.md#0", "cosine": 0.5, "words": None, "fused": None, "text": "t"}
+    hit |= {"source": EVIL, "cut": False, "fields": {}, "place": [0, 0]}
+    answer = {"hits": [hit], "query": [0, 0], "passing": 1, "encode_ms": 1, "search_ms": 1}
+    page.route("**/api/search", lambda route: route.fulfill(json=answer))
+    search(page, "moon")
+    assert page.inner_text("#results .source") == EVIL
 
 
 def test_texts_stay_texts(page):

@@ -84,6 +84,29 @@ def test_chunks_are_even_and_contexts_hold_as_many_as_fit(tiny_tokenizer, style)
         text_contexts(tokenizer, [LONG], "", chunk_tokens=0, max_tokens=18)
 
 
+def test_chunks_begin_where_they_are_told_to(tiny_tokenizer) -> None:
+    tokenizer = TextTokenizer(tiny_tokenizer, max_tokens=5)
+    ids = ids_of(tiny_tokenizer, LONG)
+
+    def cut(cuts: list[int], room: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+        (contexts,) = text_contexts(
+            tokenizer, [LONG], "", chunk_tokens=1, max_tokens=room + 2, cuts=[cuts]
+        )
+        return [(context.text.ids[1:-1], context.chunks) for context in contexts]
+
+    assert cut([0, 3, 20], 26) == [(ids, (1 + 3, 17, 6 + 1))]
+    # As many together as there is room for; one that has none by itself loses its end.
+    assert cut([0, 3, 9, 12], 10) == [
+        (ids[:9], (1 + 3, 6 + 1)),
+        (ids[9:12], (1 + 3 + 1,)),
+        (ids[12:22], (1 + 10 + 1,)),
+    ]
+    # A first chunk begins with the text, and a token belongs to the chunk in which it ends.
+    text = "中" + LONG
+    (contexts,) = text_contexts(tokenizer, [text], "", chunk_tokens=1, max_tokens=40, cuts=[[5, 1]])
+    assert contexts[0].chunks == (1 + 3, 26 + 1)
+
+
 def test_spans_are_characters_of_the_text_without_the_prompt(tiny_tokenizer) -> None:
     tokenizer = TextTokenizer(tiny_tokenizer)
     text = "aé中🙂b" * 3  # one to four tokens each

@@ -8,11 +8,16 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
+from typer.testing import CliRunner
 
 import nvembed
+from nvembed.cli.main import app
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "src" / "nvembed"
@@ -119,26 +124,17 @@ def test_type_checkers_see_the_names_where_they_are_loaded_from() -> None:
     assert typed == {name: f"nvembed.{home}" for name, home in nvembed._HOMES.items()}
 
 
-DATA_COMMANDS = ["build", "inspect", "check"]
-COMMANDS = [
-    "data",
-    "train",
-    "mine",
-    "evaluate",
-    "encode",
-    "index",
-    "search",
-    "serve",
-    "compare",
-    "ablate",
-    "doctor",
-    "export",
-]
+def commands(group: Any, *names: str) -> Iterator[list[str]]:
+    """The words of a group and of every command in it."""
+    yield [*names]
+    for name, command in getattr(group, "commands", {}).items():
+        yield from commands(command, *names, name)
 
 
-@pytest.mark.parametrize(
-    "command", [[], *([name] for name in COMMANDS), *(["data", name] for name in DATA_COMMANDS)]
-)
+COMMANDS = list(commands(typer.main.get_command(app)))
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 def test_help_has_examples_and_does_not_import_torch(command: list[str]) -> None:
     code = (
         "import sys; from nvembed.cli.main import run; "
@@ -149,6 +145,16 @@ def test_help_has_examples_and_does_not_import_torch(command: list[str]) -> None
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert f"nvembed {command[0]}" in done.stdout if command else "train" in done.stdout
+
+
+def test_help_fits_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Examples can be pasted as they stand, and lists of commands have whole sentences."""
+    monkeypatch.setenv("COLUMNS", "80")
+    assert len(COMMANDS) > 15
+    for command in COMMANDS:
+        shown = CliRunner().invoke(app, [*command, "--help"]).output
+        assert [line for line in shown.splitlines() if len(line) > 80] == []
+        assert "..." not in shown.partition("Commands:")[2], command
 
 
 def test_help_takes_less_than_half_a_second() -> None:

@@ -32,7 +32,7 @@ from nvembed.training.trainer import train
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "recipes" / "smollm2-135m.yaml"
-PIECE_BYTES = 15 * 2**20  # what comes back from a lent machine is often limited by file
+PIECE_BYTES = 15 * 2**20  # what comes back from such a machine is often limited by file
 _RESERVE = 20.0  # seconds for a checkpoint and the pieces
 _TRUST = 0.7  # of what the timed steps promise
 

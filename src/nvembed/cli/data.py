@@ -15,7 +15,7 @@ from nvembed.cli import options as opt
 from nvembed.core.errors import DataError
 
 data = typer.Typer(
-    help="Build training data from files and hub data sets, look into it, check it.",
+    help="Build, check and look into training data.",
     no_args_is_help=True,
 )
 Kind = Literal["retrieval", "nli", "sts", "classification", "clustering", "text"]
@@ -27,12 +27,12 @@ Kind = Literal["retrieval", "nli", "sts", "classification", "clustering", "text"
     keep_going="Go on with the other sets where one fails.",
 )
 def build(recipe: Path, changes: list[str] | None = None, *, keep_going: bool = False) -> None:
-    """Build the data sets of a recipe: read, check, de-duplicate, decontaminate, mine, write.
+    """Build the data sets of a recipe.
 
-    Parquet files and a manifest per set go to the folder `build.folder` of the recipe, else to
-    data/<recipe> beside it. What is built already from the same settings and inputs is left alone;
-    a build that was stopped goes on. A set of the hub is fetched once: to fetch it anew, delete its
-    folder or name another revision.
+    Records are read, checked, de-duplicated, decontaminated and mined. Parquet files and a manifest
+    per set go to the folder `build.folder` of the recipe, else to data/<recipe> beside it. What is
+    built already from the same settings and inputs is left alone; a build that was stopped goes on.
+    A set of the hub is fetched once: to fetch it anew, delete its folder or name another revision.
 
     Examples:
 
@@ -89,9 +89,10 @@ def inspect(
     as_json: bool = False,
     keep_going: bool = False,
 ) -> None:
-    """Look into training data: samples, lengths, classes, duplicates, negatives.
+    """Look into training data.
 
-    The sets of a recipe are taken as built where they are, else from their sources.
+    Samples, lengths, classes, duplicates and negatives are shown. The sets of a recipe are taken as
+    built where they are, else from their sources.
 
     Examples:
 
@@ -144,11 +145,12 @@ def check(
     columns: list[str] | None = None,
     conversion: Literal["example", "label"] = "example",
 ) -> None:
-    """Check a file of training data to its end. Exit code 2 if something has to be mended.
+    """Check a file of training data to its end.
 
     Told are bad lines, and records that contradict each other: a positive that is a negative too,
     here or in another record of its query. Each kind of problem is told once, with its lines.
-    Warnings (a text given twice, one text with two labels) do not change the exit code.
+    Warnings (a text given twice, one text with two labels) do not change the exit code, which is 2
+    where something has to be mended.
 
     Examples:
 
@@ -192,7 +194,8 @@ def task(
 
     \b
       nvembed data task faq.csv --to tasks/faq
-      nvembed data task intents.csv --to tasks/intents --column label=intent --column text=message
+      nvembed data task intents.csv --to tasks/intents \\
+        --column label=intent --column text=message
     """
     from nvembed.building.held_out import make_task
     from nvembed.building.own_pairs import find_dataset, read_pairs
@@ -224,18 +227,18 @@ def synthesize(
     model: str,
     key_variable: str = "OPENAI_API_KEY",
 ) -> None:
-    """Let a language model write training examples: first tasks, then examples of each.
+    """Let a language model write training examples.
 
-    Examples are pairs of a short query and a long document, of a long text and a short label, and
-    of two short texts, each with a wrong document and the task as its instruction. Run the same
-    command again to go on after it was stopped.
+    First come tasks, then examples of each. These are pairs of a short query and a long document,
+    of a long text and a short label, and of two short texts, each with a wrong document and the
+    task as its instruction. Run the same command again to go on after it was stopped.
 
     Examples:
 
     \b
       nvembed data synthesize data/synthetic --endpoint http://localhost:8000/v1 \\
         --model mistralai/Mixtral-8x22B-Instruct-v0.1 tasks=20000 concurrency=64
-      nvembed data synthesize data/synthetic --endpoint https://api.example.com/v1 \\
+      nvembed data synthesize synthetic --endpoint https://api.example.com/v1 \\
         --model large --key-variable EXAMPLE_KEY requests_per_minute=60
       nvembed data synthesize data/labels --endpoint http://localhost:8000/v1 \\
         --model local 'kinds=["long-short"]' tasks=50 examples_per_task=4

@@ -27,7 +27,9 @@ def export(
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     quantize: Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"] | None = None,
 ) -> None:
-    """Write an embedding model in another format, the folders with a model card.
+    """Write an embedding model in another format.
+
+    Folders have a model card.
 
     Examples:
 
@@ -75,19 +77,20 @@ def compress(
     head_free: bool = False,
     sample: int = 128,
 ) -> None:
-    """Make a model smaller: leave out layers, channels and tokens that texts can do without.
+    """Make a model smaller, by what your texts can do without.
 
-    What goes is chosen by what it changes in the vectors. The new folder holds the model,
-    compression.json (what went; size, time and cosine after each step, on texts held out) and
-    recover.yaml, a recipe for `nvembed train` that learns back from the whole model. With
-    --head-free the model that recovers needs no latent attention and no pool mask: it can be
-    exported for llama.cpp, vLLM and any other server (--format gguf, sentence-transformers).
+    Layers, channels of MLPs and tokens are left out. What goes is chosen by what it changes in the
+    vectors. The new folder holds the model, compression.json (what went; size, time and cosine
+    after each step, on texts held out) and recover.yaml, a recipe for `nvembed train` that learns
+    back from the whole model. With --head-free the model that recovers needs no latent attention
+    and no pool mask: it can be exported for llama.cpp, vLLM and any other server (--format gguf,
+    sentence-transformers).
 
     Examples:
 
     \b
       nvembed compress runs/mine/model --texts texts.jsonl --layers 15 --to small
-      nvembed compress runs/mine/model --texts texts.jsonl --vocabulary 20000 --mlp 1024 --to small
+      nvembed compress MODEL --texts texts.jsonl --vocabulary 20000 --to small
       nvembed train small/recover.yaml
       nvembed compress runs/mine/model --texts texts.jsonl --head-free --to plain
     """
@@ -120,16 +123,16 @@ def merge(
     method: Literal["linear", "slerp"] = "linear",
     tasks: list[Path] | None = None,
 ) -> None:
-    """Merge models that were tuned from one base: averages of their weights, heads among them.
+    """Merge models that were tuned from one base.
 
-    With --tasks, a greedy soup: from the best model on, the others join in the order of their
-    scores where the mean score of the tasks does not fall. Adapters are merged as what they add to
-    the weights, so their ranks add up.
+    Their weights are averaged, those of heads too. With --tasks, a greedy soup: from the best model
+    on, the others join in the order of their scores where the mean score of the tasks does not
+    fall. Adapters are merged as what they add to the weights, so their ranks add up.
 
     Examples:
 
     \b
-      nvembed merge runs/seed-0/model runs/seed-1/model runs/seed-2/model --to soup
+      nvembed merge seed-0/model seed-1/model seed-2/model --to soup
       nvembed merge runs/a/model runs/b/model --to mixed --weights 0.7,0.3
       nvembed merge runs/a/model runs/b/model --to arc --method slerp
       nvembed merge runs/a/model runs/b/model --to best --tasks FOLDER

@@ -42,6 +42,7 @@ _EXTRAS = {
 app = typer.Typer(
     name="nvembed",
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 _COMMANDS: tuple[Callable[..., None], ...] = (

@@ -39,9 +39,10 @@ def doctor(
     max_tokens: int | None = None,
     json: bool = False,
 ) -> None:
-    """Examine a model by running it: direction, pooled tokens, truncation, memory, drift.
+    """Examine a model by running it.
 
-    Exit code 0: no problem; 1: a problem was found; 2: it cannot be loaded at all.
+    Looked at are direction, pooled tokens, truncation, memory and drift. Exit code 0: no problem;
+    1: a problem was found; 2: it cannot be loaded at all.
 
     Examples:
 
@@ -86,9 +87,10 @@ def serve(
     mcp: bool = False,
     moved: str | None = None,
 ) -> None:
-    """Serve models over HTTP: the routes of OpenAI, TEI, Cohere, Jina and Ollama, and /metrics.
+    """Serve models over HTTP, for the clients of many APIs.
 
-    With --ui, serve a page to search a database instead; with --mcp, serve it to an assistant.
+    There are the routes of OpenAI, TEI, Cohere, Jina and Ollama, and /metrics. With --ui, serve a
+    page to search a database instead; with --mcp, serve it to an assistant.
 
     Examples:
 
@@ -96,7 +98,7 @@ def serve(
       nvembed serve runs/demo/model
       nvembed serve runs/demo/model model_name=docs --port 9000 --keys keys.txt
       nvembed serve runs/demo/model models.other=runs/other/model
-      nvembed serve runs/demo/model --host 0.0.0.0 --keys keys.txt --config server.yaml
+      nvembed serve MODEL --host 0.0.0.0 --keys keys.txt --config server.yaml
       nvembed serve runs/demo/db --ui
       nvembed serve runs/demo/db --mcp
     """
@@ -183,11 +185,11 @@ def evaluate(
     output: Path = Path("results.json"),
     dtype: PrecisionChoice = "auto",
 ) -> None:
-    """Score a model on task folders and on tasks of mteb; print a table, write the scores as JSON.
+    """Score a model on task folders and on tasks of mteb.
 
-    Started again, it keeps the finished tasks. Beside the output lie the files that mteb and its
-    leaderboard read (OUTPUT.mteb/results) and those of `nvembed compare`. Exit code 2 where a task
-    could not be done; the others are.
+    It prints a table and writes the scores as JSON. Started again, it keeps the finished tasks.
+    Beside the output lie the files that mteb and its leaderboard read (OUTPUT.mteb/results) and
+    those of `nvembed compare`. Exit code 2 where a task could not be done; the others are.
 
     Examples:
 
@@ -195,8 +197,9 @@ def evaluate(
       nvembed evaluate runs/demo/model --tasks runs/demo/tasks
       nvembed evaluate runs/demo/model --tasks tasks/stsb tasks/nfcorpus --bm25
       nvembed evaluate runs/demo/model --tasks beir/scifact beir/fiqa --keep-going
-      nvembed evaluate nvidia/NV-Embed-v2 --benchmark "MTEB(eng, v1)" --cache vectors --processes 8
-      nvembed evaluate sentence-transformers/all-MiniLM-L6-v2 --task STS12 --task SciFact
+      nvembed evaluate nvidia/NV-Embed-v2 --benchmark "MTEB(eng, v1)" \\
+        --cache vectors --processes 8
+      nvembed evaluate sentence-transformers/all-MiniLM-L6-v2 --task STS12
     """
     from nvembed.evaluation import reference, session
 
@@ -300,15 +303,15 @@ def compare(
     markdown: bool = False,
     as_json: bool = False,
 ) -> None:
-    """Compare two models' results: differences, their intervals, and what chance explains.
+    """Compare two models' results, with intervals and tests.
 
-    Intervals and tests need the items that `nvembed evaluate` leaves beside its results.
+    These and tests need the items that `nvembed evaluate` leaves beside its results.
 
     Examples:
 
     \b
       nvembed compare base.json tuned.json
-      nvembed compare runs/one/results.json runs/two/results.json --markdown > table.md
+      nvembed compare one/results.json two/results.json --markdown > table.md
       nvembed compare base.json tuned.json --json --resamples 10000
     """
     from nvembed.evaluation import comparison

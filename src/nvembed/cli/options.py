@@ -56,7 +56,7 @@ def described(**parameters: Any) -> Callable[[Command], Command]:
                 flag = (f"--{name.replace('_', '-')}",) if types[name] is bool else ()
                 told = typer.Option(*flag, help=told)
             elif isinstance(told, str):
-                told = typer.Argument(help=told)
+                told = typer.Argument(metavar=name.upper(), help=told)
             command.__annotations__[name] = Annotated[types[name], told]
         return command
 

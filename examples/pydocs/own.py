@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nvembed.core.errors import DataError, UserError
-from nvembed.core.files import check_ending, write_jsonl
+from nvembed.core.files import write_jsonl
+from nvembed.core.outputs import check_ending
 from nvembed.core.ownership import check_outputs
 from pydocs.dataset import DEMO
 from pydocs.harvest import DocEntry, harvest_roots

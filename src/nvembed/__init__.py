@@ -13,7 +13,6 @@ from nvembed.core import __version__
 
 if TYPE_CHECKING:
     from nvembed.building.build import build_recipe as build_data
-    from nvembed.compression.compress import compress
     from nvembed.core.config import load_config
     from nvembed.core.errors import (
         ConfigError,
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
         UserError,
     )
     from nvembed.data.config import MiningConfig
+    from nvembed.encoding.compression.compress import compress
     from nvembed.encoding.doctor.examine import DoctorOptions
     from nvembed.encoding.doctor.examine import examine_model as doctor
     from nvembed.encoding.encoder import load_encoder
@@ -104,7 +104,7 @@ _HOMES = {
     "build_data": "building.build.build_recipe",
     "build_index": "index.build.index_documents",
     "compare": "evaluation.comparison.compare_results",
-    "compress": "compression.compress.compress",
+    "compress": "encoding.compression.compress.compress",
     "doctor": "encoding.doctor.examine.examine_model",
     "encode_file": "encoding.files.encode_file",
     "evaluate": "evaluation.session.evaluate",

@@ -16,7 +16,6 @@ from typing import Any
 from nvembed.building.own_pairs import OwnPairs
 from nvembed.core.errors import ConfigError, DataError
 from nvembed.core.files import atomic_folder, write_json, write_jsonl, write_text
-from nvembed.core.ownership import check_overlaps, foreign_error
 from nvembed.data.records import Kind, LabelRecord, PairRecord, Record, StsRecord
 from nvembed.evaluation.task_files import TaskType
 from nvembed.evaluation.tasks import load_task
@@ -128,14 +127,6 @@ def _without(record: Record, hidden: set[str]) -> Record:
 
 
 # --- Task folders ---------------------------------------------------------------------------------
-
-
-def check_new(folder: Path, pairs: Path) -> None:
-    """Refuse an output folder that is there and not empty."""
-    check_overlaps([folder], [pairs])
-    empty = folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir())
-    if (folder.exists() or folder.is_symlink()) and not empty:
-        raise foreign_error("is there already", folder)
 
 
 def make_task(pairs: OwnPairs, folder: Path) -> int:

@@ -194,10 +194,11 @@ def task(
       nvembed data task faq.csv --to tasks/faq
       nvembed data task intents.csv --to tasks/intents --column label=intent --column text=message
     """
-    from nvembed.building.held_out import check_new, make_task
+    from nvembed.building.held_out import make_task
     from nvembed.building.own_pairs import find_dataset, read_pairs
+    from nvembed.core.outputs import check_new_folder
 
-    check_new(to, pairs)
+    check_new_folder(to, [pairs])
     config = find_dataset(
         pairs, opt.read_columns(columns), instruction=instruction, ask=opt.asker()
     )

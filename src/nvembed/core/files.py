@@ -20,13 +20,13 @@ import shutil
 import sys
 import tempfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import IO, Any, cast
 
-from nvembed.core.errors import ConfigError, DataError, UserError
+from nvembed.core.errors import DataError, UserError
 from nvembed.core.ownership import (
     LEFTOVER,
     NEW,
@@ -44,10 +44,6 @@ MAX_LINE = 64 * 2**20  # bytes
 _GZIP = b"\x1f\x8b"
 _OTHER_ENCODINGS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)
 _LOOKED_AT = 4  # bytes
-_FILES = (
-    *(".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".md", ".npy", ".npz", ".yaml"),
-    *(".onnx", ".safetensors", ".gguf", ".bin", ".pt", ".zip"),
-)
 
 
 def ending_of(name: str | Path) -> str:
@@ -59,27 +55,6 @@ def ending_of(name: str | Path) -> str:
 def is_gzip(name: str | Path) -> bool:
     """Whether a name says that the file is compressed."""
     return Path(name).suffix.lower() == ".gz"
-
-
-def check_ending(output: str | Path, endings: Sequence[str], *, packed: bool = False) -> None:
-    """Refuse a name of an output without one of the ``endings``; ``packed``: ``.gz`` may follow."""
-    if ending_of(output) in endings and (packed or not is_gzip(output)):
-        return
-    also = " (also with .gz)" if packed else ""
-    folder = Path(output).is_dir()
-    raise ConfigError(
-        "is a folder" if folder else f"unknown kind of output {Path(output).name!r}",
-        where=str(output),
-        expected=f"a name that ends in {' or '.join(endings)}{also}",
-    )
-
-
-def check_folder_name(output: str | Path) -> None:
-    """Refuse the name of a file, of data or of a model, for a folder that is to be made."""
-    if not Path(output).is_dir() and (ending_of(output) in _FILES or is_gzip(output)):
-        raise ConfigError(
-            f"{Path(output).name!r} is the name of a file", where=str(output), expected="a folder"
-        )
 
 
 @contextmanager

@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nvembed.core.errors import ConfigError, UserError
-from nvembed.core.files import atomic_folder, atomic_path, check_ending, ending_of
+from nvembed.core.files import atomic_folder, atomic_path, ending_of
+from nvembed.core.outputs import check_ending
 from nvembed.core.store import read_arrays
 from nvembed.encoding.embed import Part, read_part
 

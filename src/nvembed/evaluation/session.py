@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from nvembed.core.arguments import Precision
 from nvembed.core.errors import ConfigError, UserError
-from nvembed.core.files import check_ending, read_json_object, write_json
+from nvembed.core.files import read_json_object, write_json
+from nvembed.core.outputs import check_ending
 from nvembed.core.ownership import check_outputs, remove
 from nvembed.core.runs import describe_environment
 from nvembed.encoding.encoder import Encoder, computed_fingerprint

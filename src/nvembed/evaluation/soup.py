@@ -13,8 +13,8 @@ from pydantic import Field
 from nvembed.core.arguments import checked
 from nvembed.core.errors import ConfigError
 from nvembed.core.files import atomic_folder, write_json
+from nvembed.core.outputs import check_new_folder
 from nvembed.encoding.encoder import load_encoder
-from nvembed.encoding.export.folders import check_new_folder
 from nvembed.evaluation.session import evaluate
 from nvembed.evaluation.tasks import load_tasks
 from nvembed.interop.merging import RECORD, MergeMethod, Mix, merge_folders
@@ -66,7 +66,7 @@ def merge(
         DataError: a task that cannot be read.
     """
     folders, to = [Path(model) for model in models], Path(to)
-    check_new_folder(to, made_by=MERGE, inputs=[*folders, *(tasks or ())])
+    check_new_folder(to, [*folders, *(tasks or ())])
     if tasks is None:
         shares = _shares(weights, len(folders), method)
         merged = Merged(tuple(map(Part, map(str, folders), shares)))

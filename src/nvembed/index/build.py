@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from nvembed.core.arguments import PrecisionChoice
 from nvembed.core.errors import ConfigError, DataError
-from nvembed.core.files import check_folder_name, open_text_file
+from nvembed.core.files import open_text_file
+from nvembed.core.outputs import check_folder_name
 from nvembed.core.ownership import check_outputs
 from nvembed.core.reporting import progress
 from nvembed.data.config import Column

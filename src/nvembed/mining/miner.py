@@ -16,7 +16,8 @@ from typing import Any, cast
 
 from nvembed.core.arguments import Precision, PrecisionChoice
 from nvembed.core.errors import ConfigError
-from nvembed.core.files import check_ending, ending_of, read_jsonl, tidy, write_json, write_jsonl
+from nvembed.core.files import ending_of, read_jsonl, tidy, write_json, write_jsonl
+from nvembed.core.outputs import check_ending
 from nvembed.core.ownership import check_outputs, remove_named
 from nvembed.core.store import STORED
 from nvembed.data.built_sets import MINED_KINDS

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nvembed.building.check import Check
-from nvembed.building.held_out import check_new, make_task, split, write_task
+from nvembed.building.held_out import make_task, split, write_task
 from nvembed.building.own_pairs import OwnPairs
-from nvembed.core.errors import ConfigError, DataError
+from nvembed.core.errors import DataError
 from nvembed.data.config import file_dataset
 from nvembed.data.records import Kind, LabelRecord, PairRecord, Record, StsRecord
 from nvembed.evaluation.task_files import ClassificationData, PairData, RetrievalData
@@ -112,17 +112,3 @@ def test_a_classifier_is_fitted_on_few_texts_of_a_label(tmp_path: Path) -> None:
     data = load_task(tmp_path).data
     assert isinstance(data, ClassificationData)
     assert [data.train.labels.count(name) for name in "xy"] == [32, 32]
-
-
-def test_the_folder_has_to_be_new_or_empty(tmp_path: Path) -> None:
-    pairs = tmp_path / "faq.csv"
-    pairs.write_text("x")
-    check_new(tmp_path / "new", pairs)
-    (tmp_path / "empty").mkdir()
-    check_new(tmp_path / "empty", pairs)
-    for place in (pairs, tmp_path):
-        with pytest.raises(ConfigError):
-            check_new(place, pairs)
-    (tmp_path / "empty" / "note").write_text("mine")
-    with pytest.raises(ConfigError, match="is there already"):
-        check_new(tmp_path / "empty", pairs)

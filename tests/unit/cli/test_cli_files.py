@@ -10,7 +10,8 @@ from hash_encoder import HashEncoder
 from nvembed.cli.main import run
 from nvembed.cli.options import read_columns
 from nvembed.core.errors import ConfigError
-from nvembed.core.files import check_ending, check_folder_name, write_jsonl
+from nvembed.core.files import write_jsonl
+from nvembed.core.outputs import check_ending, check_folder_name, check_new_folder
 from nvembed.encoding.file_search import search_file
 from nvembed.encoding.files import encode_file
 from task_folders import write_task
@@ -138,3 +139,23 @@ def test_endings_and_folders(tmp_path: Path) -> None:
     for name in ("a.csv", "a.ONNX", "a.gz"):
         with pytest.raises(ConfigError, match="is the name of a file; expected a folder"):
             check_folder_name(name)
+
+
+def test_the_folder_has_to_be_new_or_empty(tmp_path: Path) -> None:
+    pairs = tmp_path / "faq.csv"
+    pairs.write_text("x")
+    check_new_folder(tmp_path / "new", [pairs])
+    (tmp_path / "empty").mkdir()
+    check_new_folder(tmp_path / "empty", [pairs])
+    for place in (pairs, tmp_path):
+        with pytest.raises(ConfigError):
+            check_new_folder(place, [pairs])
+    (tmp_path / "empty" / "note").write_text("mine")
+    with pytest.raises(ConfigError, match="is there already"):
+        check_new_folder(tmp_path / "empty", [pairs])
+    (tmp_path / "link").symlink_to(tmp_path / "empty-target", target_is_directory=True)
+    (tmp_path / "empty-target").mkdir()
+    with pytest.raises(ConfigError, match="is there already"):  # a link to an empty folder
+        check_new_folder(tmp_path / "link", [pairs])
+    with pytest.raises(ConfigError, match="is the name of a file"):
+        check_new_folder(tmp_path / "new.json", [pairs])

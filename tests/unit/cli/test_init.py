@@ -49,7 +49,7 @@ def test_from_a_csv_to_scores(
     train = [row for _, row in read_jsonl(place / "faq" / "train.jsonl")]
     assert len(train) == 24
     assert run(command) == 2
-    assert "faq: is there already" in capsys.readouterr().err
+    assert "faq: something is there already" in capsys.readouterr().err
 
     assert run(["train", "faq/recipe.yaml", "precision=float32"]) == 0, capsys.readouterr().err
     out = capsys.readouterr().out

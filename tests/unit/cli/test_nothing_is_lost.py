@@ -244,7 +244,7 @@ UNMARKED = {
     "interop/weights.py": {"write_json"},
     "interop/merging.py": {"write_json"},
     "evaluation/soup.py": {"write_json"},
-    "compression/compress.py": {"save_pretrained", "write_json", "write_text"},
+    "encoding/compression/compress.py": {"save_pretrained", "write_json", "write_text"},
     "training/model.py": {"save_pretrained", "write_text"},
     # A checkpoint, after a look at what else lies in its place.
     "training/checkpoint.py": {"open", "atomic_folder"},

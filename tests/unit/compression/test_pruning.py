@@ -12,15 +12,15 @@ import torch
 
 from families import make_family
 from nvembed import NVEmbed
-from nvembed.compression.compress import _packs
-from nvembed.compression.pruning import (
+from nvembed.core.errors import ModelError
+from nvembed.encoding.compression.compress import _packs
+from nvembed.encoding.compression.pruning import (
     channel_lengths,
     cut_mlps,
     gated_mlps,
     layers_to_leave_out,
     leave_out_layers,
 )
-from nvembed.core.errors import ModelError
 from nvembed.text.packing import flatten
 from oracles import compression as oracle
 

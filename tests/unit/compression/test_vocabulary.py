@@ -12,14 +12,14 @@ import pytest
 from transformers import AutoTokenizer
 
 from nvembed import NVEmbed
-from nvembed.compression.vocabulary import (
+from nvembed.core.errors import ConfigError, ModelError
+from nvembed.encoding.compression.vocabulary import (
     Vocabulary,
     cut_tokenizer,
     cut_vocabulary,
     token_counts,
     tokens_to_keep,
 )
-from nvembed.core.errors import ConfigError, ModelError
 
 DECODER = Path(__file__).resolve().parents[3] / "assets" / "decoder-6m"
 CORPUS = [

@@ -28,8 +28,9 @@ from nvembed.building.synthesis.prompts import (
     example_prompt,
     tasks_prompt,
 )
-from nvembed.core.files import check_folder_name, tidy, write_json, write_jsonl
+from nvembed.core.files import tidy, write_json, write_jsonl
 from nvembed.core.http import read_key
+from nvembed.core.outputs import check_folder_name
 from nvembed.core.ownership import check_outputs
 from nvembed.core.reporting import progress
 from nvembed.data.records import PairRecord

@@ -10,22 +10,15 @@ Each with a model card (``model/card.py``). A GGUF file, ``encoding/export/gguf.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from nvembed.core.arguments import checked
-from nvembed.core.errors import ConfigError, ModelError
-from nvembed.core.files import (
-    atomic_folder,
-    check_folder_name,
-    write_json,
-    write_text,
-)
-from nvembed.core.ownership import check_outputs
+from nvembed.core.errors import ModelError
+from nvembed.core.files import atomic_folder, write_json, write_text
+from nvembed.core.outputs import check_new_folder
 from nvembed.encoding.export import stock
 from nvembed.interop.model_folder import ModelSource, model_kind
 from nvembed.interop.official import LatentShape, official_name, write_config
@@ -67,21 +60,9 @@ def export_folder(
         ModelError: the model cannot be loaded, or not be expressed in that format.
     """
     to = Path(to)
-    check_new_folder(to, made_by=EXPORT, inputs=[name])
+    check_new_folder(to, [name])
     model = load_own(name, dtype or ("float32" if kind == "onnx" else "auto"))
     export_model(model, to, kind, name=name, max_shard_bytes=max_shard_bytes)
-
-
-def check_new_folder(to: Path, *, made_by: str, inputs: Sequence[str | Path]) -> None:
-    """Refuse a place for a new model that holds something, lies in an input or is like a file."""
-    check_folder_name(to)
-    check_outputs((), made_by=made_by, inputs=inputs, places=[to])
-    if os.path.lexists(to) and (to.is_symlink() or not to.is_dir() or any(to.iterdir())):
-        raise ConfigError(
-            "something is there already",
-            where=f"--to {to}",
-            expected="a new folder, or an empty one",
-        )
 
 
 def load_own(name: str, dtype: Dtype | Literal["auto"]) -> NVEmbed:

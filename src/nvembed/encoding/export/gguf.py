@@ -22,7 +22,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from nvembed.core.arguments import checked
 from nvembed.core.errors import ModelError
-from nvembed.core.files import atomic_path, check_ending
+from nvembed.core.files import atomic_path
+from nvembed.core.outputs import check_ending
 from nvembed.core.ownership import check_outputs
 from nvembed.core.reporting import hold_note
 from nvembed.encoding.export.folders import EXPORT, load_own

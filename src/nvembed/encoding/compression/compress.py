@@ -20,7 +20,12 @@ from numpy.typing import NDArray
 from pydantic import Field
 from sentence_transformers.base.modules import Normalize
 
-from nvembed.compression.pruning import (
+from nvembed.core.arguments import checked
+from nvembed.core.errors import ConfigError, DataError, ModelError
+from nvembed.core.files import atomic_folder, write_json, write_text
+from nvembed.core.outputs import check_new_folder
+from nvembed.core.reporting import progress
+from nvembed.encoding.compression.pruning import (
     Packs,
     channel_lengths,
     cut_mlps,
@@ -29,19 +34,15 @@ from nvembed.compression.pruning import (
     layers_to_leave_out,
     leave_out_layers,
 )
-from nvembed.compression.vocabulary import (
+from nvembed.encoding.compression.vocabulary import (
     Vocabulary,
     cut_tokenizer,
     cut_vocabulary,
     token_counts,
     tokens_to_keep,
 )
-from nvembed.core.arguments import checked
-from nvembed.core.errors import ConfigError, DataError, ModelError
-from nvembed.core.files import atomic_folder, write_json, write_text
-from nvembed.core.reporting import progress
 from nvembed.encoding.embed import encode_window
-from nvembed.encoding.export.folders import check_new_folder, load_own
+from nvembed.encoding.export.folders import load_own
 from nvembed.encoding.reading import read_documents
 from nvembed.model.backbone import Backbone
 from nvembed.model.embedder import NVEmbed
@@ -106,7 +107,7 @@ def compress(
         texts: a file of documents, as ``nvembed encode`` reads it. A quarter of them, at most 256,
             is held out to measure with.
         to: the new folder; it appears when it is complete.
-        layers: how many stay; ``None`` is all. See ``compression/pruning.py`` for which.
+        layers: how many stay; ``None`` is all. See ``encoding/compression/pruning.py`` for which.
         mlp: channels that stay in the MLP of each layer; ``None`` is all.
         vocabulary: most tokens that stay, chosen by the texts; ``None`` is all.
         head_free: the mean of all tokens, those of the prompt among them, in place of the pooling.
@@ -119,7 +120,7 @@ def compress(
         ModelError: the model cannot be loaded, or its family or tokenizer cannot be cut.
     """
     to = Path(to)
-    check_new_folder(to, made_by=COMPRESS, inputs=[name, texts])
+    check_new_folder(to, [name, texts])
     sizes = {"layers": layers, "mlp": mlp, "vocabulary": vocabulary}
     if not (any(sizes.values()) or head_free):
         raise ConfigError(

@@ -75,7 +75,7 @@ def model_card(
         "of_tasks": any(key in of_tasks for key in model.prompts),
         "licence": head.get("license"),
         "env": _json(run.env) or {},
-        "scores": _scores(run) if run.exists else [],
+        "scores": _scores(run),
         "head": yaml.safe_dump(head, sort_keys=False, allow_unicode=True),
         "base": _shown(_base(recipe) or origin),
         "base_licence": base_licence,
@@ -177,22 +177,22 @@ def _shown(name: str, *, whole: bool = False) -> str:
 
 def _scores(run: RunFolder) -> list[tuple[object, ...]]:
     """Return evaluation, task, measure and score of every task that was evaluated."""
-    with suppress(UserError, AttributeError, KeyError, TypeError, ValueError):
+    rows: list[tuple[object, ...]] = []
+    with suppress(UserError, AttributeError, KeyError, TypeError):  # no run, or a damaged one
         settings = run.read_recipe().get("evaluation") or {}
         evaluations = run.read_evaluations(keep_best=settings.get("keep_best", True))
-        rows: list[tuple[object, ...]] = [
+        rows += [
             (evaluation, task, "main score", f"{score:.4f}")
             for evaluation, scores in evaluations.items()
             for task, score in scores.items()
             if score is not None
         ]
-        return rows + [
-            (path.stem, task, result.get("main_score_name"), f"{result['main_score']:.4f}")
-            for path in sorted(run.eval.glob("*.json"))
-            for task, result in sorted((_json(path) or {}).items())
-            if isinstance(result, dict) and isinstance(result.get("main_score"), int | float)
-        ]
-    return []
+    return rows + [
+        (path.stem, task, result.get("main_score_name"), f"{result['main_score']:.4f}")
+        for path in sorted(run.eval.glob("*.json"))
+        for task, result in sorted((_json(path) or {}).items())
+        if isinstance(result, dict) and isinstance(result.get("main_score"), int | float)
+    ]
 
 
 def _json(path: Path) -> dict[str, Any] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
@@ -215,8 +216,9 @@ def test_readme_recipes_run(place: Path) -> None:
 def test_every_block_of_the_documents_is_run() -> None:
     # docs/server.md by tests/integration/test_server_docs.py, the others here.
     run_here = {"README.md": None, **{f"{name}.md": None for name in GUIDE_NAMES}}
-    run_here |= {"index.md": {"bash"}, "evaluation.md": {"yaml"}}
+    run_here |= {"index.md": {"bash", "json"}, "evaluation.md": {"yaml"}}
     run_there = {"server.md": {"bash", "sh", "python"}}
+    run_there |= {"integrations.md": {"python"}}  # tests/integration/test_integrations.py
     # The rest of it by tests/integration/test_llama_cpp.py; text is marked as not tested.
     run_there |= {"serving-elsewhere.md": {"bash", "sh", "python", "text"}}
     for document in DOCUMENTS:
@@ -267,6 +269,16 @@ def test_the_commands_of_the_index_run(place: Path, capsys: pytest.CaptureFixtur
     assert "1 deleted" in out
     assert "[more]" in out
     assert "[old-1]" not in out
+
+
+def test_the_settings_for_an_assistant_name_a_command_that_is_there(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (settings,) = blocks("json", (ROOT / "docs" / "index.md").read_text(encoding="utf-8"))
+    (server,) = json.loads(settings)["mcpServers"].values()
+    assert server["command"] == "nvembed"
+    assert run(server["args"]) == 2
+    assert "/home/me/docs.db: no database" in capsys.readouterr().err
 
 
 def test_the_grid_of_the_evaluation_guide_is_valid(tmp_path: Path) -> None:

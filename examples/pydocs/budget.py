@@ -73,12 +73,13 @@ def plan_steps(seconds: float, times: StepTimes) -> Steps:
     )
 
 
-def training_seconds(left: float, *, evaluation: float, mining: float) -> float:
+def training_seconds(left: float, *, evaluation: float, mining: float, searching: float) -> float:
     """Return what of the time `left` training may take.
 
     Args:
         left: seconds until the end.
         evaluation: seconds that one evaluation took; two more come after training.
         mining: seconds that mining will take.
+        searching: seconds that the example searches took before training; they come again.
     """
-    return TRUST * (left - 2 * evaluation - mining - SAVING_SECONDS)
+    return TRUST * (left - 2 * evaluation - mining - searching - SAVING_SECONDS)

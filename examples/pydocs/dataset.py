@@ -6,6 +6,7 @@ Enters: the entries of `harvest.py`. Leaves, in the layouts that every command o
     OUT/tasks/pydocs_classification   text → package; train part from training modules
     OUT/tasks/pydocs_clustering       held-out texts by subpackage
     OUT/data/{retrieval,classification,clustering}.jsonl   training modules only
+    OUT/data/search.jsonl             all held-out documents with their summaries, to search in
     OUT/data/stats.json               how many entries each step took in and let out
 
 A document is the signature and the documentation without its summary; a query is made from the
@@ -38,6 +39,7 @@ CLASSIFICATION_INSTRUCTION = "Identify the Python package that a piece of docume
 CLUSTERING_INSTRUCTION = "Identify the topic of a piece of Python documentation"
 
 DEMO = "demo"
+SEARCHED = "search.jsonl"
 TASK_NAMES = ("pydocs_retrieval", "pydocs_classification", "pydocs_clustering")
 
 
@@ -87,6 +89,11 @@ class DemoData:
     def tasks(self) -> tuple[Path, ...]:
         """The task folders: retrieval, classification, clustering."""
         return tuple(self.folder / "tasks" / name for name in TASK_NAMES)
+
+    @property
+    def searched(self) -> Path:
+        """All held-out documents with their summaries."""
+        return self.folder / "data" / SEARCHED
 
 
 def build_dataset(
@@ -154,6 +161,7 @@ def build_dataset(
         write_json(folder / TASK_NAMES[2] / "task.json", header)
         write_jsonl(folder / TASK_NAMES[2] / "test.jsonl", topics.test)
     with atomic_folder(output / "data", DEMO) as folder:
+        write_jsonl(folder / SEARCHED, ({"_id": e.name, "text": search_text(e)} for e in held))
         write_jsonl(folder / "retrieval.jsonl", records)
         write_jsonl(folder / "classification.jsonl", packages.records)
         write_jsonl(folder / "clustering.jsonl", topics.records)
@@ -164,6 +172,11 @@ def build_dataset(
 def document_text(entry: DocEntry, max_chars: int) -> str:
     """Return what is searched: signature and documentation, without the summary."""
     return truncate(f"{entry.signature}\n{entry.rest}", max_chars)
+
+
+def search_text(entry: DocEntry) -> str:
+    """Return signature, summary and documentation of one definition."""
+    return f"{entry.signature}\n{entry.summary} {entry.rest}".strip()
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from nvembed.core.errors import DataError, UserError
 from nvembed.core.files import write_jsonl
 from nvembed.core.outputs import check_ending
 from nvembed.core.ownership import check_outputs
-from pydocs.dataset import DEMO
-from pydocs.harvest import DocEntry, harvest_roots
+from pydocs.dataset import DEMO, search_text
+from pydocs.harvest import harvest_roots
 
 
 def write_documents(source: Path, output: Path) -> int:
@@ -43,11 +43,6 @@ def write_documents(source: Path, output: Path) -> int:
             expected="Python files with docstrings",
         )
     return write_jsonl(output, ({"_id": e.name, "text": search_text(e)} for e in entries), DEMO)
-
-
-def search_text(entry: DocEntry) -> str:
-    """Return signature, summary and documentation of one definition."""
-    return f"{entry.signature}\n{entry.summary} {entry.rest}".strip()
 
 
 def main(arguments: Sequence[str]) -> int:

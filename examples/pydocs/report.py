@@ -3,32 +3,18 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
-from nvembed.encoding.file_search import Hit
 from nvembed.evaluation.results import TaskResult
-from pydocs.dataset import TASK_NAMES
+from pydocs.dataset import SEARCHED, TASK_NAMES
 
 Results = Mapping[str, Mapping[str, TaskResult]]
 """Model → task → result."""
 
 COLUMNS = ("retrieval\nnDCG@10", "classification\naccuracy", "clustering\nV-measure")
-
-# Answered by modules that are held out on every machine. None is a sentence of their documentation.
-EXAMPLE_QUERIES = (
-    "turn a picture by some degrees",
-    "read data from a JSON file",
-    "how many false positives did my classifier make?",
-    "cheapest route between two nodes when edges have costs",
-    "keep low frequencies of a signal",
-)
-
-SHOWN_CHARS = 66
 
 
 def main_scores(results: Results) -> dict[str, list[float | None]]:
@@ -63,35 +49,13 @@ def score_table(results: Results) -> Table:
     return table
 
 
-def show_hits(console: Console, query: str, hits: Sequence[Hit]) -> None:
-    """Print a query and what was found, one line a hit."""
-    console.print(f"\n[bold]{escape(query)}[/bold]")
-    for hit in hits:
-        _, _, body = hit.text.partition("\n")
-        start = " ".join(body.split())
-        shown = start if len(start) <= SHOWN_CHARS else start[: SHOWN_CHARS - 1] + "…"
-        console.print(
-            f"  {hit.rank}  {hit.score:.3f}  [cyan]{escape(hit.id or '')}[/cyan]",
-            highlight=False,
-            no_wrap=True,
-            overflow="ellipsis",
-        )
-        console.print(
-            f"            [dim]{escape(shown)}[/dim]",
-            highlight=False,
-            no_wrap=True,
-            overflow="ellipsis",
-        )
-
-
 def next_commands(output: Path) -> list[tuple[str, str]]:
     """Return (what it does, command) of what a user may want to do now."""
     folder = shlex.quote(str(output))
     return [
         (
             "search the documentation again",
-            f'nvembed search {folder}/model "rotate an image" '
-            f"--documents {folder}/tasks/{TASK_NAMES[0]}/corpus.jsonl",
+            f'nvembed search {folder}/model "rotate an image" --documents {folder}/data/{SEARCHED}',
         ),
         (
             "search your own Python",

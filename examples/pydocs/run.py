@@ -20,10 +20,9 @@ from nvembed.core.errors import ConfigError, ModelError, UserError
 from nvembed.core.files import write_json
 from nvembed.core.ownership import check_outputs, check_overlaps
 from nvembed.core.runs import RunFolder
-from nvembed.encoding.file_search import search_file
 from nvembed.evaluation.results import TaskResult, write_results
 from nvembed.evaluation.session import evaluate, evaluate_bm25
-from nvembed.evaluation.tasks import LocalTask, load_task
+from nvembed.evaluation.tasks import load_task
 from pydocs.budget import plan_steps, rehearse, training_seconds
 from pydocs.dataset import DEMO, TASK_NAMES, DemoData, build_dataset
 from pydocs.harvest import harvest
@@ -31,12 +30,11 @@ from pydocs.plots import plot_losses, plot_scores
 from pydocs.recipe import MAX_TOKENS, MINED_QUERIES, STAGES, Steps, demo_config
 from pydocs.report import (
     COLUMNS,
-    EXAMPLE_QUERIES,
     main_scores,
     next_commands,
     score_table,
-    show_hits,
 )
+from pydocs.searches import EXAMPLE_QUERIES, Documents, Found, show_searches
 
 if TYPE_CHECKING:
     from nvembed.core.arguments import Precision
@@ -117,6 +115,7 @@ class _Demo:
         self.backbone = _absolute(backbone) if backbone else default_backbone()
         self.output = output
         self.seed = seed
+        self.search_seconds = 0.0
         if cache == "default":
             cache = cache_folder("demo")
         self.cache = expanded(cache, where=str(cache)) if cache else None
@@ -129,15 +128,25 @@ class _Demo:
         data = self._build_data()
         tasks = [load_task(folder) for folder in data.tasks]
         results: Results = {BM25: evaluate_bm25(tasks), BASE: {}}
+        documents = Documents(data.searched)
+        found = {BM25: documents.by_words(EXAMPLE_QUERIES)}
         self._say("evaluating the base with mean pooling")
-        results[BASE] = evaluate(self._load_base(), tasks)
+        base = self._load_base()
+        results[BASE] = evaluate(base, tasks)
+        searched = self._elapsed()
+        found["before"] = documents.by_model(base, EXAMPLE_QUERIES)
+        self.search_seconds = self._elapsed() - searched
+        from nvembed.encoding.encoder import load_encoder
+
         model = self._train(data, results[BASE])
         run = RunFolder(self.output)
         for name, folder in ((STAGE1, run.path / f"model-{STAGES[0]}"), (STAGE2, model)):
             self._say(f"evaluating {name}")
-            results[name] = _evaluate_model(folder, tasks, self.precision)
+            tuned = load_encoder(str(folder), self.precision)
+            results[name] = evaluate(tuned, tasks)
+        found["after"] = documents.by_model(tuned, EXAMPLE_QUERIES)
         self._save(results)
-        self._report(results, data, model)
+        self._report(results, found)
         return results
 
     def _check_outputs(self) -> None:
@@ -197,6 +206,7 @@ class _Demo:
             evaluation=sum(result.seconds for result in base.values()),
             # Mining embeds as many documents again as its queries have, and the queries.
             mining=retrieval * MINED_QUERIES / data.stats[TASK_NAMES[0]]["documents"],
+            searching=self.search_seconds,
         )
         steps = plan_steps(seconds, times)
         self._say(
@@ -241,24 +251,10 @@ class _Demo:
             title="Documentation of held-out Python modules",
         )
 
-    def _report(self, results: Results, data: DemoData, model: Path) -> None:
+    def _report(self, results: Results, found: dict[str, Found]) -> None:
         self.console.print()
         self.console.print(score_table(results))
-        corpus = data.tasks[0] / "corpus.jsonl"
-        for query in EXAMPLE_QUERIES:
-            show_hits(
-                self.console,
-                query,
-                search_file(
-                    str(model),
-                    corpus,
-                    query,
-                    task=None,
-                    top_k=3,
-                    dtype=self.precision,
-                    cache=self.cache,
-                ),
-            )
+        show_searches(self.console, EXAMPLE_QUERIES, found)
         self.console.print(
             f"\nplots: {self.output}/{LOSSES}, {self.output}/{SCORES}", soft_wrap=True
         )
@@ -285,11 +281,3 @@ def _results_name(model: str) -> str:
 def _absolute(backbone: str) -> str:
     """Make a folder's path independent of the recipe's folder; a hub id stays as it is."""
     return str(Path(backbone).resolve()) if Path(backbone).is_dir() else backbone
-
-
-def _evaluate_model(
-    folder: Path, tasks: list[LocalTask], precision: Precision
-) -> dict[str, TaskResult]:
-    from nvembed.encoding.encoder import load_encoder
-
-    return evaluate(load_encoder(str(folder), precision), tasks)

@@ -82,7 +82,13 @@ def test_everything_is_made_and_reported(tiny_decoder_dir: Path, tmp_path: Path)
     text = printed.getvalue()
     for score in (s for row in scores.values() for s in row if s is not None):
         assert f"{score:.3f}" in text
-    for expected in ("turn a picture", f"nvembed search {output}/model", "pydocs.own"):
+    for expected in (
+        "turn a picture",
+        "before",
+        "after",
+        f"nvembed search {output}/model",
+        "pydocs.own",
+    ):
         assert expected in text
 
 

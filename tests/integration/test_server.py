@@ -297,7 +297,7 @@ def served(model) -> Iterator[str]:
 def test_the_openai_client_gets_the_models_vectors(served: str, model) -> None:
     openai = pytest.importorskip("openai", reason="needs the openai package")
     with openai.OpenAI(base_url=f"{served}/v1", api_key="none") as client:
-        assert [row.id for row in client.models.list()] == ["m"]
+        assert [row.id for row in client.models.list()] == ["m", "m:query"]
         answer = client.embeddings.create(model="m", input=TEXTS)  # base64 by itself
         found = np.array([row.embedding for row in answer.data])
         np.testing.assert_allclose(found, model.encode_document(TEXTS), atol=1e-5)

@@ -23,7 +23,7 @@ from serving_fakes import running
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENT = (ROOT / "docs" / "server.md").read_text(encoding="utf-8")
-PRINTED = {"openai": "2 16\n", "huggingface_hub": "2 2\n", "cohere": "1 1\n", "ollama": "2\n"}
+PRINTED = {"openai": "2 1 16\n", "huggingface_hub": "2 2\n", "cohere": "1 1\n", "ollama": "2\n"}
 ADDRESS = "http://127.0.0.1:8000"
 
 

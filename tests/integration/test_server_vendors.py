@@ -83,7 +83,7 @@ def test_the_client_of_ollama(address: str) -> None:
     ollama = pytest.importorskip("ollama", reason="needs nvembed[clients]")
     headers = {"Authorization": f"Bearer {KEY}"}
     with ollama.Client(host=address, headers=headers) as client:
-        assert [row.model for row in client.list().models] == ["m"]
+        assert [row.model for row in client.list().models] == ["m", "m:query"]
         answer = client.embed("m", TEXTS, truncate=True, keep_alive="5m", options={"num_ctx": 9})
         same(answer.embeddings, ENCODER.encode_document(TEXTS))
         assert (answer.model, answer.prompt_eval_count) == ("m", 4)

@@ -35,12 +35,12 @@ _EXTRAS = {
     "httpx2": "synth",
     "lancedb": "index",
     "matplotlib": "plots",
+    "mcp": "mcp",
     "pyarrow": "data",
 }
 
 app = typer.Typer(
     name="nvembed",
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -63,7 +63,9 @@ def _show_version(wanted: bool) -> None:
 def _options(
     version: Annotated[
         bool,
-        typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version."),
+        typer.Option(
+            "--version", "-V", callback=_show_version, is_eager=True, help="Print the version."
+        ),
     ] = False,
 ) -> None:
     """Train, mine, evaluate and search with text-embedding models made from language models.

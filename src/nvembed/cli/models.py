@@ -61,15 +61,16 @@ def doctor(
 
 
 @opt.described(
-    model="Folder or hub id of any sentence-transformers model; with --ui a database.",
+    model="Folder or hub id of any sentence-transformers model; with --ui or --mcp a database.",
     overrides="key=value settings, such as batching.batch_tokens=8192.",
     host="Address; 0.0.0.0 is every network.",
     port=typer.Option(min=0, max=65535, help="0 takes any free one."),
     keys="File of API keys, one name:key per line. Without: no key is needed.",
     config="YAML file of settings.",
     ui="A page to search a database of `nvembed index`.",
+    mcp="A database as tools of an assistant (MCP), over standard input and output.",
     moved=typer.Option(
-        "--model", help="With --ui: where the model of the database lies now, if it moved."
+        "--model", help="Of a database: where the model of the database lies now, if it moved."
     ),
 )
 def serve(
@@ -82,11 +83,12 @@ def serve(
     config: Path | None = None,
     dtype: PrecisionChoice = "auto",
     ui: bool = False,
+    mcp: bool = False,
     moved: str | None = None,
 ) -> None:
     """Serve models over HTTP: the routes of OpenAI, TEI, Cohere, Jina and Ollama, and /metrics.
 
-    With --ui, serve a page to search a database instead.
+    With --ui, serve a page to search a database instead; with --mcp, serve it to an assistant.
 
     Examples:
 
@@ -96,32 +98,51 @@ def serve(
       nvembed serve runs/demo/model models.other=runs/other/model
       nvembed serve runs/demo/model --host 0.0.0.0 --keys keys.txt --config server.yaml
       nvembed serve runs/demo/db --ui
+      nvembed serve runs/demo/db --mcp
     """
     settings = overrides or ()
-    if ui:
-        if settings or keys is not None or config is not None:
+    if ui or mcp:
+        if settings or keys is not None or config is not None or (ui and mcp):
             raise ConfigError(
                 "settings, --keys and --config are of the model server",
-                expected="none of them with --ui",
+                expected="none of them with --ui or --mcp, which exclude each other",
             )
-        import uvicorn
-
-        from nvembed.index.database import Database
-        from nvembed.index.page import page_app
-        from nvembed.index.search import recorded_encoder
-
-        database = Database.open(Path(model))
-        encoder = recorded_encoder(database.record, moved, dtype, model)
-        typer.echo(f"{database.count()} documents: http://{host}:{port}/ (Ctrl-C ends it)")
-        uvicorn.run(page_app(database, encoder), host=host, port=port, log_level="warning")
+        _serve_database(model, moved, dtype, None if mcp else (host, port))
         return
     if moved is not None:
-        raise ConfigError("--model goes with --ui", expected="the model as the first argument")
+        raise ConfigError(
+            "--model goes with --ui or --mcp", expected="the model as the first argument"
+        )
     if (Path(model) / "documents.lance").is_dir():
-        raise ConfigError("is a database, not a model", where=model, expected="--ui to search it")
+        raise ConfigError(
+            "is a database, not a model", where=model, expected="--ui or --mcp to search it"
+        )
     from nvembed.serving.server import serve as run
 
     run(model, host=host, port=port, config=config, overrides=settings, keys=keys, dtype=dtype)
+
+
+def _serve_database(
+    path: str, model: str | None, dtype: PrecisionChoice, address: tuple[str, int] | None
+) -> None:
+    """Serve the page of a database at an address; without one, its tools to an assistant."""
+    from nvembed.index.database import Database
+    from nvembed.index.search import recorded_encoder
+
+    database = Database.open(Path(path))
+    if address is None:
+        from nvembed.index.assistants import serve_assistant
+
+        serve_assistant(database, recorded_encoder(database.record, model, dtype, path))
+        return
+    import uvicorn
+
+    from nvembed.index.page import page_app
+
+    host, port = address
+    encoder = recorded_encoder(database.record, model, dtype, path)
+    typer.echo(f"{database.count()} documents: http://{host}:{port}/ (Ctrl-C ends it)")
+    uvicorn.run(page_app(database, encoder), host=host, port=port, log_level="warning")
 
 
 @opt.described(

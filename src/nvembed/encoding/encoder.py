@@ -86,7 +86,19 @@ def shorten(vectors: NDArray[np.float32], dimension: int) -> NDArray[np.float32]
 def prompts_of(encoder: Encoder) -> Mapping[str, str | None]:
     """Return the prompts that were saved with a model, by name; none where it keeps none."""
     prompts: Mapping[str, str | None] | None = getattr(encoder, "prompts", None)
-    return prompts or {}
+    return {} if prompts is None else prompts
+
+
+def set_query_prompt(encoder: Encoder, task: str) -> bool:
+    """Make a task the prompt of queries that bring none; return whether the model reads one."""
+    if isinstance(encoder, SentenceTransformerEncoder):
+        prompt = encoder.prompt_of(task)
+    else:
+        prompt = resolve_prompt(task, prompts_of(encoder))
+    if prompt is None:
+        return False
+    cast(dict[str, str | None], prompts_of(encoder))["query"] = prompt
+    return True
 
 
 @checked

@@ -162,7 +162,9 @@ def _title(place: str, run: RunFolder | None) -> str:
     name = Path(place).name
     if run is None or Path(place).parent.resolve() != run.path.resolve():
         return name
-    return run.path.resolve().name if name == run.model.name else f"{run.path.name}, {name}"
+    folder = run.path.resolve()
+    of_run = folder.parent.name if folder.name == "run" else folder.name  # as init calls it
+    return of_run if name == run.model.name else f"{of_run}, {name}"
 
 
 def _shown(name: str, *, whole: bool = False) -> str:

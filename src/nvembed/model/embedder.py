@@ -76,7 +76,17 @@ class _Place(NamedTuple):
     dtype: torch.dtype | Literal["auto"] | None
 
 
-class NVEmbed(EncodingModel):
+class _Recognised(type(EncodingModel)):  # type: ignore[misc]  # of sentence-transformers
+    """Names the library that our class is derived from, which BERTopic looks for in ``str``.
+
+    It would take another model, all-MiniLM-L6-v2, without a word.
+    """
+
+    def __repr__(cls) -> str:
+        return f"<class '{cls.__module__}.{cls.__qualname__}' of sentence_transformers>"
+
+
+class NVEmbed(EncodingModel, metaclass=_Recognised):
     """A text-embedding model made from a decoder LM by the NV-Embed recipe.
 
     Use ``from_pretrained``; the constructor is that of ``SentenceTransformer``.

@@ -49,6 +49,9 @@ class ServerConfig(StrictModel):
 
     model_name: str | None = Field(default=None, min_length=1)  # None is its hub id or folder name
     model_aliases: tuple[Name, ...] = ()  # further names
+    # Instruction, or name of an MTEB task or of a prompt, of queries that bring none. None is the
+    # prompt ``query`` that the model was saved with.
+    task: Name | None = None
     # Further models by name, each loaded when it is asked for.
     models: dict[Name, Name] = Field(default_factory=dict)
     # Of all, how many are in memory at once; the longest unused one makes room.

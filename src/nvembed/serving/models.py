@@ -14,7 +14,7 @@ from nvembed.core.errors import UserError
 from nvembed.serving.config import ServerConfig
 from nvembed.serving.engines import EncoderEngine
 from nvembed.serving.errors import RequestError
-from nvembed.serving.service import Service
+from nvembed.serving.service import QUERY, Service
 from nvembed.serving.telemetry import Metrics, log_event
 
 
@@ -51,7 +51,8 @@ class Models:
         self._config = config
         self._metrics = metrics
         self._hosted = [_Hosted(source) for source in sources]
-        self._by_name = {name: one for one in self._hosted for name in one.source.names}
+        own = {name: one for one in self._hosted for name in one.source.names}
+        self._by_name = own | {name + QUERY: one for name, one in own.items()} | own
         self.names = tuple(self._by_name)
         # Where it is the only one, for the OpenAPI document.
         self.width = first.dimension if len(sources) == 1 else None
@@ -108,7 +109,8 @@ class Models:
             if hosted.service is None:
                 message = "this model cannot be loaded; ask who runs the server"
                 raise RequestError(503, message, "model_fault", retry_seconds=60)
-            yield hosted.service
+            as_queries = name is not None and name not in hosted.source.names
+            yield hosted.service.of_queries() if as_queries else hosted.service
         finally:
             hosted.users -= 1
             hosted.used = next(self._clock)

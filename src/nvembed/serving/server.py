@@ -28,7 +28,7 @@ from nvembed.core import __version__
 from nvembed.core.arguments import PrecisionChoice
 from nvembed.core.config import load_config
 from nvembed.core.errors import ConfigError
-from nvembed.encoding.encoder import load_encoder, settle_dtype
+from nvembed.encoding.encoder import load_encoder, set_query_prompt, settle_dtype
 from nvembed.serving.config import LimitsConfig, ServerConfig
 from nvembed.serving.engines import EmbedOptions, EncoderEngine, build_engine
 from nvembed.serving.errors import RequestError
@@ -107,7 +107,11 @@ def _load(
     import torch
 
     torch.set_num_threads(threads)  # a new thread starts with what another model left
-    engine = build_engine(load_encoder(place, dtype), settings.batching.forwards)
+    encoder = load_encoder(place, dtype)
+    if settings.task is not None and not set_query_prompt(encoder, settings.task):
+        told = f"{place} was trained without instructions, its queries get none"
+        log_event("warning", message=told)
+    engine = build_engine(encoder, settings.batching.forwards)
     # The first forward of a process compiles and measures; no client should wait for it.
     engine.embed(engine.prepare(["warm up"], EmbedOptions()))
     return engine

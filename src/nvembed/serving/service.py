@@ -6,6 +6,7 @@ Limits of a request are checked here, before a text costs anything.
 from __future__ import annotations
 
 import asyncio
+import copy
 import threading
 from collections.abc import Callable, Coroutine, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +24,7 @@ from nvembed.serving.engines import Cut, EmbedOptions, EncoderEngine, Item, Toke
 from nvembed.serving.errors import ClientGoneError, RequestError
 from nvembed.serving.middleware import RequestContext
 from nvembed.serving.telemetry import Metrics
-from nvembed.text.instructions import Side, find_instruction, read_task, resolve_prompt
+from nvembed.text.instructions import Side, find_instruction, read_task, resolve_prompt, side_prompt
 
 T = TypeVar("T")
 SizedT = TypeVar("SizedT", bound=Sized)
@@ -42,6 +43,9 @@ _SIDES: dict[str, Side] = {
     "search_document": "document",
     "retrieval.passage": "document",
 }
+
+QUERY = ":query"
+"""Behind the name of a model: the texts of a request that does not say otherwise are queries."""
 
 # Characters (or ids) of one visit to the tokeniser's thread: requests take turns there.
 _SLICE_CHARS = 50_000
@@ -67,11 +71,18 @@ class Service:
         self.batcher = Batcher(engine, scheduler, metrics)
         self._tokeniser = ThreadPoolExecutor(1, thread_name_prefix="nvembed-tokeniser")
         self._tokenising = threading.Lock()
+        self._for_queries = False
 
     def close(self) -> None:
         """Finish what was accepted and stop the threads."""
         self.batcher.close()
         self._tokeniser.shutdown()
+
+    def of_queries(self) -> Service:
+        """Return the same model for clients that can say so by its name only."""
+        view = copy.copy(self)
+        view._for_queries = True
+        return view
 
     def read_options(
         self,
@@ -98,8 +109,20 @@ class Service:
         except UserError as error:
             message = f"the instruction is neither a sentence nor a known task, {error.expected}"
             raise RequestError(400, message, "bad_instruction", "instruction") from None
+        if self._for_queries:
+            self._check_query_name(input_type, task if prompt is None else prompt)
+            input_type = "query"
         input_type = input_type or ("document" if task is None else "query")
         return EmbedOptions(input_type, task, prompt, cut, normalize)
+
+    def _check_query_name(self, input_type: Side | None, given: str | None) -> None:
+        if input_type == "document":
+            message = f"{self.model_name}{QUERY} is for queries; ask for {self.model_name}"
+            raise RequestError(400, message, "not_of_queries", "model")
+        if given is None and not side_prompt(self.engine.prompts, "query"):
+            message = "this model has no instruction for queries; send one"
+            message = f"{message}, or ask who runs the server to set task"
+            raise RequestError(400, message, "no_instruction", "instruction")
 
     def options_for(self, purpose: Purpose, instruction: str | None, cut: Cut) -> EmbedOptions:
         """Read what Cohere and Jina call the purpose of texts.
@@ -112,7 +135,10 @@ class Service:
         wanted = (purpose, "clustering") if purpose == "separation" else (purpose,)
         prompt = next((name for name in self.engine.prompts if name.lower() in wanted), None)
         named = None if instruction is not None else prompt
-        return self.read_options(instruction=instruction, prompt_name=named, cut=cut)
+        side: Side | None = "document" if instruction is None else None
+        return self.read_options(
+            instruction=instruction, prompt_name=named, input_type=side, cut=cut
+        )
 
     def named_prompt(self, name: str) -> str:
         """Return a prompt of the model, or that of an MTEB task; a RequestError if it is none."""

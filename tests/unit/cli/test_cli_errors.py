@@ -34,8 +34,9 @@ def raise_from_search(monkeypatch, error: BaseException) -> list[str]:
     return ["search", "model", "a query", "--documents", "docs.jsonl"]
 
 
-def test_version(capsys):
-    assert run(["--version"]) == 0
+@pytest.mark.parametrize("option", ["--version", "-V"])
+def test_version(capsys, option):
+    assert run([option]) == 0
     assert capsys.readouterr().out == f"nvembed {nvembed.__version__}\n"
 
 

@@ -67,7 +67,8 @@ def test_the_card_tells_the_run(run: Path) -> None:
     assert "license" not in head
     assert "# mine\n" in text
     assert "# mine, model-one\n" in (run / "model-one" / "README.md").read_text()
-    assert "(apache-2.0)" in text
+    assert "The weights stem from `decoder` (apache-2.0)" in text
+    assert "Started from `decoder`;" in text  # and not where that lies on this disk
     assert "LoRA of rank 4" in text
     for row in (
         "| one | 2 | 6 | 0.001 | on | 2 | 0.1 |",

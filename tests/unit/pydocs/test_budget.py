@@ -31,6 +31,8 @@ def test_never_fewer_than_the_least(seconds: float) -> None:
 
 
 def test_what_comes_after_training_is_kept_free() -> None:
-    left = 500 - 80 - 60 - SAVING_SECONDS
-    assert training_seconds(500, evaluation=40, mining=60) == pytest.approx(TRUST * left)
+    left = 500 - 80 - 60 - 7 - SAVING_SECONDS
+    assert training_seconds(500, evaluation=40, mining=60, searching=7) == pytest.approx(
+        TRUST * left
+    )
     assert TRUST < 1

@@ -125,6 +125,17 @@ def test_no_document_of_a_held_out_module_is_trained_on(
     assert len(trained) > 900
 
 
+def test_all_held_out_documents_can_be_searched_with_their_summaries(
+    built: DemoData, entries: list[DocEntry]
+) -> None:
+    rows = {row["_id"]: row["text"] for _, row in read_jsonl(built.searched)}
+    held = {e.name: e for e in entries if held_out(e.module)}
+    assert rows.keys() <= held.keys()
+    assert len(rows) == built.stats["documents"]["held_out"]
+    assert rows.keys() >= {row["_id"] for _, row in read_jsonl(built.tasks[0] / "corpus.jsonl")}
+    assert all(held[name].summary in text for name, text in rows.items())
+
+
 def test_near_duplicates_of_held_out_texts_leave_training(
     entries: list[DocEntry], tmp_path: Path
 ) -> None:
@@ -181,7 +192,7 @@ def test_same_input_same_files(entries: list[DocEntry], built: DemoData, tmp_pat
     again = build_dataset(list(reversed(entries)), tmp_path, seed=3, limits=LIMITS)
     other = build_dataset(entries, tmp_path / "other", seed=4, limits=LIMITS)
     files = sorted(p.relative_to(built.folder) for p in built.folder.rglob("*.*") if p.is_file())
-    assert len([file for file in files if file.name != MARK]) == 13
+    assert len([file for file in files if file.name != MARK]) == 14
     assert all((again.folder / f).read_bytes() == (built.folder / f).read_bytes() for f in files)
     records = Path("data/retrieval.jsonl")
     assert (other.folder / records).read_bytes() != (built.folder / records).read_bytes()

@@ -8,9 +8,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from nvembed.encoding.file_search import Hit
 from nvembed.evaluation.results import TaskResult
-from pydocs.report import main_scores, next_commands, score_table, show_hits
+from pydocs.report import main_scores, next_commands, score_table
 
 
 def result(score: float | None) -> TaskResult:
@@ -42,16 +41,6 @@ def test_table() -> None:
     cells = {line[1]: line[3::2] for line in lines if len(line) > 1 and line[0] == "│"}
     assert cells["BM25"] == ["0.600", "–", "–"]
     assert cells["trained"] == ["0.613", "0.750", "0.400"]
-
-
-def test_hits_with_brackets_are_shown_as_they_are() -> None:
-    out = io.StringIO()
-    hit = Hit(1, 0.81234, "scipy.signal.butter", "butter(N, Wn)\nDesign a [filter] of order " * 9)
-    show_hits(Console(file=out, width=100), "low [bold] frequencies", [hit])
-    assert "low [bold] frequencies" in out.getvalue()
-    assert "0.812  scipy.signal.butter" in out.getvalue()
-    assert "Design a [filter] of order" in out.getvalue()
-    assert "butter(N, Wn)\n" not in out.getvalue()  # the name says it already
 
 
 def test_next_commands_quote_the_folder() -> None:

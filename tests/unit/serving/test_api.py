@@ -98,7 +98,7 @@ def test_instructions_and_sides(client: TestClient) -> None:
 
 
 def test_models(client: TestClient) -> None:
-    assert [row["id"] for row in client.get("/v1/models").json()["data"]] == ["m"]
+    assert [row["id"] for row in client.get("/v1/models").json()["data"]] == ["m", "m:query"]
     assert client.get("/v1/models/m").json()["id"] == "m"
     assert client.get("/v1/models/other").status_code == 404
 

@@ -323,7 +323,8 @@ def test_info(client: TestClient) -> None:
 
 def test_names_of_the_model(client: TestClient) -> None:
     names = ["docs", "owner/name", "name"]
-    assert [row["id"] for row in client.get("/v1/models").json()["data"]] == names
+    listed = [row["id"] for row in client.get("/v1/models").json()["data"]]
+    assert listed == [*names, *(f"{name}:query" for name in names)]
     for name in names:
         assert client.get(f"/v1/models/{name}").json()["id"] == name
         assert post(client, "/v1/embeddings", input="a", model=name)["model"] == name

@@ -202,8 +202,9 @@ def test_every_route_takes_the_name_of_a_model() -> None:
     shelf = Shelf("a", "b", "c", limit=3)
     with TestClient(create_app(shelf.first, shelf.config, sources=shelf.sources)) as client:
         names = ["a", "owner/a", "b", "owner/b", "c", "owner/c"]
-        assert [row["id"] for row in client.get("/v1/models").json()["data"]] == names
-        assert [row["name"] for row in client.get("/api/tags").json()["models"]] == names
+        listed = [*names, *(f"{name}:query" for name in names)]
+        assert [row["id"] for row in client.get("/v1/models").json()["data"]] == listed
+        assert [row["name"] for row in client.get("/api/tags").json()["models"]] == listed
         assert client.get("/v1/models/owner/b").json()["id"] == "owner/b"
         assert client.get("/v1/models/d").status_code == 404
         assert shelf.loads == ["a"]  # a list loads nothing
@@ -229,7 +230,7 @@ def test_every_route_takes_the_name_of_a_model() -> None:
         paths = client.get("/openapi.json").json()["paths"]
         schema = paths["/v1/embeddings"]["post"]["requestBody"]["content"]["application/json"]
         fields = schema["schema"]["properties"]
-        assert fields["model"]["anyOf"][0]["enum"] == names
+        assert fields["model"]["anyOf"][0]["enum"] == listed
         assert "maximum" not in fields["dimensions"]["anyOf"][0]  # they differ
 
 

@@ -157,11 +157,14 @@ def test_serve_refuses_bad_settings(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_database_is_no_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["serve", str(tmp_path), "--model", "x"]) == 2
-    assert "--model goes with --ui" in capsys.readouterr().err
+    assert "--model goes with --ui or --mcp" in capsys.readouterr().err
     assert run(["serve", str(tmp_path), "batching.batch_tokens=77", "--ui"]) == 2
-    assert "none of them with --ui" in capsys.readouterr().err
+    assert run(["serve", str(tmp_path), "--mcp", "--ui"]) == 2
+    assert "exclude each other" in capsys.readouterr().err
+    assert run(["serve", str(tmp_path), "batching.batch_tokens=77", "--mcp"]) == 2
+    assert "none of them with --ui or --mcp" in capsys.readouterr().err
     assert run(["serve", str(tmp_path / "none"), "--ui"]) == 2
     assert "no database" in capsys.readouterr().err
     (tmp_path / "db" / "documents.lance").mkdir(parents=True)
     assert run(["serve", str(tmp_path / "db")]) == 2
-    assert "is a database, not a model; expected --ui" in capsys.readouterr().err
+    assert "is a database, not a model; expected --ui or --mcp" in capsys.readouterr().err

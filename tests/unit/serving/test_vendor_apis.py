@@ -257,7 +257,7 @@ def test_ollama(client: TestClient, model: NVEmbed, monkeypatch: Any) -> None:
 
 
 def test_models_of_ollama(client: TestClient) -> None:
-    assert [row["model"] for row in client.get("/api/tags").json()["models"]] == ["m"]
+    assert [row["model"] for row in client.get("/api/tags").json()["models"]] == ["m", "m:query"]
     shown = post(client, "/api/show", model="m")
     assert shown["capabilities"] == ["embedding"]
     assert shown["model_info"]["nvembed.embedding_length"] == WIDTH

@@ -20,6 +20,10 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 TARGET = 1.15
 SHARD_BYTES = 1_000_000_000
@@ -60,10 +64,25 @@ def config(scale: float) -> dict[str, object]:
     }
 
 
+def write_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """Write a tokenizer of one token per byte, which puts BOS in front as the official one does."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}
+    vocabulary = ["<unk>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(vocabulary)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)]
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+
+
 def write_checkpoint(folder: Path, scale: float) -> int:
     """Write configuration, a byte tokenizer and random weights; return the number of parameters."""
     import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
 
     from nvembed.interop.official import read_config
     from nvembed.interop.weights import write_shards
@@ -71,9 +90,7 @@ def write_checkpoint(folder: Path, scale: float) -> int:
 
     values = config(scale)
     (folder / "config.json").write_text(json.dumps(values))
-    vocabulary = ["<unk>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    tokenizer = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(vocabulary)}, merges=[]))
-    tokenizer.save(str(folder / "tokenizer.json"))
+    write_tokenizer(folder)
     block = (0.02 * torch.randn(1 << 22)).half()  # drawing every weight would take minutes
 
     def weights(name: str) -> torch.Tensor:

@@ -8,7 +8,9 @@ Letters: T tokens, H heads, K key/value heads, E head width, G segments of one b
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -67,9 +69,13 @@ def flat_attention(
             hint=OTHER_BACKBONE,
         )
     inputs = (query[0], key[0], value[0])
+    if query.is_cuda and torch.is_autocast_enabled("cuda"):
+        # The angles of a residual in float32 make queries and keys float32; values are in 16 bits.
+        dtype = torch.get_autocast_dtype("cuda")
+        inputs = (inputs[0].to(dtype), inputs[1].to(dtype), inputs[2].to(dtype))
     plain = not (softcap or dropout)
     starts = segments.cu_seqlens
-    if plain and query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+    if plain and query.is_cuda and _varlen_takes(inputs[0]):
         out_THE = _varlen(*inputs, segments, causal, scaling)
     elif plain and not causal and kernels.supports_float32(*inputs):
         out_THE = kernels.float32_attention(*inputs, starts, scaling)
@@ -93,6 +99,18 @@ def _longest_by_products(dtype: torch.dtype) -> int:
     return SHORT_TOKENS.get(dtype, SHORT_TOKENS_FLOAT32)
 
 
+def _varlen_takes(query_HTE: Tensor) -> bool:
+    """Whether the type and the head width are those of torch's flash attention."""
+    width = query_HTE.shape[-1]
+    return query_HTE.dtype in (torch.bfloat16, torch.float16) and width <= 256 and width % 8 == 0
+
+
+@cache
+def _says_gqa(attend: Callable[..., Any]) -> bool:
+    """Whether fewer key heads must be announced: torch 2.11 took them without a word."""
+    return "enable_gqa" in inspect.signature(attend).parameters
+
+
 def _varlen(
     query_HTE: Tensor,
     key_HTE: Tensor,
@@ -106,6 +124,8 @@ def _varlen(
     starts = segments.cu_seqlens.to(query_HTE.device)  # elsewhere where layers lie on several GPUs
     longest = max(segments.lengths)
     query, key, value = (x.transpose(0, 1).contiguous() for x in (query_HTE, key_HTE, value_HTE))
+    grouped = len(key_HTE) != len(query_HTE)
+    options: dict[str, Any] = {"enable_gqa": grouped} if _says_gqa(varlen_attn) else {}
     out = varlen_attn(
         query,
         key,
@@ -116,7 +136,7 @@ def _varlen(
         longest,
         scale=scaling,
         window_size=(-1, 0) if causal else (-1, -1),
-        enable_gqa=key_HTE.shape[0] != query_HTE.shape[0],
+        **options,
     )
     assert isinstance(out, Tensor)
     return out

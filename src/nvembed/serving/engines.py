@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -126,6 +127,9 @@ class PackEngine(EncoderEngine):
 
         super().__init__(cast(Encoder, model))
         self._model = model.eval()
+        # No weight changes here: latents are folded once, as soon as that pays.
+        self._fixed = ExitStack()
+        self._fixed.enter_context(model.pooling.fixed_weights())
         self._tokenizer = model.backbone.text_tokenizer
         self._vocabulary = int(model.backbone.model.config.get_text_config().vocab_size)
         self._on_cpu = model.device.type == "cpu"

@@ -169,7 +169,9 @@ class DistributedContext:
         """Give all processes the values of the first; before sharding."""
         if self.count > 1:
             for parameter in parameters:
-                dist.broadcast(parameter.data, src=0)
+                # Weights that are to be sharded are on the CPU still, where NCCL does not reach.
+                group = self.control if parameter.device.type == "cpu" else None
+                dist.broadcast(parameter.data, src=0, group=group)
 
 
 @contextmanager

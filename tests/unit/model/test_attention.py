@@ -307,12 +307,13 @@ def test_longest_text_whose_scores_are_held(
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("key_heads", [HEADS, KEY_HEADS])
+@pytest.mark.parametrize("announced", [False, True])
 def test_the_cuda_kernel_is_given_the_segments_and_the_direction(
-    causal: bool, key_heads: int, monkeypatch: pytest.MonkeyPatch
+    causal: bool, key_heads: int, announced: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A stand-in with the meaning of ``varlen_attn``, where there is no GPU."""
+    """Stand-ins with the meaning of ``varlen_attn``, where there is no GPU."""
 
-    def varlen_attn(
+    def of_torch_2_11(
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -323,9 +324,7 @@ def test_the_cuda_kernel_is_given_the_segments_and_the_direction(
         *,
         scale: float | None = None,
         window_size: tuple[int, int] = (-1, -1),
-        enable_gqa: bool = False,
     ) -> Tensor:
-        assert enable_gqa is (query.shape[1] != key.shape[1])
         assert window_size in ((-1, -1), (-1, 0))
         assert cu_seq_q.dtype is torch.int32
         assert torch.equal(cu_seq_q, cu_seq_k)
@@ -335,9 +334,11 @@ def test_the_cuda_kernel_is_given_the_segments_and_the_direction(
         scaling = WIDTH**-0.5 if scale is None else scale
         return attend(*parts, lengths, scaling, causal=window_size == (-1, 0))
 
-    module = ModuleType("torch.nn.attention.varlen")
-    module.varlen_attn = varlen_attn  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, module.__name__, module)
+    def of_torch_2_12(*args: Any, enable_gqa: bool = False, **options: Any) -> Tensor:
+        assert enable_gqa is (args[0].shape[1] != args[1].shape[1])
+        return of_torch_2_11(*args, **options)
+
+    install_varlen(monkeypatch, of_torch_2_12 if announced else of_torch_2_11)
     shapes = [(1, heads, sum(LENGTHS), WIDTH) for heads in (HEADS, key_heads, key_heads)]
     query, key, value = (torch.randn(shape, dtype=torch.bfloat16) for shape in shapes)
     for scaling in (None, 0.3):
@@ -352,6 +353,44 @@ def test_the_cuda_kernel_is_given_the_segments_and_the_direction(
         wanted = WIDTH**-0.5 if scaling is None else scaling
         expected = attend(query[0], key[0], value[0], LENGTHS, wanted, causal=causal)
         assert torch.equal(out[0], expected)
+
+
+def install_varlen(monkeypatch: pytest.MonkeyPatch, function: Any) -> None:
+    module = ModuleType("torch.nn.attention.varlen")
+    module.varlen_attn = function  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+
+
+@pytest.mark.parametrize(
+    ("width", "expected"), [(8, "varlen"), (256, "varlen"), (20, "grouped"), (264, "grouped")]
+)
+def test_head_widths_that_flash_attention_lacks_go_another_way(
+    taken: list[Any], width: int, expected: str
+) -> None:
+    query = torch.randn(1, HEADS, 2, width, dtype=torch.bfloat16).as_subclass(OnCuda)
+    segments = Segments.of_lengths([2])
+    flat_attention(nn.Identity(), query, query, query, None, segments=segments, causal=False)
+    assert taken[0][0] == expected
+
+
+def test_under_autocast_a_gpu_attends_in_its_type(taken: list[Any]) -> None:
+    """Queries and keys are float32 there, where the residual is: rotary angles are of its type."""
+    query, key, value = (x.as_subclass(OnCuda) for x in inputs(LENGTHS))
+    value = value.bfloat16()
+    segments = Segments.of_lengths(LENGTHS)
+    arguments = (nn.Identity(), query, key, value, None)
+    torch.set_autocast_enabled("cuda", True)
+    torch.set_autocast_dtype("cuda", torch.bfloat16)
+    try:
+        flat_attention(*arguments, segments=segments, causal=False)
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+        torch.set_autocast_dtype("cuda", torch.float16)
+    ((name, args, _),) = taken
+    assert name == "varlen"
+    for given, whole in zip(args[:3], (query, key, value), strict=True):
+        assert given.dtype is torch.bfloat16
+        assert torch.equal(given, whole[0].bfloat16())
 
 
 @pytest.mark.parametrize("name", ["s_aux", "position_bias", "sinks", "attention_mask"])

@@ -85,6 +85,36 @@ def test_the_engine_gives_the_models_vectors(tiny_decoder_dir: Path) -> None:
     np.testing.assert_allclose(short, expected, atol=1e-6)
 
 
+def test_the_engine_folds_latents_once(
+    tiny_decoder_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    from nvembed import NVEmbed
+
+    model = NVEmbed.from_pretrained(tiny_decoder_dir, pooling="latent", num_latents=8)
+    layer = model.pooling.layer
+    torch.nn.init.normal_(layer.to_out.weight)  # else no latent has an effect
+    texts = ["one", "another text, of more tokens"]
+    expected = model.encode_document(texts)
+    engine, project, projected = PackEngine(model), layer._keys_values, list[int]()
+
+    def counted() -> object:
+        projected.append(1)
+        return project()
+
+    monkeypatch.setattr(layer, "_keys_values", counted)
+    items = engine.prepare(texts, EmbedOptions())
+    for _ in range(20):
+        np.testing.assert_allclose(engine.embed(items), expected, atol=1e-6)
+    assert 0 < len(projected) < 20
+    before = len(projected)
+    engine.embed(items)
+    assert len(projected) == before
+    del engine  # what it kept goes with it
+    assert layer._kept is None
+
+
 def test_packs_have_few_lengths_and_little_filler(tiny_decoder_dir: Path) -> None:
     from nvembed import NVEmbed
     from nvembed.model.packs import filler

@@ -104,6 +104,17 @@ def test_collectives_of_two_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert results[0]["norm"] == results[1]["norm"]
 
 
+def test_weights_that_wait_on_a_cpu_are_sent_between_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before sharding they lie there, and NCCL sends what lies on GPUs alone."""
+    sent: list[tuple[str, Any]] = []
+    monkeypatch.setattr(
+        module.dist, "broadcast", lambda x, src, group: sent.append((x.device.type, group))
+    )
+    context = DistributedContext(count=2, control="gloo")  # type: ignore[arg-type]
+    context.broadcast_parameters([parameter([1.0]), parameter([1.0], device="meta")])
+    assert sent == [("cpu", "gloo"), ("meta", None)]
+
+
 def test_one_process_is_alone() -> None:
     alone = DistributedContext.of_environment(shard=True)
     assert (alone.rank, alone.count, alone.is_main) == (0, 1, True)

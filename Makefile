@@ -47,7 +47,7 @@ check: setup ## lint, format, types, import direction
 	$(BIN)/python -m pytest -q tests/test_house.py
 
 docs: setup ## build the documentation as a site in site/
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 format: setup ## format the code
 	$(BIN)/ruff check --fix .

@@ -9,7 +9,7 @@ ARGS ?=
 TORCH := $(if $(shell command -v nvidia-smi 2>/dev/null),torch>=2.11,torch==2.13.0)
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: help setup demo test test-all mutation check format clean
+.PHONY: help setup demo test test-all mutation check docs format clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -46,9 +46,12 @@ check: setup ## lint, format, types, import direction
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_house.py
 
+docs: setup ## build the documentation as a site in site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 format: setup ## format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean: ## remove the virtual environment and caches
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) site .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -7,6 +7,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -14,7 +15,6 @@ import pytest
 import yaml
 
 import nvembed
-from api_page import PAGE, api_page
 from families import make_family
 from nvembed.cli.main import run
 from nvembed.core.config import load_config
@@ -31,9 +31,10 @@ RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 GRIDS = sorted((ROOT / "recipes" / "ablations").glob("*.yaml"))
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 # The guides whose every command, snippet and recipe is run with the README's.
-GUIDES = "\n".join(
-    [README, *((ROOT / "docs" / f"{n}.md").read_text("utf-8") for n in ("usage", "nv-embed-v2"))]
-)
+GUIDE_NAMES = ("usage", "tutorial", "train", "mine", "compress", "clusters", "coming-from")
+GUIDE_NAMES += ("nv-embed-v2",)
+GUIDES = "\n".join([README, *((ROOT / "docs" / f"{n}.md").read_text("utf-8") for n in GUIDE_NAMES)])
+LAUNCHERS = {"torchrun", "accelerate"}  # whose command is run in one process
 
 
 def blocks(language: str, document: str = README) -> list[str]:
@@ -61,6 +62,23 @@ def place(
     write_task(tmp_path / "FOLDER", "STS")
     write_jsonl(tmp_path / "texts.jsonl", [{"text": f"text {i}"} for i in range(4)])
     pairs = [{"query": f"q{i}", "positive": f"text {i}"} for i in range(4)]
+    rows = [(f"q{i}", f"text {i}", f"no {i}") for i in range(4)]
+    of_others = {
+        "triplets": [{"anchor": q, "positive": p, "negative": n} for q, p, n in rows],
+        "flag": [{"query": q, "pos": [p], "neg": [n]} for q, p, n in rows],
+        "tevatron": [
+            {
+                "query_id": q,
+                "query": q,
+                "positive_passages": [{"docid": p, "title": "", "text": p}],
+                "negative_passages": [{"docid": n, "title": "", "text": n}],
+            }
+            for q, p, n in rows
+        ],
+    }
+    (tmp_path / "recipes").mkdir()
+    for name, records in of_others.items():
+        write_jsonl(tmp_path / "recipes" / f"{name}.jsonl", records)
     write_jsonl(tmp_path / "recipes" / "pairs.jsonl", pairs)
     write_jsonl(tmp_path / "pairs.jsonl", pairs)
     rows = "".join(f"q{i},text {i}\n" for i in range(4))
@@ -89,7 +107,9 @@ def place(
 
 
 def test_readme_commands_run(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    commands = [words[1:] for words in command_lines(GUIDES) if words[0] == "nvembed"]
+    commands = [
+        words[words.index("nvembed") + 1 :] for words in command_lines(GUIDES) if "nvembed" in words
+    ]
     expected = {"train", "data", "mine", "evaluate", "encode", "search", "export"}
     assert {words[0] for words in commands} >= expected
     for words in commands:
@@ -107,12 +127,14 @@ def test_readme_make_targets_exist() -> None:
 
 def test_readme_holds_no_other_commands() -> None:
     # Otherwise the tests above would pass over them.
-    assert {words[0] for words in command_lines(GUIDES)} <= {"nvembed", "make"}
+    assert {words[0] for words in command_lines(GUIDES)} <= {"nvembed", "make", *LAUNCHERS}
 
 
 def test_readme_python_runs(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     snippets = blocks("python", GUIDES)
     assert snippets
+    tuned = nvembed.NVEmbed.from_pretrained("MODEL", device="cpu")
+    tuned.save_pretrained("faq/run/model", create_model_card=False)
     for snippet in snippets:
         exec(compile(snippet, "README.md", "exec"), {})
     out = capsys.readouterr().out
@@ -148,11 +170,32 @@ def test_every_number_of_the_readme_stands_in_the_results() -> None:
     assert {number for number in numbers if number not in results} == set()
 
 
-def test_the_page_of_the_api_is_that_of_the_code() -> None:
-    told = "write it anew with: python tests/api_page.py"
-    assert PAGE.read_text(encoding="utf-8") == api_page(), told
-    headings = re.findall(r"^(?:### |- `)(\w+)", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
-    assert {*nvembed.__all__} - {"__version__"} <= set(headings)
+def test_the_page_of_the_api_has_all_names() -> None:
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    assert sorted(re.findall(r"^::: nvembed\.(\w+)$", page, re.MULTILINE)) == sorted(
+        {*nvembed.__all__} - {"__version__"}
+    )
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning_and_loads_nothing_from_outside(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocstrings", reason="needs the extra docs")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "WARNING" not in done.stderr
+    pages = {path.name: path.read_text(encoding="utf-8") for path in tmp_path.glob("*.html")}
+    assert {"index.html", "databases.html", "tutorial.html", "CONTRIBUTING.html"} <= pages.keys()
+    assert len(pages) > len(DOCUMENTS)
+    for name, page in pages.items():
+        assert (
+            re.findall(r"<(?:script|img|link|iframe)[^>]*(?:src|href)=.?(?:https?:)?//", page) == []
+        ), name
+        assert not re.search(r'href="\.\./', page), name  # files of the repository
+    for public in nvembed.__all__:
+        assert public == "__version__" or f'id="nvembed.{public}"' in pages["api.html"], public
+
+    assert "pack_tokens: int = Field(default=4096" in re.sub(r"<[^>]*>", "", pages["api.html"])
 
 
 def test_readme_recipes_run(place: Path) -> None:
@@ -172,9 +215,8 @@ def test_readme_recipes_run(place: Path) -> None:
 
 def test_every_block_of_the_documents_is_run() -> None:
     # docs/server.md by tests/integration/test_server_docs.py, the others here.
-    run_here = {"README.md": None, "usage.md": None, "nv-embed-v2.md": None}
+    run_here = {"README.md": None, **{f"{name}.md": None for name in GUIDE_NAMES}}
     run_here |= {"index.md": {"bash", "json"}, "evaluation.md": {"yaml"}}
-    run_here |= {"api.md": {"python"}}  # signatures, compared with the code
     run_there = {"server.md": {"bash", "sh", "python"}}
     run_there |= {"gpu.md": {"bash"}}  # by tests/unit/benchmarks/test_gpu_run.py
     run_there |= {"integrations.md": {"python"}}  # tests/integration/test_integrations.py

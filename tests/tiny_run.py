@@ -95,7 +95,7 @@ def trace(folder: Path) -> dict[str, Any]:
     run = folder / "run"
     kept = ("model", "model-one", "adapter", "mined")
     files: dict[str, Any] = {
-        path.relative_to(run).as_posix(): path.read_bytes()
+        path.relative_to(run).as_posix(): path.read_bytes().replace(bytes(folder), b"")
         for path in sorted(run.rglob("*"))
         if path.is_file() and path.relative_to(run).parts[0] in kept
     }

@@ -1,7 +1,7 @@
 """NV-Embed in the open: train, mine, evaluate and search with text-embedding models.
 
 Names are loaded on first use, so ``import nvembed`` costs nothing and does not import torch.
-``docs/api.md`` lists them with their arguments.
+``docs/api.md`` lists them; ``make docs`` adds their arguments.
 """
 
 from __future__ import annotations

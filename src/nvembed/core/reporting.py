@@ -1,16 +1,18 @@
 """What a job tells its user while it runs: notes, problems of many rows, and a progress bar.
 
 Notes are shown by the command line alone, and held until the work that they speak of has begun. The
-bar needs a terminal; ``NVEMBED_PROGRESS=1`` shows it all the same, ``NVEMBED_PROGRESS=0`` never.
+bar needs a terminal or a notebook; ``NVEMBED_PROGRESS=1`` shows it all the same,
+``NVEMBED_PROGRESS=0`` never.
 """
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -141,9 +143,15 @@ class ProblemCounts:
 class ProgressBar:
     """What ``progress`` yields; does nothing when there is nobody to look."""
 
-    def __init__(self, shown: Progress | None, task: TaskID | None) -> None:
+    def __init__(
+        self,
+        shown: Progress | None,
+        task: TaskID | None,
+        redraw: Callable[[bool], None] | None = None,
+    ) -> None:
         self._shown = shown
         self._task = task
+        self._redraw = redraw
 
     def advance(self, n: int = 1, **fields: float | str) -> None:
         """Move on by ``n`` and show ``fields`` (``loss=0.41``) beside the bar."""
@@ -153,6 +161,8 @@ class ProgressBar:
             text = "  ".join(f"{name} {_short(value)}" for name, value in fields.items())
             self._shown.update(self._task, fields=text)
         self._shown.update(self._task, advance=n)
+        if self._redraw is not None:
+            self._redraw(False)
 
 
 class Rates:
@@ -173,8 +183,9 @@ class Rates:
 @contextmanager
 def progress(total: int | None, description: str, *, shown: bool = True) -> Iterator[ProgressBar]:
     """Show progress towards ``total`` (None: unknown) while the block runs, if ``shown``."""
-    setting = os.environ.get("NVEMBED_PROGRESS")
-    if not shown or not (sys.stderr.isatty() if setting is None else setting != "0"):
+    setting, notebook = os.environ.get("NVEMBED_PROGRESS"), _in_notebook()
+    wanted = notebook or sys.stderr.isatty() if setting is None else setting != "0"
+    if not shown or not wanted:
         yield ProgressBar(None, None)
         return
     from rich import progress as bar  # --help must not wait for it
@@ -185,8 +196,42 @@ def progress(total: int | None, description: str, *, shown: bool = True) -> Iter
         *(bar.TextColumn("{task.fields[fields]}"), bar.TimeElapsedColumn()),
         *(bar.TextColumn("left"), bar.TimeRemainingColumn()),
     )
+    if notebook:
+        bars = bar.Progress(*columns)  # never started, so it writes nothing by itself
+        task, redraw = bars.add_task(description, total=total, fields=""), _notebook_redraw(bars)
+        redraw(True)
+        yield ProgressBar(bars, task, redraw)
+        redraw(True)
+        return
     with bar.Progress(*columns, console=Console(stderr=True)) as bars:
         yield ProgressBar(bars, bars.add_task(description, total=total, fields=""))
+
+
+def _in_notebook() -> bool:
+    """Whether this process is the kernel of a notebook (Jupyter, VS Code, Colab)."""
+    ipython = sys.modules.get("IPython")
+    return ipython is not None and hasattr(ipython.get_ipython(), "kernel")
+
+
+def _notebook_redraw(bars: Progress) -> Callable[[bool], None]:
+    """Show bars in one output of a cell; what is returned brings it up to date, or seldom does.
+
+    It is text that replaces itself: rich needs ipywidgets there, which not every notebook shows.
+    """
+    from IPython.display import display
+    from rich.console import Console
+
+    shown, drawn = display({"text/plain": ""}, raw=True, display_id=True), 0.0
+
+    def redraw(now: bool) -> None:
+        nonlocal drawn
+        if now or time.monotonic() - drawn > 0.25:
+            drawn, out = time.monotonic(), io.StringIO()
+            console = Console(file=out, width=110, force_jupyter=False, color_system=None)
+            console.print(bars.get_renderable())
+            shown.update({"text/plain": out.getvalue().strip()}, raw=True)
+
+    return redraw
 
 
 def _short(value: float | str) -> str:

@@ -227,6 +227,19 @@ class RunFolder:
             if line
         ]
 
+    def read_evaluations(self, *, keep_best: bool) -> dict[str, dict[str, float | None]]:
+        """Main scores by task: ``before`` training, and ``after NAME`` of each stage.
+
+        A stage has those of the weights that it ended with: the best, where the recipe keeps them.
+        """
+        found: dict[str, dict[str, float | None]] = {}
+        for row in self.read_metrics():
+            if (scores := row.get("evaluation")) is not None:
+                name = f"after {row['stage']}" if row["step"] else "before"
+                if not keep_best or scores.get("best_step") == row["step"] or name not in found:
+                    found[name] = scores["tasks"]
+        return found
+
     def read_recipe(self) -> dict[str, Any]:
         """Read ``config.yaml`` as plain data."""
         return read_yaml(self.config)

@@ -56,16 +56,16 @@ class Encoder(Protocol):
 
 
 class BaseEncoder(ABC):
-    """An :class:`Encoder` whose sides are computed by one method."""
+    """An ``Encoder`` whose sides are computed by one method."""
 
     def encode_query(self, texts: Sequence[str], *, task: str | None = None) -> NDArray[np.float32]:
-        """Embed queries; see :class:`Encoder`."""
+        """Embed queries; see ``Encoder``."""
         return self._encode("query", texts, task)
 
     def encode_document(
         self, texts: Sequence[str], *, task: str | None = None
     ) -> NDArray[np.float32]:
-        """Embed documents; see :class:`Encoder`."""
+        """Embed documents; see ``Encoder``."""
         return self._encode("document", texts, task)
 
     @abstractmethod

@@ -15,7 +15,6 @@ from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple, get_args
 
 import mteb
-from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError
 from mteb.abstasks import AbsTask
 from mteb.abstasks.task_metadata import TaskMetadata
@@ -23,7 +22,6 @@ from mteb.cache import ResultCache
 from mteb.models import ModelMeta
 from mteb.types import Licenses
 
-from nvembed.core.config import parse_yaml
 from nvembed.core.errors import ConfigError, UserError
 from nvembed.core.files import write_text
 from nvembed.core.runs import RunFolder
@@ -32,6 +30,7 @@ from nvembed.evaluation.mteb_adapter import MtebEncoder, finite_or_none, quiet, 
 from nvembed.evaluation.reference import InstructionSource, instruction_for, near_names
 from nvembed.evaluation.results import TaskResult, UnreachableTaskError
 from nvembed.interop.gguf_names import find_gguf
+from nvembed.model.card import read_card
 from nvembed.text.instructions import Side, find_instruction
 
 _ONE_SIDED = ("Retrieval", "Reranking", "InstructionRetrieval", "InstructionReranking")
@@ -147,7 +146,7 @@ def describe_model(name: str, encoder: Encoder, revision: str) -> ModelMeta:
     inner: Any = getattr(encoder, "model", encoder)
     parameters = list(inner.parameters()) if hasattr(inner, "parameters") else []
     memory = sum(p.numel() * p.element_size() for p in parameters) / 2**20
-    card = _card(name)
+    card = read_card(name)[0]
     trained = card.get("datasets")
     datasets = [one for one in trained if isinstance(one, str)] if isinstance(trained, list) else []
     full_name = name if "/" in name else f"sentence-transformers/{name}"
@@ -178,19 +177,6 @@ def describe_model(name: str, encoder: Encoder, revision: str) -> ModelMeta:
             use_instructions=bool(getattr(encoder, "follows_instructions", True)),
             training_datasets=_tasks_of(datasets) or None,
         )
-
-
-def _card(name: str) -> dict[str, Any]:
-    """Read the YAML at the head of a model's card; empty where there is none here."""
-    path: Any = Path(name) / "README.md"
-    with suppress(OSError, ValueError):  # ValueError: not the form of a hub id, or no YAML
-        if not Path(name).is_dir():
-            path = try_to_load_from_cache(name, "README.md")
-        if isinstance(path, str | Path):
-            text = Path(path).read_text(encoding="utf-8")
-            values = parse_yaml(text.removeprefix("---\n").partition("\n---")[0]).value
-            return values if isinstance(values, dict) else {}
-    return {}
 
 
 def _licence(card: Mapping[str, Any]) -> Any:

@@ -1,7 +1,7 @@
 """Attention over the segments of a flat batch, behind transformers' ``AttentionInterface``.
 
 transformers builds no mask and hands queries, keys and values of the whole pack to
-:func:`flat_attention`, which lets a token see its own segment only. Sliding windows are ignored: an
+``flat_attention``, which lets a token see its own segment only. Sliding windows are ignored: an
 embedding needs the whole text. Probes run a model and find its direction and pooled tokens.
 Letters: T tokens, H heads, K key/value heads, E head width, G segments of one block, L length.
 """

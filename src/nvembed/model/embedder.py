@@ -18,6 +18,7 @@ from sentence_transformers.util import get_device_name, import_from_string
 
 from nvembed.core.arguments import checked
 from nvembed.core.errors import ConfigError, ModelError
+from nvembed.core.files import write_text
 from nvembed.interop.loading import loading, prove_encoding, usable_device
 from nvembed.interop.model_folder import (
     ModelSource,
@@ -88,13 +89,15 @@ class _Recognised(type(EncodingModel)):  # type: ignore[misc]  # of sentence-tra
 class NVEmbed(EncodingModel, metaclass=_Recognised):
     """A text-embedding model made from a decoder LM by the NV-Embed recipe.
 
-    Use :meth:`from_pretrained`; the constructor is that of ``SentenceTransformer``.
+    Use ``from_pretrained``; the constructor is that of ``SentenceTransformer``.
 
     Attributes:
+        origin: folder or hub id it was loaded from, or started from; "" of modules put together.
         types_before_training: types of parameters that are float32 while they are trained, by
             name; see ``hold_masters``.
     """
 
+    origin: str = ""
     types_before_training: dict[str, torch.dtype]
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -160,6 +163,7 @@ class NVEmbed(EncodingModel, metaclass=_Recognised):
         model = cls._load(source, place, {**head, "attention": attention}, max_tokens)
         if in_bytes:
             quantize_backbone(model, "int8_products")
+        model.origin = source.name
         return model
 
     @classmethod
@@ -260,6 +264,12 @@ class NVEmbed(EncodingModel, metaclass=_Recognised):
             )
         self.default_prompt_name = saved.default_prompt_name
         self.similarity_fn_name = saved.similarity_fn_name
+
+    def _create_model_card(self, path: str, model_name: str | None = None, *_: Any) -> None:
+        from nvembed.model.card import CARD, model_card  # jinja2, which loading does not need
+
+        place = self.model_card_data.model_id or model_name or path
+        write_text(Path(path) / CARD, model_card(self, origin=self.origin or place, place=place))
 
     @checked
     def encode_query(  # type: ignore[override]  # one signature for the overloads

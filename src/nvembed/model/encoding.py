@@ -134,7 +134,7 @@ class EncodingModel(PackModel):
             prompt_name: name of a prompt that was saved with the model.
             prompt: put before every text; wins over ``prompt_name``.
             batch_size: without meaning here, since packs have a budget of tokens.
-            show_progress_bar: ``None`` shows none.
+            show_progress_bar: show one, at a terminal or in a notebook; ``None`` shows none.
             output_value: vectors of texts, which is all that packs give.
             precision: type of the numbers; 8 bits and 1 bit are made on the device.
             convert_to_numpy: return an array; else a list of tensors.

@@ -21,8 +21,8 @@ from torch.nn import Parameter
 
 from nvembed.core.config import StrictModel
 from nvembed.core.errors import ConfigError, DataError, TrainingError, UserError
-from nvembed.core.files import atomic_folder, read_json_object, write_json
-from nvembed.core.runs import TRAIN, derive_seed, seed_everything
+from nvembed.core.files import atomic_folder, read_json_object, write_json, write_text
+from nvembed.core.runs import TRAIN, RunFolder, derive_seed, seed_everything
 from nvembed.interop.model_folder import ModelSource, model_kind
 from nvembed.kernels.layers import compile_elementwise
 from nvembed.model.backbone import (
@@ -33,6 +33,7 @@ from nvembed.model.backbone import (
     recompute_layers,
     save_adapter,
 )
+from nvembed.model.card import CARD, model_card
 from nvembed.model.embedder import NVEmbed, hold_masters, release_masters
 from nvembed.model.packs import embed_pack
 from nvembed.model.quantization import quantize_frozen
@@ -153,6 +154,10 @@ def _write(model: NVEmbed, config: TrainConfig, folder: Path) -> None:
     model.prompts = {"document": "", **task_prompts(), **kept, **prompts}
     with _unwritten_is_an_error(folder), atomic_folder(folder, TRAIN) as temporary:
         model.save_pretrained(str(temporary), create_model_card=False)
+        card = model_card(
+            model, origin=model.origin, place=str(folder), run=RunFolder(folder.parent)
+        )
+        write_text(temporary / CARD, card)
 
 
 @contextmanager

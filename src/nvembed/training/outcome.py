@@ -21,18 +21,11 @@ def run_scores(config: TrainConfig, base_dir: Path) -> Columns:
     if config.evaluation is None:
         return {}
     tasks, columns = load_evaluation_tasks(config.evaluation, base_dir), Columns()
-    for row in RunFolder(Path(config.output)).read_metrics():
-        found = row.get("evaluation")
-        if found is None:
-            continue
-        name = f"after {row['stage']}" if row["step"] else "before"
-        kept = not config.evaluation.keep_best or found.get("best_step") == row["step"]
-        if kept or name not in columns:
-            columns[name] = {
-                task.name: TaskResult(
-                    task.type, task.main_score, found["tasks"].get(task.name), 0.0, {}
-                )
-                for task in tasks
-            }
+    run, keep_best = RunFolder(Path(config.output)), config.evaluation.keep_best
+    for name, scores in run.read_evaluations(keep_best=keep_best).items():
+        columns[name] = {
+            task.name: TaskResult(task.type, task.main_score, scores.get(task.name), 0.0, {})
+            for task in tasks
+        }
     bm25 = evaluate_bm25(tasks) if columns else {}
     return columns | ({"BM25": bm25} if bm25 else {})

@@ -236,6 +236,8 @@ UNMARKED = {
     "encoding/files.py": {"write_json"},
     "encoding/outputs.py": {"create_table", "rmdir", "open", "rename"},
     "model/backbone.py": {"save", "save_pretrained"},
+    # The card among the files that save_pretrained writes where it is told to.
+    "model/embedder.py": {"write_text"},
     "encoding/export/folders.py": {"write_json", "write_text", "save_pretrained"},
     "encoding/export/onnx.py": {"write_json", "save", "save_pretrained"},
     "encoding/export/stock.py": {"save_pretrained", "save", "write_json"},
@@ -243,7 +245,7 @@ UNMARKED = {
     "interop/merging.py": {"write_json"},
     "evaluation/soup.py": {"write_json"},
     "encoding/compression/compress.py": {"save_pretrained", "write_json", "write_text"},
-    "training/model.py": {"save_pretrained"},
+    "training/model.py": {"save_pretrained", "write_text"},
     # A checkpoint, after a look at what else lies in its place.
     "training/checkpoint.py": {"open", "atomic_folder"},
     # Appended to a log that carries a mark, or to a journal that is known by its first line.

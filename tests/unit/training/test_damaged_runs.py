@@ -15,7 +15,7 @@ from nvembed.core.config import dump_config
 from nvembed.core.errors import TrainingError, UserError
 from nvembed.core.files import write_jsonl, write_text
 from nvembed.core.runs import TRAIN, RunFolder
-from nvembed.encoding.export.folders import model_card
+from nvembed.model.card import model_card
 from nvembed.model.embedder import NVEmbed
 from nvembed.training.config import TrainConfig
 from nvembed.training.dry_run import dry_run
@@ -134,11 +134,10 @@ def test_a_damaged_environment_matters_to_trackers_alone(
         run.read_env()
     train(config, base_dir=run.path.parent)
     model = NVEmbed.from_pretrained(run.model, device="cpu")
-    assert "Started from" in model_card(model, "sentence-transformers", str(run.model))
+    place = {"origin": str(run.model), "place": "new"}
+    assert "Started from" in model_card(model, **place)
     run.config.write_bytes(b"a: &a [*a]\n")
-    assert "config.yaml is not the configuration of a run" in model_card(
-        model, "sentence-transformers", str(run.model)
-    )
+    assert "config.yaml is not the configuration of a run" in model_card(model, **place)
 
 
 def _damage(state: dict[str, Any], kind: str) -> Any:

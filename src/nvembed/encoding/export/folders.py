@@ -5,36 +5,28 @@ nvembed                 our own folder in another dtype, or an official checkpoi
 sentence-transformers   stock modules, no code of ours (``encoding/export/stock.py``)
 onnx                    one graph over padded rows (``encoding/export/onnx.py``)
 
-Each with a model card (``model_card.jinja``). A GGUF file, ``encoding/export/gguf.py``, has none.
+Each with a model card (``model/card.py``). A GGUF file, ``encoding/export/gguf.py``, has none.
 """
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, UndefinedError
 from pydantic import Field
 
 from nvembed.core.arguments import checked
-from nvembed.core.errors import DataError, ModelError, UserError
-from nvembed.core.files import (
-    atomic_folder,
-    read_json_object,
-    write_json,
-    write_text,
-)
+from nvembed.core.errors import ModelError
+from nvembed.core.files import atomic_folder, write_json, write_text
 from nvembed.core.outputs import check_new_folder
-from nvembed.core.runs import RunFolder
 from nvembed.encoding.export import stock
 from nvembed.interop.model_folder import ModelSource, model_kind
 from nvembed.interop.official import LatentShape, official_name, write_config
 from nvembed.interop.weights import MAX_SHARD_BYTES, write_shards
 from nvembed.model.backbone import Backbone, merge_lora
+from nvembed.model.card import CARD, model_card
 from nvembed.model.embedder import NVEmbed
 from nvembed.model.pooling import LatentAttentionPooling
-from nvembed.text.instructions import task_prompts
 from nvembed.text.tokens import TextTokenizer, plain_backend
 
 EXPORT = "export"
@@ -104,7 +96,7 @@ def export_model(
 ) -> None:
     """Write a loaded model in its own dtype; adapters are merged into it first.
 
-    ``name`` is what it is called in errors and in its card; the rest as of :func:`export_folder`.
+    ``name`` is what it is called in errors and in its card; the rest as of ``export_folder``.
     """
     to = Path(to)
     merge_lora(model.backbone)
@@ -122,7 +114,8 @@ def export_model(
                 from nvembed.encoding.export.onnx import write_onnx  # needs the extra onnx
 
                 for_stock = write_onnx(model, temporary, name=name)
-        write_text(temporary / "README.md", model_card(model, kind, name, stock=for_stock))
+        card = model_card(model, kind, origin=name, place=str(to), stock=for_stock)
+        write_text(temporary / CARD, card)
 
 
 def _write_official(
@@ -182,62 +175,3 @@ def _require_official_tokens(backbone: Backbone, name: str) -> None:
             "prompt's last space to the text",
             hint="Use --format nvembed",
         )
-
-
-# --- The model card -------------------------------------------------------------------------------
-
-
-def model_card(model: NVEmbed, kind: str, name: str, *, stock: bool = False) -> str:
-    """Render the README of a folder: what it is, what it was made from, how it scored.
-
-    Data, recipe and scores come from the run folder that the model ``name`` lies in; without one
-    the card says so. ``stock`` tells whether sentence-transformers can run an exported graph.
-    """
-    run, of_tasks = RunFolder(Path(name).parent), task_prompts()
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        keep_trailing_newline=True,
-    )
-    card = environment.get_template(
-        "model_card.jinja",
-        globals={
-            "backbone": model.backbone,
-            "title": Path(name).name,
-            "kind": kind,
-            "name": name,
-            "stock": stock,
-            "dtype": str(model.backbone.model.dtype).removeprefix("torch."),
-            "pooling": type(model.pooling).__name__,
-            "dimension": model.dimension,
-            "parameters": sum(p.numel() for p in model.parameters()),
-            "prompts": [(k, json.dumps(v)) for k, v in model.prompts.items() if k not in of_tasks],
-            "of_tasks": any(key in of_tasks for key in model.prompts),
-            "env": _json(run.env) or {},
-            "scores": _scores(run),
-        },
-    )
-    try:
-        recipe = run.read_recipe() if run.exists else None
-        return card.render(recipe=recipe, problem="the model lay in no run folder")
-    except (UserError, TypeError, UndefinedError):
-        problem = f"{run.config} is not the configuration of a run"
-        return card.render(recipe=None, problem=problem)
-
-
-def _scores(run: RunFolder) -> list[tuple[object, ...]]:
-    """Return evaluation, task, measure and score of every task that was evaluated."""
-    return [
-        (path.stem, task, result.get("main_score_name"), f"{result['main_score']:.4f}")
-        for path in sorted(run.eval.glob("*.json"))
-        for task, result in sorted((_json(path) or {}).items())
-        if isinstance(result, dict) and isinstance(result.get("main_score"), int | float)
-    ]
-
-
-def _json(path: Path) -> dict[str, Any] | None:
-    try:
-        return read_json_object(path, "an object")
-    except DataError:
-        return None

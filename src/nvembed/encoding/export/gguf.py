@@ -97,7 +97,7 @@ def export_gguf(name: str, to: str | Path, kind: Kind = "f16") -> None:
 def write_gguf(model: NVEmbed, to: Path, kind: Kind, *, name: str) -> None:
     """Write a loaded model tensor by tensor; adapters are merged into it first.
 
-    ``name`` is what it is called in errors and in the file; the rest as of :func:`export_gguf`.
+    ``name`` is what it is called in errors and in the file; the rest as of ``export_gguf``.
     """
     merge_lora(model.backbone)
     backbone = model.backbone

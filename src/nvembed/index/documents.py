@@ -70,7 +70,7 @@ class LeftOut:
             return
         self.kinds[problem.kind] += 1
         if self.first is None and problem.kind == "unreadable":
-            self.first = f"{file}: {problem}"
+            self.first = f"{file}: {problem!s:.100}"
 
     @property
     def count(self) -> int:
@@ -153,9 +153,14 @@ class Reader:
         """Refuse a table whose first row has no text: folders hold settings and data too."""
         columns = Columns(self.columns or {})
         try:
-            first = next(open_file(file).rows, None)
+            table = open_file(file)
+            first = next(table.rows, None)
         except DataError as error:
             raise _Unusable("unreadable", error.message) from error
+        try:
+            columns.check(table, () if columns.names("text") else ("text",))
+        except DataError as error:
+            raise _Unusable("without texts", error.message) from error
         if isinstance(first, BadRow) and ending_of(file) == ".json":  # read as a whole
             raise _Unusable("unreadable", first.problem)
         if isinstance(first, Row) and columns.find(first.values, "text") is MISSING:

@@ -25,7 +25,7 @@ from nvembed.cli.train import ablate, mine, train
 from nvembed.cli.vectors import encode, index, search
 from nvembed.core import __version__
 from nvembed.core.errors import UserError
-from nvembed.core.reporting import release_notes, show_notes
+from nvembed.core.reporting import announce, release_notes, show_notes, withdraw
 
 # Which extra brings a library that the base install lacks.
 _EXTRAS = {
@@ -90,6 +90,7 @@ def run(arguments: Sequence[str], program: typer.Typer = app, name: str = "nvemb
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         given = list(arguments) or (["--help"] if program is app else [])
+        announce("loading libraries")
         result = program(given, prog_name=name, standalone_mode=False)
         release_notes()
     except UserError as error:
@@ -113,6 +114,8 @@ def run(arguments: Sequence[str], program: typer.Typer = app, name: str = "nvemb
             raise
         place = f"{error.filename}: " if error.filename else ""
         return _fail(f"{place}no space left on the disk. Free some and run the command again", 2)
+    finally:
+        withdraw()
     # Typer itself turns Ctrl-C into this exit code, without a word.
     return _fail("stopped by Ctrl-C", 130) if result == 130 else int(result or 0)
 

@@ -11,6 +11,7 @@ import io
 import os
 import re
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -33,6 +34,7 @@ def hold_note(line: str) -> None:
 
 def release_notes() -> None:
     """Show the lines that are held: what they speak of has begun."""
+    withdraw()
     lines = _held[:]
     _held.clear()
     if _shown:
@@ -45,6 +47,34 @@ def show_notes() -> None:
     global _shown
     _shown = True
     _held.clear()
+
+
+# --- What takes long before anything is shown ----------------------------------------------------
+
+_SOON = 1.0  # seconds
+_announced: threading.Timer | None = None
+
+
+def announce(line: str) -> None:
+    """Say on a terminal what is waited for, should it take longer than a second."""
+    global _announced
+    withdraw()
+    if _shown and _wanted(sys.stderr.isatty()):
+        _announced = threading.Timer(_SOON, print, [f"{line} …"], {"file": sys.stderr})
+        _announced.daemon = True
+        _announced.start()
+
+
+def withdraw() -> None:
+    """What was announced is over, or shows by itself."""
+    if _announced is not None:
+        _announced.cancel()
+
+
+def _wanted(somebody: bool) -> bool:
+    """Whether to show what comes and goes: the user's setting, else whether somebody looks."""
+    setting = os.environ.get("NVEMBED_PROGRESS")
+    return somebody if setting is None else setting != "0"
 
 
 # --- Problems of rows, each kind told once --------------------------------------------------------
@@ -182,10 +212,13 @@ class Rates:
 
 @contextmanager
 def progress(total: int | None, description: str, *, shown: bool = True) -> Iterator[ProgressBar]:
-    """Show progress towards ``total`` (None: unknown) while the block runs, if ``shown``."""
-    setting, notebook = os.environ.get("NVEMBED_PROGRESS"), _in_notebook()
-    wanted = notebook or sys.stderr.isatty() if setting is None else setting != "0"
-    if not shown or not wanted:
+    """Show progress towards ``total`` (None: unknown) while the block runs, if ``shown``.
+
+    On a terminal the bar comes after a second: what ends sooner needs none.
+    """
+    withdraw()
+    notebook = _in_notebook()
+    if not shown or not _wanted(notebook or sys.stderr.isatty()):
         yield ProgressBar(None, None)
         return
     from rich import progress as bar  # --help must not wait for it
@@ -203,8 +236,22 @@ def progress(total: int | None, description: str, *, shown: bool = True) -> Iter
         yield ProgressBar(bars, task, redraw)
         redraw(True)
         return
-    with bar.Progress(*columns, console=Console(stderr=True)) as bars:
-        yield ProgressBar(bars, bars.add_task(description, total=total, fields=""))
+    bars = bar.Progress(*columns, console=Console(stderr=True))
+    task = bars.add_task(description, total=total, fields="")
+    late = threading.Timer(_SOON, bars.start)
+    late.daemon = True
+    if "NVEMBED_PROGRESS" in os.environ:
+        bars.start()
+    else:
+        late.start()
+    try:
+        yield ProgressBar(bars, task)
+    finally:
+        late.cancel()
+        if late.ident is not None:
+            late.join()
+        if bars.live.is_started:
+            bars.stop()
 
 
 def _in_notebook() -> bool:

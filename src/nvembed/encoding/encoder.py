@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from nvembed.core.arguments import Precision, PrecisionChoice, checked
 from nvembed.core.errors import ModelError
 from nvembed.core.http import post_json
-from nvembed.core.reporting import release_notes
+from nvembed.core.reporting import announce, release_notes
 from nvembed.interop.fingerprints import model_fingerprint
 from nvembed.text.instructions import Side, resolve_prompt, side_prompt
 
@@ -139,6 +139,7 @@ def load_encoder(name: str, dtype: PrecisionChoice | None = None) -> Encoder:
         ModelError: there is nothing of that name that can be loaded.
     """
     settled = settle_dtype(name, dtype)
+    announce(f"loading {name}")
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.base.modules import Transformer
 

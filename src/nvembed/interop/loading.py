@@ -23,6 +23,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_PRETRAINING_MAPPING,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
 )
+from transformers.utils import logging
 
 from nvembed.core.errors import ConfigError, ModelError, UserError
 from nvembed.interop.model_folder import (
@@ -84,7 +85,7 @@ def loading(name: str, *, expected: str = "the folder or the hub id of a model")
     reports: list[tuple[PreTrainedModel, Any]] = []
     with _one_at_a_time:
         try:
-            with _watched(name, reports):
+            with _watched(name, reports), _without_bars():
                 yield
         except UserError:
             raise
@@ -104,6 +105,20 @@ def loading(name: str, *, expected: str = "the folder or the hub id of a model")
         _misfit(*report).check(name)
     for model in {id(model): model for model, _ in reports}.values():
         check_finite(model, where=name)
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Without transformers' bars of weights, between our lines.
+
+    Its own switch would take away the bars of downloads too, hence the variable behind it.
+    """
+    shown = logging.is_progress_bar_enabled()
+    logging._tqdm_active = False
+    try:
+        yield
+    finally:
+        logging._tqdm_active = shown
 
 
 def usable_device(device: str | torch.device | None) -> str | None:

@@ -19,6 +19,7 @@ from sentence_transformers.util import get_device_name, import_from_string
 from nvembed.core.arguments import checked
 from nvembed.core.errors import ConfigError, ModelError
 from nvembed.core.files import write_text
+from nvembed.core.reporting import announce, withdraw
 from nvembed.interop.loading import loading, prove_encoding, usable_device
 from nvembed.interop.model_folder import (
     ModelSource,
@@ -156,6 +157,7 @@ class NVEmbed(EncodingModel, metaclass=_Recognised):
         """
         kept_in = None if cache_folder is None else str(cache_folder)
         source = ModelSource(str(name_or_path), revision, token, kept_in, local_files_only)
+        announce(f"loading {source.name}")
         head = {"pooling": pooling, "num_latents": num_latents, "num_heads": num_heads}
         in_bytes = dtype == "int8"
         between: DtypeName = "bfloat16" if this_cpu().may_multiply_bfloat16 else "float32"
@@ -164,6 +166,7 @@ class NVEmbed(EncodingModel, metaclass=_Recognised):
         if in_bytes:
             quantize_backbone(model, "int8_products")
         model.origin = source.name
+        withdraw()
         return model
 
     @classmethod

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
+import time
 import types
 
 import pytest
 
-from nvembed.core.reporting import progress
+from nvembed.core import reporting
+from nvembed.core.reporting import announce, hold_note, progress, release_notes
 
 
 def test_silent_when_stderr_is_no_terminal(capsys, monkeypatch):
@@ -39,6 +42,48 @@ def test_fields_are_short(capsys, monkeypatch):
     with progress(1, "x") as bar:
         bar.advance(loss=0.512345, tokens_per_s=3412.7, nan=float("nan"))
     assert "loss 0.5123  tokens_per_s 3,413  nan nan" in capsys.readouterr().err
+
+
+def look_on(monkeypatch):
+    """Somebody looks, and soon is sooner."""
+    monkeypatch.delenv("NVEMBED_PROGRESS", raising=False)
+    monkeypatch.setattr(reporting, "_SOON", 0.2)
+    monkeypatch.setattr(reporting, "_shown", True)
+    stream = io.StringIO()
+    stream.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", stream)
+    return stream
+
+
+def test_a_terminal_shows_no_bar_of_what_ends_at_once(monkeypatch):
+    terminal = look_on(monkeypatch)
+    with progress(1, "encode") as bar:
+        bar.advance(1, rate=3.4)
+    time.sleep(0.3)
+    assert terminal.getvalue() == ""
+    with progress(2, "encode") as bar:
+        bar.advance(1)
+        time.sleep(0.4)
+        assert "encode" in terminal.getvalue()
+        bar.advance(1)
+    assert "2/2" in terminal.getvalue()
+
+
+def test_a_terminal_is_told_what_is_waited_for(monkeypatch):
+    terminal = look_on(monkeypatch)
+    announce("loading libraries")
+    announce("loading MODEL")
+    time.sleep(0.4)
+    assert terminal.getvalue() == "loading MODEL …\n"
+    announce("loading MODEL")
+    hold_note("computing in float32")
+    release_notes()  # it is there
+    time.sleep(0.4)
+    assert terminal.getvalue() == "loading MODEL …\ncomputing in float32\n"
+    monkeypatch.setenv("NVEMBED_PROGRESS", "0")
+    announce("loading MODEL")
+    time.sleep(0.4)
+    assert terminal.getvalue().count("loading") == 1
 
 
 def test_in_a_notebook_the_bar_is_an_output_that_replaces_itself(capsys, monkeypatch):

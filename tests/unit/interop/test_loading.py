@@ -344,3 +344,16 @@ def test_prefixes() -> None:
     assert shared_prefixes(["m.x", "m.y", "lm_head.weight"]) == ["m."]
     assert shared_prefixes(["only"]) == []
     assert shared_prefixes([]) == []
+
+
+def test_no_bar_of_weights_is_shown_and_the_switch_stays(
+    tiny_decoder_dir: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from transformers.utils import logging
+
+    monkeypatch.setattr(logging, "_tqdm_active", True)  # as it is outside of tests
+    NVEmbed.from_pretrained(tiny_decoder_dir)
+    assert logging.is_progress_bar_enabled()
+    assert "Loading" not in "".join(capfd.readouterr())
+    AutoModel.from_pretrained(tiny_decoder_dir)
+    assert "Loading" in "".join(capfd.readouterr())

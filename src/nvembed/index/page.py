@@ -104,6 +104,7 @@ def _about(database: Database) -> dict[str, Any]:
         "tasks": {
             task.name: {"type": task.type, "instruction": task.instruction}
             for task in all_instructions().values()
+            if task.type == "Retrieval"
         },
     }
 

@@ -195,6 +195,7 @@ def search(page, query: str) -> None:
 def test_search_in_a_browser(page, database):
     assert page.evaluate("document.activeElement.id") == "query"
     assert "4 documents" in page.inner_text("#about")
+    assert not page.is_visible("aside")  # nothing empty before a search
     search(page, "the moon turns")
     expected = search_database(database, HashEncoder(64), "the moon turns", SearchOptions())
     assert ids(page) == [hit.id for hit in expected]
@@ -211,12 +212,90 @@ def test_search_in_a_browser(page, database):
 
 
 def test_a_passage_in_a_browser(page):
-    hit = {"rank": 1, "id": "a.md#0", "cosine": 0.5, "words": None, "fused": None, "text": "t"}
-    hit |= {"source": EVIL, "cut": False, "fields": {}, "place": [0, 0]}
-    answer = {"hits": [hit], "query": [0, 0], "passing": 1, "encode_ms": 1, "search_ms": 1}
-    page.route("**/api/search", lambda route: route.fulfill(json=answer))
+    answered(page, source=EVIL)
     search(page, "moon")
     assert page.inner_text("#results .source") == EVIL
+
+
+def test_the_address_holds_the_search(page, browser, address):
+    page.select_option("#task", "task:FiQA2018")
+    page.fill("#where", "year > 2000")
+    page.check("#hybrid")
+    page.select_option("#count", "10")
+    search(page, "bright moon & more")
+    found, kept = ids(page), page.url
+    assert kept.startswith(f"{address}/?q=bright+moon+%26+more&where=")
+    page.select_option("#task", "own")
+    page.fill("#task-own", "Mine")
+    page.fill("#where", "")
+    search(page, "soup")
+    until(lambda: len(ids(page)) == 4)
+    page.go_back()
+    until(lambda: ids(page) == found)
+    assert page.input_value("#query") == "bright moon & more"
+    page.go_forward()
+    until(lambda: len(ids(page)) == 4)
+    assert page.input_value("#task-own") == "Mine"
+    page.go_back()
+    page.go_back()
+    until(lambda: not page.is_visible("#found"))
+    other = browser.new_page()
+    other.goto(kept)
+    other.wait_for_selector("#results li")
+    assert ids(other) == found
+    values = [other.input_value(f"#{name}") for name in ("where", "task", "count")]
+    assert values == ["year > 2000", "task:FiQA2018", "10"]
+    assert other.is_checked("#hybrid")
+    other.goto(f"{address}/?q=moon&task=task:gone&n=7&where=")  # of another version
+    other.wait_for_selector("#results li")
+    assert [other.input_value(f"#{name}") for name in ("task", "count")] == ["default", "20"]
+    other.close()
+
+
+def answered(page, **fields) -> None:
+    """The answer of a search is one hit."""
+    hit = {"rank": 1, "id": "a.md#0", "cosine": 0.5, "words": None, "fused": None, "text": "t"}
+    hit |= {"source": None, "cut": False, "fields": {}, "place": [0, 0]} | fields
+    answer = {"hits": [hit], "query": [0, 0], "passing": 1, "encode_ms": 1, "search_ms": 1}
+    page.route("**/api/search", lambda route: route.fulfill(json=answer))
+
+
+def test_a_title_is_a_heading_and_an_address_a_link(page):
+    fields = {"title": EVIL, "url": "https://example.com/a?b=1&c", "year": 1999}
+    answered(page, text=f"{EVIL}\nabout the Moon's moons", fields=fields)
+    search(page, "what is the moon")
+    link = page.locator("#results h3 a")
+    assert link.text_content() == EVIL
+    assert link.get_attribute("href") == fields["url"]
+    assert link.get_attribute("rel") == "noopener noreferrer"
+    assert page.locator("#results .text").text_content() == "about the Moon's moons"
+    assert page.locator("#results mark").all_text_contents() == ["moon", "Moon"]
+    assert page.locator("#results .fields span").all_text_contents() == ["year: 1999"]
+    assert page.title() == "db · nvembed search"
+
+
+@pytest.mark.parametrize("url", ["javascript:alert(1)", "data:text/html,x", 7])
+def test_only_addresses_of_the_web_are_links(page, url):
+    answered(page, fields={"url": url, "title": 3})
+    search(page, "moon")
+    assert page.locator("#results a, #results h3").count() == 0
+    assert page.locator("#results .fields span").all_text_contents() == ["title: 3", f"url: {url}"]
+
+
+def test_on_a_phone_results_come_before_the_map(browser, address):
+    page = browser.new_page(viewport={"width": 380, "height": 800})
+    page.goto(address)
+    search(page, "moon")
+    first, plan = (page.locator(name).bounding_box() for name in ("#results", "aside"))
+    assert first["y"] + first["height"] <= plan["y"]
+    page.close()
+
+
+def test_tasks_to_choose_from_are_of_retrieval(address):
+    with urllib.request.urlopen(f"{address}/api/about") as answer:
+        tasks = json.loads(answer.read())["tasks"]
+    assert {task["type"] for task in tasks.values()} == {"Retrieval"}
+    assert len(tasks) >= 15
 
 
 def test_texts_stay_texts(page):

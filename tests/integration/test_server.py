@@ -344,9 +344,10 @@ WITHOUT_MODEL = """
 from hash_encoder import HashEncoder
 from nvembed.serving.config import ServerConfig
 from nvembed.serving.engines import EncoderEngine
+from nvembed.core.http import bound_socket
 from nvembed.serving.server import run_server
 config = ServerConfig.model_validate({"model_name": "m", "batching": {"max_wait_ms": 700}})
-run_server(EncoderEngine(HashEncoder(16)), config, host="127.0.0.1", port=0)
+run_server(EncoderEngine(HashEncoder(16)), config, bound_socket("127.0.0.1", 0))
 """
 SERVE = ["serve", str(DECODER), "model_name=m", "batching.max_wait_ms=700", "--port", "0"]
 

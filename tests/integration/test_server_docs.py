@@ -56,7 +56,12 @@ def started(
         patch.setattr(
             serving_run,
             "run_server",
-            lambda engine, config, **rest: seen.append({"of": (engine, config), **rest}),
+            lambda engine, config, place, **rest: seen.append(
+                {"of": (engine, config), "host": place[0], "port": place[1], **rest}
+            ),
+        )
+        patch.setattr(
+            serving_run, "bound_socket", lambda host, port: contextlib.nullcontext((host, port))
         )
         encoder = load_encoder(str(place / "MODEL"))  # once for all commands
         patch.setattr(serving_run, "load_encoder", lambda name, dtype: encoder)

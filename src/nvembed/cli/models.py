@@ -137,14 +137,17 @@ def _serve_database(
 
         serve_assistant(database, recorded_encoder(database.record, model, dtype, path))
         return
-    import uvicorn
+    from nvembed.core.http import address_of, bound_socket
 
-    from nvembed.index.page import page_app
+    with bound_socket(*address) as place:  # before anything is loaded
+        import uvicorn
 
-    host, port = address
-    encoder = recorded_encoder(database.record, model, dtype, path)
-    typer.echo(f"{database.count()} documents: http://{host}:{port}/ (Ctrl-C ends it)")
-    uvicorn.run(page_app(database, encoder), host=host, port=port, log_level="warning")
+        from nvembed.index.page import page_app
+
+        encoder = recorded_encoder(database.record, model, dtype, path)
+        typer.echo(f"{database.count()} documents: {address_of(place)}/ (Ctrl-C ends it)")
+        app = page_app(database, encoder)
+        uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[place])
 
 
 @opt.described(

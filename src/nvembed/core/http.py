@@ -1,5 +1,7 @@
 """Requests to endpoints that are busy, slow or broken at times: the one policy of trying again.
 
+Servers get the address that they will listen on here as well.
+
 Overloads (408, 425, 429), errors of the server (5xx), time running out and lost connections pass:
 the request is sent again after growing pauses, or when the endpoint says. Other refusals are final.
 """
@@ -9,6 +11,7 @@ from __future__ import annotations
 import email.utils
 import json
 import os
+import socket
 import time
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -153,3 +156,28 @@ def _certificates() -> ssl.SSLContext:
     import httpx2
 
     return httpx2.create_ssl_context()
+
+
+def bound_socket(host: str, port: int) -> socket.socket:
+    """Take an address for a server, which may listen there later; port 0 is any free one.
+
+    Raises:
+        ConfigError: the address is taken, or not of this machine.
+    """
+    taken = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    try:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        taken.bind((host, port))
+    except OSError as error:
+        taken.close()
+        why = (error.strerror or str(error)).lower()
+        raise ConfigError(
+            f"cannot listen there ({why})", where=f"{host}:{port}", hint="Choose another --port"
+        ) from error
+    return taken
+
+
+def address_of(place: socket.socket) -> str:
+    """The address of a server as a client writes it."""
+    host, port = place.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import socket
 import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -28,6 +29,7 @@ from nvembed.core import __version__
 from nvembed.core.arguments import PrecisionChoice
 from nvembed.core.config import load_config
 from nvembed.core.errors import ConfigError
+from nvembed.core.http import address_of, bound_socket
 from nvembed.encoding.encoder import load_encoder, set_query_prompt, settle_dtype
 from nvembed.serving.config import LimitsConfig, ServerConfig
 from nvembed.serving.engines import EmbedOptions, EncoderEngine, build_engine
@@ -73,13 +75,14 @@ def serve(
     """
     settings = load_config(ServerConfig, config, overrides)
     known = read_keys(keys) if keys is not None else None
-    start_logging()
-    if known is None and host not in _LOCAL:
-        log_event("warning", message="no --keys: everybody who reaches this address may call")
-    sources = model_sources(model, settings, dtype)
-    names = sources[0].names
-    settings = settings.model_copy(update={"model_name": names[0], "model_aliases": names[1:]})
-    run_server(sources[0].load(), settings, host=host, port=port, keys=known, sources=sources)
+    with bound_socket(host, port) as place:  # before anything is loaded
+        start_logging()
+        if known is None and host not in _LOCAL:
+            log_event("warning", message="no --keys: everybody who reaches this address may call")
+        sources = model_sources(model, settings, dtype)
+        names = sources[0].names
+        settings = settings.model_copy(update={"model_name": names[0], "model_aliases": names[1:]})
+        run_server(sources[0].load(), settings, place, keys=known, sources=sources)
 
 
 def model_sources(
@@ -127,34 +130,25 @@ def model_names(model: str, settings: ServerConfig) -> tuple[str, ...]:
 def run_server(
     engine: EncoderEngine,
     config: ServerConfig,
+    place: socket.socket,
     *,
-    host: str,
-    port: int,
     keys: ApiKeys | None = None,
     sources: Sequence[Source] = (),
 ) -> None:
     """Serve an engine, and further models, until SIGTERM or Ctrl-C.
 
-    ``sources`` are all models by name, the first that of the engine; none are the engine alone.
-
-    Raises:
-        ConfigError: the address is taken.
+    ``place`` is an address (``bound_socket``). ``sources`` are all models by name, the first that
+    of the engine; none are the engine alone.
     """
-    server = build_server(engine, config, host=host, port=port, keys=keys, sources=sources)
-    try:
-        socket = server.config.bind_socket()
-    except (SystemExit, OSError) as error:
-        raise ConfigError(
-            "cannot listen there", where=f"{host}:{port}", hint="Choose another --port"
-        ) from error
-    socket.listen()  # uvicorn does so later; who reads the line below may connect at once
+    server = build_server(engine, config, keys=keys, sources=sources)
+    place.listen()  # uvicorn does so later; who reads the line below may connect at once
     # uvicorn raises the signal that stopped it once more, after all is done.
     signal.signal(signal.SIGTERM, lambda *_: None)
-    address = "http://{}:{}".format(*socket.getsockname()[:2])
+    address = address_of(place)
     log_event("listening", address=address, model=config.model_name, width=engine.dimension)
     del engine  # it may be unloaded
     print(f"nvembed serves {config.model_name} on {address}", file=sys.stderr, flush=True)
-    server.run(sockets=[socket])
+    server.run(sockets=[place])
     log_event("stopped")
 
 

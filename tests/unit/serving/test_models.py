@@ -335,11 +335,14 @@ def test_serve_hands_the_models_on(
     tiny_decoder_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     seen: dict[str, Any] = {}
-    monkeypatch.setattr(
-        serving_run, "run_server", lambda engine, config, **rest: seen.update(rest, config=config)
-    )
+
+    def served(engine: object, config: object, place: object, **rest: object) -> None:
+        seen.update(rest, config=config)
+
+    monkeypatch.setattr(serving_run, "run_server", served)
     place = str(tiny_decoder_dir)
     command = ["serve", place, "model_name=docs", f"models.other={place}", "--dtype", "float32"]
+    command += ["--port", "0"]
     assert run([*command, "loaded_models=1"]) == 0
     assert [source.names[0] for source in seen["sources"]] == ["docs", "other"]
     assert seen["config"].loaded_models == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import nvembed.serving.server as serving_run
 from nvembed.cli.main import run
 from nvembed.core.errors import ConfigError, DataError
+from nvembed.core.http import address_of, bound_socket
 from nvembed.serving.config import ServerConfig
 from nvembed.serving.engines import EmbedOptions, Item, PackEngine
 from nvembed.serving.middleware import read_keys
@@ -163,15 +165,17 @@ def test_serve_hands_its_options_on(
     monkeypatch.setattr(
         serving_run,
         "run_server",
-        lambda engine, config, **place: seen.update(engine=engine, config=config, **place),
+        lambda engine, config, place, **rest: seen.update(
+            engine=engine, config=config, host=place.getsockname()[0], **rest
+        ),
     )
     keys = tmp_path / "keys"
     keys.write_text("alice:" + "a" * 20)
-    command = ["serve", str(tiny_decoder_dir), "batching.batch_tokens=77", "--port", "9000"]
+    command = ["serve", str(tiny_decoder_dir), "batching.batch_tokens=77", "--port", "0"]
     assert run([*command, "--keys", str(keys), "--dtype", "float32"]) == 0
     assert seen["config"].model_name == tiny_decoder_dir.name
     assert seen["config"].batching.batch_tokens == 77
-    assert (seen["host"], seen["port"]) == ("127.0.0.1", 9000)
+    assert seen["host"] == "127.0.0.1"
     assert isinstance(seen["engine"], PackEngine)
     assert seen["keys"].owner("Bearer " + "a" * 20) == "alice"
 
@@ -181,7 +185,7 @@ def test_serve_refuses_bad_settings(capsys: pytest.CaptureFixture[str]) -> None:
     error = capsys.readouterr().err
     assert "batching.batch_tokens" in error
     assert "did you mean limits" in error
-    assert run(["serve", "nowhere/at/all"]) == 2
+    assert run(["serve", "nowhere/at/all", "--port", "0"]) == 2
     assert "no such model folder" in capsys.readouterr().err
 
 
@@ -198,3 +202,33 @@ def test_a_database_is_no_model(tmp_path: Path, capsys: pytest.CaptureFixture[st
     (tmp_path / "db" / "documents.lance").mkdir(parents=True)
     assert run(["serve", str(tmp_path / "db")]) == 2
     assert "is a database, not a model; expected --ui or --mcp" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("ui", [[], ["--ui"]])
+def test_a_taken_port_is_told_before_anything_is_loaded(
+    ui: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from hash_encoder import HashEncoder
+    from nvembed.core.files import write_jsonl
+    from nvembed.index.build import index_documents
+
+    write_jsonl(tmp_path / "docs.jsonl", [{"text": "a"}])
+    index_documents(tmp_path / "db", [tmp_path / "docs.jsonl"], model=HashEncoder(16))
+    with bound_socket("127.0.0.1", 0) as taken:
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        # The model of this database is nowhere, so to load it would be another error.
+        place = tmp_path / "db" if ui else tmp_path / "no-model"
+        assert run(["serve", str(place), *ui, "--port", port]) == 2
+    told = capsys.readouterr().err
+    assert f"127.0.0.1:{port}: cannot listen there (address already in use)" in told
+    assert told.count("\n") == 1
+
+
+def test_addresses() -> None:
+    with bound_socket("127.0.0.1", 0) as place:
+        assert re.fullmatch(r"http://127\.0\.0\.1:[1-9]\d*", address_of(place))
+    with bound_socket("::1", 0) as place:
+        assert re.fullmatch(r"http://\[::1\]:[1-9]\d*", address_of(place))
+    with pytest.raises(ConfigError, match=r"192\.0\.2\.1:9: cannot listen there"):
+        bound_socket("192.0.2.1", 9)  # of documentation

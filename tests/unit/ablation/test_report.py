@@ -94,6 +94,28 @@ def test_findings_name_what_stands_out_and_what_does_not(tmp_path: Path) -> None
     assert "better good; worse none; 1 of 2 cannot be told from it" in findings
 
 
+def test_a_report_names_its_grid_and_counts_in_words(tmp_path: Path) -> None:
+    config, runs = made(tmp_path / "masks", scores={"base": (0.5,), "good": (0.6,)})
+    config = config.model_copy(
+        update={"title": None, "seeds": (0,), "recipe": "recipes/small.yaml"}
+    )
+    report = make_report(config, [run for run in runs if run.arm == "base" and run.seed == 0])
+    assert report.title == "masks: a grid of small"
+    assert report.findings[0] == "1 of 1 run is finished: 1 arm, 1 seed each, 2 tasks."
+
+
+def test_the_axis_of_scores_has_no_offset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib.figure import Figure
+
+    drawn: list[Figure] = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda f, *a, **o: (drawn.append(f), save(f, *a, **o)))
+    make_report(*made(tmp_path, scores={"good": (0.650001, 0.650002), "base": (0.65, 0.650001)}))
+    axis = drawn[0].axes[0].yaxis
+    assert axis.get_major_formatter().get_offset() == ""
+    assert all(label.get_text().startswith(("64.99", "65.00")) for label in axis.get_ticklabels())
+
+
 def test_one_seed_claims_nothing(tmp_path: Path) -> None:
     findings = make_report(*made(tmp_path, scores={"good": (0.9,), "base": (0.1,)})).findings
     assert "no difference can be told from chance" in findings[-1]

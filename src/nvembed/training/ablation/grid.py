@@ -35,7 +35,7 @@ class GridConfig(StrictModel):
     Args:
         recipe: file of the training runs; relative to the grid file.
         output: folder of the runs and the report; relative to the working directory.
-        title: heading of the report.
+        title: heading of the report; ``None`` is the names of the output folder and the recipe.
         settings: keys of the recipe with the values they have in every arm, as ``a.b.0.c: value``.
             A stage or data set can be named instead of counted (``datasets.banking77.weight``).
         without: data sets of the recipe that no arm uses, by name; they go before the settings.
@@ -55,7 +55,7 @@ class GridConfig(StrictModel):
 
     recipe: str = Field(min_length=1)
     output: str = Field(min_length=1)
-    title: str = "Ablation"
+    title: str | None = None
     settings: Settings = Field(default_factory=dict)
     without: tuple[str, ...] = ()
     axes: dict[Name, Axis] = Field(min_length=1)

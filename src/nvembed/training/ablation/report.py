@@ -96,7 +96,7 @@ def make_report(grid: GridConfig, runs: Sequence[Run]) -> Report:
         rows = tuple((run.arm, str(run.seed), outcome.error or "") for run, outcome in broken)
         tables.append(Table("Failed runs", ("arm", "seed", "error"), rows))
     return Report(
-        title=grid.title,
+        title=grid.title or f"{Path(grid.output).name}: a grid of {Path(grid.recipe).stem}",
         findings=tuple(_findings(grid, runs, arms, contrasts, effects, results)),
         tables=tuple(tables),
         figure=draw(grid, arms) if any(arm.num_seeds for arm in arms) else None,
@@ -229,8 +229,9 @@ def _findings(
 ) -> list[str]:
     tasks = {name for by_task in results.values() for name in by_task}
     found = [
-        f"{len(results)} of {len(runs)} runs are finished: {len(arms)} arms, "
-        f"{len(grid.seeds)} seeds each, {len(tasks)} tasks."
+        f"{len(results)} of {_counted(len(runs), 'run')} {'is' if len(results) == 1 else 'are'} "
+        f"finished: {_counted(len(arms), 'arm')}, {_counted(len(grid.seeds), 'seed')} each, "
+        f"{_counted(len(tasks), 'task')}."
     ]
     spread, freedom = statistics.pooled_spread(arms)
     visible = statistics.smallest_visible(arms)
@@ -238,9 +239,10 @@ def _findings(
         told = "so nothing is known of the spread, and no difference can be told from chance."
         return [*found, f"No arm has two finished seeds, {told}"]
     found.append(
-        f"Other seeds move an arm's mean by {spread:.2f} (standard deviation, {freedom} degrees "
-        f"of freedom). Two arms must differ by {visible:.2f} to stand out even as the only "
-        "comparison; anything below is not shown to be a difference, nor to be none."
+        f"Other seeds move an arm's mean by {spread:.2f} (standard deviation, "
+        f"{_counted(freedom, 'degree')} of freedom). Two arms must differ by "
+        f"{visible:.2f} to stand out even as the only comparison; anything below is not shown "
+        "to be a difference, nor to be none."
     )
     good = [name for name, c in contrasts.items() if c.stands_out and c.difference > 0]
     bad = [name for name, c in contrasts.items() if c.stands_out and c.difference < 0]
@@ -257,6 +259,10 @@ def _findings(
                 verdict = f" (p: {_shown_p(contrast.p)})."
             found.append(f"{what} over all else{verdict}")
     return found
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -296,6 +302,7 @@ def draw(grid: GridConfig, arms: Sequence[ArmScores]) -> bytes:
         axis.grid(axis="y", alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("mean of all tasks × 100")
+    axes[0].ticklabel_format(axis="y", useOffset=False)
     if len(series) > 1:
         for name, (colour, marker) in styles.items():
             axes[0].plot([], [], marker, color=colour, label=name)

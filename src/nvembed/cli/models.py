@@ -157,7 +157,7 @@ def _serve_database(
         metavar="FOLDER...", help="Task folders or BEIR folders, or a folder of such folders."
     ),
     benchmark='A benchmark of mteb, such as "MTEB(eng, v1)".',
-    task="A task of mteb, such as STS12.",
+    mteb_task=typer.Option(metavar="NAME", help="A task of mteb, such as STS12."),
     type="Only mteb's tasks of this type.",
     instructions="For mteb's tasks: the package's table, or mteb's prompts.",
     engine="Who scores task folders: equal scores, local is faster.",
@@ -175,7 +175,7 @@ def evaluate(
     *,
     tasks: list[Path] | None = None,
     benchmark: list[str] | None = None,
-    task: list[str] | None = None,
+    mteb_task: list[str] | None = None,
     type: list[str] | None = None,
     instructions: Literal["paper", "official", "mteb", "none"] = "paper",
     engine: Literal["local", "mteb"] = "local",
@@ -202,20 +202,20 @@ def evaluate(
       nvembed evaluate runs/demo/model --tasks beir/scifact beir/fiqa --keep-going
       nvembed evaluate nvidia/NV-Embed-v2 --benchmark "MTEB(eng, v1)" \\
         --cache vectors --processes 8
-      nvembed evaluate sentence-transformers/all-MiniLM-L6-v2 --task STS12
+      nvembed evaluate sentence-transformers/all-MiniLM-L6-v2 --mteb-task STS12
     """
     from nvembed.evaluation import reference, session
 
     # An option takes one value, so the other folders of `--tasks a b c` arrive as arguments.
     folders = [*(tasks or ()), *(more or ())]
-    if not (folders or benchmark or task):
-        raise ConfigError("nothing to evaluate", expected="--tasks, --benchmark or --task")
+    if not (folders or benchmark or mteb_task):
+        raise ConfigError("nothing to evaluate", expected="--tasks, --benchmark or --mteb-task")
     for name in against or ():
         reference.published_model(name)  # an unknown one is told before hours of work
     session.check_session(session.Settings(model, output, cache=cache), folders)
     failed: dict[str, str] = {}
     local = _local_tasks(model, folders, failed if keep_going else None)
-    hub, refused = _hub_tasks(benchmark or (), task or (), type)
+    hub, refused = _hub_tasks(benchmark or (), mteb_task or (), type)
     failed |= refused
     if not (local or hub):
         raise _not_done(failed)

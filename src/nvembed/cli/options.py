@@ -65,6 +65,7 @@ def described(**parameters: Any) -> Callable[[Command], Command]:
 
 # Other spellings, which earlier versions had or which are near, by the present one.
 OLD_OPTIONS = {
+    "--task": "--mteb-task NAME (of evaluate)",
     "--columns": "--column NAME=COLUMN",
     "--field": "--column text=NAME",
     "--text-key": "--column text=NAME",

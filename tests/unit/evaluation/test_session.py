@@ -312,7 +312,7 @@ def test_a_model_stands_beside_its_own_published_scores(
 ) -> None:
     monkeypatch.setattr(session, "_commit", lambda model: "c0ffee")
     name, output = "nvidia/NV-Embed-v2", tmp_path / "results.json"
-    words = ["evaluate", name, "--task", sts_name, "--against", name, "--output", str(output)]
+    words = ["evaluate", name, "--mteb-task", sts_name, "--against", name, "--output", str(output)]
     assert run(words) == 0
     score = read_results(output)[sts_name].main_score
     assert score is not None
@@ -323,7 +323,8 @@ def test_the_command_does_what_it_can_and_says_the_rest(
     tmp_path: Path, sts_name: str, model: Counting, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = str(tmp_path / "results.json")
-    words = ["evaluate", "m", "--task", sts_name, "--task", "STS12", "--task", "CIFAR10"]
+    asked = [word for name in (sts_name, "STS12", "CIFAR10") for word in ("--mteb-task", name)]
+    words = ["evaluate", "m", *asked]
     assert run([*words, "--output", output, "--against", "nvidia/NV-Embed-v2"]) == 2
     out, err = capsys.readouterr()
     assert sts_name in out
@@ -333,6 +334,8 @@ def test_the_command_does_what_it_can_and_says_the_rest(
     assert list(read_results(output)) == [sts_name]
     assert run(["evaluate", "m", "--output", output]) == 2
     assert "nothing to evaluate" in capsys.readouterr().err
+    assert run(["evaluate", "m", "--task", "STS12"]) == 2  # an instruction, in other commands
+    assert "It is --mteb-task NAME (of evaluate) now" in capsys.readouterr().err
 
 
 def test_instructions_by_source() -> None:

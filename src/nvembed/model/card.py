@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -40,6 +40,7 @@ def model_card(
     place: str,
     run: RunFolder | None = None,
     stock: bool = False,
+    made: str = "",
 ) -> str:
     """Render the card of a model folder.
 
@@ -50,6 +51,7 @@ def model_card(
         place: folder or hub id of the new model, for the code that loads it.
         run: the run that made the model; ``None`` looks for one around ``origin``.
         stock: whether sentence-transformers can run an exported graph.
+        made: Markdown that says how the model became another one than ``origin``.
     """
     earlier, text = read_card(origin)
     base_licence = earlier.get("license")
@@ -64,6 +66,7 @@ def model_card(
         "origin": _shown(origin),
         "place": json.dumps(_shown(place, whole=True), ensure_ascii=False),
         "stock": stock,
+        "made": made,
         "version": __version__,
         "backbone": model.backbone,
         "dtype": str(model.backbone.model.dtype).removeprefix("torch."),
@@ -75,17 +78,44 @@ def model_card(
         "of_tasks": any(key in of_tasks for key in model.prompts),
         "licence": head.get("license"),
         "env": _json(run.env) or {},
-        "scores": _scores(run),
+        "scores": [] if made else _scores(run),
         "head": yaml.safe_dump(head, sort_keys=False, allow_unicode=True),
         "base": _shown(_base(recipe) or origin),
         "base_licence": base_licence,
         "kept": text.partition(_TRAINING)[2] if not run.exists else "",
     }
+    if made:  # whose scores nobody has taken
+        parts["kept"] = str(parts["kept"]).partition("\n## Scores\n")[0]
     template = _environment().get_template("model_card.jinja", globals=parts)
     try:
         return template.render(recipe=recipe, problem=problem)
     except (TypeError, UndefinedError):
         return template.render(recipe=None, problem=_no_recipe(run))
+
+
+def merged_card(place: Path, parts: Sequence[tuple[str, float]], method: str) -> str:
+    """Render the card of a model merged of others, by their folders and shares.
+
+    Licence and base are said where the cards of all parts say the same.
+    """
+    heads = [read_card(name)[0] for name, _ in parts]
+    head: dict[str, Any] = {
+        key: heads[0][key]
+        for key in ("license", "base_model", "language")
+        if heads[0].get(key) and all(other.get(key) == heads[0][key] for other in heads)
+    }
+    rows = [f"| `{_shown(name)}` | {share:.4g} |" for name, share in parts]
+    return "\n".join(
+        (
+            f"---\n{yaml.safe_dump(head | {'tags': ['merge', 'nvembed']}, sort_keys=False)}---\n",
+            f"# {place.name}\n",
+            f"Merged by nvembed {__version__} ({method}), tensor by tensor; what is not weights is",
+            "that of the first. Each part has a card of its own.\n",
+            "| part | share |\n|---|---|",
+            *rows,
+            "",
+        )
+    )
 
 
 def read_card(name: str) -> tuple[dict[str, Any], str]:

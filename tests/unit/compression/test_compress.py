@@ -36,6 +36,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         torch.nn.init.normal_(model.pooling.layer.feed_forward.down.weight, std=0.02)
     model.prompts["query"] = QUERY
     model.save_pretrained(str(folder / "whole"), create_model_card=False)
+    card = "---\nlicense: mit\n---\n# whole\n\n## Training\n\nby hand\n\n## Scores\n\n0.4321\n"
+    (folder / "whole" / "README.md").write_text(card)
     write_jsonl(folder / "texts.jsonl", [{"text": text} for text in TEXTS])
     return folder
 
@@ -69,6 +71,14 @@ def test_a_small_model_is_written_and_recovers(
     assert record["left_out"]["mlp"] == {"channels": 512}
     assert record["left_out"]["vocabulary"]["tokens"] == 8192 - config.vocab_size
     assert record["held_out"] == len(TEXTS) // 4
+    card = (place / "small" / "README.md").read_text(encoding="utf-8")
+    for step in record["steps"]:
+        assert f"| {step['step']} | {step['parameters']:,} | " in card
+    assert "Scores of that model are not those of this one" in card
+    assert card.startswith("---\n")
+    assert "license: mit" in card
+    assert "by hand" in card
+    assert "0.4321" not in card  # what the whole model's card says of its scores
     # The head came along: with it removed the vectors are others.
     assert any(name.startswith("1.") for name, _ in small.named_parameters())
 

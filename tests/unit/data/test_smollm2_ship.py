@@ -60,6 +60,22 @@ def test_the_shipped_folder_is_the_model_in_16_bits(
         ship(monkeypatch, adapter, "--to", str(to))
 
 
+def test_queries_have_an_instruction_where_none_is_given(
+    adapter: Path, tiny_decoder_dir: Path, tmp_path: Path, monkeypatch
+) -> None:
+    to, task = tmp_path / "shipped", "Given a question, find the answer"
+    ship(monkeypatch, adapter, "--to", str(to), "--task", task)
+    settings = json.loads((to / BACKBONE_CONFIG).read_text())
+    (to / BACKBONE_CONFIG).write_text(json.dumps(settings | {"bases": [str(tiny_decoder_dir)]}))
+    shipped, original = (NVEmbed.from_pretrained(each) for each in (to, adapter))
+    np.testing.assert_allclose(
+        shipped.encode_query(TEXTS), original.encode_query(TEXTS, task=task), atol=2e-3
+    )
+    np.testing.assert_allclose(
+        shipped.encode_document(TEXTS), original.encode_document(TEXTS), atol=2e-3
+    )
+
+
 def test_numbers_that_16_bits_do_not_hold_are_refused(
     adapter: Path, tmp_path: Path, monkeypatch
 ) -> None:

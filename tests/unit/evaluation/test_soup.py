@@ -52,6 +52,8 @@ def place(tmp_path_factory, tiny_decoder_dir: Path) -> Path:
             for name, value in load_file(file).items()
         }
         save_file(tensors, file, metadata={"format": "pt"})
+        base = "base_model: a/b\n" if number == 0 else ""
+        (file.parent / "README.md").write_text(f"---\nlicense: mit\n{base}---\n# m{number}\n")
     write_task(folder / "task", "STS")
     write_task(folder / "retrieval", "Retrieval")
     return folder
@@ -69,6 +71,10 @@ def test_the_command_with_weights(place: Path, tmp_path: Path, capsys) -> None:
         assert torch.equal(value, 0.75 * first[name] + 0.25 * second[name])
     record = json.loads((tmp_path / "to" / RECORD).read_text())
     assert [part["share"] for part in record["models"]] == [0.75, 0.25]
+    card = (tmp_path / "to" / "README.md").read_text(encoding="utf-8")
+    assert "| `m0` | 0.75 |\n| `m1` | 0.25 |" in card
+    assert "license: mit" in card  # both parts say so
+    assert "base_model" not in card  # one of them alone does
     # What is there is not replaced, and a merged model can be merged again.
     assert run(["merge", *models, "--to", str(tmp_path / "to")]) == 2
     assert "something is there already" in capsys.readouterr().err

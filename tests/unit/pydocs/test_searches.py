@@ -30,6 +30,11 @@ def test_words_find_the_documents_that_hold_them(documents: Documents) -> None:
     assert [len(names) for names in found] == [2, 2]
 
 
+def test_long_documents_are_cut_where_asked(documents: Documents, tmp_path: Path) -> None:
+    assert documents.texts == list(TEXTS.values())
+    assert Documents(tmp_path / "search.jsonl", 11).texts == ["turn a", "read a file", "sort a"]
+
+
 def test_a_model_finds_what_is_nearest_with_the_instruction(documents: Documents) -> None:
     encoder = HashEncoder()
     queries = ["sort a list of names", "anything"]

@@ -45,6 +45,7 @@ from nvembed.encoding.embed import encode_window
 from nvembed.encoding.export.folders import load_own
 from nvembed.encoding.reading import read_documents
 from nvembed.model.backbone import Backbone
+from nvembed.model.card import CARD, model_card
 from nvembed.model.embedder import NVEmbed
 from nvembed.model.packs import CPU_PACK_TOKENS
 from nvembed.model.pooling import MeanPooling
@@ -155,9 +156,27 @@ def _write(model: NVEmbed, found: Compressed, recipe: str, to: Path, proof: Sequ
     with atomic_folder(to, COMPRESS) as temporary:
         model.save_pretrained(str(temporary), create_model_card=False)
         _prove(model, temporary, proof, found.model)
+        card = model_card(model, origin=found.model, place=str(to), made=_account(found))
+        write_text(temporary / CARD, card)
         record = asdict(found) | {"steps": [step._asdict() for step in found.steps]}
         write_json(temporary / RECORD, record)
         write_text(temporary / RECIPE, recipe)
+
+
+def _account(found: Compressed) -> str:
+    """What the steps changed, as a table for the card."""
+    rows = [
+        f"| {s.step} | {s.parameters:,} | {s.bytes / 1e6:.0f} | {s.cosine:.3f} |"
+        for s in found.steps
+    ]
+    return "\n".join(
+        (
+            f"Cosines are means of {found.held_out} texts that chose nothing, to the whole model's",
+            "vectors. Scores of that model are not those of this one.\n",
+            "| after | parameters | MB | cosine |\n|---|---|---|---|",
+            *rows,
+        )
+    )
 
 
 def without_head(model: NVEmbed) -> NVEmbed:

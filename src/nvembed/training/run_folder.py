@@ -17,7 +17,7 @@ from nvembed.core.arguments import Precision
 from nvembed.core.cache import content_hash, digest_of
 from nvembed.core.config import dump_config, load_config
 from nvembed.core.errors import DataError, TrainingError, UserError
-from nvembed.core.files import read_json_object, write_json, write_text
+from nvembed.core.files import alone_in, read_json_object, write_json, write_text
 from nvembed.core.ownership import check_outputs, problem_of
 from nvembed.core.runs import TRAIN, RunFolder
 from nvembed.data.built_sets import MINED_KINDS
@@ -44,6 +44,9 @@ def prepare_folder(
 ) -> None:
     """Start the run's folder, or make sure that it is of this run."""
     check_folder(run, config, fresh=fresh, inputs=inputs)
+    if run.checkpoints.exists():
+        with held(run):
+            pass
     resolved = dump_config(config)
     begun = run.exists and not fresh
     run.tidy()
@@ -60,6 +63,22 @@ def prepare_folder(
         replace=fresh or begun,
         computing=computing_record(None if config.precision == "auto" else config.precision),
     )
+
+
+@contextmanager
+def held(run: RunFolder, *, is_main: bool = True) -> Iterator[None]:
+    """Let nobody else train into a run's folder during the block; the main process sees to it."""
+    if not is_main:
+        yield
+        return
+    with alone_in(run.checkpoints, needed=False) as alone:
+        if not alone:
+            raise TrainingError(
+                "another process is training into this folder",
+                where=str(run.path),
+                hint="Wait for its end, or choose another output folder",
+            )
+        yield
 
 
 def settle_rates(

@@ -78,7 +78,8 @@ def train(
             if processes.is_main and run.inputs.exists():
                 run_folder.check_inputs(run, run_folder.read_inputs_of(config, base_dir))
             return run.model
-        return _Run(config, run, base_dir, processes, why).train()
+        with run_folder.held(run, is_main=processes.is_main):
+            return _Run(config, run, base_dir, processes, why).train()
 
 
 class _Run:

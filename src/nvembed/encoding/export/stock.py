@@ -121,7 +121,8 @@ def open_attention(config_path: Path, backbone: Backbone) -> None:
 def attention_settings(config: Mapping[str, Any], attention: AttentionDirection) -> dict[str, Any]:
     """Settings of a transformer by which others attend as we do, and find what they look for."""
     bidirectional = attention == "bidirectional"
-    settings = {"is_causal": not bidirectional, "use_bidirectional_attention": bidirectional}
+    settings: dict[str, Any] = {"is_causal": not bidirectional}
+    settings["use_bidirectional_attention"] = bidirectional
     if config.get("sliding_window"):
         # Wider than any text. Removing it breaks families that still build the windowed mask, and
         # some halve the number when they read use_bidirectional_attention.
@@ -136,7 +137,7 @@ def older_rope_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     rope = config.get("rope_parameters") or {}
     everywhere, local = rope.get("full_attention", rope), rope.get("sliding_attention", {})
-    settings = {}
+    settings: dict[str, Any] = {}
     if "rope_theta" in everywhere:
         settings["rope_theta"] = everywhere["rope_theta"]
     if "rope_theta" in local:

@@ -40,7 +40,7 @@ from nvembed.model.backbone import Backbone, SavedBackbone
 from nvembed.model.embedder import module_class
 from nvembed.model.official_load import DEFAULT_MAX_TOKENS, load_tokenizer
 from nvembed.model.pooling import LatentAttentionPooling, Pooling
-from nvembed.serving.vllm_plugin import ARCHITECTURE
+from nvembed.model.settings import AttentionDirection
 from nvembed.text.instructions import split_prompt
 from nvembed.text.packing import Segments
 from nvembed.text.tokens import TextTokenizer
@@ -71,7 +71,8 @@ def served_config(
     if model_kind(source) == "official":
         values = source.read_json("config.json") or {}
         config: Any = read_config(values, where=name)[0]
-        config.architectures, attention = ["MistralModel"], "bidirectional"
+        config.architectures = ["MistralModel"]
+        attention: AttentionDirection = "bidirectional"
     else:
         values, config = read()
         attention = _saved(source).attention
@@ -80,7 +81,7 @@ def served_config(
         config, "use_sliding_window", False
     ):  # Qwen's, and vLLM has no window in some layers
         config.use_sliding_window, config.sliding_window = False, None
-    config.nvembed_backbone, config.architectures = config.architectures, [ARCHITECTURE]
+    config.nvembed_backbone = config.architectures
     config.model_max_length = served_tokenizer(source).max_tokens
     return values, config
 

@@ -43,7 +43,9 @@ class _ConfigReader(vllm_config.HFConfigParser):
 
         if not is_ours(str(model), revision):
             return read()
-        return served_config(str(model), revision, read)
+        values, config = served_config(str(model), revision, read)
+        config.architectures = [ARCHITECTURE]
+        return values, config
 
 
 class _Updates(VerifyAndUpdateConfig):

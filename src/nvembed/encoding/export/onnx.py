@@ -161,14 +161,13 @@ def write_onnx(model: NVEmbed, folder: Path, *, name: str) -> bool:
 def _write_tokenizer(model: NVEmbed, folder: Path, name: str) -> bool:
     """Write the tokenizer, and where stock modules can pool as we do (the result), their files."""
     backbone = model.backbone
-    stock.write_tokenizer(stock.closed_tokenizer(backbone), backbone, folder)
+    closed = stock.closed_tokenizer(backbone.text_tokenizer)
+    stock.write_tokenizer(closed, backbone, folder)
     if backbone.text_style == "official":
         return False
     try:
         whole = backbone.text_style == "whole"
-        counting = (
-            stock.closed_tokenizer(backbone) if whole else stock.counting_tokenizer(backbone, name)
-        )
+        counting = closed if whole else stock.counting_tokenizer(backbone, name)
     except ModelError:
         return False
     inner = folder / _INNER

@@ -320,3 +320,12 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
+
+
+def interrupted(run: RunFolder, step: int) -> TrainingError:
+    """What a run ends with that was asked to stop."""
+    return TrainingError(
+        f"interrupted after step {step}; a checkpoint was written",
+        where=str(run.checkpoints),
+        hint="The same command goes on from there",
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from interruption import interrupt_after
 from nvembed.core.errors import ConfigError, TrainingError
 from nvembed.core.files import write_jsonl
 from nvembed.data.batch import ContrastiveBatch
+from nvembed.kernels import threads
 from nvembed.model.embedder import NVEmbed
 from nvembed.training import trainer
 from nvembed.training.checkpoint import latest_checkpoint
@@ -349,3 +351,38 @@ def test_distillation_without_scores_is_refused(runner: Runner) -> None:
         runner({**asked, "mine": mine}, sets=("scored",))
     run = runner({**asked, "mine": {**mine, "write_scores": True}, "steps": 1})
     assert run.batches[0].teacher is not None
+
+
+def test_threads(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps on two CPUs that others want as well: told once, and followed where that is asked."""
+    used: list[int] = []
+    original = trainer.contrastive_step
+
+    def noted(*arguments: Any, **options: Any) -> Any:
+        used.append(torch.get_num_threads())
+        return original(*arguments, **options)
+
+    clock = itertools.count()
+
+    def crowded() -> threads.Reading:
+        at = 10.0 * next(clock)
+        return threads.Reading(at, {"one": (at / 2, at)}, 0.0)
+
+    monkeypatch.setattr(trainer, "contrastive_step", noted)
+    monkeypatch.setattr(threads, "read_now", crowded)
+    monkeypatch.setattr(threads, "allowed_cpus", lambda: 2.0)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        logs = [
+            (runner({"steps": 5}, threads=choice).folder / "train.log").read_text("utf-8")
+            for choice in (None, "auto", 1)
+        ]
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert used == [2] * 5 + [2, 2, 1, 1, 1] + [1] * 5
+    for log, line in zip(logs, ("the CPUs are busy: ", "threads 2 → 1: ", "the CPUs"), strict=True):
+        assert log.count(line) == 1
+        assert log.count(" are free for ") == 1
+    assert "; end other jobs, or set threads=auto\n" in logs[0]

@@ -60,14 +60,14 @@ def padded_attention(
     *,
     seen_BL: Tensor,
     causal: bool,
-    scaling: float | None = None,
-    softcap: float | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """Attend in a layer of transformers: ``(B, H, L, E)``, ``(B, K, L, E)`` to ``(B, L, H, E)``."""
-    out_BHLE = block_attention(
-        query, key, value, causal=causal, scaling=scaling, softcap=softcap, seen_GL=seen_BL
-    )
+    """Attend in a layer of transformers: ``(B, H, L, E)``, ``(B, K, L, E)`` to ``(B, L, H, E)``.
+
+    Of the ``others`` that transformers gives, a layer's ``scaling`` and ``softcap`` count.
+    """
+    scores = {name: others.get(name) for name in ("scaling", "softcap")}
+    out_BHLE = block_attention(query, key, value, causal=causal, seen_GL=seen_BL, **scores)
     return out_BHLE.transpose(1, 2), None
 
 

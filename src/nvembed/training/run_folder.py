@@ -23,7 +23,7 @@ from nvembed.core.runs import TRAIN, RunFolder
 from nvembed.data.built_sets import MINED_KINDS
 from nvembed.data.examples import Mixture
 from nvembed.evaluation.tasks import LocalTask
-from nvembed.interop.fingerprints import contents_fingerprint
+from nvembed.interop.identity import contents_fingerprint
 from nvembed.kernels.precision import choose_precision, computing_record, kernels
 from nvembed.model.embedder import NVEmbed
 from nvembed.training.checkpoint import remove_leftovers

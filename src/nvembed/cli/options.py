@@ -54,7 +54,8 @@ def described(**parameters: Any) -> Callable[[Callable[..., None]], Callable[...
         types, groups = get_type_hints(command), dict[str, type[Any]]()
         options: list[Parameter] = []
         for name, parameter in signature(command).parameters.items():
-            if is_dataclass(group := types[name]):
+            group = types[name]
+            if isinstance(group, type) and is_dataclass(group):
                 groups[name], hints = group, get_type_hints(group)
                 own = [each.replace(kind=Parameter.KEYWORD_ONLY) for each in _fields(group)]
             else:

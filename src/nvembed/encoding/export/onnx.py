@@ -66,8 +66,15 @@ def padded_attention(
 
     Of the ``others`` that transformers gives, a layer's ``scaling`` and ``softcap`` count.
     """
-    scores = {name: others.get(name) for name in ("scaling", "softcap")}
-    out_BHLE = block_attention(query, key, value, causal=causal, seen_GL=seen_BL, **scores)
+    out_BHLE = block_attention(
+        query,
+        key,
+        value,
+        causal=causal,
+        scaling=others.get("scaling"),
+        softcap=others.get("softcap"),
+        seen_GL=seen_BL,
+    )
     return out_BHLE.transpose(1, 2), None
 
 

@@ -204,8 +204,8 @@ class TrainConfig(StrictModel):
             the rest again: several times as many tokens fit into memory, for a third more time. The
             gradients are the same.
         threads: of a CPU, for every operation; ``None`` is one per core, ``auto`` as many as other
-            processes leave free, which is looked at between steps. Another number of threads may
-            change the last bits of all numbers.
+            processes leave free, which is looked at between steps of a run of one process. Another
+            number of threads may change the last bits of all numbers.
         peer_timeout_minutes: how long a process waits for another within a step before it gives up;
             one that died is noticed at once.
         compile: fuse norms and gated activations with ``torch.compile`` (a few per cent on a CPU,

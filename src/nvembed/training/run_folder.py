@@ -16,7 +16,7 @@ from types import FrameType
 from nvembed.core.arguments import Precision
 from nvembed.core.cache import content_hash, digest_of
 from nvembed.core.config import dump_config, load_config
-from nvembed.core.errors import DataError, TrainingError, UserError
+from nvembed.core.errors import ConfigError, DataError, TrainingError, UserError
 from nvembed.core.files import read_json_object, write_json, write_text
 from nvembed.core.ownership import check_outputs, problem_of
 from nvembed.core.runs import TRAIN, RunFolder
@@ -167,6 +167,12 @@ def settle_choices(
     config: TrainConfig, run: RunFolder, processes: DistributedContext, *, fresh: bool
 ) -> tuple[TrainConfig, str | None]:
     """``with_settled_choices`` by the first process for all."""
+    if config.threads == "auto" and processes.count > 1:
+        raise ConfigError(
+            "auto is for one process: several compute the loss to the same bits",
+            where="threads",
+            expected="a number, or null",
+        )
     why: str | None = None
     if processes.is_main:
         config, why = with_settled_choices(config, run, fresh=fresh)

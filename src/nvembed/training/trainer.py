@@ -69,10 +69,11 @@ def train(
     processes = DistributedContext.of_environment(
         shard=config.shard, timeout_minutes=config.peer_timeout_minutes
     )
+    remedy = "set threads=auto" if processes.count == 1 else "set threads={}"
     with (
         dead_peer_is_an_error(str(run.checkpoints)),
         run_folder.sigterm_is_an_error(str(run.path)),
-        watched_threads(config.threads, "set threads=auto", processes.device.type) as threads,
+        watched_threads(config.threads, remedy, processes.device.type) as threads,
     ):
         config, why = run_folder.settle_choices(config, run, processes, fresh=fresh)
         if processes.is_main:

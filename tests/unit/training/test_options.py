@@ -16,12 +16,15 @@ from safetensors.torch import load_file
 from interruption import interrupt_after
 from nvembed.core.errors import ConfigError, TrainingError
 from nvembed.core.files import write_jsonl
+from nvembed.core.runs import RunFolder
 from nvembed.data.batch import ContrastiveBatch
 from nvembed.kernels import threads
 from nvembed.model.embedder import NVEmbed
 from nvembed.training import trainer
 from nvembed.training.checkpoint import latest_checkpoint
 from nvembed.training.config import TrainConfig
+from nvembed.training.distributed import DistributedContext
+from nvembed.training.run_folder import settle_choices
 from nvembed.training.trainer import train
 
 COLOURS = ["red", "blue", "green", "fox", "owl", "cat", "tree", "lake"]
@@ -386,3 +389,9 @@ def test_threads(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
         assert log.count(line) == 1
         assert log.count(" are free for ") == 1
     assert "; end other jobs, or set threads=auto\n" in logs[0]
+
+
+def test_several_processes_keep_their_threads(tmp_path: Path) -> None:
+    config = recipe(tmp_path, tmp_path, {}, threads="auto")
+    with pytest.raises(ConfigError, match="threads: auto is for one process"):
+        settle_choices(config, RunFolder(tmp_path), DistributedContext(count=2), fresh=False)

@@ -20,7 +20,7 @@ from typing import Literal, NamedTuple
 import torch
 
 WINDOW = 5.0  # seconds that are judged together, at least
-PATIENCE = 2  # windows in a row that must say the same; to take more threads, twice as many
+PATIENCE = 10.0  # seconds in a row that must say the same; to take more threads, twice as many
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +110,7 @@ class ThreadWatch:
         self.cpus = allowed_cpus() if cpus is None else cpus
         self.threads = self.most = torch.get_num_threads()
         self._before = self._read()
-        self._crowded = self._roomy = 0  # windows in a row
+        self._crowded = self._roomy = 0.0  # seconds in a row
         self._told = False
 
     def look(self) -> str | None:
@@ -124,11 +124,12 @@ class ThreadWatch:
             return None
         crowded = self.threads - found.free >= max(0.5, self.threads / 8)
         roomy = self.threads < self.most and found.free - self.threads >= 0.75
-        self._crowded = self._crowded + 1 if crowded else 0
-        self._roomy = self._roomy + 1 if roomy else 0
+        seconds = now.time - before.time
+        self._crowded = self._crowded + seconds if crowded else 0.0
+        self._roomy = self._roomy + seconds if roomy else 0.0
         if self._crowded < PATIENCE and self._roomy < 2 * PATIENCE:
             return None
-        self._crowded = self._roomy = 0
+        self._crowded = self._roomy = 0.0
         fitting = min(max(math.ceil(found.free - 0.5), 1), self.most)
         if self.adapts and fitting != self.threads:
             line = f"threads {self.threads} → {fitting}: {self._told_of(found)}"

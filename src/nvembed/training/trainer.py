@@ -246,7 +246,8 @@ class _Run:
 
     def _stage(self, stage: stages.Stage, threads: ThreadWatch) -> None:
         config, evaluation, processes = stage.config, self.evaluation, self.processes
-        self.log(stage.loader.describe())
+        for line in filter(None, (stage.loader.describe(), threads.look())):
+            self.log(line)
         start = self.position.stage_step
         watch = LossWatch(config, start)
         with run_folder.stop_signals() as stopping:

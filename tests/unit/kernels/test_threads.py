@@ -94,6 +94,9 @@ def test_threads_that_wait_for_each_other_and_further_ones_are_both_counted() ->
     assert room(start, Reading(10.0, {}, 20.0), threads=2, cpus=2) is None
 
 
+LITTLE = round(PATIENCE / WINDOW)  # windows until threads become fewer
+
+
 def looked(watch: ThreadWatch, machine: Machine, windows: int) -> list[str | None]:
     found = []
     for _ in range(windows):
@@ -108,16 +111,16 @@ def test_threads_follow_what_is_free_and_stay_where_they_fit() -> None:
     watch = ThreadWatch(adapts=True, read=machine.read, cpus=2)
     assert looked(watch, machine, 10) == [None] * 10
     machine.others = 3
-    *quiet, line = looked(watch, machine, PATIENCE)
-    assert quiet == [None] * (PATIENCE - 1)
+    *quiet, line = looked(watch, machine, LITTLE)
+    assert quiet == [None] * (LITTLE - 1)
     assert line is not None
     assert line.startswith("threads 2 → 1: of 2 about 0.0 are free for 2 threads here")
     assert torch.get_num_threads() == 1
     machine.others = 1  # one CPU is free, for one thread
     assert looked(watch, machine, 20) == [None] * 20
     machine.others = 0
-    *quiet, line = looked(watch, machine, 2 * PATIENCE)
-    assert quiet == [None] * (2 * PATIENCE - 1)
+    *quiet, line = looked(watch, machine, 2 * LITTLE)
+    assert quiet == [None] * (2 * LITTLE - 1)
     assert line is not None
     assert line.startswith("threads 1 → 2:")
     assert looked(watch, machine, 10) == [None] * 10
@@ -130,13 +133,21 @@ def test_a_moment_changes_nothing() -> None:
     watch = ThreadWatch(adapts=True, read=machine.read, cpus=2)
     for _ in range(5):
         machine.others = 3
-        assert looked(watch, machine, PATIENCE - 1) == [None] * (PATIENCE - 1)
+        assert looked(watch, machine, LITTLE - 1) == [None] * (LITTLE - 1)
         machine.others = 0
         assert looked(watch, machine, 1) == [None]
     machine.others = 3
     for _ in range(int(WINDOW / 0.1) - 1):  # windows are not shorter
         machine.go(0.1, 2)
         assert watch.look() is None
+
+
+def test_one_long_step_is_enough() -> None:
+    torch.set_num_threads(2)
+    machine = Machine(2, others=3)
+    watch = ThreadWatch(adapts=True, read=machine.read, cpus=2)
+    machine.go(PATIENCE + 0.1, 2)
+    assert str(watch.look()).startswith("threads 2 → 1: ")
 
 
 def test_without_the_option_it_is_said_once_with_a_remedy() -> None:

@@ -203,7 +203,7 @@ class TrainConfig(StrictModel):
         activation_checkpointing: keep only the inputs of layers for the backward pass and compute
             the rest again: several times as many tokens fit into memory, for a third more time. The
             gradients are the same.
-        threads: of a CPU, for every operation; ``None`` is one per core, ``auto`` as many as other
+        threads: how many compute on a CPU; ``None`` is one per core, ``auto`` as many as other
             processes leave free, which is looked at between steps of a run of one process. Another
             number of threads may change the last bits of all numbers.
         peer_timeout_minutes: how long a process waits for another within a step before it gives up;

@@ -10,8 +10,8 @@ import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
 
+from nvembed.kernels.functions import fused_lora
 from nvembed.kernels.layers import accelerate, restore
-from nvembed.kernels.linear import fused_lora
 from nvembed.model.backbone import add_lora, hold_frozen, merge_lora
 from nvembed.model.embedder import NVEmbed
 from nvembed.model.settings import LoraSettings

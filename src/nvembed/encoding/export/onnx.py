@@ -60,13 +60,20 @@ def padded_attention(
     *,
     seen_BL: Tensor,
     causal: bool,
-    scaling: float | None = None,
-    softcap: float | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """Attend in a layer of transformers: ``(B, H, L, E)``, ``(B, K, L, E)`` to ``(B, L, H, E)``."""
+    """Attend in a layer of transformers: ``(B, H, L, E)``, ``(B, K, L, E)`` to ``(B, L, H, E)``.
+
+    Of the ``others`` that transformers gives, a layer's ``scaling`` and ``softcap`` count.
+    """
     out_BHLE = block_attention(
-        query, key, value, causal=causal, scaling=scaling, softcap=softcap, seen_GL=seen_BL
+        query,
+        key,
+        value,
+        causal=causal,
+        scaling=others.get("scaling"),
+        softcap=others.get("softcap"),
+        seen_GL=seen_BL,
     )
     return out_BHLE.transpose(1, 2), None
 

@@ -149,8 +149,11 @@ def golden(folder: Path, official: Path) -> Case:
     groups = json.loads((official / "expected.json").read_text())["groups"]
     groups = [group for group in groups if group["max_length"] == 512]
     texts = [group["instruction"] + text for group in groups for text in group["texts"]]
-    vectors = [row for group in groups for row in group["embeddings"]]
-    return Case(folder, texts, np.array(vectors), model.encode(texts))
+    vectors = np.array([row for group in groups for row in group["embeddings"]])
+    lengths = map(len, model.backbone.tokenizer(texts)["input_ids"])
+    fit = [row for row, length in enumerate(lengths) if length < 500]  # vLLM cuts nothing
+    texts = [texts[row] for row in fit]
+    return Case(folder, texts, vectors[fit], model.encode(texts))
 
 
 def widen_heads(backbone: Backbone) -> None:

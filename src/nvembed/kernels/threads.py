@@ -71,7 +71,7 @@ def read_now() -> Reading | None:
         return None
     mine = {f"cpu{number}" for number in os.sched_getaffinity(0)}
     idle = sum(int(row[4]) + int(row[5]) for row in rows if row[0] in mine)
-    return Reading(time.monotonic(), threads, idle / os.sysconf("SC_CLK_TCK"))
+    return Reading(time.perf_counter(), threads, idle / os.sysconf("SC_CLK_TCK"))
 
 
 def allowed_cpus(root: Path = Path("/")) -> float:

@@ -76,11 +76,17 @@ def served_config(
     else:
         values, config = read()
         attention = _saved(source).attention
+    if config.model_type == "qwen3":
+        raise ModelError(
+            "vLLM's Qwen3 gives other vectors",
+            where=name,
+            expected="Llama, Mistral, Qwen2 or Gemma 3",
+            hint="Export it (nvembed export --format sentence-transformers), which is served right",
+        )
     config.update(attention_settings(config.to_dict(), attention))
-    if getattr(
-        config, "use_sliding_window", False
-    ):  # Qwen's, and vLLM has no window in some layers
+    if getattr(config, "use_sliding_window", False):  # Qwen2's in some layers, which vLLM refuses
         config.use_sliding_window, config.sliding_window = False, None
+        config.layer_types = ["full_attention"] * config.num_hidden_layers
     config.nvembed_backbone = config.architectures
     config.model_max_length = served_tokenizer(source).max_tokens
     return values, config

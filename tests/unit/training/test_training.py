@@ -495,7 +495,7 @@ def test_the_first_process_settles_the_type_for_all(
     monkeypatch.setattr(
         trainer,
         "_Run",
-        lambda config, *_: given.append(config) or SimpleNamespace(train=lambda: None),
+        lambda config, *_: given.append(config) or SimpleNamespace(train=lambda threads: None),
     )
     assert train(config, base_dir=tmp_path) is None
     assert [(c.precision, c.stages[0].learning_rate) for c in given] == [("bfloat16", 3e-4)]

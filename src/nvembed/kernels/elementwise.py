@@ -1,4 +1,4 @@
-"""Norms, gates and rotary positions by compiled code: one pass over memory each way.
+"""Norms, gates, rotary positions and dropout by compiled code: one pass over memory each way.
 
 Tensors are float32 or bfloat16; what lies between is float32 and rounded once. Letters: T tokens,
 D width, H heads, E head width, F MLP, A angles of a token.
@@ -19,6 +19,7 @@ from nvembed.kernels.build import library
 UNIT = 16
 """Widths must be a multiple of it, head widths of twice as many."""
 SOURCE = "elementwise.cpp"
+_LONGEST_ROW = 1024  # kLongestRow there
 
 
 def fits(*tensors: Tensor) -> bool:
@@ -55,7 +56,7 @@ def gate(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
     if torch.is_grad_enabled():
         out_TF: Tensor = Gate.apply(gate_TF, up_TF)
         return out_TF
-    return _gate(gate_TF.contiguous(), up_TF.contiguous())
+    return gated(gate_TF.contiguous(), up_TF.contiguous())
 
 
 def rotate(
@@ -81,27 +82,15 @@ class Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
         """``x`` of any shape ``(…, D)``."""
-        x, weight_D = x.contiguous(), weight_D.contiguous()
-        out = torch.empty_like(x)
-        inverse = x.new_empty(x.shape[:-1], dtype=torch.float32)
-        shape = (x.dtype is torch.float32, inverse.numel(), x.shape[-1])
-        call(SOURCE, "norm_forward", x, weight_D, out, inverse, *shape, float(eps))
-        ctx.save_for_backward(x, weight_D, inverse)
+        out, *kept = normed(x, weight_D, eps, x.dtype)
+        ctx.save_for_backward(*kept, weight_D)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """Of the input, and of the weight where it is trained."""
-        x, weight_D, inverse = ctx.saved_tensors
-        d_out = gradients[0].contiguous()
-        d_x = torch.empty_like(x)
-        shape = (x.dtype is torch.float32, inverse.numel(), x.shape[-1])
-        call(SOURCE, "norm_backward", x, weight_D, inverse, d_out, d_x, *shape)
-        d_weight_D = None
-        if ctx.needs_input_grad[1]:
-            normed = x.float() * inverse[..., None]
-            d_weight_D = (d_out * normed).flatten(0, -2).sum(0).to(weight_D.dtype)
+        d_x, d_weight_D = norm_backward(gradients[0], *ctx.saved_tensors, ctx.needs_input_grad[1])
         return d_x, d_weight_D, None
 
 
@@ -113,18 +102,13 @@ class Gate(torch.autograd.Function):
         """Both of one shape."""
         gate_TF, up_TF = gate_TF.contiguous(), up_TF.contiguous()
         ctx.save_for_backward(gate_TF, up_TF)
-        return _gate(gate_TF, up_TF)
+        return gated(gate_TF, up_TF)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
         """Of gate and up."""
-        gate_TF, up_TF = ctx.saved_tensors
-        d_out = gradients[0].contiguous()
-        d_gate, d_up = torch.empty_like(gate_TF), torch.empty_like(up_TF)
-        shape = (gate_TF.dtype is torch.float32, gate_TF.numel())
-        call(SOURCE, "gate_backward", gate_TF, up_TF, d_out, d_gate, d_up, *shape)
-        return d_gate, d_up
+        return gate_backward(gradients[0], *ctx.saved_tensors)
 
 
 class Rotated(torch.autograd.Function):
@@ -147,8 +131,98 @@ class Rotated(torch.autograd.Function):
         return back_THE.flatten(1), None, None, None
 
 
-def _gate(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
+# --- Without graph: what the functions above and those of ``trained.py`` are made of --------------
+
+
+def normed(
+    x: Tensor, weight_D: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ``weight · x̂``, ``x̂ = x / rms(x)`` in ``dtype``, and ``1 / rms(x)`` in float32.
+
+    ``dtype`` is that of x, or bfloat16.
+    """
+    x, weight_D = x.contiguous(), weight_D.contiguous()
+    hat, out = torch.empty_like(x, dtype=dtype), torch.empty_like(x, dtype=dtype)
+    inverse = x.new_empty(x.shape[:-1], dtype=torch.float32)
+    types = (x.dtype is torch.float32, dtype is torch.float32)
+    shape = (inverse.numel(), x.shape[-1])
+    call(SOURCE, "norm_forward", x, weight_D, hat, out, inverse, *types, *shape, float(eps))
+    return out, hat, inverse
+
+
+def normed_again(hat: Tensor, weight_D: Tensor) -> Tensor:
+    """``weight · x̂``, the bits that ``normed`` gave."""
+    out, weight_D = torch.empty_like(hat), weight_D.contiguous()
+    types = (weight_D.dtype is torch.float32, hat.dtype is torch.float32)
+    shape = (hat.numel() // hat.shape[-1], hat.shape[-1])
+    call(SOURCE, "norm_again", hat, weight_D, out, *types, *shape)
+    return out
+
+
+def norm_backward(
+    d_out: Tensor, hat: Tensor, inverse: Tensor, weight_D: Tensor, trained: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The gradients of x, and of the weight where it is trained."""
+    d_out, weight_D = d_out.contiguous(), weight_D.contiguous()
+    d_x = torch.empty_like(hat, dtype=weight_D.dtype)
+    types = (weight_D.dtype is torch.float32, hat.dtype is torch.float32)
+    shape = (inverse.numel(), hat.shape[-1])
+    call(SOURCE, "norm_backward", hat, weight_D, inverse, d_out, d_x, *types, *shape)
+    if not trained:
+        return d_x, None
+    d_weight_D = (d_out * hat.float()).flatten(0, -2).sum(0)
+    return d_x, d_weight_D.to(weight_D.dtype)
+
+
+def dropped(x_TI: Tensor, share: float, seed: int) -> Tensor:
+    """0 in place of a share of numbers, the others over ``1 - share``; the same places by a seed.
+
+    Not those of torch's generator, which takes six times as long. ``seed`` has up to 63 bits.
+    """
+    if not fits(x_TI):
+        generator = torch.Generator(x_TI.device).manual_seed(seed)
+        mask_TI = torch.empty_like(x_TI).bernoulli_(1 - share, generator=generator)
+        return x_TI * mask_TI.div_(1 - share)
+    x_TI = x_TI.contiguous()
+    out_TI = torch.empty_like(x_TI)
+    limit = int(share * 2**32)
+    shape = (x_TI.dtype is torch.float32, x_TI.numel())
+    call(SOURCE, "dropped", x_TI, out_TI, *shape, seed, limit, 1 / (1 - share))
+    return out_TI
+
+
+def takes_softmax(*tensors: Tensor, longest: int) -> bool:
+    """Whether compiled code computes softmax of rows of up to so many numbers."""
+    fits_type = plain_on_cpu(torch.bfloat16, *tensors) and longest <= _LONGEST_ROW
+    return fits_type and library(SOURCE) is not None
+
+
+def softmax_(score_RL: Tensor, scale: float) -> Tensor:
+    """``softmax(scale · score)`` over the last dimension, in place; dense bfloat16."""
+    length = score_RL.shape[-1]
+    call(SOURCE, "softmax", score_RL, score_RL.numel() // length, length, scale)
+    return score_RL
+
+
+def softmax_backward_(weight_RL: Tensor, d_weight_RL: Tensor, scale: float) -> Tensor:
+    """The gradient of scores in place of that of their ``softmax_``."""
+    length = weight_RL.shape[-1]
+    shape = (weight_RL.numel() // length, length)
+    call(SOURCE, "softmax_backward", weight_RL, d_weight_RL, *shape, scale)
+    return d_weight_RL
+
+
+def gated(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
+    """``silu(gate) · up`` of dense tensors."""
     out_TF = torch.empty_like(gate_TF)
     shape = (gate_TF.dtype is torch.float32, out_TF.numel())
     call(SOURCE, "gate_forward", gate_TF, up_TF, out_TF, *shape)
     return out_TF
+
+
+def gate_backward(d_out_TF: Tensor, gate_TF: Tensor, up_TF: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of gate and up."""
+    d_gate, d_up = torch.empty_like(gate_TF), torch.empty_like(up_TF)
+    shape = (gate_TF.dtype is torch.float32, gate_TF.numel())
+    call(SOURCE, "gate_backward", gate_TF, up_TF, d_out_TF.contiguous(), d_gate, d_up, *shape)
+    return d_gate, d_up

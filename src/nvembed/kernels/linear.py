@@ -1,13 +1,6 @@
-"""Linear layers: products in float32 on a CPU, and layers with a low-rank adapter.
+"""Products of linear layers: those in float32 on a CPU are oneDNN's where that is faster than MKL.
 
-Where features of the CPU say that oneDNN is faster than MKL it multiplies float32. An adapter's
-part is added by the product itself, where peft takes passes over tensors of the full width:
-
-    h = s · x Aᵀ            y = x Wᵀ + h Bᵀ
-    dh = s · dy B           dx = dy W + dh A        dA = dhᵀ x      dB = dyᵀ h
-
-In float32 and with more tokens than the layer is wide, W + s · B A is made first. The parameters
-stay peft's. Letters: T tokens, I and O widths of input and output, r rank.
+Letters: T tokens, I and O widths of input and output.
 """
 
 from __future__ import annotations
@@ -101,91 +94,3 @@ class _Product(torch.autograd.Function):
             transposed_times(dy_TO, x_TI) if needs_weight else None,
             dy_TO.sum(0) if needs_bias else None,
         )
-
-
-# --- With an adapter ------------------------------------------------------------------------------
-
-
-def is_plain_lora(module: Any) -> bool:
-    """Whether an adapter is W + s · B A on a plain linear layer: no DoRA, nothing quantised."""
-    return type(module.get_base_layer()) is nn.Linear and not module.lora_variant
-
-
-def fused_lora(module: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """``(…, I)`` → ``(…, O)``."""
-    if module.disable_adapters or module.merged or len(module.active_adapters) != 1:
-        out: Tensor = type(module).forward(module, x, *args, **kwargs)
-        return out
-    name = module.active_adapters[0]
-    base = module.get_base_layer()
-    dropout = module.lora_dropout[name]
-    # Dropout that does nothing must not cost the sum of two gradients.
-    dropped = dropout(x) if module.training and not isinstance(dropout, nn.Identity) else None
-    output: Tensor = _Adapted.apply(
-        *(x, dropped, base.weight, base.bias),
-        *(module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name]),
-    )
-    return output
-
-
-class _Adapted(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        dropped: Tensor | None,
-        weight_OI: Tensor,
-        bias_O: Tensor | None,
-        a_rI: Tensor,
-        b_Or: Tensor,
-        scaling: float,
-    ) -> Tensor:
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        with torch.autocast(device, enabled=False):
-            x_TI = x.flatten(0, -2).to(dtype)
-            seen_TI = x_TI if dropped is None else dropped.flatten(0, -2).to(dtype)
-            hidden_Tr = product(seen_TI, a_rI.to(dtype)).mul_(scaling)
-            bias = None if bias_O is None else bias_O.to(dtype)
-            if dropped is None and _sum_pays(x_TI, weight_OI):
-                y_TO = product(x_TI, _sum(weight_OI, a_rI, b_Or, scaling), bias)
-            else:
-                y_TO = product(x_TI, weight_OI.to(dtype), bias)
-                y_TO.addmm_(hidden_Tr, b_Or.to(dtype).T)
-        # The frozen weight is cast again on the way back: a cast copy per graph would cost more.
-        ctx.save_for_backward(seen_TI, hidden_Tr, weight_OI, a_rI, b_Or)
-        ctx.scaling, ctx.shape, ctx.input_dtype = scaling, x.shape, x.dtype
-        ctx.dropped, ctx.has_input_gradient = dropped is not None, ctx.needs_input_grad[0]
-        return y_TO.view(*x.shape[:-1], -1)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        seen_TI, hidden_Tr, weight_OI, a_rI, b_Or = ctx.saved_tensors
-        dy_TO = gradients[0].flatten(0, -2).to(hidden_Tr.dtype)
-        with torch.autocast(dy_TO.device.type, enabled=False):
-            dtype = dy_TO.dtype
-            db_Or = transposed_times(dy_TO, hidden_Tr).to(b_Or.dtype)
-            dh_Tr = product(dy_TO, b_Or.to(dtype).T).mul_(ctx.scaling)
-            da_rI = transposed_times(dh_Tr, seen_TI).to(a_rI.dtype)
-            dx = dseen = None
-            if ctx.has_input_gradient and not ctx.dropped and _sum_pays(dy_TO, weight_OI):
-                sum_OI = _sum(weight_OI, a_rI, b_Or, ctx.scaling)
-                dx = product(dy_TO, sum_OI.T).view(ctx.shape).to(ctx.input_dtype)
-            elif ctx.has_input_gradient:
-                dx_TI = product(dy_TO, weight_OI.to(dtype).T)
-                if ctx.dropped:
-                    dseen_TI = product(dh_Tr, a_rI.to(dtype).T)
-                    dseen = dseen_TI.view(ctx.shape).to(ctx.input_dtype)
-                else:
-                    dx_TI.addmm_(dh_Tr, a_rI.to(dtype))
-                dx = dx_TI.view(ctx.shape).to(ctx.input_dtype)
-        return dx, dseen, None, None, da_rI, db_Or, None
-
-
-def _sum_pays(rows: Tensor, weight_OI: Tensor) -> bool:
-    return rows.dtype is torch.float32 and len(rows) >= max(weight_OI.shape)
-
-
-def _sum(weight_OI: Tensor, a_rI: Tensor, b_Or: Tensor, scaling: float) -> Tensor:
-    """The weight with its adapter, in float32; made again on the way back rather than kept."""
-    return torch.addmm(weight_OI.float(), b_Or.float(), a_rI.float(), alpha=scaling)

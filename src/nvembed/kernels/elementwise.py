@@ -90,8 +90,9 @@ class Norm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """Of the input, and of the weight where it is trained."""
-        d_x, d_weight_D = norm_backward(gradients[0], *ctx.saved_tensors, ctx.needs_input_grad[1])
-        return d_x, d_weight_D, None
+        hat, inverse, weight_D = ctx.saved_tensors
+        trained = ctx.needs_input_grad[1]
+        return *norm_backward(gradients[0], hat, inverse, weight_D, trained), None
 
 
 class Gate(torch.autograd.Function):

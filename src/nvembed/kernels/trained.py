@@ -159,7 +159,7 @@ def _layer(module: Any, x: Tensor) -> _Layer | None:
         return None
     if forward.func is fused_lora:
         return _adapted(module)
-    weight = getattr(module, "weight", None)
+    weight: Any = getattr(module, "weight", None)
     fits = torch.is_autocast_enabled(x.device.type) or getattr(weight, "dtype", None) is x.dtype
     plain = forward.func is linear and type(weight) is nn.Parameter and x.device.type == "cpu"
     if not plain or not fits:

@@ -128,7 +128,7 @@ def outside_products(model: Any, texts: list[str], threads: int) -> dict[str, fl
     """Share of the time outside linear layers, and their rate against the fastest product here."""
     import torch
 
-    from nvembed.kernels.linear import product
+    from nvembed.kernels.functions import product
 
     spent, work = [0.0], [0.0]
     linears = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]

@@ -98,7 +98,7 @@ def write_official(folder: Path, tokenizer: Any, *, shards: int = 1) -> Path:
     """Write a small folder; ``tokenizer`` is the byte-level one of conftest."""
     folder.mkdir(parents=True, exist_ok=True)
     latent = {"num_latents_value": 8, "num_cross_heads": 2, "cross_dim_head": 16}
-    latent |= {"hidden_dim": 32, "latent_dim": 32}
+    latent |= {"hidden_dim": SMALL["hidden_size"], "latent_dim": SMALL["hidden_size"]}
     (folder / "config.json").write_text(json.dumps(official_config(SMALL, latent)))
     generator = torch.Generator().manual_seed(0)
     weights = {

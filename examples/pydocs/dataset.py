@@ -175,8 +175,8 @@ def document_text(entry: DocEntry, max_chars: int) -> str:
 
 
 def search_text(entry: DocEntry) -> str:
-    """Return signature, summary and documentation of one definition."""
-    return f"{entry.signature}\n{entry.summary} {entry.rest}".strip()
+    """Return summary, signature and documentation: what is cut keeps what says most."""
+    return f"{entry.summary}\n{entry.signature}\n{entry.rest}".strip()
 
 
 @dataclass(frozen=True)

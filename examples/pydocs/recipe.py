@@ -82,9 +82,9 @@ LARGE = Preset(
     mined_negatives=4,
     mined_queries=300,
     limits=DatasetLimits(
-        held_out_documents=500, packages=8, topics=8, max_test_texts=25, max_train_texts=16
+        held_out_documents=400, packages=8, topics=8, max_test_texts=25, max_train_texts=16
     ),
-    searched_chars=200,
+    searched_chars=120,
     least_steps=5,
     rehearsed=(2, 64),
     saving_seconds=25.0,

@@ -8,6 +8,7 @@ parts are in the files beside this one.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -22,7 +23,7 @@ from nvembed.core.ownership import check_outputs, check_overlaps
 from nvembed.core.runs import RunFolder
 from nvembed.evaluation.results import TaskResult, write_results
 from nvembed.evaluation.session import evaluate, evaluate_bm25
-from nvembed.evaluation.tasks import load_task
+from nvembed.evaluation.tasks import LocalTask, load_task
 from pydocs.budget import plan_steps, rehearse, training_seconds
 from pydocs.dataset import DEMO, TASK_NAMES, DemoData, build_dataset
 from pydocs.harvest import harvest
@@ -107,6 +108,8 @@ class _Demo:
 
     def run(self) -> Results:
         """Do everything in order."""
+        from nvembed.encoding.encoder import load_encoder
+
         self._check_outputs()
         self._say(f"loading {self.backbone}")
         tuned = is_tuned(self.backbone)
@@ -120,34 +123,29 @@ class _Demo:
         found = {BM25: documents.by_words(EXAMPLE_QUERIES)}
         self._say(f"evaluating {name}" if tuned else "evaluating the base with mean pooling")
         results[name] = evaluate(base, tasks)
+        searching = documents.seconds(base)
         if preset.thorough:
             found["before"] = documents.by_model(base, EXAMPLE_QUERIES)
-        self._train_and_score(data, preset, results, found, documents)
+        model = self._train(data, preset, results[name], searching)
+        self._score(model, preset, tasks, results)
+        self._say("searching")
+        tuned_model = load_encoder(str(model), self.precision)
+        found["after"] = documents.by_model(tuned_model, EXAMPLE_QUERIES)
         self._save(results)
         self._report(results, found)
         return results
 
-    def _train_and_score(
-        self,
-        data: DemoData,
-        preset: Preset,
-        results: Results,
-        found: dict[str, Found],
-        documents: Documents,
+    def _score(
+        self, model: Path, preset: Preset, tasks: Sequence[LocalTask], results: Results
     ) -> None:
-        """Add what training gives to the scores and to what was found."""
+        """Add the scores of what training has made."""
         from nvembed.encoding.encoder import load_encoder
 
-        tasks = [load_task(folder) for folder in data.tasks]
-        model = self._train(data, preset, next(reversed(results.values())), len(documents.texts))
         stages = {STAGE1: RunFolder(self.output).path / f"model-{STAGES[0]}", STAGE2: model}
         for name, folder in stages.items():
             if name == STAGE2 or preset.thorough:
                 self._say(f"evaluating {name}")
-                tuned = load_encoder(str(folder), self.precision)
-                results[name] = evaluate(tuned, tasks)
-        self._say("searching")
-        found["after"] = documents.by_model(tuned, EXAMPLE_QUERIES)
+                results[name] = evaluate(load_encoder(str(folder), self.precision), tasks)
 
     def _check_outputs(self) -> None:
         """Refuse to begin where something of the user's would be replaced."""
@@ -188,7 +186,7 @@ class _Demo:
         return settle_precision("auto", begun=begun, option=None)
 
     def _train(
-        self, data: DemoData, preset: Preset, base: dict[str, TaskResult], searched: int
+        self, data: DemoData, preset: Preset, base: dict[str, TaskResult], searching: float
     ) -> Path:
         from nvembed.training.trainer import train
 
@@ -211,7 +209,7 @@ class _Demo:
             evaluation=(1 + preset.thorough) * evaluation,
             # Mining embeds as many documents again as its queries have, and the queries.
             mining=document * preset.mined_queries,
-            searching=document * searched,
+            searching=searching,
             saving=preset.saving_seconds,
         )
         steps = plan_steps(seconds, times, preset.least_steps)

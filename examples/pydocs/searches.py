@@ -6,6 +6,7 @@ of them) and the models. Leaves: for every question the names that each way find
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -37,24 +38,31 @@ Found = list[list[str]]
 
 
 class Documents:
-    """The texts that the examples search, with their names; longer ones are cut where asked."""
+    """The texts that the examples search, with their names; a model may read them cut."""
 
     def __init__(self, file: Path, max_chars: int | None = None) -> None:
         rows = [row for _, row in read_jsonl(file)]
         self.names = [str(row["_id"]) for row in rows]
-        texts = [str(row["text"]) for row in rows]
-        self.texts = [truncate(text, max_chars) for text in texts] if max_chars else texts
+        self.texts = [str(row["text"]) for row in rows]
+        self.read = [truncate(t, max_chars) for t in self.texts] if max_chars else self.texts
 
     def by_words(self, queries: Sequence[str], k: int = SHOWN) -> Found:
         """What BM25 finds."""
         _, places = BM25(self.texts).top_k(queries, k)
         return [[self.names[place] for place in row] for row in places.tolist()]
 
+    def seconds(self, encoder: Encoder, sample: int = 64) -> float:
+        """How long it takes to embed the documents, from a few of them."""
+        few = self.read[:: max(1, len(self.read) // sample)]
+        started = time.perf_counter()
+        encode_window(encoder, few, side="document")
+        return (time.perf_counter() - started) * len(self.read) / len(few)
+
     def by_model(self, encoder: Encoder, queries: Sequence[str], k: int = SHOWN) -> Found:
         """What is nearest to the questions, the instruction of the training data before them."""
         task = RETRIEVAL_INSTRUCTION
         query_vectors = encode_window(encoder, list(queries), side="query", task=task)
-        scores = query_vectors @ encode_texts(encoder, self.texts, side="document").T
+        scores = query_vectors @ encode_texts(encoder, self.read, side="document").T
         order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
         return [[self.names[place] for place in row] for row in order.tolist()]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from nvembed.core.errors import ModelError
-from nvembed.interop.adapter_folder import find_base
+from nvembed.interop.identity import find_base
 from nvembed.interop.model_folder import ModelSource, model_kind
 
 ASSETS = Path(__file__).resolve().parents[2] / "assets"

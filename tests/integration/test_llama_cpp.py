@@ -6,14 +6,8 @@ test needs a real decoder of the Llama family: ``$NVEMBED_DECODER``, or the pack
 
 from __future__ import annotations
 
-import json
 import os
-import re
-import shlex
 import shutil
-import subprocess
-import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -28,6 +22,7 @@ from nvembed import NVEmbed
 from nvembed.core.errors import ModelError
 from nvembed.core.files import read_jsonl
 from nvembed.encoding.export.gguf import export_gguf
+from page_servers import ask, blocks
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="needs llama-cpp-python")
 pytest.importorskip("gguf", reason="needs the extra gguf")
@@ -176,13 +171,6 @@ def test_a_real_model_has_our_vectors_on_200_texts(
 
 # --- docs/serving-elsewhere.md --------------------------------------------------------------------
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "serving-elsewhere.md"
-
-
-def blocks(language: str) -> list[str]:
-    text = PAGE.read_text(encoding="utf-8")
-    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-
 
 @pytest.fixture
 def exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> NVEmbed:
@@ -193,9 +181,9 @@ def exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> NVEmbed:
 
 
 def test_the_snippet_of_the_page(exported: NVEmbed, capfd: pytest.CaptureFixture[str]) -> None:
-    (snippet,) = blocks("python")
+    (snippet,) = blocks("python", "llama.cpp")
     names: dict[str, Any] = {}
-    exec(compile(snippet, PAGE.name, "exec"), names)
+    exec(compile(snippet, "serving-elsewhere.md", "exec"), names)
     assert capfd.readouterr().out == "2 128\n"
     expected = exported.encode([names["query"], "sorted(x) sorts."])
     np.testing.assert_allclose(names["vectors"], expected, atol=2e-3)
@@ -203,26 +191,6 @@ def test_the_snippet_of_the_page(exported: NVEmbed, capfd: pytest.CaptureFixture
 
 @pytest.mark.skipif(shutil.which("llama-server") is None, reason="needs llama-server in the PATH")
 def test_the_server_of_the_page(exported: NVEmbed) -> None:
-    (block,) = blocks("sh")
-    serve, request = (shlex.split(line) for line in block.replace("\\\n", " ").strip().split("\n"))
-    with subprocess.Popen(serve, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as server:
-        try:
-            _wait(server, request[1].replace("/v1/embeddings", "/health"))
-            answer = json.loads(subprocess.run(request, check=True, capture_output=True).stdout)
-        finally:
-            server.terminate()
-    vectors = [row["embedding"] for row in answer["data"]]
-    texts = json.loads(request[request.index("-d") + 1])["input"]
+    (block,) = blocks("sh", "llama.cpp")
+    texts, vectors = ask(block)
     np.testing.assert_allclose(vectors, exported.encode(texts), atol=2e-3)
-
-
-def _wait(server: subprocess.Popen[bytes], address: str) -> None:
-    for _ in range(600):
-        assert server.poll() is None, "the server ended"
-        try:
-            with urllib.request.urlopen(address) as answer:
-                if answer.status == 200:
-                    return
-        except OSError:
-            time.sleep(0.1)
-    raise AssertionError("the server did not start")

@@ -44,8 +44,8 @@ from nvembed.data.loading import open_dataset
 from nvembed.data.records import Converted, LabelRecord
 from nvembed.encoding.encoder import is_endpoint
 from nvembed.evaluation.tasks import load_tasks
-from nvembed.interop.fingerprints import contents_fingerprint
 from nvembed.interop.gguf_names import find_gguf
+from nvembed.interop.identity import contents_fingerprint
 from nvembed.mining.ranking import BM25_NAME
 
 BUILD = "data build"

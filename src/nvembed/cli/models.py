@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -61,6 +62,23 @@ def doctor(
         raise typer.Exit(1)
 
 
+@dataclass(frozen=True)
+class _Address:
+    """Where a server listens."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+
+
+@dataclass(frozen=True)
+class _OfDatabase:
+    """Options of serving a database."""
+
+    ui: bool = False
+    mcp: bool = False
+    moved: str | None = None
+
+
 @opt.described(
     model="Folder or hub id of any sentence-transformers model; with --ui or --mcp a database.",
     overrides="key=value settings, such as batching.batch_tokens=8192.",
@@ -78,14 +96,11 @@ def serve(
     model: str,
     overrides: list[str] | None = None,
     *,
-    host: str = "127.0.0.1",
-    port: int = 8000,
+    address: _Address,
     keys: Path | None = None,
     config: Path | None = None,
     dtype: PrecisionChoice = "auto",
-    ui: bool = False,
-    mcp: bool = False,
-    moved: str | None = None,
+    database: _OfDatabase,
 ) -> None:
     """Serve models over HTTP, for the clients of many APIs.
 
@@ -102,16 +117,16 @@ def serve(
       nvembed serve runs/demo/db --ui
       nvembed serve runs/demo/db --mcp
     """
-    settings = overrides or ()
+    settings, ui, mcp = overrides or (), database.ui, database.mcp
     if ui or mcp:
         if settings or keys is not None or config is not None or (ui and mcp):
             raise ConfigError(
                 "settings, --keys and --config are of the model server",
                 expected="none of them with --ui or --mcp, which exclude each other",
             )
-        _serve_database(model, moved, dtype, None if mcp else (host, port))
+        _serve_database(model, database.moved, dtype, None if mcp else address)
         return
-    if moved is not None:
+    if database.moved is not None:
         raise ConfigError(
             "--model goes with --ui or --mcp", expected="the model as the first argument"
         )
@@ -121,11 +136,18 @@ def serve(
         )
     from nvembed.serving.server import serve as run
 
-    run(model, host=host, port=port, config=config, overrides=settings, keys=keys, dtype=dtype)
+    run(
+        model,
+        **asdict(address),
+        config=config,
+        overrides=settings,
+        keys=keys,
+        dtype=dtype,
+    )
 
 
 def _serve_database(
-    path: str, model: str | None, dtype: PrecisionChoice, address: tuple[str, int] | None
+    path: str, model: str | None, dtype: PrecisionChoice, address: _Address | None
 ) -> None:
     """Serve the page of a database at an address; without one, its tools to an assistant."""
     from nvembed.index.database import Database
@@ -139,7 +161,7 @@ def _serve_database(
         return
     from nvembed.core.http import address_of, bound_socket
 
-    with bound_socket(*address) as place:  # before anything is loaded
+    with bound_socket(*astuple(address)) as place:  # before anything is loaded
         import uvicorn
 
         from nvembed.index.page import page_app
@@ -148,6 +170,35 @@ def _serve_database(
         typer.echo(f"{database.count()} documents: {address_of(place)}/ (Ctrl-C ends it)")
         app = page_app(database, encoder)
         uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[place])
+
+
+@dataclass(frozen=True)
+class _OfMteb:
+    """Tasks of mteb."""
+
+    benchmark: list[str] | None = None
+    mteb_task: list[str] | None = None
+    type: list[str] | None = None
+    instructions: Literal["paper", "official", "mteb", "none"] = "paper"
+
+
+@dataclass(frozen=True)
+class _Scoring:
+    """How scores are computed."""
+
+    engine: Literal["local", "mteb"] = "local"
+    cache: Path | None = None
+    processes: int = 1
+    keep_going: bool = False
+    dtype: PrecisionChoice = "auto"
+
+
+@dataclass(frozen=True)
+class _Beside:
+    """What is shown beside the model."""
+
+    bm25: bool = False
+    against: list[str] | None = None
 
 
 @opt.described(
@@ -174,19 +225,11 @@ def evaluate(
     more: list[Path] | None = None,
     *,
     tasks: list[Path] | None = None,
-    benchmark: list[str] | None = None,
-    mteb_task: list[str] | None = None,
-    type: list[str] | None = None,
-    instructions: Literal["paper", "official", "mteb", "none"] = "paper",
-    engine: Literal["local", "mteb"] = "local",
-    cache: Path | None = None,
-    processes: int = 1,
-    bm25: bool = False,
-    against: list[str] | None = None,
+    of_mteb: _OfMteb,
+    scoring: _Scoring,
+    beside: _Beside,
     start_over: bool = False,
-    keep_going: bool = False,
     output: Path = Path("results.json"),
-    dtype: PrecisionChoice = "auto",
 ) -> None:
     """Score a model on task folders and on tasks of mteb.
 
@@ -208,23 +251,31 @@ def evaluate(
 
     # An option takes one value, so the other folders of `--tasks a b c` arrive as arguments.
     folders = [*(tasks or ()), *(more or ())]
-    if not (folders or benchmark or mteb_task):
+    benchmarks, names = of_mteb.benchmark or (), of_mteb.mteb_task or ()
+    if not (folders or benchmarks or names):
         raise ConfigError("nothing to evaluate", expected="--tasks, --benchmark or --mteb-task")
-    for name in against or ():
+    for name in beside.against or ():
         reference.published_model(name)  # an unknown one is told before hours of work
-    session.check_session(session.Settings(model, output, cache=cache), folders)
+    session.check_session(session.Settings(model, output, cache=scoring.cache), folders)
     failed: dict[str, str] = {}
-    local = _local_tasks(model, folders, failed if keep_going else None)
-    hub, refused = _hub_tasks(benchmark or (), mteb_task or (), type)
+    local = _local_tasks(model, folders, failed if scoring.keep_going else None)
+    hub, refused = _hub_tasks(benchmarks, names, of_mteb.type)
     failed |= refused
     if not (local or hub):
         raise _not_done(failed)
-    precision = _precision(model, dtype, None if start_over else output)
-    settings = session.Settings(model, output, precision, instructions, cache, engine)
-    done = session.run_session(
-        settings, local, hub, processes=processes, resume=not start_over, keep_going=keep_going
+    precision = _precision(model, scoring.dtype, None if start_over else output)
+    settings = session.Settings(
+        model, output, precision, of_mteb.instructions, scoring.cache, scoring.engine
     )
-    _show_table(model, done, local if bm25 else (), against or ())
+    done = session.run_session(
+        settings,
+        local,
+        hub,
+        processes=scoring.processes,
+        resume=not start_over,
+        keep_going=scoring.keep_going,
+    )
+    _show_table(model, done, local if beside.bm25 else (), beside.against or ())
     typer.echo(f"written: {output}")
     if failed := failed | done.failed:
         raise _not_done(failed)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from inspect import Parameter, signature
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
+from dataclasses import is_dataclass
+from inspect import Parameter, Signature, signature
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
@@ -39,29 +41,54 @@ _SHARED: dict[str, Any] = {
     "which is faster on many CPUs and less exact.",
 }
 
-Command = TypeVar("Command", bound=Callable[..., None])
 
-
-def described(**parameters: Any) -> Callable[[Command], Command]:
+def described(**parameters: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Say what the parameters of a command are, but for those that many commands share.
 
     A parameter that is given by name alone is an option, a flag where it is a bool; the others are
-    arguments. Where there is more to say than a help text, it is typer's own object.
+    arguments. Where there is more to say than a help text, it is typer's own object. A dataclass
+    stands for its fields, each of which is an option.
     """
 
-    def describe(command: Command) -> Command:
-        types = get_type_hints(command)
+    def describe(command: Callable[..., None]) -> Callable[..., None]:
+        types, groups = get_type_hints(command), dict[str, type[Any]]()
+        options: list[Parameter] = []
         for name, parameter in signature(command).parameters.items():
-            told = parameters.get(name) or _SHARED[name]
-            if isinstance(told, str) and parameter.kind is Parameter.KEYWORD_ONLY:
-                flag = (f"--{name.replace('_', '-')}",) if types[name] is bool else ()
-                told = typer.Option(*flag, help=told)
-            elif isinstance(told, str):
-                told = typer.Argument(metavar=name.upper(), help=told)
-            command.__annotations__[name] = Annotated[types[name], told]
-        return command
+            group = types[name]
+            if isinstance(group, type) and is_dataclass(group):
+                groups[name], hints = group, get_type_hints(group)
+                own = [each.replace(kind=Parameter.KEYWORD_ONLY) for each in _fields(group)]
+            else:
+                hints, own = types, [parameter]
+            for each in own:
+                told = _told(each, hints[each.name], parameters.get(each.name))
+                options.append(each.replace(annotation=Annotated[hints[each.name], told]))
+
+        @functools.wraps(command)
+        def call(**given: Any) -> None:
+            for name, group in groups.items():
+                given[name] = group(**{each.name: given.pop(each.name) for each in _fields(group)})
+            command(**given)
+
+        call.__annotations__ = {each.name: each.annotation for each in options}
+        call.__dict__.update(__signature__=Signature(options))
+        return call
 
     return describe
+
+
+def _fields(group: type[Any]) -> list[Parameter]:
+    return list(signature(group).parameters.values())
+
+
+def _told(parameter: Parameter, kind: Any, told: Any) -> Any:
+    """Typer's object for a parameter, of what is told of it."""
+    name, told = parameter.name, told or _SHARED[parameter.name]
+    if not isinstance(told, str):
+        return told
+    if parameter.kind is not Parameter.KEYWORD_ONLY:
+        return typer.Argument(metavar=name.upper(), help=told)
+    return typer.Option(*((f"--{name.replace('_', '-')}",) if kind is bool else ()), help=told)
 
 
 # Other spellings, which earlier versions had or which are near, by the present one.

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import shlex
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import typer
 
@@ -18,6 +19,27 @@ if TYPE_CHECKING:
     from nvembed.training.ablation.grid import GridConfig, Run
     from nvembed.training.ablation.runner import Outcome
     from nvembed.training.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class _Records:
+    """What the pairs are, and what else is searched."""
+
+    kind: Literal["retrieval", "nli", "sts"] = "retrieval"
+    layout: str = "records"
+    columns: list[str] | None = None
+    instruction: str | None = None
+    documents: Path | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Teacher:
+    """Who scores the candidates."""
+
+    teacher: str
+    teacher_model: str | None = None
+    engine: Literal["local", "ray"] = "local"
+    dtype: PrecisionChoice = "auto"
 
 
 @opt.described(
@@ -43,17 +65,10 @@ def mine(
     output: Path,
     settings: list[str] | None = None,
     *,
-    teacher: str,
-    teacher_model: str | None = None,
-    kind: Literal["retrieval", "nli", "sts"] = "retrieval",
-    layout: str = "records",
-    columns: list[str] | None = None,
-    instruction: str | None = None,
-    documents: Path | None = None,
+    teacher: _Teacher,
+    records: _Records,
     work: Path | None = None,
-    engine: Literal["local", "ray"] = "local",
     samples: int = 2,
-    dtype: PrecisionChoice = "auto",
 ) -> None:
     """Find hard negatives for pairs of queries and documents.
 
@@ -77,18 +92,18 @@ def mine(
     """
     from nvembed.core.config import load_config
     from nvembed.data.config import MiningConfig
-    from nvembed.mining.miner import help_mining, mine_file
+    from nvembed.mining.miner import Mining, PairFiles, help_mining, mine_pairs
 
-    given: dict[str, Any] = {"kind": kind, "layout": layout, "columns": opt.read_columns(columns)}
-    given |= {"instruction": instruction, "documents": documents, "work": work}
-    given |= {"dtype": dtype, "teacher_model": teacher_model}
+    columns = opt.read_columns(records.columns)
     config = load_config(MiningConfig, None, settings or ())
+    files = PairFiles(input, records.kind, records.layout, columns, records.documents)
+    mining = Mining(config=config, instruction=records.instruction, **asdict(teacher))
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and work is None:
         raise ConfigError("several processes share it", where="--work", expected="a folder")
     if work is not None and int(os.environ.get("RANK", "0")):  # the first process writes
-        help_mining(input, teacher, config, **given)
+        help_mining(files, replace(mining, engine="local"), work)
         return
-    _show_mined(mine_file(input, output, teacher, config, engine=engine, **given), samples)
+    _show_mined(mine_pairs(files, mining, output, work), samples)
     typer.echo(f"written: {output}")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +12,26 @@ import typer
 from nvembed.cli import options as opt
 from nvembed.core.arguments import PrecisionChoice
 from nvembed.core.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class _Vectors:
+    """What comes out of a text."""
+
+    truncate_dim: int | None = None
+    precision: Literal["float32", "int8", "uint8", "binary"] = "float32"
+    long: Literal["cut", "windows", "late"] = "cut"
+    overlap: int = 64
+    chunk_tokens: int = 256
+
+
+@dataclass(frozen=True)
+class _Computing:
+    """Who embeds, and in which type."""
+
+    dtype: PrecisionChoice = "auto"
+    processes: int = 1
+    engine: Literal["local", "ray"] = "local"
 
 
 @opt.described(
@@ -40,14 +61,8 @@ def encode(
     task: str | None = None,
     columns: list[str] | None = None,
     keep_going: bool = False,
-    dtype: PrecisionChoice = "auto",
-    truncate_dim: int | None = None,
-    precision: Literal["float32", "int8", "uint8", "binary"] = "float32",
-    long: Literal["cut", "windows", "late"] = "cut",
-    overlap: int = 64,
-    chunk_tokens: int = 256,
-    processes: int = 1,
-    engine: Literal["local", "ray"] = "local",
+    vectors: _Vectors,
+    computing: _Computing,
 ) -> None:
     """Turn a file of texts into a file of vectors.
 
@@ -72,12 +87,10 @@ def encode(
         output,
         task=task,
         columns=opt.read_columns(columns),
-        form=OutputFormat(truncate_dim, precision),
-        dtype=dtype,
+        form=OutputFormat(vectors.truncate_dim, vectors.precision),
         keep_going=keep_going,
-        long=LongTexts(long, overlap, chunk_tokens),
-        processes=processes,
-        engine=engine,
+        long=LongTexts(vectors.long, vectors.overlap, vectors.chunk_tokens),
+        **asdict(computing),
     )
     if done.skipped is not None and done.skipped.count:
         opt.echo_error(*(f"left out: {line}" for line in opt.bad_lines(done.skipped.first)))
@@ -86,11 +99,31 @@ def encode(
     if done.ids is not None:
         typer.echo(f"their ids: {done.ids}")
     if done.ranges is not None:
-        typer.echo(f"the ranges of their {precision} numbers: {done.ranges}")
+        typer.echo(f"the ranges of their {vectors.precision} numbers: {done.ranges}")
 
 
 # Enough of a hit to judge it by, on one or two lines of a terminal.
 SHOWN_CHARS = 160
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """How documents are read and kept; see ``IndexOptions``."""
+
+    columns: list[str] | None = None
+    fields: str | None = None
+    keep_going: bool = False
+    ann_above: int = 50_000
+    passages: str = "auto"
+    long: Literal["cut", "late"] | None = None
+
+
+@dataclass(frozen=True)
+class _Deletion:
+    """What goes."""
+
+    delete: list[str] | None = None
+    delete_file: Path | None = None
 
 
 @opt.described(
@@ -117,15 +150,9 @@ def index(
     to: Path,
     model: str | None = None,
     task: str | None = None,
-    columns: list[str] | None = None,
-    fields: str | None = None,
-    delete: list[str] | None = None,
-    delete_file: Path | None = None,
-    keep_going: bool = False,
+    reading: _Reading,
+    deletion: _Deletion,
     truncate_dim: int | None = None,
-    ann_above: int = 50_000,
-    passages: str = "auto",
-    long: Literal["cut", "late"] | None = None,
     dtype: PrecisionChoice = "auto",
 ) -> None:
     """Write documents into an embedded vector database.
@@ -146,7 +173,17 @@ def index(
     """
     from nvembed.index.build import IndexOptions, index_documents, read_ids
 
+    fields = reading.fields
     kept = None if fields is None else tuple(field.strip() for field in fields.split(","))
+    options = IndexOptions(
+        opt.read_columns(reading.columns),
+        kept,
+        reading.keep_going,
+        reading.ann_above,
+        _read_passages(reading.passages),
+        reading.long,
+    )
+    gone = read_ids(deletion.delete_file) if deletion.delete_file else []
     done = index_documents(
         to,
         documents or [],
@@ -154,15 +191,8 @@ def index(
         task=task,
         truncate_dim=truncate_dim,
         dtype=dtype,
-        delete=[*(delete or []), *(read_ids(delete_file) if delete_file else [])],
-        options=IndexOptions(
-            opt.read_columns(columns),
-            kept,
-            keep_going,
-            ann_above,
-            _read_passages(passages),
-            long,
-        ),
+        delete=[*(deletion.delete or []), *gone],
+        options=options,
     )
     _tell_indexed(to, done)
 
@@ -194,6 +224,24 @@ def _read_passages(given: str) -> int | Literal["auto"] | None:
     return "auto" if given == "auto" else int(given)
 
 
+@dataclass(frozen=True)
+class _File:
+    """Documents that are no database."""
+
+    documents: Path | None = None
+    columns: list[str] | None = None
+
+
+@dataclass(frozen=True)
+class _OfDatabase:
+    """Options of a search in a database alone."""
+
+    where: str | None = None
+    hybrid: bool = False
+    exact: bool = False
+    model: str | None = None
+
+
 @opt.described(
     place=typer.Argument(
         metavar="DB_OR_MODEL", help="Database of nvembed index; or a model, with --documents."
@@ -212,14 +260,10 @@ def search(
     place: str,
     query: str,
     *,
-    documents: Path | None = None,
-    columns: list[str] | None = None,
+    file: _File,
     task: str | None = None,
     top_k: int = 10,
-    where: str | None = None,
-    hybrid: bool = False,
-    exact: bool = False,
-    model: str | None = None,
+    of_database: _OfDatabase,
     as_json: bool = False,
     dtype: PrecisionChoice = "auto",
 ) -> None:
@@ -233,16 +277,17 @@ def search(
       nvembed search runs/demo/model "sort a list" --documents docs.jsonl \\
         --task "Given a question about Python, retrieve its documentation"
     """
-    if documents is None:
-        if columns:
+    if file.documents is None:
+        if file.columns:
             raise ConfigError("a database knows its columns", where="--column", hint="Leave it out")
         from nvembed.index.search import SearchOptions, search_index
 
-        options = SearchOptions(task, top_k, where, hybrid, exact)
+        where, model = of_database.where, of_database.model
+        options = SearchOptions(task, top_k, where, of_database.hybrid, of_database.exact)
         for hit in search_index(place, query, options, model=model, dtype=dtype):
             _show(hit, ("rank", "cosine", "fused", "id", "text", "fields"), as_json)
         return
-    if where is not None or hybrid or exact or model is not None:
+    if of_database != _OfDatabase():
         raise ConfigError(
             "--where, --hybrid, --exact and --model are of databases",
             where="--documents",
@@ -250,9 +295,9 @@ def search(
         )
     from nvembed.encoding.file_search import search_file
 
-    names = opt.read_columns(columns)
+    names = opt.read_columns(file.columns)
     for file_hit in search_file(
-        place, documents, query, task=task or None, top_k=top_k, columns=names, dtype=dtype
+        place, file.documents, query, task=task or None, top_k=top_k, columns=names, dtype=dtype
     ):
         _show(file_hit, ("rank", "score", "id", "text"), as_json)
 

@@ -293,8 +293,11 @@ def _show(folder: Path) -> None:
 
 
 @contextmanager
-def alone_in(folder: Path) -> Iterator[bool]:
-    """Make and hold a folder during the block; yields False where another process holds it."""
+def alone_in(folder: Path, *, needed: bool = True) -> Iterator[bool]:
+    """Make and hold a folder during the block; yields False where another process holds it.
+
+    Where the file system has no locks that is an error, or True if a lock is not ``needed``.
+    """
     import fcntl
 
     with os_errors("cannot write", folder):
@@ -307,11 +310,12 @@ def alone_in(folder: Path) -> Iterator[bool]:
         except BlockingIOError:
             alone = False
         except OSError as error:
-            raise UserError(
-                f"folders cannot be locked here ({error.strerror})",
-                where=str(folder),
-                hint="Choose one on another file system",
-            ) from error
+            if needed:
+                raise UserError(
+                    f"folders cannot be locked here ({error.strerror})",
+                    where=str(folder),
+                    hint="Choose one on another file system",
+                ) from error
         yield alone
     finally:
         os.close(handle)

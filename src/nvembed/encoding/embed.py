@@ -16,20 +16,23 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import astuple, dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nvembed.core.background import prefetch, write_behind
 from nvembed.core.errors import ConfigError, ModelError
-from nvembed.core.reporting import Rates, progress, release_notes
+from nvembed.core.reporting import Rates, hold_note, progress, release_notes
 from nvembed.core.store import read_arrays, write_array, write_arrays
 from nvembed.encoding.encoder import Encoder, shorten
 from nvembed.encoding.workers import Engine, Loader, Pool, process_pool, ray_pool
 from nvembed.model.settings import LongTexts, Work
 from nvembed.text.instructions import Side
 from nvembed.text.tokens import batches
+
+if TYPE_CHECKING:
+    from nvembed.kernels.threads import ThreadWatch
 
 # Texts per call of the encoder: enough for it to sort by length, few enough to show progress.
 WINDOW_TEXTS = 1024
@@ -149,7 +152,7 @@ def embed(
 
 
 def _embed_here(jobs: Iterable[Job], encoder: Encoder, options: EncodeOptions, made: _Made) -> None:
-    width = options.width(encoder)
+    width, watch = options.width(encoder), _watch(encoder)
     done: list[tuple[_Window, Part]] = []
 
     def write(window: _Window) -> None:
@@ -158,8 +161,20 @@ def _embed_here(jobs: Iterable[Job], encoder: Encoder, options: EncodeOptions, m
             save_part(window.job.path, _joined(done))
             done.clear()
         made(len(window.rows), window.work.tokens)
+        if watch is not None and (line := watch.look()) is not None:
+            hold_note(line)
+            release_notes()
 
     write_behind(_launched(jobs, encoder, options), write)
+
+
+def _watch(encoder: Encoder) -> ThreadWatch | None:
+    """What tells of busy CPUs, where the model computes on them."""
+    if getattr(getattr(encoder, "device", None), "type", None) != "cpu":
+        return None
+    from nvembed.kernels.threads import ThreadWatch  # torch, which an endpoint does not need
+
+    return ThreadWatch(remedy="start it with OMP_NUM_THREADS={}")
 
 
 def _embed_in_workers(jobs: Iterable[Job], pool: Pool, options: EncodeOptions, made: _Made) -> None:

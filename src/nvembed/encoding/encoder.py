@@ -19,7 +19,7 @@ from nvembed.core.arguments import Precision, PrecisionChoice, checked
 from nvembed.core.errors import ModelError
 from nvembed.core.http import post_json
 from nvembed.core.reporting import announce, release_notes
-from nvembed.interop.fingerprints import model_fingerprint
+from nvembed.interop.identity import model_fingerprint
 from nvembed.text.instructions import Side, resolve_prompt, side_prompt
 
 if TYPE_CHECKING:

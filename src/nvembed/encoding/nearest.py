@@ -200,7 +200,7 @@ def _slabs(
 def _product(queries_BD: NDArray[np.float32], tile_MD: NDArray[np.float32]) -> NDArray[np.float32]:
     import torch  # so that wrong input is told without waiting for it
 
-    from nvembed.kernels.linear import same_in_every_process
+    from nvembed.kernels.functions import same_in_every_process
 
     # Training mines inside its autocast, which would round the scores to 16 bits.
     with torch.inference_mode(), torch.autocast("cpu", enabled=False):

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from nvembed.core.arguments import Precision
 from nvembed.core.errors import ConfigError, UserError
-from nvembed.core.files import read_json_object, write_json
+from nvembed.core.files import alone_in, read_json_object, write_json
 from nvembed.core.outputs import check_ending
 from nvembed.core.ownership import check_outputs, remove
 from nvembed.core.runs import describe_environment
@@ -26,8 +26,8 @@ from nvembed.evaluation import results
 from nvembed.evaluation.encoders import CachedEncoder, SharedEncoder, shared_encoder
 from nvembed.evaluation.results import EVALUATE, Items, TaskResult, UnreachableTaskError
 from nvembed.evaluation.tasks import LocalTask, task_hash
-from nvembed.interop.fingerprints import model_fingerprint
 from nvembed.interop.gguf_names import find_gguf
+from nvembed.interop.identity import model_fingerprint
 
 if TYPE_CHECKING:
     from mteb.abstasks import AbsTask
@@ -179,6 +179,28 @@ def run_session(
     output, items_at = settings.output, results.items_folder(settings.output)
     check_ending(output, (".json",))
     check_session(settings, [task.folder for task in local])
+    with alone_in(items_at, needed=False) as alone:
+        if not alone:
+            raise UserError(
+                "another process is evaluating into this file",
+                where=str(output),
+                hint="Wait for its end, or choose another --output",
+            )
+        done = _run_session(settings, local, hub, processes, resume, keep_going)
+    with suppress(OSError):
+        items_at.rmdir()  # where no task has items
+    return done
+
+
+def _run_session(
+    settings: Settings,
+    local: Sequence[LocalTask],
+    hub: Sequence[AbsTask],
+    processes: int,
+    resume: bool,
+    keep_going: bool,
+) -> Evaluation:
+    output, items_at = settings.output, results.items_folder(settings.output)
     jobs: dict[str, LocalTask | AbsTask] = {task.name: task for task in local}
     for task in hub:
         if task.metadata.name in jobs:

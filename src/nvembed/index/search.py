@@ -15,8 +15,8 @@ from nvembed.core.errors import ConfigError, ModelError
 from nvembed.encoding.embed import EncodeOptions, encode_window
 from nvembed.encoding.encoder import Encoder, load_encoder, prompts_of, settle_dtype, shorten
 from nvembed.index.database import Database, DatabaseRecord, is_database
-from nvembed.interop.fingerprints import contents_fingerprint
 from nvembed.interop.gguf_names import find_gguf
+from nvembed.interop.identity import contents_fingerprint
 from nvembed.text.instructions import read_task
 
 # Of reciprocal-rank fusion (Cormack, Clarke, Büttcher 2009); the least number of candidates.

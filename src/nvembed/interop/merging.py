@@ -22,7 +22,7 @@ from nvembed.core.arguments import shown_value
 from nvembed.core.errors import ModelError
 from nvembed.core.files import write_json
 from nvembed.core.reporting import hold_note
-from nvembed.interop.adapter_folder import ADAPTER, ADAPTER_CONFIG
+from nvembed.interop.identity import ADAPTER, ADAPTER_CONFIG
 from nvembed.interop.model_folder import (
     ModelSource,
     ModuleEntry,

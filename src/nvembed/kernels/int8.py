@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nvembed.kernels.build import library
-from nvembed.kernels.elementwise import UNIT, call
+from nvembed.kernels.functions import UNIT, call
 
 _SOURCE = "int8.cpp"
 

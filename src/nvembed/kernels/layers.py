@@ -1,6 +1,6 @@
 """Norms, MLPs, attention and decoder layers on a CPU by compiled code; the one hook of all kernels.
 
-Norms, gates and rotary positions take one pass each way (``elementwise.py``). Without gradient a
+Norms, gates and rotary positions take one pass each way (``functions.py``). Without gradient a
 whole layer is its products with compiled code between them, around a residual in float32, whatever
 the weights are. Elsewhere modules compute as they did. ``accelerate`` gives a module of ``KINDS`` a
 ``forward`` of its own, a ``partial`` that is pickled and copied with it; ``restore`` takes it off
@@ -23,9 +23,18 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from nvembed.kernels.attention import bfloat16_available, float32_available, plain_on_cpu
 from nvembed.kernels.build import library
-from nvembed.kernels.elementwise import SOURCE, UNIT, Norm, Rotated, call, fits, gate, rotate
+from nvembed.kernels.functions import (
+    SOURCE,
+    UNIT,
+    Norm,
+    Rotated,
+    call,
+    fits,
+    gate,
+    linear,
+    rotate,
+)
 from nvembed.kernels.int8 import Int8Linear
-from nvembed.kernels.linear import linear
 from nvembed.kernels.trained import fused_lora, gated_linear, is_plain_lora, is_watched, linears
 
 _LAYER = "decoder_layer.cpp"

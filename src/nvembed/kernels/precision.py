@@ -25,7 +25,7 @@ from nvembed.core.cache import open_private, private_folders, read_private
 from nvembed.core.errors import UserError
 from nvembed.core.files import write_json
 from nvembed.core.reporting import hold_note
-from nvembed.kernels import attention, linear
+from nvembed.kernels import attention, functions
 from nvembed.kernels.build import library, this_cpu
 
 MIN_GAIN = 1.5
@@ -95,7 +95,9 @@ def bfloat16_gain() -> float:
         for dtype in (torch.float32, torch.bfloat16)
     )
     with torch.inference_mode():
-        return kept_gain("bfloat16", lambda: linear.product(*wide), lambda: linear.product(*narrow))
+        return kept_gain(
+            "bfloat16", lambda: functions.product(*wide), lambda: functions.product(*narrow)
+        )
 
 
 def kernels() -> list[str]:
@@ -105,7 +107,7 @@ def kernels() -> list[str]:
     from nvembed.kernels import layers  # imports transformers, which settling a type does not need
 
     used = {
-        "onednn": linear.onednn_pays(),
+        "onednn": functions.onednn_pays(),
         "attention": attention.float32_available(),
         "bfloat16-attention": attention.bfloat16_available(),
         "layers": layers.available(),

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from nvembed.kernels import elementwise
-from nvembed.kernels.linear import linear, onednn_pays, product, transposed_times
+from nvembed.kernels import functions
+from nvembed.kernels.functions import linear, onednn_pays, product, transposed_times
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -57,7 +57,7 @@ def gated_linear(gate: Tensor, up: Tensor, module: Any) -> Tensor:
     """What a linear layer gives for ``silu(gate) · up``, which compiled code computes."""
     layer = _layer(module, gate)
     if layer is None:
-        out: Tensor = module(elementwise.gate(gate, up))
+        out: Tensor = module(functions.gate(gate, up))
         return out
     return _apply(_Gated(), [gate, up], [layer])[0]
 
@@ -88,11 +88,11 @@ class _Normed:
     def make(
         self, dtype: torch.dtype, x_TI: Tensor, weight_I: Tensor
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        out_TI, hat_TI, inverse_T = elementwise.normed(x_TI, weight_I, self.eps, dtype)
+        out_TI, hat_TI, inverse_T = functions.normed(x_TI, weight_I, self.eps, dtype)
         return out_TI, (hat_TI, inverse_T, weight_I)
 
     def again(self, hat_TI: Tensor, inverse_T: Tensor, weight_I: Tensor) -> Tensor:
-        return elementwise.normed_again(hat_TI, weight_I)
+        return functions.normed_again(hat_TI, weight_I)
 
     def back(
         self,
@@ -102,7 +102,7 @@ class _Normed:
         inverse_T: Tensor,
         weight_I: Tensor,
     ) -> Gradients:
-        return elementwise.norm_backward(d_TI, hat_TI, inverse_T, weight_I, needs[1])
+        return functions.norm_backward(d_TI, hat_TI, inverse_T, weight_I, needs[1])
 
 
 class _Gated:
@@ -110,15 +110,15 @@ class _Gated:
         self, dtype: torch.dtype, gate_TI: Tensor, up_TI: Tensor
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         kept = gate_TI.contiguous(), up_TI.contiguous()
-        return elementwise.gated(*kept), kept
+        return functions.gated(*kept), kept
 
     def again(self, gate_TI: Tensor, up_TI: Tensor) -> Tensor:
-        return elementwise.gated(gate_TI, up_TI)
+        return functions.gated(gate_TI, up_TI)
 
     def back(
         self, needs: Sequence[bool], d_TI: Tensor, gate_TI: Tensor, up_TI: Tensor
     ) -> Gradients:
-        return elementwise.gate_backward(d_TI, gate_TI, up_TI)
+        return functions.gate_backward(d_TI, gate_TI, up_TI)
 
 
 _Origin = _Given | _Normed | _Gated
@@ -128,7 +128,7 @@ def _norm_fits(x: Tensor, norm: Any) -> bool:
     """Whether compiled code computes a norm: in float32 under autocast too, rounded at its end."""
     half = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") is torch.bfloat16
     with torch.autocast("cpu", enabled=False):
-        return (half or not torch.is_autocast_enabled("cpu")) and elementwise.fits(x, norm.weight)
+        return (half or not torch.is_autocast_enabled("cpu")) and functions.fits(x, norm.weight)
 
 
 def is_watched(module: nn.Module) -> bool:
@@ -183,7 +183,7 @@ def _adapted(module: Any) -> _Layer | None:
 
 def _seen(x_TI: Tensor, layer: _Layer) -> Tensor:
     """What an adapter sees of an input."""
-    return elementwise.dropped(x_TI, layer.dropout, layer.seed) if layer.dropout else x_TI
+    return functions.dropped(x_TI, layer.dropout, layer.seed) if layer.dropout else x_TI
 
 
 def _apply(origin: _Origin, given: Sequence[Tensor], layers: Sequence[_Layer]) -> list[Tensor]:

@@ -72,7 +72,7 @@ def mine_negatives(
         ModelError: the teacher gives vectors that cannot be used.
     """
     plan = plan_pairs(records, further)
-    with _Mining(encoder, config, instruction).run(plan, documents or ()) as (run, _):
+    with Mining(encoder, config, instruction).run(plan, documents or ()) as (run, _):
         return list(plan.finish(run.mined())), run.report()
 
 
@@ -90,7 +90,7 @@ def mine_sts_negatives(
     must be no known positive of either. The instruction goes to both sides, as in training.
     """
     plan = plan_sts(records)
-    with _Mining(encoder, config, instruction).run(plan, documents or ()) as (run, _):
+    with Mining(encoder, config, instruction).run(plan, documents or ()) as (run, _):
         return list(plan.finish(run.mined())), run.report()
 
 
@@ -142,100 +142,18 @@ def mine_file(
         UserError: options do not go together, the output is an input or something that mining did
             not make, a line or the teacher cannot be used, or the disk is full.
     """
-    _check_request(output, kind, config)
-    check_teacher(teacher, teacher_model, config, engine)
-    files = _Files(input, kind, layout, columns or {}, documents, further)
-    mining = _Mining(teacher, config, instruction, engine, teacher_model, dtype)
-    return _mine_files(files, mining, output, work)
+    files = PairFiles(input, kind, layout, columns or {}, documents, further)
+    mining = Mining(teacher, config, instruction, engine, teacher_model, dtype)
+    return mine_pairs(files, mining, output, work)
 
 
-def help_mining(
-    input: Path,
-    teacher: str,
-    config: MiningConfig,
-    *,
-    work: Path,
-    kind: Kind = "retrieval",
-    layout: str = "records",
-    columns: Mapping[str, Column] | None = None,
-    instruction: str | None = None,
-    documents: Path | None = None,
-    dtype: PrecisionChoice | None = None,
-    teacher_model: str | None = None,
-) -> None:
-    """Do a share of the work of ``mine_file``, which another process calls with the same arguments.
-
-    Returns when everything is embedded and searched for. Nothing is written but in the work folder.
-    """
-    check_teacher(teacher, teacher_model, config, "local")
-    if teacher != BM25_NAME:
-        files = _Files(input, kind, layout, columns or {}, documents, None)
-        mining = _Mining(teacher, config, instruction, "local", teacher_model, dtype)
-        with mining.run(files.plan()[1], files.texts(), work):
-            return
-
-
-@dataclass(frozen=True)
-class _Mining:
-    """How negatives are mined; see ``mine_file``."""
-
-    teacher: str | Encoder
-    config: MiningConfig
-    instruction: str | None
-    engine: Engine = "local"
-    teacher_model: str | None = None
-    dtype: PrecisionChoice | None = None
-
-    @contextmanager
-    def run(
-        self, plan: Plan, documents: Iterable[str], folder: Path | None = None
-    ) -> Iterator[tuple[Run, Precision | None]]:
-        """Embed and search, in memory or in a folder; give the run, and the type of weights."""
-        queries, texts = plan.queries, plan.corpus_texts(documents)
-        tasks = (self.instruction, self.instruction if plan.symmetric else None)
-        opened: AbstractContextManager[Corpus] = (
-            nullcontext(MemoryCorpus(texts)) if folder is None else StoredCorpus(texts, folder)
-        )
-        with opened as corpus:
-            teacher = settled_teacher(
-                self.teacher, self.teacher_model, self.dtype, folder, self.engine
-            )
-            ranking = rank(queries, corpus.texts, tasks, teacher, self.config, folder, self.engine)
-            dtype = teacher.dtype if isinstance(teacher, Loader) else None
-            yield Run(plan, corpus, ranking, self.config), dtype
-
-
-@dataclass(frozen=True)
-class _Files:
-    """Where records and documents are read from; see ``mine_file``."""
-
-    input: Path
-    kind: Kind
-    layout: str
-    columns: Mapping[str, Column]
-    documents: Path | None
-    further: Path | None
-
-    def plan(self) -> tuple[DatasetConfig, Plan]:
-        columns = dict(self.columns)
-        if self.documents is not None:
-            columns = {name: column for name, column in columns.items() if name not in _TEXTS}
-        source = file_dataset(self.input, self.kind, layout=self.layout, columns=columns)
-        rows = read_jsonl(self.further) if self.further is not None else ()
-        # As ``building`` wrote them, one at a time.
-        further = (cast(PairRecord, record_of(row, "retrieval")) for _, row in rows)
-        return source, plan_records(load_records(source, base_dir=Path()), further)
-
-    def texts(self) -> Iterator[str]:
-        """The texts of the further documents, read when they are asked for."""
-        if self.documents is not None:
-            columns = {name: column for name, column in self.columns.items() if name in _TEXTS}
-            for document in read_documents([self.documents], columns=columns, keep_going=None):
-                yield document.text
-
-
-def _mine_files(files: _Files, mining: _Mining, output: Path, work: Path | None) -> MiningReport:
+def mine_pairs(
+    files: PairFiles, mining: Mining, output: Path, work: Path | None = None
+) -> MiningReport:
+    """``mine_file`` of what was put together."""
     config, teacher = mining.config, mining.teacher
+    _check_request(output, files.kind, config)
+    check_teacher(teacher, mining.teacher_model, config, mining.engine)
     named = teacher if isinstance(teacher, str) else None
     report_file = output.with_name(f"{output.name}.report.json")
     hidden = output.with_name(f".mining-{output.name}")
@@ -265,6 +183,77 @@ def _mine_files(files: _Files, mining: _Mining, output: Path, work: Path | None)
         report = run.report()
         write_json(report_file, {**origin, **report.to_json()}, MINE)
     return report
+
+
+def help_mining(files: PairFiles, mining: Mining, work: Path) -> None:
+    """Do a share of the work of ``mine_pairs``, which another process calls with the same.
+
+    Returns when everything is embedded and searched for. Nothing is written but in the work folder.
+    """
+    check_teacher(mining.teacher, mining.teacher_model, mining.config, mining.engine)
+    if mining.teacher != BM25_NAME:
+        with mining.run(files.plan()[1], files.texts(), work):
+            return
+
+
+@dataclass(frozen=True)
+class Mining:
+    """How negatives are mined; see ``mine_file``."""
+
+    teacher: str | Encoder
+    config: MiningConfig
+    instruction: str | None
+    engine: Engine = "local"
+    teacher_model: str | None = None
+    dtype: PrecisionChoice | None = None
+
+    @contextmanager
+    def run(
+        self, plan: Plan, documents: Iterable[str], folder: Path | None = None
+    ) -> Iterator[tuple[Run, Precision | None]]:
+        """Embed and search, in memory or in a folder; give the run, and the type of weights."""
+        queries, texts = plan.queries, plan.corpus_texts(documents)
+        tasks = (self.instruction, self.instruction if plan.symmetric else None)
+        opened: AbstractContextManager[Corpus] = (
+            nullcontext(MemoryCorpus(texts)) if folder is None else StoredCorpus(texts, folder)
+        )
+        with opened as corpus:
+            teacher = settled_teacher(
+                self.teacher, self.teacher_model, self.dtype, folder, self.engine
+            )
+            ranking = rank(queries, corpus.texts, tasks, teacher, self.config, folder, self.engine)
+            dtype = teacher.dtype if isinstance(teacher, Loader) else None
+            yield Run(plan, corpus, ranking, self.config), dtype
+
+
+@dataclass(frozen=True)
+class PairFiles:
+    """Where records and documents are read from; see ``mine_file``."""
+
+    input: Path
+    kind: Kind
+    layout: str
+    columns: Mapping[str, Column]
+    documents: Path | None = None
+    further: Path | None = None
+
+    def plan(self) -> tuple[DatasetConfig, Plan]:
+        """Read the records; what is mined for them."""
+        columns = dict(self.columns)
+        if self.documents is not None:
+            columns = {name: column for name, column in columns.items() if name not in _TEXTS}
+        source = file_dataset(self.input, self.kind, layout=self.layout, columns=columns)
+        rows = read_jsonl(self.further) if self.further is not None else ()
+        # As ``building`` wrote them, one at a time.
+        further = (cast(PairRecord, record_of(row, "retrieval")) for _, row in rows)
+        return source, plan_records(load_records(source, base_dir=Path()), further)
+
+    def texts(self) -> Iterator[str]:
+        """The texts of the further documents, read when they are asked for."""
+        if self.documents is not None:
+            columns = {name: column for name, column in self.columns.items() if name in _TEXTS}
+            for document in read_documents([self.documents], columns=columns, keep_going=None):
+                yield document.text
 
 
 @contextmanager

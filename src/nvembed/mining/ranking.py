@@ -29,7 +29,7 @@ from nvembed.encoding.embed import EncodeOptions, Job, embed, encode_texts
 from nvembed.encoding.encoder import Encoder, computed_fingerprint, is_endpoint, settle_dtype
 from nvembed.encoding.nearest import GROUP_QUERIES, top_k
 from nvembed.encoding.workers import Engine, Loader, settle_for
-from nvembed.interop.fingerprints import model_fingerprint
+from nvembed.interop.identity import model_fingerprint
 
 NOTHING = -1
 """In place of a row where fewer documents were found."""

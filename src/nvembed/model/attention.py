@@ -20,7 +20,7 @@ from transformers import AttentionInterface
 
 from nvembed.core.errors import ModelError
 from nvembed.kernels import attention as kernels
-from nvembed.kernels import elementwise
+from nvembed.kernels import functions
 from nvembed.model.settings import AttentionDirection
 from nvembed.text.packing import Segments
 
@@ -227,7 +227,7 @@ def _later(score_GKRL: Tensor) -> Tensor:
 def _trains_short(module: nn.Module, inputs: Sequence[Tensor], segments: Segments) -> bool:
     # In training without gradient too: a pack that is computed again has to have the same bits.
     needed = torch.is_grad_enabled() and any(x_HTE.requires_grad for x_HTE in inputs)
-    fits = elementwise.takes_softmax(*inputs, longest=max(segments.lengths))
+    fits = functions.takes_softmax(*inputs, longest=max(segments.lengths))
     return fits and (needed or module.training)
 
 
@@ -263,7 +263,7 @@ class ShortAttention(torch.autograd.Function):
                 weight_GKRL = _weights(query_GKRE, key_GKLE, causal, scale)
                 d_value_GKLE = weight_GKRL.transpose(-1, -2) @ d_out_GKRE
                 d_weight_GKRL = (d_out_GKRE @ value_GKLE.transpose(-1, -2)).contiguous()
-                d_score_GKRL = elementwise.softmax_backward_(weight_GKRL, d_weight_GKRL, scale)
+                d_score_GKRL = functions.softmax_backward_(weight_GKRL, d_weight_GKRL, scale)
                 d_query_GKRE = d_score_GKRL @ key_GKLE
                 d_key_GKLE = d_score_GKRL.transpose(-1, -2) @ query_GKRE
                 back = (d_query_GKRE, d_key_GKLE, d_value_GKLE)
@@ -297,7 +297,7 @@ def _weights(query_GKRE: Tensor, key_GKLE: Tensor, causal: bool, scale: float) -
     score_GKRL = (query_GKRE @ key_GKLE.transpose(-1, -2)).contiguous()
     if causal:
         score_GKRL.masked_fill_(_later(score_GKRL), float("-inf"))
-    return elementwise.softmax_(score_GKRL, scale)
+    return functions.softmax_(score_GKRL, scale)
 
 
 # --- The probe ------------------------------------------------------------------------------------

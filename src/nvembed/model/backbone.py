@@ -24,16 +24,15 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from nvembed.core.errors import ModelError
 from nvembed.core.files import atomic_folder
 from nvembed.core.runs import TRAIN
-from nvembed.interop.adapter_folder import BACKBONE_CONFIG, named_base
+from nvembed.interop.identity import BACKBONE_CONFIG, named_base
 from nvembed.interop.loading import check_vocabulary, reason
 from nvembed.interop.model_folder import COPY_AGAIN, ModelSource, read_values
 from nvembed.kernels.int8 import Int8Linear
 from nvembed.kernels.layers import accelerate
-from nvembed.model.adapted_load import load_adapted, with_adapters
 from nvembed.model.attention import OTHER_BACKBONE, probe_direction
 from nvembed.model.placement import DeviceMap
 from nvembed.model.settings import AttentionDirection, LoraSettings
-from nvembed.model.transformer_load import load_transformer
+from nvembed.model.transformer_load import load_adapted, load_transformer, with_adapters
 from nvembed.text.packing import FlatBatch, flatten
 from nvembed.text.tokens import TextStyle, TextTokenizer, TokenizedText
 
@@ -47,7 +46,7 @@ class SavedBackbone:
     text_style: TextStyle
     add_bos: bool
     add_eos: bool
-    # Names of the base where it is saved as adapters; see ``interop/adapter_folder.py``.
+    # Names of the base where it is saved as adapters; see ``interop/identity.py``.
     bases: list[Annotated[str, Field(min_length=1)]] = field(default_factory=list)
 
 

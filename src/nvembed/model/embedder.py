@@ -239,7 +239,7 @@ class NVEmbed(EncodingModel, metaclass=_Recognised):
         for entry in read_modules(source):
             with loading(source.name):
                 modules.append(
-                    _module_class(entry, source).load(
+                    module_class(entry, source).load(
                         source.name,
                         subfolder=entry.path,
                         model_kwargs=model_kwargs,
@@ -318,7 +318,7 @@ class NVEmbed(EncodingModel, metaclass=_Recognised):
         return encode(inputs, prompt_name=prompt_name, prompt=prompt, **options)
 
 
-def _module_class(entry: ModuleEntry, source: ModelSource) -> type[Module]:
+def module_class(entry: ModuleEntry, source: ModelSource) -> type[Module]:
     """One of our classes or of sentence-transformers; never code that comes with a model."""
     own = _OWN_MODULES.get(entry.type)
     if own is not None:

@@ -53,7 +53,7 @@ def load_official(
     with loading(source.name, expected="the layout of nvidia/NV-Embed-v2"):
         config = source.read_json("config.json") or {}
         decoder_config, latent = read_config(config, where=str(config_path))
-        tokenizer = _load_tokenizer(source)
+        tokenizer = load_tokenizer(source)
         decoder, pooling = empty_modules(decoder_config, latent)
     places = None if device_map is None else plan_places(decoder, device_map, wanted)
 
@@ -111,7 +111,7 @@ def _official(own: str) -> str:
     return name
 
 
-def _load_tokenizer(source: ModelSource) -> PreTrainedTokenizerFast:
+def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerFast:
     """The tokenizer file as it is.
 
     AutoTokenizer would ask about remote code and rebuild the pre-tokenizer (docs/log.md).

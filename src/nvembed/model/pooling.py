@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from nvembed.core.errors import ModelError
 from nvembed.interop.model_folder import COPY_AGAIN, ModelSource, read_values
 from nvembed.interop.weights import fill, stored_tensors
-from nvembed.kernels.linear import product
+from nvembed.kernels.functions import product
 from nvembed.model.attention import flat_attention
 from nvembed.model.settings import PoolingKind
 from nvembed.text.packing import Segments

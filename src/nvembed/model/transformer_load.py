@@ -1,4 +1,4 @@
-"""The transformer and its tokenizer: from a folder or the hub by transformers, or from a GGUF file.
+"""The transformer and its tokenizer: by transformers, a base with its adapters, or a GGUF file.
 
 transformers reads GGUF files too, in two to three times the time and twice the memory, into models
 that cannot be saved, without rope scaling and widths of heads. So here a model is built empty and
@@ -9,6 +9,7 @@ transformers', put right.
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import init_empty_weights
+from safetensors.torch import load_file
 from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
 from torch import Tensor
 from transformers import (
@@ -38,9 +40,10 @@ from nvembed.interop.gguf import (
     read_gguf,
     tokenizer_kind,
 )
+from nvembed.interop.identity import ADAPTER, ADAPTER_CONFIG, find_base, read_bases
 from nvembed.interop.loading import loading
 from nvembed.interop.model_folder import ModelSource
-from nvembed.interop.weights import StoredTensor, fill
+from nvembed.interop.weights import Misfit, StoredTensor, check_finite, fill, read_header
 from nvembed.model.attention import FLAT_ATTENTION
 from nvembed.model.placement import DeviceMap, place_of, plan_places, spread
 
@@ -74,6 +77,63 @@ def load_transformer(
     with loading(place, expected="the model's tokenizer (tokenizer.json)"):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **where)
     return model, tokenizer
+
+
+# --- Saved as adapters ----------------------------------------------------------------------------
+
+
+def with_adapters(model: PreTrainedModel, settings: Any) -> Any:
+    """Put fresh adapters on a model, in place, by a configuration of peft; a ``PeftModel``."""
+    from peft import get_peft_model
+
+    with warnings.catch_warnings():
+        # peft reads a property that transformers 5 has renamed; nothing a user could do about.
+        warnings.filterwarnings(
+            "ignore", message=".*is_gradient_checkpointing", category=FutureWarning
+        )
+        # Of an int8 base: that adapters could not be merged into it, which nobody does.
+        warnings.filterwarnings("ignore", message=".*get_apply_tensor_subclass")
+        return get_peft_model(model, settings)
+
+
+def load_adapted(
+    source: ModelSource, dtype: torch.dtype | str | None, device_map: DeviceMap | None
+) -> tuple[PreTrainedModel, Any]:
+    """The base of an adapter's folder with the adapters merged, and the base's tokenizer.
+
+    They are added in float32, since what they add is small beside the weights, and rounded to
+    ``dtype`` afterwards; ``None`` and ``"auto"`` are float32.
+    """
+    from peft import PeftConfig
+    from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+
+    place = source.place
+    file = source.require(ADAPTER)
+    folder = source.require(ADAPTER_CONFIG).parent
+    found = find_base(source)
+    load = load_adapted if read_bases(found) else load_transformer
+    base, tokenizer = load(found, torch.float32, device_map)
+    stored = read_header(file)
+    with loading(place, expected="adapters of peft"):
+        settings = PeftConfig.from_pretrained(str(folder))
+        settings.inference_mode = True
+        settings.base_model_name_or_path = base.name_or_path  # peft warns where it is another
+        adapted = with_adapters(base, settings)
+        needed = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    sizes = {name: tuple(tensor.shape) for name, tensor in needed.items()}
+    shapes = {
+        name: (list(tensor.shape), list(sizes[name]))
+        for name, tensor in stored.items()
+        if name in sizes and tensor.shape != sizes[name]
+    }
+    Misfit([*sizes.keys() - stored.keys()], [*stored.keys() - sizes.keys()], shapes).check(place)
+    with loading(place, expected="adapters of peft"):
+        set_peft_model_state_dict(adapted, load_file(file))
+        merged: Any = adapted.merge_and_unload()
+    check_finite(merged, where=place)
+    if dtype not in (None, "auto"):
+        merged.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+    return merged, tokenizer
 
 
 # --- GGUF -----------------------------------------------------------------------------------------

@@ -52,6 +52,19 @@ def prompt_instruction(prompt: str | None) -> str | None:
     return prompt[len(before) : -len(after)]
 
 
+def split_prompt(text: str) -> PromptedText:
+    """Take a prompt of our template off a text; no prompt where it does not begin with one.
+
+    >>> split_prompt("Instruct: Find it\\nQuery: sorted lists")
+    ('Instruct: Find it\\nQuery: ', 'sorted lists')
+    """
+    before, after = QUERY_PROMPT.split("{instruction}")
+    end = text.find(after) + len(after)
+    if not text.startswith(before) or end < len(before + after):
+        return "", text
+    return text[:end], text[end:]
+
+
 def side_prompt(
     prompts: Mapping[str, str | None], side: Side, default_name: str | None = None
 ) -> str:

@@ -203,6 +203,9 @@ class TrainConfig(StrictModel):
         activation_checkpointing: keep only the inputs of layers for the backward pass and compute
             the rest again: several times as many tokens fit into memory, for a third more time. The
             gradients are the same.
+        threads: how many compute on a CPU; ``None`` is one per core, ``auto`` as many as other
+            processes leave free, which is looked at between steps of a run of one process. Another
+            number of threads may change the last bits of all numbers.
         peer_timeout_minutes: how long a process waits for another within a step before it gives up;
             one that died is noticed at once.
         compile: fuse norms and gated activations with ``torch.compile`` (a few per cent on a CPU,
@@ -229,6 +232,7 @@ class TrainConfig(StrictModel):
     pack_tokens: int = Field(default=4096, ge=16)
     memory_gb: float | None = Field(default=None, gt=0)
     activation_checkpointing: bool = False
+    threads: Literal["auto"] | Annotated[int, Field(ge=1)] | None = None
     peer_timeout_minutes: float = Field(default=30, gt=0)
     compile: bool = False
     log_every: int = Field(default=1, ge=1)
@@ -338,9 +342,11 @@ FREE_KEYS = {
     "checkpoint_every",
     "keep_checkpoints",
     "trackers",
+    "threads",
     "peer_timeout_minutes",
 }
-"""Keys of a recipe that may change while a run is stopped: no weight depends on them."""
+"""Keys of a recipe that may change while a run is stopped: no weight depends on them, but for the
+last bits on ``threads``, as on the machine."""
 
 
 def recipe_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

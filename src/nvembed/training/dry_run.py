@@ -26,6 +26,7 @@ from nvembed.core.runs import RunFolder
 from nvembed.data.batch import effective_negatives
 from nvembed.data.examples import Mixture
 from nvembed.encoding.embed import encode_texts
+from nvembed.kernels.threads import watched_threads
 from nvembed.model.backbone import free_bytes
 from nvembed.training import checkpoint, metrics, model, run_folder, stages
 from nvembed.training.checkpoint import (
@@ -149,7 +150,11 @@ class _Rehearsal:
         config, device = self.config, self.processes.device
         numbers = range(self.found.position.stage, len(config.stages))
         steps = sum(min(TIMED_STEPS, config.stages[number].steps) for number in numbers)
-        with model.computing(config, device), progress(steps, "dry run") as bar:
+        with (
+            watched_threads(config.threads),
+            model.computing(config, device),
+            progress(steps, "dry run") as bar,
+        ):
             self.embedder.train()
             known = None if self.fresh else model.read_activation_budget(self.run.graph_memory)
             self.budget = known or model.measure_activation_budget(self.embedder, config)

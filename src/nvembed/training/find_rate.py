@@ -24,6 +24,7 @@ from nvembed.core.files import atomic_path
 from nvembed.core.ownership import check_outputs
 from nvembed.core.reporting import ProgressBar, progress
 from nvembed.core.runs import TRAIN, RunFolder
+from nvembed.kernels.threads import watched_threads
 from nvembed.model.settings import shown_rate
 from nvembed.training import model, run_folder, stages
 from nvembed.training.checkpoint import trained_parameters
@@ -155,7 +156,7 @@ class _Search:
             for name, parameter in trained_parameters(self.embedder).items()
         }
         began = time.monotonic()
-        with model.computing(self.config, device):
+        with watched_threads(self.config.threads), model.computing(self.config, device):
             self.embedder.train()
             self.budget = model.measure_activation_budget(self.embedder, self.config).tokens
             steps = self._steps_that_fit(stage)

@@ -17,8 +17,8 @@ import numpy as np
 
 from nvembed.core.errors import ModelError
 from nvembed.data.config import DatasetConfig
-from nvembed.interop.adapter_folder import find_base, read_bases
 from nvembed.interop.gguf_names import PACKAGE, find_gguf
+from nvembed.interop.identity import find_base, read_bases
 from nvembed.interop.model_folder import ModelSource, model_kind
 from nvembed.model.settings import LoraSettings, ModelSettings, PoolingSettings
 from nvembed.text.instructions import query_prompt

@@ -16,14 +16,14 @@ from types import FrameType
 from nvembed.core.arguments import Precision
 from nvembed.core.cache import content_hash, digest_of
 from nvembed.core.config import dump_config, load_config
-from nvembed.core.errors import DataError, TrainingError, UserError
-from nvembed.core.files import read_json_object, write_json, write_text
+from nvembed.core.errors import ConfigError, DataError, TrainingError, UserError
+from nvembed.core.files import alone_in, read_json_object, write_json, write_text
 from nvembed.core.ownership import check_outputs, problem_of
 from nvembed.core.runs import TRAIN, RunFolder
 from nvembed.data.built_sets import MINED_KINDS
 from nvembed.data.examples import Mixture
 from nvembed.evaluation.tasks import LocalTask
-from nvembed.interop.fingerprints import contents_fingerprint
+from nvembed.interop.identity import contents_fingerprint
 from nvembed.kernels.precision import choose_precision, computing_record, kernels
 from nvembed.model.embedder import NVEmbed
 from nvembed.training.checkpoint import remove_leftovers
@@ -44,6 +44,9 @@ def prepare_folder(
 ) -> None:
     """Start the run's folder, or make sure that it is of this run."""
     check_folder(run, config, fresh=fresh, inputs=inputs)
+    if run.checkpoints.exists():
+        with held(run):
+            pass
     resolved = dump_config(config)
     begun = run.exists and not fresh
     run.tidy()
@@ -60,6 +63,22 @@ def prepare_folder(
         replace=fresh or begun,
         computing=computing_record(None if config.precision == "auto" else config.precision),
     )
+
+
+@contextmanager
+def held(run: RunFolder, *, is_main: bool = True) -> Iterator[None]:
+    """Let nobody else train into a run's folder during the block; the main process sees to it."""
+    if not is_main:
+        yield
+        return
+    with alone_in(run.checkpoints, needed=False) as alone:
+        if not alone:
+            raise TrainingError(
+                "another process is training into this folder",
+                where=str(run.path),
+                hint="Wait for its end, or choose another output folder",
+            )
+        yield
 
 
 def settle_rates(
@@ -167,6 +186,12 @@ def settle_choices(
     config: TrainConfig, run: RunFolder, processes: DistributedContext, *, fresh: bool
 ) -> tuple[TrainConfig, str | None]:
     """``with_settled_choices`` by the first process for all."""
+    if config.threads == "auto" and processes.count > 1:
+        raise ConfigError(
+            "auto is for one process: several compute the loss to the same bits",
+            where="threads",
+            expected="a number, or null",
+        )
     why: str | None = None
     if processes.is_main:
         config, why = with_settled_choices(config, run, fresh=fresh)
@@ -320,3 +345,12 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
+
+
+def interrupted(run: RunFolder, step: int) -> TrainingError:
+    """What a run ends with that was asked to stop."""
+    return TrainingError(
+        f"interrupted after step {step}; a checkpoint was written",
+        where=str(run.checkpoints),
+        hint="The same command goes on from there",
+    )

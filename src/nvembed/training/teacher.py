@@ -31,7 +31,7 @@ from nvembed.encoding.encoder import Encoder, computed_fingerprint, is_endpoint
 from nvembed.encoding.kept_vectors import KeptVectors, text_keys
 from nvembed.encoding.vector_file import VectorFile
 from nvembed.encoding.workers import Loader
-from nvembed.interop.fingerprints import contents_fingerprint, model_fingerprint
+from nvembed.interop.identity import contents_fingerprint, model_fingerprint
 from nvembed.interop.model_folder import check_model_name
 from nvembed.mining.ranking import settled_dtype
 from nvembed.model.embedder import NVEmbed

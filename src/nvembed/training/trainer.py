@@ -23,6 +23,7 @@ from nvembed.core.reporting import progress
 from nvembed.core.runs import RunFolder, derive_seed
 from nvembed.data.config import MiningConfig
 from nvembed.data.examples import Mixture
+from nvembed.kernels.threads import ThreadWatch, watched_threads
 from nvembed.training import checkpoint, metrics, model, run_folder, stages, teacher
 from nvembed.training.checkpoint import Position, trained_parameters
 from nvembed.training.config import TrainConfig, training_inputs
@@ -68,7 +69,12 @@ def train(
     processes = DistributedContext.of_environment(
         shard=config.shard, timeout_minutes=config.peer_timeout_minutes
     )
-    with dead_peer_is_an_error(str(run.checkpoints)), run_folder.sigterm_is_an_error(str(run.path)):
+    remedy = "set threads=auto" if processes.count == 1 else "set threads={}"
+    with (
+        dead_peer_is_an_error(str(run.checkpoints)),
+        run_folder.sigterm_is_an_error(str(run.path)),
+        watched_threads(config.threads, remedy, processes.device.type) as threads,
+    ):
         config, why = run_folder.settle_choices(config, run, processes, fresh=fresh)
         if processes.is_main:
             inputs = training_inputs(config, base_dir, None if recipe is None else Path(recipe))
@@ -78,7 +84,8 @@ def train(
             if processes.is_main and run.inputs.exists():
                 run_folder.check_inputs(run, run_folder.read_inputs_of(config, base_dir))
             return run.model
-        return _Run(config, run, base_dir, processes, why).train()
+        with run_folder.held(run, is_main=processes.is_main):
+            return _Run(config, run, base_dir, processes, why).train(threads)
 
 
 class _Run:
@@ -145,7 +152,7 @@ class _Run:
             half = torch.bfloat16 if config.precision == "bfloat16" else None
             shard_backbone(self.embedder, processes, compute_dtype=half)
 
-    def train(self) -> Path:
+    def train(self, threads: ThreadWatch) -> Path:
         with self.computing():
             self.embedder.train()
             budget = model.settle_activation_budget(
@@ -162,7 +169,7 @@ class _Run:
                 scores = self.evaluation.scores(self.embedder)
             self._report({"step": 0, "stage": None, "evaluation": scores})
         for number in range(self.position.stage, len(self.config.stages)):
-            self._stage(self._start(number, budget.tokens))
+            self._stage(self._start(number, budget.tokens), threads)
         if (lora := self.config.lora) and lora.save_adapter and self.processes.is_main:
             model.save_adapters(self.embedder, self.config, self.run.adapter)
         self._save_model(self.run.model, final=True)
@@ -238,9 +245,10 @@ class _Run:
             processes.barrier()
         return mixture
 
-    def _stage(self, stage: stages.Stage) -> None:
+    def _stage(self, stage: stages.Stage, threads: ThreadWatch) -> None:
         config, evaluation, processes = stage.config, self.evaluation, self.processes
-        self.log(stage.loader.describe())
+        for line in filter(None, (stage.loader.describe(), threads.look())):
+            self.log(line)
         start = self.position.stage_step
         watch = LossWatch(config, start)
         with run_folder.stop_signals() as stopping:
@@ -262,8 +270,8 @@ class _Run:
                         self.position.seconds + row["seconds"],
                         {"best": asdict(self.best)},
                     )
-                    if (warning := watch.after(row["loss"])) is not None:
-                        self.log(warning)
+                    for line in filter(None, (watch.after(row["loss"]), threads.look())):
+                        self.log(line)
                     if row["step"] % self.config.log_every == 0:
                         self._report(row)
                     if evaluation:
@@ -272,11 +280,11 @@ class _Run:
                     if stop or row["step"] % self.config.checkpoint_every == 0:
                         self._save(self.position, stage.trained, stage.optimizer)
                     if stop:
-                        raise self._interrupted()
+                        raise run_folder.interrupted(self.run, self.position.step)
                     started = time.perf_counter()
             self._finish_stage(stage)
             if processes.agree(stopping()):
-                raise self._interrupted()
+                raise run_folder.interrupted(self.run, self.position.step)
 
     def _step(
         self, stage: stages.Stage, stage_step: int, prepared: stages.PreparedBatch, started: float
@@ -378,13 +386,6 @@ class _Run:
             self.embedder, self.config, folder, base_dir=self.base_dir, final=final, write=write
         )
         self.processes.barrier()
-
-    def _interrupted(self) -> TrainingError:
-        return TrainingError(
-            f"interrupted after step {self.position.step}; a checkpoint was written",
-            where=str(self.run.checkpoints),
-            hint="The same command goes on from there",
-        )
 
     def _not_finite(self, value: float, what: str, stage: str) -> TrainingError:
         last = checkpoint.latest_checkpoint(self.run.checkpoints)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Normalize
+from transformers import AutoConfig
 
 from families import FAMILIES, make_family
 from nvembed.cli.main import run
@@ -95,6 +96,38 @@ def test_texts_are_cut_alike_and_a_space_of_the_prompt_is_counted_alike(tmp_path
         np.testing.assert_allclose(
             plain.encode(long, prompt=prompt), ours.encode(long, prompt=prompt), atol=1e-5
         )
+
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_text"])
+def test_rotary_positions_are_there_for_readers_of_the_older_names(
+    tmp_path: Path, tiny_tokenizer, monkeypatch, name: str
+) -> None:
+    kinds = {
+        "llama": {**LLAMA3, "rope_theta": 5e5, "original_max_position_embeddings": 32},
+        "gemma3_text": {
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 2e6},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 3e4},
+        },
+    }
+    monkeypatch.setitem(FAMILIES[name][1], "rope_parameters", kinds[name])
+    folder = save_mean(name, tmp_path, tiny_tokenizer)
+    export_folder(str(folder), tmp_path / "out", "sentence-transformers")
+    path = tmp_path / "out" / "config.json"
+    config = json.loads(path.read_text())
+    everywhere = kinds[name].get("full_attention", kinds[name])
+    assert config["rope_theta"] == everywhere["rope_theta"]  # where TEI looks for it
+    assert "rope_theta" not in config["rope_scaling"]
+    # The name of transformers 5 taken away, the others say the same.
+    expected = config.pop("rope_parameters")
+    write_json(path, config)
+    assert AutoConfig.from_pretrained(tmp_path / "out").rope_parameters == expected
+    plain = SentenceTransformer(str(tmp_path / "out"), device="cpu")
+    np.testing.assert_allclose(
+        plain.encode(TEXTS), NVEmbed.from_pretrained(folder, device="cpu").encode(TEXTS), atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("name", REFUSED)

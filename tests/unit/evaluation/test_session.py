@@ -11,7 +11,8 @@ import pytest
 from hash_encoder import HashEncoder
 from noting import Counting
 from nvembed.cli.main import run
-from nvembed.core.errors import ConfigError, ModelError
+from nvembed.core.errors import ConfigError, ModelError, UserError
+from nvembed.core.files import alone_in
 from nvembed.core.ownership import MARK
 from nvembed.encoding.encoder import Encoder
 from nvembed.evaluation import session
@@ -118,6 +119,18 @@ def sts_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     registry = sys.modules[mteb.get_task.__module__]
     monkeypatch.setitem(registry._TASKS_REGISTRY, "FolderSTS", FolderSTS)
     return "FolderSTS"
+
+
+def test_one_process_at_a_time_writes_a_file_of_results(
+    tasks: Path, tmp_path: Path, model: Counting
+) -> None:
+    settings = Settings("m", tmp_path / "results.json")
+    with alone_in(items_folder(settings.output)) as alone:
+        assert alone
+        with pytest.raises(UserError, match="another process is evaluating into this file"):
+            run_session(settings, load_tasks([tasks]))
+    assert not settings.output.exists()
+    assert run_session(settings, load_tasks([tasks])).results
 
 
 def test_local_tasks_resume_and_keep_items(tasks: Path, tmp_path: Path, model: Counting) -> None:

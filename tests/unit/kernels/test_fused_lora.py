@@ -10,7 +10,7 @@ import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
 
-from nvembed.kernels.elementwise import dropped
+from nvembed.kernels.functions import dropped
 from nvembed.kernels.layers import accelerate, restore
 from nvembed.kernels.trained import fused_lora
 from nvembed.model.backbone import add_lora, hold_frozen, merge_lora

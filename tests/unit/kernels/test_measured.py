@@ -74,7 +74,7 @@ def test_the_decision_stays_on_a_busy_machine(
     machine = BusyMachine(monkeypatch, seed)
     milliseconds = {torch.float32: 4.0, torch.bfloat16: 4.0 / gain}
     monkeypatch.setattr(
-        precision.linear, "product", lambda x, _: machine.work(milliseconds[x.dtype])()
+        precision.functions, "product", lambda x, _: machine.work(milliseconds[x.dtype])()
     )
     monkeypatch.setattr(
         precision, "this_cpu", lambda: cpu.read_cpu(["flags : avx512f avx512_bf16"])

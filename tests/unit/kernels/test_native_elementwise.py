@@ -15,8 +15,8 @@ from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm
 
 from nvembed.kernels import build as native_build
-from nvembed.kernels import elementwise
-from nvembed.kernels.elementwise import Gate, Norm, fits
+from nvembed.kernels import functions as elementwise
+from nvembed.kernels.functions import Gate, Norm, fits
 from nvembed.kernels.layers import accelerate
 from nvembed.model.attention import FLAT_ATTENTION
 from nvembed.text.packing import Segments

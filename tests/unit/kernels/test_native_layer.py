@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from transformers import AutoModel, LlamaConfig, MistralConfig, Qwen2Config
 
 from nvembed.core.errors import ModelError
-from nvembed.kernels import elementwise
+from nvembed.kernels import functions as elementwise
 from nvembed.kernels import layers as native_layer
-from nvembed.kernels.elementwise import gate as gated_by
-from nvembed.kernels.elementwise import rotate
+from nvembed.kernels.functions import gate as gated_by
+from nvembed.kernels.functions import rotate
 from nvembed.kernels.layers import accelerate
 from nvembed.model.attention import FLAT_ATTENTION
 from nvembed.text.packing import Segments

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from nvembed.kernels import linear as products
+from nvembed.kernels import functions as products
 from nvembed.kernels import precision
 from nvembed.kernels.build import read_cpu
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from nvembed.kernels import linear as products
+from nvembed.kernels import functions as products
+from nvembed.kernels.functions import product, transposed_times
 from nvembed.kernels.layers import accelerate
-from nvembed.kernels.linear import product, transposed_times
 
 SHAPES = [(5, 3, 4), (64, 32, 16), (33, 16, 96), (7, 1, 2)]
 

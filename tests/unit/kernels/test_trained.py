@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, LlamaConfig, PreTrainedModel, Qwen2Config
 
-from nvembed.kernels import elementwise, layers
-from nvembed.kernels.elementwise import dropped, softmax_, softmax_backward_
+from nvembed.kernels import functions, layers
+from nvembed.kernels.functions import dropped, softmax_, softmax_backward_
 from nvembed.kernels.layers import accelerate, restore
 from nvembed.model.attention import FLAT_ATTENTION, flat_attention
 from nvembed.model.backbone import add_lora
@@ -102,7 +102,7 @@ def test_values_and_gradients(
     lora: bool, causal: bool, family: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     called: list[str] = []
-    call = elementwise.call
+    call = functions.call
 
     def counted(source: str, name: str, *arguments: Any) -> None:
         called.append(name)
@@ -113,7 +113,7 @@ def test_values_and_gradients(
     assert len(exact) >= 2 * 9
     wide = errors(results(plain(model), False, causal=causal), exact)
     narrow = errors(results(plain(model), True, causal=causal), exact)
-    monkeypatch.setattr(elementwise, "call", counted)
+    monkeypatch.setattr(functions, "call", counted)
     for name, error in errors(results(model, False, causal=causal), exact).items():
         assert error < max(2 * wide[name], 1e-5), name
     assert called.count("norm_again") == 2 * 2  # and the gates, on the way back

@@ -28,7 +28,7 @@ from nvembed.data.config import MiningConfig
 from nvembed.encoding import workers
 from nvembed.mining import ranking
 from nvembed.mining.corpus import MemoryCorpus, StoredCorpus, nearly_equal, word_overlap, words
-from nvembed.mining.miner import help_mining, mine_file
+from nvembed.mining.miner import Mining, PairFiles, help_mining, mine_file
 
 WORDS = ["red", "blue", "green", "fox", "owl", "cat", "tree", "lake"]
 WORDS += ["hill", "sun", "moon", "star", "rain", "snow", "wind", "fire"]
@@ -315,8 +315,8 @@ def test_a_run_that_goes_on_keeps_the_type_it_was_begun_with(
         with pytest.raises(KeyboardInterrupt):
             _mine(dtype="auto", work=Path("work"))
     measured.append("float32")
-    options: dict[str, Any] = {"documents": Path("documents.jsonl"), "dtype": "auto"}
-    help_mining(Path("pairs.jsonl"), "noted", CONFIG, work=Path("work"), **options)
+    files = PairFiles(Path("pairs.jsonl"), "retrieval", "records", {}, Path("documents.jsonl"))
+    help_mining(files, Mining("noted", CONFIG, None, dtype="auto"), Path("work"))
     _mine(dtype="auto", work=Path("work"))
     assert set(loaded) == {"bfloat16"}
     texts = [text for _, text in encoder.asked()]

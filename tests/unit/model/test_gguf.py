@@ -19,8 +19,8 @@ from gguf_tokenizers import BYTES, TRICKY, sentencepiece, trained
 from nvembed import NVEmbed
 from nvembed.cli.main import run
 from nvembed.core.errors import ModelError
-from nvembed.interop.fingerprints import contents_fingerprint, model_fingerprint
 from nvembed.interop.gguf import read_gguf
+from nvembed.interop.identity import contents_fingerprint, model_fingerprint
 from nvembed.interop.model_folder import ModelSource
 from nvembed.model import transformer_load
 from nvembed.model.backbone import Backbone

@@ -39,8 +39,10 @@ def test_own_code_is_searchable(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert capsys.readouterr().out == f"2 documents written to {output}\n"
     hits = search_file(HashEncoder(), output, "weather station sensors", task=None, top_k=2)
     assert [hit.id for hit in hits] == ["weather.air.Station", "weather.air.dew_point"]
-    assert hits[1].text.startswith("dew_point(temperature, humidity)\nCompute the dew point")
-    assert hits[0].text == "Station()\nRepresent a weather station. It holds sensors."
+    assert hits[1].text.startswith(
+        "Compute the dew point of moist air.\ndew_point(temperature, humidity)"
+    )
+    assert hits[0].text == "Represent a weather station.\nStation()\nIt holds sensors."
 
 
 def test_the_command_that_the_demo_names_runs(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import time
 from pathlib import Path
 
 import numpy as np
@@ -30,9 +31,32 @@ def test_words_find_the_documents_that_hold_them(documents: Documents) -> None:
     assert [len(names) for names in found] == [2, 2]
 
 
-def test_long_documents_are_cut_where_asked(documents: Documents, tmp_path: Path) -> None:
-    assert documents.texts == list(TEXTS.values())
-    assert Documents(tmp_path / "search.jsonl", 11).texts == ["turn a", "read a file", "sort a"]
+def test_a_model_may_read_documents_cut_and_words_are_sought_in_all_of_them(
+    documents: Documents, tmp_path: Path
+) -> None:
+    assert documents.read == list(TEXTS.values())
+    cut = Documents(tmp_path / "search.jsonl", 11)
+    assert cut.read == ["turn a", "read a file", "sort a"]
+    assert cut.by_words(["names"], 1) == [["c.sort"]]
+    assert cut.by_model(HashEncoder(), ["list of names"]) != documents.by_model(
+        HashEncoder(), ["list of names"]
+    )
+
+
+def test_the_time_of_a_search_is_known_from_a_few_documents(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "many.jsonl", ({"_id": str(n), "text": f"t {n}"} for n in range(640)))
+
+    class Slow(HashEncoder):
+        asked = 0
+
+        def encode_document(self, texts: list[str], task: str | None = None) -> object:
+            self.asked += len(texts)
+            time.sleep(0.001 * len(texts))
+            return super().encode_document(texts, task=task)
+
+    encoder = Slow()
+    assert 0.6 < Documents(tmp_path / "many.jsonl").seconds(encoder) < 6
+    assert encoder.asked == 64
 
 
 def test_a_model_finds_what_is_nearest_with_the_instruction(documents: Documents) -> None:

@@ -14,6 +14,7 @@ from nvembed.text.instructions import (
     query_prompt,
     read_task,
     resolve_prompt,
+    split_prompt,
     task_instruction,
     task_prompts,
 )
@@ -210,3 +211,15 @@ def test_the_wheel_holds_the_table(tmp_path: Path) -> None:
     with zipfile.ZipFile(built) as archive:
         text = archive.read("nvembed/text/instructions.yaml").decode()
     assert "FiQA2018:" in text
+
+
+@pytest.mark.parametrize("text", ["a b", "", "two\nlines", "Query: x", "\nQuery: again"])
+def test_a_prompt_is_taken_off_again(text: str) -> None:
+    prompt = query_prompt("Find it: quickly")
+    assert split_prompt(prompt + text) == (prompt, text)
+    assert split_prompt(text) == ("", text)
+
+
+@pytest.mark.parametrize("text", ["Instruct: Find it", "Instruct: Find it\nQuery:x", "x\nQuery: y"])
+def test_what_is_no_prompt_of_ours_stays_in_the_text(text: str) -> None:
+    assert split_prompt(text) == ("", text)

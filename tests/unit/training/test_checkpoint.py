@@ -277,7 +277,7 @@ def test_a_broken_checkpoint_is_passed_over(tmp_path: Path, file: str, damage: s
 def test_another_recipe_is_refused_by_its_keys(tmp_path: Path) -> None:
     path = Run().save(tmp_path, 0, processes=Counted(count=2))
     assert check_recipe(path, RECIPE, 2) is None
-    assert check_recipe(path, {**RECIPE, "log_every": 5}, 2) is None
+    assert check_recipe(path, {**RECIPE, "log_every": 5, "threads": 1}, 2) is None
     note = check_recipe(path, RECIPE, 1)
     assert note is not None
     assert "written by 2 processes and 1 go on" in note

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,11 +17,15 @@ from safetensors.torch import load_file
 from interruption import interrupt_after
 from nvembed.core.errors import ConfigError, TrainingError
 from nvembed.core.files import write_jsonl
+from nvembed.core.runs import RunFolder
 from nvembed.data.batch import ContrastiveBatch
+from nvembed.kernels import threads
 from nvembed.model.embedder import NVEmbed
 from nvembed.training import trainer
 from nvembed.training.checkpoint import latest_checkpoint
 from nvembed.training.config import TrainConfig
+from nvembed.training.distributed import DistributedContext
+from nvembed.training.run_folder import settle_choices
 from nvembed.training.trainer import train
 
 COLOURS = ["red", "blue", "green", "fox", "owl", "cat", "tree", "lake"]
@@ -349,3 +355,40 @@ def test_distillation_without_scores_is_refused(runner: Runner) -> None:
         runner({**asked, "mine": mine}, sets=("scored",))
     run = runner({**asked, "mine": {**mine, "write_scores": True}, "steps": 1})
     assert run.batches[0].teacher is not None
+
+
+def test_threads(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps on two CPUs that others want as well: told once, and followed where that is asked."""
+    number, used, clock = [2], list[int](), itertools.count()
+    original = trainer.contrastive_step
+
+    def noted(*arguments: Any, **options: Any) -> Any:
+        used.append(number[-1])
+        return original(*arguments, **options)
+
+    def crowded() -> threads.Reading:
+        at = 6.0 * next(clock)
+        return threads.Reading(at, {"one": (at / 2, at)}, 0.0)
+
+    # Threads that wait for each other would take minutes on a machine that really is busy.
+    torchs = SimpleNamespace(get_num_threads=lambda: number[-1], set_num_threads=number.append)
+    monkeypatch.setattr(threads, "torch", torchs)
+    monkeypatch.setattr(threads, "read_now", crowded)
+    monkeypatch.setattr(threads, "allowed_cpus", lambda: 2.0)
+    monkeypatch.setattr(trainer, "contrastive_step", noted)
+    logs = [
+        (runner({"steps": 5}, threads=choice).folder / "train.log").read_text("utf-8")
+        for choice in (None, "auto", 1)
+    ]
+    assert used == [2] * 5 + [2, 1, 1, 1, 1] + [1] * 5
+    assert number[-1] == 2
+    for log, line in zip(logs, ("the CPUs are busy: ", "threads 2 → 1: ", "the CPUs"), strict=True):
+        assert log.count(line) == 1
+        assert log.count(" are free for ") == 1
+    assert "; end other jobs, or set threads=auto\n" in logs[0]
+
+
+def test_several_processes_keep_their_threads(tmp_path: Path) -> None:
+    config = recipe(tmp_path, tmp_path, {}, threads="auto")
+    with pytest.raises(ConfigError, match="threads: auto is for one process"):
+        settle_choices(config, RunFolder(tmp_path), DistributedContext(count=2), fresh=False)

@@ -19,7 +19,7 @@ import tiny_run
 from interruption import interrupt_after
 from nvembed.core.config import dump_config, load_config
 from nvembed.core.errors import TrainingError
-from nvembed.core.files import write_jsonl, write_text
+from nvembed.core.files import alone_in, write_jsonl, write_text
 from nvembed.core.runs import RunFolder
 from nvembed.encoding.export.folders import export_folder
 from nvembed.kernels import precision
@@ -151,6 +151,27 @@ def test_resumed_equals_uninterrupted_exactly(
         for name, value in first.items()
         if "layers" in name and "pooling" not in name.lower()
     )
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_two_processes_do_not_train_into_one_folder(
+    tmp_path: Path, tiny_decoder_dir: Path, monkeypatch, fresh: bool
+) -> None:
+    config = recipe(tmp_path, tiny_decoder_dir, **one_stage())
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 2)
+        with pytest.raises(TrainingError, match="interrupted"):
+            train(config, base_dir=tmp_path)
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    with alone_in(tmp_path / "run" / "checkpoints") as alone:
+        assert alone
+        with pytest.raises(TrainingError, match="another process is training into this folder"):
+            train(config, base_dir=tmp_path, fresh=fresh)
+    after = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert after == before
+    train(config, base_dir=tmp_path, fresh=fresh)
+    with alone_in(tmp_path / "run" / "checkpoints") as alone:
+        assert alone  # a finished run holds nothing
 
 
 def test_a_checkpoint_of_before_an_option_goes_on(

@@ -60,13 +60,20 @@ def padded_attention(
     *,
     seen_BL: Tensor,
     causal: bool,
-    scaling: float | None = None,
-    softcap: float | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """Attend in a layer of transformers: ``(B, H, L, E)``, ``(B, K, L, E)`` to ``(B, L, H, E)``."""
+    """Attend in a layer of transformers: ``(B, H, L, E)``, ``(B, K, L, E)`` to ``(B, L, H, E)``.
+
+    Of the ``others`` that transformers gives, a layer's ``scaling`` and ``softcap`` count.
+    """
     out_BHLE = block_attention(
-        query, key, value, causal=causal, scaling=scaling, softcap=softcap, seen_GL=seen_BL
+        query,
+        key,
+        value,
+        causal=causal,
+        scaling=others.get("scaling"),
+        softcap=others.get("softcap"),
+        seen_GL=seen_BL,
     )
     return out_BHLE.transpose(1, 2), None
 
@@ -161,14 +168,13 @@ def write_onnx(model: NVEmbed, folder: Path, *, name: str) -> bool:
 def _write_tokenizer(model: NVEmbed, folder: Path, name: str) -> bool:
     """Write the tokenizer, and where stock modules can pool as we do (the result), their files."""
     backbone = model.backbone
-    stock.write_tokenizer(stock.closed_tokenizer(backbone), backbone, folder)
+    closed = stock.closed_tokenizer(backbone.text_tokenizer)
+    stock.write_tokenizer(closed, backbone, folder)
     if backbone.text_style == "official":
         return False
     try:
         whole = backbone.text_style == "whole"
-        counting = (
-            stock.closed_tokenizer(backbone) if whole else stock.counting_tokenizer(backbone, name)
-        )
+        counting = closed if whole else stock.counting_tokenizer(backbone, name)
     except ModelError:
         return False
     inner = folder / _INNER

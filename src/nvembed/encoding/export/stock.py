@@ -2,13 +2,13 @@
 
 What our backbone does by itself is said by files: attention in both directions (``is_causal``,
 which transformers 5 reads in every causal mask), no sliding window, BOS and EOS from the tokenizer,
-and a prompt that is left out of pooling.
+and a prompt that is left out of pooling; rotary positions also by the names of transformers 4.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,9 @@ from nvembed.core.files import write_json
 from nvembed.model.backbone import Backbone
 from nvembed.model.embedder import NVEmbed
 from nvembed.model.pooling import MeanPooling
+from nvembed.model.settings import AttentionDirection
 from nvembed.text.instructions import query_prompt
-from nvembed.text.tokens import plain_backend
+from nvembed.text.tokens import TextTokenizer, plain_backend
 
 _QUERY_PROMPT = query_prompt("Find it")  # short: it must leave room in a model of short texts
 PROOF_PROMPTS = ("", _QUERY_PROMPT)
@@ -49,7 +50,9 @@ def write_stock(model: NVEmbed, folder: Path, *, name: str) -> None:
     backbone.model.save_pretrained(folder)
     open_attention(folder / "config.json", backbone)
     whole = backbone.text_style == "whole"
-    backend = closed_tokenizer(backbone) if whole else counting_tokenizer(backbone, name)
+    backend = (
+        closed_tokenizer(backbone.text_tokenizer) if whole else counting_tokenizer(backbone, name)
+    )
     write_tokenizer(backend, backbone, folder)
     write_modules(model, folder)
 
@@ -111,21 +114,45 @@ def largest_difference(
 def open_attention(config_path: Path, backbone: Backbone) -> None:
     """Say by configuration what our attention does by itself."""
     config = json.loads(config_path.read_text(encoding="utf-8"))
-    bidirectional = backbone.attention == "bidirectional"
-    config["is_causal"] = not bidirectional
-    config["use_bidirectional_attention"] = bidirectional
+    attention = attention_settings(config, backbone.attention)
+    write_json(config_path, config | attention | older_rope_settings(config))
+
+
+def attention_settings(config: Mapping[str, Any], attention: AttentionDirection) -> dict[str, Any]:
+    """Settings of a transformer by which others attend as we do, and find what they look for."""
+    bidirectional = attention == "bidirectional"
+    settings: dict[str, Any] = {"is_causal": not bidirectional}
+    settings["use_bidirectional_attention"] = bidirectional
     if config.get("sliding_window"):
         # Wider than any text. Removing it breaks families that still build the windowed mask, and
         # some halve the number when they read use_bidirectional_attention.
-        config["sliding_window"] = 4 * int(config["max_position_embeddings"])
-    write_json(config_path, config)
+        settings["sliding_window"] = 4 * int(config["max_position_embeddings"])
+    return settings
 
 
-def closed_tokenizer(backbone: Backbone) -> Tokenizer:
+def older_rope_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What transformers 5 writes as ``rope_parameters``, by the names that all others look for.
+
+    transformers 4, TEI and others read nothing else, and have a default where a name is missing.
+    """
+    rope = config.get("rope_parameters") or {}
+    everywhere, local = rope.get("full_attention", rope), rope.get("sliding_attention", {})
+    settings: dict[str, Any] = {}
+    if "rope_theta" in everywhere:
+        settings["rope_theta"] = everywhere["rope_theta"]
+    if "rope_theta" in local:
+        settings["rope_local_base_freq"] = local["rope_theta"]
+    if everywhere.get("rope_type", "default") != "default":
+        scaling = {key: value for key, value in everywhere.items() if key != "rope_theta"}
+        settings["rope_scaling"] = scaling
+    return settings
+
+
+def closed_tokenizer(text_tokenizer: TextTokenizer) -> Tokenizer:
     """Copy the model's tokenizer, with a template that adds the BOS and EOS of the model."""
-    tokenizer: Any = backbone.tokenizer
+    tokenizer: Any = text_tokenizer.tokenizer
     backend = plain_backend(tokenizer)
-    ids = backbone.tokenize_texts(["x"])[0].ids
+    ids = text_tokenizer(["x"])[0].ids
     inner = backend.encode("x", add_special_tokens=False).ids
     start = ids.index(inner[0])
     head, tail = (
@@ -140,7 +167,7 @@ def closed_tokenizer(backbone: Backbone) -> Tokenizer:
 
 def counting_tokenizer(backbone: Backbone, name: str) -> Tokenizer:
     """Close the tokenizer so that a prompt alone has as many tokens as we leave out of pooling."""
-    backend = closed_tokenizer(backbone)
+    backend = closed_tokenizer(backbone.text_tokenizer)
 
     def missed() -> int:
         alone = len(backend.encode(_QUERY_PROMPT).ids) - int(backbone.add_eos)

@@ -1,16 +1,9 @@
 """Functions that compute in torch's place in a layer on a CPU, with their gradients.
 
-Norms, gates and rotary positions are compiled code, one pass over memory each way: tensors are
-float32 or bfloat16; what lies between is float32 and rounded once. Products in float32 are oneDNN's
-where features of the CPU say that it is faster than MKL. The part of a low-rank adapter is added by
-the product itself, where peft takes passes over tensors of the full width:
-
-    h = s · x Aᵀ            y = x Wᵀ + h Bᵀ
-    dh = s · dy B           dx = dy W + dh A        dA = dhᵀ x      dB = dyᵀ h
-
-In float32 and with more tokens than the layer is wide, W + s · B A is made first. The parameters
-stay peft's. Letters: T tokens, D width, H heads, E head width, F MLP, A angles of a token, I and O
-widths of input and output, r rank.
+Norms, gates, rotary positions and dropout are compiled code, one pass over memory each way: tensors
+are float32 or bfloat16; what lies between is float32 and rounded once. Products in float32 are
+oneDNN's where features of the CPU say that it is faster than MKL. Letters: T tokens, D width, H
+heads, E head width, F MLP, A angles of a token, I and O widths of input and output.
 """
 
 from __future__ import annotations
@@ -29,6 +22,7 @@ from nvembed.kernels.build import library, this_cpu
 UNIT = 16
 """Widths must be a multiple of it, head widths of twice as many."""
 SOURCE = "elementwise.cpp"
+_LONGEST_ROW = 1024  # kLongestRow there
 
 
 def fits(*tensors: Tensor) -> bool:
@@ -65,7 +59,7 @@ def gate(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
     if torch.is_grad_enabled():
         out_TF: Tensor = Gate.apply(gate_TF, up_TF)
         return out_TF
-    return _gate(gate_TF.contiguous(), up_TF.contiguous())
+    return gated(gate_TF.contiguous(), up_TF.contiguous())
 
 
 def rotate(
@@ -91,28 +85,17 @@ class Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
         """``x`` of any shape ``(…, D)``."""
-        x, weight_D = x.contiguous(), weight_D.contiguous()
-        out = torch.empty_like(x)
-        inverse = x.new_empty(x.shape[:-1], dtype=torch.float32)
-        shape = (x.dtype is torch.float32, inverse.numel(), x.shape[-1])
-        call(SOURCE, "norm_forward", x, weight_D, out, inverse, *shape, float(eps))
-        ctx.save_for_backward(x, weight_D, inverse)
+        out, *kept = normed(x, weight_D, eps, x.dtype)
+        ctx.save_for_backward(*kept, weight_D)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """Of the input, and of the weight where it is trained."""
-        x, weight_D, inverse = ctx.saved_tensors
-        d_out = gradients[0].contiguous()
-        d_x = torch.empty_like(x)
-        shape = (x.dtype is torch.float32, inverse.numel(), x.shape[-1])
-        call(SOURCE, "norm_backward", x, weight_D, inverse, d_out, d_x, *shape)
-        d_weight_D = None
-        if ctx.needs_input_grad[1]:
-            normed = x.float() * inverse[..., None]
-            d_weight_D = (d_out * normed).flatten(0, -2).sum(0).to(weight_D.dtype)
-        return d_x, d_weight_D, None
+        hat, inverse, weight_D = ctx.saved_tensors
+        trained = ctx.needs_input_grad[1]
+        return *norm_backward(gradients[0], hat, inverse, weight_D, trained), None
 
 
 class Gate(torch.autograd.Function):
@@ -123,18 +106,13 @@ class Gate(torch.autograd.Function):
         """Both of one shape."""
         gate_TF, up_TF = gate_TF.contiguous(), up_TF.contiguous()
         ctx.save_for_backward(gate_TF, up_TF)
-        return _gate(gate_TF, up_TF)
+        return gated(gate_TF, up_TF)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
         """Of gate and up."""
-        gate_TF, up_TF = ctx.saved_tensors
-        d_out = gradients[0].contiguous()
-        d_gate, d_up = torch.empty_like(gate_TF), torch.empty_like(up_TF)
-        shape = (gate_TF.dtype is torch.float32, gate_TF.numel())
-        call(SOURCE, "gate_backward", gate_TF, up_TF, d_out, d_gate, d_up, *shape)
-        return d_gate, d_up
+        return gate_backward(gradients[0], *ctx.saved_tensors)
 
 
 class Rotated(torch.autograd.Function):
@@ -157,11 +135,101 @@ class Rotated(torch.autograd.Function):
         return back_THE.flatten(1), None, None, None
 
 
-def _gate(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
+# --- Without graph: what the functions above and those of ``trained.py`` are made of --------------
+
+
+def normed(
+    x: Tensor, weight_D: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ``weight · x̂``, ``x̂ = x / rms(x)`` in ``dtype``, and ``1 / rms(x)`` in float32.
+
+    ``dtype`` is that of x, or bfloat16.
+    """
+    x, weight_D = x.contiguous(), weight_D.contiguous()
+    hat, out = torch.empty_like(x, dtype=dtype), torch.empty_like(x, dtype=dtype)
+    inverse = x.new_empty(x.shape[:-1], dtype=torch.float32)
+    types = (x.dtype is torch.float32, dtype is torch.float32)
+    shape = (inverse.numel(), x.shape[-1])
+    call(SOURCE, "norm_forward", x, weight_D, hat, out, inverse, *types, *shape, float(eps))
+    return out, hat, inverse
+
+
+def normed_again(hat: Tensor, weight_D: Tensor) -> Tensor:
+    """``weight · x̂``, the bits that ``normed`` gave."""
+    out, weight_D = torch.empty_like(hat), weight_D.contiguous()
+    types = (weight_D.dtype is torch.float32, hat.dtype is torch.float32)
+    shape = (hat.numel() // hat.shape[-1], hat.shape[-1])
+    call(SOURCE, "norm_again", hat, weight_D, out, *types, *shape)
+    return out
+
+
+def norm_backward(
+    d_out: Tensor, hat: Tensor, inverse: Tensor, weight_D: Tensor, trained: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The gradients of x, and of the weight where it is trained."""
+    d_out, weight_D = d_out.contiguous(), weight_D.contiguous()
+    d_x = torch.empty_like(hat, dtype=weight_D.dtype)
+    types = (weight_D.dtype is torch.float32, hat.dtype is torch.float32)
+    shape = (inverse.numel(), hat.shape[-1])
+    call(SOURCE, "norm_backward", hat, weight_D, inverse, d_out, d_x, *types, *shape)
+    if not trained:
+        return d_x, None
+    d_weight_D = (d_out * hat.float()).flatten(0, -2).sum(0)
+    return d_x, d_weight_D.to(weight_D.dtype)
+
+
+def dropped(x_TI: Tensor, share: float, seed: int) -> Tensor:
+    """0 in place of a share of numbers, the others over ``1 - share``; the same places by a seed.
+
+    Not those of torch's generator, which takes six times as long. ``seed`` has up to 63 bits.
+    """
+    if not fits(x_TI):
+        generator = torch.Generator(x_TI.device).manual_seed(seed)
+        mask_TI = torch.empty_like(x_TI).bernoulli_(1 - share, generator=generator)
+        return x_TI * mask_TI.div_(1 - share)
+    x_TI = x_TI.contiguous()
+    out_TI = torch.empty_like(x_TI)
+    limit = int(share * 2**32)
+    shape = (x_TI.dtype is torch.float32, x_TI.numel())
+    call(SOURCE, "dropped", x_TI, out_TI, *shape, seed, limit, 1 / (1 - share))
+    return out_TI
+
+
+def takes_softmax(*tensors: Tensor, longest: int) -> bool:
+    """Whether compiled code computes softmax of rows of up to so many numbers."""
+    fits_type = plain_on_cpu(torch.bfloat16, *tensors) and longest <= _LONGEST_ROW
+    return fits_type and library(SOURCE) is not None
+
+
+def softmax_(score_RL: Tensor, scale: float) -> Tensor:
+    """``softmax(scale · score)`` over the last dimension, in place; dense bfloat16."""
+    length = score_RL.shape[-1]
+    call(SOURCE, "softmax", score_RL, score_RL.numel() // length, length, scale)
+    return score_RL
+
+
+def softmax_backward_(weight_RL: Tensor, d_weight_RL: Tensor, scale: float) -> Tensor:
+    """The gradient of scores in place of that of their ``softmax_``."""
+    length = weight_RL.shape[-1]
+    shape = (weight_RL.numel() // length, length)
+    call(SOURCE, "softmax_backward", weight_RL, d_weight_RL, *shape, scale)
+    return d_weight_RL
+
+
+def gated(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
+    """``silu(gate) · up`` of dense tensors."""
     out_TF = torch.empty_like(gate_TF)
     shape = (gate_TF.dtype is torch.float32, out_TF.numel())
     call(SOURCE, "gate_forward", gate_TF, up_TF, out_TF, *shape)
     return out_TF
+
+
+def gate_backward(d_out_TF: Tensor, gate_TF: Tensor, up_TF: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of gate and up."""
+    d_gate, d_up = torch.empty_like(gate_TF), torch.empty_like(up_TF)
+    shape = (gate_TF.dtype is torch.float32, gate_TF.numel())
+    call(SOURCE, "gate_backward", gate_TF, up_TF, d_out_TF.contiguous(), d_gate, d_up, *shape)
+    return d_gate, d_up
 
 
 # --- Products -------------------------------------------------------------------------------------
@@ -247,91 +315,3 @@ class _Product(torch.autograd.Function):
             transposed_times(dy_TO, x_TI) if needs_weight else None,
             dy_TO.sum(0) if needs_bias else None,
         )
-
-
-# --- With an adapter ------------------------------------------------------------------------------
-
-
-def is_plain_lora(module: Any) -> bool:
-    """Whether an adapter is W + s · B A on a plain linear layer: no DoRA, nothing quantised."""
-    return type(module.get_base_layer()) is nn.Linear and not module.lora_variant
-
-
-def fused_lora(module: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """``(…, I)`` → ``(…, O)``."""
-    if module.disable_adapters or module.merged or len(module.active_adapters) != 1:
-        out: Tensor = type(module).forward(module, x, *args, **kwargs)
-        return out
-    name = module.active_adapters[0]
-    base = module.get_base_layer()
-    dropout = module.lora_dropout[name]
-    # Dropout that does nothing must not cost the sum of two gradients.
-    dropped = dropout(x) if module.training and not isinstance(dropout, nn.Identity) else None
-    output: Tensor = _Adapted.apply(
-        *(x, dropped, base.weight, base.bias),
-        *(module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name]),
-    )
-    return output
-
-
-class _Adapted(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        dropped: Tensor | None,
-        weight_OI: Tensor,
-        bias_O: Tensor | None,
-        a_rI: Tensor,
-        b_Or: Tensor,
-        scaling: float,
-    ) -> Tensor:
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        with torch.autocast(device, enabled=False):
-            x_TI = x.flatten(0, -2).to(dtype)
-            seen_TI = x_TI if dropped is None else dropped.flatten(0, -2).to(dtype)
-            hidden_Tr = product(seen_TI, a_rI.to(dtype)).mul_(scaling)
-            bias = None if bias_O is None else bias_O.to(dtype)
-            if dropped is None and _sum_pays(x_TI, weight_OI):
-                y_TO = product(x_TI, _sum(weight_OI, a_rI, b_Or, scaling), bias)
-            else:
-                y_TO = product(x_TI, weight_OI.to(dtype), bias)
-                y_TO.addmm_(hidden_Tr, b_Or.to(dtype).T)
-        # The frozen weight is cast again on the way back: a cast copy per graph would cost more.
-        ctx.save_for_backward(seen_TI, hidden_Tr, weight_OI, a_rI, b_Or)
-        ctx.scaling, ctx.shape, ctx.input_dtype = scaling, x.shape, x.dtype
-        ctx.dropped, ctx.has_input_gradient = dropped is not None, ctx.needs_input_grad[0]
-        return y_TO.view(*x.shape[:-1], -1)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        seen_TI, hidden_Tr, weight_OI, a_rI, b_Or = ctx.saved_tensors
-        dy_TO = gradients[0].flatten(0, -2).to(hidden_Tr.dtype)
-        with torch.autocast(dy_TO.device.type, enabled=False):
-            dtype = dy_TO.dtype
-            db_Or = transposed_times(dy_TO, hidden_Tr).to(b_Or.dtype)
-            dh_Tr = product(dy_TO, b_Or.to(dtype).T).mul_(ctx.scaling)
-            da_rI = transposed_times(dh_Tr, seen_TI).to(a_rI.dtype)
-            dx = dseen = None
-            if ctx.has_input_gradient and not ctx.dropped and _sum_pays(dy_TO, weight_OI):
-                sum_OI = _sum(weight_OI, a_rI, b_Or, ctx.scaling)
-                dx = product(dy_TO, sum_OI.T).view(ctx.shape).to(ctx.input_dtype)
-            elif ctx.has_input_gradient:
-                dx_TI = product(dy_TO, weight_OI.to(dtype).T)
-                if ctx.dropped:
-                    dseen_TI = product(dh_Tr, a_rI.to(dtype).T)
-                    dseen = dseen_TI.view(ctx.shape).to(ctx.input_dtype)
-                else:
-                    dx_TI.addmm_(dh_Tr, a_rI.to(dtype))
-                dx = dx_TI.view(ctx.shape).to(ctx.input_dtype)
-        return dx, dseen, None, None, da_rI, db_Or, None
-
-
-def _sum_pays(rows: Tensor, weight_OI: Tensor) -> bool:
-    return rows.dtype is torch.float32 and len(rows) >= max(weight_OI.shape)
-
-
-def _sum(weight_OI: Tensor, a_rI: Tensor, b_Or: Tensor, scaling: float) -> Tensor:
-    """The weight with its adapter, in float32; made again on the way back rather than kept."""
-    return torch.addmm(weight_OI.float(), b_Or.float(), a_rI.float(), alpha=scaling)

@@ -30,13 +30,12 @@ from nvembed.kernels.functions import (
     Rotated,
     call,
     fits,
-    fused_lora,
     gate,
-    is_plain_lora,
     linear,
     rotate,
 )
 from nvembed.kernels.int8 import Int8Linear
+from nvembed.kernels.trained import fused_lora, gated_linear, is_plain_lora, is_watched, linears
 
 _LAYER = "decoder_layer.cpp"
 
@@ -55,14 +54,15 @@ def rms_norm(module: Any, x: Tensor) -> Tensor:
     return out
 
 
-def gated_mlp(module: Any, x: Tensor) -> Tensor:
-    """``down(silu(gate x) · up x)``."""
+def gated_mlp(module: Any, x: Tensor, norm: Any = None) -> Tensor:
+    """``down(silu(gate x) · up x)`` of x or its norm."""
     if torch.compiler.is_compiling():
         out: Tensor = type(module).forward(module, x)
         return out
-    opened, up = module.gate_proj(x), module.up_proj(x)
-    gated = gate(opened, up) if fits(opened, up) else module.act_fn(opened) * up
-    out = module.down_proj(gated)
+    opened, up = linears(x, (module.gate_proj, module.up_proj), norm)
+    if fits(opened, up):
+        return gated_linear(opened, up, module.down_proj)
+    out = module.down_proj(module.act_fn(opened) * up)
     return out
 
 
@@ -85,10 +85,16 @@ def decoder_layer(module: Any, hidden_states: Tensor, *arguments: Any, **options
     """Norm, attention with rotary positions, norm, gated MLP, each half added to the residual."""
     positions = options.get("position_embeddings")
     segments = options.get("segments")
-    if arguments or positions is None or segments is None or not _runs(module, hidden_states):
-        out: Tensor = type(module).forward(module, hidden_states, *arguments, **options)
-        return out
     mlp, attention = module.mlp, module.self_attn
+    if arguments or positions is None or segments is None or not _runs(module, hidden_states):
+        if arguments or not _may_join(module) or not _is_flat(hidden_states, options):
+            out: Tensor = type(module).forward(module, hidden_states, *arguments, **options)
+            return out
+        mixed, _ = rotary_attention(
+            attention, hidden_states, norm=module.input_layernorm, **options
+        )
+        hidden_states = hidden_states + mixed
+        return hidden_states + gated_mlp(mlp, hidden_states, module.post_attention_layernorm)
     dtype = _dtype_of(mlp.gate_proj)
     residual_TD = hidden_states[0].to(torch.float32, copy=True)
     normed_TD = _add_norm(residual_TD, None, module.input_layernorm, dtype)
@@ -112,20 +118,22 @@ def rotary_attention(
     hidden_states: Tensor,
     position_embeddings: tuple[Tensor, Tensor] | None = None,
     attention_mask: Tensor | None = None,
+    norm: Any = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention of a flat batch with rotary positions, ``(1, T, D)`` → ``(1, T, D)``."""
-    flat = "segments" in options and options.get("cache") is None and attention_mask is None
-    here = hidden_states.device.type == "cpu" and not torch.compiler.is_compiling()
-    if position_embeddings is None or not flat or not here:
+    """Attention of a flat batch with rotary positions, ``(1, T, D)`` → ``(1, T, D)``.
+
+    Where a ``norm`` is given, of what that makes of the states.
+    """
+    given = {"position_embeddings": position_embeddings, "attention_mask": attention_mask}
+    if position_embeddings is None or not _is_flat(hidden_states, options | given):
         out: tuple[Tensor, Tensor | None] = type(module).forward(
             module, hidden_states, position_embeddings, attention_mask, **options
         )
         return out
     width = module.head_dim
-    query, key, value = (
-        project(hidden_states)[0] for project in (module.q_proj, module.k_proj, module.v_proj)
-    )
+    projections = (module.q_proj, module.k_proj, module.v_proj)
+    query, key, value = (x_1TI[0] for x_1TI in linears(hidden_states, projections, norm))
     angles = [angle_1TA[0] for angle_1TA in position_embeddings]
     dropout = module.attention_dropout if module.training else 0.0
     turned = [
@@ -135,6 +143,28 @@ def rotary_attention(
     heads = (*turned, value.unflatten(1, (-1, width)))
     mixed_1THE, weights = _attend(module, heads, options | {"dropout": dropout})
     return module.o_proj(mixed_1THE.flatten(2)), weights
+
+
+def _is_flat(hidden_states: Tensor, options: Mapping[str, Any]) -> bool:
+    """Whether attention is asked for one flat batch on a CPU, as a plain call."""
+    unwanted = ("attention_mask", "cache", "past_key_values")
+    return (
+        "segments" in options
+        and options.get("position_embeddings") is not None
+        and all(options.get(name) is None for name in unwanted)
+        and hidden_states.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+    )
+
+
+def _may_join(layer: Any) -> bool:
+    """Whether all parts of a layer compute by the kernels, so that they may be computed as one."""
+    norms = (layer.input_layernorm, layer.post_attention_layernorm)
+    parts = {layer.self_attn: rotary_attention, layer.mlp: gated_mlp}
+    return all(
+        _is_ours(part) and vars(part)["forward"].func is forward and not is_watched(part)
+        for part, forward in (parts | dict.fromkeys(norms, rms_norm)).items()
+    )
 
 
 def _turned(x_TI: Tensor, angles: Sequence[Tensor], width: int) -> Tensor:

@@ -9,16 +9,18 @@ Letters: T tokens, H heads, K key/value heads, E head width, G segments of one b
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface
 
 from nvembed.core.errors import ModelError
 from nvembed.kernels import attention as kernels
+from nvembed.kernels import functions
 from nvembed.model.settings import AttentionDirection
 from nvembed.text.packing import Segments
 
@@ -79,6 +81,9 @@ def flat_attention(
         out_THE = _varlen(*inputs, segments, causal, scaling)
     elif plain and not causal and kernels.supports_float32(*inputs):
         out_THE = kernels.float32_attention(*inputs, starts, scaling)
+    elif plain and _trains_short(module, inputs, segments):
+        scale = kernels.checked_scaling(scaling, query.shape[-1])
+        out_THE = ShortAttention.apply(segments, causal, scale, *inputs)
     elif plain and kernels.supports_bfloat16(*inputs):
         out_THE = kernels.bfloat16_attention(*inputs, starts, causal=causal, scaling=scaling)
     else:
@@ -194,7 +199,7 @@ def block_attention(
     ``softcap`` is Gemma 2's ``cap * tanh(score / cap)``; ``seen_GL`` is False for padding of an
     exported graph.
     """
-    num_heads, length, width = query_GHLE.shape[1:]
+    length, width = query_GHLE.shape[2:]
     num_key_heads = key_GKLE.shape[1]
     scale = scaling if scaling is not None else width**-0.5
     query_GKRE = query_GHLE.unflatten(1, (num_key_heads, -1)).flatten(2, 3)
@@ -204,14 +209,95 @@ def block_attention(
     if seen_GL is not None:
         score_GKRL = score_GKRL.masked_fill(~seen_GL[:, None, None], float("-inf"))
     if causal:
-        later_LL = torch.ones(length, length, dtype=torch.bool, device=score_GKRL.device).triu(1)
-        later_RL = later_LL.repeat(num_heads // num_key_heads, 1)
-        score_GKRL = score_GKRL.masked_fill(later_RL, float("-inf"))
+        score_GKRL = score_GKRL.masked_fill(_later(score_GKRL), float("-inf"))
     # Under autocast softmax gives float32; the product with the values takes their type again.
     weight_GKRL = score_GKRL.softmax(-1).to(value_GKLE.dtype)
     if dropout:
         weight_GKRL = nn.functional.dropout(weight_GKRL, dropout)
     return (weight_GKRL @ value_GKLE).unflatten(2, (-1, length)).flatten(1, 2)
+
+
+def _later(score_GKRL: Tensor) -> Tensor:
+    """Where a key comes after its query, ``(R, L)``."""
+    num_rows, length = score_GKRL.shape[-2:]
+    later_LL = torch.ones(length, length, dtype=torch.bool, device=score_GKRL.device).triu(1)
+    return later_LL.repeat(num_rows // length, 1)
+
+
+def _trains_short(module: nn.Module, inputs: Sequence[Tensor], segments: Segments) -> bool:
+    # In training without gradient too: a pack that is computed again has to have the same bits.
+    needed = torch.is_grad_enabled() and any(x_HTE.requires_grad for x_HTE in inputs)
+    fits = functions.takes_softmax(*inputs, longest=max(segments.lengths))
+    return fits and (needed or module.training)
+
+
+class ShortAttention(torch.autograd.Function):
+    """Attention of short texts in bfloat16 by products, a softmax of compiled code between them.
+
+    Queries, keys and values are kept, and no scores: they are computed again on the way back.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, segments: Segments, causal: bool, scale: float, *qkv: Tensor) -> Tensor:
+        """``(H, T, E)`` and twice ``(K, T, E)`` to ``(T, H, E)``."""
+        ctx.save_for_backward(*qkv)
+        ctx.settings = segments, causal, scale
+        found = []
+        with torch.autocast("cpu", enabled=False):
+            for query_GKRE, key_GKLE, value_GKLE in _blocks(qkv, segments, qkv[1].shape[0]):
+                weight_GKRL = _weights(query_GKRE, key_GKLE, causal, scale)
+                out_GKRE = weight_GKRL @ value_GKLE
+                found.append(_tokens(out_GKRE, key_GKLE.shape[2]).transpose(0, 1))
+        return torch.cat(found)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """Of queries, keys and values."""
+        segments, causal, scale = ctx.settings
+        tensors = (*ctx.saved_tensors, gradients[0].transpose(0, 1))
+        found = []
+        with torch.autocast("cpu", enabled=False):
+            for block in _blocks(tensors, segments, tensors[1].shape[0]):
+                query_GKRE, key_GKLE, value_GKLE, d_out_GKRE = block
+                weight_GKRL = _weights(query_GKRE, key_GKLE, causal, scale)
+                d_value_GKLE = weight_GKRL.transpose(-1, -2) @ d_out_GKRE
+                d_weight_GKRL = (d_out_GKRE @ value_GKLE.transpose(-1, -2)).contiguous()
+                d_score_GKRL = functions.softmax_backward_(weight_GKRL, d_weight_GKRL, scale)
+                d_query_GKRE = d_score_GKRL @ key_GKLE
+                d_key_GKLE = d_score_GKRL.transpose(-1, -2) @ query_GKRE
+                back = (d_query_GKRE, d_key_GKLE, d_value_GKLE)
+                found.append([_tokens(x_GKRE, key_GKLE.shape[2]) for x_GKRE in back])
+        return None, None, None, *(torch.cat(each, dim=1) for each in zip(*found, strict=True))
+
+
+def _blocks(
+    tensors: Sequence[Tensor], segments: Segments, num_key_heads: int
+) -> Iterator[list[Tensor]]:
+    """Cut ``(H, T, E)`` into blocks ``(G, K, R, E)`` of texts of one length."""
+    runs = segments.runs()
+    parts = [x_HTE.split([count * length for _, count, length in runs], dim=1) for x_HTE in tensors]
+    for number, (_, count, length) in enumerate(runs):
+        yield [
+            part[number]
+            .unflatten(1, (count, length))
+            .transpose(0, 1)
+            .unflatten(1, (num_key_heads, -1))
+            .flatten(2, 3)
+            for part in parts
+        ]
+
+
+def _tokens(x_GKRE: Tensor, length: int) -> Tensor:
+    """The ``(H, T, E)`` of a block again."""
+    return x_GKRE.unflatten(2, (-1, length)).flatten(1, 2).transpose(0, 1).flatten(1, 2)
+
+
+def _weights(query_GKRE: Tensor, key_GKLE: Tensor, causal: bool, scale: float) -> Tensor:
+    score_GKRL = (query_GKRE @ key_GKLE.transpose(-1, -2)).contiguous()
+    if causal:
+        score_GKRL.masked_fill_(_later(score_GKRL), float("-inf"))
+    return functions.softmax_(score_GKRL, scale)
 
 
 # --- The probe ------------------------------------------------------------------------------------

@@ -10,8 +10,9 @@ import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
 
-from nvembed.kernels.functions import fused_lora
+from nvembed.kernels.functions import dropped
 from nvembed.kernels.layers import accelerate, restore
+from nvembed.kernels.trained import fused_lora
 from nvembed.model.backbone import add_lora, hold_frozen, merge_lora
 from nvembed.model.embedder import NVEmbed
 from nvembed.model.settings import LoraSettings
@@ -28,6 +29,15 @@ def layer(*, bias: bool, dropout: float, dtype: torch.dtype = torch.float32) -> 
     base.requires_grad_(False)
     assert accelerate(made)["fused_lora"] == 1
     return made.to(dtype)
+
+
+class Seeded(nn.Dropout):
+    """A dropout that draws a seed as ours does."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training:
+            return x
+        return x * dropped(torch.ones_like(x[0]), self.p, int(torch.randint(2**62, ())))
 
 
 def results(made: nn.Module, x: torch.Tensor, autocast: bool) -> list[torch.Tensor]:
@@ -55,6 +65,8 @@ def test_value_and_gradients_equal_pefts(
     made = layer(bias=bias, dropout=dropout).train(training)
     plain = copy.deepcopy(made)
     restore(plain)
+    if dropout:
+        plain.lora_dropout["default"] = Seeded(dropout).train(training)
     x = torch.randn(1, rows, 12)
     tolerance = 3e-2 if autocast else 1e-5
     for got, want in zip(results(made, x, autocast), results(plain, x, autocast), strict=True):

@@ -206,7 +206,7 @@ def test_the_kernel_that_can_and_is_fastest_is_taken(
             expected = "grouped"
         taken.clear()
         out, _ = flat_attention(
-            nn.Identity(),
+            nn.Identity().eval(),
             query,
             key,
             value,
@@ -273,7 +273,7 @@ def test_short_texts_on_a_cpu_and_soft_caps_are_plain_products(
     monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", stub("fused"))
     tensors = (torch.zeros(1, 1, length, WIDTH, dtype=dtype, device=device) for _ in range(3))
     out, _ = flat_attention(
-        nn.Identity(),
+        nn.Identity().eval(),
         *tensors,
         None,
         segments=Segments.of_lengths([length]),

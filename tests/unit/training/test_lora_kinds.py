@@ -18,7 +18,7 @@ from nvembed.core.config import load_config
 from nvembed.core.errors import ConfigError
 from nvembed.core.files import write_jsonl
 from nvembed.encoding.export.folders import export_folder
-from nvembed.kernels.functions import fused_lora
+from nvembed.kernels.trained import fused_lora
 from nvembed.model.backbone import add_lora, merge_lora, save_adapter
 from nvembed.model.embedder import NVEmbed
 from nvembed.model.packs import embed_pack

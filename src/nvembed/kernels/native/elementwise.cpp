@@ -1,15 +1,16 @@
-// RMS norm, the gate of a gated MLP and rotary positions on a CPU: one pass over memory each way.
+// RMS norm, the gate of a gated MLP, rotary positions and dropout on a CPU: one pass over memory.
 //
 // Compiled on first use by kernels/build.py. `wide` says that numbers are float32, else bfloat16;
 // in between they are float32. Counts are in numbers, widths in multiples of 16.
 
 #include <math.h>
+#include <string.h>
 
 #include "vectors.h"
 
 namespace {
 
-constexpr int64_t kChunk = 4096;
+constexpr int64_t kChunk = 4096, kLongestRow = 1024;
 
 inline int64_t least(int64_t one, int64_t other) { return one < other ? one : other; }
 
@@ -35,32 +36,44 @@ void gate_backward(const Number *gate, const Number *up, const Number *d_out, Nu
         }
 }
 
-template <typename Number>
-void norm_forward(const Number *x, const Number *weight, Number *out, float *inverse, int64_t rows,
-                  int64_t width, float eps, int threads) {
+// `hat` is x / root(mean of x^2 + eps): with `inverse`, all that the way back needs.
+template <typename Number, typename Out>
+void norm_forward(const Number *x, const Number *weight, Out *hat, Out *out, float *inverse,
+                  int64_t rows, int64_t width, float eps, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t row = 0; row < rows; row++) {
         const Number *from = x + row * width;
+        Out *to = hat + row * width;
         Vector squares = {};
         for (int64_t at = 0; at < width; at += kLanes) squares += get(from + at) * get(from + at);
         const float factor = 1.0f / sqrtf(sum(squares) / width + eps);
         inverse[row] = factor;
-        for (int64_t at = 0; at < width; at += kLanes)
-            put(out + row * width + at, get(weight + at) * (get(from + at) * factor));
+        for (int64_t at = 0; at < width; at += kLanes) {
+            put(to + at, get(from + at) * factor);
+            put(out + row * width + at, get(weight + at) * get(to + at));
+        }
     }
 }
 
-template <typename Number>
-void norm_backward(const Number *x, const Number *weight, const float *inverse, const Number *d_out,
+template <typename Number, typename Out>
+void norm_again(const Out *hat, const Number *weight, Out *out, int64_t rows, int64_t width,
+                int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t row = 0; row < rows; row++)
+        for (int64_t at = 0; at < width; at += kLanes)
+            put(out + row * width + at, get(weight + at) * get(hat + row * width + at));
+}
+
+template <typename Number, typename Out>
+void norm_backward(const Out *hat, const Number *weight, const float *inverse, const Out *d_out,
                    Number *d_x, int64_t rows, int64_t width, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t row = 0; row < rows; row++) {
-        const Number *from = x + row * width, *d = d_out + row * width;
+        const Out *from = hat + row * width, *d = d_out + row * width;
         Vector both = {};
         for (int64_t at = 0; at < width; at += kLanes)
             both += get(d + at) * get(weight + at) * get(from + at);
-        const float factor = inverse[row];
-        const float along = sum(both) / width * factor * factor;
+        const float factor = inverse[row], along = sum(both) / width;
         for (int64_t at = 0; at < width; at += kLanes)
             put(d_x + row * width + at,
                 factor * (get(d + at) * get(weight + at) - get(from + at) * along));
@@ -86,6 +99,92 @@ void rotate(const Number *from, const Number *cosine, const Number *sine, Out *o
                 put(to + half + at, b * c + a * s);
             }
         }
+}
+
+// All bits of a number depend on all of x (the constants are those of lowbias32, C. Wellons).
+inline Bits mixed(Bits x) {
+    x ^= x >> 16;
+    x *= 0x7feb352du;
+    x ^= x >> 15;
+    x *= 0x846ca68bu;
+    return x ^ (x >> 16);
+}
+
+// A number stays, times `scale`, where a hash of its place and the seed is not below `limit`.
+template <typename Number>
+void dropped(const Number *x, Number *out, int64_t count, uint64_t seed, uint32_t limit,
+             float scale, int threads) {
+    const Bits low = Bits{} + (uint32_t)seed, high = Bits{} + (uint32_t)(seed >> 32);
+    Bits lanes = {};
+    for (int lane = 0; lane < kLanes; lane++) lanes[lane] = lane;
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t first = 0; first < count; first += kChunk)
+        for (int64_t at = first; at < least(first + kChunk, count); at += kLanes) {
+            const Bits hash = mixed(mixed((lanes + (uint32_t)at) ^ low) + high);
+            put(out + at, (Integers)(hash < limit) ? Vector{} : get(x + at) * scale);
+        }
+}
+
+inline float get_one(uint16_t bits) {
+    const uint32_t wide = (uint32_t)bits << 16;
+    float found;
+    memcpy(&found, &wide, sizeof found);
+    return found;
+}
+
+inline Vector get_first(const uint16_t *from, int64_t count, float otherwise) {
+    if (count >= kLanes) return get(from);
+    Vector found = all(otherwise);
+    for (int64_t lane = 0; lane < count; lane++)
+        found[lane] = get_one(from[lane]);
+    return found;
+}
+
+inline void put_first(uint16_t *to, Vector value, int64_t count) {
+    uint16_t all_of_them[kLanes];
+    if (count >= kLanes) return put(to, value);
+    put(all_of_them, value);
+    for (int64_t lane = 0; lane < count; lane++) to[lane] = all_of_them[lane];
+}
+
+// softmax of scale times each row, in place.
+void softmax(uint16_t *scores, int64_t rows, int64_t width, float scale, int threads) {
+    const float factor = scale * kLog2e;
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t row = 0; row < rows; row++) {
+        Vector kept[kLongestRow / kLanes], most = all(-INFINITY), total = {};
+        uint16_t *x = scores + row * width;
+        for (int64_t at = 0, i = 0; at < width; at += kLanes, i++) {
+            kept[i] = get_first(x + at, width - at, -INFINITY) * factor;
+            most = kept[i] > most ? kept[i] : most;
+        }
+        const Vector top = all(largest(most));
+        for (int64_t at = 0, i = 0; at < width; at += kLanes, i++) {
+            kept[i] = power_of_two(kept[i] - top);
+            total += kept[i];
+        }
+        const float share = 1.0f / sum(total);
+        for (int64_t at = 0, i = 0; at < width; at += kLanes, i++)
+            put_first(x + at, kept[i] * share, width - at);
+    }
+}
+
+// `d` holds the gradient of the softmax, and then that of the rows.
+void softmax_backward(const uint16_t *weights, uint16_t *d, int64_t rows, int64_t width,
+                      float scale, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t row = 0; row < rows; row++) {
+        const uint16_t *w = weights + row * width;
+        uint16_t *to = d + row * width;
+        Vector along = {};
+        for (int64_t at = 0; at < width; at += kLanes)
+            along += get_first(w + at, width - at, 0) * get_first(to + at, width - at, 0);
+        const Vector mean = all(sum(along));
+        for (int64_t at = 0; at < width; at += kLanes) {
+            const Vector open = get_first(w + at, width - at, 0) * scale;
+            put_first(to + at, open * (get_first(to + at, width - at, 0) - mean), width - at);
+        }
+    }
 }
 
 const float *floats(const void *data) { return static_cast<const float *>(data); }
@@ -116,24 +215,44 @@ void nvembed_gate_backward(const void *gate, const void *up, const void *d_out, 
                       threads);
 }
 
-// out = weight * x / root(mean of x^2 + eps), a row at a time; `inverse` is one over the root.
-void nvembed_norm_forward(const void *x, const void *weight, void *out, float *inverse, int wide,
-                          int64_t rows, int64_t width, float eps, int threads) {
-    if (wide)
-        norm_forward(floats(x), floats(weight), floats(out), inverse, rows, width, eps, threads);
+// out = weight * hat, hat = x / root(mean of x^2 + eps), a row at a time; `inverse` is one over the
+// root. `wide` is of x and the weight, `wide_out` of all others but `inverse`.
+void nvembed_norm_forward(const void *x, const void *weight, void *hat, void *out, float *inverse,
+                          int wide, int wide_out, int64_t rows, int64_t width, float eps,
+                          int threads) {
+    if (wide_out)
+        norm_forward(floats(x), floats(weight), floats(hat), floats(out), inverse, rows, width,
+                     eps, threads);
+    else if (wide)
+        norm_forward(floats(x), floats(weight), shorts(hat), shorts(out), inverse, rows, width,
+                     eps, threads);
     else
-        norm_forward(shorts(x), shorts(weight), shorts(out), inverse, rows, width, eps, threads);
+        norm_forward(shorts(x), shorts(weight), shorts(hat), shorts(out), inverse, rows, width,
+                     eps, threads);
 }
 
-void nvembed_norm_backward(const void *x, const void *weight, const float *inverse,
-                           const void *d_out, void *d_x, int wide, int64_t rows, int64_t width,
-                           int threads) {
-    if (wide)
-        norm_backward(floats(x), floats(weight), inverse, floats(d_out), floats(d_x), rows, width,
-                      threads);
+void nvembed_norm_again(const void *hat, const void *weight, void *out, int wide, int wide_out,
+                        int64_t rows, int64_t width, int threads) {
+    if (wide_out)
+        norm_again(floats(hat), floats(weight), floats(out), rows, width, threads);
+    else if (wide)
+        norm_again(shorts(hat), floats(weight), shorts(out), rows, width, threads);
     else
-        norm_backward(shorts(x), shorts(weight), inverse, shorts(d_out), shorts(d_x), rows, width,
-                      threads);
+        norm_again(shorts(hat), shorts(weight), shorts(out), rows, width, threads);
+}
+
+void nvembed_norm_backward(const void *hat, const void *weight, const float *inverse,
+                           const void *d_out, void *d_x, int wide, int wide_out, int64_t rows,
+                           int64_t width, int threads) {
+    if (wide_out)
+        norm_backward(floats(hat), floats(weight), inverse, floats(d_out), floats(d_x), rows,
+                      width, threads);
+    else if (wide)
+        norm_backward(shorts(hat), floats(weight), inverse, shorts(d_out), floats(d_x), rows,
+                      width, threads);
+    else
+        norm_backward(shorts(hat), shorts(weight), inverse, shorts(d_out), shorts(d_x), rows,
+                      width, threads);
 }
 
 // The halves of every head turned by the angles of its token. `wide_out` is of `out` alone.
@@ -149,6 +268,24 @@ void nvembed_rotate(const void *from, const void *cosine, const void *sine, void
     else
         rotate(shorts(from), shorts(cosine), shorts(sine), shorts(out), tokens, heads, width,
                angles, way, threads);
+}
+
+void nvembed_dropped(const void *x, void *out, int wide, int64_t count, int64_t seed, int64_t limit,
+                     float scale, int threads) {
+    if (wide)
+        dropped(floats(x), floats(out), count, seed, limit, scale, threads);
+    else
+        dropped(shorts(x), shorts(out), count, seed, limit, scale, threads);
+}
+
+// Of bfloat16, rows of up to kLongestRow numbers.
+void nvembed_softmax(void *scores, int64_t rows, int64_t width, float scale, int threads) {
+    softmax(shorts(scores), rows, width, scale, threads);
+}
+
+void nvembed_softmax_backward(const void *weights, void *d, int64_t rows, int64_t width,
+                              float scale, int threads) {
+    softmax_backward(shorts(weights), shorts(d), rows, width, scale, threads);
 }
 
 }  // extern "C"

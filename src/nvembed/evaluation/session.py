@@ -186,10 +186,11 @@ def run_session(
                 where=str(output),
                 hint="Wait for its end, or choose another --output",
             )
-        done = _run_session(settings, local, hub, processes, resume, keep_going)
-    with suppress(OSError):
-        items_at.rmdir()  # where no task has items
-    return done
+        try:
+            return _run_session(settings, local, hub, processes, resume, keep_going)
+        finally:
+            with suppress(OSError):
+                items_at.rmdir()  # where no task has items
 
 
 def _run_session(

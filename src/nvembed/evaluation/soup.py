@@ -69,8 +69,8 @@ def merge(
     folders, to = [Path(model) for model in models], Path(to)
     check_new_folder(to, [*folders, *(tasks or ())])
     if tasks is None:
-        given = _shares(weights, len(folders), method)
-        merged = Merged(tuple(map(Part, map(str, folders), given)))
+        shares = _shares(weights, len(folders), method)
+        merged = Merged(tuple(map(Part, map(str, folders), shares)))
     else:
         if weights is not None or method != "linear":
             raise ConfigError("tasks decide the weights", expected="no weights and no method")
@@ -81,8 +81,8 @@ def merge(
         merge_folders([Path(part.model) for part in used], temporary, mix)
         parts = [part._asdict() for part in merged.parts]
         write_json(temporary / RECORD, {"method": method, "score": merged.score, "models": parts})
-        shares = [(part.model, part.share) for part in used]
-        write_text(temporary / CARD, merged_card(to, shares, method))
+        card = merged_card(to, [(part.model, part.share) for part in used], method)
+        write_text(temporary / CARD, card)
     return merged
 
 

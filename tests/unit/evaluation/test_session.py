@@ -130,6 +130,16 @@ def test_one_process_at_a_time_writes_a_file_of_results(
         with pytest.raises(UserError, match="another process is evaluating into this file"):
             run_session(settings, load_tasks([tasks]))
     assert not settings.output.exists()
+    settings.output.write_text("{}")  # of the user
+    with pytest.raises(ConfigError):
+        run_session(settings, load_tasks([tasks]))
+    settings.output.unlink()
+    items_folder(settings.output).rmdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(session, "score_task", lambda *_: pytest.fail("no score"))
+        with pytest.raises(pytest.fail.Exception):
+            run_session(settings, load_tasks([tasks]))
+    assert not items_folder(settings.output).exists()  # nothing empty stays behind
     assert run_session(settings, load_tasks([tasks])).results
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from nvembed.core.config import load_config
 from nvembed.training.config import TrainConfig
-from pydocs.recipe import Steps, demo_config
+from pydocs.recipe import LARGE, LARGE_TUNED, SMALL, SMALL_TUNED, Steps, demo_config, preset_for
 
 RECIPE = Path(__file__).parents[3] / "recipes" / "demo.yaml"
 
@@ -39,3 +39,13 @@ def test_short_stages_still_warm_up_and_cool_down() -> None:
         config = demo_config(output="x", backbone="y", steps=Steps(steps, steps))
         for stage in config.stages:
             assert 1 <= stage.warmup_steps <= max(1, steps // 10)
+
+
+def test_presets_by_size_and_kind() -> None:
+    assert preset_for(width=256, tuned=False) is SMALL
+    assert preset_for(width=256, tuned=True) is SMALL_TUNED
+    assert preset_for(width=576, tuned=False) is LARGE
+    assert preset_for(width=576, tuned=True) is LARGE_TUNED
+    # What is trained already keeps its head and moves less.
+    assert LARGE_TUNED.pooling is None
+    assert max(LARGE_TUNED.learning_rates) < max(LARGE.learning_rates)

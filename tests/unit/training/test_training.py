@@ -153,15 +153,20 @@ def test_resumed_equals_uninterrupted_exactly(
     )
 
 
+def interrupted(monkeypatch: pytest.MonkeyPatch, config: TrainConfig, folder: Path) -> None:
+    """Begin a run that ends after its second step."""
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 2)
+        with pytest.raises(TrainingError, match="interrupted"):
+            train(config, base_dir=folder)
+
+
 @pytest.mark.parametrize("fresh", [False, True])
 def test_two_processes_do_not_train_into_one_folder(
     tmp_path: Path, tiny_decoder_dir: Path, monkeypatch, fresh: bool
 ) -> None:
     config = recipe(tmp_path, tiny_decoder_dir, **one_stage())
-    with monkeypatch.context() as patch:
-        interrupt_after(patch, 2)
-        with pytest.raises(TrainingError, match="interrupted"):
-            train(config, base_dir=tmp_path)
+    interrupted(monkeypatch, config, tmp_path)
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     with alone_in(tmp_path / "run" / "checkpoints") as alone:
         assert alone
@@ -178,10 +183,7 @@ def test_a_checkpoint_of_before_an_option_goes_on(
     tmp_path: Path, tiny_decoder_dir: Path, monkeypatch
 ) -> None:
     config = recipe(tmp_path, tiny_decoder_dir, **one_stage())
-    with monkeypatch.context() as patch:
-        interrupt_after(patch, 2)
-        with pytest.raises(TrainingError, match="interrupted"):
-            train(config, base_dir=tmp_path)
+    interrupted(monkeypatch, config, tmp_path)
     file = latest_checkpoint(tmp_path / "run" / "checkpoints") / "state.json"
     state = json.loads(file.read_text())
     for key in ("contrastive", "teacher", "cosent", "spread"):

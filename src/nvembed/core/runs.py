@@ -296,35 +296,25 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(derive_seed(seed, "torch"))
 
 
-def capture_rng() -> dict[str, Any]:
-    """Take the state of the global generators, as ``torch.load(weights_only=True)`` reads it."""
+def capture_rng() -> tuple[Any, ...]:
+    """Take the state of the global generators, for ``restore_rng``."""
     import numpy as np
     import torch
 
-    version, internal, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
-    numbers = [[int(key) for key in keys], int(position), int(has_gauss), float(cached)]
-    return {
-        "python": [version, list(internal), gauss],
-        "numpy": [str(name), *numbers],
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
+    on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return random.getstate(), np.random.get_state(), torch.get_rng_state(), on_gpus
 
 
-def restore_rng(state: dict[str, Any]) -> None:
-    """Put the global generators back to a state taken by ``capture_rng``."""
+def restore_rng(state: tuple[Any, ...]) -> None:
+    """Put the global generators back to a state taken by ``capture_rng`` in this process."""
     import numpy as np
     import torch
 
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    name, keys, *others = state["numpy"]
-    np.random.set_state((name, np.array(keys, dtype=np.uint32), *others))
-    torch.set_rng_state(state["torch"].cpu())
-    # A run saved on a GPU may go on elsewhere: then there is no such generator to restore.
-    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all([tensor.cpu() for tensor in state["cuda"]])
+    of_python, of_numpy, on_cpu, on_gpus = state
+    random.setstate(of_python)
+    np.random.set_state(of_numpy)
+    torch.set_rng_state(on_cpu)
+    torch.cuda.set_rng_state_all(on_gpus)
 
 
 # --- What a result was made with ------------------------------------------------------------------

@@ -57,10 +57,9 @@ class _Row:
 
     def to_json(self) -> dict[str, Any]:
         """Return the object that is read back to an equal record; what is empty is left out."""
-        row: dict[str, Any] = _ADAPTERS[type(self)].dump_python(
+        return _ADAPTERS[type(self)].dump_python(
             self, mode="json", by_alias=True, exclude_defaults=True
         )
-        return row
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,8 +57,7 @@ def call(source: str, name: str, *arguments: Tensor | int | float | None) -> Non
 def gate(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
     """``silu(gate) · up``, differentiable where a gradient is asked for."""
     if torch.is_grad_enabled():
-        out_TF: Tensor = Gate.apply(gate_TF, up_TF)
-        return out_TF
+        return Gate.apply(gate_TF, up_TF)
     return gated(gate_TF.contiguous(), up_TF.contiguous())
 
 
@@ -241,8 +240,7 @@ def product(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Te
         return nn.functional.linear(x_TI, weight_OI, bias_O)
     if not torch.is_grad_enabled():
         return _onednn(x_TI, weight_OI, bias_O)
-    out_TO: Tensor = _Product.apply(x_TI, weight_OI, bias_O)
-    return out_TO
+    return _Product.apply(x_TI, weight_OI, bias_O)
 
 
 def same_in_every_process(x_TI: Tensor, weight_OI: Tensor) -> Tensor:
@@ -267,8 +265,7 @@ def linear(module: Any, x: Tensor) -> Tensor:
     weight: Any = module.weight
     # Weights of other types are those of quantisation.
     if type(weight) is not nn.Parameter or not _in_float32_on_cpu(x, weight):
-        out: Tensor = type(module).forward(module, x)
-        return out
+        return type(module).forward(module, x)
     return product(x.flatten(0, -2), weight, module.bias).view(*x.shape[:-1], module.out_features)
 
 
@@ -295,8 +292,7 @@ def _onednn(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Te
     if not x_TI.shape[0] or not x_TI.shape[1]:
         return nn.functional.linear(x_TI, weight_OI, bias_O)
     # The operator that torch.compile puts in place of a linear layer.
-    out_TO: Tensor = torch.ops.mkldnn._linear_pointwise(x_TI, weight_OI, bias_O, "none", [], "")
-    return out_TO
+    return torch.ops.mkldnn._linear_pointwise(x_TI, weight_OI, bias_O, "none", [], "")
 
 
 class _Product(torch.autograd.Function):

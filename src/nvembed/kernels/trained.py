@@ -37,8 +37,7 @@ def fused_lora(module: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """``(…, I)`` → ``(…, O)``."""
     layer = None if args or kwargs else _adapted(module)
     if layer is None:
-        out: Tensor = type(module).forward(module, x, *args, **kwargs)
-        return out
+        return type(module).forward(module, x, *args, **kwargs)
     return _apply(_Given(), [x], [layer])[0]
 
 
@@ -57,8 +56,7 @@ def gated_linear(gate: Tensor, up: Tensor, module: Any) -> Tensor:
     """What a linear layer gives for ``silu(gate) · up``, which compiled code computes."""
     layer = _layer(module, gate)
     if layer is None:
-        out: Tensor = module(functions.gate(gate, up))
-        return out
+        return module(functions.gate(gate, up))
     return _apply(_Gated(), [gate, up], [layer])[0]
 
 

@@ -120,8 +120,7 @@ VERSION = 1
 @cache
 def _words() -> dict[str, Any]:
     text = files("nvembed.building.synthesis").joinpath("prompts.yaml").read_text(encoding="utf-8")
-    words: dict[str, Any] = yaml.safe_load(text)
-    return words
+    return yaml.safe_load(text)
 
 
 def tasks_prompt(kind: ExampleKind, count: int, seed: int, number: int) -> str:

@@ -58,7 +58,7 @@ class _Row:
     def to_json(self) -> dict[str, Any]:
         """Return the object that is read back to an equal record; what is empty is left out."""
         return _ADAPTERS[type(self)].dump_python(
-            self, mode="json", by_alias=True, exclude_defaults=True
+            self, mode="json", by_alias=True, exclude_defaults=True, warnings=False
         )
 
 

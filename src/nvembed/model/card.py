@@ -86,13 +86,7 @@ def model_card(
     }
     if made:  # whose scores nobody has taken
         parts["kept"] = str(parts["kept"]).partition("\n## Scores\n")[0]
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        keep_trailing_newline=True,
-    )
-    template = environment.get_template("model_card.jinja", globals=parts)
+    template = _environment().get_template("model_card.jinja", globals=parts)
     try:
         return template.render(recipe=recipe, problem=problem)
     except (TypeError, UndefinedError):
@@ -138,6 +132,15 @@ def read_card(name: str) -> tuple[dict[str, Any], str]:
             values = parse_yaml(head).value
             return (values if isinstance(values, dict) else {}), rest
     return {}, ""
+
+
+def _environment() -> Environment:
+    return Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        keep_trailing_newline=True,
+    )
 
 
 def _head(

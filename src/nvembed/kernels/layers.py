@@ -23,19 +23,16 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from nvembed.kernels.attention import bfloat16_available, float32_available, plain_on_cpu
 from nvembed.kernels.build import library
-from nvembed.kernels.functions import (
-    SOURCE,
-    UNIT,
-    Norm,
-    Rotated,
-    call,
-    fits,
-    gate,
-    linear,
-    rotate,
-)
+from nvembed.kernels.functions import SOURCE, UNIT, Rotated, call, fits, gated, linear, rotate
 from nvembed.kernels.int8 import Int8Linear
-from nvembed.kernels.trained import fused_lora, gated_linear, is_plain_lora, is_watched, linears
+from nvembed.kernels.trained import (
+    fused_lora,
+    gated_linear,
+    is_plain_lora,
+    is_watched,
+    linears,
+    trained_norm,
+)
 
 _LAYER = "decoder_layer.cpp"
 
@@ -48,7 +45,7 @@ def available() -> bool:
 def rms_norm(module: Any, x: Tensor) -> Tensor:
     """``weight · x / rms(x)``."""
     if fits(x, module.weight):
-        return Norm.apply(x, module.weight, module.variance_epsilon)
+        return trained_norm(x, module.weight, module.variance_epsilon)
     return type(module).forward(module, x)
 
 
@@ -104,7 +101,7 @@ def decoder_layer(module: Any, hidden_states: Tensor, *arguments: Any, **options
     mixed_1THE, _ = _attend(attention, (query, key, value), options)
     attended_TD = attention.o_proj(mixed_1THE[0].flatten(1).to(dtype))
     normed_TD = _add_norm(residual_TD, attended_TD, module.post_attention_layernorm, dtype)
-    gated_TF = gate(mlp.gate_proj(normed_TD), mlp.up_proj(normed_TD))
+    gated_TF = gated(mlp.gate_proj(normed_TD), mlp.up_proj(normed_TD))
     return _add(residual_TD, mlp.down_proj(gated_TF))[None]
 
 

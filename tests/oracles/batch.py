@@ -24,7 +24,7 @@ def prompted(text: str, instruction: str | None) -> PromptedText:
     return (f"Instruct: {instruction}\nQuery: " if instruction else "", text)
 
 
-def plain_batch(examples: Sequence[Any], *, in_batch: bool, same_source_only: bool) -> PlainBatch:
+def plain_batch(examples: Sequence[Any], *, in_batch: bool) -> PlainBatch:
     documents: list[PromptedText] = []
     for example in examples:
         for text in _own_texts(example):
@@ -35,11 +35,7 @@ def plain_batch(examples: Sequence[Any], *, in_batch: bool, same_source_only: bo
         against = set()
         for document in documents:
             is_own = any(document == _document(example, text) for text in example.negatives)
-            is_offered = in_batch and (
-                not same_source_only
-                or any(_brought(other, document) for other in examples if _akin(other, example))
-            )
-            if (is_own or is_offered) and not _may_answer(document, example, examples):
+            if (is_own or in_batch) and not _may_answer(document, example, examples):
                 against.add(document)
         positives = [example.positive, *example.further_positives]
         for number, positive in enumerate(positives):
@@ -66,14 +62,6 @@ def _own_texts(example: Any) -> list[str]:
 
 def _document(example: Any, text: str) -> PromptedText:
     return prompted(text, example.instruction if example.symmetric else None)
-
-
-def _brought(example: Any, document: PromptedText) -> bool:
-    return any(document == _document(example, text) for text in _own_texts(example))
-
-
-def _akin(one: Any, other: Any) -> bool:
-    return bool(one.dataset == other.dataset)
 
 
 def _may_answer(document: PromptedText, example: Any, examples: Sequence[Any]) -> bool:

@@ -9,7 +9,7 @@ import random
 from array import array
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import islice
 from operator import itemgetter
 from pathlib import Path
@@ -73,10 +73,6 @@ class Inspection:
     smallest: tuple[tuple[str, int], ...] | None = None
     trained_on: int | None = None
     samples: tuple[dict[str, Any], ...] = ()
-
-    def to_json(self) -> dict[str, Any]:
-        """The inspection as plain data."""
-        return asdict(self)
 
 
 class OpenSet(NamedTuple):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
@@ -220,9 +220,8 @@ def read_pairs(config: DatasetConfig) -> OwnPairs:
     if not groups:
         reason = next((str(kind) for kind in check.problems.kinds), "the file is empty")
         raise DataError(f"no good record ({reason})", where=str(config.path))
-    return OwnPairs(config, tuple(map(_as_one, groups.values())), check)
-
-
-def _as_one(records: Collection[Record]) -> Record:
-    pairs = [record for record in records if isinstance(record, PairRecord)]
-    return merge(pairs, Repeats()) if len(pairs) > 1 else next(iter(records))
+    records: list[Record] = []
+    for group in groups.values():
+        pairs = [record for record in group if isinstance(record, PairRecord)]
+        records.append(merge(pairs, Repeats()) if len(pairs) > 1 else group[0])
+    return OwnPairs(config, tuple(records), check)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -126,7 +127,7 @@ def inspect(
         if not as_json:
             print_inspection(found[-1], opt.console())
     if as_json:
-        typer.echo(json.dumps([one.to_json() for one in found], indent=2, ensure_ascii=False))
+        typer.echo(json.dumps([asdict(one) for one in found], indent=2, ensure_ascii=False))
     if failed:
         raise DataError("could not be read", where=", ".join(failed))
 

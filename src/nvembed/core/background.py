@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import threading
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
@@ -14,13 +13,13 @@ Item = TypeVar("Item")
 _END = object()
 
 
-def prefetch(items: Iterable[Item], count: int = 1) -> Iterator[Item]:
-    """Take items in a thread, ``count`` before they are asked for; its errors are raised here."""
+def prefetch(items: Iterable[Item]) -> Iterator[Item]:
+    """Take items in a thread, one before it is asked for; its errors are raised here."""
     source = iter(items)
     with ThreadPoolExecutor(1, "nvembed-prefetch") as thread:
-        waiting = deque(thread.submit(next, source, _END) for _ in range(count))
-        while (item := waiting.popleft().result()) is not _END:
-            waiting.append(thread.submit(next, source, _END))
+        waiting = thread.submit(next, source, _END)
+        while (item := waiting.result()) is not _END:
+            waiting = thread.submit(next, source, _END)
             yield item  # type: ignore[misc]  # mypy cannot tell the end from an item
 
 

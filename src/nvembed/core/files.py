@@ -26,16 +26,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import IO, Any, cast
 
+from nvembed.core import ownership
 from nvembed.core.errors import DataError, UserError
-from nvembed.core.ownership import (
-    LEFTOVER,
-    NEW,
-    OLD,
-    mark_file,
-    mark_folder,
-    refuse_foreign,
-    remove_any,
-)
 
 STDIN = "-"  # as users write it
 STDIN_NAME = "standard input"  # as errors and places call it
@@ -255,30 +247,31 @@ def _atomic(target: Path, made_by: str | None, *, folder: bool) -> Iterator[Path
     hint = f"Free space on the disk or choose another place; {untouched}"
     with os_errors("cannot write", target, hint=hint), ExitStack() as cleanup:
         if made_by is not None:
-            refuse_foreign(target, made_by)
+            ownership.refuse_foreign(target, made_by)
         target.parent.mkdir(parents=True, exist_ok=True)
-        name = (NEW, f".{target.name}.", target.parent)
+        name = (ownership.NEW, f".{target.name}.", target.parent)
         if folder:
             temporary = Path(tempfile.mkdtemp(*name))
         else:
             handle, made = tempfile.mkstemp(*name)
             os.close(handle)
             temporary = Path(made)
-        cleanup.callback(remove_any, temporary)
+        cleanup.callback(ownership.remove_any, temporary)
         yield temporary
         os.chmod(temporary, 0o755 if folder else 0o644)
         if folder:
             _show(temporary)
         if made_by is not None:
             if folder:
-                mark_folder(temporary, made_by)
-            refuse_foreign(target, made_by, contents=False)  # the work may have taken hours
+                ownership.mark_folder(temporary, made_by)
+            # The work may have taken hours.
+            ownership.refuse_foreign(target, made_by, contents=False)
             if not folder:
-                mark_file(target, temporary, made_by)
+                ownership.mark_file(target, temporary, made_by)
         if not folder or not target.exists():
             os.replace(temporary, target)
         elif not _exchange(temporary, target):
-            old = target.with_name(f".{target.name}{OLD}")
+            old = target.with_name(f".{target.name}{ownership.OLD}")
             shutil.rmtree(old, ignore_errors=True)
             os.replace(target, old)
             os.replace(temporary, target)
@@ -327,14 +320,14 @@ def tidy(folder: Path, names: str) -> None:
     A folder that was to be replaced goes back to its place where that is empty.
     """
     for path in folder.glob(".*"):
-        found = LEFTOVER.fullmatch(path.name)
+        found = ownership.LEFTOVER.fullmatch(path.name)
         if found is None or not fnmatchcase(found["target"], names):
             continue
         target = path.with_name(found["target"])
-        if path.name.endswith(OLD) and not os.path.lexists(target):
+        if path.name.endswith(ownership.OLD) and not os.path.lexists(target):
             os.replace(path, target)
         else:
-            remove_any(path)
+            ownership.remove_any(path)
 
 
 def _exchange(first: Path, second: Path) -> bool:

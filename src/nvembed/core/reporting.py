@@ -16,10 +16,11 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rich.progress import Progress, TaskID
+    from rich.progress import Progress
 
 # --- Notes ----------------------------------------------------------------------------------------
 
@@ -171,28 +172,17 @@ class ProblemCounts:
 
 
 class ProgressBar:
-    """What ``progress`` yields; does nothing when there is nobody to look."""
+    """What ``progress`` yields; without an ``update``, nobody looks and it does nothing."""
 
-    def __init__(
-        self,
-        shown: Progress | None,
-        task: TaskID | None,
-        redraw: Callable[[bool], None] | None = None,
-    ) -> None:
-        self._shown = shown
-        self._task = task
-        self._redraw = redraw
+    def __init__(self, update: Callable[..., None] | None = None) -> None:
+        self._update = update
 
     def advance(self, n: int = 1, **fields: float | str) -> None:
         """Move on by ``n`` and show ``fields`` (``loss=0.41``) beside the bar."""
-        if self._shown is None or self._task is None:
+        if self._update is None:
             return
-        if fields:
-            text = "  ".join(f"{name} {_short(value)}" for name, value in fields.items())
-            self._shown.update(self._task, fields=text)
-        self._shown.update(self._task, advance=n)
-        if self._redraw is not None:
-            self._redraw(False)
+        text = "  ".join(f"{name} {_short(value)}" for name, value in fields.items())
+        self._update(advance=n, **({"fields": text} if fields else {}))
 
 
 class Rates:
@@ -219,7 +209,7 @@ def progress(total: int | None, description: str, *, shown: bool = True) -> Iter
     withdraw()
     notebook = _in_notebook()
     if not shown or not _wanted(notebook or sys.stderr.isatty()):
-        yield ProgressBar(None, None)
+        yield ProgressBar()
         return
     from rich import progress as bar  # --help must not wait for it
     from rich.console import Console
@@ -229,15 +219,20 @@ def progress(total: int | None, description: str, *, shown: bool = True) -> Iter
         *(bar.TextColumn("{task.fields[fields]}"), bar.TimeElapsedColumn()),
         *(bar.TextColumn("left"), bar.TimeRemainingColumn()),
     )
+    # That of a notebook is never started, so it writes nothing by itself.
+    bars = bar.Progress(*columns, console=Console(stderr=True))
+    update = partial(bars.update, bars.add_task(description, total=total, fields=""))
     if notebook:
-        bars = bar.Progress(*columns)  # never started, so it writes nothing by itself
-        task, redraw = bars.add_task(description, total=total, fields=""), _notebook_redraw(bars)
+        redraw = _notebook_redraw(bars)
+
+        def update_shown(**changes: Any) -> None:
+            update(**changes)
+            redraw(False)
+
         redraw(True)
-        yield ProgressBar(bars, task, redraw)
+        yield ProgressBar(update_shown)
         redraw(True)
         return
-    bars = bar.Progress(*columns, console=Console(stderr=True))
-    task = bars.add_task(description, total=total, fields="")
     late = threading.Timer(_SOON, bars.start)
     late.daemon = True
     if "NVEMBED_PROGRESS" in os.environ:
@@ -245,7 +240,7 @@ def progress(total: int | None, description: str, *, shown: bool = True) -> Iter
     else:
         late.start()
     try:
-        yield ProgressBar(bars, task)
+        yield ProgressBar(update)
     finally:
         late.cancel()
         if late.ident is not None:

@@ -39,18 +39,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from nvembed.core import ownership
 from nvembed.core.config import read_yaml
 from nvembed.core.errors import ConfigError, DataError
 from nvembed.core.files import os_errors, parse_json, read_json_object, tidy, write_json, write_text
-from nvembed.core.ownership import (
-    foreign_error,
-    mark_growing,
-    problem_of,
-    refuse_foreign,
-    remove,
-    remove_named,
-    unnamed,
-)
 
 # The command that makes a run folder.
 TRAIN = "train"
@@ -125,15 +117,16 @@ class RunFolder:
     def refuse_foreign(self, stages: Sequence[str] = ()) -> None:
         """Refuse to start a run with these stages where something of the user's would be lost."""
         for path in self.written(stages):
-            refuse_foreign(path, TRAIN)
+            ownership.refuse_foreign(path, TRAIN)
         # Without a run beside them they are not of one.
-        for path in unnamed(self.checkpoints, _CHECKPOINTS if self.exists else _NOTHING)[:1]:
+        ours = _CHECKPOINTS if self.exists else _NOTHING
+        for path in ownership.unnamed(self.checkpoints, ours)[:1]:
             message = f"is there already, and nvembed did not make it: {path.name}"
-            raise foreign_error(message, path.parent)
+            raise ownership.foreign_error(message, path.parent)
         for file, is_ours in ((self.metrics, _is_row), (self.log, _LOG_LINE.fullmatch)):
             lines = file.read_bytes().split(b"\n")[:-1] if file.is_file() else []
             if not all(map(is_ours, lines)):
-                raise foreign_error("was changed since nvembed made it", file)
+                raise ownership.foreign_error("was changed since nvembed made it", file)
 
     def create(
         self,
@@ -148,7 +141,7 @@ class RunFolder:
         ``replace`` deletes the earlier run of this folder, which is a ConfigError without it.
         ``computing`` says in ``env.json`` how the numbers of the run are computed.
         """
-        if self.exists and not replace and problem_of(self.config, TRAIN) is None:
+        if self.exists and not replace and ownership.problem_of(self.config, TRAIN) is None:
             raise ConfigError(
                 "the folder holds a run already",
                 where=str(self.path),
@@ -161,7 +154,7 @@ class RunFolder:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             # Lines are added to two of them, and a damaged measurement is taken again.
             for file in (self.metrics, self.log, self.graph_memory):
-                mark_growing(file, TRAIN)
+                ownership.mark_growing(file, TRAIN)
         computed = {} if computing is None else {"computing": computing}
         write_json(self.env, describe_environment() | computed, TRAIN)
         write_text(self.config, config_yaml, TRAIN)
@@ -172,16 +165,16 @@ class RunFolder:
             write_text(self.config, "# Being deleted to start over.\n", TRAIN)
         self.remove_models()  # those of stages that the new run does not have as well
         for folder in (self.adapter, self.eval):
-            remove(folder)
-        remove_named(self.path / "tensorboard" / "nvembed", _EVENTS)
+            ownership.remove(folder)
+        ownership.remove_named(self.path / "tensorboard" / "nvembed", _EVENTS)
         for file in self._files:
-            remove(file)
+            ownership.remove(file)
 
     def remove_models(self) -> None:
         """Delete checkpoints, mined files and models; what nvembed did not make stays."""
-        remove_named(self.checkpoints, _CHECKPOINTS)
+        ownership.remove_named(self.checkpoints, _CHECKPOINTS)
         for folder in (self.mined, *self.path.glob("model*")):
-            remove(folder)
+            ownership.remove(folder)
 
     def tidy(self) -> None:
         """Clear up after a process that was killed while it wrote; see ``files.tidy``."""
@@ -296,35 +289,25 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(derive_seed(seed, "torch"))
 
 
-def capture_rng() -> dict[str, Any]:
-    """Take the state of the global generators, as ``torch.load(weights_only=True)`` reads it."""
+def capture_rng() -> tuple[Any, ...]:
+    """Take the state of the global generators, for ``restore_rng``."""
     import numpy as np
     import torch
 
-    version, internal, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
-    numbers = [[int(key) for key in keys], int(position), int(has_gauss), float(cached)]
-    return {
-        "python": [version, list(internal), gauss],
-        "numpy": [str(name), *numbers],
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
+    on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return random.getstate(), np.random.get_state(), torch.get_rng_state(), on_gpus
 
 
-def restore_rng(state: dict[str, Any]) -> None:
-    """Put the global generators back to a state taken by ``capture_rng``."""
+def restore_rng(state: tuple[Any, ...]) -> None:
+    """Put the global generators back to a state taken by ``capture_rng`` in this process."""
     import numpy as np
     import torch
 
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    name, keys, *others = state["numpy"]
-    np.random.set_state((name, np.array(keys, dtype=np.uint32), *others))
-    torch.set_rng_state(state["torch"].cpu())
-    # A run saved on a GPU may go on elsewhere: then there is no such generator to restore.
-    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all([tensor.cpu() for tensor in state["cuda"]])
+    of_python, of_numpy, on_cpu, on_gpus = state
+    random.setstate(of_python)
+    np.random.set_state(of_numpy)
+    torch.set_rng_state(on_cpu)
+    torch.cuda.set_rng_state_all(on_gpus)
 
 
 # --- What a result was made with ------------------------------------------------------------------

@@ -56,8 +56,7 @@ def read_array(path: Path, *, mapped: bool = False, hint: str = _AGAIN) -> NDArr
     """Read or map what ``write_array`` wrote; a DataError where it is missing or damaged."""
     # "c": torch takes only memory that could be written, and nothing here writes.
     with _readable(path, hint):
-        array: NDArray[Any] = np.load(path, mmap_mode="c" if mapped else None, allow_pickle=False)
-        return array
+        return np.load(path, mmap_mode="c" if mapped else None, allow_pickle=False)
 
 
 def read_arrays(path: Path, *names: str) -> list[NDArray[Any]]:

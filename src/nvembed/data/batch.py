@@ -62,16 +62,13 @@ class ContrastiveBatch:
     teacher_UE: NDArray[np.float16] | None = None  # a teacher's vectors of them, of its width E
 
 
-def build_batch(
-    examples: Sequence[Example], *, in_batch_negatives: bool, same_source_only: bool = False
-) -> ContrastiveBatch:
+def build_batch(examples: Sequence[Example], *, in_batch_negatives: bool) -> ContrastiveBatch:
     """De-duplicate the texts of the examples and decide the negatives of every query.
 
     A query's own negatives stand against it; with ``in_batch_negatives`` all documents of the batch
-    do, with ``same_source_only`` those that an example of the same data set brought in. Taken out
-    in any case are documents whose text is the query's own, its positive's or that of a known
-    positive (whatever their prompt), of this example or of another one with the same query, and
-    documents that share a class with the query in the same data set. Texts without labels are
+    do. Taken out in any case are documents whose text is the query's own, its positive's or that of
+    a known positive (whatever their prompt), of this example or of another one with the same query,
+    and documents that share a class with the query in the same data set. Texts without labels are
     among the texts, and no row of the loss.
     """
     assert examples
@@ -86,10 +83,7 @@ def build_batch(
     positives_Q, negatives_Q = [own for own, _ in columns], [own for _, own in columns]
     negative_QN = np.zeros((len(examples), len(documents.columns)), dtype=np.bool_)
     for example, allowed_N, own in zip(examples, negative_QN, negatives_Q, strict=True):
-        if in_batch_negatives and same_source_only:
-            allowed_N[list(documents.of_dataset[example.dataset])] = True
-        elif in_batch_negatives:
-            allowed_N[:] = True
+        allowed_N[:] = in_batch_negatives
         allowed_N[own] = True
         allowed_N[documents.never_against(example)] = False
     counts_Q = np.array([len(own) for own in positives_Q], dtype=np.int64)
@@ -144,11 +138,10 @@ def given_texts(examples: Iterable[Example]) -> dict[PromptedText, GivenText]:
 
 
 class _Documents:
-    """Columns of the documents of a batch, found by text, by class and by data set."""
+    """Columns of the documents of a batch, found by text and by class."""
 
     def __init__(self, rows: dict[PromptedText, int]) -> None:
         self.columns: dict[int, int] = {}  # by the row of the text
-        self.of_dataset = defaultdict[str, set[int]](set)
         self._rows = rows
         self._of_text = defaultdict[str, set[int]](set)
         self._of_label = defaultdict[tuple[str, str], set[int]](set)
@@ -166,7 +159,6 @@ class _Documents:
             row = self._rows[prompt, text]
             own.append(column := self.columns.setdefault(row, len(self.columns)))
             self._of_text[text].add(column)
-            self.of_dataset[example.dataset].add(column)
             for label in of_text:
                 self._of_label[example.dataset, label].add(column)
         return own[: len(positives)], own[len(positives) :]

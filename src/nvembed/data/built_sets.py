@@ -7,7 +7,6 @@ random names, row groups that end at fixed places.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+from nvembed.core.cache import file_digest
 from nvembed.data.config import BuildConfig, BuildMining, DatasetConfig
 from nvembed.data.records import COLUMNS, Converted, Kind, record_of, texts_of
 from nvembed.data.sources.files import parquet_rows, shard_files
@@ -74,9 +74,7 @@ def write_shards(
                 file.write_batch(pyarrow.RecordBatch.from_pylist(group, schema=schema))
                 written += len(group)
                 del group  # before the next one is filled
-        with open(path, "rb") as whole:
-            digest = hashlib.file_digest(whole, "sha256").hexdigest()
-        shards.append(Shard(path.name, written, path.stat().st_size, digest))
+        shards.append(Shard(path.name, written, path.stat().st_size, file_digest(path)))
     return shards
 
 

@@ -71,10 +71,11 @@ class ExampleSource(ABC):
     scored = False  # whether any query has a teacher's scores
     symmetric = False
 
-    def __init__(self, name: str, instruction: str | None, num_queries: int) -> None:
+    def __init__(self, records: Sequence[Any], name: str, instruction: str | None) -> None:
         self.name = name
         self.instruction = instruction
-        self.queries: Sequence[int] = range(num_queries)
+        self.queries: Sequence[int] = range(len(records))
+        self._records = records  # one for each query
 
     def __len__(self) -> int:
         return len(self.queries)
@@ -137,8 +138,7 @@ class PairSource(ExampleSource):
     """Queries with listed positives; one of several records knows the positives of all of them."""
 
     def __init__(self, records: Sequence[PairRecord], name: str, instruction: str | None) -> None:
-        super().__init__(name, instruction, len(records))
-        self._records = records
+        super().__init__(records, name, instruction)
         self.scored = any(record.positive_scores for record in records)
         self._known: dict[str, tuple[str, ...]] = {}
         for record in records:
@@ -146,7 +146,7 @@ class PairSource(ExampleSource):
             self._known[record.query] = tuple(dict.fromkeys(known))
 
     def _draw(self, number: int, rng: Rng, num_negatives: int, num_positives: int) -> Example:
-        record = self._records[number]
+        record: PairRecord = self._records[number]
         known = self._known[record.query]
         first = int(rng.integers(len(record.positives)))
         refused = (record.query, *known)
@@ -176,24 +176,24 @@ class StsSource(ExampleSource):
     symmetric = True
 
     def __init__(self, records: Sequence[StsRecord], name: str, instruction: str | None) -> None:
-        self._directions: list[tuple[str, str, tuple[str, ...]]] = []
+        directions: list[tuple[str, str, tuple[str, ...]]] = []
         self._known: dict[str, dict[str, None]] = {}  # an ordered set per sentence
         for record in records:
             first, second = record.sentence1, record.sentence2
             if record.score < POSITIVE_SCORE or first == second:
                 continue
             for query, positive in ((first, second), (second, first)):
-                self._directions.append((query, positive, record.negatives))
+                directions.append((query, positive, record.negatives))
                 self._known.setdefault(query, {})[positive] = None
-        if not self._directions:
+        if not directions:
             told = f"no pair of different sentences scores {POSITIVE_SCORE:g} or more"
             raise DataError(told, where=name, expected="scores on the scale from 0 to 5")
         sentences = (text for record in records for text in (record.sentence1, record.sentence2))
         self._pool = list(dict.fromkeys(sentences))
-        super().__init__(name, instruction, len(self._directions))
+        super().__init__(directions, name, instruction)
 
     def _draw(self, number: int, rng: Rng, num_negatives: int, num_positives: int) -> Example:
-        query, positive, mined = self._directions[number]
+        query, positive, mined = self._records[number]
         known = self._known[query]
 
         def is_negative(text: str) -> bool:
@@ -213,8 +213,7 @@ class _LabelSource(ExampleSource):
     """Labelled texts."""
 
     def __init__(self, records: Sequence[LabelRecord], name: str, instruction: str | None) -> None:
-        super().__init__(name, instruction, len(records))
-        self._records = records
+        super().__init__(records, name, instruction)
         found: dict[str, dict[str, None]] = {}
         for record in records:
             found.setdefault(record.text, {})[record.label] = None
@@ -304,10 +303,6 @@ class LabelTextSource(_LabelSource):
 
 class TextSource(ExampleSource):
     """Texts by themselves: without an instruction they are documents, with one queries."""
-
-    def __init__(self, records: Sequence[Any], name: str, instruction: str | None) -> None:
-        super().__init__(name, instruction, len(records))
-        self._records = records
 
     def _draw(self, number: int, rng: Rng, num_negatives: int, num_positives: int) -> Example:
         return self._example(self._records[number].text, None)

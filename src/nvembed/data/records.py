@@ -9,9 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from operator import attrgetter
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter, ValidationError
@@ -58,12 +57,9 @@ class _Row:
 
     def to_json(self) -> dict[str, Any]:
         """Return the object that is read back to an equal record; what is empty is left out."""
-        columns, values_of = _FORMS[type(self)]
-        return {
-            column: list(value) if isinstance(value, tuple) else value
-            for column, value in zip(columns, values_of(self), strict=True)
-            if value is not None and value != ()
-        }
+        return _ADAPTERS[type(self)].dump_python(
+            self, mode="json", by_alias=True, exclude_defaults=True, warnings=False
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,12 +106,6 @@ class TextRecord(_Row):
 Record = PairRecord | StsRecord | LabelRecord | TextRecord
 
 
-def _getter(*names: str) -> Callable[[Any], tuple[Any, ...]]:
-    """A function that gives some fields; ``attrgetter`` of a single one gives no tuple."""
-    get = attrgetter(*names)
-    return get if len(names) > 1 else lambda record: (get(record),)
-
-
 PAIR_KINDS = ("retrieval", "nli")
 LABEL_KINDS = ("classification", "clustering")
 # Kinds, their record, the columns that have to be there, and what a good row looks like.
@@ -145,9 +135,9 @@ _FIELDS = {
     made: {one.name: _COLUMNS.get(one.name, one.name) for one in fields(made)}
     for _, made, _, _ in _KINDS
 }
-_FORMS = {made: (tuple(of.values()), _getter(*of)) for made, of in _FIELDS.items()}
-COLUMNS = {kind: _FORMS[made][0] for kind, made in RECORD_TYPES.items()}
-_CHECKS = {kind: TypeAdapter[Any](made).validator for kind, made in RECORD_TYPES.items()}
+COLUMNS = {kind: tuple(_FIELDS[made].values()) for kind, made in RECORD_TYPES.items()}
+_ADAPTERS = {made: TypeAdapter[Any](made) for made in _FIELDS}
+_CHECKS = {kind: _ADAPTERS[made].validator for kind, made in RECORD_TYPES.items()}
 
 
 @dataclass(frozen=True, slots=True)

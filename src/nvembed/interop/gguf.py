@@ -158,8 +158,7 @@ class _Cursor:
         start, self.at = self.at, self.at + length
         if self.at > len(self._blob):
             raise EOFError("the file ends in it")
-        taken: bytes = self._blob[start : self.at]
-        return taken
+        return self._blob[start : self.at]
 
     def text(self) -> str:
         return self.bytes(self.take("Q")).decode("utf-8", "replace")

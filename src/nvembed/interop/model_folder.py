@@ -11,16 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub import errors, hf_hub_download
 
 from nvembed.core.arguments import check_settings, kind_of, shown_value
 from nvembed.core.errors import ConfigError, ModelError
@@ -193,38 +184,38 @@ class ModelSource:
                     library_name="nvembed",
                 )
             )
-        except LocalEntryNotFoundError as error:
+        except errors.LocalEntryNotFoundError as error:
             _gave_no_answer.add(self.name)
             raise _UnreachableError(
                 f"{filename} is not in the local cache and the hub cannot be reached",
                 where=where,
                 expected="a network connection, an earlier download or a local folder",
             ) from error
-        except EntryNotFoundError:
+        except errors.EntryNotFoundError:
             return None
-        except HFValidationError as error:
+        except errors.HFValidationError as error:
             raise ModelError(
                 "neither a folder nor a hub id", where=self.name, hint="Check the path"
             ) from error
-        except (HfHubHTTPError, OSError) as error:
+        except (errors.HfHubHTTPError, OSError) as error:
             raise _refused(error, where) from error
 
 
 def _refused(error: Exception, where: str) -> ModelError:
-    if isinstance(error, GatedRepoError):
+    if isinstance(error, errors.GatedRepoError):
         return ModelError(
             "the repository is gated and this machine has no access",
             where=where,
             expected="the token of an account that has accepted its licence",
             hint="Accept the licence on the model's hub page, then `hf auth login` or set HF_TOKEN",
         )
-    if isinstance(error, RepositoryNotFoundError):
+    if isinstance(error, errors.RepositoryNotFoundError):
         return ModelError(
             "no such folder here and no such repository on the hub (or a private one)",
             where=where,
             hint="Check the name; a private repository needs a token",
         )
-    if isinstance(error, RevisionNotFoundError):
+    if isinstance(error, errors.RevisionNotFoundError):
         return ModelError("the repository has no such revision", where=where)
     reason = str(error).strip().splitlines()
     text = f"cannot be downloaded ({reason[0] if reason else type(error).__name__})"

@@ -6,11 +6,13 @@ The file is mapped afresh for each tensor: pages of a mapping count as memory of
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from accelerate.utils import align_module_device
+from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -99,34 +101,24 @@ def write_shards(
     tensor: Callable[[str], Tensor],
     *,
     max_bytes: int = MAX_SHARD_BYTES,
-) -> list[Path]:
+) -> None:
     """Write tensors as one file, or as shards with an index where one would be too large.
 
     ``sizes`` are bytes as written; ``tensor`` is asked shard by shard, so one shard is in memory.
     """
-    shards: list[list[str]] = []
-    room = 0
-    for name in names:
-        if not shards or sizes[name] > room:
-            shards.append([])
-            room = max_bytes
-        shards[-1].append(name)
-        room -= sizes[name]
-    paths = []
-    weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, start=1):
-        filename = SINGLE
-        if len(shards) > 1:
-            filename = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        weights = {name: tensor(name) for name in shard}
+    split = split_state_dict_into_shards_factory(
+        {name: sizes[name] for name in names},
+        get_storage_size=int,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_bytes,
+    )
+    for filename, own in split.filename_to_tensors.items():
+        weights = {name: tensor(name) for name in own}
         # transformers refuses files that do not say which library wrote them.
         save_file(weights, folder / filename, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(shard, filename)
-        paths.append(folder / filename)
-    if len(shards) > 1:
-        total = sum(sizes[name] for name in weight_map)
-        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    return paths
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        write_json(folder / INDEX, index)
 
 
 # --- In a model -----------------------------------------------------------------------------------
@@ -248,11 +240,8 @@ def check_finite_tensor(tensor: Tensor, name: str, *, where: str) -> None:
 
 def shared_prefixes(names: Collection[str]) -> list[str]:
     """Prefixes in front of all names but that of a language-model head, shortest first."""
-    parts = [name.split(".") for name in names if LM_HEAD not in name.split(".")]
-    if not parts:
-        return []
-    shortest = min(map(len, parts)) - 1  # something must be left of every name
-    length = 0
-    while length < shortest and all(part[length] == parts[0][length] for part in parts):
-        length += 1
-    return [".".join(parts[0][:end]) + "." for end in range(1, length + 1)]
+    # Something must be left of every name.
+    parts = [name.split(".")[:-1] for name in names if LM_HEAD not in name.split(".")]
+    rows = takewhile(lambda row: len(set(row)) == 1, zip(*parts, strict=False))
+    shared = [row[0] for row in rows]
+    return [".".join(shared[:end]) + "." for end in range(1, len(shared) + 1)]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -90,10 +90,7 @@ def float32_attention(
     """
     scale = checked_scaling(scaling, query_HTE.shape[-1])
     starts = _checked_starts(starts, query_HTE)
-    out_THE: Tensor = _Attention.apply(
-        _float32_kernel(), starts, scale, query_HTE, key_KTE, value_KTE
-    )
-    return out_THE
+    return _Attention.apply(_float32_kernel(), starts, scale, query_HTE, key_KTE, value_KTE)
 
 
 def bfloat16_attention(
@@ -200,7 +197,10 @@ def _float32_kernel() -> Any | None:
         _log.info("attention is torch's own: on this CPU the compiled one is no faster")
         return None
     found = library("varlen_attention.cpp")
-    return found and _if_right(found, _float32_error(found), FLOAT32_TOLERANCE)
+    if found is None:
+        return None
+    error = _error(torch.float32, lambda qkv, starts: _Attention.apply(found, starts, 1.0, *qkv))
+    return _if_right(found, error, FLOAT32_TOLERANCE)
 
 
 @cache
@@ -209,7 +209,8 @@ def _bfloat16_kernel() -> Any | None:
     found: Any = library("bfloat16_attention.cpp")
     if found is None or not found.nvembed_bfloat16_supported():
         return None
-    return _if_right(found, _bfloat16_error(found), BFLOAT16_TOLERANCE)
+    error = _error(torch.bfloat16, lambda qkv, starts: _bfloat16(found, qkv, starts, 1.0, False))
+    return _if_right(found, error, BFLOAT16_TOLERANCE)
 
 
 # Both are tried on a small example when they are loaded: compilers have errors too.
@@ -220,38 +221,22 @@ def _if_right(kernel: Any, error: float, tolerance: float) -> Any | None:
     return None
 
 
-def _example(dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
-    """Leaves ``(H, 37, 32)``, the same in float64, attention of these, and starts."""
+@torch.inference_mode(False)
+@torch.enable_grad()
+def _error(dtype: torch.dtype, attend: Callable[..., Tensor]) -> float:
+    """Of an example, relative to float64: that of the result, and in float32 of its gradients."""
     random = torch.Generator().manual_seed(0)
-    leaves = [torch.randn(heads, 37, 32, generator=random).to(dtype) for heads in (2, 1, 1)]
-    exact = [x_HTE.double() for x_HTE in leaves]
-    query, key, value = (x_HTE.requires_grad_() for x_HTE in exact)
-    wanted_HTE = (query @ key.transpose(1, 2)).softmax(-1) @ value
-    return leaves, exact, wanted_HTE, torch.tensor([0, 37], dtype=torch.int32)
-
-
-def _error(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
-    pairs = zip(found, wanted, strict=True)
+    numbers = [torch.randn(heads, 37, 32, generator=random).to(dtype) for heads in (2, 1, 1)]
+    exact = [x_HTE.double().requires_grad_() for x_HTE in numbers]
+    leaves = [x_HTE.requires_grad_() for x_HTE in numbers]
+    query_HTE, key_HTE, value_HTE = exact
+    found = [attend(leaves, torch.tensor([0, 37], dtype=torch.int32)).transpose(0, 1)]
+    wanted = [(query_HTE @ key_HTE.transpose(1, 2)).softmax(-1) @ value_HTE]
+    if dtype is torch.float32:
+        d_out = torch.randn(wanted[0].shape, generator=torch.Generator().manual_seed(1))
+        found += torch.autograd.grad(found[0], leaves, d_out)
+        wanted += torch.autograd.grad(wanted[0], exact, d_out.double())
     return max(
         float((left - right).detach().abs().max() / right.detach().abs().max())
-        for left, right in pairs
+        for left, right in zip(found, wanted, strict=True)
     )
-
-
-@torch.inference_mode(False)
-@torch.enable_grad()
-def _bfloat16_error(kernel: Any) -> float:
-    inputs, _, wanted_HTE, starts = _example(torch.bfloat16)
-    found_THE = _bfloat16(kernel, inputs, starts, 1.0, False)
-    return _error([found_THE.transpose(0, 1)], [wanted_HTE])
-
-
-@torch.inference_mode(False)
-@torch.enable_grad()
-def _float32_error(kernel: Any) -> float:
-    leaves, exact, wanted_HTE, starts = _example(torch.float32)
-    found_THE = _Attention.apply(kernel, starts, 1.0, *(x.requires_grad_() for x in leaves))
-    d_out = torch.randn(wanted_HTE.shape, generator=torch.Generator().manual_seed(1))
-    gradients = torch.autograd.grad(found_THE.transpose(0, 1), leaves, d_out)
-    wanted = torch.autograd.grad(wanted_HTE, exact, d_out.double())
-    return _error([found_THE.transpose(0, 1), *gradients], [wanted_HTE, *wanted])

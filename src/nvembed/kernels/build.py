@@ -16,8 +16,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -123,17 +122,20 @@ def _load_or_compile(
     folder: Path, handle: int, name: str, compiler: str, source: Path
 ) -> ctypes.CDLL:
     """Load a library from a folder that was opened, after compiling it there if need be."""
+    import fcntl  # there are no such folders on systems without it
+
     if not _is_intact(handle, name):
-        with _alone(handle):
-            if not _is_intact(handle, name):  # no other process has made it meanwhile
-                with atomic_path(folder / name) as temporary:
-                    _compile(compiler, source, temporary)
-                    with open(temporary, "rb") as file:
-                        os.fsync(file.fileno())
-                        checksum = hashlib.file_digest(file, "sha256").hexdigest()
-                write_text(folder / f"{name}.sha256", checksum + "\n")
-                with suppress(OSError):  # not every file system can
-                    os.fsync(handle)
+        with suppress(OSError):  # not every file system can
+            fcntl.flock(handle, fcntl.LOCK_EX)  # until the folder is closed: others wait
+        if not _is_intact(handle, name):  # no other process has made it meanwhile
+            with atomic_path(folder / name) as temporary:
+                _compile(compiler, source, temporary)
+                with open(temporary, "rb") as file:
+                    os.fsync(file.fileno())
+                    checksum = hashlib.file_digest(file, "sha256").hexdigest()
+            write_text(folder / f"{name}.sha256", checksum + "\n")
+            with suppress(OSError):
+                os.fsync(handle)
         if not _is_intact(handle, name):
             raise NativeError(f"{folder / name} is not what was written there")
     # By the descriptor, so that it is the folder that was looked at, whatever has been renamed.
@@ -150,20 +152,6 @@ def _is_intact(folder: int, name: str) -> bool:
     if content is None or checksum is None:
         return False
     return checksum.strip() == hashlib.sha256(content).hexdigest().encode()
-
-
-@contextmanager
-def _alone(folder: int) -> Iterator[None]:
-    """Let other processes that want to compile wait; where files cannot be locked, they do not."""
-    import fcntl
-
-    with suppress(OSError):
-        fcntl.flock(folder, fcntl.LOCK_EX)
-    try:
-        yield
-    finally:
-        with suppress(OSError):
-            fcntl.flock(folder, fcntl.LOCK_UN)
 
 
 def _compiler() -> str:

@@ -54,14 +54,6 @@ def call(source: str, name: str, *arguments: Tensor | int | float | None) -> Non
     function(*map(converted, arguments), ctypes.c_int(torch.get_num_threads()))
 
 
-def gate(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
-    """``silu(gate) · up``, differentiable where a gradient is asked for."""
-    if torch.is_grad_enabled():
-        out_TF: Tensor = Gate.apply(gate_TF, up_TF)
-        return out_TF
-    return gated(gate_TF.contiguous(), up_TF.contiguous())
-
-
 def rotate(
     x_TI: Tensor, cos_TA: Tensor, sin_TA: Tensor, width: int, dtype: torch.dtype, way: float = 1.0
 ) -> Tensor:
@@ -77,42 +69,6 @@ def rotate(
     shape = (tokens, heads, width, cos_TA.shape[1])
     call(SOURCE, "rotate", x_TI, cos_TA, sin_TA, out_THE, wide, wide_out, *shape, way)
     return out_THE
-
-
-class Norm(torch.autograd.Function):
-    """``weight · x / rms(x)``."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-        """``x`` of any shape ``(…, D)``."""
-        out, *kept = normed(x, weight_D, eps, x.dtype)
-        ctx.save_for_backward(*kept, weight_D)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """Of the input, and of the weight where it is trained."""
-        hat, inverse, weight_D = ctx.saved_tensors
-        trained = ctx.needs_input_grad[1]
-        return *norm_backward(gradients[0], hat, inverse, weight_D, trained), None
-
-
-class Gate(torch.autograd.Function):
-    """``silu(gate) · up``."""
-
-    @staticmethod
-    def forward(ctx: Any, gate_TF: Tensor, up_TF: Tensor) -> Tensor:
-        """Both of one shape."""
-        gate_TF, up_TF = gate_TF.contiguous(), up_TF.contiguous()
-        ctx.save_for_backward(gate_TF, up_TF)
-        return gated(gate_TF, up_TF)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
-        """Of gate and up."""
-        return gate_backward(gradients[0], *ctx.saved_tensors)
 
 
 class Rotated(torch.autograd.Function):
@@ -135,7 +91,7 @@ class Rotated(torch.autograd.Function):
         return back_THE.flatten(1), None, None, None
 
 
-# --- Without graph: what the functions above and those of ``trained.py`` are made of --------------
+# --- Without graph: what those of ``trained.py`` are made of -------------------------------------
 
 
 def normed(
@@ -217,7 +173,8 @@ def softmax_backward_(weight_RL: Tensor, d_weight_RL: Tensor, scale: float) -> T
 
 
 def gated(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
-    """``silu(gate) · up`` of dense tensors."""
+    """``silu(gate) · up`` of tensors of one shape."""
+    gate_TF, up_TF = gate_TF.contiguous(), up_TF.contiguous()
     out_TF = torch.empty_like(gate_TF)
     shape = (gate_TF.dtype is torch.float32, out_TF.numel())
     call(SOURCE, "gate_forward", gate_TF, up_TF, out_TF, *shape)
@@ -241,8 +198,7 @@ def product(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Te
         return nn.functional.linear(x_TI, weight_OI, bias_O)
     if not torch.is_grad_enabled():
         return _onednn(x_TI, weight_OI, bias_O)
-    out_TO: Tensor = _Product.apply(x_TI, weight_OI, bias_O)
-    return out_TO
+    return _Product.apply(x_TI, weight_OI, bias_O)
 
 
 def same_in_every_process(x_TI: Tensor, weight_OI: Tensor) -> Tensor:
@@ -267,8 +223,7 @@ def linear(module: Any, x: Tensor) -> Tensor:
     weight: Any = module.weight
     # Weights of other types are those of quantisation.
     if type(weight) is not nn.Parameter or not _in_float32_on_cpu(x, weight):
-        out: Tensor = type(module).forward(module, x)
-        return out
+        return type(module).forward(module, x)
     return product(x.flatten(0, -2), weight, module.bias).view(*x.shape[:-1], module.out_features)
 
 
@@ -295,8 +250,7 @@ def _onednn(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Te
     if not x_TI.shape[0] or not x_TI.shape[1]:
         return nn.functional.linear(x_TI, weight_OI, bias_O)
     # The operator that torch.compile puts in place of a linear layer.
-    out_TO: Tensor = torch.ops.mkldnn._linear_pointwise(x_TI, weight_OI, bias_O, "none", [], "")
-    return out_TO
+    return torch.ops.mkldnn._linear_pointwise(x_TI, weight_OI, bias_O, "none", [], "")
 
 
 class _Product(torch.autograd.Function):

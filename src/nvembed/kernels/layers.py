@@ -23,19 +23,16 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from nvembed.kernels.attention import bfloat16_available, float32_available, plain_on_cpu
 from nvembed.kernels.build import library
-from nvembed.kernels.functions import (
-    SOURCE,
-    UNIT,
-    Norm,
-    Rotated,
-    call,
-    fits,
-    gate,
-    linear,
-    rotate,
-)
+from nvembed.kernels.functions import SOURCE, UNIT, Rotated, call, fits, gated, linear, rotate
 from nvembed.kernels.int8 import Int8Linear
-from nvembed.kernels.trained import fused_lora, gated_linear, is_plain_lora, is_watched, linears
+from nvembed.kernels.trained import (
+    fused_lora,
+    gated_linear,
+    is_plain_lora,
+    is_watched,
+    linears,
+    trained_norm,
+)
 
 _LAYER = "decoder_layer.cpp"
 
@@ -48,22 +45,18 @@ def available() -> bool:
 def rms_norm(module: Any, x: Tensor) -> Tensor:
     """``weight · x / rms(x)``."""
     if fits(x, module.weight):
-        out: Tensor = Norm.apply(x, module.weight, module.variance_epsilon)
-    else:
-        out = type(module).forward(module, x)
-    return out
+        return trained_norm(x, module.weight, module.variance_epsilon)
+    return type(module).forward(module, x)
 
 
 def gated_mlp(module: Any, x: Tensor, norm: Any = None) -> Tensor:
     """``down(silu(gate x) · up x)`` of x or its norm."""
     if torch.compiler.is_compiling():
-        out: Tensor = type(module).forward(module, x)
-        return out
+        return type(module).forward(module, x)
     opened, up = linears(x, (module.gate_proj, module.up_proj), norm)
     if fits(opened, up):
         return gated_linear(opened, up, module.down_proj)
-    out = module.down_proj(module.act_fn(opened) * up)
-    return out
+    return module.down_proj(module.act_fn(opened) * up)
 
 
 def is_silu(mlp: Any) -> bool:
@@ -88,8 +81,7 @@ def decoder_layer(module: Any, hidden_states: Tensor, *arguments: Any, **options
     mlp, attention = module.mlp, module.self_attn
     if arguments or positions is None or segments is None or not _runs(module, hidden_states):
         if arguments or not _may_join(module) or not _is_flat(hidden_states, options):
-            out: Tensor = type(module).forward(module, hidden_states, *arguments, **options)
-            return out
+            return type(module).forward(module, hidden_states, *arguments, **options)
         mixed, _ = rotary_attention(
             attention, hidden_states, norm=module.input_layernorm, **options
         )
@@ -109,7 +101,7 @@ def decoder_layer(module: Any, hidden_states: Tensor, *arguments: Any, **options
     mixed_1THE, _ = _attend(attention, (query, key, value), options)
     attended_TD = attention.o_proj(mixed_1THE[0].flatten(1).to(dtype))
     normed_TD = _add_norm(residual_TD, attended_TD, module.post_attention_layernorm, dtype)
-    gated_TF = gate(mlp.gate_proj(normed_TD), mlp.up_proj(normed_TD))
+    gated_TF = gated(mlp.gate_proj(normed_TD), mlp.up_proj(normed_TD))
     return _add(residual_TD, mlp.down_proj(gated_TF))[None]
 
 
@@ -127,10 +119,9 @@ def rotary_attention(
     """
     given = {"position_embeddings": position_embeddings, "attention_mask": attention_mask}
     if position_embeddings is None or not _is_flat(hidden_states, options | given):
-        out: tuple[Tensor, Tensor | None] = type(module).forward(
+        return type(module).forward(
             module, hidden_states, position_embeddings, attention_mask, **options
         )
-        return out
     width = module.head_dim
     projections = (module.q_proj, module.k_proj, module.v_proj)
     query, key, value = (x_1TI[0] for x_1TI in linears(hidden_states, projections, norm))
@@ -180,7 +171,7 @@ def _attend(
 ) -> tuple[Tensor, Tensor | None]:
     """Mix ``(T, H, E)`` heads by the function that transformers would call."""
     attend = ALL_ATTENTION_FUNCTIONS[attention.config._attn_implementation]
-    mixed: tuple[Tensor, Tensor | None] = attend(
+    return attend(
         attention,
         *(x_THE.transpose(0, 1)[None] for x_THE in heads),
         options.get("attention_mask"),  # which ours refuses
@@ -189,7 +180,6 @@ def _attend(
         scaling=attention.scaling,
         dropout=options.get("dropout", 0.0),
     )
-    return mixed
 
 
 def fits_rotary_attention(attention: Any) -> bool:
@@ -326,20 +316,17 @@ def compile_elementwise(backbone: nn.Module) -> int:
 
 def compiled_norm(module: Any, x: Tensor) -> Tensor:
     """The norm of its class, compiled."""
-    out: Tensor = _compiled(type(module).forward)(module, x)
-    return out
+    return _compiled(type(module).forward)(module, x)
 
 
 def compiled_mlp(module: Any, x: Tensor) -> Tensor:
     """``down(act(gate x) · up x)``, the form of the gated MLPs of transformers."""
     gated = _compiled(_activated)(module.act_fn, module.gate_proj(x), module.up_proj(x))
-    out: Tensor = module.down_proj(gated)
-    return out
+    return module.down_proj(gated)
 
 
 def _activated(activation: Any, gate: Tensor, up: Tensor) -> Tensor:
-    out: Tensor = activation(gate) * up
-    return out
+    return activation(gate) * up
 
 
 @cache

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import torch
 
@@ -38,21 +38,10 @@ _TURNS = 15
 _NATIVE = Path(__file__).parent / "native"
 
 
-@overload
 def settle_precision(
     choice: PrecisionChoice, *, begun: Precision | None = None, option: str | None = "--dtype"
-) -> Precision: ...
-@overload
-def settle_precision(
-    choice: None, *, begun: Precision | None = None, option: str | None = "--dtype"
-) -> None: ...
-def settle_precision(
-    choice: PrecisionChoice | None,
-    *,
-    begun: Precision | None = None,
-    option: str | None = "--dtype",
-) -> Precision | None:
-    """Return the choice, ``auto`` replaced by a type, which a held note tells; ``None`` stays."""
+) -> Precision:
+    """Return the choice, ``auto`` replaced by a type, which a held note tells."""
     if choice != "auto":
         return choice
     precision, line = choose_precision(begun, option)

@@ -37,8 +37,7 @@ def fused_lora(module: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """``(…, I)`` → ``(…, O)``."""
     layer = None if args or kwargs else _adapted(module)
     if layer is None:
-        out: Tensor = type(module).forward(module, x, *args, **kwargs)
-        return out
+        return type(module).forward(module, x, *args, **kwargs)
     return _apply(_Given(), [x], [layer])[0]
 
 
@@ -57,8 +56,7 @@ def gated_linear(gate: Tensor, up: Tensor, module: Any) -> Tensor:
     """What a linear layer gives for ``silu(gate) · up``, which compiled code computes."""
     layer = _layer(module, gate)
     if layer is None:
-        out: Tensor = module(functions.gate(gate, up))
-        return out
+        return module(trained_gate(gate, up))
     return _apply(_Gated(), [gate, up], [layer])[0]
 
 
@@ -122,6 +120,33 @@ class _Gated:
 
 
 _Origin = _Given | _Normed | _Gated
+
+
+class _Made(torch.autograd.Function):
+    """The input by itself."""
+
+    @staticmethod
+    def forward(ctx: Any, origin: _Origin, *given: Tensor) -> Tensor:
+        out, kept = origin.make(given[0].dtype, *given)
+        ctx.save_for_backward(*kept)
+        ctx.origin = origin
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> Gradients:
+        needs = ctx.needs_input_grad[1:]
+        return None, *ctx.origin.back(needs, gradients[0], *ctx.saved_tensors)
+
+
+def trained_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """``weight · x / rms(x)`` by compiled code, with gradients; x of any shape ``(…, D)``."""
+    return _Made.apply(_Normed(eps), x, weight_D)
+
+
+def trained_gate(gate: Tensor, up: Tensor) -> Tensor:
+    """``silu(gate) · up`` by compiled code, with gradients."""
+    return _Made.apply(_Gated(), gate, up)
 
 
 def _norm_fits(x: Tensor, norm: Any) -> bool:

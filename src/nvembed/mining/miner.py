@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from nvembed.core.arguments import Precision, PrecisionChoice
 from nvembed.core.errors import ConfigError
@@ -30,36 +30,41 @@ from nvembed.encoding.reading import read_documents
 from nvembed.encoding.workers import Engine, Loader
 from nvembed.mining.corpus import Corpus, MemoryCorpus, StoredCorpus
 from nvembed.mining.ranking import BM25_NAME, check_teacher, rank, settled_teacher
-from nvembed.mining.run import Plan, Run, plan_pairs, plan_records, plan_sts
+from nvembed.mining.run import Plan, Run, plan_records
 from nvembed.mining.selection import MiningReport
 
 MINE = "mine"
+RecordT = TypeVar("RecordT", PairRecord, StsRecord)
 # Columns that documents have; the others are of records.
 _TEXTS = ("text", "title", "id")
 
 
 def mine_negatives(
-    records: Sequence[PairRecord],
+    records: Sequence[RecordT],
     documents: Iterable[str] | None,
     encoder: Encoder,
     config: MiningConfig,
     *,
     instruction: str | None = None,
     further: Iterable[PairRecord] = (),
-) -> tuple[list[PairRecord], MiningReport]:
-    """Give pair records (retrieval, NLI) hard negatives.
+) -> tuple[list[RecordT], MiningReport]:
+    """Give pair records (retrieval, NLI), or STS pairs that are trained on, hard negatives.
 
     A negative is never equal, but for case and white space, to the query or to a positive of any
     record with the same query. With several positives the lowest score counts as the positive's:
     the safest choice, since a negative is then worse than each of them. A record for which too few
     documents pass keeps fewer negatives, or none.
 
+    Of STS pairs (paper v2) both sentences are queries: a candidate counts with the higher of its
+    two scores and must be no known positive of either. The instruction goes to both sides then, as
+    in training.
+
     Args:
-        records: what to mine for; a record's own negatives are searched too.
+        records: what to mine for, of one kind; a record's own negatives are searched too.
         documents: further texts to search.
         encoder: the teacher.
         config: how to choose.
-        instruction: given to queries whose records bring none; documents get none.
+        instruction: given to queries whose records bring none; documents of pairs get none.
         further: records of the same set that nothing is mined for; what answers a query in one of
             them is no negative either.
 
@@ -71,25 +76,7 @@ def mine_negatives(
         DataError: there are no records.
         ModelError: the teacher gives vectors that cannot be used.
     """
-    plan = plan_pairs(records, further)
-    with Mining(encoder, config, instruction).run(plan, documents or ()) as (run, _):
-        return list(plan.finish(run.mined())), run.report()
-
-
-def mine_sts_negatives(
-    records: Sequence[StsRecord],
-    documents: Iterable[str] | None,
-    encoder: Encoder,
-    config: MiningConfig,
-    *,
-    instruction: str | None = None,
-) -> tuple[list[StsRecord], MiningReport]:
-    """Give STS pairs that are trained on hard negatives from the other sentences (paper v2).
-
-    These serve both sentences as queries: a candidate counts with the higher of its two scores and
-    must be no known positive of either. The instruction goes to both sides, as in training.
-    """
-    plan = plan_sts(records)
+    plan = plan_records(records, further)
     with Mining(encoder, config, instruction).run(plan, documents or ()) as (run, _):
         return list(plan.finish(run.mined())), run.report()
 

@@ -74,8 +74,32 @@ class Selector:
         self._samples: list[MiningSample] = []
 
     def report(self) -> MiningReport:
-        """Return the numbers of all cases so far."""
-        return report_of(self._counts, self._samples, documents=len(self._corpus.texts))
+        """Return the numbers of all cases so far, of which there must be one."""
+        counts = self._counts
+        records, mined, nearest = counts["records"], counts["mined"], counts["nearest"]
+        reached = zip(
+            SHARES_OF_POSITIVE,
+            [count / mined if mined else None for count in counts["mined_reaching"].tolist()],
+            [count / nearest if nearest else None for count in counts["nearest_reaching"].tolist()],
+            strict=True,
+        )
+        return MiningReport(
+            records=records,
+            documents=len(self._corpus.texts),
+            negatives=mined,
+            given_kept=counts["given_kept"],
+            given_dropped=counts["given_dropped"],
+            mean_positive_score=counts["positive_score"] / records,
+            mean_negative_score=counts["negative_score"] / mined if mined else None,
+            share_with_fewer=counts["with_fewer"] / records,
+            share_with_none=counts["with_none"] / records,
+            share_positive_not_found=counts["not_found"] / records,
+            candidates=counts["candidates"],
+            share_rejected=counts["rejected"] / max(counts["candidates"], 1),
+            near_duplicates=counts["near_duplicates"],
+            near_positive=tuple(NearPositive(*row) for row in reached),
+            samples=tuple(self._samples),
+        )
 
     def choose(self, cases: Sequence[Case], near: Neighbours) -> list[Mined]:
         """Return the negatives of the next cases."""
@@ -296,33 +320,3 @@ def reaching(
     # Of a positive below 0 as far below it as the share is below 1.
     levels = (positive - np.float32(1.0 - share) * np.abs(positive) for share in SHARES_OF_POSITIVE)
     return np.array([(score >= level).sum() for level in levels])
-
-
-def report_of(
-    counts: Mapping[str, Any], samples: Iterable[MiningSample], *, documents: int
-) -> MiningReport:
-    """Make the report of what ``selection.Selector`` has counted; there must be a record."""
-    records, mined, nearest = counts["records"], counts["mined"], counts["nearest"]
-    reached = zip(
-        SHARES_OF_POSITIVE,
-        [count / mined if mined else None for count in counts["mined_reaching"].tolist()],
-        [count / nearest if nearest else None for count in counts["nearest_reaching"].tolist()],
-        strict=True,
-    )
-    return MiningReport(
-        records=records,
-        documents=documents,
-        negatives=mined,
-        given_kept=counts["given_kept"],
-        given_dropped=counts["given_dropped"],
-        mean_positive_score=counts["positive_score"] / records,
-        mean_negative_score=counts["negative_score"] / mined if mined else None,
-        share_with_fewer=counts["with_fewer"] / records,
-        share_with_none=counts["with_none"] / records,
-        share_positive_not_found=counts["not_found"] / records,
-        candidates=counts["candidates"],
-        share_rejected=counts["rejected"] / max(counts["candidates"], 1),
-        near_duplicates=counts["near_duplicates"],
-        near_positive=tuple(NearPositive(*row) for row in reached),
-        samples=tuple(samples),
-    )

@@ -157,15 +157,9 @@ def _grouped(
     dropout: float,
     softcap: float | None,
 ) -> Tensor:
-    runs = segments.runs()
-    # One split and not a slice per run: the gradient of a split is one concatenation, that of a
-    # slice fills the whole pack with zeros, once for every run.
-    sizes = [count * length for _, count, length in runs]
-    parts = [x_HTE.split(sizes, dim=1) for x_HTE in (query_HTE, key_HTE, value_HTE)]
     outputs = []
-    for number, (_, count, length) in enumerate(runs):
-        q, k, v = (part[number].unflatten(1, (count, length)).transpose(0, 1) for part in parts)
-        if softcap or (q.device.type == "cpu" and length <= _longest_by_products(q.dtype)):
+    for q, k, v in _blocks((query_HTE, key_HTE, value_HTE), segments):
+        if softcap or (q.device.type == "cpu" and q.shape[2] <= _longest_by_products(q.dtype)):
             out_GHLE = block_attention(
                 q, k, v, causal=causal, scaling=scaling, dropout=dropout, softcap=softcap
             )
@@ -244,7 +238,7 @@ class ShortAttention(torch.autograd.Function):
         ctx.settings = segments, causal, scale
         found = []
         with torch.autocast("cpu", enabled=False):
-            for query_GKRE, key_GKLE, value_GKLE in _blocks(qkv, segments, qkv[1].shape[0]):
+            for query_GKRE, key_GKLE, value_GKLE in _grouped_blocks(qkv, segments):
                 weight_GKRL = _weights(query_GKRE, key_GKLE, causal, scale)
                 out_GKRE = weight_GKRL @ value_GKLE
                 found.append(_tokens(out_GKRE, key_GKLE.shape[2]).transpose(0, 1))
@@ -258,7 +252,7 @@ class ShortAttention(torch.autograd.Function):
         tensors = (*ctx.saved_tensors, gradients[0].transpose(0, 1))
         found = []
         with torch.autocast("cpu", enabled=False):
-            for block in _blocks(tensors, segments, tensors[1].shape[0]):
+            for block in _grouped_blocks(tensors, segments):
                 query_GKRE, key_GKLE, value_GKLE, d_out_GKRE = block
                 weight_GKRL = _weights(query_GKRE, key_GKLE, causal, scale)
                 d_value_GKLE = weight_GKRL.transpose(-1, -2) @ d_out_GKRE
@@ -271,21 +265,22 @@ class ShortAttention(torch.autograd.Function):
         return None, None, None, *(torch.cat(each, dim=1) for each in zip(*found, strict=True))
 
 
-def _blocks(
-    tensors: Sequence[Tensor], segments: Segments, num_key_heads: int
-) -> Iterator[list[Tensor]]:
-    """Cut ``(H, T, E)`` into blocks ``(G, K, R, E)`` of texts of one length."""
+def _blocks(tensors: Sequence[Tensor], segments: Segments) -> Iterator[list[Tensor]]:
+    """Cut ``(H, T, E)`` into blocks ``(G, H, L, E)`` of texts of one length."""
     runs = segments.runs()
-    parts = [x_HTE.split([count * length for _, count, length in runs], dim=1) for x_HTE in tensors]
+    # One split and not a slice per run: the gradient of a split is one concatenation, that of a
+    # slice fills the whole pack with zeros, once for every run.
+    sizes = [count * length for _, count, length in runs]
+    parts = [x_HTE.split(sizes, dim=1) for x_HTE in tensors]
     for number, (_, count, length) in enumerate(runs):
-        yield [
-            part[number]
-            .unflatten(1, (count, length))
-            .transpose(0, 1)
-            .unflatten(1, (num_key_heads, -1))
-            .flatten(2, 3)
-            for part in parts
-        ]
+        yield [part[number].unflatten(1, (count, length)).transpose(0, 1) for part in parts]
+
+
+def _grouped_blocks(tensors: Sequence[Tensor], segments: Segments) -> Iterator[list[Tensor]]:
+    """The same with the heads of one key head as further rows, ``(G, K, R, E)``."""
+    num_key_heads = tensors[1].shape[0]
+    for block in _blocks(tensors, segments):
+        yield [x_GHLE.unflatten(1, (num_key_heads, -1)).flatten(2, 3) for x_GHLE in block]
 
 
 def _tokens(x_GKRE: Tensor, length: int) -> Tensor:

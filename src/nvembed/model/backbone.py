@@ -212,8 +212,7 @@ class Backbone(InputModule):
             segments=flat.segments,
             causal=self.attention == "causal",
         )
-        hidden_TD: Tensor = output.last_hidden_state[0]
-        return hidden_TD
+        return output.last_hidden_state[0]
 
     def states(self, rows: Sequence[Sequence[int]]) -> Tensor:
         """Last hidden states ``(T, D)`` of rows of token ids, the longest row first."""

@@ -112,6 +112,3 @@ def inner_tensors(tensor: torch.Tensor) -> list[torch.Tensor]:
         scales = [] if state is None else [state.absmax, state.code]
         return [tensor, *scales]
     return [part for name in flatten()[0] for part in inner_tensors(getattr(tensor, name))]
-
-
-# --- Of training ----------------------------------------------------------------------------------

@@ -140,8 +140,7 @@ def embed_plan(
 
 def embed_pack(model: torch.nn.Module, texts: Sequence[TokenizedText]) -> Tensor:
     """The only forward of training and encoding: ``(N, D)`` of length 1, a row per text."""
-    embedding_ND: Tensor = model({"flat": flatten(texts)})["sentence_embedding"]
-    return embedding_ND
+    return model({"flat": flatten(texts)})["sentence_embedding"]
 
 
 def pool_pack(model: PackModel, texts: Sequence[TokenizedText]) -> Tensor:
@@ -150,8 +149,7 @@ def pool_pack(model: PackModel, texts: Sequence[TokenizedText]) -> Tensor:
     for module in model:
         if not isinstance(module, Normalize):
             features = module(features)
-    pooled_ND: Tensor = features["sentence_embedding"]
-    return pooled_ND
+    return features["sentence_embedding"]
 
 
 def embed_filled(

@@ -65,8 +65,7 @@ class GegluFeedForward(nn.Module):
     def forward(self, hidden_TD: Tensor) -> Tensor:
         """Apply to ``(T, D)``."""
         value, gate = self.up(hidden_TD).chunk(2, dim=-1)
-        out: Tensor = self.down(value * nn.functional.gelu(gate))
-        return out
+        return self.down(value * nn.functional.gelu(gate))
 
 
 class LatentAttention(nn.Module):
@@ -109,8 +108,7 @@ class LatentAttention(nn.Module):
         else:
             attended_TD = self.attend_plain(hidden_TD)
         mixed_TD = hidden_TD + attended_TD
-        out: Tensor = mixed_TD + self.feed_forward(self.norm_feed_forward(mixed_TD))
-        return out
+        return mixed_TD + self.feed_forward(self.norm_feed_forward(mixed_TD))
 
     def folding_pays(self, num_tokens: int) -> bool:
         """Whether the folded form needs fewer multiplications for this many tokens."""
@@ -127,8 +125,7 @@ class LatentAttention(nn.Module):
         query_HTE = self._heads(self.to_query(self.norm_query(hidden_TD)))
         key_HRE, value_HRE = self._keys_values()
         out_HTE = nn.functional.scaled_dot_product_attention(query_HTE, key_HRE, value_HRE)
-        out: Tensor = self.to_out(out_HTE.transpose(0, 1).flatten(1))
-        return out
+        return self.to_out(out_HTE.transpose(0, 1).flatten(1))
 
     def attend_folded(self, hidden_TD: Tensor) -> Tensor:
         """The same from folded weights; returns ``(T, D)`` without the residual."""

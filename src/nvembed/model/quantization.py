@@ -83,8 +83,7 @@ class FrozenLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """``(…, in_features)`` → ``(…, out_features)``."""
-        output: Tensor = _FrozenProduct.apply(input, self.weight, self.bias)
-        return output
+        return _FrozenProduct.apply(input, self.weight, self.bias)
 
 
 class _FrozenProduct(torch.autograd.Function):
@@ -107,10 +106,8 @@ def dequantized(weight: Any) -> Tensor:
     if state is not None:
         from bitsandbytes.functional import dequantize_4bit
 
-        whole: Tensor = dequantize_4bit(weight.data, state)
-        return whole
-    restored: Tensor = weight.dequantize()
-    return restored
+        return dequantize_4bit(weight.data, state)
+    return weight.dequantize()
 
 
 def _eight_bit(backbone: nn.Module, kind: Literal["int8", "fp8"]) -> None:

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 
@@ -23,7 +22,7 @@ from nvembed.data.loading import load_mixture, load_records, load_source, traini
 from nvembed.data.records import PairRecord, Record
 from nvembed.encoding.encoder import Encoder
 from nvembed.mining.corpus import MemoryCorpus
-from nvembed.mining.miner import mine_negatives, mine_sts_negatives
+from nvembed.mining.miner import mine_negatives
 from nvembed.mining.run import plan_records
 from nvembed.training.config import StageConfig, TrainConfig
 
@@ -67,11 +66,10 @@ def _mine(
     """Write the mined records of a data set, and the report, into the folder of a stage."""
     records = load_records(dataset, base_dir=base_dir)
     places = places_to_mine(dataset, records)
-    mine: Any = mine_sts_negatives  # of the records' kind, which mypy cannot tell
-    if dataset.kind != "sts":
-        mine = partial(mine_negatives, further=records)
     chosen = [records[place] for place in places]
-    mined, report = mine(chosen, None, teacher, settings, instruction=dataset.instruction)
+    mined, report = mine_negatives(
+        chosen, None, teacher, settings, instruction=dataset.instruction, further=records
+    )
     write_json(folder / f"{dataset.name}.report.json", report.to_json(), TRAIN)
     rows = with_mined(records, places, mined)
     write_jsonl(mined_file(dataset, folder), (record.to_json() for record in rows), TRAIN)

@@ -64,14 +64,10 @@ def examples(draw: st.DrawFn) -> Example:
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.lists(examples(), min_size=1, max_size=6), st.booleans(), st.booleans())
-def test_equals_the_loop_oracle(
-    batch_examples: list[Example], in_batch: bool, same_source_only: bool
-) -> None:
-    batch = build_batch(
-        batch_examples, in_batch_negatives=in_batch, same_source_only=same_source_only
-    )
-    plain = plain_batch(batch_examples, in_batch=in_batch, same_source_only=same_source_only)
+@given(st.lists(examples(), min_size=1, max_size=6), st.booleans())
+def test_equals_the_loop_oracle(batch_examples: list[Example], in_batch: bool) -> None:
+    batch = build_batch(batch_examples, in_batch_negatives=in_batch)
+    plain = plain_batch(batch_examples, in_batch=in_batch)
 
     assert len(batch.texts) == len(set(batch.texts))
     assert set(batch.texts) == plain.texts
@@ -264,19 +260,6 @@ def test_equal_queries_of_different_sets_know_the_positives_of_each_other() -> N
         in_batch_negatives=True,
     )
     assert [negatives(batch, b) for b in range(3)] == [{"n"}, {"n"}, {"p1", "p2", "n"}]
-
-
-def test_same_source_only_keeps_other_data_sets_out() -> None:
-    batch = build_batch(
-        [
-            example("q1", "p1", dataset="one"),
-            example("q2", "p2", "n2", dataset="one"),
-            example("q3", "p3", "n2", dataset="two"),
-        ],
-        in_batch_negatives=True,
-        same_source_only=True,
-    )
-    assert [negatives(batch, b) for b in range(3)] == [{"p2", "n2"}, {"p1", "n2"}, {"n2"}]
 
 
 def test_data_does_not_import_torch() -> None:

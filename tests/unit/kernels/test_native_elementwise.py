@@ -16,8 +16,9 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, L
 
 from nvembed.kernels import build as native_build
 from nvembed.kernels import functions as elementwise
-from nvembed.kernels.functions import Gate, Norm, fits
+from nvembed.kernels.functions import fits
 from nvembed.kernels.layers import accelerate
+from nvembed.kernels.trained import trained_gate, trained_norm
 from nvembed.model.attention import FLAT_ATTENTION
 from nvembed.text.packing import Segments
 
@@ -164,7 +165,7 @@ def test_gates_far_from_zero_and_no_numbers() -> None:
     gate = torch.tensor([-1e30, -200.0, -88.0, 0.0, 88.0, 200.0, 1e30, float("nan")] * 2)
     gate = gate.requires_grad_()
     up = torch.ones(16, requires_grad=True)
-    out = Gate.apply(gate, up)
+    out = trained_gate(gate, up)
     wanted = nn.functional.silu(gate) * up
     for got, want in zip(
         (out, *torch.autograd.grad(out.sum(), (gate, up))),
@@ -225,16 +226,16 @@ def test_a_nan_with_a_payload_stays_one(bits: int) -> None:
         inputs = [torch.ones(2, 16), torch.ones(2, 16)]
         inputs[which].view(torch.int32)[1, 4] = bits
         leaves = [x.requires_grad_() for x in inputs]
-        out = Gate.apply(*leaves)
+        out = trained_gate(*leaves)
         assert out.isnan().nonzero().tolist() == [[1, 4]]
         assert any(d.isnan().any() for d in torch.autograd.grad(out.sum(), leaves))
     x, weight = torch.ones(2, 16), torch.ones(16)
     x.view(torch.int32)[1, 4] = bits
-    assert Norm.apply(x, weight, 1e-6).isnan().any(-1).tolist() == [False, True]
+    assert trained_norm(x, weight, 1e-6).isnan().any(-1).tolist() == [False, True]
 
 
 def test_denormals_infinities_and_zeros_of_gates() -> None:
     up = torch.tensor([1e-40, -1e-45, 0.0, -0.0, torch.inf, -torch.inf, 3e38, -3e38] * 2)
     gate = torch.full((16,), 100.0)  # its sigmoid is 1
-    assert torch.equal(Gate.apply(gate, up), gate * up)
-    assert torch.equal(Gate.apply(gate, up).signbit(), up.signbit())
+    assert torch.equal(trained_gate(gate, up), gate * up)
+    assert torch.equal(trained_gate(gate, up).signbit(), up.signbit())

@@ -10,7 +10,7 @@ from transformers import AutoModel, LlamaConfig, MistralConfig, Qwen2Config
 from nvembed.core.errors import ModelError
 from nvembed.kernels import functions as elementwise
 from nvembed.kernels import layers as native_layer
-from nvembed.kernels.functions import gate as gated_by
+from nvembed.kernels.functions import gated as gated_by
 from nvembed.kernels.functions import rotate
 from nvembed.kernels.layers import accelerate
 from nvembed.model.attention import FLAT_ATTENTION

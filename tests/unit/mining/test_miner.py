@@ -14,7 +14,7 @@ from nvembed.core.errors import DataError, ModelError
 from nvembed.data.config import MiningConfig
 from nvembed.data.records import PairRecord, StsRecord
 from nvembed.mining import run
-from nvembed.mining.miner import mine_negatives, mine_sts_negatives
+from nvembed.mining.miner import mine_negatives
 from nvembed.text.similarity import text_key
 from oracles import mining as oracle
 
@@ -339,7 +339,7 @@ def test_sts_negatives_suit_both_sentences() -> None:
     ]
     encoder = TableEncoder(angles | {"Other": 200.0})
     config = MiningConfig(num_negatives=7, near_duplicate=None)
-    mined, report = mine_sts_negatives(records, None, encoder, config, instruction="Similar")
+    mined, report = mine_negatives(records, None, encoder, config, instruction="Similar")
     assert {(side, task) for side, task, _ in encoder.calls} == {
         ("query", "Similar"),
         ("document", "Similar"),
@@ -358,7 +358,7 @@ def test_nothing_to_mine_for_is_a_data_error() -> None:
     with pytest.raises(DataError, match="no records to mine for"):
         mine_negatives([], ["a"], HashEncoder(), MiningConfig())
     with pytest.raises(DataError, match="scored 4 or more"):
-        mine_sts_negatives([StsRecord("a", "b", 3.9)], None, HashEncoder(), MiningConfig())
+        mine_negatives([StsRecord("a", "b", 3.9)], None, HashEncoder(), MiningConfig())
 
 
 def test_a_teacher_that_gives_nan_is_refused() -> None:

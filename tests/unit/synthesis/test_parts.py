@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from pydantic import ValidationError
 from chat_endpoint import fake_endpoint
 from nvembed.building.synthesis.prompts import (
     EXAMPLE_KINDS,
+    VERSION,
     ExampleKind,
     SynthesisConfig,
     example_prompt,
@@ -35,6 +37,14 @@ def test_prompts_are_pure_functions_and_differ(kind: ExampleKind) -> None:
         assert "Here is a task: Find X\n" in prompt
         assert all(f'- "{key}": ' in prompt for key in ("query", "positive", "negative"))
         assert "{query_length}" not in prompt
+
+
+def test_the_words_are_those_of_their_version() -> None:
+    """A journal goes on with the prompts that it was begun with: others need another VERSION."""
+    asked = [tasks_prompt(kind, 20, 0, n) for kind in EXAMPLE_KINDS for n in range(50)]
+    asked += [example_prompt(kind, "$x {y}", 0, n) for kind in EXAMPLE_KINDS for n in range(50)]
+    digest = hashlib.sha256("".join(asked).encode()).hexdigest()
+    assert (VERSION, digest[:16]) == (1, "267e81ceb952a3de")
 
 
 def test_kinds_ask_for_different_things() -> None:

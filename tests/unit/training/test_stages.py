@@ -19,7 +19,7 @@ from nvembed.data.config import DatasetConfig, MiningConfig
 from nvembed.data.drawing import tempered_weights
 from nvembed.data.examples import Example, Mixture
 from nvembed.data.records import PairRecord, StsRecord
-from nvembed.mining.miner import mine_negatives, mine_sts_negatives
+from nvembed.mining.miner import mine_negatives
 from nvembed.training.config import TrainConfig
 from nvembed.training.stage_mining import mine_mixture, mined_dataset, mined_file
 from nvembed.training.stages import load_mixtures
@@ -151,7 +151,7 @@ def test_pairs_and_sts_are_mined_with_their_instruction_and_classes_are_not(
     assert mixture.weights == tempered_weights([12, 16, 8], [None] * 3, 2.0)
     # As the miner finds them in the records of each set.
     pairs, pair_report = mine_negatives(PAIRS, None, HashEncoder(), MINE, instruction="find")
-    sts, sts_report = mine_sts_negatives(STS, None, HashEncoder(), MINE, instruction="compare")
+    sts, sts_report = mine_negatives(STS, None, HashEncoder(), MINE, instruction="compare")
     assert lines(tmp_path / "mined" / "pairs.jsonl") == [record.to_json() for record in pairs]
     assert lines(tmp_path / "mined" / "sts.jsonl") == [record.to_json() for record in sts]
     for name, report in (("pairs", pair_report), ("sts", sts_report)):

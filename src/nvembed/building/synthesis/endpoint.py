@@ -24,16 +24,8 @@ from nvembed.building.synthesis.prompts import (
     WrittenExample,
     parse_answer,
 )
+from nvembed.core import http
 from nvembed.core.errors import ConfigError, DataError, UserError
-from nvembed.core.http import (
-    LONGEST_ASKED_SECONDS,
-    Trouble,
-    certificates,
-    json_headers,
-    pause,
-    trouble_of,
-    without_key,
-)
 from nvembed.core.reporting import ProgressBar
 
 if TYPE_CHECKING:
@@ -190,9 +182,9 @@ class Asker:
         self._interval = 60.0 / (config.requests_per_minute or float("inf"))
         self._next = self._held_until = 0.0
         self._client = httpx2.AsyncClient(
-            headers=json_headers(key),
+            headers=http.json_headers(key),
             timeout=config.timeout,
-            verify=certificates(config.endpoint),
+            verify=http.certificates(config.endpoint),
             limits=httpx2.Limits(max_connections=config.concurrency),
         )
         self.aclose = self._client.aclose
@@ -265,16 +257,18 @@ class Asker:
         }
         for sent in range(config.retries + 1):
             await self._wait_for_turn()
-            trouble: Trouble | None
+            trouble: http.Trouble | None
             try:
                 async with asyncio.timeout(config.timeout):
                     response = await self._client.post(self._url, content=json.dumps(body))
             except (TimeoutError, self._httpx.TimeoutException):
-                trouble = Trouble(f"no answer within {config.timeout:g} s")
+                trouble = http.Trouble(f"no answer within {config.timeout:g} s")
             except self._httpx.HTTPError as error:
-                trouble = Trouble(without_key(f"{type(error).__name__}: {error}", self._key, _KEY))
+                trouble = http.Trouble(
+                    http.without_key(f"{type(error).__name__}: {error}", self._key, _KEY)
+                )
             else:
-                trouble = trouble_of(response, self._key, _KEY)
+                trouble = http.trouble_of(response, self._key, _KEY)
                 if trouble is None:
                     return response
             self._problem = trouble.problem + (f" ({trouble.said})" if trouble.said else "")
@@ -285,9 +279,9 @@ class Asker:
                     hint="Check the address, the model and the key "
                     f"(environment variable {config.key_variable})",
                 )
-            if sent == config.retries or (trouble.asked or 0.0) > LONGEST_ASKED_SECONDS:
+            if sent == config.retries or (trouble.asked or 0.0) > http.LONGEST_ASKED_SECONDS:
                 break
-            wait = pause(sent, config.retry_delay, trouble.asked)
+            wait = http.pause(sent, config.retry_delay, trouble.asked)
             if trouble.asked is None:
                 wait *= random.uniform(0.5, 1.0)
             else:
@@ -329,4 +323,4 @@ class Asker:
         if not isinstance(text, str) or not text.strip():
             return "", "the answer is empty"
         cut = choice.get("finish_reason") == "length"
-        return without_key(text, self._key, _KEY), "the answer was cut" if cut else None
+        return http.without_key(text, self._key, _KEY), "the answer was cut" if cut else None

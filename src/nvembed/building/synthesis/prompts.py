@@ -2,7 +2,8 @@
 
 Tasks are asked for first, then one example of a task (the two steps of E5-mistral, Wang et al.
 2024, which NV-Embed v2 follows, paper s4.3). Every request draws subjects, lengths and difficulty
-from the seed. Of an answer the first JSON object counts; what is not as asked is asked again.
+from the seed, and has its words from ``prompts.yaml``. Of an answer the first JSON object counts;
+what is not as asked is asked again.
 """
 
 from __future__ import annotations
@@ -10,9 +11,13 @@ from __future__ import annotations
 import json
 import random
 import re
-from typing import Annotated, Literal, TypeVar, get_args
+from functools import cache
+from importlib.resources import files
+from string import Template
+from typing import Annotated, Any, Literal, TypeVar, get_args
 from urllib.parse import urlsplit
 
+import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -111,111 +116,34 @@ def check_secrets(endpoint: str, key_variable: str) -> None:
 VERSION = 1
 """Counts up when the words change: a run that was begun with others is not gone on with."""
 
-_SUBJECTS = (
-    "medicine and health", "law and contracts", "personal finance", "software engineering",
-    "mathematics", "physics and astronomy", "chemistry and materials", "biology and ecology",
-    "history", "geography and travel", "cooking and food", "sports", "film, music and books",
-    "games and hobbies", "schools and teaching", "politics and public administration",
-    "journalism", "customer support", "online shopping", "job search and careers",
-    "farming and gardening", "cars and transport", "building and crafts", "energy and climate",
-    "psychology and relationships", "philosophy and religion", "language and linguistics",
-    "statistics and machine learning", "security and privacy", "science publishing",
-)  # fmt: skip
 
-_TASKS = {
-    "short-long": (
-        "search tasks in which the query is short (a question, some keywords or a claim) and what "
-        "is found is a longer document (a passage, an article, an answer, a report)",
-        "Given a question about tenancy law, find court decisions that settle it",
-        "Given a symptom in a driver's words, retrieve repair manual sections about its cause",
-    ),
-    "long-short": (
-        "labelling tasks in which the input is a longer text (a review, a message, an abstract, a "
-        "log) and the output is a short label out of a few that exclude each other",
-        "Sort help-desk e-mails by the department that has to answer them",
-        "Tell from a film review which aspect its author cares about most",
-    ),
-    "short-short": (
-        "matching tasks in which both sides are short (a sentence, a headline, a title, a phrase) "
-        "and belong together for a reason that the task names",
-        "Given the title of a recipe, find titles of dishes from the same cuisine",
-        "Match a proverb with a plain sentence that says the same",
-    ),
-}
-
-_EXAMPLE = {
-    "short-long": (
-        "a {query_length} query as a user of this task would type it",
-        "a document of {document_length} that serves the query well; it answers it, and does not "
-        "repeat its words more than needed",
-        "a document of about the same length that shares subject and words with the query and at "
-        "first sight looks right, but does not serve it",
-    ),
-    "long-short": (
-        "an input text of {document_length} for this task",
-        "the right label of the input text, in a few words",
-        "another label of this task that is tempting for this text, but wrong",
-    ),
-    "short-short": (
-        "a {query_length} text for this task",
-        "a text of similar length that matches it as the task says",
-        "a text that shares words with the first and does not match it as the task says",
-    ),
-}
-
-_QUERY_LENGTHS = (
-    "very short (under 5 words)",
-    "short (5 to 12 words)",
-    "detailed (10 to 25 words)",
-)
-_DOCUMENT_LENGTHS = ("about 50 words", "about 100 words", "about 200 words", "about 300 words")
-_LEVELS = ("any adult", "a student of the subject", "an expert of the subject")
-_CLARITY = (
-    "says exactly what is meant",
-    "leaves something to be understood",
-    "is worded unusually",
-)
+@cache
+def _words() -> dict[str, Any]:
+    text = files("nvembed.building.synthesis").joinpath("prompts.yaml").read_text(encoding="utf-8")
+    return yaml.safe_load(text)
 
 
 def tasks_prompt(kind: ExampleKind, count: int, seed: int, number: int) -> str:
     """Ask for ``count`` new tasks, in the request of this number among those of the kind."""
-    rng = random.Random(derive_seed(seed, "tasks", kind, number))
-    what, *examples = _TASKS[kind]
-    subjects = "; ".join(rng.sample(_SUBJECTS, 3))
-    return (
-        f"Think of {count} different {what}. For instance:\n"
-        + "".join(f"- {example}\n" for example in examples)
-        + f"\nTake at least half of them from these subjects: {subjects}.\n"
-        "Rules:\n"
-        "- Each task is one English sentence of at most 30 words that a person could follow.\n"
-        "- No two tasks ask for the same thing, and none is one of the instances above.\n"
-        "- Be specific about what is searched, matched or told apart.\n"
-        '\nAnswer with a JSON object alone: {"tasks": ["...", "..."]}'
+    words, rng = _words(), random.Random(derive_seed(seed, "tasks", kind, number))
+    return Template(words["tasks"]).substitute(
+        count=count,
+        what=words["kinds"][kind]["what"],
+        instances="\n".join(f"- {one}" for one in words["kinds"][kind]["instances"]),
+        subjects="; ".join(rng.sample(words["subject"], 3)),
     )
 
 
 def example_prompt(kind: ExampleKind, task: str, seed: int, number: int) -> str:
     """Ask for one example, that of this number among those of its task."""
-    rng = random.Random(derive_seed(seed, "example", kind, task, number))
-    lengths = {
-        "query_length": rng.choice(_QUERY_LENGTHS),
-        "document_length": rng.choice(_DOCUMENT_LENGTHS),
+    words, rng = _words(), random.Random(derive_seed(seed, "example", kind, task, number))
+    names = ("query_length", "document_length", "clarity", "reader", "subject")
+    drawn = {name: rng.choice(words[name]) for name in names}
+    texts = {
+        name: Template(words["kinds"][kind][name]).substitute(drawn)
+        for name in ("query", "positive", "negative")
     }
-    query, positive, negative = (text.format(**lengths) for text in _EXAMPLE[kind])
-    return (
-        f"Here is a task: {task}\n\n"
-        "Write one example of it in English, as a JSON object with three texts:\n"
-        f'- "query": {query}. It {rng.choice(_CLARITY)}.\n'
-        f'- "positive": {positive}.\n'
-        f'- "negative": {negative}.\n\n'
-        "Rules:\n"
-        f"- Write for {rng.choice(_LEVELS)}; invent names, numbers and places freely.\n"
-        f"- Begin from the subject of {rng.choice(_SUBJECTS)} if the task leaves it open.\n"
-        "- The texts stand alone: none mentions the task, this request or another text.\n"
-        "- The three texts differ from each other.\n"
-        "\nAnswer with the JSON object alone: "
-        '{"query": "...", "positive": "...", "negative": "..."}'
-    )
+    return Template(words["example"]).substitute(drawn, task=task, **texts)
 
 
 # --- Answers --------------------------------------------------------------------------------------

@@ -142,39 +142,35 @@ def through_buffer(rows: Rows, size: int, generator: random.Random) -> Iterator[
 _PIN = "Has the set changed? Look at its files and correct the recipe"
 _CHECK_ID = "Check `hub.id`, and that the set still has the form that the recipe says"
 
-# Names of errors, what their texts say in lower case → what is wrong in terms of the recipe, and
+# Names of errors, or what their texts say in lower case → what is wrong in terms of the recipe, and
 # what to do. The first that fits counts.
-_MEANINGS: tuple[tuple[set[str], tuple[str, ...], str, str], ...] = (
+_MEANINGS: tuple[tuple[set[str], str, str], ...] = (
     (
-        {"GatedRepoError"},
-        ("gated",),
+        {"GatedRepoError", "gated"},
         "the set is gated",
         "Accept its terms on its page (datasets/{id}), then log in with `hf auth login`",
     ),
-    ({"RevisionNotFoundError"}, (), "no revision {revision!r}", _PIN),
+    ({"RevisionNotFoundError"}, "no revision {revision!r}", _PIN),
     (
-        {"RepositoryNotFoundError"},
-        ("doesn't exist on the hub",),
+        {"RepositoryNotFoundError", "doesn't exist on the hub"},
         "no such set on the hub, or a private one",
         _CHECK_ID,
     ),
-    ({"RemoteEntryNotFoundError"}, (), "no such file in the set ({reason})", _PIN),
+    ({"RemoteEntryNotFoundError"}, "no such file in the set ({reason})", _PIN),
     (
-        set(),
-        ("dataset scripts are no longer supported",),
+        {"dataset scripts are no longer supported"},
         "the set comes with a loading script, which is not run",
         "Name its data files under `hub.files`, or give `revision: refs/convert/parquet`",
     ),
-    (set(), ("builderconfig", "config name is missing"), "{reason}", "Correct `hub.config`"),
-    (set(), ("unknown split", "bad split"), "{reason}", "Correct `hub.split`"),
+    ({"builderconfig", "config name is missing"}, "{reason}", "Correct `hub.config`"),
+    ({"unknown split", "bad split"}, "{reason}", "Correct `hub.split`"),
     (
-        {"ConnectionError", "OfflineModeIsEnabled", "LocalEntryNotFoundError", "httpx"},
-        (),
+        {"ConnectionError", "OfflineModeIsEnabled", "LocalEntryNotFoundError", "httpx."},
         "the hub cannot be reached ({reason})",
         "Check the network and run again: what was downloaded is kept. For a local copy give its "
         "folder as `hub.id`",
     ),
-    ({"Exception"}, (), "cannot be read ({kind}: {reason})", _CHECK_ID),
+    ({"Exception"}, "cannot be read ({kind}: {reason})", _CHECK_ID),
 )
 
 
@@ -187,15 +183,15 @@ def _explained(location: HubLocation, when: str = "") -> Iterator[None]:
         raise
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
-        names = {type(error).__module__.partition(".")[0]}
+        names = {type(error).__module__.partition(".")[0] + "."}
         cause: BaseException | None = error
         while cause is not None:
             names |= {kind.__name__ for kind in type(cause).__mro__}
             cause = cause.__cause__ or cause.__context__
         message, hint = next(
             told
-            for kinds, texts, *told in _MEANINGS
-            if kinds & names or any(text in reason.lower() for text in texts)
+            for signs, *told in _MEANINGS
+            if signs & names or any(sign in reason.lower() for sign in signs)
         )
         known = {"reason": reason, "kind": type(error).__name__, "id": location.id}
         known["revision"] = location.revision or ""

@@ -59,7 +59,8 @@ class VectorFile(BaseEncoder):
                 expected="all texts that the stage draws",
                 hint=_HINT,
             )
-        return unit_rows(np.asarray(self._vectors[rows], dtype=np.float32))
+        taken = self._vectors[np.array(rows, dtype=np.int64)]
+        return unit_rows(np.asarray(taken, dtype=np.float32))
 
 
 def _read_vectors(path: Path) -> tuple[NDArray[Any], Any]:

@@ -175,7 +175,7 @@ def value_shown(key: str, value: float) -> str:
     if key.endswith("seconds"):
         return seconds_shown(value)
     if key.endswith("_ms"):
-        return f"{value:.3g} ms" if value < 2000 else seconds_shown(value / 1000)
+        return f"{value:.3g} ms" if value < 1000 else seconds_shown(value / 1000)
     exponent = min(max(int(math.log10(max(value, 1.0)) // 3), 0), 5)
     return f"{value / 1000**exponent:.3g} {('B', 'kB', 'MB', 'GB', 'TB', 'PB')[exponent]}"
 
@@ -203,6 +203,9 @@ def size_table(rows: Sequence[Row], hardware: Hardware) -> str:
 
     for each in QUANTITIES:
         lines.append(f"| {each.shown} | {' | '.join(cell(each, n) for n in SIZES)} |")
+    recalls = {row["documents"]: row["recall_at_10"] for row in rows if "recall_at_10" in row}
+    cells = [f"**{recalls[n]:.3f}**" if n in recalls else EMPTY for n in SIZES]
+    lines.append(f"| recall@10 of approximate search | {' | '.join(cells)} |")
     on_all = [cluster_seconds(rows, n, hardware) for n in SIZES]
     cells = [EMPTY if seconds is None else seconds_shown(seconds) for seconds in on_all]
     speed = f" of {hardware.device_tokens:,.0f} tokens/s" if hardware.device_tokens else ""

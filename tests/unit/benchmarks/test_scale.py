@@ -165,7 +165,9 @@ def test_tables_show_what_was_measured_and_what_breaks_first() -> None:
     hardware = cost.Hardware(
         devices=10, device_tokens=2000.0, device="GPU", memory_gb=10, disk_gb=1
     )
-    table = cost.size_table(rows, hardware)
+    searched = {"part": "search", "documents": 10**5, "recall_at_10": 0.98765}
+    table = cost.size_table([*rows, searched], hardware)
+    assert "| recall@10 of approximate search | … | **0.988** | … | … | … |" in table
     assert "| vectors, bytes | **10.2 MB** | **102 MB** | 1.02 GB | 102 GB | 1.02 TB |" in table
     assert (
         "| encode, one process | **105 s** | **16.8 min** | 2.78 h | 11.6 days | 116 days |"
@@ -178,6 +180,7 @@ def test_tables_show_what_was_measured_and_what_breaks_first() -> None:
     assert lines[0] == "| 500,000 | database, bytes | 1 GB |"
     assert lines[1] == "| 980,000 | vectors, bytes | 1 GB |"
     assert lines[2] == "| 9,700,000 | index, memory | 10 GB |"
+    assert cost.value_shown("p50_ms", 1000.0) == "1 s"
     assert cost.limit_table([], hardware).splitlines()[2:] == ["| … | … | … |"]
 
 

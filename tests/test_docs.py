@@ -227,6 +227,7 @@ def test_every_block_of_the_documents_is_run() -> None:
     run_here |= {"index.md": {"bash", "json"}, "evaluation.md": {"yaml"}}
     run_there = {"server.md": {"bash", "sh", "python"}}
     run_there |= {"gpu.md": {"bash"}}  # by tests/unit/benchmarks/test_gpu_run.py
+    run_there |= {"scale.md": {"bash", "python", "text"}}  # test_scale_page.py
     run_there |= {"integrations.md": {"python"}}  # tests/integration/test_integrations.py
     # The rest of it by tests/integration/test_llama_cpp.py; text is marked as not tested.
     run_there |= {"serving-elsewhere.md": {"bash", "sh", "python", "text"}}

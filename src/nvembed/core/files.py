@@ -357,6 +357,16 @@ def write_json(path: str | Path, value: Any, made_by: str | None = None) -> None
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n", made_by)
 
 
+def write_json_values(path: Path, values: Iterable[object]) -> None:
+    """Write what ``write_json`` writes of a list, value by value, to a path of ``atomic_path``."""
+    with open(path, "w", encoding="utf-8") as out:
+        start = "["
+        for value in values:
+            out.write(f"{start}\n  {json.dumps(value, ensure_ascii=False)}")
+            start = ","
+        out.write("[]\n" if start == "[" else "\n]\n")
+
+
 def write_jsonl(
     path: str | Path, rows: Iterable[dict[str, Any]], made_by: str | None = None
 ) -> int:

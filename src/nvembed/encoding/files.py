@@ -6,9 +6,10 @@ import glob
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from tempfile import NamedTemporaryFile, TemporaryDirectory
 from typing import cast, get_args
@@ -17,7 +18,16 @@ import numpy as np
 
 from nvembed.core.arguments import Precision, PrecisionChoice
 from nvembed.core.errors import ConfigError, DataError, UserError
-from nvembed.core.files import STDIN, STDIN_NAME, ending_of, stdin_bytes, tidy, write_json
+from nvembed.core.files import (
+    STDIN,
+    STDIN_NAME,
+    atomic_path,
+    ending_of,
+    stdin_bytes,
+    tidy,
+    write_json,
+    write_json_values,
+)
 from nvembed.core.ownership import NEW, check_outputs, remove, remove_named
 from nvembed.core.reporting import Rates, progress
 from nvembed.core.store import STORED, write_array
@@ -100,14 +110,14 @@ def encode_file(
     side: Side = "document" if task is None else "query"
     options = EncodeOptions(side, task, form.truncate_dim, long)
     with _reader(paths, columns, keep_going) as read:
-        names, with_ids = _names(read(skipped=skipped), paths)
+        count, with_ids = _count(read(skipped=skipped), paths)
         with _source(model, dtype, output, engine) as (source, folder):
-            made = _embed_missing(read, source, options, folder, len(names), processes, engine)
-            parts = Parts(made, names, chunked=long.way == "late")
+            made = _embed_missing(read, source, options, folder, count, processes, engine)
+            parts = Parts(made, lambda: map(_name, read()), chunked=long.way == "late")
             settled = source.dtype if isinstance(source, Loader) else None
             record = _record(model, settled, task)
             ids, ranges = _write(parts, output, form.precision, record, with_ids=with_ids)
-    return EncodedFile(output, ids, len(parts.names), parts.dimension, ranges, skipped, settled)
+    return EncodedFile(output, ids, parts.rows, parts.dimension, ranges, skipped, settled)
 
 
 def _check(
@@ -132,7 +142,7 @@ def _check(
 def _reader(
     paths: Sequence[Path], columns: Mapping[str, Column] | None, keep_going: bool
 ) -> Iterator[_Reader]:
-    """Give what reads the input, which is read twice: for the ids, and window by window."""
+    """Give what reads the input: to be counted, window by window, and for the ids."""
     read = partial(read_documents, paths, columns=columns, keep_going=keep_going)
     if STDIN not in map(str, paths):
         yield read
@@ -143,10 +153,14 @@ def _reader(
         yield partial(read, stdin=Path(file.name))
 
 
-def _names(documents: Iterator[Document], paths: Sequence[Path]) -> tuple[list[str], bool]:
-    """Return the ids of all texts, or their places, and whether they have ids (all or none)."""
+def _name(document: Document) -> str:
+    return document.place if document.id is None else document.id
+
+
+def _count(documents: Iterator[Document], paths: Sequence[Path]) -> tuple[int, bool]:
+    """Return the number of texts, and whether they have ids (all or none)."""
     with_ids: bool | None = None
-    names = []
+    count = 0
     for document in documents:
         if with_ids is None:
             with_ids = document.id is not None
@@ -156,11 +170,11 @@ def _names(documents: Iterator[Document], paths: Sequence[Path]) -> tuple[list[s
                 where=document.place,
                 expected="an id on every line or on none",
             )
-        names.append(document.place if document.id is None else document.id)
-    if not names:
+        count += 1
+    if not count:
         shown = [STDIN_NAME if str(path) == STDIN else str(path) for path in paths]
         raise DataError("the file holds no texts", where=", ".join(shown))
-    return names, bool(with_ids)
+    return count, bool(with_ids)
 
 
 @contextmanager
@@ -255,17 +269,19 @@ def _write(
     with_ids: bool,
 ) -> tuple[Path | None, Path | None]:
     """Write the vectors, then what a matrix does not hold; return the files of ids and ranges."""
-    outputs.write_vectors(parts, output, precision)
     paths = _beside(output)
-    for path in paths.values():
-        remove(path)  # those of an earlier run would belong to other vectors
     matrix = ending_of(output) not in outputs.TABLES
     has_ids = matrix and (with_ids or parts.chunked)
     has_ranges = precision in ("int8", "uint8")
-    if has_ids:
-        write_json(paths["ids"], parts.names, ENCODE)
+    with ExitStack() as last:
+        if has_ids:  # the input is read for them: it may have changed
+            temporary = last.enter_context(atomic_path(paths["ids"], ENCODE))
+            write_json_values(temporary, chain.from_iterable(parts.names()))
+        outputs.write_vectors(parts, output, precision)
+        for path in paths.values():
+            remove(path)  # those of an earlier run would belong to other vectors
     if matrix and parts.chunked:
-        write_array(paths["spans"], np.concatenate([part.spans for _, part in parts]), ENCODE)
+        write_array(paths["spans"], np.concatenate([part.spans for part in parts]), ENCODE)
     if has_ranges:
         write_array(paths["ranges"], outputs.value_ranges(parts), ENCODE)
     write_json(paths["record"], record, ENCODE)

@@ -5,16 +5,17 @@ The ranges of ``int8`` and ``uint8`` come from all vectors of a file. Memory hol
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nvembed.core.errors import ConfigError, UserError
+from nvembed.core.errors import ConfigError, DataError, UserError
 from nvembed.core.files import atomic_folder, atomic_path, ending_of
 from nvembed.core.outputs import check_ending
 from nvembed.core.store import read_arrays
@@ -43,29 +44,36 @@ class OutputFormat:
 
 
 class Parts:
-    """All parts of an output, at least one, with the names of their texts, in order.
+    """All parts of an output, at least one, in order; ``names`` reads those of their texts anew.
 
     Texts that are ``chunked`` have several vectors, which are named ``name#0``, ``name#1`` …
     """
 
-    def __init__(self, paths: Sequence[Path], names: Sequence[str], *, chunked: bool) -> None:
+    def __init__(
+        self, paths: Sequence[Path], names: Callable[[], Iterator[str]], *, chunked: bool
+    ) -> None:
         self.chunked = chunked
-        self._paths = paths
-        self._names: list[list[str]] = []
-        rest = iter(names)
-        for path in paths:
-            named = [(next(rest), count) for count in read_arrays(path, "counts")[0].tolist()]
-            self._names.append(
-                [f"{name}#{place}" for name, count in named for place in range(count)]
-                if chunked
-                else [name for name, _ in named]
-            )
-        self.names = [name for mine in self._names for name in mine]
+        self._paths, self._names = paths, names
+        self.rows = sum(map(sum, self._counts()))
         self.dimension: int = read_part(paths[0]).vectors.shape[1]
 
-    def __iter__(self) -> Iterator[tuple[list[str], Part]]:
-        """Go through the parts, with the names of their vectors."""
-        return zip(self._names, map(read_part, self._paths), strict=True)
+    def __iter__(self) -> Iterator[Part]:
+        return map(read_part, self._paths)
+
+    def names(self) -> Iterator[list[str]]:
+        """Go through the names of the vectors of each part."""
+        rest = self._names()
+        for counts in self._counts():
+            texts = list(islice(rest, len(counts)))
+            if len(texts) < len(counts):
+                raise DataError("the input changed while it was read")
+            if self.chunked:
+                each = zip(texts, counts, strict=True)
+                texts = [f"{name}#{number}" for name, count in each for number in range(count)]
+            yield texts
+
+    def _counts(self) -> Iterator[list[int]]:
+        return (read_arrays(path, "counts")[0].tolist() for path in self._paths)
 
 
 def check_output(output: Path, precision: OutputPrecision) -> None:
@@ -99,7 +107,7 @@ def write_vectors(parts: Parts, output: Path, precision: OutputPrecision) -> Non
 
 def value_ranges(parts: Parts) -> NDArray[np.float32]:
     """Least and greatest value of each dimension, ``(2, D)``; vectors to compare need the same."""
-    extremes = [(part.vectors.min(axis=0), part.vectors.max(axis=0)) for _, part in parts]
+    extremes = [(part.vectors.min(axis=0), part.vectors.max(axis=0)) for part in parts]
     least, greatest = zip(*extremes, strict=True)
     return np.stack([np.min(least, axis=0), np.max(greatest, axis=0)])
 
@@ -107,12 +115,12 @@ def value_ranges(parts: Parts) -> NDArray[np.float32]:
 def _write_npy(parts: Parts, path: Path, precision: OutputPrecision) -> None:
     ranges = value_ranges(parts) if precision in ("int8", "uint8") else None
     width = -(-parts.dimension // 8) if precision == "binary" else parts.dimension
-    shape, kind = (len(parts.names), width), _NUMBERS[precision]
+    shape, kind = (parts.rows, width), _NUMBERS[precision]
     # Written in sequence and not through a memory map, in which a full disk kills the process.
     with open(path, "wb") as file:
         header = {"descr": kind, "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(file, header)
-        for _, part in parts:
+        for part in parts:
             vectors: Any = part.vectors
             if precision != "float32":
                 from sentence_transformers.util import quantize_embeddings
@@ -159,4 +167,4 @@ def _batches(parts: Parts) -> Any:
         spans = [pyarrow.array(side) for side in part.spans.T] if parts.chunked else []
         return pyarrow.record_batch([pyarrow.array(names), vectors, *spans], schema=schema)
 
-    return pyarrow.RecordBatchReader.from_batches(schema, (batch(*each) for each in parts))
+    return pyarrow.RecordBatchReader.from_batches(schema, map(batch, parts.names(), parts))

@@ -1,4 +1,7 @@
-"""An encoder without a model: the vectors that a file holds, found by their texts."""
+"""An encoder without a model: the vectors that a file holds, found by their texts.
+
+Of a text 32 bytes are held, and of ``.npy`` no vector: the file is mapped.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from nvembed.core.files import ending_of
 from nvembed.core.store import read_array
 from nvembed.encoding.encoder import BaseEncoder, unit_rows
 from nvembed.encoding.reading import read_documents
+from nvembed.text.hashed import FirstPlaces, text_digest
 from nvembed.text.instructions import Side
 
 _HINT = "Encode the texts again: nvembed encode MODEL --input TEXTS --output VECTORS"
@@ -26,30 +30,28 @@ class VectorFile(BaseEncoder):
     """
 
     def __init__(self, vectors: Path, texts: Path) -> None:
-        documents = list(read_documents([texts], keep_going=None))
         self._vectors, names = _read_vectors(vectors)
-        if len(self._vectors) != len(documents):
-            raise DataError(
-                f"{len(self._vectors):,} vectors for {len(documents):,} texts of {texts}",
-                where=str(vectors),
-                expected="one vector per text, in their order",
-                hint=_HINT,
-            )
-        for document, name in zip(documents, names or (), strict=False):
-            if name not in (document.id, document.place) and document.id is not None:
-                raise DataError(
-                    f"has a vector of {name!r} where {document.id!r} is the id of the text",
-                    where=str(vectors),
-                    expected=f"the order of {texts}",
-                    hint=_HINT,
-                )
-        self._row_of: dict[str, int] = {}
-        for row, document in enumerate(documents):
-            self._row_of.setdefault(document.text, row)
+        digests, wrong, count = bytearray(), "", 0
+        for document in read_documents([texts], keep_going=None):
+            digests += text_digest(document.text)
+            if names is not None and document.id is not None and count < len(names) and not wrong:
+                name = names[count].as_py()
+                if name not in (document.id, document.place):
+                    wrong = f"has a vector of {name!r} where {document.id!r} is the id of the text"
+            count += 1
+        expected = f"the order of {texts}"
+        if len(self._vectors) != count:
+            wrong = f"{len(self._vectors):,} vectors for {count:,} texts of {texts}"
+            expected = "one vector per text, in their order"
+        if wrong:
+            raise DataError(wrong, where=str(vectors), expected=expected, hint=_HINT)
+        self._rows = FirstPlaces(digests)
         self._name, self.dimension = str(texts), int(self._vectors.shape[1])
 
     def _encode(self, side: Side, texts: Sequence[str], task: str | None) -> NDArray[np.float32]:
-        if missing := [text for text in texts if text not in self._row_of]:
+        rows = [self._rows.find(text_digest(text)) for text in texts]
+        missing = [text for text, row in zip(texts, rows, strict=True) if row is None]
+        if missing:
             raise DataError(
                 f"{len(missing):,} of {len(texts):,} texts have no vector, the first is "
                 f"{missing[0][:60]!r}",
@@ -57,13 +59,13 @@ class VectorFile(BaseEncoder):
                 expected="all texts that the stage draws",
                 hint=_HINT,
             )
-        rows = [self._row_of[text] for text in texts]
-        return unit_rows(np.asarray(self._vectors[rows], dtype=np.float32))
+        taken = self._vectors[np.array(rows, dtype=np.int64)]
+        return unit_rows(np.asarray(taken, dtype=np.float32))
 
 
-def _read_vectors(path: Path) -> tuple[NDArray[Any], list[str] | None]:
-    """Read the vectors and, of Parquet, the names of their texts."""
-    names: list[str] | None = None
+def _read_vectors(path: Path) -> tuple[NDArray[Any], Any]:
+    """Read the vectors and, of Parquet, the Arrow column of the names of their texts."""
+    names = None
     if ending_of(path) == ".npy":
         found = read_array(path, mapped=True, hint=_HINT)
     elif ending_of(path) == ".parquet":
@@ -72,7 +74,7 @@ def _read_vectors(path: Path) -> tuple[NDArray[Any], list[str] | None]:
 
         try:
             table = parquet.read_table(path, columns=["id", "embedding"]).combine_chunks()
-            names = table["id"].to_pylist()
+            names = table["id"]
             flat = table["embedding"].combine_chunks().flatten().to_numpy()
             found = flat.reshape(len(names), -1)
         except (OSError, KeyError, ValueError, pyarrow.ArrowException) as error:

@@ -44,13 +44,16 @@ TABLE = "documents"
 _FOLDER = f"{TABLE}.lance"
 LOCK = ".lock"
 INDEX = "index"
-ANN_ABOVE = 50_000  # documents; measured in benchmarks/index_scale.py
+ANN_ABOVE = 50_000  # documents; measured in benchmarks/scale.py
 _KEY = b"nvembed"
 # Whole numbers up to here are floats as well.
 _EXACT = 2**53
+# Changes, of a window of documents each, after which ids are indexed anew: what no index covers is
+# looked through at every later change, file by file.
+_CHANGES = 64
 # Old versions are kept for readers that are in the middle of one.
 _KEPT = timedelta(minutes=10)
-_PROBES, _REFINE = 20, 4  # measured in benchmarks/index_scale.py
+_PROBES, _REFINE = 20, 4  # measured in benchmarks/scale.py
 
 
 def is_database(path: str | Path) -> bool:
@@ -107,6 +110,7 @@ class Database:
         self.path = path
         self.record = record
         self._table = table
+        self._changes = 0
 
     @classmethod
     def create(cls, path: Path, record: DatabaseRecord) -> Database:
@@ -226,6 +230,10 @@ class Database:
         rows = pa.table(columns, schema=self._table.schema)
         merge = self._table.merge_insert("id")
         merge.when_matched_update_all().when_not_matched_insert_all().execute(rows)
+        self._changes += 1
+        if self._changes % _CHANGES == 0:
+            for column in ("id", "text_hash"):
+                self._table.create_index(column, config=BTree(), replace=True)
 
     def delete(self, ids: Sequence[str]) -> int:
         """Delete documents; unknown ids are passed over. Returns how many were there."""

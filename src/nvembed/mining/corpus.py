@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 from array import array
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 
 from nvembed.core.errors import UserError
 from nvembed.core.reporting import progress
+from nvembed.text.hashed import FirstPlaces, text_digest
 from nvembed.text.similarity import text_key
 
 _WORD = re.compile(r"\w+")
@@ -69,7 +69,7 @@ class MemoryCorpus:
 
 
 class StoredCorpus:
-    """The same in a file, for more texts than memory should hold: it keeps 40 bytes of each.
+    """The same in a file, for more texts than memory should hold: it keeps 48 bytes of each.
 
     The file lies in ``folder`` and has no name, so it goes with the process, however that ends.
     Texts are told apart by 128 bits of their key's BLAKE2b.
@@ -79,24 +79,18 @@ class StoredCorpus:
         folder.mkdir(parents=True, exist_ok=True)
         self._file: IO[bytes] = TemporaryFile(dir=folder)
         try:
-            ends, hashes = self._write(texts, folder)
+            ends, digests = self._write(texts, folder)
         except BaseException:
             self._file.close()
             raise
-        # Sorted by hash, of equal ones the first to come in front.
-        self._hashes, firsts = np.unique(hashes, return_index=True)
-        by_place = np.argsort(firsts)
-        self._rows = np.empty(len(firsts), dtype=np.int64)
-        self._rows[by_place] = np.arange(len(firsts))
-        places = firsts[by_place]
+        self._firsts = FirstPlaces(digests)
+        places = self._firsts.places
         self.texts: Sequence[str] = _StoredTexts(self._file, ends[places], ends[places + 1])
 
     def find(self, text: str) -> int | None:
         """Return the row of a text, ``None`` where it is not there."""
-        wanted = np.frombuffer(_hash(text), dtype="S16")[0]
-        at = int(np.searchsorted(self._hashes, wanted))
-        found = at < len(self._hashes) and self._hashes[at] == wanted
-        return int(self._rows[at]) if found else None
+        place = self._firsts.find(text_digest(text_key(text)))
+        return None if place is None else int(np.searchsorted(self._firsts.places, place))
 
     def __enter__(self) -> Self:
         return self
@@ -104,17 +98,15 @@ class StoredCorpus:
     def __exit__(self, *_: object) -> None:
         self._file.close()
 
-    def _write(
-        self, texts: Iterable[str], folder: Path
-    ) -> tuple[NDArray[np.int64], NDArray[np.bytes_]]:
+    def _write(self, texts: Iterable[str], folder: Path) -> tuple[NDArray[np.int64], bytearray]:
         """Write all texts, repeated ones included."""
-        ends, hashes, size = array("q", [0]), bytearray(), 0
+        ends, digests, size = array("q", [0]), bytearray(), 0
         try:
             with progress(None, "read documents") as bar:
                 for number, text in enumerate(texts, start=1):
                     size += self._file.write(_to_bytes(text))
                     ends.append(size)
-                    hashes += _hash(text)
+                    digests += text_digest(text_key(text))
                     if number % _ADVANCE == 0:
                         bar.advance(_ADVANCE)
             self._file.flush()
@@ -124,7 +116,7 @@ class StoredCorpus:
                 where=str(folder),
                 hint="Free space on the disk or choose another place with --work",
             ) from error
-        return np.frombuffer(ends, dtype=np.int64), np.frombuffer(hashes, dtype="S16")
+        return np.frombuffer(ends, dtype=np.int64), digests
 
 
 Corpus = MemoryCorpus | StoredCorpus
@@ -150,7 +142,3 @@ class _StoredTexts(Sequence[str]):
 
 def _to_bytes(text: str) -> bytes:
     return text.encode("utf-8", "surrogatepass")
-
-
-def _hash(text: str) -> bytes:
-    return hashlib.blake2b(_to_bytes(text_key(text)), digest_size=16).digest()

@@ -13,6 +13,7 @@ from nvembed.core.files import (
     atomic_path,
     read_jsonl,
     write_json,
+    write_json_values,
     write_jsonl,
     write_text,
 )
@@ -164,3 +165,13 @@ def test_json_that_the_parser_gives_up_on_is_told_by_line(tmp_path: Path, line: 
     path.write_text('{"a": 1}\n' + line + "\n")
     with pytest.raises(DataError, match=r"x\.jsonl:2: "):
         list(read_jsonl(path))
+
+
+@pytest.mark.parametrize("values", [[], ["ü"], ["a", {"b": 1}, None]])
+def test_a_list_is_written_as_if_it_were_whole(tmp_path: Path, values: list[object]) -> None:
+    write_json_values(tmp_path / "parts.json", iter(values))
+    assert json.loads((tmp_path / "parts.json").read_text("utf-8")) == values
+    flat = [value for value in values if not isinstance(value, dict)]
+    write_json(tmp_path / "whole.json", flat)
+    write_json_values(tmp_path / "flat.json", iter(flat))
+    assert (tmp_path / "flat.json").read_bytes() == (tmp_path / "whole.json").read_bytes()

@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import io
 import json
+import tracemalloc
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -50,6 +51,42 @@ class CountingEncoder(HashEncoder):
     ) -> NDArray[np.float32]:
         self.calls.append(("document", task, len(texts)))
         return super().encode_document(texts, task=task)
+
+
+@pytest.mark.parametrize("ending", [".npy", ".parquet"])
+def test_memory_does_not_grow_with_the_file(
+    tmp_path: Path, ending: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embed, "WINDOW_TEXTS", 16)
+    output, ids = tmp_path / f"out{ending}", [f"{n:05d} " + "id " * 3000 for n in range(320)]
+    write_jsonl(tmp_path / "few.jsonl", [{"id": id, "text": id[:5]} for id in ids[:32]])
+    write_jsonl(tmp_path / "many.jsonl", [{"id": id, "text": id[:5]} for id in ids])  # 2.9 MB
+    peaks = []
+    for name in ("few", "few", "many"):  # the first imports
+        tracemalloc.start()
+        encode_file(HashEncoder(8), tmp_path / f"{name}.jsonl", output, task=None)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[2] - peaks[1] < 500_000
+    if ending == ".npy":
+        assert json.loads(output.with_name("out.npy.ids.json").read_text()) == ids
+    else:
+        assert pq.read_table(output)["id"].to_pylist() == ids
+
+
+def test_an_input_that_changes_while_it_is_read_is_told(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "in.jsonl", ROWS)
+
+    class Cutting(HashEncoder):
+        def encode_document(
+            self, texts: Sequence[str], *, task: str | None = None
+        ) -> NDArray[np.float32]:
+            write_jsonl(tmp_path / "in.jsonl", ROWS[:2])
+            return super().encode_document(texts, task=task)
+
+    with pytest.raises(DataError, match="the input changed while it was read"):
+        encode_file(Cutting(), tmp_path / "in.jsonl", tmp_path / "out.npy", task=None)
+    assert not (tmp_path / "out.npy").exists()
 
 
 @pytest.mark.parametrize("name", ["in.jsonl", "in.jsonl.gz"])

@@ -209,6 +209,29 @@ def test_upserts_and_deletes_are_those_of_a_dictionary(steps, tmp_path_factory):
         assert len(encoder.embedded) <= len(WORDS)
 
 
+def test_what_is_written_is_indexed_while_more_comes(tmp_path, monkeypatch):
+    monkeypatch.setattr("nvembed.index.database._CHANGES", 4)
+    record = DatabaseRecord(model=None, fingerprint=None, dimension=2, task=None, probe=())
+    with writing(tmp_path / "db"):
+        database = Database.create(tmp_path / "db", record)
+        for number in range(11):
+            ids = [f"d{number}", f"d{number // 2}"] if number else ["d0"]
+            texts = [f"{id} of change {number}" for id in ids]
+            vectors = np.full((len(ids), 2), number, dtype=np.float32)
+            database.upsert(ids, texts, [{}] * len(ids), vectors)
+        stats = [database._table.index_stats(f"{name}_idx") for name in ("id", "text_hash")]
+        # Of changes 9 to 11: d8, d9, d10, d4 and d5.
+        assert [each.num_unindexed_rows for each in stats] == [5, 5]
+        last = {f"d{number}": number for number in range(11)}
+        last |= {f"d{number // 2}": number for number in range(1, 11)}
+        found = {row["id"]: row for row in database.get("id", [*last, "none"])}
+        assert {id: row["text"] for id, row in found.items()} == {
+            id: f"{id} of change {number}" for id, number in last.items()
+        }
+        assert all(row["vector"].tolist() == [last[id]] * 2 for id, row in found.items())
+        assert database.count() == 11
+
+
 def test_only_new_texts_are_embedded(tmp_path):
     encoder, path = Counting(), tmp_path / "docs.jsonl"
     rows = [{"id": i, "text": ["same", "other"][i == 2], "year": 2000} for i in range(3)]

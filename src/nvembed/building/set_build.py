@@ -42,11 +42,11 @@ from nvembed.data.built_sets import (
 from nvembed.data.config import BuildConfig, DatasetConfig, local_sources
 from nvembed.data.loading import open_dataset
 from nvembed.data.records import Converted, LabelRecord
-from nvembed.encoding.encoder import is_endpoint
 from nvembed.evaluation.tasks import load_tasks
 from nvembed.interop.gguf_names import find_gguf
 from nvembed.interop.identity import contents_fingerprint
 from nvembed.mining.ranking import BM25_NAME
+from nvembed.model.encoder import is_endpoint
 
 BUILD = "data build"
 _REFUSED = "refused.jsonl"

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nvembed.data.examples import Example
-from nvembed.text.instructions import PromptedText, Side, query_prompt
+from nvembed.data.instructions import PromptedText, Side, query_prompt
 
 
 class GivenText(NamedTuple):

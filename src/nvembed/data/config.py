@@ -340,7 +340,7 @@ class BuildMining(MiningConfig):
         teacher: what scores the candidates: folder (relative to the recipe) or hub id of a model,
             address of an OpenAI-compatible endpoint, or ``bm25``.
         teacher_model: name of the model at an endpoint.
-        dtype: type of the teacher's weights, see ``encoding/encoder.py``.
+        dtype: type of the teacher's weights, see ``model/encoder.py``.
         datasets: names of the sets to mine; None is all of these kinds.
     """
 

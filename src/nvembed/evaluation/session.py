@@ -21,13 +21,13 @@ from nvembed.core.files import alone_in, read_json_object, write_json
 from nvembed.core.outputs import check_ending
 from nvembed.core.ownership import check_outputs, remove
 from nvembed.core.runs import describe_environment
-from nvembed.encoding.encoder import Encoder, computed_fingerprint
 from nvembed.evaluation import results
 from nvembed.evaluation.encoders import CachedEncoder, SharedEncoder, shared_encoder
 from nvembed.evaluation.results import EVALUATE, Items, TaskResult, UnreachableTaskError
 from nvembed.evaluation.tasks import LocalTask, task_hash
 from nvembed.interop.gguf_names import find_gguf
 from nvembed.interop.identity import model_fingerprint
+from nvembed.model.encoder import Encoder, computed_fingerprint
 
 if TYPE_CHECKING:
     from mteb.abstasks import AbsTask
@@ -257,7 +257,7 @@ def _outcomes(
     if processes > 1:
         loaded = shared_encoder(settings.model, settings.dtype, processes)
     else:
-        from nvembed.encoding.encoder import load_encoder
+        from nvembed.model.encoder import load_encoder
 
         loaded = nullcontext(load_encoder(settings.model, settings.dtype))
     with loaded as bare:

@@ -14,11 +14,11 @@ from nvembed.core.arguments import checked
 from nvembed.core.errors import ConfigError
 from nvembed.core.files import atomic_folder, write_json, write_text
 from nvembed.core.outputs import check_new_folder
-from nvembed.encoding.encoder import load_encoder
 from nvembed.evaluation.session import evaluate
 from nvembed.evaluation.tasks import load_tasks
 from nvembed.interop.merging import RECORD, MergeMethod, Mix, merge_folders
 from nvembed.model.card import CARD, merged_card
+from nvembed.model.encoder import load_encoder
 
 MERGE = "merge"
 

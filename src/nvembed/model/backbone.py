@@ -30,11 +30,11 @@ from nvembed.interop.model_folder import COPY_AGAIN, ModelSource, read_values
 from nvembed.kernels.int8 import Int8Linear
 from nvembed.kernels.layers import accelerate
 from nvembed.model.attention import OTHER_BACKBONE, probe_direction
+from nvembed.model.packing import FlatBatch, flatten
 from nvembed.model.placement import DeviceMap
 from nvembed.model.settings import AttentionDirection, LoraSettings
+from nvembed.model.tokens import TextStyle, TextTokenizer, TokenizedText
 from nvembed.model.transformer_load import load_adapted, load_transformer, with_adapters
-from nvembed.text.packing import FlatBatch, flatten
-from nvembed.text.tokens import TextStyle, TextTokenizer, TokenizedText
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,8 +22,8 @@ from nvembed.core.config import parse_yaml
 from nvembed.core.errors import DataError, UserError
 from nvembed.core.files import read_json_object
 from nvembed.core.runs import RunFolder
+from nvembed.data.instructions import task_prompts
 from nvembed.model.encoding import EncodingModel
-from nvembed.text.instructions import task_prompts
 
 CARD = "README.md"
 CardKind = Literal["nv-embed", "nvembed", "sentence-transformers", "onnx"]

@@ -20,6 +20,7 @@ from nvembed.core.arguments import checked
 from nvembed.core.errors import ConfigError, ModelError
 from nvembed.core.files import write_text
 from nvembed.core.reporting import announce, withdraw
+from nvembed.data.instructions import resolve_prompt, task_prompts
 from nvembed.interop.loading import loading, prove_encoding, usable_device
 from nvembed.interop.model_folder import (
     ModelSource,
@@ -40,7 +41,6 @@ from nvembed.model.placement import DeviceMap
 from nvembed.model.pooling import POOLINGS, Pooling, build_pooling
 from nvembed.model.quantization import quantize_backbone
 from nvembed.model.settings import AttentionDirection, LongTexts, PoolingKind
-from nvembed.text.instructions import resolve_prompt, task_prompts
 
 # What modules.json may name without remote code: our classes by name, and anything inside
 # sentence-transformers itself.

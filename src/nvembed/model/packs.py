@@ -18,10 +18,10 @@ from torch.nn.functional import normalize
 
 from nvembed.kernels.layers import keep_freed_memory
 from nvembed.model.backbone import Backbone
+from nvembed.model.packing import Segments, flatten, plan_packs
 from nvembed.model.pooling import Pooling
 from nvembed.model.settings import LongTexts
-from nvembed.text.packing import Segments, flatten, plan_packs
-from nvembed.text.tokens import Span, TokenizedText, text_contexts, text_windows
+from nvembed.model.tokens import Span, TokenizedText, text_contexts, text_windows
 
 # Tokens per forward in encode. On a CPU a pack should stay in its caches; a GPU wants to be filled.
 CPU_PACK_TOKENS = 1024

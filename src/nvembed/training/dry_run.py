@@ -25,9 +25,9 @@ from nvembed.core.reporting import ProgressBar, progress
 from nvembed.core.runs import RunFolder
 from nvembed.data.batch import effective_negatives
 from nvembed.data.examples import Mixture
-from nvembed.encoding.embed import encode_texts
 from nvembed.kernels.threads import watched_threads
 from nvembed.model.backbone import free_bytes
+from nvembed.model.bulk import encode_texts
 from nvembed.training import checkpoint, metrics, model, run_folder, stages
 from nvembed.training.checkpoint import (
     Position,

@@ -17,11 +17,11 @@ import numpy as np
 
 from nvembed.core.errors import ModelError
 from nvembed.data.config import DatasetConfig
+from nvembed.data.instructions import query_prompt
 from nvembed.interop.gguf_names import PACKAGE, find_gguf
 from nvembed.interop.identity import find_base, read_bases
 from nvembed.interop.model_folder import ModelSource, model_kind
 from nvembed.model.settings import LoraSettings, ModelSettings, PoolingSettings
-from nvembed.text.instructions import query_prompt
 from nvembed.training.config import EvaluationConfig, StageConfig, TrainConfig
 from nvembed.training.dry_run import dry_run
 from nvembed.training.learning_rate import backbone_elements, peak_rate

@@ -21,10 +21,10 @@ from nvembed.data.drawing import sample_where
 from nvembed.data.examples import ExampleSource, Mixture, make_source
 from nvembed.data.loading import load_mixture, load_records, load_source, training_datasets
 from nvembed.data.records import PairRecord, Record
-from nvembed.encoding.encoder import Encoder
 from nvembed.mining.corpus import MemoryCorpus
 from nvembed.mining.miner import mine_negatives, mine_sts_negatives
 from nvembed.mining.run import plan_records
+from nvembed.model.encoder import Encoder
 from nvembed.training.config import StageConfig, TrainConfig
 
 

@@ -29,10 +29,10 @@ from nvembed.data.batch import (
     given_texts,
 )
 from nvembed.data.examples import Example, Mixture
+from nvembed.data.instructions import PromptedText
 from nvembed.data.loading import load_mixture, training_datasets
 from nvembed.model.embedder import NVEmbed
-from nvembed.text.instructions import PromptedText
-from nvembed.text.tokens import TextTokenizer, TokenizedText
+from nvembed.model.tokens import TextTokenizer, TokenizedText
 from nvembed.training.checkpoint import Parameters, restore_optimizer
 from nvembed.training.config import OptimizerConfig, ScheduleKind, StageConfig, TrainConfig
 from nvembed.training.contrastive_loss import Objective

@@ -20,9 +20,11 @@ from nvembed.cli.main import run
 from nvembed.core.errors import ConfigError, DataError, ModelError, UserError
 from nvembed.core.files import write_jsonl
 from nvembed.core.ownership import MARK
-from nvembed.encoding import embed, files, workers
+from nvembed.encoding import files
 from nvembed.encoding.files import encode_file
 from nvembed.encoding.outputs import OutputFormat
+from nvembed.model import bulk as embed
+from nvembed.model import workers
 from nvembed.model.embedder import NVEmbed
 from nvembed.model.settings import LongTexts
 
@@ -280,7 +282,7 @@ def test_all_workers_are_given_the_settled_type(
 
     monkeypatch.setattr(embed, "process_pool", pool)
     monkeypatch.setattr(embed, "ray_pool", pool)
-    monkeypatch.setattr("nvembed.encoding.workers.settle_by_ray", lambda dtype: "float32")
+    monkeypatch.setattr("nvembed.model.workers.settle_by_ray", lambda dtype: "float32")
     encode_file(
         str(tiny_decoder_dir),
         tmp_path / "in.jsonl",

@@ -19,7 +19,7 @@ from nvembed.kernels import functions as elementwise
 from nvembed.kernels.functions import Gate, Norm, fits
 from nvembed.kernels.layers import accelerate
 from nvembed.model.attention import FLAT_ATTENTION
-from nvembed.text.packing import Segments
+from nvembed.model.packing import Segments
 
 try:
     native_build._compiler()

@@ -25,10 +25,10 @@ from nvembed.core.errors import DataError, ModelError, UserError
 from nvembed.core.files import write_jsonl
 from nvembed.core.ownership import MARK
 from nvembed.data.config import MiningConfig
-from nvembed.encoding import workers
 from nvembed.mining import ranking
 from nvembed.mining.corpus import MemoryCorpus, StoredCorpus, nearly_equal, word_overlap, words
 from nvembed.mining.miner import Mining, PairFiles, help_mining, mine_file
+from nvembed.model import workers
 
 WORDS = ["red", "blue", "green", "fox", "owl", "cat", "tree", "lake"]
 WORDS += ["hill", "sun", "moon", "star", "rain", "snow", "wind", "fire"]

@@ -1,6 +1,6 @@
 """Tokenise: (prompt, text) to token ids and the place where pooling starts.
 
-Tokens of the prompt take part in attention but are not pooled. Next file: ``text/packing.py``.
+Tokens of the prompt take part in attention but are not pooled. Next file: ``model/packing.py``.
 
 ``nvembed``
     prompt + text is one string; a token is pooled when it holds a character of the text.

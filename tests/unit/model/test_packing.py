@@ -8,8 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nvembed.text.packing import Segments, flatten, plan_groups, plan_packs, share_packs
-from nvembed.text.tokens import TokenizedText
+from nvembed.model.packing import Segments, flatten, plan_groups, plan_packs, share_packs
+from nvembed.model.tokens import TokenizedText
 from oracles.packing import best_fit_decreasing, next_fit_decreasing
 
 lengths_lists = st.lists(st.integers(1, 60), max_size=80)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from nvembed.core.errors import ConfigError, DataError
-from nvembed.text.tokens import TextTokenizer, text_contexts, text_windows
+from nvembed.model.tokens import TextTokenizer, text_contexts, text_windows
 
 LONG = "abcdefghijklmnopqrstuvwxyz"  # 26 tokens of a byte-level tokenizer
 STYLES = ["nvembed", "official"]

@@ -9,8 +9,8 @@ import pytest
 
 from nvembed.core.errors import ModelError
 from nvembed.core.files import write_jsonl
-from nvembed.encoding.encoder import SentenceTransformerEncoder, load_encoder
 from nvembed.encoding.files import encode_file
+from nvembed.model.encoder import SentenceTransformerEncoder, load_encoder
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer

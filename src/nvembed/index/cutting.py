@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import tokenizers
 
-from nvembed.text.tokens import Span
+from nvembed.model.tokens import Span
 
 MARKDOWN = (".md", ".markdown")
 UNDERLINED = (".rst", ".txt")  # headings are lines with a line of signs below them

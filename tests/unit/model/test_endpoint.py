@@ -18,8 +18,8 @@ from nvembed.cli.main import run
 from nvembed.core import http
 from nvembed.core.errors import ModelError
 from nvembed.core.files import read_jsonl, write_jsonl
-from nvembed.encoding import encoder as endpoint
-from nvembed.encoding.encoder import EndpointEncoder
+from nvembed.model import encoder as endpoint
+from nvembed.model.encoder import EndpointEncoder
 
 Answer = Callable[[dict[str, Any]], tuple[int, bytes, dict[str, str]]]
 

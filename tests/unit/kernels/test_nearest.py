@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nvembed.encoding import nearest as search
-from nvembed.encoding.nearest import _pack, top_k
+from nvembed.kernels import nearest as search
+from nvembed.kernels.nearest import _pack, top_k
 from oracles import mining as oracle
 
 

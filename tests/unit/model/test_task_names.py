@@ -13,14 +13,14 @@ from nvembed.core.config import load_config
 from nvembed.core.errors import ConfigError, DataError, UserError
 from nvembed.core.files import write_jsonl
 from nvembed.data.config import DatasetConfig
+from nvembed.data.instructions import task_instruction
 from nvembed.data.loading import read_records
 from nvembed.encoding.doctor.examine import DoctorOptions, examine
-from nvembed.encoding.encoder import EndpointEncoder, SentenceTransformerEncoder
 from nvembed.encoding.file_search import search_file
 from nvembed.evaluation.tasks import load_task
 from nvembed.index.build import index_documents
 from nvembed.index.database import Database
-from nvembed.text.instructions import task_instruction
+from nvembed.model.encoder import EndpointEncoder, SentenceTransformerEncoder
 from task_folders import write_task
 
 NAME = "FiQA2018"

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nvembed.text import passages
-from nvembed.text.passages import cut_passages, token_ends
-from nvembed.text.tokens import plain_backend
+from nvembed.index import cutting as passages
+from nvembed.index.cutting import cut_passages, token_ends
+from nvembed.model.tokens import plain_backend
 
 
 def cut(text: str, ending: str, limit: int = 20) -> list[tuple[str, str]]:

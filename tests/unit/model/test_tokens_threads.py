@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from nvembed.text.instructions import query_prompt
-from nvembed.text.tokens import TextTokenizer
+from nvembed.data.instructions import query_prompt
+from nvembed.model.tokens import TextTokenizer
 
 PROMPT = query_prompt("find it")
 TEXTS = ["word " * 60, "short", "", "中文 " * 30]

@@ -17,7 +17,7 @@ from itertools import accumulate, chain
 import torch
 from torch import Tensor
 
-from nvembed.text.tokens import TokenizedText
+from nvembed.model.tokens import TokenizedText
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 A query is ``Instruct: {instruction}\\nQuery: {text}``, a document the bare text (paper s4); the
 part before the text is the *prompt*. ``instructions.yaml`` has the instruction of each task of MTEB
-English v1. Next file: ``text/tokens.py``.
+English v1. Next file: ``model/tokens.py``.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class TaskInstruction:
 @cache
 def all_instructions() -> dict[str, TaskInstruction]:
     """Return the table by the name of the task, without aliases; do not change it."""
-    text = files("nvembed.text").joinpath("instructions.yaml").read_text(encoding="utf-8")
+    text = files("nvembed.data").joinpath("instructions.yaml").read_text(encoding="utf-8")
     return {name: TaskInstruction(name, **row) for name, row in yaml.safe_load(text).items()}
 
 

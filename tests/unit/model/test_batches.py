@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nvembed.text import tokens as module
-from nvembed.text.tokens import batches
+from nvembed.model import tokens as module
+from nvembed.model.tokens import batches
 
 
 @given(st.lists(st.integers(0, 12)), st.integers(1, 5))

@@ -18,7 +18,7 @@ from nvembed.core.arguments import Precision, PrecisionChoice
 from nvembed.core.background import end_with_parent
 from nvembed.core.errors import UserError
 from nvembed.core.reporting import hold_note
-from nvembed.encoding.encoder import (
+from nvembed.model.encoder import (
     Encoder,
     EndpointEncoder,
     is_endpoint,

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from nvembed.core.errors import ConfigError, DataError
-from nvembed.encoding.reading import Document, Skipped, input_files, read_documents
+from nvembed.data.reading import Document, Skipped, input_files, read_documents
 
 ROWS = [
     {"_id": "a", "title": "T", "text": "one\u2028line", "year": 1999},

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from nvembed.core.errors import ConfigError
-from nvembed.text.instructions import (
+from nvembed.data.instructions import (
     all_instructions,
     query_prompt,
     read_task,
@@ -209,7 +209,7 @@ def test_the_wheel_holds_the_table(tmp_path: Path) -> None:
     wheel = pytest.importorskip("hatchling.builders.wheel")
     built = next(wheel.WheelBuilder(str(ROOT)).build(directory=str(tmp_path)))
     with zipfile.ZipFile(built) as archive:
-        text = archive.read("nvembed/text/instructions.yaml").decode()
+        text = archive.read("nvembed/data/instructions.yaml").decode()
     assert "FiQA2018:" in text
 
 

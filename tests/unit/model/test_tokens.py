@@ -5,8 +5,8 @@ from collections.abc import Callable
 import pytest
 
 from nvembed.core.errors import DataError, ModelError, UserError
-from nvembed.text.instructions import query_prompt
-from nvembed.text.tokens import TextTokenizer
+from nvembed.data.instructions import query_prompt
+from nvembed.model.tokens import TextTokenizer
 
 PROMPT = query_prompt("find it")
 

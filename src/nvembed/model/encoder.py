@@ -19,21 +19,21 @@ from nvembed.core.arguments import Precision, PrecisionChoice, checked
 from nvembed.core.errors import ModelError
 from nvembed.core.http import post_json
 from nvembed.core.reporting import announce, release_notes
+from nvembed.data.instructions import Side, resolve_prompt, side_prompt
 from nvembed.interop.identity import model_fingerprint
-from nvembed.text.instructions import Side, resolve_prompt, side_prompt
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
     from tokenizers import Tokenizer
 
-    from nvembed.text.tokens import TokenizedText
+    from nvembed.model.tokens import TokenizedText
 
 
 class Encoder(Protocol):
     """Turns texts into unit vectors, float32 ``(len(texts), dimension)`` in the order of the texts.
 
     A task is the name of an MTEB task or of a prompt of the model, or the instruction itself in
-    plain words; ``nvembed.text.instructions.resolve_prompt`` makes it a prompt. ``None`` is no
+    plain words; ``nvembed.data.instructions.resolve_prompt`` makes it a prompt. ``None`` is no
     instruction. An encoder that has prompts of its own says so, see ``prompts_of``.
     """
 
@@ -113,7 +113,7 @@ def reading_limit(encoder: Encoder) -> tuple[Tokenizer | None, int | None]:
     limit = getattr(inner, "max_seq_length", getattr(inner, "max_tokens", None))
     if not getattr(tokenizer, "is_fast", False):
         return None, limit
-    from nvembed.text.tokens import plain_backend
+    from nvembed.model.tokens import plain_backend
 
     prompt = side_prompt(prompts_of(encoder), "document")
     around = 2 + (len(tokenizer.tokenize(prompt)) if prompt else 0)  # BOS and EOS, or the like
@@ -349,7 +349,7 @@ class OnnxEncoder(BaseEncoder):
 
         from nvembed.interop.loading import loading
         from nvembed.interop.model_folder import ONNX_FILE, read_json_file
-        from nvembed.text.tokens import TextTokenizer
+        from nvembed.model.tokens import TextTokenizer
 
         path = Path(folder)
         with loading(str(path), expected="what nvembed export --format onnx wrote"):

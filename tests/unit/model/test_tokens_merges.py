@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from nvembed.core.errors import DataError
-from nvembed.text import tokens as module
-from nvembed.text.instructions import query_prompt
-from nvembed.text.tokens import TextTokenizer, TokenizedText, WholeText
+from nvembed.data.instructions import query_prompt
+from nvembed.model import tokens as module
+from nvembed.model.tokens import TextTokenizer, TokenizedText, WholeText
 
 TOKENIZERS = ("byte_level_tokenizer", "metaspace_tokenizer")
 PROMPT = query_prompt("find the words")

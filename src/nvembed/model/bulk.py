@@ -25,11 +25,11 @@ from nvembed.core.background import prefetch, write_behind
 from nvembed.core.errors import ConfigError, ModelError
 from nvembed.core.reporting import Rates, hold_note, progress, release_notes
 from nvembed.core.store import read_arrays, write_array, write_arrays
-from nvembed.encoding.encoder import Encoder, shorten
-from nvembed.encoding.workers import Engine, Loader, Pool, process_pool, ray_pool
+from nvembed.data.instructions import Side
+from nvembed.model.encoder import Encoder, shorten
 from nvembed.model.settings import LongTexts, Work
-from nvembed.text.instructions import Side
-from nvembed.text.tokens import batches
+from nvembed.model.tokens import batches
+from nvembed.model.workers import Engine, Loader, Pool, process_pool, ray_pool
 
 if TYPE_CHECKING:
     from nvembed.kernels.threads import ThreadWatch

@@ -10,9 +10,9 @@ import pytest
 from hash_encoder import HashEncoder
 from nvembed.core.errors import ConfigError
 from nvembed.core.files import write_jsonl
-from nvembed.encoding import embed
 from nvembed.encoding.files import encode_file
 from nvembed.encoding.outputs import OutputFormat
+from nvembed.model import bulk as embed
 from nvembed.model.settings import LongTexts
 
 

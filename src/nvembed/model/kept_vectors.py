@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from nvembed.core.errors import DataError
 from nvembed.core.files import tidy
 from nvembed.core.store import make_missing, read_array, write_array
-from nvembed.text.instructions import Side
+from nvembed.data.instructions import Side
 
 Keys = NDArray[np.bytes_]
 _KEY_BYTES = 16

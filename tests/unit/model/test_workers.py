@@ -9,8 +9,8 @@ import pytest
 
 from hash_encoder import HashEncoder
 from nvembed.core.errors import ConfigError
-from nvembed.encoding import workers
-from nvembed.encoding.workers import Loader, ray_pool
+from nvembed.model import workers
+from nvembed.model.workers import Loader, ray_pool
 
 
 class TaskError(Exception):

@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 
 from hash_encoder import HashEncoder
 from nvembed.core.errors import ModelError
-from nvembed.encoding import embed as encoding
-from nvembed.encoding.embed import encode_texts
+from nvembed.model import bulk as encoding
+from nvembed.model.bulk import encode_texts
 
 
 def test_windows_join_in_order(monkeypatch: pytest.MonkeyPatch) -> None:

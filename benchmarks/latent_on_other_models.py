@@ -29,7 +29,7 @@ from nvembed.core.files import write_text
 from nvembed.evaluation.results import TaskResult, read_results, write_results
 from nvembed.evaluation.session import evaluate
 from nvembed.evaluation.tasks import LocalTask, load_tasks
-from nvembed.kernels.precision import settle_precision
+from nvembed.kernels.machine import settle_precision
 from nvembed.model.embedder import NVEmbed
 from nvembed.model.encoder import Encoder
 from nvembed.model.packs import embed_pack

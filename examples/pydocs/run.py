@@ -181,7 +181,7 @@ class _Demo:
     @cached_property
     def precision(self) -> Precision:
         """What all models of the demo compute in: settled once, or that of the interrupted run."""
-        from nvembed.kernels.precision import settle_precision
+        from nvembed.kernels.machine import settle_precision
 
         found = self._interrupted_run()
         begun = None if found is None or found.precision == "auto" else found.precision

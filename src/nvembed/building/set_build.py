@@ -108,7 +108,7 @@ class BuildContext:
         assert mine is not None
         if mine.teacher == BM25_NAME or is_endpoint(mine.teacher):
             return mine.dtype
-        from nvembed.kernels.precision import settle_precision
+        from nvembed.kernels.machine import settle_precision
 
         manifests = [
             read_manifest(file.parent) for file in sorted(self.folder.glob(f"*/{MANIFEST}"))

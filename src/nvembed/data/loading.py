@@ -12,10 +12,10 @@ from typing import Any
 from nvembed.core.errors import DataError, SourceError
 from nvembed.core.files import ending_of, numbered_lines, open_text_file, parse_json, too_long
 from nvembed.core.reporting import ProblemCounts
+from nvembed.data.batch import Mixture, tempered_weights
 from nvembed.data.built_sets import built_problem
 from nvembed.data.config import FORMS, BuildConfig, DatasetConfig, TableConfig
-from nvembed.data.drawing import tempered_weights
-from nvembed.data.examples import ExampleSource, Mixture, make_source
+from nvembed.data.examples import ExampleSource, make_source
 from nvembed.data.records import (
     EXPECTED,
     LABEL_HINTS,
@@ -225,8 +225,7 @@ def read_records(path: str | Path, kind: Kind, *, conversion: Conversion = "exam
     ``path`` is ``.jsonl``, ``.jsonl.gz``, ``.parquet`` (rows count as lines, from 1), or a folder.
     ``conversion`` is what classes will be turned into, which not all of them can.
     """
-    empty = DataError("the file holds no records", where=str(path), expected=EXPECTED[kind])
-    return _all_of(_plain_rows(Path(path), kind), kind, conversion, empty)
+    return _all_of(_plain_rows(Path(path), kind), kind, conversion, path)
 
 
 def load_records(config: DatasetConfig, *, base_dir: Path) -> list[Any]:
@@ -244,8 +243,7 @@ def load_records(config: DatasetConfig, *, base_dir: Path) -> list[Any]:
     if plain == config and (config.path.endswith(_PLAIN) or shard_files(path)):
         return read_records(path, kind, conversion=config.conversion)  # quicker
     rows = open_dataset(config, base_dir=base_dir).rows
-    empty = DataError("the set holds no records", where=str(path), expected=EXPECTED[kind])
-    return _all_of(rows, kind, config.conversion, empty, config)
+    return _all_of(rows, kind, config.conversion, path, config)
 
 
 def load_source(
@@ -358,10 +356,10 @@ def _all_of(
     rows: Iterable[tuple[Any, ...] | BadRow],
     kind: Kind,
     conversion: Conversion,
-    empty: DataError,
+    path: str | Path,
     config: DatasetConfig | None = None,
 ) -> list[Any]:
-    """The records of all rows, or one error for everything that is wrong; ``empty`` for none."""
+    """The records of all rows of a file (or set), or one error for everything that is wrong."""
     records: list[Any] = []
     places: list[str] = []
     problems, passed_over, stopped = ProblemCounts(), ProblemCounts(), ""
@@ -388,5 +386,6 @@ def _all_of(
         place, told = passed_over.kinds[0].place, passed_over.summary(_MAX_SHOWN)
         _log.warning("%s: left out: %s: %s", config.name, place, told)
     if not records:
-        raise empty
+        told = f"the {'set' if config else 'file'} holds no records"
+        raise DataError(told, where=str(path), expected=EXPECTED[kind])
     return records

@@ -240,7 +240,7 @@ def _embed_missing(
 
 
 def _record(model: str | Encoder, dtype: Precision | None, task: str | None) -> dict[str, object]:
-    from nvembed.kernels.precision import computing_record
+    from nvembed.kernels.machine import computing_record
 
     name = model if isinstance(model, str) else type(model).__name__
     return {"model": name, "task": task, "computing": computing_record(dtype)}

@@ -325,7 +325,7 @@ def _record(settings: Settings, jobs: Mapping[str, LocalTask | AbsTask]) -> dict
             instructions[name] = hub_instruction(job.metadata, settings.instructions)
     computing = None
     if settings.model != BM25_NAME:
-        from nvembed.kernels.precision import computing_record
+        from nvembed.kernels.machine import computing_record
 
         computing = computing_record(settings.dtype)
     return {

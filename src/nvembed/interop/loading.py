@@ -8,8 +8,9 @@ finite are an error. A prefix that all names share is taken off where they fit w
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -141,14 +142,21 @@ def reason(error: BaseException) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
-def prove_encoding(model: SentenceTransformer, *, name: str) -> None:
-    """Encode a text, so that what a model cannot do is told when it is loaded."""
+def prove_encoding(
+    model: SentenceTransformer,
+    embed: Callable[[list[str]], torch.Tensor] | None = None,
+    *,
+    name: str,
+) -> None:
+    """Encode a text, so that what a model cannot do is told when it is loaded.
+
+    ``embed`` is the forward below ``encode``, where that is all there is to prove.
+    """
     if model.device.type == "meta":
         return
+    encode = partial(model.encode, prompt="", convert_to_tensor=True, show_progress_bar=False)
     with loading(name, expected="a model that encodes texts"):
-        vector = model.encode(
-            ["a text"], prompt="", convert_to_tensor=True, show_progress_bar=False
-        )
+        vector = (embed or encode)(["a text"])
     check_finite_tensor(vector, "of an embedding", where=name)
 
 

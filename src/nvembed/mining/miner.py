@@ -273,7 +273,7 @@ def _computing(teacher: str | Encoder, dtype: Precision | None) -> dict[str, Any
     """Describe how vectors were computed here; None where another computed them, or none are."""
     if isinstance(teacher, str) and (teacher == BM25_NAME or is_endpoint(teacher)):
         return None
-    from nvembed.kernels.precision import computing_record
+    from nvembed.kernels.machine import computing_record
 
     return computing_record(dtype)
 

@@ -32,7 +32,7 @@ from nvembed.model.tokens import batches
 from nvembed.model.workers import Engine, Loader, Pool, process_pool, ray_pool
 
 if TYPE_CHECKING:
-    from nvembed.kernels.threads import ThreadWatch
+    from nvembed.kernels.machine import ThreadWatch
 
 # Texts per call of the encoder: enough for it to sort by length, few enough to show progress.
 WINDOW_TEXTS = 1024
@@ -172,7 +172,7 @@ def _watch(encoder: Encoder) -> ThreadWatch | None:
     """What tells of busy CPUs, where the model computes on them."""
     if getattr(getattr(encoder, "device", None), "type", None) != "cpu":
         return None
-    from nvembed.kernels.threads import ThreadWatch  # torch, which an endpoint does not need
+    from nvembed.kernels.machine import ThreadWatch  # torch, which an endpoint does not need
 
     return ThreadWatch(remedy="start it with OMP_NUM_THREADS={}")
 

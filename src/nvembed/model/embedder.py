@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self, TypedDict, Unpack, get_args
 
@@ -37,6 +38,7 @@ from nvembed.kernels.layers import accelerate
 from nvembed.model.backbone import Backbone
 from nvembed.model.encoding import EncodingModel
 from nvembed.model.official_load import load_official
+from nvembed.model.packs import embed_short
 from nvembed.model.placement import DeviceMap
 from nvembed.model.pooling import POOLINGS, Pooling, build_pooling
 from nvembed.model.quantization import quantize_backbone
@@ -197,7 +199,7 @@ class NVEmbed(EncodingModel, metaclass=_Recognised):
         if kind != "official":
             # There every tensor has been compared and its values checked, and a pass through the
             # wide latent attention takes copies of its weights: memory that only loading needs.
-            prove_encoding(model, name=source.name)
+            prove_encoding(model, partial(embed_short, model), name=source.name)
         return model
 
     @classmethod

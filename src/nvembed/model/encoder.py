@@ -189,14 +189,14 @@ def settle_dtype(
         return dtype
     if holds_graph(name):
         return "float32"
-    from nvembed.kernels.precision import settle_precision
+    from nvembed.kernels.machine import settle_precision
 
     return settle_precision(dtype, begun=begun)
 
 
 def computed_fingerprint(model: str, dtype: str | None, *settings: object) -> str:
     """Name the vectors of a model, in a settled type, as this machine computes them to the bit."""
-    from nvembed.kernels.precision import kernels
+    from nvembed.kernels.machine import kernels
 
     return model_fingerprint(model, dtype, *settings, *kernels())
 

@@ -138,6 +138,15 @@ def embed_plan(
     return rows_ND
 
 
+@torch.inference_mode()
+def embed_short(model: PackModel, texts: list[str]) -> Tensor:
+    """Embed a few short texts as ``encode`` does: ``(N, D)`` of length 1."""
+    plan = plan_texts(model.backbone, texts, "", LongTexts(), CPU_PACK_TOKENS)
+    model.eval()
+    with model.pooling.fixed_weights():
+        return embed_plan(model, plan)
+
+
 def embed_pack(model: torch.nn.Module, texts: Sequence[TokenizedText]) -> Tensor:
     """The only forward of training and encoding: ``(N, D)`` of length 1, a row per text."""
     embedding_ND: Tensor = model({"flat": flatten(texts)})["sentence_embedding"]

@@ -159,7 +159,7 @@ def settle_by_ray(dtype: PrecisionChoice | None) -> Precision | None:
     if dtype != "auto":
         return dtype
     ray, kind, _ = join_cluster()
-    from nvembed.kernels.precision import settle_precision
+    from nvembed.kernels.machine import settle_precision
 
     ask: Any = ray.remote(settle_precision).options(**{f"num_{kind.lower()}s": 1})
     settled: Precision = ray.get(ask.remote("auto"))

@@ -209,7 +209,9 @@ def evaluate_objective(
     """
     leaf_UD = embedding_UD.detach().to(torch.promote_types(embedding_UD.dtype, torch.float32))
     found = Evaluated(torch.zeros_like(leaf_UD))
-    views = views_of(leaf_UD, objective.dimensions, objective.rounded)
+    views: list[View] = [lambda embedding_ND: embedding_ND]  # all that is seen, at full width
+    if objective.dimensions or objective.rounded:
+        views = views_of(leaf_UD, objective.dimensions, objective.rounded)
     with torch.enable_grad(), torch.autocast(embedding_UD.device.type, enabled=False):
         if len(batch.query_B) and objective.contrasts:
             tau = objective.temperature if log_temperature is None else log_temperature

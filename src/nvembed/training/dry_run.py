@@ -8,6 +8,7 @@ is known only when the model of that moment has been asked, so random documents 
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import statistics
 import time
@@ -22,12 +23,12 @@ import torch
 
 from nvembed.core.errors import ConfigError, TrainingError, UserError
 from nvembed.core.reporting import ProgressBar, progress
-from nvembed.core.runs import RunFolder
-from nvembed.data.batch import effective_negatives
-from nvembed.data.examples import Mixture
-from nvembed.kernels.threads import watched_threads
+from nvembed.core.runs import RunFolder, derive_seed
+from nvembed.data.batch import Mixture, effective_negatives
+from nvembed.kernels.machine import watched_threads
 from nvembed.model.backbone import free_bytes
 from nvembed.model.bulk import encode_texts
+from nvembed.model.embedder import NVEmbed
 from nvembed.training import checkpoint, metrics, model, run_folder, stages
 from nvembed.training.checkpoint import (
     Position,
@@ -43,11 +44,10 @@ from nvembed.training.forecast import (
     StageForecast,
     TrainingMemory,
 )
-from nvembed.training.learning_rate import with_fitting_rates
 from nvembed.training.loss_config import TeacherConfig
 from nvembed.training.model import peak_bytes
 from nvembed.training.stage_mining import PlannedMining, plan_mining
-from nvembed.training.step import plan_step, recomputed_share
+from nvembed.training.step import StepResult, contrastive_step, plan_step, recomputed_share
 from nvembed.training.teacher import (
     PROJECTION,
     Teacher,
@@ -143,7 +143,7 @@ class _Rehearsal:
         device = self.processes.device
         self.free, self.peak_before = free_bytes(device), peak_bytes(device)
         self.embedder = model.starting_model(found.config, base_dir, device=str(device))
-        self.config, rates = with_fitting_rates(found.config, self.embedder)
+        self.config, rates = stages.with_fitting_rates(found.config, self.embedder)
         self.found = replace(found, config=self.config, rates=rates)
 
     def play(self) -> DryRun:
@@ -251,7 +251,7 @@ class _Rehearsal:
         for number, prepared in enumerate(timed):
             started = time.perf_counter()
             try:
-                result = stages.trial_step(
+                result = trial_step(
                     self.embedder,
                     stage,
                     prepared,
@@ -318,3 +318,44 @@ def _count(
             for (batch, _), own in zip(sampled, lengths, strict=True)
         ),
     )
+
+
+def trial_step(
+    model: NVEmbed,
+    stage: stages.Stage,
+    prepared: stages.PreparedBatch,
+    config: TrainConfig,
+    processes: DistributedContext,
+    *,
+    number: int,
+    **of_loss: torch.nn.Parameter | None,
+) -> StepResult:
+    """A step with its update, of a run in one process that leaves nothing.
+
+    ``of_loss`` is what the loss has besides the model, such as a temperature. A loss or gradient
+    that is not finite is a FloatingPointError.
+    """
+    batch, texts = prepared
+    try:
+        result = contrastive_step(
+            model,
+            batch,
+            texts,
+            stage.settings,
+            processes,
+            seed=derive_seed(config.seed, "dropout", stage.config.name, number),
+            **of_loss,
+        )
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(
+            "a step does not fit into memory",
+            where=stage.config.name,
+            hint="Lower memory_gb, pack_tokens or batch_size",
+        ) from error
+    # Waits for the device.
+    norm = processes.clip_gradients(stage.trained.values(), config.optimizer.max_grad_norm)
+    if not math.isfinite(norm):
+        raise FloatingPointError(norm)
+    stage.optimizer.step()
+    stage.optimizer.zero_grad()
+    return result

@@ -13,7 +13,7 @@ from rich.text import Text
 from nvembed.core.reporting import byte_size
 from nvembed.model.settings import shown_rate
 from nvembed.training.forecast import DryRun, StageForecast
-from nvembed.training.learning_rate import peak_rate
+from nvembed.training.stages import peak_rate
 
 
 def print_dry_run(found: DryRun) -> None:

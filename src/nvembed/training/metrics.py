@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,7 +27,6 @@ from nvembed.model.embedder import NVEmbed
 from nvembed.training.checkpoint import Parameters, restore_weights, save_weights
 from nvembed.training.config import EvaluationConfig, TrackerKind
 from nvembed.training.distributed import DistributedContext
-from nvembed.training.stages import evaluation_weights
 
 PROJECT = "nvembed"  # under which trackers group the runs
 BEST = "best"  # folder of the best weights
@@ -160,6 +160,24 @@ def mean_score(scores: Mapping[str, float | None]) -> float | None:
     """The mean of all tasks, each counting the same; undefined where one of them is."""
     defined = [score for score in scores.values() if score is not None]
     return math.fsum(defined) / len(defined) if len(defined) == len(scores) else None
+
+
+@contextmanager
+def evaluation_weights(optimizer: Any) -> Iterator[None]:
+    """Evaluate or save inside; after it the parameters are back, bit for bit."""
+    if not hasattr(optimizer, "eval"):
+        yield
+        return
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    kept = [parameter.detach().clone() for parameter in parameters]
+    optimizer.eval()
+    try:
+        yield
+    finally:
+        optimizer.train()
+        with torch.no_grad():
+            for parameter, value in zip(parameters, kept, strict=True):
+                parameter.copy_(value)
 
 
 @dataclass(frozen=True)

@@ -223,6 +223,8 @@ def settle_activation_budget(
 
 def read_activation_budget(file: Path) -> ActivationBudget | None:
     """Read what a run settled on; ``None`` where it did not, or the file is damaged."""
+    if not file.is_file():
+        return None
     with suppress(DataError, ValidationError):
         return ActivationBudget.model_validate(read_json_object(file, "what graphs need"))
     return None

@@ -215,7 +215,7 @@ UNMARKED = {
     "core/cache.py": {"rmtree", "write_text"},
     "examples/pydocs/harvest.py": {"write_jsonl", "unlink"},
     "encoding/file_search.py": {"write_array"},
-    "kernels/precision.py": {"write_json"},
+    "kernels/machine.py": {"write_json"},
     "kernels/build.py": {"atomic_path", "write_text"},
     # In a working folder, under such a hash.
     "building/hard_negatives.py": {"write_jsonl"},

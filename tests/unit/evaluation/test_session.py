@@ -202,7 +202,7 @@ def test_auto_goes_on_with_the_number_type_that_was_measured(
     tasks: Path, tmp_path: Path, model: Counting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def evaluate(task: str, measured: str, *options: str) -> tuple[int, str]:
-        monkeypatch.setattr("nvembed.kernels.precision.fastest_precision", lambda device: measured)
+        monkeypatch.setattr("nvembed.kernels.machine.fastest_precision", lambda device: measured)
         output = tmp_path / "results.json"
         words = ["evaluate", "m", "--tasks", str(tasks / task), "--output", str(output)]
         code = run([*words, *options])

@@ -367,7 +367,7 @@ def test_all_documents_of_a_database_are_of_one_type(tmp_path, tiny_decoder_dir,
     )
 
     def index(text, measured, dtype="auto"):
-        monkeypatch.setattr("nvembed.kernels.precision.fastest_precision", lambda device: measured)
+        monkeypatch.setattr("nvembed.kernels.machine.fastest_precision", lambda device: measured)
         write_jsonl(tmp_path / "docs.jsonl", [{"id": text, "text": text}])
         return index_documents(
             tmp_path / "db", [tmp_path / "docs.jsonl"], model=str(tiny_decoder_dir), dtype=dtype

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from nvembed.core import reporting
-from nvembed.kernels import threads
-from nvembed.kernels.threads import (
+from nvembed.kernels import machine as threads
+from nvembed.kernels.machine import (
     PATIENCE,
     WINDOW,
     Reading,

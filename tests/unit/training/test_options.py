@@ -19,7 +19,7 @@ from nvembed.core.errors import ConfigError, TrainingError
 from nvembed.core.files import write_jsonl
 from nvembed.core.runs import RunFolder
 from nvembed.data.batch import ContrastiveBatch
-from nvembed.kernels import threads
+from nvembed.kernels import machine as threads
 from nvembed.model.embedder import NVEmbed
 from nvembed.training import trainer
 from nvembed.training.checkpoint import latest_checkpoint

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from sentence_transformers.util import batch_to_device
 from torch import Tensor
 
-from nvembed.kernels.precision import fastest_precision
+from nvembed.kernels.machine import fastest_precision
 from nvembed.model import memory
 from nvembed.model.attention import probe_direction, probe_pooled
 from nvembed.model.backbone import free_bytes

@@ -27,7 +27,7 @@ from nvembed.evaluation.encoders import CachedEncoder
 from nvembed.evaluation.results import TaskResult, read_results, write_results
 from nvembed.evaluation.session import evaluate
 from nvembed.evaluation.tasks import LocalTask, load_tasks
-from nvembed.interop.identity import model_fingerprint
+from nvembed.interop.model_folder import model_fingerprint
 from nvembed.mining.miner import mine_file
 from nvembed.model.encoder import Encoder, load_encoder
 from nvembed.training.config import TrainConfig

@@ -39,12 +39,11 @@ from nvembed.data.built_sets import (
     set_settings,
     write_shards,
 )
-from nvembed.data.config import BuildConfig, DatasetConfig, local_sources
-from nvembed.data.loading import open_dataset
+from nvembed.data.config import BuildConfig, DatasetConfig
+from nvembed.data.loading import local_sources, open_dataset
 from nvembed.data.records import Converted, LabelRecord
 from nvembed.evaluation.tasks import load_tasks
-from nvembed.interop.gguf_names import find_gguf
-from nvembed.interop.identity import contents_fingerprint
+from nvembed.interop.model_folder import contents_fingerprint, find_gguf
 from nvembed.mining.ranking import BM25_NAME
 from nvembed.model.encoder import is_endpoint
 

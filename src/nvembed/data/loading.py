@@ -14,7 +14,7 @@ from nvembed.core.files import ending_of, numbered_lines, open_text_file, parse_
 from nvembed.core.reporting import ProblemCounts
 from nvembed.data.batch import Mixture, tempered_weights
 from nvembed.data.built_sets import built_problem
-from nvembed.data.config import FORMS, BuildConfig, DatasetConfig, TableConfig
+from nvembed.data.config import FORMS, OF_RECORDS, BuildConfig, DatasetConfig, TableConfig
 from nvembed.data.examples import ExampleSource, make_source
 from nvembed.data.records import (
     EXPECTED,
@@ -214,9 +214,9 @@ def _finished(place: str, values: Values, config: DatasetConfig) -> Converted | 
 
 
 _log = logging.getLogger(__name__)
-
 _MAX_SHOWN = 5
 _PLAIN = (".jsonl", ".jsonl.gz", ".parquet")
+_OF_ANY_SOURCE = {*OF_RECORDS, "path", "max_characters"}
 
 
 def read_records(path: str | Path, kind: Kind, *, conversion: Conversion = "example") -> list[Any]:
@@ -237,13 +237,21 @@ def load_records(config: DatasetConfig, *, base_dir: Path) -> list[Any]:
             hint="Run `nvembed data build` with the recipe first",
         )
     path, kind = base_dir / config.path, config.kind
-    plain = config.with_file(Path(config.path)).model_copy(
-        update={"path": config.path, "max_characters": config.max_characters}
-    )
-    if plain == config and (config.path.endswith(_PLAIN) or shard_files(path)):
+    of_source = config.model_dump(exclude=_OF_ANY_SOURCE, exclude_defaults=True)
+    if not of_source and (config.path.endswith(_PLAIN) or shard_files(path)):
         return read_records(path, kind, conversion=config.conversion)  # quicker
     rows = open_dataset(config, base_dir=base_dir).rows
     return _all_of(rows, kind, config.conversion, path, config)
+
+
+def local_sources(dataset: DatasetConfig, base_dir: Path) -> list[Path]:
+    """Files and folders that a set is read from; none where all of it is on the hub."""
+    found = []
+    for table in filter(None, (dataset, dataset.corpus, dataset.queries)):
+        place = base_dir / str(table.path or (table.hub and table.hub.id))
+        if table.path is not None or place.is_dir():
+            found.append(place)
+    return found
 
 
 def load_source(

@@ -29,7 +29,7 @@ from nvembed.data.instructions import Side, find_instruction
 from nvembed.evaluation.mteb_adapter import MtebEncoder, finite_or_none, quiet, run_mteb
 from nvembed.evaluation.reference import InstructionSource, instruction_for, near_names
 from nvembed.evaluation.results import TaskResult, UnreachableTaskError
-from nvembed.interop.gguf_names import find_gguf
+from nvembed.interop.model_folder import find_gguf
 from nvembed.model.card import read_card
 from nvembed.model.encoder import Encoder
 

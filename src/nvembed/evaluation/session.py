@@ -25,8 +25,7 @@ from nvembed.evaluation import results
 from nvembed.evaluation.encoders import CachedEncoder, SharedEncoder, shared_encoder
 from nvembed.evaluation.results import EVALUATE, Items, TaskResult, UnreachableTaskError
 from nvembed.evaluation.tasks import LocalTask, task_hash
-from nvembed.interop.gguf_names import find_gguf
-from nvembed.interop.identity import model_fingerprint
+from nvembed.interop.model_folder import find_gguf, model_fingerprint
 from nvembed.model.encoder import Encoder, computed_fingerprint
 
 if TYPE_CHECKING:

@@ -23,15 +23,8 @@ from nvembed.core.files import write_text
 from nvembed.core.reporting import announce, withdraw
 from nvembed.data.instructions import resolve_prompt, task_prompts
 from nvembed.interop.loading import loading, prove_encoding, usable_device
-from nvembed.interop.model_folder import (
-    ModelSource,
-    ModuleEntry,
-    damaged,
-    model_kind,
-    read_modules,
-    read_prompts,
-)
-from nvembed.interop.stock import read_stock
+from nvembed.interop.model_folder import ModelSource, damaged, model_kind
+from nvembed.interop.saved import ModuleEntry, read_modules, read_prompts, read_stock
 from nvembed.interop.weights import check_finite
 from nvembed.kernels.build import this_cpu
 from nvembed.kernels.layers import accelerate

@@ -20,7 +20,7 @@ from nvembed.core.errors import ModelError
 from nvembed.core.http import post_json
 from nvembed.core.reporting import announce, release_notes
 from nvembed.data.instructions import Side, resolve_prompt, side_prompt
-from nvembed.interop.identity import model_fingerprint
+from nvembed.interop.model_folder import model_fingerprint
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -144,7 +144,8 @@ def load_encoder(name: str, dtype: PrecisionChoice | None = None) -> Encoder:
     from sentence_transformers.base.modules import Transformer
 
     from nvembed.interop.loading import check_vocabulary, loading, prove_encoding
-    from nvembed.interop.model_folder import ModelSource, holds_graph, is_foreign
+    from nvembed.interop.model_folder import ModelSource, holds_graph
+    from nvembed.interop.saved import is_foreign
     from nvembed.interop.weights import check_finite
     from nvembed.model.embedder import NVEmbed
 

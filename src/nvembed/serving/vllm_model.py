@@ -29,14 +29,9 @@ from nvembed.core.errors import ModelError
 from nvembed.data.instructions import split_prompt
 from nvembed.encoding.export.stock import attention_settings, closed_tokenizer
 from nvembed.interop.loading import loading
-from nvembed.interop.model_folder import (
-    ModelSource,
-    model_kind,
-    read_limit,
-    read_modules,
-    read_values,
-)
+from nvembed.interop.model_folder import ModelSource, model_kind
 from nvembed.interop.official import official_name, read_config
+from nvembed.interop.saved import read_limit, read_modules, read_values
 from nvembed.model.backbone import Backbone, SavedBackbone
 from nvembed.model.embedder import module_class
 from nvembed.model.official_load import DEFAULT_MAX_TOKENS, load_tokenizer

@@ -18,9 +18,14 @@ import numpy as np
 from nvembed.core.errors import ModelError
 from nvembed.data.config import DatasetConfig
 from nvembed.data.instructions import query_prompt
-from nvembed.interop.gguf_names import PACKAGE, find_gguf
-from nvembed.interop.identity import find_base, read_bases
-from nvembed.interop.model_folder import ModelSource, model_kind
+from nvembed.interop.model_folder import (
+    PACKAGE,
+    ModelSource,
+    find_base,
+    find_gguf,
+    model_kind,
+    read_bases,
+)
 from nvembed.model.settings import LoraSettings, ModelSettings, PoolingSettings
 from nvembed.training.config import EvaluationConfig, StageConfig, TrainConfig
 from nvembed.training.dry_run import dry_run

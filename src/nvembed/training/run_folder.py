@@ -23,7 +23,7 @@ from nvembed.core.runs import TRAIN, RunFolder
 from nvembed.data.batch import Mixture
 from nvembed.data.built_sets import MINED_KINDS
 from nvembed.evaluation.tasks import LocalTask
-from nvembed.interop.identity import contents_fingerprint
+from nvembed.interop.model_folder import contents_fingerprint
 from nvembed.kernels.machine import choose_precision, computing_record, kernels
 from nvembed.model.embedder import NVEmbed
 from nvembed.training.checkpoint import remove_leftovers

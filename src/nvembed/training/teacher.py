@@ -27,8 +27,7 @@ from nvembed.core.runs import derive_seed
 from nvembed.core.store import key_of
 from nvembed.data.batch import GivenText
 from nvembed.encoding.vector_file import VectorFile
-from nvembed.interop.identity import contents_fingerprint, model_fingerprint
-from nvembed.interop.model_folder import check_model_name
+from nvembed.interop.model_folder import check_model_name, contents_fingerprint, model_fingerprint
 from nvembed.mining.ranking import settled_dtype
 from nvembed.model.bulk import encode_window
 from nvembed.model.embedder import NVEmbed

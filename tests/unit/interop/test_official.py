@@ -22,7 +22,7 @@ from nvembed.cli.main import run
 from nvembed.core.errors import ConfigError, ModelError
 from nvembed.data.instructions import task_instruction
 from nvembed.encoding.export.folders import export_folder
-from nvembed.interop import model_folder as source
+from nvembed.interop import hub as source
 from nvembed.interop.official import NAMES, official_name, read_config
 from nvembed.model.embedder import NVEmbed
 from nvembed.model.encoder import load_encoder

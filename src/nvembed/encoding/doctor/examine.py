@@ -31,7 +31,7 @@ from nvembed.encoding.doctor.checks import (
     model_of,
 )
 from nvembed.interop.gguf import read_gguf
-from nvembed.interop.gguf_names import find_gguf
+from nvembed.interop.model_folder import find_gguf
 from nvembed.model import memory, packs
 from nvembed.model.attention import short_tokens
 from nvembed.model.embedder import NVEmbed

@@ -1,17 +1,96 @@
-"""Models of stock modules of sentence-transformers, as something to start from."""
+"""Settings that were saved with a model: its modules, prompts and limits.
+
+A model of stock modules of sentence-transformers is something to start from.
+"""
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
 
-from nvembed.core.arguments import shown_value
-from nvembed.core.errors import ModelError
-from nvembed.interop.model_folder import COPY_AGAIN, ModelSource, damaged, read_limit, read_modules
+from nvembed.core.arguments import check_settings, kind_of, shown_value
+from nvembed.core.errors import ConfigError, ModelError
+from nvembed.interop.model_folder import (
+    COPY_AGAIN,
+    ModelSource,
+    damaged,
+    model_kind,
+    read_json_file,
+)
 
 # By the last part of the class name: stock modules have moved between packages over the years.
 _MODULES = ("Transformer", "Pooling", "Normalize")
 _POOLINGS: dict[str, Literal["mean", "last"]] = {"mean": "mean", "lasttoken": "last"}
+
+
+class ModuleEntry(NamedTuple):
+    """One entry of ``modules.json``."""
+
+    type: str  # dotted name of the class
+    path: str  # folder of the module inside the model's; "" is the model's own
+
+
+@dataclass(frozen=True, slots=True)
+class SavedPrompts:
+    """What ``config_sentence_transformers.json`` says that is used here."""
+
+    prompts: dict[str, str] | None = None
+    default_prompt_name: str | None = None
+    similarity_fn_name: Literal["cosine", "dot", "euclidean", "manhattan"] | None = None
+
+
+def read_modules(source: ModelSource) -> list[ModuleEntry]:
+    """Read ``modules.json``, which must be there."""
+    path = source.require("modules.json")
+    entries = read_json_file(path)
+    if not isinstance(entries, list) or not entries:
+        expected = '[{"type": "...", "path": "..."}]'
+        raise damaged(f"not a list of modules, but {kind_of(entries)}", path, expected)
+    found = []
+    for number, entry in enumerate(entries):
+        given = entry if isinstance(entry, dict) else {}
+        values = {key: given.get(key) for key in ModuleEntry._fields}
+        where = f"{path}, entry {number}"
+        found.append(ModuleEntry(**read_values(ModuleEntry, values, where=where)))
+    return found
+
+
+def read_prompts(source: ModelSource) -> SavedPrompts:
+    """Read the prompts that were saved with a model; none where it has no such file."""
+    name = "config_sentence_transformers.json"
+    saved = source.read_json(name) or {}
+    values = {key: saved.get(key) for key in SavedPrompts.__dataclass_fields__}
+    return SavedPrompts(**read_values(SavedPrompts, values, where=f"{source.name}/{name}"))
+
+
+def read_values(of: Callable[..., Any], values: Mapping[str, Any], *, where: str) -> dict[str, Any]:
+    """Settings of a file that are the arguments of a constructor, every one of them checked."""
+    try:
+        check_settings(of, values, where=where)
+    except ConfigError as error:
+        raise damaged(error.message, where) from error
+    return dict(values)
+
+
+def read_limit(source: ModelSource, filename: str, key: str) -> int | None:
+    """A number of tokens or positions that a settings file gives; ``None`` where it does not."""
+    limit = (source.read_json(filename) or {}).get(key)
+    # Where there is no limit, tokenizers say 1e30, some of them as a float.
+    if limit is None or (isinstance(limit, int | float) and limit >= 1 and limit is not True):
+        return None if limit is None else int(limit)
+    where = f"{source.name}/{filename}"
+    raise damaged(f"{key} is {shown_value(limit)}", where, "a number of tokens")
+
+
+# --- Stock modules --------------------------------------------------------------------------------
+
+
+def is_foreign(source: ModelSource) -> bool:
+    """Whether it is a sentence-transformers model that has none of our modules."""
+    if model_kind(source) != "saved":
+        return False
+    return not any(entry.type.startswith("nvembed.") for entry in read_modules(source))
 
 
 class StockModel(NamedTuple):

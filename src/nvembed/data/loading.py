@@ -247,7 +247,8 @@ def load_records(config: DatasetConfig, *, base_dir: Path) -> list[Any]:
 def local_sources(dataset: DatasetConfig, base_dir: Path) -> list[Path]:
     """Files and folders that a set is read from; none where all of it is on the hub."""
     found = []
-    for table in filter(None, (dataset, dataset.corpus, dataset.queries)):
+    tables: list[DatasetConfig | TableConfig | None] = [dataset, dataset.corpus, dataset.queries]
+    for table in filter(None, tables):
         place = base_dir / str(table.path or (table.hub and table.hub.id))
         if table.path is not None or place.is_dir():
             found.append(place)

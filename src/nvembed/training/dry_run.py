@@ -8,7 +8,6 @@ is known only when the model of that moment has been asked, so random documents 
 from __future__ import annotations
 
 import itertools
-import math
 import os
 import statistics
 import time
@@ -23,19 +22,17 @@ import torch
 
 from nvembed.core.errors import ConfigError, TrainingError, UserError
 from nvembed.core.reporting import ProgressBar, progress
-from nvembed.core.runs import RunFolder, derive_seed
+from nvembed.core.runs import RunFolder
 from nvembed.data.batch import Mixture, effective_negatives
 from nvembed.kernels.machine import watched_threads
 from nvembed.model.backbone import free_bytes
 from nvembed.model.bulk import encode_texts
-from nvembed.model.embedder import NVEmbed
 from nvembed.training import checkpoint, metrics, model, run_folder, stages
 from nvembed.training.checkpoint import (
     Position,
     trained_parameters,
 )
 from nvembed.training.config import TrainConfig, training_inputs
-from nvembed.training.contrastive_loss import new_temperature
 from nvembed.training.distributed import DistributedContext
 from nvembed.training.forecast import (
     BatchForecast,
@@ -47,14 +44,9 @@ from nvembed.training.forecast import (
 from nvembed.training.loss_config import TeacherConfig
 from nvembed.training.model import peak_bytes
 from nvembed.training.stage_mining import PlannedMining, plan_mining
-from nvembed.training.step import StepResult, contrastive_step, plan_step, recomputed_share
-from nvembed.training.teacher import (
-    PROJECTION,
-    Teacher,
-    TeacherStandIn,
-    new_projection,
-    teacher_fingerprint,
-)
+from nvembed.training.step import plan_step, recomputed_share
+from nvembed.training.teacher import Teacher, TeacherStandIn, teacher_fingerprint
+from nvembed.training.trial import TriedStage
 
 SAMPLED_STEPS = 20  # batches of a stage that are counted, spread over it
 TIMED_STEPS = 4  # of them taken, the largest first, to warm up; fewer where they take long
@@ -181,21 +173,15 @@ class _Rehearsal:
         loader = stages.DataLoader(mixture, config, seed=self.config.seed, tokenizer=tokenizer)
         standing = self._standing_in(config.teacher, loader, start)
         loader.teacher = standing
-        beside = {
-            "log_temperature": new_temperature(config, self.processes.device),
-            PROJECTION: new_projection(
-                standing, self.embedder, seed=self.config.seed, stage=number
-            ),
-        }
-        stage = stages.start_stage(
+        tried = TriedStage(
+            self.embedder,
             self.config,
             number,
             loader,
-            trained_parameters(self.embedder, **beside),
-            head=self.embedder.pooling,
+            self.processes,
             activation_budget=self.budget.tokens,
-            checkpoint=None,
         )
+        stage = tried.stage
         left, evaluation = config.steps - start, self.config.evaluation
         chosen = np.linspace(start, config.steps - 1, min(SAMPLED_STEPS, left)).astype(int)
         sampled = [stage.loader.step(int(step)) for step in chosen]
@@ -214,7 +200,7 @@ class _Rehearsal:
                 for step in range(start, config.steps)
             )
             + (evaluation is not None and evaluation.before and position.step == number == 0),
-            self._seconds_per_token(sampled, stage, beside, bar) * batches.tokens,
+            self._seconds_per_token(sampled, tried, bar) * batches.tokens,
         )
 
     def _data(self, stage: stages.Stage, to_mine: set[str]) -> tuple[DataForecast, ...]:
@@ -237,8 +223,7 @@ class _Rehearsal:
     def _seconds_per_token(
         self,
         sampled: Sequence[stages.PreparedBatch],
-        stage: stages.Stage,
-        beside: dict[str, torch.nn.Parameter | None],
+        tried: TriedStage,
         bar: ProgressBar,
     ) -> float:
         """Take a few steps, the largest first, so that memory is that of the largest."""
@@ -246,20 +231,13 @@ class _Rehearsal:
         began = time.perf_counter()
         largest_first = sorted(sampled, key=lambda prepared: -sum(map(len, prepared[1])))
         timed = itertools.islice(itertools.cycle(largest_first), TIMED_STEPS)
+        stage = tried.stage
         rate = stages.stage_schedule(0, stage.config, self.config.optimizer)
         stages.set_learning_rate(stage.optimizer, rate)
         for number, prepared in enumerate(timed):
             started = time.perf_counter()
             try:
-                result = trial_step(
-                    self.embedder,
-                    stage,
-                    prepared,
-                    self.config,
-                    self.processes,
-                    number=number,
-                    **beside,
-                )
+                result = tried.step(number, prepared)
             except FloatingPointError as error:
                 raise TrainingError(
                     f"the loss of a step is {error.args[0]}",
@@ -318,44 +296,3 @@ def _count(
             for (batch, _), own in zip(sampled, lengths, strict=True)
         ),
     )
-
-
-def trial_step(
-    model: NVEmbed,
-    stage: stages.Stage,
-    prepared: stages.PreparedBatch,
-    config: TrainConfig,
-    processes: DistributedContext,
-    *,
-    number: int,
-    **of_loss: torch.nn.Parameter | None,
-) -> StepResult:
-    """A step with its update, of a run in one process that leaves nothing.
-
-    ``of_loss`` is what the loss has besides the model, such as a temperature. A loss or gradient
-    that is not finite is a FloatingPointError.
-    """
-    batch, texts = prepared
-    try:
-        result = contrastive_step(
-            model,
-            batch,
-            texts,
-            stage.settings,
-            processes,
-            seed=derive_seed(config.seed, "dropout", stage.config.name, number),
-            **of_loss,
-        )
-    except torch.OutOfMemoryError as error:
-        raise TrainingError(
-            "a step does not fit into memory",
-            where=stage.config.name,
-            hint="Lower memory_gb, pack_tokens or batch_size",
-        ) from error
-    # Waits for the device.
-    norm = processes.clip_gradients(stage.trained.values(), config.optimizer.max_grad_norm)
-    if not math.isfinite(norm):
-        raise FloatingPointError(norm)
-    stage.optimizer.step()
-    stage.optimizer.zero_grad()
-    return result

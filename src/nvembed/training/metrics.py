@@ -21,15 +21,18 @@ from accelerate import Accelerator, utils
 
 from nvembed.core.errors import ConfigError, TrainingError, UserError
 from nvembed.core.runs import RunFolder, capture_rng, restore_rng
-from nvembed.evaluation.session import evaluate
+from nvembed.evaluation.results import TaskResult
+from nvembed.evaluation.session import evaluate, evaluate_bm25
 from nvembed.evaluation.tasks import LocalTask, load_tasks
 from nvembed.model.embedder import NVEmbed
 from nvembed.training.checkpoint import Parameters, restore_weights, save_weights
-from nvembed.training.config import EvaluationConfig, TrackerKind
+from nvembed.training.config import EvaluationConfig, TrackerKind, TrainConfig
 from nvembed.training.distributed import DistributedContext
 
 PROJECT = "nvembed"  # under which trackers group the runs
 BEST = "best"  # folder of the best weights
+
+Columns = dict[str, dict[str, TaskResult]]
 
 
 def tracker_options(kinds: Sequence[TrackerKind], run: RunFolder) -> dict[str, Any]:
@@ -216,3 +219,21 @@ class Evaluation:
             return False
         restore_weights(self.checkpoints / BEST, trained)
         return True
+
+
+def run_scores(config: TrainConfig, base_dir: Path) -> Columns:
+    """Main scores by task: before training, after each stage, and of BM25 on retrieval tasks.
+
+    A stage has those of the weights that it ended with. Without evaluation there are none.
+    """
+    if config.evaluation is None:
+        return {}
+    tasks, columns = load_evaluation_tasks(config.evaluation, base_dir), Columns()
+    run, keep_best = RunFolder(Path(config.output)), config.evaluation.keep_best
+    for name, scores in run.read_evaluations(keep_best=keep_best).items():
+        columns[name] = {
+            task.name: TaskResult(task.type, task.main_score, scores.get(task.name), 0.0, {})
+            for task in tasks
+        }
+    bm25 = evaluate_bm25(tasks) if columns else {}
+    return columns | ({"BM25": bm25} if bm25 else {})

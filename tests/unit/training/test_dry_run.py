@@ -16,7 +16,7 @@ from nvembed.core.files import read_jsonl, write_jsonl
 from nvembed.core.runs import derive_seed
 from nvembed.data.batch import Mixture
 from nvembed.training import dry_run as dry_run_forecast
-from nvembed.training import dry_run_report as report
+from nvembed.training import forecast as report
 from nvembed.training import trial
 from nvembed.training.config import TrainConfig
 from nvembed.training.dry_run import SeveralError, dry_run

@@ -21,7 +21,7 @@ from nvembed.model.embedder import NVEmbed
 from nvembed.model.settings import LoraSettings, fitting_rate, shown_rate
 from nvembed.training.config import StageConfig, TrainConfig
 from nvembed.training.dry_run import dry_run
-from nvembed.training.dry_run_report import print_dry_run
+from nvembed.training.forecast import print_dry_run
 from nvembed.training.run_folder import prepare_folder
 from nvembed.training.stages import (
     WINDOW,

@@ -30,7 +30,7 @@ from nvembed.training.config import TrainConfig
 from nvembed.training.contrastive_loss import Objective, evaluate_objective
 from nvembed.training.distributed import DistributedContext
 from nvembed.training.dry_run import SeveralError, dry_run
-from nvembed.training.dry_run_report import print_dry_run
+from nvembed.training.forecast import print_dry_run
 from nvembed.training.loss_config import TeacherConfig
 from nvembed.training.teacher import Teacher
 from nvembed.training.trainer import train

@@ -247,8 +247,9 @@ def load_records(config: DatasetConfig, *, base_dir: Path) -> list[Any]:
 def local_sources(dataset: DatasetConfig, base_dir: Path) -> list[Path]:
     """Files and folders that a set is read from; none where all of it is on the hub."""
     found = []
-    tables: list[DatasetConfig | TableConfig | None] = [dataset, dataset.corpus, dataset.queries]
-    for table in filter(None, tables):
+    further = [table for table in (dataset.corpus, dataset.queries) if table is not None]
+    tables: list[DatasetConfig | TableConfig] = [dataset, *further]
+    for table in tables:
         place = base_dir / str(table.path or (table.hub and table.hub.id))
         if table.path is not None or place.is_dir():
             found.append(place)
@@ -288,9 +289,7 @@ def load_mixture(
     With ``graded`` the scores of STS sets are used as they are.
     """
     chosen = [config for config in datasets if stage in config.stages]
-    sources: list[ExampleSource] = []
-    digests: dict[str, str] = {}
-    errors: list[DataError] = []
+    sources, digests, errors = list[ExampleSource](), dict[str, str](), list[DataError]()
     for config in chosen:
         try:
             records = load_records(config, base_dir=base_dir)

@@ -22,8 +22,7 @@ from torch import Tensor
 from nvembed import NVEmbed, evaluate, load_tasks
 from nvembed.core.files import read_jsonl
 from nvembed.interop.gguf import GgufFile, read_gguf
-from nvembed.interop.identity import find_base
-from nvembed.interop.model_folder import ModelSource
+from nvembed.interop.model_folder import ModelSource, find_base
 from nvembed.model import transformer_load
 
 BLOCK, STEPS = 32, 15

@@ -101,8 +101,8 @@ def open_onnx(folders: dict[str, str], threads: int) -> Any:
     import onnxruntime
     from transformers import AutoTokenizer
 
-    from nvembed.encoding.encoder import padded_inputs
-    from nvembed.text.tokens import TextTokenizer
+    from nvembed.model.encoder import padded_inputs
+    from nvembed.model.tokens import TextTokenizer
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads

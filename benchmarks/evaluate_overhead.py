@@ -23,11 +23,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nvembed.encoding.encoder import Encoder
 from nvembed.evaluation.encoders import CachedEncoder
 from nvembed.evaluation.local_scores import score_local
 from nvembed.evaluation.task_files import RetrievalData
 from nvembed.evaluation.tasks import LocalTask, load_task
+from nvembed.model.encoder import Encoder
 
 WORDS_PER_TEXT = 8
 

@@ -26,16 +26,16 @@ import torch
 from numpy.typing import NDArray
 
 from nvembed.core.files import write_text
-from nvembed.encoding.encoder import Encoder
 from nvembed.evaluation.results import TaskResult, read_results, write_results
 from nvembed.evaluation.session import evaluate
 from nvembed.evaluation.tasks import LocalTask, load_tasks
-from nvembed.kernels.precision import settle_precision
+from nvembed.kernels.machine import settle_precision
 from nvembed.model.embedder import NVEmbed
+from nvembed.model.encoder import Encoder
 from nvembed.model.packs import embed_pack
 from nvembed.model.pooling import LatentAttention
 from nvembed.model.settings import PoolingKind
-from nvembed.text.tokens import TokenizedText
+from nvembed.model.tokens import TokenizedText
 from nvembed.training.config import TrainConfig
 from nvembed.training.trainer import train
 

@@ -23,10 +23,10 @@ from matplotlib.figure import Figure
 from nvembed.core.arguments import Precision
 from nvembed.core.config import load_config
 from nvembed.core.files import atomic_path, read_jsonl, write_json, write_text
-from nvembed.encoding.encoder import load_encoder
 from nvembed.evaluation.results import read_results, write_results
 from nvembed.evaluation.session import evaluate
 from nvembed.evaluation.tasks import LocalTask, load_tasks
+from nvembed.model.encoder import load_encoder
 from nvembed.training.checkpoint import WEIGHTS, read_tensors, trained_parameters
 from nvembed.training.config import TrainConfig
 from nvembed.training.model import save_adapters, starting_model

@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from nvembed.encoding.encoder import Encoder, load_encoder
 from nvembed.evaluation.local_scores import score_local
 from nvembed.evaluation.mteb_adapter import score
 from nvembed.evaluation.tasks import load_tasks
+from nvembed.model.encoder import Encoder, load_encoder
 
 
 class Remembering:

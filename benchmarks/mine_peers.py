@@ -184,8 +184,8 @@ def run_growth(side: str, num_documents: int) -> dict[str, Any]:
 def _our_growth(folder: Path, num_documents: int) -> dict[str, Any]:
     from nvembed.core.files import write_jsonl
     from nvembed.data.config import MiningConfig
-    from nvembed.encoding import workers
     from nvembed.mining.miner import mine_file
+    from nvembed.model import workers
 
     class Made:
         """Vectors that are drawn when they are asked for, as a model would compute them."""
@@ -323,7 +323,7 @@ def growth(threads: int) -> Iterator[str]:
 
 def exact(count: int) -> Iterator[str]:
     """Whole numbers, whose products are exact in float32: ids and scores must be equal."""
-    from nvembed.encoding.nearest import top_k
+    from nvembed.kernels.nearest import top_k
 
     rng = np.random.default_rng(7)
     queries, documents = (

@@ -23,13 +23,13 @@ from peers.report import header, say, table
 from nvembed.core.config import load_config
 from nvembed.core.files import write_json
 from nvembed.data.config import DatasetConfig, MiningConfig
-from nvembed.encoding.encoder import Encoder, load_encoder
 from nvembed.evaluation.encoders import CachedEncoder
 from nvembed.evaluation.results import TaskResult, read_results, write_results
 from nvembed.evaluation.session import evaluate
 from nvembed.evaluation.tasks import LocalTask, load_tasks
-from nvembed.interop.identity import model_fingerprint
+from nvembed.interop.model_folder import model_fingerprint
 from nvembed.mining.miner import mine_file
+from nvembed.model.encoder import Encoder, load_encoder
 from nvembed.training.config import TrainConfig
 from nvembed.training.trainer import train
 

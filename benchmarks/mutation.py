@@ -1,7 +1,7 @@
 """Which faults the tests would notice: small changes of the core modules, one at a time (mutmut).
 
     python benchmarks/mutation.py --minutes 30
-    python benchmarks/mutation.py --minutes 60 --modules model/attention.py text/tokens.py --seed 1
+    python benchmarks/mutation.py --minutes 60 --modules model/attention.py model/tokens.py --seed 1
 
 mutmut makes the mutants of a module, runs the tests of that module once, then forks this loaded
 process for every mutant and runs the tests that reach the changed function, the quick ones first.
@@ -54,11 +54,11 @@ TESTS: dict[str, tuple[str, ...]] = {
     ),
     "training/stages.py": ("training/test_stages.py", "training/test_optim.py"),
     "building/contamination.py": ("building/test_contamination.py",),
-    "encoding/nearest.py": ("encoding/test_nearest.py",),
-    "text/tokens.py": (
-        "text/test_tokens.py",
-        "text/test_tokens_merges.py",
-        "text/test_tokens_threads.py",
+    "kernels/nearest.py": ("kernels/test_nearest.py",),
+    "model/tokens.py": (
+        "model/test_tokens.py",
+        "model/test_tokens_merges.py",
+        "model/test_tokens_threads.py",
     ),
 }
 FURTHER_TESTS: dict[str, tuple[str, ...]] = {
@@ -67,8 +67,8 @@ FURTHER_TESTS: dict[str, tuple[str, ...]] = {
     "data/batch.py": ("data/test_batch.py",),
     "index/where.py": ("index/test_where.py",),
     "mining/selection.py": ("mining/test_mining_filters.py", "mining/test_miner.py"),
-    "text/instructions.py": ("text/test_tokens.py",),
-    "text/packing.py": ("text/test_packing.py", "text/test_batches.py"),
+    "data/instructions.py": ("model/test_tokens.py",),
+    "model/packing.py": ("model/test_packing.py", "model/test_batches.py"),
     "training/contrastive_loss.py": ("training/test_contrastive.py",),
 }
 

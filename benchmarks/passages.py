@@ -23,11 +23,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nvembed.core.files import read_jsonl
-from nvembed.encoding.embed import encode_texts
-from nvembed.encoding.encoder import load_encoder, reading_limit
-from nvembed.encoding.reading import Document
+from nvembed.data.reading import Document
+from nvembed.index.cutting import token_ends
 from nvembed.index.passages import Cutter
-from nvembed.text.passages import token_ends
+from nvembed.model.bulk import encode_texts
+from nvembed.model.encoder import load_encoder, reading_limit
 
 Places = dict[str, tuple[str, int, int]]
 

@@ -34,7 +34,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 
 from nvembed.core.arguments import Precision
 from nvembed.core.files import atomic_folder, atomic_path, write_json
-from nvembed.kernels.precision import fastest_precision
+from nvembed.kernels.machine import fastest_precision
 
 BOS, EOS = 1, 2
 TOKENIZER_CHARACTERS = 40_000_000

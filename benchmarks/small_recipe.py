@@ -16,12 +16,12 @@ from pathlib import Path
 
 from nvembed.core.config import load_config
 from nvembed.core.files import write_text
-from nvembed.encoding.encoder import Encoder, load_encoder
 from nvembed.evaluation.results import TaskResult, format_markdown, read_results, write_results
 from nvembed.evaluation.session import evaluate, evaluate_bm25
 from nvembed.evaluation.tasks import load_tasks
-from nvembed.kernels.precision import settle_precision
+from nvembed.kernels.machine import settle_precision
 from nvembed.model.embedder import NVEmbed
+from nvembed.model.encoder import Encoder, load_encoder
 from nvembed.training.config import TrainConfig
 from nvembed.training.trainer import train
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from nvembed.text.instructions import read_task
+from nvembed.data.instructions import read_task
 
 _WORD = re.compile(r"\w+")
 

@@ -21,8 +21,7 @@ from nvembed.core.config import load_config
 from nvembed.core.errors import ModelError
 from nvembed.core.files import write_jsonl
 from nvembed.evaluation.reference import paper_tables
-from nvembed.interop.identity import find_base
-from nvembed.interop.model_folder import ModelSource
+from nvembed.interop.model_folder import ModelSource, find_base
 from nvembed.training.ablation.grid import GridConfig, grid_runs
 from nvembed.training.config import TrainConfig
 from official_folders import write_official

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,10 @@ SOURCE = ROOT / "src" / "nvembed"
 # From the top down; a package may import those below it, and those of its own level named here.
 LEVELS = [
     {"cli"},
-    {"training", "building"},
-    {"mining", "evaluation", "index", "serving"},
-    {"encoding"},
-    {"model", "data"},
-    {"text", "kernels", "interop"},
+    {"training", "building", "serving"},
+    {"mining", "evaluation", "encoding", "index"},
+    {"model"},
+    {"data", "kernels", "interop"},
     {"core"},
 ]
 
@@ -64,6 +64,9 @@ def test_dependencies_point_one_way() -> None:
             assert level(other) > level(own), f"{file} imports nvembed.{other}"
             checked += 1
     assert checked > 50
+    assert {path.name for path in SOURCE.iterdir() if path.is_dir()} - {"__pycache__"} == set(
+        chain.from_iterable(LEVELS)
+    )
 
 
 def test_public_names_are_exact_and_sorted() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from gpu_parts.shapes import device_of, products_ceiling, seconds_of
 from nvembed.model.attention import flat_attention
-from nvembed.text.packing import Segments
+from nvembed.model.packing import Segments
 
 ROOT = Path(__file__).resolve().parents[2]
 HEADS, KEY_HEADS, WIDTH = 32, 8, 128

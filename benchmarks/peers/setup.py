@@ -8,11 +8,11 @@ from pathlib import Path
 
 from nvembed.core.files import write_json, write_jsonl
 from nvembed.core.runs import derive_seed, seed_everything
+from nvembed.data.instructions import query_prompt
 from nvembed.data.loading import load_mixture
 from nvembed.encoding.export.folders import export_model
 from nvembed.model.backbone import save_adapter
 from nvembed.model.embedder import NVEmbed
-from nvembed.text.instructions import query_prompt
 from nvembed.training.config import TrainConfig
 from nvembed.training.model import build_model
 from peers.data import Steps

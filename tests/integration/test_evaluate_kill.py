@@ -13,8 +13,8 @@ import pytest
 
 from nvembed.cli.main import run
 from nvembed.core.ownership import MARK
-from nvembed.encoding import encoder
 from nvembed.evaluation.results import items_folder, read_items, read_results
+from nvembed.model import encoder
 from task_folders import write_task
 
 # Says so and waits in the middle of the second task, its queries being embedded.

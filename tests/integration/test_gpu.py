@@ -14,7 +14,7 @@ from nvembed.data.examples import PairSource
 from nvembed.data.records import PairRecord
 from nvembed.model.attention import flat_attention
 from nvembed.model.embedder import NVEmbed
-from nvembed.text.packing import Segments
+from nvembed.model.packing import Segments
 from nvembed.training.contrastive_loss import Objective
 from nvembed.training.distributed import DistributedContext
 from nvembed.training.step import StepResult, StepSettings, contrastive_step

@@ -188,9 +188,9 @@ def test_what_bertopic_looks_for() -> None:
 
 def test_mteb(names: Names, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mteb = pytest.importorskip("mteb", reason="needs nvembed[eval]")
+    from nvembed.data.instructions import task_prompts
     from nvembed.evaluation import mteb_adapter
     from nvembed.evaluation.tasks import load_tasks
-    from nvembed.text.instructions import task_prompts
 
     write_task(tmp_path / "SciFact", "Retrieval")
     (local,) = load_tasks([tmp_path / "SciFact"])

@@ -160,7 +160,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
         (metadata,) = (name for name in file.namelist() if name.endswith("METADATA"))
         told = file.read(metadata).decode()
     assert names == ours
-    for name in ("text/instructions.yaml", "serving/page.html", "kernels/native/elementwise.cpp"):
+    for name in ("data/instructions.yaml", "serving/page.html", "kernels/native/elementwise.cpp"):
         assert f"nvembed/{name}" in names
     assert f"Version: {nvembed.__version__}\n" in told
     assert "License-File: LICENSE\n" in told
@@ -175,7 +175,7 @@ def test_the_program_works_without_the_checkout(program: Path, outside: Path) ->
     assert Path(call(python, "-c", code).strip()).is_relative_to(program.parent.parent)
     code = (
         "import torch\n"  # whose OpenMP the kernels take
-        "from nvembed.text.instructions import all_instructions as a\n"
+        "from nvembed.data.instructions import all_instructions as a\n"
         "from nvembed.kernels.build import library\n"
         "print(len(a()), *(library(f'{n}.cpp') is not None for n in ('elementwise', 'int8')))"
     )

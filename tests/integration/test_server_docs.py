@@ -18,7 +18,7 @@ import pytest
 
 import nvembed.serving.server as serving_run
 from nvembed.cli.main import run
-from nvembed.encoding.encoder import load_encoder
+from nvembed.model.encoder import load_encoder
 from serving_fakes import running
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from hash_encoder import HashEncoder
-from nvembed.encoding.encoder import unit_rows
+from nvembed.model.encoder import unit_rows
 from nvembed.serving.middleware import ApiKeys
 from nvembed.serving.vectors import as_type
 from serving_fakes import WIDTH, HeldEngine, make_config, running

@@ -13,8 +13,7 @@ from safetensors import safe_open
 
 from nvembed import NVEmbed
 from nvembed.core.errors import ModelError
-from nvembed.interop.identity import find_base, read_bases
-from nvembed.interop.model_folder import ModelSource
+from nvembed.interop.model_folder import ModelSource, find_base, read_bases
 from nvembed.model.card import read_card
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -26,9 +26,9 @@ from transformers import MistralModel
 import families
 import official_folders
 from nvembed import NVEmbed
+from nvembed.data.instructions import split_prompt
 from nvembed.encoding.export.folders import export_model
 from nvembed.model.backbone import Backbone
-from nvembed.text.instructions import split_prompt
 from page_servers import ask, blocks
 
 if importlib.util.find_spec("vllm") is None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import AutoModel
 
 from nvembed.model.pooling import LatentAttention
-from nvembed.text.tokens import TokenizedText
+from nvembed.model.tokens import TokenizedText
 
 
 def padded_hidden(

@@ -27,7 +27,7 @@ from nvembed.data.records import (
     Record,
     StsRecord,
 )
-from nvembed.text.similarity import text_key
+from nvembed.data.similarity import text_key
 
 
 @dataclass

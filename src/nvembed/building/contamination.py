@@ -19,8 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nvembed.core.errors import UserError
+from nvembed.data.bm25 import BM25
 from nvembed.data.records import PairRecord, Record, StsRecord
-from nvembed.encoding.bm25 import BM25
+from nvembed.data.similarity import jaccard, shingles, word_list
 from nvembed.evaluation.task_files import (
     ClassificationData,
     LabelledTexts,
@@ -30,7 +31,6 @@ from nvembed.evaluation.task_files import (
 )
 from nvembed.evaluation.tasks import LocalTask
 from nvembed.mining.corpus import MemoryCorpus
-from nvembed.text.similarity import jaccard, shingles, word_list
 
 _ROUNDING = 1e-9
 _SEED = 1

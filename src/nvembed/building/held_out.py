@@ -17,9 +17,9 @@ from nvembed.building.own_pairs import OwnPairs
 from nvembed.core.errors import ConfigError, DataError
 from nvembed.core.files import atomic_folder, write_json, write_jsonl, write_text
 from nvembed.data.records import Kind, LabelRecord, PairRecord, Record, StsRecord
+from nvembed.data.similarity import text_key
 from nvembed.evaluation.task_files import TaskType
 from nvembed.evaluation.tasks import load_task
-from nvembed.text.similarity import text_key
 
 DATA_TASK = "data task"
 SHARE, LEAST, MOST = 0.1, 30, 500  # of the records

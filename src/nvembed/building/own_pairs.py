@@ -19,13 +19,13 @@ from nvembed.building.check import Check, check_file
 from nvembed.building.row_filters import Repeats, identity, merge, without_query
 from nvembed.core.errors import ConfigError, DataError
 from nvembed.data.config import FORMS, Column, DatasetConfig, Layout, file_dataset
+from nvembed.data.instructions import read_task
 from nvembed.data.loading import open_dataset
 from nvembed.data.records import COLUMNS, REQUIRED, Converted, Kind, PairRecord, Record
+from nvembed.data.similarity import text_key
 from nvembed.data.sources.beir import is_beir_folder, judged_splits
 from nvembed.data.sources.files import open_file
 from nvembed.data.sources.rows import Columns, Row
-from nvembed.text.instructions import read_task
-from nvembed.text.similarity import text_key
 
 Ask = Callable[[str, Sequence[str]], str]
 """Asks a person for a column: what it is to hold, and those that there are."""

@@ -26,7 +26,7 @@ from nvembed.data.records import (
     label_problems,
     record_of,
 )
-from nvembed.text.similarity import text_key
+from nvembed.data.similarity import text_key
 
 # ``text_key`` leaves no white space but single blanks, and this character counts as such.
 _BETWEEN = "\x1f"

@@ -39,14 +39,13 @@ from nvembed.data.built_sets import (
     set_settings,
     write_shards,
 )
-from nvembed.data.config import BuildConfig, DatasetConfig, local_sources
-from nvembed.data.loading import open_dataset
+from nvembed.data.config import BuildConfig, DatasetConfig
+from nvembed.data.loading import local_sources, open_dataset
 from nvembed.data.records import Converted, LabelRecord
-from nvembed.encoding.encoder import is_endpoint
 from nvembed.evaluation.tasks import load_tasks
-from nvembed.interop.gguf_names import find_gguf
-from nvembed.interop.identity import contents_fingerprint
+from nvembed.interop.model_folder import contents_fingerprint, find_gguf
 from nvembed.mining.ranking import BM25_NAME
+from nvembed.model.encoder import is_endpoint
 
 BUILD = "data build"
 _REFUSED = "refused.jsonl"
@@ -108,7 +107,7 @@ class BuildContext:
         assert mine is not None
         if mine.teacher == BM25_NAME or is_endpoint(mine.teacher):
             return mine.dtype
-        from nvembed.kernels.precision import settle_precision
+        from nvembed.kernels.machine import settle_precision
 
         manifests = [
             read_manifest(file.parent) for file in sorted(self.folder.glob(f"*/{MANIFEST}"))

@@ -310,8 +310,8 @@ def _hub_tasks(
 
 def _precision(model: str, dtype: PrecisionChoice, begun: Path | None) -> Precision | None:
     """Settle the type to compute in; ``auto`` goes on with that of the results in ``begun``."""
-    from nvembed.encoding.encoder import settle_dtype
     from nvembed.evaluation.session import BM25_NAME, earlier_precision
+    from nvembed.model.encoder import settle_dtype
 
     if model == BM25_NAME:
         return None

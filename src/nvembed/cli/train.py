@@ -191,7 +191,7 @@ def train(
         return
     from nvembed.training.dry_run import SeveralError
     from nvembed.training.dry_run import dry_run as forecast
-    from nvembed.training.dry_run_report import print_dry_run
+    from nvembed.training.forecast import print_dry_run
 
     try:
         print_dry_run(forecast(config, base_dir=recipe.parent, fresh=fresh))
@@ -203,7 +203,7 @@ def train(
 def _tell_outcome(config: TrainConfig, base_dir: Path, model: Path) -> None:
     """Print where the model is; after evaluations also a table of them, and what to do next."""
     from nvembed.evaluation.results import format_table
-    from nvembed.training.outcome import run_scores
+    from nvembed.training.metrics import run_scores
 
     if columns := run_scores(config, base_dir):
         typer.echo(format_table(columns))

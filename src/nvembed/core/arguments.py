@@ -23,7 +23,7 @@ FloatPrecision = Literal["float32", "bfloat16"]
 Precision = Literal["float32", "bfloat16", "int8"]
 PrecisionChoice = Literal["auto", "float32", "bfloat16", "int8"]
 """What a job computes in; ``auto`` is the machine's fastest type of floats, see
-``kernels/precision.py``, and ``int8`` is of encoding on a CPU (``kernels/int8.py``)."""
+``kernels/machine.py``, and ``int8`` is of encoding on a CPU (``kernels/int8.py``)."""
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -1,1 +1,1 @@
-"""Training data: records from files, examples from records, mixtures, batches. Free of torch."""
+"""Data: instructions, documents and records from files, examples, batches. Free of torch."""

@@ -98,6 +98,13 @@ class TableConfig(StrictModel):
         return self
 
 
+OF_RECORDS = (
+    *("name", "kind", "instruction", "weight", "max_records", "stages", "conversion"),
+    *("licence", "note"),
+)
+"""What is said of a set's records, wherever they come from."""
+
+
 class DatasetConfig(StrictModel):
     """One training set of a recipe.
 
@@ -182,8 +189,7 @@ class DatasetConfig(StrictModel):
 
     def with_file(self, path: Path) -> DatasetConfig:
         """The set with a file of plain records in place of its source."""
-        kept = "name kind instruction weight max_records stages conversion licence note"
-        return DatasetConfig(path=str(path), **{name: getattr(self, name) for name in kept.split()})
+        return DatasetConfig(path=str(path), **{name: getattr(self, name) for name in OF_RECORDS})
 
     @model_validator(mode="after")
     def _keys_agree(self) -> Self:
@@ -238,17 +244,6 @@ def _check_one_place(path: str | None, hub: HubLocation | None) -> None:
     if (path is None) == (hub is None):
         given = "both path and hub are" if path is not None else "neither path nor hub is"
         raise ValueError(f"{given} given, expected exactly one of them")
-
-
-def local_sources(dataset: DatasetConfig, base_dir: Path) -> list[Path]:
-    """Files and folders that a set is read from; none where all of it is on the hub."""
-    found: list[Path] = []
-    for table in (dataset.table, dataset.corpus, dataset.queries):
-        if table is not None and table.path is not None:
-            found.append(base_dir / table.path)
-        elif table is not None and table.hub and (folder := base_dir / table.hub.id).is_dir():
-            found.append(folder)
-    return found
 
 
 Strategy = Literal["percent_of_positive", "margin", "absolute", "top_k"]
@@ -340,7 +335,7 @@ class BuildMining(MiningConfig):
         teacher: what scores the candidates: folder (relative to the recipe) or hub id of a model,
             address of an OpenAI-compatible endpoint, or ``bm25``.
         teacher_model: name of the model at an endpoint.
-        dtype: type of the teacher's weights, see ``encoding/encoder.py``.
+        dtype: type of the teacher's weights, see ``model/encoder.py``.
         datasets: names of the sets to mine; None is all of these kinds.
     """
 

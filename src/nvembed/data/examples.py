@@ -1,27 +1,21 @@
-"""Examples: records of any kind become (query, positive, negatives), and which one comes when.
+"""Examples: records of any kind become (query, positive, negatives).
 
 NV-Embed v2 converts multi-class sets by example and binary ones by label text (paper s4.2, s5.2.4).
 Here all are converted by example unless the recipe says ``conversion: label``: labels are often
 codes. An instruction belongs to the query; where both sides are texts of one sort, the documents
-carry it too (``symmetric``). A mixture holds its sources in their proportions in every stretch of
-its order (NV-Embed trains on well-blended batches; paper s4; homogeneous ones are an option). The
-place in the order is the whole state of the data, so a run can stop and go on anywhere. Next file:
-``data/batch.py``.
+carry it too (``symmetric``). Next file: ``data/batch.py``.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from nvembed.core.errors import DataError
-from nvembed.core.runs import derive_seed
-from nvembed.data.drawing import Rng, sample, sample_where
 from nvembed.data.records import (
     LABEL_HINTS,
     LABEL_KINDS,
@@ -36,8 +30,8 @@ from nvembed.data.records import (
 
 POSITIVE_SCORE = 4.0  # paper s4.2: "relevance score greater than or equal to 4"
 
-# The additive sequence of the golden ratio covers [0, 1) more evenly than any other of its sort.
-GOLDEN_RATIO = (5**0.5 - 1) / 2
+T = TypeVar("T")
+Rng = np.random.Generator
 
 
 @dataclass(frozen=True, slots=True)
@@ -318,58 +312,23 @@ class GradedSource(TextSource):
         return self._example(record.sentence1, None, graded=(record.sentence2, record.score))
 
 
-@dataclass(frozen=True)
-class Mixture:
-    """Sources, each with a name of its own, and their relative weights.
+def sample(candidates: Sequence[T], count: int, rng: Rng) -> tuple[T, ...]:
+    """Draw up to ``count`` different places of ``candidates`` in random order."""
+    size = min(count, len(candidates))
+    return tuple(candidates[place] for place in rng.choice(len(candidates), size, replace=False))
 
-    ``digests`` holds, by name, ``records_digest`` of all records of a set that was read from files.
+
+def sample_where(
+    accept: Callable[[T], bool],
+    pool: Sequence[T],
+    count: int,
+    *,
+    num_refused: int,
+    rng: Rng,
+) -> tuple[T, ...]:
+    """Draw up to ``count`` accepted items of a pool of different ones, without walking it.
+
+    At most ``num_refused`` are not accepted; with so many drawn in addition, enough are left.
     """
-
-    sources: Sequence[ExampleSource]
-    weights: Sequence[float]
-    digests: Mapping[str, str] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        assert len(self.sources) == len(self.weights) > 0
-        assert len({source.name for source in self.sources}) == len(self.sources)
-        assert all(weight > 0 for weight in self.weights)
-
-    def order(self, seed: int, num_examples: int, *, run_length: int = 1) -> NDArray[np.int64]:
-        """Plan (source, query) of every slot; the order of fewer slots begins that of more.
-
-        The source of slot t is where ``offset + t * golden ratio`` (mod 1) falls among the shares
-        of the sources laid end to end: after any n slots each is within a few of n times its share.
-        Each is walked in freshly shuffled epochs. With a ``run_length``, each run of so many slots
-        takes its queries from one source.
-        """
-        shares = np.cumsum(np.asarray(self.weights, dtype=np.float64))
-        offset = np.random.default_rng(derive_seed(seed, "blend")).random()
-        points = (offset + np.arange(num_examples) // run_length * GOLDEN_RATIO) % 1.0
-        order = np.empty((num_examples, 2), dtype=np.int64)
-        # Dividing before the comparison would let a point of 0.999… fall behind the last share.
-        order[:, 0] = np.searchsorted(shares[:-1], points * shares[-1], side="right")
-        for number, source in enumerate(self.sources):
-            slots = np.flatnonzero(order[:, 0] == number)
-            rng = np.random.default_rng(derive_seed(seed, "walk", source.name))
-            # Whole shuffled epochs, the last one cut.
-            num_epochs = -(-len(slots) // len(source))
-            epochs = np.tile(np.arange(len(source), dtype=np.int64), (num_epochs, 1))
-            order[slots, 1] = rng.permuted(epochs, axis=1).reshape(-1)[: len(slots)]
-        return order
-
-    def examples(
-        self,
-        order: NDArray[np.int64],
-        start: int,
-        stop: int,
-        *,
-        seed: int,
-        num_negatives: int,
-        num_positives: int = 1,
-    ) -> list[Example]:
-        """Make the examples of some slots; each draws by the seed and the slot alone."""
-        found = []
-        for slot, (source, index) in enumerate(order[start:stop].tolist(), start):
-            rng = np.random.default_rng(derive_seed(seed, "draw", slot))
-            found.append(self.sources[source].example(index, rng, num_negatives, num_positives))
-        return found
+    drawn = sample(pool, count + num_refused, rng)
+    return tuple(item for item in drawn if accept(item))[:count]

@@ -12,10 +12,10 @@ from typing import Any
 from nvembed.core.errors import DataError, SourceError
 from nvembed.core.files import ending_of, numbered_lines, open_text_file, parse_json, too_long
 from nvembed.core.reporting import ProblemCounts
+from nvembed.data.batch import Mixture, tempered_weights
 from nvembed.data.built_sets import built_problem
-from nvembed.data.config import FORMS, BuildConfig, DatasetConfig, TableConfig
-from nvembed.data.drawing import tempered_weights
-from nvembed.data.examples import ExampleSource, Mixture, make_source
+from nvembed.data.config import FORMS, OF_RECORDS, BuildConfig, DatasetConfig, TableConfig
+from nvembed.data.examples import ExampleSource, make_source
 from nvembed.data.records import (
     EXPECTED,
     LABEL_HINTS,
@@ -214,9 +214,9 @@ def _finished(place: str, values: Values, config: DatasetConfig) -> Converted | 
 
 
 _log = logging.getLogger(__name__)
-
 _MAX_SHOWN = 5
 _PLAIN = (".jsonl", ".jsonl.gz", ".parquet")
+_OF_ANY_SOURCE = {*OF_RECORDS, "path", "max_characters"}
 
 
 def read_records(path: str | Path, kind: Kind, *, conversion: Conversion = "example") -> list[Any]:
@@ -225,8 +225,7 @@ def read_records(path: str | Path, kind: Kind, *, conversion: Conversion = "exam
     ``path`` is ``.jsonl``, ``.jsonl.gz``, ``.parquet`` (rows count as lines, from 1), or a folder.
     ``conversion`` is what classes will be turned into, which not all of them can.
     """
-    empty = DataError("the file holds no records", where=str(path), expected=EXPECTED[kind])
-    return _all_of(_plain_rows(Path(path), kind), kind, conversion, empty)
+    return _all_of(_plain_rows(Path(path), kind), kind, conversion, path)
 
 
 def load_records(config: DatasetConfig, *, base_dir: Path) -> list[Any]:
@@ -238,14 +237,23 @@ def load_records(config: DatasetConfig, *, base_dir: Path) -> list[Any]:
             hint="Run `nvembed data build` with the recipe first",
         )
     path, kind = base_dir / config.path, config.kind
-    plain = config.with_file(Path(config.path)).model_copy(
-        update={"path": config.path, "max_characters": config.max_characters}
-    )
-    if plain == config and (config.path.endswith(_PLAIN) or shard_files(path)):
+    of_source = config.model_dump(exclude=_OF_ANY_SOURCE, exclude_defaults=True)
+    if not of_source and (config.path.endswith(_PLAIN) or shard_files(path)):
         return read_records(path, kind, conversion=config.conversion)  # quicker
     rows = open_dataset(config, base_dir=base_dir).rows
-    empty = DataError("the set holds no records", where=str(path), expected=EXPECTED[kind])
-    return _all_of(rows, kind, config.conversion, empty, config)
+    return _all_of(rows, kind, config.conversion, path, config)
+
+
+def local_sources(dataset: DatasetConfig, base_dir: Path) -> list[Path]:
+    """Files and folders that a set is read from; none where all of it is on the hub."""
+    found = []
+    further = [table for table in (dataset.corpus, dataset.queries) if table is not None]
+    tables: list[DatasetConfig | TableConfig] = [dataset, *further]
+    for table in tables:
+        place = base_dir / str(table.path or (table.hub and table.hub.id))
+        if table.path is not None or place.is_dir():
+            found.append(place)
+    return found
 
 
 def load_source(
@@ -281,9 +289,7 @@ def load_mixture(
     With ``graded`` the scores of STS sets are used as they are.
     """
     chosen = [config for config in datasets if stage in config.stages]
-    sources: list[ExampleSource] = []
-    digests: dict[str, str] = {}
-    errors: list[DataError] = []
+    sources, digests, errors = list[ExampleSource](), dict[str, str](), list[DataError]()
     for config in chosen:
         try:
             records = load_records(config, base_dir=base_dir)
@@ -358,10 +364,10 @@ def _all_of(
     rows: Iterable[tuple[Any, ...] | BadRow],
     kind: Kind,
     conversion: Conversion,
-    empty: DataError,
+    path: str | Path,
     config: DatasetConfig | None = None,
 ) -> list[Any]:
-    """The records of all rows, or one error for everything that is wrong; ``empty`` for none."""
+    """The records of all rows of a file (or set), or one error for everything that is wrong."""
     records: list[Any] = []
     places: list[str] = []
     problems, passed_over, stopped = ProblemCounts(), ProblemCounts(), ""
@@ -388,5 +394,6 @@ def _all_of(
         place, told = passed_over.kinds[0].place, passed_over.summary(_MAX_SHOWN)
         _log.warning("%s: left out: %s: %s", config.name, place, told)
     if not records:
-        raise empty
+        told = f"the {'set' if config else 'file'} holds no records"
+        raise DataError(told, where=str(path), expected=EXPECTED[kind])
     return records

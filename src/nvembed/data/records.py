@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter, ValidationError
 
 from nvembed.core.errors import ConfigError
-from nvembed.text.instructions import read_task
+from nvembed.data.instructions import read_task
 
 Kind = Literal["retrieval", "nli", "sts", "classification", "clustering", "text"]
 Conversion = Literal["example", "label"]

@@ -1,1 +1,1 @@
-"""Using a trained model: the encoder protocol, encoding files, search."""
+"""Using a trained model: files to vectors, search in files, export, doctor, a smaller model."""

@@ -17,9 +17,9 @@ from nvembed.core.cache import cache_folder, expanded
 from nvembed.core.errors import ConfigError, DataError, UserError
 from nvembed.core.store import read_array, write_array
 from nvembed.data.config import Column
-from nvembed.encoding.embed import encode_texts, encode_window
-from nvembed.encoding.encoder import Encoder, computed_fingerprint, load_encoder, settle_dtype
-from nvembed.encoding.reading import read_documents
+from nvembed.data.reading import read_documents
+from nvembed.model.bulk import encode_texts, encode_window
+from nvembed.model.encoder import Encoder, computed_fingerprint, load_encoder, settle_dtype
 
 
 @dataclass(frozen=True, slots=True)

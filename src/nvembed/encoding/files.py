@@ -32,14 +32,14 @@ from nvembed.core.ownership import NEW, check_outputs, remove, remove_named
 from nvembed.core.reporting import Rates, progress
 from nvembed.core.store import STORED, write_array
 from nvembed.data.config import Column
+from nvembed.data.instructions import Side
+from nvembed.data.reading import Document, Skipped, input_files, read_documents
 from nvembed.encoding import outputs
-from nvembed.encoding.embed import EncodeOptions, Job, embed, windows
-from nvembed.encoding.encoder import Encoder, computed_fingerprint
 from nvembed.encoding.outputs import ENCODE, OutputFormat, Parts
-from nvembed.encoding.reading import Document, Skipped, input_files, read_documents
-from nvembed.encoding.workers import Engine, Loader, settle_for
+from nvembed.model.bulk import EncodeOptions, Job, embed, windows
+from nvembed.model.encoder import Encoder, computed_fingerprint
 from nvembed.model.settings import LongTexts
-from nvembed.text.instructions import Side
+from nvembed.model.workers import Engine, Loader, settle_for
 
 _Reader = Callable[..., Iterator[Document]]
 
@@ -83,7 +83,7 @@ def encode_file(
 
     Args:
         model: folder or hub id, or an encoder that is loaded already.
-        input: see ``nvembed.encoding.reading.read_documents``.
+        input: see ``nvembed.data.reading.read_documents``.
         output: ``.npy`` (ids by row go to ``<output>.ids.json``); or a ``.parquet`` file or
             ``.lance`` table with ``id`` (the place of a text without one) and ``embedding``.
         task: with an instruction the texts are queries, without they are documents.
@@ -254,7 +254,7 @@ def _embed_missing(
 
 
 def _record(model: str | Encoder, dtype: Precision | None, task: str | None) -> dict[str, object]:
-    from nvembed.kernels.precision import computing_record
+    from nvembed.kernels.machine import computing_record
 
     name = model if isinstance(model, str) else type(model).__name__
     return {"model": name, "task": task, "computing": computing_record(dtype)}

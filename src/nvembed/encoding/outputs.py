@@ -19,7 +19,7 @@ from nvembed.core.errors import ConfigError, DataError, UserError
 from nvembed.core.files import atomic_folder, atomic_path, ending_of
 from nvembed.core.outputs import check_ending
 from nvembed.core.store import read_arrays
-from nvembed.encoding.embed import Part, read_part
+from nvembed.model.bulk import Part, read_part
 
 OutputPrecision = Literal["float32", "int8", "uint8", "binary"]
 

@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from nvembed.core.errors import ConfigError, DataError
 from nvembed.core.files import ending_of
 from nvembed.core.store import read_array
-from nvembed.encoding.encoder import BaseEncoder, unit_rows
-from nvembed.encoding.reading import read_documents
-from nvembed.text.hashed import FirstPlaces, text_digest
-from nvembed.text.instructions import Side
+from nvembed.data.hashed import FirstPlaces, text_digest
+from nvembed.data.instructions import Side
+from nvembed.data.reading import read_documents
+from nvembed.model.encoder import BaseEncoder, unit_rows
 
 _HINT = "Encode the texts again: nvembed encode MODEL --input TEXTS --output VECTORS"
 

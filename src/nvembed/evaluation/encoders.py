@@ -19,17 +19,17 @@ from numpy.typing import NDArray
 from nvembed.core.arguments import Precision
 from nvembed.core.reporting import release_notes
 from nvembed.core.store import key_of
-from nvembed.encoding.embed import (
+from nvembed.data.instructions import Side
+from nvembed.model.bulk import (
     WINDOW_TEXTS,
     EncodeOptions,
     Job,
     embed_job,
     encode_window,
 )
-from nvembed.encoding.encoder import BaseEncoder, Encoder
-from nvembed.encoding.kept_vectors import KeptVectors, text_keys
-from nvembed.encoding.workers import Loader, Pool, process_pool, result_of
-from nvembed.text.instructions import Side
+from nvembed.model.encoder import BaseEncoder, Encoder
+from nvembed.model.kept_vectors import KeptVectors, text_keys
+from nvembed.model.workers import Loader, Pool, process_pool, result_of
 
 T = TypeVar("T")
 Vectors = NDArray[np.float32]
@@ -84,7 +84,7 @@ def _facts(encoder: Encoder) -> tuple[int, int | None]:
 class CachedEncoder(BaseEncoder):
     """Vectors that are kept below ``folder`` for a model, or else from an encoder, and then kept.
 
-    See ``encoding/kept_vectors.py``.
+    See ``model/kept_vectors.py``.
     """
 
     def __init__(self, encoder: Encoder, folder: Path, fingerprint: str) -> None:

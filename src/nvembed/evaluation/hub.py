@@ -25,13 +25,13 @@ from mteb.types import Licenses
 from nvembed.core.errors import ConfigError, UserError
 from nvembed.core.files import write_text
 from nvembed.core.runs import RunFolder
-from nvembed.encoding.encoder import Encoder
+from nvembed.data.instructions import Side, find_instruction
 from nvembed.evaluation.mteb_adapter import MtebEncoder, finite_or_none, quiet, run_mteb
 from nvembed.evaluation.reference import InstructionSource, instruction_for, near_names
 from nvembed.evaluation.results import TaskResult, UnreachableTaskError
-from nvembed.interop.gguf_names import find_gguf
+from nvembed.interop.model_folder import find_gguf
 from nvembed.model.card import read_card
-from nvembed.text.instructions import Side, find_instruction
+from nvembed.model.encoder import Encoder
 
 _ONE_SIDED = ("Retrieval", "Reranking", "InstructionRetrieval", "InstructionReranking")
 

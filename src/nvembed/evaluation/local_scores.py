@@ -17,15 +17,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from nvembed.encoding.embed import encode_texts
-from nvembed.encoding.encoder import Encoder
-from nvembed.encoding.nearest import RunningTopK
+from nvembed.data.instructions import Side
 from nvembed.evaluation import metrics
 from nvembed.evaluation.metrics import TOP_K, Floats, Ints
 from nvembed.evaluation.results import ItemKind, Items
 from nvembed.evaluation.task_files import RetrievalData, TaskType
 from nvembed.evaluation.tasks import LocalTask, task_hash
-from nvembed.text.instructions import Side
+from nvembed.kernels.nearest import RunningTopK
+from nvembed.model.bulk import encode_texts
+from nvembed.model.encoder import Encoder
 
 CHUNK_DOCUMENTS = 50_000
 """Documents encoded and searched at once; mteb's number, so that products are rounded alike."""
@@ -96,7 +96,7 @@ def _retrieval(task: LocalTask, data: Any, encode: _Encode) -> _Found:
 
 def score_bm25(task: LocalTask) -> Scored:
     """Score BM25 on a Retrieval task with nDCG@10; documents without a shared word do not rank."""
-    from nvembed.encoding.bm25 import BM25  # needs scipy, which is optional
+    from nvembed.data.bm25 import BM25  # needs scipy, which is optional
 
     data: Any = task.data
     scores_QK, rows_QK = BM25(data.documents).top_k(data.queries, 10 + task.ignore_identical_ids)

@@ -29,11 +29,11 @@ from mteb.types import PromptType
 from numpy.typing import NDArray
 
 from nvembed.core.runs import capture_rng, restore_rng
-from nvembed.encoding.encoder import Encoder
+from nvembed.data.instructions import Side
 from nvembed.evaluation.local_scores import encode_distinct
 from nvembed.evaluation.task_files import RerankingData, TaskType
 from nvembed.evaluation.tasks import LocalTask
-from nvembed.text.instructions import Side
+from nvembed.model.encoder import Encoder
 
 # Classes and settings. Reranking is retrieval from each query's own candidates, as in mteb's
 # current tasks of that type. Of clustering mteb's default is a sample of 4 % of the texts, for

@@ -21,13 +21,12 @@ from nvembed.core.files import alone_in, read_json_object, write_json
 from nvembed.core.outputs import check_ending
 from nvembed.core.ownership import check_outputs, remove
 from nvembed.core.runs import describe_environment
-from nvembed.encoding.encoder import Encoder, computed_fingerprint
 from nvembed.evaluation import results
 from nvembed.evaluation.encoders import CachedEncoder, SharedEncoder, shared_encoder
 from nvembed.evaluation.results import EVALUATE, Items, TaskResult, UnreachableTaskError
 from nvembed.evaluation.tasks import LocalTask, task_hash
-from nvembed.interop.gguf_names import find_gguf
-from nvembed.interop.identity import model_fingerprint
+from nvembed.interop.model_folder import find_gguf, model_fingerprint
+from nvembed.model.encoder import Encoder, computed_fingerprint
 
 if TYPE_CHECKING:
     from mteb.abstasks import AbsTask
@@ -257,7 +256,7 @@ def _outcomes(
     if processes > 1:
         loaded = shared_encoder(settings.model, settings.dtype, processes)
     else:
-        from nvembed.encoding.encoder import load_encoder
+        from nvembed.model.encoder import load_encoder
 
         loaded = nullcontext(load_encoder(settings.model, settings.dtype))
     with loaded as bare:
@@ -325,7 +324,7 @@ def _record(settings: Settings, jobs: Mapping[str, LocalTask | AbsTask]) -> dict
             instructions[name] = hub_instruction(job.metadata, settings.instructions)
     computing = None
     if settings.model != BM25_NAME:
-        from nvembed.kernels.precision import computing_record
+        from nvembed.kernels.machine import computing_record
 
         computing = computing_record(settings.dtype)
     return {

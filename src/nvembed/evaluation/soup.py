@@ -6,19 +6,21 @@ import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
+import yaml
 from pydantic import Field
 
+from nvembed.core import __version__
 from nvembed.core.arguments import checked
 from nvembed.core.errors import ConfigError
 from nvembed.core.files import atomic_folder, write_json, write_text
 from nvembed.core.outputs import check_new_folder
-from nvembed.encoding.encoder import load_encoder
 from nvembed.evaluation.session import evaluate
 from nvembed.evaluation.tasks import load_tasks
 from nvembed.interop.merging import RECORD, MergeMethod, Mix, merge_folders
-from nvembed.model.card import CARD, merged_card
+from nvembed.model.card import CARD, read_card, shown_place
+from nvembed.model.encoder import load_encoder
 
 MERGE = "merge"
 
@@ -133,3 +135,28 @@ def greedy_soup(
         if (found := score([*kept, number])) >= best:
             kept, best = [*kept, number], found
     return kept, best, alone
+
+
+def merged_card(place: Path, parts: Sequence[tuple[str, float]], method: str) -> str:
+    """Render the card of a model merged of others, by their folders and shares.
+
+    Licence and base are said where the cards of all parts say the same.
+    """
+    heads = [read_card(name)[0] for name, _ in parts]
+    head: dict[str, Any] = {
+        key: heads[0][key]
+        for key in ("license", "base_model", "language")
+        if heads[0].get(key) and all(other.get(key) == heads[0][key] for other in heads)
+    }
+    rows = [f"| `{shown_place(name)}` | {share:.4g} |" for name, share in parts]
+    return "\n".join(
+        (
+            f"---\n{yaml.safe_dump(head | {'tags': ['merge', 'nvembed']}, sort_keys=False)}---\n",
+            f"# {place.name}\n",
+            f"Merged by nvembed {__version__} ({method}), tensor by tensor; what is not weights is",
+            "that of the first. Each part has a card of its own.\n",
+            "| part | share |\n|---|---|",
+            *rows,
+            "",
+        )
+    )

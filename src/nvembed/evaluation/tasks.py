@@ -18,6 +18,7 @@ from pydantic import BaseModel, Field, ValidationInfo, field_validator
 
 from nvembed.core.errors import ConfigError, DataError
 from nvembed.core.files import read_json_object
+from nvembed.data.instructions import read_task
 from nvembed.data.sources.beir import first_split, is_beir_folder
 from nvembed.evaluation.reference import ignores_identical_ids, near_names
 from nvembed.evaluation.retrieval_files import read_retrieval
@@ -30,7 +31,6 @@ from nvembed.evaluation.task_files import (
     Text,
     read_rows,
 )
-from nvembed.text.instructions import read_task
 
 _log = logging.getLogger(__name__)
 _HEADER = "task.json"

@@ -18,10 +18,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from nvembed.core import __version__
 from nvembed.core.errors import DataError, UserError
-from nvembed.encoding.encoder import Encoder
 from nvembed.index.database import Database
 from nvembed.index.fields import describe, plain
 from nvembed.index.search import SearchOptions, search_database
+from nvembed.model.encoder import Encoder
 
 _SHOWN_CHARS = 1500  # of a hit
 _READ_CHARS = 20_000  # of one reading

@@ -25,10 +25,9 @@ from nvembed.core.outputs import check_folder_name
 from nvembed.core.ownership import check_outputs
 from nvembed.core.reporting import progress
 from nvembed.data.config import Column
+from nvembed.data.instructions import read_task
+from nvembed.data.reading import Document, Skipped, input_files, walk
 from nvembed.data.records import BadRow
-from nvembed.encoding.embed import WINDOW_TEXTS, encode_window
-from nvembed.encoding.encoder import Encoder, reading_limit
-from nvembed.encoding.reading import Document, Skipped, input_files, walk
 from nvembed.index.database import (
     ANN_ABOVE,
     INDEX,
@@ -48,7 +47,8 @@ from nvembed.index.passages import (
     late_vectors,
 )
 from nvembed.index.search import first_dimensions, new_record, recorded_encoder
-from nvembed.text.instructions import read_task
+from nvembed.model.bulk import WINDOW_TEXTS, encode_window
+from nvembed.model.encoder import Encoder, reading_limit
 
 _PASSAGE = 256  # tokens; benchmarks/passages.py
 

@@ -21,13 +21,13 @@ from typing import Any, NamedTuple
 from nvembed.core.errors import DataError, UserError
 from nvembed.core.files import MAX_LINE, STDIN, ending_of, open_text_file
 from nvembed.data.config import Column
+from nvembed.data.reading import Document, Skipped, read_documents, walk
 from nvembed.data.records import BadRow
 from nvembed.data.sources.files import FORMATS, open_file
 from nvembed.data.sources.rows import MISSING, Columns, Row
-from nvembed.encoding.reading import Document, Skipped, read_documents, walk
+from nvembed.index.cutting import MARKDOWN, UNDERLINED
 from nvembed.index.database import text_hash
 from nvembed.index.passages import Cutter
-from nvembed.text.passages import MARKDOWN, UNDERLINED
 
 _HTML = (".html", ".htm", ".xhtml")
 _PDF = ".pdf"

@@ -14,13 +14,13 @@ from fastapi.responses import HTMLResponse, JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from nvembed.core.errors import UserError
-from nvembed.encoding.encoder import Encoder
+from nvembed.data.instructions import all_instructions
 from nvembed.index.database import Database
 from nvembed.index.fields import describe, plain
 from nvembed.index.passages import PLACE_FIELDS, place_of
 from nvembed.index.search import Found, SearchOptions, find, map_of, query_vector
 from nvembed.index.where import MAX_CHARS
-from nvembed.text.instructions import all_instructions
+from nvembed.model.encoder import Encoder
 
 _SHOWN_CHARS = 4000
 _HEADERS = {

@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nvembed.core.errors import ModelError
-from nvembed.encoding.reading import Document
+from nvembed.data.reading import Document
+from nvembed.index.cutting import HEADINGS, cut_passages, token_ends
 from nvembed.index.database import text_hash
 from nvembed.model.settings import LongTexts, Work
-from nvembed.text.passages import HEADINGS, cut_passages, token_ends
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -12,12 +12,11 @@ from numpy.typing import NDArray
 
 from nvembed.core.arguments import PrecisionChoice
 from nvembed.core.errors import ConfigError, ModelError
-from nvembed.encoding.embed import EncodeOptions, encode_window
-from nvembed.encoding.encoder import Encoder, load_encoder, prompts_of, settle_dtype, shorten
+from nvembed.data.instructions import read_task
 from nvembed.index.database import Database, DatabaseRecord, is_database
-from nvembed.interop.gguf_names import find_gguf
-from nvembed.interop.identity import contents_fingerprint
-from nvembed.text.instructions import read_task
+from nvembed.interop.model_folder import contents_fingerprint, find_gguf
+from nvembed.model.bulk import EncodeOptions, encode_window
+from nvembed.model.encoder import Encoder, load_encoder, prompts_of, settle_dtype, shorten
 
 # Of reciprocal-rank fusion (Cormack, Clarke, Büttcher 2009); the least number of candidates.
 RRF_CONSTANT = 60

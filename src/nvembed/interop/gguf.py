@@ -18,8 +18,7 @@ from typing import Any, NamedTuple
 
 from nvembed.core.errors import ModelError
 from nvembed.core.reporting import byte_size
-from nvembed.interop.gguf_names import MAGIC
-from nvembed.interop.model_folder import check_present, damaged
+from nvembed.interop.model_folder import MAGIC, check_present, damaged
 
 # By ``general.architecture``: the ``model_type`` of transformers. Mistral's models are llama here.
 ARCHITECTURES = {

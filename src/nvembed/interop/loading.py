@@ -8,15 +8,17 @@ finite are an error. A prefix that all names share is taken off where they fit w
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection, Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 from sentence_transformers import SentenceTransformer
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
@@ -26,13 +28,8 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils import logging
 
 from nvembed.core.errors import ConfigError, ModelError, UserError
-from nvembed.interop.model_folder import (
-    COPY_AGAIN,
-    ModelSource,
-    check_present,
-    damaged,
-    read_modules,
-)
+from nvembed.interop.model_folder import COPY_AGAIN, ModelSource, check_present, damaged
+from nvembed.interop.saved import read_modules
 from nvembed.interop.weights import (
     INDEX,
     LM_HEAD,
@@ -121,6 +118,48 @@ def _without_bars() -> Iterator[None]:
         logging._tqdm_active = shown
 
 
+def load_pretrained(
+    source: ModelSource, dtype: torch.dtype | str | None, device_map: Any, attention: str
+) -> tuple[PreTrainedModel, Any]:
+    """A base model (no head) of transformers, and its tokenizer, from a folder or the hub.
+
+    ``dtype`` None is float32, ``"auto"`` the stored one; ``attention`` is a name that transformers
+    knows.
+    """
+    given = source.options()
+    where = {"subfolder": source.inside, "cache_dir": given.pop("cache_folder"), **given}
+    name, place = source.name, source.place
+    with loading(place, expected="a Hugging Face model folder or hub id"):
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False, **where)
+        config.use_cache = False
+        model = AutoModel.from_pretrained(
+            name,
+            config=config,
+            attn_implementation=attention,
+            dtype=dtype or torch.float32,
+            device_map=device_map,
+            trust_remote_code=False,
+            **where,
+        )
+    with loading(place, expected="the model's tokenizer (tokenizer.json)"):
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **where)
+    return model, tokenizer
+
+
+def with_adapters(model: PreTrainedModel, settings: Any) -> Any:
+    """Put fresh adapters on a model, in place, by a configuration of peft; a ``PeftModel``."""
+    from peft import get_peft_model
+
+    with warnings.catch_warnings():
+        # peft reads a property that transformers 5 has renamed; nothing a user could do about.
+        warnings.filterwarnings(
+            "ignore", message=".*is_gradient_checkpointing", category=FutureWarning
+        )
+        # Of an int8 base: that adapters could not be merged into it, which nobody does.
+        warnings.filterwarnings("ignore", message=".*get_apply_tensor_subclass")
+        return get_peft_model(model, settings)
+
+
 def usable_device(device: str | torch.device | None) -> str | None:
     """The name of a device that this machine has; ``None`` stays."""
     if device is None:
@@ -141,14 +180,21 @@ def reason(error: BaseException) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
-def prove_encoding(model: SentenceTransformer, *, name: str) -> None:
-    """Encode a text, so that what a model cannot do is told when it is loaded."""
+def prove_encoding(
+    model: SentenceTransformer,
+    embed: Callable[[list[str]], torch.Tensor] | None = None,
+    *,
+    name: str,
+) -> None:
+    """Encode a text, so that what a model cannot do is told when it is loaded.
+
+    ``embed`` is the forward below ``encode``, where that is all there is to prove.
+    """
     if model.device.type == "meta":
         return
+    encode: Any = partial(model.encode, prompt="", convert_to_tensor=True, show_progress_bar=False)
     with loading(name, expected="a model that encodes texts"):
-        vector = model.encode(
-            ["a text"], prompt="", convert_to_tensor=True, show_progress_bar=False
-        )
+        vector = (embed or encode)(["a text"])
     check_finite_tensor(vector, "of an embedding", where=name)
 
 

@@ -22,14 +22,14 @@ from nvembed.core.arguments import shown_value
 from nvembed.core.errors import ModelError
 from nvembed.core.files import write_json
 from nvembed.core.reporting import hold_note
-from nvembed.interop.identity import ADAPTER, ADAPTER_CONFIG
 from nvembed.interop.model_folder import (
+    ADAPTER,
+    ADAPTER_CONFIG,
     ModelSource,
-    ModuleEntry,
     check_present,
     read_json_file,
-    read_modules,
 )
+from nvembed.interop.saved import ModuleEntry, read_modules
 from nvembed.interop.weights import (
     INDEX,
     SINGLE,

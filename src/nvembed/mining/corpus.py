@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from nvembed.core.errors import UserError
 from nvembed.core.reporting import progress
-from nvembed.text.hashed import FirstPlaces, text_digest
-from nvembed.text.similarity import text_key
+from nvembed.data.hashed import FirstPlaces, text_digest
+from nvembed.data.similarity import text_key
 
 _WORD = re.compile(r"\w+")
 _ADVANCE = 1024

@@ -23,15 +23,15 @@ from nvembed.core.store import STORED
 from nvembed.data.built_sets import MINED_KINDS
 from nvembed.data.config import Column, DatasetConfig, MiningConfig, file_dataset
 from nvembed.data.loading import load_records, open_table
+from nvembed.data.reading import read_documents
 from nvembed.data.records import REQUIRED, Kind, PairRecord, StsRecord, record_of
 from nvembed.data.sources.rows import Row
-from nvembed.encoding.encoder import Encoder, is_endpoint
-from nvembed.encoding.reading import read_documents
-from nvembed.encoding.workers import Engine, Loader
 from nvembed.mining.corpus import Corpus, MemoryCorpus, StoredCorpus
 from nvembed.mining.ranking import BM25_NAME, check_teacher, rank, settled_teacher
 from nvembed.mining.run import Plan, Run, plan_records
 from nvembed.mining.selection import MiningReport
+from nvembed.model.encoder import Encoder, is_endpoint
+from nvembed.model.workers import Engine, Loader
 
 MINE = "mine"
 RecordT = TypeVar("RecordT", PairRecord, StsRecord)
@@ -260,7 +260,7 @@ def _computing(teacher: str | Encoder, dtype: Precision | None) -> dict[str, Any
     """Describe how vectors were computed here; None where another computed them, or none are."""
     if isinstance(teacher, str) and (teacher == BM25_NAME or is_endpoint(teacher)):
         return None
-    from nvembed.kernels.precision import computing_record
+    from nvembed.kernels.machine import computing_record
 
     return computing_record(dtype)
 

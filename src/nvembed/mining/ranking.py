@@ -23,13 +23,13 @@ from nvembed.core.arguments import Precision, PrecisionChoice
 from nvembed.core.errors import ConfigError, ModelError
 from nvembed.core.reporting import progress
 from nvembed.core.store import claims, key_of, make_missing, read_array, remembered, write_array
+from nvembed.data.bm25 import BM25
 from nvembed.data.config import MiningConfig
-from nvembed.encoding.bm25 import BM25
-from nvembed.encoding.embed import EncodeOptions, Job, embed, encode_texts
-from nvembed.encoding.encoder import Encoder, computed_fingerprint, is_endpoint, settle_dtype
-from nvembed.encoding.nearest import GROUP_QUERIES, top_k
-from nvembed.encoding.workers import Engine, Loader, settle_for
-from nvembed.interop.identity import model_fingerprint
+from nvembed.interop.model_folder import model_fingerprint
+from nvembed.kernels.nearest import GROUP_QUERIES, top_k
+from nvembed.model.bulk import EncodeOptions, Job, embed, encode_texts
+from nvembed.model.encoder import Encoder, computed_fingerprint, is_endpoint, settle_dtype
+from nvembed.model.workers import Engine, Loader, settle_for
 
 NOTHING = -1
 """In place of a row where fewer documents were found."""

@@ -19,10 +19,10 @@ from nvembed.core.reporting import progress
 from nvembed.data.config import MiningConfig
 from nvembed.data.examples import POSITIVE_SCORE
 from nvembed.data.records import PairRecord, Record, StsRecord
+from nvembed.data.similarity import text_key
 from nvembed.mining.corpus import Corpus
 from nvembed.mining.ranking import BLOCK_QUERIES, NOTHING, Query, Ranking, Rows, Scores
 from nvembed.mining.selection import Case, Mined, MiningReport, Neighbours, Selector
-from nvembed.text.similarity import text_key
 
 # Records per search. What is chosen from holds a few numbers for each of their candidates.
 BLOCK_RECORDS = 2048

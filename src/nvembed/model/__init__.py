@@ -1,1 +1,1 @@
-"""The model: bidirectional backbone on flat batches, pooling, and ``NVEmbed`` around both."""
+"""The model, from a text to its vector; any model as an encoder, and many texts through it."""

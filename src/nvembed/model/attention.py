@@ -21,8 +21,8 @@ from transformers import AttentionInterface
 from nvembed.core.errors import ModelError
 from nvembed.kernels import attention as kernels
 from nvembed.kernels import functions
+from nvembed.model.packing import Segments
 from nvembed.model.settings import AttentionDirection
-from nvembed.text.packing import Segments
 
 FLAT_ATTENTION = "nvembed_flat"
 

@@ -24,17 +24,17 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from nvembed.core.errors import ModelError
 from nvembed.core.files import atomic_folder
 from nvembed.core.runs import TRAIN
-from nvembed.interop.identity import BACKBONE_CONFIG, named_base
-from nvembed.interop.loading import check_vocabulary, reason
-from nvembed.interop.model_folder import COPY_AGAIN, ModelSource, read_values
+from nvembed.interop.loading import check_vocabulary, load_pretrained, reason, with_adapters
+from nvembed.interop.model_folder import BACKBONE_CONFIG, COPY_AGAIN, ModelSource, named_base
+from nvembed.interop.saved import read_values
 from nvembed.kernels.int8 import Int8Linear
 from nvembed.kernels.layers import accelerate
-from nvembed.model.attention import OTHER_BACKBONE, probe_direction
+from nvembed.model.attention import FLAT_ATTENTION, OTHER_BACKBONE, probe_direction
+from nvembed.model.packing import FlatBatch, flatten
 from nvembed.model.placement import DeviceMap
 from nvembed.model.settings import AttentionDirection, LoraSettings
-from nvembed.model.transformer_load import load_adapted, load_transformer, with_adapters
-from nvembed.text.packing import FlatBatch, flatten
-from nvembed.text.tokens import TextStyle, TextTokenizer, TokenizedText
+from nvembed.model.tokens import TextStyle, TextTokenizer, TokenizedText
+from nvembed.model.transformer_load import load_adapted, load_gguf
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ class SavedBackbone:
     text_style: TextStyle
     add_bos: bool
     add_eos: bool
-    # Names of the base where it is saved as adapters; see ``interop/identity.py``.
+    # Names of the base where it is saved as adapters; see ``interop/model_folder.py``.
     bases: list[Annotated[str, Field(min_length=1)]] = field(default_factory=list)
 
 
@@ -108,9 +108,12 @@ class Backbone(InputModule):
         if isinstance(source, str):
             source = ModelSource(source)
         model: Any
-        adapted = settings.pop("bases", ())
-        load = load_adapted if adapted else load_transformer
-        model, tokenizer = load(source, dtype, device_map)
+        if settings.pop("bases", ()):
+            model, tokenizer = load_adapted(source, dtype, device_map)
+        elif source.gguf is not None:
+            model, tokenizer = load_gguf(source, dtype, device_map)
+        else:
+            model, tokenizer = load_pretrained(source, dtype, device_map, FLAT_ATTENTION)
         check_vocabulary(model, tokenizer, where=source.place)
         if getattr(model, "pooler", None) is not None:
             model.pooler = None  # BERT's; unused, and unused weights only cost memory

@@ -8,22 +8,22 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from huggingface_hub import try_to_load_from_cache
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, UndefinedError
+from jinja2 import Environment, StrictUndefined, UndefinedError
 
 from nvembed.core import __version__
 from nvembed.core.config import parse_yaml
 from nvembed.core.errors import DataError, UserError
 from nvembed.core.files import read_json_object
 from nvembed.core.runs import RunFolder
+from nvembed.data.instructions import task_prompts
 from nvembed.model.encoding import EncodingModel
-from nvembed.text.instructions import task_prompts
 
 CARD = "README.md"
 CardKind = Literal["nv-embed", "nvembed", "sentence-transformers", "onnx"]
@@ -63,8 +63,8 @@ def model_card(
     parts = {
         "kind": kind,
         "title": _title(place, run if run.exists else None),
-        "origin": _shown(origin),
-        "place": json.dumps(_shown(place, whole=True), ensure_ascii=False),
+        "origin": shown_place(origin),
+        "place": json.dumps(shown_place(place, whole=True), ensure_ascii=False),
         "stock": stock,
         "made": made,
         "version": __version__,
@@ -80,42 +80,18 @@ def model_card(
         "env": _json(run.env) or {},
         "scores": [] if made else _scores(run),
         "head": yaml.safe_dump(head, sort_keys=False, allow_unicode=True),
-        "base": _shown(_base(recipe) or origin),
+        "base": shown_place(_base(recipe) or origin),
         "base_licence": base_licence,
         "kept": text.partition(_TRAINING)[2] if not run.exists else "",
     }
     if made:  # whose scores nobody has taken
         parts["kept"] = str(parts["kept"]).partition("\n## Scores\n")[0]
-    template = _environment().get_template("model_card.jinja", globals=parts)
+    pages = Environment(undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
+    template = pages.from_string(_CARD, globals=parts)
     try:
         return template.render(recipe=recipe, problem=problem)
     except (TypeError, UndefinedError):
         return template.render(recipe=None, problem=_no_recipe(run))
-
-
-def merged_card(place: Path, parts: Sequence[tuple[str, float]], method: str) -> str:
-    """Render the card of a model merged of others, by their folders and shares.
-
-    Licence and base are said where the cards of all parts say the same.
-    """
-    heads = [read_card(name)[0] for name, _ in parts]
-    head: dict[str, Any] = {
-        key: heads[0][key]
-        for key in ("license", "base_model", "language")
-        if heads[0].get(key) and all(other.get(key) == heads[0][key] for other in heads)
-    }
-    rows = [f"| `{_shown(name)}` | {share:.4g} |" for name, share in parts]
-    return "\n".join(
-        (
-            f"---\n{yaml.safe_dump(head | {'tags': ['merge', 'nvembed']}, sort_keys=False)}---\n",
-            f"# {place.name}\n",
-            f"Merged by nvembed {__version__} ({method}), tensor by tensor; what is not weights is",
-            "that of the first. Each part has a card of its own.\n",
-            "| part | share |\n|---|---|",
-            *rows,
-            "",
-        )
-    )
 
 
 def read_card(name: str) -> tuple[dict[str, Any], str]:
@@ -132,15 +108,6 @@ def read_card(name: str) -> tuple[dict[str, Any], str]:
             values = parse_yaml(head).value
             return (values if isinstance(values, dict) else {}), rest
     return {}, ""
-
-
-def _environment() -> Environment:
-    return Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        keep_trailing_newline=True,
-    )
 
 
 def _head(
@@ -197,7 +164,7 @@ def _title(place: str, run: RunFolder | None) -> str:
     return of_run if name == run.model.name else f"{of_run}, {name}"
 
 
-def _shown(name: str, *, whole: bool = False) -> str:
+def shown_place(name: str, *, whole: bool = False) -> str:
     """A place as it may be published: nothing of the disk above the working folder."""
     path = Path(name)
     if not path.is_absolute():
@@ -232,3 +199,182 @@ def _json(path: Path) -> dict[str, Any] | None:
         return read_json_object(path, "an object")
     except DataError:
         return None
+
+
+# --- The page -------------------------------------------------------------------------------------
+
+_CARD = r"""{% set official = backbone.text_style == "official" %}
+{% set task = "Given a question, retrieve passages that answer it" %}
+{% set by_task = "" if query_prompt else ', task="%s"' % task %}
+{% set by_prompt = "" if query_prompt else ', prompt="Instruct: %s\\nQuery: "' % task %}
+{% macro usage(by) %}
+queries = model.encode_query(["how do I sort a list?"]{{ by }})
+documents = model.encode_document(["sorted(x) returns a new sorted list.", "pi is a constant."])
+print(model.similarity(queries, documents))
+{% endmacro %}
+---
+{{ head }}---
+
+# {{ title }}
+
+A text-embedding model written by nvembed {{ version }}{% if kind != "nvembed" %}, as `{{ kind }}`,{% endif %} from `{{ origin }}`. A text becomes {{ dimension }} numbers;
+the cosine of two texts says how near they are.
+
+## Use
+
+{% if kind == "onnx" %}
+Needs `onnxruntime`, `tokenizers` and `numpy` alone. The tokenizer adds BOS and EOS by itself.
+The tokens of an instruction are read and not pooled.
+
+```python
+import numpy as np, onnxruntime
+from tokenizers import Tokenizer
+
+FOLDER = "."
+session = onnxruntime.InferenceSession(f"{FOLDER}/model.onnx")
+tokenizer = Tokenizer.from_file(f"{FOLDER}/tokenizer.json")
+tokenizer.enable_truncation({{ backbone.max_tokens }})
+tokenizer.enable_padding()
+
+def embed(texts, instruction=None):
+    prompt = f"Instruct: {instruction}\nQuery: " if instruction else ""
+    rows = tokenizer.encode_batch([prompt + text for text in texts])
+    mask = np.array([row.attention_mask for row in rows])
+    pool = mask.copy()
+    for row, kept in zip(rows, pool):
+        if prompt:
+{% if official %}
+            kept[: len(tokenizer.encode(prompt, add_special_tokens=False).ids)] = 0
+{% else %}
+{# The first token that holds a character of the text, or the EOS where there is no text. #}
+            inside = [end > len(prompt) for _, end in row.offsets]
+            kept[: inside.index(True) if any(inside) else kept.sum() - 1] = 0
+{% endif %}
+    ids = np.array([row.ids for row in rows])
+    inputs = {"input_ids": ids, "attention_mask": mask, "pool_mask": pool}
+    return session.run(["sentence_embedding"], inputs)[0]
+
+queries = embed(["how do I sort a list?"], "Given a question, retrieve passages that answer it")
+documents = embed(["sorted(x) returns a new sorted list."])
+print(queries @ documents.T)
+```
+{% if official %}
+Of texts that are too long NVIDIA's code loses the EOS, and so does `nvembed encode`; the code above
+keeps it.
+{% endif %}
+{% if stock %}
+`SentenceTransformer(FOLDER, backend="onnx")` gives the same vectors, with
+`optimum-onnx` installed, but for queries that start with a character which does not join a space
+before it.
+{% endif %}
+{% else %}
+{% if kind == "sentence-transformers" %}
+```python
+from sentence_transformers import SentenceTransformer
+
+model = SentenceTransformer({{ place }})  # or wherever this folder lies
+{{ usage(by_prompt) }}```
+{% else %}
+With nvembed (`pip install nvembed`):
+
+```python
+from nvembed import NVEmbed
+
+model = NVEmbed.from_pretrained({{ place }})  # or wherever this folder lies
+{{ usage(by_task) }}```
+{% if kind == "nvembed" %}
+
+With sentence-transformers, and nvembed installed, whose classes the folder names:
+
+```python
+from sentence_transformers import SentenceTransformer
+
+model = SentenceTransformer({{ place }}, trust_remote_code=True)
+{{ usage(by_prompt) }}```
+{% else %}
+
+NVIDIA's own code reads the folder too (`trust_remote_code=True`).
+{% endif %}
+{% endif %}
+{% endif %}
+
+## What it is
+
+- backbone: {{ backbone.model.config.model_type }}, {{ backbone.attention }} attention, {{ dtype }}
+- pooling: {{ pooling }}, width {{ dimension }}, {{ "{:,}".format(parameters) }} parameters in all
+- longest text: {{ backbone.max_tokens }} tokens, the prompt among them; what is longer is cut
+- queries are embedded with an instruction, documents without one
+{% if official %}
+- token rules: those of NVIDIA's code. Weights that stem from NVIDIA's release keep its licence, CC-BY-NC-4.0.
+{% endif %}
+{% for name, text in prompts %}
+- prompt `{{ name }}`: {{ text }}
+{% endfor %}
+{% if of_tasks %}
+- prompts of the MTEB tasks by name, such as `prompt_name="FiQA2018"`
+{% endif %}
+
+{% if made %}
+## How it was made smaller
+
+{{ made }}
+{% endif %}
+## Limits
+
+How good it is on other texts, questions and languages than those below, nobody has measured:
+`nvembed evaluate` does, on files of your own. Learned similarities repeat what is in the data.
+
+## Licence
+
+{% if licence %}
+{{ licence }}
+{% else %}
+Not stated. The weights stem from `{{ base }}`{% if base_licence %} ({{ base_licence }}){% endif %}; data sets have licences of their own.
+{% endif %}
+
+## Training
+
+{% if kept %}
+{{ kept.strip() }}
+{% else %}
+{% if recipe is none %}
+Not recorded: {{ problem }}.
+{% else %}
+{% set lora = recipe.get("lora") or {} %}
+{% set kind = "DoRA" if lora.get("dora") else "LoRA" %}
+{% set adapters = "%s of rank %s" % (kind, lora.rank) if lora else "all weights" %}
+{% set trained = "nothing of the backbone" if recipe.get("backbone") == "freeze" else adapters %}
+Started from `{{ base }}`; trained: {{ trained }}; pooling head: {{ recipe.get("pooling_head", "train") }}; seed {{ recipe.seed }}.
+
+| stage | steps | queries per step | learning rate | in-batch negatives | hard negatives per query | temperature |
+|---|---|---|---|---|---|---|
+{% for stage in recipe.stages %}
+| {{ stage.name }} | {{ stage.steps }} | {{ stage.batch_size }} | {{ stage.learning_rate }} | {{ "on" if stage.in_batch_negatives else "off" }} | {{ stage.get("num_negatives") }}{{ ", mined" if stage.get("mine") }} | {{ stage.get("temperature") }} |
+{% endfor %}
+
+| data set | kind | instruction | source | licence |
+|---|---|---|---|---|
+{% for data in recipe.datasets %}
+{% set place = (data.get("hub") or {}).get("id") or (data.get("path") or "").rstrip("/").split("/")[-1] %}
+| {{ data.name }} | {{ data.kind }} | {{ data.instruction or "none" }} | {{ place }} | {{ data.get("licence") or "not stated" }} |
+{% endfor %}
+{% set commit = (env.get("git") or {}).get("commit") %}
+{% if commit %}
+
+nvembed at commit {{ commit }}.
+{% endif %}
+{% endif %}
+
+## Scores
+
+{% if scores %}
+| evaluation | task | measure | score |
+|---|---|---|---|
+{% for row in scores %}
+| {{ row | join(" | ") }} |
+{% endfor %}
+{% else %}
+None recorded.
+{% endif %}
+{% endif %}
+"""  # noqa: E501

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self, TypedDict, Unpack, get_args
 
@@ -20,27 +21,21 @@ from nvembed.core.arguments import checked
 from nvembed.core.errors import ConfigError, ModelError
 from nvembed.core.files import write_text
 from nvembed.core.reporting import announce, withdraw
+from nvembed.data.instructions import resolve_prompt, task_prompts
 from nvembed.interop.loading import loading, prove_encoding, usable_device
-from nvembed.interop.model_folder import (
-    ModelSource,
-    ModuleEntry,
-    damaged,
-    model_kind,
-    read_modules,
-    read_prompts,
-)
-from nvembed.interop.stock import read_stock
+from nvembed.interop.model_folder import ModelSource, damaged, model_kind
+from nvembed.interop.saved import ModuleEntry, read_modules, read_prompts, read_stock
 from nvembed.interop.weights import check_finite
 from nvembed.kernels.build import this_cpu
 from nvembed.kernels.layers import accelerate
 from nvembed.model.backbone import Backbone
 from nvembed.model.encoding import EncodingModel
 from nvembed.model.official_load import load_official
+from nvembed.model.packs import embed_short
 from nvembed.model.placement import DeviceMap
 from nvembed.model.pooling import POOLINGS, Pooling, build_pooling
 from nvembed.model.quantization import quantize_backbone
 from nvembed.model.settings import AttentionDirection, LongTexts, PoolingKind
-from nvembed.text.instructions import resolve_prompt, task_prompts
 
 # What modules.json may name without remote code: our classes by name, and anything inside
 # sentence-transformers itself.
@@ -197,7 +192,7 @@ class NVEmbed(EncodingModel, metaclass=_Recognised):
         if kind != "official":
             # There every tensor has been compared and its values checked, and a pass through the
             # wide latent attention takes copies of its weights: memory that only loading needs.
-            prove_encoding(model, name=source.name)
+            prove_encoding(model, partial(embed_short, model), name=source.name)
         return model
 
     @classmethod

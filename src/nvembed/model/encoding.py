@@ -24,6 +24,7 @@ from nvembed.core.arguments import checked, near_matches
 from nvembed.core.background import prefetch
 from nvembed.core.errors import ConfigError, ModelError
 from nvembed.core.reporting import Rates, progress
+from nvembed.data.instructions import resolve_prompt, side_prompt
 from nvembed.interop.loading import usable_device
 from nvembed.model.packs import (
     CPU_PACK_TOKENS,
@@ -34,8 +35,7 @@ from nvembed.model.packs import (
     rows_of,
 )
 from nvembed.model.settings import LongTexts, Work
-from nvembed.text.instructions import resolve_prompt, side_prompt
-from nvembed.text.tokens import Span, batches, check_strings
+from nvembed.model.tokens import Span, batches, check_strings
 
 _CUT = LongTexts()
 

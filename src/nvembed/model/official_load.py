@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from transformers import AutoModel, MistralConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from nvembed.interop.loading import loading
-from nvembed.interop.model_folder import ModelSource, read_limit
+from nvembed.interop.model_folder import ModelSource
 from nvembed.interop.official import LatentShape, official_name, read_config
+from nvembed.interop.saved import read_limit
 from nvembed.interop.weights import fill, stored_tensors
 from nvembed.model.attention import FLAT_ATTENTION
 from nvembed.model.backbone import Backbone, prove_direction

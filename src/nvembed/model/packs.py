@@ -18,10 +18,10 @@ from torch.nn.functional import normalize
 
 from nvembed.kernels.layers import keep_freed_memory
 from nvembed.model.backbone import Backbone
+from nvembed.model.packing import Segments, flatten, plan_packs
 from nvembed.model.pooling import Pooling
 from nvembed.model.settings import LongTexts
-from nvembed.text.packing import Segments, flatten, plan_packs
-from nvembed.text.tokens import Span, TokenizedText, text_contexts, text_windows
+from nvembed.model.tokens import Span, TokenizedText, text_contexts, text_windows
 
 # Tokens per forward in encode. On a CPU a pack should stay in its caches; a GPU wants to be filled.
 CPU_PACK_TOKENS = 1024
@@ -136,6 +136,15 @@ def embed_plan(
     if plan.chunks is None and len(plan.units) > plan.unit_texts[-1] + 1:
         return _mean_of_windows(rows_ND, plan)
     return rows_ND
+
+
+@torch.inference_mode()
+def embed_short(model: PackModel, texts: list[str]) -> Tensor:
+    """Embed a few short texts as ``encode`` does: ``(N, D)`` of length 1."""
+    plan = plan_texts(model.backbone, texts, "", LongTexts(), CPU_PACK_TOKENS)
+    model.eval()
+    with model.pooling.fixed_weights():
+        return embed_plan(model, plan)
 
 
 def embed_pack(model: torch.nn.Module, texts: Sequence[TokenizedText]) -> Tensor:

@@ -27,12 +27,13 @@ from sentence_transformers.base.modules import Module
 from torch import Tensor, nn
 
 from nvembed.core.errors import ModelError
-from nvembed.interop.model_folder import COPY_AGAIN, ModelSource, read_values
+from nvembed.interop.model_folder import COPY_AGAIN, ModelSource
+from nvembed.interop.saved import read_values
 from nvembed.interop.weights import fill, stored_tensors
 from nvembed.kernels.functions import product
 from nvembed.model.attention import flat_attention
+from nvembed.model.packing import Segments
 from nvembed.model.settings import PoolingKind
-from nvembed.text.packing import Segments
 
 
 def pooled_mean(hidden_PD: Tensor, pool_mask_T: Tensor, segments: Segments) -> Tensor:

@@ -1,4 +1,4 @@
-"""The transformer and its tokenizer: by transformers, a base with its adapters, or a GGUF file.
+"""A transformer and its tokenizer that no library loads for us: with adapters, or a GGUF file.
 
 transformers reads GGUF files too, in two to three times the time and twice the memory, into models
 that cannot be saved, without rope scaling and widths of heads. So here a model is built empty and
@@ -9,9 +9,7 @@ transformers', put right.
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,9 +20,7 @@ from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
 from torch import Tensor
 from transformers import (
     CONFIG_MAPPING,
-    AutoConfig,
     AutoModel,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -40,60 +36,13 @@ from nvembed.interop.gguf import (
     read_gguf,
     tokenizer_kind,
 )
-from nvembed.interop.identity import ADAPTER, ADAPTER_CONFIG, find_base, read_bases
-from nvembed.interop.loading import loading
-from nvembed.interop.model_folder import ModelSource
+from nvembed.interop.loading import load_pretrained, loading, with_adapters
+from nvembed.interop.model_folder import ADAPTER, ADAPTER_CONFIG, ModelSource, find_base, read_bases
 from nvembed.interop.weights import Misfit, StoredTensor, check_finite, fill, read_header
 from nvembed.model.attention import FLAT_ATTENTION
 from nvembed.model.placement import DeviceMap, place_of, plan_places, spread
 
-
-def load_transformer(
-    source: ModelSource, dtype: torch.dtype | str | None, device_map: DeviceMap | None
-) -> tuple[PreTrainedModel, Any]:
-    """A base model (no head) that runs on flat batches, and its tokenizer.
-
-    ``dtype`` None is float32, ``"auto"`` the stored one (float32 of a GGUF file with blocks).
-    """
-    if (path := source.gguf) is not None:
-        decoder, tokenizer = _load_gguf(path, dtype, device_map)
-        decoder.name_or_path = source.name  # what an adapter says that it belongs to
-        return decoder, tokenizer
-    given = source.options()
-    where = {"subfolder": source.inside, "cache_dir": given.pop("cache_folder"), **given}
-    name, place = source.name, source.place
-    with loading(place, expected="a Hugging Face model folder or hub id"):
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False, **where)
-        config.use_cache = False
-        model = AutoModel.from_pretrained(
-            name,
-            config=config,
-            attn_implementation=FLAT_ATTENTION,
-            dtype=dtype or torch.float32,
-            device_map=device_map,
-            trust_remote_code=False,
-            **where,
-        )
-    with loading(place, expected="the model's tokenizer (tokenizer.json)"):
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **where)
-    return model, tokenizer
-
-
 # --- Saved as adapters ----------------------------------------------------------------------------
-
-
-def with_adapters(model: PreTrainedModel, settings: Any) -> Any:
-    """Put fresh adapters on a model, in place, by a configuration of peft; a ``PeftModel``."""
-    from peft import get_peft_model
-
-    with warnings.catch_warnings():
-        # peft reads a property that transformers 5 has renamed; nothing a user could do about.
-        warnings.filterwarnings(
-            "ignore", message=".*is_gradient_checkpointing", category=FutureWarning
-        )
-        # Of an int8 base: that adapters could not be merged into it, which nobody does.
-        warnings.filterwarnings("ignore", message=".*get_apply_tensor_subclass")
-        return get_peft_model(model, settings)
 
 
 def load_adapted(
@@ -111,8 +60,12 @@ def load_adapted(
     file = source.require(ADAPTER)
     folder = source.require(ADAPTER_CONFIG).parent
     found = find_base(source)
-    load = load_adapted if read_bases(found) else load_transformer
-    base, tokenizer = load(found, torch.float32, device_map)
+    if read_bases(found):
+        base, tokenizer = load_adapted(found, torch.float32, device_map)
+    elif found.gguf is not None:
+        base, tokenizer = load_gguf(found, torch.float32, device_map)
+    else:
+        base, tokenizer = load_pretrained(found, torch.float32, device_map, FLAT_ATTENTION)
     stored = read_header(file)
     with loading(place, expected="adapters of peft"):
         settings = PeftConfig.from_pretrained(str(folder))
@@ -151,9 +104,15 @@ _LLAMA3 = {
 }
 
 
-def _load_gguf(
-    path: Path, dtype: torch.dtype | str | None, device_map: DeviceMap | None
+def load_gguf(
+    source: ModelSource, dtype: torch.dtype | str | None, device_map: DeviceMap | None
 ) -> tuple[PreTrainedModel, Any]:
+    """A base model that runs on flat batches, and its tokenizer, from a GGUF file.
+
+    ``dtype`` None is float32, ``"auto"`` the stored one (float32 of a file with blocks).
+    """
+    path = source.gguf
+    assert path is not None, "a GGUF file"
     file = read_gguf(path)
     check_usable(file)
     values = configuration(file)
@@ -186,6 +145,7 @@ def _load_gguf(
     config.dtype = decoder.config.dtype = wanted
     if places:
         spread(decoder, places)
+    decoder.name_or_path = source.name  # what an adapter says that it belongs to
     return decoder.eval(), tokenizer
 
 

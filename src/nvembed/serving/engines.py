@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nvembed.core.errors import UserError
-from nvembed.encoding.encoder import Encoder, SentenceTransformerEncoder, prompts_of, unit_rows
-from nvembed.text.instructions import Side, resolve_prompt, side_prompt
-from nvembed.text.tokens import TokenizedText, text_ends
+from nvembed.data.instructions import Side, resolve_prompt, side_prompt
+from nvembed.model.encoder import Encoder, SentenceTransformerEncoder, prompts_of, unit_rows
+from nvembed.model.tokens import TokenizedText, text_ends
 
 if TYPE_CHECKING:
     from nvembed.model.embedder import NVEmbed

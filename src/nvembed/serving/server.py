@@ -30,7 +30,7 @@ from nvembed.core.arguments import PrecisionChoice
 from nvembed.core.config import load_config
 from nvembed.core.errors import ConfigError
 from nvembed.core.http import address_of, bound_socket
-from nvembed.encoding.encoder import load_encoder, set_query_prompt, settle_dtype
+from nvembed.model.encoder import load_encoder, set_query_prompt, settle_dtype
 from nvembed.serving.config import LimitsConfig, ServerConfig
 from nvembed.serving.engines import EmbedOptions, EncoderEngine, build_engine
 from nvembed.serving.errors import RequestError

@@ -17,14 +17,14 @@ from numpy.typing import NDArray
 from starlette.requests import Request
 
 from nvembed.core.errors import UserError
-from nvembed.encoding.encoder import unit_rows
+from nvembed.data.instructions import Side, find_instruction, read_task, resolve_prompt, side_prompt
+from nvembed.model.encoder import unit_rows
 from nvembed.serving.batching import Batcher, Scheduler
 from nvembed.serving.config import ServerConfig
 from nvembed.serving.engines import Cut, EmbedOptions, EncoderEngine, Item, Token
 from nvembed.serving.errors import ClientGoneError, RequestError
 from nvembed.serving.middleware import RequestContext
 from nvembed.serving.telemetry import Metrics
-from nvembed.text.instructions import Side, find_instruction, read_task, resolve_prompt, side_prompt
 
 T = TypeVar("T")
 SizedT = TypeVar("SizedT", bound=Sized)

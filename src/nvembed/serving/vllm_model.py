@@ -26,24 +26,19 @@ from vllm.model_executor.models.adapters import as_embedding_model
 from vllm.tokenizers.hf import get_cached_tokenizer
 
 from nvembed.core.errors import ModelError
+from nvembed.data.instructions import split_prompt
 from nvembed.encoding.export.stock import attention_settings, closed_tokenizer
 from nvembed.interop.loading import loading
-from nvembed.interop.model_folder import (
-    ModelSource,
-    model_kind,
-    read_limit,
-    read_modules,
-    read_values,
-)
+from nvembed.interop.model_folder import ModelSource, model_kind
 from nvembed.interop.official import official_name, read_config
+from nvembed.interop.saved import read_limit, read_modules, read_values
 from nvembed.model.backbone import Backbone, SavedBackbone
 from nvembed.model.embedder import module_class
 from nvembed.model.official_load import DEFAULT_MAX_TOKENS, load_tokenizer
+from nvembed.model.packing import Segments
 from nvembed.model.pooling import LatentAttentionPooling, Pooling
 from nvembed.model.settings import AttentionDirection
-from nvembed.text.instructions import split_prompt
-from nvembed.text.packing import Segments
-from nvembed.text.tokens import TextTokenizer
+from nvembed.model.tokens import TextTokenizer
 
 # Backbones in the layout of NVIDIA, whose names of tensors begin so.
 _OFFICIAL_PREFIX = "embedding_model."

@@ -16,7 +16,8 @@ from pydantic import Field, model_validator
 from nvembed.core.arguments import FloatPrecision
 from nvembed.core.config import StrictModel
 from nvembed.data.built_sets import MINED_KINDS
-from nvembed.data.config import BuildConfig, DatasetConfig, MiningConfig, local_sources
+from nvembed.data.config import BuildConfig, DatasetConfig, MiningConfig
+from nvembed.data.loading import local_sources
 from nvembed.model.settings import LoraSettings, ModelSettings
 from nvembed.training.loss_config import (
     CosentConfig,

@@ -23,13 +23,15 @@ from nvembed.data.batch import ContrastiveBatch
 from nvembed.training.config import StageConfig
 from nvembed.training.loss_config import CosentConfig, SpreadConfig, TeacherConfig
 from nvembed.training.text_losses import (
+    Rounding,
+    View,
     cosent,
     distance_of_vectors,
     distillation,
     similarities_of_texts,
     spread_terms,
+    views_of,
 )
-from nvembed.training.views import Rounding, View, views_of
 
 # Scores of one piece: 4 MB in float32, of which a few copies live at once. With pieces of 16 MB
 # the allocator kept 160 MB more, and they were no faster.
@@ -140,7 +142,7 @@ class Objective:
     teacher: TeacherConfig | None = None
     cosent: CosentConfig | None = None
     spread: SpreadConfig | None = None
-    rounded: tuple[Rounding, ...] | None = None  # besides the plain vectors; see ``views.py``
+    rounded: tuple[Rounding, ...] | None = None  # besides the plain vectors; see ``text_losses.py``
 
     @classmethod
     def of_stage(cls, stage: StageConfig) -> Objective:
@@ -209,7 +211,9 @@ def evaluate_objective(
     """
     leaf_UD = embedding_UD.detach().to(torch.promote_types(embedding_UD.dtype, torch.float32))
     found = Evaluated(torch.zeros_like(leaf_UD))
-    views = views_of(leaf_UD, objective.dimensions, objective.rounded)
+    views: list[View] = [lambda embedding_ND: embedding_ND]  # all that is seen, at full width
+    if objective.dimensions or objective.rounded:
+        views = views_of(leaf_UD, objective.dimensions, objective.rounded)
     with torch.enable_grad(), torch.autocast(embedding_UD.device.type, enabled=False):
         if len(batch.query_B) and objective.contrasts:
             tau = objective.temperature if log_temperature is None else log_temperature

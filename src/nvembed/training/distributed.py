@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from nvembed.core.errors import TrainingError
 from nvembed.model.embedder import NVEmbed
 from nvembed.model.packs import embed_pack
-from nvembed.text.tokens import TokenizedText
+from nvembed.model.tokens import TokenizedText
 
 Plain = TypeVar("Plain")
 

@@ -23,18 +23,16 @@ import torch
 from nvembed.core.errors import ConfigError, TrainingError, UserError
 from nvembed.core.reporting import ProgressBar, progress
 from nvembed.core.runs import RunFolder
-from nvembed.data.batch import effective_negatives
-from nvembed.data.examples import Mixture
-from nvembed.encoding.embed import encode_texts
-from nvembed.kernels.threads import watched_threads
+from nvembed.data.batch import Mixture, effective_negatives
+from nvembed.kernels.machine import watched_threads
 from nvembed.model.backbone import free_bytes
+from nvembed.model.bulk import encode_texts
 from nvembed.training import checkpoint, metrics, model, run_folder, stages
 from nvembed.training.checkpoint import (
     Position,
     trained_parameters,
 )
 from nvembed.training.config import TrainConfig, training_inputs
-from nvembed.training.contrastive_loss import new_temperature
 from nvembed.training.distributed import DistributedContext
 from nvembed.training.forecast import (
     BatchForecast,
@@ -43,18 +41,12 @@ from nvembed.training.forecast import (
     StageForecast,
     TrainingMemory,
 )
-from nvembed.training.learning_rate import with_fitting_rates
 from nvembed.training.loss_config import TeacherConfig
 from nvembed.training.model import peak_bytes
 from nvembed.training.stage_mining import PlannedMining, plan_mining
 from nvembed.training.step import plan_step, recomputed_share
-from nvembed.training.teacher import (
-    PROJECTION,
-    Teacher,
-    TeacherStandIn,
-    new_projection,
-    teacher_fingerprint,
-)
+from nvembed.training.teacher import Teacher, TeacherStandIn, teacher_fingerprint
+from nvembed.training.trial import TriedStage
 
 SAMPLED_STEPS = 20  # batches of a stage that are counted, spread over it
 TIMED_STEPS = 4  # of them taken, the largest first, to warm up; fewer where they take long
@@ -143,7 +135,7 @@ class _Rehearsal:
         device = self.processes.device
         self.free, self.peak_before = free_bytes(device), peak_bytes(device)
         self.embedder = model.starting_model(found.config, base_dir, device=str(device))
-        self.config, rates = with_fitting_rates(found.config, self.embedder)
+        self.config, rates = stages.with_fitting_rates(found.config, self.embedder)
         self.found = replace(found, config=self.config, rates=rates)
 
     def play(self) -> DryRun:
@@ -181,21 +173,15 @@ class _Rehearsal:
         loader = stages.DataLoader(mixture, config, seed=self.config.seed, tokenizer=tokenizer)
         standing = self._standing_in(config.teacher, loader, start)
         loader.teacher = standing
-        beside = {
-            "log_temperature": new_temperature(config, self.processes.device),
-            PROJECTION: new_projection(
-                standing, self.embedder, seed=self.config.seed, stage=number
-            ),
-        }
-        stage = stages.start_stage(
+        tried = TriedStage(
+            self.embedder,
             self.config,
             number,
             loader,
-            trained_parameters(self.embedder, **beside),
-            head=self.embedder.pooling,
+            self.processes,
             activation_budget=self.budget.tokens,
-            checkpoint=None,
         )
+        stage = tried.stage
         left, evaluation = config.steps - start, self.config.evaluation
         chosen = np.linspace(start, config.steps - 1, min(SAMPLED_STEPS, left)).astype(int)
         sampled = [stage.loader.step(int(step)) for step in chosen]
@@ -214,7 +200,7 @@ class _Rehearsal:
                 for step in range(start, config.steps)
             )
             + (evaluation is not None and evaluation.before and position.step == number == 0),
-            self._seconds_per_token(sampled, stage, beside, bar) * batches.tokens,
+            self._seconds_per_token(sampled, tried, bar) * batches.tokens,
         )
 
     def _data(self, stage: stages.Stage, to_mine: set[str]) -> tuple[DataForecast, ...]:
@@ -237,8 +223,7 @@ class _Rehearsal:
     def _seconds_per_token(
         self,
         sampled: Sequence[stages.PreparedBatch],
-        stage: stages.Stage,
-        beside: dict[str, torch.nn.Parameter | None],
+        tried: TriedStage,
         bar: ProgressBar,
     ) -> float:
         """Take a few steps, the largest first, so that memory is that of the largest."""
@@ -246,20 +231,13 @@ class _Rehearsal:
         began = time.perf_counter()
         largest_first = sorted(sampled, key=lambda prepared: -sum(map(len, prepared[1])))
         timed = itertools.islice(itertools.cycle(largest_first), TIMED_STEPS)
+        stage = tried.stage
         rate = stages.stage_schedule(0, stage.config, self.config.optimizer)
         stages.set_learning_rate(stage.optimizer, rate)
         for number, prepared in enumerate(timed):
             started = time.perf_counter()
             try:
-                result = stages.trial_step(
-                    self.embedder,
-                    stage,
-                    prepared,
-                    self.config,
-                    self.processes,
-                    number=number,
-                    **beside,
-                )
+                result = tried.step(number, prepared)
             except FloatingPointError as error:
                 raise TrainingError(
                     f"the loss of a step is {error.args[0]}",

@@ -24,16 +24,16 @@ from nvembed.core.files import atomic_path
 from nvembed.core.ownership import check_outputs
 from nvembed.core.reporting import ProgressBar, progress
 from nvembed.core.runs import TRAIN, RunFolder
-from nvembed.kernels.threads import watched_threads
+from nvembed.kernels.machine import watched_threads
 from nvembed.model.settings import shown_rate
 from nvembed.training import model, run_folder, stages
 from nvembed.training.checkpoint import trained_parameters
 from nvembed.training.config import StageConfig, TrainConfig, training_inputs
-from nvembed.training.contrastive_loss import new_temperature
 from nvembed.training.distributed import DistributedContext
-from nvembed.training.learning_rate import peak_rate, with_fitting_rates
 from nvembed.training.stage_mining import plan_mining
-from nvembed.training.teacher import PROJECTION, Teacher, new_projection
+from nvembed.training.stages import peak_rate, with_fitting_rates
+from nvembed.training.teacher import Teacher
+from nvembed.training.trial import TriedStage
 
 FACTOR = 2.5  # between two rates
 _AROUND = (0, 1, -1, 2, -2)  # first tried, in steps of the factor from the rate of the recipe
@@ -189,22 +189,14 @@ class _Search:
         took: list[float] | None = None,
     ) -> Trial:
         """Train from the start for some steps; ``took`` gets the seconds of each."""
-        config, started, beside = self._stage(stage, rate, min(steps, stage.steps))
-        losses = list[float]()
+        tried = self._stage(stage, rate, min(steps, stage.steps))
+        losses, started = list[float](), tried.stage
         with suppress(FloatingPointError):
             for number in range(started.config.steps):
                 began = time.monotonic()
-                share = stages.stage_schedule(number, started.config, config.optimizer)
+                share = stages.stage_schedule(number, started.config, self.config.optimizer)
                 stages.set_learning_rate(started.optimizer, share)
-                result = stages.trial_step(
-                    self.embedder,
-                    started,
-                    started.loader.step(number),
-                    config,
-                    self.processes,
-                    number=number,
-                    **beside,
-                )
+                result = tried.step(number, started.loader.step(number))
                 losses.append(result.loss)
                 if took is not None:
                     took.append(time.monotonic() - began)
@@ -212,10 +204,8 @@ class _Search:
                     bar.advance(1, rate=shown_rate(rate), loss=result.loss)
         return Trial(rate, tuple(losses), diverged=len(losses) < started.config.steps)
 
-    def _stage(
-        self, stage: StageConfig, rate: float, steps: int
-    ) -> tuple[TrainConfig, stages.Stage, dict[str, torch.nn.Parameter | None]]:
-        """The run with the stage made short, the stage at its start, and what its loss has."""
+    def _stage(self, stage: StageConfig, rate: float, steps: int) -> TriedStage:
+        """The stage made short, at its start."""
         short = stage.model_copy(
             update={
                 "steps": steps,
@@ -230,24 +220,13 @@ class _Search:
             loader.teacher = known = Teacher(short.teacher, self.base_dir)
             with torch.autocast(self.processes.device.type, enabled=False):
                 known.prepare(loader.given(0), self.processes, lambda line: None)
-        beside = {
-            "log_temperature": new_temperature(short, self.processes.device),
-            PROJECTION: new_projection(loader.teacher, self.embedder, seed=config.seed, stage=0),
-        }
-        trained = trained_parameters(self.embedder, **beside)
+        trained = trained_parameters(self.embedder)
         with torch.no_grad():
             for name, value in self.start.items():
                 trained[name].copy_(value)
-        started = stages.start_stage(
-            config,
-            0,
-            loader,
-            trained,
-            head=self.embedder.pooling,
-            activation_budget=self.budget,
-            checkpoint=None,
+        return TriedStage(
+            self.embedder, config, 0, loader, self.processes, activation_budget=self.budget
         )
-        return config, started, beside
 
 
 # --- What is shown --------------------------------------------------------------------------------

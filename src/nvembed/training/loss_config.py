@@ -78,7 +78,7 @@ class TeacherConfig(StrictModel):
         file: in place of a model, a file of vectors; a text has one vector, whatever its side and
             instruction.
         endpoint_model: name of the model at an endpoint.
-        dtype: type of the teacher's weights, see ``encoding/encoder.py``; ``None`` is what was
+        dtype: type of the teacher's weights, see ``model/encoder.py``; ``None`` is what was
             saved.
         similarities: factor of the mean over the texts of a step of KL(softmax(teacher's cosines to
             all other texts / its temperature) ‖ softmax(own cosines / temperature)); widths may

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,16 +21,18 @@ from accelerate import Accelerator, utils
 
 from nvembed.core.errors import ConfigError, TrainingError, UserError
 from nvembed.core.runs import RunFolder, capture_rng, restore_rng
-from nvembed.evaluation.session import evaluate
+from nvembed.evaluation.results import TaskResult
+from nvembed.evaluation.session import evaluate, evaluate_bm25
 from nvembed.evaluation.tasks import LocalTask, load_tasks
 from nvembed.model.embedder import NVEmbed
 from nvembed.training.checkpoint import Parameters, restore_weights, save_weights
-from nvembed.training.config import EvaluationConfig, TrackerKind
+from nvembed.training.config import EvaluationConfig, TrackerKind, TrainConfig
 from nvembed.training.distributed import DistributedContext
-from nvembed.training.stages import evaluation_weights
 
 PROJECT = "nvembed"  # under which trackers group the runs
 BEST = "best"  # folder of the best weights
+
+Columns = dict[str, dict[str, TaskResult]]
 
 
 def tracker_options(kinds: Sequence[TrackerKind], run: RunFolder) -> dict[str, Any]:
@@ -162,6 +165,24 @@ def mean_score(scores: Mapping[str, float | None]) -> float | None:
     return math.fsum(defined) / len(defined) if len(defined) == len(scores) else None
 
 
+@contextmanager
+def evaluation_weights(optimizer: Any) -> Iterator[None]:
+    """Evaluate or save inside; after it the parameters are back, bit for bit."""
+    if not hasattr(optimizer, "eval"):
+        yield
+        return
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    kept = [parameter.detach().clone() for parameter in parameters]
+    optimizer.eval()
+    try:
+        yield
+    finally:
+        optimizer.train()
+        with torch.no_grad():
+            for parameter, value in zip(parameters, kept, strict=True):
+                parameter.copy_(value)
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """Evaluations of a run; the best weights of a stage lie in a folder beside the checkpoints."""
@@ -198,3 +219,21 @@ class Evaluation:
             return False
         restore_weights(self.checkpoints / BEST, trained)
         return True
+
+
+def run_scores(config: TrainConfig, base_dir: Path) -> Columns:
+    """Main scores by task: before training, after each stage, and of BM25 on retrieval tasks.
+
+    A stage has those of the weights that it ended with. Without evaluation there are none.
+    """
+    if config.evaluation is None:
+        return {}
+    tasks, columns = load_evaluation_tasks(config.evaluation, base_dir), Columns()
+    run, keep_best = RunFolder(Path(config.output)), config.evaluation.keep_best
+    for name, scores in run.read_evaluations(keep_best=keep_best).items():
+        columns[name] = {
+            task.name: TaskResult(task.type, task.main_score, scores.get(task.name), 0.0, {})
+            for task in tasks
+        }
+    bm25 = evaluate_bm25(tasks) if columns else {}
+    return columns | ({"BM25": bm25} if bm25 else {})

@@ -23,6 +23,7 @@ from nvembed.core.config import StrictModel
 from nvembed.core.errors import ConfigError, DataError, TrainingError, UserError
 from nvembed.core.files import atomic_folder, read_json_object, write_json, write_text
 from nvembed.core.runs import TRAIN, RunFolder, derive_seed, seed_everything
+from nvembed.data.instructions import query_prompt, task_prompts
 from nvembed.interop.model_folder import ModelSource, model_kind
 from nvembed.kernels.layers import compile_elementwise
 from nvembed.model.backbone import (
@@ -38,8 +39,7 @@ from nvembed.model.embedder import NVEmbed, hold_masters, release_masters
 from nvembed.model.packs import embed_pack
 from nvembed.model.quantization import quantize_frozen
 from nvembed.model.settings import PoolingSettings
-from nvembed.text.instructions import query_prompt, task_prompts
-from nvembed.text.tokens import TokenizedText
+from nvembed.model.tokens import TokenizedText
 from nvembed.training.checkpoint import trained_parameters
 from nvembed.training.config import TrainConfig
 from nvembed.training.distributed import DistributedContext, full
@@ -223,6 +223,8 @@ def settle_activation_budget(
 
 def read_activation_budget(file: Path) -> ActivationBudget | None:
     """Read what a run settled on; ``None`` where it did not, or the file is damaged."""
+    if not file.is_file():
+        return None
     with suppress(DataError, ValidationError):
         return ActivationBudget.model_validate(read_json_object(file, "what graphs need"))
     return None

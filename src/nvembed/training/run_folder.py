@@ -20,19 +20,18 @@ from nvembed.core.errors import ConfigError, DataError, TrainingError, UserError
 from nvembed.core.files import alone_in, read_json_object, write_json, write_text
 from nvembed.core.ownership import check_outputs, problem_of
 from nvembed.core.runs import TRAIN, RunFolder
+from nvembed.data.batch import Mixture
 from nvembed.data.built_sets import MINED_KINDS
-from nvembed.data.examples import Mixture
 from nvembed.evaluation.tasks import LocalTask
-from nvembed.interop.identity import contents_fingerprint
-from nvembed.kernels.precision import choose_precision, computing_record, kernels
+from nvembed.interop.model_folder import contents_fingerprint
+from nvembed.kernels.machine import choose_precision, computing_record, kernels
 from nvembed.model.embedder import NVEmbed
 from nvembed.training.checkpoint import remove_leftovers
 from nvembed.training.config import TrainConfig, recipe_differences
 from nvembed.training.distributed import DistributedContext
-from nvembed.training.learning_rate import with_fitting_rates, with_rates
 from nvembed.training.metrics import load_evaluation_tasks
 from nvembed.training.model import backbone_source
-from nvembed.training.stages import load_mixtures
+from nvembed.training.stages import load_mixtures, with_fitting_rates, with_rates
 from nvembed.training.teacher import teacher_fingerprint
 
 GO_ON = "The same command goes on from the last checkpoint"

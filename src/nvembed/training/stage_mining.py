@@ -15,15 +15,15 @@ import numpy as np
 
 from nvembed.core.files import write_json, write_jsonl
 from nvembed.core.runs import TRAIN, derive_seed
+from nvembed.data.batch import Mixture
 from nvembed.data.config import DatasetConfig, MiningConfig
-from nvembed.data.drawing import sample_where
-from nvembed.data.examples import ExampleSource, Mixture, make_source
+from nvembed.data.examples import ExampleSource, make_source, sample_where
 from nvembed.data.loading import load_mixture, load_records, load_source, training_datasets
 from nvembed.data.records import PairRecord, Record
-from nvembed.encoding.encoder import Encoder
 from nvembed.mining.corpus import MemoryCorpus
 from nvembed.mining.miner import mine_negatives
 from nvembed.mining.run import plan_records
+from nvembed.model.encoder import Encoder
 from nvembed.training.config import StageConfig, TrainConfig
 
 

@@ -1,12 +1,14 @@
 """What a stage works with: its data, its batches, its optimizer and learning rate.
 
-A batch is a pure function of (seed, stage, step). ``schedule_free`` is AdamW that trains at one
-point and is evaluated at an average of its steps (Defazio et al., 2024).
+A batch is a pure function of (seed, stage, step). A run settles the learning rates that its recipe
+leaves open when its model is loaded; they then stand in its ``config.yaml``. ``schedule_free`` is
+AdamW that trains at one point and is evaluated at an average of its steps (Defazio et al., 2024).
 """
 
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
@@ -18,32 +20,36 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from nvembed.core import background
-from nvembed.core.errors import ConfigError, TrainingError
+from nvembed.core.errors import ConfigError
 from nvembed.core.reporting import progress
 from nvembed.core.runs import derive_seed
 from nvembed.data.batch import (
     ContrastiveBatch,
     GivenText,
+    Mixture,
     build_batch,
     effective_negatives,
     given_texts,
 )
-from nvembed.data.examples import Example, Mixture
+from nvembed.data.examples import Example
+from nvembed.data.instructions import PromptedText
 from nvembed.data.loading import load_mixture, training_datasets
 from nvembed.model.embedder import NVEmbed
-from nvembed.text.instructions import PromptedText
-from nvembed.text.tokens import TextTokenizer, TokenizedText
+from nvembed.model.settings import TunedPart, fitting_rate, shown_rate
+from nvembed.model.tokens import TextTokenizer, TokenizedText
 from nvembed.training.checkpoint import Parameters, restore_optimizer
 from nvembed.training.config import OptimizerConfig, ScheduleKind, StageConfig, TrainConfig
 from nvembed.training.contrastive_loss import Objective
-from nvembed.training.distributed import DistributedContext
-from nvembed.training.learning_rate import peak_rate
-from nvembed.training.step import StepResult, StepSettings, contrastive_step
+from nvembed.training.step import StepSettings
 from nvembed.training.teacher import PROJECTION, Teacher, TeacherStandIn
 
 # What torch's fused kernels, and bitsandbytes' 8-bit ones, exist for.
 _FUSED_DEVICES = {"cpu", "cuda"}
 _EIGHT_BIT_DEVICES = {"cpu", "cuda", "xpu"}
+
+LATER_SHARE = 0.75  # of the first stage's rate, as the paper has it: 1.5e-5 after 2e-5
+WINDOW = 10  # steps at the beginning of a stage, and as many after its warm-up, that are compared
+_LITTLE = 0.05  # of the loss: less is no movement
 
 PreparedBatch = tuple[ContrastiveBatch, Sequence[TokenizedText]]
 
@@ -198,47 +204,6 @@ def start_stage(
     return Stage(number, stage, loader, settings, trained, optimizer)
 
 
-def trial_step(
-    model: NVEmbed,
-    stage: Stage,
-    prepared: PreparedBatch,
-    config: TrainConfig,
-    processes: DistributedContext,
-    *,
-    number: int,
-    **of_loss: nn.Parameter | None,
-) -> StepResult:
-    """A step with its update, of a run in one process that leaves nothing.
-
-    ``of_loss`` is what the loss has besides the model, such as a temperature. A loss or gradient
-    that is not finite is a FloatingPointError.
-    """
-    batch, texts = prepared
-    try:
-        result = contrastive_step(
-            model,
-            batch,
-            texts,
-            stage.settings,
-            processes,
-            seed=derive_seed(config.seed, "dropout", stage.config.name, number),
-            **of_loss,
-        )
-    except torch.OutOfMemoryError as error:
-        raise TrainingError(
-            "a step does not fit into memory",
-            where=stage.config.name,
-            hint="Lower memory_gb, pack_tokens or batch_size",
-        ) from error
-    # Waits for the device.
-    norm = processes.clip_gradients(stage.trained.values(), config.optimizer.max_grad_norm)
-    if not math.isfinite(norm):
-        raise FloatingPointError(norm)
-    stage.optimizer.step()
-    stage.optimizer.zero_grad()
-    return result
-
-
 def schedule(step: int, *, steps: int, warmup_steps: int, kind: ScheduleKind = "linear") -> float:
     """Share of the peak rate at an update, from 0: a linear rise, then a fall by ``kind``."""
     warmup_steps = min(warmup_steps, steps)
@@ -291,7 +256,6 @@ def build_optimizer(
     if config.kind == "adamw":
         fused = devices <= _FUSED_DEVICES and all(p.is_floating_point() for p in trained.values())
         return torch.optim.AdamW(groups, betas=betas, fused=fused)
-    made: torch.optim.Optimizer
     if config.kind == "adamw_8bit" and (unfit := sorted(devices - _EIGHT_BIT_DEVICES)):
         raise ConfigError(
             f"adamw_8bit cannot run on {unfit[0]}",
@@ -303,7 +267,7 @@ def build_optimizer(
         if config.kind == "adamw_8bit":
             from bitsandbytes.optim import AdamW8bit
 
-            made = AdamW8bit(groups, betas=betas)
+            made: torch.optim.Optimizer = AdamW8bit(groups, betas=betas)
         else:
             from schedulefree import AdamWScheduleFree
 
@@ -330,19 +294,107 @@ def averaged_weights(optimizer: Any) -> None:
         optimizer.eval()
 
 
-@contextmanager
-def evaluation_weights(optimizer: Any) -> Iterator[None]:
-    """Evaluate or save inside; after it the parameters are back, bit for bit."""
-    if not hasattr(optimizer, "eval"):
-        yield
-        return
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    kept = [parameter.detach().clone() for parameter in parameters]
-    optimizer.eval()
-    try:
-        yield
-    finally:
-        optimizer.train()
-        with torch.no_grad():
-            for parameter, value in zip(parameters, kept, strict=True):
-                parameter.copy_(value)
+# --- Learning rates -------------------------------------------------------------------------------
+
+
+def backbone_elements(model: NVEmbed) -> int:
+    """Number of the backbone's weights, without those of adapters."""
+    return sum(
+        # Of 4 bits two lie in a byte.
+        parameter.numel() * (2 if parameter.dtype is torch.uint8 else 1)
+        for name, parameter in model.backbone.named_parameters()
+        if "lora_" not in name
+    )
+
+
+def with_fitting_rates(config: TrainConfig, model: NVEmbed) -> tuple[TrainConfig, str | None]:
+    """Give the stages without a learning rate one that fits; and a line that says so."""
+    first, *later = config.stages
+    if all(stage.learning_rate is not None for stage in config.stages):
+        return config, None
+    count = backbone_elements(model)
+    part: TunedPart = "all" if config.lora is None else "adapters"
+    if config.backbone == "freeze":
+        part = "head"
+    rate = first.learning_rate or fitting_rate(count, part)
+    after = float(f"{rate * LATER_SHARE:.1e}")
+    rates = [rate, *(stage.learning_rate or after for stage in later)]
+    named = [
+        f"{shown_rate(rate)} in {stage.name}"
+        for stage, rate in zip(config.stages, rates, strict=True)
+        if stage.learning_rate is None
+    ]
+    what = {"adapters": "LoRA on", "all": "all of", "head": "the head on"}[part]
+    why = f"{what} {count / 1e6:.1f} M parameters"
+    if first.learning_rate is not None:
+        why = f"{LATER_SHARE} of that of {first.name}"
+    line = f"learning rate {', '.join(named)}: {why}; fix with stages.NAME.learning_rate"
+    return with_rates(config, rates), line
+
+
+def with_rates(config: TrainConfig, rates: Sequence[float | None]) -> TrainConfig:
+    """The run with these rates in those of its stages that have none."""
+    given = [*rates, *[None] * len(config.stages)]
+    stages = tuple(
+        stage.model_copy(update={"learning_rate": stage.learning_rate or rate})
+        for stage, rate in zip(config.stages, given, strict=False)
+    )
+    return config.model_copy(update={"stages": stages})
+
+
+def peak_rate(stage: StageConfig) -> float:
+    """The learning rate of a stage of a run that has settled it."""
+    if stage.learning_rate is None:
+        raise ConfigError(
+            "the learning rate is not settled",
+            where=f"stages.{stage.name}.learning_rate",
+            expected="a number",
+        )
+    return stage.learning_rate
+
+
+class LossWatch:
+    """Tells once, some steps after the warm-up, of a loss that has not moved, or has risen.
+
+    A stage that ends before, or goes on in the middle, is not judged.
+    """
+
+    def __init__(self, stage: StageConfig, start: int) -> None:
+        self.stage = stage
+        self.due = None if start else max(stage.warmup_steps, WINDOW) + WINDOW
+        self.losses: list[float] = []
+
+    def after(self, loss: float) -> str | None:
+        """Take the loss of the next step; a line where there is something to tell."""
+        if self.due is None or len(self.losses) == self.due:
+            return None
+        self.losses.append(loss)
+        if len(self.losses) < self.due:
+            return None
+        direction = movement(self.losses)
+        if direction < 0:
+            return None
+        first, last = self.losses[:WINDOW], self.losses[-WINDOW:]
+        what, why = ("has risen", "high") if direction else ("has not moved", "low")
+        means = " → ".join(
+            f"{statistics.fmean(part):.3f} ± {statistics.stdev(part):.3f}" for part in (first, last)
+        )
+        return (
+            f"{self.stage.name}: the loss {what} in {self.due} steps ({means}, {WINDOW} steps "
+            f"each): the learning rate of {shown_rate(peak_rate(self.stage))} may be too {why}; "
+            "nvembed train RECIPE --find-rate tries others"
+        )
+
+
+def movement(losses: Sequence[float]) -> int:
+    """Whether the last losses are below the first (-1), above them (1), or neither (0).
+
+    They differ if their means do by two standard errors, or by a twentieth: what the spread hides
+    is no alarm.
+    """
+    first, last = losses[:WINDOW], losses[-WINDOW:]
+    mean, moved = statistics.fmean(first), statistics.fmean(last) - statistics.fmean(first)
+    error = math.sqrt((statistics.variance(first) + statistics.variance(last)) / WINDOW)
+    if moved < 0:
+        return -1 if -moved > min(2 * error, _LITTLE * abs(mean)) else 0
+    return 1 if moved > max(2 * error, _LITTLE * abs(mean)) else 0

@@ -22,9 +22,9 @@ from nvembed.core.errors import TrainingError
 from nvembed.core.runs import derive_seed
 from nvembed.data.batch import ContrastiveBatch, effective_negatives, needed_texts, select_queries
 from nvembed.model.embedder import NVEmbed
+from nvembed.model.packing import plan_groups, share_packs
 from nvembed.model.packs import embed_pack
-from nvembed.text.packing import plan_groups, share_packs
-from nvembed.text.tokens import TokenizedText
+from nvembed.model.tokens import TokenizedText
 from nvembed.training.contrastive_loss import (
     ContrastiveStatistics,
     Objective,

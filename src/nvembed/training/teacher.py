@@ -1,7 +1,7 @@
 """The teacher of a stage: another model's vectors of all texts that the stage will draw.
 
 The order of a stage is a pure function of its seed, so its texts are known before it begins. Each
-is embedded once, for this run and all others (``encoding/kept_vectors.py``), and read from the
+is embedded once, for this run and all others (``model/kept_vectors.py``), and read from the
 files in the steps; where all are there the teacher is not even loaded.
 """
 
@@ -26,15 +26,14 @@ from nvembed.core.reporting import Rates, progress
 from nvembed.core.runs import derive_seed
 from nvembed.core.store import key_of
 from nvembed.data.batch import GivenText
-from nvembed.encoding.embed import encode_window
-from nvembed.encoding.encoder import Encoder, computed_fingerprint, is_endpoint
-from nvembed.encoding.kept_vectors import KeptVectors, text_keys
 from nvembed.encoding.vector_file import VectorFile
-from nvembed.encoding.workers import Loader
-from nvembed.interop.identity import contents_fingerprint, model_fingerprint
-from nvembed.interop.model_folder import check_model_name
+from nvembed.interop.model_folder import check_model_name, contents_fingerprint, model_fingerprint
 from nvembed.mining.ranking import settled_dtype
+from nvembed.model.bulk import encode_window
 from nvembed.model.embedder import NVEmbed
+from nvembed.model.encoder import Encoder, computed_fingerprint, is_endpoint
+from nvembed.model.kept_vectors import KeptVectors, text_keys
+from nvembed.model.workers import Loader
 from nvembed.training.checkpoint import WEIGHTS, tensor_shapes
 from nvembed.training.distributed import DistributedContext
 from nvembed.training.loss_config import TeacherConfig

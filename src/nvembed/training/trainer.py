@@ -21,17 +21,17 @@ from nvembed.core.arguments import checked
 from nvembed.core.errors import TrainingError
 from nvembed.core.reporting import progress
 from nvembed.core.runs import RunFolder, derive_seed
+from nvembed.data.batch import Mixture
 from nvembed.data.config import MiningConfig
-from nvembed.data.examples import Mixture
-from nvembed.kernels.threads import ThreadWatch, watched_threads
+from nvembed.kernels.machine import ThreadWatch, watched_threads
 from nvembed.training import checkpoint, metrics, model, run_folder, stages, teacher
 from nvembed.training.checkpoint import Position, trained_parameters
 from nvembed.training.config import TrainConfig, training_inputs
 from nvembed.training.contrastive_loss import bounded, new_temperature
 from nvembed.training.distributed import DistributedContext, dead_peer_is_an_error, shard_backbone
-from nvembed.training.learning_rate import LossWatch, peak_rate
 from nvembed.training.loss_config import TeacherConfig
 from nvembed.training.stage_mining import mine_mixture
+from nvembed.training.stages import LossWatch, peak_rate
 from nvembed.training.step import StepResult, contrastive_step
 
 
@@ -197,7 +197,7 @@ class _Run:
             self._prepare(loader, config.teacher)
         if not going_on:
             self.log_temperature = new_temperature(config, self.processes.device)
-            if self.projection is None:
+            if self.projection is None and loader.teacher is not None:
                 self.projection = teacher.new_projection(
                     loader.teacher, self.embedder, seed=self.config.seed, stage=number
                 )

@@ -31,9 +31,7 @@ def begin(run: Run, precision: str) -> None:
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     answers: list[str] = []
-    monkeypatch.setattr(
-        "nvembed.kernels.precision.fastest_precision", lambda device: answers.pop(0)
-    )
+    monkeypatch.setattr("nvembed.kernels.machine.fastest_precision", lambda device: answers.pop(0))
     return answers
 
 

@@ -167,7 +167,7 @@ def test_operations_are_those_that_torch_counts(small, monkeypatch: pytest.Monke
     from nvembed.kernels import attention as kernels
     from nvembed.kernels.layers import accelerate, restore
     from nvembed.model.packs import embed_pack
-    from nvembed.text.tokens import TokenizedText
+    from nvembed.model.tokens import TokenizedText
 
     monkeypatch.setattr(kernels, "supports_bfloat16", lambda *_: False)  # torch cannot see it
     lengths = [24, 24, 9]

@@ -103,9 +103,9 @@ def test_the_template_is_tried_in_a_copy(tmp_path: Path) -> None:
     """From the command to the table; the tree is left as it was."""
     before = {path: path.stat().st_mtime_ns for path in (ROOT / "src").rglob("*.py")}
     command = [sys.executable, ROOT / "benchmarks" / "mutation.py", "--minutes", "5"]
-    command += ["--modules", "text/instructions.py", "--output", tmp_path / "report.md"]
+    command += ["--modules", "data/instructions.py", "--output", tmp_path / "report.md"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("| text/instructions.py | ")
-    assert "| text/instructions.py | " in (tmp_path / "report.md").read_text()
+    assert done.stdout.startswith("| data/instructions.py | ")
+    assert "| data/instructions.py | " in (tmp_path / "report.md").read_text()
     assert before == {path: path.stat().st_mtime_ns for path in (ROOT / "src").rglob("*.py")}

@@ -492,7 +492,7 @@ def test_all_sets_of_a_build_are_mined_in_one_type(
     mine = {"teacher": str(tiny_decoder_dir), "num_negatives": 2, "strategy": "top_k"}
     recipe = write_inputs(tmp_path, mine=mine)
     measured = ["float32"]
-    monkeypatch.setattr("nvembed.kernels.precision.fastest_precision", lambda device: measured[-1])
+    monkeypatch.setattr("nvembed.kernels.machine.fastest_precision", lambda device: measured[-1])
     mined, calls = set_build.mined, []
 
     def stopped(dataset: Any, *arguments: Any, **options: Any) -> Any:

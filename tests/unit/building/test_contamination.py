@@ -15,8 +15,8 @@ from nvembed.building.contamination import (
     Match,
     ShingleIndex,
 )
+from nvembed.data.bm25 import BM25
 from nvembed.data.records import LabelRecord, PairRecord, StsRecord
-from nvembed.encoding.bm25 import BM25
 from oracles.cleaning import best_pair, best_single, bm25_share, plain_jaccard
 
 ITEMS = [

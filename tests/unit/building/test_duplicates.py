@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from nvembed.building.contamination import NearDuplicates, lsh_shape
 from nvembed.core.errors import UserError
-from nvembed.text.similarity import jaccard, shingles
+from nvembed.data.similarity import jaccard, shingles
 from oracles.cleaning import plain_jaccard
 
 texts_of_few_words = st.lists(st.sampled_from("abcdef"), min_size=1, max_size=12).map(" ".join)

@@ -27,7 +27,7 @@ from nvembed.cli import main
 from nvembed.core.files import atomic_folder, write_jsonl, write_text
 from nvembed.core.ownership import MARK, problem_of
 from nvembed.encoding import files as inference_files
-from nvembed.encoding import workers
+from nvembed.model import workers
 from pydocs.__main__ import program as demo
 from task_folders import write_task
 
@@ -215,14 +215,14 @@ UNMARKED = {
     "core/cache.py": {"rmtree", "write_text"},
     "examples/pydocs/harvest.py": {"write_jsonl", "unlink"},
     "encoding/file_search.py": {"write_array"},
-    "kernels/precision.py": {"write_json"},
+    "kernels/machine.py": {"write_json"},
     "kernels/build.py": {"atomic_path", "write_text"},
     # In a working folder, under such a hash.
     "building/hard_negatives.py": {"write_jsonl"},
     "building/set_build.py": {"rmdir", "atomic_folder", "write_json"},
-    "encoding/embed.py": {"write_array", "write_arrays"},
+    "model/bulk.py": {"write_array", "write_arrays"},
     "mining/ranking.py": {"write_array"},
-    "encoding/kept_vectors.py": {"write_array"},
+    "model/kept_vectors.py": {"write_array"},
     "core/store.py": {"atomic_path", "open", "save", "savez", "write_json"},
     # In a folder or file that is being made, by the block around it.
     "training/ablation/report.py": {"write_bytes"},

@@ -21,7 +21,7 @@ from nvembed.encoding.compression.pruning import (
     layers_to_leave_out,
     leave_out_layers,
 )
-from nvembed.text.packing import flatten
+from nvembed.model.packing import flatten
 from oracles import compression as oracle
 
 TEXTS = ["a cat", "another text on the moon", "x", "the answer is in the words " * 3, "y y", "zyx"]

@@ -12,9 +12,9 @@ from pydantic import ValidationError
 
 from nvembed.core.errors import DataError
 from nvembed.core.files import write_jsonl
+from nvembed.data.batch import Mixture, tempered_weights
 from nvembed.data.config import DatasetConfig
-from nvembed.data.drawing import tempered_weights
-from nvembed.data.examples import Example, Mixture, make_source
+from nvembed.data.examples import Example, make_source
 from nvembed.data.loading import load_mixture, load_source
 from nvembed.data.records import PairRecord
 

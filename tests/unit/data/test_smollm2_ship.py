@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from nvembed.interop.identity import ADAPTER, BACKBONE_CONFIG
+from nvembed.interop.model_folder import ADAPTER, BACKBONE_CONFIG
 from nvembed.model.backbone import add_lora
 from nvembed.model.embedder import NVEmbed
 from nvembed.model.settings import LoraSettings

@@ -25,8 +25,8 @@ from nvembed.encoding.doctor.examine import (
     examine_model,
     print_diagnosis,
 )
-from nvembed.encoding.encoder import SentenceTransformerEncoder, load_encoder
 from nvembed.model.embedder import NVEmbed
+from nvembed.model.encoder import SentenceTransformerEncoder, load_encoder
 from nvembed.model.memory import weight_bytes
 from nvembed.model.packs import CPU_PACK_TOKENS
 
@@ -127,13 +127,13 @@ def test_a_missing_eos_is_a_problem(tiny_decoder_dir: Path) -> None:
 
 
 def test_pooling_the_instruction_is_a_problem(tiny_decoder_dir: Path, monkeypatch) -> None:
-    monkeypatch.setattr("nvembed.text.tokens._text_start", lambda offsets, length: 3)
+    monkeypatch.setattr("nvembed.model.tokens._text_start", lambda offsets, length: 3)
     diagnosis = examine(load(tiny_decoder_dir), "tiny", OPTIONS)
     assert problems(diagnosis) == {"pooled tokens"}
     wrong = len("Instruct: Find it\nQuery: ") - 3
     assert found(diagnosis, "pooled tokens").message.startswith(f"{wrong} tokens of the instr")
     # Nothing of the text pooled: the mask starts at the EOS.
-    monkeypatch.setattr("nvembed.text.tokens._text_start", lambda offsets, length: len(offsets))
+    monkeypatch.setattr("nvembed.model.tokens._text_start", lambda offsets, length: len(offsets))
     subject = Subject(load(tiny_decoder_dir), "Instruct: x\nQuery: ", "a", "b")
     assert check(subject, "pooled tokens").message == "no token of the text is pooled"
 

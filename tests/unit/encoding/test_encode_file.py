@@ -21,9 +21,11 @@ from nvembed.cli.main import run
 from nvembed.core.errors import ConfigError, DataError, ModelError, UserError
 from nvembed.core.files import write_jsonl
 from nvembed.core.ownership import MARK
-from nvembed.encoding import embed, files, workers
+from nvembed.encoding import files
 from nvembed.encoding.files import encode_file
 from nvembed.encoding.outputs import OutputFormat
+from nvembed.model import bulk as embed
+from nvembed.model import workers
 from nvembed.model.embedder import NVEmbed
 from nvembed.model.settings import LongTexts
 
@@ -258,7 +260,7 @@ def test_a_machine_that_measures_otherwise_after_a_kill_does_not_mix_types(
         wanted[dtype] = np.load(done.output)
     assert not np.array_equal(wanted["float32"], wanted["bfloat16"])
     measured = ["float32"]
-    monkeypatch.setattr("nvembed.kernels.precision.fastest_precision", lambda device: measured[-1])
+    monkeypatch.setattr("nvembed.kernels.machine.fastest_precision", lambda device: measured[-1])
     save, saved = embed.save_part, []
 
     def dying(path: Path, part: embed.Part) -> None:
@@ -289,7 +291,7 @@ def test_parts_of_other_kernels_are_not_taken(
 ) -> None:
     named = []
     for kernels in (["onednn"], ["onednn"], ["onednn", "attention"], []):
-        monkeypatch.setattr("nvembed.kernels.precision.kernels", lambda kernels=kernels: kernels)
+        monkeypatch.setattr("nvembed.kernels.machine.kernels", lambda kernels=kernels: kernels)
         named.append(files.computed_fingerprint(str(tiny_decoder_dir), "float32"))
     assert named[0] == named[1]
     assert len(set(named)) == 3
@@ -300,7 +302,7 @@ def test_all_workers_are_given_the_settled_type(
     engine: Any, tmp_path: Path, tiny_decoder_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_jsonl(tmp_path / "in.jsonl", [{"text": "one"}])
-    monkeypatch.setattr("nvembed.kernels.precision.fastest_precision", lambda device: "bfloat16")
+    monkeypatch.setattr("nvembed.kernels.machine.fastest_precision", lambda device: "bfloat16")
     given = []
 
     @contextmanager
@@ -317,7 +319,7 @@ def test_all_workers_are_given_the_settled_type(
 
     monkeypatch.setattr(embed, "process_pool", pool)
     monkeypatch.setattr(embed, "ray_pool", pool)
-    monkeypatch.setattr("nvembed.encoding.workers.settle_by_ray", lambda dtype: "float32")
+    monkeypatch.setattr("nvembed.model.workers.settle_by_ray", lambda dtype: "float32")
     encode_file(
         str(tiny_decoder_dir),
         tmp_path / "in.jsonl",
@@ -337,7 +339,7 @@ def test_the_command_says_in_one_line_what_it_computes_in(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     write_jsonl(tmp_path / "in.jsonl", [{"text": "one"}])
-    monkeypatch.setattr("nvembed.kernels.precision.fastest_precision", lambda device: "float32")
+    monkeypatch.setattr("nvembed.kernels.machine.fastest_precision", lambda device: "float32")
     words = ["encode", str(tiny_decoder_dir), "--input", str(tmp_path / "in.jsonl")]
     assert run([*words, "--output", str(tmp_path / "out.npy")]) == 0
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "computing in" in line]

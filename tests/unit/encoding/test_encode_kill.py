@@ -11,9 +11,11 @@ from faults import Fault, in_child
 from hash_encoder import HashEncoder
 from nvembed.core.files import write_jsonl
 from nvembed.core.ownership import MARK
-from nvembed.encoding import embed, files, workers
+from nvembed.encoding import files
 from nvembed.encoding.files import encode_file
 from nvembed.encoding.outputs import OutputFormat
+from nvembed.model import bulk as embed
+from nvembed.model import workers
 
 
 @pytest.fixture

@@ -14,11 +14,11 @@ from transformers import AutoTokenizer
 from families import make_family
 from nvembed.cli.main import run
 from nvembed.core.errors import ModelError
-from nvembed.encoding.encoder import OnnxEncoder, load_encoder, padded_inputs
 from nvembed.encoding.export import onnx as export_onnx
 from nvembed.encoding.export.folders import export_folder
 from nvembed.encoding.export.onnx import write_onnx
 from nvembed.model.embedder import NVEmbed
+from nvembed.model.encoder import OnnxEncoder, load_encoder, padded_inputs
 from official_folders import write_official
 
 onnxruntime = pytest.importorskip("onnxruntime")

@@ -164,7 +164,7 @@ def test_vectors_of_another_type_are_not_taken_from_the_cache(
     monkeypatch.setattr(search, "load_encoder", noted)
 
     def scores(measured: str, dtype: str = "auto") -> list[float]:
-        monkeypatch.setattr("nvembed.kernels.precision.fastest_precision", lambda device: measured)
+        monkeypatch.setattr("nvembed.kernels.machine.fastest_precision", lambda device: measured)
         model = str(tiny_decoder_dir)
         found = search_file(
             model, documents, "sort", task=None, top_k=4, dtype=dtype, cache=tmp_path / "cache"

@@ -12,9 +12,9 @@ from nvembed.cli.main import run
 from nvembed.core.errors import ConfigError
 from nvembed.core.files import write_jsonl
 from nvembed.core.ownership import MARK
-from nvembed.encoding import embed
 from nvembed.encoding.files import encode_file
 from nvembed.encoding.outputs import OutputFormat, OutputPrecision
+from nvembed.model import bulk as embed
 
 # Enough words that no vector loses everything when it is cut.
 TEXTS = [" ".join(f"word{i * j % 97}" for j in range(1, 41)) for i in range(1, 51)]

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nvembed.encoding.bm25 import BM25
+from nvembed.data.bm25 import BM25
 from nvembed.evaluation.local_scores import score_bm25
 from nvembed.evaluation.metrics import ranking_values
 from nvembed.evaluation.task_files import RetrievalData
@@ -86,7 +86,7 @@ def test_no_words_at_all() -> None:
 def test_blocks_give_the_same_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
     documents, queries = _texts(40, 10, 1), _texts(23, 5, 2)
     whole = BM25(documents).top_k(queries, 7)
-    monkeypatch.setattr("nvembed.encoding.bm25._BLOCK_CELLS", 100)
+    monkeypatch.setattr("nvembed.data.bm25._BLOCK_CELLS", 100)
     blocks = BM25(documents).top_k(queries, 7)
     assert np.array_equal(whole[0], blocks[0])
     assert np.array_equal(whole[1], blocks[1])

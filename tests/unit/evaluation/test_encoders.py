@@ -17,11 +17,11 @@ import pytest
 from hash_encoder import HashEncoder
 from noting import Counting
 from nvembed.core.errors import DataError, ModelError, UserError
-from nvembed.encoding.encoder import load_encoder
 from nvembed.evaluation import encoders as module
 from nvembed.evaluation.encoders import CachedEncoder, shared_encoder, shares
 from nvembed.evaluation.session import Settings, run_session
 from nvembed.evaluation.tasks import load_tasks
+from nvembed.model.encoder import load_encoder
 from task_folders import write_task
 
 # --- vectors on disk ------------------------------------------------------------------------------

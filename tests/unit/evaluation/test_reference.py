@@ -8,13 +8,13 @@ from statistics import mean
 import pytest
 
 from nvembed.core.errors import ConfigError
+from nvembed.data.instructions import all_instructions
 from nvembed.evaluation.reference import (
     instruction_for,
     paper_tables,
     published_model,
     published_scores,
 )
-from nvembed.text.instructions import all_instructions
 
 COUNTS = {
     "Retrieval": 15,

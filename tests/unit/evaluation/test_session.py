@@ -14,7 +14,6 @@ from nvembed.cli.main import run
 from nvembed.core.errors import ConfigError, ModelError, UserError
 from nvembed.core.files import alone_in
 from nvembed.core.ownership import MARK
-from nvembed.encoding.encoder import Encoder
 from nvembed.evaluation import session
 from nvembed.evaluation.results import (
     TaskResult,
@@ -25,13 +24,14 @@ from nvembed.evaluation.results import (
 )
 from nvembed.evaluation.session import Engine, Settings, TaskOutcome, run_session
 from nvembed.evaluation.tasks import LocalTask, load_tasks
+from nvembed.model.encoder import Encoder
 from task_folders import rows_of, write_rows, write_task
 
 
 @pytest.fixture
 def model(monkeypatch: pytest.MonkeyPatch) -> Counting:
     encoder = Counting()
-    monkeypatch.setattr("nvembed.encoding.encoder.load_encoder", lambda name, dtype: encoder)
+    monkeypatch.setattr("nvembed.model.encoder.load_encoder", lambda name, dtype: encoder)
     return encoder
 
 
@@ -184,7 +184,7 @@ def test_starting_over_leaves_nothing_of_other_tasks(
 
     written = output.read_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr("nvembed.encoding.encoder.load_encoder", out_of_memory)
+        patch.setattr("nvembed.model.encoder.load_encoder", out_of_memory)
         with pytest.raises(ModelError):
             run_session(settings, load_tasks([tasks]), resume=False)
     assert output.read_bytes() == written
@@ -202,7 +202,7 @@ def test_auto_goes_on_with_the_number_type_that_was_measured(
     tasks: Path, tmp_path: Path, model: Counting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def evaluate(task: str, measured: str, *options: str) -> tuple[int, str]:
-        monkeypatch.setattr("nvembed.kernels.precision.fastest_precision", lambda device: measured)
+        monkeypatch.setattr("nvembed.kernels.machine.fastest_precision", lambda device: measured)
         output = tmp_path / "results.json"
         words = ["evaluate", "m", "--tasks", str(tasks / task), "--output", str(output)]
         code = run([*words, *options])
@@ -242,7 +242,7 @@ def test_other_results_are_not_mixed(
     with pytest.raises(ConfigError, match=r"with the revision .*not 'c0ffee'"):
         run_session(Settings("m", output), load_tasks([tasks]))
     monkeypatch.undo()
-    monkeypatch.setattr("nvembed.encoding.encoder.load_encoder", lambda name, dtype: model)
+    monkeypatch.setattr("nvembed.model.encoder.load_encoder", lambda name, dtype: model)
     write_task(tasks / "similar", "STS", instruction="Something else")
     with pytest.raises(ConfigError, match=r"instruction of similar 'Find what fits', not 'Some"):
         run_session(Settings("m", output), load_tasks([tasks]))
@@ -364,8 +364,8 @@ def test_the_command_does_what_it_can_and_says_the_rest(
 def test_instructions_by_source() -> None:
     import mteb
 
+    from nvembed.data.instructions import task_instruction
     from nvembed.evaluation.hub import hub_instruction
-    from nvembed.text.instructions import task_instruction
 
     metadata = mteb.get_task("ArguAna").metadata
     assert hub_instruction(metadata, "paper") == task_instruction("ArguAna").instruction

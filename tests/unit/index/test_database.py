@@ -16,11 +16,11 @@ from hash_encoder import HashEncoder
 from nvembed.core.errors import ConfigError, DataError, ModelError
 from nvembed.core.files import write_jsonl
 from nvembed.core.ownership import mark_growing
-from nvembed.encoding.encoder import load_encoder
 from nvembed.index import search
 from nvembed.index.build import IndexOptions, index_documents
 from nvembed.index.database import Database, DatabaseRecord, writing
 from nvembed.index.search import SearchOptions, find, map_of, recorded_encoder, search_database
+from nvembed.model.encoder import load_encoder
 from oracles.index import fuse, nearest
 
 WORDS = ["red", "green", "blue", "tree", "moon", "river", "stone", "bread", "sail", "lamp"]
@@ -390,7 +390,7 @@ def test_all_documents_of_a_database_are_of_one_type(tmp_path, tiny_decoder_dir,
     )
 
     def index(text, measured, dtype="auto"):
-        monkeypatch.setattr("nvembed.kernels.precision.fastest_precision", lambda device: measured)
+        monkeypatch.setattr("nvembed.kernels.machine.fastest_precision", lambda device: measured)
         write_jsonl(tmp_path / "docs.jsonl", [{"id": text, "text": text}])
         return index_documents(
             tmp_path / "db", [tmp_path / "docs.jsonl"], model=str(tiny_decoder_dir), dtype=dtype

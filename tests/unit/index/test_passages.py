@@ -13,12 +13,12 @@ from hash_encoder import HashEncoder
 from nvembed import NVEmbed
 from nvembed.core.errors import ConfigError, DataError, UserError
 from nvembed.core.files import write_jsonl
-from nvembed.encoding.encoder import load_encoder, reading_limit
 from nvembed.index import build, documents
 from nvembed.index.build import IndexOptions, index_documents
 from nvembed.index.database import Database
 from nvembed.index.passages import place_of
 from nvembed.index.search import SearchOptions, search_database
+from nvembed.model.encoder import load_encoder, reading_limit
 
 
 class Counting(HashEncoder):

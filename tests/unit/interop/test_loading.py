@@ -17,11 +17,11 @@ from torch import Tensor
 from transformers import AutoModel, BertConfig, BertForMaskedLM, BertForSequenceClassification
 
 from nvembed.core.errors import ModelError
-from nvembed.encoding.encoder import load_encoder
 from nvembed.interop.weights import shared_prefixes
 from nvembed.mining.ranking import load_cross_encoder
 from nvembed.model.backbone import Backbone, add_lora, save_adapter
 from nvembed.model.embedder import NVEmbed
+from nvembed.model.encoder import load_encoder
 from nvembed.model.settings import LoraSettings
 
 TEXTS = ["one", "two words", "rather a longer text, with commas"]

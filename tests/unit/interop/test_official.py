@@ -20,14 +20,14 @@ from sentence_transformers import SentenceTransformer
 
 from nvembed.cli.main import run
 from nvembed.core.errors import ConfigError, ModelError
-from nvembed.encoding.encoder import load_encoder
+from nvembed.data.instructions import task_instruction
 from nvembed.encoding.export.folders import export_folder
-from nvembed.interop import model_folder as source
+from nvembed.interop import hub as source
 from nvembed.interop.official import NAMES, official_name, read_config
 from nvembed.model.embedder import NVEmbed
+from nvembed.model.encoder import load_encoder
 from nvembed.model.official_load import empty_modules, official_shapes
 from nvembed.model.pooling import LatentAttentionPooling
-from nvembed.text.instructions import task_instruction
 from official_folders import FULL, official_config, official_tensors, write_official
 from oracles.golden import load_official
 

@@ -11,7 +11,7 @@ import torch
 
 from nvembed.kernels.layers import compile_elementwise
 from nvembed.model.embedder import NVEmbed
-from nvembed.text.packing import flatten
+from nvembed.model.packing import flatten
 
 
 @pytest.mark.slow

@@ -15,8 +15,8 @@ from nvembed.kernels.layers import accelerate, restore
 from nvembed.kernels.trained import fused_lora
 from nvembed.model.backbone import add_lora, hold_frozen, merge_lora
 from nvembed.model.embedder import NVEmbed
+from nvembed.model.packing import flatten
 from nvembed.model.settings import LoraSettings
-from nvembed.text.packing import flatten
 
 
 def layer(*, bias: bool, dropout: float, dtype: torch.dtype = torch.float32) -> LoraLinear:

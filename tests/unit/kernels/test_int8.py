@@ -13,13 +13,13 @@ from torch import nn
 
 from nvembed.core.errors import ModelError
 from nvembed.core.files import write_jsonl
-from nvembed.encoding.encoder import load_encoder
 from nvembed.encoding.export.stock import write_stock
 from nvembed.encoding.files import encode_file
 from nvembed.kernels import int8
 from nvembed.kernels.int8 import Int8Linear, rows_to_int8
 from nvembed.kernels.layers import _runs, available, restore
 from nvembed.model.embedder import NVEmbed
+from nvembed.model.encoder import load_encoder
 from nvembed.model.quantization import quantize_backbone
 
 DTYPES = [torch.float32, torch.bfloat16]

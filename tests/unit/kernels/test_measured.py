@@ -16,8 +16,8 @@ import torch
 
 from nvembed.core import cache
 from nvembed.kernels import build as cpu
-from nvembed.kernels import precision
-from nvembed.kernels.precision import KEPT, kept_gain, measured_gain
+from nvembed.kernels import machine as precision
+from nvembed.kernels.machine import KEPT, kept_gain, measured_gain
 
 
 @pytest.fixture(autouse=True)

@@ -24,7 +24,7 @@ from nvembed.kernels.attention import supports_float32
 from nvembed.kernels.build import read_cpu
 from nvembed.model import attention
 from nvembed.model.attention import flat_attention
-from nvembed.text.packing import Segments
+from nvembed.model.packing import Segments
 from oracles.attention import attend
 
 try:

@@ -15,7 +15,7 @@ from nvembed.kernels.attention import (
     supports_bfloat16,
 )
 from nvembed.model.attention import flat_attention
-from nvembed.text.packing import Segments
+from nvembed.model.packing import Segments
 from oracles.attention import attend
 
 if not bfloat16_available():

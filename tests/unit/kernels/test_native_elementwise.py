@@ -20,7 +20,7 @@ from nvembed.kernels.functions import fits
 from nvembed.kernels.layers import accelerate
 from nvembed.kernels.trained import trained_gate, trained_norm
 from nvembed.model.attention import FLAT_ATTENTION
-from nvembed.text.packing import Segments
+from nvembed.model.packing import Segments
 
 try:
     native_build._compiler()

@@ -14,7 +14,7 @@ from nvembed.kernels.functions import gated as gated_by
 from nvembed.kernels.functions import rotate
 from nvembed.kernels.layers import accelerate
 from nvembed.model.attention import FLAT_ATTENTION
-from nvembed.text.packing import Segments
+from nvembed.model.packing import Segments
 
 LENGTHS = (17, 9, 9, 1)
 SIZES: dict[str, Any] = {

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from nvembed.kernels import functions as products
-from nvembed.kernels import precision
+from nvembed.kernels import machine as precision
 from nvembed.kernels.build import read_cpu
 
 AMD = ["vendor_id : AuthenticAMD", "model name : EPYC", "flags : fpu avx512f avx512_bf16"]

@@ -11,9 +11,8 @@ import pytest
 import torch
 
 from nvembed.core import reporting
-from nvembed.encoding.embed import EncodeOptions, Job, embed
-from nvembed.kernels import threads
-from nvembed.kernels.threads import (
+from nvembed.kernels import machine as threads
+from nvembed.kernels.machine import (
     PATIENCE,
     WINDOW,
     Reading,
@@ -23,6 +22,7 @@ from nvembed.kernels.threads import (
     room,
     watched_threads,
 )
+from nvembed.model.bulk import EncodeOptions, Job, embed
 
 
 @pytest.fixture(autouse=True)

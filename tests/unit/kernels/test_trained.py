@@ -17,8 +17,8 @@ from nvembed.kernels.functions import dropped, softmax_, softmax_backward_
 from nvembed.kernels.layers import accelerate, restore
 from nvembed.model.attention import FLAT_ATTENTION, flat_attention
 from nvembed.model.backbone import add_lora
+from nvembed.model.packing import Segments
 from nvembed.model.settings import LoraSettings
-from nvembed.text.packing import Segments
 from nvembed.training.model import counted_graph
 from oracles.attention import attend
 

@@ -13,9 +13,9 @@ from hash_encoder import HashEncoder
 from nvembed.core.errors import DataError, ModelError
 from nvembed.data.config import MiningConfig
 from nvembed.data.records import PairRecord, StsRecord
+from nvembed.data.similarity import text_key
 from nvembed.mining import run
 from nvembed.mining.miner import mine_negatives
-from nvembed.text.similarity import text_key
 from oracles import mining as oracle
 
 

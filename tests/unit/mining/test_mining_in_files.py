@@ -25,10 +25,10 @@ from nvembed.core.errors import DataError, ModelError, UserError
 from nvembed.core.files import write_jsonl
 from nvembed.core.ownership import MARK
 from nvembed.data.config import MiningConfig
-from nvembed.encoding import workers
 from nvembed.mining import ranking
 from nvembed.mining.corpus import MemoryCorpus, StoredCorpus, nearly_equal, word_overlap, words
 from nvembed.mining.miner import Mining, PairFiles, help_mining, mine_file
+from nvembed.model import workers
 
 WORDS = ["red", "blue", "green", "fox", "owl", "cat", "tree", "lake"]
 WORDS += ["hill", "sun", "moon", "star", "rain", "snow", "wind", "fire"]
@@ -301,7 +301,7 @@ def test_a_run_that_goes_on_keeps_the_type_it_was_begun_with(
     )
     monkeypatch.setattr(ranking, "SHARD_TEXTS", 4)
     measured = ["bfloat16"]
-    monkeypatch.setattr("nvembed.kernels.precision.fastest_precision", lambda device: measured[-1])
+    monkeypatch.setattr("nvembed.kernels.machine.fastest_precision", lambda device: measured[-1])
     asked, limit = encoder._encode, [2]
 
     def dying(texts: Sequence[str], task: str | None) -> NDArray[np.float32]:
@@ -328,12 +328,12 @@ def test_a_run_that_goes_on_keeps_the_type_it_was_begun_with(
 def test_vectors_of_other_kernels_are_not_taken(
     encoder: NotedEncoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nvembed.kernels.precision.kernels", lambda: ["onednn"])
+    monkeypatch.setattr("nvembed.kernels.machine.kernels", lambda: ["onednn"])
     _mine(work=Path("work"))
     before = len(encoder.asked())
     _mine(work=Path("work"))
     assert len(encoder.asked()) == before
-    monkeypatch.setattr("nvembed.kernels.precision.kernels", list)
+    monkeypatch.setattr("nvembed.kernels.machine.kernels", list)
     _mine(work=Path("work"))
     assert len(encoder.asked()) == 2 * before
 
@@ -358,7 +358,7 @@ def test_a_cluster_settles_on_what_its_workers_are_fastest_in(
             return answer[1]
 
     monkeypatch.setattr(workers, "join_cluster", lambda: (Ray(), "GPU", 2))
-    monkeypatch.setattr("nvembed.kernels.precision.fastest_precision", lambda device: "float32")
+    monkeypatch.setattr("nvembed.kernels.machine.fastest_precision", lambda device: "float32")
     assert workers.settle_by_ray("auto") == "bfloat16"
     assert asked == {"num_gpus": 1}
     assert workers.settle_by_ray("float32") == "float32"

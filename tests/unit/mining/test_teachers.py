@@ -18,9 +18,9 @@ from nvembed.core.ownership import MARK
 from nvembed.data.config import MiningConfig
 from nvembed.data.loading import read_records
 from nvembed.data.records import PairRecord
-from nvembed.encoding import workers
 from nvembed.mining import ranking
 from nvembed.mining.miner import mine_file, mine_negatives
+from nvembed.model import workers
 from oracles import bm25 as bm25_oracle
 
 DOCUMENTS = [

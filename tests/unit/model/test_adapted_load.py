@@ -15,13 +15,13 @@ from torch import nn
 
 from nvembed.core.errors import ModelError
 from nvembed.core.files import write_jsonl
-from nvembed.interop.identity import (
+from nvembed.interop.merging import Mix, merge_folders
+from nvembed.interop.model_folder import (
     ADAPTER,
     BACKBONE_CONFIG,
     contents_fingerprint,
     model_fingerprint,
 )
-from nvembed.interop.merging import Mix, merge_folders
 from nvembed.model.backbone import add_lora
 from nvembed.model.embedder import NVEmbed
 from nvembed.model.settings import LoraSettings

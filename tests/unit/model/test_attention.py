@@ -15,7 +15,7 @@ from nvembed.core.errors import ModelError
 from nvembed.kernels import attention as kernels
 from nvembed.model import attention
 from nvembed.model.attention import block_attention, flat_attention, short_tokens
-from nvembed.text.packing import Segments
+from nvembed.model.packing import Segments
 from oracles.attention import attend
 
 HEADS, KEY_HEADS, WIDTH = 4, 2, 8

@@ -14,7 +14,7 @@ from nvembed.core.errors import DataError, ModelError
 from nvembed.model import encoding, packs
 from nvembed.model.embedder import NVEmbed
 from nvembed.model.settings import LongTexts
-from nvembed.text.tokens import TokenizedText
+from nvembed.model.tokens import TokenizedText
 
 TEXTS = [f"text number {i} " + "and more " * (i % 7) for i in range(40)]
 LONG = "The quick brown fox jumps over the lazy dog, twice. " * 8  # 416 tokens

@@ -11,7 +11,7 @@ from families import DECODERS, FAMILIES, make_family
 from nvembed.core.errors import ModelError
 from nvembed.model.attention import FLAT_ATTENTION
 from nvembed.model.backbone import Backbone, prove_direction
-from nvembed.text.packing import flatten
+from nvembed.model.packing import flatten
 from oracles.padded import padded_hidden
 
 TEXTS = ["a", "short text", "a text that is much longer than any sliding window here", "same len.."]

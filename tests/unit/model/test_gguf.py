@@ -20,8 +20,7 @@ from nvembed import NVEmbed
 from nvembed.cli.main import run
 from nvembed.core.errors import ModelError
 from nvembed.interop.gguf import read_gguf
-from nvembed.interop.identity import contents_fingerprint, model_fingerprint
-from nvembed.interop.model_folder import ModelSource
+from nvembed.interop.model_folder import ModelSource, contents_fingerprint, model_fingerprint
 from nvembed.model import transformer_load
 from nvembed.model.backbone import Backbone
 from task_folders import write_task

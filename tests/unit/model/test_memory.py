@@ -16,7 +16,7 @@ from nvembed.model.embedder import NVEmbed
 from nvembed.model.memory import Shape, activation_bytes, folded_elements, forecast, weight_bytes
 from nvembed.model.packs import embed_pack
 from nvembed.model.pooling import build_pooling
-from nvembed.text.tokens import TokenizedText
+from nvembed.model.tokens import TokenizedText
 
 
 class PeakBytes(TorchDispatchMode):

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from nvembed.core.errors import ModelError
+from nvembed.model.packing import flatten
 from nvembed.model.pooling import (
     LatentAttentionPooling,
     SelfAttentionPooling,
     build_pooling,
 )
-from nvembed.text.packing import flatten
-from nvembed.text.tokens import TokenizedText
+from nvembed.model.tokens import TokenizedText
 from oracles.padded import latent_attention, mean
 
 KINDS = ("mean", "last", "latent", "self_attention")

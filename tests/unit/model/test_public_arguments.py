@@ -12,8 +12,8 @@ import torch
 
 from nvembed import NVEmbed, TrainConfig, load_config, train
 from nvembed.core.errors import ConfigError, DataError, ModelError, UserError
-from nvembed.encoding.encoder import load_encoder
 from nvembed.encoding.export.folders import export_folder, export_model
+from nvembed.model.encoder import load_encoder
 from nvembed.model.settings import LongTexts
 
 TEXTS = ["one", "two words"]

@@ -16,7 +16,7 @@ from nvembed.model.backbone import add_lora, recompute_layers
 from nvembed.model.embedder import NVEmbed
 from nvembed.model.packs import embed_pack
 from nvembed.model.settings import LoraSettings
-from nvembed.text.tokens import TokenizedText
+from nvembed.model.tokens import TokenizedText
 from nvembed.training.model import counted_graph
 
 PACK = [TokenizedText(tuple(range(3, 3 + length)), 0) for length in (17, 9, 17, 30)]

@@ -12,11 +12,11 @@ import pytest
 from starlette.testclient import TestClient
 
 from hash_encoder import HashEncoder
-from nvembed.encoding.encoder import unit_rows
+from nvembed.data.instructions import task_instruction
+from nvembed.model.encoder import unit_rows
 from nvembed.serving.engines import EncoderEngine
 from nvembed.serving.middleware import ApiKeys
 from nvembed.serving.server import create_app
-from nvembed.text.instructions import task_instruction
 from serving_fakes import WIDTH, HeldEngine, make_config
 
 ENCODER = HashEncoder(WIDTH)

@@ -17,13 +17,13 @@ from starlette.testclient import TestClient
 
 from hash_encoder import HashEncoder
 from nvembed import NVEmbed
-from nvembed.encoding.encoder import SentenceTransformerEncoder, unit_rows
+from nvembed.data.instructions import task_instruction
+from nvembed.model.encoder import SentenceTransformerEncoder, unit_rows
+from nvembed.model.packing import flatten
 from nvembed.model.packs import embed_pack
+from nvembed.model.tokens import TokenizedText
 from nvembed.serving.engines import EncoderEngine, build_engine
 from nvembed.serving.server import create_app
-from nvembed.text.instructions import task_instruction
-from nvembed.text.packing import flatten
-from nvembed.text.tokens import TokenizedText
 from serving_fakes import make_config
 
 LIMIT = 24

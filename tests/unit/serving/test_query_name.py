@@ -12,7 +12,7 @@ from starlette.testclient import TestClient
 
 from hash_encoder import HashEncoder
 from nvembed import ConfigError, NVEmbed
-from nvembed.encoding.encoder import SentenceTransformerEncoder, set_query_prompt
+from nvembed.model.encoder import SentenceTransformerEncoder, set_query_prompt
 from nvembed.serving.config import ServerConfig
 from nvembed.serving.engines import EncoderEngine
 from nvembed.serving.server import create_app, model_sources

@@ -12,10 +12,10 @@ import nvembed.serving.server as serving_run
 from nvembed.cli.main import run
 from nvembed.core.errors import ConfigError, DataError
 from nvembed.core.http import address_of, bound_socket
+from nvembed.model.tokens import TextTokenizer, TokenizedText
 from nvembed.serving.config import ServerConfig
 from nvembed.serving.engines import EmbedOptions, Item, PackEngine
 from nvembed.serving.middleware import read_keys
-from nvembed.text.tokens import TextTokenizer, TokenizedText
 
 
 def test_keys_file(tmp_path: Path) -> None:

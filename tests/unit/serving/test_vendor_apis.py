@@ -14,7 +14,7 @@ from sentence_transformers.util import quantize_embeddings
 from starlette.testclient import TestClient
 
 from nvembed import NVEmbed
-from nvembed.encoding.encoder import unit_rows
+from nvembed.model.encoder import unit_rows
 from nvembed.model.encoding import quantize
 from nvembed.serving.engines import build_engine
 from nvembed.serving.server import create_app

@@ -6,9 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nvembed.data.examples import Mixture, make_source
+from nvembed.data.batch import Mixture
+from nvembed.data.examples import make_source
 from nvembed.data.records import PairRecord
-from nvembed.text.tokens import TextTokenizer
+from nvembed.model.tokens import TextTokenizer
 from nvembed.training.config import StageConfig
 from nvembed.training.stages import DataLoader, tokenized
 

@@ -14,10 +14,10 @@ from nvembed.cli.main import run
 from nvembed.core.errors import ConfigError, TrainingError, UserError
 from nvembed.core.files import read_jsonl, write_jsonl
 from nvembed.core.runs import derive_seed
-from nvembed.data.examples import Mixture
+from nvembed.data.batch import Mixture
 from nvembed.training import dry_run as dry_run_forecast
-from nvembed.training import dry_run_report as report
-from nvembed.training import stages
+from nvembed.training import forecast as report
+from nvembed.training import trial
 from nvembed.training.config import TrainConfig
 from nvembed.training.dry_run import SeveralError, dry_run
 from nvembed.training.model import graph_bytes_per_token, starting_model
@@ -149,13 +149,13 @@ def test_memory_is_that_of_steps_with_updates(
 ) -> None:
     config = recipe(tmp_path, tiny_decoder_dir, lora=lora)
     stepped, held = [], iter([10**6, 5 * 10**6])
-    step = stages.contrastive_step
+    step = trial.contrastive_step
 
     def noted(model, batch, texts, *arguments, **options):
         stepped.append((model, sum(map(len, texts))))
         return step(model, batch, texts, *arguments, **options)
 
-    monkeypatch.setattr(stages, "contrastive_step", noted)
+    monkeypatch.setattr(trial, "contrastive_step", noted)
     monkeypatch.setattr(dry_run_forecast, "peak_bytes", lambda device: next(held))
     found = dry_run(config, base_dir=tmp_path)
     memory = found.memory
@@ -252,7 +252,7 @@ def test_a_loss_that_is_not_finite(tmp_path: Path, tiny_decoder_dir: Path, monke
     def broken(*arguments, **options):
         raise FloatingPointError(float("nan"))
 
-    monkeypatch.setattr(stages, "contrastive_step", broken)
+    monkeypatch.setattr(trial, "contrastive_step", broken)
     with pytest.raises(TrainingError, match="one: the loss of a step is nan"):
         dry_run(recipe(tmp_path, tiny_decoder_dir), base_dir=tmp_path)
 

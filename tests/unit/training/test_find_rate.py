@@ -16,6 +16,7 @@ from nvembed.core.errors import ConfigError, TrainingError
 from nvembed.core.files import read_jsonl, write_jsonl
 from nvembed.training import find_rate as search
 from nvembed.training import stages
+from nvembed.training import trial as tried
 from nvembed.training.config import TrainConfig
 from nvembed.training.find_rate import RateSearch, Trial, find_rate, lines_of, next_place
 from nvembed.training.trainer import train
@@ -78,14 +79,14 @@ def test_a_teacher_and_mined_negatives_are_part_of_it(
     monkeypatch.setenv("NVEMBED_CACHE", str(tmp_path / "cache"))
     folder = train(recipe(tmp_path, tiny_decoder_dir, 1e-3), base_dir=tmp_path)
     parts: list[dict[str, float]] = []
-    step = stages.trial_step
+    step = tried.TriedStage.step
 
     def noted(*arguments: Any, **options: Any) -> Any:
         result = step(*arguments, **options)
         parts.append(result.to_row()["parts"])
         return result
 
-    monkeypatch.setattr(stages, "trial_step", noted)
+    monkeypatch.setattr(tried.TriedStage, "step", noted)
     monkeypatch.setattr(search, "_AROUND", (0,))
     monkeypatch.setattr(search, "_MOST_RATES", 1)
     (stage,) = recipe(tmp_path, tiny_decoder_dir, 1e-3).stages
@@ -140,7 +141,7 @@ def test_rates_are_tried_until_the_best_is_surrounded() -> None:
 def test_a_rate_that_diverges_is_never_the_best(
     tmp_path: Path, tiny_decoder_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step = stages.contrastive_step
+    step = tried.contrastive_step
     rates: list[float] = []
     original = stages.build_optimizer
 
@@ -154,7 +155,7 @@ def test_a_rate_that_diverges_is_never_the_best(
         return step(*arguments, **options)
 
     monkeypatch.setattr(stages, "build_optimizer", noted)
-    monkeypatch.setattr(stages, "contrastive_step", broken)
+    monkeypatch.setattr(tried, "contrastive_step", broken)
     limit = 1.1e-3
     found = find_rate(recipe(tmp_path, tiny_decoder_dir, 1e-3), base_dir=tmp_path)
     assert [trial.diverged for trial in found.trials if trial.rate > limit] == [True, True]

@@ -21,8 +21,9 @@ from nvembed.model.embedder import NVEmbed
 from nvembed.model.settings import LoraSettings, fitting_rate, shown_rate
 from nvembed.training.config import StageConfig, TrainConfig
 from nvembed.training.dry_run import dry_run
-from nvembed.training.dry_run_report import print_dry_run
-from nvembed.training.learning_rate import (
+from nvembed.training.forecast import print_dry_run
+from nvembed.training.run_folder import prepare_folder
+from nvembed.training.stages import (
     WINDOW,
     LossWatch,
     backbone_elements,
@@ -30,7 +31,6 @@ from nvembed.training.learning_rate import (
     peak_rate,
     with_rates,
 )
-from nvembed.training.run_folder import prepare_folder
 from nvembed.training.trainer import train
 from tiny_run import DATASET, PAIRS
 
@@ -128,7 +128,7 @@ def test_a_run_settles_its_rates_and_keeps_them(
     assert line in said
     assert line in (tmp_path / "run" / "train.log").read_text()
     # A rule that has changed meanwhile changes nothing for a run that goes on.
-    monkeypatch.setattr("nvembed.training.learning_rate.fitting_rate", lambda *_: 1.0)
+    monkeypatch.setattr("nvembed.training.stages.fitting_rate", lambda *_: 1.0)
     train(config, base_dir=tmp_path)
     assert "learning rate" not in capsys.readouterr().out
     rows = [row for _, row in read_jsonl(tmp_path / "run" / "metrics.jsonl")]

@@ -13,10 +13,10 @@ from torch import nn
 from nvembed.core.errors import ConfigError
 from nvembed.training.checkpoint import trained_parameters
 from nvembed.training.config import OptimizerConfig, StageConfig
+from nvembed.training.metrics import evaluation_weights
 from nvembed.training.stages import (
     averaged_weights,
     build_optimizer,
-    evaluation_weights,
     schedule,
     set_learning_rate,
     stage_schedule,

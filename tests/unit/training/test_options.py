@@ -19,7 +19,7 @@ from nvembed.core.errors import ConfigError, TrainingError
 from nvembed.core.files import write_jsonl
 from nvembed.core.runs import RunFolder
 from nvembed.data.batch import ContrastiveBatch
-from nvembed.kernels import threads
+from nvembed.kernels import machine as threads
 from nvembed.model.embedder import NVEmbed
 from nvembed.training import trainer
 from nvembed.training.checkpoint import latest_checkpoint
@@ -371,7 +371,8 @@ def test_threads(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
         return threads.Reading(at, {"one": (at / 2, at)}, 0.0)
 
     # Threads that wait for each other would take minutes on a machine that really is busy.
-    torchs = SimpleNamespace(get_num_threads=lambda: number[-1], set_num_threads=number.append)
+    counted = {"get_num_threads": lambda: number[-1], "set_num_threads": number.append}
+    torchs = SimpleNamespace(**{**vars(torch), **counted})
     monkeypatch.setattr(threads, "torch", torchs)
     monkeypatch.setattr(threads, "read_now", crowded)
     monkeypatch.setattr(threads, "allowed_cpus", lambda: 2.0)

@@ -23,10 +23,10 @@ from nvembed.data.batch import ContrastiveBatch, build_batch
 from nvembed.data.examples import Example
 from nvembed.model.backbone import add_lora
 from nvembed.model.embedder import NVEmbed
+from nvembed.model.packing import share_packs
 from nvembed.model.packs import embed_pack
 from nvembed.model.settings import LoraSettings
-from nvembed.text.packing import share_packs
-from nvembed.text.tokens import TokenizedText
+from nvembed.model.tokens import TokenizedText
 from nvembed.training import distributed as module
 from nvembed.training.contrastive_loss import Objective
 from nvembed.training.distributed import (

@@ -13,7 +13,7 @@ from nvembed.model.encoding import quantize
 from nvembed.training.config import StageConfig
 from nvembed.training.contrastive_loss import Objective, evaluate_objective
 from nvembed.training.loss_config import SpreadConfig, TeacherConfig
-from nvembed.training.views import views_of
+from nvembed.training.text_losses import views_of
 
 TEXTS, WIDTH = 12, 8
 

@@ -15,9 +15,9 @@ from hash_encoder import HashEncoder
 from nvembed.core.errors import ConfigError, DataError
 from nvembed.core.files import write_jsonl
 from nvembed.core.ownership import MARK, problem_of
+from nvembed.data.batch import Mixture, tempered_weights
 from nvembed.data.config import DatasetConfig, MiningConfig
-from nvembed.data.drawing import tempered_weights
-from nvembed.data.examples import Example, Mixture
+from nvembed.data.examples import Example
 from nvembed.data.records import PairRecord, StsRecord
 from nvembed.mining.miner import mine_negatives
 from nvembed.training.config import TrainConfig

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from nvembed.data.batch import ContrastiveBatch, build_batch, effective_negatives
 from nvembed.data.examples import PairSource
 from nvembed.data.records import PairRecord
-from nvembed.text.tokens import TokenizedText
+from nvembed.model.tokens import TokenizedText
 from nvembed.training import step
 from nvembed.training.contrastive_loss import ContrastiveStatistics, Evaluated, Objective, info_nce
 from nvembed.training.distributed import FILLER, DistributedContext

@@ -22,15 +22,15 @@ from nvembed.core.files import write_jsonl
 from nvembed.data.batch import ContrastiveBatch, GivenText, build_batch, given_texts
 from nvembed.data.examples import make_source
 from nvembed.data.records import LabelRecord, PairRecord, TextRecord
-from nvembed.encoding import workers
 from nvembed.encoding.files import encode_file
+from nvembed.model import workers
 from nvembed.model.embedder import NVEmbed
 from nvembed.training.checkpoint import latest_checkpoint
 from nvembed.training.config import TrainConfig
 from nvembed.training.contrastive_loss import Objective, evaluate_objective
 from nvembed.training.distributed import DistributedContext
 from nvembed.training.dry_run import SeveralError, dry_run
-from nvembed.training.dry_run_report import print_dry_run
+from nvembed.training.forecast import print_dry_run
 from nvembed.training.loss_config import TeacherConfig
 from nvembed.training.teacher import Teacher
 from nvembed.training.trainer import train
@@ -465,7 +465,7 @@ def test_an_endpoint_teaches_in_its_own_words(
         vectors = HashEncoder(24, 0.0).encode_document(body["input"]).tolist()
         return {"data": [{"index": n, "embedding": v} for n, v in enumerate(vectors)]}
 
-    monkeypatch.setattr("nvembed.encoding.encoder.post_json", answer)
+    monkeypatch.setattr("nvembed.model.encoder.post_json", answer)
     settings = {"model": "http://teacher/v1", "endpoint_model": "e5", "instructions": False}
     settings |= {"query_prefix": "query: ", "document_prefix": "passage: "}
     train(recipe(tmp_path, tiny_decoder_dir, teacher=settings), base_dir=tmp_path)

@@ -19,7 +19,7 @@ from nvembed.core.files import write_jsonl
 from nvembed.data.batch import ContrastiveBatch, build_batch
 from nvembed.data.examples import Example, make_source
 from nvembed.data.records import PairRecord, StsRecord
-from nvembed.encoding.encoder import load_encoder
+from nvembed.model.encoder import load_encoder
 from nvembed.training.config import StageConfig, TrainConfig
 from nvembed.training.contrastive_loss import Evaluated, Objective, evaluate_objective
 from nvembed.training.loss_config import CosentConfig, SpreadConfig

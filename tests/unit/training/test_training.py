@@ -22,7 +22,7 @@ from nvembed.core.errors import TrainingError
 from nvembed.core.files import alone_in, write_jsonl, write_text
 from nvembed.core.runs import RunFolder
 from nvembed.encoding.export.folders import export_folder
-from nvembed.kernels import precision
+from nvembed.kernels import machine as precision
 from nvembed.model.embedder import NVEmbed
 from nvembed.training import checkpoint, trainer
 from nvembed.training.checkpoint import latest_checkpoint

@@ -31,7 +31,7 @@ from pydantic import (
 from nvembed.core.config import StrictModel
 from nvembed.core.errors import ConfigError
 from nvembed.core.runs import derive_seed
-from nvembed.text.similarity import text_key
+from nvembed.data.similarity import text_key
 
 ExampleKind = Literal["short-long", "long-short", "short-short"]
 EXAMPLE_KINDS: tuple[ExampleKind, ...] = get_args(ExampleKind)

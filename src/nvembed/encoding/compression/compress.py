@@ -25,6 +25,8 @@ from nvembed.core.errors import ConfigError, DataError, ModelError
 from nvembed.core.files import atomic_folder, write_json, write_text
 from nvembed.core.outputs import check_new_folder
 from nvembed.core.reporting import progress
+from nvembed.data.instructions import prompt_instruction, query_prompt, task_prompts
+from nvembed.data.reading import read_documents
 from nvembed.encoding.compression.pruning import (
     Packs,
     channel_lengths,
@@ -41,16 +43,14 @@ from nvembed.encoding.compression.vocabulary import (
     token_counts,
     tokens_to_keep,
 )
-from nvembed.encoding.embed import encode_window
 from nvembed.encoding.export.folders import load_own
-from nvembed.encoding.reading import read_documents
 from nvembed.model.backbone import Backbone
+from nvembed.model.bulk import encode_window
 from nvembed.model.card import CARD, model_card
 from nvembed.model.embedder import NVEmbed
+from nvembed.model.packing import plan_packs
 from nvembed.model.packs import CPU_PACK_TOKENS
 from nvembed.model.pooling import MeanPooling
-from nvembed.text.instructions import prompt_instruction, query_prompt, task_prompts
-from nvembed.text.packing import plan_packs
 
 COMPRESS = "compress"
 RECORD, RECIPE = "compression.json", "recover.yaml"

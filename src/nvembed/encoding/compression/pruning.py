@@ -20,7 +20,7 @@ from nvembed.core.errors import ModelError
 from nvembed.kernels.layers import accelerate, restore
 from nvembed.model.embedder import NVEmbed
 from nvembed.model.packs import embed_pack
-from nvembed.text.tokens import TokenizedText
+from nvembed.model.tokens import TokenizedText
 
 Packs = Sequence[Sequence[TokenizedText]]
 

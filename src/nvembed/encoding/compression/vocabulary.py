@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerFast
 
 from nvembed.core.errors import ConfigError, ModelError
 from nvembed.model.backbone import Backbone
-from nvembed.text.tokens import CHUNK_TEXTS, TextTokenizer, batches, plain_backend
+from nvembed.model.tokens import CHUNK_TEXTS, TextTokenizer, batches, plain_backend
 
 _BYTES = {f"<0x{byte:02X}>" for byte in range(256)}  # that other BPE falls back to
 

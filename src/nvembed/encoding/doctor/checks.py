@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 from sentence_transformers.util import batch_to_device
 from torch import Tensor
 
-from nvembed.encoding.encoder import SentenceTransformerEncoder
-from nvembed.kernels.precision import fastest_precision
+from nvembed.kernels.machine import fastest_precision
 from nvembed.model import memory
 from nvembed.model.attention import probe_direction, probe_pooled
 from nvembed.model.backbone import free_bytes
 from nvembed.model.embedder import NVEmbed
+from nvembed.model.encoder import SentenceTransformerEncoder
 from nvembed.model.pooling import SelfAttentionPooling
 from nvembed.model.settings import TunedPart, fitting_rate, shown_rate
 

@@ -18,6 +18,7 @@ from rich.text import Text
 
 from nvembed.core.errors import ConfigError, ModelError
 from nvembed.core.reporting import byte_size
+from nvembed.data.instructions import resolve_prompt, task_instruction
 from nvembed.encoding.doctor.checks import (
     CHECKS,
     DOCUMENTS,
@@ -29,13 +30,12 @@ from nvembed.encoding.doctor.checks import (
     Subject,
     model_of,
 )
-from nvembed.encoding.encoder import Encoder, load_encoder, prompts_of
 from nvembed.interop.gguf import read_gguf
-from nvembed.interop.gguf_names import find_gguf
+from nvembed.interop.model_folder import find_gguf
 from nvembed.model import memory, packs
 from nvembed.model.attention import short_tokens
 from nvembed.model.embedder import NVEmbed
-from nvembed.text.instructions import resolve_prompt, task_instruction
+from nvembed.model.encoder import Encoder, load_encoder, prompts_of
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,7 @@ from nvembed.model.backbone import Backbone, merge_lora
 from nvembed.model.card import CARD, model_card
 from nvembed.model.embedder import NVEmbed
 from nvembed.model.pooling import LatentAttentionPooling
-from nvembed.text.tokens import TextTokenizer, plain_backend
+from nvembed.model.tokens import TextTokenizer, plain_backend
 
 EXPORT = "export"
 ExportFormat = Literal["nv-embed", "nvembed", "sentence-transformers", "onnx"]

@@ -17,8 +17,8 @@ from nvembed.core.errors import ModelError
 from nvembed.core.reporting import hold_note
 from nvembed.interop.gguf import read_gguf
 from nvembed.model.backbone import Backbone
+from nvembed.model.tokens import plain_backend
 from nvembed.model.transformer_load import load_gguf_tokenizer, split_rules, whole_pieces
-from nvembed.text.tokens import plain_backend
 
 # Names of the format, by how texts are split; of equal ones the first is taken.
 _SPLITS = ("gpt-2", "smollm", "llama-bpe", "qwen2", "tekken", "dbrx", "gpt-4o", "qwen35")

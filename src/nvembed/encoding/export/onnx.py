@@ -23,7 +23,12 @@ from transformers import AttentionInterface
 
 from nvembed.core.errors import ModelError
 from nvembed.core.files import write_json
-from nvembed.encoding.encoder import (
+from nvembed.data.instructions import QUERY_PROMPT
+from nvembed.encoding.export import stock
+from nvembed.interop.model_folder import ONNX_FILE
+from nvembed.model.attention import block_attention
+from nvembed.model.embedder import NVEmbed
+from nvembed.model.encoder import (
     GRAPH_FILE,
     GRAPH_INPUTS,
     GRAPH_OUTPUT,
@@ -31,13 +36,8 @@ from nvembed.encoding.encoder import (
     padded_inputs,
     run_graph,
 )
-from nvembed.encoding.export import stock
-from nvembed.interop.model_folder import ONNX_FILE
-from nvembed.model.attention import block_attention
-from nvembed.model.embedder import NVEmbed
 from nvembed.model.pooling import LatentAttentionPooling, MeanPooling
-from nvembed.text.instructions import QUERY_PROMPT
-from nvembed.text.tokens import TokenizedText
+from nvembed.model.tokens import TokenizedText
 
 _ATTENTION = "nvembed_padded"
 _STATES = "last_hidden_state"

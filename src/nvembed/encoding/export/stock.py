@@ -22,12 +22,12 @@ from tokenizers.processors import TemplateProcessing
 
 from nvembed.core.errors import ModelError
 from nvembed.core.files import write_json
+from nvembed.data.instructions import query_prompt
 from nvembed.model.backbone import Backbone
 from nvembed.model.embedder import NVEmbed
 from nvembed.model.pooling import MeanPooling
 from nvembed.model.settings import AttentionDirection
-from nvembed.text.instructions import query_prompt
-from nvembed.text.tokens import TextTokenizer, plain_backend
+from nvembed.model.tokens import TextTokenizer, plain_backend
 
 _QUERY_PROMPT = query_prompt("Find it")  # short: it must leave room in a model of short texts
 PROOF_PROMPTS = ("", _QUERY_PROMPT)

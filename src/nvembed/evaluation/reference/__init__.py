@@ -16,7 +16,7 @@ from typing import Any, Literal
 import yaml
 
 from nvembed.core.errors import ConfigError
-from nvembed.text.instructions import find_instruction
+from nvembed.data.instructions import find_instruction
 
 InstructionSource = Literal["paper", "official", "mteb", "none"]
 
@@ -53,7 +53,7 @@ def instruction_for(
 ) -> str | None:
     """Return the instruction of a task of mteb from one source, in plain words.
 
-    ``paper`` is the table ``text/instructions.yaml``, which says how sure each row is: the paper's
+    ``paper`` is the table ``data/instructions.yaml``, which says how sure each row is: the paper's
     appendix itself was not read. ``official`` are those rows of it that stand in NVIDIA's
     instructions.json. A task that either lacks gets mteb's prompt: the models compared were scored
     with some instruction on every task, and without one they would be held against other scores.

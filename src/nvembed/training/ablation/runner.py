@@ -204,7 +204,7 @@ def with_one_precision(todo: Sequence[Run], runs: Sequence[Run]) -> list[Run]:
     """Settle ``precision: auto`` for all runs at once: arms that differ in it do not compare."""
     if not any(run.config.precision == "auto" for run in todo):
         return list(todo)
-    from nvembed.kernels.precision import settle_precision
+    from nvembed.kernels.machine import settle_precision
 
     chosen = {run.folder for run in runs if run.config.precision == "auto"}
     begun = next((p for run in runs if run.folder in chosen and (p := begun_precision(run))), None)

@@ -29,20 +29,14 @@ class VectorFile(BaseEncoder):
         documents = list(read_documents([texts], keep_going=None))
         self._vectors, names = _read_vectors(vectors)
         if len(self._vectors) != len(documents):
-            raise DataError(
-                f"{len(self._vectors):,} vectors for {len(documents):,} texts of {texts}",
-                where=str(vectors),
-                expected="one vector per text, in their order",
-                hint=_HINT,
-            )
+            message = f"{len(self._vectors):,} vectors for {len(documents):,} texts of {texts}"
+            expected = "one vector per text, in their order"
+            raise DataError(message, where=str(vectors), expected=expected, hint=_HINT)
         for document, name in zip(documents, names or (), strict=False):
             if name not in (document.id, document.place) and document.id is not None:
-                raise DataError(
-                    f"has a vector of {name!r} where {document.id!r} is the id of the text",
-                    where=str(vectors),
-                    expected=f"the order of {texts}",
-                    hint=_HINT,
-                )
+                message = f"has a vector of {name!r} where {document.id!r} is the id of the text"
+                expected = f"the order of {texts}"
+                raise DataError(message, where=str(vectors), expected=expected, hint=_HINT)
         self._row_of: dict[str, int] = {}
         for row, document in enumerate(documents):
             self._row_of.setdefault(document.text, row)
@@ -81,10 +75,7 @@ def _read_vectors(path: Path) -> tuple[NDArray[Any], list[str] | None]:
     else:
         raise ConfigError("no vectors", where=str(path), expected="a .npy or .parquet file")
     if found.ndim != 2 or found.dtype.kind != "f":
-        raise DataError(
-            f"holds {found.dtype} of shape {found.shape}",
-            where=str(path),
-            expected="a matrix of floating point numbers",
-            hint=_HINT,
-        )
+        message = f"holds {found.dtype} of shape {found.shape}"
+        expected = "a matrix of floating point numbers"
+        raise DataError(message, where=str(path), expected=expected, hint=_HINT)
     return found, names

@@ -80,8 +80,10 @@ def search_file(
     if isinstance(model, str) and cache is not None:
         own = cache != "default"
         folder = expanded(Path(cache), where=str(cache)) if own else cache_folder("search")
-        key = _cache_key(computed_fingerprint(model, settled), texts)
-        vectors = _document_vectors(encoder, texts, folder / f"{key}.npy")
+        digest = hashlib.sha256(computed_fingerprint(model, settled).encode())
+        for content in map(str.encode, texts):
+            digest.update(len(content).to_bytes(8, "little") + content)
+        vectors = _document_vectors(encoder, texts, folder / f"{digest.hexdigest()}.npy")
     else:
         vectors = encode_texts(encoder, texts, side="document")
     scores = vectors @ query_vector
@@ -101,11 +103,3 @@ def _document_vectors(encoder: Encoder, texts: list[str], cached: Path) -> NDArr
     with suppress(OSError, UserError):  # a home folder that cannot be written stops no search
         write_array(cached, vectors)
     return vectors
-
-
-def _cache_key(fingerprint: str, texts: list[str]) -> str:
-    digest = hashlib.sha256(fingerprint.encode())
-    for text in texts:
-        content = text.encode()
-        digest.update(len(content).to_bytes(8, "little") + content)
-    return digest.hexdigest()

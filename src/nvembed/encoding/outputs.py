@@ -101,8 +101,21 @@ def write_vectors(parts: Parts, output: Path, precision: OutputPrecision) -> Non
     with place(output, ENCODE) as temporary:
         if kind == ".npy":
             _write_npy(parts, temporary, precision)
+        elif kind == ".parquet":
+            import pyarrow.parquet
+
+            batches = _batches(parts)
+            with pyarrow.parquet.ParquetWriter(temporary, batches.schema) as file:
+                for batch in batches:
+                    file.write_batch(batch)
         else:
-            {".parquet": _write_parquet, ".lance": _write_lance}[kind](parts, temporary)
+            import lancedb
+
+            lancedb.connect(temporary).create_table("vectors", _batches(parts))
+            made = temporary / "vectors.lance"  # LanceDB names a folder after the table
+            for child in made.iterdir():
+                child.rename(temporary / child.name)
+            made.rmdir()
 
 
 def value_ranges(parts: Parts) -> NDArray[np.float32]:
@@ -127,26 +140,6 @@ def _write_npy(parts: Parts, path: Path, precision: OutputPrecision) -> None:
 
                 vectors = np.asarray(quantize_embeddings(vectors, precision, ranges=ranges))
             file.write(vectors.astype(kind, order="C", copy=False).tobytes())
-
-
-def _write_parquet(parts: Parts, path: Path) -> None:
-    import pyarrow.parquet
-
-    batches = _batches(parts)
-    with pyarrow.parquet.ParquetWriter(path, batches.schema) as file:
-        for batch in batches:
-            file.write_batch(batch)
-
-
-def _write_lance(parts: Parts, folder: Path) -> None:
-    """Write the table that LanceDB makes; it lies in a folder named after it, and is moved out."""
-    import lancedb
-
-    lancedb.connect(folder).create_table("vectors", _batches(parts))
-    made = folder / "vectors.lance"
-    for child in made.iterdir():
-        child.rename(folder / child.name)
-    made.rmdir()
 
 
 def _batches(parts: Parts) -> Any:

@@ -83,10 +83,7 @@ def _read_vectors(path: Path) -> tuple[NDArray[Any], Any]:
     else:
         raise ConfigError("no vectors", where=str(path), expected="a .npy or .parquet file")
     if found.ndim != 2 or found.dtype.kind != "f":
-        raise DataError(
-            f"holds {found.dtype} of shape {found.shape}",
-            where=str(path),
-            expected="a matrix of floating point numbers",
-            hint=_HINT,
-        )
+        message = f"holds {found.dtype} of shape {found.shape}"
+        expected = "a matrix of floating point numbers"
+        raise DataError(message, where=str(path), expected=expected, hint=_HINT)
     return found, names

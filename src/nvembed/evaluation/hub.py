@@ -151,7 +151,10 @@ def describe_model(name: str, encoder: Encoder, revision: str) -> ModelMeta:
     datasets = [one for one in trained if isinstance(one, str)] if isinstance(trained, list) else []
     full_name = name if "/" in name else f"sentence-transformers/{name}"
     if path.is_dir():
-        datasets += _trained_on(path)
+        run = RunFolder(path.parent)
+        with suppress(UserError, KeyError, TypeError):  # not a run of ours
+            rows = run.read_recipe()["datasets"] if run.exists else []
+            datasets += [str(row["name"]) for row in rows]
         # runs/demo/model says nothing by its last part alone.
         full_name = f"nvembed/{'-'.join(p for p in path.resolve().parts[-2:] if p != '/')}"
     elif (file := find_gguf(name)) is not None:
@@ -187,13 +190,6 @@ def _licence(card: Mapping[str, Any]) -> Any:
         if said.startswith(("https://", "http://")):
             return said
     return None
-
-
-def _trained_on(model: Path) -> list[str]:
-    run = RunFolder(model.parent)
-    with suppress(UserError, KeyError, TypeError):  # not a run of ours
-        return [str(row["name"]) for row in run.read_recipe()["datasets"]] if run.exists else []
-    return []
 
 
 def _tasks_of(datasets: Sequence[str]) -> set[str]:

@@ -80,8 +80,15 @@ def _retrieval(task: LocalTask, data: Any, encode: _Encode) -> _Found:
     queries_QD = encode(data.queries, "query")
     best = RunningTopK(len(queries_QD), min(TOP_K, len(data.documents)))
     for start in range(0, len(data.documents), CHUNK_DOCUMENTS):
-        texts = data.documents[start : start + CHUNK_DOCUMENTS]
-        _offer(best, queries_QD, encode(texts, "document"))
+        documents_MD = encode(data.documents[start : start + CHUNK_DOCUMENTS], "document")
+        num_rows = max(_BLOCK_SCORES // len(documents_MD), 1)
+        for first in range(0, len(queries_QD), num_rows):
+            rows = slice(first, min(first + num_rows, len(queries_QD)))
+            scores_BM = _cosines(queries_QD[rows], documents_MD)
+            for column in range(0, len(documents_MD), _TILE_DOCUMENTS):
+                tile = np.ascontiguousarray(scores_BM[:, column : column + _TILE_DOCUMENTS])
+                best.offer(tile, rows, start + column)
+        best.num_seen += len(documents_MD)
     scores_QK, rows_QK = best.results()
     scores_QK = scores_QK.astype(np.float64)
     counted_QK, grades_QK, relevant = _grades(task, data, rows_QK)
@@ -132,18 +139,6 @@ def _grades(
     return counted_QK, grades_QK * counted_QK, relevant
 
 
-def _offer(best: RunningTopK, queries_QD: Vectors, documents_MD: Vectors) -> None:
-    """Let a chunk of documents compete for the best results of all queries."""
-    num_rows = max(_BLOCK_SCORES // len(documents_MD), 1)
-    for first in range(0, len(queries_QD), num_rows):
-        rows = slice(first, min(first + num_rows, len(queries_QD)))
-        scores_BM = _cosines(queries_QD[rows], documents_MD)
-        for start in range(0, len(documents_MD), _TILE_DOCUMENTS):
-            tile = scores_BM[:, start : start + _TILE_DOCUMENTS]
-            best.offer(np.ascontiguousarray(tile), rows, best.num_seen + start)
-    best.num_seen += len(documents_MD)
-
-
 def _reranking(task: LocalTask, data: Any, encode: _Encode) -> _Found:
     queries_QD = encode(data.queries, "query")
     candidates = [[*a, *b] for a, b in zip(data.positives, data.negatives, strict=True)]
@@ -172,8 +167,7 @@ def _cosines(queries_QD: Vectors, documents_MD: Vectors) -> Vectors:
             torch.nn.functional.normalize(torch.from_numpy(np.ascontiguousarray(vectors)), dim=1)
             for vectors in (queries_QD, documents_MD)
         ]
-        cosines_QM: Vectors = (units[0] @ units[1].T).numpy()
-    return cosines_QM
+        return (units[0] @ units[1].T).numpy()
 
 
 def _ranked(

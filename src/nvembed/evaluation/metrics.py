@@ -154,8 +154,7 @@ def _ranks_of_resamples(values_N: Floats) -> Statistic:
     def ranks(weights_BN: Floats) -> Floats:
         counts = np.add.reduceat(weights_BN[:, order], starts, axis=1)
         middles = np.cumsum(counts, axis=1) - (counts - 1) / 2  # equal values share the middle rank
-        ranks_BN: Floats = middles[:, group_N]
-        return ranks_BN
+        return middles[:, group_N]
 
     return ranks
 
@@ -251,8 +250,7 @@ def _counts_above_thresholds(
 def _average_precision(true_BT: Floats, false_BT: Floats) -> Floats:
     steps_BT = np.diff(true_BT, axis=1, prepend=0.0)
     precision_BT = true_BT / np.maximum(true_BT + false_BT, 1.0)
-    found_B: Floats = (steps_BT * precision_BT).sum(axis=1) / true_BT[:, -1]
-    return found_B
+    return (steps_BT * precision_BT).sum(axis=1) / true_BT[:, -1]
 
 
 # --- classes --------------------------------------------------------------------------------------

@@ -6,10 +6,12 @@ judged twice) is read as mteb and trec_eval read it, and counted in ``Problems.r
 
 from __future__ import annotations
 
+from itertools import chain
+
 from nvembed.core.errors import DataError
 from nvembed.data.records import RowError
 from nvembed.data.sources import beir
-from nvembed.data.sources.beir import Judgement, Judgements
+from nvembed.data.sources.beir import Judgements
 from nvembed.data.sources.rows import Columns, Keyed, read_id
 from nvembed.evaluation.task_files import Problems, RetrievalData
 
@@ -105,21 +107,15 @@ def _read_judgements(problems: Problems, split: str | None) -> tuple[Judgements,
     except DataError as error:
         problems.add_error(error)
         return {}, where
-    for of_query in judgements.values():
-        for judgement in of_query.values():
-            _check_judgement(judgement, problems)
+    for one in chain.from_iterable(of_query.values() for of_query in judgements.values()):
+        if not one.grade.is_integer() or abs(one.grade) > _MAX_GRADE:
+            problems.add(f"score {f'{one.grade:g}'!r}", one.place, "a whole number of 32 bits")
+        if one.grade < 0:
+            problems.remarks.add(one.place, "a grade below 0, which is not relevant")
+        if one.again:
+            same = "otherwise, and the last judgement counts" if one.differs else "alike"
+            problems.remarks.add(one.place, f"a pair is judged again, {same}")
     return judgements, where
-
-
-def _check_judgement(judgement: Judgement, problems: Problems) -> None:
-    grade, place = judgement.grade, judgement.place
-    if not grade.is_integer() or abs(grade) > _MAX_GRADE:
-        problems.add(f"score {f'{grade:g}'!r}", place, "a whole number of 32 bits")
-    if grade < 0:
-        problems.remarks.add(place, "a grade below 0, which is not relevant")
-    if judgement.again:
-        same = "otherwise, and the last judgement counts" if judgement.differs else "alike"
-        problems.remarks.add(place, f"a pair is judged again, {same}")
 
 
 def _check_ids(

@@ -8,7 +8,7 @@ earlier evaluation left of other tasks is deleted, and finished tasks are kept.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -229,7 +229,10 @@ def _run_session(
         if items is not None:
             results.write_items(items_at, name, items, EVALUATE)
         found.results[name] = result
-        _keep_mteb_files(settings, found.results)
+        for path in settings.mteb_folder.glob("results/*/*/*.json"):
+            # What the results do not hold must not reach a leaderboard.
+            if path.name != "model_meta.json" and path.stem not in found.results:
+                remove(path)
         write()
     write()
     return found
@@ -301,13 +304,6 @@ def _commit(model: str) -> str | None:
         if isinstance(path, str):
             return Path(path).parent.name
     return None
-
-
-def _keep_mteb_files(settings: Settings, names: Collection[str]) -> None:
-    """Delete those of other tasks: what the results do not hold must not reach a leaderboard."""
-    for path in settings.mteb_folder.glob("results/*/*/*.json"):
-        if path.name != "model_meta.json" and path.stem not in names:
-            remove(path)
 
 
 # --- The record of what results were made with ----------------------------------------------------

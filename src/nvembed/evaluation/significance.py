@@ -183,8 +183,7 @@ def _mean_of_resamples(values_N: Floats) -> Statistic:
     def statistic(weights_BN: Floats) -> Floats:
         known_BN = weights_BN[:, known_N]
         with np.errstate(divide="ignore", invalid="ignore"):
-            found_B: Floats = (known_BN @ values_N[known_N]) / known_BN.sum(axis=1)
-        return found_B
+            return (known_BN @ values_N[known_N]) / known_BN.sum(axis=1)
 
     return statistic
 

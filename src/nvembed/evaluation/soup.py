@@ -92,11 +92,8 @@ def _shares(weights: Sequence[float] | None, count: int, method: MergeMethod) ->
     """Weights that sum to 1."""
     given = [1.0] * count if weights is None else list(weights)
     if len(given) != count or not math.isfinite(sum(given)) or abs(sum(given)) < 1e-6:
-        raise ConfigError(
-            f"{', '.join(map(str, given))} given",
-            where="weights",
-            expected=f"{count} numbers, one for each model, whose sum is not 0",
-        )
+        expected = f"{count} numbers, one for each model, whose sum is not 0"
+        raise ConfigError(f"{', '.join(map(str, given))} given", where="weights", expected=expected)
     if method == "slerp" and count != 2:
         raise ConfigError(f"slerp of {count} models", expected="two, or method linear")
     return [weight / sum(given) for weight in given]

@@ -273,8 +273,7 @@ def read_rows(problems: Problems, kind: TaskType) -> TaskData:
     groups = columns[-1] if kind == "Summarization" else columns[-1:]
     if not problems and alike and all(len(set(values)) < 2 for values in groups):
         problems.add(alike.format(groups[0][0]), places[0].rpartition(":")[0], expected)
-    data: TaskData = make(*columns)
-    return data
+    return make(*columns)
 
 
 def _read_columns(

@@ -130,11 +130,8 @@ def load_tasks(
         with _kept_going(path.name, broken):
             header = _read_header(path)
             if header.name in kept:
-                raise DataError(
-                    f"task {header.name!r} is also in {kept[header.name][0]}",
-                    where=str(path / _HEADER),
-                    expected="one name per task",
-                )
+                message = f"task {header.name!r} is also in {kept[header.name][0]}"
+                raise DataError(message, where=str(path / _HEADER), expected="one name per task")
             kept[header.name] = path, header
     for name in names or ():
         if name not in kept:

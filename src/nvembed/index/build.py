@@ -140,8 +140,7 @@ def index_documents(
         encoder: Encoder | None = None
         if is_database(path):
             database = Database.open(path)
-            _check_settings(database, read_task(task, None), truncate_dim, dtype)
-            _check_passages(database, options)
+            _check_settings(database, options, read_task(task, None), truncate_dim, dtype)
             if documents:
                 encoder = recorded_encoder(database.record, model, dtype, str(path))
         else:
@@ -159,17 +158,34 @@ def index_documents(
 
 
 def _check_settings(
-    database: Database, task: str | None, truncate_dim: int | None, dtype: PrecisionChoice | None
+    database: Database,
+    options: IndexOptions,
+    task: str | None,
+    truncate_dim: int | None,
+    dtype: PrecisionChoice | None,
 ) -> None:
-    record = database.record
-    fixed = None if dtype == "auto" or record.dtype is None else dtype
-    for what, given, kept in (
-        ("truncate_dim", truncate_dim, record.dimension),
-        ("task", task, record.task),
-        ("dtype", fixed, record.dtype),
-    ):
-        if given is not None and given != kept:
-            raise _is_fixed(database, f"{what} is {given!r}, the database has {kept!r}")
+    """Refuse other settings than those that the database was made with."""
+    record, wanted = database.record, options.passages
+    settings: dict[str, tuple[object, object]] = {
+        "truncate_dim": (truncate_dim, record.dimension),
+        "task": (task, record.task),
+        "dtype": (None if dtype == "auto" or record.dtype is None else dtype, record.dtype),
+        "long": (options.long, record.long),
+    }
+    problems = [
+        f"{name} is {given!r}, the database has {kept!r}"
+        for name, (given, kept) in settings.items()
+        if given is not None and given != kept
+    ]
+    if wanted != "auto" and (wanted, wanted is not None) != (record.passages, record.rows_cut):
+        kept = "leaves documents whole"
+        if record.passages is not None:
+            what = "rows too" if record.rows_cut else "of files only"
+            kept = f"has passages of {record.passages} tokens, {what}"
+        problems.append(f"passages is {'none' if wanted is None else wanted}, the database {kept}")
+    if problems:
+        hint = "It is fixed when a database is made; leave it out, or make a new one"
+        raise ConfigError(problems[0], where=str(database.path), hint=hint)
 
 
 def _passage_settings(encoder: Encoder, options: IndexOptions) -> dict[str, object]:
@@ -185,25 +201,6 @@ def _passage_settings(encoder: Encoder, options: IndexOptions) -> dict[str, obje
         expected = "at least 1" if limit is None else f"1 to {limit}, which the model reads"
         raise ConfigError(f"{wanted} tokens in a passage", where="passages", expected=expected)
     return {"passages": wanted, "rows_cut": wanted is not None, "long": long}
-
-
-def _check_passages(database: Database, options: IndexOptions) -> None:
-    record, wanted = database.record, options.passages
-    if options.long not in (None, record.long):
-        raise _is_fixed(database, f"long is {options.long!r}, the database has {record.long!r}")
-    if wanted == "auto" or (wanted, wanted is not None) == (record.passages, record.rows_cut):
-        return
-    kept = "leaves documents whole"
-    if record.passages is not None:
-        what = "rows too" if record.rows_cut else "of files only"
-        kept = f"has passages of {record.passages} tokens, {what}"
-    given = "none" if wanted is None else wanted
-    raise _is_fixed(database, f"passages is {given}, the database {kept}")
-
-
-def _is_fixed(database: Database, problem: str) -> ConfigError:
-    hint = "It is fixed when a database is made; leave it out, or make a new one"
-    return ConfigError(problem, where=str(database.path), hint=hint)
 
 
 def _windows(groups: Iterable[Group]) -> Iterator[list[Group]]:

@@ -331,11 +331,8 @@ class Database:
     def by_words(self, text: str, count: int, *, where: str | None) -> list[dict[str, Any]]:
         """Documents by BM25 (``_score``), best first, equal ones by id."""
         if not self.has_words:
-            raise DataError(
-                "words are not indexed",
-                where=str(self.path),
-                hint="A run of nvembed index did not come to its end: run it again",
-            )
+            hint = "A run of nvembed index did not come to its end: run it again"
+            raise DataError("words are not indexed", where=str(self.path), hint=hint)
         query = self._table.search(text, query_type="fts", fts_columns="text").limit(count)
         rows = self._rows(self._filtered(query, where))
         return sorted(rows, key=lambda row: (-row["_score"], row["id"]))

@@ -26,7 +26,7 @@ PLACE_FIELDS = ("file", "document", "heading", "start", "end", "line", "page")
 _ID = re.compile(r".+#[0-9a-f]{12}(-\d+)?", re.DOTALL)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Whole:
     """A document that was cut, and where its passages begin and end."""
 
@@ -113,18 +113,16 @@ class Cutter:
 
 def late_vectors(encoder: Any, missing: Mapping[str, Document]) -> dict[str, NDArray[np.float32]]:
     """Vectors ``(D,)`` of passages by their keys: pooled from the states of whole documents."""
-    parts: dict[int, dict[int, str]] = {}  # keys by number, of each document
-    wholes: dict[int, Whole] = {}
+    parts: dict[Whole, dict[int, str]] = {}  # keys by number, of each document
     for key, passage in missing.items():
         if isinstance(passage, Passage):
-            wholes[id(passage.whole)] = passage.whole
-            parts.setdefault(id(passage.whole), {})[passage.number] = key
+            parts.setdefault(passage.whole, {})[passage.number] = key
     found: dict[str, NDArray[np.float32]] = {}
-    for name, whole in wholes.items():
+    for whole, keys in parts.items():
         cuts, late = [[start for start, _ in whole.spans]], LongTexts("late")
         work: Work = encoder.prepare([whole.text], side="document", long=late, cuts=cuts)
         vectors = work.launch()()
         if len(vectors) != len(whole.spans) or not np.isfinite(vectors).all():
             raise ModelError(f"no vector for each passage of {whole.text[:60]!r}")
-        found |= {key: vectors[number] for number, key in parts[name].items()}
+        found |= {key: vectors[number] for number, key in keys.items()}
     return found

@@ -78,12 +78,9 @@ def search_index(
         ModelError: another model than the database's.
     """
     if not is_database(path):
-        raise ConfigError(
-            "no database",
-            where=str(path),
-            expected="a folder that nvembed index has made",
-            hint="To search a file with a model, give --documents FILE",
-        )
+        expected = "a folder that nvembed index has made"
+        hint = "To search a file with a model, give --documents FILE"
+        raise ConfigError("no database", where=str(path), expected=expected, hint=hint)
     options = options or SearchOptions()
     database = Database.open(Path(path))
     database.count(options.where)  # a wrong filter is told before the model is loaded
@@ -191,11 +188,8 @@ def recorded_encoder(
     """
 
     def another(message: str) -> ModelError:
-        return ModelError(
-            f"{message} that this database was made with",
-            where=where,
-            hint="Give the right one with --model, or index the documents into a new database",
-        )
+        hint = "Give the right one with --model, or index the documents into a new database"
+        return ModelError(f"{message} that this database was made with", where=where, hint=hint)
 
     if model is None or isinstance(model, str):
         name = model or record.model

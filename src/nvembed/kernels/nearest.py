@@ -132,13 +132,7 @@ class RunningTopK:
         """Look at the scores of some queries for documents ``first_index`` and following."""
         num_rows, num_columns = scores_BM.shape
         filled, keys = self._filled[rows], self._keys[rows]
-        if first_index + num_columns <= keys.shape[1]:
-            # All fit; there is no floor before they are more.
-            indices_M = np.arange(first_index, first_index + num_columns)
-            keys[:, first_index : first_index + num_columns] = _pack(scores_BM, indices_M)
-            filled[:] = first_index + num_columns
-            return
-        if first_index < self._k:  # of a tile with more than k columns, just below the k-th best
+        if first_index < self._k < num_columns:  # just below the k-th best of the tile
             place = num_columns - self._k
             kth_B = np.partition(scores_BM, place)[:, place]
             self._floor[rows] = np.nextafter(kth_B, np.float32(-np.inf))
@@ -216,8 +210,7 @@ def _pack(scores: NDArray[np.float32], indices: NDArray[np.int64]) -> NDArray[np
     # Adding zero turns -0.0 into 0.0, which would otherwise sort apart.
     bits = np.ascontiguousarray(scores + np.float32(0.0)).view(np.int32)
     sortable = bits ^ ((bits >> 31) & _MAGNITUDE_BITS)
-    keys: NDArray[np.int64] = (sortable.astype(np.int64) << 32) | (_LOW_BITS - indices)
-    return keys
+    return (sortable.astype(np.int64) << 32) | (_LOW_BITS - indices)
 
 
 def _unpack(keys: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:

@@ -279,8 +279,7 @@ def _prepare(
     width, side, long = options.width(encoder), options.input_type, options.long
     if (prepare := getattr(encoder, "prepare", None)) is not None:
         cut = options.truncate_dim
-        work: Work = prepare(texts, side=side, task=task, truncate_dim=cut, long=long)
-        return work
+        return prepare(texts, side=side, task=task, truncate_dim=cut, long=long)
     if long.way != "cut":
         raise ConfigError(
             f"this model cannot read long texts by {long.way!r}",

@@ -163,12 +163,9 @@ def load_encoder(name: str, dtype: PrecisionChoice | None = None) -> Encoder:
         release_notes()
         return encoder
     if settled == "int8":
-        raise ModelError(
-            "a plain sentence-transformers model in int8",
-            where=name,
-            expected="a model that nvembed saved, or a language model",
-            hint="Use --dtype bfloat16",
-        )
+        message = "a plain sentence-transformers model in int8"
+        expected = "a model that nvembed saved, or a language model"
+        raise ModelError(message, where=name, expected=expected, hint="Use --dtype bfloat16")
     with loading(name):
         model = SentenceTransformer(name, model_kwargs={"dtype": settled} if settled else {})
         if isinstance(model[0], Transformer):

@@ -148,14 +148,12 @@ def join_cluster() -> tuple[Any, str, int]:
 def settle_for(
     engine: Engine, model: str, dtype: PrecisionChoice | None, begun: Precision | None = None
 ) -> Precision | None:
-    """Settle the type that a model computes in, by where it will run; see ``settle_dtype``."""
-    if engine == "ray" and begun is None:
-        return settle_by_ray(dtype)
-    return settle_dtype(model, dtype, begun=begun)
+    """Settle the type that a model computes in, by where it will run; see ``settle_dtype``.
 
-
-def settle_by_ray(dtype: PrecisionChoice | None) -> Precision | None:
-    """Replace ``auto`` by what a worker of the cluster is fastest in; see ``settle_precision``."""
+    ``auto`` on a cluster is what a worker is fastest in.
+    """
+    if engine != "ray" or begun is not None:
+        return settle_dtype(model, dtype, begun=begun)
     if dtype != "auto":
         return dtype
     ray, kind, _ = join_cluster()

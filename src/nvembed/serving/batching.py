@@ -45,7 +45,7 @@ class Job:
 
 @dataclass(eq=False, slots=True)
 class _Client:
-    """A client that waits, or that left and had more than those who wait."""
+    """What a client waits for, and when its turn is."""
 
     start: float  # its virtual time, where its next text starts
     turn: int  # of two clients at one time, the one with the lesser number comes first
@@ -71,17 +71,13 @@ class Scheduler:
         self.queue_tokens = queue_tokens  # that may wait
         self.waiting_tokens = 0
         self.waiting_jobs = 0
-        self._clients: dict[Hashable, _Client] = {}
+        # Those that wait, and those that left and had more than these.
+        self.clients: dict[Hashable, _Client] = {}
         # One entry per client; what it says may be earlier than the client's own start by now.
         self._turns: list[tuple[float, int, Hashable]] = []
         self._turn = itertools.count()
         self._waiting_clients = 0
         self._virtual = 0.0
-
-    @property
-    def known_clients(self) -> int:
-        """Clients that are remembered: those that wait, and those that had more than these."""
-        return len(self._clients)
 
     def has_room(self, tokens: int) -> bool:
         """Tell whether a job of so many tokens would be taken; an empty queue takes any."""
@@ -93,9 +89,9 @@ class Scheduler:
         if not self.has_room(tokens):
             return False
         job.arrived = now
-        client = self._clients.get(job.client)
+        client = self.clients.get(job.client)
         if client is None:
-            client = self._clients[job.client] = _Client(self._virtual, next(self._turn))
+            client = self.clients[job.client] = _Client(self._virtual, next(self._turn))
             heapq.heappush(self._turns, (client.start, client.turn, job.client))
         elif not client.jobs:  # its entry is corrected when it is reached
             client.start, client.turn = max(client.start, self._virtual), next(self._turn)
@@ -111,7 +107,7 @@ class Scheduler:
         if job.cancelled:
             return
         job.cancelled = True
-        client = self._clients.get(job.client)
+        client = self.clients.get(job.client)
         if client is not None and job in client.jobs:
             client.jobs.remove(job)
             self.waiting_tokens -= job.waiting_tokens
@@ -125,7 +121,7 @@ class Scheduler:
             return None
         if self.waiting_tokens >= self.batch_tokens:
             return now
-        oldest = min(client.jobs[0].arrived for client in self._clients.values() if client.jobs)
+        oldest = min(client.jobs[0].arrived for client in self.clients.values() if client.jobs)
         return max(now, oldest + self.max_wait)
 
     def take(self) -> list[Slot]:
@@ -139,7 +135,14 @@ class Scheduler:
                 break  # passing over long texts, they would wait for ever
             batch.append((job, job.next_row))
             room -= length
-            self._serve(client, job, length)
+            self._virtual += length / self._waiting_clients
+            client.start, client.turn = client.start + length, next(self._turn)
+            job.next_row += 1
+            self.waiting_tokens -= length
+            if job.next_row == len(job.lengths):
+                client.jobs.popleft()
+                self.waiting_jobs -= 1
+                self._waiting_clients -= not client.jobs
         self._forget_if_empty()
         return batch
 
@@ -147,32 +150,22 @@ class Scheduler:
         """Return the client whose turn it is; its entry is the first then."""
         while self._turns:
             start, turn, name = self._turns[0]
-            client = self._clients[name]
+            client = self.clients[name]
             if (client.start, client.turn) != (start, turn):
                 heapq.heapreplace(self._turns, (client.start, client.turn, name))
             elif not client.jobs:
                 # Whoever is found starts no earlier, so neither does this client if it returns.
                 heapq.heappop(self._turns)
-                del self._clients[name]
+                del self.clients[name]
             else:
                 self._virtual = max(self._virtual, start)
                 return client
         return None
 
-    def _serve(self, client: _Client, job: Job, length: int) -> None:
-        self._virtual += length / self._waiting_clients
-        client.start, client.turn = client.start + length, next(self._turn)
-        job.next_row += 1
-        self.waiting_tokens -= length
-        if job.next_row == len(job.lengths):
-            client.jobs.popleft()
-            self.waiting_jobs -= 1
-            self._waiting_clients -= not client.jobs
-
     def _forget_if_empty(self) -> None:
         """Begin anew where nobody waits: what a client had is taken from nobody then."""
         if not self.waiting_jobs:
-            self._clients.clear()
+            self.clients.clear()
             self._turns.clear()
             self._virtual = 0.0
 
@@ -202,7 +195,7 @@ class Batcher:
 
     def __init__(self, engine: EncoderEngine, scheduler: Scheduler, metrics: Metrics) -> None:
         self._engine = engine
-        self._scheduler = scheduler
+        self.scheduler = scheduler
         self._metrics = metrics
         self._condition = threading.Condition()
         self._closing = False
@@ -226,22 +219,12 @@ class Batcher:
             thread.join()
 
     @property
-    def waiting_tokens(self) -> int:
-        """Tokens in the queue."""
-        return self._scheduler.waiting_tokens
-
-    @property
-    def waiting_requests(self) -> int:
-        """Requests in the queue."""
-        return self._scheduler.waiting_jobs
-
-    @property
     def ready(self) -> bool:
         """Whether requests are taken: the threads are alive and the queue has room."""
         return (
             all(thread.is_alive() for thread in self._threads)
             and not self._closing
-            and self._scheduler.waiting_tokens < self._scheduler.queue_tokens
+            and self.scheduler.waiting_tokens < self.scheduler.queue_tokens
         )
 
     async def embed(self, items: Sequence[Item], client: Hashable) -> _Vectors:
@@ -258,49 +241,27 @@ class Batcher:
             missing=len(items),
         )
         with self._condition:
-            taken = not self._closing and self._scheduler.add(request, time.monotonic())
+            taken = not self._closing and self.scheduler.add(request, time.monotonic())
             if taken:
                 self._condition.notify()
         if not taken:
-            raise self._overloaded()
+            speed = self._tokens_per_second * len(self._threads)
+            wait = min(60.0, self.scheduler.waiting_tokens / speed)
+            message = (
+                "too many texts are waiting; send this request again after Retry-After seconds"
+            )
+            raise RequestError(429, message, "overloaded", retry_seconds=wait)
         try:
             return await request.future
         finally:
             with self._condition:
-                self._scheduler.cancel(request)
-
-    def _overloaded(self) -> RequestError:
-        speed = self._tokens_per_second * len(self._threads)
-        wait = min(60.0, self._scheduler.waiting_tokens / speed)
-        message = "too many texts are waiting; send this request again after Retry-After seconds"
-        return RequestError(429, message, "overloaded", retry_seconds=wait)
+                self.scheduler.cancel(request)
 
     # --- the model's threads ----------------------------------------------------------------------
 
     def _work(self) -> None:
         while (batch := self._next_batch()) is not None:
             self._run(batch)
-
-    def _next_batch(self) -> list[Slot] | None:
-        with self._condition:
-            while True:
-                now = time.monotonic()
-                start = self._scheduler.ready_at(now)
-                if start is None:
-                    if self._closing:
-                        return None
-                    self._condition.wait()
-                elif start > now and not self._closing:
-                    self._condition.wait(start - now)
-                else:
-                    break
-            batch = self._scheduler.take()
-            if self._scheduler.waiting_jobs:
-                self._condition.notify()  # for the next thread
-        for job, row in batch:
-            if row == 0:
-                self._metrics.queue_seconds.observe(now - job.arrived)
-        return batch
 
     def _run(self, batch: Sequence[Slot]) -> None:
         rows_of: dict[_Request, list[int]] = {}
@@ -314,6 +275,27 @@ class Batcher:
             return
         for part in parts:  # one of them spoils the batch
             self._keep([part], self._forward([part]))
+
+    def _next_batch(self) -> list[Slot] | None:
+        with self._condition:
+            while True:
+                now = time.monotonic()
+                start = self.scheduler.ready_at(now)
+                if start is None:
+                    if self._closing:
+                        return None
+                    self._condition.wait()
+                elif start > now and not self._closing:
+                    self._condition.wait(start - now)
+                else:
+                    break
+            batch = self.scheduler.take()
+            if self.scheduler.waiting_jobs:
+                self._condition.notify()  # for the next thread
+        for job, row in batch:
+            if row == 0:
+                self._metrics.queue_seconds.observe(now - job.arrived)
+        return batch
 
     def _forward(self, parts: Sequence[_Part]) -> _Vectors | None:
         """Run the model; ``None`` where it failed."""
@@ -351,7 +333,7 @@ class Batcher:
                 continue
             self._metrics.faults.inc()
             with self._condition:
-                self._scheduler.cancel(request)
+                self.scheduler.cancel(request)
             found = "failed on this request"
             if own is not None:
                 found = "gave NaN or infinity for a text of this request"

@@ -62,8 +62,7 @@ class InstructionFields(Body):
 
     def given_instruction(self) -> str | None:
         """Return what stands in one of the two; blank is none, both are refused."""
-        found: str | None = self.one_of("instruction", "task")
-        return found
+        return self.one_of("instruction", "task")
 
 
 class VectorFields(InstructionFields):
@@ -125,8 +124,7 @@ class OpenAIRequest(ModelField, VectorFields):
         """Return the instruction, under either name."""
         if self.purpose is None:
             return super().given_instruction()
-        found: str | None = self.one_of("instruction")
-        return found
+        return self.one_of("instruction")
 
     @property
     def cut(self) -> Cut:

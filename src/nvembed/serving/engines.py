@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -15,9 +15,11 @@ from numpy.typing import NDArray
 from nvembed.core.errors import UserError
 from nvembed.data.instructions import Side, resolve_prompt, side_prompt
 from nvembed.model.encoder import Encoder, SentenceTransformerEncoder, prompts_of, unit_rows
-from nvembed.model.tokens import TokenizedText, text_ends
+from nvembed.model.tokens import TokenizedText, plain_backend, text_ends
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
     from nvembed.model.embedder import NVEmbed
 
 CHARS_PER_TOKEN = 4  # of an encoder whose tokenizer is its own affair
@@ -146,6 +148,10 @@ class PackEngine(EncoderEngine):
         """Longest sequence, with prompt and special tokens."""
         return self._model.backbone.max_tokens
 
+    @cached_property
+    def _backend(self) -> Tokenizer:
+        return plain_backend(self._model.backbone.tokenizer)
+
     def prepare(self, texts: Sequence[str], options: EmbedOptions) -> list[Item]:
         """Tokenise."""
         task_prompt = resolve_prompt(options.task, self.prompts)
@@ -168,15 +174,12 @@ class PackEngine(EncoderEngine):
 
     def tokens(self, texts: Sequence[str], prompt: str, *, special: bool) -> list[list[Token]]:
         """Tokenise to the sequences that the model reads."""
-        tokenizer: Any = self._model.backbone.tokenizer
-        rows = [_tokens(tokenizer, prompt + text, special=False) for text in texts]
-        if special:
-            frame = self._tokenizer.whole([""])[0]
-            head, tail = (
-                [_special(tokenizer, id) for id in ids] for ids in (frame.head, frame.tail)
-            )
-            rows = [[*head, *row, *tail] for row in rows]
-        return rows
+        rows = [_tokens(self._backend, prompt + text, special=False) for text in texts]
+        if not special:
+            return rows
+        frame = self._tokenizer.whole([""])[0]
+        head, tail = ([_special(self._backend, i) for i in ids] for ids in (frame.head, frame.tail))
+        return [[*head, *row, *tail] for row in rows]
 
     def embed(self, items: Sequence[Item]) -> NDArray[np.float32]:
         """Run the model once."""
@@ -219,7 +222,7 @@ class StockEngine(EncoderEngine):
             truncate_dim=model.truncate_dim,
         )
         # Its own truncation is set anew by every call of the model, in another thread.
-        self._tokenizer = copy.deepcopy(model.tokenizer)
+        self._backend = plain_backend(model.tokenizer)
 
     @property
     def max_tokens(self) -> int:
@@ -233,10 +236,10 @@ class StockEngine(EncoderEngine):
         prompt = _prompt(options, task_prompt, self.prompts, default)
         items = []
         for text in texts:
-            tokens = self._length(prompt + text)
+            tokens = len(self._backend.encode(prompt + text))
             while options.cut == "start" and tokens > self.max_tokens:
                 text = self._without_beginning(text, tokens - self.max_tokens)
-                tokens = self._length(prompt + text)
+                tokens = len(self._backend.encode(prompt + text))
             if options.cut != "none":
                 tokens = min(tokens, self.max_tokens)
             items.append(Item(text, tokens, options))
@@ -244,7 +247,7 @@ class StockEngine(EncoderEngine):
 
     def tokens(self, texts: Sequence[str], prompt: str, *, special: bool) -> list[list[Token]]:
         """Tokenise."""
-        return [_tokens(self._tokenizer, prompt + text, special=special) for text in texts]
+        return [_tokens(self._backend, prompt + text, special=special) for text in texts]
 
     def _vectors(self, texts: list[str], options: EmbedOptions) -> NDArray[np.float32]:
         query = options.input_type == "query"
@@ -254,11 +257,8 @@ class StockEngine(EncoderEngine):
         vectors = np.asarray(found, dtype=np.float32)
         return unit_rows(vectors) if options.normalize else vectors
 
-    def _length(self, text: str) -> int:
-        return len(_encoded(self._tokenizer, text, special=True)["input_ids"])
-
     def _without_beginning(self, text: str, tokens: int) -> str:
-        offsets = _encoded(self._tokenizer, text, special=False)["offset_mapping"]
+        offsets = self._backend.encode(text, add_special_tokens=False).offsets
         if tokens >= len(offsets):
             raise UserError(
                 "the instruction leaves no room for the text",
@@ -302,30 +302,19 @@ def _prompt(
     return side_prompt(prompts, options.input_type, default_name) if prompt is None else prompt
 
 
-def _encoded(tokenizer: Any, text: str, *, special: bool) -> Any:
-    return tokenizer(
-        text,
-        add_special_tokens=special,
-        return_offsets_mapping=True,
-        return_special_tokens_mask=True,
-        truncation=False,
-        verbose=False,
-    )
-
-
-def _tokens(tokenizer: Any, text: str, *, special: bool) -> list[Token]:
-    found = _encoded(tokenizer, text, special=special)
-    names = ("input_ids", "offset_mapping", "special_tokens_mask")
+def _tokens(backend: Tokenizer, text: str, *, special: bool) -> list[Token]:
+    found = backend.encode(text, add_special_tokens=special)
+    each = zip(found.ids, found.offsets, found.special_tokens_mask, strict=True)
     return [
-        _special(tokenizer, id)
-        if special and added
+        _special(backend, id)
+        if added
         else {"id": id, "text": text[at:end], "special": False, "start": at, "stop": end}
-        for id, (at, end), added in zip(*(found[name] for name in names), strict=True)
+        for id, (at, end), added in each
     ]
 
 
-def _special(tokenizer: Any, id: int) -> Token:
-    name = tokenizer.convert_ids_to_tokens(id)
+def _special(backend: Tokenizer, id: int) -> Token:
+    name = backend.id_to_token(id)
     return {"id": id, "text": name, "special": True, "start": None, "stop": None}
 
 

@@ -138,21 +138,18 @@ class LimitsMiddleware:
         seconds = self._limits.body_seconds
         try:
             async with asyncio.timeout(seconds):
-                await self._receive(receive, context)
+                more = True
+                while more:
+                    received = await receive()
+                    if received["type"] == "http.disconnect":
+                        raise ClientGoneError
+                    more = received.get("more_body", False)
+                    self._add(received.get("body", b""), context)
                 if encoding not in ("", "identity"):
                     await self._unpack(context)
         except TimeoutError as error:
             message = f"the body did not arrive within {seconds:g} seconds"
             raise RequestError(408, message, "slow_body") from error
-
-    async def _receive(self, receive: Receive, context: RequestContext) -> None:
-        more = True
-        while more:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                raise ClientGoneError
-            more = message.get("more_body", False)
-            self._add(message.get("body", b""), context)
 
     async def _unpack(self, context: RequestContext) -> None:
         """Unpack gzip, which counts as what it holds from then on."""

@@ -63,10 +63,10 @@ class Models:
         self._closing = False
         metrics.loaded_models.set_function(lambda: len(self._loaded()))
         metrics.queued_tokens.set_function(
-            lambda: sum(one.batcher.waiting_tokens for one in self._services())
+            lambda: sum(one.batcher.scheduler.waiting_tokens for one in self._services())
         )
         metrics.queued_requests.set_function(
-            lambda: sum(one.batcher.waiting_requests for one in self._services())
+            lambda: sum(one.batcher.scheduler.waiting_jobs for one in self._services())
         )
 
     def start(self) -> None:

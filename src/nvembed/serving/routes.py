@@ -8,27 +8,16 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, get_type_hints
 
 import orjson
 from fastapi import FastAPI
-from pydantic import BaseModel
+from pydantic import BaseModel, create_model
 from starlette.requests import Request
 from starlette.responses import Response
 
 from nvembed.serving import handlers, vendor_handlers
-from nvembed.serving.bodies import (
-    LARGE_BYTES,
-    Body,
-    EmbedRequest,
-    OpenAIRequest,
-    RerankRequest,
-    RootRequest,
-    SimilarityRequest,
-    TokenizeRequest,
-    read_body,
-)
+from nvembed.serving.bodies import LARGE_BYTES, Body, read_body
 from nvembed.serving.config import ServerConfig
 from nvembed.serving.engines import Token
 from nvembed.serving.errors import Api, api_of
@@ -36,80 +25,52 @@ from nvembed.serving.middleware import RequestContext
 from nvembed.serving.models import Models
 from nvembed.serving.service import Service, finish
 from nvembed.serving.telemetry import Metrics
-from nvembed.serving.vendor_bodies import (
-    CohereEmbedRequest,
-    OllamaEmbedRequest,
-    OllamaPromptRequest,
-    OllamaShowRequest,
-    RankRequest,
-)
 
 _Handler = Callable[[Service, Any, RequestContext], Coroutine[Any, Any, handlers.Answer]]
 
 
-@dataclass(frozen=True)
-class _Route:
-    """A route that reads a body."""
+class _Route(NamedTuple):
+    """A route that reads a body, of the type that its handler takes."""
 
     path: str
-    body: type[Body]
     handler: _Handler
     answered: object  # the type of its answer in the OpenAPI document
 
 
+def _object(name: str, **fields: object) -> type[BaseModel]:
+    """The form of an object in the OpenAPI document."""
+    definitions: dict[str, Any] = {field: (kind, ...) for field, kind in fields.items()}
+    return create_model(name, **definitions)
+
+
 _Vectors = list[list[float] | str]  # a string is base64
-_Ranking = list[dict[str, Any]]
-
-
-class _Embeddings(BaseModel):
-    object: str
-    data: list[dict[str, Any]]
-    model: str
-    usage: dict[str, int]
-
-
-class _CohereEmbeddings(BaseModel):
-    id: str
-    response_type: str
-    embeddings: dict[str, _Vectors]
-    texts: list[str]
-    meta: dict[str, Any]
-
-
-class _Ranked(BaseModel):
-    id: str
-    model: str
-    object: str
-    results: list[dict[str, Any]]
-    usage: dict[str, int]
-    meta: dict[str, Any]
-
-
-class _OllamaVectors(BaseModel):
-    model: str
-    embeddings: list[list[float]]
-    total_duration: int
-    load_duration: int
-    prompt_eval_count: int
-
-
-class _OllamaVector(BaseModel):
-    embedding: list[float]
-
+_Numbers = list[float]
+_Objects, _Object = list[dict[str, Any]], dict[str, Any]
+_Usage, _ByType, _Texts = dict[str, int], dict[str, _Vectors], list[str]
+_EMBEDDINGS = _object("_Embeddings", object=str, data=_Objects, model=str, usage=_Usage)
+_COHERE = _object(
+    "_CohereEmbeddings", id=str, response_type=str, embeddings=_ByType, texts=_Texts, meta=_Object
+)
+_RANKED = _object(
+    "_Ranked", id=str, model=str, object=str, results=_Objects, usage=_Usage, meta=_Object
+)
+_COUNTS = dict.fromkeys(("total_duration", "load_duration", "prompt_eval_count"), int)
+_OLLAMA = _object("_OllamaVectors", model=str, embeddings=list[_Numbers], **_COUNTS)
+_OLLAMA_OLD = _object("_OllamaVector", embedding=_Numbers)
 
 ROUTES = (
-    _Route("/v1/embeddings", OpenAIRequest, handlers.embeddings, _Embeddings),
-    _Route("/", RootRequest, handlers.root, _Vectors | list[float]),
-    _Route("/embed", EmbedRequest, handlers.embed, _Vectors),
-    _Route("/rerank", RerankRequest, handlers.rerank, _Ranking),
-    _Route("/similarity", SimilarityRequest, handlers.similarity, list[float]),
-    _Route("/tokenize", TokenizeRequest, handlers.tokenize, list[list[Token]]),
-    _Route("/v2/embed", CohereEmbedRequest, vendor_handlers.cohere_embed, _CohereEmbeddings),
-    _Route("/v1/rerank", RankRequest, vendor_handlers.rank, _Ranked),
-    _Route("/v2/rerank", RankRequest, vendor_handlers.rank, _Ranked),
-    _Route("/api/embed", OllamaEmbedRequest, vendor_handlers.ollama_embed, _OllamaVectors),
-    _Route("/api/embeddings", OllamaPromptRequest, vendor_handlers.ollama_prompt, _OllamaVector),
-    _Route("/api/show", OllamaShowRequest, vendor_handlers.ollama_show, dict[str, Any]),
+    _Route("/v1/embeddings", handlers.embeddings, _EMBEDDINGS),
+    _Route("/", handlers.root, _Vectors | _Numbers),
+    _Route("/embed", handlers.embed, _Vectors),
+    _Route("/rerank", handlers.rerank, _Objects),
+    _Route("/similarity", handlers.similarity, _Numbers),
+    _Route("/tokenize", handlers.tokenize, list[list[Token]]),
+    _Route("/v2/embed", vendor_handlers.cohere_embed, _COHERE),
+    _Route("/v1/rerank", vendor_handlers.rank, _RANKED),
+    _Route("/v2/rerank", vendor_handlers.rank, _RANKED),
+    _Route("/api/embed", vendor_handlers.ollama_embed, _OLLAMA),
+    _Route("/api/embeddings", vendor_handlers.ollama_prompt, _OLLAMA_OLD),
+    _Route("/api/show", vendor_handlers.ollama_show, _Object),
 )
 
 
@@ -163,8 +124,10 @@ def _add_post(
     row: _Route,
     answer: Callable[..., Coroutine[Any, Any, Response]],
 ) -> None:
+    form: type[Body] = get_type_hints(row.handler)["body"]
+
     async def route(request: Request) -> Response:
-        body = await read_body(request.state.context.body, row.body)
+        body = await read_body(request.state.context.body, form)
         name: str | None = getattr(body, "model", None)
         if name is not None and api_of(row.path) == "ollama":
             name = name.removesuffix(vendor_handlers.LATEST)
@@ -179,7 +142,7 @@ def _add_post(
     app.post(
         row.path,
         name=row.handler.__name__,
-        openapi_extra=_described_body(row.body, patches),
+        openapi_extra=_described_body(form, patches),
         responses={200: {"model": row.answered}, **_described_errors(row.path)},
     )(route)
 
@@ -202,15 +165,6 @@ _ERRORS = {
 }
 
 
-class _OpenAIError(BaseModel):
-    error: dict[str, str | None]  # message, type, param and code
-
-
-class _TEIError(BaseModel):
-    error: str
-    error_type: str
-
-
 def _described_body(cls: type[Body], patches: dict[str, dict[str, Any]]) -> dict[str, Any]:
     schema = cls.model_json_schema()
     inner = schema.pop("$defs", {})
@@ -223,19 +177,11 @@ def _described_body(cls: type[Body], patches: dict[str, dict[str, Any]]) -> dict
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
-class _CohereError(BaseModel):
-    message: str
-
-
-class _OllamaError(BaseModel):
-    error: str
-
-
 _ERROR_MODELS: dict[Api, type[BaseModel]] = {
-    "openai": _OpenAIError,
-    "tei": _TEIError,
-    "cohere": _CohereError,
-    "ollama": _OllamaError,
+    "openai": _object("_OpenAIError", error=dict[str, str | None]),
+    "tei": _object("_TEIError", error=str, error_type=str),
+    "cohere": _object("_CohereError", message=str),
+    "ollama": _object("_OllamaError", error=str),
 }
 
 

@@ -271,15 +271,7 @@ def create_app(
         redirect_slashes=False,
     )
     app.add_exception_handler(HTTPException, _answer_http)
-    _add_state_routes(app, models, metrics)
-    _add_page(app)
-    add_routes(app, models, config, metrics)
-    routes = frozenset(app.openapi()["paths"]) | {"/openapi.json", "/docs"}
-    app.add_middleware(LimitsMiddleware, config=config, keys=keys, metrics=metrics, routes=routes)
-    return app
 
-
-def _add_state_routes(app: FastAPI, models: Models, metrics: Metrics) -> None:
     @app.get("/health")
     async def health() -> dict[str, str]:
         return {"status": "ok"}
@@ -294,14 +286,16 @@ def _add_state_routes(app: FastAPI, models: Models, metrics: Metrics) -> None:
     async def page() -> Response:
         return Response(metrics.render(), media_type="text/plain; version=0.0.4")
 
-
-def _add_page(app: FastAPI) -> None:
-    """Add ``/docs``, a page over the OpenAPI document."""
     html = resources.files("nvembed.serving").joinpath("page.html").read_text(encoding="utf-8")
 
     @app.get("/docs", response_class=HTMLResponse, include_in_schema=False)
-    async def docs() -> Response:
+    async def docs() -> Response:  # a page over the OpenAPI document
         return HTMLResponse(html, headers=_PAGE_HEADERS)
+
+    add_routes(app, models, config, metrics)
+    routes = frozenset(app.openapi()["paths"]) | {"/openapi.json", "/docs"}
+    app.add_middleware(LimitsMiddleware, config=config, keys=keys, metrics=metrics, routes=routes)
+    return app
 
 
 async def _answer_http(request: Request, error: Any) -> Response:

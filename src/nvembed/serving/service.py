@@ -109,20 +109,17 @@ class Service:
         except UserError as error:
             message = f"the instruction is neither a sentence nor a known task, {error.expected}"
             raise RequestError(400, message, "bad_instruction", "instruction") from None
-        if self._for_queries:
-            self._check_query_name(input_type, task if prompt is None else prompt)
-            input_type = "query"
-        input_type = input_type or ("document" if task is None else "query")
-        return EmbedOptions(input_type, task, prompt, cut, normalize)
-
-    def _check_query_name(self, input_type: Side | None, given: str | None) -> None:
-        if input_type == "document":
+        if self._for_queries and input_type == "document":
             message = f"{self.model_name}{QUERY} is for queries; ask for {self.model_name}"
             raise RequestError(400, message, "not_of_queries", "model")
-        if given is None and not side_prompt(self.engine.prompts, "query"):
-            message = "this model has no instruction for queries; send one"
-            message = f"{message}, or ask who runs the server to set task"
-            raise RequestError(400, message, "no_instruction", "instruction")
+        if self._for_queries:
+            input_type = "query"
+            if (task, prompt) == (None, None) and not side_prompt(self.engine.prompts, "query"):
+                message = "this model has no instruction for queries; send one"
+                message = f"{message}, or ask who runs the server to set task"
+                raise RequestError(400, message, "no_instruction", "instruction")
+        input_type = input_type or ("document" if task is None else "query")
+        return EmbedOptions(input_type, task, prompt, cut, normalize)
 
     def options_for(self, purpose: Purpose, instruction: str | None, cut: Cut) -> EmbedOptions:
         """Read what Cohere and Jina call the purpose of texts.

@@ -27,8 +27,7 @@ def as_type(vectors: NDArray[np.float32], dtype: Dtype) -> NDArray[Any]:
 
     from nvembed.model.encoding import quantize
 
-    found: NDArray[Any] = quantize(torch.from_numpy(vectors), dtype, _BOUNDS).numpy()
-    return found
+    return quantize(torch.from_numpy(vectors), dtype, _BOUNDS).numpy()
 
 
 def as_rows(vectors: NDArray[np.float32], dtype: Dtype = "float", *, packed: bool = False) -> Any:

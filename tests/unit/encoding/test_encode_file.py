@@ -319,7 +319,10 @@ def test_all_workers_are_given_the_settled_type(
 
     monkeypatch.setattr(embed, "process_pool", pool)
     monkeypatch.setattr(embed, "ray_pool", pool)
-    monkeypatch.setattr("nvembed.model.workers.settle_by_ray", lambda dtype: "float32")
+    task = SimpleNamespace(remote=lambda choice: choice)
+    remote = SimpleNamespace(options=lambda **needs: task)
+    cluster = SimpleNamespace(remote=lambda function: remote, get=lambda choice: "float32")
+    monkeypatch.setattr("nvembed.model.workers.join_cluster", lambda: (cluster, "CPU", 2))
     encode_file(
         str(tiny_decoder_dir),
         tmp_path / "in.jsonl",

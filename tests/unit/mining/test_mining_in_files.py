@@ -359,7 +359,7 @@ def test_a_cluster_settles_on_what_its_workers_are_fastest_in(
 
     monkeypatch.setattr(workers, "join_cluster", lambda: (Ray(), "GPU", 2))
     monkeypatch.setattr("nvembed.kernels.machine.fastest_precision", lambda device: "float32")
-    assert workers.settle_by_ray("auto") == "bfloat16"
+    assert workers.settle_for("ray", "m", "auto") == "bfloat16"
     assert asked == {"num_gpus": 1}
-    assert workers.settle_by_ray("float32") == "float32"
+    assert workers.settle_for("ray", "m", "float32") == "float32"
     assert ranking.settled_dtype("m", "auto", tmp_path, "ray") == "bfloat16"

@@ -95,7 +95,7 @@ def test_a_cancelled_request_never_reaches_the_model(bench: Bench) -> None:
 
     asyncio.run(main())
     assert bench.engine.batches == [["held"], ["stays"]]
-    assert bench.batcher._scheduler.known_clients == 0
+    assert len(bench.batcher.scheduler.clients) == 0
 
 
 @pytest.mark.parametrize("text", ["raise", "nan"])

@@ -198,14 +198,6 @@ def without_head(model: NVEmbed) -> NVEmbed:
     return free
 
 
-def query_prompts(model: NVEmbed) -> list[str]:
-    """Instructions that queries are learned back with: a few, the model's own before MTEB's."""
-    of_tasks = task_prompts()
-    names = sorted(model.prompts, key=lambda name: name in of_tasks)
-    found = (prompt_instruction(model.prompts[name]) for name in names)
-    return list(dict.fromkeys(filter(None, found)))[:_MOST_PROMPTS] or [_INSTRUCTION]
-
-
 def _split(file: Path) -> tuple[list[str], list[str]]:
     """Different texts in an order of their own: those held out, and the others."""
     texts = list(dict.fromkeys(row.text for row in read_documents([file], keep_going=None)))
@@ -313,7 +305,12 @@ def recovery_recipe(model: NVEmbed, name: str, texts: Path, to: Path, count: int
 
     It reads documents; where prompts are pooled too, as many queries with those of the model.
     """
-    prompts = query_prompts(model) if model.backbone.text_style == "whole" else []
+    prompts: list[str] = []
+    if model.backbone.text_style == "whole":  # a few, the model's own before MTEB's
+        of_tasks = task_prompts()
+        names = sorted(model.prompts, key=lambda name: name in of_tasks)
+        known = filter(None, (prompt_instruction(model.prompts[name]) for name in names))
+        prompts = list(dict.fromkeys(known))[:_MOST_PROMPTS] or [_INSTRUCTION]
 
     def seen_from(path: str | Path) -> str:
         place = os.path.relpath(Path(path).resolve(), to.resolve())

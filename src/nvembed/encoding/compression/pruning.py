@@ -148,11 +148,8 @@ def gated_mlps(model: NVEmbed) -> list[Any]:
     mlps: list[Any] = [getattr(layer, "mlp", None) for layer in decoder_layers(model)]
     names = ("gate_proj", "up_proj", "down_proj")
     if not all(isinstance(getattr(mlp, name, None), nn.Linear) for mlp in mlps for name in names):
-        raise ModelError(
-            f"the MLPs of the {model.backbone.model.config.model_type} family cannot be cut",
-            where="mlp",
-            expected=f"layers with an mlp of {', '.join(names)}",
-        )
+        message = f"the MLPs of the {model.backbone.model.config.model_type} family cannot be cut"
+        raise ModelError(message, where="mlp", expected=f"layers with an mlp of {', '.join(names)}")
     return mlps
 
 

@@ -118,11 +118,8 @@ def tokens_to_keep(
     for token in always:
         kept |= vocabulary.tree(token)
     if len(kept) > size:
-        raise ConfigError(
-            f"{size} tokens",
-            where="vocabulary",
-            expected=f"at least {len(kept)}: bytes, special tokens and those of the prompts",
-        )
+        expected = f"at least {len(kept)}: bytes, special tokens and those of the prompts"
+        raise ConfigError(f"{size} tokens", where="vocabulary", expected=expected)
     tokens = {number: token for token, number in vocabulary.ids.items()}
     # By falling count, the lower id first.
     for number in np.argsort(-counts, kind="stable").tolist():

@@ -76,12 +76,9 @@ def load_own(name: str, dtype: Dtype | Literal["auto"]) -> NVEmbed:
         )
     model = NVEmbed.from_pretrained(name, device="cpu", dtype=dtype)
     if not isinstance(model[0], Backbone):
-        raise ModelError(
-            f"its first module is a {type(model[0]).__name__}",
-            where=name,
-            expected="a model that nvembed saved",
-            hint="It is a sentence-transformers model already",
-        )
+        message = f"its first module is a {type(model[0]).__name__}"
+        hint = "It is a sentence-transformers model already"
+        raise ModelError(message, where=name, expected="a model that nvembed saved", hint=hint)
     return model
 
 

@@ -149,20 +149,13 @@ def _check_carried(model: NVEmbed, name: str) -> str:
             hint="Distil it into plain mean pooling first: nvembed compress --head-free",
         )
     if config.model_type not in _ARCHITECTURES:
-        raise ModelError(
-            f"a {config.model_type} backbone cannot be written as GGUF here",
-            where=name,
-            expected=f"one of {', '.join(_ARCHITECTURES)}",
-            hint=ELSEWHERE,
-        )
+        message = f"a {config.model_type} backbone cannot be written as GGUF here"
+        expected = f"one of {', '.join(_ARCHITECTURES)}"
+        raise ModelError(message, where=name, expected=expected, hint=ELSEWHERE)
     for what, found, wanted in [*_shape_checks(config), *_rope_checks(config)]:
         if found != wanted:
-            raise ModelError(
-                f"{what} is {found!r}, for which llama.cpp has no setting",
-                where=name,
-                expected=repr(wanted),
-                hint=ELSEWHERE,
-            )
+            message = f"{what} is {found!r}, for which llama.cpp has no setting"
+            raise ModelError(message, where=name, expected=repr(wanted), hint=ELSEWHERE)
     return _ARCHITECTURES[config.model_type]
 
 
@@ -304,12 +297,9 @@ def _encoded(tensor: _Tensor, *, where: str) -> NDArray[np.uint8]:
     for start in range(0, len(rows_NE), step):
         block = rows_NE[start : start + step].float().contiguous().numpy()
         if tensor.kind.name not in ("F32", "BF16") and np.abs(block).max(initial=0) > _MOST_F16:
-            raise ModelError(
-                f"tensor {tensor.name} has values beyond the range of float16",
-                where=where,
-                expected=f"at most {_MOST_F16:.0f}",
-                hint="Use --quantize bf16 or f32",
-            )
+            message = f"tensor {tensor.name} has values beyond the range of float16"
+            hint = "Use --quantize bf16 or f32"
+            raise ModelError(message, where=where, expected=f"at most {_MOST_F16:.0f}", hint=hint)
         block_bytes = np.ascontiguousarray(gguf.quantize(block, tensor.kind)).view(np.uint8)
         encoded[start : start + step] = block_bytes.reshape(len(block), -1)
     return encoded

@@ -133,11 +133,8 @@ def write_onnx(model: NVEmbed, folder: Path, *, name: str) -> bool:
 
     backbone = model.backbone
     if not isinstance(model.pooling, LatentAttentionPooling | MeanPooling):
-        raise ModelError(
-            f"{type(model.pooling).__name__} has no graph",
-            where=name,
-            expected="latent attention or mean pooling",
-        )
+        message = f"{type(model.pooling).__name__} has no graph"
+        raise ModelError(message, where=name, expected="latent attention or mean pooling")
     if backbone.dtype != torch.float32:
         raise ModelError(
             f"an ONNX graph in {backbone.dtype}",

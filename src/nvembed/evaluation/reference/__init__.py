@@ -98,13 +98,10 @@ def paper_tables() -> Mapping[str, PaperTable]:
 @cache
 def _read(name: str) -> dict[str, dict[str, Any]]:
     text = files("nvembed.evaluation.reference").joinpath(f"{name}.yaml").read_text("utf-8")
-    table: dict[str, dict[str, Any]] = yaml.safe_load(text)
-    return table
+    return yaml.safe_load(text)
 
 
 def ignores_identical_ids(name: str) -> str | None:
     """Give mteb's name of a retrieval task whose results may not have the id of their query."""
     table: dict[str, Any] = _read("identical_ids")
-    known = table["beir"] | {task.casefold(): task for task in table["tasks"]}
-    found: str | None = known.get(name.casefold())
-    return found
+    return (table["beir"] | {task.casefold(): task for task in table["tasks"]}).get(name.casefold())

@@ -22,7 +22,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
 from nvembed.core import __version__
@@ -177,6 +177,22 @@ def build_server(
     )
 
 
+class _Connection(HttpToolsProtocol):
+    """Tells the request in progress that its client is gone; uvicorn tells the last one sent."""
+
+    _running: RequestResponseCycle | None = None
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._running is not None:
+            self._running.disconnected = True
+            self._running.message_event.set()
+        super().connection_lost(exc)
+
+
 class _LimitedConnection(asyncio.Protocol):
     """Limits headers, connections, and the time until answers are taken, which uvicorn does not.
 
@@ -188,7 +204,7 @@ class _LimitedConnection(asyncio.Protocol):
     def __init__(self, limits: LimitsConfig, *, server_state: ServerState, **given: Any) -> None:
         self._limits = limits
         self._connections = server_state.connections
-        self._http = HttpToolsProtocol(server_state=server_state, **given)
+        self._http = _Connection(server_state=server_state, **given)
         self._deadline: asyncio.TimerHandle | None = None
         self._sending: asyncio.TimerHandle | None = None
         self._header_bytes = 0
@@ -240,15 +256,19 @@ class _LimitedConnection(asyncio.Protocol):
         self._end_sending()
         self._http.resume_writing()
 
-    def _watch_sending(self, before: int | None) -> None:
-        """Cut off a client that takes nothing more: to close would be to wait for it for ever."""
+    def _watch_sending(self, before: int | None, looks: int = 0) -> None:
+        """Cut off a client that takes nothing more: to close would be to wait for it for ever.
+
+        Two looks, since after a pause of this process the first comes before what is sent then.
+        """
         left = self._http.transport.get_write_buffer_size()
-        if left == before:
+        looks = looks + 1 if left == before else 0
+        if looks == 2:
             log_event("slow_client", bytes=left)
             self._http.transport.abort()
         else:
             self._sending = self._http.loop.call_later(
-                self._limits.send_seconds, self._watch_sending, left
+                self._limits.send_seconds / 2, self._watch_sending, left, looks
             )
 
     def _end_sending(self) -> None:

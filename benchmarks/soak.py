@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--model", default=str(Path(__file__).resolve().parents[1] / "assets" / "decoder-6m"))
     add("--dtype", default="float32", help="as of the commands")
     add("--out", type=Path, required=True, help="folder of the results, new or empty")
-    add("--rehearse", action="store_true", help="few and short texts, limits of half a second")
+    add("--rehearse", action="store_true", help="few and short texts, limits of a second")
     given = parser.parse_args(arguments)
     given.out.mkdir(parents=True, exist_ok=True)
     if any(given.out.iterdir()):

@@ -114,7 +114,7 @@ def checks_of(out: Path) -> dict[str, bool]:
 
 
 def test_the_server_part(tiny_decoder_dir: Path, tmp_path: Path) -> None:
-    words = ["--part", "server", "--rehearse", "--minutes", "0.02", "--out", str(tmp_path / "out")]
+    words = ["--part", "server", "--rehearse", "--minutes", "0.01", "--out", str(tmp_path / "out")]
     assert soak.main([*words, "--model", str(tiny_decoder_dir)]) == 0
     checks = checks_of(tmp_path / "out")
     assert {f"rude: {kind}" for kind in rude.KINDS} < checks.keys()
@@ -128,7 +128,7 @@ def test_the_server_part(tiny_decoder_dir: Path, tmp_path: Path) -> None:
 
 
 def test_the_index_part(tiny_decoder_dir: Path, tmp_path: Path) -> None:
-    words = ["--part", "index", "--rehearse", "--minutes", "0.02", "--out", str(tmp_path / "out")]
+    words = ["--part", "index", "--rehearse", "--minutes", "0.01", "--out", str(tmp_path / "out")]
     assert soak.main([*words, "--model", str(tiny_decoder_dir)]) == 0
     checks = checks_of(tmp_path / "out")
     assert {"documents", "texts not found by themselves", "writer 1 again"} < checks.keys()

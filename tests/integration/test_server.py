@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gzip
 import http.client
 import json
 import os
@@ -103,6 +104,18 @@ def test_a_client_that_leaves_frees_its_place(engine: HeldEngine) -> None:
             assert first.result()[0] == 200
         assert call(port, "next")[0] == 200
     assert engine.batches == [["held"], ["next"]]
+
+
+def test_a_client_that_leaves_with_several_requests(engine: HeldEngine) -> None:
+    with running(engine, make_config()) as port:
+        engine.open.clear()
+        with connect(port) as left:
+            left.sendall(raw_request(body_of("first")) + raw_request(body_of("second")))
+            engine.began.wait(10)
+        wait_for(lambda: metric(port, "nvembed_cancelled_total") == 1)
+        engine.open.set()
+        assert call(port, "next")[0] == 200
+    assert engine.batches == [["first"], ["next"]]
 
 
 def test_half_closed_and_broken_connections(engine: HeldEngine) -> None:
@@ -211,6 +224,59 @@ def test_a_body_that_was_refused_unread_is_no_header(engine: HeldEngine) -> None
             assert first.result()[0] == 200
             refused.sendall(raw_request(body_of("a")))
             assert next_status(refused) == 200
+
+
+def is_open(port: int, client: socket.socket) -> bool:
+    """Whether the server's end of a connection is, as the system says."""
+    ends = [f":{port:04X}", f":{client.getsockname()[1]:04X}", "01"]
+    rows = (line.split()[1:4] for line in Path("/proc/net/tcp").read_text().splitlines())
+    return any([row[0][-5:], row[1][-5:], row[2]] == ends for row in rows)
+
+
+@pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="needs Linux")
+def test_a_client_that_does_not_take_its_answer_is_cut_off(engine: HeldEngine) -> None:
+    echoed = {"model": "m", "texts": ["a" * 900_000], "input_type": "search_document"}
+    large = raw_request(gzip.compress(json.dumps(echoed).encode()), path="/v2/embed")
+    large = large.replace(b"Host: x", b"Host: x\r\nContent-Encoding: gzip")
+    last = large.replace(b"Host: x", b"Host: x\r\nConnection: close")
+    limits = {"send_seconds": 0.6, "idle_seconds": 1}
+    with running(engine, make_config(limits=limits)) as port:
+        with socket.socket() as stalled, connect(port) as slow:
+            stalled.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            stalled.connect(("127.0.0.1", port))
+            for client in (stalled, slow):
+                client.sendall(large * 5 + last)  # beyond what the system keeps
+            assert is_open(port, stalled)
+            answers = b""  # one that takes a part now and then is answered to the end
+            while part := slow.recv(2**16):
+                answers += part
+                time.sleep(0.005)
+            assert answers.count(b"HTTP/1.1 200") == 6
+            wait_for(lambda: not is_open(port, stalled))
+        assert call(port, "fine")[0] == 200
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_what_is_no_body_is_bounded(engine: HeldEngine, held: bool) -> None:
+    """The next request's headers while one is answered, and fields behind a body in chunks."""
+    start = raw_request(body_of("held")) + b"GET / HTTP/1.1\r\nA: "
+    if not held:
+        chunked = b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\nA: "
+        start = raw_request(b"").replace(b"Content-Length: 0\r\n\r\n", chunked)
+
+    def flood(client: socket.socket) -> None:
+        for _ in range(100):
+            client.sendall(b"a" * 1000)
+            time.sleep(0.01)
+
+    with running(engine, make_config(limits={"max_header_bytes": 5000})) as port:
+        engine.open.clear()
+        with connect(port) as flooding:
+            flooding.sendall(start)
+            with pytest.raises(ConnectionError):
+                flood(flooding)
+        engine.open.set()
+        assert call(port, "fine")[0] == 200
 
 
 def test_slow_bodies_are_given_up(engine: HeldEngine) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
@@ -42,6 +42,7 @@ from nvembed.index.passages import (
     PLACE_FIELDS,
     Cutter,
     Passage,
+    id_in_file,
     is_passage_id,
     key_of,
     late_vectors,
@@ -249,6 +250,7 @@ class _Writer:
                 self._delete_gone(Path(path))
 
     def _write_window(self, groups: list[Group]) -> None:
+        groups = self._told_apart(groups)
         rows = self._checked([document for group in groups for document in group.documents])
         known = {row["id"]: row for row in self.database.get("id", list(rows))}
         new: list[str] = []
@@ -271,6 +273,26 @@ class _Writer:
             texts = [document.text for document in documents]
             self.database.upsert(new, texts, [rows[id][1] for id in new], vectors, keys)
         self._delete_former(groups)
+
+    def _told_apart(self, groups: Sequence[Group]) -> list[Group]:
+        """Let no two files share an id: folders may hold equal files under one path.
+
+        An id goes over to another file only where the one that has it is no longer there.
+        """
+        of_files = [group for group in groups if group.field == "file"]
+        rows = self.database.get("id", [str(d.id) for group in of_files for d in group.documents])
+        owners = {row["id"]: row["fields"].get("file") for row in rows}
+        found = []
+        for group in groups:
+            documents = []
+            for doc in group.documents if group.field == "file" else ():
+                id, owner = str(doc.id), owners.get(doc.id)
+                if owner not in (None, group.name) and os.path.exists(owner):
+                    id = id_in_file(id, group.name)
+                owners[id] = group.name
+                documents.append(replace(doc, id=id))
+            found.append(group._replace(documents=documents) if group.field == "file" else group)
+        return found
 
     def _delete_former(self, groups: Sequence[Group]) -> None:
         """Delete the passages that documents had and have no more."""

@@ -11,11 +11,11 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import lancedb
 import numpy as np
@@ -39,6 +39,8 @@ from nvembed.index.fields import (
     type_of_column,
 )
 from nvembed.index.where import sql_type, where_sql
+
+T = TypeVar("T")
 
 TABLE = "documents"
 _FOLDER = f"{TABLE}.lance"
@@ -154,11 +156,11 @@ class Database:
         """What a filter may name: the fields, ``id`` and ``text``."""
         return {"id": pa.string(), "text": pa.string(), **self.fields}
 
-    def _columns(self) -> dict[str, pa.Field]:
-        """The column of each field: of several generations the last."""
+    def _columns(self, schema: pa.Schema | None = None) -> dict[str, pa.Field]:
+        """The column of each field, now or of a schema: of several generations the last."""
         found: dict[str, tuple[int, pa.Field]] = {}
-        for column in self._table.schema:
-            if column.name not in OWN_COLUMNS:
+        for column in self._table.schema if schema is None else schema:
+            if column.name not in OWN_COLUMNS and column.name[0] != "_":  # a score of the engine
                 name, generation = field_name(column.name)
                 if name not in found or found[name][0] < generation:
                     found[name] = (generation, column)
@@ -244,7 +246,7 @@ class Database:
 
     def count(self, where: str | None = None) -> int:
         """Number of documents, of those that a filter lets through."""
-        return int(self._table.count_rows(self._sql(where)))
+        return self._read(lambda: int(self._table.count_rows(self._sql(where))))
 
     def get(self, column: str, values: Sequence[str]) -> list[dict[str, Any]]:
         """Documents by ``id`` or ``text_hash``, in no order, with ``vector`` and ``fields``."""
@@ -277,11 +279,10 @@ class Database:
         flat = found["vector"].combine_chunks().flatten().to_numpy()
         vectors = flat.reshape(found.num_rows, -1) if found.num_rows else []
         fields: dict[str, list[Any]] = {}
-        for name, column in self._columns().items():
-            if column.name in found.column_names:
-                fields[name] = found[column.name].to_pylist()
-                if type_of_column(column) == JSON:
-                    fields[name] = [None if v is None else json.loads(v) for v in fields[name]]
+        for name, column in self._columns(found.schema).items():  # others may be there by now
+            fields[name] = found[column.name].to_pylist()
+            if type_of_column(column) == JSON:
+                fields[name] = [None if v is None else json.loads(v) for v in fields[name]]
         kept = [n for n in found.column_names if n in ("id", "text", "text_hash", "_score")]
         rows = found.select(kept).to_pylist()
         for number, (row, vector) in enumerate(zip(rows, vectors, strict=True)):
@@ -300,7 +301,8 @@ class Database:
             self._table.create_index("vector", config=IvfSq(distance_type="cosine"))
         elif not many and "vector" in indexed:
             self._table.drop_index(indexed["vector"])
-        self._table.optimize(cleanup_older_than=_KEPT)
+        # What a killed process has left goes too: nobody else writes now.
+        self._table.optimize(cleanup_older_than=_KEPT, delete_unverified=True)
 
     def _indexes(self) -> dict[str, str]:
         """The names of the indexes by their column."""
@@ -320,22 +322,39 @@ class Database:
         self, vector: NDArray[np.float32], count: int, *, where: str | None, exact: bool
     ) -> list[dict[str, Any]]:
         """Documents nearest to a unit vector ``(D,)``, nearest first, as in ``get``."""
-        query = self._table.search(vector, vector_column_name="vector").distance_type("cosine")
-        if exact or not self.approximate:
-            query = query.bypass_vector_index()
-        else:
-            # Candidates by 8-bit numbers, put in order by the vectors themselves.
-            query = query.nprobes(_PROBES).refine_factor(_REFINE)
-        return self._rows(self._filtered(query.limit(count), where))
+
+        def read() -> list[dict[str, Any]]:
+            query = self._table.search(vector, vector_column_name="vector").distance_type("cosine")
+            if exact or not self.approximate:
+                query = query.bypass_vector_index()
+            else:
+                # Candidates by 8-bit numbers, put in order by the vectors themselves.
+                query = query.nprobes(_PROBES).refine_factor(_REFINE)
+            return self._rows(self._filtered(query.limit(count), where))
+
+        return self._read(read)
 
     def by_words(self, text: str, count: int, *, where: str | None) -> list[dict[str, Any]]:
         """Documents by BM25 (``_score``), best first, equal ones by id."""
         if not self.has_words:
             hint = "A run of nvembed index did not come to its end: run it again"
             raise DataError("words are not indexed", where=str(self.path), hint=hint)
-        query = self._table.search(text, query_type="fts", fts_columns="text").limit(count)
-        rows = self._rows(self._filtered(query, where))
-        return sorted(rows, key=lambda row: (-row["_score"], row["id"]))
+
+        def read() -> list[dict[str, Any]]:
+            query = self._table.search(text, query_type="fts", fts_columns="text").limit(count)
+            return self._rows(self._filtered(query, where))
+
+        return sorted(self._read(read), key=lambda row: (-row["_score"], row["id"]))
+
+    def _read(self, read: Callable[[], T]) -> T:
+        """Read, and again where columns have changed meanwhile: a filter names those of before."""
+        while True:
+            schema = self._table.schema
+            try:
+                return read()
+            except (RuntimeError, ValueError):
+                if self._table.schema == schema:
+                    raise
 
     def _filtered(self, query: Any, where: str | None) -> Any:
         return query if where is None else query.where(self._sql(where), prefilter=True)

@@ -50,6 +50,12 @@ def is_passage_id(id: str) -> bool:
     return _ID.fullmatch(id) is not None
 
 
+def id_in_file(id: str, file: str) -> str:
+    """Another id of a passage, whose own is that of an equal passage of another file."""
+    digest = hashlib.blake2b(f"{file}\0{id}".encode(), digest_size=6).hexdigest()
+    return f"{id.rpartition('#')[0]}#{digest}"
+
+
 def key_of(document: Document) -> str:
     """Name what the vector of a document is made of."""
     return document.key if isinstance(document, Passage) else text_hash(document.text)

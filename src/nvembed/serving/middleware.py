@@ -92,9 +92,6 @@ class LimitsMiddleware:
             context.status = context.status or 499  # for metrics and log; nobody reads it
         except RequestError as error:
             await error.response(path)(scope, receive, send)
-        except _SendTimeoutError:
-            log_event("slow_client", request=context.request_id)
-            raise
         except Exception as error:  # a bug: told without a traceback, which could hold texts
             where = traceback.extract_tb(error.__traceback__)[-1]
             place, name = f"{where.filename}:{where.lineno}", type(error).__name__
@@ -180,11 +177,7 @@ class LimitsMiddleware:
                 context.status = message["status"]
                 named = (b"x-request-id", context.request_id.encode())
                 message["headers"] = [*message.get("headers", ()), named]
-            try:
-                async with asyncio.timeout(self._limits.send_seconds):
-                    await send(message)
-            except TimeoutError as error:
-                raise _SendTimeoutError from error
+            await send(message)
 
         return watched
 
@@ -206,10 +199,6 @@ class LimitsMiddleware:
                 texts=context.texts,
                 tokens=context.tokens,
             )
-
-
-class _SendTimeoutError(Exception):
-    """The client does not read its answer."""
 
 
 def _too_busy() -> RequestError:

@@ -22,7 +22,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
 from nvembed.core import __version__
@@ -177,23 +177,41 @@ def build_server(
     )
 
 
+class _Connection(HttpToolsProtocol):
+    """Tells the request in progress that its client is gone; uvicorn tells the last one sent."""
+
+    _running: RequestResponseCycle | None = None
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._running is not None:
+            self._running.disconnected = True
+            self._running.message_event.set()
+        super().connection_lost(exc)
+
+
 class _LimitedConnection(asyncio.Protocol):
-    """Limits the headers of requests and the number of connections, which uvicorn does not.
+    """Limits headers, connections, and the time until answers are taken, which uvicorn does not.
 
     Everything is handed to uvicorn's protocol, which has a new ``cycle`` once headers are whole.
-    uvicorn itself closes connections that are idle between two requests; bodies and answers have
-    their limits in ``middleware.py``.
+    uvicorn itself closes connections that are idle between two requests; bodies have their limits
+    in ``middleware.py``.
     """
 
     def __init__(self, limits: LimitsConfig, *, server_state: ServerState, **given: Any) -> None:
         self._limits = limits
         self._connections = server_state.connections
-        self._http = HttpToolsProtocol(server_state=server_state, **given)
+        self._http = _Connection(server_state=server_state, **given)
         self._deadline: asyncio.TimerHandle | None = None
+        self._sending: asyncio.TimerHandle | None = None
         self._header_bytes = 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._http.connection_made(transport)  # type: ignore[arg-type]  # as uvicorn narrows it
+        self._http.transport.set_write_buffer_limits(0)  # any byte that is not taken is told
         if len(self._connections) > self._limits.max_connections:
             transport.close()
         else:
@@ -201,29 +219,61 @@ class _LimitedConnection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._end_headers()
+        self._end_sending()
         self._http.connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         before = self._http.cycle
+        size = len(before.body) if before is not None else 0
         self._http.data_received(data)
         cycle = self._http.cycle
         if cycle is not before:
             self._end_headers()
-        elif (cycle is None or cycle.response_complete) and not self._http.transport.is_closing():
+            return
+        if self._http.transport.is_closing():
+            return
+        answered = cycle is None or cycle.response_complete
+        if answered:
             self._expect_headers()
-            if cycle is None or not cycle.more_body:  # else of a body that was refused unread
-                self._header_bytes += len(data)
-            if self._header_bytes > self._limits.max_header_bytes:
-                self._refuse("431 Request Header Fields Too Large")
+        elif len(cycle.body) > size:
+            return
+        # Of the next request, while one is answered too, or after the last piece of a body.
+        self._header_bytes += len(data)
+        limit = self._limits.max_header_bytes
+        if answered and cycle is not None and cycle.more_body:  # a body that was refused unread
+            limit += self._limits.max_body_bytes
+        if self._header_bytes > limit:
+            self._refuse("431 Request Header Fields Too Large")
 
     def eof_received(self) -> None:
         self._http.eof_received()
 
     def pause_writing(self) -> None:
         self._http.pause_writing()
+        self._watch_sending(None)
 
     def resume_writing(self) -> None:
+        self._end_sending()
         self._http.resume_writing()
+
+    def _watch_sending(self, before: int | None, looks: int = 0) -> None:
+        """Cut off a client that takes nothing more: to close would be to wait for it for ever.
+
+        Two looks, since after a pause of this process the first comes before what is sent then.
+        """
+        left = self._http.transport.get_write_buffer_size()
+        looks = looks + 1 if left == before else 0
+        if looks == 2:
+            log_event("slow_client", bytes=left)
+            self._http.transport.abort()
+        else:
+            self._sending = self._http.loop.call_later(
+                self._limits.send_seconds / 2, self._watch_sending, left, looks
+            )
+
+    def _end_sending(self) -> None:
+        if self._sending is not None:
+            self._sending.cancel()
 
     def _expect_headers(self) -> None:
         if self._deadline is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 from pathlib import Path
+from uuid import UUID
 
 import numpy as np
 import pyarrow as pa
@@ -366,6 +367,60 @@ def test_one_process_writes(tmp_path):
     ):
         index_documents(tmp_path / "db", [], model=None, delete=["1"])
     assert index_documents(tmp_path / "db", [], model=None, delete=["1"]).total == 0
+
+
+def test_what_a_killed_writer_left_goes(tmp_path):
+    write_jsonl(tmp_path / "docs.jsonl", [{"id": 1, "text": "x"}])
+    index_documents(tmp_path / "db", [tmp_path / "docs.jsonl"], model=HashEncoder(8))
+    table = tmp_path / "db" / "documents.lance"
+    left = [
+        table / "data" / f"{'0' * 40}.lance",
+        table / "_indices" / str(UUID(int=1)) / "page.lance",
+    ]
+    left[1].parent.mkdir()
+    for path in left:
+        path.write_bytes(b"cut off")
+    assert (
+        index_documents(tmp_path / "db", [tmp_path / "docs.jsonl"], model=HashEncoder(8)).total == 1
+    )
+    assert not any(path.exists() for path in left)
+
+
+def test_a_reader_while_a_field_gets_wider(tmp_path, monkeypatch):
+    rows = [{"id": n, "text": f"text {n}", "year": n} for n in range(5)]
+    write_jsonl(tmp_path / "docs.jsonl", rows)
+    index_documents(tmp_path / "db", [tmp_path / "docs.jsonl"], model=HashEncoder(8))
+    reader, writer = Database.open(tmp_path / "db"), Database.open(tmp_path / "db")
+    vector, written = HashEncoder(8).encode_query(["text 3"])[0], Database._sql
+    after: list[int] = []
+
+    def widened(self, where):
+        sql = written(self, where)
+        if self is reader and len(after) % 2 == 0:  # every first attempt comes too late
+            writer.widen("year", pa.float64())
+        after.append(1)
+        return sql
+
+    monkeypatch.setattr(Database, "_sql", widened)
+    assert reader.count("year >= 3") == 2
+    for read in (
+        lambda: reader.nearest(vector, 5, where="year >= 3", exact=True),
+        lambda: reader.by_words("text", 5, where="year >= 3"),
+    ):
+        assert {(row["id"], row["fields"]["year"]) for row in read()} == {("3", 3.0), ("4", 4.0)}
+    assert len(after) == 6
+    monkeypatch.undo()
+    query = reader._table.search(vector, vector_column_name="vector")
+
+    class Late:
+        def to_arrow(self):
+            found = query.to_arrow()
+            writer.widen("year", pa.float64())
+            return found
+
+    assert all(set(row["fields"]) == {"year"} for row in reader._rows(Late()))
+    with pytest.raises(ConfigError, match="no field"):
+        reader.count("month > 1")
 
 
 def test_map_is_the_plane_of_principal_components():

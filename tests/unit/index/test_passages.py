@@ -213,6 +213,46 @@ def test_again_what_is_new(folder: Path, tmp_path: Path) -> None:
         assert new[after[id]["start"] : after[id]["end"]] == before[id]["text"]
 
 
+@pytest.mark.parametrize("together", [True, False])
+def test_equal_files_under_one_path(tmp_path: Path, together: bool) -> None:
+    encoder, path = Counting(), tmp_path / "db"
+    texts = {"LICENSE.txt": "You may copy this.", "own.txt": ""}
+    folders = [tmp_path / name for name in ("a", "b", "c")]
+    for folder in folders:
+        folder.mkdir()
+        for name, text in texts.items():
+            (folder / name).write_text(text or f"of {folder.name}")
+
+    def run() -> list[int]:
+        parts = [folders] if together else [[folder] for folder in folders]
+        done = [index(path, *part, encoder=encoder) for part in parts]
+        counts = [sum(getattr(one, n) for one in done) for n in ("added", "updated", "deleted")]
+        return [*counts, done[-1].total]
+
+    def files() -> list[str]:
+        return sorted(row["file"] for row in kept(path).values())
+
+    def there() -> list[str]:
+        return sorted(str(file) for file in tmp_path.glob("?/*.txt"))
+
+    assert run() == [6, 0, 0, 6]
+    assert files() == there()
+    assert len(encoder.since()) == 4  # equal words are embedded once
+    assert run() == [0, 0, 0, 6]
+    for gone in ("a", "c"):
+        (tmp_path / gone / "LICENSE.txt").unlink()
+        run()
+        assert files() == there()
+    # What has moved keeps its ids, which no other file has.
+    before = kept(path)
+    (tmp_path / "b").rename(tmp_path / "d")
+    folders[1] = tmp_path / "d"
+    assert run()[0] == 0
+    assert kept(path).keys() == before.keys()
+    assert files() == there()
+    assert encoder.since() == []
+
+
 def test_a_document_is_deleted_with_its_passages(folder: Path, tmp_path: Path) -> None:
     # A row whose id looks like a passage of the file stays.
     write_jsonl(tmp_path / "rows.jsonl", [{"id": "a.md#own", "text": "a row", "start": 3}])

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from nvembed.core.arguments import PrecisionChoice
+from nvembed.core.arguments import PrecisionChoice, goes_on
 from nvembed.core.errors import ConfigError, DataError
 from nvembed.core.files import STDIN, open_text_file
 from nvembed.core.outputs import check_folder_name
@@ -162,7 +162,9 @@ def _check_settings(
     database: Database, task: str | None, truncate_dim: int | None, dtype: PrecisionChoice | None
 ) -> None:
     record = database.record
-    fixed = None if dtype == "auto" or record.dtype is None else dtype
+    fixed = dtype
+    if dtype is None or record.dtype is None or goes_on(dtype, record.dtype):
+        fixed = None
     for what, given, kept in (
         ("truncate_dim", truncate_dim, record.dimension),
         ("task", task, record.task),

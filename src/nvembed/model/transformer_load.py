@@ -46,17 +46,21 @@ from nvembed.interop.model_folder import ModelSource
 from nvembed.interop.weights import Misfit, StoredTensor, check_finite, fill, read_header
 from nvembed.model.attention import FLAT_ATTENTION
 from nvembed.model.placement import DeviceMap, place_of, plan_places, spread
+from nvembed.model.quantization import Quantizer, load_quantized, quantized_as
 
 
 def load_transformer(
-    source: ModelSource, dtype: torch.dtype | str | None, device_map: DeviceMap | None
+    source: ModelSource,
+    dtype: torch.dtype | str | None,
+    device_map: DeviceMap | None,
+    quantize: Quantizer | None = None,
 ) -> tuple[PreTrainedModel, Any]:
     """A base model (no head) that runs on flat batches, and its tokenizer.
 
     ``dtype`` None is float32, ``"auto"`` the stored one (float32 of a GGUF file with blocks).
     """
     if (path := source.gguf) is not None:
-        decoder, tokenizer = _load_gguf(path, dtype, device_map)
+        decoder, tokenizer = _load_gguf(path, dtype, device_map, quantize)
         decoder.name_or_path = source.name  # what an adapter says that it belongs to
         return decoder, tokenizer
     given = source.options()
@@ -65,15 +69,19 @@ def load_transformer(
     with loading(place, expected="a Hugging Face model folder or hub id"):
         config = AutoConfig.from_pretrained(name, trust_remote_code=False, **where)
         config.use_cache = False
-        model = AutoModel.from_pretrained(
-            name,
-            config=config,
-            attn_implementation=FLAT_ATTENTION,
-            dtype=dtype or torch.float32,
-            device_map=device_map,
-            trust_remote_code=False,
-            **where,
-        )
+        model = None if quantize is None else load_quantized(source, config, dtype, quantize)
+        if model is None:
+            model = AutoModel.from_pretrained(
+                name,
+                config=config,
+                attn_implementation=FLAT_ATTENTION,
+                dtype=dtype or torch.float32,
+                device_map=device_map,
+                trust_remote_code=False,
+                **where,
+            )
+    if quantize is not None and quantized_as(model) is None:  # its weights have been looked at
+        quantize.quantize(model.to(quantize.device))
     with loading(place, expected="the model's tokenizer (tokenizer.json)"):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **where)
     return model, tokenizer
@@ -97,12 +105,15 @@ def with_adapters(model: PreTrainedModel, settings: Any) -> Any:
 
 
 def load_adapted(
-    source: ModelSource, dtype: torch.dtype | str | None, device_map: DeviceMap | None
+    source: ModelSource,
+    dtype: torch.dtype | str | None,
+    device_map: DeviceMap | None,
+    quantize: Quantizer | None = None,
 ) -> tuple[PreTrainedModel, Any]:
     """The base of an adapter's folder with the adapters merged, and the base's tokenizer.
 
     They are added in float32, since what they add is small beside the weights, and rounded to
-    ``dtype`` afterwards; ``None`` and ``"auto"`` are float32.
+    ``dtype`` or quantised afterwards; ``None`` and ``"auto"`` are float32.
     """
     from peft import PeftConfig
     from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
@@ -133,6 +144,8 @@ def load_adapted(
     check_finite(merged, where=place)
     if dtype not in (None, "auto"):
         merged.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+    if quantize is not None:
+        quantize.quantize(merged.to(quantize.device))
     return merged, tokenizer
 
 
@@ -152,7 +165,10 @@ _LLAMA3 = {
 
 
 def _load_gguf(
-    path: Path, dtype: torch.dtype | str | None, device_map: DeviceMap | None
+    path: Path,
+    dtype: torch.dtype | str | None,
+    device_map: DeviceMap | None,
+    quantize: Quantizer | None,
 ) -> tuple[PreTrainedModel, Any]:
     file = read_gguf(path)
     check_usable(file)
@@ -169,6 +185,9 @@ def _load_gguf(
     if isinstance(wanted, str):
         wanted = getattr(torch, wanted)
     places = None if device_map is None else plan_places(decoder, device_map, wanted)
+    if quantize is not None:
+        quantize.prepare(decoder)
+    device = torch.device("cpu" if quantize is None else quantize.device)
     names = gguf_names(file.architecture, file.count("block_count"), decoder.state_dict())
     fill(
         decoder,
@@ -179,13 +198,16 @@ def _load_gguf(
         },
         where=str(path),
         stored_name=names.__getitem__,
-        place=lambda name: place_of(name, places) if places else torch.device("cpu"),
+        place=lambda name: place_of(name, places) if places else device,
         dtype=lambda value: wanted,
         read=lambda name, stored, place, dtype: read_tensor(file, name, dtype).to(place),
+        filled=quantize or (lambda name, part: part),
     )
     config.dtype = decoder.config.dtype = wanted
     if places:
         spread(decoder, places)
+    else:
+        decoder.to(device)  # buffers
     return decoder.eval(), tokenizer
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from accelerate import init_empty_weights
@@ -29,9 +29,6 @@ from nvembed.interop.model_folder import ModelSource
 from nvembed.interop.weights import INDEX, LM_HEAD, SINGLE, fill, fit, stored_tensors
 from nvembed.kernels.int8 import Int8Linear
 from nvembed.model.attention import FLAT_ATTENTION
-
-if TYPE_CHECKING:
-    from nvembed.model.packs import PackModel
 
 Quantization = Literal[WeightBits, "int8_products"]
 
@@ -142,8 +139,8 @@ def wanted_quantizer(
     return replace(made, device=usable_device(device) or get_device_name())
 
 
-def quantize_backbone(model: PackModel, kind: Quantization) -> None:
-    """Quantise the linear layers of the backbone, which has no adapters, in place.
+def quantize_backbone(model: Any, kind: Quantization) -> None:
+    """Quantise the linear layers of an NVEmbed's backbone, which has no adapters, in place.
 
     ``NVEmbed.from_pretrained(quantize=…)`` gives the same without the whole weights in between.
     """
@@ -210,11 +207,11 @@ def _library(kind: Quantization) -> Any:
         ) from error
 
 
-def _eight_bit(layer: nn.Linear, kind: Quantization) -> nn.Linear:
-    library = _library(kind)
+def _eight_bit(layer: nn.Linear, kind: Quantization) -> Any:
+    library, holder = _library(kind), nn.Sequential(layer)
     config = library.Int8WeightOnlyConfig if kind == "int8" else library.Float8WeightOnlyConfig
-    library.quantize_(nn.Sequential(layer), config())
-    return layer
+    library.quantize_(holder, config())
+    return holder[0]
 
 
 def _four_bit(layer: nn.Linear) -> nn.Linear:

@@ -69,7 +69,9 @@ def load_transformer(
     with loading(place, expected="a Hugging Face model folder or hub id"):
         config = AutoConfig.from_pretrained(name, trust_remote_code=False, **where)
         config.use_cache = False
-        model = None if quantize is None else load_quantized(source, config, dtype, quantize)
+        model: Any = None
+        if quantize is not None:
+            model = load_quantized(source, config, dtype, quantize)
         if model is None:
             model = AutoModel.from_pretrained(
                 name,

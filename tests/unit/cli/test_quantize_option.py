@@ -15,8 +15,9 @@ from torch import nn
 
 from nvembed.cli import models, train, vectors
 from nvembed.cli.main import run
-from nvembed.core.errors import ConfigError
+from nvembed.core.errors import ConfigError, ModelError
 from nvembed.core.files import write_jsonl
+from nvembed.encoding.doctor import examine
 from nvembed.index.build import _check_settings
 from nvembed.model import quantization
 from nvembed.model.embedder import NVEmbed
@@ -61,6 +62,22 @@ def test_vectors_are_those_of_the_quantised_model(
     np.testing.assert_allclose(np.load("v.npy"), model.encode_document(texts), atol=1e-6)
     assert np.abs(np.load("v.npy") - whole).max() > 0.01
     assert json.loads(Path("v.npy.run.json").read_text())["computing"]["dtype"] == "float32-int8"
+
+
+def test_the_doctor_examines_what_will_be_computed(
+    wide_decoder_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[str | None] = []
+
+    def load(name: str, dtype: str | None) -> None:
+        given.append(dtype)
+        raise ModelError("not loaded")
+
+    monkeypatch.setattr(examine, "load_encoder", load)
+    assert run(["doctor", str(wide_decoder_dir)]) == 2
+    assert run(["doctor", str(wide_decoder_dir), "--quantize", "nf4"]) == 2
+    assert given[0] is None
+    assert given[1] in ("float32-nf4", "bfloat16-nf4")
 
 
 def test_two_kinds_of_eight_bits_are_refused(

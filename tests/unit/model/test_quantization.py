@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from pathlib import Path
 from typing import Any
@@ -232,3 +233,19 @@ def test_a_weight_that_is_no_number_is_named_before_it_is_rounded(
     save_file(tensors, file)
     with pytest.raises(ModelError, match=f"{name} is not finite: 1 of"):
         NVEmbed.from_pretrained(place, quantize="int8")
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux")
+def test_a_saved_folder_is_mapped_unless_weights_change(tmp_path, wide_decoder_dir) -> None:
+    NVEmbed.from_pretrained(wide_decoder_dir, dtype="bfloat16").save_pretrained(str(tmp_path))
+    file = str(tmp_path / "model.safetensors")
+
+    def mapped(**options: Any) -> bool:
+        model = NVEmbed.from_pretrained(tmp_path, device="cpu", **options)
+        found = file in Path("/proc/self/maps").read_text()
+        assert model.dimension == 64
+        return found
+
+    assert mapped(dtype="bfloat16")
+    gc.collect()
+    assert not mapped(dtype="bfloat16", quantize=Quantizer("int8_products", frozen=False))

@@ -155,7 +155,7 @@ def load_encoder(name: str, dtype: PrecisionChoice | None = None) -> Encoder:
                 f"an ONNX graph in {settled}",
                 where=name,
                 expected="float32, which it was exported in",
-                hint="Leave --dtype and --quantize out, or use the model that it was exported from",
+                hint="Leave --dtype out (--quantize too), or use the model it was exported from",
             )
         return OnnxEncoder(name)
     if not is_foreign(ModelSource(name)):

@@ -106,7 +106,9 @@ def test_in_processes_the_peak_is_what_is_held(tmp_path: Path) -> None:
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     rows = seven_billion.read_rows(tmp_path, 2, 1024)
     assert len(rows) == 8
-    for (_, held, what), row in rows.items():
+    for (layout, held, what), row in rows.items():
         if what == "load" and held == "int8_products":
+            # Of a saved folder the pooling, a third of this shape, is there twice for a moment.
+            room = 0.15 if layout == "official" else 0.35
             more = row["peak_gb"] - row["imports_gb"]
-            assert 0.9 * row["weights_gb"] < more < row["weights_gb"] + 0.15
+            assert 0.9 * row["weights_gb"] < more < row["weights_gb"] + room

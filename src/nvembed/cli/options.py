@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import is_dataclass
+from dataclasses import dataclass, is_dataclass
 from inspect import Parameter, Signature, signature
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_type_hints
 
 import typer
 
+from nvembed.core.arguments import PrecisionChoice, WeightBits
 from nvembed.core.errors import ConfigError
 from nvembed.core.reporting import withdraw
 
@@ -39,7 +40,29 @@ _SHARED: dict[str, Any] = {
     "engine": "Who embeds: ray is a cluster's workers.",
     "dtype": "Type of the weights; auto is what this machine computes fastest in, but for int8, "
     "which is faster on many CPUs and less exact.",
+    "quantize": "Hold the weights in 8 or 4 bits, for less memory.",
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """What a model computes in, and how its weights are held meanwhile."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
+    quantize: WeightBits | None = None
+
+    @property
+    def precision(self) -> PrecisionChoice:
+        """Both as one choice."""
+        if self.quantize is None:
+            return self.dtype
+        if self.dtype == "int8":
+            raise ConfigError(
+                "--dtype int8 holds weights in 8 bits already",
+                where="--quantize",
+                expected="--dtype auto, float32 or bfloat16 with it",
+            )
+        return cast(PrecisionChoice, f"{self.dtype}-{self.quantize}")
 
 
 def described(**parameters: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import shlex
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import typer
 
 from nvembed.cli import options as opt
-from nvembed.core.arguments import PrecisionChoice
 from nvembed.core.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
@@ -33,13 +32,12 @@ class _Records:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Teacher:
+class _Teacher(opt.Weights):
     """Who scores the candidates."""
 
     teacher: str
     teacher_model: str | None = None
     engine: Literal["local", "ray"] = "local"
-    dtype: PrecisionChoice = "auto"
 
 
 @opt.described(
@@ -97,7 +95,14 @@ def mine(
     columns = opt.read_columns(records.columns)
     config = load_config(MiningConfig, None, settings or ())
     files = PairFiles(input, records.kind, records.layout, columns, records.documents)
-    mining = Mining(config=config, instruction=records.instruction, **asdict(teacher))
+    mining = Mining(
+        teacher.teacher,
+        config,
+        records.instruction,
+        teacher.engine,
+        teacher.teacher_model,
+        teacher.precision,
+    )
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and work is None:
         raise ConfigError("several processes share it", where="--work", expected="a folder")
     if work is not None and int(os.environ.get("RANK", "0")):  # the first process writes

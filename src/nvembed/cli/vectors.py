@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import typer
 
 from nvembed.cli import options as opt
-from nvembed.core.arguments import PrecisionChoice
 from nvembed.core.errors import ConfigError
 
 
@@ -25,11 +24,10 @@ class _Vectors:
     chunk_tokens: int = 256
 
 
-@dataclass(frozen=True)
-class _Computing:
+@dataclass(frozen=True, kw_only=True)
+class _Computing(opt.Weights):
     """Who embeds, and in which type."""
 
-    dtype: PrecisionChoice = "auto"
     processes: int = 1
     engine: Literal["local", "ray"] = "local"
 
@@ -90,7 +88,9 @@ def encode(
         form=OutputFormat(vectors.truncate_dim, vectors.precision),
         keep_going=keep_going,
         long=LongTexts(vectors.long, vectors.overlap, vectors.chunk_tokens),
-        **asdict(computing),
+        dtype=computing.precision,
+        processes=computing.processes,
+        engine=computing.engine,
     )
     if done.skipped is not None and done.skipped.count:
         opt.echo_error(*(f"left out: {line}" for line in opt.bad_lines(done.skipped.first)))
@@ -153,7 +153,7 @@ def index(
     reading: _Reading,
     deletion: _Deletion,
     truncate_dim: int | None = None,
-    dtype: PrecisionChoice = "auto",
+    weights: opt.Weights,
 ) -> None:
     """Write documents into an embedded vector database.
 
@@ -190,7 +190,7 @@ def index(
         model=model,
         task=task,
         truncate_dim=truncate_dim,
-        dtype=dtype,
+        dtype=weights.precision,
         delete=[*(deletion.delete or []), *gone],
         options=options,
     )
@@ -265,7 +265,7 @@ def search(
     top_k: int = 10,
     of_database: _OfDatabase,
     as_json: bool = False,
-    dtype: PrecisionChoice = "auto",
+    weights: opt.Weights,
 ) -> None:
     """Find what is nearest to a query, in a database or a file.
 
@@ -277,6 +277,7 @@ def search(
       nvembed search runs/demo/model "sort a list" --documents docs.jsonl \\
         --task "Given a question about Python, retrieve its documentation"
     """
+    dtype = weights.precision
     if file.documents is None:
         if file.columns:
             raise ConfigError("a database knows its columns", where="--column", hint="Leave it out")

@@ -15,15 +15,32 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NotRequired, ParamSpec, TypeVar, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, InstanceOf, TypeAdapter, ValidationError, with_config
-from typing_extensions import TypedDict
+from typing_extensions import TypedDict, TypeIs
 
 from nvembed.core.errors import ConfigError
 
 FloatPrecision = Literal["float32", "bfloat16"]
-Precision = Literal["float32", "bfloat16", "int8"]
-PrecisionChoice = Literal["auto", "float32", "bfloat16", "int8"]
+WeightBits = Literal["int8", "fp8", "nf4"]
+Precision = Literal[
+    "float32", "float32-int8", "float32-fp8", "float32-nf4",
+    "bfloat16", "bfloat16-int8", "bfloat16-fp8", "bfloat16-nf4", "int8",
+]  # fmt: skip
+PrecisionChoice = Literal[Precision, "auto", "auto-int8", "auto-fp8", "auto-nf4"]
 """What a job computes in; ``auto`` is the machine's fastest type of floats, see
-``kernels/machine.py``, and ``int8`` is of encoding on a CPU (``kernels/int8.py``)."""
+``kernels/machine.py``, and ``int8`` is of encoding on a CPU (``kernels/int8.py``). Behind a
+hyphen stands how weights are held meanwhile (``model/quantization.py``)."""
+
+
+def is_settled(choice: PrecisionChoice | None) -> TypeIs[Precision | None]:
+    """Whether no ``auto`` is left in a choice; ``None`` is what was saved."""
+    return choice is None or not choice.startswith("auto")
+
+
+def goes_on(choice: PrecisionChoice, begun: Precision | None) -> bool:
+    """Whether a choice with ``auto`` in it allows the type that a job was begun in."""
+    held = choice.removeprefix("auto")
+    return begun is not None and held != choice and begun.endswith(held)
+
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from nvembed.core.arguments import PrecisionChoice
+from nvembed.core.arguments import PrecisionChoice, goes_on
 from nvembed.core.errors import ConfigError, DataError
 from nvembed.core.files import STDIN, open_text_file
 from nvembed.core.outputs import check_folder_name
@@ -167,10 +167,11 @@ def _check_settings(
 ) -> None:
     """Refuse other settings than those that the database was made with."""
     record, wanted = database.record, options.passages
+    goes_on_as_is = record.dtype is None or dtype is None or goes_on(dtype, record.dtype)
     settings: dict[str, tuple[object, object]] = {
         "truncate_dim": (truncate_dim, record.dimension),
         "task": (task, record.task),
-        "dtype": (None if dtype == "auto" or record.dtype is None else dtype, record.dtype),
+        "dtype": (None if goes_on_as_is else dtype, record.dtype),
         "long": (options.long, record.long),
     }
     problems = [

@@ -119,12 +119,16 @@ def _without_bars() -> Iterator[None]:
 
 
 def load_pretrained(
-    source: ModelSource, dtype: torch.dtype | str | None, device_map: Any, attention: str
+    source: ModelSource,
+    dtype: torch.dtype | str | None,
+    device_map: Any,
+    attention: str,
+    make: Callable[[Any], PreTrainedModel | None] | None = None,
 ) -> tuple[PreTrainedModel, Any]:
     """A base model (no head) of transformers, and its tokenizer, from a folder or the hub.
 
     ``dtype`` None is float32, ``"auto"`` the stored one; ``attention`` is a name that transformers
-    knows.
+    knows. ``make`` may load the model of a configuration in another way; None leaves it to them.
     """
     given = source.options()
     where = {"subfolder": source.inside, "cache_dir": given.pop("cache_folder"), **given}
@@ -132,7 +136,8 @@ def load_pretrained(
     with loading(place, expected="a Hugging Face model folder or hub id"):
         config = AutoConfig.from_pretrained(name, trust_remote_code=False, **where)
         config.use_cache = False
-        model = AutoModel.from_pretrained(
+        model = None if make is None else make(config)
+        model = model or AutoModel.from_pretrained(
             name,
             config=config,
             attn_implementation=attention,

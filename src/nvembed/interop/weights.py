@@ -190,22 +190,29 @@ def fill(
     place: Callable[[str], torch.device] = lambda name: torch.device("cpu"),
     dtype: Callable[[Tensor], torch.dtype | None] = lambda value: value.dtype,
     read: Callable[[str, StoredTensor, torch.device, torch.dtype | None], Tensor] = read_tensor,
+    filled: Callable[[str, nn.Module], nn.Module] = lambda name, part: part,
 ) -> None:
     """Give a module that was built without memory its weights, which are checked.
 
     ``stored_name`` gives the name on disk of a tensor of the module, ``place`` its device by its
     name, ``dtype`` its type by what the module has, where ``None`` keeps the stored one; ``read``
-    gets a stored tensor where the file is not safetensors.
+    gets a stored tensor where the file is not safetensors. ``filled`` gives what takes the place of
+    a part, by its name, as soon as its own tensors are there.
     """
     empty = module.state_dict()
     shapes = {stored_name(name): tuple(value.shape) for name, value in empty.items()}
     names = fit(shapes, stored, where=where)
-    tensors = {}
-    for name, value in empty.items():
-        key = names[stored_name(name)]
-        tensors[name] = read(key, stored[key], place(name), dtype(value))
-        check_finite_tensor(tensors[name], key, where=where)
-    module.load_state_dict(tensors, assign=True)
+    for prefix in [name for name, _ in module.named_modules()]:  # of the parts none is kept here
+        part, tensors = module.get_submodule(prefix), dict[str, Tensor]()
+        own = [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]
+        for short, value in own:
+            if (name := f"{prefix}.{short}" if prefix else short) in empty:
+                key = names[stored_name(name)]
+                tensors[short] = read(key, stored[key], place(name), dtype(value))
+                check_finite_tensor(tensors[short], key, where=where)
+        part.load_state_dict(tensors, strict=False, assign=True)
+        if (made := filled(prefix, part)) is not part:
+            module.set_submodule(prefix, made)
 
 
 def check_finite(module: nn.Module, *, where: str) -> None:

@@ -22,12 +22,18 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 
 from nvembed.core import __version__
-from nvembed.core.arguments import FloatPrecision, Precision, PrecisionChoice
+from nvembed.core.arguments import (
+    FloatPrecision,
+    Precision,
+    PrecisionChoice,
+    goes_on,
+    is_settled,
+)
 from nvembed.core.cache import open_private, private_folders, read_private
 from nvembed.core.errors import UserError
 from nvembed.core.files import write_json
@@ -49,18 +55,21 @@ def settle_precision(
     choice: PrecisionChoice, *, begun: Precision | None = None, option: str | None = "--dtype"
 ) -> Precision:
     """Return the choice, ``auto`` replaced by a type, which a held note tells."""
-    if choice != "auto":
+    if is_settled(choice):
         return choice
-    precision, line = choose_precision(begun, option)
+    precision, line = choose_precision(begun, option, choice)
     hold_note(line)
     return precision
 
 
-def choose_precision(begun: Precision | None, option: str | None) -> tuple[Precision, str]:
+def choose_precision(
+    begun: Precision | None, option: str | None, choice: PrecisionChoice = "auto"
+) -> tuple[Precision, str]:
     """Choose the type of a job, or the one it was ``begun`` with; say which, and why."""
     device = _device_type()
-    precision = begun or fastest_precision(device)
-    if begun:
+    kept = begun if goes_on(choice, begun) else None
+    precision = kept or cast(Precision, choice.replace("auto", fastest_precision(device)))
+    if kept:
         reason = "as it was begun"
     elif device != "cpu":
         reason = "what this GPU computes in"

@@ -19,7 +19,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from nvembed.core.arguments import Precision, PrecisionChoice
+from nvembed.core.arguments import Precision, PrecisionChoice, is_settled
 from nvembed.core.errors import ConfigError, ModelError
 from nvembed.core.reporting import progress
 from nvembed.core.store import claims, key_of, make_missing, read_array, remembered, write_array
@@ -364,7 +364,7 @@ def settled_dtype(
     teacher: str, dtype: PrecisionChoice | None, work: Path, engine: Engine
 ) -> Precision | None:
     """Settle the type of the teacher's weights, for all runs that share a work folder alike."""
-    if dtype != "auto":
+    if is_settled(dtype):
         return dtype
     mine: list[Precision | None] = []
 

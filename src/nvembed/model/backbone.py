@@ -27,11 +27,11 @@ from nvembed.core.runs import TRAIN
 from nvembed.interop.loading import check_vocabulary, load_pretrained, reason, with_adapters
 from nvembed.interop.model_folder import BACKBONE_CONFIG, COPY_AGAIN, ModelSource, named_base
 from nvembed.interop.saved import read_values
-from nvembed.kernels.int8 import Int8Linear
 from nvembed.kernels.layers import accelerate
 from nvembed.model.attention import FLAT_ATTENTION, OTHER_BACKBONE, probe_direction
 from nvembed.model.packing import FlatBatch, flatten
 from nvembed.model.placement import DeviceMap
+from nvembed.model.quantization import Quantizer, load_quantized, quantized_as
 from nvembed.model.settings import AttentionDirection, LoraSettings
 from nvembed.model.tokens import TextStyle, TextTokenizer, TokenizedText
 from nvembed.model.transformer_load import load_adapted, load_gguf
@@ -98,6 +98,7 @@ class Backbone(InputModule):
         *,
         dtype: torch.dtype | str | None = None,
         device_map: DeviceMap | None = None,
+        quantize: Quantizer | None = None,
         **settings: Any,
     ) -> Self:
         """Load a decoder or encoder from a folder, a GGUF file or the hub; prove its direction.
@@ -109,11 +110,14 @@ class Backbone(InputModule):
             source = ModelSource(source)
         model: Any
         if settings.pop("bases", ()):
-            model, tokenizer = load_adapted(source, dtype, device_map)
+            model, tokenizer = load_adapted(source, dtype, device_map, quantize)
         elif source.gguf is not None:
-            model, tokenizer = load_gguf(source, dtype, device_map)
+            model, tokenizer = load_gguf(source, dtype, device_map, quantize)
         else:
-            model, tokenizer = load_pretrained(source, dtype, device_map, FLAT_ATTENTION)
+            make = partial(load_quantized, source, dtype, quantize) if quantize else None
+            model, tokenizer = load_pretrained(source, dtype, device_map, FLAT_ATTENTION, make)
+            if quantize and quantized_as(model) is None:
+                quantize.quantize(model.to(quantize.device))
         check_vocabulary(model, tokenizer, where=source.place)
         if getattr(model, "pooler", None) is not None:
             model.pooler = None  # BERT's; unused, and unused weights only cost memory
@@ -226,9 +230,10 @@ class Backbone(InputModule):
         self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any
     ) -> None:
         """Write weights (safetensors), configuration and tokenizer; of adapters not the base."""
-        if any(isinstance(module, Int8Linear) for module in self.model.modules()):
-            hint = "Load it without dtype int8, which is for encoding"
-            raise ModelError("weights in 8 bits are not saved", where=output_path, hint=hint)
+        kind = None if is_adapted(self) else quantized_as(self.model)
+        if kind is not None:
+            hint = "Load it without dtype int8 or quantize, which are for encoding"
+            raise ModelError(f"weights in {kind} are not saved", where=output_path, hint=hint)
         if is_adapted(self):
             # "auto" would ask the hub whether the vocabulary was changed; it never is.
             self.model.save_pretrained(output_path, save_embedding_layers=False)
@@ -261,6 +266,7 @@ class Backbone(InputModule):
             source,
             dtype=given.get("dtype") or given.get("torch_dtype") or "auto",
             device_map=given.get("device_map"),
+            quantize=given.get("quantize"),
             **read_values(SavedBackbone, settings, where=str(file)),
         )
 

@@ -17,7 +17,7 @@ from pydantic import Field
 from sentence_transformers.base.modules import InputModule, Module, Normalize
 from sentence_transformers.util import get_device_name, import_from_string
 
-from nvembed.core.arguments import checked
+from nvembed.core.arguments import WeightBits, checked
 from nvembed.core.errors import ConfigError, ModelError
 from nvembed.core.files import write_text
 from nvembed.core.reporting import announce, withdraw
@@ -34,7 +34,7 @@ from nvembed.model.official_load import load_official
 from nvembed.model.packs import embed_short
 from nvembed.model.placement import DeviceMap
 from nvembed.model.pooling import POOLINGS, Pooling, build_pooling
-from nvembed.model.quantization import quantize_backbone
+from nvembed.model.quantization import Quantizer, wanted_quantizer
 from nvembed.model.settings import AttentionDirection, LongTexts, PoolingKind
 
 # What modules.json may name without remote code: our classes by name, and anything inside
@@ -70,6 +70,7 @@ class _Place(NamedTuple):
     device: str | None
     device_map: DeviceMap | None
     dtype: torch.dtype | Literal["auto"] | None
+    quantize: Quantizer | None = None
 
 
 class _Recognised(type(EncodingModel)):  # type: ignore[misc]  # of sentence-transformers
@@ -115,6 +116,7 @@ class NVEmbed(EncodingModel, metaclass=_Recognised):
         device: str | torch.device | None = None,
         device_map: DeviceMap | None = None,
         dtype: torch.dtype | DtypeName | None = None,
+        quantize: WeightBits | Quantizer | None = None,
         revision: str | None = None,
         token: bool | str | None = None,
         cache_folder: str | Path | None = None,
@@ -141,6 +143,9 @@ class NVEmbed(EncodingModel, metaclass=_Recognised):
             dtype: ``None`` keeps the saved dtype (float32 for a new model; for an official one
                 bfloat16 on CUDA and float32 elsewhere); ``"auto"`` is the stored dtype. ``"int8"``
                 takes the products of the backbone in 8 bits, on a CPU and for encoding alone.
+            quantize: holds the backbone's linear layers in 8 or 4 bits as they are read, computing
+                in ``dtype``: ``"int8"``, ``"fp8"`` or ``"nf4"`` (extra ``quantization``). A model
+                saved as adapters is quantised after they were added.
             revision: commit, tag or branch on the hub.
             token: access token of the hub, for gated models.
             cache_folder: where downloads are kept.
@@ -154,12 +159,8 @@ class NVEmbed(EncodingModel, metaclass=_Recognised):
         source = ModelSource(str(name_or_path), revision, token, kept_in, local_files_only)
         announce(f"loading {source.name}")
         head = {"pooling": pooling, "num_latents": num_latents, "num_heads": num_heads}
-        in_bytes = dtype == "int8"
-        between: DtypeName = "bfloat16" if this_cpu().may_multiply_bfloat16 else "float32"
-        place = _settled(device, device_map, between if in_bytes else dtype)
+        place = _settled(device, device_map, dtype, wanted_quantizer(quantize, dtype, device))
         model = cls._load(source, place, {**head, "attention": attention}, max_tokens)
-        if in_bytes:
-            quantize_backbone(model, "int8_products")
         model.origin = source.name
         withdraw()
         return model
@@ -204,6 +205,7 @@ class NVEmbed(EncodingModel, metaclass=_Recognised):
             source,
             dtype=place.dtype,
             device_map=place.device_map,
+            quantize=place.quantize,
             attention=new["attention"] or "bidirectional",
             max_tokens=max_tokens,
         )
@@ -220,6 +222,7 @@ class NVEmbed(EncodingModel, metaclass=_Recognised):
             device_map=place.device_map,
             dtype=place.dtype,
             max_tokens=max_tokens,
+            quantize=place.quantize,
         )
         model = cls(modules=[*loaded, Normalize()], device=device)
         model.prompts.update(task_prompts())
@@ -228,7 +231,7 @@ class NVEmbed(EncodingModel, metaclass=_Recognised):
 
     @classmethod
     def _load_saved(cls, source: ModelSource, place: _Place, max_tokens: int | None) -> Self:
-        wanted = {"dtype": place.dtype, "device_map": place.device_map}
+        wanted = {key: getattr(place, key) for key in ("dtype", "device_map", "quantize")}
         model_kwargs = {key: value for key, value in wanted.items() if value is not None}
         modules: list[torch.nn.Module] = []
         for entry in read_modules(source):
@@ -350,20 +353,25 @@ def _settled(
     device: str | torch.device | None,
     device_map: DeviceMap | None,
     dtype: torch.dtype | DtypeName | None,
+    quantize: Quantizer | None,
 ) -> _Place:
     """Check that this machine has the devices, and that weights may be of the type."""
+    if quantize is not None and device_map is not None:
+        raise ConfigError("quantize with a device_map", expected="one device")
+    if dtype == "int8":  # what is computed between the products
+        dtype = "bfloat16" if this_cpu().may_multiply_bfloat16 else "float32"
     if isinstance(device_map, Mapping):
         for target in device_map.values():
             usable_device(f"cuda:{target}" if isinstance(target, int) else target)
     usable = usable_device(device)
     if dtype is None or dtype == "auto":
-        return _Place(usable, device_map, dtype)
+        return _Place(usable, device_map, dtype, quantize)
     found = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     if str(found).removeprefix("torch.") not in get_args(_Stored):
         raise ConfigError(
             f"{found} given", where="dtype", expected="float32, bfloat16, float16, int8 or auto"
         )
-    return _Place(usable, device_map, found)
+    return _Place(usable, device_map, found, quantize)
 
 
 def hold_masters(model: NVEmbed) -> None:

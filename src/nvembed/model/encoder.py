@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from nvembed.core.arguments import Precision, PrecisionChoice, checked
+from nvembed.core.arguments import Precision, PrecisionChoice, checked, is_settled
 from nvembed.core.errors import ModelError
 from nvembed.core.http import post_json
 from nvembed.core.reporting import announce, release_notes
@@ -132,7 +132,8 @@ def load_encoder(name: str, dtype: PrecisionChoice | None = None) -> Encoder:
     Args:
         name: folder, GGUF file, ``package:NAME`` or hub id.
         dtype: type of weights; ``auto`` is what this machine is fastest in, ``int8`` takes products
-            in 8 bits on a CPU, ``None`` keeps what was saved.
+            in 8 bits on a CPU, ``None`` keeps what was saved. ``auto-nf4`` computes in the same and
+            holds weights in 4 bits, see ``NVEmbed.from_pretrained(quantize=…)``.
 
     Raises:
         ConfigError: an argument of a wrong type.
@@ -155,15 +156,17 @@ def load_encoder(name: str, dtype: PrecisionChoice | None = None) -> Encoder:
                 f"an ONNX graph in {settled}",
                 where=name,
                 expected="float32, which it was exported in",
-                hint="Leave --dtype out, or use the model that it was exported from",
+                hint="Leave --dtype out (--quantize too), or use the model it was exported from",
             )
         return OnnxEncoder(name)
     if not is_foreign(ModelSource(name)):
-        encoder = cast(Encoder, NVEmbed.from_pretrained(name, dtype=settled))
+        computed, _, held = (settled or "").partition("-")
+        options: dict[str, Any] = {"dtype": computed or None, "quantize": held or None}
+        encoder = cast(Encoder, NVEmbed.from_pretrained(name, **options))
         release_notes()
         return encoder
-    if settled == "int8":
-        message = "a plain sentence-transformers model in int8"
+    if settled not in (None, "float32", "bfloat16"):
+        message = f"a plain sentence-transformers model in {settled}"
         expected = "a model that nvembed saved, or a language model"
         raise ModelError(message, where=name, expected=expected, hint="Use --dtype bfloat16")
     with loading(name):
@@ -183,10 +186,10 @@ def settle_dtype(
     from nvembed.interop.model_folder import check_model_name, holds_graph
 
     check_model_name(name)
-    if dtype != "auto":
+    if is_settled(dtype):
         return dtype
     if holds_graph(name):
-        return "float32"
+        return cast(Precision, dtype.replace("auto", "float32"))
     from nvembed.kernels.machine import settle_precision
 
     return settle_precision(dtype, begun=begun)

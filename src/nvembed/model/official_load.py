@@ -21,6 +21,7 @@ from nvembed.model.attention import FLAT_ATTENTION
 from nvembed.model.backbone import Backbone, prove_direction
 from nvembed.model.placement import DeviceMap, place_of, plan_places, spread
 from nvembed.model.pooling import LatentAttentionPooling
+from nvembed.model.quantization import Quantizer
 
 # The official default of encode(); used where the folder does not say.
 DEFAULT_MAX_TOKENS = 4096
@@ -39,6 +40,7 @@ def load_official(
     device_map: DeviceMap | None = None,
     dtype: torch.dtype | Literal["auto"] | None = None,
     max_tokens: int | None = None,
+    quantize: Quantizer | None = None,
 ) -> tuple[Backbone, LatentAttentionPooling]:
     """Load an official checkpoint into our modules, with the official token rules.
 
@@ -56,6 +58,8 @@ def load_official(
         decoder_config, latent = read_config(config, where=str(config_path))
         tokenizer = load_tokenizer(source)
         decoder, pooling = empty_modules(decoder_config, latent)
+    if quantize is not None:
+        quantize.prepare(decoder)
     places = None if device_map is None else plan_places(decoder, device_map, wanted)
 
     def place(name: str) -> torch.device:
@@ -69,6 +73,9 @@ def load_official(
         stored_name=_official,
         place=place,
         dtype=lambda value: wanted,
+        filled=lambda name, part: (
+            part if quantize is None or not name.startswith("0.") else quantize(name, part)
+        ),
     )
     # Its buffers are computed, not stored, so building without memory left them empty.
     decoder.rotary_emb = type(decoder.rotary_emb)(decoder_config).to(place("0.model.rotary_emb"))

@@ -41,17 +41,21 @@ from nvembed.interop.model_folder import ADAPTER, ADAPTER_CONFIG, ModelSource, f
 from nvembed.interop.weights import Misfit, StoredTensor, check_finite, fill, read_header
 from nvembed.model.attention import FLAT_ATTENTION
 from nvembed.model.placement import DeviceMap, place_of, plan_places, spread
+from nvembed.model.quantization import Quantizer
 
 # --- Saved as adapters ----------------------------------------------------------------------------
 
 
 def load_adapted(
-    source: ModelSource, dtype: torch.dtype | str | None, device_map: DeviceMap | None
+    source: ModelSource,
+    dtype: torch.dtype | str | None,
+    device_map: DeviceMap | None,
+    quantize: Quantizer | None = None,
 ) -> tuple[PreTrainedModel, Any]:
     """The base of an adapter's folder with the adapters merged, and the base's tokenizer.
 
     They are added in float32, since what they add is small beside the weights, and rounded to
-    ``dtype`` afterwards; ``None`` and ``"auto"`` are float32.
+    ``dtype`` or quantised afterwards; ``None`` and ``"auto"`` are float32.
     """
     from peft import PeftConfig
     from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
@@ -86,6 +90,8 @@ def load_adapted(
     check_finite(merged, where=place)
     if dtype not in (None, "auto"):
         merged.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+    if quantize is not None:
+        quantize.quantize(merged.to(quantize.device))
     return merged, tokenizer
 
 
@@ -105,7 +111,10 @@ _LLAMA3 = {
 
 
 def load_gguf(
-    source: ModelSource, dtype: torch.dtype | str | None, device_map: DeviceMap | None
+    source: ModelSource,
+    dtype: torch.dtype | str | None,
+    device_map: DeviceMap | None,
+    quantize: Quantizer | None = None,
 ) -> tuple[PreTrainedModel, Any]:
     """A base model that runs on flat batches, and its tokenizer, from a GGUF file.
 
@@ -128,6 +137,9 @@ def load_gguf(
     if isinstance(wanted, str):
         wanted = getattr(torch, wanted)
     places = None if device_map is None else plan_places(decoder, device_map, wanted)
+    if quantize is not None:
+        quantize.prepare(decoder)
+    device = torch.device("cpu" if quantize is None else quantize.device)
     names = gguf_names(file.architecture, file.count("block_count"), decoder.state_dict())
     fill(
         decoder,
@@ -138,13 +150,16 @@ def load_gguf(
         },
         where=str(path),
         stored_name=names.__getitem__,
-        place=lambda name: place_of(name, places) if places else torch.device("cpu"),
+        place=lambda name: place_of(name, places) if places else device,
         dtype=lambda value: wanted,
         read=lambda name, stored, place, dtype: read_tensor(file, name, dtype).to(place),
+        filled=quantize or (lambda name, part: part),
     )
     config.dtype = decoder.config.dtype = wanted
     if places:
         spread(decoder, places)
+    else:
+        decoder.to(device)  # buffers
     decoder.name_or_path = source.name  # what an adapter says that it belongs to
     return decoder.eval(), tokenizer
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Literal, TypeVar, cast
 
-from nvembed.core.arguments import Precision, PrecisionChoice
+from nvembed.core.arguments import Precision, PrecisionChoice, is_settled
 from nvembed.core.background import end_with_parent
 from nvembed.core.errors import UserError
 from nvembed.core.reporting import hold_note
@@ -154,13 +154,13 @@ def settle_for(
     """
     if engine != "ray" or begun is not None:
         return settle_dtype(model, dtype, begun=begun)
-    if dtype != "auto":
+    if is_settled(dtype):
         return dtype
     ray, kind, _ = join_cluster()
     from nvembed.kernels.machine import settle_precision
 
     ask: Any = ray.remote(settle_precision).options(**{f"num_{kind.lower()}s": 1})
-    settled: Precision = ray.get(ask.remote("auto"))
+    settled: Precision = ray.get(ask.remote(dtype))
     hold_note(f"computing in {settled} (what a worker is fastest in; fix with --dtype)")
     return settled
 

@@ -37,7 +37,7 @@ from nvembed.model.backbone import (
 from nvembed.model.card import CARD, model_card
 from nvembed.model.embedder import NVEmbed, hold_masters, release_masters
 from nvembed.model.packs import embed_pack
-from nvembed.model.quantization import quantize_frozen
+from nvembed.model.quantization import Quantizer
 from nvembed.model.settings import PoolingSettings
 from nvembed.model.tokens import TokenizedText
 from nvembed.training.checkpoint import trained_parameters
@@ -85,10 +85,9 @@ def build_model(config: TrainConfig, base_dir: Path, *, device: str | None = Non
         attention=settings.attention,
         max_tokens=settings.max_tokens,
         dtype=settings.dtype,
+        quantize=Quantizer(settings.quantization, frozen=True) if settings.quantization else None,
         device=device,
     )
-    if settings.quantization is not None:
-        quantize_frozen(model, settings.quantization)
     if config.lora is not None:
         add_lora(model.backbone, config.lora)
         if config.precision == "bfloat16":

@@ -114,7 +114,7 @@ def test_vectors_of_a_model_in_int8(folder: Path, tmp_path: Path) -> None:
     places = (tmp_path / "texts.jsonl", tmp_path / "v.npy")
     encode_file(str(folder), *places, task=None, dtype="int8")
     np.testing.assert_allclose(np.load(tmp_path / "v.npy"), vectors, atol=1e-6)
-    with pytest.raises(ModelError, match="weights in 8 bits are not saved"):
+    with pytest.raises(ModelError, match="weights in int8_products are not saved"):
         model.save_pretrained(str(tmp_path / "other"))  # type: ignore[attr-defined]
 
 
@@ -123,5 +123,7 @@ def test_elsewhere_it_is_refused(folder: Path, tmp_path: Path) -> None:
     write_stock(model, tmp_path, name="stock")
     with pytest.raises(ModelError, match="plain sentence-transformers model in int8"):
         load_encoder(str(tmp_path), "int8")
+    with pytest.raises(ModelError, match="plain sentence-transformers model in float32-nf4"):
+        load_encoder(str(tmp_path), "float32-nf4")
     with pytest.raises(ModelError, match="products in int8 on meta"):
         quantize_backbone(model.to("meta"), "int8_products")

@@ -126,3 +126,27 @@ def test_notes_are_shown_by_the_command_line_and_silent_in_python() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("", "shown\n")
+
+
+@pytest.mark.parametrize(
+    ("choice", "begun", "expected"),
+    [
+        ("auto-nf4", None, "bfloat16-nf4"),
+        ("auto-nf4", "float32-nf4", "float32-nf4"),  # as it was begun
+        ("auto-nf4", "float32", "bfloat16-nf4"),  # begun with whole weights: other vectors
+        ("auto-int8", "int8", "bfloat16-int8"),
+        ("auto", "float32-fp8", "float32-fp8"),
+        ("float32-nf4", "bfloat16-nf4", "float32-nf4"),
+    ],
+)
+def test_how_weights_are_held_stays_with_the_type(
+    choice: Any,
+    begun: Any,
+    expected: str,
+    monkeypatch: pytest.MonkeyPatch,
+    noted: list[str],
+) -> None:
+    cpu(monkeypatch, AMD, 4.5)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert precision.settle_precision(choice, begun=begun) == expected
+    assert (f"computing in {expected} " in "".join(noted)) == choice.startswith("auto")

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import weakref
-
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import AutoModel, MistralConfig
 
 from nvembed.model.attention import FLAT_ATTENTION, short_tokens
@@ -17,37 +13,7 @@ from nvembed.model.memory import Shape, activation_bytes, folded_elements, forec
 from nvembed.model.packs import embed_pack
 from nvembed.model.pooling import build_pooling
 from nvembed.model.tokens import TokenizedText
-
-
-class PeakBytes(TorchDispatchMode):
-    """Counts the storages that operators return, for as long as somebody holds them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        given = {
-            leaf.untyped_storage()._cdata
-            for leaf in tree_leaves((args, kwargs))
-            if isinstance(leaf, torch.Tensor)
-        }
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor):
-                storage = leaf.untyped_storage()
-                key = storage._cdata
-                if key not in given and key not in self._known:
-                    self._known.add(key)
-                    self.live += storage.nbytes()
-                    self.peak = max(self.peak, self.live)
-                    weakref.finalize(storage, self._freed, key, storage.nbytes())
-        return result
-
-    def _freed(self, key: int, nbytes: int) -> None:
-        self._known.discard(key)
-        self.live -= nbytes
+from peak_bytes import PeakBytes
 
 
 def build(tokenizer, pooling: str, **changes) -> NVEmbed:

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
+from nvembed.core.arguments import PrecisionChoice
 from nvembed.core.errors import ConfigError, ModelError
 from nvembed.core.reporting import byte_size
 from nvembed.data.instructions import resolve_prompt, task_instruction
@@ -35,7 +36,7 @@ from nvembed.interop.model_folder import find_gguf
 from nvembed.model import memory, packs
 from nvembed.model.attention import short_tokens
 from nvembed.model.embedder import NVEmbed
-from nvembed.model.encoder import Encoder, load_encoder, prompts_of
+from nvembed.model.encoder import Encoder, load_encoder, prompts_of, settle_dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,17 +83,19 @@ class Diagnosis:
         return {"healthy": self.healthy, **asdict(self), "memory": memory}
 
 
-def examine_model(name: str, options: DoctorOptions) -> Diagnosis:
+def examine_model(
+    name: str, options: DoctorOptions, dtype: PrecisionChoice | None = None
+) -> Diagnosis:
     """Load a model by folder, GGUF file or hub id and examine it.
 
     What a GGUF file is is told too where it cannot be loaded, as a problem.
     """
-    shown = Path(name).name or name
+    shown, settled = Path(name).name or name, settle_dtype(name, dtype)
     if (path := find_gguf(name)) is None:
-        return examine(load_encoder(name), shown, options)
+        return examine(load_encoder(name, settled), shown, options)
     said = Finding("GGUF file", "ok", read_gguf(path).described())
     try:
-        found = examine(load_encoder(name), shown, options)
+        found = examine(load_encoder(name, settled), shown, options)
     except ModelError as error:
         refused = Finding("loading", "problem", error.message, error.hint)
         return Diagnosis(shown, "a GGUF file", (said, refused), (), (), (), memory.FORMULA)

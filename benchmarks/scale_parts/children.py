@@ -25,8 +25,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nvembed.core.files import read_jsonl, write_jsonl
-from nvembed.encoding import embed, files
+from nvembed.encoding import files
 from nvembed.encoding.vector_file import VectorFile
+from nvembed.model import bulk
 from scale_parts.corpus import document, planted, query, read_pool
 from scale_parts.place import (
     AGAIN,
@@ -251,8 +252,8 @@ def overlap(found: Sequence[Sequence[str]], wanted: Sequence[Sequence[str]]) -> 
 def mine(place: Place) -> dict[str, Any]:
     """Mine hard negatives for the pairs among all documents."""
     from nvembed.data.config import MiningConfig
-    from nvembed.encoding import workers
     from nvembed.mining.miner import mine_file
+    from nvembed.model import workers
 
     asked, searched = VectorFile(place.at(QUERY_VECTORS), place.at(QUERIES)), stored(place)
 
@@ -304,7 +305,7 @@ def die_after(owner: Any, name: str, calls: int, fraction: float) -> None:
 
 def _killed(place: Place, name: str, count: int) -> dict[str, Any]:
     """Run a child that is killed at a random place, and again; what the second had to do."""
-    window = place.window or embed.WINDOW_TEXTS
+    window = place.window or bulk.WINDOW_TEXTS
     choose = Random(f"kill {name} {place.seed} {place.documents}")
     windows = -(-count // window)
     least = min(2, windows)
@@ -329,7 +330,7 @@ def encode_some(place: Place) -> dict[str, Any]:
 
 def _some(place: Place) -> int:
     """Whole windows, or all documents: then batches are those of the whole file."""
-    window = place.window or embed.WINDOW_TEXTS
+    window = place.window or bulk.WINDOW_TEXTS
     return min(place.documents, -(-place.kill_documents // window) * window)
 
 
@@ -382,9 +383,9 @@ def run_child(name: str, place: Place, die: tuple[int, float] | None) -> dict[st
     from nvembed.index.database import Database
 
     if place.window is not None:
-        embed.WINDOW_TEXTS = build.WINDOW_TEXTS = place.window
+        bulk.WINDOW_TEXTS = build.WINDOW_TEXTS = place.window
     if die is not None:
-        owner: Any = (embed, "save_part") if name == "encode_some" else (Database, "upsert")
+        owner: Any = (bulk, "save_part") if name == "encode_some" else (Database, "upsert")
         die_after(*owner, *die)
     assert name in (*PARTS, *KILLED_CHILDREN)
     found: dict[str, Any] = globals()[name](place)

@@ -182,8 +182,9 @@ def floods(start: bytes, drop: bytes) -> Rude:
             for _ in range(400):
                 writer.write(drop)
                 await asyncio.wait_for(writer.drain(), _SLACK)
-                if reader.at_eof():
-                    return "cut off"
+            await asyncio.wait_for(reader.read(), _SLACK)  # the system's buffers may have held all
+            return "cut off"
+        except TimeoutError:
             return "took it all"
         except _GONE:
             return "cut off"

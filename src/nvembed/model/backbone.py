@@ -230,7 +230,7 @@ class Backbone(InputModule):
         self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any
     ) -> None:
         """Write weights (safetensors), configuration and tokenizer; of adapters not the base."""
-        kind = None if is_adapted(self) else quantized_as(self.model)
+        kind = None if is_adapted(self) else getattr(self.model, "quantized_as", None)
         if kind is not None:
             hint = "Load it without dtype int8 or quantize, which are for encoding"
             raise ModelError(f"weights in {kind} are not saved", where=output_path, hint=hint)

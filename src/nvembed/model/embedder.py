@@ -159,7 +159,7 @@ class NVEmbed(EncodingModel, metaclass=_Recognised):
         source = ModelSource(str(name_or_path), revision, token, kept_in, local_files_only)
         announce(f"loading {source.name}")
         head = {"pooling": pooling, "num_latents": num_latents, "num_heads": num_heads}
-        place = _settled(device, device_map, dtype, wanted_quantizer(quantize, dtype, device))
+        place = _settled(device, device_map, dtype, quantize)
         model = cls._load(source, place, {**head, "attention": attention}, max_tokens)
         model.origin = source.name
         withdraw()
@@ -353,10 +353,12 @@ def _settled(
     device: str | torch.device | None,
     device_map: DeviceMap | None,
     dtype: torch.dtype | DtypeName | None,
-    quantize: Quantizer | None,
+    quantize: WeightBits | Quantizer | None,
 ) -> _Place:
     """Check that this machine has the devices, and that weights may be of the type."""
-    if quantize is not None and device_map is not None:
+    asked = quantize is not None or dtype == "int8"
+    quantizer = wanted_quantizer(quantize, dtype, device) if asked else None
+    if asked and device_map is not None:
         raise ConfigError("quantize with a device_map", expected="one device")
     if dtype == "int8":  # what is computed between the products
         dtype = "bfloat16" if this_cpu().may_multiply_bfloat16 else "float32"
@@ -365,13 +367,13 @@ def _settled(
             usable_device(f"cuda:{target}" if isinstance(target, int) else target)
     usable = usable_device(device)
     if dtype is None or dtype == "auto":
-        return _Place(usable, device_map, dtype, quantize)
+        return _Place(usable, device_map, dtype, quantizer)
     found = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     if str(found).removeprefix("torch.") not in get_args(_Stored):
         raise ConfigError(
             f"{found} given", where="dtype", expected="float32, bfloat16, float16, int8 or auto"
         )
-    return _Place(usable, device_map, found, quantize)
+    return _Place(usable, device_map, found, quantizer)
 
 
 def hold_masters(model: NVEmbed) -> None:

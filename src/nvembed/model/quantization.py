@@ -126,16 +126,13 @@ def load_quantized(
 
 def wanted_quantizer(
     quantize: WeightBits | Quantizer | None, dtype: object, device: str | torch.device | None
-) -> Quantizer | None:
-    """What ``from_pretrained`` asks for; a ConfigError where dtype int8 contradicts it."""
-    if dtype == "int8":
-        if quantize is not None:
-            expected = "one of them: dtype int8 holds weights in 8 bits already"
-            raise ConfigError("dtype int8 and quantize", expected=expected)
-        quantize = Quantizer("int8_products")
-    if quantize is None:
-        return None
-    made = quantize if isinstance(quantize, Quantizer) else Quantizer(quantize)
+) -> Quantizer:
+    """What ``from_pretrained`` asks for by one of both; a ConfigError by two."""
+    if dtype == "int8" and quantize is not None:
+        expected = "one of them: dtype int8 holds weights in 8 bits already"
+        raise ConfigError("dtype int8 and quantize", expected=expected)
+    kind = quantize or "int8_products"
+    made = kind if isinstance(kind, Quantizer) else Quantizer(kind)
     return replace(made, device=usable_device(device) or get_device_name())
 
 

@@ -22,7 +22,7 @@ from scale_parts.place import DOCUMENTS, OF_MODELS, PARTS, QUERIES, VECTORS, Pla
 
 from hash_encoder import HashEncoder
 from nvembed.core.files import write_jsonl
-from nvembed.encoding import embed, workers
+from nvembed.model import bulk, workers
 
 PAGE = (ROOT / "docs" / "scale.md").read_text("utf-8")
 
@@ -224,7 +224,7 @@ def place(
     pytest.importorskip("lancedb", reason="needs the extra nvembed[index]")
     from nvembed.index import build, database
 
-    monkeypatch.setattr(embed, "WINDOW_TEXTS", 128)
+    monkeypatch.setattr(bulk, "WINDOW_TEXTS", 128)
     monkeypatch.setattr(build, "WINDOW_TEXTS", 128)
     # Replaced by the parts, in a process of their own.
     monkeypatch.setattr(database, "_PROBES", database._PROBES)

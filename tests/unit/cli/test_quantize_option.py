@@ -103,10 +103,11 @@ def test_two_kinds_of_eight_bits_are_refused(
     ],
 )
 def test_a_database_keeps_how_its_weights_were_held(given: Any, kept: Any, fits: bool) -> None:
-    record = SimpleNamespace(dimension=4, task=None, dtype=kept)
+    record = SimpleNamespace(dimension=4, task=None, dtype=kept, long=None)
     database: Any = SimpleNamespace(record=record, path=Path("db"))
+    options: Any = SimpleNamespace(long=None, passages="auto")
     if fits:
-        _check_settings(database, None, None, given)
+        _check_settings(database, options, None, None, given)
         return
     with pytest.raises(ConfigError, match=f"dtype is '{given}', the database has '{kept}'"):
-        _check_settings(database, None, None, given)
+        _check_settings(database, options, None, None, given)

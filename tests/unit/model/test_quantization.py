@@ -17,6 +17,7 @@ import official_folders
 from families import make_family
 from gguf_files import write_gguf
 from nvembed.core.errors import ConfigError, ModelError
+from nvembed.model import backbone as backbones
 from nvembed.model import quantization, transformer_load
 from nvembed.model.backbone import add_lora
 from nvembed.model.embedder import NVEmbed
@@ -153,11 +154,12 @@ def test_quantised_while_loading_is_quantised_afterwards(
     monkeypatch.setattr(transformer_load.AutoModel, "from_pretrained", whole)
     given: dict[str, Any] = {"quantize": Quantizer(kind)}
     model = NVEmbed.from_pretrained(place, device="cpu", dtype="float32", **given)
+    # First: bitsandbytes packs weights anew when they are first used.
+    np.testing.assert_array_equal(model.encode(TEXTS), expected.encode(TEXTS))
     found, wanted = held(model), held(expected)
     assert found.keys() == wanted.keys()
     assert all(torch.equal(a, b) for n in wanted for a, b in zip(found[n], wanted[n], strict=True))
     assert model.backbone.model.training == expected.backbone.model.training
-    np.testing.assert_array_equal(model.encode(TEXTS), expected.encode(TEXTS))
     with pytest.raises(ModelError, match=f"weights in {kind} are not saved"):
         model.save_pretrained(str(tmp_path / "again"))
 
@@ -192,7 +194,7 @@ def test_what_is_stored_in_another_form_is_quantised_after_loading(
 ) -> None:
     expected = load(wide_decoder_dir)
     quantize_backbone(expected, "int8")
-    monkeypatch.setattr(transformer_load, "load_quantized", lambda *_: None)
+    monkeypatch.setattr(backbones, "load_quantized", lambda *_: None)
     model = NVEmbed.from_pretrained(wide_decoder_dir, device="cpu", quantize="int8")
     found, wanted = held(model), held(expected)
     assert all(torch.equal(found[name][0], wanted[name][0]) for name in wanted)

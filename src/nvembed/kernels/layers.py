@@ -23,7 +23,17 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from nvembed.kernels.attention import bfloat16_available, float32_available, plain_on_cpu
 from nvembed.kernels.build import library
-from nvembed.kernels.functions import SOURCE, UNIT, Rotated, call, fits, gated, linear, rotate
+from nvembed.kernels.functions import (
+    SOURCE,
+    UNIT,
+    Rotated,
+    call,
+    fits,
+    gated,
+    linear,
+    normed,
+    rotate,
+)
 from nvembed.kernels.int8 import Int8Linear
 from nvembed.kernels.trained import (
     fused_lora,
@@ -44,9 +54,11 @@ def available() -> bool:
 
 def rms_norm(module: Any, x: Tensor) -> Tensor:
     """``weight · x / rms(x)``."""
-    if fits(x, module.weight):
+    if not fits(x, module.weight):
+        return type(module).forward(module, x)
+    if torch.is_grad_enabled():
         return trained_norm(x, module.weight, module.variance_epsilon)
-    return type(module).forward(module, x)
+    return normed(x, module.weight, module.variance_epsilon, x.dtype)[0]
 
 
 def gated_mlp(module: Any, x: Tensor, norm: Any = None) -> Tensor:

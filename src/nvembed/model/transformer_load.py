@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -43,6 +43,9 @@ from nvembed.model.attention import FLAT_ATTENTION
 from nvembed.model.placement import DeviceMap, place_of, plan_places, spread
 from nvembed.model.quantization import Quantizer
 
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+
 # --- Saved as adapters ----------------------------------------------------------------------------
 
 
@@ -57,6 +60,26 @@ def load_adapted(
     They are added in float32, since what they add is small beside the weights, and rounded to
     ``dtype`` or quantised afterwards; ``None`` and ``"auto"`` are float32.
     """
+    adapted, tokenizer = open_adapted(source, torch.float32, device_map)
+    merged: Any = adapted.merge_and_unload()
+    check_finite(merged, where=source.place)
+    if dtype not in (None, "auto"):
+        merged.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+    if quantize is not None:
+        quantize.quantize(merged.to(quantize.device))
+    return merged, tokenizer
+
+
+def open_adapted(
+    source: ModelSource,
+    dtype: torch.dtype | str | None,
+    device_map: DeviceMap | None,
+    check: Callable[[PeftConfig], None] = lambda settings: None,
+) -> tuple[PeftModel, Any]:
+    """The base of an adapter's folder in ``dtype`` under its adapters in float32; its tokenizer.
+
+    ``check`` sees the settings of the adapters before they are put on, and may change them.
+    """
     from peft import PeftConfig
     from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 
@@ -65,15 +88,16 @@ def load_adapted(
     folder = source.require(ADAPTER_CONFIG).parent
     found = find_base(source)
     if read_bases(found):
-        base, tokenizer = load_adapted(found, torch.float32, device_map)
+        base, tokenizer = load_adapted(found, dtype, device_map)
     elif found.gguf is not None:
-        base, tokenizer = load_gguf(found, torch.float32, device_map)
+        base, tokenizer = load_gguf(found, dtype, device_map)
     else:
-        base, tokenizer = load_pretrained(found, torch.float32, device_map, FLAT_ATTENTION)
+        base, tokenizer = load_pretrained(found, dtype, device_map, FLAT_ATTENTION)
     stored = read_header(file)
     with loading(place, expected="adapters of peft"):
         settings = PeftConfig.from_pretrained(str(folder))
         settings.inference_mode = True
+        check(settings)
         settings.base_model_name_or_path = base.name_or_path  # peft warns where it is another
         adapted = with_adapters(base, settings)
         needed = get_peft_model_state_dict(adapted, save_embedding_layers=False)
@@ -86,13 +110,7 @@ def load_adapted(
     Misfit([*sizes.keys() - stored.keys()], [*stored.keys() - sizes.keys()], shapes).check(place)
     with loading(place, expected="adapters of peft"):
         set_peft_model_state_dict(adapted, load_file(file))
-        merged: Any = adapted.merge_and_unload()
-    check_finite(merged, where=place)
-    if dtype not in (None, "auto"):
-        merged.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
-    if quantize is not None:
-        quantize.quantize(merged.to(quantize.device))
-    return merged, tokenizer
+    return adapted, tokenizer
 
 
 # --- GGUF -----------------------------------------------------------------------------------------

@@ -259,6 +259,11 @@ class TrainConfig(StrictModel):
                 f"lora.dora is on and model.quantization is {self.model.quantization}: the lengths "
                 "of quantised rows are not those of the base that is saved; leave one of them out"
             )
+        if self.model.quantization is not None and self.lora and self.lora.from_backbone:
+            yield (
+                f"lora.from_backbone is on and model.quantization is {self.model.quantization}: "
+                "the base of saved adapters is not quantised; leave one of them out"
+            )
         if self.backbone == "freeze":
             yield from self._of_a_frozen_backbone()
         for stage in self.stages:

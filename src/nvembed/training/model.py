@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import Field, ValidationError
@@ -24,9 +25,10 @@ from nvembed.core.errors import ConfigError, DataError, TrainingError, UserError
 from nvembed.core.files import atomic_folder, read_json_object, write_json, write_text
 from nvembed.core.runs import TRAIN, RunFolder, derive_seed, seed_everything
 from nvembed.data.instructions import query_prompt, task_prompts
-from nvembed.interop.model_folder import ModelSource, model_kind
-from nvembed.kernels.layers import compile_elementwise
+from nvembed.interop.model_folder import ModelSource, model_kind, read_bases
+from nvembed.kernels.layers import accelerate, compile_elementwise
 from nvembed.model.backbone import (
+    Backbone,
     add_lora,
     free_bytes,
     hold_frozen,
@@ -38,8 +40,9 @@ from nvembed.model.card import CARD, model_card
 from nvembed.model.embedder import NVEmbed, hold_masters, release_masters
 from nvembed.model.packs import embed_pack
 from nvembed.model.quantization import Quantizer
-from nvembed.model.settings import PoolingSettings
+from nvembed.model.settings import LoraSettings, PoolingSettings
 from nvembed.model.tokens import TokenizedText
+from nvembed.model.transformer_load import open_adapted
 from nvembed.training.checkpoint import trained_parameters
 from nvembed.training.config import TrainConfig
 from nvembed.training.distributed import DistributedContext, full
@@ -89,7 +92,10 @@ def build_model(config: TrainConfig, base_dir: Path, *, device: str | None = Non
         device=device,
     )
     if config.lora is not None:
-        add_lora(model.backbone, config.lora)
+        if config.lora.from_backbone:
+            go_on_with_adapters(model.backbone, ModelSource(source), config.lora, settings.dtype)
+        else:
+            add_lora(model.backbone, config.lora)
         if config.precision == "bfloat16":
             hold_frozen(model.backbone, torch.bfloat16)
     if config.backbone == "freeze":
@@ -108,6 +114,41 @@ def build_model(config: TrainConfig, base_dir: Path, *, device: str | None = Non
         model.pooling.requires_grad_(False)
     hold_masters(model)
     return model
+
+
+def go_on_with_adapters(
+    backbone: Backbone, source: ModelSource, settings: LoraSettings, dtype: str
+) -> None:
+    """Put the adapters that a backbone is saved as in place of the weights they are merged into.
+
+    Raises:
+        ConfigError: it is not saved as adapters, or they are others than ``settings`` says.
+    """
+
+    def check(saved: Any) -> None:
+        names = {"rank": "r", "alpha": "lora_alpha", "dora": "use_dora", "rslora": "use_rslora"}
+        theirs = {name: getattr(saved, of_peft, None) for name, of_peft in names.items()}
+        if different := [
+            f"{name}: {value}" for name, value in theirs.items() if value != getattr(settings, name)
+        ]:
+            raise ConfigError(
+                f"other adapters than those of {source.name}",
+                where="lora",
+                expected=", ".join(different),
+            )
+        saved.lora_dropout, saved.inference_mode = settings.dropout, False
+
+    if not (bases := read_bases(source)):
+        raise ConfigError(
+            f"from_backbone is on, and {source.name} is not saved as adapters",
+            where="lora.from_backbone",
+            expected="false, or a model.backbone such as the adapter/ of a run",
+        )
+    adapted, _ = open_adapted(source, dtype, None, check)
+    adapted.to(next(backbone.model.parameters()).device)
+    adapted.config.is_causal = backbone.model.config.is_causal
+    accelerate(adapted)
+    backbone.model, backbone.bases = adapted, list(bases)
 
 
 def save_model(

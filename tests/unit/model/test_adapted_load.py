@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from torch import nn
 
-from nvembed.core.errors import ModelError
+from nvembed.core.errors import ConfigError, ModelError
 from nvembed.core.files import write_jsonl
 from nvembed.interop.merging import Mix, merge_folders
 from nvembed.interop.model_folder import (
@@ -26,6 +26,7 @@ from nvembed.model.backbone import add_lora
 from nvembed.model.embedder import NVEmbed
 from nvembed.model.settings import LoraSettings
 from nvembed.training.config import TrainConfig
+from nvembed.training.model import build_model
 from nvembed.training.trainer import train
 from tiny_run import DATASET, PAIRS, STAGE
 
@@ -179,6 +180,67 @@ def test_a_run_leaves_adapters_that_are_its_model(tmp_path: Path, tiny_decoder_d
     np.testing.assert_allclose(vectors(alone), vectors(whole), atol=1e-5)
     assert alone.prompts == whole.prompts
     assert alone.max_seq_length == whole.max_seq_length == 64
+
+
+def further(start: Path, tmp_path: Path, **lora: object) -> dict[str, object]:
+    """A recipe that goes on from an adapter's folder."""
+    settings = {"rank": 4, "alpha": 8, "dropout": 0.0, "save_adapter": True, "from_backbone": True}
+    return {
+        "output": str(tmp_path / "run"),
+        "model": {"backbone": str(start), "max_tokens": 64},
+        "lora": settings | lora,
+        "datasets": [DATASET | {"stages": [1]}],
+        "stages": [{**STAGE, "name": "one", "steps": 3, "in_batch_negatives": True}],
+        "precision": "float32",
+    }
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("attention", ["bidirectional", "causal"])
+def test_training_goes_on_with_the_adapters_of_its_backbone(
+    kind: dict[str, bool], attention: str, tiny_decoder_dir: Path, tmp_path: Path
+) -> None:
+    model = adapted(tiny_decoder_dir, **kind)
+    model.backbone.attention = attention
+    start = saved(model, tmp_path / "start")
+    config = TrainConfig.model_validate(further(start, tmp_path, **kind))
+    opened = build_model(config, tmp_path)
+    np.testing.assert_allclose(vectors(opened.eval()), vectors(start), atol=1e-5)
+    trained = {name for name, each in opened.named_parameters() if each.requires_grad}
+    assert not [name for name in trained if name.startswith("0.") and "lora_" not in name]
+    assert {tensor.shape for tensor in load_file(start / ADAPTER).values()} == {
+        each.shape for name, each in opened.named_parameters() if "lora_" in name
+    }
+
+    write_jsonl(tmp_path / "pairs.jsonl", PAIRS)
+    whole = NVEmbed.from_pretrained(train(config, base_dir=tmp_path), device="cpu")
+    alone = tmp_path / "run" / "adapter"
+    np.testing.assert_allclose(vectors(alone), vectors(whole), atol=1e-5)
+    assert np.abs(vectors(alone) - vectors(start)).max() > 1e-3
+    before, after = load_file(start / ADAPTER), load_file(alone / ADAPTER)
+    assert before.keys() == after.keys()
+    bases = [json.loads((each / BACKBONE_CONFIG).read_text())["bases"] for each in (start, alone)]
+    assert bases[0] == bases[1] == [str(tiny_decoder_dir.resolve())]
+
+
+def test_adapters_of_another_kind_are_not_gone_on_with(
+    tiny_decoder_dir: Path, tmp_path: Path
+) -> None:
+    start = saved(adapted(tiny_decoder_dir), tmp_path / "start")
+    for lora, said in (
+        ({"rank": 2}, r"lora: other adapters than those of .*start; expected rank: 4$"),
+        ({"alpha": 4, "dora": True}, "expected alpha: 8, dora: False$"),
+    ):
+        config = TrainConfig.model_validate(further(start, tmp_path, **lora))
+        with pytest.raises(ConfigError, match=said):
+            build_model(config, tmp_path)
+    whole = TrainConfig.model_validate(further(tiny_decoder_dir, tmp_path))
+    with pytest.raises(ConfigError, match="is not saved as adapters"):
+        build_model(whole, tmp_path)
+    quantised = further(start, tmp_path)
+    quantised["model"] = {"backbone": str(start), "quantization": "int8"}
+    with pytest.raises(ValueError, match="is not quantised"):
+        TrainConfig.model_validate(quantised)
 
 
 def test_merged_folders_of_adapters_load(tiny_decoder_dir: Path, tmp_path: Path) -> None:

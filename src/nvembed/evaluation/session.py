@@ -20,6 +20,7 @@ from nvembed.core.errors import ConfigError, UserError
 from nvembed.core.files import alone_in, read_json_object, write_json
 from nvembed.core.outputs import check_ending
 from nvembed.core.ownership import check_outputs, remove
+from nvembed.core.reporting import hold_note, release_notes
 from nvembed.core.runs import describe_environment
 from nvembed.evaluation import results
 from nvembed.evaluation.encoders import CachedEncoder, SharedEncoder, shared_encoder
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from nvembed.evaluation.reference import InstructionSource
 
 _SHOWN_FINGERPRINT = 12
+_SHOWN_FROM = 2.0  # seconds of a task from which on its score is told at once
 BM25_NAME = "bm25"
 """The name under which BM25 is evaluated like a model."""
 
@@ -234,6 +236,11 @@ def _run_session(
             if path.name != "model_meta.json" and path.stem not in found.results:
                 remove(path)
         write()
+        if result.seconds > _SHOWN_FROM and result.main_score is not None:
+            score = f"{result.main_score_name} {100 * result.main_score:.2f}"
+            done = f"{len(found.results)} of {len(jobs)} tasks, {result.seconds:,.0f} s"
+            hold_note(f"{name}: {score} ({done})")
+            release_notes()
     write()
     return found
 

@@ -342,6 +342,28 @@ def test_a_model_stands_beside_its_own_published_scores(
     assert f"{100 * score:.2f}" in capsys.readouterr().out
 
 
+def test_the_scores_of_long_tasks_are_told_as_they_come(
+    tasks: Path,
+    tmp_path: Path,
+    model: Counting,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = ["evaluate", "model", "--tasks", str(tasks), "--dtype", "float32", "--output"]
+    assert run([*arguments, str(tmp_path / "short.json")]) == 0
+    assert "of 2 tasks" not in capsys.readouterr().err
+    monkeypatch.setattr(session, "_SHOWN_FROM", 0.0)
+    assert run([*arguments, str(tmp_path / "long.json")]) == 0
+    scores = read_results(tmp_path / "long.json")
+    lines = [line.split(", ")[0] for line in capsys.readouterr().err.splitlines() if " of " in line]
+    assert lines == [
+        f"{name}: {metric} {100 * (scores[name].main_score or 0):.2f} ({number} of 2 tasks"
+        for number, (name, metric) in enumerate(
+            {"find": "ndcg_at_10", "similar": "cosine_spearman"}.items(), start=1
+        )
+    ]
+
+
 def test_the_command_does_what_it_can_and_says_the_rest(
     tmp_path: Path, sts_name: str, model: Counting, capsys: pytest.CaptureFixture[str]
 ) -> None:

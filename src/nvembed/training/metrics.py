@@ -276,8 +276,8 @@ class LossWatch:
         if not direction and right >= _GOOD:
             return (
                 f"{self.stage.name}: the loss was low from the start and stays so ({means}, "
-                f"{WINDOW} steps each): {right:.0%} of the queries find their answer among those of "
-                "a step; hard negatives leave more to learn (nvembed mine)"
+                f"{WINDOW} steps each): {right:.0%} of the queries find their answer among "
+                "those of a step; hard negatives leave more to learn (nvembed mine)"
             )
         what, why = ("has risen", "high") if direction else ("has not moved", "low")
         return (

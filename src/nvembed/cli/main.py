@@ -106,7 +106,7 @@ def run(arguments: Sequence[str], program: typer.Typer = app, name: str = "nvemb
         option = str(getattr(error, "option_name", ""))
         if option in OLD_OPTIONS:
             return _fail(f"No such option: {option}. It is {OLD_OPTIONS[option]} now", 2)
-        return _fail(f"{message} See {name} --help", 2)
+        return _fail(f"{message.rstrip('.')}. See {name} --help", 2)
     except (KeyboardInterrupt, Abort):
         return _fail("stopped by Ctrl-C", 130)
     except ModuleNotFoundError as error:

@@ -5,11 +5,13 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 MINUTES ?= 10
 ARGS ?=
+ADDRESS ?=
+DIST ?= $(CURDIR)/dist
 # Without an NVIDIA GPU this exact version has a CPU-only build; a range would drag in CUDA.
 TORCH := $(if $(shell command -v nvidia-smi 2>/dev/null),torch>=2.11,torch==2.13.0)
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: help setup model demo test test-all mutation check docs format clean
+.PHONY: help setup model demo test test-all mutation check docs dist format clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -58,6 +60,17 @@ check: setup ## lint, format, types, import direction
 
 docs: setup ## build the documentation as a site in site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# On a registry's page the README's links need an address, which the repository does not have by itself.
+dist: ## wheel and sdist of the last commit for a registry (ADDRESS= of its files), after make setup
+	@test -n "$(ADDRESS)" || { echo "error: no address for the README's links; expected make dist" \
+		"ADDRESS=https://HOST/OWNER/nvembed/blob/vX.Y.Z, where the files of the release are read" >&2; exit 2; }
+	rm -rf $(DIST) && mkdir -p $(DIST)/source
+	git archive HEAD | tar -x -C $(DIST)/source
+	sed -E -e 's#!\[([^]]*)\]\(([A-Za-z0-9_./-]+)\)#![\1]($(subst /blob/,/raw/,$(ADDRESS))/\2)#g' \
+		-e 's#\]\(([A-Za-z0-9_./-]+)([)\#])#]($(ADDRESS)/\1\2#g' README.md > $(DIST)/source/README.md
+	printf '\n[project.urls]\nRepository = "%s"\n' '$(firstword $(subst /blob/, ,$(ADDRESS)))' >> $(DIST)/source/pyproject.toml
+	cd $(DIST)/source && $(abspath $(BIN))/python -m hatchling build -d ..
 
 format: setup ## format the code
 	$(BIN)/ruff check --fix .

@@ -1,14 +1,15 @@
 """What passages find that whole files do not: recall of files and of answers deep inside them.
 
-    python benchmarks/passages.py TASK --model MODEL --queries 500
+    python benchmarks/passages.py TASK --model MODEL --queries 500 --late
 
 TASK is a retrieval task (BEIR layout) whose document ids are ``article-number``, such as SQuAD's:
 the paragraphs of an article are put together as one Markdown file under its title, with their own
 as headings where they have one. Its questions are asked against one vector per file, cut where the
 model ends, and against passages as ``nvembed index`` makes them, read with and without their
-headings. A file is found at k if one of its passages is of the best k files; an answer is found at
-10 if one of the ten best passages lies at least half inside its paragraph, or holds half of it.
-"deep" are the questions whose paragraph begins after what the vector of the whole file has read.
+headings, and of models that can (``--late``) pooled from whole files, as ``--long late`` does. A
+file is found at k if one of its passages is of the best k files; an answer is found at 10 if one of
+the ten best passages lies at least half inside its paragraph, or holds half of it. "deep" are the
+questions whose paragraph begins after what the vector of the whole file has read.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from numpy.typing import NDArray
 from nvembed.core.files import read_jsonl
 from nvembed.data.reading import Document
 from nvembed.index.cutting import token_ends
-from nvembed.index.passages import Cutter
+from nvembed.index.passages import Cutter, late_vectors
 from nvembed.model.bulk import encode_texts
 from nvembed.model.encoder import load_encoder, reading_limit
 
@@ -73,6 +74,7 @@ def main() -> None:
     parser.add_argument("--queries", type=int, default=500)
     parser.add_argument("--files", type=int, help="that many of the articles; default: all")
     parser.add_argument("--passages", type=int, nargs="+", help="tokens; default: as nvembed index")
+    parser.add_argument("--late", action="store_true", help="pooled from whole files, too")
     chosen = parser.parse_args()
 
     texts, places = read_articles(chosen.task, chosen.files)
@@ -105,14 +107,18 @@ def main() -> None:
     file_FD = encode_texts(encoder, list(texts.values()), side="document")
     told("whole files", query_QD @ file_FD.T, len(file_FD), time.perf_counter() - start)
     for tokens in chosen.passages or [min(256, limit or 256)]:
-        for headings in (False, True):
+        for way in ("without headings", "with headings", "late")[: 3 if chosen.late else 2]:
             start = time.perf_counter()
-            cutter = Cutter(tokens, tokenizer, late=not headings)
+            cutter = Cutter(tokens, tokenizer, late=way != "with headings")
             found = [
                 cutter.cut(Document(name, text, {}, name), ".md") for name, text in texts.items()
             ]
             parts = [passage for one in found for passage in one]
-            vector_PD = encode_texts(encoder, [part.read for part in parts], side="document")
+            if way == "late":
+                late = late_vectors(encoder, {part.key: part for part in parts})
+                vector_PD = np.stack([late[part.key] for part in parts])
+            else:
+                vector_PD = encode_texts(encoder, [part.read for part in parts], side="document")
             scores_QP = query_QD @ vector_PD.T
             bounds = np.cumsum([0, *map(len, found)])[:-1]
             scores_QF = np.maximum.reduceat(scores_QP, bounds, axis=1)
@@ -128,7 +134,7 @@ def main() -> None:
                     ):
                         hits += 1
                         break
-            arm = f"passages of {tokens}, {'with' if headings else 'without'} headings"
+            arm = f"passages of {tokens}, {way}"
             seconds = time.perf_counter() - start
             told(arm, scores_QF, len(parts), seconds, **{"answer@10": hits / len(answers)})
 

@@ -166,6 +166,42 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     assert "License-File: LICENSE\n" in told
 
 
+def make_dist(*variables: str) -> subprocess.CompletedProcess[str]:
+    command = ["make", "--directory", str(ROOT), "dist", *variables]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_nothing_is_built_for_a_registry_without_an_address(tmp_path: Path) -> None:
+    done = make_dist(f"DIST={tmp_path / 'dist'}")
+    assert done.returncode == 2
+    assert "error: no address for the README's links; expected make dist ADDRESS=" in done.stderr
+    assert not (tmp_path / "dist").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("make") or not (ROOT / ".git").exists(), reason="needs make")
+def test_on_a_registry_the_links_lead_to_the_repository(tmp_path: Path) -> None:
+    pytest.importorskip("hatchling", reason="needs hatchling (extra dev)")
+    home, dist = "https://code.example.org/me/nvembed", tmp_path / "dist"
+    options = [f"DIST={dist}", f"BIN={Path(sys.executable).parent}"]
+    done = make_dist(f"ADDRESS={home}/blob/v1", *options)
+    assert done.returncode == 0, done.stderr
+    (made,) = dist.glob("*.whl")
+    assert len(list(dist.glob("*.tar.gz"))) == 1
+    with zipfile.ZipFile(made) as file:
+        (metadata,) = (name for name in file.namelist() if name.endswith("METADATA"))
+        told = file.read(metadata).decode()
+    assert f"Project-URL: Repository, {home}\n" in told
+    links = re.findall(r"(!?)\[[^]]*\]\(([^)]+)\)", told)
+    places = {link for _, link in links if link.startswith(f"{home}/blob/v1/")}
+    places |= {link for image, link in links if image and link.startswith(f"{home}/raw/v1/")}
+    assert {link for _, link in links} - places == {"https://arxiv.org/abs/2405.17428"}
+    ours = {link.split("/v1/")[1].partition("#")[0] for link in places}
+    assert len(ours) > 20
+    assert all((ROOT / name).exists() for name in ours)
+
+
 @pytest.mark.slow
 def test_the_program_works_without_the_checkout(program: Path, outside: Path) -> None:
     assert call(program, "-V") == call(program, "--version") == f"nvembed {nvembed.__version__}\n"

@@ -8,6 +8,7 @@ imports what it needs when it runs.
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -38,6 +39,9 @@ _EXTRAS = {
     "mcp": "mcp",
     "pyarrow": "data",
 }
+
+# Installed by the extra quantization, they warn whenever adapters are read, whatever is asked for.
+_TALKATIVE = ("bitsandbytes", "torchao", "torch.utils._pytree")
 
 app = typer.Typer(
     name="nvembed",
@@ -88,6 +92,8 @@ def run(arguments: Sequence[str], program: typer.Typer = app, name: str = "nvemb
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    for library in _TALKATIVE:
+        logging.getLogger(library).setLevel(logging.ERROR)
     try:
         given = list(arguments) or (["--help"] if program is app else [])
         announce("loading libraries")
@@ -100,7 +106,7 @@ def run(arguments: Sequence[str], program: typer.Typer = app, name: str = "nvemb
         option = str(getattr(error, "option_name", ""))
         if option in OLD_OPTIONS:
             return _fail(f"No such option: {option}. It is {OLD_OPTIONS[option]} now", 2)
-        return _fail(f"{message} See {name} --help", 2)
+        return _fail(f"{message.rstrip('.')}. See {name} --help", 2)
     except (KeyboardInterrupt, Abort):
         return _fail("stopped by Ctrl-C", 130)
     except ModuleNotFoundError as error:

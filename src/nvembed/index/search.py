@@ -83,7 +83,8 @@ def search_index(
         raise ConfigError("no database", where=str(path), expected=expected, hint=hint)
     options = options or SearchOptions()
     database = Database.open(Path(path))
-    database.count(options.where)  # a wrong filter is told before the model is loaded
+    _check_query(query)  # what is wrong is told before the model is loaded
+    database.count(options.where)
     encoder = recorded_encoder(database.record, model, dtype, str(path))
     return search_database(database, encoder, query, options)
 
@@ -101,9 +102,13 @@ def search_database(
     database: Database, encoder: Encoder, query: str, options: SearchOptions
 ) -> list[Found]:
     """Find at most ``top_k`` documents, best first, equal ones by id."""
+    _check_query(query)
+    return find(database, query, query_vector(database, encoder, query, options.task), options)
+
+
+def _check_query(query: str) -> None:
     if not query.strip():
         raise ConfigError("the query is empty", where="query", expected="a text")
-    return find(database, query, query_vector(database, encoder, query, options.task), options)
 
 
 def find(

@@ -1,4 +1,4 @@
-"""Evaluation during training, with early stopping, and the trackers that a run's numbers go to.
+"""Evaluation during training, early stopping, the watch on the loss, and trackers of numbers.
 
 A stage is evaluated every so many updates and after its last one. What is compared is the mean of
 the main scores; the best is that of the stage, and its weights are put back when the stage ends.
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,12 +26,17 @@ from nvembed.evaluation.results import TaskResult
 from nvembed.evaluation.session import evaluate, evaluate_bm25
 from nvembed.evaluation.tasks import LocalTask, load_tasks
 from nvembed.model.embedder import NVEmbed
+from nvembed.model.settings import shown_rate
 from nvembed.training.checkpoint import Parameters, restore_weights, save_weights
-from nvembed.training.config import EvaluationConfig, TrackerKind, TrainConfig
+from nvembed.training.config import EvaluationConfig, StageConfig, TrackerKind, TrainConfig
 from nvembed.training.distributed import DistributedContext
+from nvembed.training.stages import peak_rate
 
 PROJECT = "nvembed"  # under which trackers group the runs
 BEST = "best"  # folder of the best weights
+WINDOW = 10  # steps at the beginning of a stage, and as many after its warm-up, that are compared
+_LITTLE = 0.05  # of the loss: less is no movement
+_GOOD = 0.9  # accuracy from which on a loss that stands still is no fault of the learning rate
 
 Columns = dict[str, dict[str, TaskResult]]
 
@@ -237,3 +243,59 @@ def run_scores(config: TrainConfig, base_dir: Path) -> Columns:
         }
     bm25 = evaluate_bm25(tasks) if columns else {}
     return columns | ({"BM25": bm25} if bm25 else {})
+
+
+class LossWatch:
+    """Tells once, some steps after the warm-up, of a loss that has not moved, or has risen.
+
+    A stage that ends before, or goes on in the middle, is not judged.
+    """
+
+    def __init__(self, stage: StageConfig, start: int) -> None:
+        self.stage = stage
+        self.due = None if start else max(stage.warmup_steps, WINDOW) + WINDOW
+        self.losses: list[float] = []
+        self.right: list[float] = []  # share of the queries that were answered rightly
+
+    def after(self, row: Mapping[str, Any]) -> str | None:
+        """Take the numbers of the next step; a line where there is something to tell."""
+        if self.due is None or len(self.losses) == self.due:
+            return None
+        self.losses.append(row["loss"])
+        self.right.append(row["accuracy"] or 0.0)
+        if len(self.losses) < self.due:
+            return None
+        direction = movement(self.losses)
+        if direction < 0:
+            return None
+        first, last = self.losses[:WINDOW], self.losses[-WINDOW:]
+        means = " → ".join(
+            f"{statistics.fmean(part):.3f} ± {statistics.stdev(part):.3f}" for part in (first, last)
+        )
+        right = min(statistics.fmean(part) for part in (self.right[:WINDOW], self.right[-WINDOW:]))
+        if not direction and right >= _GOOD:
+            return (
+                f"{self.stage.name}: the loss was low from the start and stays so ({means}, "
+                f"{WINDOW} steps each): {right:.0%} of the queries find their answer among "
+                "those of a step; hard negatives leave more to learn (nvembed mine)"
+            )
+        what, why = ("has risen", "high") if direction else ("has not moved", "low")
+        return (
+            f"{self.stage.name}: the loss {what} in {self.due} steps ({means}, {WINDOW} steps "
+            f"each): the learning rate of {shown_rate(peak_rate(self.stage))} may be too {why}; "
+            "nvembed train RECIPE --find-rate tries others"
+        )
+
+
+def movement(losses: Sequence[float]) -> int:
+    """Whether the last losses are below the first (-1), above them (1), or neither (0).
+
+    They differ if their means do by two standard errors, or by a twentieth: what the spread hides
+    is no alarm.
+    """
+    first, last = losses[:WINDOW], losses[-WINDOW:]
+    mean, moved = statistics.fmean(first), statistics.fmean(last) - statistics.fmean(first)
+    error = math.sqrt((statistics.variance(first) + statistics.variance(last)) / WINDOW)
+    if moved < 0:
+        return -1 if -moved > min(2 * error, _LITTLE * abs(mean)) else 0
+    return 1 if moved > max(2 * error, _LITTLE * abs(mean)) else 0

@@ -8,7 +8,6 @@ AdamW that trains at one point and is evaluated at an average of its steps (Defa
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
@@ -48,8 +47,6 @@ _FUSED_DEVICES = {"cpu", "cuda"}
 _EIGHT_BIT_DEVICES = {"cpu", "cuda", "xpu"}
 
 LATER_SHARE = 0.75  # of the first stage's rate, as the paper has it: 1.5e-5 after 2e-5
-WINDOW = 10  # steps at the beginning of a stage, and as many after its warm-up, that are compared
-_LITTLE = 0.05  # of the loss: less is no movement
 
 PreparedBatch = tuple[ContrastiveBatch, Sequence[TokenizedText]]
 
@@ -351,50 +348,3 @@ def peak_rate(stage: StageConfig) -> float:
             expected="a number",
         )
     return stage.learning_rate
-
-
-class LossWatch:
-    """Tells once, some steps after the warm-up, of a loss that has not moved, or has risen.
-
-    A stage that ends before, or goes on in the middle, is not judged.
-    """
-
-    def __init__(self, stage: StageConfig, start: int) -> None:
-        self.stage = stage
-        self.due = None if start else max(stage.warmup_steps, WINDOW) + WINDOW
-        self.losses: list[float] = []
-
-    def after(self, loss: float) -> str | None:
-        """Take the loss of the next step; a line where there is something to tell."""
-        if self.due is None or len(self.losses) == self.due:
-            return None
-        self.losses.append(loss)
-        if len(self.losses) < self.due:
-            return None
-        direction = movement(self.losses)
-        if direction < 0:
-            return None
-        first, last = self.losses[:WINDOW], self.losses[-WINDOW:]
-        what, why = ("has risen", "high") if direction else ("has not moved", "low")
-        means = " → ".join(
-            f"{statistics.fmean(part):.3f} ± {statistics.stdev(part):.3f}" for part in (first, last)
-        )
-        return (
-            f"{self.stage.name}: the loss {what} in {self.due} steps ({means}, {WINDOW} steps "
-            f"each): the learning rate of {shown_rate(peak_rate(self.stage))} may be too {why}; "
-            "nvembed train RECIPE --find-rate tries others"
-        )
-
-
-def movement(losses: Sequence[float]) -> int:
-    """Whether the last losses are below the first (-1), above them (1), or neither (0).
-
-    They differ if their means do by two standard errors, or by a twentieth: what the spread hides
-    is no alarm.
-    """
-    first, last = losses[:WINDOW], losses[-WINDOW:]
-    mean, moved = statistics.fmean(first), statistics.fmean(last) - statistics.fmean(first)
-    error = math.sqrt((statistics.variance(first) + statistics.variance(last)) / WINDOW)
-    if moved < 0:
-        return -1 if -moved > min(2 * error, _LITTLE * abs(mean)) else 0
-    return 1 if moved > max(2 * error, _LITTLE * abs(mean)) else 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -120,6 +121,18 @@ def test_a_task_with_broken_judgements_is_told(tmp_path: Path, capsys) -> None:
 def test_unknown_commands_and_options_are_one_line(capsys) -> None:
     failing(capsys, "trian")
     failing(capsys, "train", "--nope")
+
+
+def test_libraries_do_not_warn_between_our_lines(caplog) -> None:
+    names = ("torchao", "bitsandbytes.backends.cpu.ops", "torch.utils._pytree")
+    for name in ("bitsandbytes", *names):
+        logging.getLogger(name).setLevel(logging.NOTSET)
+    assert run(["--version"]) == 0
+    for name in names:
+        logging.getLogger(name).warning("Failed to load")
+        logging.getLogger(name).error("broken")
+    told = [(record.name, record.message) for record in caplog.records]
+    assert [found for found in told if found[0] in names] == [(name, "broken") for name in names]
 
 
 def test_parameters_of_a_command_are_arguments_options_and_flags(capsys) -> None:

@@ -254,6 +254,8 @@ def test_index_and_search_of_a_database(place, tiny_decoder_dir, capsys):
     shutil.move("model", "moved")
     assert run(search) == 2
     assert "no longer at" in capsys.readouterr().err
+    assert run(["search", "db", " "]) == 2  # told before the model is looked for
+    assert "the query is empty" in capsys.readouterr().err
     assert run([*search, "--model", "moved"]) == 0
     config = json.loads(Path("moved/config.json").read_text())
     Path("moved/config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.5}))

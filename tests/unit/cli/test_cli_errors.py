@@ -52,6 +52,7 @@ def test_no_arguments_show_the_help(capsys):
         (["train"], "Missing argument"),
         (["train", "x.yaml", "--frsh"], "No such option: --frsh"),
         (["search", "m", "q", "--documents", "d.jsonl", "--top-k", "0"], "top-k"),
+        (["serve", "m", "--port", "99999"], "equal to 65535. See nvembed --help"),
         (["encode", "m", "--input", "x.jsonl"], "--output"),
         (["mine", "a", "b", "--teacher", "m", "--kind", "foo"], "'foo' is not one of"),
     ],

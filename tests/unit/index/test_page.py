@@ -212,9 +212,14 @@ def test_search_in_a_browser(page, database):
 
 
 def test_a_passage_in_a_browser(page):
-    answered(page, source=EVIL)
+    answered(page, source=EVIL, id="a#b.md#0123456789ab")
     search(page, "moon")
     assert page.inner_text("#results .source") == EVIL
+    assert ids(page) == ["a#b.md"]  # a file's name says more than a hash
+    assert page.get_attribute("#results .id", "title") == "a#b.md#0123456789ab"
+    answered(page, id="a#b")  # a row's own id
+    search(page, "sun")
+    until(lambda: ids(page) == ["a#b"])
 
 
 def test_the_address_holds_the_search(page, browser, address):

@@ -22,15 +22,9 @@ from nvembed.model.settings import LoraSettings, fitting_rate, shown_rate
 from nvembed.training.config import StageConfig, TrainConfig
 from nvembed.training.dry_run import dry_run
 from nvembed.training.forecast import print_dry_run
+from nvembed.training.metrics import WINDOW, LossWatch, movement
 from nvembed.training.run_folder import prepare_folder
-from nvembed.training.stages import (
-    WINDOW,
-    LossWatch,
-    backbone_elements,
-    movement,
-    peak_rate,
-    with_rates,
-)
+from nvembed.training.stages import backbone_elements, peak_rate, with_rates
 from nvembed.training.trainer import train
 from tiny_run import DATASET, PAIRS
 
@@ -206,12 +200,20 @@ def simulated(seed: int, steps: int, *, fall: float, spread: float = 0.1) -> lis
     return list(means + rng.normal(0, spread, steps))
 
 
-def told(losses: list[float], *, warmup: int = 50, start: int = 0, steps: int = 500) -> list[str]:
+def told(
+    losses: list[float],
+    *,
+    accuracy: float | None = 0.5,
+    warmup: int = 50,
+    start: int = 0,
+    steps: int = 500,
+) -> list[str]:
     stage = StageConfig(
         name="one", steps=steps, in_batch_negatives=True, warmup_steps=warmup, learning_rate=2e-5
     )
     watch = LossWatch(stage, start)
-    return [line for loss in losses if (line := watch.after(loss)) is not None]
+    rows = [{"loss": loss, "accuracy": accuracy} for loss in losses]
+    return [line for row in rows if (line := watch.after(row)) is not None]
 
 
 def test_a_loss_that_stands_still_is_told_once() -> None:
@@ -238,6 +240,21 @@ def test_a_loss_that_rises_is_told_as_such() -> None:
     (line,) = told(simulated(0, 300, fall=-2.0))
     assert "the loss has risen in 60 steps" in line
     assert "may be too high" in line
+
+
+def test_a_loss_that_is_low_from_the_start_accuses_no_learning_rate() -> None:
+    (line,) = told([0.04, 0.05] * 100, accuracy=0.96)
+    assert line == (
+        "one: the loss was low from the start and stays so (0.045 ± 0.005 → 0.045 ± 0.005, 10 "
+        "steps each): 96% of the queries find their answer among those of a step; hard negatives "
+        "leave more to learn (nvembed mine)"
+    )
+    # As many right answers, but it rises; too few right answers; a loss without answers.
+    (line,) = told(simulated(0, 300, fall=-2.0), accuracy=0.96)
+    assert "may be too high" in line
+    for accuracy in (0.89, None):
+        (line,) = told([0.04, 0.05] * 100, accuracy=accuracy)
+        assert "has not moved" in line
 
 
 def test_short_and_resumed_stages_are_not_judged() -> None:

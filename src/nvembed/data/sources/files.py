@@ -65,7 +65,7 @@ def open_file(
     if (header is not None or quotes is not None) and form not in (".csv", ".tsv"):
         raise SourceError("header and quotes are of CSV and TSV files only", where=name)
     if opener is None and not Path(path).is_file():
-        hint = "Relative paths start at the folder of the recipe"
+        hint = "Relative paths in a recipe start at its folder"
         raise SourceError("no such file", where=name, hint=hint)
     if form == ".parquet":
         return _parquet(Path(path), name)

@@ -2,8 +2,8 @@
 
     decoder/     the language model as transformers saves it
     ours/        mean pooling on it, as nvembed saves it
-    stock/       the same as plain sentence-transformers modules, proven equal
-    onnx/        the same as a graph, proven equal
+    stock/       the same as plain sentence-transformers modules
+    onnx/        the same as a graph
     checks.json  texts of all lengths and our float32 vectors of them
 
 A decoder that is a folder already is taken where it lies.
@@ -15,16 +15,16 @@ import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from nvembed.core.files import atomic_folder, read_jsonl, write_json
-from nvembed.encoding.export.folders import export_model
-from nvembed.model.embedder import NVEmbed
-from peers.ceiling import token_flops
 from peers.job import BENCHMARKS
 from peers.report import say
+
+if TYPE_CHECKING:  # torch, which the load of a server does not need
+    from nvembed.model.embedder import NVEmbed
 
 STANDARDS = {
     "decoder-6m": str(BENCHMARKS.parent / "assets" / "decoder-6m"),
@@ -54,9 +54,7 @@ class Models:
         made = self.folder / "decoder"
         if not made.exists():
             say(f"making {made}")
-            plain = NVEmbed.from_pretrained(
-                self.source, pooling="mean", dtype="float32", device="cpu"
-            )
+            plain = _mean_pooled(self.source)
             with atomic_folder(made, "models") as folder:
                 plain.backbone.model.save_pretrained(folder)
                 plain.backbone.text_tokenizer.tokenizer.save_pretrained(folder)
@@ -64,19 +62,29 @@ class Models:
 
     def load(self, **more: Any) -> NVEmbed:
         """Mean pooling on the decoder, in float32."""
-        options: dict[str, Any] = {"pooling": "mean", "dtype": "float32", "device": "cpu"}
-        return NVEmbed.from_pretrained(str(self.decoder), **options, **more)
+        return _mean_pooled(str(self.decoder), **more)
 
     def need(self, *names: str) -> None:
         """Make those of ``ours``, ``stock`` and ``onnx`` that are absent."""
-        kinds = {"ours": "nvembed", "stock": "sentence-transformers", "onnx": "onnx"}
         for name in names:
-            if not (self.folder / name).exists():
-                say(f"making {self.folder / name}")
-                kind: Any = kinds[name]
-                export_model(self.load(), self.folder / name, kind, name=self.source)
-                if name == "stock":
-                    older_tokenizer(self.folder / name)
+            if (self.folder / name).exists():
+                continue
+            say(f"making {self.folder / name}")
+            with atomic_folder(self.folder / name, "models") as folder:
+                self._write(name, folder)
+
+    def _write(self, name: str, folder: Path) -> None:
+        from nvembed.encoding.export import onnx, stock
+
+        model = self.load()
+        if name == "ours":
+            model.save(str(folder))
+        elif name == "onnx":
+            onnx.write_onnx(model, folder, name=self.source)
+        else:
+            # Whether its vectors are equal is measured, with the cosines and losses of a run.
+            stock.write_stock(model, folder, name=self.source)
+            older_tokenizer(folder)
 
     def checks(self) -> tuple[list[str], np.ndarray]:
         """Texts, and our float32 vectors of them."""
@@ -97,6 +105,8 @@ class Models:
     @cached_property
     def token_flops(self) -> float:
         """Operations in products of one token's forward pass."""
+        from peers.ceiling import token_flops
+
         return token_flops(str(self.decoder))
 
     @property
@@ -111,6 +121,13 @@ def open_models(name: str, output: Path) -> Models:
     return Models(
         source, (output / name.removeprefix("package:").strip("/.").split("/")[-1]).absolute()
     )
+
+
+def _mean_pooled(source: str, **more: Any) -> NVEmbed:
+    from nvembed.model.embedder import NVEmbed
+
+    options: dict[str, Any] = {"pooling": "mean", "dtype": "float32", "device": "cpu"}
+    return NVEmbed.from_pretrained(source, **options, **more)
 
 
 def older_tokenizer(stock: Path) -> None:

@@ -17,7 +17,6 @@ from typing import Any
 
 from peers.bench import DTYPES, Bench, Case, Options, Side, of_all, option_parser
 from peers.models import length_parts, open_models
-from tokenizers import Tokenizer
 
 from nvembed.core.files import write_json
 
@@ -54,11 +53,7 @@ def main() -> None:
     texts = length_parts(given.data, scale)
     file = bench.out / "texts.json"
     write_json(file, texts)
-    tokenizer = Tokenizer.from_file(str(folder / "stock" / "tokenizer.json"))
-    tokens = {
-        part: sum(min(len(one.ids), 512) for one in tokenizer.encode_batch(of_part))
-        for part, of_part in texts.items()
-    }
+    tokens = {part: models.count_tokens(of_part) for part, of_part in texts.items()}
 
     def measure(side: Side, cases: Sequence[Case]) -> Iterator[tuple[Case, dict[str, Any]]]:
         job = {"side": side.name, "dtype": side.dtype, "threads": given.threads, "checks": checks}

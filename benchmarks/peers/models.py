@@ -102,6 +102,14 @@ class Models:
         lengths = np.linalg.norm(found, axis=1) * np.linalg.norm(wanted, axis=1)
         return float(((found * wanted).sum(1) / lengths).min())
 
+    def count_tokens(self, texts: list[str], most: int = 512) -> int:
+        """Real tokens of texts."""
+        from tokenizers import Tokenizer
+
+        self.need("stock")
+        tokenizer = Tokenizer.from_file(str(self.folder / "stock" / "tokenizer.json"))
+        return sum(min(len(one.ids), most) for one in tokenizer.encode_batch(texts))
+
     @cached_property
     def token_flops(self) -> float:
         """Operations in products of one token's forward pass."""

@@ -22,6 +22,7 @@ from nvembed.core.files import write_json
 
 PARTS = ("questions", "paragraphs", "mixed")
 OWN_BATCHES = ("nvembed", "vllm")
+OF_GRAPH = ("onnxruntime", "openvino")
 BATCHES = {False: (2, 8, 32, 128), True: (1, 4, 16)}  # by whether the model is large
 
 
@@ -31,7 +32,7 @@ def sides(batches: Sequence[int]) -> list[Side]:
     def tried(_: str) -> list[Options]:
         return [{"batch_size": size} for size in batches]
 
-    names = ("nvembed", "sentence-transformers", "onnxruntime", "openvino", "vllm")
+    names = ("nvembed", "sentence-transformers", *OF_GRAPH, "vllm")
     return [
         Side(name, dtype) if name in OWN_BATCHES else Side(name, dtype, tried)
         for dtype in DTYPES
@@ -48,7 +49,10 @@ def main() -> None:
     models = open_models(given.model, given.output)
     scale = given.scale or (0.02 if models.large else 0.2)
     bench = Bench("encode", given, models, {"scale": scale})
-    models.need("ours", "stock", "onnx")
+    every = sides(BATCHES[models.large])
+    chosen = bench.installed(every)
+    graphs = any(side.name in OF_GRAPH for side in chosen)
+    models.need("ours", "stock", *["onnx"] * graphs)
     folder, checks = models.folder, models.checks()[0]
     texts = length_parts(given.data, scale)
     file = bench.out / "texts.json"
@@ -66,8 +70,7 @@ def main() -> None:
             values = {"rate": tokens[part] / seconds, "texts": len(texts[part]) / seconds}
             yield case, {**values, "cosine": cosine, **found}
 
-    every = sides(BATCHES[models.large])
-    bench.turns(given.parts, bench.installed(every), measure)
+    bench.turns(given.parts, chosen, measure)
     columns = {
         "texts/s": of_all("texts", ",.1f"),
         "peak, MB": of_all("peak_mb", ",.0f", max),

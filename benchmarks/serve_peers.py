@@ -213,7 +213,9 @@ def at_equal_p95(bench: Bench, sides: Sequence[Side], parts: Sequence[str]) -> N
     lines = []
     for peer in sides:
         for ours in sides:
-            if ours.name != OURS or peer.name == OURS or (peer, parts[0]) not in seen:
+            if ours.name != OURS or peer.name == OURS:
+                continue
+            if not {(ours, parts[0]), (peer, parts[0])} <= set(seen):
                 continue
             cells = []
             for part in parts:

@@ -218,8 +218,9 @@ class Bench:
         for side in sides:
             rows = self._of_best(part, side)
             if not rows:
-                failed = [r for r in self.rows if r.get("part") == part and "failed" in r]
-                said = [r["failed"] for r in failed if r["side"] == side.title]
+                failed = [r for r in self.rows if r["part"] == part and "failed" in r]
+                key = (side.title, side.dtype)
+                said = [r["failed"] for r in failed if (r["side"], r["dtype"]) == key]
                 lines += [[side.title, side.dtype, f"failed: {said[-1]}"]] if said else []
                 continue
             rates = [row["rate"] for row in rows]

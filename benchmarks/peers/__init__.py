@@ -1,6 +1,6 @@
-"""What the training benchmarks share: data, jobs in processes of their own, and the peers.
+"""What the benchmarks against others share.
 
-``job.py`` is read by every process and needs nothing installed; ``ours.py``,
-``sentence_trainer.py`` and ``flag_embedding.py`` are the programs that train; ``data.py``,
-``setup.py`` and ``report.py`` belong to the benchmark that starts them.
+``job.py`` is read by every process and needs nothing installed. ``ours.py``,
+``sentence_trainer.py``, ``flag_embedding.py``, ``encoders.py``, ``miners.py`` and ``ceiling.py``
+run in processes of their own; the rest belongs to the benchmark that starts them.
 """

@@ -22,7 +22,7 @@ from FlagEmbedding.finetune.embedder.decoder_only.base import (
 from tokenizers import Tokenizer
 
 from peers.hf_clock import COMMON, StepClock, record_losses
-from peers.job import Job, Outcome, child_main, memory_bytes
+from peers.job import Job, Outcome, memory_bytes, trainer_main
 
 
 def leave_prompt_out(model: Any, prompt_tokens: int) -> None:
@@ -68,8 +68,8 @@ def run(job: Job) -> Outcome:
         write_records(job, data)
         runner = DecoderOnlyEmbedderRunner(
             DecoderOnlyEmbedderModelArguments(
-                model_name_or_path=str(Path(job.work, "stock")),
-                from_peft=str(Path(job.work, "adapter")),
+                model_name_or_path=str(job.model("stock")),
+                from_peft=str(job.model("adapter")),
             ),
             DecoderOnlyEmbedderDataArguments(
                 train_data=[str(data)],
@@ -89,10 +89,11 @@ def run(job: Job) -> Outcome:
                 sub_batch_size=job.options.get("sub_batch_size"),
                 train_sampling_strategy="sequential",
                 remove_unused_columns=False,
+                bf16=job.dtype == "bfloat16",
                 **COMMON,
             ),
         )
-        keep_bos(runner.tokenizer, Path(job.work, "stock"))
+        keep_bos(runner.tokenizer, job.model("stock"))
         leave_prompt_out(runner.model, job.prompt_tokens)
         for name, parameter in runner.model.named_parameters():
             assert parameter.requires_grad == ("lora_" in name), name
@@ -104,4 +105,4 @@ def run(job: Job) -> Outcome:
 
 
 if __name__ == "__main__":
-    child_main(run)
+    trainer_main(run)

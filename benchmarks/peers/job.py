@@ -1,4 +1,4 @@
-"""One training run in a process of its own: what it is told, and what it reports.
+"""A program in a process of its own: what it is told, and what it reports.
 
 Read by the peers' interpreters too, so it imports the standard library only.
 """
@@ -11,31 +11,30 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-BENCHMARKS = Path(__file__).parents[1]
-
-PROGRAMS = {
-    "nvembed": "peers.ours",
-    "sentence-transformers": "peers.sentence_trainer",
-    "FlagEmbedding": "peers.flag_embedding",
-}
+BENCHMARKS = Path(__file__).resolve().parents[1]
+OURS, SENTENCE, FLAG = "nvembed", "sentence-transformers", "FlagEmbedding"
+TRAINERS = {OURS: "peers.ours", SENTENCE: "peers.sentence_trainer", FLAG: "peers.flag_embedding"}
 
 
 @dataclass(frozen=True)
 class Job:
-    """A run of one side.
+    """A training run of one side.
 
     Args:
-        side: key of ``PROGRAMS``.
-        work: folder with ``stock/`` (the model as plain sentence-transformers), ``adapter/`` (LoRA
-            with B = 0), ``train.jsonl`` (in the order that our trainer reads as ``columns.json``)
+        side: key of ``TRAINERS``.
+        work: folder with ``train.jsonl`` (in the order that our trainer reads as ``columns.json``)
             and ``columns.json`` (one list per column, in order of the steps).
         decoder: folder of the language model.
         steps: optimizer updates.
         batch_size: queries per step.
+        models: folder with ``stock/`` (the model as plain sentence-transformers) and ``adapter/``
+            (LoRA with B = 0); ``work`` where it is empty.
+        dtype: what products are computed in; what is trained is float32.
         num_negatives: of every query.
         learning_rate: falls linearly from here to zero, no warm-up.
         temperature: of the softmax.
@@ -53,6 +52,8 @@ class Job:
     decoder: str
     steps: int
     batch_size: int
+    models: str = ""
+    dtype: str = "float32"
     num_negatives: int = 3
     learning_rate: float = 5e-4
     temperature: float = 0.05
@@ -64,81 +65,122 @@ class Job:
     processes: int = 1
     options: dict[str, Any] = field(default_factory=dict)
 
-    def of(self, side: str, **options: Any) -> Job:
+    def of(self, side: str, dtype: str = "float32", **options: Any) -> Job:
         """The same run by another side."""
-        return replace(self, side=side, options=options)
+        return replace(self, side=side, dtype=dtype, options=options)
 
     def columns(self) -> dict[str, list[str]]:
         """Texts of the run: ``query``, ``positive``, ``negative_1`` …"""
         columns: dict[str, list[str]] = json.loads(Path(self.work, "columns.json").read_text())
         return columns
 
+    def model(self, name: str) -> Path:
+        """``stock`` or ``adapter``."""
+        return Path(self.models or self.work, name)
+
 
 @dataclass
 class Outcome:
-    """What a run reports.
+    """What a training run reports.
 
     Args:
         losses: of every step.
         step_seconds: from the end of the step before to the end of the step; that of the first step
             counts from the start of training.
-        wall_seconds: of the whole process, loading included.
-        others_share: share of the machine's CPU time that went to others meanwhile, or was taken by
-            the machine's host; timings with more than a few percent are worth nothing.
         loaded_bytes: resident memory when the model and its data were loaded (0: not measured).
-        peak_bytes: highest resident memory.
+        process: what ``run_program`` adds.
     """
 
     losses: list[float]
     step_seconds: list[float]
     loaded_bytes: int = 0
-    peak_bytes: int = 0
-    wall_seconds: float = 0.0
-    others_share: float = 0.0
+    process: dict[str, float] = field(default_factory=dict)
 
 
 class JobError(RuntimeError):
-    """A run that failed, with the end of what it printed."""
+    """A process that failed, with the end of what it printed."""
 
 
-def run_job(job: Job, python: str | Path = sys.executable) -> Outcome:
-    """Run a job in a fresh process and wait for it."""
+def run_job(job: Job, python: str | Path = sys.executable, seconds: float | None = None) -> Outcome:
+    """Train in a fresh process and wait for it."""
+    found = run_program(
+        TRAINERS[job.side],
+        asdict(job),
+        python=python,
+        threads=job.threads,
+        processes=job.processes,
+        seconds=seconds,
+    )
+    values = {name: found.pop(name) for name in ("losses", "step_seconds", "loaded_bytes")}
+    return Outcome(**values, process=found)
+
+
+def run_program(
+    module: str,
+    given: Mapping[str, Any],
+    *,
+    threads: int,
+    python: str | Path = sys.executable,
+    processes: int = 1,
+    seconds: float | None = None,
+) -> dict[str, Any]:
+    """Run a module that calls ``child_main`` in a fresh process; what it found.
+
+    Added are ``wall_seconds`` of the whole process, ``peak_mb`` (highest resident memory) and
+    ``others_share``: the share of the machine's CPU time that went to others meanwhile, or was
+    taken by its host; timings with more than a few percent are worth nothing.
+
+    Raises:
+        JobError: it failed.
+        subprocess.TimeoutExpired: it was stopped after ``seconds``.
+    """
     path = [str(BENCHMARKS), str(BENCHMARKS.parent / "src"), os.environ.get("PYTHONPATH", "")]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(filter(None, path)),
-        "OMP_NUM_THREADS": str(job.threads),
-        "TOKENIZERS_PARALLELISM": "false" if job.threads == 1 else "true",
-        "HF_HUB_OFFLINE": "1",
-        "HF_DATASETS_OFFLINE": "1",
-        "ACCELERATE_USE_CPU": "true",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
     with tempfile.TemporaryDirectory(prefix="nvembed-bench-") as folder:
-        given, result = Path(folder, "job.json"), Path(folder, "result.json")
-        given.write_text(json.dumps(asdict(job)))
-        # Tokens are computed anew in every run, as the peers do.
-        environment["NVEMBED_CACHE"] = str(Path(folder, "cache"))
+        task, result = Path(folder, "job.json"), Path(folder, "result.json")
+        task.write_text(json.dumps(given))
+        environment = {
+            **os.environ,
+            **OFFLINE,
+            "PYTHONPATH": os.pathsep.join(filter(None, path)),
+            "OMP_NUM_THREADS": str(threads),
+            "TOKENIZERS_PARALLELISM": "false" if threads == 1 else "true",
+            # Tokens are computed anew in every run, as the peers do.
+            "NVEMBED_CACHE": str(Path(folder, "cache")),
+        }
         started, taken = time.perf_counter(), _cpu_seconds()
-        command = [str(python), "-m", PROGRAMS[job.side], str(given), str(result)]
-        if job.processes > 1:
+        command = [str(python), "-m", module, str(task), str(result)]
+        if processes > 1:
             launcher = ["-m", "torch.distributed.run", "--standalone"]
-            command[1:1] = [*launcher, f"--nproc-per-node={job.processes}"]
+            command[1:1] = [*launcher, f"--nproc-per-node={processes}"]
         done = subprocess.run(
-            command, env=environment, cwd=folder, capture_output=True, text=True, check=False
+            command,
+            env=environment,
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=seconds,
         )
-        seconds = time.perf_counter() - started
-        others = max(0.0, _cpu_seconds() - taken) / (seconds * (os.cpu_count() or 1))
+        wall = time.perf_counter() - started
+        others = max(0.0, _cpu_seconds() - taken) / (wall * (os.cpu_count() or 1))
         if done.returncode or not result.exists():
             tail = "\n".join((done.stdout + done.stderr).splitlines()[-25:])
-            raise JobError(f"{job.side} {job.options} ended with {done.returncode}\n{tail}")
+            raise JobError(f"{module} ended with {done.returncode}\n{tail}")
         if "--verbose" in sys.argv:
             print(done.stdout)
-        outcome = Outcome(**json.loads(result.read_text()))
-    outcome.wall_seconds, outcome.others_share = seconds, others
-    if others > 0.05:
-        print(f"  the machine was busy: others took {others:.0%} of its CPU time", flush=True)
-    return outcome
+        found: dict[str, Any] = json.loads(result.read_text())
+    return {**found, "wall_seconds": wall, "others_share": others}
+
+
+OFFLINE = {
+    "HF_HUB_OFFLINE": "1",
+    "HF_DATASETS_OFFLINE": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "ACCELERATE_USE_CPU": "true",
+    "CUDA_VISIBLE_DEVICES": "",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+}
 
 
 def _cpu_seconds() -> float:
@@ -151,13 +193,23 @@ def _cpu_seconds() -> float:
 
 
 def child_main(run: Any) -> None:
-    """Entry of a program: read the job, run it, write the outcome."""
+    """Entry of a program: read what is given, run it, write what it found."""
     given, result = Path(sys.argv[1]), Path(sys.argv[2])
-    outcome = run(Job(**json.loads(given.read_text())))
-    if os.environ.get("RANK", "0") != "0":
-        return
-    outcome.peak_bytes = memory_bytes("VmHWM")
-    result.write_text(json.dumps(asdict(outcome)))
+    found = run(json.loads(given.read_text()))
+    if os.environ.get("RANK", "0") == "0":
+        found["peak_mb"] = memory_bytes("VmHWM") / 1e6
+        result.write_text(json.dumps(found))
+
+
+def trainer_main(run: Any) -> None:
+    """Entry of a trainer: from a ``Job`` to an ``Outcome``."""
+
+    def trained(given: dict[str, Any]) -> dict[str, Any]:
+        found = asdict(run(Job(**given)))
+        del found["process"]
+        return found
+
+    child_main(trained)
 
 
 def memory_bytes(key: str = "VmRSS") -> int:

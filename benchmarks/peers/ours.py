@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from nvembed.core.runs import RunFolder
 from nvembed.training.model import build_model
 from nvembed.training.trainer import train
-from peers.job import Job, Outcome, child_main, memory_bytes
+from peers.job import Job, Outcome, memory_bytes, trainer_main
 from peers.setup import train_config
 
 
@@ -23,7 +24,7 @@ def run(job: Job) -> Outcome:
     options = dict(job.options)
     profile_steps = options.pop("profile_steps", 0)
     load_only = options.pop("load_only", False)
-    config = train_config(Job(**{**vars(job), "options": options}))
+    config = train_config(replace(job, options=options))
     if load_only:
         model = build_model(config, Path(job.work), device="cpu")
         model.train()
@@ -63,4 +64,4 @@ class _Profiler:
 
 
 if __name__ == "__main__":
-    child_main(run)
+    trainer_main(run)

@@ -1,15 +1,12 @@
-"""What every training benchmark prints and writes."""
+"""What the benchmarks print."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from nvembed.core.files import write_json
 from nvembed.core.runs import describe_environment
 
 
@@ -23,30 +20,19 @@ def header(threads: int) -> dict[str, Any]:
     about = describe_environment()
     about["threads"] = threads
     git = about["git"] or {"commit": "unknown", "changed": False}
-    commit = git["commit"][:7] + (" with changes" if git["changed"] else "")
+    about["commit"] = git["commit"][:7] + (" with changes" if git["changed"] else "")
     versions = ", ".join(f"{name} {about['packages'][name]}" for name in ("torch", "transformers"))
     say(f"{about['processor']}, {about['cpus']} CPUs, {threads} threads; {versions}")
-    say(f"commit {commit}; {about['started']}")
+    say(f"commit {about['commit']}; {about['started']}")
     return about
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """A Markdown table."""
-    say("")
-    say("| " + " | ".join(head) + " |")
-    say("|" + "---|" * len(head))
-    for row in rows:
-        say("| " + " | ".join(str(cell) for cell in row) + " |")
-    say("")
-
-
-def keep(path: Path, part: str, value: Any, about: dict[str, Any]) -> None:
-    """Put a part's results into the JSON file, beside those of parts that ran before."""
-    kept = json.loads(path.read_text()) if path.exists() else {}
-    kept[part] = {"about": about, **value}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, kept)
-    say(f"written to {path} under {part!r}")
+def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A Markdown table, printed."""
+    lines = [head, ["---"] * len(head), *rows]
+    made = "\n".join("| " + " | ".join(str(cell) for cell in row) + " |" for row in lines)
+    say(f"\n{made}\n")
+    return made
 
 
 def rate(step_tokens: Sequence[int], step_seconds: Sequence[float], skip: int) -> float:

@@ -1,15 +1,16 @@
 """``SentenceTransformerTrainer`` on the stock model, with the options that are tuned for it.
 
 Options: ``cached`` (gradient cache), ``mini_batch_size`` (of the cache), ``merge`` (one forward for
-all document columns, its default), ``attention`` (``sdpa`` or ``eager``), ``workers`` (processes
-that tokenise ahead).
+all document columns, its default), ``attention`` (``sdpa`` or ``eager``), ``frozen`` (the type that
+weights without gradient are held in; float32 ones are rounded in every product of a bfloat16 run),
+``workers`` (processes that tokenise ahead). It has a third way, texts joined without padding, for
+flash attention alone, which transformers allows on a GPU only.
 """
 
 from __future__ import annotations
 
 import tempfile
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,22 +29,25 @@ from sentence_transformers.sentence_transformer.losses import (
 from torch.utils.data import SequentialSampler
 
 from peers.hf_clock import COMMON, StepClock, record_losses
-from peers.job import Job, Outcome, child_main, memory_bytes
+from peers.job import Job, Outcome, memory_bytes, trainer_main
 
 
 def load(job: Job) -> SentenceTransformer:
     """The stock model with our adapter on it."""
     model = SentenceTransformer(
-        str(Path(job.work, "stock")),
+        str(job.model("stock")),
         device="cpu",
         local_files_only=True,
-        model_kwargs={"attn_implementation": job.options.get("attention", "sdpa")},
+        model_kwargs={
+            "attn_implementation": job.options.get("attention", "sdpa"),
+            "dtype": job.options.get("frozen", "float32"),
+        },
     )
     model.max_seq_length = job.max_tokens
-    model.load_adapter(str(Path(job.work, "adapter")), is_trainable=True)
+    model.load_adapter(str(job.model("adapter")), is_trainable=True)
     for name, parameter in model.named_parameters():
         assert parameter.requires_grad == ("lora_" in name), name
-        assert parameter.dtype == torch.float32, name
+        assert parameter.dtype == torch.float32 or not parameter.requires_grad, name
     return model
 
 
@@ -73,6 +77,7 @@ def run(job: Job) -> Outcome:
             learning_rate=job.learning_rate,
             batch_sampler=in_order,
             prompts={"query": job.prompt},
+            bf16=job.dtype == "bfloat16",
             dataloader_num_workers=job.options.get("workers", 0),
             **COMMON,
         )
@@ -91,4 +96,4 @@ def run(job: Job) -> Outcome:
 
 
 if __name__ == "__main__":
-    child_main(run)
+    trainer_main(run)

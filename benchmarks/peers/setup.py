@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from nvembed.core.files import write_json, write_jsonl
+from nvembed.core.files import atomic_folder, write_json, write_jsonl
 from nvembed.core.runs import derive_seed, seed_everything
 from nvembed.data.instructions import query_prompt
 from nvembed.data.loading import load_mixture
-from nvembed.encoding.export.folders import export_model
 from nvembed.model.backbone import save_adapter
-from nvembed.model.embedder import NVEmbed
 from nvembed.training.config import TrainConfig
 from nvembed.training.model import build_model
 from peers.data import Steps
 from peers.job import Job
+from peers.models import Models
 
 INSTRUCTION = "Given a question, retrieve passages that answer the question"
 STAGE = "peers"
@@ -46,7 +45,7 @@ def train_config(job: Job) -> TrainConfig:
                 "backbone": job.decoder,
                 "pooling": {"kind": "mean"},
                 "max_tokens": job.max_tokens,
-                "dtype": "float32",
+                "dtype": job.dtype,
             },
             "lora": {"rank": 16, "alpha": 32, "dropout": 0.0},
             "datasets": [
@@ -71,21 +70,19 @@ def train_config(job: Job) -> TrainConfig:
                 }
             ],
             "optimizer": {"weight_decay": 0.0, "max_grad_norm": 1.0},
-            "precision": "float32",
+            "precision": job.dtype,
             "checkpoint_every": 10**6,
             **job.options,
         }
     )
 
 
-def prepare(job: Job, steps: Steps, *, model: bool = True) -> Comparison:
-    """Write what the sides read.
+def prepare(job: Job, steps: Steps) -> Comparison:
+    """Write what the sides read: the rows, and the stock model and the adapter where absent.
 
     Args:
         job: of our side; its prompt is filled in.
         steps: rows of the run.
-        model: write the stock model and the adapter too (off when an earlier job of the same
-            folder has).
     """
     work = Path(job.work)
     work.mkdir(parents=True, exist_ok=True)
@@ -95,20 +92,19 @@ def prepare(job: Job, steps: Steps, *, model: bool = True) -> Comparison:
     write_json(work / "columns.json", columns)
     # Written first in any order: the order of a run depends on the number of queries alone.
     _write_rows(work / "train.jsonl", steps, list(range(len(steps.rows))))
-    job = Job(**{**vars(job), "instruction": instruction, "prompt": prompt})
+    job = replace(job, instruction=instruction, prompt=prompt)
     _write_rows(work / "train.jsonl", steps, _order(job))
-    plain = NVEmbed.from_pretrained(
-        job.decoder, pooling="mean", max_tokens=job.max_tokens, dtype="float32", device="cpu"
-    )
+    models = Models(job.decoder, job.model("stock").parent)
+    models.need("stock")
+    _write_adapter(job)
+    plain = models.load(max_tokens=job.max_tokens)
     tokenize = plain.backbone.tokenize_texts
     queries = tokenize(columns["query"], prompt)
     lengths = [[len(text) for text in queries]]
     lengths += [[len(t) for t in tokenize(c)] for name, c in columns.items() if name != "query"]
     per_row = [sum(row) for row in zip(*lengths, strict=True)]
     size = job.batch_size
-    if model:
-        _write_model(job, plain)
-    job = Job(**{**vars(job), "prompt_tokens": queries[0].pool_start})
+    job = replace(job, prompt_tokens=queries[0].pool_start)
     assert {text.pool_start for text in queries} == {job.prompt_tokens}
     return Comparison(
         job,
@@ -142,13 +138,13 @@ def _write_rows(path: Path, steps: Steps, record_of_slot: list[int]) -> None:
     )
 
 
-def _write_model(job: Job, plain: NVEmbed) -> None:
-    """Write the stock model (which proves itself equal) and the adapter our trainer starts from."""
-    work = Path(job.work)
-    config = train_config(job)
-    seed_everything(derive_seed(config.seed, "weights"))
-    adapted = build_model(config, work, device="cpu")
-    save_adapter(adapted.backbone, work / "adapter")
-    export_model(plain, work / "stock", "sentence-transformers", name=job.decoder)
-    saved = json.loads((work / "adapter" / "adapter_config.json").read_text())
-    assert (saved["r"], saved["lora_dropout"]) == (16, 0.0)
+def _write_adapter(job: Job) -> None:
+    """Write the adapter that our trainer starts from."""
+    path = job.model("adapter")
+    if not path.exists():
+        config = train_config(replace(job, dtype="float32"))
+        seed_everything(derive_seed(config.seed, "weights"))
+        with atomic_folder(path, "models") as folder:
+            save_adapter(build_model(config, Path(job.work), device="cpu").backbone, folder)
+        saved = json.loads((path / "adapter_config.json").read_text())
+        assert (saved["r"], saved["lora_dropout"]) == (16, 0.0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
@@ -14,7 +13,7 @@ sys.path.insert(0, str(BENCHMARKS))
 
 from peers.data import Pair, plan_steps, read_pairs
 from peers.job import Job, JobError, run_job
-from peers.report import keep, rate, straight_line
+from peers.report import rate, straight_line
 from peers.setup import INSTRUCTION, STAGE, _order, _write_rows, prepare, train_config
 from train_scaling import loss_seconds, synthetic_batch
 
@@ -111,16 +110,6 @@ def test_a_straight_line_is_found_and_noise_is_told() -> None:
     intercept, slope, explained = straight_line(x, 0.5 + 2 * x)
     assert (intercept, slope, explained) == pytest.approx((0.5, 2.0, 1.0))
     assert straight_line(x, [1.0, -1.0] * 4)[2] < 0.2
-
-
-def test_parts_are_kept_beside_each_other(tmp_path: Path) -> None:
-    file = tmp_path / "new" / "results.json"
-    keep(file, "one", {"x": 1}, {"commit": "a"})
-    keep(file, "two", {"y": 2}, {"commit": "b"})
-    assert json.loads(file.read_text()) == {
-        "one": {"about": {"commit": "a"}, "x": 1},
-        "two": {"about": {"commit": "b"}, "y": 2},
-    }
 
 
 def test_a_run_that_fails_says_what_it_printed(tmp_path: Path) -> None:

@@ -1,12 +1,15 @@
-"""The server against a plain sentence-transformers handler and infinity: same weights, rising load.
+"""The server against a sentence-transformers handler, infinity and vLLM: same weights, rising load.
 
     python benchmarks/serve_peers.py                                   # ours and the handler
     python benchmarks/serve_peers.py --dtypes float32 auto --peer-dtypes float32 bfloat16
     python benchmarks/serve_peers.py --infinity VENV/bin/infinity_emb  # and infinity
+    python benchmarks/serve_peers.py --model assets/nvembed-smollm2-135m --levels 1 16 64 \\
+        --vllm VENV/bin/python --dtypes float32 bfloat16 --peer-dtypes float32 bfloat16
     python benchmarks/serve_peers.py --overload 60                     # 10 times too many clients
 
 Infinity wants an environment of its own: python -m venv VENV; VENV/bin/pip install
-'infinity-emb[server,torch]'.
+'infinity-emb[server,torch]'. So does vLLM, with nvembed in it (docs/serving-elsewhere.md); it
+serves the model as saved, head and pool mask included, and the handler, which cannot, is left out.
 
 Every server is a process; the load comes from another one, over keep-alive connections on the
 loopback that each send the next request when the last is answered (closed loop), one text per
@@ -21,6 +24,7 @@ import argparse
 import asyncio
 import itertools
 import json
+import os
 import random
 import statistics
 import subprocess
@@ -36,20 +40,24 @@ from typing import Any
 import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
-OURS, PLAIN, INFINITY = "nvembed", "sentence-transformers", "infinity"
+OURS, PLAIN, INFINITY, VLLM = "nvembed", "sentence-transformers", "infinity", "vllm"
 Side = tuple[str, str]  # a server and its data type
 FIRST_PORT = 18400
+ALL_CPUS = f"0-{(os.cpu_count() or 1) - 1}"  # vLLM would keep one for its HTTP server
 
 
 # --- Models and servers ---------------------------------------------------------------------------
 
 
-def prepare_models(name: str, folder: Path) -> None:
-    """Write our folder and the same weights as stock modules that any other server reads."""
+def prepare_models(name: str, folder: Path, *, stock: bool) -> None:
+    """Write our folder, whole, and the same weights as stock modules where they are asked for."""
     from nvembed import NVEmbed
-    from nvembed.encoding.export.folders import export_folder
+    from nvembed.encoding.export.folders import export_folder, export_model
 
-    NVEmbed.from_pretrained(name).save(str(folder / "ours"))
+    model = NVEmbed.from_pretrained(name, device="cpu", dtype="float32")
+    export_model(model, folder / "ours", "nvembed", name=name)
+    if not stock:
+        return
     export_folder(str(folder / "ours"), folder / "stock", "sentence-transformers")
     settings = folder / "stock" / "tokenizer_config.json"  # infinity's transformers is an older one
     known = json.loads(settings.read_text("utf-8")) | {"tokenizer_class": "PreTrainedTokenizerFast"}
@@ -89,6 +97,10 @@ def command(side: Side, folder: Path, port: int, arguments: argparse.Namespace) 
     if name == PLAIN:
         words = [sys.executable, __file__, "--plain", str(folder / "stock"), "--port", str(port)]
         return [*words, "--peer-dtypes", dtype]
+    if name == VLLM:
+        words = [arguments.vllm, "-m", "vllm.entrypoints.openai.api_server", "--model"]
+        words += [str(folder / "ours"), "--served-model-name", "m", "--dtype", dtype]
+        return [*words, "--port", str(port), "--host", "127.0.0.1", *arguments.vllm_options]
     words = [arguments.infinity, "v2", "--model-id", str(folder / "stock")]
     words += ["--served-model-name", "m", "--engine", "torch", "--device", "cpu"]
     words += ["--dtype", dtype, "--no-model-warmup", "--no-bettertransformer"]
@@ -98,12 +110,14 @@ def command(side: Side, folder: Path, port: int, arguments: argparse.Namespace) 
 def start(
     side: Side, folder: Path, port: int, arguments: argparse.Namespace
 ) -> subprocess.Popen[bytes]:
+    everywhere = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": ALL_CPUS}
     process = subprocess.Popen(
         command(side, folder, port, arguments),
         stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL if side[0] == INFINITY else None,
+        stderr=subprocess.DEVNULL if side[0] in (INFINITY, VLLM) else None,
+        env=everywhere | os.environ if side[0] == VLLM else None,
     )
-    for _ in range(600):
+    for _ in range(4500):
         if process.poll() is not None:
             raise SystemExit(f"{side[0]} ended with {process.returncode}")
         try:
@@ -122,7 +136,8 @@ def make_texts(count: int) -> list[str]:
     words = " ".join(path.read_text("utf-8") for path in (ROOT / "docs").glob("*.md")).split()
     rng = random.Random(0)
     starts = [(rng.randrange(len(words) - 64), rng.randint(4, 64)) for _ in range(count)]
-    return [" ".join(words[at : at + length]) for at, length in starts]
+    # Short enough in tokens too: vLLM refuses a text beyond the model's limit.
+    return [" ".join(words[at : at + length])[:320] for at, length in starts]
 
 
 async def one_connection(
@@ -197,7 +212,8 @@ def run_load(port: int, connections: int, duration: float) -> dict[str, Any]:
 
 def compare(arguments: argparse.Namespace, folder: Path) -> None:
     ours: list[Side] = [(OURS, dtype) for dtype in arguments.dtypes]
-    peers: list[Side] = [(PLAIN, dtype) for dtype in arguments.peer_dtypes]
+    peer = VLLM if arguments.vllm else PLAIN
+    peers: list[Side] = [(peer, dtype) for dtype in arguments.peer_dtypes]
     if arguments.infinity:
         peers.append((INFINITY, arguments.peer_dtypes[0]))
     rows: dict[tuple[Side, int], list[dict[str, Any]]] = {}
@@ -277,6 +293,8 @@ def main() -> None:
     parser.add_argument("--peer-dtypes", nargs="+", default=["float32"])
     parser.add_argument("--settings", nargs="*", default=[], help="key=value settings of ours")
     parser.add_argument("--infinity", help="path of infinity_emb")
+    parser.add_argument("--vllm", help="path of a python that has vllm and nvembed")
+    parser.add_argument("--vllm-options", nargs="*", default=[], help="written --vllm-options=…")
     parser.add_argument("--overload", type=float, help="seconds with ten times the last level")
     parser.add_argument("--plain", help=argparse.SUPPRESS)
     parser.add_argument("--load", type=int, help=argparse.SUPPRESS)
@@ -288,7 +306,7 @@ def main() -> None:
         print(json.dumps(asyncio.run(load(arguments.port, arguments.load, arguments.seconds))))
     else:
         with tempfile.TemporaryDirectory() as folder:
-            prepare_models(arguments.model, Path(folder))
+            prepare_models(arguments.model, Path(folder), stock=not arguments.vllm)
             (overload if arguments.overload else compare)(arguments, Path(folder))
 
 

@@ -137,7 +137,7 @@ def make_texts(count: int) -> list[str]:
     rng = random.Random(0)
     starts = [(rng.randrange(len(words) - 64), rng.randint(4, 64)) for _ in range(count)]
     # Short enough in tokens too: vLLM refuses a text beyond the model's limit.
-    return [" ".join(words[at : at + length])[:280] for at, length in starts]
+    return [" ".join(words[at : at + length])[:200] for at, length in starts]
 
 
 async def one_connection(

@@ -1,4 +1,4 @@
-"""The server against a plain sentence-transformers handler and infinity: same weights, rising load.
+"""The server against a sentence-transformers handler, infinity and vLLM: same weights, rising load.
 
     python benchmarks/serve_peers.py
     python benchmarks/serve_peers.py --model smollm2-135m
@@ -39,8 +39,13 @@ from peers.models import Models, open_models
 from peers.report import median, table
 
 ROOT = Path(__file__).resolve().parents[1]
-INFINITY = "infinity"
+INFINITY, VLLM = "infinity", "vllm"
 FIRST_PORT = 18400
+# vLLM would keep one of the CPUs for its HTTP server.
+VLLM_SETTINGS = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": f"0-{(os.cpu_count() or 1) - 1}",
+}
 
 
 # --- Models and servers ---------------------------------------------------------------------------
@@ -79,6 +84,10 @@ def command(side: Side, folder: Path, port: int, given: argparse.Namespace) -> l
     if side.name == PLAIN:
         words = [python, __file__, "--plain", str(folder / "stock"), "--port", str(port)]
         return [*words, "--dtype", side.dtype]
+    if side.name == VLLM:
+        words = [python, "-m", "vllm.entrypoints.openai.api_server", "--served-model-name", "m"]
+        words += ["--model", str(folder / "stock"), "--dtype", side.dtype]
+        return [*words, "--port", str(port), "--host", "127.0.0.1", *given.vllm_options]
     words = [python, "-m", "infinity_emb.cli", "v2", "--model-id", str(folder / "stock")]
     words += ["--served-model-name", "m", "--engine", "torch", "--device", "cpu"]
     words += ["--dtype", side.dtype, "--no-model-warmup", "--no-bettertransformer"]
@@ -88,13 +97,13 @@ def command(side: Side, folder: Path, port: int, given: argparse.Namespace) -> l
 def start(
     side: Side, folder: Path, port: int, given: argparse.Namespace
 ) -> subprocess.Popen[bytes]:
-    environment = {**os.environ, **OFFLINE} if side.name == INFINITY else None
+    extra = {INFINITY: OFFLINE, VLLM: OFFLINE | VLLM_SETTINGS}.get(side.name, {})
     log = folder / "server.log"
     with open(log, "wb") as said:
         process = subprocess.Popen(
-            command(side, folder, port, given), stdout=said, stderr=said, env=environment
+            command(side, folder, port, given), stdout=said, stderr=said, env=os.environ | extra
         )
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + (900 if side.name == VLLM else 240)  # it compiles
     while time.monotonic() < deadline and process.poll() is None:
         try:
             urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1).close()
@@ -125,7 +134,8 @@ def make_texts(count: int) -> list[str]:
     words = " ".join(path.read_text("utf-8") for path in (ROOT / "docs").glob("*.md")).split()
     rng = random.Random(0)
     starts = [(rng.randrange(len(words) - 64), rng.randint(4, 64)) for _ in range(count)]
-    return [" ".join(words[at : at + length]) for at, length in starts]
+    # Short enough in tokens too: vLLM refuses a text beyond the limit of the model.
+    return [" ".join(words[at : at + length])[:200] for at, length in starts]
 
 
 async def one_connection(
@@ -251,7 +261,7 @@ def measure(bench: Bench, side: Side, cases: Sequence[Case]) -> Iterator[tuple[C
 
 
 def compare(given: argparse.Namespace, models: Models) -> None:
-    every = [Side(name, dtype) for dtype in DTYPES for name in (OURS, PLAIN, INFINITY)]
+    every = [Side(name, dtype) for dtype in DTYPES for name in (OURS, PLAIN, INFINITY, VLLM)]
     levels = [f"{n} client{'s' if n > 1 else ''}" for n in sorted(given.levels)]
     bench = Bench("serve", given, models, {"seconds": given.seconds, "settings": given.settings})
     bench.turns(levels, bench.installed(every), lambda *what: measure(bench, *what))
@@ -301,6 +311,7 @@ def main() -> None:
     add("--levels", type=int, nargs="+", default=[1, 4, 16, 64], help="numbers of clients")
     add("--seconds", type=float, default=5.0, help="of one level")
     add("--settings", nargs="*", default=[], help="key=value settings of ours")
+    add("--vllm-options", nargs="*", default=[], help="written --vllm-options=--enforce-eager")
     add("--overload", type=float, help="seconds with ten times the last level")
     for name in ("--plain", "--load", "--port", "--dtype"):
         add(name, help=argparse.SUPPRESS)

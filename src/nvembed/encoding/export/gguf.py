@@ -28,6 +28,7 @@ from nvembed.core.ownership import check_outputs
 from nvembed.core.reporting import hold_note
 from nvembed.encoding.export.folders import EXPORT, load_own
 from nvembed.encoding.export.gguf_tokenizer import ELSEWHERE, prove_tokenizer, tokenizer_settings
+from nvembed.encoding.export.stock import HEAD_FREE
 from nvembed.interop.gguf import gguf_package
 from nvembed.model.backbone import merge_lora
 from nvembed.model.embedder import NVEmbed
@@ -146,7 +147,7 @@ def _check_carried(model: NVEmbed, name: str) -> str:
             f"GGUF has no {pooling.__name__} with {backbone.text_style} token rules",
             where=name,
             expected="mean or last-token pooling, and not the token rules of NVIDIA's code",
-            hint="Distil it into plain mean pooling first: nvembed compress --head-free",
+            hint=f"First {HEAD_FREE}",
         )
     if config.model_type not in _ARCHITECTURES:
         message = f"a {config.model_type} backbone cannot be written as GGUF here"

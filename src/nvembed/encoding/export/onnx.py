@@ -134,7 +134,8 @@ def write_onnx(model: NVEmbed, folder: Path, *, name: str) -> bool:
     backbone = model.backbone
     if not isinstance(model.pooling, LatentAttentionPooling | MeanPooling):
         message = f"{type(model.pooling).__name__} has no graph"
-        raise ModelError(message, where=name, expected="latent attention or mean pooling")
+        expected, hint = "latent attention or mean pooling", f"First {stock.HEAD_FREE}"
+        raise ModelError(message, where=name, expected=expected, hint=hint)
     if backbone.dtype != torch.float32:
         raise ModelError(
             f"an ONNX graph in {backbone.dtype}",

@@ -33,7 +33,9 @@ _QUERY_PROMPT = query_prompt("Find it")  # short: it must leave room in a model 
 PROOF_PROMPTS = ("", _QUERY_PROMPT)
 _TEXTS = ["how do I sort a list?", "x", "A longer passage, " * 6 + "cut or not."]
 Vectors = NDArray[np.float32]
+HEAD_FREE = "distil it into plain mean pooling: nvembed compress --head-free"
 _HINT = "Use --format nvembed"
+_PROMPT_HINT = f"{_HINT}, or first {HEAD_FREE}"
 
 
 def write_stock(model: NVEmbed, folder: Path, *, name: str) -> None:
@@ -45,7 +47,8 @@ def write_stock(model: NVEmbed, folder: Path, *, name: str) -> None:
             where=name,
             expected="MeanPooling, and not the token rules of NVIDIA's code; sentence-transformers "
             "has no other that would give the same vectors",
-            hint=f"{_HINT}; plain sentence-transformers loads that with trust_remote_code=True",
+            hint=f"{_PROMPT_HINT}; plain sentence-transformers loads the former with "
+            "trust_remote_code=True",
         )
     backbone.model.save_pretrained(folder)
     open_attention(folder / "config.json", backbone)
@@ -84,7 +87,6 @@ def prove_stock(model: NVEmbed, folder: Path, *, name: str) -> None:
         where=name,
         expected="the same vectors as ours; transformers reads the "
         f"{model.backbone.model.config.model_type} family's files, or its tokenizer, its own way",
-        hint=_HINT,
     )
     for prompt in PROOF_PROMPTS:
         options: dict[str, Any] = {"prompt": prompt, "show_progress_bar": False}
@@ -93,12 +95,12 @@ def prove_stock(model: NVEmbed, folder: Path, *, name: str) -> None:
             plain = SentenceTransformer(str(folder), device="cpu", local_files_only=True)
             difference = largest_difference(expected, partial(plain.encode, **options), _TEXTS)
         except (LookupError, RuntimeError, TypeError, ValueError) as error:
-            raise refusal(f"stock modules do not run it ({error})") from error
+            raise refusal(f"stock modules do not run it ({error})", hint=_HINT) from error
         # float32 of two implementations, or 16 bit rounded at other places
         if not difference <= (1e-5 if model.dtype == torch.float32 else 2e-2):
             what = "queries with a prompt" if prompt else "texts"
             found = f"stock modules give other vectors for {what} (by up to {difference:.1e})"
-            raise refusal(found)
+            raise refusal(found, hint=_PROMPT_HINT if prompt else _HINT)
 
 
 def largest_difference(
@@ -181,7 +183,7 @@ def counting_tokenizer(backbone: Backbone, name: str) -> Tokenizer:
         backend.normalizer = normalizers.Sequence([bare, *own])
     if missed():
         message = "the length of a prompt cannot be expressed in a stock tokenizer"
-        raise ModelError(message, where=name, hint=_HINT)
+        raise ModelError(message, where=name, hint=_PROMPT_HINT)
     return backend
 
 

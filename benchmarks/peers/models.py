@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from unittest.mock import patch
 
 import numpy as np
 
@@ -75,15 +74,13 @@ class Models:
                 self._write(name, folder)
 
     def _write(self, name: str, folder: Path) -> None:
-        """Whether vectors are equal is measured: an export refuses 30 layers for 1.7e-5."""
         from nvembed.encoding.export import onnx, stock
 
         model = self.load()
         if name == "ours":
             model.save(str(folder))
         elif name == "onnx":
-            with patch.object(onnx, "_prove"):
-                onnx.write_onnx(model, folder, name=self.source)
+            onnx.write_onnx(model, folder, name=self.source)
         else:
             stock.write_stock(model, folder, name=self.source)
             older_tokenizer(folder)

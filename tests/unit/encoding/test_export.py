@@ -139,6 +139,15 @@ def test_a_family_that_goes_its_own_way_is_refused(tmp_path, tiny_tokenizer, nam
     assert not (tmp_path / "out").exists()
 
 
+def test_deep_models_may_round_more(tmp_path: Path, tiny_tokenizer) -> None:
+    model = NVEmbed.from_pretrained(save_mean("llama", tmp_path, tiny_tokenizer), device="cpu")
+    limits = []
+    for layers in (2, 30):
+        model.backbone.model.config.num_hidden_layers = layers
+        limits.append(export_stock.rounding(model))
+    assert limits == pytest.approx([1e-5, 6e-5])
+
+
 def test_a_prompt_that_stock_modules_count_otherwise_is_refused(tmp_path: Path) -> None:
     """Its last space joins some words and not others; a model of whole texts counts none."""
     folder = save_mean("llama", tmp_path, trained("gpt-2"))

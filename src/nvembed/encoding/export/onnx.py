@@ -48,7 +48,6 @@ _WEIGHTS = "model.onnx_data"
 # A graph of more than 2 GB needs its weights in a file beside it.
 _MAX_INLINE_BYTES = 1_500_000_000
 _PROOF_TEXTS = ["how do I sort a list?", "x", "A longer passage, " * 6 + "cut or not.", ""]
-_TOLERANCE = 1e-5
 
 
 def padded_attention(
@@ -159,7 +158,7 @@ def write_onnx(model: NVEmbed, folder: Path, *, name: str) -> bool:
         "prompts": model.prompts,
     }
     write_json(folder / ONNX_FILE, settings)
-    _prove(folder / GRAPH_FILE, tokens, expected, name)
+    _prove(folder / GRAPH_FILE, tokens, expected, name, tolerance=stock.rounding(model))
     return for_stock
 
 
@@ -248,6 +247,8 @@ def _prove(
     cases: Sequence[Sequence[TokenizedText]],
     expected: Sequence[NDArray[np.float32]],
     name: str,
+    *,
+    tolerance: float,
 ) -> None:
     """Run the graph on a batch and on each text alone; refuse other vectors than the model's."""
     import onnxruntime
@@ -255,10 +256,10 @@ def _prove(
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     for texts, wanted in zip(cases, expected, strict=True):
         difference = stock.largest_difference(wanted, partial(run_graph, session), texts)
-        if not difference <= _TOLERANCE:
+        if not difference <= tolerance:
             raise ModelError(
                 f"the ONNX graph gives other vectors (by up to {difference:.1e})",
                 where=name,
-                expected=f"the model's own to {_TOLERANCE:g}",
+                expected=f"the model's own to {tolerance:g}",
                 hint="Please report the model family",
             )

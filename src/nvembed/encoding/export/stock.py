@@ -96,11 +96,19 @@ def prove_stock(model: NVEmbed, folder: Path, *, name: str) -> None:
             difference = largest_difference(expected, partial(plain.encode, **options), _TEXTS)
         except (LookupError, RuntimeError, TypeError, ValueError) as error:
             raise refusal(f"stock modules do not run it ({error})", hint=_HINT) from error
-        # float32 of two implementations, or 16 bit rounded at other places
-        if not difference <= (1e-5 if model.dtype == torch.float32 else 2e-2):
+        if not difference <= (rounding(model) if model.dtype == torch.float32 else 2e-2):
             what = "queries with a prompt" if prompt else "texts"
             found = f"stock modules give other vectors for {what} (by up to {difference:.1e})"
             raise refusal(found, hint=_PROMPT_HINT if prompt else _HINT)
+
+
+def rounding(model: NVEmbed) -> float:
+    """How far vectors of two float32 implementations may lie apart: each layer rounds anew.
+
+    30 layers of SmolLM2-135M differ by 2e-5; another mask or pooling by 1e-2 and more.
+    """
+    layers: int = model.backbone.model.config.get_text_config().num_hidden_layers
+    return max(1e-5, 2e-6 * layers)
 
 
 def largest_difference(

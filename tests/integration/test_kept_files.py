@@ -66,19 +66,20 @@ def test_an_interrupted_run_goes_on(
 
 
 def test_a_database_is_searched_and_grows(kept: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    query = ["search", "docs.db", "very b it is", "--top-k", "1"]
+    model = ["--model", "run/model"]  # the record says where it lay on the machine that made it
+    query = ["search", "docs.db", "very b it is", "--top-k", "1", *model]
     assert run([*query, "--where", "year = 2001"]) == 0
     assert "d1" in capsys.readouterr().out
     (kept / "more.jsonl").write_text('{"id": "new", "text": "a new one", "year": 1}\n', "utf-8")
-    assert run(["index", "more.jsonl", "--to", "docs.db"]) == 0
+    assert run(["index", "more.jsonl", "--to", "docs.db", *model]) == 0
     assert "25 documents; 1 new, 0 changed" in capsys.readouterr().out
-    assert run(["index", "docs.jsonl", "--to", "docs.db"]) == 0
+    assert run(["index", "docs.jsonl", "--to", "docs.db", *model]) == 0
     assert "0 new, 0 changed, 24 as they were" in capsys.readouterr().out
     # It was made before there were passages: files stay whole in it.
     (kept / "folder").mkdir()
     (kept / "folder" / "a.md").write_text("# One\n\nwords\n\n# Two\n\n" + "more words " * 400)
     (kept / "folder" / "a.py").write_text("x = 1")
-    assert run(["index", "folder", "--to", "docs.db"]) == 0
+    assert run(["index", "folder", "--to", "docs.db", *model]) == 0
     assert "26 documents; 1 new, 0 changed" in capsys.readouterr().out
     assert run([*query, "--where", "id = 'a.md'"]) == 0
     assert "[a.md]  # One words # Two" in capsys.readouterr().out

@@ -26,17 +26,14 @@ from nvembed.evaluation.results import TaskResult
 from nvembed.evaluation.session import evaluate, evaluate_bm25
 from nvembed.evaluation.tasks import LocalTask, load_tasks
 from nvembed.model.embedder import NVEmbed
-from nvembed.model.settings import shown_rate
 from nvembed.training.checkpoint import Parameters, restore_weights, save_weights
-from nvembed.training.config import EvaluationConfig, StageConfig, TrackerKind, TrainConfig
+from nvembed.training.config import EvaluationConfig, TrackerKind, TrainConfig
 from nvembed.training.distributed import DistributedContext
-from nvembed.training.stages import peak_rate
 
 PROJECT = "nvembed"  # under which trackers group the runs
 BEST = "best"  # folder of the best weights
 WINDOW = 10  # steps at the beginning of a stage, and as many after its warm-up, that are compared
 _LITTLE = 0.05  # of the loss: less is no movement
-_GOOD = 0.9  # accuracy from which on a loss that stands still is no fault of the learning rate
 
 Columns = dict[str, dict[str, TaskResult]]
 
@@ -243,48 +240,6 @@ def run_scores(config: TrainConfig, base_dir: Path) -> Columns:
         }
     bm25 = evaluate_bm25(tasks) if columns else {}
     return columns | ({"BM25": bm25} if bm25 else {})
-
-
-class LossWatch:
-    """Tells once, some steps after the warm-up, of a loss that has not moved, or has risen.
-
-    A stage that ends before, or goes on in the middle, is not judged.
-    """
-
-    def __init__(self, stage: StageConfig, start: int) -> None:
-        self.stage = stage
-        self.due = None if start else max(stage.warmup_steps, WINDOW) + WINDOW
-        self.losses: list[float] = []
-        self.right: list[float] = []  # share of the queries that were answered rightly
-
-    def after(self, row: Mapping[str, Any]) -> str | None:
-        """Take the numbers of the next step; a line where there is something to tell."""
-        if self.due is None or len(self.losses) == self.due:
-            return None
-        self.losses.append(row["loss"])
-        self.right.append(row["accuracy"] or 0.0)
-        if len(self.losses) < self.due:
-            return None
-        direction = movement(self.losses)
-        if direction < 0:
-            return None
-        first, last = self.losses[:WINDOW], self.losses[-WINDOW:]
-        means = " → ".join(
-            f"{statistics.fmean(part):.3f} ± {statistics.stdev(part):.3f}" for part in (first, last)
-        )
-        right = min(statistics.fmean(part) for part in (self.right[:WINDOW], self.right[-WINDOW:]))
-        if not direction and right >= _GOOD:
-            return (
-                f"{self.stage.name}: the loss was low from the start and stays so ({means}, "
-                f"{WINDOW} steps each): {right:.0%} of the queries find their answer among "
-                "those of a step; hard negatives leave more to learn (nvembed mine)"
-            )
-        what, why = ("has risen", "high") if direction else ("has not moved", "low")
-        return (
-            f"{self.stage.name}: the loss {what} in {self.due} steps ({means}, {WINDOW} steps "
-            f"each): the learning rate of {shown_rate(peak_rate(self.stage))} may be too {why}; "
-            "nvembed train RECIPE --find-rate tries others"
-        )
 
 
 def movement(losses: Sequence[float]) -> int:

@@ -8,7 +8,8 @@ AdamW that trains at one point and is evaluated at an average of its steps (Defa
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterator, Sequence
+import statistics
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,6 +40,7 @@ from nvembed.model.tokens import TextTokenizer, TokenizedText
 from nvembed.training.checkpoint import Parameters, restore_optimizer
 from nvembed.training.config import OptimizerConfig, ScheduleKind, StageConfig, TrainConfig
 from nvembed.training.contrastive_loss import Objective
+from nvembed.training.metrics import WINDOW, movement
 from nvembed.training.step import StepSettings
 from nvembed.training.teacher import PROJECTION, Teacher, TeacherStandIn
 
@@ -348,3 +350,48 @@ def peak_rate(stage: StageConfig) -> float:
             expected="a number",
         )
     return stage.learning_rate
+
+
+_GOOD = 0.9  # accuracy from which on a loss that stands still is no fault of the learning rate
+
+
+class LossWatch:
+    """Tells once, some steps after the warm-up, of a loss that has not moved, or has risen.
+
+    A stage that ends before, or goes on in the middle, is not judged.
+    """
+
+    def __init__(self, stage: StageConfig, start: int) -> None:
+        self.stage = stage
+        self.due = None if start else max(stage.warmup_steps, WINDOW) + WINDOW
+        self.losses: list[float] = []
+        self.right: list[float] = []  # share of the queries that were answered rightly
+
+    def after(self, row: Mapping[str, Any]) -> str | None:
+        """Take the numbers of the next step; a line where there is something to tell."""
+        if self.due is None or len(self.losses) == self.due:
+            return None
+        self.losses.append(row["loss"])
+        self.right.append(row["accuracy"] or 0.0)
+        if len(self.losses) < self.due:
+            return None
+        direction = movement(self.losses)
+        if direction < 0:
+            return None
+        first, last = self.losses[:WINDOW], self.losses[-WINDOW:]
+        means = " → ".join(
+            f"{statistics.fmean(part):.3f} ± {statistics.stdev(part):.3f}" for part in (first, last)
+        )
+        right = min(statistics.fmean(part) for part in (self.right[:WINDOW], self.right[-WINDOW:]))
+        if not direction and right >= _GOOD:
+            return (
+                f"{self.stage.name}: the loss was low from the start and stays so ({means}, "
+                f"{WINDOW} steps each): {right:.0%} of the queries find their answer among "
+                "those of a step; hard negatives leave more to learn (nvembed mine)"
+            )
+        what, why = ("has risen", "high") if direction else ("has not moved", "low")
+        return (
+            f"{self.stage.name}: the loss {what} in {self.due} steps ({means}, {WINDOW} steps "
+            f"each): the learning rate of {shown_rate(peak_rate(self.stage))} may be too {why}; "
+            "nvembed train RECIPE --find-rate tries others"
+        )

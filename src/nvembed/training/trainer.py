@@ -31,7 +31,7 @@ from nvembed.training.contrastive_loss import bounded, new_temperature
 from nvembed.training.distributed import DistributedContext, dead_peer_is_an_error, shard_backbone
 from nvembed.training.loss_config import TeacherConfig
 from nvembed.training.stage_mining import mine_mixture
-from nvembed.training.stages import peak_rate
+from nvembed.training.stages import LossWatch, peak_rate
 from nvembed.training.step import StepResult, contrastive_step
 
 
@@ -250,7 +250,7 @@ class _Run:
         for line in filter(None, (stage.loader.describe(), threads.look())):
             self.log(line)
         start = self.position.stage_step
-        watch = metrics.LossWatch(config, start)
+        watch = LossWatch(config, start)
         with run_folder.stop_signals() as stopping:
             with (
                 progress(config.steps - start, config.name, shown=processes.is_main) as bar,

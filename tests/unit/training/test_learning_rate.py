@@ -22,9 +22,9 @@ from nvembed.model.settings import LoraSettings, fitting_rate, shown_rate
 from nvembed.training.config import StageConfig, TrainConfig
 from nvembed.training.dry_run import dry_run
 from nvembed.training.forecast import print_dry_run
-from nvembed.training.metrics import WINDOW, LossWatch, movement
+from nvembed.training.metrics import WINDOW, movement
 from nvembed.training.run_folder import prepare_folder
-from nvembed.training.stages import backbone_elements, peak_rate, with_rates
+from nvembed.training.stages import LossWatch, backbone_elements, peak_rate, with_rates
 from nvembed.training.trainer import train
 from tiny_run import DATASET, PAIRS
 

@@ -180,7 +180,7 @@ def test_broken_files(tmp_path: Path) -> None:
     (tmp_path / "cut.json").write_text('[{"question": "q"')
     with pytest.raises(SourceError, match="not valid JSON"):
         list(open_dataset(pairs("cut.json"), base_dir=tmp_path).rows)
-    with pytest.raises(SourceError, match=r"none\.csv: no such file.*folder of the recipe"):
+    with pytest.raises(SourceError, match=r"none\.csv: no such file.*recipe start at its folder"):
         open_dataset(pairs("none.csv"), base_dir=tmp_path)
     with pytest.raises(SourceError, match=r"unknown kind of file 'a\.xlsx'; expected a name that"):
         open_dataset(pairs("a.xlsx"), base_dir=tmp_path)

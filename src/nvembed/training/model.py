@@ -117,7 +117,7 @@ def build_model(config: TrainConfig, base_dir: Path, *, device: str | None = Non
 
 
 def go_on_with_adapters(
-    backbone: Backbone, source: ModelSource, settings: LoraSettings, dtype: str
+    backbone: Backbone, source: ModelSource, settings: LoraSettings, dtype: str | None
 ) -> None:
     """Put the adapters that a backbone is saved as in place of the weights they are merged into.
 
@@ -144,6 +144,7 @@ def go_on_with_adapters(
             where="lora.from_backbone",
             expected="false, or a model.backbone such as the adapter/ of a run",
         )
+    adapted: Any
     adapted, _ = open_adapted(source, dtype, None, check)
     adapted.to(next(backbone.model.parameters()).device)
     adapted.config.is_causal = backbone.model.config.is_causal

@@ -133,8 +133,8 @@ def write_onnx(model: NVEmbed, folder: Path, *, name: str) -> bool:
     backbone = model.backbone
     if not isinstance(model.pooling, LatentAttentionPooling | MeanPooling):
         message = f"{type(model.pooling).__name__} has no graph"
-        expected, hint = "latent attention or mean pooling", f"First {stock.HEAD_FREE}"
-        raise ModelError(message, where=name, expected=expected, hint=hint)
+        wanted, hint = "latent attention or mean pooling", f"First {stock.HEAD_FREE}"
+        raise ModelError(message, where=name, expected=wanted, hint=hint)
     if backbone.dtype != torch.float32:
         raise ModelError(
             f"an ONNX graph in {backbone.dtype}",

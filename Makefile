@@ -65,12 +65,13 @@ docs: setup ## build the documentation as a site in site/
 dist: ## wheel and sdist of the last commit for a registry (ADDRESS= of its files), after make setup
 	@test -n "$(ADDRESS)" || { echo "error: no address for the README's links; expected make dist" \
 		"ADDRESS=https://HOST/OWNER/nvembed/blob/vX.Y.Z, where the files of the release are read" >&2; exit 2; }
-	rm -rf $(DIST) && mkdir -p $(DIST)/source
-	git archive HEAD | tar -x -C $(DIST)/source
+	@test ! -e "$(DIST)" || { echo "error: $(DIST) is there already; move it, or choose another: DIST=FOLDER" >&2; exit 2; }
+	mkdir -p "$(DIST)/source"
+	git archive HEAD | tar -x -C "$(DIST)/source"
 	sed -E -e 's#!\[([^]]*)\]\(([A-Za-z0-9_./-]+)\)#![\1]($(subst /blob/,/raw/,$(ADDRESS))/\2)#g' \
-		-e 's#\]\(([A-Za-z0-9_./-]+)([)\#])#]($(ADDRESS)/\1\2#g' README.md > $(DIST)/source/README.md
-	printf '\n[project.urls]\nRepository = "%s"\n' '$(firstword $(subst /blob/, ,$(ADDRESS)))' >> $(DIST)/source/pyproject.toml
-	cd $(DIST)/source && $(abspath $(BIN))/python -m hatchling build -d ..
+		-e 's#\]\(([A-Za-z0-9_./-]+)([)\#])#]($(ADDRESS)/\1\2#g' README.md > "$(DIST)/source/README.md"
+	printf '\n[project.urls]\nRepository = "%s"\n' '$(firstword $(subst /blob/, ,$(ADDRESS)))' >> "$(DIST)/source/pyproject.toml"
+	cd "$(DIST)/source" && $(abspath $(BIN))/python -m hatchling build -d ..
 
 format: setup ## format the code
 	$(BIN)/ruff check --fix .

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nvembed.core.files import atomic_folder, read_jsonl, write_json
+from nvembed.interop.model_folder import contents_fingerprint
 from peers.job import BENCHMARKS
 from peers.report import say
 
@@ -123,11 +124,15 @@ class Models:
 
 
 def open_models(name: str, output: Path) -> Models:
-    """A standard by its name, or any decoder by its folder or ``package:NAME``."""
+    """A standard by its name, or any decoder by its folder or ``package:NAME``.
+
+    What is made of a folder is kept by its contents: folders share names, and change.
+    """
     source = STANDARDS.get(name, name)
-    return Models(
-        source, (output / name.removeprefix("package:").strip("/.").split("/")[-1]).absolute()
-    )
+    kept = name.removeprefix("package:")
+    if name not in STANDARDS and Path(name).is_dir():
+        kept = f"{Path(name).resolve().name}-{contents_fingerprint(name)[:8]}"
+    return Models(source, (output / kept).absolute())
 
 
 def _mean_pooled(source: str, **more: Any) -> NVEmbed:

@@ -179,6 +179,15 @@ def test_nothing_is_built_for_a_registry_without_an_address(tmp_path: Path) -> N
     assert not (tmp_path / "dist").exists()
 
 
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_what_lies_where_a_release_would_go_stays(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    done = make_dist(f"DIST={tmp_path}", "ADDRESS=https://code.example.org/me/nvembed/blob/v1")
+    assert done.returncode == 2
+    assert f"error: {tmp_path} is there already" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("make") or not (ROOT / ".git").exists(), reason="needs make")
 def test_on_a_registry_the_links_lead_to_the_repository(tmp_path: Path) -> None:

@@ -155,7 +155,8 @@ class LoraSettings(StrictModel):
         save_adapter: write them unmerged too, with the pooling, into ``adapter/`` of the run
             folder: a model that loads where its base is at hand, in peft's format.
         from_backbone: go on with the adapters that the backbone is saved as, on their base; rank,
-            alpha and kind have to be theirs. Off, they are merged, and fresh ones put on top.
+            alpha and kind have to be theirs, targets are. Off, they are merged, and fresh ones put
+            on top.
     """
 
     rank: int = Field(default=16, ge=1)

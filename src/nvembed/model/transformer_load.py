@@ -74,7 +74,7 @@ def open_adapted(
     source: ModelSource,
     dtype: torch.dtype | str | None,
     device_map: DeviceMap | None,
-    check: Callable[[PeftConfig], None] = lambda settings: None,
+    check: Callable[[PeftConfig], None] | None = None,
 ) -> tuple[PeftModel, Any]:
     """The base of an adapter's folder in ``dtype`` under its adapters in float32; its tokenizer.
 
@@ -97,7 +97,8 @@ def open_adapted(
     with loading(place, expected="adapters of peft"):
         settings = PeftConfig.from_pretrained(str(folder))
         settings.inference_mode = True
-        check(settings)
+        if check is not None:
+            check(settings)
         settings.base_model_name_or_path = base.name_or_path  # peft warns where it is another
         adapted = with_adapters(base, settings)
         needed = get_peft_model_state_dict(adapted, save_embedding_layers=False)

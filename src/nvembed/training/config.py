@@ -264,6 +264,11 @@ class TrainConfig(StrictModel):
                 f"lora.from_backbone is on and model.quantization is {self.model.quantization}: "
                 "the base of saved adapters is not quantised; leave one of them out"
             )
+        if self.lora and self.lora.from_backbone and self.lora.targets != "all-linear":
+            yield (
+                "lora.from_backbone is on and lora.targets is given: saved adapters have their own "
+                "targets; leave one of them out"
+            )
         if self.backbone == "freeze":
             yield from self._of_a_frozen_backbone()
         for stage in self.stages:

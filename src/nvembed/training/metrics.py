@@ -1,4 +1,4 @@
-"""Evaluation during training, early stopping, the watch on the loss, and trackers of numbers.
+"""Evaluation during training, early stopping, whether a loss moves, and trackers of numbers.
 
 A stage is evaluated every so many updates and after its last one. What is compared is the mean of
 the main scores; the best is that of the stage, and its weights are put back when the stage ends.

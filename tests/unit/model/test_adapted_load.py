@@ -237,6 +237,8 @@ def test_adapters_of_another_kind_are_not_gone_on_with(
     whole = TrainConfig.model_validate(further(tiny_decoder_dir, tmp_path))
     with pytest.raises(ConfigError, match="is not saved as adapters"):
         build_model(whole, tmp_path)
+    with pytest.raises(ValueError, match="saved adapters have their own targets"):
+        TrainConfig.model_validate(further(start, tmp_path, targets=["q_proj"]))
     quantised = further(start, tmp_path)
     quantised["model"] = {"backbone": str(start), "quantization": "int8"}
     with pytest.raises(ValueError, match="is not quantised"):

@@ -146,7 +146,7 @@ def _check_same(first: Path, other: Path, modules: Sequence[str]) -> None:
         )
 
     if (found := _modules(other)) != list(modules):
-        raise differ(f"weights are in {_named(found)}, and in {_named(modules)}")
+        raise differ(f"it has weights of {_named(found)}; those of {_named(modules)} are")
     kinds = [
         ", ".join(entry.type.rpartition(".")[2] for entry in _entries(folder))
         for folder in (other, first)
@@ -167,7 +167,7 @@ def _check_same(first: Path, other: Path, modules: Sequence[str]) -> None:
 
 
 def _named(modules: Sequence[str]) -> str:
-    return ", ".join(module or "the model's own folder" for module in modules)
+    return " and ".join(module or "the backbone" for module in modules)
 
 
 def _settings(path: Path) -> dict[str, Any]:

@@ -270,8 +270,11 @@ def _from_elsewhere(folder: Path) -> None:
         (_tokenizer, "the tokenizer is another one than in"),
         (_shape, r"tensor norm\.weight is \[16\], and \[32\] in"),
         (_from_elsewhere, r"a cosine of -?0\.0. with those of .*tuned from one base"),
-        (lambda f: shutil.rmtree(f / "1_LatentAttentionPooling"), "weights are in the model's own"),
-        (lambda f: (f / "model.safetensors").unlink(), "weights are in 1_Latent"),
+        (
+            lambda f: shutil.rmtree(f / "1_LatentAttentionPooling"),
+            "of the backbone; those of .* and 1_",
+        ),
+        (lambda f: (f / "model.safetensors").unlink(), "of 1_Latent.*; those of the backbone and"),
         (shutil.rmtree, "no such folder"),
     ],
 )

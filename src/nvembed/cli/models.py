@@ -170,7 +170,8 @@ def _serve_database(
         from nvembed.index.page import page_app
 
         encoder = recorded_encoder(database.record, model, dtype, path)
-        typer.echo(f"{database.count()} documents: {address_of(place)}/ (Ctrl-C ends it)")
+        found = f"{database.count()} {database.unit}s"
+        typer.echo(f"{found}: {address_of(place)}/ (Ctrl-C ends it)")
         app = page_app(database, encoder)
         uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[place])
 

@@ -64,6 +64,7 @@ class IndexReport:
     embedded: int = 0  # texts that went through the model
     deleted: int = 0
     total: int = 0
+    unit: str = "document"  # or a passage, of the database
     documents: int = 0  # that were cut, into passages of at most so many tokens
     passages: int | None = None
     skipped: Skipped = field(default_factory=Skipped)  # lines left out
@@ -154,7 +155,7 @@ def index_documents(
         cut = database.passages("id", [f"{id}#" for id in delete], begins=True)
         report.deleted += database.delete([*delete, *filter(is_passage_id, cut)])
         database.tidy(options.ann_above)
-    report.total = database.count()
+    report.total, report.unit = database.count(), database.unit
     return report
 
 

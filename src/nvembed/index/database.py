@@ -48,6 +48,7 @@ LOCK = ".lock"
 INDEX = "index"
 ANN_ABOVE = 50_000  # documents; docs/results.md, "The index", has 100,000
 _KEY = b"nvembed"
+PASSAGE_ID = r"(?s)^.+#[0-9a-f]{12}(-[0-9]+)?$"  # in Python and in SQL
 # Whole numbers up to here are floats as well.
 _EXACT = 2**53
 # Changes, of a window of documents each, after which ids are indexed anew: what no index covers is
@@ -272,6 +273,14 @@ class Database:
             found = query.select(sorted({"id", column})).to_arrow()
             names |= zip(found["id"].to_pylist(), found[column].to_pylist(), strict=True)
         return names
+
+    @property
+    def unit(self) -> Literal["document", "passage"]:
+        """What a row is called: a passage, where there is one."""
+        if self.record.passages is None or "start" not in self._columns():
+            return "document"
+        test = f"`start` IS NOT NULL AND regexp_like(id, '{PASSAGE_ID}')"
+        return "passage" if self._table.search().where(test).limit(1).to_list() else "document"
 
     def _rows(self, query: Any) -> list[dict[str, Any]]:
         """What a query finds: rows with their vectors as arrays, their fields by name."""

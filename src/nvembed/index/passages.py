@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from nvembed.core.errors import ModelError
 from nvembed.data.reading import Document
 from nvembed.index.cutting import HEADINGS, cut_passages, token_ends
-from nvembed.index.database import text_hash
+from nvembed.index.database import PASSAGE_ID, text_hash
 from nvembed.model.settings import LongTexts, Work
 
 if TYPE_CHECKING:
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 # Fields that passages have beside those of a row; all have "start".
 PLACE_FIELDS = ("file", "document", "heading", "start", "end", "line", "page")
-_ID = re.compile(r".+#[0-9a-f]{12}(-\d+)?", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -47,7 +46,7 @@ class Passage(Document):
 
 def is_passage_id(id: str) -> bool:
     """Whether an id has the form of those of passages."""
-    return _ID.fullmatch(id) is not None
+    return re.fullmatch(PASSAGE_ID, id) is not None
 
 
 def id_in_file(id: str, file: str) -> str:

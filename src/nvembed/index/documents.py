@@ -99,7 +99,8 @@ class Group(NamedTuple):
 class Reader:
     """Reads what paths hold, which ``cutter`` cuts; None leaves files whole.
 
-    ``skipped`` are bad rows, if they do not stop it, ``left_out`` files of folders.
+    ``skipped`` are bad rows, if they do not stop it, ``left_out`` files of folders. Without
+    ``tables`` those of a folder are among these.
     """
 
     cutter: Cutter | None
@@ -108,6 +109,7 @@ class Reader:
     keep_going: bool = False
     skipped: Skipped = field(default_factory=Skipped)
     left_out: LeftOut = field(default_factory=LeftOut)
+    tables: bool = True
 
     def groups(self, path: str) -> Iterator[Group]:
         """Yield what a path holds, of a folder in the order of names; see ``read_documents``."""
@@ -125,7 +127,7 @@ class Reader:
                 if ending_of(file) in _CUT:
                     id = file.name if alone else file.relative_to(source).as_posix()
                     yield _passages(file, id, self.cutter)
-                elif ending_of(file) not in FORMATS:
+                elif ending_of(file) not in FORMATS or not self.tables:
                     self.left_out.add(file)
                 else:
                     if not alone:

@@ -42,6 +42,8 @@ class Passage(Document):
     fields: Mapping[str, Any] = field(default_factory=dict)  # of PLACE_FIELDS
     whole: Whole = field(default_factory=lambda: Whole(""))
     number: int = 0  # in the whole
+    path: tuple[str, ...] = ()  # headings above it
+    body: str = ""  # its text without those that it begins with
 
 
 def is_passage_id(id: str) -> bool:
@@ -86,7 +88,7 @@ class Cutter:
         whole, times = Whole(document.text), Counter[str]()
         of_whole = text_hash(whole.text)
         ends, found = token_ends(self.tokenizer, whole.text), []
-        for start, end, path in cut_passages(whole.text, ending, ends, self._room):
+        for start, end, path, body in cut_passages(whole.text, ending, ends, self._room):
             text, headings = whole.text[start:end], HEADINGS.join(path)
             digest = hashlib.blake2b(f"{headings}\0{text}".encode(), digest_size=6).hexdigest()
             times[digest] += 1
@@ -104,6 +106,8 @@ class Cutter:
                 {**fields, "start": start, "end": end},
                 whole,
                 len(whole.spans),
+                path,
+                whole.text[body:end],
             )
             whole.spans.append((start, end))
             found.append(passage)

@@ -25,7 +25,7 @@ from nvembed.data.records import COLUMNS, REQUIRED, Converted, Kind, PairRecord,
 from nvembed.data.similarity import text_key
 from nvembed.data.sources.beir import judged_splits
 from nvembed.data.sources.files import open_file
-from nvembed.data.sources.rows import Columns, Row
+from nvembed.data.sources.rows import Columns, Row, separated_otherwise
 
 Ask = Callable[[str, Sequence[str]], str]
 """Asks a person for a column: what it is to hold, and those that there are."""
@@ -148,6 +148,7 @@ def _kind_and_columns(
         "the names of the columns do not tell what they hold",
         where=str(path),
         expected=f"{', or '.join(ways)}, each one of {', '.join(found)}",
+        hint=separated_otherwise(found),
     )
 
 

@@ -67,6 +67,16 @@ def test_nothing_is_guessed(header: str, tmp_path: Path) -> None:
     assert "--column query=… --column positive=…, or --column text=… --column label=…" in told
 
 
+def test_other_separators_than_commas(tmp_path: Path) -> None:
+    path = table(tmp_path, "Frage;Question;Answer", "x;q;a, b")
+    found = find_dataset(path)
+    assert found.columns == {"query": "Question", "positive": "Answer"}
+    assert read_pairs(found).records == (PairRecord("q", ("a, b",)),)
+    path = table(tmp_path, "question;answer, if any", "q;a, b")
+    with pytest.raises(ConfigError, match=r"if any\. If semicolons separate them, save it with"):
+        find_dataset(path)
+
+
 def test_what_the_user_names_decides(tmp_path: Path) -> None:
     path = table(tmp_path, "title,text,label", "a,b,c")
     assert find_dataset(path, {"label": "label"}).kind == "classification"

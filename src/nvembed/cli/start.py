@@ -55,8 +55,11 @@ def init(
     from nvembed.building.held_out import split
     from nvembed.building.own_documents import read_own
     from nvembed.core.outputs import check_new_folder
+    from nvembed.interop.model_folder import check_model_name
 
     check_new_folder(to, [pairs])
+    if backbone is not None:
+        check_model_name(backbone)
     given = opt.read_columns(columns)
     found = read_own(pairs, given, instruction=instruction, ask=opt.asker())
     config = found.config

@@ -327,6 +327,12 @@ class Database:
         """Whether words are indexed."""
         return "text" in self._indexes()
 
+    def check_words(self) -> None:
+        """Refuse a search by words where these are not indexed."""
+        if not self.has_words:
+            hint = "A run of nvembed index did not come to its end: run it again"
+            raise DataError("words are not indexed", where=str(self.path), hint=hint)
+
     def nearest(
         self, vector: NDArray[np.float32], count: int, *, where: str | None, exact: bool
     ) -> list[dict[str, Any]]:
@@ -345,9 +351,7 @@ class Database:
 
     def by_words(self, text: str, count: int, *, where: str | None) -> list[dict[str, Any]]:
         """Documents by BM25 (``_score``), best first, equal ones by id."""
-        if not self.has_words:
-            hint = "A run of nvembed index did not come to its end: run it again"
-            raise DataError("words are not indexed", where=str(self.path), hint=hint)
+        self.check_words()
 
         def read() -> list[dict[str, Any]]:
             query = self._table.search(text, query_type="fts", fts_columns="text").limit(count)

@@ -88,6 +88,10 @@ def place(
     (tmp_path / "recipes" / "pairs.csv").write_text("question,answer\n" + rows)
     many = "".join(f"what is {i}?,number {i}\n" for i in range(20))
     (tmp_path / "faq.csv").write_text("question,answer\n" + many)
+    (tmp_path / "manuals").mkdir()
+    for i in range(60):
+        text = f"# Part {i}\n\nHow the part of number {i} is put in.\n"
+        (tmp_path / "manuals" / f"{i}.md").write_text(text)
     dataset = {"name": "pairs", "path": "pairs.jsonl", "kind": "retrieval", "instruction": "find"}
     recipe = {
         "output": "runs/small",

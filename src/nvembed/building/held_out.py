@@ -1,14 +1,15 @@
 """Sets a part of a user's records aside as an evaluation task; no text is on both sides.
 
-Records that share a text, as query or as document, go to one side together. Which do is decided by
-their texts alone, so the order of a file changes nothing.
+Records that share a text, as query or as document, go to one side together, and of a folder of
+documents those of a file, where enough files can be set aside. Which do is decided by their texts
+alone, so the order of a file changes nothing.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ DATA_TASK = "data task"
 SHARE, LEAST, MOST = 0.1, 30, 500  # of the records
 _FITTED = 32  # texts of a label that the classifier of a task is fitted on
 _FEWEST = 3  # texts of a label from which one is held out
+_Node = tuple[str, str]  # a kind, and the text or file
 _TYPES: dict[Kind, tuple[TaskType, str]] = {
     "retrieval": ("Retrieval", "ndcg_at_10"),
     "classification": ("Classification", "accuracy"),
@@ -38,6 +40,7 @@ class Split:
 
     held: tuple[Record, ...]
     rest: tuple[Record, ...]
+    by_files: bool = False  # no file is on both sides
 
     @property
     def warning(self) -> str | None:
@@ -47,11 +50,16 @@ class Split:
         return f"only {len(self.held)} records could be held out: their scores are rough"
 
 
-def split(records: Sequence[Record], target: int | None = None) -> Split:
+def split(
+    records: Sequence[Record],
+    target: int | None = None,
+    sources: Sequence[Collection[str]] = (),
+) -> Split:
     """Hold ``target`` records out; None is a tenth, at least 30 and at most 500, at most half.
 
     Of labels each gives its share, if it has three texts or more. Negatives that are a text of the
-    held-out side are taken out of the other.
+    held-out side are taken out of the other. ``sources`` are the files of each record: whole files
+    are held out, unless these would be fewer than half of the ``target`` records.
 
     Raises:
         DataError: one side would be empty.
@@ -63,19 +71,30 @@ def split(records: Sequence[Record], target: int | None = None) -> Split:
     if "" not in sizes:
         shares = {name: round(size * target / len(records)) for name, size in sizes.items()}
         quota = {name: max(1, shares[name]) if sizes[name] >= _FEWEST else 0 for name in sizes}
-    held, rest = list[Record](), list[Record]()
-    for group in _together(records):
-        label = _label(group[0])
-        fits = len(group) <= quota[label]
-        quota[label] -= len(group) if fits else 0
-        (held if fits else rest).extend(group)
+    held, rest = _divided(_together(records, sources), quota)
+    by_files = bool(sources) and 2 * len(held) >= target
+    if sources and not by_files:
+        held, rest = _divided(_together(records), quota)
     if not held or not rest:
         raise DataError(
             f"{len(records):,} records cannot be divided so that no text is on both sides",
             expected="more records, or some that share no text with the others",
         )
     hidden = {text_key(text) for record in held for text in _texts(record)}
-    return Split(tuple(held), tuple(_without(record, hidden) for record in rest))
+    return Split(tuple(held), tuple(_without(record, hidden) for record in rest), by_files)
+
+
+def _divided(
+    groups: Iterable[Sequence[Record]], quota: Mapping[str, int]
+) -> tuple[list[Record], list[Record]]:
+    """Put every group that fits into the quota of its label on the first side."""
+    left, held, rest = dict(quota), list[Record](), list[Record]()
+    for group in groups:
+        label = _label(group[0])
+        fits = len(group) <= left[label]
+        left[label] -= len(group) if fits else 0
+        (held if fits else rest).extend(group)
+    return held, rest
 
 
 def _label(record: Record) -> str:
@@ -90,22 +109,25 @@ def _texts(record: Record) -> tuple[str, ...]:
     return (record.text,)
 
 
-def _together(records: Sequence[Record]) -> list[list[Record]]:
-    """Groups of records that share texts, in an order that depends on the texts alone."""
-    parent: dict[str, str] = {}
+def _together(
+    records: Sequence[Record], sources: Sequence[Collection[str]] = ()
+) -> list[list[Record]]:
+    """Groups of records that share texts or files, in an order that depends on the texts alone."""
+    parent: dict[_Node, _Node] = {}
 
-    def root(key: str) -> str:
+    def root(key: _Node) -> _Node:
         while parent.setdefault(key, key) != key:
             parent[key] = key = parent[parent[key]]
         return key
 
-    for record in records:
-        first, *others = map(text_key, _texts(record))
-        for other in others:
+    for number, record in enumerate(records):
+        files = sources[number] if sources else ()
+        first, *others = (("text", text_key(text)) for text in _texts(record))
+        for other in (*others, *(("file", file) for file in files)):
             parent[root(other)] = root(first)
-    groups: dict[str, list[Record]] = {}
+    groups: dict[_Node, list[Record]] = {}
     for record in records:
-        groups.setdefault(root(text_key(_texts(record)[0])), []).append(record)
+        groups.setdefault(root(("text", text_key(_texts(record)[0]))), []).append(record)
 
     def place(group: list[Record]) -> bytes:
         smallest = min(text_key(text) for record in group for text in _texts(record))

@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from nvembed.building.check import Check, check_file
+from nvembed.building.check import check_file
 from nvembed.building.row_filters import Repeats, identity, merge, without_query
 from nvembed.core.errors import ConfigError, DataError
 from nvembed.data.config import FORMS, Column, DatasetConfig, Layout, file_dataset
@@ -23,9 +23,9 @@ from nvembed.data.instructions import read_task
 from nvembed.data.loading import open_dataset
 from nvembed.data.records import COLUMNS, REQUIRED, Converted, Kind, PairRecord, Record
 from nvembed.data.similarity import text_key
-from nvembed.data.sources.beir import is_beir_folder, judged_splits
+from nvembed.data.sources.beir import judged_splits
 from nvembed.data.sources.files import open_file
-from nvembed.data.sources.rows import Columns, Row
+from nvembed.data.sources.rows import Columns, Row, separated_otherwise
 
 Ask = Callable[[str, Sequence[str]], str]
 """Asks a person for a column: what it is to hold, and those that there are."""
@@ -66,7 +66,7 @@ def find_dataset(
     instruction: str | None = None,
     ask: Ask | None = None,
 ) -> DatasetConfig:
-    """Find kind, layout and columns of a file, or of a folder in BEIR's layout.
+    """Find kind, layout and columns of a file, or of a folder in BEIR's layout (``read_own``).
 
     Args:
         path: CSV, TSV, JSON, JSONL or Parquet file, or the folder.
@@ -102,14 +102,6 @@ def find_dataset(
 
 
 def _of_folder(path: Path, named: Mapping[str, Column], instruction: str | None) -> DatasetConfig:
-    if not is_beir_folder(path):
-        raise DataError(
-            "a folder of documents says nothing about what is asked",
-            where=str(path),
-            expected="a file of pairs, or corpus, queries and qrels",
-            hint="nvembed index searches it with a model as it is; nvembed data synthesize lets a "
-            "language model write questions to train on",
-        )
     config = file_dataset(path, "retrieval", layout="beir", columns=named)
     splits = judged_splits(path)
     split = "train" if "train" in splits else splits[0]
@@ -156,6 +148,7 @@ def _kind_and_columns(
         "the names of the columns do not tell what they hold",
         where=str(path),
         expected=f"{', or '.join(ways)}, each one of {', '.join(found)}",
+        hint=separated_otherwise(found),
     )
 
 
@@ -193,17 +186,12 @@ def _scale(path: Path, config: DatasetConfig) -> float | None:
 
 @dataclass(frozen=True)
 class OwnPairs:
-    """The good records of a file, each query and text once, and what was found wrong with it."""
+    """The good records of a file, each query and text once, and what a user has to know of it."""
 
     config: DatasetConfig
     records: tuple[Record, ...]
-    check: Check
-
-    @property
-    def notes(self) -> list[str]:
-        """What a user has to know of the rows, a line each."""
-        found = [f"left out or doubtful: {kind}" for kind in self.check.problems.kinds]
-        return found + [f"warning: {kind}" for kind in self.check.warnings.kinds]
+    notes: tuple[str, ...] = ()  # a line each
+    sources: tuple[frozenset[str], ...] = ()  # the files of each record, where there are several
 
 
 def read_pairs(config: DatasetConfig) -> OwnPairs:
@@ -224,4 +212,6 @@ def read_pairs(config: DatasetConfig) -> OwnPairs:
     for group in groups.values():
         pairs = [record for record in group if isinstance(record, PairRecord)]
         records.append(merge(pairs, Repeats()) if len(pairs) > 1 else group[0])
-    return OwnPairs(config, tuple(records), check)
+    doubtful = [f"left out or doubtful: {kind}" for kind in check.problems.kinds]
+    notes = (*doubtful, *(f"warning: {kind}" for kind in check.warnings.kinds))
+    return OwnPairs(config, tuple(records), notes)

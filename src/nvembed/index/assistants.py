@@ -93,12 +93,13 @@ def serve_assistant(database: Database, encoder: Encoder) -> None:
 
 def _described(database: Database) -> list[Tool]:
     fields = ", ".join(f"{name} ({describe(type)})" for name, type in database.filterable.items())
+    unit = database.unit
     search = (
-        f"Search the {database.count()} documents of {database.path.name} by meaning. The hits, "
+        f"Search the {database.count()} {unit}s of {database.path.name} by meaning. The hits, "
         f"best first, have an id, a text (the first {_SHOWN_CHARS} characters), fields. A filter "
         f"in `where`, such as \"year > 2000 AND lang = 'en'\", may name: {fields}."
     )
-    read = f"Read a document by its id: all fields, and {_READ_CHARS} characters from `start` on."
+    read = f"Read a {unit} by its id: all fields, and {_READ_CHARS} characters from `start` on."
     reading = ToolAnnotations(read_only_hint=True, open_world_hint=False)
     return [
         Tool(

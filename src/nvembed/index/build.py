@@ -26,17 +26,10 @@ from nvembed.core.ownership import check_outputs
 from nvembed.core.reporting import progress
 from nvembed.data.config import Column
 from nvembed.data.instructions import read_task
-from nvembed.data.reading import Document, Skipped, input_files, walk
+from nvembed.data.reading import Document, Skipped, walk
 from nvembed.data.records import BadRow
-from nvembed.index.database import (
-    ANN_ABOVE,
-    INDEX,
-    Database,
-    is_database,
-    text_hash,
-    writing,
-)
-from nvembed.index.documents import Group, LeftOut, Reader
+from nvembed.index.database import ANN_ABOVE, INDEX, Database, is_database, text_hash, writing
+from nvembed.index.documents import Group, LeftOut, Reader, check_documents
 from nvembed.index.fields import Fields, FieldTypes, same
 from nvembed.index.passages import (
     PLACE_FIELDS,
@@ -48,6 +41,7 @@ from nvembed.index.passages import (
     late_vectors,
 )
 from nvembed.index.search import first_dimensions, new_record, recorded_encoder
+from nvembed.interop.model_folder import check_model_name
 from nvembed.model.bulk import WINDOW_TEXTS, encode_window
 from nvembed.model.encoder import Encoder, reading_limit
 
@@ -64,6 +58,7 @@ class IndexReport:
     embedded: int = 0  # texts that went through the model
     deleted: int = 0
     total: int = 0
+    unit: str = "document"  # or a passage, of the database
     documents: int = 0  # that were cut, into passages of at most so many tokens
     passages: int | None = None
     skipped: Skipped = field(default_factory=Skipped)  # lines left out
@@ -95,6 +90,14 @@ class IndexOptions:
     ann_above: int = ANN_ABOVE
     passages: int | Literal["auto"] | None = "auto"
     long: Literal["cut", "late"] | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse passages that no model could make."""
+        if self.passages is None and self.long == "late":
+            raise ConfigError("late chunking", where="long", expected="passages")
+        if isinstance(self.passages, int) and self.passages < 1:
+            message = f"{self.passages} tokens in a passage"
+            raise ConfigError(message, where="passages", expected="at least 1")
 
 
 def index_documents(
@@ -135,7 +138,7 @@ def index_documents(
     if not is_database(path) and (model is None or not documents):
         missing = "documents" if model is not None else "a model"
         raise ConfigError(f"a new database needs {missing}", where=str(path))
-    input_files(documents)  # one that is missing is told before a database is made
+    _check_inputs(path, documents, named, options)
     report = IndexReport(absent_fields=set(options.fields or ()) if documents else set())
     with writing(path):
         encoder: Encoder | None = None
@@ -154,8 +157,18 @@ def index_documents(
         cut = database.passages("id", [f"{id}#" for id in delete], begins=True)
         report.deleted += database.delete([*delete, *filter(is_passage_id, cut)])
         database.tidy(options.ann_above)
-    report.total = database.count()
+    report.total, report.unit = database.count(), database.unit
     return report
+
+
+def _check_inputs(
+    path: Path, documents: Sequence[str | Path], model: str | None, options: IndexOptions
+) -> None:
+    """Refuse what cannot be read, before a database is made and a model loaded."""
+    if model is not None:
+        check_model_name(model)
+    passages = Database.open(path).record.passages if is_database(path) else options.passages
+    check_documents(documents, passages is not None, options.columns, options.keep_going)
 
 
 def _check_settings(
@@ -194,13 +207,13 @@ def _passage_settings(encoder: Encoder, options: IndexOptions) -> dict[str, obje
     """What a new database keeps of how documents are cut."""
     _, limit = reading_limit(encoder)
     wanted, long = options.passages, options.long or "cut"
-    if long == "late" and (wanted is None or not hasattr(encoder, "prepare")):
-        needed = "passages" if wanted is None else "an NVEmbed model or a bare language model"
-        raise ConfigError("late chunking", where="long", expected=needed)
+    if long == "late" and not hasattr(encoder, "prepare"):
+        expected = "an NVEmbed model or a bare language model"
+        raise ConfigError("late chunking", where="long", expected=expected)
     if wanted == "auto":
         return {"passages": min(_PASSAGE, limit or _PASSAGE), "long": long}
-    if wanted is not None and not 1 <= wanted <= (limit or wanted):
-        expected = "at least 1" if limit is None else f"1 to {limit}, which the model reads"
+    if wanted is not None and limit is not None and wanted > limit:
+        expected = f"1 to {limit}, which the model reads"
         raise ConfigError(f"{wanted} tokens in a passage", where="passages", expected=expected)
     return {"passages": wanted, "rows_cut": wanted is not None, "long": long}
 

@@ -57,6 +57,7 @@ class Passage(NamedTuple):
     start: int
     end: int
     path: tuple[str, ...]  # headings above it
+    body: int  # where its text begins behind those of its headings that it begins with
 
 
 def token_ends(tokenizer: tokenizers.Tokenizer | None, text: str) -> Sequence[int]:
@@ -112,7 +113,10 @@ def cut_passages(
         else:
             spans = _pieces(text, (start, own_end), breaks, ends, room(section.path))
             at += 1
-        found += [Passage(*span, section.path) for span in _trimmed(text, spans)]
+        found += [
+            Passage(start, end, section.path, min(max(start, section.body), end))
+            for start, end in _trimmed(text, spans)
+        ]
         start = spans[-1][1]
     return found
 

@@ -48,6 +48,7 @@ LOCK = ".lock"
 INDEX = "index"
 ANN_ABOVE = 50_000  # documents; docs/results.md, "The index", has 100,000
 _KEY = b"nvembed"
+PASSAGE_ID = r"(?s)^.+#[0-9a-f]{12}(-[0-9]+)?$"  # in Python and in SQL
 # Whole numbers up to here are floats as well.
 _EXACT = 2**53
 # Changes, of a window of documents each, after which ids are indexed anew: what no index covers is
@@ -273,6 +274,14 @@ class Database:
             names |= zip(found["id"].to_pylist(), found[column].to_pylist(), strict=True)
         return names
 
+    @property
+    def unit(self) -> Literal["document", "passage"]:
+        """What a row is called: a passage, where there is one."""
+        if self.record.passages is None or "start" not in self._columns():
+            return "document"
+        test = f"`start` IS NOT NULL AND regexp_like(id, '{PASSAGE_ID}')"
+        return "passage" if self._table.search().where(test).limit(1).to_list() else "document"
+
     def _rows(self, query: Any) -> list[dict[str, Any]]:
         """What a query finds: rows with their vectors as arrays, their fields by name."""
         found: pa.Table = query.to_arrow()
@@ -318,6 +327,12 @@ class Database:
         """Whether words are indexed."""
         return "text" in self._indexes()
 
+    def check_words(self) -> None:
+        """Refuse a search by words where these are not indexed."""
+        if not self.has_words:
+            hint = "A run of nvembed index did not come to its end: run it again"
+            raise DataError("words are not indexed", where=str(self.path), hint=hint)
+
     def nearest(
         self, vector: NDArray[np.float32], count: int, *, where: str | None, exact: bool
     ) -> list[dict[str, Any]]:
@@ -336,9 +351,7 @@ class Database:
 
     def by_words(self, text: str, count: int, *, where: str | None) -> list[dict[str, Any]]:
         """Documents by BM25 (``_score``), best first, equal ones by id."""
-        if not self.has_words:
-            hint = "A run of nvembed index did not come to its end: run it again"
-            raise DataError("words are not indexed", where=str(self.path), hint=hint)
+        self.check_words()
 
         def read() -> list[dict[str, Any]]:
             query = self._table.search(text, query_type="fts", fts_columns="text").limit(count)

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from nvembed.core.errors import DataError, UserError
 from nvembed.core.files import MAX_LINE, STDIN, ending_of, open_text_file
 from nvembed.data.config import Column
-from nvembed.data.reading import Document, Skipped, read_documents, walk
+from nvembed.data.reading import Document, Skipped, input_files, read_documents, walk
 from nvembed.data.records import BadRow
 from nvembed.data.sources.files import FORMATS, open_file
 from nvembed.data.sources.rows import MISSING, Columns, Row
@@ -99,7 +99,8 @@ class Group(NamedTuple):
 class Reader:
     """Reads what paths hold, which ``cutter`` cuts; None leaves files whole.
 
-    ``skipped`` are bad rows, if they do not stop it, ``left_out`` files of folders.
+    ``skipped`` are bad rows, if they do not stop it, ``left_out`` files of folders. Without
+    ``tables`` those of a folder are among these.
     """
 
     cutter: Cutter | None
@@ -108,6 +109,7 @@ class Reader:
     keep_going: bool = False
     skipped: Skipped = field(default_factory=Skipped)
     left_out: LeftOut = field(default_factory=LeftOut)
+    tables: bool = True
 
     def groups(self, path: str) -> Iterator[Group]:
         """Yield what a path holds, of a folder in the order of names; see ``read_documents``."""
@@ -116,16 +118,12 @@ class Reader:
             yield from self._rows(path)
             return
         alone = not source.is_dir()
-        files = [source] if alone else walk(source)
-        if not any(ending_of(file) in (*_CUT, *FORMATS) for file in files):
-            what = f"unknown kind of file {source.name!r}" if alone else "no documents in it"
-            raise DataError(what, where=path, expected=_EXPECTED)
-        for file in files:
+        for file in _files_of(source):
             try:
                 if ending_of(file) in _CUT:
                     id = file.name if alone else file.relative_to(source).as_posix()
                     yield _passages(file, id, self.cutter)
-                elif ending_of(file) not in FORMATS:
+                elif ending_of(file) not in FORMATS or not self.tables:
                     self.left_out.add(file)
                 else:
                     if not alone:
@@ -165,6 +163,35 @@ class Reader:
             raise _Unusable("unreadable", first.problem)
         if isinstance(first, Row) and columns.find(first.values, "text") is MISSING:
             raise _Unusable("without texts", "no column of texts")
+
+
+def _files_of(source: Path) -> list[Path]:
+    """All files of a folder, or a file itself; a DataError where none can hold documents."""
+    alone = not source.is_dir()
+    files = [source] if alone else walk(source)
+    if not any(ending_of(file) in (*_CUT, *FORMATS) for file in files):
+        what = f"unknown kind of file {source.name!r}" if alone else "no documents in it"
+        raise DataError(what, where=str(source), expected=_EXPECTED)
+    return files
+
+
+def check_documents(
+    paths: Sequence[str | Path],
+    cut: bool,
+    columns: Mapping[str, Column] | None,
+    keep_going: bool,
+) -> None:
+    """Look at the first document of each path: what is wrong is told before a model is loaded.
+
+    With ``cut``, as a ``Reader`` with a cutter has it.
+    """
+    input_files(paths)  # those that are missing are told first
+    for path in map(Path, paths):
+        in_passages = cut and (path.is_dir() or ending_of(path) in _CUT)
+        if in_passages:
+            _files_of(path)
+        read = () if in_passages or str(path) == STDIN else (path,)
+        next(read_documents(read, columns=columns, keep_going=keep_going), None)
 
 
 def _passages(file: Path, id: str, cutter: Cutter) -> Group:

@@ -97,7 +97,8 @@ def page_app(database: Database, encoder: Encoder) -> FastAPI:
 def _about(database: Database) -> dict[str, Any]:
     return database.record.model_dump(include={"model", "dimension", "task"}) | {
         "name": database.path.name,
-        "documents": database.count(),
+        "count": database.count(),
+        "unit": database.unit,
         "approximate": database.approximate,
         "words": database.has_words,
         "fields": {name: describe(type) for name, type in database.filterable.items()},

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from nvembed.core.errors import ModelError
 from nvembed.data.reading import Document
 from nvembed.index.cutting import HEADINGS, cut_passages, token_ends
-from nvembed.index.database import text_hash
+from nvembed.index.database import PASSAGE_ID, text_hash
 from nvembed.model.settings import LongTexts, Work
 
 if TYPE_CHECKING:
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 # Fields that passages have beside those of a row; all have "start".
 PLACE_FIELDS = ("file", "document", "heading", "start", "end", "line", "page")
-_ID = re.compile(r".+#[0-9a-f]{12}(-\d+)?", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -43,11 +42,13 @@ class Passage(Document):
     fields: Mapping[str, Any] = field(default_factory=dict)  # of PLACE_FIELDS
     whole: Whole = field(default_factory=lambda: Whole(""))
     number: int = 0  # in the whole
+    path: tuple[str, ...] = ()  # headings above it
+    body: str = ""  # its text without those that it begins with
 
 
 def is_passage_id(id: str) -> bool:
     """Whether an id has the form of those of passages."""
-    return _ID.fullmatch(id) is not None
+    return re.fullmatch(PASSAGE_ID, id) is not None
 
 
 def id_in_file(id: str, file: str) -> str:
@@ -87,7 +88,7 @@ class Cutter:
         whole, times = Whole(document.text), Counter[str]()
         of_whole = text_hash(whole.text)
         ends, found = token_ends(self.tokenizer, whole.text), []
-        for start, end, path in cut_passages(whole.text, ending, ends, self._room):
+        for start, end, path, body in cut_passages(whole.text, ending, ends, self._room):
             text, headings = whole.text[start:end], HEADINGS.join(path)
             digest = hashlib.blake2b(f"{headings}\0{text}".encode(), digest_size=6).hexdigest()
             times[digest] += 1
@@ -105,6 +106,8 @@ class Cutter:
                 {**fields, "start": start, "end": end},
                 whole,
                 len(whole.spans),
+                path,
+                whole.text[body:end],
             )
             whole.spans.append((start, end))
             found.append(passage)

@@ -85,6 +85,8 @@ def search_index(
     database = Database.open(Path(path))
     _check_query(query)  # what is wrong is told before the model is loaded
     database.count(options.where)
+    if options.hybrid:
+        database.check_words()
     encoder = recorded_encoder(database.record, model, dtype, str(path))
     return search_database(database, encoder, query, options)
 

@@ -155,7 +155,7 @@ class ModelSource:
             "revision": self.revision,
             "token": self.token,
             "cache_folder": self.cache_folder,
-            "local_files_only": self.local_files_only,
+            "local_files_only": self.local_files_only or "/" not in self.name,
         }
 
     @property
@@ -174,7 +174,10 @@ class ModelSource:
         return str(Path(self.name) / self.inside) if self.is_folder else self.name
 
     def check(self) -> None:
-        """Refuse a name that is a file of another kind than GGUF, or a path to nothing."""
+        """Refuse a name that is a file of another kind than GGUF, or a path to nothing.
+
+        The hub is never asked for a name of one word, which may have been downloaded before.
+        """
         if self.gguf is not None:
             return
         try:
@@ -185,8 +188,8 @@ class ModelSource:
                 where=self.name[:80],
                 hint="Check the path",
             ) from error
-        if is_file or (self.name.count("/") > 1 and not is_folder):
-            raise ModelError("no such model folder", where=self.name, hint="Check the path")
+        if is_file or not (is_folder or self.name.count("/") == 1 or self._was_downloaded()):
+            raise _no_such_model(self.name)
 
     def find(self, filename: str) -> Path | None:
         """Path of a file, downloaded where needed; ``None`` where the model has no such file."""
@@ -225,6 +228,12 @@ class ModelSource:
             return self
         return replace(self, revision=file.parent.name)
 
+    def _was_downloaded(self) -> bool:
+        """Whether it is a name of one word, of a model of the hub that is here."""
+        with suppress(ModelError):
+            return "/" not in self.name and self._download("config.json") is not None
+        return False
+
     def _download(self, filename: str) -> Path | None:
         file = f"{self.inside}/{filename}" if self.inside else filename
         return download(self.name, file, **self.options())
@@ -233,14 +242,18 @@ class ModelSource:
 # --- What it is -----------------------------------------------------------------------------------
 
 
+def _no_such_model(name: str) -> ModelError:
+    expected = "a folder, a GGUF file, package:NAME or owner/name of the hub"
+    return ModelError("no such model folder", where=name, expected=expected)
+
+
 def check_model_name(name: str) -> None:
     """Refuse a path to nothing and a folder without a model, before anything slow begins."""
     ModelSource(name).check()
     path = Path(name)
     # A hub id is "name" or "owner/name".
     if name.startswith((".", "/", "~")) and not path.exists():
-        expected = "a folder, a GGUF file or a hub id"
-        raise ModelError("no such model folder", where=name, expected=expected)
+        raise _no_such_model(name)
     listings = (ONNX_FILE, "modules.json", "config.json")
     if path.is_dir() and not any((path / file).is_file() for file in listings):
         raise ModelError(

@@ -25,7 +25,7 @@ from nvembed.core.reporting import progress
 from nvembed.core.store import claims, key_of, make_missing, read_array, remembered, write_array
 from nvembed.data.bm25 import BM25
 from nvembed.data.config import MiningConfig
-from nvembed.interop.model_folder import model_fingerprint
+from nvembed.interop.model_folder import check_model_name, model_fingerprint
 from nvembed.kernels.nearest import GROUP_QUERIES, top_k
 from nvembed.model.bulk import EncodeOptions, Job, embed, encode_texts
 from nvembed.model.encoder import Encoder, computed_fingerprint, is_endpoint, settle_dtype
@@ -317,7 +317,7 @@ def _embed_to_files(side: _Side, teacher: Loader, work: Path, engine: Engine) ->
 def check_teacher(
     teacher: str | Encoder, model: str | None, config: MiningConfig, engine: Engine
 ) -> None:
-    """Refuse what does not go together, naming the option."""
+    """Refuse what does not go together, naming the option, and models that are not there."""
     endpoint = isinstance(teacher, str) and is_endpoint(teacher)
     if endpoint and not model:
         raise ConfigError(
@@ -331,6 +331,10 @@ def check_teacher(
         )
     if engine == "ray" and (not isinstance(teacher, str) or teacher == BM25_NAME):
         raise ConfigError("there is nothing to embed on other machines", where="--engine")
+    named = [] if endpoint or teacher == BM25_NAME else [teacher]
+    for name in (*named, config.rerank):
+        if isinstance(name, str):
+            check_model_name(name)
     if teacher == BM25_NAME and config.rerank is None and config.strategy in ("margin", "absolute"):
         raise ConfigError(
             f"strategy {config.strategy} is made for cosines, BM25 scores have no upper end",

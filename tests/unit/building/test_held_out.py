@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nvembed.building.check import Check
 from nvembed.building.held_out import make_task, split, write_task
 from nvembed.building.own_pairs import OwnPairs
 from nvembed.core.errors import DataError
@@ -20,7 +19,26 @@ from nvembed.evaluation.tasks import load_task
 
 
 def own(kind: Kind, records: list[Record]) -> OwnPairs:
-    return OwnPairs(file_dataset(Path("faq.csv"), kind), tuple(records), Check())
+    return OwnPairs(file_dataset(Path("faq.csv"), kind), tuple(records))
+
+
+def test_files_are_on_one_side() -> None:
+    records = [PairRecord(f"q{i}", (f"d{i}",)) for i in range(400)]
+    sources = [{f"file {i // 8}"} for i in range(400)]
+    sources[0] |= {"file 7"}  # a query of two files
+    found = split(records, sources=sources)
+    files = [
+        {file for one, of in zip(records, sources, strict=True) if one in side for file in of}
+        for side in (found.held, found.rest)
+    ]
+    assert found.by_files
+    assert not files[0] & files[1]
+    assert len(found.held) == 40  # five files, or three and the two that share a query
+    assert len(files[0] | files[1]) == 50
+    assert not split(records).by_files
+    # Of few files none fits into a tenth.
+    few = split(records, sources=[{f"file {i // 200}"} for i in range(400)])
+    assert (few.by_files, few.held) == (False, split(records).held)
 
 
 def texts_of(record: Record) -> set[str]:

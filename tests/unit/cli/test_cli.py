@@ -97,7 +97,7 @@ def test_a_missing_backbone_or_model_is_one_line(recipe: Path, tmp_path: Path, c
 def test_texts_that_are_not_there_or_empty_are_told(tmp_path: Path, capsys) -> None:
     texts = tmp_path / "texts.jsonl"
     texts.write_text('{"text": "a"}\n{"body": "b"}\n')
-    command = ["encode", "hash", "--input", str(texts), "--output", str(tmp_path / "x.npy")]
+    command = ["encode", "o/hash", "--input", str(texts), "--output", str(tmp_path / "x.npy")]
     assert "texts.jsonl:2" in failing(capsys, *command)
     texts.write_text("")
     failing(capsys, *command)

@@ -98,6 +98,40 @@ def test_labels_and_scores_too(
     assert header["type"] == "STS"
 
 
+def test_from_documents_to_scores(
+    place: Path, tiny_decoder_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("lancedb", reason="needs the extra nvembed[index]")
+    (place / "docs").mkdir()
+    filler = " ".join(f"word{n}" for n in range(120))  # so that a file is no single passage
+    for n in range(24):
+        sections = "".join(f"## Part {i}\n\nnumber {n} and {i}: {filler}\n\n" for i in range(4))
+        (place / "docs" / f"{n}.md").write_text(f"# Page {n}\n\n{sections}")
+    (place / "docs" / "plain.txt").write_text("No heading stands above this text.\n")
+    command = ["init", "docs", "--to", "tuned", "--backbone", str(tiny_decoder_dir)]
+    assert run(command) == 0, capsys.readouterr().err
+    told = capsys.readouterr()
+    assert "headings with the passages below them, of 24 files; divided by file" in told.out
+    assert "96 of kind retrieval: 68 to train on, 28 held out" in told.out
+    assert "1 of 25 files gave no pairs: no headings" in told.err
+    train = [row for _, row in read_jsonl("tuned/train.jsonl")]
+    queries = [row["text"] for _, row in read_jsonl("tuned/held-out/queries.jsonl")]
+    held = {query.split(" > ")[0] for query in queries}
+    assert len(held) == 7
+    assert len({row["query"].split(" > ")[0] for row in train}) == 17
+    assert not held & {row["query"].split(" > ")[0] for row in train}
+    trained = {text for row in train for text in row["positive"]}
+    documents = {row["text"] for _, row in read_jsonl("tuned/held-out/corpus.jsonl")}
+    assert len(documents) >= 28
+    assert not trained & documents
+
+    assert run(["train", "tuned/recipe.yaml", "precision=float32"]) == 0, capsys.readouterr().err
+    assert "model: tuned/run/model" in capsys.readouterr().out
+    assert run([*command[:3], "docs/tuned"]) == 2  # among the documents
+    assert run(["data", "task", "docs", "--to", "asked"]) == 0
+    assert "asked: retrieval, 96 of 96 asked" in capsys.readouterr().out
+
+
 def test_a_task_of_a_whole_file(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["data", "task", "faq.csv", "--to", "tasks/faq", "--instruction", "find it"]) == 0
     told = capsys.readouterr().out

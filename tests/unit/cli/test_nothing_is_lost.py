@@ -609,8 +609,8 @@ NEIGHBOURS += ["r.items/other.npz", "r.mteb/notes.txt", ".r.json.bak", "r.items/
 NEIGHBOURS += ["built/.steps/pairs/notes.txt", "built/.steps/pairs/read-1/x", "built/.pairs.old/x"]
 NEIGHBOURS += ["built/.pairs.12345678/x", "built/other/part-00000.parquet", "built/.pairs.bak"]
 JOBS = [
-    ["encode", "fake", "--input", "docs.jsonl", "--output", "v.npy"],
-    ["encode", "fake", "--input", "docs.jsonl", "--output", "v.npy", "--precision", "int8"],
+    ["encode", "o/fake", "--input", "docs.jsonl", "--output", "v.npy"],
+    ["encode", "o/fake", "--input", "docs.jsonl", "--output", "v.npy", "--precision", "int8"],
     ["mine", "pairs.jsonl", "m.jsonl", "--teacher", "bm25", "near_duplicate=null"],
     ["evaluate", "bm25", "--tasks", "find", "--output", "r.json"],
     ["evaluate", "bm25", "--tasks", "find", "--output", "r.json", "--start-over"],

@@ -155,7 +155,7 @@ def test_bad_lines_stop_before_the_model_is_loaded(
     source = tmp_path / "in.jsonl"
     source.write_text("\n".join(lines), encoding="utf-8")
     with pytest.raises(DataError, match=message):
-        encode_file("./no-such-model", source, tmp_path / "out.npy", task=None)
+        encode_file("no-such/model", source, tmp_path / "out.npy", task=None)
     assert list(tmp_path.iterdir()) == [source]
 
 
@@ -169,14 +169,14 @@ def test_missing_files_and_models_are_user_errors(tmp_path: Path) -> None:
         encode_file(HashEncoder(), tmp_path / "in.jsonl", tmp_path / "in.jsonl", task=None)
     # A name of the hub is looked for when the work has begun, of which nothing is left.
     with pytest.raises(ModelError):
-        encode_file("no-such-model", tmp_path / "in.jsonl", tmp_path / "out.npy", task=None)
+        encode_file("no-such/model", tmp_path / "in.jsonl", tmp_path / "out.npy", task=None)
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
     # But for parts of an earlier run.
     part = tmp_path / "out.npy.parts" / f"document-{'0' * 32}.npy"
     part.parent.mkdir()
     part.write_bytes(b"")
     with pytest.raises(ModelError):
-        encode_file("no-such-model", tmp_path / "in.jsonl", tmp_path / "out.npy", task=None)
+        encode_file("no-such/model", tmp_path / "in.jsonl", tmp_path / "out.npy", task=None)
     assert part.exists()
 
 
@@ -231,10 +231,10 @@ def test_a_killed_run_goes_on_and_writes_the_same(
     monkeypatch.setattr(workers, "load_encoder", lambda model, dtype: Dying())
     output = tmp_path / "out.npy"
     with pytest.raises(KeyboardInterrupt):
-        encode_file("m", tmp_path / "in.jsonl", output, task=None)
+        encode_file("o/m", tmp_path / "in.jsonl", output, task=None)
     assert not output.exists()
     (tmp_path / ".out.npy.x1y2z3w4.nvembed-new").write_text("what kill -9 leaves")
-    done = encode_file("m", tmp_path / "in.jsonl", output, task=None)
+    done = encode_file("o/m", tmp_path / "in.jsonl", output, task=None)
     assert calls == [3, 3, 3, 3, 1]
     assert done.rows == 10
     wanted = HashEncoder().encode_document([row["text"] for row in rows])

@@ -30,7 +30,7 @@ def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def encode(source: Path, folder: Path) -> None:
     form = OutputFormat(20, "int8")
-    encode_file("m", source, folder / "out.npy", task=None, form=form)
+    encode_file("o/m", source, folder / "out.npy", task=None, form=form)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

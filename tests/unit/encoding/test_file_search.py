@@ -111,9 +111,9 @@ def test_a_cache_that_cannot_be_written_stops_nothing(
     monkeypatch.setattr(search, "load_encoder", loads)
     blocked = tmp_path / "blocked"
     blocked.write_text("a file where the folder should be", encoding="utf-8")
-    hits = search_file("m", documents, "open a file", task=None, top_k=1, cache=blocked)
+    hits = search_file("o/m", documents, "open a file", task=None, top_k=1, cache=blocked)
     assert hits[0].id == "b"
-    search_file("m", documents, "open a file", task=None, top_k=1, cache=None)
+    search_file("o/m", documents, "open a file", task=None, top_k=1, cache=None)
     assert loads.encoded == 8
 
 
@@ -125,12 +125,12 @@ def test_a_loaded_encoder_is_not_cached(documents: Path, tmp_path: Path) -> None
 
 def test_bad_input(documents: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="query is empty"):
-        search_file("./none", documents, "  ", task=None, top_k=1)
+        search_file("no/model", documents, "  ", task=None, top_k=1)
     with pytest.raises(ConfigError, match="0 hits asked for"):
-        search_file("./none", documents, "x", task=None, top_k=0)
+        search_file("no/model", documents, "x", task=None, top_k=0)
     (tmp_path / "empty.jsonl").write_text("\n", encoding="utf-8")
     with pytest.raises(DataError, match="holds no texts"):
-        search_file("./none", tmp_path / "empty.jsonl", "x", task=None, top_k=1)
+        search_file("no/model", tmp_path / "empty.jsonl", "x", task=None, top_k=1)
 
 
 def test_tables_and_folders_are_searched_too(documents: Path, tmp_path: Path) -> None:

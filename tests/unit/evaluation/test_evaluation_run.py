@@ -70,7 +70,7 @@ def test_scores_are_those_of_each_task_in_order(tasks: Path) -> None:
 def test_bad_input_is_told_before_any_model_is_loaded(
     tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["evaluate", "./no-such-model", "--tasks", str(tasks)]
+    words = ["evaluate", "no/such-model", "--tasks", str(tasks)]
     assert run_command([*words, "--output", str(tmp_path)]) == 2
     assert "is a folder" in capsys.readouterr().err
     (tasks / "similar" / "test.jsonl").write_text("{\n")

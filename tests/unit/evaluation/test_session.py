@@ -124,7 +124,7 @@ def sts_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 def test_one_process_at_a_time_writes_a_file_of_results(
     tasks: Path, tmp_path: Path, model: Counting
 ) -> None:
-    settings = Settings("m", tmp_path / "results.json")
+    settings = Settings("o/m", tmp_path / "results.json")
     with alone_in(items_folder(settings.output)) as alone:
         assert alone
         with pytest.raises(UserError, match="another process is evaluating into this file"):
@@ -145,7 +145,7 @@ def test_one_process_at_a_time_writes_a_file_of_results(
 
 def test_local_tasks_resume_and_keep_items(tasks: Path, tmp_path: Path, model: Counting) -> None:
     output = tmp_path / "out" / "results.json"
-    settings = Settings("m", output, cache=tmp_path / "cache")
+    settings = Settings("o/m", output, cache=tmp_path / "cache")
     first = run_session(settings, load_tasks([tasks], ["find"]))
     items = read_items(items_folder(output), "find")
     assert items is not None
@@ -159,7 +159,7 @@ def test_local_tasks_resume_and_keep_items(tasks: Path, tmp_path: Path, model: C
     before = len(model.asked)
     again = run_session(settings, load_tasks([tasks]), resume=False)
     assert len(model.asked) == before  # everything came from the cache
-    by_mteb = Settings("m", tmp_path / "mteb.json", engine="mteb")
+    by_mteb = Settings("o/m", tmp_path / "mteb.json", engine="mteb")
     other = run_session(by_mteb, load_tasks([tasks])).results
     for name in ("find", "similar"):
         assert again.results[name].main_score == pytest.approx(other[name].main_score, abs=1e-6)
@@ -171,7 +171,7 @@ def test_starting_over_leaves_nothing_of_other_tasks(
     from nvembed.evaluation.hub import find_hub_tasks
 
     output = tmp_path / "results.json"
-    folder, settings = items_folder(output), Settings("m", output)
+    folder, settings = items_folder(output), Settings("o/m", output)
     hub = find_hub_tasks(names=[sts_name]).tasks
     run_session(settings, load_tasks([tasks]), hub)
     assert {path.name for path in folder.iterdir()} == {"find.npz", "similar.npz", MARK}
@@ -191,7 +191,7 @@ def test_starting_over_leaves_nothing_of_other_tasks(
     assert read_items(folder, "find") is not None
 
     # mteb leaves no items: those of the first model must not be taken for the second's.
-    other = Settings("other", output, engine="mteb")
+    other = Settings("o/other", output, engine="mteb")
     run_session(other, load_tasks([tasks], ["find"]), resume=False)
     assert list(read_results(output)) == ["find"]
     assert [path.name for path in folder.iterdir()] == [MARK]
@@ -204,7 +204,7 @@ def test_auto_goes_on_with_the_number_type_that_was_measured(
     def evaluate(task: str, measured: str, *options: str) -> tuple[int, str]:
         monkeypatch.setattr("nvembed.kernels.machine.fastest_precision", lambda device: measured)
         output = tmp_path / "results.json"
-        words = ["evaluate", "m", "--tasks", str(tasks / task), "--output", str(output)]
+        words = ["evaluate", "o/m", "--tasks", str(tasks / task), "--output", str(output)]
         code = run([*words, *options])
         return code, json.loads((tmp_path / "results.run.json").read_text())["dtype"]
 
@@ -218,7 +218,7 @@ def test_auto_goes_on_with_the_number_type_that_was_measured(
 def test_results_of_other_data_are_not_gone_on_with(
     tasks: Path, tmp_path: Path, model: Counting
 ) -> None:
-    settings = Settings("m", tmp_path / "r.json", "float32")
+    settings = Settings("o/m", tmp_path / "r.json", "float32")
     run_session(settings, load_tasks([tasks]))
     scores = settings.output.read_bytes()
     ((name, rows),) = rows_of("STS").items()
@@ -234,20 +234,20 @@ def test_other_results_are_not_mixed(
     tasks: Path, tmp_path: Path, model: Counting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = tmp_path / "results.json"
-    run_session(Settings("m", output), load_tasks([tasks]))
+    run_session(Settings("o/m", output), load_tasks([tasks]))
     written = output.read_text()
-    with pytest.raises(ConfigError, match="with the model 'm', not 'n'"):
-        run_session(Settings("n", output), load_tasks([tasks]))
+    with pytest.raises(ConfigError, match="with the model 'o/m', not 'o/n'"):
+        run_session(Settings("o/n", output), load_tasks([tasks]))
     monkeypatch.setattr(session, "_commit", lambda model: "c0ffee")
     with pytest.raises(ConfigError, match=r"with the revision .*not 'c0ffee'"):
-        run_session(Settings("m", output), load_tasks([tasks]))
+        run_session(Settings("o/m", output), load_tasks([tasks]))
     monkeypatch.undo()
     monkeypatch.setattr("nvembed.model.encoder.load_encoder", lambda name, dtype: model)
     write_task(tasks / "similar", "STS", instruction="Something else")
     with pytest.raises(ConfigError, match=r"instruction of similar 'Find what fits', not 'Some"):
-        run_session(Settings("m", output), load_tasks([tasks]))
+        run_session(Settings("o/m", output), load_tasks([tasks]))
     assert output.read_text() == written
-    run_session(Settings("m", output), load_tasks([tasks]), resume=False)
+    run_session(Settings("o/m", output), load_tasks([tasks]), resume=False)
 
 
 def test_mteb_task_by_name_without_network(tmp_path: Path, sts_name: str, model: Counting) -> None:
@@ -287,7 +287,7 @@ def test_a_task_out_of_reach_does_not_stop_the_others(
     from nvembed.evaluation.hub import find_hub_tasks
 
     hub = find_hub_tasks(names=["STS12", sts_name]).tasks
-    done = run_session(Settings("m", tmp_path / "results.json"), hub=hub)
+    done = run_session(Settings("o/m", tmp_path / "results.json"), hub=hub)
     assert list(done.results) == [sts_name]
     assert list(done.failed) == ["STS12"]
     assert "cannot be loaded" in done.failed["STS12"]
@@ -349,7 +349,7 @@ def test_the_scores_of_long_tasks_are_told_as_they_come(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    arguments = ["evaluate", "model", "--tasks", str(tasks), "--dtype", "float32", "--output"]
+    arguments = ["evaluate", "o/m", "--tasks", str(tasks), "--dtype", "float32", "--output"]
     assert run([*arguments, str(tmp_path / "short.json")]) == 0
     assert "of 2 tasks" not in capsys.readouterr().err
     monkeypatch.setattr(session, "_SHOWN_FROM", -1.0)  # also a task of 0.00 s
@@ -369,7 +369,7 @@ def test_the_command_does_what_it_can_and_says_the_rest(
 ) -> None:
     output = str(tmp_path / "results.json")
     asked = [word for name in (sts_name, "STS12", "CIFAR10") for word in ("--mteb-task", name)]
-    words = ["evaluate", "m", *asked]
+    words = ["evaluate", "o/m", *asked]
     assert run([*words, "--output", output, "--against", "nvidia/NV-Embed-v2"]) == 2
     out, err = capsys.readouterr()
     assert sts_name in out
@@ -377,9 +377,9 @@ def test_the_command_does_what_it_can_and_says_the_rest(
     assert "not done: STS12: STS12: cannot be loaded" in err
     assert "2 tasks could not be done" in err
     assert list(read_results(output)) == [sts_name]
-    assert run(["evaluate", "m", "--output", output]) == 2
+    assert run(["evaluate", "o/m", "--output", output]) == 2
     assert "nothing to evaluate" in capsys.readouterr().err
-    assert run(["evaluate", "m", "--task", "STS12"]) == 2  # an instruction, in other commands
+    assert run(["evaluate", "o/m", "--task", "STS12"]) == 2  # an instruction, in other commands
     assert "It is --mteb-task NAME (of evaluate) now" in capsys.readouterr().err
 
 
@@ -417,7 +417,7 @@ def test_keep_going_scores_the_rest_and_says_what_is_missing(
 
     monkeypatch.setattr(session, "score_task", score_or_fail)
     output = tmp_path / "results.json"
-    words = ["evaluate", "m", "--tasks", str(tasks), str(tmp_path / "no"), "--dtype", "float32"]
+    words = ["evaluate", "o/m", "--tasks", str(tasks), str(tmp_path / "no"), "--dtype", "float32"]
     words += ["--output", str(output)]
     assert run(words) == 2
     assert not output.exists()
@@ -444,7 +444,7 @@ def test_keep_going_with_nothing_but_broken_tasks(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (write_task(tmp_path / "tasks" / "broken", "STS") / "test.jsonl").unlink()
-    words = ["evaluate", "m", "--tasks", str(tmp_path / "tasks"), "--keep-going"]
+    words = ["evaluate", "o/m", "--tasks", str(tmp_path / "tasks"), "--keep-going"]
     assert run([*words, "--output", str(tmp_path / "results.json")]) == 2
     shown = capsys.readouterr()
     assert "1 task could not be done" in shown.err

@@ -70,6 +70,22 @@ def test_hits_are_those_of_the_search(database: Database, hybrid: bool) -> None:
     talk(assistant_server(database, ENCODER), work)
 
 
+def test_tools_say_documents_or_passages(database: Database, tmp_path: Path) -> None:
+    (tmp_path / "a.md").write_text("# Moon\n\nThe moon turns around the earth.\n")
+    index_documents(tmp_path / "db", [tmp_path / "a.md"], model=ENCODER)
+    for opened, told in (
+        (database, ("Search the 3 documents of db", "Read a document by")),
+        (Database.open(tmp_path / "db"), ("Search the 1 passages of db", "Read a passage by")),
+    ):
+
+        async def work(client: Any, told: tuple[str, ...] = told) -> None:
+            tools = (await client.list_tools()).tools
+            for tool, start in zip(tools, told, strict=True):
+                assert tool.description.startswith(start)
+
+        talk(assistant_server(opened, ENCODER), work)
+
+
 def test_a_document_is_read_in_parts(database: Database) -> None:
     async def work(client: Any) -> None:
         whole, start = "", 0

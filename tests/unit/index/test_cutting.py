@@ -32,7 +32,7 @@ def test_nothing_is_lost_and_nothing_too_long(text: str, ending: str, limit: int
     ends = token_ends(None, text)
     found = cut_passages(text, ending, ends, lambda path: limit)
     at = 0
-    for start, end, _ in found:
+    for start, end, *_ in found:
         assert at <= start < end
         assert not any(map(str.isalnum, text[at:start]))
         assert sum(start < place <= end for place in ends) <= limit  # by plain counting
@@ -209,6 +209,6 @@ def test_tokens_are_the_models_own(tiny_tokenizer, monkeypatch: pytest.MonkeyPat
     blocks = token_ends(backend, text)
     assert blocks[-1] == len(text.rstrip()) or blocks[-1] == len(text)
     assert list(blocks) == sorted(blocks)
-    for start, end, _ in cut_passages(text, "", blocks, lambda path: 40):
+    for start, end, *_ in cut_passages(text, "", blocks, lambda path: 40):
         alone = backend.encode(text[start:end], add_special_tokens=False).ids
         assert 10 <= len(alone) <= 40  # here tokens are bytes and do not come apart

@@ -8,17 +8,21 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
 
 from hash_encoder import HashEncoder
 from nvembed.core.files import write_jsonl
-from nvembed.index.build import index_documents
+from nvembed.index.build import IndexOptions, index_documents
 from nvembed.index.database import Database
 from nvembed.index.search import Found, SearchOptions, map_of, query_vector, search_database
 
 uvicorn = pytest.importorskip("uvicorn", reason="needs the extra nvembed[index]")
+from fastapi.testclient import TestClient
+
 from nvembed.index.page import _hit, page_app
 
 EVIL = "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script> moon"
@@ -41,6 +45,12 @@ def database(tmp_path_factory) -> Database:
 
 @pytest.fixture(scope="module")
 def address(database):
+    with served(database) as found:
+        yield found
+
+
+@contextmanager
+def served(database: Database) -> Iterator[str]:
     config = uvicorn.Config(page_app(database, HashEncoder(64)), port=0, log_level="error")
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
@@ -72,6 +82,28 @@ def test_a_passage_tells_its_place():
     assert (hit["source"], hit["fields"]) == ("line 3 · A > B", {"year": 1999})
     row = _hit(Found(1, "a", "text", fields, *scores), [0.0, 0.0])  # a row with such fields
     assert (row["source"], row["fields"]) == (None, fields)
+
+
+@pytest.fixture(scope="module")
+def passages(tmp_path_factory) -> Database:
+    folder = tmp_path_factory.mktemp("passages")
+    (folder / "docs").mkdir()
+    text = "# Moon\n\nThe moon turns.\n\n## Light\n\nIt is bright tonight.\n"
+    (folder / "docs" / "a.md").write_text(text)
+    options = IndexOptions(passages=12)
+    index_documents(folder / "db", [folder / "docs"], model=HashEncoder(64), options=options)
+    return Database.open(folder / "db")
+
+
+def test_rows_are_called_what_they_are(database, passages, tmp_path):
+    assert (database.unit, passages.unit) == ("document", "passage")
+    about = TestClient(page_app(passages, HashEncoder(64))).get("/api/about").json()
+    assert (about["count"], about["unit"]) == (2, "passage")
+    # Rows with an id or a field as passages have it are documents.
+    rows = [{"id": "a#0123456789ab", "text": "x"}, {"id": "b", "text": "y", "start": 3}]
+    write_jsonl(tmp_path / "docs.jsonl", rows)
+    index_documents(tmp_path / "db", [tmp_path / "docs.jsonl"], model=HashEncoder(64))
+    assert Database.open(tmp_path / "db").unit == "document"
 
 
 @pytest.mark.parametrize("hybrid", [False, True])
@@ -220,6 +252,23 @@ def test_a_passage_in_a_browser(page):
     answered(page, id="a#b")  # a row's own id
     search(page, "sun")
     until(lambda: ids(page) == ["a#b"])
+
+
+def test_passages_are_counted_as_passages(browser, passages):
+    with served(passages) as address:
+        page = browser.new_page()
+        page.goto(address)
+        search(page, "moon")
+        assert page.inner_text("#about").startswith("2 passages · ")
+        assert page.inner_text("#status").startswith("2 of 2 passages · ")
+        page.fill("#where", "start = 0")
+        page.click(".go")
+        until(lambda: page.inner_text("#status").startswith("1 of 1 passage · "))
+        page.fill("#where", "start < 0")
+        page.click(".go")
+        until(lambda: page.inner_text("#status") == "No passage passes the filter.")
+        assert "document" not in page.inner_text("body")
+        page.close()
 
 
 def test_the_address_holds_the_search(page, browser, address):

@@ -115,9 +115,9 @@ def test_bad_input_leaves_the_old_output(tmp_path: Path) -> None:
     source.write_text('{"query": "a", "positive": "b"}\n{"query": "a"}\n', encoding="utf-8")
     # The teacher does not exist: data are checked first.
     with pytest.raises(DataError, match=r"in\.jsonl:2: missing \"positive\""):
-        mine_file(source, output, "./no-such-model", CONFIG)
+        mine_file(source, output, "no-such/model", CONFIG)
     with pytest.raises(ConfigError, match="no negatives to mine"):
-        mine_file(source, output, "./no-such-model", CONFIG, kind="clustering")
+        mine_file(source, output, "no-such/model", CONFIG, kind="clustering")
     with pytest.raises(ConfigError, match="same file"):
         mine_file(source, source, HashEncoder(), CONFIG)
     assert output.read_text(encoding="utf-8") == "old\n"

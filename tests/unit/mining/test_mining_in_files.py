@@ -61,7 +61,7 @@ class NotedEncoder(HashEncoder):
 
 @pytest.fixture
 def encoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> NotedEncoder:
-    """A teacher by the name "noted", files of a few texts, and 30 records over 40 documents."""
+    """A teacher by the name "o/noted", files of a few texts, and 30 records over 40 documents."""
     made = NotedEncoder(tmp_path.parent / f"{tmp_path.name}-calls")
     monkeypatch.setattr(workers, "load_encoder", lambda name, dtype: made)
     monkeypatch.setattr(ranking, "SHARD_TEXTS", 16)
@@ -73,7 +73,7 @@ def encoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> NotedEncoder:
     return made
 
 
-def _mine(teacher: Any = "noted", **options: Any) -> Any:
+def _mine(teacher: Any = "o/noted", **options: Any) -> Any:
     given: dict[str, Any] = {"documents": Path("documents.jsonl"), "dtype": "float32"} | options
     config = given.pop("config", CONFIG)
     return mine_file(Path("pairs.jsonl"), Path("mined.jsonl"), teacher, config, **given)
@@ -175,7 +175,8 @@ def test_a_kept_folder_saves_embedding(
     asked = len(encoder.asked())
     _mine(work=work, instruction="Find")
     assert len(encoder.asked()) == asked + len({f"{WORDS[i % 16]} {i % 25}" for i in range(30)})
-    Path("noted").mkdir()
+    Path("o/noted").mkdir(parents=True)
+    Path("o/noted/config.json").write_text("{}")
     _mine(work=work)
     assert len(encoder.asked()) > asked + 60
 
@@ -231,7 +232,7 @@ def test_a_full_disk_is_told_and_loses_nothing(encoder: NotedEncoder, tmp_path: 
 def test_two_processes_share_the_work(encoder: NotedEncoder) -> None:
     _mine()
     expected, asked = _outputs(), len(encoder.asked())
-    command = ["mine", "pairs.jsonl", "mined.jsonl", "--teacher", "noted", "--dtype", "float32"]
+    command = ["mine", "pairs.jsonl", "mined.jsonl", "--teacher", "o/noted", "--dtype", "float32"]
     command += ["--documents", "documents.jsonl", "num_negatives=3", "search_depth=9"]
     command += ["write_scores=true", "--work", "work"]
     assert in_processes(run, command) == [0, 0]
@@ -260,7 +261,7 @@ def test_launched_processes_need_a_folder(
     encoder: NotedEncoder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert run(["mine", "pairs.jsonl", "mined.jsonl", "--teacher", "noted"]) == 2
+    assert run(["mine", "pairs.jsonl", "mined.jsonl", "--teacher", "o/noted"]) == 2
     assert "--work: several processes share it; expected a folder" in capsys.readouterr().err
 
 
@@ -316,7 +317,7 @@ def test_a_run_that_goes_on_keeps_the_type_it_was_begun_with(
             _mine(dtype="auto", work=Path("work"))
     measured.append("float32")
     files = PairFiles(Path("pairs.jsonl"), "retrieval", "records", {}, Path("documents.jsonl"))
-    help_mining(files, Mining("noted", CONFIG, None, dtype="auto"), Path("work"))
+    help_mining(files, Mining("o/noted", CONFIG, None, dtype="auto"), Path("work"))
     _mine(dtype="auto", work=Path("work"))
     assert set(loaded) == {"bfloat16"}
     texts = [text for _, text in encoder.asked()]

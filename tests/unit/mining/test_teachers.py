@@ -106,21 +106,21 @@ def test_scores_of_a_cross_encoder_are_kept(monkeypatch: pytest.MonkeyPatch) -> 
     scorer = LengthScorer()
     monkeypatch.setattr(workers, "load_encoder", lambda *_: HashEncoder())
     monkeypatch.setattr(ranking, "load_cross_encoder", lambda name: scorer)
-    config = MiningConfig(near_duplicate=None, rerank="by length", num_negatives=2)
+    config = MiningConfig(near_duplicate=None, rerank="by/length", num_negatives=2)
     options: dict[str, Any] = {"dtype": "float32", "work": Path("work")}
-    first = _mined("hash", config, **options)
+    first = _mined("o/hash", config, **options)
     asked = len(scorer.asked)
     assert asked
-    assert _mined("hash", config, **options) == first
+    assert _mined("o/hash", config, **options) == first
     assert len(scorer.asked) == asked
 
     def broken(_: Any) -> NDArray[np.float32]:
         return np.array([np.nan], dtype=np.float32)
 
     monkeypatch.setattr(ranking, "load_cross_encoder", lambda name: broken)
-    other = config.model_copy(update={"rerank": "broken"})
+    other = config.model_copy(update={"rerank": "o/broken"})
     with pytest.raises(ModelError, match="the cross-encoder gave no score"):
-        _mined("hash", other, **options)
+        _mined("o/hash", other, **options)
 
 
 @pytest.mark.slow

@@ -64,7 +64,7 @@ def taught(batch: ContrastiveBatch) -> torch.Tensor:
 
 
 def objective(dimensions: tuple[int, ...] | None = None, **settings: Any) -> Objective:
-    teacher = TeacherConfig(model="teacher", **settings)
+    teacher = TeacherConfig(model="o/teacher", **settings)
     return Objective(0.1, dimensions=dimensions, teacher=teacher)
 
 
@@ -214,7 +214,7 @@ def teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Asked:
 def recipe(folder: Path, decoder: Path, output: str = "run", **changes: Any) -> TrainConfig:
     stage = {"steps": 6, "batch_size": 8, "learning_rate": 2e-3, "warmup_steps": 1}
     stage |= {"name": "one", "in_batch_negatives": True, "temperature": 0.1, "num_negatives": 0}
-    stage["teacher"] = {"model": "teacher", "vectors": 1.0, "temperature": 0.1}
+    stage["teacher"] = {"model": "o/teacher", "vectors": 1.0, "temperature": 0.1}
     return TrainConfig.model_validate(
         {
             "output": str(folder / output),
@@ -303,14 +303,14 @@ GIVEN = [GivenText("document", None, f"text {number}") for number in range(7)]
 
 
 def prepared_by_one_of_two(teacher: Asked) -> tuple[list[str], Any, list[str]]:
-    made, told = Teacher(TeacherConfig(model="teacher"), Path()), list[str]()
+    made, told = Teacher(TeacherConfig(model="o/teacher"), Path()), list[str]()
     made.prepare(GIVEN, DistributedContext.of_environment(), told.append)
     return teacher.texts, made.vectors(GIVEN[::-1]), told
 
 
 def test_two_processes_share_the_teachers_work(teacher: Asked) -> None:
     (one, first, told), (other, second, _) = in_processes(prepared_by_one_of_two, teacher)
-    assert told == ["7 texts to embed by teacher", "4 of 4 texts embedded by the teacher"]
+    assert told == ["7 texts to embed by o/teacher", "4 of 4 texts embedded by the teacher"]
     assert (len(one), len(other)) == (4, 3)
     assert sorted(one + other) == [given.text for given in GIVEN]
     expected = HashEncoder(24, 0.0).encode_document([given.text for given in GIVEN[::-1]])
@@ -328,13 +328,13 @@ def test_a_teacher_is_told_sides_and_instructions_and_what_is_known_is_not_asked
     alone, told = DistributedContext.of_environment(), list[str]()
     given = [GivenText("query", "find", "q"), GivenText("query", "sort", "q"), *GIVEN]
     for instructions, expected in ((True, [*given]), (False, [GivenText("query", None, "q")])):
-        settings = TeacherConfig(model="teacher", instructions=instructions)
+        settings = TeacherConfig(model="o/teacher", instructions=instructions)
         for _ in range(2):
             Teacher(settings, Path()).prepare([*given, *given], alone, told.append)
         assert counting.asked == [(one.side, one.text, one.instruction) for one in expected]
         counting.asked.clear()
     assert [line for line in told if "to embed" in line] == [
-        f"{count} texts to embed by teacher" for count in (9, 0, 1, 0)
+        f"{count} texts to embed by o/teacher" for count in (9, 0, 1, 0)
     ]
 
 
@@ -364,7 +364,7 @@ def test_the_next_stage_goes_on_with_the_projection(
     one, other = (rows(tmp_path / name) for name in ("whole", "parts"))
     assert [row["parts"] for row in one] == [row["parts"] for row in other]
     # With another teacher's name it starts anew, and further away.
-    other_teacher = {"model": "another", "vectors": 1.0, "temperature": 0.1}
+    other_teacher = {"model": "o/another", "vectors": 1.0, "temperature": 0.1}
     train(two_stages("anew", teacher=other_teacher), base_dir=tmp_path)
     anew = rows(tmp_path / "anew")
     assert [row["parts"] for row in anew[:6]] == [row["parts"] for row in one[:6]]
@@ -375,7 +375,7 @@ def test_the_next_stage_goes_on_with_the_projection(
 def test_another_width_without_projection_is_one_line(
     tmp_path: Path, tiny_decoder_dir: Path, teacher: Asked
 ) -> None:
-    settings = {"model": "teacher", "vectors": 1.0, "projection": False}
+    settings = {"model": "o/teacher", "vectors": 1.0, "projection": False}
     config = recipe(tmp_path, tiny_decoder_dir, teacher=settings)
     with pytest.raises(ConfigError, match=r"stages\.0\.teacher: .*24 wide.*32") as raised:
         train(config, base_dir=tmp_path)
@@ -413,7 +413,7 @@ def test_a_dry_run_tells_what_the_teacher_has_to_embed(
     assert not [line for line in found.warnings if "bare" in line]
     print_dry_run(found)
     shown = " ".join(capsys.readouterr().out.split())
-    assert f"{stage.teacher.missing} texts are embedded by teacher (24 wide) before one" in shown
+    assert f"{stage.teacher.missing} texts are embedded by o/teacher (24 wide) before one" in shown
     assert "The loss of one: 1 contrastive + 1 similarities + 1 vectors." in shown
     assert not list((tmp_path / "cache").rglob("*.npy"))
     teacher.texts.clear()

@@ -51,8 +51,9 @@ def open_file(
     """Open a file of rows; ``name`` is what errors call it, and its ending says the format.
 
     ``header`` names the columns of a CSV or TSV file that does not do so in its first line, and
-    ``quotes`` says whether fields may be in quotes (by default of CSV). ``opener`` opens a stream
-    of another format than Parquet, twice where it has a header.
+    ``quotes`` says whether fields may be in quotes (by default of CSV). A TSV file has tabs; a CSV
+    file whose first line has no commas may have semicolons or tabs, where it is clear which.
+    ``opener`` opens a stream of another format than Parquet, several times where it has columns.
     """
     name = str(path) if name is None else name
     form = ending_of(name)
@@ -75,7 +76,8 @@ def open_file(
 
     if form in (".csv", ".tsv"):
         fields = partial(_fields, binary, form == ".csv" if quotes is None else quotes)
-        return _delimited(partial(fields, "," if form == ".csv" else "\t"), name, header)
+        separator = _separator(fields, name, header) if form == ".csv" else "\t"
+        return _delimited(partial(fields, separator), name, header)
     is_text = form == ".txt"
     read = _texts if is_text else partial(_json, lines=form == ".jsonl")
 
@@ -274,11 +276,36 @@ def _json_row(value: Any, place: str) -> Row | BadRow:
 _Fields = Iterator[tuple[int, list[str] | str]]
 
 
+def _separator(fields: Callable[[str], _Fields], name: str, header: Sequence[str] | None) -> str:
+    """What separates the fields of a CSV file: commas, unless its first line fits another only."""
+
+    def fits(separator: str) -> bool:
+        _, found = _first(partial(fields, separator))
+        if isinstance(found, str):
+            return False
+        return len(found) > 1 if header is None else len(found) == len(header)
+
+    if fits(","):
+        return ","
+    others = [separator for separator in (";", "\t") if fits(separator)]
+    if len(others) > 1:
+        raise SourceError(
+            "the first line may be separated by semicolons or by tabs",
+            where=f"{name}:1",
+            expected="commas, or one of these",
+        )
+    return others[0] if others else ","
+
+
+def _first(fields: Callable[[], _Fields]) -> tuple[int, list[str] | str]:
+    with closing(fields()) as beginning:  # type: ignore[type-var]
+        return next(beginning, (1, "the file is empty"))
+
+
 def _delimited(fields: Callable[[], _Fields], name: str, header: Sequence[str] | None) -> Table:
     columns = tuple(header or ())
     if header is None:
-        with closing(fields()) as beginning:  # type: ignore[type-var]
-            number, found = next(beginning, (1, "the file is empty"))
+        number, found = _first(fields)
         if isinstance(found, str):
             raise SourceError(found, where=f"{name}:{number}", expected="a line of column names")
         names = [field.strip() for field in found]

@@ -75,6 +75,15 @@ def all_rows(
     return found
 
 
+def separated_otherwise(columns: Sequence[str]) -> str | None:
+    """What to do with a file whose columns hold a sign that separates those of others."""
+    signs = {";": "semicolons", ",": "commas", "\t": "tabs"}
+    for sign, told in signs.items():
+        if any(sign in column for column in columns):
+            return f"If {told} separate them, save it with commas (.csv) or tabs (.tsv) alone"
+    return None
+
+
 # Columns that an id may have where nothing says which: BEIR, the usual one, Tevatron.
 ID_NAMES = ("_id", "id", "docid")
 
@@ -123,7 +132,8 @@ class Columns:
                 " and ".join(map(self._no_column, absent)),
                 where=table.name,
                 expected=f"one of the columns found: {', '.join(table.columns)}",
-                hint="Say under `columns` what they are called there, as in "
+                hint=separated_otherwise(table.columns)
+                or "Say under `columns` what they are called there, as in "
                 f"`columns: {{{absent[0]}: {example}}}` or --column {absent[0]}={example}",
             )
 

@@ -44,6 +44,7 @@ from nvembed.encoding.compression.vocabulary import (
     tokens_to_keep,
 )
 from nvembed.encoding.export.folders import load_own
+from nvembed.interop.model_folder import check_model_name
 from nvembed.model.backbone import Backbone
 from nvembed.model.bulk import encode_window
 from nvembed.model.card import CARD, model_card
@@ -124,9 +125,9 @@ def compress(
     check_new_folder(to, [name, texts])
     sizes = {"layers": layers, "mlp": mlp, "vocabulary": vocabulary}
     if not (any(sizes.values()) or head_free):
-        raise ConfigError(
-            "nothing is to be made smaller", expected=f"{', '.join(sizes)} or head_free"
-        )
+        expected = f"{', '.join(sizes)} or head_free"
+        raise ConfigError("nothing is to be made smaller", expected=expected)
+    check_model_name(name)
     held_out, corpus = _split(Path(texts))
     model = load_own(name, "auto")
     tokens = None if vocabulary is None else Vocabulary.of(model.backbone.tokenizer)

@@ -49,6 +49,12 @@ class DoctorOptions:
     batch: int = 32  # texts of the memory forecast
     max_tokens: int | None = None  # of each of them; the model's limit
 
+    def __post_init__(self) -> None:
+        """Refuse an empty sample, before a model is loaded."""
+        for what, text in (("query", self.query), ("document", self.document)):
+            if text is not None and not text.strip():
+                raise ConfigError("the sample is empty", where=f"--{what}", expected="a text")
+
 
 @dataclass(frozen=True, slots=True)
 class Finding:
@@ -105,9 +111,6 @@ def examine_model(
 def examine(encoder: Encoder, name: str, options: DoctorOptions) -> Diagnosis:
     """Examine a loaded model; it is left as it was."""
     query, document = options.query or QUERIES[0], options.document or DOCUMENTS[0]
-    for what, text in (("query", query), ("document", document)):
-        if not text.strip():
-            raise ConfigError("the sample is empty", where=f"--{what}", expected="a text")
     if not isinstance(encoder, Examined):
         raise ModelError(f"{type(encoder).__name__} cannot be examined", where=name)
     task = options.task or task_instruction("NQ").instruction

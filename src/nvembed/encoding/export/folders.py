@@ -20,7 +20,7 @@ from nvembed.core.errors import ModelError
 from nvembed.core.files import atomic_folder, write_json, write_text
 from nvembed.core.outputs import check_new_folder
 from nvembed.encoding.export import stock
-from nvembed.interop.model_folder import ModelSource, model_kind
+from nvembed.interop.model_folder import ModelSource, check_model_name, model_kind
 from nvembed.interop.official import LatentShape, official_name, write_config
 from nvembed.interop.weights import MAX_SHARD_BYTES, write_shards
 from nvembed.model.backbone import Backbone, merge_lora
@@ -67,6 +67,7 @@ def export_folder(
 
 def load_own(name: str, dtype: Dtype | Literal["auto"]) -> NVEmbed:
     """An embedding model of our own modules, on the CPU; a ModelError where it is another."""
+    check_model_name(name)
     if model_kind(ModelSource(name)) == "language_model":
         raise ModelError(
             "a language model, not an embedding model",

@@ -59,6 +59,8 @@ CONTENT: dict[str, tuple[bytes, dict[str, Any]]] = {
     ),
     "a.csv": (delimited(","), {}),
     "a.csv.gz": (gzip.compress(delimited(",")), {}),
+    "semicolons.csv": (delimited(";"), {}),
+    "tabs.csv.gz": (gzip.compress(delimited("\t")), {}),
     "quoted.tsv": (delimited("\t"), {"quotes": True}),
 }
 
@@ -90,6 +92,48 @@ def test_tsv_has_no_quotes_unless_said(tmp_path: Path) -> None:
         PairRecord('say "hi', ('"open',)),
         PairRecord("q", ("a",)),
     ]
+
+
+@pytest.mark.parametrize(
+    ("content", "columns"),
+    [
+        ("question;answer\n", ("question", "answer")),
+        ('"question";"an, answer"\n', ("question", "an, answer")),
+        ("question\tanswer\n", ("question", "answer")),
+        ("a,b;c\n", ("a", "b;c")),  # commas come first, as the name says
+        ('"a;b",c\n', ("a;b", "c")),
+        ('"one; column"\n', ("one; column",)),
+        ("one column\n", ("one column",)),
+    ],
+)
+def test_what_separates_a_csv_file(tmp_path: Path, content: str, columns: tuple[str, ...]) -> None:
+    (tmp_path / "a.csv").write_text(content)
+    assert files_module.open_file(tmp_path / "a.csv").columns == columns
+    (tmp_path / "a.tsv").write_text(content)  # tabs alone, whatever is in it
+    expected = len(content.split("\t"))
+    assert len(files_module.open_file(tmp_path / "a.tsv").columns or ()) == expected
+
+
+def test_separators_of_a_file_without_names(tmp_path: Path) -> None:
+    keys = {"header": ["label", "text"], "kind": "classification", "columns": {}}
+    (tmp_path / "a.csv").write_text("3;fears\n1;race, or so\n")
+    texts = [one.text for one in outcome(tmp_path, pairs("a.csv", **keys))]
+    assert texts == ["fears", "race, or so"]
+
+
+def test_doubtful_separators_are_told(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("a;b\tc\nx;y\tz\n")
+    with pytest.raises(SourceError, match=r"a\.csv:1: the first line may be separated by semicol"):
+        files_module.open_file(path)
+    path.write_text("question;answer, if any\nq;a, b\n")
+    told = r"found: question;answer, if any\. If semicolons separate them, save it with commas"
+    with pytest.raises(SourceError, match=told):
+        open_dataset(pairs("a.csv"), base_dir=tmp_path)
+    (tmp_path / "a.tsv").write_text("question,answer\nq,a\n")
+    told = r"found: question,answer\. If commas separate them, save it with commas \(\.csv\)"
+    with pytest.raises(SourceError, match=told):
+        open_dataset(pairs("a.tsv"), base_dir=tmp_path)
 
 
 def test_numbers_of_csv(tmp_path: Path) -> None:

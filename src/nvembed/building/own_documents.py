@@ -22,10 +22,9 @@ from nvembed.data.similarity import text_key
 from nvembed.data.sources.beir import is_beir_folder
 from nvembed.index.cutting import HEADINGS
 from nvembed.index.documents import Reader
-from nvembed.index.passages import Cutter, Passage
+from nvembed.index.passages import PASSAGE_TOKENS, Cutter, Passage
 
 FEWEST = 50  # pairs that are worth a training
-_PASSAGE = 256  # tokens at most, as of a new database
 _LETTERS = 20  # letters and digits that a passage has at least
 
 
@@ -59,7 +58,7 @@ def _read_folder(
     folder: Path,
 ) -> tuple[tuple[PairRecord, ...], tuple[frozenset[str], ...], tuple[str, ...]]:
     """The pairs of a folder, the files of each, and what is told of files without any."""
-    reader = Reader(Cutter(_PASSAGE, None), tables=False)
+    reader = Reader(Cutter(PASSAGE_TOKENS, None), tables=False)
     found: list[tuple[str, str, str]] = []  # query, passage, file
     files, without = 0, list[str]()
     for group in reader.groups(str(folder)):

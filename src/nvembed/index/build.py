@@ -32,6 +32,7 @@ from nvembed.index.database import ANN_ABOVE, INDEX, Database, is_database, text
 from nvembed.index.documents import Group, LeftOut, Reader, check_documents
 from nvembed.index.fields import Fields, FieldTypes, same
 from nvembed.index.passages import (
+    PASSAGE_TOKENS,
     PLACE_FIELDS,
     Cutter,
     Passage,
@@ -44,8 +45,6 @@ from nvembed.index.search import first_dimensions, new_record, recorded_encoder
 from nvembed.interop.model_folder import check_model_name
 from nvembed.model.bulk import WINDOW_TEXTS, encode_window
 from nvembed.model.encoder import Encoder, reading_limit
-
-_PASSAGE = 256  # tokens; benchmarks/passages.py
 
 
 @dataclass
@@ -93,8 +92,6 @@ class IndexOptions:
 
     def __post_init__(self) -> None:
         """Refuse passages that no model could make."""
-        if self.passages is None and self.long == "late":
-            raise ConfigError("late chunking", where="long", expected="passages")
         if isinstance(self.passages, int) and self.passages < 1:
             message = f"{self.passages} tokens in a passage"
             raise ConfigError(message, where="passages", expected="at least 1")
@@ -167,7 +164,10 @@ def _check_inputs(
     """Refuse what cannot be read, before a database is made and a model loaded."""
     if model is not None:
         check_model_name(model)
-    passages = Database.open(path).record.passages if is_database(path) else options.passages
+    known = is_database(path)
+    if not known and options.passages is None and options.long == "late":
+        raise ConfigError("late chunking", where="long", expected="passages")
+    passages = Database.open(path).record.passages if known else options.passages
     check_documents(documents, passages is not None, options.columns, options.keep_going)
 
 
@@ -211,7 +211,7 @@ def _passage_settings(encoder: Encoder, options: IndexOptions) -> dict[str, obje
         expected = "an NVEmbed model or a bare language model"
         raise ConfigError("late chunking", where="long", expected=expected)
     if wanted == "auto":
-        return {"passages": min(_PASSAGE, limit or _PASSAGE), "long": long}
+        return {"passages": min(PASSAGE_TOKENS, limit or PASSAGE_TOKENS), "long": long}
     if wanted is not None and limit is not None and wanted > limit:
         expected = f"1 to {limit}, which the model reads"
         raise ConfigError(f"{wanted} tokens in a passage", where="passages", expected=expected)

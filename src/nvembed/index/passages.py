@@ -21,6 +21,7 @@ from nvembed.model.settings import LongTexts, Work
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+PASSAGE_TOKENS = 256  # at most, of a new database; benchmarks/passages.py
 # Fields that passages have beside those of a row; all have "start".
 PLACE_FIELDS = ("file", "document", "heading", "start", "end", "line", "page")
 

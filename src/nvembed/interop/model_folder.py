@@ -251,7 +251,7 @@ def check_model_name(name: str) -> None:
     """Refuse a path to nothing and a folder without a model, before anything slow begins."""
     ModelSource(name).check()
     path = Path(name)
-    # A hub id is "name" or "owner/name".
+    # Paths such as "./name" look like "owner/name" of the hub.
     if name.startswith((".", "/", "~")) and not path.exists():
         raise _no_such_model(name)
     listings = (ONNX_FILE, "modules.json", "config.json")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+from contextlib import suppress
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download
@@ -20,6 +22,20 @@ from nvembed.core.errors import ModelError
 # Models for which the hub could not be reached in this process: each further file would cost half
 # a minute of retries again.
 _gave_no_answer: set[str] = set()
+
+
+def near_folder(name: str) -> str | None:
+    """The folder beside a path to nothing that is called nearly the same; None without one.
+
+    ``runs/modle`` reads as owner and name of the hub, and is a slip where ``runs/model`` is here.
+    """
+    path, beside = Path(name), list[str]()
+    with suppress(OSError):  # no such parent, or one that may not be read
+        beside = [entry.name for entry in path.parent.iterdir() if entry.is_dir()]
+    if path.name in beside:
+        return None
+    near = difflib.get_close_matches(path.name, beside, n=1, cutoff=0.7)
+    return str(path.with_name(near[0])) if near else None
 
 
 class UnreachableError(ModelError):

@@ -23,7 +23,7 @@ from nvembed.core.arguments import kind_of
 from nvembed.core.cache import file_digest
 from nvembed.core.errors import ModelError
 from nvembed.core.files import parse_json
-from nvembed.interop.hub import UnreachableError, download
+from nvembed.interop.hub import UnreachableError, download, near_folder
 
 ONNX_FILE = "nvembed_onnx.json"
 """What ``nvembed export --format onnx`` writes beside a graph."""
@@ -174,10 +174,7 @@ class ModelSource:
         return str(Path(self.name) / self.inside) if self.is_folder else self.name
 
     def check(self) -> None:
-        """Refuse a name that is a file of another kind than GGUF, or a path to nothing.
-
-        The hub is never asked for a name of one word, which may have been downloaded before.
-        """
+        """Refuse a file of another kind than GGUF, and what is neither here nor owner/name."""
         if self.gguf is not None:
             return
         try:
@@ -188,7 +185,8 @@ class ModelSource:
                 where=self.name[:80],
                 hint="Check the path",
             ) from error
-        if is_file or not (is_folder or self.name.count("/") == 1 or self._was_downloaded()):
+        of_hub = self.name.count("/") == 1 and near_folder(self.name) is None
+        if is_file or not (is_folder or of_hub or self._was_downloaded()):
             raise _no_such_model(self.name)
 
     def find(self, filename: str) -> Path | None:
@@ -229,9 +227,10 @@ class ModelSource:
         return replace(self, revision=file.parent.name)
 
     def _was_downloaded(self) -> bool:
-        """Whether it is a name of one word, of a model of the hub that is here."""
+        """Whether it is a model of the hub that is here; the hub is not asked."""
+        here = replace(self, local_files_only=True)
         with suppress(ModelError):
-            return "/" not in self.name and self._download("config.json") is not None
+            return self.name.count("/") < 2 and here._download("config.json") is not None
         return False
 
     def _download(self, filename: str) -> Path | None:
@@ -244,7 +243,8 @@ class ModelSource:
 
 def _no_such_model(name: str) -> ModelError:
     expected = "a folder, a GGUF file, package:NAME or owner/name of the hub"
-    return ModelError("no such model folder", where=name, expected=expected)
+    hint = f"Did you mean {near}?" if (near := near_folder(name)) else None
+    return ModelError("no such model folder", where=name, expected=expected, hint=hint)
 
 
 def check_model_name(name: str) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 from nvembed.cli.main import run
 from nvembed.core.errors import ModelError
@@ -127,3 +128,21 @@ def test_a_name_of_one_word_may_have_been_downloaded(
     assert not ModelSource("owner/old").options()["local_files_only"]
     with pytest.raises(ModelError, match=r"^new: no such model folder; expected a folder, a GGUF"):
         ModelSource("new", cache_folder=str(cache)).check()
+
+
+def test_a_slip_in_a_path_is_not_asked_of_the_hub(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def asked(*_: object, local_files_only: bool, **__: object) -> str:
+        assert local_files_only
+        raise LocalEntryNotFoundError("not here")
+
+    monkeypatch.setattr(hub, "hf_hub_download", asked)
+    (place / "runs" / "model").mkdir(parents=True)
+    with pytest.raises(ModelError, match=r"^runs/modle: no such .* Did you mean runs/model\?$"):
+        ModelSource("runs/modle").check()
+    # Nothing like it is here, or no such owner: these may be on the hub.
+    ModelSource("runs/embedder").check()
+    ModelSource("owner/modle").check()
+    with pytest.raises(ModelError, match=r"^runs/deep/modle: no such model folder; expected"):
+        ModelSource("runs/deep/modle").check()

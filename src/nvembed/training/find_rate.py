@@ -13,7 +13,7 @@ import os
 import statistics
 import time
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,7 +32,7 @@ from nvembed.training.config import StageConfig, TrainConfig, training_inputs
 from nvembed.training.distributed import DistributedContext
 from nvembed.training.stage_mining import plan_mining
 from nvembed.training.stages import peak_rate, with_fitting_rates
-from nvembed.training.teacher import Teacher
+from nvembed.training.teacher import PROJECTION, Teacher, fit_projection
 from nvembed.training.trial import TriedStage
 
 FACTOR = 2.5  # between two rates
@@ -224,9 +224,13 @@ class _Search:
         with torch.no_grad():
             for name, value in self.start.items():
                 trained[name].copy_(value)
-        return TriedStage(
+        tried = TriedStage(
             self.embedder, config, 0, loader, self.processes, activation_budget=self.budget
         )
+        if (projection := tried.beside[PROJECTION]) is not None:
+            first = map(loader.step, range(steps))
+            fit_projection(projection, self.embedder, first, config.pack_tokens, nullcontext)
+        return tried
 
 
 # --- What is shown --------------------------------------------------------------------------------

@@ -88,8 +88,8 @@ class TeacherConfig(StrictModel):
         temperature: divides the cosines in the softmax.
         teacher_temperature: the same for the teacher's cosines; ``None`` is ``temperature``.
         projection: where widths differ, ``vectors`` are compared behind a linear map to the
-            teacher's width, which learns at the rate of the pooling head and is no part of the
-            model; ``False`` refuses another width.
+            teacher's width, which begins as least squares on the first texts, learns at the rate
+            of the pooling head and is no part of the model; ``False`` refuses another width.
         instructions: tell the teacher the instructions of the data sets, in its own way: an NVEmbed
             or a model trained with "Instruct: …" takes them, an endpoint gets them in front of the
             text, others do not see them.

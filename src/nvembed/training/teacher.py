@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,14 +19,15 @@ from typing import cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.functional import normalize
 
 from nvembed.core.cache import cache_folder, content_hash, digest_of
 from nvembed.core.errors import ConfigError
 from nvembed.core.reporting import Rates, progress
 from nvembed.core.runs import derive_seed
 from nvembed.core.store import key_of
-from nvembed.data.batch import GivenText
+from nvembed.data.batch import ContrastiveBatch, GivenText
 from nvembed.encoding.vector_file import VectorFile
 from nvembed.interop.model_folder import check_model_name, contents_fingerprint, model_fingerprint
 from nvembed.mining.ranking import settled_dtype
@@ -33,6 +35,9 @@ from nvembed.model.bulk import encode_window
 from nvembed.model.embedder import NVEmbed
 from nvembed.model.encoder import Encoder, computed_fingerprint, is_endpoint
 from nvembed.model.kept_vectors import KeptVectors, text_keys
+from nvembed.model.packing import share_packs
+from nvembed.model.packs import embed_pack
+from nvembed.model.tokens import TokenizedText
 from nvembed.model.workers import Loader
 from nvembed.training.checkpoint import WEIGHTS, tensor_shapes
 from nvembed.training.distributed import DistributedContext
@@ -42,6 +47,7 @@ FOLDER = "teachers"  # of the cache
 # Texts of a file: what a killed run loses is less than one.
 WINDOW_TEXTS = 2048
 PROJECTION = "projection"  # its name among the trained parameters
+_FITTED_PER_WIDTH, _MOST_FITTED, _RIDGE = 4, 8192, 0.1
 
 
 def teacher_source(settings: TeacherConfig, base_dir: Path) -> str:
@@ -212,3 +218,43 @@ def new_projection(
     matrix_ED = torch.empty(taught, own)
     nn.init.orthogonal_(matrix_ED, generator=generator)
     return nn.Parameter(matrix_ED.to(model.device))
+
+
+@torch.no_grad()
+def fit_projection(
+    projection_ED: nn.Parameter,
+    model: NVEmbed,
+    prepared: Iterable[tuple[ContrastiveBatch, Sequence[TokenizedText]]],
+    pack_tokens: int,
+    computing: Callable[[], AbstractContextManager[object]],
+) -> None:
+    """Begin with the map that brings the vectors of a model, as it is, nearest to the teacher's.
+
+    A random one would turn the model's space around before it teaches anything. Least squares over
+    the texts of the first steps, four per width of the model, with a ridge of a tenth of the mean
+    eigenvalue; ``prepared`` are batches with their teacher's vectors, and the forwards are done
+    in what ``computing`` gives.
+    """
+    width, training = projection_ED.shape[1], model.training
+    wanted = min(_FITTED_PER_WIDTH * width, _MOST_FITTED)
+    own, taught, count = list[Tensor](), list[Tensor](), 0
+    model.eval()
+    with progress(wanted, "projection to the teacher") as bar:
+        for batch, texts in prepared:
+            for pack in share_packs(list(map(len, texts)), pack_tokens, 1)[0]:
+                with computing():
+                    own.append(embed_pack(model, [texts[row] for row in pack]).float())
+                assert batch.teacher_UE is not None
+                taught.append(torch.as_tensor(batch.teacher_UE[pack]).float())
+            bar.advance(min(len(texts), wanted - count))
+            if (count := count + len(texts)) >= wanted:
+                break
+    model.train(training)
+    own_ND = torch.cat(own)
+    taught_NE = normalize(torch.cat(taught).to(own_ND.device), dim=1)
+    with torch.autocast(own_ND.device.type, enabled=False):
+        gram_DD = own_ND.T @ own_ND
+        ridge = _RIDGE * gram_DD.diagonal().mean()
+        eye_DD = torch.eye(width, device=own_ND.device)
+        found_DE = torch.linalg.solve(gram_DD + ridge * eye_DD, own_ND.T @ taught_NE)
+    projection_ED.copy_(found_DE.T)

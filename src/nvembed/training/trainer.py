@@ -187,20 +187,14 @@ class _Run:
         config = self.config.stages[number]
         mixture = self.mixtures[number] if config.mine is None else self._mined(number, config.mine)
         going_on = self.position.stage_step > 0
-        loader = stages.DataLoader(
-            mixture,
-            config,
-            seed=self.config.seed,
-            tokenizer=self.embedder.backbone.text_tokenizer,
-        )
+        tokenizer = self.embedder.backbone.text_tokenizer
+        loader = stages.DataLoader(mixture, config, seed=self.config.seed, tokenizer=tokenizer)
         if config.teacher is not None:
             self._prepare(loader, config.teacher)
         if not going_on:
             self.log_temperature = new_temperature(config, self.processes.device)
             if self.projection is None and loader.teacher is not None:
-                self.projection = teacher.new_projection(
-                    loader.teacher, self.embedder, seed=self.config.seed, stage=number
-                )
+                self.projection = self._projection(loader, number)
         return stages.start_stage(
             self.config,
             number,
@@ -220,6 +214,13 @@ class _Run:
         """Have the teacher's vectors of all texts that the loader will give."""
         loader.teacher = known = teacher.Teacher(settings, self.base_dir)
         known.prepare(loader.given(self.position.stage_step), self.processes, self.log)
+
+    def _projection(self, loader: stages.DataLoader, number: int) -> nn.Parameter | None:
+        model, first = self.embedder, map(loader.step, range(loader.stage.steps))
+        found = teacher.new_projection(loader.teacher, model, seed=self.config.seed, stage=number)
+        if found is not None:
+            teacher.fit_projection(found, model, first, self.config.pack_tokens, self.computing)
+        return found
 
     def _mined(self, number: int, settings: MiningConfig) -> Mixture:
         """The data of a stage, with negatives mined by the model as it is now."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,7 @@ from nvembed.training.distributed import DistributedContext
 from nvembed.training.dry_run import SeveralError, dry_run
 from nvembed.training.forecast import print_dry_run
 from nvembed.training.loss_config import TeacherConfig
-from nvembed.training.teacher import Teacher
+from nvembed.training.teacher import Teacher, fit_projection
 from nvembed.training.trainer import train
 
 TEXTS, WIDTH, TAUGHT = 9, 6, 5
@@ -255,7 +257,8 @@ def test_a_tiny_model_learns_from_bare_texts_alone(
     first, *_, last = rows(tmp_path / "run")
     assert set(first["parts"]) == {"similarities", "vectors"}
     assert last["parts"]["similarities"] < 0.5 * first["parts"]["similarities"]
-    assert last["parts"]["vectors"] < 0.7 * first["parts"]["vectors"]
+    # The projection is fitted before the first step: a random one is at about 1.
+    assert max(row["parts"]["vectors"] for row in (first, last)) < 0.1
     assert first["loss"] == pytest.approx(sum(first["parts"].values()))
     assert first["positive_similarity"] is None
     # Every text was asked for once, and nothing of the teacher is in the model.
@@ -363,13 +366,34 @@ def test_the_next_stage_goes_on_with_the_projection(
     train(parts, base_dir=tmp_path)
     one, other = (rows(tmp_path / name) for name in ("whole", "parts"))
     assert [row["parts"] for row in one] == [row["parts"] for row in other]
-    # With another teacher's name it starts anew, and further away.
+    # With another teacher's name it is fitted anew, to the model as it is by then.
     other_teacher = {"model": "o/another", "vectors": 1.0, "temperature": 0.1}
     train(two_stages("anew", teacher=other_teacher), base_dir=tmp_path)
     anew = rows(tmp_path / "anew")
     assert [row["parts"] for row in anew[:6]] == [row["parts"] for row in one[:6]]
     assert anew[6]["parts"]["similarities"] == one[6]["parts"]["similarities"]
-    assert anew[6]["parts"]["vectors"] > one[6]["parts"]["vectors"] + 0.1
+    assert anew[6]["parts"]["vectors"] < one[6]["parts"]["vectors"] - 0.1
+
+
+def test_the_projection_begins_as_least_squares(tiny_decoder_dir: Path) -> None:
+    model = NVEmbed.from_pretrained(tiny_decoder_dir, pooling="mean", device="cpu").train()
+    texts = [row["text"] for row in BARE]
+    tokens = model.backbone.text_tokenizer(texts, "")
+    taught_NE = np.random.default_rng(0).standard_normal((len(texts), 7)).astype(np.float16)
+    batch = replace(case()[1], teacher_UE=taught_NE[:40]), tokens[:40]
+    other = replace(case()[1], teacher_UE=taught_NE[40:]), tokens[40:]
+    projection_ED = torch.nn.Parameter(torch.zeros(7, model.dimension))
+    fit_projection(projection_ED, model, iter([batch, other]), 100, nullcontext)
+    assert model.training
+    # The oracle: a ridge is rows of its root below the vectors.
+    own_ND = model.encode_document(texts).astype(np.float64)
+    ridge = 0.1 * (own_ND**2).sum() / model.dimension
+    own_ND = np.concatenate([own_ND, np.sqrt(ridge) * np.eye(model.dimension)])
+    unit_NE = taught_NE / np.linalg.norm(taught_NE.astype(np.float64), axis=1, keepdims=True)
+    unit_NE = np.concatenate([unit_NE, np.zeros((model.dimension, 7))])
+    expected_DE, *_ = np.linalg.lstsq(own_ND, unit_NE)
+    assert np.abs(expected_DE).max() > 0.1
+    np.testing.assert_allclose(projection_ED.detach(), expected_DE.T, rtol=1e-3, atol=1e-4)
 
 
 def test_another_width_without_projection_is_one_line(

@@ -240,7 +240,8 @@ def _run_session(
         write()
         if result.seconds > _SHOWN_FROM and result.main_score is not None:
             score = f"{result.main_score_name} {100 * result.main_score:.2f}"
-            done = f"{len(found.results)} of {len(jobs)} tasks, {result.seconds:,.0f} s"
+            scored = sum(each in found.results for each in jobs)  # the file may hold others too
+            done = f"{scored} of {len(jobs)} tasks, {result.seconds:,.0f} s"
             hold_note(f"{name}: {score} ({done})")
             release_notes()
     write()

@@ -362,6 +362,12 @@ def test_the_scores_of_long_tasks_are_told_as_they_come(
             {"find": "ndcg_at_10", "similar": "cosine_spearman"}.items(), start=1
         )
     ]
+    # Scores of other tasks in the same file are no part of the count.
+    for name in ("find", "similar"):
+        given = [*arguments[:3], str(tasks / name), *arguments[4:], str(tmp_path / "parts.json")]
+        assert run(given) == 0
+        assert "(1 of 1 tasks" in capsys.readouterr().err
+    assert set(read_results(tmp_path / "parts.json")) == {"find", "similar"}
 
 
 def test_the_command_does_what_it_can_and_says_the_rest(

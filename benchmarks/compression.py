@@ -26,10 +26,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from nvembed.core.cache import content_hash
 from nvembed.core.files import read_jsonl, write_text
 from nvembed.data.instructions import Side
 from nvembed.evaluation.local_scores import score_local
 from nvembed.evaluation.tasks import LocalTask, load_tasks
+from nvembed.interop.model_folder import contents_fingerprint
 from nvembed.model.embedder import NVEmbed
 from nvembed.model.encoder import BaseEncoder, Encoder, load_encoder
 from nvembed.model.encoding import calibration, numbered
@@ -45,6 +47,7 @@ class Model(NamedTuple):
     name: str
     folder: str
     dtype: str
+    contents: str  # a folder that was made anew is another model
 
 
 class Rounded(BaseEncoder):
@@ -122,8 +125,14 @@ def measure(models: Sequence[Model], tasks: Sequence[LocalTask], book: Book, rou
             found = scores(encoder, task)
             book.add(model=list(model), task=task.name, type=task.type, found=found)
             print(model.name, task.name, *(f"{k} {v:.2f}" for k, v in found.items()), flush=True)
-    todo = [(n, m) for n in range(rounds) for m in models if str(n) not in book.of(m, "round")]
-    texts = timed_texts(tasks) if todo else []
+    texts = timed_texts(tasks)
+    of_texts = content_hash(texts)  # times of other texts do not compare
+    todo = [
+        (n, m)
+        for n in range(rounds)
+        for m in models
+        if f"{n} {of_texts}" not in book.of(m, "round")
+    ]
     encoders = {model: load_encoder(model.folder, model.dtype) for _, model in todo}
     for encoder in encoders.values():
         encoder.encode_document(texts[:16])
@@ -131,8 +140,8 @@ def measure(models: Sequence[Model], tasks: Sequence[LocalTask], book: Book, rou
         started = time.perf_counter()
         encoders[model].encode_document(texts)
         seconds = time.perf_counter() - started
-        sizes = sizes_of(model) if number == 0 else {}
-        book.add(model=list(model), round=number, found={"seconds": seconds, **sizes})
+        found = {"seconds": seconds} | (sizes_of(model) if number == 0 else {})
+        book.add(model=list(model), round=f"{number} {of_texts}", found=found)
 
 
 def sizes_of(model: Model) -> dict[str, float]:
@@ -143,8 +152,9 @@ def sizes_of(model: Model) -> dict[str, float]:
     return {"parameters": sum(weight.numel() for weight in loaded.parameters()), "megabytes": held}
 
 
-def table(models: Sequence[Model], book: Book) -> str:
-    """The Markdown table."""
+def table(models: Sequence[Model], tasks: Sequence[LocalTask], book: Book) -> str:
+    """The Markdown table, of the tasks that were asked for."""
+    of_texts = content_hash(timed_texts(tasks))
     lines = [
         "| model | computes in | parameters, M | MB | seconds | times as fast | mean of tasks "
         "| lost | nDCG@10 | int8 vectors | binary vectors | binary keeps |",
@@ -152,12 +162,13 @@ def table(models: Sequence[Model], book: Book) -> str:
     ]
     first_mean = first_seconds = 0.0
     for model in models:
-        of_tasks, rounds = book.of(model, "task"), book.of(model, "round")
+        of_tasks = {task.name: book.of(model, "task")[task.name] for task in tasks}
+        rounds = [f for key, f in book.of(model, "round").items() if key.endswith(of_texts)]
         mean = statistics.fmean(found[FLOAT] for found in of_tasks.values())
-        seconds = statistics.median(found["seconds"] for found in rounds.values())
+        seconds = statistics.median(found["seconds"] for found in rounds)
         if model is models[0]:
             first_mean, first_seconds = mean, seconds
-        parameters, megabytes = rounds["0"]["parameters"] / 1e6, rounds["0"]["megabytes"]
+        parameters, megabytes = rounds[0]["parameters"] / 1e6, rounds[0]["megabytes"]
         retrieval = [found for found in of_tasks.values() if BINARY in found]
         of_vectors = ["–"] * 4
         if retrieval:
@@ -180,11 +191,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
-    models = [Model(*given) for given in arguments.model]
+    models = [Model(*given, contents_fingerprint(given[1])) for given in arguments.model]
     tasks = load_tasks(arguments.tasks, arguments.names)
     book = Book(arguments.out / "results.jsonl")
     measure(models, tasks, book, arguments.rounds)
-    text = table(models, book)
+    text = table(models, tasks, book)
     write_text(arguments.out / "results.md", text)
     print(text)
 

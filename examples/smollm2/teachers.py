@@ -31,7 +31,9 @@ from nvembed.core.config import load_config
 from nvembed.core.files import atomic_path, write_text
 from nvembed.core.reporting import progress
 from nvembed.data.instructions import Side
+from nvembed.interop.model_folder import contents_fingerprint
 from nvembed.model.embedder import NVEmbed
+from nvembed.model.encoder import unit_rows
 from nvembed.training.config import TrainConfig
 from nvembed.training.stages import DataLoader, load_mixtures
 
@@ -125,16 +127,10 @@ def _windows(order: Sequence[int], sides: Sequence[Side]) -> Iterator[Sequence[i
         yield from (own[start : start + WINDOW] for start in range(0, len(own), WINDOW))
 
 
-def unit(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Rows of length 1."""
-    found: NDArray[np.float32] = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-    return found
-
-
 def joined(parts: Sequence[tuple[NDArray[np.float32], float]]) -> NDArray[np.float32]:
     """Unit rows whose cosines are the weighted means of the parts' cosines."""
     total = sum(weight for _, weight in parts)
-    sides = [np.float32(np.sqrt(weight / total)) * unit(vectors) for vectors, weight in parts]
+    sides = [np.float32(np.sqrt(weight / total)) * unit_rows(vectors) for vectors, weight in parts]
     return np.concatenate(sides, axis=1)
 
 
@@ -159,7 +155,10 @@ def main() -> None:
     parts: list[tuple[NDArray[np.float32], float]] = []
     for folder, weight in args.teacher:
         embed = sentence_transformer(folder)
-        parts.append((embedded(Path(folder).name, embed, sides, parts_folder), float(weight)))
+        # Teachers of one name, or of other contents by now, have parts of their own.
+        contents = contents_fingerprint(folder) if Path(folder).is_dir() else folder
+        name = f"{Path(folder).name}-{content_hash(contents)[:12]}"
+        parts.append((embedded(name, embed, sides, parts_folder), float(weight)))
     if args.e5 is not None:
         embed = packaged_e5(Path(args.e5[0]), args.to)
         vectors = embedded("e5", embed, sides, parts_folder)

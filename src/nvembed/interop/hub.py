@@ -24,10 +24,10 @@ from nvembed.core.errors import ModelError
 _gave_no_answer: set[str] = set()
 
 
-def near_folder(name: str) -> str | None:
-    """The folder beside a path to nothing that is called nearly the same; None without one.
+def did_you_mean(name: str) -> str | None:
+    """A hint at the folder beside a path to nothing that is called nearly the same.
 
-    ``runs/modle`` reads as owner and name of the hub, and is a slip where ``runs/model`` is here.
+    ``runs/modle`` reads as owner and name of the hub; it may be one, so the hub is asked first.
     """
     path, beside = Path(name), list[str]()
     with suppress(OSError):  # no such parent, or one that may not be read
@@ -35,7 +35,7 @@ def near_folder(name: str) -> str | None:
     if path.name in beside:
         return None
     near = difflib.get_close_matches(path.name, beside, n=1, cutoff=0.7)
-    return str(path.with_name(near[0])) if near else None
+    return f"Did you mean {path.with_name(near[0])}?" if near else None
 
 
 class UnreachableError(ModelError):
@@ -76,6 +76,7 @@ def download(
             f"{file.rpartition('/')[2]} is not in the local cache and the hub cannot be reached",
             where=where,
             expected="a network connection, an earlier download or a local folder",
+            hint=did_you_mean(name),
         ) from error
     except EntryNotFoundError:
         return None
@@ -84,10 +85,10 @@ def download(
             "neither a folder nor a hub id", where=name, hint="Check the path"
         ) from error
     except (HfHubHTTPError, OSError) as error:
-        raise _refused(error, where) from error
+        raise _refused(error, where, did_you_mean(name)) from error
 
 
-def _refused(error: Exception, where: str) -> ModelError:
+def _refused(error: Exception, where: str, near: str | None) -> ModelError:
     if isinstance(error, GatedRepoError):
         return ModelError(
             "the repository is gated and this machine has no access",
@@ -99,7 +100,7 @@ def _refused(error: Exception, where: str) -> ModelError:
         return ModelError(
             "no such folder here and no such repository on the hub (or a private one)",
             where=where,
-            hint="Check the name; a private repository needs a token",
+            hint=near or "Check the name; a private repository needs a token",
         )
     if isinstance(error, RevisionNotFoundError):
         return ModelError("the repository has no such revision", where=where)

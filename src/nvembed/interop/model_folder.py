@@ -23,7 +23,7 @@ from nvembed.core.arguments import kind_of
 from nvembed.core.cache import file_digest
 from nvembed.core.errors import ModelError
 from nvembed.core.files import parse_json
-from nvembed.interop.hub import UnreachableError, download, near_folder
+from nvembed.interop.hub import UnreachableError, did_you_mean, download
 
 ONNX_FILE = "nvembed_onnx.json"
 """What ``nvembed export --format onnx`` writes beside a graph."""
@@ -185,8 +185,7 @@ class ModelSource:
                 where=self.name[:80],
                 hint="Check the path",
             ) from error
-        of_hub = self.name.count("/") == 1 and near_folder(self.name) is None
-        if is_file or not (is_folder or of_hub or self._was_downloaded()):
+        if is_file or not (is_folder or self.name.count("/") == 1 or self._was_downloaded()):
             raise _no_such_model(self.name)
 
     def find(self, filename: str) -> Path | None:
@@ -227,10 +226,9 @@ class ModelSource:
         return replace(self, revision=file.parent.name)
 
     def _was_downloaded(self) -> bool:
-        """Whether it is a model of the hub that is here; the hub is not asked."""
-        here = replace(self, local_files_only=True)
+        """Whether it is a name of one word, of a model of the hub that is here."""
         with suppress(ModelError):
-            return self.name.count("/") < 2 and here._download("config.json") is not None
+            return "/" not in self.name and self._download("config.json") is not None
         return False
 
     def _download(self, filename: str) -> Path | None:
@@ -243,8 +241,8 @@ class ModelSource:
 
 def _no_such_model(name: str) -> ModelError:
     expected = "a folder, a GGUF file, package:NAME or owner/name of the hub"
-    hint = f"Did you mean {near}?" if (near := near_folder(name)) else None
-    return ModelError("no such model folder", where=name, expected=expected, hint=hint)
+    message = "no such model folder"
+    return ModelError(message, where=name, expected=expected, hint=did_you_mean(name))
 
 
 def check_model_name(name: str) -> None:

@@ -84,3 +84,8 @@ def test_a_table_is_made_of_kept_rows(
     capsys.readouterr()
     program.main()
     assert (tmp_path / "out" / "results.jsonl").read_bytes() == kept
+    # A folder that was made anew, under the same name, is another model.
+    config = tmp_path / "model" / "nvembed_config.json"
+    config.write_text(config.read_text("utf-8") + "\n", "utf-8")
+    program.main()
+    assert (tmp_path / "out" / "results.jsonl").read_bytes().count(b"\n") == 2 * 2 * (2 + 3)

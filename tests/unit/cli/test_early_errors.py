@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from huggingface_hub.errors import LocalEntryNotFoundError
+from httpx import Request, Response
+from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 
 from nvembed.cli.main import run
 from nvembed.core.errors import ModelError
@@ -130,19 +131,28 @@ def test_a_name_of_one_word_may_have_been_downloaded(
         ModelSource("new", cache_folder=str(cache)).check()
 
 
-def test_a_slip_in_a_path_is_not_asked_of_the_hub(
-    place: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("reached", [True, False])
+def test_a_slip_in_a_path_is_told_with_the_folder_that_was_meant(
+    place: Path, monkeypatch: pytest.MonkeyPatch, reached: bool
 ) -> None:
-    def asked(*_: object, local_files_only: bool, **__: object) -> str:
-        assert local_files_only
+    def asked(*_: object, **__: object) -> str:
+        if reached:
+            raise RepositoryNotFoundError("no", response=Response(404, request=Request("GET", "x")))
         raise LocalEntryNotFoundError("not here")
 
     monkeypatch.setattr(hub, "hf_hub_download", asked)
     (place / "runs" / "model").mkdir(parents=True)
-    with pytest.raises(ModelError, match=r"^runs/modle: no such .* Did you mean runs/model\?$"):
-        ModelSource("runs/modle").check()
-    # Nothing like it is here, or no such owner: these may be on the hub.
-    ModelSource("runs/embedder").check()
-    ModelSource("owner/modle").check()
-    with pytest.raises(ModelError, match=r"^runs/deep/modle: no such model folder; expected"):
+    with pytest.raises(ModelError, match=r"^runs/modle: .*Did you mean runs/model\?$"):
+        ModelSource("runs/modle").require("config.json")
+    for name in ("runs/embedder", "owner/modle"):
+        with pytest.raises(ModelError, match=f"^{name}: ((?!Did you mean).)*$"):
+            ModelSource(name).require("config.json")
+    (place / "runs" / "deep" / "model").mkdir(parents=True)
+    with pytest.raises(ModelError, match=r"no such model folder.* Did you mean runs/deep/model\?$"):
         ModelSource("runs/deep/modle").check()
+    # A model of the hub may be called nearly as a folder is, and is loaded.
+    file = place / "config.json"
+    file.write_text("{}")
+    monkeypatch.setattr(hub, "hf_hub_download", lambda *_, **__: str(file))
+    ModelSource("runs/models").check()
+    assert ModelSource("runs/models").require("config.json") == file

@@ -16,6 +16,8 @@ from sentence_transformers import SentenceTransformer
 from nvembed import NVEmbed
 from nvembed.cli.main import run
 from nvembed.core.files import write_jsonl
+from nvembed.data.instructions import prompt_instruction, task_prompts
+from nvembed.encoding.compression.compress import recovery_recipe
 from nvembed.encoding.export.folders import export_folder
 from nvembed.model.pooling import MeanPooling
 
@@ -88,11 +90,13 @@ def test_a_small_model_is_written_and_recovers(
     assert run(["train", str(place / "small" / "recover.yaml"), *changes]) == 0
     recovered = NVEmbed.from_pretrained(place / "run" / "model")
     assert recovered.prompts["query"] == QUERY
-    wanted = whole.encode(TEXTS)
-    before, after = (
-        float((model.encode(TEXTS) * wanted).sum(axis=1).mean()) for model in (small, recovered)
-    )
-    assert after > before + 0.2 * (1 - before), (before, after)
+    for prompt in ("", QUERY):
+        wanted = whole.encode(TEXTS, prompt=prompt)
+        before, after = (
+            float((model.encode(TEXTS, prompt=prompt) * wanted).sum(axis=1).mean())
+            for model in (small, recovered)
+        )
+        assert after > before + 0.2 * (1 - before), (prompt, before, after)
 
 
 def test_a_model_without_its_head_recovers_for_servers_that_know_none(
@@ -172,6 +176,28 @@ def test_too_few_texts_and_a_language_model(
         arguments = ["compress", str(model), "--texts", str(texts), "--layers", "1"]
         assert run([*arguments, "--to", str(tmp_path / "to")]) == 2
         assert said in capsys.readouterr().err
+
+
+def test_queries_of_a_recovery_have_instructions_of_all_kinds(place: Path) -> None:
+    model = NVEmbed.from_pretrained(place / "whole")
+    own = {f"own-{number}": f"Instruct: find it {number}\nQuery: " for number in range(20)}
+    model.prompts = own | task_prompts() | {"odd": "no instruction"}
+    recipe = recovery_recipe(model, "whole", place / "texts.jsonl", place / "to", 100)
+    documents, *queries = yaml.safe_load(recipe)["datasets"]
+    assert (documents["instruction"], documents["weight"]) == (None, len(queries))
+    assert {one["weight"] for one in queries} == {1}
+    told = [one["instruction"] for one in queries]
+    assert told[:7] == [f"find it {number}" for number in range(0, 20, 3)]
+    of_tasks = list(dict.fromkeys(filter(None, map(prompt_instruction, task_prompts().values()))))
+    places = [of_tasks.index(instruction) for instruction in told[7:]]
+    assert len(told) <= 16
+    assert places[0] == 0
+    assert places[-1] > 0.8 * len(of_tasks)
+    model.prompts = {}
+    (_, query) = yaml.safe_load(recovery_recipe(model, "w", place / "t", place / "to", 9))[
+        "datasets"
+    ]
+    assert query["instruction"].startswith("Given a question")
 
 
 def test_the_recipe_names_places_as_they_are_seen_from_the_folder(

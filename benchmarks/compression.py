@@ -4,10 +4,11 @@
         --model whole assets/nvembed-smollm2-135m bfloat16 \
         --model half runs/half-recovered/model bfloat16 --model int8 runs/half-recovered/model int8
 
-A model is a name for the table, a folder, and the type it computes in; the first is what the
-others are compared with. Each task is scored with whole vectors; retrieval also with the vectors
-rounded to int8 (by the ranges of the documents) and to their signs. Speeds are of some of the
-tasks' documents in one call, models in turns, medians of ``--rounds``: nothing else should run.
+A model is a name for the table, a folder, and the type it computes in (``auto`` where the folder
+holds an ONNX graph); the first is what the others are compared with. Each task is scored with whole
+vectors; retrieval also with the vectors rounded to int8 (by the ranges of the documents) and to
+their signs. Speeds are of some of the tasks' documents in one call, models in turns, medians of
+``--rounds``: nothing else should run.
 Scores and times lie in ``results.jsonl`` of ``--out`` as they come, and are not made again;
 ``results.md`` is the table.
 """
@@ -33,7 +34,7 @@ from nvembed.evaluation.local_scores import score_local
 from nvembed.evaluation.tasks import LocalTask, load_tasks
 from nvembed.interop.model_folder import contents_fingerprint
 from nvembed.model.embedder import NVEmbed
-from nvembed.model.encoder import BaseEncoder, Encoder, load_encoder
+from nvembed.model.encoder import GRAPH_FILE, BaseEncoder, Encoder, load_encoder
 from nvembed.model.encoding import calibration, numbered
 from nvembed.model.memory import weight_bytes
 
@@ -140,16 +141,18 @@ def measure(models: Sequence[Model], tasks: Sequence[LocalTask], book: Book, rou
         started = time.perf_counter()
         encoders[model].encode_document(texts)
         seconds = time.perf_counter() - started
-        found = {"seconds": seconds} | (sizes_of(model) if number == 0 else {})
+        found = {"seconds": seconds} | (sizes_of(model, encoders[model]) if number == 0 else {})
         book.add(model=list(model), round=f"{number} {of_texts}", found=found)
 
 
-def sizes_of(model: Model) -> dict[str, float]:
-    """Parameters, and megabytes of the weights in the type that computes."""
-    dtype = "bfloat16" if model.dtype == "bfloat16" else "float32"
-    loaded = NVEmbed.from_pretrained(model.folder, device="cpu", dtype=dtype)
-    held = sum(weight_bytes(loaded).values()) / 1e6
-    return {"parameters": sum(weight.numel() for weight in loaded.parameters()), "megabytes": held}
+def sizes_of(model: Model, encoder: Encoder) -> dict[str, float]:
+    """Parameters, and megabytes of the weights as they are computed with; of a graph, its files."""
+    if not isinstance(encoder, NVEmbed):
+        files = [one for one in Path(model.folder).iterdir() if one.name.startswith(GRAPH_FILE)]
+        return {"megabytes": sum(file.stat().st_size for file in files) / 1e6}
+    plain = NVEmbed.from_pretrained(model.folder, device="cpu", dtype="bfloat16")
+    parameters = sum(weight.numel() for weight in plain.parameters())
+    return {"parameters": parameters, "megabytes": sum(weight_bytes(encoder).values()) / 1e6}
 
 
 def table(models: Sequence[Model], tasks: Sequence[LocalTask], book: Book) -> str:
@@ -168,7 +171,7 @@ def table(models: Sequence[Model], tasks: Sequence[LocalTask], book: Book) -> st
         seconds = statistics.median(found["seconds"] for found in rounds)
         if model is models[0]:
             first_mean, first_seconds = mean, seconds
-        parameters, megabytes = rounds[0]["parameters"] / 1e6, rounds[0]["megabytes"]
+        parameters, megabytes = rounds[0].get("parameters"), rounds[0]["megabytes"]
         retrieval = [found for found in of_tasks.values() if BINARY in found]
         of_vectors = ["–"] * 4
         if retrieval:
@@ -177,7 +180,8 @@ def table(models: Sequence[Model], tasks: Sequence[LocalTask], book: Book) -> st
                 for kind in (FLOAT, INT8, BINARY)
             )
             of_vectors = [f"{plain:.2f}", f"{eight:.2f}", f"{signs:.2f}", f"{signs / plain:.1%}"]
-        cells = [model.name, model.dtype, f"{parameters:.1f}", f"{megabytes:.0f}", f"{seconds:.1f}"]
+        cells = [model.name, model.dtype, f"{parameters / 1e6:.1f}" if parameters else "–"]
+        cells += [f"{megabytes:.0f}", f"{seconds:.1f}"]
         cells += [f"{first_seconds / seconds:.2f}", f"{mean:.2f}", f"{first_mean - mean:+.2f}"]
         lines.append(f"| {' | '.join(cells + of_vectors)} |")
     return "\n".join(lines) + "\n"

@@ -245,6 +245,7 @@ def test_the_exports_for_other_servers_run(
     place: Path, byte_level_tokenizer, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("gguf", reason="needs the extra gguf")
+    pytest.importorskip("onnxscript", reason="needs the extra onnx")
     text = (ROOT / "docs" / "serving-elsewhere.md").read_text(encoding="utf-8")
     for block in re.findall(r"^#+ .*?(?=^#+ |\Z)", text, re.MULTILINE | re.DOTALL):
         assert ("```text" in block) == ("(not tested here)" in block.split("\n")[0])

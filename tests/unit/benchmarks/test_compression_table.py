@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
@@ -68,19 +69,22 @@ def test_a_table_is_made_of_kept_rows(
     for kind in ("Retrieval", "STS"):
         write_task(tmp_path / "tasks" / kind.lower(), kind)
     arguments = ["compression.py", "--tasks", tmp_path / "tasks", "--out", tmp_path / "out"]
-    for name, dtype in (("whole", "float32"), ("small", "bfloat16")):
+    for name, dtype in (("whole", "float32"), ("small", "bfloat16"), ("least", "int8")):
         arguments += ["--model", name, tmp_path / "model", dtype]
     monkeypatch.setattr(sys, "argv", [str(each) for each in arguments])
     program.main()
     rows = (tmp_path / "out" / "results.md").read_text("utf-8").splitlines()[2:]
     cells = [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows]
-    assert [row[0] for row in cells] == ["whole", "small"]
+    assert [row[0] for row in cells] == ["whole", "small", "least"]
     assert cells[0][5] == "1.00"
     assert cells[0][7] == "+0.00"
-    assert cells[0][2] == cells[1][2]
+    assert cells[0][2] == cells[1][2] == cells[2][2]
     assert cells[0][-1].endswith("%")
     kept = (tmp_path / "out" / "results.jsonl").read_bytes()
-    assert kept.count(b"\n") == 2 * (2 + 3)
+    assert kept.count(b"\n") == 3 * (2 + 3)
+    found = [json.loads(line)["found"] for line in kept.splitlines()]
+    sizes = [one["megabytes"] for one in found if "megabytes" in one]
+    assert sizes[0] > 1.9 * sizes[1] > 1.9 * sizes[2]
     capsys.readouterr()
     program.main()
     assert (tmp_path / "out" / "results.jsonl").read_bytes() == kept
@@ -88,4 +92,4 @@ def test_a_table_is_made_of_kept_rows(
     config = tmp_path / "model" / "nvembed_config.json"
     config.write_text(config.read_text("utf-8") + "\n", "utf-8")
     program.main()
-    assert (tmp_path / "out" / "results.jsonl").read_bytes().count(b"\n") == 2 * 2 * (2 + 3)
+    assert (tmp_path / "out" / "results.jsonl").read_bytes().count(b"\n") == 2 * 3 * (2 + 3)

@@ -20,6 +20,7 @@ from nvembed.encoding.export.onnx import write_onnx
 from nvembed.model.embedder import NVEmbed
 from nvembed.model.encoder import OnnxEncoder, load_encoder, padded_inputs
 from official_folders import write_official
+from page_servers import blocks
 
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
@@ -161,6 +162,21 @@ def test_encode_reads_an_official_graph_by_its_own_token_rules(
     exec(card.partition("```python\n")[2].partition("```")[0], names)
     found = names["embed"](TEXTS, "find it")
     np.testing.assert_allclose(found, model.encode(TEXTS, prompt=PROMPT), atol=1e-5)
+
+
+def test_a_graph_in_8_bits_as_the_page_makes_it(
+    tmp_path: Path, tiny_tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build(tmp_path / "decoder", tiny_tokenizer, "llama", "latent", "bidirectional")
+    model.save_pretrained(str(tmp_path / "model"))
+    monkeypatch.chdir(tmp_path)
+    export_folder(str(tmp_path / "model"), "graph", "onnx")
+    whole = load_encoder("graph").encode_query(TEXTS, task="find it")
+    (snippet,) = blocks("python", "ONNX in 8 bits")
+    exec(compile(snippet, "serving-elsewhere.md", "exec"), {})
+    found = load_encoder("graph").encode_query(TEXTS, task="find it")
+    cosines_N = (found * whole).sum(axis=1)
+    assert (cosines_N.min() > 0.99, np.abs(found - whole).max() > 1e-4) == (True, True), cosines_N
 
 
 def test_a_graph_that_differs_is_not_kept(

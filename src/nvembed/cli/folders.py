@@ -65,6 +65,7 @@ def export(
     vocabulary=typer.Option(min=1, help="Most tokens that stay. Default: all."),
     head_free="Pool all tokens by their mean, the prompt's too, as servers do that know no head.",
     sample=typer.Option(min=1, help="Texts that layers and channels are chosen by."),
+    fit=typer.Option(min=1, help="Texts that the layers that stay are fitted by."),
 )
 def compress(
     model: str,
@@ -75,15 +76,17 @@ def compress(
     mlp: int | None = None,
     vocabulary: int | None = None,
     head_free: bool = False,
-    sample: int = 128,
+    sample: int = 64,
+    fit: int = 512,
 ) -> None:
     """Make a model smaller, by what your texts can do without.
 
     Layers, channels of MLPs and tokens are left out. What goes is chosen by what it changes in the
-    vectors. The new folder holds the model, compression.json (what went; size, time and cosine
-    after each step, on texts held out) and recover.yaml, a recipe for `nvembed train` that learns
-    back from the whole model. With --head-free the model that recovers needs no latent attention
-    and no pool mask: it can be exported for llama.cpp, vLLM and any other server (--format gguf,
+    vectors, and the layers that stay are fitted to the states of the whole model. The new folder
+    holds the model, compression.json (what went; size, time and cosine after each step, on texts
+    held out) and recover.yaml, a recipe for `nvembed train` that learns back from the whole model.
+    With --head-free the model that recovers needs no latent attention and no pool mask: it can be
+    exported for llama.cpp, vLLM and any other server (--format gguf,
     sentence-transformers).
 
     Examples:
@@ -96,8 +99,17 @@ def compress(
     """
     from nvembed.encoding.compression import compress as compression
 
-    sizes = {"layers": layers, "mlp": mlp, "vocabulary": vocabulary}
-    found = compression.compress(model, texts, to, **sizes, head_free=head_free, sample=sample)
+    found = compression.compress(
+        model,
+        texts,
+        to,
+        layers=layers,
+        mlp=mlp,
+        vocabulary=vocabulary,
+        head_free=head_free,
+        sample=sample,
+        fit=fit,
+    )
     typer.echo(f"{'':<12}{'parameters':>14}{'MB':>10}{'seconds':>10}{'cosine':>10}")
     for step in found.steps:
         size = f"{step.parameters:>14,}{step.bytes / 1e6:>10,.1f}"

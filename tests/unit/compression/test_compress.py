@@ -72,6 +72,8 @@ def test_a_small_model_is_written_and_recovers(
     assert len(record["left_out"]["layers"]) == 2
     assert record["left_out"]["mlp"] == {"channels": 512}
     assert record["left_out"]["vocabulary"]["tokens"] == 8192 - config.vocab_size
+    assert [len(record["fitted"][step]) for step in ("layers", "mlp")] == [2, 2]
+    assert all(row["before"] >= row["after"] for row in record["fitted"]["layers"])
     assert record["held_out"] == len(TEXTS) // 4
     card = (place / "small" / "README.md").read_text(encoding="utf-8")
     for step in record["steps"]:

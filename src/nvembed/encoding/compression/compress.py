@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 from sentence_transformers.base.modules import Normalize
+from torch import Tensor
 
 from nvembed.core.arguments import checked
 from nvembed.core.errors import ConfigError, DataError, ModelError
@@ -27,14 +28,16 @@ from nvembed.core.outputs import check_new_folder
 from nvembed.core.reporting import progress
 from nvembed.data.instructions import prompt_instruction, query_prompt, task_prompts
 from nvembed.data.reading import read_documents
+from nvembed.encoding.compression.depth import layers_to_leave_out
+from nvembed.encoding.compression.fitting import fit_layers
 from nvembed.encoding.compression.pruning import (
     Packs,
     channel_lengths,
     cut_mlps,
     decoder_layers,
     gated_mlps,
-    layers_to_leave_out,
     leave_out_layers,
+    longest,
 )
 from nvembed.encoding.compression.vocabulary import (
     Vocabulary,
@@ -52,11 +55,13 @@ from nvembed.model.embedder import NVEmbed
 from nvembed.model.packing import plan_packs
 from nvembed.model.packs import CPU_PACK_TOKENS
 from nvembed.model.pooling import MeanPooling
+from nvembed.model.tokens import TokenizedText
 
 COMPRESS = "compress"
 RECORD, RECIPE = "compression.json", "recover.yaml"
 _MOST_PROMPTS = 16
 _INSTRUCTION = "Given a question, retrieve passages that answer the question"
+_FEWER_PACKS = 3  # to compare layers a part of what they are fitted by will do
 _HELD_OUT = 256  # texts; of a small file a quarter
 _Count = Annotated[int, Field(ge=1)]
 
@@ -81,6 +86,7 @@ class Compressed:
         held_out: texts that chose nothing.
         steps: in order, the first is the whole model.
         left_out: what each step left out, by its name.
+        fitted: what each step fitted, by its name: layers and their errors (``fitting.py``).
     """
 
     model: str
@@ -88,6 +94,7 @@ class Compressed:
     held_out: int
     steps: list[Step] = field(default_factory=list)
     left_out: dict[str, Any] = field(default_factory=dict)
+    fitted: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
 
 @checked
@@ -100,21 +107,25 @@ def compress(
     mlp: _Count | None = None,
     vocabulary: _Count | None = None,
     head_free: bool = False,
-    sample: _Count = 128,
+    sample: _Count = 64,
+    fit: _Count = 512,
 ) -> Compressed:
     """Write a smaller model: fewer tokens, then fewer layers, then narrower MLPs, then no head.
+
+    Layers that stay are fitted to the states that they had in the whole model (``fitting.py``).
 
     Args:
         name: folder or hub id of a model that was saved here or has the official layout.
         texts: a file of documents, as ``nvembed encode`` reads it. A quarter of them, at most 256,
             is held out to measure with.
         to: the new folder; it appears when it is complete.
-        layers: how many stay; ``None`` is all. See ``encoding/compression/pruning.py`` for which.
+        layers: how many stay; ``None`` is all. See ``encoding/compression/depth.py`` for which.
         mlp: channels that stay in the MLP of each layer; ``None`` is all.
         vocabulary: most tokens that stay, chosen by the texts; ``None`` is all.
         head_free: the mean of all tokens, those of the prompt among them, in place of the pooling.
             Until it has recovered such a model is another one, in queries above all.
         sample: texts that layers and channels are chosen by.
+        fit: texts that what stays is fitted by, every other one as a query.
 
     Raises:
         ConfigError: nothing to do, a number not below the model's, or ``to`` holds something.
@@ -137,12 +148,12 @@ def compress(
     if tokens is not None and vocabulary is not None:
         found.left_out["vocabulary"] = _cut_vocabulary(model, tokens, corpus, vocabulary)
         _note(found, "vocabulary", model, held_out, whole_ND)
-    packs = _packs(model, corpus[:sample])
+    packs, fitting = _packs(model, corpus[:sample]), _fitting_packs(model, corpus[:fit])
     if layers is not None:
-        found.left_out["layers"] = _leave_out_layers(model, packs, layers)
+        _leave_out_layers(model, packs, fitting, layers, found)
         _note(found, "layers", model, held_out, whole_ND)
     if mlp is not None:
-        found.left_out["mlp"] = _cut_mlps(model, packs, mlp)
+        _cut_mlps(model, packs, fitting, mlp, found)
         _note(found, "mlp", model, held_out, whole_ND)
     if head_free:
         found.left_out["head"] = type(model.pooling).__name__
@@ -254,7 +265,20 @@ def _note(
 
 
 def _packs(model: NVEmbed, texts: Sequence[str]) -> Packs:
-    tokenized = model.backbone.tokenize_texts(texts)
+    return _planned(model.backbone.tokenize_texts(texts))
+
+
+def _fitting_packs(model: NVEmbed, texts: Sequence[str]) -> Packs:
+    """Documents, and as many queries with the model's instructions in turn."""
+    tokenize, instructions = model.backbone.tokenize_texts, _instructions(model)
+    read = list(tokenize(texts[::2]))
+    for number, instruction in enumerate(instructions):
+        own = texts[1 + 2 * number :: 2 * len(instructions)]
+        read += tokenize(own, query_prompt(instruction)) if own else []
+    return _planned(read)
+
+
+def _planned(tokenized: Sequence[TokenizedText]) -> Packs:
     plan = plan_packs(list(map(len, tokenized)), CPU_PACK_TOKENS)
     return [[tokenized[row] for row in pack] for pack in plan]
 
@@ -276,17 +300,37 @@ def _cut_vocabulary(
     return {"tokens": len(tokens.ids) - len(kept), "of_the_texts": float(1 - share)}
 
 
-def _leave_out_layers(model: NVEmbed, packs: Packs, keep: int) -> list[dict[str, Any]]:
-    with progress(len(decoder_layers(model)) - keep, "layers") as bar:
-        dropped = layers_to_leave_out(model, packs, keep, lambda: bar.advance(1))
-    leave_out_layers(model, [layer for layer, _ in dropped])
-    return [each._asdict() for each in dropped]
+def _leave_out_layers(
+    model: NVEmbed, packs: Packs, fitting: Packs, keep: int, found: Compressed
+) -> None:
+    with progress(len(decoder_layers(model)), "layers") as bar:
+        few = fitting[::_FEWER_PACKS]
+        runs = layers_to_leave_out(model, packs, few, keep, lambda: bar.advance(1))
+    numbers = [layer for run in runs for layer in run.layers]
+    _fit(model, fitting, found, "layers", numbers)
+    leave_out_layers(model, numbers)
+    found.left_out["layers"] = [run._asdict() for run in runs]
 
 
-def _cut_mlps(model: NVEmbed, packs: Packs, keep: int) -> dict[str, int]:
+def _cut_mlps(model: NVEmbed, packs: Packs, fitting: Packs, keep: int, found: Compressed) -> None:
     before: int = gated_mlps(model)[0].down_proj.in_features
-    cut_mlps(model, channel_lengths(model, packs), keep)
-    return {"channels": before - keep}
+    lengths = channel_lengths(model, packs)
+    _fit(model, fitting, found, "mlp", (), longest(lengths, keep))
+    cut_mlps(model, lengths, keep)
+    found.left_out["mlp"] = {"channels": before - keep}
+
+
+def _fit(
+    model: NVEmbed,
+    packs: Packs,
+    found: Compressed,
+    step: str,
+    dropped: Sequence[int],
+    kept: Sequence[Tensor] | None = None,
+) -> None:
+    with progress(len(decoder_layers(model)) - len(dropped), "fit") as bar:
+        rows = fit_layers(model, packs, dropped, kept, lambda: bar.advance(1))
+    found.fitted[step] = [row._asdict() for row in rows]
 
 
 def _prove(model: NVEmbed, folder: Path, texts: Sequence[str], name: str) -> None:

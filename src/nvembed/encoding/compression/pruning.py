@@ -1,17 +1,15 @@
-"""Fewer layers and narrower MLPs, chosen by what given texts show.
+"""Fewer layers, and narrower MLPs, whose channels are chosen by what given texts show.
 
-A layer goes whose absence changes the *vectors* least, one after the other, each time measured
-without those that went before. A channel of a gated MLP adds ``h · w`` to a token's state, its
-activation times its column of the down projection: those go whose additions are shortest on
-average. Letters: N texts, T tokens, D width, F channels.
+A channel of a gated MLP adds ``h · w`` to a token's state, its activation times its column of the
+down projection: those go whose additions are shortest on average. Which layers go: ``depth.py``.
+Letters: T tokens, D width, F channels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,13 +21,6 @@ from nvembed.model.packs import embed_pack
 from nvembed.model.tokens import TokenizedText
 
 Packs = Sequence[Sequence[TokenizedText]]
-
-
-class LeftOut(NamedTuple):
-    """A layer that goes."""
-
-    layer: int  # counted from 0 in the whole model
-    change: float  # mean of 1 − cosine to the whole model's vectors, without it and those before
 
 
 def decoder_layers(model: NVEmbed) -> nn.ModuleList:
@@ -47,80 +38,6 @@ def decoder_layers(model: NVEmbed) -> nn.ModuleList:
 
 
 # --- Depth ----------------------------------------------------------------------------------------
-
-
-class _Watched(nn.Module):
-    """A layer that can be passed over, or give again what it gave before."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-        self.skipped = False
-        self.output: Any = None
-        self.known = False
-
-    def forward(self, hidden_states: Any, *arguments: Any, **options: Any) -> Any:
-        if self.skipped:
-            return hidden_states
-        if not self.known:
-            self.output = self.layer(hidden_states, *arguments, **options)
-        return self.output
-
-
-@contextmanager
-def _watched(layers: nn.ModuleList) -> Iterator[list[_Watched]]:
-    own = list(layers)
-    watched = [_Watched(layer) for layer in own]
-    try:
-        for place, layer in enumerate(watched):
-            layers[place] = layer
-        yield watched
-    finally:
-        for place, kept in enumerate(own):
-            layers[place] = kept
-
-
-@torch.inference_mode()
-def layers_to_leave_out(
-    model: NVEmbed, packs: Packs, keep: int, done: Callable[[], None] = lambda: None
-) -> list[LeftOut]:
-    """The layers that go until ``keep`` are left, in the order in which they go.
-
-    Of equally dispensable layers the first goes. ``done`` is told after each. The states before a
-    layer are computed once for all candidates behind it, so a round costs half of one full forward
-    per candidate.
-    """
-    model.eval()
-    whole = [embed_pack(model, pack).float() for pack in packs]
-    count, found = sum(map(len, packs)), list[LeftOut]()
-    with _watched(decoder_layers(model)) as layers, model.pooling.fixed_weights():
-        left = list(range(len(layers)))
-        while len(left) > keep:
-            changes = torch.zeros(len(left), dtype=torch.float64)
-            for pack, whole_ND in zip(packs, whole, strict=True):
-                changes += _changes(
-                    [layers[n] for n in left], partial(embed_pack, model, pack), whole_ND
-                )
-            least = int(changes.argmin())
-            found.append(LeftOut(left.pop(least), float(changes[least]) / count))
-            layers[found[-1].layer].skipped = True
-            done()
-    return found
-
-
-def _changes(layers: Sequence[_Watched], embed: Callable[[], Tensor], whole_ND: Tensor) -> Tensor:
-    """Sums of 1 − cosine over the texts of a pack, without each of the layers in turn."""
-    sums = []
-    for number, layer in enumerate(layers):
-        layer.skipped = True
-        cosine_N = torch.cosine_similarity(embed().float(), whole_ND, dim=1)
-        layer.skipped = False
-        sums.append(float((1 - cosine_N).double().sum()))
-        if number:  # the layer before has now run behind all those before it
-            layers[number - 1].known = True
-    for layer in layers:
-        layer.known, layer.output = False, None
-    return torch.tensor(sums, dtype=torch.float64)
 
 
 def leave_out_layers(model: NVEmbed, dropped: Sequence[int]) -> None:
@@ -180,11 +97,16 @@ def channel_lengths(model: NVEmbed, packs: Packs) -> list[Tensor]:
     ]
 
 
+def longest(lengths: Sequence[Tensor], width: int) -> list[Tensor]:
+    """The numbers of the ``width`` longest of each layer's channels, rising."""
+    return [length_F.topk(width).indices.sort().values for length_F in lengths]
+
+
 @torch.no_grad()
 def cut_mlps(model: NVEmbed, lengths: Sequence[Tensor], width: int) -> None:
     """Keep the ``width`` channels of each MLP whose additions are longest, in place."""
-    for mlp, length_F in zip(gated_mlps(model), lengths, strict=True):
-        kept_F = length_F.topk(width).indices.sort().values.to(mlp.down_proj.weight.device)
+    for mlp, kept_F in zip(gated_mlps(model), longest(lengths, width), strict=True):
+        kept_F = kept_F.to(mlp.down_proj.weight.device)
         for projection in (mlp.gate_proj, mlp.up_proj):
             projection.weight = _part(projection.weight, kept_F, 0)
             if projection.bias is not None:

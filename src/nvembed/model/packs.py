@@ -147,9 +147,18 @@ def embed_short(model: PackModel, texts: list[str]) -> Tensor:
         return embed_plan(model, plan)
 
 
+def pack_features(model: torch.nn.Module, texts: Sequence[TokenizedText]) -> dict[str, Tensor]:
+    """The only forward of training and encoding.
+
+    ``sentence_embedding`` ``(N, D)`` of length 1, a row per text, and ``token_embeddings``.
+    """
+    found: dict[str, Tensor] = model({"flat": flatten(texts)})
+    return found
+
+
 def embed_pack(model: torch.nn.Module, texts: Sequence[TokenizedText]) -> Tensor:
-    """The only forward of training and encoding: ``(N, D)`` of length 1, a row per text."""
-    return model({"flat": flatten(texts)})["sentence_embedding"]
+    """The embeddings ``(N, D)`` alone."""
+    return pack_features(model, texts)["sentence_embedding"]
 
 
 def pool_pack(model: PackModel, texts: Sequence[TokenizedText]) -> Tensor:

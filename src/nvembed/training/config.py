@@ -136,6 +136,7 @@ class StageConfig(StrictModel):
             "distillation": scores.weight if scores else None,
             "similarities": teacher.similarities if teacher else None,
             "vectors": teacher.vectors if teacher else None,
+            "states": teacher.states if teacher else None,
             "cosent": self.cosent.weight if self.cosent else None,
             "spread_mean": spread.mean if spread else None,
             "spread_second_moment": spread.second_moment if spread else None,

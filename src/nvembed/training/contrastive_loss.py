@@ -155,7 +155,7 @@ class Objective:
             taught.weight if taught else None,
             taught.teacher_temperature if taught else 1.0,
             stage.contrastive,
-            stage.teacher,
+            stage.teacher if stage.teacher and stage.teacher.of_texts else None,
             stage.cosent,
             stage.spread,
             stage.rounded,

@@ -46,6 +46,7 @@ from nvembed.training.model import peak_bytes
 from nvembed.training.stage_mining import PlannedMining, plan_mining
 from nvembed.training.step import plan_step, recomputed_share
 from nvembed.training.teacher import Teacher, TeacherStandIn, teacher_fingerprint
+from nvembed.training.teacher_states import teacher_states
 from nvembed.training.trial import TriedStage
 
 SAMPLED_STEPS = 20  # batches of a stage that are counted, spread over it
@@ -257,6 +258,9 @@ class _Rehearsal:
     ) -> TeacherStandIn | None:
         """Something in the place of the teacher's vectors, and how long those will take."""
         if settings is None:
+            return None
+        loader.states = teacher_states(settings, self.base_dir, self.embedder)
+        if not settings.of_texts:
             return None
         with torch.autocast(self.processes.device.type, enabled=False):
             teacher = Teacher(settings, self.base_dir)

@@ -32,7 +32,8 @@ from nvembed.training.config import StageConfig, TrainConfig, training_inputs
 from nvembed.training.distributed import DistributedContext
 from nvembed.training.stage_mining import plan_mining
 from nvembed.training.stages import peak_rate, with_fitting_rates
-from nvembed.training.teacher import PROJECTION, Teacher, fit_projection
+from nvembed.training.teacher import PROJECTION, fit_projection, prepared
+from nvembed.training.teacher_states import teacher_states
 from nvembed.training.trial import TriedStage
 
 FACTOR = 2.5  # between two rates
@@ -217,9 +218,12 @@ class _Search:
         tokenizer = self.embedder.backbone.text_tokenizer
         loader = stages.DataLoader(self.mixture, short, seed=config.seed, tokenizer=tokenizer)
         if short.teacher is not None:
-            loader.teacher = known = Teacher(short.teacher, self.base_dir)
+            given = short.teacher, self.base_dir
+            loader.states = teacher_states(*given, self.embedder)
             with torch.autocast(self.processes.device.type, enabled=False):
-                known.prepare(loader.given(0), self.processes, lambda line: None)
+                loader.teacher = prepared(
+                    *given, loader.given(0), self.processes, lambda line: None
+                )
         trained = trained_parameters(self.embedder)
         with torch.no_grad():
             for name, value in self.start.items():

@@ -85,6 +85,10 @@ class TeacherConfig(StrictModel):
             differ. ``None`` is off.
         vectors: factor of the mean over the texts of 1 − cosine of own and teacher's vector;
             ``None`` is off.
+        states: factor of the mean over all tokens of the squared distance of own and teacher's last
+            hidden state, over the square of the latter; for a model that was made smaller from the
+            teacher. It is loaded beside the model and reads every step's texts, with their
+            instructions; tokenizer and width must be the model's. ``None`` is off.
         temperature: divides the cosines in the softmax.
         teacher_temperature: the same for the teacher's cosines; ``None`` is ``temperature``.
         projection: where widths differ, ``vectors`` are compared behind a linear map to the
@@ -103,6 +107,7 @@ class TeacherConfig(StrictModel):
     dtype: PrecisionChoice | None = None
     similarities: float | None = Field(default=1.0, gt=0)
     vectors: float | None = Field(default=None, gt=0)
+    states: float | None = Field(default=None, gt=0)
     temperature: float = Field(default=0.05, gt=0)
     teacher_temperature: float | None = Field(default=None, gt=0)
     projection: bool = True
@@ -115,10 +120,15 @@ class TeacherConfig(StrictModel):
         """What the teacher is called."""
         return self.model or (self.file.vectors if self.file else "")
 
+    @property
+    def of_texts(self) -> bool:
+        """Whether its vectors count, which are computed before the stage."""
+        return self.similarities is not None or self.vectors is not None
+
     @model_validator(mode="after")
     def _teaches(self) -> Self:
-        if self.similarities is None and self.vectors is None:
-            raise ValueError("similarities and vectors are both off: nothing to learn")
+        if not self.of_texts and self.states is None:
+            raise ValueError("similarities, vectors and states are all off: nothing to learn")
         if (self.model is None) == (self.file is None):
             raise ValueError("a teacher is either a model or a file of vectors: give one of them")
         address = self.name.startswith(("http://", "https://"))
@@ -126,4 +136,12 @@ class TeacherConfig(StrictModel):
             raise ValueError("an endpoint serves models by name: give endpoint_model")
         if self.endpoint_model and not address:
             raise ValueError("endpoint_model is given, and model is no address of an endpoint")
+        changed = self.query_prefix or self.document_prefix or not self.instructions
+        if self.states is not None and (self.file or address or changed):
+            raise ValueError(
+                "states are those of a model that reads the same texts: no file, no endpoint, no "
+                "prefixes, and instructions=true"
+            )
+        if self.states is not None and (self.dtype or "").startswith("auto"):
+            raise ValueError("states are computed in every step: name the type, or leave it out")
         return self

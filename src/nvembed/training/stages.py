@@ -43,6 +43,7 @@ from nvembed.training.contrastive_loss import Objective
 from nvembed.training.metrics import WINDOW, movement
 from nvembed.training.step import StepSettings
 from nvembed.training.teacher import PROJECTION, Teacher, TeacherStandIn
+from nvembed.training.teacher_states import TeacherStates
 
 # What torch's fused kernels, and bitsandbytes' 8-bit ones, exist for.
 _FUSED_DEVICES = {"cpu", "cuda"}
@@ -97,6 +98,7 @@ class DataLoader:
         self.stage = stage
         self.tokenizer = tokenizer
         self.teacher: Teacher | TeacherStandIn | None = None  # which has the vectors of all texts
+        self.states: TeacherStates | None = None
         self._seed = derive_seed(seed, "data", stage.name)
         self._order = mixture.order(
             self._seed,
@@ -201,7 +203,8 @@ def start_stage(
         restore_optimizer(checkpoint, trained, optimizer)
     objective = Objective.of_stage(stage)
     coupled = stage.in_batch_negatives or objective.coupled
-    settings = StepSettings(objective, coupled, config.pack_tokens, activation_budget)
+    room = (config.pack_tokens, activation_budget)
+    settings = StepSettings(objective, coupled, *room, states=loader.states)
     return Stage(number, stage, loader, settings, trained, optimizer)
 
 

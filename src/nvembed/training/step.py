@@ -23,7 +23,7 @@ from nvembed.core.runs import derive_seed
 from nvembed.data.batch import ContrastiveBatch, effective_negatives, needed_texts, select_queries
 from nvembed.model.embedder import NVEmbed
 from nvembed.model.packing import plan_groups, share_packs
-from nvembed.model.packs import embed_pack
+from nvembed.model.packs import pack_features
 from nvembed.model.tokens import TokenizedText
 from nvembed.training.contrastive_loss import (
     ContrastiveStatistics,
@@ -32,6 +32,7 @@ from nvembed.training.contrastive_loss import (
     evaluate_objective,
 )
 from nvembed.training.distributed import FILLER, DistributedContext
+from nvembed.training.teacher_states import TeacherStates
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +43,7 @@ class StepSettings:
     coupled: bool  # in-batch negatives make every query depend on all documents
     pack_tokens: int  # per forward
     activation_budget: int  # tokens whose graphs a process holds at once
+    states: TeacherStates | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,8 +154,10 @@ def contrastive_step(
     total_weight = float(batch.weight_B.sum())
     loss, sums, parts = 0.0, ScoreSums(), dict[str, float]()
     plans = plan_step(batch, lengths, settings, processes.count)
+    teaching = _Teaching.of(settings, plans)
     for number, plan in enumerate(plans):
-        pass_ = _Pass(model, [texts[row] for row in plan.rows], plan, processes, seed, number)
+        own = [texts[row] for row in plan.rows]
+        pass_ = _Pass(model, own, plan, processes, seed, number, teaching)
         embedding_UD = pass_.embed()
         evaluated = evaluate_objective(
             settings.objective,
@@ -170,6 +174,11 @@ def contrastive_step(
         loss += evaluated.loss
         parts |= {name: parts.get(name, 0.0) + part for name, part in evaluated.parts.items()}
         sums += evaluated.sums
+    if teaching is not None:
+        parts["states"] = sum(processes.of_all(teaching.found))
+        if not math.isfinite(parts["states"]):
+            raise FloatingPointError(parts["states"])
+        loss += parts["states"]
     return StepResult(
         loss=loss,
         parts=parts,
@@ -180,6 +189,25 @@ def contrastive_step(
         duplicates=1 - len(texts) / batch.mentioned,
         recomputed=recomputed_share(plans, processes.rank),
     )
+
+
+@dataclass(slots=True)
+class _Teaching:
+    """States of tokens that the model is drawn to, and what was missing so far."""
+
+    states: TeacherStates
+    tokens: int  # that the model reads in the step, in all processes
+    found: float = 0.0
+
+    @classmethod
+    def of(cls, settings: StepSettings, plans: Sequence[PassPlan]) -> _Teaching | None:
+        if settings.states is None:
+            return None
+        return cls(settings.states, sum(sum(own) for plan in plans for own in plan.sizes))
+
+    def distance(self, texts: Sequence[TokenizedText], hidden_TD: Tensor) -> Tensor:
+        """The part of the loss that a pack has."""
+        return self.states.distance(texts, hidden_TD) / self.tokens
 
 
 class _Pass:
@@ -193,20 +221,24 @@ class _Pass:
         processes: DistributedContext,
         seed: int,
         number: int,
+        teaching: _Teaching | None,
     ) -> None:
+        self.teaching = teaching
         self.model, self.texts, self.plan, self.processes = model, texts, plan, processes
         self.seed = derive_seed(seed, number, processes.rank)
         self.packs = plan.shares[processes.rank]
-        self._graphs: list[Tensor] = []
+        self._graphs: list[tuple[Tensor, Tensor | None]] = []
 
     def embed(self) -> Tensor:
         """Embeddings ``(U, D)`` of all texts, on every process, without graph."""
         found = []
         for index in range(len(self.packs)):
             with nullcontext() if index < self.plan.kept else torch.no_grad():
-                embedding_ND = self._pack(index)
+                embedding_ND, missing = self._pack(index)
             if index < self.plan.kept:
-                self._graphs.append(embedding_ND)
+                self._graphs.append((embedding_ND, missing))
+            if self.teaching is not None and missing is not None:
+                self.teaching.found += float(missing.detach())
             found.append(embedding_ND.detach())
         counts = [sum(len(pack) for pack in share) for share in self.plan.shares]
         stacked_UD = self.processes.gather_rows(torch.cat(found), counts)
@@ -219,15 +251,23 @@ class _Pass:
         """Send the gradient of the embeddings back; after the ``last`` pass nothing follows."""
         for index, pack in enumerate(self.packs):
             # A graph is let go once it was gone through.
-            embedding_ND = self._graphs.pop(0) if index < self.plan.kept else self._pack(index)
+            ends = self._graphs.pop(0) if index < self.plan.kept else self._pack(index)
+            embedding_ND, missing = ends
             rows = torch.tensor(pack, dtype=torch.int64, device=gradient_UD.device)
             final = last and index == len(self.packs) - 1
             with self.processes.syncing(self.model, last=final):
-                torch.autograd.backward(embedding_ND, gradient_UD[rows])
+                if missing is None or not missing.requires_grad:
+                    torch.autograd.backward(embedding_ND, gradient_UD[rows])
+                else:
+                    torch.autograd.backward([embedding_ND, missing], [gradient_UD[rows], None])
 
-    def _pack(self, index: int) -> Tensor:
-        """Embed one pack; its dropout is the same every time."""
+    def _pack(self, index: int) -> tuple[Tensor, Tensor | None]:
+        """Embed one pack, and hold its states against a teacher's; dropout is always the same."""
         torch.manual_seed(derive_seed(self.seed, index))
         texts = [self.texts[row] for row in self.packs[index]]
         # An empty pack runs too: sharded weights want equally many forwards in all processes.
-        return embed_pack(self.model, texts or [FILLER])[: len(texts)]
+        features = pack_features(self.model, texts or [FILLER])
+        embedding_ND, missing = features["sentence_embedding"][: len(texts)], None
+        if self.teaching is not None and texts:
+            missing = self.teaching.distance(texts, features["token_embeddings"])
+        return embedding_ND, missing

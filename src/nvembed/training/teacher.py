@@ -160,6 +160,21 @@ class Teacher:
         return encode_window(encoder, [text for _, _, text in window], side=side, task=task)
 
 
+def prepared(
+    settings: TeacherConfig,
+    base_dir: Path,
+    given: Iterable[GivenText],
+    processes: DistributedContext,
+    log: Callable[[str], None],
+) -> Teacher | None:
+    """A teacher that has the vectors of given texts; ``None`` where they do not count."""
+    if not settings.of_texts:
+        return None
+    found = Teacher(settings, base_dir)
+    found.prepare(given, processes, log)
+    return found
+
+
 @dataclass(frozen=True, slots=True)
 class TeacherStandIn:
     """Random vectors in a teacher's place, and what it will take to have its own."""

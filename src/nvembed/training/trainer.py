@@ -33,6 +33,7 @@ from nvembed.training.loss_config import TeacherConfig
 from nvembed.training.stage_mining import mine_mixture
 from nvembed.training.stages import LossWatch, peak_rate
 from nvembed.training.step import StepResult, contrastive_step
+from nvembed.training.teacher_states import teacher_states
 
 
 @checked
@@ -211,9 +212,10 @@ class _Run:
         return trained_parameters(self.embedder, **of_loss)
 
     def _prepare(self, loader: stages.DataLoader, settings: TeacherConfig) -> None:
-        """Have the teacher's vectors of all texts that the loader will give."""
-        loader.teacher = known = teacher.Teacher(settings, self.base_dir)
-        known.prepare(loader.given(self.position.stage_step), self.processes, self.log)
+        """Have the teacher's vectors of all texts that the loader will give, or itself."""
+        given = loader.given(self.position.stage_step)
+        loader.states = teacher_states(settings, self.base_dir, self.embedder)
+        loader.teacher = teacher.prepared(settings, self.base_dir, given, self.processes, self.log)
 
     def _projection(self, loader: stages.DataLoader, number: int) -> nn.Parameter | None:
         model, first = self.embedder, map(loader.step, range(loader.stage.steps))
@@ -302,7 +304,6 @@ class _Run:
             raise self._not_finite(norm, "gradient norm", config.name)
         optimizer.step()
         optimizer.zero_grad()
-        temperature = bounded(self.log_temperature) or config.temperature
         seconds = time.perf_counter() - started
         return {
             "step": self.position.step + 1,
@@ -310,7 +311,7 @@ class _Run:
             **result.to_row(),
             "learning_rate": peak_rate(config) * share,
             "grad_norm": norm,
-            "temperature": temperature,
+            "temperature": bounded(self.log_temperature) or config.temperature,
             "seconds": seconds,
             "tokens_per_second": result.num_tokens / seconds,
         }
@@ -390,9 +391,8 @@ class _Run:
 
     def _not_finite(self, value: float, what: str, stage: str) -> TrainingError:
         last = checkpoint.latest_checkpoint(self.run.checkpoints)
-        step = self.position.step + 1
         return TrainingError(
-            f"the {what} of step {step} ({stage}) is {value}; the weights were not changed",
+            f"the {what} of step {self.position.step + 1} ({stage}) is {value}; no weight changed",
             where=str(self.run.path),
             expected="finite numbers",
             hint="Lower the learning rate or raise the temperature; last checkpoint: "

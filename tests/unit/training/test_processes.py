@@ -38,6 +38,7 @@ from nvembed.training.distributed import (
 from nvembed.training.distributed import full as whole
 from nvembed.training.loss_config import TeacherConfig
 from nvembed.training.step import StepSettings, contrastive_step
+from nvembed.training.teacher_states import TeacherStates
 
 
 def parameter(values: list[float], gradient: list[float] | None = None, **kind) -> nn.Parameter:
@@ -375,10 +376,15 @@ def step_with_graphs_of(folder: Path, activation_budget: int, shard: bool) -> tu
     rng = np.random.default_rng(0)
     batch = replace(batch, teacher_UE=rng.standard_normal((len(texts), 5)).astype(np.float16))
     teacher = TeacherConfig(model="t", similarities=1.0, vectors=1.0)
-    settings = StepSettings(Objective(0.1, teacher=teacher), True, 100, activation_budget)
+    other = small_model(folder, lora=False).backbone
+    with torch.no_grad():
+        for weight in other.parameters():
+            weight.add_(weight.sign() * 0.02)
+    objective, states = Objective(0.1, teacher=teacher), TeacherStates(other, 0.5)
+    settings = StepSettings(objective, True, 100, activation_budget, states=states)
     projection = parameter(rng.standard_normal((5, WIDTH)).tolist())
     result = contrastive_step(model, batch, texts, settings, here, seed=1, projection=projection)
-    assert set(result.parts) == {"contrastive", "similarities", "vectors"}
+    assert set(result.parts) == {"contrastive", "similarities", "vectors", "states"}
     assert projection.grad is not None
     trained = [p for p in model.parameters() if p.requires_grad]
     here.sum_gradients(trained)

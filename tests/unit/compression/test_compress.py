@@ -92,6 +92,7 @@ def test_a_small_model_is_written_and_recovers(
     assert run(["train", str(place / "small" / "recover.yaml"), *changes]) == 0
     recovered = NVEmbed.from_pretrained(place / "run" / "model")
     assert recovered.prompts["query"] == QUERY
+    assert recovered.backbone.max_tokens == whole.backbone.max_tokens == 64
     for prompt in ("", QUERY):
         wanted = whole.encode(TEXTS, prompt=prompt)
         before, after = (

@@ -373,6 +373,7 @@ def recovery_recipe(model: NVEmbed, name: str, texts: Path, to: Path, count: int
         place = os.path.relpath(Path(path).resolve(), to.resolve())
         return json.dumps(place if Path(path).exists() else str(path), ensure_ascii=False)
 
+    backbone = json.dumps(f"../{to.resolve().name}", ensure_ascii=False)
     batch, path, many = min(128, count), seen_from(texts), len(prompts)
     output = json.dumps(f"{to}-recovered", ensure_ascii=False)
     queries = "".join(
@@ -383,7 +384,7 @@ def recovery_recipe(model: NVEmbed, name: str, texts: Path, to: Path, count: int
     return f"""\
 # What `nvembed compress` took is learned back from the whole model: nvembed train {RECIPE}
 output: {output}   # from the folder in which the command runs; other paths from here
-model: {{backbone: {json.dumps(f"../{to.resolve().name}", ensure_ascii=False)}}}
+model: {{backbone: {backbone}, max_tokens: {model.backbone.max_tokens}}}
 lora: null   # all weights; for a large model {{rank: 16}}
 datasets:
   - {{name: texts, path: {path}, kind: text, instruction: null, stages: [1], weight: {many}}}

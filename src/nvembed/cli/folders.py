@@ -98,6 +98,7 @@ def compress(
       nvembed compress runs/mine/model --texts texts.jsonl --head-free --to plain
     """
     from nvembed.encoding.compression import compress as compression
+    from nvembed.encoding.compression.recovery import RECIPE
 
     found = compression.compress(
         model,
@@ -114,7 +115,7 @@ def compress(
     for step in found.steps:
         size = f"{step.parameters:>14,}{step.bytes / 1e6:>10,.1f}"
         typer.echo(f"{step.step:<12}{size}{step.seconds:>10.2f}{step.cosine:>10.4f}")
-    typer.echo(f"written: {to}; to recover: nvembed train {to / compression.RECIPE}")
+    typer.echo(f"written: {to}; to recover: nvembed train {to / RECIPE}")
 
 
 @opt.described(

@@ -7,8 +7,6 @@ is a recipe that teaches the small model the vectors of the whole one.
 
 from __future__ import annotations
 
-import json
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -26,7 +24,7 @@ from nvembed.core.errors import ConfigError, DataError, ModelError
 from nvembed.core.files import atomic_folder, write_json, write_text
 from nvembed.core.outputs import check_new_folder
 from nvembed.core.reporting import progress
-from nvembed.data.instructions import prompt_instruction, query_prompt, task_prompts
+from nvembed.data.instructions import query_prompt
 from nvembed.data.reading import read_documents
 from nvembed.encoding.compression.depth import layers_to_leave_out
 from nvembed.encoding.compression.fitting import fit_layers
@@ -39,6 +37,7 @@ from nvembed.encoding.compression.pruning import (
     leave_out_layers,
     longest,
 )
+from nvembed.encoding.compression.recovery import RECIPE, instructions_of, recovery_recipe
 from nvembed.encoding.compression.vocabulary import (
     Vocabulary,
     cut_tokenizer,
@@ -58,9 +57,8 @@ from nvembed.model.pooling import MeanPooling
 from nvembed.model.tokens import TokenizedText
 
 COMPRESS = "compress"
-RECORD, RECIPE = "compression.json", "recover.yaml"
-_MOST_PROMPTS = 16
-_INSTRUCTION = "Given a question, retrieve passages that answer the question"
+RECORD = "compression.json"
+_ANY_OF = "layers, mlp, vocabulary or head_free"
 _FEWER_PACKS = 3  # to compare layers a part of what they are fitted by will do
 _HELD_OUT = 256  # texts; of a small file a quarter
 _Count = Annotated[int, Field(ge=1)]
@@ -110,9 +108,7 @@ def compress(
     sample: _Count = 64,
     fit: _Count = 512,
 ) -> Compressed:
-    """Write a smaller model: fewer tokens, then fewer layers, then narrower MLPs, then no head.
-
-    Layers that stay are fitted to the states that they had in the whole model (``fitting.py``).
+    """Write a smaller model: fewer tokens, fewer layers, narrower MLPs (both fitted), no head.
 
     Args:
         name: folder or hub id of a model that was saved here or has the official layout.
@@ -136,8 +132,7 @@ def compress(
     check_new_folder(to, [name, texts])
     sizes = {"layers": layers, "mlp": mlp, "vocabulary": vocabulary}
     if not (any(sizes.values()) or head_free):
-        expected = f"{', '.join(sizes)} or head_free"
-        raise ConfigError("nothing is to be made smaller", expected=expected)
+        raise ConfigError("nothing is to be made smaller", expected=_ANY_OF)
     check_model_name(name)
     held_out, corpus = _split(Path(texts))
     model = load_own(name, "auto")
@@ -149,22 +144,21 @@ def compress(
         found.left_out["vocabulary"] = _cut_vocabulary(model, tokens, corpus, vocabulary)
         _note(found, "vocabulary", model, held_out, whole_ND)
     packs, fitting = _packs(model, corpus[:sample]), _fitting_packs(model, corpus[:fit])
-    if layers is not None:
-        _leave_out_layers(model, packs, fitting, layers, found)
-        _note(found, "layers", model, held_out, whole_ND)
-    if mlp is not None:
-        _cut_mlps(model, packs, fitting, mlp, found)
-        _note(found, "mlp", model, held_out, whole_ND)
+    for step, cut in (("layers", _leave_out_layers), ("mlp", _cut_mlps)):
+        if (size := sizes[step]) is not None:
+            cut(model, packs, fitting, size, found)
+            _note(found, step, model, held_out, whole_ND)
     if head_free:
         found.left_out["head"] = type(model.pooling).__name__
         model = without_head(model)
         _note(found, "head", model, held_out, whole_ND)
-    recipe = recovery_recipe(model, name, Path(texts), to, len(corpus))
-    _write(model, found, recipe, to, held_out[:8])
+    _write(model, found, to, held_out[:8], len(corpus))
     return found
 
 
-def _write(model: NVEmbed, found: Compressed, recipe: str, to: Path, proof: Sequence[str]) -> None:
+def _write(model: NVEmbed, found: Compressed, to: Path, proof: Sequence[str], learned: int) -> None:
+    """The folder, with a recipe that learns from ``learned`` of the texts."""
+    recipe = recovery_recipe(model, found.model, Path(found.texts), to, learned)
     with atomic_folder(to, COMPRESS) as temporary:
         model.save_pretrained(str(temporary), create_model_card=False)
         _prove(model, temporary, proof, found.model)
@@ -270,7 +264,7 @@ def _packs(model: NVEmbed, texts: Sequence[str]) -> Packs:
 
 def _fitting_packs(model: NVEmbed, texts: Sequence[str]) -> Packs:
     """Documents, and as many queries with the model's instructions in turn."""
-    tokenize, instructions = model.backbone.tokenize_texts, _instructions(model)
+    tokenize, instructions = model.backbone.tokenize_texts, instructions_of(model)
     read = list(tokenize(texts[::2]))
     for number, instruction in enumerate(instructions):
         own = texts[1 + 2 * number :: 2 * len(instructions)]
@@ -343,57 +337,3 @@ def _prove(model: NVEmbed, folder: Path, texts: Sequence[str], name: str) -> Non
             where=name,
             hint="Leave vocabulary out, or report the model's family",
         )
-
-
-def _instructions(model: NVEmbed) -> list[str]:
-    """Some of a model's instructions: its own, then MTEB's, both from all over their lists."""
-    of_tasks = task_prompts()
-    own, others = dict[str, None](), dict[str, None]()
-    for name, prompt in model.prompts.items():
-        if instruction := prompt_instruction(prompt):
-            (others if name in of_tasks else own)[instruction] = None
-    known = _spread(list(own), _MOST_PROMPTS // 2)
-    rest = [instruction for instruction in others if instruction not in known]
-    return known + _spread(rest, _MOST_PROMPTS - len(known)) or [_INSTRUCTION]
-
-
-def _spread(items: list[str], most: int) -> list[str]:
-    """The first of equal parts of a list."""
-    return items[:: -(-len(items) // most) or 1]
-
-
-def recovery_recipe(model: NVEmbed, name: str, texts: Path, to: Path, count: int) -> str:
-    """A recipe, to lie in the folder ``to``, that teaches it the vectors of the whole model.
-
-    It reads documents and as many queries, which have some of the model's instructions in turn.
-    """
-    prompts = _instructions(model)
-
-    def seen_from(path: str | Path) -> str:
-        place = os.path.relpath(Path(path).resolve(), to.resolve())
-        return json.dumps(place if Path(path).exists() else str(path), ensure_ascii=False)
-
-    backbone = json.dumps(f"../{to.resolve().name}", ensure_ascii=False)
-    batch, path, many = min(128, count), seen_from(texts), len(prompts)
-    output = json.dumps(f"{to}-recovered", ensure_ascii=False)
-    queries = "".join(
-        f"  - {{name: queries-{number}, path: {path}, kind: text, "
-        f"instruction: {json.dumps(prompt, ensure_ascii=False)}, stages: [1], weight: 1}}\n"
-        for number, prompt in enumerate(prompts, start=1)
-    )
-    return f"""\
-# What `nvembed compress` took is learned back from the whole model: nvembed train {RECIPE}
-output: {output}   # from the folder in which the command runs; other paths from here
-model: {{backbone: {backbone}, max_tokens: {model.backbone.max_tokens}}}
-lora: null   # all weights; for a large model {{rank: 16}}
-datasets:
-  - {{name: texts, path: {path}, kind: text, instruction: null, stages: [1], weight: {many}}}
-{queries}stages:
-  - name: recover
-    steps: {max(20, min(2000, 3 * count // batch))}
-    batch_size: {batch}
-    in_batch_negatives: false
-    num_negatives: 0
-    contrastive: null
-    teacher: {{model: {seen_from(name)}, similarities: 1.0, vectors: 1.0}}
-"""

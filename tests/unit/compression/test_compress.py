@@ -86,8 +86,20 @@ def test_a_small_model_is_written_and_recovers(
     # The head came along: with it removed the vectors are others.
     assert any(name.startswith("1.") for name, _ in small.named_parameters())
 
+    # The fit has left nothing to learn of so few words.
+    damaged = NVEmbed.from_pretrained(place / "small")
+    with torch.no_grad():
+        for number, weight in enumerate(damaged.backbone.parameters()):
+            torch.manual_seed(number)
+            weight.add_(torch.randn_like(weight) * 0.3 * weight.std())
+    damaged.save_pretrained(str(place / "damaged"), create_model_card=False)
     monkeypatch.chdir(place)
-    changes = ["stages.recover.steps=12", "stages.recover.batch_size=16", f"output={place / 'run'}"]
+    changes = [
+        f"model.backbone={place / 'damaged'}",
+        "stages.recover.steps=12",
+        "stages.recover.batch_size=16",
+        f"output={place / 'run'}",
+    ]
     changes += ["stages.recover.warmup_steps=2", "precision=float32", "memory_gb=1.0"]
     assert run(["train", str(place / "small" / "recover.yaml"), *changes]) == 0
     recovered = NVEmbed.from_pretrained(place / "run" / "model")
@@ -97,7 +109,7 @@ def test_a_small_model_is_written_and_recovers(
         wanted = whole.encode(TEXTS, prompt=prompt)
         before, after = (
             float((model.encode(TEXTS, prompt=prompt) * wanted).sum(axis=1).mean())
-            for model in (small, recovered)
+            for model in (damaged, recovered)
         )
         assert after > before + 0.2 * (1 - before), (prompt, before, after)
 

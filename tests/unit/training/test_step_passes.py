@@ -52,7 +52,10 @@ class Table(nn.Module):
 
 @pytest.fixture(autouse=True)
 def _table_in_place_of_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(step, "embed_pack", lambda model, texts: model.embed(texts))
+    def features(model: Any, texts: Any) -> dict[str, Tensor]:
+        return {"sentence_embedding": model.embed(texts)}
+
+    monkeypatch.setattr(step, "pack_features", features)
 
 
 def batch_of(count: int = 7, *, coupled: bool = True) -> tuple[ContrastiveBatch, list[Any]]:
@@ -323,7 +326,12 @@ def test_a_learned_temperature_takes_the_place_of_the_fixed_one(coupled: bool) -
 def test_the_gradient_has_the_type_of_the_embeddings(monkeypatch: pytest.MonkeyPatch) -> None:
     batch, texts = batch_of()
     model = Table()
-    monkeypatch.setattr(step, "embed_pack", lambda made, texts: made.embed(texts).bfloat16())
+    plain = step.pack_features
+
+    def halved(made: Any, texts: Any) -> dict[str, Tensor]:
+        return {name: value.bfloat16() for name, value in plain(made, texts).items()}
+
+    monkeypatch.setattr(step, "pack_features", halved)
     sent: list[torch.dtype] = []
     backward = torch.autograd.backward
 

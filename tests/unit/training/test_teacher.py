@@ -523,7 +523,7 @@ def test_a_step_is_never_cut_where_all_texts_teach_each_other(
     [
         ({"teacher": {}}, "either a model or a file"),
         ({"teacher": None}, "bare has texts without labels"),
-        ({"teacher": {"model": "t", "similarities": None}}, "both off"),
+        ({"teacher": {"model": "t", "similarities": None}}, "all off"),
         ({"teacher": {"model": "http://x/v1"}}, "give endpoint_model"),
         ({"teacher": {"model": "t", "endpoint_model": "m"}}, "no address of an endpoint"),
         ({"teacher": None, "contrastive": None}, "nothing to learn"),

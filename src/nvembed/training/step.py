@@ -167,6 +167,8 @@ def contrastive_step(
             log_temperature=log_temperature,
             projection=projection,
         )
+        if teaching is not None:  # alike in all processes, and before anything is sent back
+            evaluated.parts["states"] = sum(processes.of_all(pass_.missing))
         if not math.isfinite(evaluated.loss):
             raise FloatingPointError(evaluated.loss)
         gradient_UD = evaluated.gradient_UD.to(embedding_UD.dtype)
@@ -174,11 +176,6 @@ def contrastive_step(
         loss += evaluated.loss
         parts |= {name: parts.get(name, 0.0) + part for name, part in evaluated.parts.items()}
         sums += evaluated.sums
-    if teaching is not None:
-        parts["states"] = sum(processes.of_all(teaching.found))
-        if not math.isfinite(parts["states"]):
-            raise FloatingPointError(parts["states"])
-        loss += parts["states"]
     return StepResult(
         loss=loss,
         parts=parts,
@@ -191,13 +188,12 @@ def contrastive_step(
     )
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Teaching:
-    """States of tokens that the model is drawn to, and what was missing so far."""
+    """States of tokens that the model is drawn to."""
 
     states: TeacherStates
     tokens: int  # that the model reads in the step, in all processes
-    found: float = 0.0
 
     @classmethod
     def of(cls, settings: StepSettings, plans: Sequence[PassPlan]) -> _Teaching | None:
@@ -227,6 +223,7 @@ class _Pass:
         self.model, self.texts, self.plan, self.processes = model, texts, plan, processes
         self.seed = derive_seed(seed, number, processes.rank)
         self.packs = plan.shares[processes.rank]
+        self.missing = 0.0  # of the teacher's states, in this process
         self._graphs: list[tuple[Tensor, Tensor | None]] = []
 
     def embed(self) -> Tensor:
@@ -237,8 +234,8 @@ class _Pass:
                 embedding_ND, missing = self._pack(index)
             if index < self.plan.kept:
                 self._graphs.append((embedding_ND, missing))
-            if self.teaching is not None and missing is not None:
-                self.teaching.found += float(missing.detach())
+            if missing is not None:
+                self.missing += float(missing.detach())
             found.append(embedding_ND.detach())
         counts = [sum(len(pack) for pack in share) for share in self.plan.shares]
         stacked_UD = self.processes.gather_rows(torch.cat(found), counts)

@@ -63,7 +63,6 @@ def teacher_states(settings: TeacherConfig, base_dir: Path, model: NVEmbed) -> T
         return None
     name, where = teacher_source(settings, base_dir), "teacher.states"
     taught = model.backbone
-    device = taught.device if taught.device.type != "meta" else "cpu"
     given = load_encoder(name, settings.dtype)
     if not isinstance(given, NVEmbed) or not isinstance(given[0], Backbone):
         raise ConfigError(
@@ -72,7 +71,7 @@ def teacher_states(settings: TeacherConfig, base_dir: Path, model: NVEmbed) -> T
             expected="a model that nvembed saved, or NVIDIA's layout",
             hint="Learn from its vectors: set teacher.vectors, and states to null",
         )
-    backbone = given.to(device).backbone
+    backbone = given.to(taught.device).backbone
     if backbone.width != taught.width:
         raise ConfigError(
             f"the states of {name} are {backbone.width} wide, and the model's {taught.width}",

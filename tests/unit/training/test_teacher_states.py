@@ -123,6 +123,16 @@ def test_the_teacher_itself_has_nothing_to_learn(models: tuple[NVEmbed, NVEmbed]
     assert max(float(value.abs().max()) for value in gradients.values()) < 1e-4
 
 
+def test_states_that_are_not_finite_are_not_sent_back(models: tuple[NVEmbed, NVEmbed]) -> None:
+    teacher, model = models
+    with torch.no_grad():
+        next(teacher.backbone.parameters()).fill_(float("nan"))
+    model.zero_grad()
+    with pytest.raises(FloatingPointError):
+        step(model, teacher, Objective(0.1, contrastive=None), 120)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
 def test_a_distance_counts_by_the_wanted_states() -> None:
     own_TD, wanted_TD = torch.tensor([[1.0, 2.0], [0.0, 0.0]]), torch.tensor([[3.0, 4.0], [5.0, 0]])
     found_T = distance_of_states(own_TD, wanted_TD)

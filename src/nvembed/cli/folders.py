@@ -111,10 +111,16 @@ def compress(
         sample=sample,
         fit=fit,
     )
-    typer.echo(f"{'':<12}{'parameters':>14}{'MB':>10}{'seconds':>10}{'cosine':>10}")
+    typer.echo(f"{'':<12}{'':>34}{'cosine of':>11}")
+    names = f"{'parameters':>14}{'MB':>10}{'seconds':>10}{'documents':>11}{'queries':>9}"
+    typer.echo(f"{'':<12}{names}")
     for step in found.steps:
         size = f"{step.parameters:>14,}{step.bytes / 1e6:>10,.1f}"
-        typer.echo(f"{step.step:<12}{size}{step.seconds:>10.2f}{step.cosine:>10.4f}")
+        cosines = f"{step.cosine:>11.4f}{step.queries:>9.4f}"
+        typer.echo(f"{step.step:<12}{size}{step.seconds:>10.2f}{cosines}")
+    for name, rows in found.fitted.items():
+        if not rows:
+            typer.echo(f"{name}: nothing was fitted: this family's MLPs do not add to states as is")
     typer.echo(f"written: {to}; to recover: nvembed train {to / RECIPE}")
 
 

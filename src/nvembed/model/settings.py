@@ -122,8 +122,10 @@ class ModelSettings(StrictModel):
             has its own, so leave it out then.
         pooling: latent attention by default; leave it out for an embedding model. One of stock
             modules keeps its own (mean or last) unless another is given.
-        max_tokens: longest sequence with BOS, prompt and EOS; longer texts are cut. The limit of a
-            model of stock modules, and a table of positions, are never exceeded.
+        max_tokens: longest sequence with BOS, prompt and EOS; longer texts are cut. ``None`` keeps
+            the limit of a saved embedding model, and is 512 for the others (NVIDIA's was trained on
+            512, whatever it reads). The limit of a model of stock modules, and a table of
+            positions, are never exceeded.
         dtype: type of the backbone; float32 by default, a saved embedding model keeps its own,
             NVIDIA's gets bfloat16 on CUDA. What is trained is held in float32 until it is saved.
         quantization: holds the frozen base in fewer bits while it trains: ``nf4`` (4, as QLoRA)
@@ -133,7 +135,7 @@ class ModelSettings(StrictModel):
     backbone: str = Field(min_length=1)
     attention: AttentionDirection | None = None
     pooling: PoolingSettings | None = None
-    max_tokens: int = Field(default=512, ge=8)
+    max_tokens: Annotated[int, Field(ge=8)] | None = None
     dtype: FloatPrecision | None = None
     quantization: Literal["nf4", "int8"] | None = None
 

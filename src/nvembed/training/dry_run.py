@@ -259,7 +259,7 @@ class _Rehearsal:
         """Something in the place of the teacher's vectors, and how long those will take."""
         if settings is None:
             return None
-        loader.states = teacher_states(settings, self.base_dir, self.embedder)
+        loader.states = teacher_states(loader.stage, self.base_dir, self.embedder)
         if not settings.of_texts:
             return None
         with torch.autocast(self.processes.device.type, enabled=False):

@@ -219,7 +219,7 @@ class _Search:
         loader = stages.DataLoader(self.mixture, short, seed=config.seed, tokenizer=tokenizer)
         if short.teacher is not None:
             given = short.teacher, self.base_dir
-            loader.states = teacher_states(*given, self.embedder)
+            loader.states = teacher_states(short, self.base_dir, self.embedder)
             with torch.autocast(self.processes.device.type, enabled=False):
                 loader.teacher = prepared(
                     *given, loader.given(0), self.processes, lambda line: None

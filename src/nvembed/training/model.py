@@ -47,6 +47,8 @@ from nvembed.training.checkpoint import trained_parameters
 from nvembed.training.config import TrainConfig
 from nvembed.training.distributed import DistributedContext, full
 
+OFFICIAL_MAX_TOKENS = 512  # of its training, as far as is known; the released folder reads 32,768
+
 
 def starting_model(config: TrainConfig, base_dir: Path, *, device: str) -> NVEmbed:
     """``build_model`` with new weights that the seed of the run decides."""
@@ -77,16 +79,19 @@ def build_model(config: TrainConfig, base_dir: Path, *, device: str | None = Non
     """The model a run starts from, with adapters where the recipe wants them."""
     settings = config.model
     source = backbone_source(config, base_dir)
-    pooling = settings.pooling
-    if pooling is None and model_kind(ModelSource(source)) == "language_model":
+    pooling, max_tokens = settings.pooling, settings.max_tokens
+    kind = model_kind(ModelSource(source))
+    if pooling is None and kind == "language_model":
         pooling = PoolingSettings()
+    if max_tokens is None and kind == "official":
+        max_tokens = OFFICIAL_MAX_TOKENS
     model = NVEmbed.from_pretrained(
         source,
         pooling=pooling.kind if pooling else None,
         num_latents=pooling.num_latents if pooling else None,
         num_heads=pooling.num_heads if pooling else None,
         attention=settings.attention,
-        max_tokens=settings.max_tokens,
+        max_tokens=max_tokens,
         dtype=settings.dtype,
         quantize=Quantizer(settings.quantization, frozen=True) if settings.quantization else None,
         device=device,

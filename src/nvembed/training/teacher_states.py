@@ -21,7 +21,7 @@ from nvembed.model.encoder import load_encoder
 from nvembed.model.packing import flatten
 from nvembed.model.packs import filler
 from nvembed.model.tokens import TokenizedText, plain_backend
-from nvembed.training.loss_config import TeacherConfig
+from nvembed.training.config import StageConfig
 from nvembed.training.teacher import teacher_source
 
 
@@ -53,15 +53,16 @@ def distance_of_states(hidden_TD: Tensor, wanted_TD: Tensor) -> Tensor:
         return missing_T / wanted_TD.square().sum(dim=1).clamp(min=1e-12)
 
 
-def teacher_states(settings: TeacherConfig, base_dir: Path, model: NVEmbed) -> TeacherStates | None:
-    """Load a teacher of states; ``None`` where they do not count.
+def teacher_states(stage: StageConfig, base_dir: Path, model: NVEmbed) -> TeacherStates | None:
+    """Load a stage's teacher of states; ``None`` where they do not count.
 
     Raises:
         ConfigError: it is no model of ours, reads other tokens or has states of another width.
     """
-    if settings.states is None:
+    settings = stage.teacher
+    if settings is None or settings.states is None:
         return None
-    name, where = teacher_source(settings, base_dir), "teacher.states"
+    name, where = teacher_source(settings, base_dir), f"stages.{stage.name}.teacher.states"
     taught = model.backbone
     given = load_encoder(name, settings.dtype)
     if not isinstance(given, NVEmbed) or not isinstance(given[0], Backbone):

@@ -214,7 +214,7 @@ class _Run:
     def _prepare(self, loader: stages.DataLoader, settings: TeacherConfig) -> None:
         """Have the teacher's vectors of all texts that the loader will give, or itself."""
         given = loader.given(self.position.stage_step)
-        loader.states = teacher_states(settings, self.base_dir, self.embedder)
+        loader.states = teacher_states(loader.stage, self.base_dir, self.embedder)
         loader.teacher = teacher.prepared(settings, self.base_dir, given, self.processes, self.log)
 
     def _projection(self, loader: stages.DataLoader, number: int) -> nn.Parameter | None:

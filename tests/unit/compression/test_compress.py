@@ -17,6 +17,7 @@ from nvembed import NVEmbed
 from nvembed.cli.main import run
 from nvembed.core.files import write_jsonl
 from nvembed.data.instructions import prompt_instruction, task_prompts
+from nvembed.encoding.compression.compress import _split
 from nvembed.encoding.compression.recovery import recovery_recipe
 from nvembed.encoding.export.folders import export_folder
 from nvembed.model.pooling import MeanPooling
@@ -69,6 +70,10 @@ def test_a_small_model_is_written_and_recovers(
     cosines = [step["cosine"] for step in steps.values()]
     assert cosines[0] == pytest.approx(1, abs=1e-3)
     assert cosines[0] + 1e-6 > cosines[1] > cosines[2] != cosines[3]
+    queries = [step["queries"] for step in steps.values()]
+    assert queries[0] == pytest.approx(1, abs=1e-3)
+    assert queries[0] + 1e-6 > queries[1] > queries[2] != queries[3]
+    assert not set(queries[2:]) & set(cosines)
     assert sum(len(each["layers"]) for each in record["left_out"]["layers"]) == 2
     assert record["left_out"]["mlp"] == {"channels": 512}
     assert record["left_out"]["vocabulary"]["tokens"] == 8192 - config.vocab_size
@@ -124,7 +129,16 @@ def test_a_model_without_its_head_recovers_for_servers_that_know_none(
     assert plain.prompts == whole.prompts
     record = json.loads((place / "plain" / "compression.json").read_text())
     assert record["left_out"] == {"head": "LatentAttentionPooling"}
-    assert [step["step"] for step in record["steps"]] == ["whole", "head"]
+    before, after = record["steps"]
+    assert (before["step"], after["step"]) == ("whole", "head")
+    # Every other held-out text with the prompt of the model, which is pooled with it now.
+    held_out, _ = _split(place / "texts.jsonl")
+    for key, texts, prompt in (("cosine", held_out, ""), ("queries", held_out[::2], QUERY)):
+        pairs = [model.encode(texts, prompt=prompt) for model in (plain, whole)]
+        assert after[key] == pytest.approx(
+            float((pairs[0] * pairs[1]).sum(axis=1).mean()), abs=1e-5
+        )
+    assert after["queries"] < after["cosine"] - 0.001
     recipe = yaml.safe_load((place / "plain" / "recover.yaml").read_text())
     assert [(one["instruction"], one["weight"]) for one in recipe["datasets"]] == [
         (None, 1),

@@ -20,12 +20,14 @@ from nvembed.data.batch import build_batch
 from nvembed.data.examples import Example
 from nvembed.model.embedder import NVEmbed
 from nvembed.model.packs import embed_pack, pack_features
+from nvembed.training.config import StageConfig
 from nvembed.training.contrastive_loss import Objective, info_nce, scores
 from nvembed.training.distributed import DistributedContext
 from nvembed.training.loss_config import TeacherConfig
 from nvembed.training.stages import tokenized
 from nvembed.training.step import StepResult, StepSettings, contrastive_step
 from nvembed.training.teacher_states import TeacherStates, distance_of_states, teacher_states
+from tiny_run import STAGE
 
 EVERYTHING = 10**9
 WORDS = ["red", "blue", "green", "fox", "owl", "cat", "tree", "lake", "hill", "sun"]
@@ -207,9 +209,16 @@ def test_teachers_that_do_not_fit(
     LlamaModel(config).save_pretrained(tmp_path / "wide")
     model.backbone.tokenizer.save_pretrained(tmp_path / "wide")
     make_family("llama", tmp_path / "tokens", byte_level_tokenizer)
-    settings = TeacherConfig(model="wide", similarities=None, states=1.0)
-    with pytest.raises(ConfigError, match=r"are 64 wide, and the model's 32.*set teacher.vectors"):
-        teacher_states(settings, tmp_path, model)
-    settings = TeacherConfig(model="tokens", similarities=None, states=1.0)
-    with pytest.raises(ConfigError, match="has another tokenizer than the model"):
-        teacher_states(settings, tmp_path, model)
+    stage = StageConfig.model_validate({"name": "smaller", "in_batch_negatives": True, **STAGE})
+
+    def taught_by(name: str) -> None:
+        teacher = TeacherConfig(model=name, similarities=None, states=1.0)
+        teacher_states(stage.model_copy(update={"teacher": teacher}), tmp_path, model)
+
+    where = r"stages\.smaller\.teacher\.states"
+    wrong = rf"{where}: the states of .* are 64 wide, and the model's 32.*set teacher.vectors"
+    with pytest.raises(ConfigError, match=wrong):
+        taught_by("wide")
+    with pytest.raises(ConfigError, match=f"{where}: .* has another tokenizer than the model"):
+        taught_by("tokens")
+    assert teacher_states(stage, tmp_path, model) is None

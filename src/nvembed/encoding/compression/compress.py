@@ -7,14 +7,12 @@ is a recipe that teaches the small model the vectors of the whole one.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import Field
 from sentence_transformers.base.modules import Normalize
 from torch import Tensor
@@ -38,6 +36,7 @@ from nvembed.encoding.compression.pruning import (
     longest,
 )
 from nvembed.encoding.compression.recovery import RECIPE, instructions_of, recovery_recipe
+from nvembed.encoding.compression.steps import Measured, Step
 from nvembed.encoding.compression.vocabulary import (
     Vocabulary,
     cut_tokenizer,
@@ -62,16 +61,6 @@ _ANY_OF = "layers, mlp, vocabulary or head_free"
 _FEWER_PACKS = 3  # to compare layers a part of what they are fitted by will do
 _HELD_OUT = 256  # texts; of a small file a quarter
 _Count = Annotated[int, Field(ge=1)]
-
-
-class Step(NamedTuple):
-    """The model after a step."""
-
-    step: str  # what was made smaller; "whole" is the model as it came
-    parameters: int
-    bytes: int
-    cosine: float  # mean to the whole model's vectors, of the held-out texts
-    seconds: float  # that these texts took
 
 
 @dataclass(slots=True)
@@ -139,19 +128,21 @@ def compress(
     tokens = None if vocabulary is None else Vocabulary.of(model.backbone.tokenizer)
     _check_sizes(model, sizes, tokens)
     found = Compressed(name, str(texts), len(held_out))
-    whole_ND = _note(found, "whole", model, held_out)
+    measured = Measured(model, held_out)
+    found.steps.append(measured.whole)
     if tokens is not None and vocabulary is not None:
         found.left_out["vocabulary"] = _cut_vocabulary(model, tokens, corpus, vocabulary)
-        _note(found, "vocabulary", model, held_out, whole_ND)
-    packs, fitting = _packs(model, corpus[:sample]), _fitting_packs(model, corpus[:fit])
+        found.steps.append(measured.after("vocabulary", model))
+    if layers is not None or mlp is not None:
+        packs, fitting = _packs(model, corpus[:sample]), _fitting_packs(model, corpus[:fit])
     for step, cut in (("layers", _leave_out_layers), ("mlp", _cut_mlps)):
         if (size := sizes[step]) is not None:
             cut(model, packs, fitting, size, found)
-            _note(found, step, model, held_out, whole_ND)
+            found.steps.append(measured.after(step, model))
     if head_free:
         found.left_out["head"] = type(model.pooling).__name__
         model = without_head(model)
-        _note(found, "head", model, held_out, whole_ND)
+        found.steps.append(measured.after("head", model))
     _write(model, found, to, held_out[:8], len(corpus))
     return found
 
@@ -172,14 +163,15 @@ def _write(model: NVEmbed, found: Compressed, to: Path, proof: Sequence[str], le
 def _account(found: Compressed) -> str:
     """What the steps changed, as a table for the card."""
     rows = [
-        f"| {s.step} | {s.parameters:,} | {s.bytes / 1e6:.0f} | {s.cosine:.3f} |"
+        f"| {s.step} | {s.parameters:,} | {s.bytes / 1e6:.0f} | {s.cosine:.3f} | {s.queries:.3f} |"
         for s in found.steps
     ]
     return "\n".join(
         (
-            f"Cosines are means of {found.held_out} texts that chose nothing, to the whole model's",
-            "vectors. Scores of that model are not those of this one.\n",
-            "| after | parameters | MB | cosine |\n|---|---|---|---|",
+            f"Cosines to the whole model's vectors are means of {found.held_out} texts that chose",
+            "nothing, as documents, and of half of them as queries.",
+            "Scores of that model are not those of this one.\n",
+            "| after | parameters | MB | documents | queries |\n|---|---|---|---|---|",
             *rows,
         )
     )
@@ -230,32 +222,6 @@ def _check_sizes(model: NVEmbed, wanted: dict[str, int | None], tokens: Vocabula
     ]
     if wrong:
         raise ConfigError("; ".join(wrong), where=COMPRESS)
-
-
-def _note(
-    found: Compressed,
-    step: str,
-    model: NVEmbed,
-    held_out: Sequence[str],
-    whole_ND: NDArray[np.float32] | None = None,
-) -> NDArray[np.float32]:
-    """Measure the model after a step."""
-    encode_window(model, held_out[:8], side="document")  # the first texts take longer
-    started = time.perf_counter()
-    vectors_ND = encode_window(model, held_out, side="document")
-    seconds = time.perf_counter() - started
-    whole_ND = vectors_ND if whole_ND is None else whole_ND
-    parameters = list(model.parameters())
-    found.steps.append(
-        Step(
-            step,
-            sum(value.numel() for value in parameters),
-            sum(value.numel() * value.element_size() for value in parameters),
-            float((vectors_ND * whole_ND).sum(axis=1).mean()),
-            round(seconds, 3),
-        )
-    )
-    return vectors_ND
 
 
 def _packs(model: NVEmbed, texts: Sequence[str]) -> Packs:

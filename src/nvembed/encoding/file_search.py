@@ -18,9 +18,14 @@ from nvembed.core.errors import ConfigError, DataError, UserError
 from nvembed.core.store import read_array, write_array
 from nvembed.data.config import Column
 from nvembed.data.reading import read_documents
-from nvembed.interop.model_folder import check_model_name
 from nvembed.model.bulk import encode_texts, encode_window
-from nvembed.model.encoder import Encoder, computed_fingerprint, load_encoder, settle_dtype
+from nvembed.model.encoder import (
+    Encoder,
+    check_task,
+    computed_fingerprint,
+    load_encoder,
+    settle_dtype,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +71,7 @@ def search_file(
         DataError: a line of the file cannot be used, or it has none.
         ModelError: the model cannot be loaded or gives vectors that are no numbers.
     """
-    _check(model, query, top_k)
+    _check(model, query, task, top_k)
     rows = list(read_documents([documents], columns=columns, keep_going=None))
     if not rows:
         raise DataError("the file holds no texts", where=str(documents))
@@ -92,14 +97,14 @@ def search_file(
     ]
 
 
-def _check(model: str | Encoder, query: str, top_k: int) -> None:
+def _check(model: str | Encoder, query: str, task: str | None, top_k: int) -> None:
     """Refuse what cannot be searched, before anything is read."""
     if not query.strip():
         raise ConfigError("the query is empty", where="query", expected="a text")
     if top_k < 1:
         raise ConfigError(f"{top_k} hits asked for", where="top_k", expected="at least 1")
     if isinstance(model, str):
-        check_model_name(model)
+        check_task(model, task)
 
 
 def _document_vectors(encoder: Encoder, texts: list[str], cached: Path) -> NDArray[np.float32]:

@@ -36,9 +36,8 @@ from nvembed.data.instructions import Side
 from nvembed.data.reading import Document, Skipped, input_files, read_documents
 from nvembed.encoding import outputs
 from nvembed.encoding.outputs import ENCODE, OutputFormat, Parts
-from nvembed.interop.model_folder import check_model_name
 from nvembed.model.bulk import EncodeOptions, Job, embed, windows
-from nvembed.model.encoder import Encoder, computed_fingerprint
+from nvembed.model.encoder import Encoder, check_task, computed_fingerprint
 from nvembed.model.settings import LongTexts
 from nvembed.model.workers import Engine, Loader, settle_for
 
@@ -107,7 +106,7 @@ def encode_file(
     """
     form, long, skipped = form or OutputFormat(), long or LongTexts(), Skipped()
     paths = [input] if isinstance(input, Path) else list(input)
-    _check(model, paths, output, form.precision, processes > 1 or engine == "ray")
+    _check(model, paths, output, form.precision, task, processes > 1 or engine == "ray")
     side: Side = "document" if task is None else "query"
     options = EncodeOptions(side, task, form.truncate_dim, long)
     with _reader(paths, columns, keep_going) as read:
@@ -126,13 +125,14 @@ def _check(
     paths: Sequence[Path],
     output: Path,
     precision: outputs.OutputPrecision,
+    task: str | None,
     elsewhere: bool,
 ) -> None:
     """Refuse what cannot be done, before anything is read or loaded."""
     input_files(paths)  # one that is not there is told first
     name = model if isinstance(model, str) else None
     if name is not None:
-        check_model_name(name)
+        check_task(name, task)
     made = [output, *_beside(output).values()]
     places = [_parts_folder(output)]
     check_outputs(made, made_by=ENCODE, inputs=[*paths, name], places=places)

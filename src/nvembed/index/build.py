@@ -42,9 +42,8 @@ from nvembed.index.passages import (
     late_vectors,
 )
 from nvembed.index.search import first_dimensions, new_record, recorded_encoder
-from nvembed.interop.model_folder import check_model_name
 from nvembed.model.bulk import WINDOW_TEXTS, encode_window
-from nvembed.model.encoder import Encoder, reading_limit
+from nvembed.model.encoder import Encoder, check_task, reading_limit
 
 
 @dataclass
@@ -135,7 +134,7 @@ def index_documents(
     if not is_database(path) and (model is None or not documents):
         missing = "documents" if model is not None else "a model"
         raise ConfigError(f"a new database needs {missing}", where=str(path))
-    _check_inputs(path, documents, named, options)
+    _check_inputs(path, documents, named, task, options)
     report = IndexReport(absent_fields=set(options.fields or ()) if documents else set())
     with writing(path):
         encoder: Encoder | None = None
@@ -159,11 +158,15 @@ def index_documents(
 
 
 def _check_inputs(
-    path: Path, documents: Sequence[str | Path], model: str | None, options: IndexOptions
+    path: Path,
+    documents: Sequence[str | Path],
+    model: str | None,
+    task: str | None,
+    options: IndexOptions,
 ) -> None:
     """Refuse what cannot be read, before a database is made and a model loaded."""
     if model is not None:
-        check_model_name(model)
+        check_task(model, task)
     known = is_database(path)
     if not known and options.passages is None and options.long == "late":
         raise ConfigError("late chunking", where="long", expected="passages")

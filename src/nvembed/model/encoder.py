@@ -19,7 +19,7 @@ from nvembed.core.arguments import Precision, PrecisionChoice, checked, is_settl
 from nvembed.core.errors import ModelError
 from nvembed.core.http import post_json
 from nvembed.core.reporting import announce, release_notes
-from nvembed.data.instructions import Side, resolve_prompt, side_prompt
+from nvembed.data.instructions import Side, read_task, resolve_prompt, side_prompt, task_prompts
 from nvembed.interop.model_folder import model_fingerprint
 
 if TYPE_CHECKING:
@@ -88,6 +88,17 @@ def prompts_of(encoder: Encoder) -> Mapping[str, str | None]:
     """Return the prompts that were saved with a model, by name; none where it keeps none."""
     prompts: Mapping[str, str | None] | None = getattr(encoder, "prompts", None)
     return {} if prompts is None else prompts
+
+
+def check_task(name: str, task: str | None) -> None:
+    """Refuse a task that a model in a folder will not know, before its weights are read."""
+    from nvembed.interop.model_folder import ModelSource, check_model_name, holds_graph
+    from nvembed.interop.saved import read_prompts
+
+    check_model_name(name)
+    if task is not None and Path(name).is_dir() and not holds_graph(name):
+        saved = read_prompts(ModelSource(name)).prompts or {}
+        read_task(task, {**task_prompts(), **saved})
 
 
 def set_query_prompt(encoder: Encoder, task: str) -> bool:

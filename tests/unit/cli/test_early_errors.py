@@ -11,11 +11,12 @@ from httpx import Request, Response
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 
 from nvembed.cli.main import run
-from nvembed.core.errors import ModelError
-from nvembed.core.files import write_jsonl
+from nvembed.core.errors import ConfigError, ModelError
+from nvembed.core.files import write_json, write_jsonl
 from nvembed.interop import hub
 from nvembed.interop.model_folder import ModelSource
 from nvembed.model.embedder import NVEmbed
+from nvembed.model.encoder import check_task
 from task_folders import write_task
 
 
@@ -100,6 +101,10 @@ def test_a_model_that_is_not_there(
         ("mine body.jsonl out.jsonl --teacher MODEL", 'body.jsonl:1: missing "query"'),
         ("compress MODEL --texts body.jsonl --to out --layers 1", 'body.jsonl:1: no column "text"'),
         ("merge MODEL MODEL --to out --tasks empty", "empty: no evaluation task here"),
+        ("encode MODEL --input texts.jsonl --output out.npy --task FiQA2019", "perhaps FiQA2018"),
+        ("index texts.jsonl --to db --model MODEL --task FiQA2019", "perhaps FiQA2018"),
+        ("search MODEL query --documents texts.jsonl --task FiQA2019", "perhaps FiQA2018"),
+        ("doctor MODEL --task FiQA2019", "perhaps FiQA2018"),
         ("doctor MODEL --query ' '", "--query: the sample is empty"),
         ("doctor MODEL --document ''", "--document: the sample is empty"),
     ],
@@ -111,6 +116,18 @@ def test_other_mistakes_too(
     assert run(shlex.split(command)) == 2
     assert told in capsys.readouterr().err
     assert sorted(place.iterdir()) == before
+
+
+def test_a_prompt_that_is_saved_with_the_model_is_a_task(place: Path) -> None:
+    folder = place / "own"
+    folder.mkdir()
+    write_json(folder / "modules.json", [])
+    write_json(folder / "config_sentence_transformers.json", {"prompts": {"My2024": "find: "}})
+    for known in ("My2024", "FiQA2018", "FiQA2018-document", "find an answer", None):
+        check_task(str(folder), known)
+    with pytest.raises(ConfigError, match=r"'My2025' is neither .* perhaps My2024"):
+        check_task(str(folder), "My2025")
+    check_task("owner/name", "My2024")  # of the hub, whose prompts are not known yet
 
 
 def test_a_name_of_one_word_may_have_been_downloaded(

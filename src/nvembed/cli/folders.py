@@ -111,7 +111,7 @@ def compress(
         sample=sample,
         fit=fit,
     )
-    typer.echo(f"{'':<12}{'':>34}{'cosine of':>11}")
+    typer.echo(f"{'':<46}{'cosine of':>11}")
     names = f"{'parameters':>14}{'MB':>10}{'seconds':>10}{'documents':>11}{'queries':>9}"
     typer.echo(f"{'':<12}{names}")
     for step in found.steps:

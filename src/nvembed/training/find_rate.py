@@ -218,11 +218,10 @@ class _Search:
         tokenizer = self.embedder.backbone.text_tokenizer
         loader = stages.DataLoader(self.mixture, short, seed=config.seed, tokenizer=tokenizer)
         if short.teacher is not None:
-            given = short.teacher, self.base_dir
             loader.states = teacher_states(short, self.base_dir, self.embedder)
             with torch.autocast(self.processes.device.type, enabled=False):
                 loader.teacher = prepared(
-                    *given, loader.given(0), self.processes, lambda line: None
+                    short.teacher, self.base_dir, loader.given(0), self.processes, lambda line: None
                 )
         trained = trained_parameters(self.embedder)
         with torch.no_grad():

@@ -53,7 +53,7 @@ def recovery_recipe(model: NVEmbed, name: str, texts: Path, to: Path, count: int
     return f"""\
 # What `nvembed compress` took is learned back from the whole model: nvembed train {RECIPE}
 output: {output}   # from the folder in which the command runs; other paths from here
-model: {{backbone: {backbone}, max_tokens: {model.backbone.max_tokens}}}
+model: {{backbone: {backbone}}}
 lora: null   # all weights; for a large model {{rank: 16}}
 datasets:
   - {{name: texts, path: {path}, kind: text, instruction: null, stages: [1], weight: {many}}}

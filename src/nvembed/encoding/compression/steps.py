@@ -28,7 +28,7 @@ class Step(NamedTuple):
 class Measured:
     """The whole model's vectors of texts that choose nothing, and what becomes of them.
 
-    The model's instructions are those that it has now, of up to sixteen kinds.
+    Queries have up to sixteen of the instructions that the model has now.
     """
 
     def __init__(self, model: NVEmbed, texts: Sequence[str]) -> None:

@@ -6,9 +6,9 @@
 
 A model is a name for the table, a folder, and the type it computes in (``auto`` where the folder
 holds an ONNX graph); the first is what the others are compared with. Each task is scored with whole
-vectors; retrieval also with the vectors rounded to int8 (by the ranges of the documents) and to
-their signs. Speeds are of some of the tasks' documents in one call, models in turns, medians of
-``--rounds``: nothing else should run.
+vectors; retrieval also with the vectors rounded to int8 (by the ranges of the documents), to their
+signs, and with the signs of documents alone, which queries in floats search. Speeds are of some of
+the tasks' documents in one call, models in turns, medians of ``--rounds``: nothing else should run.
 Scores and times lie in ``results.jsonl`` of ``--out`` as they come, and are not made again;
 ``results.md`` is the table.
 """
@@ -19,7 +19,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,6 +39,8 @@ from nvembed.model.encoding import calibration, numbered
 from nvembed.model.memory import weight_bytes
 
 FLOAT, INT8, BINARY = "float", "int8", "binary"
+BINARY_DOCUMENTS = "binary documents"
+ROUNDINGS = (FLOAT, INT8, BINARY, BINARY_DOCUMENTS)
 TIMED_TEXTS = 256
 
 
@@ -68,7 +70,8 @@ class Rounded(BaseEncoder):
             rows = zip(new, of_side(new, task=task), strict=True)
             self._known |= {(side, task, text): vector for text, vector in rows}
         vectors_ND = np.stack([self._known[side, task, text] for text in texts])
-        if self.rounding == BINARY:
+        in_signs = self.rounding == BINARY_DOCUMENTS and side == "document"
+        if in_signs or self.rounding == BINARY:
             return np.where(vectors_ND > 0, np.float32(1), np.float32(-1))
         if self.rounding == INT8:
             known = [vector for (of, _, _), vector in self._known.items() if of == "document"]
@@ -82,7 +85,7 @@ class Rounded(BaseEncoder):
 def scores(encoder: Encoder, task: LocalTask) -> dict[str, float]:
     """Main score × 100, of retrieval by each way to hold a vector."""
     held, found = Rounded(encoder), {}
-    for held.rounding in (FLOAT, INT8, BINARY) if task.type == "Retrieval" else (FLOAT,):
+    for held.rounding in ROUNDINGS if task.type == "Retrieval" else (FLOAT,):
         found[held.rounding] = 100 * score_local(task, held).scores[task.main_score]
     return found
 
@@ -160,8 +163,8 @@ def table(models: Sequence[Model], tasks: Sequence[LocalTask], book: Book) -> st
     of_texts = content_hash(timed_texts(tasks))
     lines = [
         "| model | computes in | parameters, M | MB | seconds | times as fast | mean of tasks "
-        "| lost | nDCG@10 | int8 vectors | binary vectors | binary keeps |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| lost | nDCG@10 | int8 vectors | binary vectors | keep | binary documents | keep |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     first_mean = first_seconds = 0.0
     for model in models:
@@ -172,19 +175,22 @@ def table(models: Sequence[Model], tasks: Sequence[LocalTask], book: Book) -> st
         if model is models[0]:
             first_mean, first_seconds = mean, seconds
         parameters, megabytes = rounds[0].get("parameters"), rounds[0]["megabytes"]
-        retrieval = [found for found in of_tasks.values() if BINARY in found]
-        of_vectors = ["–"] * 4
-        if retrieval:
-            plain, eight, signs = (
-                statistics.fmean(found[kind] for found in retrieval)
-                for kind in (FLOAT, INT8, BINARY)
-            )
-            of_vectors = [f"{plain:.2f}", f"{eight:.2f}", f"{signs:.2f}", f"{signs / plain:.1%}"]
+        retrieval = [found for found in of_tasks.values() if INT8 in found]
+        of_vectors = _of_vectors(retrieval) if retrieval else ["–"] * 6
         cells = [model.name, model.dtype, f"{parameters / 1e6:.1f}" if parameters else "–"]
         cells += [f"{megabytes:.0f}", f"{seconds:.1f}"]
         cells += [f"{first_seconds / seconds:.2f}", f"{mean:.2f}", f"{first_mean - mean:+.2f}"]
         lines.append(f"| {' | '.join(cells + of_vectors)} |")
     return "\n".join(lines) + "\n"
+
+
+def _of_vectors(retrieval: Sequence[Mapping[str, float]]) -> list[str]:
+    """Cells of the ways to hold a vector; of signs also what they keep of the floats' score."""
+    plain, *rounded = (statistics.fmean(found[kind] for found in retrieval) for kind in ROUNDINGS)
+    eight, *signs = rounded
+    return [f"{plain:.2f}", f"{eight:.2f}"] + [
+        cell for score in signs for cell in (f"{score:.2f}", f"{score / plain:.1%}")
+    ]
 
 
 def main() -> None:

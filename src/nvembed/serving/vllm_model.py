@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from vllm import ModelRegistry
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.pooler import DispatchPooler
 from vllm.model_executor.layers.pooler.activations import PoolerNormalize
@@ -71,20 +72,30 @@ def served_config(
     else:
         values, config = read()
         attention = _saved(source).attention
-    if config.model_type == "qwen3":
-        raise ModelError(
-            "vLLM's Qwen3 gives other vectors",
-            where=name,
-            expected="Llama, Mistral, Qwen2 or Gemma 3",
-            hint="Export it (nvembed export --format sentence-transformers), which is served right",
-        )
     config.update(attention_settings(config.to_dict(), attention))
     if getattr(config, "use_sliding_window", False):  # Qwen2's in some layers, which vLLM refuses
         config.use_sliding_window, config.sliding_window = False, None
         config.layer_types = ["full_attention"] * config.num_hidden_layers
-    config.nvembed_backbone = config.architectures
+    config.nvembed_backbone = [_family_name(one, where=name) for one in config.architectures]
     config.model_max_length = served_tokenizer(source).max_tokens
     return values, config
+
+
+def _family_name(architecture: str, *, where: str) -> str:
+    """The name under which vLLM has its own code for a decoder.
+
+    By any other it would take transformers' code, whose attention stays causal there.
+    """
+    supported = ModelRegistry.get_supported_archs()
+    for known in (architecture, architecture.removesuffix("Model") + "ForCausalLM"):
+        if known in supported:
+            return known
+    raise ModelError(
+        f"vLLM has no code of its own for {architecture}",
+        where=where,
+        expected="Llama, Mistral, Qwen2, Qwen3 or Gemma 3",
+        hint="Serve it with nvembed serve",
+    )
 
 
 def served_tokenizer(source: ModelSource) -> TextTokenizer:

@@ -33,12 +33,17 @@ def program():
 
 
 class Signs(BaseEncoder):
-    """The oracle: signs of the other vectors, from the start."""
+    """The oracle: signs of the other vectors, from the start; of some sides alone."""
 
     dimension = 24
 
+    def __init__(self, *sides: str) -> None:
+        self._sides = sides
+
     def _encode(self, side, texts, task):
-        vectors = HashEncoder(24, 0.3).encode_document(list(texts))
+        vectors = HashEncoder(24, 0.3).encode_query(list(texts), task=task)
+        if side not in self._sides:
+            return vectors
         return np.where(vectors > 0, 1.0, -1.0).astype(np.float32)
 
 
@@ -47,7 +52,11 @@ def test_rounded_scores_are_those_of_rounded_vectors(program, tmp_path: Path) ->
     (task,) = load_tasks([tmp_path / "find"])
     encoder = HashEncoder(24, 0.3)
     found = program.scores(encoder, task)
-    for kind, oracle in (("float", encoder), ("binary", Signs())):
+    for kind, oracle in (
+        ("float", encoder),
+        ("binary", Signs("query", "document")),
+        ("binary documents", Signs("document")),
+    ):
         expected = 100 * score_local(task, oracle).scores[task.main_score]
         assert found[kind] == pytest.approx(expected), kind
     held = program.Rounded(encoder)

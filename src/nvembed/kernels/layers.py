@@ -35,6 +35,7 @@ from nvembed.kernels.functions import (
     rotate,
 )
 from nvembed.kernels.int8 import Int8Linear
+from nvembed.kernels.packed import PackedLinear
 from nvembed.kernels.trained import (
     fused_lora,
     gated_linear,
@@ -45,6 +46,7 @@ from nvembed.kernels.trained import (
 )
 
 _LAYER = "decoder_layer.cpp"
+_HELD = (Int8Linear, PackedLinear)  # in another form than a tensor of their type
 
 
 def available() -> bool:
@@ -209,7 +211,7 @@ def _runs(layer: Any, hidden_1TD: Tensor) -> bool:
     if layer.training or torch.is_grad_enabled():
         return False
     dtype = _dtype_of(mlp.gate_proj)
-    plain = [linear for linear in linears if not isinstance(linear, Int8Linear)]
+    plain = [linear for linear in linears if not isinstance(linear, _HELD)]
     return (
         dtype in (torch.float32, torch.bfloat16)
         and all(isinstance(linear, nn.Linear) for linear in plain)
@@ -224,7 +226,7 @@ def _runs(layer: Any, hidden_1TD: Tensor) -> bool:
 
 def _dtype_of(linear: Any) -> Any:
     """The type of what a linear layer takes and gives; None of a module of another kind."""
-    holder = linear if isinstance(linear, Int8Linear) else getattr(linear, "weight", None)
+    holder = linear if isinstance(linear, _HELD) else getattr(linear, "weight", None)
     return getattr(holder, "dtype", None)
 
 

@@ -109,8 +109,13 @@ def _load(
 ) -> EncoderEngine:
     import torch
 
+    from nvembed.kernels.packed import pack_linears
+    from nvembed.model.embedder import NVEmbed
+
     torch.set_num_threads(threads)  # a new thread starts with what another model left
     encoder = load_encoder(place, dtype)
+    if isinstance(encoder, NVEmbed):
+        pack_linears(encoder.backbone)  # most packs of a server are short
     if settings.task is not None and not set_query_prompt(encoder, settings.task):
         told = f"{place} was trained without instructions, its queries get none"
         log_event("warning", message=told)

@@ -154,19 +154,24 @@ def real_model(tmp_path_factory: pytest.TempPathFactory) -> tuple[NVEmbed, Path]
 
 
 # The decoder was never trained to embed: 8 bits, of activations too in llama.cpp, move its vectors
-# of short texts far (measured on SmolLM2-135M: 0.993 on average, 0.86 at least).
-@pytest.mark.parametrize(("kind", "mean", "least"), [("f16", 0.9999, 0.999), ("q8_0", 0.98, 0.8)])
+# of short texts far (measured on SmolLM2-135M: 0.993 on average, 0.86 at least), and keys and
+# values in float16 one text in 200 by 0.001 on some CPUs; trained, 0.9999994 is the least.
+@pytest.mark.parametrize(
+    ("kind", "cache", "mean", "least"),
+    [("f16", {"type_k": 0, "type_v": 0}, 0.9999, 0.999), ("q8_0", {}, 0.98, 0.8)],
+)
 def test_a_real_model_has_our_vectors_on_200_texts(
     real_model: tuple[NVEmbed, Path],
     real_texts: list[str],
     tmp_path: Path,
     kind: Any,
+    cache: dict[str, int],
     mean: float,
     least: float,
 ) -> None:
     model, folder = real_model
     export_gguf(str(folder), tmp_path / "m.gguf", kind)
-    found = cosines(model, tmp_path / "m.gguf", real_texts)
+    found = cosines(model, tmp_path / "m.gguf", real_texts, **cache)
     assert (found.mean() > mean, found.min() > least) == (True, True), (found.mean(), found.min())
 
 

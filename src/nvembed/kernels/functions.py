@@ -197,14 +197,14 @@ def product(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Te
     if not _in_float32_on_cpu(x_TI, weight_OI) or not onednn_pays():
         return nn.functional.linear(x_TI, weight_OI, bias_O)
     if not torch.is_grad_enabled():
-        return _onednn(x_TI, weight_OI, bias_O)
+        return onednn(x_TI, weight_OI, bias_O)
     return _Product.apply(x_TI, weight_OI, bias_O)
 
 
 def same_in_every_process(x_TI: Tensor, weight_OI: Tensor) -> Tensor:
     """``x Wᵀ`` without gradient, by oneDNN wherever torch has it: the same bits on every CPU."""
-    if _in_float32_on_cpu(x_TI, weight_OI) and _has_onednn():
-        return _onednn(x_TI, weight_OI)
+    if _in_float32_on_cpu(x_TI, weight_OI) and has_onednn():
+        return onednn(x_TI, weight_OI)
     return x_TI @ weight_OI.T
 
 
@@ -214,8 +214,8 @@ def transposed_times(y_TO: Tensor, x_TI: Tensor) -> Tensor:
         return y_TO.T @ x_TI
     # The first operand is the one that is rearranged: the smaller one.
     if y_TO.shape[1] <= x_TI.shape[1]:
-        return _onednn(y_TO.T, x_TI.T)
-    return _onednn(x_TI.T, y_TO.T).T
+        return onednn(y_TO.T, x_TI.T)
+    return onednn(x_TI.T, y_TO.T).T
 
 
 def linear(module: Any, x: Tensor) -> Tensor:
@@ -230,10 +230,11 @@ def linear(module: Any, x: Tensor) -> Tensor:
 @cache
 def onednn_pays() -> bool:
     """Whether float32 matrices are multiplied by oneDNN on this machine."""
-    return _has_onednn() and this_cpu().onednn_multiplies_float32_faster
+    return has_onednn() and this_cpu().onednn_multiplies_float32_faster
 
 
-def _has_onednn() -> bool:
+def has_onednn() -> bool:
+    """Whether this torch has oneDNN's products."""
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
@@ -246,7 +247,8 @@ def _in_float32_on_cpu(*tensors: Tensor) -> bool:
     )
 
 
-def _onednn(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+def onednn(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    """``x Wᵀ + b`` without gradient by oneDNN, of a plain or a packed weight."""
     if not x_TI.shape[0] or not x_TI.shape[1]:
         return nn.functional.linear(x_TI, weight_OI, bias_O)
     # The operator that torch.compile puts in place of a linear layer.
@@ -257,7 +259,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
         ctx.save_for_backward(x_TI, weight_OI)
-        return _onednn(x_TI, weight_OI, bias_O)
+        return onednn(x_TI, weight_OI, bias_O)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:

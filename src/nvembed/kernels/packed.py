@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nvembed.kernels.build import this_cpu
-from nvembed.kernels.functions import onednn_pays
+from nvembed.kernels.functions import has_onednn, onednn, onednn_pays
 
 
 class PackedLinear(nn.Module):
@@ -35,8 +35,7 @@ class PackedLinear(nn.Module):
         """``(…, I)`` → ``(…, O)``."""
         if not x.numel():
             return x.new_empty(*x.shape[:-1], self.out_features)
-        x_TI = x.flatten(0, -2)
-        out_TO = torch.ops.mkldnn._linear_pointwise(x_TI, self._packed, self._bias, "none", [], "")
+        out_TO = onednn(x.flatten(0, -2), self._packed, self._bias)
         return out_TO.view(*x.shape[:-1], self.out_features)
 
 
@@ -59,8 +58,6 @@ def pack_linears(model: nn.Module) -> int:
 def _is_onednns(weight_OI: Tensor) -> bool:
     if weight_OI.device.type != "cpu" or type(weight_OI) is not nn.Parameter:
         return False  # a subclass is a weight of quantisation
-    if not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
-        return False
     if weight_OI.dtype is torch.bfloat16:
-        return this_cpu().may_multiply_bfloat16 and this_cpu().has_wide_registers
+        return has_onednn() and this_cpu().may_multiply_bfloat16 and this_cpu().has_wide_registers
     return weight_OI.dtype is torch.float32 and onednn_pays()

@@ -94,7 +94,7 @@ def test_a_choice_is_kept_and_auto_is_settled_and_told(
 def test_which_library_multiplies_follows_from_the_features(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(products, "_has_onednn", lambda: True)
+    monkeypatch.setattr(products, "has_onednn", lambda: True)
     for lines, expected in ((AMD, True), (OLD, False), (ARM, False), ([], False)):
         products.onednn_pays.cache_clear()
         monkeypatch.setattr(products, "this_cpu", lambda lines=lines: read_cpu(lines))

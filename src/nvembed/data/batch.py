@@ -143,6 +143,11 @@ class ContrastiveBatch:
     given_U: tuple[GivenText, ...] = ()  # what ``texts`` are made of
     teacher_UE: NDArray[np.float16] | None = None  # a teacher's vectors of them, of its width E
 
+    @property
+    def labelled(self) -> float:
+        """Records that have a positive or a score, over which a step's loss is the mean."""
+        return float(self.weight_B.sum()) + (0 if self.graded is None else len(self.graded.score_P))
+
 
 def build_batch(examples: Sequence[Example], *, in_batch_negatives: bool) -> ContrastiveBatch:
     """De-duplicate the texts of the examples and decide the negatives of every query.

@@ -223,7 +223,7 @@ def evaluate_objective(
             if objective.teacher is not None and batch.teacher_UE is not None:
                 taught = batch.teacher_UE
                 _follow(objective, leaf_UD, views, taught, projection, piece_scores, found)
-            found.send_back(_parts_of_texts(objective, leaf_UD, views, batch))
+            found.send_back(_parts_of_texts(objective, leaf_UD, views, batch, total_weight))
             if leaf_UD.grad is not None:
                 found.gradient_UD += leaf_UD.grad
     return found
@@ -333,9 +333,13 @@ def _follow(
 
 
 def _parts_of_texts(
-    objective: Objective, leaf_UD: Tensor, views: Sequence[View], batch: ContrastiveBatch
+    objective: Objective,
+    leaf_UD: Tensor,
+    views: Sequence[View],
+    batch: ContrastiveBatch,
+    total_weight: float,
 ) -> dict[str, Tensor]:
-    """Losses of graded pairs, and of texts by themselves."""
+    """Losses of graded pairs, by their share of ``total_weight``, and of texts by themselves."""
     device, found = leaf_UD.device, dict[str, list[Tensor]]()
     for cut_UD in (view(leaf_UD) for view in views):
         if objective.cosent is not None and (pairs := batch.graded) is not None:
@@ -343,7 +347,9 @@ def _parts_of_texts(
             cosine_P = (cut_UD[first_P] * cut_UD[second_P]).sum(dim=1)
             score_P = torch.as_tensor(pairs.score_P, device=device)
             value = cosent(cosine_P, score_P, temperature=objective.cosent.temperature)
-            found.setdefault("cosent", []).append(objective.cosent.weight * value)
+            # Two pairs in a step of 64 would outweigh all else: their loss is large, and one order.
+            share = len(score_P) / total_weight
+            found.setdefault("cosent", []).append(objective.cosent.weight * share * value)
         if (spread := objective.spread) is not None:
             asks_U = torch.zeros(len(leaf_UD), dtype=torch.bool, device=device)
             asks_U[torch.as_tensor(batch.query_B, device=device)] = True

@@ -27,7 +27,8 @@ class CosentConfig(StrictModel):
     """Learning the order of graded pairs.
 
     Args:
-        weight: factor of the loss of the pairs of a step.
+        weight: factor of the loss of the pairs of a step, besides their share of the step's records
+            that are pairs or have a positive: a pair weighs as much as any other record.
         temperature: divides the cosines.
     """
 

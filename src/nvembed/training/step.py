@@ -151,7 +151,7 @@ def contrastive_step(
     The seed is that of dropout; a loss that is not finite is a FloatingPointError, not sent back.
     """
     lengths = [len(text) for text in texts]
-    total_weight = float(batch.weight_B.sum())
+    total_weight = batch.labelled
     loss, sums, parts = 0.0, ScoreSums(), dict[str, float]()
     plans = plan_step(batch, lengths, settings, processes.count)
     teaching = _Teaching.of(settings, plans)

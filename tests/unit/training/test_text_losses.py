@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +49,7 @@ def embeddings(batch: ContrastiveBatch) -> torch.Tensor:
 
 
 def evaluated(objective: Objective, batch: ContrastiveBatch) -> Evaluated:
-    weight = float(batch.weight_B.sum())
-    return evaluate_objective(objective, embeddings(batch), batch, total_weight=weight)
+    return evaluate_objective(objective, embeddings(batch), batch, total_weight=batch.labelled)
 
 
 def test_all_pairs_are_used_as_they_are() -> None:
@@ -88,6 +88,32 @@ def test_cosent_equals_theirs(dimensions: tuple[int, ...] | None) -> None:
     assert expected.item() > 0.5
     assert found.parts == {"cosent": pytest.approx(expected.item(), rel=1e-9)}
     assert_tangential(found.gradient_UD, leaf_UD)
+
+
+@pytest.mark.parametrize("queries", [1, 18])
+def test_a_graded_pair_weighs_as_much_as_a_query(queries: int) -> None:
+    records = [PairRecord(f"q{i}", (f"p{i}", f"r{i}"), (f"n{i}",)) for i in range(queries)]
+    source = make_source(records, "retrieval", name="pairs", instruction="find")
+    rng, alone = np.random.default_rng(0), graded()
+    pairs = make_source(RECORDS, "sts", name="sts", instruction="like", graded=True)
+    examples = [pairs.example(row, rng, 3) for row in range(len(pairs))]
+    mixed = batch_of(*examples, *(source.example(row, rng, 1, 2) for row in range(queries)))
+    assert len(mixed.query_B) == 2 * queries  # rows; the two of a query weigh as one
+    assert [text for text in mixed.texts if text in alone.texts] == list(alone.texts)
+    leaf_UD, rows = embeddings(mixed), [mixed.texts.index(text) for text in alone.texts]
+    pairs_alone = Objective(0.1, contrastive=None, cosent=CosentConfig(temperature=0.2))
+    of_pairs = evaluate_objective(pairs_alone, leaf_UD[rows], alone, total_weight=len(SCORES))
+    of_queries = evaluate_objective(Objective(0.1), leaf_UD, mixed, total_weight=queries)
+    found = evaluated(replace(pairs_alone, contrastive=1.0), mixed)
+    share = len(SCORES) / (len(SCORES) + queries)
+    assert min(of_pairs.loss, of_queries.loss) > 0.1
+    assert found.parts == {
+        "contrastive": pytest.approx((1 - share) * of_queries.loss, rel=1e-6),
+        "cosent": pytest.approx(share * of_pairs.loss, rel=1e-9),
+    }
+    expected_UD = (1 - share) * of_queries.gradient_UD
+    expected_UD[rows] += share * of_pairs.gradient_UD
+    torch.testing.assert_close(found.gradient_UD, expected_UD, rtol=1e-6, atol=1e-9)
 
 
 def assert_tangential(gradient_UD: torch.Tensor, leaf_UD: torch.Tensor) -> None:

@@ -347,7 +347,7 @@ def _parts_of_texts(
             cosine_P = (cut_UD[first_P] * cut_UD[second_P]).sum(dim=1)
             score_P = torch.as_tensor(pairs.score_P, device=device)
             value = cosent(cosine_P, score_P, temperature=objective.cosent.temperature)
-            # Two pairs in a step of 64 would outweigh all else: their loss is large, and one order.
+            # A sum over pairs of pairs and no mean: two of them would outweigh a step of 64.
             share = len(score_P) / total_weight
             found.setdefault("cosent", []).append(objective.cosent.weight * share * value)
         if (spread := objective.spread) is not None:

@@ -133,6 +133,10 @@ def compress(
         metavar="FOLDER",
         help="Task folder that decides the weights: a greedy soup. May be repeated.",
     ),
+    rank=typer.Option(
+        metavar="RANK",
+        help="Of adapters: the most that the merged one may have, the nearest of that rank.",
+    ),
 )
 def merge(
     models: list[Path],
@@ -141,12 +145,14 @@ def merge(
     weights: str | None = None,
     method: Literal["linear", "slerp"] = "linear",
     tasks: list[Path] | None = None,
+    rank: int | None = None,
 ) -> None:
     """Merge models that were tuned from one base.
 
     Their weights are averaged, those of heads too. With --tasks, a greedy soup: from the best model
     on, the others join in the order of their scores where the mean score of the tasks does not
-    fall. Adapters are merged as what they add to the weights, so their ranks add up.
+    fall. Adapters are merged as what they add to the weights, so their ranks add up; --rank
+    cuts them.
 
     Examples:
 
@@ -155,6 +161,7 @@ def merge(
       nvembed merge runs/a/model runs/b/model --to mixed --weights 0.7,0.3
       nvembed merge runs/a/model runs/b/model --to arc --method slerp
       nvembed merge runs/a/model runs/b/model --to best --tasks FOLDER
+      nvembed merge runs/a/adapter runs/b/adapter --to mixed --rank 20
     """
     from nvembed.evaluation import soup
 
@@ -163,7 +170,7 @@ def merge(
     except ValueError as error:
         expected = "numbers with commas between them"
         raise ConfigError(f"{weights!r}", where="--weights", expected=expected) from error
-    merged = soup.merge(models, to, weights=numbers, method=method, tasks=tasks)
+    merged = soup.merge(models, to, weights=numbers, method=method, tasks=tasks, rank=rank)
     for part in merged.parts:
         alone = "" if part.score is None else f", {100 * part.score:.2f} alone"
         typer.echo(f"{part.share:.3f}  {part.model}{alone}")

@@ -48,6 +48,7 @@ def merge(
     weights: Sequence[float] | None = None,
     method: MergeMethod = "linear",
     tasks: Sequence[str | Path] | None = None,
+    rank: Annotated[int, Field(ge=1)] | None = None,
 ) -> Merged:
     """Merge models of one architecture and base into a new folder.
 
@@ -62,6 +63,8 @@ def merge(
         tasks: folders of evaluation tasks, for a greedy soup (Wortsman et al., arXiv 2203.05482):
             from the best model on, the others join in the order of their scores where the mean
             score does not fall; those kept have equal weights.
+        rank: the most that a merged adapter may have; each product of its matrices is
+            then the nearest one of that rank. What is left out is told.
 
     Raises:
         ConfigError: weights that do not fit the models, or ``to`` holds something.
@@ -76,13 +79,14 @@ def merge(
     else:
         if weights is not None or method != "linear":
             raise ConfigError("tasks decide the weights", expected="no weights and no method")
-        merged = _greedy(folders, to, [Path(task) for task in tasks])
+        merged = _greedy(folders, to, [Path(task) for task in tasks], rank)
     used = [part for part in merged.parts if part.share or tasks is None]
-    mix = Mix(tuple(part.share for part in used), method)
+    mix = Mix(tuple(part.share for part in used), method, rank)
     with atomic_folder(to, MERGE) as temporary:
         merge_folders([Path(part.model) for part in used], temporary, mix)
         parts = [part._asdict() for part in merged.parts]
-        write_json(temporary / RECORD, {"method": method, "score": merged.score, "models": parts})
+        record = {"method": method, "rank": rank, "score": merged.score, "models": parts}
+        write_json(temporary / RECORD, record)
         card = merged_card(to, [(part.model, part.share) for part in used], method)
         write_text(temporary / CARD, card)
     return merged
@@ -99,7 +103,7 @@ def _shares(weights: Sequence[float] | None, count: int, method: MergeMethod) ->
     return [weight / sum(given) for weight in given]
 
 
-def _greedy(folders: Sequence[Path], to: Path, tasks: Sequence[Path]) -> Merged:
+def _greedy(folders: Sequence[Path], to: Path, tasks: Sequence[Path], rank: int | None) -> Merged:
     """Find the models that a greedy soup keeps."""
     found = load_tasks(tasks)
     beside = to.absolute().parent  # where there is room for a model
@@ -112,7 +116,7 @@ def _greedy(folders: Sequence[Path], to: Path, tasks: Sequence[Path]) -> Merged:
                 place = folders[chosen[0]]
             else:
                 parts = [folders[number] for number in chosen]
-                merge_folders(parts, place, Mix((1 / len(chosen),) * len(chosen)))
+                merge_folders(parts, place, Mix((1 / len(chosen),) * len(chosen), rank=rank))
             results = evaluate(load_encoder(str(place)), found).values()
         return sum(result.main_score or 0.0 for result in results) / len(found)
 

@@ -2,7 +2,8 @@
 
 Everything but weights comes from the first folder. Where a module is an adapter (LoRA), the product
 of its matrices is merged, not the matrices: ``Σ wᵢ sᵢ Bᵢ Aᵢ`` is exactly one adapter whose rank is
-the sum of theirs, with ``A`` the rows of all ``Aᵢ`` and ``B`` the columns of all ``wᵢ sᵢ Bᵢ``.
+the sum of theirs, with ``A`` the rows of all ``Aᵢ`` and ``B`` the columns of all ``wᵢ sᵢ Bᵢ``. With
+a rank given, each product is replaced by the nearest one of that rank.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ _COMPARED = ("config.json", "nvembed_config.json", "tokenizer.json")
 _LEFT = {".md", ".log", ".png", ".svg"}
 # Of siblings the cosine of all weights is near 1, of models without a common base near 0.
 _LEAST_COSINE = 0.5
+_A, _B = "lora_A", "lora_B"  # in the names of an adapter's matrices
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +60,7 @@ class Mix:
 
     shares: tuple[float, ...]
     method: MergeMethod = "linear"
+    rank: int | None = None  # the most that a merged adapter may have
 
     def of(self, tensors: Sequence[Tensor]) -> Tensor:
         """One tensor of tensors of one shape."""
@@ -91,6 +94,24 @@ def slerp(first: Tensor, second: Tensor, t: float) -> Tensor:
     return weighted_sum([first, second], shares)
 
 
+def nearest_of_rank(b_OR: Tensor, a_RI: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
+    """Two factors of the matrix of a given rank that is nearest to ``b a``, and what it leaves out.
+
+    By the singular values of the product (Eckart and Young), which is never formed: with
+    ``b = Q S`` and ``aᵀ = P T`` they are those of ``S Tᵀ``. Each factor takes the root of a
+    singular value. What is left out is the share of the product's squares. Float32.
+    """
+    q_OR, s_RR = torch.linalg.qr(b_OR.double())
+    p_IR, t_RR = torch.linalg.qr(a_RI.double().T)
+    left_RR, values_R, right_RR = torch.linalg.svd(s_RR @ t_RR.T, full_matrices=False)
+    roots = values_R[:rank].sqrt()
+    near_OK = q_OR @ left_RR[:, :rank] * roots
+    near_KI = roots[:, None] * (right_RR[:rank] @ p_IR.T)
+    whole = float(values_R.square().sum())
+    left_out = float(values_R[rank:].square().sum()) / whole if whole > 0 else 0.0
+    return near_OK.float(), near_KI.float(), left_out
+
+
 def merge_folders(folders: Sequence[Path], to: Path, mix: Mix) -> None:
     """Write the merged model into an empty folder.
 
@@ -99,6 +120,10 @@ def merge_folders(folders: Sequence[Path], to: Path, mix: Mix) -> None:
     """
     first = folders[0]
     modules = _modules(first)
+    if mix.rank is not None and not any((first / one / ADAPTER).is_file() for one in modules):
+        raise ModelError(
+            "a rank is given, and there is no adapter", where=str(first), expected="adapters"
+        )
     for other in folders[1:]:
         _check_same(first, other, modules)
     for path in sorted(first.rglob("*")):
@@ -301,24 +326,54 @@ def _merge_adapters(places: Sequence[Path], to: Path, mix: Mix) -> None:
                 where=str(place),
                 expected="adapters of one base",
             )
-    stored = [read_header(place / ADAPTER) for place in places]
-    _check_shapes(places, stored, free_axes={"lora_A": 0, "lora_B": 1})
-    weights = {}
-    for name in stored[0]:
-        tensors = list(_tensors(name, stored))
-        if "lora_A" in name:
-            weights[name] = torch.cat(tensors)
-        elif "lora_B" in name:
-            factors = [share * one.scale for share, one in zip(mix.shares, adapters, strict=True)]
-            scaled = [tensor * factor for tensor, factor in zip(tensors, factors, strict=True)]
-            weights[name] = torch.cat(scaled, dim=1)
-        else:
-            weights[name] = mix.of(tensors).to(tensors[0].dtype)
-        check_finite_tensor(weights[name], name, where="the merged adapter")
+    weights = _added(places, [adapter.scale for adapter in adapters], mix)
     rank = sum(adapter.rank for adapter in adapters)
+    if mix.rank is not None and mix.rank < rank:
+        rank = mix.rank
+        _cut_to_rank(weights, rank)
+    for name, tensor in weights.items():
+        check_finite_tensor(tensor, name, where="the merged adapter")
     config = read_json_file(places[0] / ADAPTER_CONFIG)
     to.mkdir(parents=True, exist_ok=True)
     # Scales are in the matrices now, so the adapter's own is 1.
     config |= {"r": rank, "lora_alpha": rank, "use_rslora": False}
     write_json(to / ADAPTER_CONFIG, config)
     save_file(weights, to / ADAPTER, metadata={"format": "pt"})
+
+
+def _added(places: Sequence[Path], scales: Sequence[float], mix: Mix) -> dict[str, Tensor]:
+    """The matrices of one adapter that adds what the others add together."""
+    stored = [read_header(place / ADAPTER) for place in places]
+    _check_shapes(places, stored, free_axes={_A: 0, _B: 1})
+    weights = {}
+    for name in stored[0]:
+        tensors = list(_tensors(name, stored))
+        if _A in name:
+            weights[name] = torch.cat(tensors)
+        elif _B in name:
+            factors = [share * scale for share, scale in zip(mix.shares, scales, strict=True)]
+            scaled = [tensor * factor for tensor, factor in zip(tensors, factors, strict=True)]
+            weights[name] = torch.cat(scaled, dim=1)
+        elif "lora_" in name:
+            raise ModelError(
+                f"tensor {name} cannot be merged",
+                where=str(places[0]),
+                expected="adapters of linear layers",
+            )
+        else:
+            weights[name] = mix.of(tensors).to(tensors[0].dtype)
+    return weights
+
+
+def _cut_to_rank(weights: dict[str, Tensor], rank: int) -> None:
+    """Replace the matrices of an adapter by those of less rank, and tell what that leaves out."""
+    left_out = []
+    for name in [name for name in weights if _A in name]:
+        other = name.replace(_A, _B)
+        near_OK, near_KI, share = nearest_of_rank(weights[other], weights[name], rank)
+        weights[name] = near_KI.to(weights[name].dtype).contiguous()
+        weights[other] = near_OK.to(weights[other].dtype).contiguous()
+        left_out.append(share)
+    mean, most = sum(left_out) / max(len(left_out), 1), max(left_out, default=0.0)
+    said = f"{mean:.2%} of what the adapters add, by squares ({most:.2%} at most)"
+    hold_note(f"rank {rank} leaves out {said}")

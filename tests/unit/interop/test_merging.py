@@ -17,6 +17,7 @@ from nvembed import NVEmbed
 from nvembed.cli.main import run
 from nvembed.core.errors import ModelError
 from nvembed.interop.merging import Mix, merge_folders, slerp, weighted_sum
+from nvembed.interop.model_folder import ADAPTER
 from nvembed.interop.weights import write_shards
 from nvembed.model.backbone import add_lora, merge_lora, save_adapter
 from nvembed.model.settings import LoraSettings
@@ -176,6 +177,52 @@ def test_merged_adapters_are_the_merged_models(tiny_decoder_dir: Path, tmp_path:
     assert np.abs(plain - expected).max() > 0.01
 
 
+def test_a_rank_cuts_to_the_nearest_product_and_says_what_it_leaves_out(
+    tiny_decoder_dir: Path, tmp_path: Path, capsys
+) -> None:
+    folders = [
+        adapted(tiny_decoder_dir, tmp_path / str(rank), rank, rank) / "adapter" for rank in (4, 2)
+    ]
+    whole = load_file(merged(folders, tmp_path / "whole", Mix((0.25, 0.75))) / ADAPTER)
+    cut = tmp_path / "cut"
+    given = [*map(str, folders), "--to", str(cut), "--weights", "0.25,0.75", "--rank", "3"]
+    assert run(["merge", *given]) == 0
+    settings = json.loads((cut / "adapter_config.json").read_text())
+    assert (settings["r"], settings["lora_alpha"]) == (3, 3)
+    shares = []
+    for name, rows in (found := load_file(cut / ADAPTER)).items():
+        if "lora_A" not in name:
+            continue
+        other = name.replace("lora_A", "lora_B")
+        assert (len(rows), found[other].shape[1]) == (3, 3)
+        product = whole[other] @ whole[name]
+        left, values, right = torch.linalg.svd(product, full_matrices=False)
+        expected = left[:, :3] * values[:3] @ right[:3]
+        torch.testing.assert_close(found[other] @ rows, expected, atol=1e-5, rtol=1e-4)
+        shares.append(float(values[3:].square().sum() / values.square().sum()))
+    assert min(shares) > 0.001
+    said = f"rank 3 leaves out {sum(shares) / len(shares):.2%} of what the adapters add, by squares"
+    assert f"{said} ({max(shares):.2%} at most)" in capsys.readouterr().err
+
+
+def test_a_rank_that_is_large_enough_changes_nothing(tiny_decoder_dir: Path, tmp_path) -> None:
+    one = adapted(tiny_decoder_dir, tmp_path / "one", 2, 0) / "adapter"
+    plain = merged([one, one], tmp_path / "plain", Mix((0.5, 0.5)))
+    roomy = merged([one, one], tmp_path / "roomy", Mix((0.5, 0.5), rank=4))
+    assert (plain / ADAPTER).read_bytes() == (roomy / ADAPTER).read_bytes()
+
+
+def test_a_rank_is_for_adapters_of_linear_layers(siblings, tiny_decoder_dir, tmp_path) -> None:
+    with pytest.raises(ModelError, match="a rank is given, and there is no adapter"):
+        merged(siblings[:2], tmp_path / "to", Mix((0.5, 0.5), rank=3))
+    one = adapted(tiny_decoder_dir, tmp_path / "one", 2, 0) / "adapter"
+    tensors = load_file(one / ADAPTER)
+    tensors["base_model.model.embed_tokens.lora_embedding_A"] = torch.ones(2, 8)
+    save_file(tensors, one / ADAPTER)
+    with pytest.raises(ModelError, match=r"lora_embedding_A cannot be merged"):
+        merged([one, one], tmp_path / "other", Mix((0.5, 0.5)))
+
+
 def test_adapters_that_cannot_be_added_are_refused(tiny_decoder_dir: Path, tmp_path: Path) -> None:
     one = adapted(tiny_decoder_dir, tmp_path / "one", 2, 0) / "adapter"
     settings = json.loads((one / "adapter_config.json").read_text())
@@ -199,8 +246,8 @@ def test_stabilised_ranks_scale_by_their_root(tiny_decoder_dir: Path, tmp_path: 
     one = adapted(tiny_decoder_dir, tmp_path / "one", 4, 0) / "adapter"
     settings = json.loads((one / "adapter_config.json").read_text())
     (one / "adapter_config.json").write_text(json.dumps({**settings, "use_rslora": True}))
-    found = load_file(merged([one], tmp_path / "to", Mix((1.0,))) / "adapter_model.safetensors")
-    for name, value in load_file(one / "adapter_model.safetensors").items():
+    found = load_file(merged([one], tmp_path / "to", Mix((1.0,))) / ADAPTER)
+    for name, value in load_file(one / ADAPTER).items():
         factor = 12 / math.sqrt(4) if "lora_B" in name else 1
         torch.testing.assert_close(found[name], factor * value)
 

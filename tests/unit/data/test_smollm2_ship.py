@@ -44,9 +44,11 @@ def test_the_shipped_folder_is_the_model_in_16_bits(
     to = tmp_path / "shipped"
     to.mkdir()
     (to / "README.md").write_text("# the card\n")
+    (adapter / "nvembed_merge.json").write_text('{"models": [{"model": "/home/me/one"}]}')
     ship(monkeypatch, adapter, "--to", str(to), "--max-tokens", "33")
     assert capsys.readouterr().out.endswith(f"MB: {to}\n")
     assert (to / "README.md").read_text() == "# the card\n"
+    assert not (to / "nvembed_merge.json").exists()  # it names folders of this machine
     for file in (to / ADAPTER, to / "1_LatentAttentionPooling" / "model.safetensors"):
         assert {tensor.dtype for tensor in load_file(file).values()} == {torch.float16}
         assert file.stat().st_mode & 0o444 == 0o444

@@ -101,7 +101,7 @@ def draw(points: Points, references: Mapping[str, float], to: Path, what: str) -
         axes.errorbar(seen, means, [below, above], fmt="o-", color=colour, capsize=3, label=name)
     for name, value in references.items():
         axes.axhline(value, color="#9a9a9a", linestyle="--", linewidth=1)
-        axes.annotate(name, (1, value), (-4, 3), ha="right", size=8, color="#555555",
+        axes.annotate(name, (0, value), (4, 3), ha="left", size=8, color="#555555",
                       xycoords=axes.get_yaxis_transform(), textcoords="offset points")  # fmt: skip
     axes.set(xscale="log", xlabel="tokens seen", ylabel=what)
     axes.grid(alpha=0.3)

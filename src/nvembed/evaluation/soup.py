@@ -30,7 +30,7 @@ class Part(NamedTuple):
 
     model: str
     share: float  # 0 where a greedy soup left it out
-    score: float | None = None  # mean of the tasks' main scores, alone
+    score: float | None = None  # mean of the tasks' main scores, alone (cut to the rank, if any)
 
 
 class Merged(NamedTuple):
@@ -112,7 +112,7 @@ def _greedy(folders: Sequence[Path], to: Path, tasks: Sequence[Path], rank: int 
     def score(chosen: Sequence[int]) -> float:
         with TemporaryDirectory(prefix=".merge-", dir=beside) as folder:
             place = Path(folder)
-            if len(chosen) == 1:
+            if len(chosen) == 1 and rank is None:
                 place = folders[chosen[0]]
             else:
                 parts = [folders[number] for number in chosen]

@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn.functional import pad
 
 from nvembed.core.arguments import shown_value
 from nvembed.core.errors import ModelError
@@ -99,7 +100,8 @@ def nearest_of_rank(b_OR: Tensor, a_RI: Tensor, rank: int) -> tuple[Tensor, Tens
 
     By the singular values of the product (Eckart and Young), which is never formed: with
     ``b = Q S`` and ``aᵀ = P T`` they are those of ``S Tᵀ``. Each factor takes the root of a
-    singular value. What is left out is the share of the product's squares. Float32.
+    singular value; a rank beyond that of the product is filled up with zeros. What is left out is
+    the share of the product's squares. Float32.
     """
     q_OR, s_RR = torch.linalg.qr(b_OR.double())
     p_IR, t_RR = torch.linalg.qr(a_RI.double().T)
@@ -109,6 +111,8 @@ def nearest_of_rank(b_OR: Tensor, a_RI: Tensor, rank: int) -> tuple[Tensor, Tens
     near_KI = roots[:, None] * (right_RR[:rank] @ p_IR.T)
     whole = float(values_R.square().sum())
     left_out = float(values_R[rank:].square().sum()) / whole if whole > 0 else 0.0
+    missing = rank - len(roots)
+    near_OK, near_KI = pad(near_OK, (0, missing)), pad(near_KI, (0, 0, 0, missing))
     return near_OK.float(), near_KI.float(), left_out
 
 
@@ -291,9 +295,8 @@ def _adapter(place: Path) -> _Adapter:
     config = read_json_file(file)
     given = config if isinstance(config, dict) else {}
     rank, alpha = given.get("r"), given.get("lora_alpha")
-    plain = not any(
-        given.get(key) for key in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save")
-    )
+    others = ("use_dora", "lora_bias", "rank_pattern", "alpha_pattern", "modules_to_save")
+    plain = not any(given.get(key) for key in others)
     if (
         given.get("peft_type") != "LORA"
         or not plain
@@ -304,7 +307,7 @@ def _adapter(place: Path) -> _Adapter:
         raise ModelError(
             "an adapter whose products cannot be added",
             where=str(file),
-            expected="LoRA with one rank for all layers, without DoRA",
+            expected="LoRA with one rank for all layers, without DoRA and biases",
             hint="Merge the models that were saved with the adapters in their weights",
         )
     scale = alpha / math.sqrt(rank) if given.get("use_rslora") else alpha / rank

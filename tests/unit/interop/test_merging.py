@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from nvembed import NVEmbed
 from nvembed.cli.main import run
 from nvembed.core.errors import ModelError
-from nvembed.interop.merging import Mix, merge_folders, slerp, weighted_sum
+from nvembed.interop.merging import Mix, merge_folders, nearest_of_rank, slerp, weighted_sum
 from nvembed.interop.model_folder import ADAPTER
 from nvembed.interop.weights import write_shards
 from nvembed.model.backbone import add_lora, merge_lora, save_adapter
@@ -212,6 +212,14 @@ def test_a_rank_that_is_large_enough_changes_nothing(tiny_decoder_dir: Path, tmp
     assert (plain / ADAPTER).read_bytes() == (roomy / ADAPTER).read_bytes()
 
 
+def test_a_rank_beyond_that_of_a_product_is_filled_up() -> None:
+    torch.manual_seed(0)
+    b_OR, a_RI = torch.randn(3, 10), torch.randn(10, 7)  # rank 3 at most
+    near_OK, near_KI, left_out = nearest_of_rank(b_OR, a_RI, 5)
+    assert (near_OK.shape, near_KI.shape, left_out) == ((3, 5), (5, 7), 0.0)
+    torch.testing.assert_close(near_OK @ near_KI, b_OR @ a_RI)
+
+
 def test_a_rank_is_for_adapters_of_linear_layers(siblings, tiny_decoder_dir, tmp_path) -> None:
     with pytest.raises(ModelError, match="a rank is given, and there is no adapter"):
         merged(siblings[:2], tmp_path / "to", Mix((0.5, 0.5), rank=3))
@@ -229,6 +237,7 @@ def test_adapters_that_cannot_be_added_are_refused(tiny_decoder_dir: Path, tmp_p
     for number, (change, said) in enumerate(
         [
             ({"use_dora": True}, "without DoRA"),
+            ({"lora_bias": True}, "and biases"),
             ({"rank_pattern": {"q_proj": 8}}, "one rank for all layers"),
             ({"base_model_name_or_path": "another"}, "an adapter of another, and of"),
         ]
